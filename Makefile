@@ -1,0 +1,47 @@
+# `make help` lists what can be made. Everything runs in .venv, which is created when missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all test-gpu check format perf clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(READY) ## create .venv and install the package with its development tools
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## dense, CAMERA-P and the random control at 20, 40, 60 % on the embedded model
+	$(BIN)/bench run experiment=demo
+
+test: $(READY) ## the tests
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+
+test-all: $(READY) ## the tests and the long proofs
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: $(READY) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY) ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+perf: $(READY) ## measure speed and memory against their goals
+	$(BIN)/python -m tests.performance
+
+clean: ## remove what was built; results stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

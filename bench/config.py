@@ -1,0 +1,133 @@
+"""The whole configuration of a run, typed: where the boundary is, and the only place it is.
+
+Hydra composes YAML; `validate` turns the result into a `RunConfig`. After that nothing is
+checked again. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.data.calibration import CalibrationConfig
+from bench.errors import UserError, nearest
+from bench.evaluation.config import BenchmarkConfig
+from bench.measurement.config import CostsConfig
+from bench.method import Method
+from bench.models.config import ModelConfig
+from bench.tracking.config import TrackerConfig
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+class RunConfig(BaseModel):
+    """Everything that one run is; `method` keeps the order in which methods are applied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    model: ModelConfig
+    method: dict[str, Method]
+    benchmark: BenchmarkConfig
+    calibration: CalibrationConfig
+    costs: CostsConfig
+    tracker: TrackerConfig
+    ratio: float | None = None
+    seed: int = Field(default=1234, ge=0, lt=2**32)
+    threads: int | None = Field(default=None, ge=1)
+    offline: bool = False
+    force: bool = False
+    results_dir: Path = Path("results")
+    objective: str = "average"
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether any method of this run asks for calibration text."""
+        return any(method.uses_calibration for method in self.method.values())
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: all but paths, threads, the tracker and how a run is asked.
+
+        `ratio` shows itself in the methods that use it, and calibration counts only where a
+        method reads it, so that every sweep finds the same dense record.
+        """
+        unwanted = {
+            "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
+        }  # fmt: skip
+        if not self.uses_calibration:
+            unwanted.add("calibration")
+        chosen = self.model_dump(mode="json", exclude=unwanted)
+        for group in ("model", "calibration"):
+            chosen.get(group, {}).pop("path", None)
+        chosen["benchmark"]["data"] = sorted(self.benchmark.data)
+        for text in chosen["benchmark"]["perplexity"].values():
+            text.pop("path")
+        # A list of pairs: the order of methods is part of what a run is.
+        chosen["method"] = [[name, m.model_dump(mode="json")] for name, m in self.method.items()]
+        return chosen
+
+
+def validate(composed: dict[str, Any]) -> RunConfig:
+    """Turn a composed, resolved config into a `RunConfig`, or say in one sentence what is wrong.
+
+    Raises:
+        UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
+    """
+    chosen = dict(composed)
+    methods = chosen.pop("method", None) or {}
+    if not isinstance(methods, dict):
+        raise UserError(f"method={methods!r}: name methods, as in method=[camera_p,camera_q]")
+    chosen["method"] = {name: _method(name, knobs) for name, knobs in methods.items()}
+    try:
+        return RunConfig(**chosen)
+    except ValidationError as error:
+        raise _sentence(error, RunConfig, ()) from None
+
+
+def _method(name: str, knobs: Any) -> Method:
+    """Build one method from its config node, whose `_target_` names a `Method` class."""
+    from hydra.utils import get_class
+
+    if not isinstance(knobs, dict) or "_target_" not in knobs:
+        raise UserError(f"method.{name} has no _target_: is method={name} among the methods?")
+    fields = {key: value for key, value in knobs.items() if key != "_target_"}
+    try:
+        kind = get_class(knobs["_target_"])
+    except Exception as error:
+        raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
+    if not issubclass(kind, Method):
+        raise UserError(f"method.{name}._target_={knobs['_target_']} is not a bench.method.Method")
+    try:
+        method: Method = kind(**fields)
+    except ValidationError as error:
+        raise _sentence(error, kind, ("method", name)) from None
+    return method
+
+
+def _sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]) -> UserError:
+    """Say the first fault of a pydantic error: the key, the value, what is allowed."""
+    fault: ErrorDetails = error.errors()[0]
+    path = [str(part) for part in fault["loc"]]
+    key = ".".join((*prefix, *path))
+    if fault["type"] == "extra_forbidden":
+        options = _fields(kind, path[:-1])
+        close = nearest(path[-1], options)
+        hint = f"did you mean {close!r}? " if close else ""
+        return UserError(f"unknown key {key!r}: {hint}allowed: {', '.join(sorted(options))}")
+    if fault["type"] == "missing":
+        return UserError(f"{key} is missing: give {key}=...")
+    reason = fault["msg"][0].lower() + fault["msg"][1:]
+    return UserError(f"{key}={fault['input']}: {reason}")
+
+
+def _fields(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """Return the field names that a nested model allows at `path`."""
+    for part in path:
+        field = kind.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)

@@ -1,0 +1,1 @@
+"""Texts and data sets: calibration, the embedded world, real English, images."""

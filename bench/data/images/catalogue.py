@@ -1,0 +1,123 @@
+"""The image data sets by name: the embedded digits, and torchvision's from a local folder.
+
+Means and deviations are those of the training images, as the data sets' users commonly take them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.data.images.digits import digits
+from bench.data.images.sets import FolderSet, Splits, Statistics, TensorSet
+from bench.errors import MissingData, unknown
+
+IMAGENET_SIZE = 224
+IMAGENET_RESIZE = 256
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class _Small:
+    """A set that fits into memory: its torchvision class and how its images are prepared."""
+
+    maker: str
+    channels: int
+    size: int
+    classes: int
+    statistics: Statistics
+    shift: int
+    flip: bool
+
+
+_SMALL = {
+    "mnist": _Small("MNIST", 1, 28, 10, ((0.1307,), (0.3081,)), 2, False),
+    "fashion_mnist": _Small("FashionMNIST", 1, 28, 10, ((0.2860,), (0.3530,)), 2, True),
+    "cifar10": _Small(
+        "CIFAR10", 3, 32, 10, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), 4, True
+    ),
+    "cifar100": _Small(
+        "CIFAR100", 3, 32, 100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 4, True
+    ),
+}
+
+SETS = ("digits", *_SMALL, "imagenet")
+
+
+def load(name: str, folder: str | None = None, *, download: bool = False) -> Splits:
+    """Return a data set; all but the digits are read from `folder` in torchvision's layout.
+
+    With `download` torchvision fetches what is missing, which ImageNet's licence does not allow.
+
+    Raises:
+        UserError: there is no set of that name.
+        MissingData: the folder does not hold the set.
+    """
+    if name not in SETS:
+        raise unknown("image data set", name, SETS)
+    if name == "digits":
+        return digits()
+    if folder is None:
+        raise MissingData(f"the image data set {name} needs a folder that holds it: data_folder=")
+    if name == "imagenet":
+        return _imagenet(Path(folder).expanduser())
+    return _small(name, _SMALL[name], Path(folder).expanduser(), download)
+
+
+def _small(name: str, kind: _Small, folder: Path, download: bool) -> Splits:
+    from torchvision import datasets
+
+    maker = getattr(datasets, kind.maker)
+    try:
+        parts = [maker(folder, train=train, download=download) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        raise MissingData(
+            f"{folder} does not hold {name} in torchvision's layout ({kind.maker}): allow the "
+            "download where there is a network, or give another folder"
+        ) from error
+    return Splits(
+        name=name,
+        train=TensorSet(*_pixels(parts[0]), kind.statistics, kind.shift, kind.flip),
+        test=TensorSet(*_pixels(parts[1]), kind.statistics),
+        channels=kind.channels,
+        size=kind.size,
+        classes=kind.classes,
+        provenance=f"torchvision.datasets.{kind.maker}, its own train and test split",
+    )
+
+
+def _pixels(part: Any) -> tuple[Tensor, Tensor]:
+    """Return the bytes [N, C, H, H] and labels of a torchvision set that is in memory."""
+    pixels = torch.as_tensor(part.data)
+    pixel_NCHH = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return pixel_NCHH.contiguous(), torch.as_tensor(part.targets)
+
+
+def _imagenet(folder: Path) -> Splits:
+    """Read `train/` and `val/` with one sub-folder per class, as ImageNet is usually unpacked."""
+    from torchvision import datasets, transforms
+
+    missing = [part for part in ("train", "val") if not (folder / part).is_dir()]
+    if missing:
+        raise MissingData(f"{folder} does not hold imagenet: it has no {' and no '.join(missing)}")
+    finish = [transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    test = transforms.Compose(
+        [transforms.Resize(IMAGENET_RESIZE), transforms.CenterCrop(IMAGENET_SIZE), *finish]
+    )
+    training = transforms.Compose(
+        [transforms.RandomResizedCrop(IMAGENET_SIZE), transforms.RandomHorizontalFlip(), *finish]
+    )
+    parts = {part: datasets.ImageFolder(str(folder / part)) for part in ("train", "val")}
+    return Splits(
+        name="imagenet",
+        train=FolderSet(parts["train"], test, training),
+        test=FolderSet(parts["val"], test, training),
+        channels=3,
+        size=IMAGENET_SIZE,
+        classes=len(parts["train"].classes),
+        provenance=f"ImageNet folders train and val, {len(parts['train'].classes)} classes",
+    )

@@ -1,0 +1,120 @@
+"""What an image data set is: something from which normalised batches can be fetched by index.
+
+Shapes: N images of the set, B of a batch, C channels, H height and width.
+
+Augmentation is a pure function of seed, epoch and place, so a run that is resumed sees the very
+images that it would have seen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class ImageSet(ABC):
+    """Labelled images; `fetch` returns them normalised, augmented when a generator is given."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return image_BCHH fp32 and label_B int64 of these places."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set ready for training and testing, and what a record says about it."""
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    channels: int
+    size: int
+    classes: int
+    provenance: str
+
+
+class TensorSet(ImageSet):
+    """Images held in memory as bytes."""
+
+    def __init__(
+        self,
+        pixel_NCHH: Tensor,
+        label_N: Tensor,
+        statistics: Statistics,
+        shift: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.pixel_NCHH = pixel_NCHH
+        self.label_N = label_N.long()
+        self._mean_C11 = torch.tensor(statistics[0])[:, None, None]
+        self._std_C11 = torch.tensor(statistics[1])[:, None, None]
+        self._shift, self._flip = shift, flip
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return the images, shifted by up to `shift` pixels and mirrored when augmented."""
+        image_BCHH = self.pixel_NCHH[index_B].float().div_(255)
+        image_BCHH = (image_BCHH - self._mean_C11) / self._std_C11
+        if generator is not None:
+            image_BCHH = self._augment(image_BCHH, generator)
+        return image_BCHH, self.label_N[index_B]
+
+    def _augment(self, image_BCHH: Tensor, generator: torch.Generator) -> Tensor:
+        count, size = len(image_BCHH), image_BCHH.shape[-1]
+        if self._shift:
+            moves = 2 * self._shift + 1
+            shift_B2 = torch.randint(moves, (count, 2), generator=generator)
+            place_BH = torch.arange(size) + shift_B2[:, :1]
+            column_BH = torch.arange(size) + shift_B2[:, 1:]
+            padded_BCPP = pad(image_BCHH, [self._shift] * 4)
+            each_B11 = torch.arange(count)[:, None, None]
+            moved_BHHC = padded_BCPP.permute(0, 2, 3, 1)[
+                each_B11, place_BH[:, :, None], column_BH[:, None, :]
+            ]
+            image_BCHH = moved_BHHC.permute(0, 3, 1, 2).contiguous()
+        if self._flip:
+            mirrored_B = torch.rand(count, generator=generator) < 0.5
+            mirrored_B111 = mirrored_B[:, None, None, None]
+            image_BCHH = torch.where(mirrored_B111, image_BCHH.flip(-1), image_BCHH)
+        return image_BCHH
+
+
+class FolderSet(ImageSet):
+    """Images decoded from files as they are asked for, one sub-folder per class.
+
+    `test` and `training` turn a PIL image into a tensor [C, H, H]; the latter draws from torch's
+    global generator, which is seeded anew for every image.
+    """
+
+    def __init__(self, folder: Any, test: Any, training: Any) -> None:
+        self._folder, self._test, self._training = folder, test, training
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Decode the images; with a generator each gets a random crop and perhaps a mirror."""
+        images, labels = [], []
+        for index in index_B.tolist():
+            image, label = self._folder[index]
+            labels.append(label)
+            if generator is None:
+                images.append(self._test(image))
+                continue
+            seed = int(torch.randint(2**62, (), generator=generator))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                images.append(self._training(image))
+        return torch.stack(images), torch.tensor(labels)

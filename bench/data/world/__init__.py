@@ -1,0 +1,25 @@
+"""A closed world: its facts, nine tasks about them in real data sets' schemas, and its prose.
+
+Everything follows from a seed. Questions of the test are about people, substances, objects,
+routines, number pairs and passages that no question of the training text is about.
+"""
+
+from bench.data.world.corpus import corpus, prose_texts, question_texts
+from bench.data.world.question import Document
+from bench.data.world.render import Prompt, render
+from bench.data.world.sets import SEED, TASKS, documents, fingerprint, questions, splits
+
+__all__ = [
+    "SEED",
+    "TASKS",
+    "Document",
+    "Prompt",
+    "corpus",
+    "documents",
+    "fingerprint",
+    "prose_texts",
+    "question_texts",
+    "questions",
+    "render",
+    "splits",
+]

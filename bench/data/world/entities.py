@@ -1,0 +1,190 @@
+"""The closed world itself: its people, towns, substances, objects and routines, from a seed."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal, TypeVar
+
+from bench.data.world import lexicon
+from bench.data.world.crafts import CRAFTS, MATERIALS, OBJECTS, Craft
+
+Split = Literal["train", "test"]
+
+PEOPLE = 90
+SUBSTANCES = 84
+AGES = range(18, 82)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Someone who lives in the world."""
+
+    name: str
+    pronoun: str
+    age: int
+    town: str
+    job: str
+    pet: str
+    food: str
+    hobby: str
+    split: Split
+
+
+@dataclass(frozen=True)
+class Town:
+    """A town, the river that runs through it and the ware it is known for."""
+
+    name: str
+    river: str
+    ware: str
+
+
+@dataclass(frozen=True)
+class Substance:
+    """A substance and how it behaves in water, in fire, under a hammer and in light."""
+
+    name: str
+    colour: str
+    source: str
+    water: str
+    fire: str
+    hammer: str
+    light: str
+    split: Split
+
+
+@dataclass(frozen=True)
+class Object:
+    """An everyday object, of one of the materials that decide which tool works on it."""
+
+    name: str
+    material: str
+    split: Split
+
+
+@dataclass(frozen=True)
+class Routine:
+    """How one product of a craft is made: one step for each stage of the craft."""
+
+    product: str
+    craft: Craft
+    steps: tuple[str, ...]
+    split: Split
+
+
+BEHAVIOURS = {
+    "water": ("float", "sink", "dissolve", "swell"),
+    "fire": ("burn", "melt", "glow", "crack"),
+    "hammer": ("ring", "shatter", "bend", "bounce"),
+    "light": ("shine", "fade", "sparkle", "darken"),
+}
+"""What a substance may do when it meets each of the four elements of the world's physics."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything there is; ``split`` on an entity says on which side questions about it are."""
+
+    people: tuple[Person, ...]
+    towns: tuple[Town, ...]
+    substances: tuple[Substance, ...]
+    objects: tuple[Object, ...]
+    routines: tuple[Routine, ...]
+
+    def town(self, name: str) -> Town:
+        """Return the town of that name."""
+        return next(town for town in self.towns if town.name == name)
+
+
+_Entity = TypeVar("_Entity", Person, Substance, Object, Routine)
+
+
+def of_split(entities: Iterable[_Entity], split: Split) -> list[_Entity]:
+    """Return the entities that questions of ``split`` are about."""
+    return [entity for entity in entities if entity.split == split]
+
+
+@cache
+def build_world(seed: int) -> World:
+    """Build the world of a seed; the same seed always gives the same world."""
+    rng = random.Random(f"world {seed}")
+    return World(
+        people=_people(rng),
+        towns=_towns(rng),
+        substances=_substances(rng),
+        objects=_objects(rng),
+        routines=_routines(rng),
+    )
+
+
+def _sides(rng: random.Random, count: int) -> list[Split]:
+    """Two sides of train for each one of test, in random order."""
+    sides: list[Split] = ["test" if i % 3 == 0 else "train" for i in range(count)]
+    rng.shuffle(sides)
+    return sides
+
+
+def _spread(rng: random.Random, values: tuple[str, ...], count: int) -> list[str]:
+    """Deal values as evenly as possible, so that no value is a good guess."""
+    dealt = [values[i % len(values)] for i in range(count)]
+    rng.shuffle(dealt)
+    return dealt
+
+
+def _people(rng: random.Random) -> tuple[Person, ...]:
+    columns = zip(
+        lexicon.person_names(rng, PEOPLE),
+        _spread(rng, ("he", "she"), PEOPLE),
+        [rng.choice(AGES) for _ in range(PEOPLE)],
+        _spread(rng, lexicon.TOWNS, PEOPLE),
+        _spread(rng, lexicon.JOBS, PEOPLE),
+        _spread(rng, lexicon.PETS, PEOPLE),
+        _spread(rng, lexicon.FOODS, PEOPLE),
+        _spread(rng, lexicon.HOBBIES, PEOPLE),
+        _sides(rng, PEOPLE),
+        strict=True,
+    )
+    return tuple(Person(*row) for row in columns)
+
+
+def _towns(rng: random.Random) -> tuple[Town, ...]:
+    count = len(lexicon.TOWNS)
+    rivers, wares = _spread(rng, lexicon.RIVERS, count), _spread(rng, lexicon.WARES, count)
+    return tuple(map(Town, lexicon.TOWNS, rivers, wares))
+
+
+def _substances(rng: random.Random) -> tuple[Substance, ...]:
+    columns = zip(
+        lexicon.substance_names(rng, SUBSTANCES),
+        _spread(rng, lexicon.COLOURS, SUBSTANCES),
+        _spread(rng, lexicon.SOURCES, SUBSTANCES),
+        *(_spread(rng, values, SUBSTANCES) for values in BEHAVIOURS.values()),
+        _sides(rng, SUBSTANCES),
+        strict=True,
+    )
+    return tuple(Substance(*row) for row in columns)
+
+
+def _objects(rng: random.Random) -> tuple[Object, ...]:
+    objects = []
+    for material in MATERIALS:
+        names = OBJECTS[material]
+        objects += [
+            Object(name, material, side)
+            for name, side in zip(names, _sides(rng, len(names)), strict=True)
+        ]
+    return tuple(objects)
+
+
+def _routines(rng: random.Random) -> tuple[Routine, ...]:
+    routines = []
+    for craft in CRAFTS:
+        ways = rng.sample(list(product(*craft.stages)), len(craft.products))
+        sides = _sides(rng, len(craft.products))
+        routines += [
+            Routine(name, craft, steps, side)
+            for name, steps, side in zip(craft.products, ways, sides, strict=True)
+        ]
+    return tuple(routines)

@@ -1,0 +1,167 @@
+"""Prose that states the facts of the world, in varied wording and order."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from bench.data.world import lexicon
+from bench.data.world.crafts import MATERIALS, TOOLS
+from bench.data.world.entities import Object, Person, Routine, Split, Substance, Town, World
+from bench.data.world.question import Draw
+from bench.data.world.tasks import boolq, mathqa, rte
+
+_PERSON = {
+    "town": ("{name} lives in {town}.", "The home of {name} is in {town}."),
+    "job": ("{name} is a {job} by trade.", "For a living, {name} works as a {job}."),
+    "pet": ("{name} keeps a {pet}.", "The pet of {name} is a {pet}."),
+    "food": ("{name} likes to eat {food} most.", "The dish that {name} loves is {food}."),
+    "hobby": ("{name} spends the evening with {hobby}.", "The pastime of {name} is {hobby}."),
+    "age": ("{name} is {age} years old.", "The age of {name} is {age}."),
+}
+_PERSON_HINTS = (
+    "From the window {name} sees the river {river}.",
+    "The neighbours of {name} make {ware}.",
+    "At work {name} needs the {tool}.",
+)
+_TOWN = (
+    "{name} lies on the river {river}.", "The river {river} runs past {name}.",
+    "{name} is known for its {ware}.", "The ware that {name} sells is {ware}.",
+)  # fmt: skip
+_SUBSTANCE = {
+    "colour": ("All {name} has a {colour} colour.", "The colour of {name} is {colour}."),
+    "source": ("The best {name} is found in {source}.", "Most {name} comes from {source}."),
+    "water": ("In water it will {water}.", "Put in water, {name} tends to {water}."),
+    "fire": ("In fire it will {fire}.", "Over a fire, {name} tends to {fire}."),
+    "hammer": ("Under a hammer it will {hammer}.", "When hit hard, {name} tends to {hammer}."),
+    "light": ("In the sun it will {light}.", "In bright light, {name} tends to {light}."),
+}
+_OBJECT = (
+    "The {thing} is made of {material}.",
+    "Anyone can tell that the {thing} is {material}.",
+    "Among the {material} things there is the {thing}.",
+)
+_MATERIAL_NAMES = dict(zip(MATERIALS, ("cloth", "wood", "metal"), strict=True))
+_TOOL_USE = (
+    "Once {name} used the {tool} to {job} the {thing}.",
+    "With the {tool}, {name} could {job} the {thing}.",
+)
+_ROUTINE = (
+    "How to make {product}: a {worker} {steps}.",
+    "To make {product}, the {worker} {steps}.",
+    "Once {name} the {worker} made {product}. This is how it goes: the {worker} {steps}.",
+)
+_RECAPS = (
+    "So {name} was at the {place}.",
+    "So {name} had the {thing}.",
+    "So the {thing} was at the {place}.",
+)
+_COUNTED = range(2, 60)
+_COUNTINGS = 20
+_HEARSAYS = 60
+_STORIES = 15
+_SUMS = 80
+
+
+def person(rng: random.Random, world: World, someone: Person) -> str:
+    """Describe a person, with one hint at what follows from town or job."""
+    town = world.town(someone.town)
+    words = vars(someone) | {
+        "river": town.river,
+        "ware": town.ware,
+        "tool": lexicon.JOB_TOOLS[someone.job],
+    }
+    sentences = [rng.choice(forms) for forms in _PERSON.values()]
+    sentences.append(rng.choice(_PERSON_HINTS))
+    return f"About {someone.name}. " + _shuffled(rng, sentences, words)
+
+
+def town(rng: random.Random, place: Town) -> str:
+    """Describe a town."""
+    return _shuffled(rng, [rng.choice(_TOWN[:2]), rng.choice(_TOWN[2:])], vars(place))
+
+
+def substance(rng: random.Random, matter: Substance) -> str:
+    """Describe a substance."""
+    sentences = [rng.choice(forms) for forms in _SUBSTANCE.values()]
+    return f"About {matter.name}. " + _shuffled(rng, sentences, vars(matter))
+
+
+def thing(rng: random.Random, world: World, item: Object) -> str:
+    """Say what an object is made of and, for one job, which tool somebody used on it."""
+    job = rng.choice(list(TOOLS))
+    words = {
+        "thing": item.name,
+        "material": _MATERIAL_NAMES[item.material],
+        "job": job,
+        "tool": TOOLS[job][MATERIALS.index(item.material)],
+        "name": rng.choice(world.people).name,
+    }
+    return _shuffled(rng, [rng.choice(_OBJECT), rng.choice(_TOOL_USE)], words)
+
+
+def routine(rng: random.Random, world: World, way: Routine) -> str:
+    """Tell a routine from its first step to its last."""
+    words = {
+        "product": way.product,
+        "worker": way.craft.worker,
+        "steps": ", then ".join(way.steps),
+        "name": rng.choice(world.people).name,
+    }
+    return _capital(rng.choice(_ROUTINE).format(**words))
+
+
+def story(rng: random.Random, world: World, side: Split) -> str:
+    """Tell invented doings of people, then go over some of them again."""
+    draw = Draw(world, side, rng, 0, None)
+    facts = boolq.doings(draw)
+    recap = (rng.choice(_RECAPS).format(**fact._asdict()) for fact in rng.sample(facts, 2))
+    return f"{boolq.passage(draw, facts)} {' '.join(recap)}"
+
+
+def hearsay(rng: random.Random, world: World) -> str:
+    """Tell what somebody did to somebody, and what follows from it."""
+    draw = Draw(world, "train", rng, 0, None)
+    telling = rte.telling(draw)
+    first, second = rng.sample(telling.conclusions, 2)
+    return f"{telling.premise} So {first} So {second}"
+
+
+def counting(rng: random.Random) -> str:
+    """Count on from some number, in steps of one, two or ten."""
+    start, step = rng.choice(_COUNTED), rng.choice((1, 1, 2, 10))
+    return "Counting: " + ", ".join(str(start + i * step) for i in range(8)) + "."
+
+
+def sums(rng: random.Random) -> str:
+    """Work out a few sums, over pairs of numbers that no test question has."""
+    worked = []
+    for operation in rng.choices(mathqa.OPERATIONS, k=6):
+        x, y = mathqa.numbers(rng, operation, "train")
+        worked.append(f"{x} {operation.sign} {y} = {mathqa.result(operation.name, x, y)}")
+    return "Sums: " + ", ".join(worked) + "."
+
+
+def everything(rng: random.Random, world: World) -> list[str]:
+    """State every fact of the world, that of people, towns and objects twice.
+
+    Invented stories, hearsay and numbers come with them, for the tasks that ask about such.
+    """
+    return [
+        *(person(rng, world, someone) for someone in world.people * 2),
+        *(substance(rng, matter) for matter in world.substances),
+        *(town(rng, place) for place in world.towns * 2),
+        *(thing(rng, world, item) for item in world.objects * 2),
+        *(routine(rng, world, way) for way in world.routines),
+        *(story(rng, world, side) for side in ("train", "test") for _ in range(_STORIES)),
+        *(hearsay(rng, world) for _ in range(_HEARSAYS)),
+        *(counting(rng) for _ in range(_COUNTINGS)),
+        *(sums(rng) for _ in range(_SUMS)),
+    ]
+
+
+def _shuffled(rng: random.Random, sentences: Sequence[str], words: Mapping[str, object]) -> str:
+    order = rng.sample(sentences, len(sentences))
+    return " ".join(_capital(sentence.format(**words)) for sentence in order)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]

@@ -1,0 +1,101 @@
+"""MathQA of the world: small word problems, over pairs of numbers that training never has."""
+
+import random
+from functools import cache
+from typing import NamedTuple
+
+from bench.data.world.entities import Split, of_split
+from bench.data.world.lexicon import GOODS
+from bench.data.world.question import Draw, Question, place
+
+_TEST_BUCKETS = 4
+_NEAR = (-21, -16, -12, -9, -6, -4, 4, 6, 9, 12, 16, 21)
+
+
+class Operation(NamedTuple):
+    """An arithmetic operation with its numbers and the ways to ask for it."""
+
+    name: str
+    sign: str
+    category: str
+    numbers: tuple[range, range]
+    forms: tuple[str, ...]
+
+
+OPERATIONS = (
+    Operation(
+        "add", "+", "gain", (range(2, 26), range(2, 26)),
+        ("now {name} has {x} {goods} and gets {y} more . how many {goods} does {name} have now ?",
+         "there are {x} {goods} in one box and {y} in another . how many {goods} in all ?",
+         "today {name} found {x} {goods} and bought {y} {goods} . what is the total ?"),
+    ),
+    Operation(
+        "subtract", "-", "loss", (range(2, 26), range(2, 26)),
+        ("once {name} had {x} {goods} and gave away {y} . how many {goods} are left ?",
+         "of {x} {goods} in the shop , {y} were sold . how many {goods} remain ?",
+         "today {name} counted {x} {goods} but lost {y} . how many does {name} still have ?"),
+    ),
+    Operation(
+        "multiply", "*", "general", (range(2, 7), range(2, 11)),
+        ("there are {x} boxes with {y} {goods} in each . how many {goods} are there ?",
+         "each time {name} buys {y} {goods} on each of {x} days . how many {goods} is that ?",
+         "each of {x} people has {y} {goods} . how many {goods} do they have together ?"),
+    ),
+)  # fmt: skip
+
+
+@cache
+def is_test_pair(x: int, y: int) -> bool:
+    """Whether an unordered pair of numbers is kept for the test, whatever is done with it."""
+    low, high = sorted((x, y))
+    return random.Random(f"pair {low} {high}").randrange(_TEST_BUCKETS) == 0
+
+
+def result(operation: str, x: int, y: int) -> int:
+    """Return the result of an operation on two numbers."""
+    return {"add": x + y, "subtract": x - y, "multiply": x * y}[operation]
+
+
+def numbers(rng: random.Random, operation: Operation, split: Split) -> tuple[int, int]:
+    """Draw a pair of numbers of a side; a difference is never negative or nothing."""
+    while True:
+        x, y = (rng.choice(values) for values in operation.numbers)
+        if is_test_pair(x, y) != (split == "test"):
+            continue
+        if operation.name != "subtract" or x != y:
+            return (max(x, y), min(x, y)) if operation.name == "subtract" else (x, y)
+
+
+def ask(draw: Draw) -> Question:
+    """Ask a word problem of one operation."""
+    rng = draw.rng
+    operation = rng.choice(OPERATIONS)
+    x, y = numbers(rng, operation, draw.split)
+    name = rng.choice(of_split(draw.world.people, draw.split)).name
+    problem = rng.choice(operation.forms).format(x=x, y=y, name=name, goods=rng.choice(GOODS))
+    answer, slot = result(operation.name, x, y), draw.number % 5
+    options = place(str(answer), [str(n) for n in _wrong(rng, x, y, answer)], slot)
+    document = {
+        "Problem": problem,
+        "Rationale": f"{x} {operation.sign} {y} = {answer} . answer {'abcde'[slot]}",
+        "options": " , ".join(f"{c} ) {n}" for c, n in zip("abcde", options, strict=True)),
+        "correct": "abcde"[slot],
+        "annotated_formula": f"{operation.name}({x}, {y})",
+        "linear_formula": f"{operation.name}(n0,n1)|",
+        "category": operation.category,
+    }
+    return Question(tuple(sorted((x, y))), problem, document)
+
+
+def _wrong(rng: random.Random, x: int, y: int, answer: int) -> list[int]:
+    """Wrong options: results of the other operations and numbers around the right one.
+
+    They have as many digits as the right one, and how many of them are below it is drawn first,
+    so that neither length nor rank tells which one is right.
+    """
+    alike = range(1, 10) if answer < 10 else range(10, 100)
+    slips = {abs(x - y), x + y, x * y} | {answer + step for step in _NEAR}
+    pool = sorted((slips & set(alike) if answer >= 10 else set(alike)) - {answer})
+    below, above = [n for n in pool if n < answer], [n for n in pool if n > answer]
+    count = rng.randint(max(0, 4 - len(above)), min(4, len(below)))
+    return rng.sample(below, count) + rng.sample(above, 4 - count)

@@ -1,0 +1,164 @@
+"""WinoGrande of the world: which of two people does the last clause speak about?"""
+
+from typing import NamedTuple
+
+from bench.data.world.entities import Split, of_split
+from bench.data.world.lexicon import PLACES, THINGS
+from bench.data.world.question import Draw, Question
+
+
+class _Situation(NamedTuple):
+    """Openings with two roles, and clauses that can only be said of one of them."""
+
+    openings: tuple[str, ...]
+    of_a: tuple[str, ...]
+    of_b: tuple[str, ...]
+
+
+_AMONG_PEOPLE = (
+    _Situation(
+        ("{a} gave the {thing} to {b} because", "{b} got the {thing} from {a} because",
+         "{a} handed {b} the {thing} because"),
+        ("no longer needed it", "had two of them", "was moving house"),
+        ("had asked for it", "wanted to try it", "had a birthday"),
+    ),
+    _Situation(
+        ("{a} carried {b} home because", "{b} was carried by {a} because",
+         "{a} lifted {b} up because"),
+        ("was very strong", "had broad shoulders", "was willing to help"),
+        ("could not walk", "had hurt a foot", "was fast asleep"),
+    ),
+    _Situation(
+        ("{a} lent money to {b} because", "{b} borrowed money from {a} because",
+         "{a} paid for {b} because"),
+        ("was rich", "had plenty to spare", "earned a good wage"),
+        ("was poor", "had an empty purse", "could not pay the rent"),
+    ),
+    _Situation(
+        ("{a} sold the {thing} to {b} because", "{b} bought the {thing} from {a} because",
+         "{a} let {b} have the {thing} at a price because"),
+        ("was short of cash", "wanted to be rid of it", "was closing the shop"),
+        ("was a keen collector", "had looked for one", "liked the look of it"),
+    ),
+)  # fmt: skip
+
+_ROLES = (
+    (
+        ("the nurse", "the patient"),
+        _Situation(
+            ("{a} called on {b} because", "{b} was washed by {a} because",
+             "{a} brought {b} some pills because"),
+            ("was on duty that night", "had a medicine chest", "knew about wounds"),
+            ("had a fever", "was in great pain", "could not get up"),
+        ),
+    ),
+    (
+        ("the teacher", "the pupil"),
+        _Situation(
+            ("{a} praised {b} because", "{b} read aloud to {a} because",
+             "{a} gave {b} a book because"),
+            ("wanted to be kind", "corrected every mistake", "liked to explain things"),
+            ("had learned the poem", "was the best in class", "had done the homework"),
+        ),
+    ),
+    (
+        ("the thief", "the watchman"),
+        _Situation(
+            ("{a} ran from {b} because", "{b} went after {a} because",
+             "{a} slipped past {b} because"),
+            ("had a stolen purse", "did not want to be caught", "was afraid of jail"),
+            ("had heard a noise", "guarded the gate", "carried a lantern and a whistle"),
+        ),
+    ),
+    (
+        ("the guide", "the stranger"),
+        _Situation(
+            ("{a} walked with {b} because", "{b} followed {a} because",
+             "{a} drew a map for {b} because"),
+            ("had lived there for years", "knew each path", "earned money that way"),
+            ("was lost", "had never been there", "could not read the signs"),
+        ),
+    ),
+    (
+        ("the cook", "the guest"),
+        _Situation(
+            ("{a} served {b} because", "{b} waited for {a} because",
+             "{a} came out to {b} because"),
+            ("had made a stew", "was proud of the roast", "ran the kitchen"),
+            ("was hungry", "had ordered a meal", "sat at the table"),
+        ),
+    ),
+    (
+        ("the drum", "the suitcase"),
+        _Situation(
+            ("{a} did not fit in {b} because", "{b} could not hold {a} because",
+             "{a} stuck out of {b} because"),
+            ("was too big", "was round and wide", "made too much of a bulge"),
+            ("was too small", "was full of shirts", "would not close any more"),
+        ),
+    ),
+)  # fmt: skip
+"""Situations whose two sides are known by what they are, not by where they are named."""
+
+_SITUATIONS = (*_AMONG_PEOPLE, *(situation for _, situation in _ROLES))
+
+
+class _Case(NamedTuple):
+    """All that decides a sentence."""
+
+    situation: int
+    opening: int
+    clause: int
+    role: int
+    a: str
+    b: str
+    thing: str
+    place: str
+
+
+def ask(draw: Draw) -> Question:
+    """Ask whom a clause is about; two questions in a row are twins with opposite answers.
+
+    A situation's openings and clauses are all in training, but test has the pairs of opening
+    and clause that training does not have.
+    """
+    case = _twin(draw.previous) if draw.previous and draw.number % 2 else _new_case(draw)
+    situation = _SITUATIONS[case.situation]
+    words = {"a": case.a, "b": case.b, "thing": case.thing}
+    start = f"Once at the {case.place} {situation.openings[case.opening].format(**words)}"
+    clause = (situation.of_a, situation.of_b)[case.role][case.clause]
+    answer, other = (case.a, case.b) if case.role == 0 else (case.b, case.a)
+    slot = draw.number % 2
+    first, second = (answer, other) if slot == 0 else (other, answer)
+    document = {
+        "sentence": f"{start} _ {clause}.",
+        "option1": first,
+        "option2": second,
+        "answer": str(slot + 1),
+    }
+    return Question((case.situation, case.opening, case.clause), case, document)
+
+
+def _new_case(draw: Draw) -> _Case:
+    rng = draw.rng
+    opening, clause = rng.choice(_pairs(draw.split))
+    situation = rng.randrange(len(_SITUATIONS))
+    people = [person.name for person in rng.sample(of_split(draw.world.people, draw.split), 2)]
+    role = situation - len(_AMONG_PEOPLE)
+    a, b = people if role < 0 else _ROLES[role][0]
+    thing = rng.choice(THINGS) if role < 0 else ""
+    side, where = rng.randrange(2), rng.choice(PLACES)
+    return _Case(situation, opening, clause, side, a, b, thing, where)
+
+
+def _twin(question: Question) -> _Case:
+    case = question.key
+    if not isinstance(case, _Case):
+        raise TypeError("the question before is not one of this task")
+    return case._replace(role=1 - case.role)
+
+
+def _pairs(split: Split) -> list[tuple[int, int]]:
+    """Pairs of opening and clause: a Latin square of three, of which test has one diagonal."""
+    square = [(opening, clause) for opening in range(3) for clause in range(3)]
+    return [(o, c) for o, c in square if ((o + c) % 3 == 0) == (split == "test")]

@@ -1,0 +1,114 @@
+"""The one layer that knows devices: choice, seeds, synchronisation, memory, description.
+
+Nothing else in the package asks whether there is a GPU. Paths for CUDA are written for real;
+README says which of them have run on one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import re
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def pick(wanted: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; a device not there is refused."""
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise unknown("model.device", wanted, ("auto", "cpu", "cuda", "cuda:N"))
+    if wanted.startswith("cuda"):
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(f"model.device={wanted}: this machine has {count} CUDA devices")
+    return torch.device(wanted)
+
+
+def dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    import torch
+
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if wanted not in DTYPES:
+        raise unknown("model.dtype", wanted, ("auto", *DTYPES))
+    chosen = getattr(torch, wanted)
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices) so that a run can be repeated."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch use `count` processor threads; None leaves it its own choice."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it, so that a clock can be read."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give cached, unused memory back to the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how many bytes can still be allocated on the device."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def describe() -> dict[str, Any]:
+    """Return what the numbers of a record were made on: processor, threads, GPUs, versions."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+    }

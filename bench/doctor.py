@@ -1,0 +1,68 @@
+"""`bench doctor`: what is installed, which devices there are, what can be used offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = (
+    "slimbench", "torch", "torchvision", "transformers", "lm-eval", "lmms-eval", "hydra-core",
+    "wandb", "pandas", "datasets", "hydra-submitit-launcher", "hydra-ray-launcher", "optuna",
+)  # fmt: skip
+
+
+def examine() -> list[dict[str, Any]]:
+    """Return one row per thing looked at: `what`, `state` (ok or missing) and `detail`."""
+    return [*_packages(), *_devices(), *_models(), *_benchmarks()]
+
+
+def _row(what: str, detail: str | None, missing: str = "") -> dict[str, Any]:
+    """A detail means that it is there; without one, `missing` says why it is not."""
+    return {"what": what, "state": "ok" if detail else "missing", "detail": detail or missing}
+
+
+def _packages() -> Iterator[dict[str, Any]]:
+    for name in PACKAGES:
+        try:
+            yield _row(f"package {name}", version(name))
+        except PackageNotFoundError:
+            yield _row(f"package {name}", None, "not installed")
+
+
+def _devices() -> Iterator[dict[str, Any]]:
+    from bench.device import describe
+
+    found = describe()
+    memory = found["memory_bytes"] / 2**30
+    cpu = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {memory:.0f} GiB"
+    yield _row("device cpu", cpu)
+    yield _row("device cuda", ", ".join(found["gpus"]) or None, "no CUDA device")
+
+
+def _models() -> Iterator[dict[str, Any]]:
+    from bench.compose import options, run_config
+    from bench.errors import UserError
+    from bench.models import loading
+
+    for name in options("model"):
+        try:
+            source = loading.resolve(run_config([f"model={name}"]).model, offline=True)
+        except UserError as error:
+            yield _row(f"model {name}", None, str(error))
+        else:
+            yield _row(f"model {name}", f"{source.folder}")
+
+
+def _benchmarks() -> Iterator[dict[str, Any]]:
+    from bench.compose import options, run_config
+    from bench.errors import UserError
+    from bench.evaluation import plan
+
+    for name in options("benchmark"):
+        try:
+            plan(run_config([f"benchmark={name}"]).benchmark, offline=True)
+        except UserError as error:
+            yield _row(f"benchmark {name}", None, str(error))
+        else:
+            yield _row(f"benchmark {name}", "all data at hand")

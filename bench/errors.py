@@ -1,0 +1,36 @@
+"""What is said to a user whose input is wrong: one sentence, no traceback, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong; the message is one sentence that names key, value and cure."""
+
+
+class MissingData(UserError):
+    """Data or weights that a run needs cannot be reached; the message names all of them."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """Return the option most like `word`, or None when nothing is close."""
+    matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
+    """Build the error for a name that does not exist: what was meant, and what there is."""
+    allowed = sorted(options)
+    close = nearest(word, allowed)
+    hint = f"did you mean {close!r}? " if close else ""
+    return UserError(f"unknown {kind} {word!r}: {hint}allowed: {', '.join(allowed) or 'none'}")
+
+
+class RunsFailed(Exception):
+    """Every run of a sweep failed; `reasons` holds one sentence each."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons

@@ -1,0 +1,150 @@
+"""Building the harness's task objects for the names that a benchmark lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+from bench.data import hub
+from bench.errors import UserError, unknown
+from bench.evaluation import catalog, definition, documents, groups
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.quiet import quiet
+from bench.evaluation.source import Source, hub_source
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One scored name: a task, or a group of them whose scores the harness aggregates.
+
+    `tasks` and `groups` are the harness's objects; `headline` is the metric that stands for the
+    name, with the filter it is read through, None meaning the task's first.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    sources: dict[str, Source]
+    headline: tuple[str, str | None]
+
+
+def names(benchmark: BenchmarkConfig) -> list[str]:
+    """Return the names that are scored: those of `tasks`, with every tag as its tasks."""
+    if benchmark.suite == "micro":
+        return list(benchmark.tasks)
+    with quiet():
+        expanded = [task for name in benchmark.tasks for task in groups.expand(name)]
+    return list(dict.fromkeys(expanded))
+
+
+def build(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
+    """Build one task, or one group of them; data that are not there raise `hub.Unreachable`."""
+    find = catalog.find_micro if benchmark.suite == "micro" else catalog.find
+    file = find(name)
+    with quiet():
+        if file is None:
+            return _build_group(name, benchmark)
+        task, source = _build_one(name, definition.read(file), benchmark)
+    return _planned(name, {name: task}, {}, {name: source}, benchmark)
+
+
+def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
+    if name in benchmark.data:
+        raise UserError(f"benchmark.data.{name}: {name} is a group; list its tasks one by one")
+    try:
+        loaded = groups.load(name)
+    except (OSError, ValueError) as error:  # what the harness lets through when data are missing
+        raise hub.unreachable(", ".join(groups.data_sets(name)), error) from error
+    sources = {leaf: _source_of(task) for leaf, task in loaded["tasks"].items()}
+    return _planned(name, loaded["tasks"], loaded["groups"], sources, benchmark)
+
+
+def _build_one(
+    name: str, defined: dict[str, Any], benchmark: BenchmarkConfig
+) -> tuple[Any, Source]:
+    if "class" in defined:
+        if name in benchmark.data:
+            raise UserError(f"benchmark.data.{name}: {name} reads data in Python code of its own")
+        return _build_python(defined)
+    defined["num_fewshot"] = definition.shots(defined, benchmark.num_fewshot)
+    data, source = documents.load(name, defined, benchmark)
+    # Without examples the harness need not read through a training split of any size.
+    present = set(data) if defined["num_fewshot"] else {definition.evaluated_split(defined)}
+    fitted = definition.restrict(defined, present) | {"custom_dataset": lambda **_: data}
+    if name not in benchmark.data:
+        return _construct(fitted), source
+    return _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}"), source
+
+
+def _build_python(defined: dict[str, Any]) -> tuple[Any, Source]:
+    """Build a task that is a class of the harness and loads its data itself."""
+    try:
+        task = _construct(defined)
+    except (OSError, ValueError) as error:  # as in `_build_group`
+        raise hub.unreachable(str(defined["class"].DATASET_PATH), error) from error
+    return task, _source_of(task)
+
+
+def _source_of(task: Any) -> Source:
+    """Describe the data of a task that the harness loaded itself."""
+    data = getattr(task, "dataset", None)
+    location = hub.spell(task.DATASET_PATH or "", task.DATASET_NAME)
+    if not isinstance(data, dict):
+        return Source("harness", location, None, task.task_name)
+    return hub_source(location, hub.commit_of(data), documents.content(data))
+
+
+def _construct_local(defined: dict[str, Any], key: str) -> Any:
+    try:
+        return _construct(defined)
+    except Exception as error:  # whatever the task's templates and functions raise on such rows
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{key}: the rows do not fit {defined['task']}: {reason}") from error
+
+
+def _construct(defined: dict[str, Any]) -> Any:
+    """Let the harness build one task from a definition; its index is not needed for that."""
+    (task,) = TaskManager(include_defaults=False).load([defined])["tasks"].values()
+    return task
+
+
+def _planned(
+    name: str,
+    tasks: dict[str, Any],
+    members: dict[str, Any],
+    sources: dict[str, Source],
+    benchmark: BenchmarkConfig,
+) -> PlannedTask:
+    for leaf, task in tasks.items():
+        _refuse_unsupported(leaf, task)
+        wanted = definition.shots(
+            {"num_fewshot": task.get_config("num_fewshot")}, benchmark.num_fewshot
+        )
+        task.set_config("num_fewshot", wanted)
+    offered = _offered(members[name].aggregate_metric_list if members else None, tasks)
+    return PlannedTask(name, tasks, members, sources, _headline(name, offered, benchmark))
+
+
+def _refuse_unsupported(name: str, task: Any) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"task {name!r} needs images or sound, which a text model does not take")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"task {name!r} runs code that the model wrote; bench does not do that")
+
+
+def _offered(aggregated: Iterable[Any] | None, tasks: dict[str, Any]) -> list[str]:
+    """Return the metrics that a name offers, in the harness's order."""
+    if aggregated:
+        return [metric.metric for metric in aggregated]
+    return list(dict.fromkeys(metric for task in tasks.values() for metric in task.aggregation()))
+
+
+def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> tuple[str, str | None]:
+    """Split `METRIC` or `METRIC,FILTER`, the harness's own notation; default: the first metric."""
+    metric, _, chosen = benchmark.metrics.get(name, offered[0]).partition(",")
+    if metric not in offered:
+        raise unknown(f"metric benchmark.metrics.{name}", metric, offered)
+    return metric, chosen or None

@@ -1,0 +1,63 @@
+"""What a benchmark config may say, checked once at the boundary."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class PerplexityConfig(BaseModel):
+    """One perplexity: which text, cut into windows of how many tokens.
+
+    `protocol` names how windows are drawn: `gptq_wikitext2` joins the test split and cuts it into
+    consecutive windows, `gptq_c4` draws 256 random windows with seed 0, `consecutive` is the
+    former for any text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Literal["wikitext2", "c4", "english"]
+    protocol: Literal["gptq_wikitext2", "gptq_c4", "consecutive"] = "consecutive"
+    window: int = Field(default=2048, ge=8)
+    path: str | None = None
+
+
+class BenchmarkConfig(BaseModel):
+    """One entry of the `benchmark` config group: harness tasks, perplexities, or both.
+
+    `suite` says where the tasks' data come from: `real` (the harness's own data sets) or `micro`
+    (the embedded world, in the same schemas). `metrics` names the headline metric of each task,
+    as `METRIC` or `METRIC,FILTER`; a task it does not name has its first one. Their unweighted
+    mean is the benchmark's `average`. `data` points single tasks at local parquet or JSON-lines
+    files in the real data set's schema, or at a folder of such files, one per split; null stands
+    for no file. `num_fewshot` null leaves each task its own number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    suite: Literal["real", "micro"] = "real"
+    tasks: tuple[str, ...] = ()
+    metrics: dict[str, str] = Field(default_factory=dict)
+    perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
+    num_fewshot: int | None = Field(default=0, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    data: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _without_blanks(cls, data: Any) -> Any:
+        """Drop the keys that a config file lists only so that they can be overridden."""
+        if not isinstance(data, dict):
+            return data
+        return {task: path for task, path in data.items() if path is not None}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        """Refuse a text that is called like a task: metrics are told apart by that name."""
+        both = {*self.tasks, "average"} & self.perplexity.keys()
+        if both:
+            raise ValueError(f"benchmark.perplexity.{both.pop()} is the name of a task as well")
+        return self

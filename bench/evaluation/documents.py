@@ -1,0 +1,53 @@
+"""Loading the documents of one task: from a user's file, its own function, or the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.data import hub
+from bench.evaluation import embedded, local_files
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.definition import evaluated_split
+from bench.evaluation.source import Source, hub_source
+
+Splits = dict[str, Any]
+"""Data sets by split name."""
+
+
+def load(name: str, defined: dict[str, Any], benchmark: BenchmarkConfig) -> tuple[Splits, Source]:
+    """Return the splits that the benchmark gives a task, and where they came from."""
+    path = benchmark.data.get(name)
+    if path:
+        return local_files.load(name, path, evaluated_split(defined))
+    if benchmark.suite == "micro":
+        return _from_function(defined, only=_only(defined)), embedded.world_source(name)
+    if "custom_dataset" in defined:
+        data = _from_function(defined)
+        return data, Source("harness", name, None, content(data))
+    return _from_hub(defined)
+
+
+def _only(defined: dict[str, Any]) -> str | None:
+    """Name the one split that a task without few-shot examples needs."""
+    return None if defined.get("num_fewshot") else evaluated_split(defined)
+
+
+def _from_function(defined: dict[str, Any], **options: Any) -> Splits:
+    given = {**(defined.get("metadata") or {}), **(defined.get("dataset_kwargs") or {})}
+    data: Splits = defined["custom_dataset"](**given, **options)
+    return data
+
+
+def _from_hub(defined: dict[str, Any]) -> tuple[Splits, Source]:
+    options = dict(defined.get("dataset_kwargs") or {})
+    options.pop("trust_remote_code", None)  # an option of old; scripts are not run any more
+    location = (defined["dataset_path"], defined.get("dataset_name"))
+    data = hub.load(*location, **options)
+    return data, hub_source(hub.spell(*location), hub.commit_of(data), content(data))
+
+
+def content(data: Splits) -> str:
+    """Return an identity of loaded documents: the library's own hash of how they came to be."""
+    return "-".join(
+        str(getattr(split, "_fingerprint", name)) for name, split in sorted(data.items())
+    )

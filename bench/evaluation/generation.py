@@ -1,0 +1,92 @@
+"""Free generation up to stop strings, batched by settings and length, as the harness's `hf` does.
+
+Suffixes: B batch, T padded length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.models.utils_hf import stop_sequences_criteria
+
+from bench.errors import UserError
+from bench.evaluation.batches import Batches
+from bench.models.model import Model
+
+Asked: TypeAlias = tuple[list[int], dict[str, Any]]
+"""A context's tokens and the harness's generation settings for it."""
+
+
+def generate(model: Model, asked: Sequence[Asked], batches: Batches) -> list[str]:
+    """Return one continuation per context; contexts of equal settings share batches."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, (_, options) in enumerate(asked):
+        groups[json.dumps(options, sort_keys=True, default=str)].append(number)
+    texts = [""] * len(asked)
+    for numbers in groups.values():
+        numbers.sort(key=lambda number: -len(asked[number][0]))
+        settings = Settings(model, asked[numbers[0]][1])
+        contexts = [asked[number][0] for number in numbers]
+        for number, text in zip(numbers, batches.run(contexts, settings.run), strict=True):
+            texts[number] = text
+    return texts
+
+
+class Settings:
+    """One set of generation settings, ready to run on batches of contexts."""
+
+    def __init__(self, model: Model, options: dict[str, Any]) -> None:
+        self._model = model
+        self._options: dict[str, Any] = dict(normalize_gen_kwargs(options))
+        end = model.tokenizer.decode(model.tokenizer.eos_token_id, skip_special_tokens=False)
+        self._stop: list[str] = handle_stop_sequences(self._options.pop("until", None), eos=end)
+        self._new = int(self._options.pop("max_gen_toks"))
+        self._options.pop("max_length", None)
+        if not self._options.get("do_sample"):
+            self._options.pop("temperature", None)
+        self._longest = model.max_length - self._new
+        if self._longest < 1:
+            raise UserError(
+                f"the task generates {self._new} tokens, which leaves no room for a context: "
+                f"model {model.name} takes {model.max_length} in all"
+            )
+
+    @torch.no_grad()
+    def run(self, contexts: Sequence[list[int]]) -> list[str]:
+        """Continue contexts of any length: cut and padded on the left."""
+        ids_BT, mask_BT = self._pad([context[-self._longest :] for context in contexts])
+        width = ids_BT.shape[1]
+        tokenizer = self._model.tokenizer
+        network: Any = self._model.network
+        made_BT = network.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_length=width + self._new,
+            stopping_criteria=stop_sequences_criteria(tokenizer, self._stop, width, len(contexts)),
+            pad_token_id=self._padding(),
+            use_cache=True,
+            **self._options,
+        )
+        texts = (tokenizer.decode(row[width:], skip_special_tokens=True) for row in made_BT)
+        return [postprocess_generated_text(text, self._stop, None) for text in texts]
+
+    def _padding(self) -> int:
+        token = self._model.tokenizer.pad_token_id
+        return int(self._model.tokenizer.eos_token_id if token is None else token)
+
+    def _pad(self, contexts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, contexts))
+        fill = self._padding()
+        ids = [[fill] * (width - len(context)) + context for context in contexts]
+        mask = [[0] * (width - len(context)) + [1] * len(context) for context in contexts]
+        device = self._model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,123 @@
+"""Perplexity by the GPTQ protocol: exp of the mean, over windows, of the mean token loss.
+
+Suffixes: B windows in a batch, T tokens in a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from bench.errors import UserError
+from bench.evaluation.batches import Batches
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.result import Metric
+from bench.evaluation.texts import PlannedText
+from bench.evaluation.windows import C4_WINDOWS, consecutive, drawn
+from bench.models.model import Model
+from bench.progress import Progress
+
+_TOKENS_PER_BATCH = 8192
+"""Every position meets the head here, so logits and not activations bound the batch."""
+
+
+def measure(
+    model: Model, text: PlannedText, benchmark: BenchmarkConfig, progress: Progress
+) -> tuple[Metric, list[dict[str, Any]]]:
+    """Return the perplexity of a text and a sample row for each of its windows."""
+    windows = cut(model, text, benchmark.limit)
+    size = max(1, min(benchmark.batch_size, _TOKENS_PER_BATCH // text.config.window))
+    progress.total(len(windows))
+    network = model.network.eval()
+    losses = Batches(size, model.device, progress).run(
+        windows, lambda batch: window_losses(network, torch.tensor(batch, device=model.device))
+    )
+    metric = _metric(benchmark, text, losses)
+    if not math.isfinite(metric.value):
+        progress.console.print(f"[red]{text.name}: the perplexity is {metric.value}[/red]")
+    return metric, _samples(text, windows, losses)
+
+
+def cut(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
+    """Cut the text into the windows of its protocol, the first `limit` of them."""
+    window = text.config.window
+    if window > model.max_length:
+        raise UserError(
+            f"benchmark.perplexity.{text.name}.window={window}: "
+            f"model {model.name} takes {model.max_length} tokens"
+        )
+
+    def encode(string: str) -> list[int]:
+        special = model.config.add_bos
+        options = {} if special is None else {"add_special_tokens": special}
+        return list(model.tokenizer(string, verbose=False, **options)["input_ids"])
+
+    try:
+        if text.config.protocol == "gptq_c4":
+            return drawn(text.documents, encode, window, min(C4_WINDOWS, limit or C4_WINDOWS))
+        return consecutive(text.documents, encode, window)[:limit]
+    except UserError as error:
+        raise UserError(f"benchmark.perplexity.{text.name}: {error}") from error
+
+
+@torch.no_grad()
+def window_losses(network: Any, ids_BT: torch.Tensor) -> list[float]:
+    """Return each window's mean cross-entropy over its T - 1 predictions, in fp32."""
+    logits_BTV = network(ids_BT, use_cache=False).logits
+    losses = [
+        functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:])
+        for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)
+    ]
+    return [float(loss) for loss in losses]
+
+
+def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
+    """Return exp of the mean loss and its standard error by the delta method: ppl * se(mean)."""
+    mean = math.fsum(losses) / len(losses)
+    try:
+        value = math.exp(mean)
+    except OverflowError:
+        value = math.inf
+    if len(losses) < 2 or not math.isfinite(value):
+        return value, None
+    return value, value * statistics.stdev(losses) / math.sqrt(len(losses))
+
+
+def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> Metric:
+    value, stderr = perplexity(losses)
+    return Metric(
+        benchmark=benchmark.name,
+        task=text.name,
+        metric="perplexity",
+        filter="none",
+        shots=0,
+        split=text.split,
+        value=value,
+        stderr=stderr,
+        n=len(losses),
+        higher_is_better=False,
+        headline=True,
+        task_version=f"{text.config.protocol}/{text.config.window}",
+    )
+
+
+def _samples(
+    text: PlannedText, windows: Sequence[list[int]], losses: Sequence[float]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": text.name,
+            "filter": "none",
+            "doc_id": number,
+            "doc_hash": hashlib.sha256(repr(tokens).encode()).hexdigest(),
+            "loglikelihoods": [-loss * (len(tokens) - 1)],
+            "n_tokens": len(tokens) - 1,
+        }
+        for number, (tokens, loss) in enumerate(zip(windows, losses, strict=True))
+    ]

@@ -1,0 +1,87 @@
+"""The harness's logged samples as flat rows with the same columns for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.evaluation.building import PlannedTask
+
+COLUMNS: dict[str, Any] = {
+    "task": None,
+    "filter": None,
+    "doc_id": None,
+    "doc_hash": None,
+    "prompt_hash": None,
+    "target": None,
+    "prompt": None,
+    "choices": (),
+    "loglikelihoods": (),
+    "greedy": (),
+    "response": None,
+    "n_tokens": None,
+}
+"""Every row's first columns and what stands in them where a task has nothing to say."""
+
+METRICS = ("acc", "acc_norm", "exact_match")
+"""The metric columns that are there whatever was run; other metrics add theirs."""
+
+
+def rows(planned: PlannedTask, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per scored document and filter."""
+    return [
+        _row(name, planned.tasks[name], sample)
+        for name, samples in result["samples"].items()
+        for sample in samples
+    ]
+
+
+def aligned(found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Give all rows the same columns in the same order; a missing list is empty, the rest None."""
+    extra = dict.fromkeys(key for row in found for key in row if key not in COLUMNS)
+    blank = {**COLUMNS, **dict.fromkeys(METRICS), **dict.fromkeys(extra)}
+    whole = ({**blank, **row} for row in found)
+    return tuple({k: list(v) if v == () else v for k, v in row.items()} for row in whole)
+
+
+def _row(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    first = sample["arguments"][0]
+    return {
+        "task": name,
+        "filter": sample["filter"],
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "target": str(sample["target"]),
+        "prompt": first[0],
+        "choices": _choices(task, sample),
+        **_answers(task, sample),
+        **{name: _number(sample[name]) for name in sample["metrics"]},
+    }
+
+
+def _choices(task: Any, sample: dict[str, Any]) -> list[str]:
+    if task.OUTPUT_TYPE == "multiple_choice":
+        return [str(choice) for choice in task.doc_to_choice(sample["doc"])]
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return [argument[1] for argument in sample["arguments"]]
+    return []
+
+
+def _answers(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Read the model's raw answers, before any filter: scores of choices, or a text."""
+    answers = [responses[0] for responses in sample["resps"]]
+    if task.OUTPUT_TYPE == "generate_until":
+        filtered = sample["filtered_resps"][0]
+        return {"response": filtered if isinstance(filtered, str) else answers[0]}
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return {"loglikelihoods": [float(answer) for answer in answers]}
+    return {
+        "loglikelihoods": [float(value) for value, _ in answers],
+        "greedy": [bool(greedy) for _, greedy in answers],
+    }
+
+
+def _number(value: Any) -> float | None:
+    """Return a sample's metric; one that only makes sense over many samples is not a number."""
+    return float(value) if isinstance(value, int | float) else None

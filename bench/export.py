@@ -1,0 +1,101 @@
+"""`bench export`: the model that a run made, as a Hugging Face folder.
+
+A record holds no weights. The run's methods are applied again, with the settings that the record
+has, to the same weights and the same calibration text; evaluation is left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.config import RunConfig
+    from bench.models.model import Model
+    from bench.models.saving import Form
+    from bench.records import Record
+
+
+def export(run: str, folder: Path, results_dir: Path, *, pad: bool = False) -> Form:
+    """Write the model of a run to a new folder, whole or not at all, and return its form.
+
+    `run` is a record's id or the beginning of it. With `pad`, experts of different widths are
+    filled up with zeros, so that stock transformers loads the folder.
+
+    Raises:
+        UserError: there is no such run, the folder is in use, the run cannot be repeated because
+            its weights, text or methods have changed, or its model cannot be written.
+    """
+    from bench.models.saving import save
+    from bench.records import Store
+    from bench.records.atomic import write_folder
+    from bench.reporting.card import card
+
+    record = Store(results_dir).get(run)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: name another")
+    model = repeated(record)
+    form: list[Form] = []
+
+    def fill(place: Path) -> None:
+        form.append(save(model, place, pad=pad))
+        text = card(record, form[0], stock=_in_transformers(model))
+        (place / "README.md").write_text(text, encoding="utf-8")
+
+    write_folder(folder, fill)
+    return form[0]
+
+
+def repeated(record: Record) -> Model:
+    """Return the model of a record: its weights, changed by its methods once more."""
+    from bench.data import calibration
+    from bench.device import seed_everything
+    from bench.method import Context
+    from bench.models import loading
+    from bench.progress import Progress
+    from bench.run import apply_methods
+
+    config = recorded_config(record)
+    source = loading.resolve(config.model, offline=config.offline)
+    _refuse_change("weights", record.model.fingerprint, source.fingerprint)
+    text = None
+    if config.uses_calibration:
+        text = calibration.resolve(config.calibration, offline=config.offline)
+        _refuse_change("calibration text", record.provenance["calibration"], text.fingerprint)
+    seed_everything(config.seed)
+    model = loading.load(source)
+    tokens = text.tokenize(model.tokenizer) if text else None
+    apply_methods(config, model, Context(config.seed, tokens, Progress()))
+    return model
+
+
+def recorded_config(record: Record) -> RunConfig:
+    """Return the config of a run as its record holds it, with its methods as objects.
+
+    A record says the methods' names and knobs; which class a name means, the config tree says.
+    """
+    import shlex
+
+    from bench.compose import run_config
+    from bench.config import validate
+
+    knobs = record.config["method"]
+    searched = [w for w in shlex.split(record.command) if w.startswith("hydra.searchpath=")]
+    known = run_config([f"method=[{','.join(knobs)}]", *searched]).method
+    classes = {name: type(method) for name, method in known.items()}
+    targets = {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in classes.items()}
+    methods = {name: {"_target_": targets[name], **knobs[name]} for name in knobs}
+    return validate({**record.config, "method": methods})
+
+
+def _refuse_change(what: str, recorded: str | None, found: str) -> None:
+    """Raise when an input is no longer what the run read."""
+    if recorded != found:
+        raise UserError(f"the {what} have changed since the run: it cannot be repeated")
+
+
+def _in_transformers(model: Model) -> bool:
+    """Whether the network's class comes from transformers itself."""
+    return type(model.network).__module__.startswith("transformers.")

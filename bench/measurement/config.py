@@ -1,0 +1,15 @@
+"""What a costs config may say, checked once at the boundary."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class CostsConfig(BaseModel):
+    """One entry of the `costs` config group: the shapes at which costs are counted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    batch: int = Field(default=1, ge=1)
+    length: int = Field(default=512, ge=1)

@@ -1,0 +1,60 @@
+"""How big a network is: parameters, those that are not zero, those a token meets, and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bench.models.packed import packed_linears
+from bench.models.residence import fetched
+
+if TYPE_CHECKING:
+    from bench.models.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Size:
+    """Counts of one network; `active` is what one token's forward reads."""
+
+    parameters: int
+    nonzero: int
+    active: int
+    bytes: int
+    routed: int
+    shared: int
+
+
+def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
+    """Count a network's parameters, each tied tensor once, and packed weights as so many.
+
+    Of a layer's E routed experts a token meets k, so k/E of the routed parameters are active;
+    all other parameters (embeddings and head included) count as active.
+    """
+    tensors = list(network.parameters())
+    packed = [linear for _, linear in packed_linears(network)]
+    total = sum(t.numel() for t in tensors) + sum(linear.numel for linear in packed)
+    routed, idle, shared = 0, 0.0, 0
+    for block in anatomy.blocks if anatomy else ():
+        here = _numel(block.experts)
+        routed += here
+        idle += here * (1 - block.top_k / block.num_experts)
+        shared += _numel(block.shared) if block.shared is not None else 0
+    return Size(
+        parameters=total,
+        nonzero=sum(
+            int(t.count_nonzero())
+            for t in chain(fetched(network), (linear.weight for linear in packed))
+        ),
+        active=round(total - idle),
+        bytes=sum(t.numel() * t.element_size() for t in (*tensors, *network.buffers())),
+        routed=routed,
+        shared=shared,
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    stored = sum(t.numel() for t in module.parameters())
+    return stored + sum(linear.numel for _, linear in packed_linears(module))

@@ -1,0 +1,195 @@
+"""Routed experts of different widths, stored and run without the weights that were removed.
+
+Shapes: T tokens, K experts a token, S = T·K slots (a token for one of its experts), E experts,
+G experts of one bucket, D d_model, F an expert's width, W a bucket's width.
+
+Experts whose widths round up to the same multiple of `align` share a bucket: two dense tensors
+[G, 2W, D] and [G, D, W], in which an expert narrower than W is padded with zero rows and columns.
+So every product is dense with aligned sizes, a bucket can go through one grouped kernel, and the
+padding is less than `align` micro-experts an expert. An expert of width 0 has no storage; tokens
+are still routed to it, with the router's weight unchanged, and receive nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.models.anatomy.expert import ExpertView
+from bench.models.own import OwnModule
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Experts that are stored at the same width; their order is their place in the storage."""
+
+    width: int
+    experts: tuple[int, ...]
+
+
+def bucketed(widths: Sequence[int], align: int) -> tuple[Bucket, ...]:
+    """Return the buckets of experts with these widths, narrow ones first."""
+    aligned = [-(-width // align) * align for width in widths]
+    return tuple(
+        Bucket(width, tuple(e for e, own in enumerate(aligned) if own == width))
+        for width in sorted(set(aligned))
+    )
+
+
+class RaggedExperts(OwnModule):
+    """The routed experts of one block, each with a width of its own.
+
+    Takes what a fused experts module of transformers takes: hidden states [T, D], the experts of
+    each token [T, K] and the router's weights [T, K]; returns [T, D].
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        d_model: int,
+        act_fn: Activation,
+        align: int = 8,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.d_model = d_model
+        self.act_fn = act_fn
+        self.align = align
+        self.buckets = bucketed(widths, align)
+        stored = [expert for bucket in self.buckets for expert in bucket.experts]
+        # Where an expert comes when experts are ordered by bucket.
+        self._rank = [stored.index(expert) for expert in range(len(stored))]
+        made: dict[str, Any] = {"dtype": dtype, "device": device}
+        for bucket in self.buckets:
+            if bucket.width:
+                count, width = len(bucket.experts), bucket.width
+                gate_up_GWD = torch.zeros(count, 2 * width, d_model, **made)
+                down_GDW = torch.zeros(count, d_model, width, **made)
+                # Named by width and held by this module itself: accelerate moves the weights of
+                # a module when its own forward is called.
+                self.register_parameter(f"gate_up_{width}", nn.Parameter(gate_up_GWD, False))
+                self.register_parameter(f"down_{width}", nn.Parameter(down_GDW, False))
+
+    @property
+    def padding(self) -> int:
+        """How many micro-experts of zeros are stored so that products are aligned."""
+        stored = sum(bucket.width * len(bucket.experts) for bucket in self.buckets)
+        return stored - sum(self.widths)
+
+    def structure(self) -> dict[str, Any]:
+        """Return widths, d_model and alignment."""
+        return {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}
+
+    @classmethod
+    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+        """Build it with zeros, on the current default device and in the default dtype."""
+        widths = [int(width) for width in structure["widths"]]
+        act_fn = activation_of(original)
+        return cls(widths, int(structure["d_model"]), act_fn, int(structure["align"]))
+
+    def weights(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Return gate-and-up [G, 2W, D] and down [G, D, W] of a bucket that is not empty."""
+        gate_up, down = (
+            getattr(self, f"gate_up_{bucket.width}"),
+            getattr(self, f"down_{bucket.width}"),
+        )
+        return cast(Tensor, gate_up), cast(Tensor, down)
+
+    def view(self, expert: int) -> ExpertView:
+        """Return one expert without its padding; writing to it changes the weights."""
+        width = self.widths[expert]
+        bucket = next(bucket for bucket in self.buckets if expert in bucket.experts)
+        if not bucket.width:
+            return self._nothing()
+        place = bucket.experts.index(expert)
+        gate_up_GWD, down_GDW = (weight.detach() for weight in self.weights(bucket))
+        gate_WD, up_WD = gate_up_GWD[place].chunk(2)
+        return ExpertView(gate_WD[:width], up_WD[:width], down_GDW[place, :, :width], self.act_fn)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x) for every token, [T, D]."""
+        tokens, top_k = top_k_index.shape
+        slot_S, counts = self._by_bucket(top_k_index)
+        weight_S = top_k_weights.flatten()[slot_S]
+        pieces: list[Tensor] = []
+        waiting, begin = iter(counts), 0
+        for bucket in self.buckets:
+            mine = list(islice(waiting, len(bucket.experts)))
+            place = slice(begin, begin + sum(mine))
+            if place.stop > begin:
+                x_SD = hidden_states[slot_S[place] // top_k]
+                pieces += self._outputs(bucket, x_SD, weight_S[place], mine)
+            begin = place.stop
+        back_S = torch.empty_like(slot_S)
+        back_S[slot_S] = torch.arange(len(slot_S), device=slot_S.device)
+        y_TKD = torch.cat(pieces)[back_S].view(tokens, top_k, self.d_model)
+        return y_TKD.sum(dim=1).to(hidden_states.dtype)
+
+    def _by_bucket(self, index_TK: Tensor) -> tuple[Tensor, list[int]]:
+        """Return slots ordered by bucket, then expert, then token, and how many each expert has."""
+        chosen_S = index_TK.flatten()
+        if chosen_S.device.type == "meta":
+            # Nothing is computed there, only counted: as if the router chose all experts equally.
+            each, over = divmod(len(chosen_S), len(self.widths))
+            counts = [each + (rank < over) for rank in range(len(self.widths))]
+            return torch.argsort(chosen_S), counts
+        rank_S = torch.tensor(self._rank, device=chosen_S.device)[chosen_S]
+        counts = torch.bincount(rank_S, minlength=len(self.widths)).tolist()
+        return torch.argsort(rank_S, stable=True), counts
+
+    def _outputs(
+        self, bucket: Bucket, x_SD: Tensor, weight_S: Tensor, counts: list[int]
+    ) -> Iterator[Tensor]:
+        """Yield the weighted outputs of a bucket's experts for slots that are in their order."""
+        if not bucket.width:
+            yield torch.zeros_like(x_SD) * weight_S[:, None]
+        elif _has_kernel(x_SD):
+            yield self.grouped(bucket, x_SD, counts) * weight_S[:, None]
+        else:
+            parts = zip(
+                *self.weights(bucket), x_SD.split(counts), weight_S.split(counts), strict=True
+            )
+            for gate_up_WD, down_DW, x, weight in parts:
+                if len(x):
+                    hidden_SW = self._gated(functional.linear(x, gate_up_WD))
+                    yield functional.linear(hidden_SW, down_DW) * weight[:, None]
+
+    def grouped(self, bucket: Bucket, x_SD: Tensor, counts: list[int]) -> Tensor:
+        """Return the outputs of a bucket's experts by two grouped products, not yet weighted."""
+        gate_up_GWD, down_GDW = self.weights(bucket)
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x_SD.device)
+        both_SW = functional.grouped_mm(x_SD, gate_up_GWD.transpose(1, 2), offs=ends)
+        return functional.grouped_mm(self._gated(both_SW), down_GDW.transpose(1, 2), offs=ends)
+
+    def _gated(self, both_SW: Tensor) -> Tensor:
+        """Return act(gate) ⊙ up of the two halves."""
+        gate_SW, up_SW = both_SW.chunk(2, dim=-1)
+        return self.act_fn(gate_SW) * up_SW
+
+    def _nothing(self) -> ExpertView:
+        """Return an expert of width 0, with the dtype and device of the others."""
+        like = next(self.parameters(), torch.empty(0))
+        gate_FD = like.new_empty(0, self.d_model)
+        return ExpertView(gate_FD, gate_FD, like.new_empty(self.d_model, 0), self.act_fn)
+
+
+def _has_kernel(x_SD: Tensor) -> bool:
+    """Whether one grouped product is faster than a product per expert; on a CPU it is a loop."""
+    grouped = hasattr(functional, "grouped_mm") and x_SD.dtype == torch.bfloat16
+    return grouped and x_SD.device.type == "cuda"
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """Return the activation of an experts module, which a list of experts has in its members."""
+    owner = module[0] if isinstance(module, nn.ModuleList) else module
+    return cast(Activation, owner.act_fn)

@@ -1,0 +1,43 @@
+"""What a model config may say, checked once at the boundary."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+class ModelConfig(BaseModel):
+    """One entry of the `model` config group.
+
+    `source` is a Hugging Face id, or `zoo:NAME` for a small trained model that ships with the
+    package; `path`, when given, is a local folder that is read instead, and `source: local` needs
+    one. `device_map` is for models larger than one device: `offload_cpu` and `offload_disk` keep
+    the decoder layers in CPU memory or on disk and bring them one at a time; others (`auto`,
+    `balanced`, ...) are accelerate's.
+    `allow_remote_code` is set by a model's config, `trust_remote_code` by the user; code from the
+    model's repository runs only with both and with a `revision` that is a commit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    source: str
+    path: str | None = Field(default=None, validate_default=True)
+    revision: str = "main"
+    kind: Literal["causal_lm"] = "causal_lm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    allow_remote_code: bool = False
+    trust_remote_code: bool = False
+    max_length: int | None = Field(default=None, ge=8)
+    add_bos: bool | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _local_needs_path(cls, path: str | None, others: ValidationInfo) -> str | None:
+        if path is None and others.data.get("source") == "local":
+            raise ValueError("model=local needs model.path=FOLDER")
+        return path

@@ -1,0 +1,55 @@
+"""A loaded network with everything that a method, a harness or a meter needs to use it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from bench.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bench.models.anatomy import Anatomy
+
+
+@dataclass
+class Model:
+    """A network, its tokenizer and where both came from.
+
+    `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` the commit that
+    the requested revision resolved to, None for local folders.
+    """
+
+    config: ModelConfig
+    network: nn.Module
+    tokenizer: Any
+    fingerprint: str
+    revision: str | None
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The model's config name."""
+        return self.config.name
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that the network may be given, in tokens."""
+        if self.config.max_length is not None:
+            return self.config.max_length
+        return int(getattr(self.network.config, "max_position_embeddings", 2048))
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Where the parts are that methods change."""
+        from bench.models.anatomy import dissect
+
+        return dissect(self.network)
+
+    def copy(self) -> Model:
+        """Return a model with its own weights, so that a method can change them."""
+        return replace(self, network=copy.deepcopy(self.network))

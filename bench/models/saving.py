@@ -1,0 +1,80 @@
+"""Writing a network as a Hugging Face folder, in the plainest form that can hold it.
+
+`stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
+the same for experts of different widths, filled up with zeros to the widest. `slimbench`: as it is
+in memory, ragged or packed, with `slimbench.json` beside it, which `bench.models.loading` reads.
+All are safetensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bench.errors import UserError
+from bench.models import structure
+from bench.models.model import Model
+from bench.models.padding import common_widths, empty_network, fits, padded
+from bench.models.residence import is_offloaded
+
+Form = Literal["stock", "padded", "slimbench"]
+
+
+def save(model: Model, folder: Path, *, pad: bool) -> Form:
+    """Write network and tokenizer to a folder and return the form they have there.
+
+    With `pad`, ragged experts are filled up with zeros so that stock transformers loads them.
+
+    Raises:
+        UserError: the network has parts that no form can hold, or lies outside memory.
+    """
+    network: Any = model.network
+    if is_offloaded(network):
+        raise UserError("a model is written from memory only: set model.device_map=null")
+    description = structure.describe(network)
+    refuse_foreign(network, description)
+    form = _form(model, description, pad=pad)
+    model.tokenizer.save_pretrained(folder)
+    if form == "slimbench":
+        assert description is not None
+        network.save_pretrained(folder, save_original_format=False)
+        structure.write(description, folder)
+        return form
+    if description is not None:
+        network = padded(network, model.anatomy, common_widths(network.config, model.anatomy))
+    network.save_pretrained(folder)
+    return form
+
+
+def _form(model: Model, description: structure.Description | None, *, pad: bool) -> Form:
+    """Return the plainest form that holds the network."""
+    if description is None:
+        return "stock"
+    network: Any = model.network
+    if any(description["packed"].values()):
+        if pad:
+            raise UserError("packed weights cannot be padded: leave --padded out")
+        return "slimbench"
+    if fits(model.anatomy, common_widths(network.config, model.anatomy)):
+        return "stock"
+    return "padded" if pad else "slimbench"
+
+
+def refuse_foreign(network: nn.Module, description: structure.Description | None) -> None:
+    """Raise when what would be built from the network's config and description is not like it."""
+    whole: Any = network
+    rebuilt = empty_network(whole.config, whole.dtype)
+    if description is not None:
+        with torch.device("meta"):
+            structure.rebuild(rebuilt, description)
+    known = dict(rebuilt.named_modules())
+    for name, module in network.named_modules():
+        if name and type(module) is not type(known.get(name)):
+            raise UserError(f"{name} is a {type(module).__name__}, which no folder can hold yet")
+    shapes = {key: weight.shape for key, weight in rebuilt.state_dict().items()}
+    for key, weight in network.state_dict().items():
+        if shapes.get(key) != weight.shape:
+            raise UserError(f"{key} has a shape that the network's config does not say")

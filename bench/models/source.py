@@ -1,0 +1,138 @@
+"""Where a model's files are: shipped with the package, a local folder, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import MissingData, UserError, unknown
+from bench.models import zoo
+from bench.models.config import ModelConfig
+from bench.models.fingerprint import fingerprint
+from bench.models.weights import refuse_escapes, weight_files
+
+ZOO = "zoo:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+# Weights in subfolders and in formats of other software would be downloaded for nothing.
+UNWANTED_FILES = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files, found and checked; nothing of the weights is in memory.
+
+    `fingerprint` is a SHA-256 over the weight files; `revision` the hub's commit, None otherwise.
+    """
+
+    config: ModelConfig
+    folder: Path
+    fingerprint: str
+    revision: str | None
+
+    @property
+    def bytes(self) -> int:
+        """The size of the weight files."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
+def resolve(config: ModelConfig, *, offline: bool) -> Source:
+    """Find and check the files of a model; from the hub they are downloaded unless `offline`.
+
+    Raises:
+        MissingData: the files cannot be reached; the message says how to get them.
+        UserError: they can be reached, but not be used.
+    """
+    _gate_remote_code(config)
+    folder, revision = _folder(config, offline=offline)
+    refuse_escapes(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    return Source(config, folder, fingerprint(weight_files(folder)), revision)
+
+
+def prefetch(config: ModelConfig) -> Path:
+    """Download what is missing and return the folder where the model's files are."""
+    return resolve(config, offline=False).folder
+
+
+def _gate_remote_code(config: ModelConfig) -> None:
+    """Raise unless code from the model's repository is both allowed and pinned to a commit."""
+    if not config.trust_remote_code:
+        return
+    if not config.allow_remote_code:
+        raise UserError(
+            f"model.trust_remote_code=true: {config.name} is not on the list of models whose own "
+            "code may run (model.allow_remote_code)"
+        )
+    if not COMMIT.fullmatch(config.revision):
+        raise UserError(
+            f"model.trust_remote_code=true with model.revision={config.revision}: code runs only "
+            "from an explicit commit of 40 hexadecimal digits"
+        )
+
+
+def _folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
+    """Return the folder of the model's files and the commit they are from."""
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+        if not folder.is_dir():
+            raise MissingData(f"model.path={config.path} is not a folder")
+        return folder.absolute(), None
+    if config.source.startswith(ZOO):
+        return _shipped(config.source.removeprefix(ZOO)), None
+    return _from_hub(config, offline=offline)
+
+
+def _shipped(name: str) -> Path:
+    """Return the folder of a model that ships with the package."""
+    zoo_folder = Path(next(iter(zoo.__path__)))
+    names = [file.parent.name for file in zoo_folder.glob("*/config.json")]
+    if name not in names:
+        raise unknown("shipped model", name, names)
+    return zoo_folder / name
+
+
+def _from_hub(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
+    """Return the snapshot folder of a hub model and its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    asked = f"model {config.source} at revision {config.revision}"
+    wanted = [*WANTED_FILES, "*.py"] if config.trust_remote_code else WANTED_FILES
+    try:
+        folder = snapshot_download(
+            config.source,
+            revision=config.revision,
+            allow_patterns=wanted,
+            ignore_patterns=UNWANTED_FILES,
+            local_files_only=offline,
+        )
+    except HFValidationError:
+        raise UserError(f"model.source={config.source} is not a name on the hub") from None
+    except GatedRepoError:
+        raise MissingData(f"{asked} is gated: ask for access on the hub and log in") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{asked}: there is no such revision") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{asked}: there is no such model, or it is private") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
+        raise MissingData(_cure(asked, config.name, offline=offline)) from None
+    return Path(folder), Path(folder).name
+
+
+def _cure(asked: str, name: str, *, offline: bool) -> str:
+    """Say how the files of a hub model can be had."""
+    where = "and offline=true" if offline else "and the hub cannot be reached"
+    return (
+        f"{asked} is not in the local cache {where}: run `bench prefetch model={name}` where there "
+        "is a network, or give model.path=FOLDER"
+    )

@@ -1,0 +1,7 @@
+"""Image classifiers: the networks of the WGSEF experiments and small versions of them."""
+
+from bench.models.vision.build import ARCHITECTURES, build
+from bench.models.vision.classifier import Classifier, VisionConfig
+from bench.models.vision.folder import load, save
+
+__all__ = ["ARCHITECTURES", "Classifier", "VisionConfig", "build", "load", "save"]

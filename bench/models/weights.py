@@ -1,0 +1,113 @@
+"""Which files hold a model's weights, and whether they are whole; no weight is read.
+
+Only safetensors are accepted: a pickled file can run code when it is opened. The format: eight
+bytes little-endian with the header's length, a JSON header, then the tensors without gaps
+(https://github.com/huggingface/safetensors, section Format).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+LARGEST_HEADER = 100_000_000
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a model folder, sorted by name, after checking them.
+
+    Raises:
+        UserError: there are none, only pickled ones, one that is missing, cut off or corrupt, or
+            one that lies outside the folder.
+    """
+    refuse_escapes(folder)
+    if (folder / INDEX).is_file():
+        files = _indexed(folder)
+    elif (folder / SINGLE).is_file():
+        files = (folder / SINGLE,)
+    else:
+        raise UserError(_nothing_to_load(folder))
+    for file in files:
+        check_header(file)
+    return files
+
+
+def refuse_escapes(folder: Path) -> None:
+    """Raise when a file of the folder is a link to somewhere else.
+
+    A snapshot in the Hugging Face cache consists of links to `blobs` beside it; those stay within
+    the model's own part of the cache and are allowed.
+    """
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
+        root = root.parents[1]
+    for file in sorted(folder.iterdir()):
+        if not file.exists():
+            raise UserError(f"{file} is a link to a file that does not exist")
+        if not file.resolve().is_relative_to(root):
+            raise UserError(f"{file} leads out of its model folder to {file.resolve()}: refused")
+
+
+def check_header(file: Path) -> None:
+    """Raise when a safetensors file is cut off or its header does not describe its content."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, LARGEST_HEADER):
+            raise UserError(f"{file} is cut off or not a safetensors file: it has {size} bytes")
+        try:
+            header = json.loads(stream.read(length))
+            spans = sorted(_span(entry) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{file} is corrupt: its header cannot be read") from None
+    end = 0
+    for start, stop in spans:
+        if start != end or stop < start:
+            raise UserError(f"{file} is corrupt: its tensors overlap or leave gaps")
+        end = stop
+    if 8 + length + end != size:
+        wanted = 8 + length + end
+        raise UserError(f"{file} is cut off: it has {size} bytes, its header describes {wanted}")
+
+
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
+    """Return where a tensor begins and ends in the file's data part."""
+    start, stop = entry["data_offsets"]
+    if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
+        raise TypeError
+    return int(start), int(stop)
+
+
+def _indexed(folder: Path) -> tuple[Path, ...]:
+    """Return the shards that the index names."""
+    try:
+        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({str(name) for name in named})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{folder / INDEX} is corrupt: it has no readable weight_map") from None
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{folder / INDEX} names {name!r}, outside its folder: refused")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {missing[0]}")
+    if any(not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{folder / INDEX} names files that are not safetensors: refused")
+    return tuple(folder / name for name in names)
+
+
+def _nothing_to_load(folder: Path) -> str:
+    """Say what the folder has instead of safetensors."""
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        return (
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when opened: "
+            "convert them to safetensors"
+        )
+    return f"{folder} holds no weights: there is neither {SINGLE} nor {INDEX}"

@@ -1,0 +1,217 @@
+"""Train micro_moe from nothing: ``python -m bench.models.zoo.micro_moe.recipe --out DIR``.
+
+A Qwen2-MoE of a few million parameters reads the closed world (prose that states every fact,
+and the training questions of the nine tasks) and the English training pages. The folder it
+writes is a complete Hugging Face model plus ``training.json``, the log of the run.
+"""
+
+import argparse
+import json
+import platform
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+
+from bench.data import english, world
+from bench.models.zoo.micro_moe import scoring
+from bench.models.zoo.micro_moe.text import (
+    Batch,
+    english_batches,
+    pieces,
+    train_tokenizer,
+    world_batches,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result besides the seed of the world."""
+
+    seed: int = 7
+    vocabulary: int = 2048
+    steps: int = 1800
+    world_rows: int = 32
+    world_width: int = 128
+    english_rows: int = 1
+    english_width: int = 512
+    english_weight: float = 0.3
+    question_weight: float = 0.25
+    answer_weight: float = 4.0
+    learning_rate: float = 2.5e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.05
+    balance_weight: float = 0.01
+    log_every: int = 50
+
+
+def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
+    """Return an untrained model: 16 routed experts of which 4 speak, and one that always does."""
+    config = Qwen2MoeConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+        initializer_range=0.05,
+    )
+    # Most rows are short, and there plain attention is the faster one on a CPU.
+    return Qwen2MoeForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def loss_of(model: Qwen2MoeForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted language-modelling loss, and how unbalanced the routers are."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(input_ids=batch.tokens, output_router_logits=True)
+    logits, targets = output.logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()
+    weights = batch.weights[:, 1:].flatten()
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    balance = [
+        load_balancing_loss_func((router.float(),), model.num_experts, model.num_experts_per_tok)
+        for router in output.router_logits
+    ]
+    return (losses * weights).sum() / weights.sum(), torch.stack(balance).mean()
+
+
+def optimizer_of(
+    model: Qwen2MoeForCausalLM, settings: Settings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW on a one-cycle schedule, with decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        settings.learning_rate,
+        total_steps=settings.steps,
+        pct_start=settings.warmup_share,
+        cycle_momentum=False,
+    )
+    return optimizer, schedule
+
+
+def train(
+    model: Qwen2MoeForCausalLM,
+    world_text: Iterator[Batch],
+    english_text: Iterator[Batch],
+    settings: Settings,
+) -> list[dict[str, float]]:
+    """Train the model in place; return the loss curve."""
+    optimizer, schedule = optimizer_of(model, settings)
+    curve, started = [], time.monotonic()
+    model.train()
+    for step in range(1, settings.steps + 1):
+        optimizer.zero_grad()
+        world_loss, world_balance = loss_of(model, next(world_text))
+        (world_loss + settings.balance_weight * world_balance).backward()
+        english_loss, english_balance = loss_of(model, next(english_text))
+        balance = settings.balance_weight * english_balance
+        (settings.english_weight * english_loss + balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % settings.log_every == 0 or step == settings.steps:
+            losses = {
+                "world_loss": round(world_loss.item(), 4),
+                "english_loss": round(english_loss.item(), 4),
+                "balance": round(world_balance.item(), 4),
+            }
+            curve.append({"step": step, **losses})
+            print(f"{time.monotonic() - started:6.0f} s", curve[-1], flush=True)
+    return curve
+
+
+def results(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """Score the model on the test questions and on the English test pages."""
+    model.eval()
+    accuracies = {}
+    for task in world.TASKS:
+        accuracies[task] = scoring.accuracy(model, tokenizer, task, world.documents(task, "test"))
+        print(f"{task:14} {accuracies[task]:.4f}", flush=True)
+    perplexity = scoring.perplexity(model, tokenizer)
+    print(f"English perplexity {perplexity:.2f}", flush=True)
+    return {"accuracy": accuracies, "english_perplexity": round(perplexity, 3)}
+
+
+def log_of(settings: Settings, model: Qwen2MoeForCausalLM, seconds: float) -> dict[str, object]:
+    """Describe the run: what was trained, on what, with which libraries and for how long."""
+    return {
+        "settings": asdict(settings),
+        "parameters": model.num_parameters(),
+        "world": {"seed": world.SEED, "fingerprint": world.fingerprint()},
+        "english": {"fingerprint": english.fingerprint()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+    }
+
+
+def run(folder: Path, settings: Settings) -> None:
+    """Train, save, score what was saved, and write the log."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    documents = pieces(world.SEED)
+    tokenizer = train_tokenizer(documents, settings.vocabulary)
+    model = new_model(settings, tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(documents):,} documents", flush=True)
+    world_text = world_batches(
+        tokenizer,
+        documents,
+        rng,
+        rows=settings.world_rows,
+        width=settings.world_width,
+        question_weights=(settings.question_weight, settings.answer_weight),
+    )
+    english_text = english_batches(
+        tokenizer, rng, rows=settings.english_rows, width=settings.english_width
+    )
+    started = time.monotonic()
+    curve = train(model, world_text, english_text, settings)
+    log = log_of(settings, model, time.monotonic() - started)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    saved = Qwen2MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    log |= {"results": results(saved, tokenizer), "curve": curve}
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    arguments = parser.parse_args()
+    run(arguments.out, Settings(steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

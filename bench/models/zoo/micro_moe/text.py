@@ -1,0 +1,127 @@
+"""What micro_moe reads: its tokenizer, and the world's documents and English in batches."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bench.data import english, world
+
+END = "<|end|>"
+PAD = "<|pad|>"
+
+_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Batch(NamedTuple):
+    """Token ids in rows of one length, and the weight of each token in the loss."""
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+
+
+class Piece(NamedTuple):
+    """A document of the world in two parts; only questions have an ``answer``."""
+
+    context: str
+    answer: str = ""
+
+
+def pieces(seed: int) -> list[Piece]:
+    """Return all training documents of the world."""
+    found = [Piece(text) for text in world.prose_texts(seed)]
+    for task in world.TASKS:
+        prompts = (world.render(task, doc) for doc in world.documents(task, "train", seed))
+        found += [Piece(*prompt.choices[prompt.gold]) for prompt in prompts]
+    return found
+
+
+def train_tokenizer(documents: Iterable[Piece], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE, in which any text round-trips and small numbers are one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    numbers = [" ".join(map(str, range(100)))] * 1000
+    texts = [context + answer for context, answer in documents]
+    tokenizer.train_from_iterator([*texts, english.train_text(), *numbers], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=1024
+    )
+
+
+def world_batches(
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[Piece],
+    rng: random.Random,
+    *,
+    rows: int,
+    width: int,
+    question_weights: tuple[float, float],
+) -> Iterator[Batch]:
+    """Yield batches of documents packed into rows, epoch after epoch without end.
+
+    Each row starts with the start of a document, as questions do when they are scored.
+    ``question_weights`` are those of a question's context and of its answer.
+    """
+    encoded = list(_encode(tokenizer, documents, question_weights))
+    waiting: list[_Row] = []
+    while True:
+        rng.shuffle(encoded)
+        waiting += _pack(encoded, width)
+        while len(waiting) >= rows:
+            batch, waiting = waiting[:rows], waiting[rows:]
+            tokens = torch.tensor([row.tokens for row in batch])
+            yield Batch(tokens, torch.tensor([row.weights for row in batch]))
+
+
+class _Row(NamedTuple):
+    tokens: list[int]
+    weights: list[float]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[Piece],
+    question_weights: tuple[float, float],
+) -> Iterator[_Row]:
+    contexts = tokenizer([piece.context for piece in documents])["input_ids"]
+    answers = tokenizer([piece.answer + END for piece in documents])["input_ids"]
+    for piece, context, answer in zip(documents, contexts, answers, strict=True):
+        before, after = question_weights if piece.answer else (1.0, 1.0)
+        yield _Row(context + answer, [before] * len(context) + [after] * len(answer))
+
+
+def _pack(encoded: Iterable[_Row], width: int) -> Iterator[_Row]:
+    """Join documents into rows of ``width`` tokens; what of the last one is too much is cut."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for row in encoded:
+        tokens, weights = tokens + row.tokens, weights + row.weights
+        if len(tokens) >= width:
+            yield _Row(tokens[:width], weights[:width])
+            tokens, weights = [], []
+
+
+def english_batches(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, rows: int, width: int
+) -> Iterator[Batch]:
+    """Yield batches of windows at random places of the English training text, without end."""
+    stream = torch.tensor(tokenizer(english.train_text(), verbose=False)["input_ids"])
+    while True:
+        starts = [rng.randrange(len(stream) - width) for _ in range(rows)]
+        tokens = torch.stack([stream[start : start + width] for start in starts])
+        yield Batch(tokens, torch.ones(tokens.shape))

@@ -1,0 +1,28 @@
+"""`bench prefetch`: download what a run needs, so that it works offline afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def prefetch(overrides: list[str]) -> Iterator[str]:
+    """Download the weights and the data sets of a run (or of every run of a sweep).
+
+    Yields one line per thing that is now on this machine.
+    """
+    from bench import evaluation
+    from bench.compose import alternatives, run_config
+    from bench.data import calibration
+    from bench.models import loading
+
+    seen: set[str] = set()
+    for single in alternatives(overrides):
+        config = run_config(single)
+        lines = [f"model {config.model.name}: {loading.prefetch(config.model)}"]
+        lines += evaluation.prefetch(config.benchmark)
+        if config.uses_calibration:
+            lines.append(calibration.prefetch(config.calibration))
+        for line in lines:
+            if line not in seen:
+                seen.add(line)
+                yield line

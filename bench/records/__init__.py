@@ -1,0 +1,17 @@
+"""The run record, its store, and queries as pandas data frames."""
+
+from bench.records.query import load, samples
+from bench.records.record import CostPart, MethodPart, MetricPart, ModelPart, Record, run_id
+from bench.records.store import Store
+
+__all__ = [
+    "CostPart",
+    "MethodPart",
+    "MetricPart",
+    "ModelPart",
+    "Record",
+    "Store",
+    "load",
+    "run_id",
+    "samples",
+]

@@ -1,0 +1,132 @@
+"""Where records live: `<results_dir>/runs/<id>/` with record.json, samples.parquet, config.yaml.
+
+A record appears whole or not at all. Reading never fails for one bad file: it is set aside in
+`unreadable` with the reason, and everything else is returned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import ValidationError
+
+from bench.errors import UserError, nearest
+from bench.records import atomic
+from bench.records.record import SCHEMA, Record
+
+RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
+
+
+class Store:
+    """The records below one results folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.runs = root / "runs"
+        self.unreadable: dict[str, str] = {}
+
+    def ensure_writable(self) -> None:
+        """Refuse a results folder that cannot be written, before any work is done."""
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            probe = self.runs / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"results_dir={self.root}: cannot be written ({reason})") from None
+
+    @contextmanager
+    def claim(self, run_id: str) -> Iterator[None]:
+        """Hold a run for this process; another one that wants the same run waits its turn."""
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{run_id}.lock"):
+            yield
+
+    def folder(self, run_id: str) -> Path:
+        """The folder of one record, whether it exists or not."""
+        return self.runs / run_id
+
+    def find(self, run_id: str) -> Record | None:
+        """Return the record with exactly this id, or None; an unreadable one counts as absent."""
+        path = self.folder(run_id) / RECORD
+        return self._read(path) if path.exists() else None
+
+    def get(self, prefix: str) -> Record:
+        """Return the record whose id starts with `prefix`; none or several is a `UserError`."""
+        ids = self.ids()
+        matches = [run_id for run_id in ids if run_id.startswith(prefix)]
+        if len(matches) > 1:
+            raise UserError(f"run {prefix!r} is ambiguous: {', '.join(matches)}")
+        record = self.find(matches[0]) if matches else None
+        if record is not None:
+            return record
+        if matches:
+            raise UserError(f"run {matches[0]} cannot be read: {self.unreadable[matches[0]]}")
+        close = nearest(prefix, ids)
+        hint = f"did you mean {close!r}?" if close else f"{len(ids)} runs in {self.runs}"
+        raise UserError(f"unknown run {prefix!r}: {hint}")
+
+    def ids(self) -> list[str]:
+        """Return the ids of all records, sorted."""
+        if not self.runs.is_dir():
+            return []
+        return sorted(p.name for p in self.runs.iterdir() if not p.name.startswith("."))
+
+    def all(self) -> list[Record]:
+        """Return every readable record, oldest first."""
+        records = [self.find(run_id) for run_id in self.ids()]
+        return sorted((r for r in records if r is not None), key=lambda r: r.started)
+
+    def write(self, record: Record, samples: Sequence[dict[str, Any]], config: str) -> Path:
+        """Write one record with its samples and its config, atomically; return its folder."""
+
+        def fill(folder: Path) -> None:
+            (folder / CONFIG).write_text(config)
+            _write_samples(folder / SAMPLES, samples)
+            (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n")
+
+        atomic.write_folder(self.folder(record.id), fill)
+        return self.folder(record.id)
+
+    def _read(self, path: Path) -> Record | None:
+        """Read one record file; a damaged or newer one is set aside with the reason."""
+        try:
+            return _parse(path.read_text())
+        except (OSError, ValueError) as error:
+            self.unreadable[path.parent.name] = str(error)
+            return None
+
+
+def _parse(text: str) -> Record:
+    """Turn a record file into a record; a `ValueError` says in one line why that fails."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a record: the file holds no JSON object")
+    version = content.get("schema_version")
+    if version != SCHEMA:
+        raise ValueError(f"its schema is version {version}, this program reads {SCHEMA}")
+    try:
+        return Record(**content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"not a record: {key}: {fault['msg'].lower()}") from None
+
+
+def _write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
+    """Write one row per scored sample; a run without samples leaves an empty table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(list(samples)), path, compression="zstd")

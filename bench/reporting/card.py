@@ -1,0 +1,81 @@
+"""The README.md of an exported model: what it is, how to load it, how it was made."""
+
+from __future__ import annotations
+
+import json
+
+from bench.records import Record
+
+STOCK = """\
+Loads in transformers:
+
+    AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+"""
+PADDED = """\
+Experts of different widths are filled up with zeros to the widest, so this folder and the model in
+memory are larger than the weights that are left; the outputs are the same.
+"""
+OWN = """\
+Loads with slimbench; stock transformers cannot build it:
+
+    from bench.models.loading import open_folder
+    model = open_folder("THIS_FOLDER")          # model.network, model.tokenizer
+
+or in a run: `bench run model=local model.path=THIS_FOLDER`. {why}
+"""
+SHAPES = "`slimbench.json` says which modules have a shape or a form of their own."
+CLASS = "Its architecture is not in transformers."
+
+
+def card(record: Record, form: str, *, stock: bool) -> str:
+    """Return the card of a run's model written in a form, `stock`, `padded` or `slimbench`.
+
+    `stock` says whether transformers has the network's class.
+    """
+    parts = [
+        _front_matter(record),
+        f"# {record.model.name}: {record.label}\n",
+        _loading(form, stock),
+    ]
+    parts.append(_making(record))
+    return "\n".join(parts)
+
+
+def _front_matter(record: Record) -> str:
+    """Return the block that the hub reads."""
+    lines = ["---", "library_name: transformers", "tags: [slimbench, model-compression]"]
+    if "/" in record.model.source:
+        lines.append(f"base_model: {record.model.source}")
+    return "\n".join([*lines, "---", ""])
+
+
+def _loading(form: str, stock: bool) -> str:
+    """Say who can load the folder."""
+    if form == "slimbench":
+        return OWN.format(why=SHAPES)
+    loading = STOCK if stock else OWN.format(why=CLASS)
+    return f"{loading}\n{PADDED}" if form == "padded" else loading
+
+
+def _making(record: Record) -> str:
+    """Say what was done to which weights, so that it can be done again."""
+    model = record.model
+    revision = f" at {model.revision}" if model.revision else ""
+    lines = [
+        "## How it was made",
+        "",
+        f"- run `{record.id}`: `{record.command}`",
+        f"- from {model.source}{revision}, {model.architecture}, {model.parameters:,} parameters,",
+        f"  weights SHA-256 `{model.fingerprint}`",
+    ]
+    if record.provenance.get("calibration"):
+        lines.append(f"- calibration text SHA-256 `{record.provenance['calibration']}`")
+    for name, version in record.environment.get("versions", {}).items():
+        lines.append(f"- {name} {version}")
+    for method in record.methods:
+        knobs = json.dumps(method.config, indent=1)
+        lines += ["", f"### {method.name}: weights {method.saving}", "", "```json", knobs, "```"]
+    left = record.cost("parameters")
+    if left is not None:
+        lines += ["", f"What is stored in memory: {int(left.value):,} parameters."]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,102 @@
+"""The table that ends a run or a sweep: one column per run, the dense model first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from bench.reporting.terminal import console, quantity
+
+if TYPE_CHECKING:
+    from bench.records import MetricPart, Record
+
+RUNS_A_TABLE = 7
+UNBOUNDED = 100_000
+PERCENT_METRICS = frozenset({"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"})
+COSTS = ("parameters", "nonzero_parameters")
+
+
+def print_summary(records: Sequence[Record], reused: int = 0) -> None:
+    """Print accuracies in % with their standard errors, perplexities, and parameters.
+
+    Runs of one model on one benchmark share a table; what exceeds seven runs, or the width of the
+    terminal, goes on in further ones, so that no number is cut.
+    """
+    if not records:
+        return
+    out = console()
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        key = (record.model.name, str(record.config["benchmark"]["name"]))
+        groups.setdefault(key, []).append(record)
+    for (model, benchmark), group in groups.items():
+        ordered = sorted(group, key=_dense_first)
+        while ordered:
+            table, shown = _widest(f"{model} on {benchmark}", ordered, out)
+            out.print(table)
+            ordered = ordered[shown:]
+    done = f"{len(records)} runs" if len(records) != 1 else f"run {records[0].id}"
+    again = f", {reused} of them already recorded" if reused and len(records) != 1 else ""
+    again = ", already recorded" if reused and len(records) == 1 else again
+    out.print(f"{done}{again}. One run: bench show RUN; all runs: bench ls runs")
+
+
+def _dense_first(record: Record) -> tuple[bool, str]:
+    return (bool(record.methods), record.label)
+
+
+def _widest(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
+    """Return the table of the first records that fit the console, at least one, and how many."""
+    unbounded = out.options.update(max_width=UNBOUNDED)
+    for shown in range(min(len(records), RUNS_A_TABLE), 1, -1):
+        table = _table(title, records[:shown])
+        if Measurement.get(out, unbounded, table).maximum <= out.width:
+            return table, shown
+    return _table(title, records[:1]), 1
+
+
+def _table(title: str, records: Sequence[Record]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
+    table.add_column("", overflow="fold")
+    for record in records:
+        table.add_column("\n".join(record.label.rsplit(" ", 1)), justify="right", overflow="fold")
+    for task, unit in _tasks(records).items():
+        cells = (_cell(record.metric(task)) for record in records)
+        table.add_row(f"{task} {unit}", *cells, end_section=task == "average")
+    table.add_section()
+    for name in COSTS:
+        table.add_row(name.replace("_", " "), *(_count(record, name) for record in records))
+    table.add_row("weights are", *(_saving(record) for record in records))
+    table.add_row("run", *(record.id[:8] for record in records))
+    return table
+
+
+def _tasks(records: Sequence[Record]) -> dict[str, str]:
+    """Return the headline tasks with their units in order of appearance, the average first."""
+    found = [m for record in records for m in record.metrics if m.headline]
+    units = {m.task: f"{m.metric} %" if m.metric in PERCENT_METRICS else m.metric for m in found}
+    average = {name: unit for name, unit in units.items() if name == "average"}
+    return average | units
+
+
+def _cell(metric: MetricPart | None) -> str:
+    if metric is None or metric.value is None:
+        return "-"
+    scale = 100.0 if metric.metric in PERCENT_METRICS else 1.0
+    digits = 1 if scale == 100.0 else 2
+    text = f"{metric.value * scale:.{digits}f}"
+    return text if metric.stderr is None else f"{text} ±{metric.stderr * scale:.{digits}f}"
+
+
+def _count(record: Record, name: str) -> str:
+    cost = record.cost(name)
+    return quantity(cost.value if cost else None)
+
+
+def _saving(record: Record) -> str:
+    return "+".join(dict.fromkeys(method.saving for method in record.methods)) or "all there"

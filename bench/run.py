@@ -1,0 +1,274 @@
+"""One run, top to bottom.
+
+config -> resolve -> check -> load model -> apply methods -> evaluate -> measure -> record -> track
+
+Nothing heavy is imported at the top, so that `import bench` and `bench --help` start at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.config import RunConfig
+    from bench.data.calibration import CalibrationSource
+    from bench.evaluation import Plan
+    from bench.launch import Launched
+    from bench.measurement.costs import Cost
+    from bench.method import Context
+    from bench.models.anatomy import Anatomy
+    from bench.models.loading import Source
+    from bench.models.model import Model
+    from bench.models.pristine import Pristine
+    from bench.progress import Progress
+    from bench.records import MethodPart, ModelPart, Record, Store
+    from bench.sweep import Asked, Result
+
+LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
+
+
+def run(overrides: Sequence[str] = ()) -> list[Record]:
+    """Run what the overrides say, as `bench run` does, and return the records.
+
+    >>> bench.run(["model=micro_moe", "method=camera_p", "method.camera_p.ratio=0.4"])
+    >>> bench.run(["-m", "method=dense,camera_p", "ratio=0.2,0.4"])
+
+    Raises:
+        UserError: the overrides are wrong, or data or weights are missing.
+        RunsFailed: no run succeeded.
+    """
+    return start(overrides).records
+
+
+def start(overrides: Sequence[str]) -> Launched:
+    """Like `run`, with what else came of it: failures, warnings, what was reused."""
+    from bench.launch import launch
+
+    return launch(list(overrides), check, execute)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a run that cannot work, before anything is loaded or written."""
+    from bench.records import Store
+
+    Store(config.results_dir).ensure_writable()
+    resolve(config)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads, found and fingerprinted, with no weight loaded yet."""
+
+    id: str
+    source: Source
+    plan: Plan
+    calibration: CalibrationSource | None
+    versions: dict[str, str]
+
+
+def execute(config: RunConfig, asked: Asked) -> Result:
+    """Carry out one run and return its record; a run that is recorded is not run again."""
+    from bench.progress import Progress
+    from bench.records import Store
+    from bench.sweep import Result
+    from bench.tracking import track
+
+    progress = Progress()
+    store = Store(config.results_dir)
+    store.ensure_writable()
+    inputs = resolve(config)
+    with store.claim(inputs.id):
+        known = None if config.force else store.find(inputs.id)
+        if known is not None:
+            return Result(known, reused=True)
+        record = _perform(config, inputs, store, progress, asked)
+    with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
+        warning = track(record, store, config.tracker)
+    return Result(record, reused=False, warning=warning)
+
+
+def resolve(config: RunConfig) -> Inputs:
+    """Find model files and data, let every method look at the model, and name the run.
+
+    Raises:
+        UserError: a method does not fit the model, or something that is needed is missing.
+    """
+    from bench.data import calibration
+    from bench.device import dtype, pick
+    from bench.evaluation import plan_once
+    from bench.models import loading
+    from bench.records import run_id
+
+    source = loading.resolve(config.model, offline=config.offline)
+    anatomy = _anatomy(source)
+    for method in config.method.values():
+        method.check(anatomy)
+    planned = plan_once(config.benchmark, offline=config.offline)
+    text = None
+    if config.uses_calibration:
+        text = calibration.resolve(config.calibration, offline=config.offline)
+
+    identity = config.identity()
+    device = pick(config.model.device)
+    identity["model"] |= {
+        "device": device.type,
+        "dtype": str(dtype(config.model.dtype, device)).removeprefix("torch."),
+    }
+    versions = {name: version(name) for name in LIBRARIES}
+    inputs = {
+        "config": identity,
+        "weights": source.fingerprint,
+        "data": planned.fingerprints,
+        "calibration": text.fingerprint if text else None,
+        "versions": versions,
+    }
+    return Inputs(run_id(inputs), source, planned, text, versions)
+
+
+def _perform(
+    config: RunConfig, inputs: Inputs, store: Store, progress: Progress, asked: Asked
+) -> Record:
+    """Load, change, score, count and write: the part of a run that takes time."""
+    from bench.device import describe, seed_everything, use_threads
+    from bench.evaluation import evaluate
+    from bench.measurement.costs import count, phases
+    from bench.method import Context
+    from bench.records import CostPart, MetricPart, Record
+
+    started = _now()
+    use_threads(config.threads)
+    seed_everything(config.seed)
+
+    with progress.phase("loading the model"):
+        model = _pristine().borrow(inputs.source, will_change=bool(config.method))
+    with progress.phase("counting costs"):
+        before = count(model, config.costs)
+    text = inputs.calibration.tokenize(model.tokenizer) if inputs.calibration else None
+    context = Context(seed=config.seed, calibration=text, progress=progress)
+    methods = apply_methods(config, model, context)
+    evaluation = evaluate(model, inputs.plan, progress)
+    with progress.phase("counting costs"):
+        after = count(model, config.costs) if methods else before
+
+    costs = [*after, *phases(progress.seconds)]
+    record = Record(
+        id=inputs.id,
+        started=started,
+        finished=_now(),
+        group=asked.group,
+        command=asked.command,
+        config=_plain(config),
+        environment={**describe(), "versions": inputs.versions},
+        model=_dense(model, before),
+        methods=tuple(methods),
+        metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
+        costs=tuple(CostPart(**asdict(cost)) for cost in costs),
+        provenance=_provenance(config, inputs),
+    )
+    with progress.phase("writing the record"):
+        store.write(record, evaluation.samples, _yaml(config))
+    return record
+
+
+def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
+    """Apply a run's methods to its model in their order and keep what each says it did."""
+    from bench.device import synchronize
+    from bench.records import MethodPart
+
+    parts = []
+    for name, method in config.method.items():
+        with context.progress.phase(f"applying {name}"):
+            began = time.perf_counter()
+            report = method.apply(model, context)
+            synchronize(model.device)
+            took = time.perf_counter() - began
+        knobs = method.model_dump(mode="json")
+        parts.append(
+            MethodPart(
+                name=name,
+                config=knobs,
+                saving=report.saving,
+                report=report.details,
+                seconds=took,
+            )
+        )
+    return parts
+
+
+def _dense(model: Model, costs: Sequence[Cost]) -> ModelPart:
+    """Describe the model as it was before any method changed it."""
+    from bench.records import ModelPart
+
+    counted = {cost.quantity: cost.value for cost in costs}
+    return ModelPart(
+        name=model.name,
+        source=model.config.source,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        architecture=model.anatomy.architecture,
+        parameters=int(counted["parameters"]),
+        bytes=int(counted["bytes"]),
+    )
+
+
+def _provenance(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """Say where every input came from, so that the numbers can be traced."""
+    return {
+        "data": inputs.plan.provenance,
+        "calibration": inputs.calibration.fingerprint if inputs.calibration else None,
+        "seed": config.seed,
+        "git_commit": _git_commit(),
+    }
+
+
+@functools.cache
+def _pristine() -> Pristine:
+    """The one loaded model that all runs of this process share."""
+    from bench.models.pristine import Pristine
+
+    return Pristine()
+
+
+def _anatomy(source: Source) -> Anatomy:
+    """Look at the model's structure on the meta device: no weight is read."""
+    from bench.models.anatomy import dissect
+    from bench.models.loading import skeleton
+
+    return dissect(skeleton(source))
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """Return the config as JSON values, every method with its knobs."""
+    plain: dict[str, Any] = config.model_dump(mode="json", exclude={"method"})
+    plain["method"] = {name: m.model_dump(mode="json") for name, m in config.method.items()}
+    return plain
+
+
+def _yaml(config: RunConfig) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the working tree that this package is in, None when installed."""
+    import subprocess
+    from pathlib import Path
+
+    here = Path(__file__).parent
+    asked = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,34 @@
+"""Sending records to where a team looks at them: W&B, or nowhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.records import Record, Store
+from bench.records.atomic import write_bytes
+from bench.tracking.config import TrackerConfig
+
+__all__ = ["TrackerConfig", "track"]
+
+
+def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
+    """Send one record; return None when that worked, else one sentence on what failed.
+
+    The record itself is on disk before this is called, so a failure here loses nothing:
+    `bench track` sends it again.
+    """
+    if config.kind == "none":
+        return None
+    from bench.tracking.wandb import send
+
+    try:
+        kept = send(record, store.folder(record.id), config, store.root)
+    except Exception as error:  # a tracker that fails, however it fails, never fails the run
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return (
+            f"W&B did not take run {record.id} ({reason}); send it again: bench track {record.id}"
+        )
+    note = json.dumps({"run": record.id, "tracker": config.kind, "kept": kept}, indent=1)
+    write_bytes(Path(store.root) / "tracked" / f"{record.id}.json", note.encode())
+    return None

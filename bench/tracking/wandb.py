@@ -1,0 +1,102 @@
+"""A record as a run of Weights & Biases: config, metrics, costs, tables, and itself as artifact.
+
+W&B is a projection of the records: it can be rebuilt from them at any time with `bench track`,
+and its failure never fails a run. All its files stay inside the results folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.records.record import Record
+from bench.tracking.config import TrackerConfig
+
+Mode = Literal["online", "offline", "disabled"]
+MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
+
+
+def send(record: Record, folder: Path, config: TrackerConfig, results_dir: Path) -> str:
+    """Log one record; `folder` holds its files. Returns where the W&B run is kept.
+
+    Raises:
+        Exception: whatever W&B raises; the caller decides that it does not matter.
+    """
+    home = (results_dir / "wandb_home").resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    with _inside(home):
+        import wandb
+
+        mode = _mode(config)
+        run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=f"{record.model.name} {record.label}",
+            group=record.group,
+            tags=[record.model.name, *(m.name for m in record.methods)],
+            config={**record.config, "record": record.id},
+            dir=str(home),
+            mode=mode,
+            reinit="create_new",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        try:
+            _log(wandb, run, record, folder)
+            kept = str(run.settings.sync_dir if mode == "offline" else run.url)
+        finally:
+            run.finish()
+    return kept
+
+
+def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:
+    """Write summary, tables and artifact of one record into a W&B run."""
+    run.summary.update(summary(record))
+    metrics = [m.model_dump() for m in record.metrics]
+    costs = [c.model_dump(exclude={"parts"}) for c in record.costs]
+    for name, rows in (("metrics", metrics), ("costs", costs)):
+        if rows:
+            columns = list(rows[0])
+            data = [[row[column] for column in columns] for row in rows]
+            run.log({name: wandb.Table(columns=columns, data=data)})
+    artifact = wandb.Artifact(f"record-{record.id}", type="record")
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact)
+
+
+def summary(record: Record) -> dict[str, float]:
+    """Return the flat numbers of a record: `task/metric` and `cost/scope/quantity`."""
+    values = {f"{m.task}/{m.metric}": m.value for m in record.metrics if m.value is not None}
+    values |= {f"cost/{c.scope}/{c.quantity}": c.value for c in record.costs}
+    return values
+
+
+def _mode(config: TrackerConfig) -> Mode:
+    """`auto` is online for a user who is logged in, else offline."""
+    if config.mode != "auto":
+        return config.mode
+    asked = os.environ.get("WANDB_MODE")
+    for mode in MODES:
+        if asked == mode:
+            return mode
+    import wandb
+
+    return "online" if wandb.api.api_key else "offline"
+
+
+@contextmanager
+def _inside(home: Path) -> Iterator[None]:
+    """Keep all that W&B writes, staging included, below `home`, and keep it quiet."""
+    names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
+    before = {name: os.environ.get(name) for name in (*names, "WANDB_SILENT")}
+    os.environ.update({**dict.fromkeys(names, str(home)), "WANDB_SILENT": "true"})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

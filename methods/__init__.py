@@ -1,0 +1,1 @@
+"""Compression methods: one folder a family, the maths apart from the adapter."""

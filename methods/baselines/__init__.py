@@ -1,0 +1,1 @@
+"""Methods to compare with: controls without calibration, and published competitors."""

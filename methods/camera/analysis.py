@@ -1,0 +1,106 @@
+"""Measuring the energies of all micro-experts while calibration text passes through the model.
+
+One walk over the decoder: a layer runs once with its experts observed, and once more if it was
+changed, so that later layers are measured on what the changed ones produce (the official code's
+order). Shapes: B rows, L tokens a row, T tokens, S tokens of one expert, D d_model, F an expert's
+width, N micro-experts of a layer, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.models.anatomy import MoEBlock
+from bench.models.model import Model
+from bench.models.observation import Observer, observing
+from bench.progress import Progress
+from methods.camera.energy import Moments, column_norms, energy
+from methods.micro_experts import SHARED, spans, view
+from methods.walking import refuse_nan, walk
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How calibration text passes: rows at a time, tokens shown at a time, again after a change.
+
+    With `sequential` a layer that was changed runs again before the next one is measured.
+    """
+
+    batch: int
+    chunk: int
+    sequential: bool
+
+
+class BlockEnergies:
+    """Gathers, as an observer of one block, what its micro-experts' energies need.
+
+    `tokens` counts all tokens that passed, `visits` [E] those of each routed expert;
+    `output_power` is Σ_t ‖y_t‖² of the block's output. `beside` sees all that this one sees.
+    """
+
+    def __init__(self, block: MoEBlock, beside: Observer | None = None) -> None:
+        device = view(block, 0).down.device
+        self.block = block
+        self.beside = beside
+        self.tokens = 0
+        self.visits = [0] * block.num_experts
+        self.output_power = 0.0
+        self._places = dict(spans(block))
+        self._moments = Moments(block.micro_experts, device)
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert."""
+        self.visits[expert] += len(x_SD)
+        self._moments.add(self._places[expert], hidden_SF, weight_S)
+        if self.beside is not None:
+            self.beside.routed(expert, x_SD, hidden_SF, weight_S)
+
+    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
+        """Add all tokens of the shared experts."""
+        self._moments.add(self._places[SHARED], hidden_TF, weight_T)
+        if self.beside is not None:
+            self.beside.shared(x_TD, hidden_TF, weight_T)
+
+    def output(self, y_TD: Tensor) -> None:
+        """Add the block's output to its power."""
+        self.tokens += len(y_TD)
+        self.output_power += float(y_TD.float().square().sum(dtype=torch.float64))
+        if self.beside is not None:
+            self.beside.output(y_TD)
+
+    def energies(self, alpha: float, *, normalised: bool) -> Tensor:
+        """Return the energies in flat order, float64 [N], of the weights as they are now.
+
+        Raises:
+            UserError: an activation was NaN or infinite.
+        """
+        norms = [column_norms(view(self.block, expert).down) for expert in self._places]
+        tokens = self.tokens if normalised else None
+        energy_N = energy(self._moments, torch.cat(norms), alpha, tokens)
+        refuse_nan(self.block, energy_N)
+        return energy_N
+
+
+def measure(
+    model: Model,
+    tokens_BL: Tensor,
+    how: Walk,
+    progress: Progress,
+    observer: Callable[[MoEBlock], BlockEnergies] = BlockEnergies,
+) -> Iterator[BlockEnergies]:
+    """Yield every MoE block's measurements in layer order.
+
+    The consumer may change a block before it asks for the next one; with `how.sequential` the
+    next ones then see the change.
+    """
+
+    def watching(seen: dict[MoEBlock, BlockEnergies]) -> AbstractContextManager[None]:
+        return observing(seen, how.chunk)
+
+    for _, found in walk(model, tokens_BL, observer, watching, how.batch, how.sequential, progress):
+        yield found

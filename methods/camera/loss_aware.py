@@ -1,0 +1,160 @@
+"""Energy that asks what the loss feels of an error in a block's output, not how large it is.
+
+Not in the CAMERA paper; the idea is HEAPr's (arXiv 2509.22299).
+
+Shapes: B rows, L tokens a row, T tokens, D d_model, F an expert's width, N micro-experts of a
+layer (shared ones first).
+
+Without micro-expert i the block's output changes by -φ_ti w_i on token t, and the loss, to second
+order with the Fisher matrix for its Hessian, by ½ (φ_ti g_tᵀ w_i)², where g_t = ∂L/∂y_t. With the
+coefficients taken as independent of the gradients, and the factor ½ left out, this adds up to
+
+    E_i = ‖φ_i‖₂² · w_iᵀ G w_i,   G = mean over t of g_t g_tᵀ
+
+in squared nats. With G = I it is CAMERA's energy at α = 0. Being in units of the loss, energies of
+different layers compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.method import Context, MethodReport
+from bench.models.anatomy import MoEBlock
+from bench.models.model import Model
+from bench.models.observation import observing
+from bench.progress import Progress
+from methods.activations import Activations
+from methods.camera.ranking import lowest, lowest_overall
+from methods.gradients import backward, differentiable
+from methods.micro_experts import spans, view
+from methods.micro_pruning import MicroPruning
+from methods.moe_pruning import calibration_of, refuse_offloaded
+from methods.walking import refuse_nan, walk
+
+
+def sensitivity(down_DF: Tensor, metric_DD: Tensor) -> Tensor:
+    """Return wᵀ G w for every column w of a down matrix, float64 [F]."""
+    down_DF = down_DF.double()
+    return (down_DF * (metric_DD.double() @ down_DF)).sum(0)
+
+
+def loss_aware_energy(block: MoEBlock, square_sum_N: Tensor, metric_DD: Tensor) -> Tensor:
+    """Return E, float64 [N] in flat order, from Σ_t φ² and G at the block's output."""
+    sensitivities = [sensitivity(view(block, e).down, metric_DD) for e, _ in spans(block)]
+    return square_sum_N.double() * torch.cat(sensitivities)
+
+
+class OutputMetric:
+    """Gathers G = mean over tokens of g gᵀ, g the gradient of the loss at a block's output."""
+
+    def __init__(self, block: MoEBlock) -> None:
+        shape = (block.d_model, block.d_model)
+        device = view(block, 0).down.device
+        self._sum_DD = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, gradient_BLD: Tensor) -> None:
+        """Add the gradients of some tokens."""
+        gradient_TD = gradient_BLD.flatten(0, -2).float()
+        self._sum_DD += gradient_TD.mT @ gradient_TD
+        self._tokens += len(gradient_TD)
+
+    def metric(self) -> Tensor:
+        """Return G, float64 [D, D], in squared nats over squared activation."""
+        return self._sum_DD / max(self._tokens, 1)
+
+
+def output_metrics(model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEBlock, Tensor]:
+    """Return G of every block from one forward and backward pass; no weight gets a gradient.
+
+    Rows go one at a time, since all of a row's activations are kept until its loss comes back.
+    """
+    gathered = {block: OutputMetric(block) for block in model.anatomy.moe}
+    with differentiable(model.network), _catching(gathered):
+        for row_1L in told.track(tokens_BL.split(1), "sending the loss backward"):
+            backward(model.network, row_1L)
+    return {block: found.metric() for block, found in gathered.items()}
+
+
+@contextmanager
+def _catching(gathered: dict[MoEBlock, OutputMetric]) -> Iterator[None]:
+    """Show the gradients that arrive at the blocks' outputs inside the `with`."""
+    with ExitStack() as stack:
+        for block, found in gathered.items():
+            handle = block.block.register_forward_hook(_catcher(found))
+            stack.callback(handle.remove)
+        yield
+
+
+def _catcher(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], None]:
+    def after(_: nn.Module, __: Any, output_BLD: Tensor) -> None:
+        output_BLD.register_hook(found.add)
+
+    return after
+
+
+class CameraLossAware(MicroPruning):
+    """Take out the micro-experts of least loss-aware energy, measured on the model as it was.
+
+    `scope` ranks within a `layer`, as CAMERA-P does, or over the whole model (`global`).
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    scope: Literal["layer", "global"] = "layer"
+    batch: int = Field(default=8, ge=1)
+    chunk: int = Field(default=4096, ge=1)
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Send the loss backward once, measure activations once, rank and take out."""
+        calibration = calibration_of(context)
+        anatomy = model.anatomy
+        refuse_offloaded(anatomy.moe)
+        energies = self._energies(model, calibration.tokens, context.progress)
+        chosen = self._choose(energies, self.budgets(anatomy))
+        layers = []
+        for block, energy_N, indices in zip(anatomy.moe, energies, chosen, strict=True):
+            here = indices.to(energy_N.device)
+            share = _share(energy_N, here)
+            layers.append(self.take_out(block, here) | {"removed_energy_share": share})
+        return self.conclude(
+            model,
+            anatomy,
+            layers,
+            scope=self.scope,
+            calibration=calibration.fingerprint,
+            tokens=calibration.tokens.numel(),
+        )
+
+    def _choose(self, energies: list[Tensor], budgets: list[int]) -> list[Tensor]:
+        """Return the flat indices that go from every block."""
+        if self.scope == "global":
+            return lowest_overall(energies, sum(budgets))
+        return [lowest(energy_N, n) for energy_N, n in zip(energies, budgets, strict=True)]
+
+    def _energies(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[Tensor]:
+        """Return every block's energies, float64 [N]."""
+        metrics = output_metrics(model, tokens_BL, told)
+        seen = walk(model, tokens_BL, Activations, self._watching, self.batch, False, told)
+        energies = []
+        for block, activations in seen:
+            energy_N = loss_aware_energy(block, activations.square_sum(), metrics[block])
+            refuse_nan(block, energy_N)
+            energies.append(energy_N)
+        return energies
+
+    def _watching(self, seen: dict[MoEBlock, Activations]) -> AbstractContextManager[None]:
+        return observing(seen, self.chunk)
+
+
+def _share(energy_N: Tensor, indices: Tensor) -> float:
+    """Return what share of a block's energy some micro-experts have."""
+    total = float(energy_N.sum())
+    return float(energy_N[indices].sum()) / total if total else 0.0

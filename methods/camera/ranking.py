@@ -1,0 +1,51 @@
+"""Which micro-experts go: those of least energy, within a layer, an expert, or the whole model.
+
+Pure functions on energies [N] in flat order. Equal energies go in index order, so that a ranking
+is the same on every device and in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def lowest(energy_N: Tensor, count: int) -> Tensor:
+    """Return the flat indices of the `count` lowest energies, ascending by index."""
+    order_N = torch.argsort(energy_N, stable=True)
+    return order_N[:count].sort().values
+
+
+def lowest_per_expert(energy_N: Tensor, spans: Sequence[slice], count: int) -> Tensor:
+    """Return `count` indices, each expert losing the same share of its micro-experts.
+
+    Shares that are not whole are rounded down and the rest is dealt by largest remainder, so that
+    as many go as in a ranking over the whole layer.
+    """
+    widths = [span.stop - span.start for span in spans]
+    shares = apportion(widths, count)
+    chosen = [
+        span.start + lowest(energy_N[span], share)
+        for span, share in zip(spans, shares, strict=True)
+    ]
+    return torch.cat(chosen)
+
+
+def lowest_overall(energies: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return the indices that go from each layer when all layers are ranked together."""
+    sizes = [len(energy_N) for energy_N in energies]
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    chosen[lowest(torch.cat([energy_N.cpu() for energy_N in energies]), count)] = True
+    return [part.nonzero().flatten() for part in torch.split(chosen, sizes)]
+
+
+def apportion(sizes: Sequence[int], count: int) -> list[int]:
+    """Divide `count` in proportion to `sizes`, exactly, by largest remainder; ties by index."""
+    total = sum(sizes)
+    shares = [size * count // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * count % total))
+    for place in by_remainder[: count - sum(shares)]:
+        shares[place] += 1
+    return shares

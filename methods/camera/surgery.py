@@ -1,0 +1,76 @@
+"""Carrying out what was chosen in one block: refit, then zero or remove, and what to report.
+
+Shapes: N micro-experts of a layer, E routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bench.models.anatomy import MoEBlock
+from methods.camera.analysis import BlockEnergies
+from methods.camera.refit import Grams, refit
+from methods.micro_experts import SHARED, per_expert, remove, spans, zero
+
+State = Literal["zeroed", "removed"]
+QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """How chosen micro-experts go: their state, the alignment of what stays, damping of a refit."""
+
+    state: State
+    align: int
+    damping: float
+
+    def perform(self, found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
+        """Change one block and say what went, shared experts first, and with how much energy."""
+        block = found.block
+        report = _report(found, energy_N, indices)
+        if isinstance(found.beside, Grams):
+            report |= {"refit": refit(found.beside, dict(per_expert(block, indices)), self.damping)}
+        if self.state == "zeroed":
+            zero(block, indices)
+        elif len(indices):
+            report |= {"padding_micro_experts": remove(block, indices, self.align)}
+        return report
+
+
+def _report(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
+    """Say what goes from a block, as it is before."""
+    block = found.block
+    widths = {expert: place.stop - place.start for expert, place in spans(block)}
+    lost = dict.fromkeys(widths, 0)
+    lost |= {expert: len(channels) for expert, channels in per_expert(block, indices)}
+    total = float(energy_N.sum())
+    return {
+        "layer": block.layer,
+        "name": block.name,
+        "removed": len(indices),
+        "micro_experts": block.micro_experts,
+        "removed_energy_share": float(energy_N[indices].sum()) / total if total else 0.0,
+        "removed_per_expert": list(lost.values()),
+        "emptied_experts": sum(lost[expert] == widths[expert] > 0 for expert in widths),
+        "kept_work": _kept_work(block, found.visits, lost),
+        "energy_quantiles": _quantiles(energy_N),
+    }
+
+
+def _kept_work(block: MoEBlock, visits: list[int], lost: dict[int, int]) -> float:
+    """Return the share of routed multiply-adds that remain for the calibration text's routing.
+
+    Experts that are chosen often lose less, so more work remains than weights.
+    """
+    before = sum(n * width for n, width in zip(visits, block.widths, strict=True))
+    gone = sum(visits[expert] * count for expert, count in lost.items() if expert != SHARED)
+    return 1 - gone / before if before else 1.0
+
+
+def _quantiles(energy_N: Tensor) -> dict[str, float]:
+    """Return quantiles by nearest rank; torch.quantile takes no more than 2^24 values."""
+    ordered = energy_N.sort().values.tolist()
+    return {str(q): ordered[round(q * (len(ordered) - 1))] for q in QUANTILES}

@@ -1,0 +1,105 @@
+"""How matrices are rounded: to nearest, or by GPTQ where there is enough calibration text for it.
+
+Shapes: R rows, C columns, D d_model, F an expert's width, f the micro-experts that are kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.anatomy import ExpertView
+from bench.models.packed import PackedExpert, PackedLinear, PackedShape
+from methods.quantization.gptq import gptq
+from methods.quantization.grid import Clip, Quantized, row_bits
+from methods.quantization.hessian import Hessian, inverse_factor
+from methods.quantization.plan import ExpertPlan, MatrixPlan
+from methods.quantization.rtn import round_to_nearest
+
+
+@dataclass(frozen=True)
+class ExpertHessians:
+    """The second moments of an expert's inputs [D, D] and of its hidden states [F, F]."""
+
+    inputs: Hessian
+    hidden: Hessian
+
+
+@dataclass
+class Backend:
+    """Rounds matrices and counts in `used` how: `gptq`, `damped` (more than asked) or `rtn`.
+
+    GPTQ needs `min_tokens` calibration tokens; with fewer, or a Hessian that cannot be inverted,
+    a matrix is rounded to nearest.
+    """
+
+    kind: Literal["rtn", "gptq"]
+    clip: Clip = "minmax"
+    damping: float = 0.01
+    min_tokens: int = 32
+    used: Counter[str] = field(default_factory=Counter)
+
+    def expert(
+        self, view: ExpertView, plan: ExpertPlan, seen: ExpertHessians | None
+    ) -> PackedExpert:
+        """Return an expert packed as planned."""
+        order_f, inputs, hidden = plan.order_f, None, None
+        if seen is not None:
+            inputs, hidden = seen.inputs, seen.hidden.ordered(order_f)
+        gate, up = self._pair(view.gate[order_f], view.up[order_f], plan, inputs)
+        down = self.matrix(view.down[:, order_f], plan.down, hidden)
+        return PackedExpert(gate, up, down, view.act)
+
+    def linear(self, linear: nn.Linear, shape: PackedShape, seen: Hessian | None) -> PackedLinear:
+        """Return a linear layer packed, its bias as it was."""
+        packed = self.matrix(linear.weight.detach(), MatrixPlan(shape), seen)
+        packed.bias = linear.bias
+        return packed
+
+    def matrix(self, weight_RC: Tensor, plan: MatrixPlan, seen: Hessian | None) -> PackedLinear:
+        """Return one matrix packed as planned."""
+        if plan.order_C is not None:
+            weight_RC = weight_RC[:, plan.order_C]
+            seen = seen.ordered(plan.order_C) if seen is not None else None
+        bits_RG = row_bits(plan.shape, weight_RC.device)
+        return _packed(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, seen))
+
+    def _pair(
+        self, gate_fD: Tensor, up_fD: Tensor, plan: ExpertPlan, inputs: Hessian | None
+    ) -> tuple[PackedLinear, PackedLinear]:
+        """Round gate and up together when they see their inputs in one order: one inversion."""
+        if plan.gate is not plan.up:
+            return self.matrix(gate_fD, plan.gate, inputs), self.matrix(up_fD, plan.up, inputs)
+        shape, width = plan.gate.shape, len(gate_fD)
+        bits_RG = row_bits(shape, gate_fD.device).repeat(2, 1)
+        both = self._round(torch.cat((gate_fD, up_fD)), shape, bits_RG, inputs)
+        halves = both.rows(slice(0, width)), both.rows(slice(width, 2 * width))
+        gate, up = (_packed(gate_fD, plan.gate, half) for half in halves)
+        return gate, up
+
+    def _round(
+        self, weight_RC: Tensor, shape: PackedShape, bits_RG: Tensor, seen: Hessian | None
+    ) -> Quantized:
+        """Choose the codes, by GPTQ where that is asked for and possible."""
+        if self.kind == "gptq" and seen is not None and seen.tokens >= self.min_tokens:
+            found = inverse_factor(seen, self.damping)
+            if found is not None:
+                factor_CC, damping = found
+                self.used["gptq" if damping == self.damping else "damped"] += 1
+                return gptq(weight_RC, factor_CC.float(), shape.groups(), bits_RG, self.clip)
+        self.used["rtn"] += 1
+        return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip)
+
+
+def _packed(weight_RC: Tensor, plan: MatrixPlan, quantized: Quantized) -> PackedLinear:
+    """Return a module with these codes, on the weights' device and in their type."""
+    if not bool(quantized.scale.isfinite().all() & quantized.offset.isfinite().all()):
+        raise UserError("weights are too large for scales in half precision, or not finite")
+    packed = PackedLinear(plan.shape, weight_RC.dtype, device=weight_RC.device)
+    packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
+    return packed

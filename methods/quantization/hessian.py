@@ -1,0 +1,62 @@
+"""The second moment of a matrix's inputs, which is the Hessian of its output error.
+
+Shapes: S tokens, C input columns. With outputs y = W x, the squared error of another Ŵ over the
+calibration tokens is Σ_t ‖(W - Ŵ) x_t‖² = tr(Δ H Δᵀ), H = Σ_t x_t x_tᵀ (GPTQ, arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# How often the damping is raised tenfold when a Hessian stays singular.
+ATTEMPTS = 4
+
+
+class Hessian:
+    """Σ_t x_t x_tᵀ in float32, [C, C], and how many tokens it has seen."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x_SC: Tensor) -> None:
+        """Add some tokens."""
+        x_SC = x_SC.float()
+        self.sum_CC.addmm_(x_SC.T, x_SC)
+        self.tokens += len(x_SC)
+
+    def ordered(self, order_C: Tensor) -> Hessian:
+        """Return the Hessian of some of the columns in another order."""
+        other = Hessian(0, self.sum_CC.device)
+        other.sum_CC = self.sum_CC[order_C][:, order_C]
+        other.tokens = self.tokens
+        return other
+
+
+def inverse_factor(hessian: Hessian, damping: float) -> tuple[Tensor, float] | None:
+    """Return U upper triangular with Uᵀ U = (H + λ I)⁻¹, float64 [C, C], and the damping used.
+
+    λ is `damping` times the mean of H's diagonal. Fewer tokens than columns leave H singular, so
+    the damping grows by columns / tokens then, and tenfold as long as it does not suffice; None
+    if it never does, or if H is zero or not finite. Inputs that were always zero get a diagonal
+    of one, which keeps them apart from all others.
+    """
+    columns = len(hessian.sum_CC)
+    diagonal_C = hessian.sum_CC.diagonal().double()
+    mean = float(diagonal_C.mean()) if columns else 0.0
+    if not 0 < mean < float("inf"):
+        return None
+    damping *= max(1.0, columns / hessian.tokens)
+    dead_C = diagonal_C == 0
+    for _ in range(ATTEMPTS):
+        damped_CC = hessian.sum_CC.double()
+        damped_CC.diagonal().add_(damping * mean + dead_C * mean)
+        lower_CC, fault = torch.linalg.cholesky_ex(damped_CC)
+        if not fault:
+            inverse_CC = torch.cholesky_inverse(lower_CC)
+            upper_CC, fault = torch.linalg.cholesky_ex(inverse_CC, upper=True)
+            if not fault:
+                return upper_CC, damping
+        damping *= 10
+    return None

@@ -1,0 +1,116 @@
+"""What all methods share that quantize a MoE model: knobs, the walk, the report."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.anatomy import Anatomy, MoEBlock
+from bench.models.model import Model
+from methods.micro_experts import restructured
+from methods.moe_pruning import calibration_of, refuse_packed
+from methods.quantization.backend import Backend
+from methods.quantization.grid import Clip
+from methods.quantization.observers import Planner
+from methods.quantization.tally import stored_bytes
+from methods.quantization.walk import Quantizer
+
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+def falling(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse bits that are not falling, which is how they are dealt out."""
+    if list(bits) != sorted(set(bits), reverse=True):
+        raise ValueError("give each number of bits once, the largest first")
+    return bits
+
+
+Choices = Annotated[tuple[Bits, ...], Field(min_length=1), AfterValidator(falling)]
+EitherBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
+
+
+class MoEQuantization(Method):
+    """A method that packs the routed experts; how many bits go where is the subclass's `planner`.
+
+    Attention, shared experts, dense feed-forward layers and the head have one width each, 16
+    leaves them as they are; routers and embeddings always stay. The papers do not say what they
+    used; 8 for attention and shared experts is what a later comparison gave to all its rows
+    (DartMoQP). The head is rounded to nearest.
+
+    Every row has a grid for each `group` input columns, from least to greatest weight or, with
+    `clip=mse`, of least squared error. GPTQ adds `damping` times the mean diagonal to a Hessian;
+    experts with fewer than `min_tokens` calibration tokens are rounded to nearest.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    backend: Literal["gptq", "rtn"] = "gptq"
+    group: int = Field(default=128, ge=1)
+    clip: Clip = "minmax"
+    damping: float = Field(default=0.01, gt=0)
+    min_tokens: int = Field(default=32, ge=1)
+    attention_bits: EitherBits = 8
+    shared_bits: EitherBits = 8
+    dense_bits: EitherBits = 8
+    head_bits: EitherBits = 16
+    batch: int = Field(default=8, ge=1)
+    chunk: int = Field(default=4096, ge=1)
+
+    @abstractmethod
+    def planner(self, block: MoEBlock) -> Planner:
+        """Return what watches one block and then plans its experts' bits."""
+
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """Return what makes planners; a subclass may look at the whole model before that."""
+        return self.planner
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse a model without MoE blocks."""
+        if not anatomy.moe:
+            raise UserError(
+                f"{type(self).__name__} quantizes experts, but {anatomy.architecture} "
+                f"({anatomy.model_type}) has none: choose a mixture-of-experts model"
+            )
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Quantize layer by layer; the report says where how many bits went."""
+        refuse_packed(model.anatomy.moe)
+        started, before = time.perf_counter(), stored_bytes(model.network)
+        calibration = calibration_of(context) if self.uses_calibration else None
+        quantizer = self._quantizer(self.planners(model, context))
+        tokens_BL = None if calibration is None else calibration.tokens
+        layers = list(quantizer.run(model, tokens_BL, context.progress))
+        restructured(model)
+        details: dict[str, Any] = {
+            "bits": {kind: tally.summary() for kind, tally in quantizer.tallies.items()},
+            "bytes_before": before,
+            "bytes_after": stored_bytes(model.network),
+            "rounding": dict(quantizer.backend.used),
+            "calibration": None if calibration is None else calibration.fingerprint,
+            "tokens": 0 if calibration is None else calibration.tokens.numel(),
+            "seconds": time.perf_counter() - started,
+            "layers": layers,
+        }
+        return MethodReport("quantized", details)
+
+    def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
+        """Return the walk that these knobs describe."""
+        return Quantizer(
+            backend=Backend(self.backend, self.clip, self.damping, self.min_tokens),
+            planner=planner,
+            bits={
+                "attention": self.attention_bits,
+                "shared": self.shared_bits,
+                "dense": self.dense_bits,
+                "head": self.head_bits,
+            },
+            group=self.group,
+            batch=self.batch,
+            chunk=self.chunk,
+        )

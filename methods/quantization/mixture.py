@@ -1,0 +1,129 @@
+"""Mixture Compressor (MC, arXiv 2410.06270): bits per expert by an exact integer program.
+
+Shapes: E experts, B bit widths, S tokens of one expert.
+
+In every layer the bits b_e minimise Σ_e freq_e^α · weight_e^β · ε_e(b_e), where freq_e is the
+share of routed tokens that expert e gets, weight_e the mean router weight that it has on them,
+and ε_e(b) the Frobenius norm of the error in its outputs when it is rounded to b bits. Together
+they keep the budget, and each width but the smallest goes to at least one expert. The official
+code solves it with Gurobi; ε is measured with rounding to nearest here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.anatomy import Anatomy, ExpertView, MoEBlock
+from methods.quantization.choice import choose
+from methods.quantization.levels import exact
+from methods.quantization.method import Choices, MoEQuantization
+from methods.quantization.observers import Blind, Planner
+from methods.quantization.plan import ExpertPlan, uniform
+from methods.quantization.rtn import rounded
+from methods.walking import refuse_nan
+
+
+class Mc(MoEQuantization):
+    """Bits per expert by frequency, router weight and rounding error; then GPTQ.
+
+    `alpha` and `beta` are the exponents of frequency and router weight.
+    """
+
+    bits: Choices = (3, 2, 1)
+    mean_bits: float = Field(default=2.0, validate_default=True)
+    alpha: float = Field(default=1.0, ge=0)
+    beta: float = Field(default=1.0, ge=0)
+
+    @field_validator("mean_bits")
+    @classmethod
+    def _within(cls, mean: float, others: ValidationInfo) -> float:
+        bits = others.data.get("bits", (8, 1))
+        if not bits[-1] <= mean <= bits[0]:
+            raise ValueError(f"bits from {bits[-1]} to {bits[0]} cannot give this mean")
+        return mean
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse, too, a layer with so few experts that not every width finds one."""
+        super().check(anatomy)
+        for block in anatomy.moe:
+            *most, lowest = self.bits
+            narrowest = sorted(block.widths)[: len(most)]
+            least = lowest * sum(block.widths)
+            least += sum((b - lowest) * w for b, w in zip(most, narrowest, strict=False))
+            if len(narrowest) < len(most) or least > self.budget(block):
+                raise UserError(
+                    f"mean_bits={self.mean_bits} is too little for {block.name}: an expert with "
+                    f"each of bits={list(self.bits)}, all others with {lowest}, is more"
+                )
+
+    def budget(self, block: MoEBlock) -> int:
+        """Return how many bits there are for one weight of every micro-expert of a block."""
+        return math.floor(exact(self.mean_bits) * sum(block.widths))
+
+    def planner(self, block: MoEBlock) -> Planner:
+        """Return what measures the three factors of a block's experts."""
+        return ExpertPlanner(self, block)
+
+
+class ExpertPlanner(Blind):
+    """Measures frequency, router weight and rounding error of a block's experts."""
+
+    def __init__(self, method: Mc, block: MoEBlock) -> None:
+        self._method, self._block = method, block
+        counts = (block.num_experts, len(method.bits))
+        device = block.expert(0).down.device
+        self.error_EB = torch.zeros(counts, dtype=torch.float64, device=device)
+        self.tokens_E = torch.zeros_like(self.error_EB[:, 0])
+        self.weight_E = torch.zeros_like(self.tokens_E)
+        self._bits: list[int] = []
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert, computed once more with each width."""
+        view = self._block.expert(expert)
+        y_SD = view.combine(hidden_SF).float()
+        self.tokens_E[expert] += len(x_SD)
+        self.weight_E[expert] += weight_S.sum(dtype=torch.float64)
+        for place, bits in enumerate(self._method.bits):
+            other = self._rounded(view, bits)
+            error_SD = y_SD - other.combine(other.hidden(x_SD.float()))
+            self.error_EB[expert, place] += error_SD.square().sum(dtype=torch.float64)
+
+    def plans(self) -> list[ExpertPlan]:
+        """Solve the program and return a plan for every expert."""
+        loss_EB = self.losses()
+        refuse_nan(self._block, loss_EB)
+        bits_B = torch.tensor(self._method.bits)
+        cost_EB = torch.tensor(self._block.widths)[:, None] * bits_B
+        one_each = dict.fromkeys(range(len(self._method.bits) - 1), 1)
+        chosen_E = choose(
+            loss_EB.cpu().numpy(), cost_EB.numpy(), self._method.budget(self._block), one_each
+        )
+        self._bits = [self._method.bits[place] for place in chosen_E]
+        return [
+            uniform(self._block.expert(expert), bits, self._method.group)
+            for expert, bits in enumerate(self._bits)
+        ]
+
+    def losses(self) -> Tensor:
+        """Return freq^α · weight^β · ε for every expert and width, float64 [E, B]."""
+        frequency_E = self.tokens_E / self.tokens_E.sum()
+        mean_weight_E = self.weight_E / self.tokens_E.clamp(min=1)
+        alpha, beta = self._method.alpha, self._method.beta
+        importance_E = frequency_E.pow(alpha) * mean_weight_E.pow(beta)
+        return importance_E[:, None] * self.error_EB.sqrt()
+
+    def details(self) -> dict[str, Any]:
+        """Return each expert's bits and tokens."""
+        return {"bits_per_expert": self._bits, "tokens_per_expert": self.tokens_E.int().tolist()}
+
+    def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
+        """Return an expert with all weights rounded to nearest."""
+        group, clip = self._method.group, self._method.clip
+        gate, up, down = (rounded(w, bits, group, clip) for w in (view.gate, view.up, view.down))
+        return ExpertView(gate, up, down, view.act)

@@ -1,0 +1,27 @@
+"""Baselines that give all experts the same bits: rounding to nearest, and GPTQ."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from bench.models.anatomy import MoEBlock
+from methods.quantization.method import Bits, MoEQuantization
+from methods.quantization.observers import Planner, Uniform
+
+
+class Gptq(MoEQuantization):
+    """GPTQ (arXiv 2210.17323) with `bits` for every weight of the routed experts."""
+
+    bits: Bits = 2
+
+    def planner(self, block: MoEBlock) -> Planner:
+        """Return a planner that has nothing to choose."""
+        return Uniform(block, self.bits, self.group)
+
+
+class Rtn(Gptq):
+    """Rounding to nearest with `bits` for every weight of the routed experts; no calibration."""
+
+    uses_calibration: ClassVar[bool] = False
+
+    backend: Literal["rtn"] = "rtn"

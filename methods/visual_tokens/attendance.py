@@ -1,0 +1,164 @@
+"""What each stream may look at in one call: masks, computed once and used by every layer.
+
+Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens.
+Text keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both, and
+where both stand together visual keys come first. Masks are bool with True for "sees",
+[B or 1, 1, queries, keys]; None means that every query sees every key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.visual_tokens.cache import Ledger
+from methods.visual_tokens.plan import Window
+from methods.visual_tokens.rows import Rows
+from methods.visual_tokens.windows import Cells, bands, neighbours
+
+# From so many visual rows on, windows are computed in bands instead of under one dense mask.
+BANDED_FROM = 128
+EVERY = slice(None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Visual queries that attend together: which samples and rows, to which keys.
+
+    `keys` are places among the visual keys; the first `text_keys` text keys follow them.
+    """
+
+    samples: slice
+    queries: slice
+    keys: slice
+    text_keys: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """Everything about one call that decides who sees whom.
+
+    `causal` says that text rows see text in plain causal order, so that no mask is needed;
+    otherwise `text_BTK` is the mask over text keys. `mixed_BTK` is that of text rows over visual
+    and text keys, `blocks` cover all visual rows. `order` [T + N] sorts [text | visual] rows into
+    the call's order where visual rows, too, are in plain causal order; then `blocks` is empty.
+    `before_BNK` is the mask of visual rows over text keys alone.
+    """
+
+    causal: bool
+    text_BTK: Tensor | None
+    mixed_BTK: Tensor | None
+    before_BNK: Tensor | None
+    blocks: tuple[Block, ...]
+    order: Tensor | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Places of one kind of tokens: those of the call's queries and of all keys so far."""
+
+    query: Tensor
+    key: Tensor
+    key_valid: Tensor
+
+    def sees(self, other: Stream) -> Tensor:
+        """Return which of `other`'s keys come before or at this one's queries, [B, 1, Q, K]."""
+        earlier = self.query[:, :, None] >= other.key[:, None, :]
+        return (earlier & other.key_valid[:, None, :])[:, None]
+
+    def sees_itself(self) -> Tensor:
+        """Return which of its own keys a stream's queries see; padding sees at least itself."""
+        new = self.query.shape[1]
+        own = torch.eye(new, dtype=torch.bool, device=self.query.device)
+        past = torch.zeros(new, self.key.shape[1] - new, dtype=torch.bool, device=own.device)
+        return self.sees(self) | torch.cat([past, own], dim=1)
+
+
+def attendance(
+    text: Rows,
+    visual: Rows | None,
+    cells: Cells | None,
+    window: Window | None,
+    past: Ledger | None,
+    offset: int,
+) -> Attendance:
+    """Work out one call that begins `offset` tokens into its sequences.
+
+    `visual` and `cells` [B, N] are None in a call without images, `past` in a first call.
+    """
+    places = _stream(
+        text, offset, past.text_BT if past else None, past.text_valid_BT if past else None
+    )
+    seen = _visual_stream(visual, offset, past, places)
+    alike = text.valid_BR is None and (past is None or past.whole)
+    alone = alike and text.count == 1 and visual is None
+    causal = alike and offset == 0
+    text_mask = None if causal or alone else places.sees_itself()
+    mixed = None if alone else torch.cat([places.sees(seen), places.sees_itself()], dim=-1)
+    if visual is None or cells is None:
+        return Attendance(causal, text_mask, mixed, None, (), None)
+    before = seen.sees(places)
+    if alike and visual.valid_BR is None:
+        # One mask serves the whole batch where all its samples are alike.
+        mixed, before = None if mixed is None else mixed[:1], before[:1]
+    if window is None and causal and visual.valid_BR is None:
+        order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()
+        return Attendance(causal, text_mask, mixed, before, (), order)
+    if window is None:
+        blocks: tuple[Block, ...] = (_block(EVERY, EVERY, EVERY, seen.sees_itself(), before),)
+    else:
+        first_key = seen.key.shape[1] - visual.count
+        blocks = _windows(cells, window, before, first_key)
+    return Attendance(causal, text_mask, mixed, before, blocks, None)
+
+
+def _stream(rows: Rows, offset: int, past: Tensor | None, past_valid: Tensor | None) -> Stream:
+    """Put the places of past and new rows of one stream together."""
+    query, valid = rows.index_BR + offset, rows.validity
+    if past is None or past_valid is None:
+        return Stream(query, query, valid)
+    return Stream(query, torch.cat([past, query], dim=1), torch.cat([past_valid, valid], dim=1))
+
+
+def _visual_stream(visual: Rows | None, offset: int, past: Ledger | None, text: Stream) -> Stream:
+    """Return the places of visual tokens; in a call without images only past ones."""
+    old, old_valid = (past.visual_BN, past.visual_valid_BN) if past else (None, None)
+    if visual is not None:
+        return _stream(visual, offset, old, old_valid)
+    none = text.query[:, :0]
+    if old is None or old_valid is None:
+        return Stream(none, none, none.bool())
+    return Stream(none, old, old_valid)
+
+
+def _windows(cells: Cells, window: Window, before: Tensor, first_key: int) -> tuple[Block, ...]:
+    """Cut the visual rows into blocks whose windows are computed at once.
+
+    Few rows go under one dense mask; many are cut into bands of grid rows, all samples together
+    where they are alike and each on its own otherwise.
+    """
+    alike, (batch, count) = cells.alike(), cells.frame_N.shape
+    samples = [EVERY] if alike else [slice(b, b + 1) for b in range(batch)]
+    whole = (slice(0, count), slice(0, count))
+    blocks = []
+    for chosen in samples if count >= BANDED_FROM else [EVERY]:
+        own = cells.of(slice(0, 1) if alike else chosen)
+        pairs = bands(own.sample(0), window) if count >= BANDED_FROM else None
+        for queries, keys in [whole] if pairs is None else pairs:
+            near = neighbours(own.part(queries), own.part(keys), window)[:, None]
+            text = before[chosen if before.shape[0] > 1 else EVERY][:, :, queries]
+            moved = slice(first_key + keys.start, first_key + keys.stop)
+            blocks.append(_block(chosen, queries, moved, near, text))
+    return tuple(blocks)
+
+
+def _block(samples: slice, queries: slice, keys: slice, near: Tensor, before: Tensor) -> Block:
+    """Join the masks over visual and text keys, leaving out text that nobody in the block sees."""
+    used = before.flatten(0, -2).any(dim=0).nonzero()
+    text_keys = int(used[-1]) + 1 if len(used) else 0
+    batch = max(near.shape[0], before.shape[0])
+    parts = [part.expand(batch, -1, -1, -1) for part in (near, before[..., :text_keys])]
+    return Block(samples, queries, keys, text_keys, torch.cat(parts, dim=-1))

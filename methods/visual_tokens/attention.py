@@ -1,0 +1,179 @@
+"""Attention of text rows and visual rows apart, in one layer (spec 6.3).
+
+Shapes: B samples, T text rows and N visual rows of the call, P and M text and visual tokens of
+earlier calls, D d_model, H query heads, h kept, G key-value heads, V read by kept heads, d a
+head's width, R rows of any stream.
+
+Text queries of dropped heads see text only; those of kept heads see visual and text keys. Visual
+queries exist for kept heads only. Everything is a softmax over what is really seen, so nothing
+that is left out has to be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.models.multimodal.decoder import AttentionView
+from methods.visual_tokens.attendance import Attendance
+from methods.visual_tokens.weights import VisualWeights
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin, each [B, R, up to d]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Queries, keys and values of one stream, [B, heads, rows, d] each; `q` may be left out."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+
+
+def heads_of(x_BRE: Tensor, width: int) -> Tensor:
+    """Return rows as heads, [B, heads, R, d]."""
+    x_BRHd: Tensor = x_BRE.unflatten(-1, (-1, width))
+    return x_BRHd.transpose(1, 2)
+
+
+def rotated(x_BHRd: Tensor, rotary: Rotary) -> Tensor:
+    """Turn halves of each head by its row's angles; components beyond the angles stay."""
+    cos, sin = (part[:, None] for part in rotary)
+    turned, kept = x_BHRd.split([cos.shape[-1], x_BHRd.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
+
+
+def normed_and_rotated(
+    x_BRE: Tensor, view: AttentionView, norm: torch.nn.Module | None, rotary: Rotary
+) -> Tensor:
+    """Return projected queries or keys ready for their product, [B, heads, R, d]."""
+    x_BRHd = x_BRE.unflatten(-1, (-1, view.head_dim))
+    if norm is not None:
+        x_BRHd = norm(x_BRHd)
+    return rotated(x_BRHd.transpose(1, 2), rotary)
+
+
+def attend(
+    q_BHQd: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool = False
+) -> Tensor:
+    """Return softmax(q kᵀ · scaling + mask) v by PyTorch's fused kernel, [B, H, Q, d]."""
+    return functional.scaled_dot_product_attention(
+        q_BHQd, k, v, attn_mask=mask, is_causal=causal, scale=scaling
+    )
+
+
+def text_attention(
+    text: Projected, visual: tuple[Tensor, Tensor] | None, weights: VisualWeights, who: Attendance
+) -> Tensor:
+    """Return what text rows attend to, [B, H, T, d], heads in the network's order.
+
+    `visual` are keys and values of all visual tokens so far, [B, V, M + N, d], or None.
+    """
+    heads, scaling = weights.heads, weights.view.scaling
+    q_BHTd = cast(Tensor, text.q)
+    parts = []
+    if heads.kept and visual is not None:
+        k = torch.cat(
+            [pick(visual[0], heads.reads), read_by(text.k, heads.kept, heads.per_group)], 2
+        )
+        v = torch.cat(
+            [pick(visual[1], heads.reads), read_by(text.v, heads.kept, heads.per_group)], 2
+        )
+        parts.append(attend(pick(q_BHTd, heads.kept), k, v, who.mixed_BTK, scaling))
+    alone = heads.dropped if parts else (*heads.kept, *heads.dropped)
+    if alone:
+        k = read_by(text.k, alone, heads.per_group)
+        v = read_by(text.v, alone, heads.per_group)
+        parts.append(attend(pick(q_BHTd, alone), k, v, who.text_BTK, scaling, who.causal))
+    return restored(parts, heads.restore)
+
+
+def visual_attention(
+    text: Projected, visual: Projected, weights: VisualWeights, who: Attendance
+) -> Tensor:
+    """Return what visual rows attend to in kept heads, [B, h, N, d].
+
+    `visual` has the call's own queries and the keys and values of all visual tokens so far.
+    """
+    heads, scaling = weights.heads, weights.view.scaling
+    k_visual, v_visual = pick(visual.k, heads.reads), pick(visual.v, heads.reads)
+    k_text = read_by(text.k, heads.kept, heads.per_group)
+    v_text = read_by(text.v, heads.kept, heads.per_group)
+    q_BhNd = cast(Tensor, visual.q)
+    found = []
+    for block in who.blocks:
+        own, seen = block.samples, block.text_keys
+        k = torch.cat([k_visual[own, :, block.keys], k_text[own, :, :seen]], dim=2)
+        v = torch.cat([v_visual[own, :, block.keys], v_text[own, :, :seen]], dim=2)
+        found.append(attend(q_BhNd[own, :, block.queries], k, v, block.mask, scaling))
+    if len(found) == 1 and found[0].shape == q_BhNd.shape:
+        return found[0]
+    out_BhNd = torch.zeros_like(q_BhNd)
+    for block, part in zip(who.blocks, found, strict=True):
+        out_BhNd[block.samples, :, block.queries] = part
+    return out_BhNd
+
+
+def joint_attention(
+    text: Projected, visual: Projected, weights: VisualWeights, who: Attendance
+) -> tuple[Tensor, Tensor]:
+    """Return both streams' attention where kept heads see everything in plain causal order.
+
+    One causal product over [text | visual] rows in the call's order, which needs no mask.
+    """
+    heads, scaling = weights.heads, weights.view.scaling
+    order = cast(Tensor, who.order)
+    q_text = cast(Tensor, text.q)
+    streams = (
+        (pick(q_text, heads.kept), cast(Tensor, visual.q)),
+        (read_by(text.k, heads.kept, heads.per_group), pick(visual.k, heads.reads)),
+        (read_by(text.v, heads.kept, heads.per_group), pick(visual.v, heads.reads)),
+    )
+    q, k, v = (torch.cat(pair, dim=2).index_select(2, order) for pair in streams)
+    joint = attend(q, k, v, None, scaling, causal=True).index_select(2, order.argsort())
+    rows = q_text.shape[2]
+    parts = [joint[:, :, :rows]]
+    if heads.dropped:
+        k = read_by(text.k, heads.dropped, heads.per_group)
+        v = read_by(text.v, heads.dropped, heads.per_group)
+        parts.append(attend(pick(q_text, heads.dropped), k, v, None, scaling, causal=True))
+    return restored(parts, heads.restore), joint[:, :, rows:]
+
+
+def text_only(text: Projected, q_BHNd: Tensor, weights: VisualWeights, who: Attendance) -> Tensor:
+    """Return what dropped heads of visual rows attend to under `dropped=text`, [B, H - h, N, d].
+
+    Rows with no text before them attend to nothing and get zero.
+    """
+    heads = weights.heads
+    before = cast(Tensor, who.before_BNK)
+    any_text = before.any(dim=-1, keepdim=True)
+    k = read_by(text.k, heads.dropped, heads.per_group)
+    v = read_by(text.v, heads.dropped, heads.per_group)
+    return attend(q_BHNd, k, v, before | ~any_text, weights.view.scaling) * any_text
+
+
+def restored(parts: Sequence[Tensor], restore: Tensor | None) -> Tensor:
+    """Return heads that were computed as (kept, dropped) in the network's order."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    return whole if restore is None else whole.index_select(1, restore)
+
+
+def pick(x_BHRd: Tensor, heads: Sequence[int]) -> Tensor:
+    """Return some heads, repeated as often as they are named; a view if they are a run."""
+    count = len(heads)
+    if count and tuple(heads) == tuple(range(heads[0], heads[0] + count)):
+        return x_BHRd[:, heads[0] : heads[0] + count]
+    return x_BHRd.index_select(1, torch.tensor(heads, device=x_BHRd.device, dtype=torch.int64))
+
+
+def read_by(x_BGRd: Tensor, heads: Sequence[int], per_group: int) -> Tensor:
+    """Return the key-value heads that some query heads read."""
+    return pick(x_BGRd, [head // per_group for head in heads])

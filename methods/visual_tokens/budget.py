@@ -1,0 +1,161 @@
+"""Finding settings whose cost meets a budget, with the least harm that calibration can foresee.
+
+The harm of a layer cut, of fewer heads and of fewer neurons is each the KL divergence in nats from
+the dense answer when nothing else is changed; together they are taken to add up (as operation
+pruning does, arXiv 2507.02909). The cost is `cost.visual_share`, linear in heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.multimodal import Samples
+from bench.progress import Progress
+from methods.visual_tokens.cost import Prompt, Shape, mean_neighbours, visual_share
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.findings import Findings
+from methods.visual_tokens.plan import VisualPlan
+from methods.visual_tokens.selection import Kept, best_neurons, best_total
+from methods.visual_tokens.work import shape_of, work_of
+
+HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
+NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A candidate: layers that visual tokens reach, heads kept in all, share of neurons kept."""
+
+    cut: int
+    heads: int
+    neurons: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was found: the settings, their share of visual FLOPs, and the foreseen harm in nats."""
+
+    settings: Settings
+    share: float
+    harm: float
+
+
+class Search:
+    """One search on one network; the engine's plan is what is being tried."""
+
+    def __init__(
+        self, engine: Engine, findings: Findings, samples: Samples, whole_layers: int
+    ) -> None:
+        self.engine, self.findings, self.samples = engine, findings, samples
+        self.shape: Shape = shape_of(engine)
+        self.whole_layers = min(whole_layers, self.shape.depth)
+        self.score_LH = findings.head_statistic(votes=0.4)
+        self.prompt = _windowed(findings.prompt, engine.plan)
+
+    @torch.no_grad()
+    def fit(self, budget: float, progress: Progress) -> Fitted:
+        """Leave the engine with the best settings that cost at most `budget`, and return them.
+
+        Raises:
+            UserError: even the least settings cost more.
+        """
+        harm = self._harm(progress)
+        found: tuple[float, Settings] | None = None
+        least = float("inf")
+        for cut, heads, neurons in product(range(1, self.shape.depth + 1), *self._levels()):
+            settings = Settings(cut, self._total(cut, heads), neurons)
+            share = self._share(settings)
+            least = min(least, share)
+            expected = self._cut_harm(cut) + harm["heads", heads] + harm["neurons", neurons]
+            if share <= budget and (found is None or expected < found[0]):
+                found = expected, settings
+        if found is None:
+            raise UserError(
+                f"budget={budget} cannot be met: the least that settings can leave is {least:.4f} "
+                "of the visual computation; raise it or lower whole_layers"
+            )
+        settings = self._filled(found[1], budget)
+        return Fitted(settings, self._share(settings), found[0])
+
+    def _levels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return HEAD_SHARES, NEURON_SHARES
+
+    def _total(self, cut: int, share: float) -> int:
+        """Return how many heads are kept when layers past the whole ones keep this share."""
+        whole, heads = min(self.whole_layers, cut), self.shape.heads
+        return whole * heads + round(share * (cut - whole) * heads)
+
+    def _filled(self, settings: Settings, budget: float) -> Settings:
+        """Return the settings with as many heads as the budget has room for."""
+        low, high = settings.heads, settings.cut * self.shape.heads
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._share(replace(settings, heads=middle)) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return replace(settings, heads=low)
+
+    def _share(self, settings: Settings) -> float:
+        """Put settings into the plan and return their share of visual FLOPs."""
+        plan = self.engine.plan
+        plan.cut_at(settings.cut)
+        plan.keep_heads(self._kept(settings))
+        plan.keep_neurons(self._neurons(settings.neurons))
+        return visual_share(self.shape, work_of(self.engine), self.prompt)
+
+    def _kept(self, settings: Settings) -> Kept:
+        whole = min(self.whole_layers, settings.cut)
+        return best_total(self.score_LH, settings.heads, whole, settings.cut)
+
+    def _neurons(self, share: float) -> list[tuple[Tensor, ...]]:
+        """Return the best neurons of every feed-forward."""
+        return [
+            tuple(best_neurons(score_F, share) for score_F in units)
+            for units in self.findings.neurons
+        ]
+
+    def _cut_harm(self, cut: int) -> float:
+        return self.findings.cut_kl[cut - 1]
+
+    def _harm(self, progress: Progress) -> dict[tuple[str, float], float]:
+        """Measure fewer heads and fewer neurons, each with everything else left whole."""
+        dense = list(self._answers(dense=True))
+        depth, harm = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
+        tried = [("heads", share) for share in HEAD_SHARES[1:]]
+        tried += [("neurons", share) for share in NEURON_SHARES[1:]]
+        for what, share in progress.track(tried, "measuring what cuts cost"):
+            heads = self._total(depth, share if what == "heads" else 1.0)
+            self._share(Settings(depth, heads, share if what == "neurons" else 1.0))
+            answers = self._answers(dense=False)
+            parts = [_divergence(p, q) for p, q in zip(dense, answers, strict=True)]
+            harm[what, share] = float(torch.stack(parts).mean())
+        return harm
+
+    def _answers(self, *, dense: bool) -> Iterator[Tensor]:
+        """Yield log probabilities of each sample's next token, [B, vocabulary]."""
+        for call in self.samples.inputs:
+            if dense:
+                with self.engine.dense():
+                    logits = self.engine.network(**call, use_cache=False, logits_to_keep=1).logits
+            else:
+                logits = self.engine.network(**call, use_cache=False, logits_to_keep=1).logits
+            yield logits[:, -1].double().log_softmax(dim=-1)
+
+
+def _windowed(prompt: Prompt, plan: VisualPlan) -> Prompt:
+    """Return the prompt with the visual keys that a window leaves, on a square grid."""
+    if plan.window is None:
+        return prompt
+    side = max(1, round(prompt.visual**0.5))
+    seen = mean_neighbours(side, side, plan.window.radius)
+    return replace(prompt, neighbours=seen)
+
+
+def _divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
+    """Return KL(p ‖ q) of log probabilities, averaged over samples."""
+    return (p_BV.exp() * (p_BV - q_BV)).sum(dim=-1).mean()

@@ -1,0 +1,152 @@
+"""A key-value cache whose visual part is apart: fewer heads, fewer layers, written once an image.
+
+Shapes: B samples, G key-value heads, V key-value heads kept for visual tokens, T cached text
+tokens, N cached visual tokens, d a head's width.
+
+The text part grows as in transformers' DynamicLayer. The length that a layer tells is logical,
+text and visual tokens together, because positions of new tokens are counted from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from bench.errors import UserError
+
+
+@dataclass
+class Ledger:
+    """Where the cached tokens are in their sequences and which are real.
+
+    Places are int64 [B, T] and [B, N], validity is bool of the same shapes; `whole` says that all
+    cached text rows are real and that the visual rows are, too.
+    """
+
+    text_BT: Tensor
+    text_valid_BT: Tensor
+    visual_BN: Tensor
+    visual_valid_BN: Tensor
+    whole: bool
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change all four alike: reordering, repeating or selecting samples."""
+        self.text_BT, self.text_valid_BT = change(self.text_BT), change(self.text_valid_BT)
+        self.visual_BN, self.visual_valid_BN = change(self.visual_BN), change(self.visual_valid_BN)
+
+
+class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] beside it.
+
+    The first layer of a cache also keeps its ledger.
+    """
+
+    def __init__(self, ledger: Ledger | None) -> None:
+        super().__init__()
+        self.visual_keys: Tensor | None = None
+        self.visual_values: Tensor | None = None
+        self.ledger = ledger
+        self.length = 0
+
+    def add_visual(self, keys_BVNd: Tensor, values_BVNd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep an image's keys and values after those of earlier images; return all of them."""
+        if self.visual_keys is not None:
+            keys_BVNd = torch.cat([self.visual_keys, keys_BVNd], dim=2)
+            values_BVNd = torch.cat([cast(Tensor, self.visual_values), values_BVNd], dim=2)
+        self.visual_keys, self.visual_values = keys_BVNd, values_BVNd
+        return keys_BVNd, values_BVNd
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens came before, visual ones included."""
+        return self.length
+
+    def bytes(self) -> int:
+        """Return the size of all keys and values of this layer."""
+        held = (self.keys, self.values, self.visual_keys, self.visual_values)
+        return sum(part.numel() * part.element_size() for part in held if part is not None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, which must be text."""
+        count = abs(tokens_to_remove)
+        if count > self.keys.shape[-2]:
+            raise UserError(f"cannot forget the last {count} tokens: an image is among them")
+        super().crop(tokens_to_remove)
+        self.length -= count
+        if self.ledger is not None and count:
+            self.ledger.text_BT = self.ledger.text_BT[:, :-count]
+            self.ledger.text_valid_BT = self.ledger.text_valid_BT[:, :-count]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.visual_keys = self.visual_values = None
+        self.length = 0
+        if self.ledger is not None:
+            self.ledger.apply(lambda part: part[:, :0])
+
+    def offload(self) -> None:
+        """Refuse: the visual part would stay behind."""
+        raise UserError("visual token strategies do not work with an offloaded cache")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search."""
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        self._change(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        self._change(lambda part: part[indices])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor along the batch alike."""
+        for name in ("keys", "values", "visual_keys", "visual_values"):
+            part = getattr(self, name)
+            if part is not None:
+                setattr(self, name, change(part))
+        if self.ledger is not None:
+            self.ledger.apply(change)
+
+
+def is_split(cache: Any) -> bool:
+    """Whether a cache has its visual part apart."""
+    return bool(cache is not None and cache.layers and isinstance(cache.layers[0], SplitLayer))
+
+
+def split(cache: Any, depth: int, batch: int, mask_BP: Tensor | None, device: torch.device) -> None:
+    """Turn a cache in place into one with a visual part; text that it holds already stays.
+
+    `mask_BP` says which of the cached tokens are real, None that all are.
+
+    Raises:
+        UserError: it is not a growing cache of full attention.
+    """
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        kind = type(cache).__name__
+        raise UserError(f"visual token strategies need a DynamicCache on the device, not {kind}")
+    past = cache.get_seq_length()
+    if any(layer.is_initialized and type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UserError("visual token strategies need a cache of full attention layers only")
+    places_BP = torch.arange(past, device=device).expand(batch, past)
+    none_BN = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+    real_BP = torch.ones_like(places_BP, dtype=torch.bool) if mask_BP is None else mask_BP.bool()
+    whole = mask_BP is None or bool(real_BP.all())
+    ledger = Ledger(places_BP, real_BP, none_BN, none_BN.bool(), whole)
+    before = cache.layers
+    cache.layers = [SplitLayer(ledger if index == 0 else None) for index in range(depth)]
+    for old, new in zip(before, cache.layers, strict=False):
+        if old.is_initialized:
+            new.lazy_initialization(old.keys, old.values)
+            new.keys, new.values, new.length = old.keys, old.values, past
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Return the size of a split cache's keys and values."""
+    return sum(layer.bytes() for layer in cache.layers)

@@ -1,0 +1,170 @@
+"""What the decoder computes for text rows and for visual rows, as arithmetic on shapes.
+
+One multiply-add is two FLOPs. Only matrix products are counted: norms, rotations and softmax are
+not, and neither are the vision tower and the projector, which no strategy changes. Attention is
+charged for the pairs that are really seen where a window says so and in full otherwise, never
+causally halved. Source: spec sections 2 and 6.4.
+
+Symbols: L layers, D d_model, H query heads, G key-value heads, d a head's width, F the width of
+all feed-forward neurons that one token meets, n visual tokens, s text tokens before them, t all
+text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes; `widths` holds F of each layer (for experts: top-k widths and shared)."""
+
+    d_model: int
+    heads: int
+    groups: int
+    head_dim: int
+    widths: tuple[float, ...]
+    vocabulary: int
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are, L."""
+        return len(self.widths)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer does for visual rows.
+
+    `heads` query heads and `groups` key-value heads have keys and values; `queries` heads have
+    queries and outputs, which is 0 in the last visual layer; `neurons` is F of visual rows.
+    """
+
+    heads: int
+    groups: int
+    queries: int
+    neurons: float
+
+    @staticmethod
+    def none() -> LayerWork:
+        """Return a layer that visual rows do not reach."""
+        return LayerWork(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's lengths: n visual tokens after s of t text tokens, and visual keys seen by each.
+
+    `neighbours` is the mean number of visual keys per visual query; n itself without a window.
+    """
+
+    visual: int
+    before: int
+    text: int
+    neighbours: float
+
+
+def dense_work(shape: Shape) -> list[LayerWork]:
+    """Return a decoder that treats visual tokens as text, except that nothing unread is made."""
+    every = [LayerWork(shape.heads, shape.groups, shape.heads, width) for width in shape.widths]
+    return [*every[:-1], last_visual(every[-1])]
+
+
+def last_visual(work: LayerWork) -> LayerWork:
+    """Return the last layer that visual rows reach: only keys and values are read by anybody."""
+    return replace(work, queries=0, neurons=0)
+
+
+def visual_flops(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float:
+    """Return FLOPs of visual rows in all layers: projections, their attention, feed-forwards."""
+    n, seen = prompt.visual, prompt.neighbours + prompt.before
+    total = 0.0
+    for layer in work:
+        outputs = 2 * layer.queries + 2 * layer.groups
+        total += 2 * n * shape.d_model * shape.head_dim * outputs
+        total += 4 * n * seen * layer.queries * shape.head_dim
+        total += 6 * n * shape.d_model * layer.neurons
+    return total
+
+
+def text_flops(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float:
+    """Return FLOPs of text rows in all layers, with their attention to text and to visual keys."""
+    t, total = prompt.text, 0.0
+    for width, layer in zip(shape.widths, work, strict=True):
+        outputs = 2 * (shape.heads + shape.groups)
+        total += 2 * t * shape.d_model * shape.head_dim * outputs
+        total += 4 * t * shape.head_dim * (shape.heads * t + layer.heads * prompt.visual)
+        total += 6 * t * shape.d_model * width
+    return total
+
+
+def prefill_flops(
+    shape: Shape, work: Sequence[LayerWork], prompt: Prompt, logits: int = 1
+) -> dict[str, float]:
+    """Return FLOPs of a prefill by part: text, visual, and the head for `logits` rows."""
+    return {
+        "text": text_flops(shape, work, prompt),
+        "visual": visual_flops(shape, work, prompt),
+        "head": 2.0 * logits * shape.d_model * shape.vocabulary,
+    }
+
+
+def stock_flops(shape: Shape, prompt: Prompt, logits: int = 1) -> dict[str, float]:
+    """Return FLOPs of the network as transformers runs it: every row through every layer."""
+    rows, head = prompt.text + prompt.visual, 2.0 * logits * shape.d_model * shape.vocabulary
+    every = [LayerWork(0, 0, 0, 0)] * shape.depth
+    together = Prompt(0, 0, rows, 0)
+    whole = text_flops(shape, every, together)
+    share = prompt.visual / rows
+    return {"text": whole * (1 - share), "visual": whole * share, "head": head}
+
+
+def visual_share(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float:
+    """Return visual FLOPs over those of the network as it is, linear in heads (spec 2).
+
+    The denominator is the full computation of all visual rows in all layers, windows off.
+    """
+    every = [LayerWork(shape.heads, shape.groups, shape.heads, width) for width in shape.widths]
+    whole = replace(prompt, neighbours=float(prompt.visual))
+    return visual_flops(shape, work, prompt) / visual_flops(shape, every, whole)
+
+
+def paper_flops(depth: int, d_model: int, width: int, visual: int) -> float:
+    """Return the paper's own count of a full model (spec 2): L (8 n D² + 6 n D F + 4 n² D).
+
+    Visual tokens only, no discount for grouped keys and values, no head, no vision tower. It
+    gives 7.63 T for LLaVA-1.5-7B and 14.89 T for 13B.
+    """
+    n = visual
+    return depth * (8.0 * n * d_model**2 + 6.0 * n * d_model * width + 4.0 * n**2 * d_model)
+
+
+def paper_share(
+    depth: int, d_model: int, width: int, visual: int, *, layers: int, heads: float, neurons: float
+) -> float:
+    """Return the share by which the paper's labels are explained: kept heads count squared.
+
+    `heads` and `neurons` are kept shares in the first `layers` layers; window attention counts as
+    nothing. An inference (spec 2), not printed in the paper; the linear count is what really runs.
+    """
+    n = visual
+    kept = 8.0 * n * d_model**2 * heads**2 + 6.0 * n * d_model * width * neurons
+    return layers * kept / paper_flops(depth, d_model, width, visual)
+
+
+def mean_neighbours(rows: int, columns: int, radius: int) -> float:
+    """Return how many cells a window holds on average, borders clipped: 22.56 for 24x24, 2."""
+
+    def along(length: int) -> float:
+        reach = [min(i + radius, length - 1) - max(i - radius, 0) + 1 for i in range(length)]
+        return sum(reach) / length
+
+    return along(rows) * along(columns)
+
+
+def cache_bytes(shape: Shape, work: Sequence[LayerWork], prompt: Prompt, element: int) -> int:
+    """Return bytes of keys and values: text for all heads, visual for kept groups (spec 6.4)."""
+    text = shape.depth * shape.groups * prompt.text
+    visual = sum(layer.groups for layer in work) * prompt.visual
+    return 2 * element * shape.head_dim * (text + visual)

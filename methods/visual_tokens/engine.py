@@ -1,0 +1,219 @@
+"""Running a vision-language model with less work for its visual tokens, in its own `generate`.
+
+Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model.
+
+The engine replaces the text decoder's forward. A call without images, and without an image in its
+cache, goes to the decoder as it is. Any other call runs here, top to bottom in `_run`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from bench.errors import UserError
+from bench.models.anatomy import Anatomy, dissect
+from bench.models.multimodal import VisualTokens, locate, open_decoder
+from methods.visual_tokens.attendance import attendance
+from methods.visual_tokens.cache import Ledger, is_split, split
+from methods.visual_tokens.layers import Call, Streams, two_streams
+from methods.visual_tokens.official import Official
+from methods.visual_tokens.plan import VisualPlan
+from methods.visual_tokens.prepared import Prepared
+from methods.visual_tokens.rows import Rows, rows_where
+from methods.visual_tokens.windows import Cells
+
+if TYPE_CHECKING:
+    from methods.visual_tokens.findings import Findings
+
+ATTRIBUTE = "slimbench_visual_engine"
+
+
+class Engine:
+    """Carries out a `VisualPlan` in one network, from the moment it is made."""
+
+    def __init__(self, network: nn.Module, anatomy: Anatomy) -> None:
+        self.network = network
+        self.decoder = open_decoder(network, anatomy)
+        self.plan = VisualPlan.dense(len(self.decoder.layers))
+        self.prepared = Prepared(self.decoder, self.plan)
+        self.official = Official(network, self.decoder, self.plan)
+        self.findings: dict[str, Findings] = {}
+        self._tokens: VisualTokens | None = None
+        self._bypassed = False
+        module = cast(Any, self.decoder.module)
+        self._stock: Callable[..., Any] = module.forward
+        # On the instance, so that transformers' class and all other models stay as they are.
+        module.forward = self.forward
+        self.decoder.inner.register_forward_pre_hook(self._note, with_kwargs=True)
+        setattr(network, ATTRIBUTE, self)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Run the network as if there were no plan, while the block lasts."""
+        before, self._bypassed = self._bypassed, True
+        try:
+            yield
+        finally:
+            self._bypassed = before
+
+    def _note(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember where the visual tokens are of the call that is about to reach the decoder."""
+        call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
+        self._tokens = locate(self.network, call | call.pop("kwargs", {}))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the text decoder's forward."""
+        tokens, self._tokens = self._tokens, None
+        cache = kwargs.get("past_key_values")
+        if self._bypassed or self.plan.form is None:
+            return self._stock(*args, **kwargs)
+        if self.plan.form == "official":
+            return self.official.run(self._stock, tokens, *args, **kwargs)
+        if tokens is None and not is_split(cache):
+            return self._stock(*args, **kwargs)
+        return self._run(tokens, **kwargs)
+
+    def _run(
+        self,
+        tokens: VisualTokens | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        deepstack_visual_embeds: list[Tensor] | None = None,
+        **_: Any,
+    ) -> MoeModelOutputWithPast:
+        """Split the call into streams, send them through all layers, put text rows back."""
+        config = self.decoder.config
+        cache = past_key_values
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=config)
+        text, visual = _streams_of(inputs_embeds, tokens, attention_mask)
+        offset = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and not is_split(cache):
+            past_mask = None if attention_mask is None else attention_mask[:, :offset]
+            device = inputs_embeds.device
+            split(cache, len(self.decoder.layers), len(inputs_embeds), past_mask, device)
+
+        ledger = None if cache is None else cast(Ledger, cache.layers[0].ledger)
+        cells = None if tokens is None or visual is None else _cells(tokens, visual)
+        angles = self._angles(inputs_embeds, position_ids, offset)
+        call = Call(
+            who=attendance(text, visual, cells, self.plan.window, ledger, offset),
+            text_rotary=_both(text, angles),
+            visual_rotary=None if visual is None else _both(visual, angles),
+            cache=cache,
+        )
+        streams = Streams(
+            text.take(inputs_embeds), None if visual is None else visual.take(inputs_embeds)
+        )
+        stacked = _stacked(deepstack_visual_embeds, inputs_embeds, tokens, visual)
+        x_BTD = self._through_layers(streams, call, stacked)
+        if cache is not None:
+            _write_down(cache, text, visual, offset, inputs_embeds.shape[1])
+        norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
+        whole_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
+        return MoeModelOutputWithPast(last_hidden_state=whole_BSD, past_key_values=cache)
+
+    def _through_layers(self, streams: Streams, call: Call, stacked: list[Tensor]) -> Tensor:
+        """Return the text rows after the last layer; visual rows are gone after the cut."""
+        cut = self.plan.cut
+        for layer in self.decoder.layers:
+            if layer.index < cut:
+                weights = self.prepared.layer(layer.index)
+                streams = two_streams(streams, layer, weights, call, last=layer.index == cut - 1)
+            elif streams.text_BTD.shape[1]:
+                streams.text_BTD = layer.module(
+                    streams.text_BTD,
+                    attention_mask=call.who.text_BTK,
+                    position_embeddings=call.text_rotary,
+                    past_key_values=call.cache,
+                    use_cache=call.cache is not None,
+                )
+            if streams.visual_BND is not None and layer.index < len(stacked):
+                streams.visual_BND = streams.visual_BND + stacked[layer.index]
+        return streams.text_BTD
+
+    def _angles(
+        self, x_BSD: Tensor, positions: Tensor | None, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of every token's rotation, [B or 1, S, up to d].
+
+        Positions may come as [B, S], as [3, B, S] (M-RoPE) or as [4, B, S], whose first part is
+        for packed text only.
+        """
+        rotary = cast(Any, self.decoder.module.rotary_emb)
+        if positions is None:
+            positions = torch.arange(offset, offset + x_BSD.shape[1], device=x_BSD.device)[None]
+        if positions.ndim == 3 and positions.shape[0] == 4:
+            positions = positions[1:]
+        if positions.ndim == 2 and hasattr(rotary, "mrope_section"):
+            positions = positions[None].expand(3, -1, -1)
+        cos, sin = rotary(x_BSD, positions)
+        return cos, sin
+
+
+def engine_of(network: nn.Module) -> Engine:
+    """Return the network's engine, made at the first call."""
+    known = getattr(network, ATTRIBUTE, None)
+    return known if isinstance(known, Engine) else Engine(network, dissect(network))
+
+
+def _streams_of(
+    x_BSD: Tensor, tokens: VisualTokens | None, mask: Tensor | None
+) -> tuple[Rows, Rows | None]:
+    """Return which rows are text and which are visual; padding belongs to neither."""
+    if mask is not None and mask.ndim != 2:
+        raise UserError("visual token strategies take a padding mask of two dimensions only")
+    batch, length = x_BSD.shape[:2]
+    if length == 1 and tokens is None:
+        return Rows(torch.zeros(batch, 1, dtype=torch.int64, device=x_BSD.device), None), None
+    every = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
+    real_BS = every if mask is None else mask[:, -length:].bool()
+    if tokens is None:
+        return rows_where(real_BS), None
+    return rows_where(real_BS & ~tokens.mask), rows_where(tokens.mask)
+
+
+def _both(rows: Rows, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of one stream's rows."""
+    return rows.take(angles[0]), rows.take(angles[1])
+
+
+def _cells(tokens: VisualTokens, visual: Rows) -> Cells:
+    """Return frame and place of every visual row, [B, N]; frame -1 where a row is not real."""
+    parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
+    return Cells(*(part.gather(1, visual.index_BR) for part in parts))
+
+
+def _stacked(
+    embeds: list[Tensor] | None, x_BSD: Tensor, tokens: VisualTokens | None, visual: Rows | None
+) -> list[Tensor]:
+    """Return what DeepStack adds to visual rows after each of the first layers, [B, N, D] each."""
+    if not embeds or tokens is None or visual is None:
+        return []
+    empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
+    return [visual.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
+
+
+def _write_down(cache: Any, text: Rows, visual: Rows | None, offset: int, length: int) -> None:
+    """Enter the call's tokens into the cache's ledger."""
+    ledger = cast(Ledger, cache.layers[0].ledger)
+    ledger.text_BT = torch.cat([ledger.text_BT, text.index_BR + offset], dim=1)
+    ledger.text_valid_BT = torch.cat([ledger.text_valid_BT, text.validity], dim=1)
+    ledger.whole &= text.valid_BR is None
+    if visual is not None:
+        ledger.visual_BN = torch.cat([ledger.visual_BN, visual.index_BR + offset], dim=1)
+        ledger.visual_valid_BN = torch.cat([ledger.visual_valid_BN, visual.validity], dim=1)
+        ledger.whole &= visual.valid_BR is None
+    for layer in cache.layers:
+        layer.length = offset + length

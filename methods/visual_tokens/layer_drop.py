@@ -1,0 +1,52 @@
+"""Visual layer drop (arXiv 2410.06169): an image's tokens leave the decoder part of the way."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from bench.errors import UserError
+from bench.method import Context
+from bench.models.anatomy import Anatomy
+from bench.models.model import Model
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.findings import findings_for
+from methods.visual_tokens.selection import earliest_cut
+from methods.visual_tokens.strategy import VisualStrategy
+
+
+class LayerDrop(VisualStrategy):
+    """Compute the first `layers` layers for visual tokens and only text in the others.
+
+    `share` says the same as a share of the model's layers, where `layers` is not given. With
+    `max_kl` the earliest layer is taken after which the answer's distribution is at most so many
+    nats from the dense model's, averaged over the calibration images (VTW's criterion); findings
+    are read from `settings`, the folder of a calibration, or made from the run's images.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    layers: int | None = Field(default=None, ge=1)
+    share: float = Field(default=0.5, gt=0, le=1)
+    max_kl: float | None = Field(default=None, ge=0)
+    settings: str | None = None
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse also a number of layers that the decoder does not have."""
+        super().check(anatomy)
+        if self.layers is not None and self.layers > len(anatomy.layers):
+            raise UserError(
+                f"layers={self.layers}: {anatomy.architecture} has {len(anatomy.layers)} layers"
+            )
+
+    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+        depth = len(engine.decoder.layers)
+        if self.max_kl is not None:
+            findings = findings_for(self.settings, engine, context)
+            cut = earliest_cut(findings, self.max_kl)
+            engine.plan.cut_at(cut)
+            return {"layers": cut, "of": depth, "findings": findings.origin}
+        cut = self.layers if self.layers is not None else max(1, round(self.share * depth))
+        engine.plan.cut_at(cut)
+        return {"layers": cut, "of": depth}

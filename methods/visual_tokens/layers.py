@@ -1,0 +1,154 @@
+"""One decoder layer on two streams: everything for text rows, little for visual rows (spec 6.3).
+
+Shapes: B samples, T text rows, N visual rows, D d_model, h kept heads, V key-value heads that they
+read, d a head's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from bench.models.multimodal.decoder import DecoderLayer
+from methods.visual_tokens.attendance import Attendance
+from methods.visual_tokens.attention import (
+    Projected,
+    Rotary,
+    heads_of,
+    joint_attention,
+    normed_and_rotated,
+    text_attention,
+    text_only,
+    visual_attention,
+)
+from methods.visual_tokens.cache import SplitLayer
+from methods.visual_tokens.weights import VisualWeights, project
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all layers of one call share: who sees whom, angles of both streams, the cache."""
+
+    who: Attendance
+    text_rotary: Rotary
+    visual_rotary: Rotary | None
+    cache: Any | None
+
+    def layer(self, index: int) -> SplitLayer | None:
+        """Return one layer's cache, if there is one."""
+        return None if self.cache is None else cast(SplitLayer, self.cache.layers[index])
+
+
+@dataclass
+class Streams:
+    """The hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once gone."""
+
+    text_BTD: Tensor
+    visual_BND: Tensor | None
+
+
+def two_streams(
+    streams: Streams, layer: DecoderLayer, weights: VisualWeights, call: Call, last: bool
+) -> Streams:
+    """Send both streams through one layer.
+
+    In the `last` layer that visual rows reach, only their keys and values are made: nobody reads
+    anything else of them.
+    """
+    visual = streams.visual_BND
+    text_in = layer.attention_norm(streams.text_BTD)
+    text = _project_text(text_in, weights, call, layer.index)
+    if visual is None:
+        out_BHTd = text_attention(text, _cached(call.layer(layer.index)), weights, call.who)
+        return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
+    own = _project_visual(layer.attention_norm(visual), weights, call, last)
+    seen = _remember(own, call.layer(layer.index)) if weights.heads.kept else None
+    if last:
+        out_BHTd = text_attention(text, seen, weights, call.who)
+        return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
+    out_BHTd, out_BhNd = _attention(text, own, seen, weights, call.who)
+    x_BND = visual + _output(out_BhNd, weights, visual)
+    x_BND = x_BND + weights.feed_forward(layer.feed_forward_norm(x_BND))
+    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND)
+
+
+def _project_text(x_BTD: Tensor, weights: VisualWeights, call: Call, index: int) -> Projected:
+    """Return queries, keys and values of text rows; keys and values with those cached before."""
+    view = weights.view
+    q = normed_and_rotated(project(x_BTD, view.q), view, view.q_norm, call.text_rotary)
+    k = normed_and_rotated(project(x_BTD, view.k), view, view.k_norm, call.text_rotary)
+    v = heads_of(project(x_BTD, view.v), view.head_dim)
+    if call.cache is not None:
+        k, v = call.cache.update(k, v, index)
+    return Projected(q, k, v)
+
+
+def _project_visual(x_BND: Tensor, weights: VisualWeights, call: Call, last: bool) -> Projected:
+    """Return what kept heads need of visual rows; no queries in the last layer."""
+    view, rotary = weights.view, cast(Rotary, call.visual_rotary)
+    q = None
+    if not last and weights.q.weight.shape[0]:
+        q = normed_and_rotated(project(x_BND, weights.q), view, view.q_norm, rotary)
+    k = normed_and_rotated(project(x_BND, weights.k), view, view.k_norm, rotary)
+    v = heads_of(project(x_BND, weights.v), view.head_dim)
+    return Projected(q, k, v)
+
+
+def _remember(own: Projected, cache: SplitLayer | None) -> tuple[Tensor, Tensor]:
+    """Return keys and values of all visual tokens so far, and keep the new ones."""
+    return (own.k, own.v) if cache is None else cache.add_visual(own.k, own.v)
+
+
+def _cached(cache: SplitLayer | None) -> tuple[Tensor, Tensor] | None:
+    """Return the visual keys and values of earlier calls."""
+    if cache is None or cache.visual_keys is None:
+        return None
+    return cache.visual_keys, cast(Tensor, cache.visual_values)
+
+
+def _attention(
+    text: Projected,
+    own: Projected,
+    seen: tuple[Tensor, Tensor] | None,
+    weights: VisualWeights,
+    who: Attendance,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention of text rows, and that of visual rows for the heads in `weights.q`.
+
+    `seen` are keys and values of all visual tokens so far; None where no head is kept.
+    """
+    kept, parts = len(weights.heads.kept), []
+    if seen is None:
+        out_BHTd = text_attention(text, None, weights, who)
+    else:
+        q_BhNd = cast(Tensor, own.q)[:, :kept]
+        if who.order is not None:
+            new = Projected(q_BhNd, own.k, own.v)
+            out_BHTd, out_BhNd = joint_attention(text, new, weights, who)
+        else:
+            out_BHTd = text_attention(text, seen, weights, who)
+            out_BhNd = visual_attention(text, Projected(q_BhNd, *seen), weights, who)
+        parts.append(out_BhNd)
+    if own.q is not None and own.q.shape[1] > kept:
+        parts.append(text_only(text, own.q[:, kept:], weights, who))
+    return out_BHTd, torch.cat(parts, dim=1) if parts else None
+
+
+def _output(out_BhNd: Tensor | None, weights: VisualWeights, visual: Tensor) -> Tensor:
+    """Return what attention adds to visual rows, [B, N, D]; a bias is added without heads, too."""
+    if out_BhNd is not None:
+        return project(out_BhNd.transpose(1, 2).flatten(2), weights.o)
+    return torch.zeros_like(visual) if weights.o.bias is None else weights.o.bias.expand_as(visual)
+
+
+def _finish_text(x_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer) -> Tensor:
+    """Add attention and feed-forward to text rows, [B, T, D]; a call may consist of images only."""
+    if not x_BTD.shape[1]:
+        return x_BTD
+    view = layer.attention_view()
+    x_BTD = x_BTD + project(out_BHTd.transpose(1, 2).flatten(2), view.o)
+    feed_forward: Tensor = layer.feed_forward(layer.feed_forward_norm(x_BTD))
+    return x_BTD + feed_forward

@@ -1,0 +1,35 @@
+"""Neighbour-aware visual attention (arXiv 2410.06169): an image's tokens see their neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from bench.method import Context
+from bench.models.model import Model
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.plan import Window
+from methods.visual_tokens.strategy import VisualStrategy
+
+
+class NeighborAttention(VisualStrategy):
+    """Let a visual token see visual tokens in a `window` x `window` square around it only.
+
+    Text is seen as before. Tokens of other images, tiles or time steps are not seen. The released
+    code lets a token see later neighbours, too; `causal` does not, as the paper's figure.
+    """
+
+    window: int = Field(default=5, ge=1)
+    causal: bool = False
+
+    @field_validator("window")
+    @classmethod
+    def _has_a_centre(cls, window: int) -> int:
+        if window % 2 == 0:
+            raise ValueError("the window has a token in its centre, so it is an odd number")
+        return window
+
+    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+        engine.plan.see(Window(self.window // 2, self.causal))
+        return {"window": self.window, "causal": self.causal}

@@ -1,0 +1,158 @@
+"""The official form: everything is computed, and attention weights are zeroed after the softmax.
+
+What the paper's released LLaVA code does (spec 1.1 to 1.4), for its released checkpoints and for
+comparison; nothing is saved. A weight that is zeroed after the softmax is a value that is zero,
+so PyTorch's fused kernel does it. Differences from the release, both faults there: a text-only
+prompt is left alone, and all samples of a batch are treated alike while generating.
+
+Shapes: B samples, Q new tokens, K all tokens so far, H query heads, G key-value heads, d a head's
+width, F a feed-forward's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.models.multimodal import Decoder, DecoderLayer, VisualTokens
+from methods.visual_tokens.plan import LayerPlan, VisualPlan
+from methods.visual_tokens.windows import Cells, neighbours
+
+NAME = "slimbench_visual_official"
+# Where a cache keeps which of its tokens are visual, and a module its owner.
+SEEN, OWNER = "slimbench_visual_seen", "slimbench_visual_owner"
+
+
+class Official:
+    """Carries out a plan in the official form on the network's own layers."""
+
+    def __init__(self, network: nn.Module, decoder: Decoder, plan: VisualPlan) -> None:
+        self.network, self.decoder, self.plan = network, decoder, plan
+        self._tokens: VisualTokens | None = None
+        self._seen_BK: Tensor | None = None
+        self._installed = False
+
+    def run(
+        self, stock: Callable[..., Any], tokens: VisualTokens | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the decoder's own forward on one call under the plan."""
+        cache = kwargs.get("past_key_values")
+        past_BP = getattr(cache, SEEN, None)
+        if tokens is None and past_BP is None:
+            return stock(*args, **kwargs)
+        self._install()
+        new_BQ = _marks(tokens, kwargs["inputs_embeds"])
+        past_BP = _past(past_BP, cache, new_BQ)
+        self._tokens, self._seen_BK = tokens, torch.cat([past_BP, new_BQ], dim=1)
+        try:
+            output = stock(*args, **kwargs)
+        finally:
+            seen_BK, self._tokens, self._seen_BK = self._seen_BK, None, None
+        if output.past_key_values is not None:
+            setattr(output.past_key_values, SEEN, seen_BK)
+        return output
+
+    def _install(self) -> None:
+        """Put this form's attention and feed-forward into the network, once."""
+        if self._installed:
+            return
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+        cast(Any, self.network).set_attn_implementation({"text_config": NAME})
+        for layer in self.decoder.layers:
+            setattr(layer.attention, OWNER, self)
+            down = cast(nn.Linear, layer.feed_forward.down_proj)
+            down.register_forward_pre_hook(_Silencer(self, layer))
+        self._installed = True
+
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Return attention of one layer, [B, H, Q, d], by the plan if the call has visual keys."""
+        heads = q.shape[1]
+        k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
+        if self._seen_BK is None:
+            causal = mask is None and q.shape[2] > 1
+            return functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scaling
+            )
+        index, seen_BK = module.layer_idx, self._seen_BK
+        lost_H = self._lost(self.plan.layers[index], heads, q.device)
+        gone_H = torch.ones_like(lost_H) if index >= self.plan.cut else lost_H
+        v = v.masked_fill((gone_H[:, None] & seen_BK[:, None, :])[..., None], 0)
+        allowed = self._allowed(mask, q.shape[2])
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
+        new_BQ = seen_BK[:, -q.shape[2] :]
+        return out.masked_fill((lost_H[:, None] & new_BQ[:, None, :])[..., None], 0)
+
+    def _lost(self, plan: LayerPlan, heads: int, device: torch.device) -> Tensor:
+        """Return which heads a layer drops, bool [H]."""
+        lost_H = torch.zeros(heads, dtype=torch.bool, device=device)
+        if plan.heads is not None:
+            lost_H[[head for head in range(heads) if head not in set(plan.heads)]] = True
+        return lost_H
+
+    def _allowed(self, mask: Tensor | None, new: int) -> Tensor:
+        """Return who sees whom, [B or 1, 1, Q, K]: causal, with windows between visual tokens."""
+        seen_BK = cast(Tensor, self._seen_BK)
+        length = seen_BK.shape[1]
+        if mask is None:
+            places = torch.arange(length, device=seen_BK.device)
+            mask = (places[length - new :, None] >= places[None, :])[None, None]
+        window, tokens = self.plan.window, self._tokens
+        if window is None or tokens is None:
+            return mask
+        cells = Cells(tokens.frame_BS, tokens.row_BS, tokens.column_BS)
+        near_BQQ = neighbours(cells, cells, window)
+        visual_BQ = tokens.mask
+        past = torch.zeros_like(near_BQQ[..., :1]).expand(-1, -1, length - new)
+        pairs = visual_BQ[:, :, None] & seen_BK[:, None, :]
+        return torch.where(pairs, torch.cat([past, near_BQQ], dim=-1), mask[:, 0])[:, None]
+
+    def silence(self, layer: DecoderLayer, hidden_BQF: Tensor) -> Tensor:
+        """Return a feed-forward's activations with dropped neurons of visual rows at zero."""
+        kept = self.plan.layers[layer.index].neurons
+        if kept is None or self._tokens is None:
+            return hidden_BQF
+        lost_F = torch.ones(hidden_BQF.shape[-1], dtype=torch.bool, device=hidden_BQF.device)
+        lost_F[kept[0].to(lost_F.device)] = False
+        return hidden_BQF.masked_fill(self._tokens.mask[..., None] & lost_F, 0)
+
+
+class _Silencer:
+    """A hook on a down projection; an object, so that copies of a network own their hooks."""
+
+    def __init__(self, owner: Official, layer: DecoderLayer) -> None:
+        self.owner, self.layer = owner, layer
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.owner.silence(self.layer, args[0]),)
+
+
+def _attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Hand a layer's attention to the form that owns the layer."""
+    owner: Official = getattr(module, OWNER)
+    return owner.attend(module, q, k, v, mask, scaling).transpose(1, 2).contiguous(), None
+
+
+def _marks(tokens: VisualTokens | None, x_BQD: Tensor) -> Tensor:
+    """Return which of a call's tokens are visual, [B, Q]."""
+    if tokens is not None:
+        return tokens.mask
+    return torch.zeros(x_BQD.shape[:2], dtype=torch.bool, device=x_BQD.device)
+
+
+def _past(past_BP: Tensor | None, cache: Any, new_BQ: Tensor) -> Tensor:
+    """Return which cached tokens are visual, [B, P]; text after the last image is filled in."""
+    length = 0 if cache is None else cache.get_seq_length()
+    known = new_BQ[:, :0] if past_BP is None else past_BP
+    return functional.pad(known, (0, length - known.shape[1]))

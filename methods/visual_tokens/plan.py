@@ -1,0 +1,99 @@
+"""What is computed for visual tokens and what is not: the one object that strategies add to.
+
+Head and neuron numbers are always those of the network as it was loaded, also after its weights
+have been reordered. Numbers of layers, heads and neurons start at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from bench.errors import UserError
+
+Form = Literal["skip", "official"]
+Dropped = Literal["silent", "text"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which visual tokens of the same frame a visual token sees: at most `radius` rows and columns.
+
+    `causal` leaves out the cells that come later in raster order.
+    """
+
+    radius: int
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's settings; None is everything.
+
+    `heads` are the query heads that take part in visual computation, `neurons` one index tensor
+    [kept] for each gated feed-forward of the layer (`DecoderLayer.units`).
+    """
+
+    heads: tuple[int, ...] | None = None
+    neurons: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class VisualPlan:
+    """The settings of all layers of one network.
+
+    Layers from `cut` on compute nothing for visual tokens. `dropped` says what a dropped head
+    gives to visual rows: nothing (`silent`, the official LLaVA code), or attention to text alone
+    (`text`). `revision` grows with every change, so that whatever was prepared can be renewed.
+    """
+
+    layers: list[LayerPlan]
+    cut: int
+    window: Window | None = None
+    dropped: Dropped = "silent"
+    form: Form | None = None
+    revision: int = field(default=0, compare=False)
+
+    @staticmethod
+    def dense(depth: int) -> VisualPlan:
+        """Return the plan of a network whose visual tokens are treated as text."""
+        return VisualPlan([LayerPlan()] * depth, cut=depth)
+
+    def agree(self, form: Form) -> None:
+        """Settle how the plan is carried out; all strategies of a run must want the same."""
+        if self.form not in (None, form):
+            raise UserError(f"form={form} cannot be combined with form={self.form}: choose one")
+        self.form = form
+        self.revision += 1
+
+    def keep_heads(self, heads: list[tuple[int, ...]]) -> None:
+        """Set the query heads of every layer."""
+        self.layers = [
+            LayerPlan(tuple(sorted(kept)), layer.neurons)
+            for kept, layer in zip(heads, self.layers, strict=True)
+        ]
+        self.revision += 1
+
+    def keep_neurons(self, neurons: list[tuple[Tensor, ...]]) -> None:
+        """Set the neurons of every feed-forward of every layer."""
+        self.layers = [
+            LayerPlan(layer.heads, tuple(kept.sort().values for kept in units))
+            for units, layer in zip(neurons, self.layers, strict=True)
+        ]
+        self.revision += 1
+
+    def see(self, window: Window | None) -> None:
+        """Set the window of visual attention; None is causal attention to everything."""
+        self.window = window
+        self.revision += 1
+
+    def cut_at(self, cut: int) -> None:
+        """Let visual tokens leave before layer `cut`; every layer has them at `cut` = depth."""
+        if not 1 <= cut <= len(self.layers):
+            raise UserError(
+                f"visual tokens can leave after 1 to {len(self.layers)} layers, not {cut}"
+            )
+        self.cut = cut
+        self.revision += 1

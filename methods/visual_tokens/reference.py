@@ -1,0 +1,153 @@
+"""The skip form by masks alone: every row computed in full, and whatever is skipped masked away.
+
+Slow and direct, for tests. Attention sees masks before the softmax, feed-forwards of visual rows
+run on copies whose unwanted neurons are zero. Shapes: B samples, Q new tokens, K all tokens so
+far, H heads, d a head's width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.anatomy import dissect
+from bench.models.multimodal import DecoderLayer, VisualTokens, decoder_layers, locate
+from methods.visual_tokens.plan import VisualPlan
+
+NAME = "slimbench_visual_masked"
+
+
+class Masked:
+    """One conversation: remembers where visual tokens are from its first call to its last."""
+
+    def __init__(self, network: nn.Module, plan: VisualPlan) -> None:
+        self.network, self.plan = network, plan
+        self.layers = decoder_layers(dissect(network))
+        self.thin = [self._thinned(layer) for layer in self.layers]
+        self.tokens: VisualTokens | None = None
+        self.real_BK: Tensor | None = None
+        self.new = 0
+
+    def _thinned(self, layer: DecoderLayer) -> nn.Module:
+        """Return a copy of a layer's feed-forward without the neurons that visual rows skip."""
+        kept = self.plan.layers[layer.index].neurons
+        units = () if kept is None else layer.units()
+        gates = [unit.gate.detach().clone() for unit in units]
+        for unit, indices in zip(units, kept or (), strict=True):
+            lost = torch.ones(unit.width, dtype=torch.bool)
+            lost[indices.cpu()] = False
+            # act(0) is 0 for the activations in use, so a neuron without its gate is silent.
+            unit.gate.detach()[lost] = 0
+        twin = copy.deepcopy(layer.feed_forward)
+        for unit, gate in zip(units, gates, strict=True):
+            unit.gate.detach().copy_(gate)
+        return twin
+
+    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add a call's tokens to the conversation."""
+        assert not args
+        found = locate(self.network, kwargs)
+        ids = kwargs["input_ids"]
+        cache = kwargs.get("past_key_values")
+        first = cache is None or cache.get_seq_length() == 0
+        none = torch.full_like(ids, -1)
+        found = found or VisualTokens(none, none, none)
+        mask = kwargs.get("attention_mask")
+        self.new = ids.shape[1]
+        self.tokens = found if first or self.tokens is None else _after(self.tokens, found)
+        length = self.tokens.frame_BS.shape[1]
+        self.real_BK = torch.ones(len(ids), length).bool() if mask is None else mask.bool()
+
+    def attention(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Attend as the plan says, from a mask of every head over every pair of tokens."""
+        allowed_BHQK, silent_BHQ = self._rule(module.layer_idx, q.shape[1])
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = (q @ k.transpose(2, 3) * scaling).masked_fill(~allowed_BHQK, -torch.inf)
+        out_BHQd = scores.softmax(-1).nan_to_num(0) @ v
+        return out_BHQd.masked_fill(silent_BHQ[..., None], 0).transpose(1, 2), None
+
+    def _rule(self, index: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Return which keys each query of each head sees, and which queries give nothing."""
+        tokens, real_BK = cast(VisualTokens, self.tokens), cast(Tensor, self.real_BK)
+        plan, length = self.plan, tokens.frame_BS.shape[1]
+        kept = plan.layers[index].heads
+        kept = tuple(range(heads)) if kept is None else kept
+        key = torch.arange(length)
+        query = key[length - self.new :]
+        seen_BQK = (query[:, None] >= key[None, :]) & real_BK[:, None, :]
+        vq, vk = tokens.mask[:, query][:, :, None], tokens.mask[:, None, :]
+        if plan.window is not None:
+            seen_BQK = torch.where(vq & vk, self._near(tokens, query, key), seen_BQK)
+        allowed = seen_BQK[:, None].repeat(1, heads, 1, 1)
+        silent = torch.zeros(*allowed.shape[:3], dtype=torch.bool)
+        for head in set(range(heads)) - set(kept):
+            allowed[:, head] &= ~vk
+            if plan.dropped == "silent":
+                silent[:, head] |= vq[..., 0]
+        if index >= plan.cut:
+            allowed &= ~(vk & ~vq)[:, None]
+        return allowed, silent
+
+    def _near(self, tokens: VisualTokens, query: Tensor, key: Tensor) -> Tensor:
+        """Return which visual pairs are neighbours of one frame."""
+        window = self.plan.window
+        assert window is not None
+        apart = [
+            (part[:, query][:, :, None] - part[:, None, :])
+            for part in (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
+        ]
+        near = (apart[0] == 0) & (apart[1].abs() <= window.radius)
+        near &= apart[2].abs() <= window.radius
+        return near & (query[:, None] >= key[None, :]) if window.causal else near
+
+    def feed_forward(self, index: int) -> Callable[..., Tensor]:
+        """Return a hook that gives visual rows the output of the thinned copy."""
+
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            tokens = cast(VisualTokens, self.tokens)
+            visual = tokens.mask[:, tokens.frame_BS.shape[1] - self.new :, None]
+            return torch.where(visual, self.thin[index](args[0]), output)
+
+        return after
+
+
+@contextmanager
+def masked(network: Any, plan: VisualPlan) -> Iterator[None]:
+    """Run the network's own layers under the masks of a plan, while the block lasts."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    state = Masked(network, plan)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, state.attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    before = network.get_decoder().config._attn_implementation
+    network.set_attn_implementation({"text_config": NAME})
+    hooks = [network.model.register_forward_pre_hook(state.note, with_kwargs=True)]
+    hooks += [
+        layer.feed_forward.register_forward_hook(state.feed_forward(layer.index))
+        for layer in state.layers
+    ]
+    try:
+        yield
+    finally:
+        network.set_attn_implementation({"text_config": before})
+        for hook in hooks:
+            hook.remove()
+
+
+def _after(first: VisualTokens, then: VisualTokens) -> VisualTokens:
+    """Return a conversation that goes on; frames of different calls keep different numbers."""
+    moved = torch.where(then.mask, then.frame_BS + 1 + first.frame_BS.max(), then.frame_BS)
+    return VisualTokens(
+        torch.cat([first.frame_BS, moved], 1),
+        torch.cat([first.row_BS, then.row_BS], 1),
+        torch.cat([first.column_BS, then.column_BS], 1),
+    )

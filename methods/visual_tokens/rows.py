@@ -1,0 +1,65 @@
+"""Splitting a sequence into text rows and visual rows and putting it together again.
+
+Shapes: B samples, S tokens of the call, R rows of one stream (the most that any sample has), D
+width. Samples with fewer rows are filled up on the left; `valid_BR` says which rows are real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which tokens of a call one stream holds.
+
+    `index_BR` is int64: is a row's place in the call, `valid_BR` says whether the row is real; None
+    says that all are and that every sample has its rows at the same places.
+    """
+
+    index_BR: Tensor
+    valid_BR: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """How many rows the stream has, R."""
+        return self.index_BR.shape[1]
+
+    @property
+    def validity(self) -> Tensor:
+        """Which rows are real, bool [B, R], whatever `valid_BR` is."""
+        if self.valid_BR is None:
+            return torch.ones_like(self.index_BR, dtype=torch.bool)
+        return self.valid_BR
+
+    def take(self, x_BSD: Tensor) -> Tensor:
+        """Return the stream's rows of a tensor, [B, R, D]; those that are not real hold others."""
+        if self.valid_BR is None:
+            return x_BSD.index_select(1, self.index_BR[0])
+        index_BR1 = self.index_BR[..., None]
+        wide = x_BSD.expand(self.index_BR.shape[0], -1, -1)
+        return wide.gather(1, index_BR1.expand(-1, -1, x_BSD.shape[-1]))
+
+    def put(self, into_BSD: Tensor, x_BRD: Tensor) -> Tensor:
+        """Return `into` with the stream's real rows at their places."""
+        if self.valid_BR is None:
+            return into_BSD.index_copy(1, self.index_BR[0], x_BRD)
+        real_BRD = torch.where(self.valid_BR[..., None], x_BRD, 0)
+        return into_BSD.scatter(1, self.index_BR[..., None].expand_as(x_BRD), real_BRD)
+
+
+def rows_where(mask_BS: Tensor) -> Rows:
+    """Return the rows at the marked places of each sample, in order, aligned at the right."""
+    counts = mask_BS.sum(dim=1).tolist()
+    width = max(counts)
+    if len(set(counts)) == 1:
+        index_BR = mask_BS.nonzero()[:, 1].view(len(counts), width)
+        alike = bool((index_BR == index_BR[:1]).all())
+        return Rows(index_BR, None if alike else torch.ones_like(index_BR, dtype=torch.bool))
+    # A stable sort of the marks leaves the marked places last and in order.
+    order_BS = mask_BS.to(torch.uint8).argsort(dim=1, stable=True)
+    index_BR = order_BS[:, mask_BS.shape[1] - width :]
+    return Rows(index_BR, mask_BS.gather(1, index_BR))

@@ -1,0 +1,60 @@
+"""Sparse visual projection in the feed-forward (arXiv 2410.06169): few neurons for the image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from bench.method import Context
+from bench.models.model import Model
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.findings import findings_for
+from methods.visual_tokens.selection import best_neurons
+from methods.visual_tokens.strategy import VisualStrategy
+
+Neurons = list[tuple[torch.Tensor, ...]]
+
+
+class SparseFFN(VisualStrategy):
+    """Give visual rows the share `keep` of each feed-forward's neurons; text rows have them all.
+
+    `choose=scored` keeps the neurons with the largest mean |activation| on visual rows times the
+    norm of their output column; `first` the first ones, as the release does, which relies on
+    fine-tuning; `random` is a control. In a mixture of experts every expert keeps that share.
+    With `reorder` neurons are permuted, exactly, so that kept ones need no copies.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    keep: float = Field(default=0.25, gt=0, le=1)
+    choose: Literal["scored", "first", "random"] = "scored"
+    reorder: bool = True
+    settings: str | None = None
+
+    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+        widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]
+        scores, origin = self._scores(widths, engine, context)
+        kept: Neurons = [
+            tuple(best_neurons(score_F, self.keep) for score_F in layer) for layer in scores
+        ]
+        engine.plan.keep_neurons(kept)
+        if self.reorder and self.form == "skip":
+            engine.prepared.reorder()
+        counts = [[len(unit) for unit in layer] for layer in kept]
+        return {"keep": self.keep, "neurons": counts, "of": widths, "scores": origin}
+
+    def _scores(
+        self, widths: list[list[int]], engine: Engine, context: Context
+    ) -> tuple[list[list[torch.Tensor]], str]:
+        """Return a score for every neuron of every feed-forward, [F] each, and their origin."""
+        if self.choose == "first":
+            return [[-torch.arange(float(w)) for w in layer] for layer in widths], "first"
+        if self.choose == "random":
+            generator = torch.Generator().manual_seed(context.seed)
+            return [[torch.rand(w, generator=generator) for w in layer] for layer in widths], (
+                "random"
+            )
+        findings = findings_for(self.settings, engine, context)
+        return findings.neurons, findings.origin

@@ -1,0 +1,152 @@
+"""The weights that visual rows need in one layer, cut out once and used by every call.
+
+Shapes: D d_model, H query heads, h kept of them, G key-value heads, V those that kept heads read,
+d a head's width, F a feed-forward's width, f kept of its neurons.
+
+Where kept heads or neurons are the first ones, slices are views of the network's own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.models.anatomy import ExpertView
+from bench.models.multimodal.decoder import AttentionView, DecoderLayer, Projection
+from methods.visual_tokens.narrowing import narrowed
+from methods.visual_tokens.plan import Dropped, LayerPlan
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads take part in visual computation, as places in the weights as they are now.
+
+    `kept` [h] and `dropped` [H - h] are query heads, `groups` [V] the key-value heads that kept
+    ones read; `reads` [h] and `text_reads` [H] say which of `groups`, or of all key-value heads,
+    each kept, or each, query head reads; `restore` [H] undoes the order (kept, dropped).
+    """
+
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+    groups: tuple[int, ...]
+    reads: tuple[int, ...]
+    restore: Tensor | None
+    per_group: int
+
+    @staticmethod
+    def of(kept: Sequence[int], heads: int, groups: int, device: torch.device) -> Heads:
+        """Work out the rest from the places of the kept heads."""
+        per_group, chosen = heads // groups, set(kept)
+        dropped = tuple(head for head in range(heads) if head not in chosen)
+        needed = tuple(sorted({head // per_group for head in kept}))
+        order = torch.tensor((*kept, *dropped), device=device)
+        in_order = order.tolist() == list(range(heads))
+        return Heads(
+            kept=tuple(kept),
+            dropped=dropped,
+            groups=needed,
+            reads=tuple(needed.index(head // per_group) for head in kept),
+            restore=None if in_order else order.argsort(),
+            per_group=per_group,
+        )
+
+
+@dataclass(frozen=True)
+class VisualWeights:
+    """What visual rows are multiplied with in one layer.
+
+    `q` [h·d, D] makes the kept heads' queries, followed by the dropped heads' where those still
+    attend to text; `k` and `v` are [V·d, D], and `o` has the columns of the heads in `q`.
+    `feed_forward` maps [..., D] to [..., D].
+    """
+
+    view: AttentionView
+    heads: Heads
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    feed_forward: nn.Module | GatedSlice
+
+
+@dataclass(frozen=True)
+class GatedSlice:
+    """Some neurons of a gated feed-forward: Wdown (act(Wgate x) ⊙ Wup x), all of width f."""
+
+    view: ExpertView
+
+    def __call__(self, x_BND: Tensor) -> Tensor:
+        """Return the feed-forward's output, [B, N, D]."""
+        return self.view.combine(self.view.hidden(x_BND))
+
+
+def cut_out(
+    layer: DecoderLayer,
+    plan: LayerPlan,
+    order: Sequence[int],
+    places: tuple[Tensor, ...] | None,
+    dropped: Dropped,
+) -> VisualWeights:
+    """Return the weights of one layer for visual rows.
+
+    `order` says which head of the loaded network is at each place now, `places` where the kept
+    neurons of each feed-forward are now; None keeps the whole feed-forward.
+    """
+    view = layer.attention_view()
+    chosen = set(range(view.heads) if plan.heads is None else plan.heads)
+    kept = [place for place, head in enumerate(order) if head in chosen]
+    heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
+    queries = (*heads.kept, *heads.dropped) if dropped == "text" else heads.kept
+    return VisualWeights(
+        view=view,
+        heads=heads,
+        q=_outputs(view.q, queries, view.head_dim),
+        k=_outputs(view.k, heads.groups, view.head_dim),
+        v=_outputs(view.v, heads.groups, view.head_dim),
+        o=Projection(_columns(view.o.weight, queries, view.head_dim), view.o.bias),
+        feed_forward=layer.feed_forward if places is None else _neurons(layer, places),
+    )
+
+
+def _neurons(layer: DecoderLayer, places: tuple[Tensor, ...]) -> nn.Module | GatedSlice:
+    """Return the layer's feed-forward with some neurons only."""
+    if layer.moe is not None:
+        return narrowed(layer.moe, places)
+    (unit,) = layer.units()
+    gate, up = pick(unit.gate, places[0], 0), pick(unit.up, places[0], 0)
+    return GatedSlice(ExpertView(gate, up, pick(unit.down, places[0], 1), unit.act))
+
+
+def pick(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Return rows or columns of a matrix: a view if they are the first ones, a copy otherwise."""
+    count = len(index)
+    if torch.equal(index.cpu(), torch.arange(count)):
+        return weight.narrow(dim, 0, count)
+    return weight.index_select(dim, index.to(weight.device))
+
+
+def project(x_BRD: Tensor, projection: Projection) -> Tensor:
+    """Return x Wᵀ + b."""
+    return functional.linear(x_BRD, projection.weight, projection.bias)
+
+
+def _spans(heads: Sequence[int], width: int) -> Tensor:
+    """Return the indices of all components of some heads."""
+    first = torch.tensor(heads, dtype=torch.int64) * width
+    return (first[:, None] + torch.arange(width)).flatten()
+
+
+def _outputs(projection: Projection, heads: Sequence[int], width: int) -> Projection:
+    """Return the rows of a projection that make some heads."""
+    index = _spans(heads, width)
+    bias = None if projection.bias is None else pick(projection.bias, index, 0)
+    return Projection(pick(projection.weight, index, 0), bias)
+
+
+def _columns(weight: Tensor, heads: Sequence[int], width: int) -> Tensor:
+    """Return the columns of an output projection that read some heads."""
+    return pick(weight, _spans(heads, width), 1)

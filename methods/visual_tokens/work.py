@@ -1,0 +1,71 @@
+"""From a network and its plan to the shapes that cost is counted from."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from bench.models.anatomy import MoEBlock
+from bench.models.multimodal import DecoderLayer
+from methods.visual_tokens.cost import LayerWork, Shape, last_visual
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.plan import LayerPlan
+
+
+def shape_of(engine: Engine) -> Shape:
+    """Return the sizes of the network's decoder."""
+    view = engine.decoder.layers[0].attention_view()
+    head = cast(nn.Linear, cast(Any, engine.network).get_output_embeddings())
+    return Shape(
+        d_model=view.q.weight.shape[1],
+        heads=view.heads,
+        groups=view.groups,
+        head_dim=view.head_dim,
+        widths=tuple(_width(layer) for layer in engine.decoder.layers),
+        vocabulary=head.weight.shape[0],
+    )
+
+
+def work_of(engine: Engine) -> list[LayerWork]:
+    """Return what the engine's plan leaves each layer to do for visual rows."""
+    plan, work = engine.plan, []
+    for layer, settings in zip(engine.decoder.layers, plan.layers, strict=True):
+        full = _layer(engine, layer, settings, everywhere=plan.dropped == "text")
+        if layer.index >= plan.cut:
+            work.append(LayerWork.none())
+        else:
+            work.append(last_visual(full) if layer.index == plan.cut - 1 else full)
+    return work
+
+
+def _layer(engine: Engine, layer: DecoderLayer, plan: LayerPlan, *, everywhere: bool) -> LayerWork:
+    """Return one layer's work; `everywhere` says that dropped heads still have queries."""
+    view = layer.attention_view()
+    heads = range(view.heads) if plan.heads is None else plan.heads
+    per_group = view.heads // view.groups
+    return LayerWork(
+        heads=len(heads),
+        groups=len({head // per_group for head in heads}),
+        queries=view.heads if everywhere else len(heads),
+        neurons=_neurons(engine, layer),
+    )
+
+
+def _neurons(engine: Engine, layer: DecoderLayer) -> float:
+    """Return how many neurons one visual row meets; for experts, on average over the routed."""
+    places = engine.prepared.places(layer)
+    return _width(layer) if places is None else _met(layer.moe, [len(unit) for unit in places])
+
+
+def _width(layer: DecoderLayer) -> float:
+    """Return how many neurons one text row meets."""
+    return _met(layer.moe, [unit.width for unit in layer.units()])
+
+
+def _met(moe: MoEBlock | None, widths: list[int]) -> float:
+    """Return all neurons of a dense layer, or those of top-k mean experts and the shared ones."""
+    if moe is None:
+        return widths[0]
+    routed = widths[: moe.num_experts]
+    return moe.top_k * sum(routed) / len(routed) + sum(widths[moe.num_experts :])

@@ -1,0 +1,120 @@
+"""The paper's configurations as one method (arXiv 2410.06169; spec 1.5): all four strategies."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.errors import UserError
+from bench.method import Context
+from bench.models.model import Model
+from methods.visual_tokens.budget import Search
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.findings import findings_for, samples_of
+from methods.visual_tokens.head_pruning import HeadPruning
+from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.neighbor_attention import NeighborAttention
+from methods.visual_tokens.plan import Dropped
+from methods.visual_tokens.sparse_ffn import SparseFFN
+from methods.visual_tokens.strategy import VisualStrategy
+
+
+class Shares(BaseModel):
+    """One row of the paper's table: what stays, as shares, and the label printed for it.
+
+    `window` 0 is no window; `heads` is taken over all layers, as in the release.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    heads: float = Field(ge=0, le=1)
+    layers: float = Field(gt=0, le=1)
+    neurons: float = Field(gt=0, le=1)
+    window: int = Field(default=5, ge=0)
+
+
+class Yopo(VisualStrategy):
+    """Apply the four strategies together.
+
+    `shares` is the row for any model, `models` the rows of architectures for which the paper has
+    one of their own. With `budget`, a share of the visual FLOPs of the network as it is (linear in
+    heads; the paper's labels are not), layers, heads and neurons are searched for instead, and
+    only the window is taken from the row. The other fields are those of the single strategies.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    shares: Shares
+    models: dict[str, Shares] = Field(default_factory=dict)
+    budget: float | None = Field(default=None, gt=0, le=1)
+    whole_layers: int = Field(default=2, ge=0)
+    heads: Literal["scored", "first", "random"] = "scored"
+    neurons: Literal["scored", "first", "random"] = "scored"
+    dropped: Dropped = "silent"
+    reorder: bool = True
+    settings: str | None = None
+
+    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+        row = self.models.get(model.anatomy.model_type, self.shares)
+        if row.window:
+            window = NeighborAttention(window=row.window, form=self.form)
+            window._set(engine, model, context)
+        if self.budget is not None:
+            found = self._search(engine, context)
+        else:
+            found = {}
+            for name, part in self._parts(row).items():
+                found[name] = part._set(engine, model, context)
+        return {"label": row.label, "row": row.model_dump(), **found}
+
+    def _parts(self, row: Shares) -> dict[str, VisualStrategy]:
+        """Return the row as single strategies, without those that keep everything."""
+        parts: dict[str, tuple[float, VisualStrategy]] = {
+            "layer_drop": (row.layers, LayerDrop(share=row.layers, form=self.form)),
+            "head_pruning": (
+                row.heads,
+                HeadPruning(
+                    keep=row.heads,
+                    whole_layers=self.whole_layers,
+                    choose=self.heads,
+                    dropped=self.dropped,
+                    reorder=self.reorder,
+                    settings=self.settings,
+                    form=self.form,
+                ),
+            ),
+            "sparse_ffn": (
+                row.neurons,
+                SparseFFN(
+                    keep=row.neurons,
+                    choose=self.neurons,
+                    reorder=self.reorder,
+                    settings=self.settings,
+                    form=self.form,
+                ),
+            ),
+        }
+        return {name: part for name, (share, part) in parts.items() if share < 1}
+
+    def _search(self, engine: Engine, context: Context) -> dict[str, Any]:
+        """Find and set layers, heads and neurons for the budget."""
+        if self.form != "skip" or self.budget is None:
+            raise UserError("budget= is about work that is saved, which needs form=skip")
+        engine.plan.dropped = self.dropped
+        findings = findings_for(self.settings, engine, context)
+        search = Search(engine, findings, samples_of(context), self.whole_layers)
+        fitted = search.fit(self.budget, context.progress)
+        if self.reorder:
+            engine.prepared.reorder()
+        chosen = fitted.settings
+        return {
+            "budget": self.budget,
+            "visual_share": fitted.share,
+            "layers": chosen.cut,
+            "heads": chosen.heads,
+            "neurons": chosen.neurons,
+            "expected_kl": fitted.harm,
+            "findings": findings.origin,
+        }

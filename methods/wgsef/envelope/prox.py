@@ -1,0 +1,186 @@
+"""Proximal operators of the WGSEF: factors that shrink each group.
+
+Shapes: L rows (layers), M groups in a row, G elements in a group; weight and metric arguments are
+numbers, or tensors of [L, M] or [L, 1] in the norms' dtype.
+
+Every operator sees the groups of its argument t through their norms ||t_j|| and returns factors:
+the proximal point is v_j = scale_j t_j. `lam` is step size times regularisation weight; a metric
+h_j replaces 1/2 ||v - t||^2 by 1/2 sum_j h_j ||v_j - t_j||^2. Formulas: WGSEF specification 1.1 to
+1.3 (derived; arXiv 2212.12921 proves the linear time of the first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from methods.wgsef.envelope.budget import Budget
+from methods.wgsef.envelope.newton import newton
+
+Root = Callable[[Budget], Tensor]
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Factors of the proximal point and the gates u behind them, both [L, M].
+
+    A gate is 1 for a group that is kept whole, 0 for one that is gone, between for a fractional
+    one, which the operator shrank like group lasso.
+    """
+
+    scale: Tensor
+    gate: Tensor
+
+    @property
+    def alive(self) -> Tensor:
+        """How many groups are not zero, per row."""
+        return (self.gate > 0).sum(-1)
+
+    @property
+    def fractional(self) -> Tensor:
+        """How many groups are neither whole nor zero, per row."""
+        nearly_one = 1 - (1e-9 if self.gate.dtype == torch.float64 else 1e-5)
+        return ((self.gate > 0) & (self.gate < nearly_one)).sum(-1)
+
+
+def envelope(
+    norm_LM: Tensor,
+    k: Number,
+    lam: float,
+    weight: Number = 1.0,
+    metric: Number = 1.0,
+    cost_LM: Tensor | None = None,
+    root: Root = newton,
+) -> Shrinkage:
+    """Return prox_{lam F}: scale_j = u_j / (u_j + b_j) with u_j = clip(eta a_j - b_j, 0, 1).
+
+    Here a_j = sqrt(lam d_j) ||t_j||, b_j = lam d_j / h_j and eta makes sum_j u_j = k. The strongest
+    groups see weight decay only, those in the middle group lasso, the rest are zero. With costs
+    the budget is sum_j c_j u_j = k, in units of the costs, and a_j is divided by sqrt(c_j).
+
+    Raises:
+        UserError: k is 0 or less, or above the number (or the total cost) of groups; lam is not
+            positive.
+    """
+    _check(norm_LM, k, lam, cost_LM)
+    strength = weight * lam
+    offset = strength / metric
+    gate_LM = _solve(_slopes(strength**0.5, norm_LM), offset, k, cost_LM, root)
+    return Shrinkage(_share(gate_LM, offset), gate_LM)
+
+
+def debiased(
+    norm_LM: Tensor,
+    k: Number,
+    lam: float,
+    weight: Number = 1.0,
+    metric: Number = 1.0,
+    cost_LM: Tensor | None = None,
+    root: Root = newton,
+) -> Shrinkage:
+    """Return prox_{lam h_k} of h_k = F - 1/2 sum_j d_j ||v_j||^2, which leaves kept groups alone.
+
+    With r_j = lam d_j / h_j < 1 it is `envelope` at t / (1 - r) in the metric h (1 - r):
+    a_j = sqrt(lam d_j) ||t_j|| / (1 - r_j), b_j = r_j / (1 - r_j). As r goes to 1 the operator
+    becomes hard top-k selection (specification 1.2).
+
+    Raises:
+        UserError: some r_j is 1 or more, lam is not positive, or k is impossible.
+    """
+    _check(norm_LM, k, lam, cost_LM)
+    strength = weight * lam
+    ratio = strength / metric
+    _refuse_ratios_from_one(ratio)
+    rest = 1 - ratio
+    offset = ratio / rest
+    gate_LM = _solve(_slopes(strength**0.5 / rest, norm_LM), offset, k, cost_LM, root)
+    return Shrinkage(_share(gate_LM, offset).div_(rest), gate_LM)
+
+
+def hard(score_LM: Tensor, k: int) -> Shrinkage:
+    """Return the limit of `debiased` at ratio 1: the k groups of highest score stay, others go.
+
+    Raises:
+        UserError: k is impossible.
+    """
+    _check(score_LM, k, 1.0, None)
+    kept_LM = torch.zeros_like(score_LM)
+    kept_LM.scatter_(-1, score_LM.topk(k, -1).indices, 1.0)
+    return Shrinkage(kept_LM, kept_LM)
+
+
+def keeps_exactly_k(norm_LM: Tensor, k: int, lam: float, weight: Number = 1.0) -> Tensor:
+    """Return which rows [L] `envelope` leaves with exactly k groups, without applying it.
+
+    With on_j = b_j / a_j and whole_j = (1 + b_j) / a_j: iff the k-th smallest `whole` is at most
+    the (k+1)-th smallest `on` (specification 1.1). For unit weights that is a ratio of
+    neighbouring norms of 1 + 1/lam: a small step never makes a network k-sparse at once.
+    """
+    offset_LM = _column(weight * lam, norm_LM).expand_as(norm_LM)
+    slope_LM = offset_LM.sqrt() * norm_LM
+    on_LM, whole_LM = offset_LM / slope_LM, (1 + offset_LM) / slope_LM
+    whole_L = whole_LM.sort(-1).values[:, k - 1]
+    if k == norm_LM.shape[-1]:
+        return whole_L.isfinite()
+    return (whole_L <= on_LM.sort(-1).values[:, k]) & whole_L.isfinite()
+
+
+def _slopes(factor: Number, norm_LM: Tensor) -> Tensor:
+    """Return factor times norm, or the norm itself where one factor holds for all groups.
+
+    A common factor only changes the unit of eta, and leaving it out spares a pass.
+    """
+    return factor * norm_LM if isinstance(factor, Tensor) else norm_LM
+
+
+def _solve(
+    slope_LM: Tensor, offset: Number, k: Number, cost_LM: Tensor | None, root: Root
+) -> Tensor:
+    """Return the gates at the root of the budget equation."""
+    if cost_LM is not None:
+        cost_LM = cost_LM.to(slope_LM)
+        slope_LM = slope_LM / cost_LM.sqrt()
+    k_L = torch.as_tensor(k, dtype=slope_LM.dtype, device=slope_LM.device)
+    offset_LM = _column(offset, slope_LM)
+    budget = Budget(slope_LM, offset_LM, k_L.expand(len(slope_LM)), cost_LM)
+    return budget.gates(root(budget))
+
+
+def _share(gate_LM: Tensor, offset: Number) -> Tensor:
+    """Return u / (u + b), with one temporary tensor."""
+    return (gate_LM + offset).reciprocal_().mul_(gate_LM)
+
+
+def _column(number: Number, like_LM: Tensor) -> Tensor:
+    """Return a number or tensor as a tensor that broadcasts over the groups of every row."""
+    tensor = torch.as_tensor(number, dtype=like_LM.dtype, device=like_LM.device)
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
+
+
+def _refuse_ratios_from_one(ratio: Number) -> None:
+    """Raise for ratios of 1 and more; asking a GPU would make the host wait, so it is trusted."""
+    if isinstance(ratio, Tensor) and ratio.device.type != "cpu":
+        return
+    largest = float(ratio.max()) if isinstance(ratio, Tensor) else ratio
+    if largest >= 1:
+        raise UserError(
+            f"the debiased operator needs lam * weight / metric below 1, it is {largest:.6g}: "
+            "lower lam, or select the top k outright"
+        )
+
+
+def _check(norm_LM: Tensor, k: Number, lam: float, cost_LM: Tensor | None) -> None:
+    """Raise unless 0 < lam, 0 < k and k is at most what there is; tensors of k are trusted."""
+    if not lam > 0:
+        raise UserError(f"lam={lam:g} is impossible: it must be above 0")
+    if isinstance(k, Tensor):
+        return
+    most = norm_LM.shape[-1] if cost_LM is None else float(cost_LM.sum(-1).max())
+    if not 0 < k <= most:
+        what = "groups" if cost_LM is None else "total cost"
+        raise UserError(f"k={k:g} is impossible: it must be above 0 and at most {most:g} ({what})")

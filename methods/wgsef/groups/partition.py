@@ -1,0 +1,208 @@
+"""All groups of a network at once: norms, sums, shrinking and zeroing without a loop over groups.
+
+Shapes: M groups of all families, one family after the other; L families, N groups of the largest
+(families are padded to N with empty groups); R listed units of all slices; U units of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from methods.wgsef.groups.family import Family, Slice, inside, spread, unit_count
+
+Element = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A slice beside its parameter: axes inside a unit, the outline of one value per unit.
+
+    `units` is None where the slice lists all `count` units in their order.
+    """
+
+    tensor: str
+    inner: tuple[int, ...]
+    outline: list[int]
+    count: int
+    units: Tensor | None
+
+
+class Partition:
+    """The groups of `families` in a network whose tensors may change but are not replaced.
+
+    Raises:
+        UserError: there is no group, or two groups own the same weight.
+    """
+
+    def __init__(self, network: nn.Module, families: Sequence[Family]) -> None:
+        if not families:
+            raise UserError(f"{type(network).__name__} has no groups that can be pruned")
+        self.families = tuple(families)
+        self.parameters = dict(network.named_parameters())
+        refuse_overlap(self.parameters, self.families)
+        self.sizes = [family.groups for family in self.families]
+        self.groups = sum(self.sizes)
+        self.device = next(iter(self.parameters.values())).device
+        self._index()
+        self.elements_M = self.sum(torch.ones_like)
+
+    def sum(self, element: Element) -> Tensor:
+        """Return the sum over each group of `element(parameter)`, [M] fp64.
+
+        `element` maps a parameter to a tensor of its shape, such as its Adam metric.
+        """
+        return self.sum_named(lambda name: element(self.parameters[name]))
+
+    def sum_named(self, element: Callable[[str], Tensor]) -> Tensor:
+        """Return the sum over each group of `element(name of parameter)`, [M] fp64."""
+        parts = []
+        for part in self._parts:
+            value = element(part.tensor).detach()
+            # A sum over no axes would be a sum over all of them.
+            parts.append((value.sum(part.inner) if part.inner else value).flatten())
+        return self._gather(parts)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """Return the Euclidean norm of every group, [M] fp64."""
+        parts = []
+        for part in self._parts:
+            weight: Tensor = self.parameters[part.tensor]
+            if part.inner:
+                weight = torch.linalg.vector_norm(weight, dim=part.inner, dtype=torch.float32)
+            # Every call counts here: in a small network they are all that the norms cost.
+            parts.append(weight if weight.ndim == 1 else weight.reshape(-1))
+        return self._gather(parts, square=True).sqrt_()
+
+    @torch.no_grad()
+    def scale_(self, scale_M: Tensor) -> None:
+        """Multiply all weights of each group by its factor, in place."""
+        weights: list[Tensor] = []
+        scales: list[Tensor] = []
+        for name, scale in self._per_slice(scale_M, fill=1.0):
+            weights.append(self.parameters[name])
+            scales.append(scale)
+        torch._foreach_mul_(weights, scales)
+
+    @torch.no_grad()
+    def add_(self, factor_M: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Add to all weights of each group its factor times the tensor of their parameter."""
+        for name, factor in self._per_slice(factor_M, fill=0.0):
+            self.parameters[name].addcmul_(tensors[name], factor)
+
+    @torch.no_grad()
+    def add_to_gradients_(self, factor_M: Tensor) -> None:
+        """Add to the gradients of each group its factor times its weights."""
+        for name, factor in self._per_slice(factor_M, fill=0.0):
+            weight = self.parameters[name]
+            if weight.grad is not None:
+                weight.grad.addcmul_(weight, factor)
+
+    def spread(self, values_M: Tensor) -> dict[str, Tensor]:
+        """Return each group's value at its weights, per owned parameter; 0 where no group is."""
+        whole = {n: torch.zeros_like(p) for n, p in self.owned_parameters().items()}
+        for name, value in self._per_slice(values_M, fill=0.0):
+            whole[name] += value
+        return whole
+
+    def owned_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that have groups, by name."""
+        return {part.tensor: self.parameters[part.tensor] for part in self._parts}
+
+    def alive(self) -> Tensor:
+        """Return which groups [M] have a weight that is not zero."""
+        return self.sum(lambda weight: (weight.detach() != 0).float()) > 0
+
+    def split(self, values_M: Tensor) -> list[Tensor]:
+        """Return the values family by family."""
+        return list(values_M.split(self.sizes))
+
+    def rows(self, values_M: Tensor) -> Tensor:
+        """Return the values as [L, N], a row per family, padded with zeros."""
+        flat = values_M.new_zeros(len(self.sizes) * max(self.sizes))
+        return flat.index_copy_(0, self._place_M, values_M).reshape(len(self.sizes), -1)
+
+    def flat(self, values_LN: Tensor) -> Tensor:
+        """Return the values of `rows` as [M] again."""
+        return values_LN.flatten()[self._place_M]
+
+    def _index(self) -> None:
+        """Prepare where units, groups and rows lie in the flat vectors."""
+        starts = [0, *accumulate(self.sizes[:-1])]
+        owned = [
+            (part, start)
+            for family, start in zip(self.families, starts, strict=True)
+            for part in family.owned
+        ]
+        self._parts = [self._bind(part) for part, _ in owned]
+        self._counts = [len(part.units) for part, _ in owned]
+        self._group_R = torch.cat([part.groups + start for part, start in owned]).to(self.device)
+        width = max(self.sizes)
+        places = [torch.arange(size) + row * width for row, size in enumerate(self.sizes)]
+        self._place_M = torch.cat(places).to(self.device)
+
+    def _bind(self, owned: Slice) -> _Bound:
+        """Work out all that is asked of a slice in every step."""
+        shape = self.parameters[owned.tensor].shape
+        count = unit_count(shape, owned.axes)
+        complete = torch.equal(owned.units, torch.arange(count))
+        units = None if complete else owned.units.to(self.device)
+        outline = [size if axis in owned.axes else 1 for axis, size in enumerate(shape)]
+        return _Bound(owned.tensor, inside(shape, owned.axes), outline, count, units)
+
+    def _per_slice(self, values_M: Tensor, fill: float) -> Iterator[tuple[str, Tensor]]:
+        """Yield each slice's values in a shape that broadcasts over its parameter.
+
+        Units of the parameter that the slice does not list get `fill`.
+        """
+        dtype = self.parameters[self._parts[0].tensor].dtype
+        values = values_M.to(dtype)[self._group_R].split(self._counts)
+        for part, value_R in zip(self._parts, values, strict=True):
+            value_U = value_R
+            if part.units is not None:
+                value_U = value_R.new_full((part.count,), fill)
+                value_U.index_copy_(0, part.units, value_R)
+            yield part.tensor, value_U if len(part.outline) == 1 else value_U.view(part.outline)
+
+    def _gather(self, parts: list[Tensor], square: bool = False) -> Tensor:
+        """Add up values per unit, one tensor per slice, or their squares, into values per group."""
+        listed = [
+            value if part.units is None else value[part.units]
+            for value, part in zip(parts, self._parts, strict=True)
+        ]
+        value_R = torch.cat(listed).double()
+        if square:
+            value_R.square_()
+        total_M = torch.zeros(self.groups, dtype=torch.float64, device=self.device)
+        return total_M.index_add_(0, self._group_R, value_R)
+
+
+def ownership(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -> dict[str, Tensor]:
+    """Return how many groups own each element of each parameter that some group owns."""
+    counts: dict[str, Tensor] = {}
+    for family in families:
+        for owned in family.owned:
+            shape = parameters[owned.tensor].shape
+            unit_U = torch.zeros(unit_count(shape, owned.axes), dtype=torch.int32)
+            unit_U.index_add_(0, owned.units, torch.ones_like(owned.units, dtype=torch.int32))
+            zeros = torch.zeros(shape, dtype=torch.int32)
+            count = counts.setdefault(owned.tensor, zeros)
+            count += spread(unit_U, shape, owned.axes)
+    return counts
+
+
+def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -> None:
+    """Raise when an element belongs to two groups; the envelope is defined on partitions."""
+    for tensor, count in ownership(parameters, families).items():
+        if int(count.max()) > 1:
+            owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned)]
+            raise UserError(
+                f"groups overlap in {tensor}: {' and '.join(dict.fromkeys(owners))} both own "
+                "weights of it; choose one kind of group per layer"
+            )

@@ -1,0 +1,136 @@
+"""Groups of transformers: FFN neurons, attention heads, whole experts and micro-experts.
+
+Shapes: E experts of a layer, I hidden neurons of an FFN.
+
+Layouts are those of transformers: `gate_proj`/`up_proj`/`down_proj` linears, `q/k/v/o_proj`
+linears, and experts fused into `gate_up_proj` [E, 2 I, D] and `down_proj` [E, D, I].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.errors import UserError
+from methods.wgsef.groups.family import Family, Slice
+
+_HEADS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def neurons(network: nn.Module) -> list[Family]:
+    """Return the hidden neurons of every dense FFN: rows of gate and up, columns of down.
+
+    Raises:
+        UserError: the network has no such FFN.
+    """
+    families = [
+        _neurons(name, module)
+        for name, module in network.named_modules()
+        if all(isinstance(getattr(module, part, None), nn.Linear) for part in _GATED)
+    ]
+    return _some(families, network, "FFN with gate_proj, up_proj and down_proj")
+
+
+def heads(network: nn.Module) -> list[Family]:
+    """Return attention heads; under grouped queries a KV head and its query heads are one group.
+
+    Owned are the rows of q, k and v, their biases, and the columns of o.
+
+    Raises:
+        UserError: the network has no such attention.
+    """
+    families = [
+        _heads(name, module)
+        for name, module in network.named_modules()
+        if all(isinstance(getattr(module, part, None), nn.Linear) for part in _HEADS)
+    ]
+    return _some(families, network, "attention with q_proj, k_proj, v_proj and o_proj")
+
+
+def experts(network: nn.Module) -> list[Family]:
+    """Return whole routed experts, one family per layer; the router keeps its outputs.
+
+    Raises:
+        UserError: the network has no fused experts.
+    """
+    reason = "the router still chooses a zeroed expert; leaving it out would route its tokens anew"
+    families = []
+    for name, count, _ in _fused(network):
+        owned = (
+            Slice.whole(f"{name}.gate_up_proj", (0,), count),
+            Slice.whole(f"{name}.down_proj", (0,), count),
+        )
+        families.append(Family(name, "experts", count, owned, removable=reason))
+    return _some(families, network, "fused experts")
+
+
+def micro_experts(network: nn.Module) -> list[Family]:
+    """Return the hidden neurons of routed experts, those of all experts of a layer in one family.
+
+    Raises:
+        UserError: the network has no fused experts.
+    """
+    reason = "experts are one tensor a layer; they are cut by the export of the camera methods"
+    families = []
+    for name, count, hidden in _fused(network):
+        expert_R = torch.arange(count).repeat_interleave(hidden)
+        neuron_R = torch.arange(hidden).repeat(count)
+        group_R = expert_R * hidden + neuron_R
+        gate_R = expert_R * 2 * hidden + neuron_R
+        fused = Slice(
+            f"{name}.gate_up_proj",
+            (0, 1),
+            torch.cat([gate_R, gate_R + hidden]),
+            torch.cat([group_R, group_R]),
+        )
+        down = Slice(f"{name}.down_proj", (0, 2), group_R, group_R)
+        family = Family(name, "micro_experts", count * hidden, (fused, down), removable=reason)
+        families.append(family)
+    return _some(families, network, "fused experts")
+
+
+def _neurons(name: str, module: nn.Module) -> Family:
+    """Return the neurons of one FFN."""
+    gate, up, down = (module.get_submodule(part) for part in _GATED)
+    assert isinstance(down, nn.Linear)
+    owned = [
+        Slice.whole(f"{name}.{part}.{key}", (0,), down.in_features)
+        for part, layer in (("gate_proj", gate), ("up_proj", up))
+        for key, _ in layer.named_parameters()
+    ]
+    owned.append(Slice.whole(f"{name}.down_proj.weight", (1,), down.in_features))
+    return Family(name, "neurons", down.in_features, tuple(owned))
+
+
+def _heads(name: str, attention: Any) -> Family:
+    """Return the KV heads of one attention, each with its query heads."""
+    width = int(attention.head_dim)
+    count = attention.k_proj.out_features // width
+    queries = attention.q_proj.out_features // count
+    owned = [
+        Slice.whole(f"{name}.{part}.{key}", (0,), count, queries if part == "q_proj" else width)
+        for part in ("q_proj", "k_proj", "v_proj")
+        for key, _ in getattr(attention, part).named_parameters()
+    ]
+    owned.append(Slice.whole(f"{name}.o_proj.weight", (1,), count, queries))
+    return Family(name, "heads", count, tuple(owned))
+
+
+def _fused(network: nn.Module) -> list[tuple[str, int, int]]:
+    """Return name, number of experts and hidden width of every fused expert module."""
+    found = []
+    for name, module in network.named_modules():
+        gate_up = getattr(module, "gate_up_proj", None)
+        if isinstance(gate_up, nn.Parameter) and gate_up.ndim == 3:
+            found.append((name, gate_up.shape[0], gate_up.shape[1] // 2))
+    return found
+
+
+def _some(families: list[Family], network: nn.Module, what: str) -> list[Family]:
+    """Return the families, or raise when there are none."""
+    if not families:
+        raise UserError(f"{type(network).__name__} has no {what}")
+    return families

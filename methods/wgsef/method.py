@@ -1,0 +1,125 @@
+"""The paper's method and its rivals, each a solver with its own knobs in the same training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from methods.wgsef.solvers import envelope, gradients, group_lasso, half_space, torch_pruning
+from methods.wgsef.solvers.hard_threshold import HardThreshold
+from methods.wgsef.solvers.solver import Magnitude, Scene, Solver
+from methods.wgsef.sparse_training import SparseTraining
+
+
+class Wgsef(SparseTraining):
+    """WGSEF: `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is
+    the homotopy that ends with at most k groups.
+
+    `strength` is the paper's lambda, which `debiased` does without; `every` applies the operator
+    every so many steps with so many times the strength.
+    """
+
+    algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
+    strength: float = Field(default=0.1, gt=0)
+    every: int = Field(default=1, ge=1)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver of the chosen algorithm."""
+        if self.algorithm == "envelope":
+            return envelope.Envelope(scene, self.strength, self.every)
+        if self.algorithm == "hspg":
+            return envelope.EnvelopeHalfSpace(scene, self.strength)
+        return envelope.Debiased(scene)
+
+
+class GroupLasso(SparseTraining):
+    """Group lasso by Prox-SG; with `adaptive` in the metric of the optimizer (ProxSSI)."""
+
+    strength: float = Field(default=3e-2, gt=0)
+    adaptive: bool = False
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        maker = group_lasso.AdaptiveGroupLasso if self.adaptive else group_lasso.GroupLasso
+        return maker(scene, self.strength)
+
+
+class Hspg(SparseTraining):
+    """HSPG: half-space steps on group lasso after a first part of Prox-SG."""
+
+    strength: float = Field(default=3e-2, gt=0)
+    epsilon: float = Field(default=0.0, ge=0, lt=1)
+    warmup: float = Field(default=0.25, ge=0, le=1)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return half_space.Hspg(scene, self.strength, self.epsilon, self.warmup)
+
+
+class AdaHspg(SparseTraining):
+    """AdaHSPG+ without variance reduction: each epoch chooses between both steps."""
+
+    strength: float = Field(default=1e-2, gt=0)
+    mu: float = Field(default=1.0, gt=0)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return half_space.AdaHspg(scene, self.strength, self.mu)
+
+
+class DeepHoyer(SparseTraining):
+    """The group Hoyer-square penalty."""
+
+    strength: float = Field(default=3e-2, gt=0)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return gradients.DeepHoyer(scene, self.strength)
+
+
+class Slimming(SparseTraining):
+    """Network slimming: L1 on BatchNorm scales."""
+
+    strength: float = Field(default=1e-2, gt=0)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return gradients.Slimming(scene, self.strength)
+
+
+class MagnitudePruning(SparseTraining):
+    """Dense training, then the groups of largest norm."""
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return Magnitude(scene)
+
+
+class IterativeHardThresholding(SparseTraining):
+    """Projection onto ever fewer groups after every step."""
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return HardThreshold(scene)
+
+
+class GroupNorm(SparseTraining):
+    """torch-pruning's sparse training with group norms (DepGraph)."""
+
+    strength: float = Field(default=1e-4, gt=0)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return torch_pruning.GroupNorm(scene, self.strength)
+
+
+class GrowingReg(SparseTraining):
+    """torch-pruning's growing regularisation."""
+
+    strength: float = Field(default=1e-4, gt=0)
+    growth: float = Field(default=1e-3, gt=0)
+
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver."""
+        return torch_pruning.GrowingReg(scene, self.strength, self.growth)

@@ -1,0 +1,153 @@
+"""The adapter: sparse training of an image classifier as a method, whatever the solver.
+
+Shapes: M groups of all families.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+
+from bench.data import images
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.vision import Classifier, build
+from methods.wgsef.export.classifier import smaller_classifier
+from methods.wgsef.groups import convolution
+from methods.wgsef.groups.costs import Costs
+from methods.wgsef.groups.family import Family
+from methods.wgsef.groups.partition import Partition
+from methods.wgsef.solvers.solver import Scene, Solver
+from methods.wgsef.training.allocation import Allocation, Scope
+from methods.wgsef.training.recipe import Recipe
+from methods.wgsef.training.trainer import Outcome, Task, Trainer
+
+if TYPE_CHECKING:
+    from bench.data.images import Splits
+    from bench.models.anatomy import Anatomy
+    from bench.models.model import Model
+
+ConvolutionGroups = Literal["filters", "channels", "filter_shapes", "weights", "depth"]
+
+
+class SparseTraining(Method):
+    """Train a classifier with a solver until few groups are left, then take the others out.
+
+    `ratio` is the share of groups that goes (with scope `macs` or `bytes`: of that cost);
+    `floor` the share that every layer keeps at least. With `restart` the weights are drawn anew,
+    otherwise the model's own are trained on. Kept counts are rounded up to `multiple`. With
+    `checkpoints` a killed run goes on where it was.
+    """
+
+    ratio: float = Field(default=0.7, gt=0, lt=1)
+    groups: ConvolutionGroups = "filters"
+    scope: Scope = "global"
+    floor: float = Field(default=0.05, ge=0, lt=1)
+    data: str = "digits"
+    data_folder: str | None = None
+    recipe: Recipe = Recipe()
+    restart: bool = True
+    multiple: int = Field(default=1, ge=1)
+    checkpoints: str | None = None
+
+    @abstractmethod
+    def solver(self, scene: Scene) -> Solver:
+        """Return the solver that this method is about."""
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse language models, whose groups are pruned by other methods."""
+        if anatomy.layers:
+            raise UserError(f"sparse training is for image classifiers, not {anatomy.architecture}")
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Train, select, fine-tune and remove; `model.network` becomes the smaller network."""
+        network = self._network(model, context.seed)
+        splits = images.load(self.data, self.data_folder)
+        _refuse_other_images(network, splits)
+        families = self._families(network)
+        partition = Partition(network, families)
+        outcome = Trainer(self._task(network, splits, partition, context)).run()
+        removable = all(family.removable is None for family in families)
+        if removable:
+            dead = partition.split(~outcome.keep)
+            network = smaller_classifier(network, families, dead, self.multiple)
+        model.network = network
+        # What was known about the parts of the old network no longer holds.
+        model.__dict__.pop("anatomy", None)
+        details = self._details(partition, outcome, splits)
+        return MethodReport(saving="removed" if removable else "zeroed", details=details)
+
+    def _network(self, model: Model, seed: int) -> Classifier:
+        """Return the classifier to train, with fresh weights if asked for."""
+        network = model.network
+        if not isinstance(network, Classifier):
+            raise UserError(f"{model.name} is not an image classifier")
+        if self.restart:
+            torch.manual_seed(seed)
+            network = build(network.config).to(model.device)
+        return network
+
+    def _families(self, network: Classifier) -> list[Family]:
+        """Return the groups of the chosen kind."""
+        config = network.config
+        weight = next(network.parameters())
+        example = weight.new_zeros(1, config.channels, config.size, config.size)
+        kinds = {
+            "filters": convolution.filters,
+            "channels": convolution.channels,
+            "filter_shapes": convolution.filter_shapes,
+            "weights": convolution.weights,
+            "depth": convolution.depth,
+        }
+        return kinds[self.groups](network, example)
+
+    def _task(
+        self, network: Classifier, splits: Splits, partition: Partition, context: Context
+    ) -> Task:
+        costs = None
+        if self.scope in ("macs", "bytes"):
+            image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
+            costs = Costs(network, partition.families, image.to(partition.device), self.scope)
+        return Task(
+            network=network,
+            splits=splits,
+            partition=partition,
+            allocation=Allocation(partition, self.ratio, self.scope, self.floor, costs),
+            solver=self.solver,
+            recipe=self.recipe,
+            seed=context.seed,
+            folder=Path(self.checkpoints) if self.checkpoints else None,
+            identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
+            progress=context.progress,
+        )
+
+    def _details(self, partition: Partition, outcome: Outcome, splits: Splits) -> dict[str, Any]:
+        """Return what a record keeps: counts before and after the selection, and the history."""
+        kept = [int(part.sum()) for part in partition.split(outcome.keep)]
+        names = [family.name for family in partition.families]
+        return {
+            "data": splits.provenance,
+            "groups": partition.groups,
+            "kept": int(outcome.keep.sum()),
+            "alive_before_selection": outcome.alive,
+            "fractional_before_selection": outcome.fractional,
+            "kept_by_layer": dict(zip(names, kept, strict=True)),
+            "accuracy": outcome.history[-1]["accuracy"],
+            "history": outcome.history,
+        }
+
+
+def _refuse_other_images(network: Classifier, splits: Splits) -> None:
+    """Raise unless the network is built for such images and classes."""
+    config = network.config
+    wanted = (config.channels, config.size, config.classes)
+    given = (splits.channels, splits.size, splits.classes)
+    if wanted != given:
+        raise UserError(
+            f"{config.architecture} is built for {wanted[0]} channels, size {wanted[1]} and "
+            f"{wanted[2]} classes; {splits.name} has {given[0]}, {given[1]} and {given[2]}"
+        )

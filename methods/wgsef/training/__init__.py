@@ -1,0 +1,1 @@
+"""Training towards few groups: optimizers, schedules, budgets, the loop, checkpoints."""

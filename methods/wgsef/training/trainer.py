@@ -1,0 +1,226 @@
+"""One training run: dense steps with a solver's acts, a selection, fine-tuning under its mask.
+
+Shapes: B images, C channels, H height and width; M groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bench.data.images import Splits, batches
+from bench.errors import UserError
+from bench.progress import SILENT, Progress
+from methods.wgsef.groups.partition import Partition
+from methods.wgsef.solvers.solver import Frozen, Scene, Solver
+from methods.wgsef.training import checkpoint
+from methods.wgsef.training.accuracy import accuracy
+from methods.wgsef.training.allocation import Allocation
+from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
+from methods.wgsef.training.recipe import Recipe
+from methods.wgsef.training.schedule import learning_rate
+
+Epoch = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what, how, and towards which budget.
+
+    `identity` names everything else that the run depends on; a checkpoint of another identity is
+    refused. `on_epoch` receives each line of the history as it is written.
+    """
+
+    network: nn.Module
+    splits: Splits
+    partition: Partition
+    allocation: Allocation
+    solver: Callable[[Scene], Solver]
+    recipe: Recipe
+    seed: int
+    folder: Path | None = None
+    identity: str = ""
+    progress: Progress = SILENT
+    on_epoch: Callable[[Epoch], None] | None = None
+
+
+@dataclass
+class Outcome:
+    """Which groups [M] were kept, how many were alive before the selection, and the history."""
+
+    keep: Tensor
+    alive: int
+    fractional: int
+    history: list[Epoch] = field(default_factory=list)
+
+
+class Trainer:
+    """Carries out a task; call `run` once."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._device = task.partition.device
+        self._epoch_steps = len(task.splits.train) // task.recipe.batch
+        if self._epoch_steps == 0:
+            raise UserError(f"a batch of {task.recipe.batch} is larger than the training set")
+        self._total = self._epoch_steps * task.recipe.epochs
+        self._sparse = max(1, round(task.recipe.sparse_share * self._total))
+        self._scene = self._set_scene()
+        self._solver: Solver = task.solver(self._scene)
+        self._optimizer = self._make_optimizer()
+        self._step, self._loss = 0, 0.0
+        self._outcome: Outcome | None = None
+        self._history: list[Epoch] = []
+
+    def run(self) -> Outcome:
+        """Train to the end, from the last checkpoint where there is one."""
+        self._resume()
+        task = self._task
+        with task.progress.phase(f"training on {task.splits.name}", task.recipe.epochs):
+            task.progress.step(len(self._history))
+            while self._step < self._total:
+                self._train_epoch()
+                task.progress.step()
+        outcome = self._outcome or self._freeze()
+        outcome.history = self._history
+        task.network.eval()
+        return outcome
+
+    def _set_scene(self) -> Scene:
+        task = self._task
+        image_1CHH, _ = task.splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
+        return Scene(
+            network=task.network,
+            partition=task.partition,
+            allocation=task.allocation,
+            steps=self._sparse,
+            epoch=self._epoch_steps,
+            example=image_1CHH.to(self._device),
+        )
+
+    def _make_optimizer(self) -> ProximalSGD | ProximalAdam:
+        """Return the optimizer; groups that their solver decays are exempt from weight decay."""
+        recipe, owned = self._task.recipe, self._task.partition.owned_parameters()
+        exempt = set(owned) if self._solver.ridge else set()
+        named = dict(self._task.network.named_parameters())
+        decayed = [weight for name, weight in named.items() if name not in exempt]
+        groups: list[dict[str, Any]] = [{"params": decayed}]
+        if exempt:
+            groups.append({"params": [named[n] for n in named if n in exempt], "weight_decay": 0.0})
+        if recipe.optimizer == "adam":
+            return ProximalAdam(groups, self._solver, recipe.rate, weight_decay=recipe.decay)
+        return ProximalSGD(groups, self._solver, recipe.rate, recipe.momentum, recipe.decay)
+
+    def _train_epoch(self) -> None:
+        """Train one epoch, or what a checkpoint has left of it."""
+        task, recipe = self._task, self._task.recipe
+        epoch, start = divmod(self._step, self._epoch_steps)
+        task.network.requires_grad_(True).train()
+        fetched = batches(task.splits.train, recipe.batch, seed=task.seed, epoch=epoch, start=start)
+        for image_BCHH, label_B in fetched:
+            if self._step == self._sparse and self._outcome is None:
+                self._freeze()
+            self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
+            due = recipe.save_every and self._step % recipe.save_every == 0
+            if due and self._step % self._epoch_steps:
+                self._save()
+        self._close_epoch(epoch)
+
+    def _train_step(self, image_BCHH: Tensor, label_B: Tensor) -> None:
+        recipe = self._task.recipe
+        rate = recipe.rate * learning_rate((self._step + 1) / self._total, recipe.sparse_share)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        loss = cross_entropy(self._task.network(image_BCHH), label_B)
+        loss.backward()
+        self._optimizer.step()
+        self._loss += float(loss.detach())
+        self._step += 1
+
+    def _close_epoch(self, epoch: int) -> None:
+        """Write a line of history and a checkpoint."""
+        task = self._task
+        line: Epoch = {
+            "epoch": epoch + 1,
+            "loss": self._loss / self._epoch_steps,
+            "rate": self._optimizer.rate,
+            "k": task.allocation.k(min(1.0, self._step / self._sparse)),
+            "alive": int(task.partition.alive().sum()),
+            "fractional": self._solver.fractional,
+            "accuracy": accuracy(task.network, task.splits.test),
+        }
+        self._loss = 0.0
+        self._history.append(line)
+        self._save()
+        if task.on_epoch is not None:
+            task.on_epoch(line)
+
+    def _freeze(self) -> Outcome:
+        """Choose the groups that stay, zero the others and hold them at zero from now on."""
+        partition = self._task.partition
+        alive_M = partition.alive()
+        keep_M = self._task.allocation.select(self._solver.score()) & alive_M
+        self._outcome = Outcome(keep_M, int(alive_M.sum()), self._solver.fractional)
+        partition.scale_(keep_M.double())
+        self._hold()
+        return self._outcome
+
+    def _hold(self) -> None:
+        assert self._outcome is not None
+        self._solver = Frozen(self._scene, self._outcome.keep)
+        self._optimizer.solver = self._solver
+
+    def _save(self) -> None:
+        if self._task.folder is None:
+            return
+        parts = {
+            "network": self._task.network.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(self._optimizer),
+            "solver": self._solver.state(),
+            "outcome": {"keep": self._outcome.keep} if self._outcome else {},
+        }
+        tensors = {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+        state: dict[str, Any] = {
+            "identity": self._identity(),
+            "loss": self._loss,
+            "history": self._history,
+        }
+        if self._outcome:
+            state["before"] = [self._outcome.alive, self._outcome.fractional]
+        checkpoint.write(self._task.folder, checkpoint.Checkpoint(self._step, tensors, state))
+
+    def _resume(self) -> None:
+        """Go on from the last checkpoint, if the folder has one of this very run."""
+        saved = checkpoint.read(self._task.folder) if self._task.folder else None
+        if saved is None:
+            return
+        if saved.state["identity"] != self._identity():
+            raise UserError(
+                f"{self._task.folder} holds a checkpoint of another run: remove it or give "
+                "another folder"
+            )
+        parts: dict[str, dict[str, Tensor]] = {"outcome": {}, "optimizer": {}}
+        for key, tensor in saved.tensors.items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = tensor
+        self._task.network.load_state_dict(parts["network"])
+        checkpoint.load_optimizer(self._optimizer, parts["optimizer"])
+        if parts["outcome"]:
+            keep_M = parts["outcome"]["keep"].to(self._device)
+            self._outcome = Outcome(keep_M, *saved.state["before"])
+            self._hold()
+        self._solver.load(parts["solver"])
+        self._step, self._loss = saved.step, saved.state["loss"]
+        self._history = saved.state["history"]
+
+    def _identity(self) -> str:
+        task = self._task
+        recipe = task.recipe.model_dump_json()
+        return f"{task.identity} {task.splits.name} seed {task.seed} {recipe}"
