@@ -1,0 +1,122 @@
+"""Image data: the digits' split, augmentation and order that repeat, sets from folders."""
+
+import gzip
+import struct
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bench.data.images import batches, load
+from bench.data.images.batches import in_order
+from bench.errors import MissingData, UserError
+
+
+def test_the_digits_are_all_of_scikit_learns_in_two_parts():
+    splits = load("digits")
+    bunch = load_digits()
+    assert (len(splits.train), len(splits.test)) == (1200, 597)
+    pixels = torch.cat([splits.train.pixel_NCHH, splits.test.pixel_NCHH])[:, 0]
+    assert numpy.array_equal(numpy.round(pixels.double().numpy() * 16 / 255), bunch.images)
+    labels = torch.cat([splits.train.label_N, splits.test.label_N])
+    assert labels.tolist() == bunch.target.tolist()
+    image_BCHH, _ = splits.train.fetch(torch.arange(1200), None)
+    assert abs(float(image_BCHH.mean())) < 1e-3 and abs(float(image_BCHH.std()) - 1) < 1e-3
+
+
+def test_batches_repeat_and_can_begin_in_the_middle():
+    train = load("digits").train
+    whole = list(batches(train, 100, seed=3, epoch=2))
+    rest = list(batches(train, 100, seed=3, epoch=2, start=7))
+    assert len(whole) == 12 and len(rest) == 5
+    for (image, label), (again, same) in zip(whole[7:], rest, strict=True):
+        assert torch.equal(image, again) and torch.equal(label, same)
+    other = next(batches(train, 100, seed=3, epoch=3))
+    assert not torch.equal(other[1], whole[0][1])
+
+
+def test_an_epoch_has_every_image_once():
+    train = load("digits").train
+    labels = torch.cat([label for _, label in batches(train, 100, seed=0, epoch=0)])
+    assert torch.equal(labels.bincount(), train.label_N.bincount())
+
+
+def test_augmentation_moves_an_image_and_changes_nothing_else():
+    train = load("digits").train
+    index = torch.arange(200)
+    plain, _ = train.fetch(index, None)
+    moved, _ = train.fetch(index, torch.Generator().manual_seed(0))
+    assert not torch.equal(plain, moved)
+    padded = torch.nn.functional.pad(plain, [1] * 4)
+    candidates = [padded[:, :, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+    hits = torch.stack([(c == moved).flatten(1).all(1) for c in candidates])
+    assert hits.any(0).all() and (hits.sum(1) > 0).all()
+
+
+def test_images_in_order_come_without_augmentation():
+    test = load("digits").test
+    images = torch.cat([image for image, _ in in_order(test, 100)])
+    assert torch.equal(images, test.fetch(torch.arange(597), None)[0])
+
+
+def write_mnist(folder, maker):
+    raw = folder / maker / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 4)):
+        pixels = numpy.arange(count * 784, dtype=numpy.uint8).tobytes()
+        labels = bytes(range(count))
+        images = struct.pack(">IIII", 2051, count, 28, 28) + pixels
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
+        for name in ("images-idx3", "labels-idx1"):
+            data = (raw / f"{part}-{name}-ubyte").read_bytes()
+            (raw / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
+
+
+@pytest.mark.parametrize(("name", "maker"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_is_read_from_its_folder(name, maker, tmp_path):
+    write_mnist(tmp_path, maker)
+    splits = load(name, str(tmp_path))
+    assert (len(splits.train), len(splits.test), splits.size) == (6, 4, 28)
+    image_BCHH, label_B = splits.train.fetch(torch.tensor([1, 3]), None)
+    assert image_BCHH.shape == (2, 1, 28, 28) and label_B.tolist() == [1, 3]
+
+
+def test_imagenet_is_read_from_folders_of_images(tmp_path):
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            noise = numpy.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=numpy.uint8)
+            Image.fromarray(noise).save(tmp_path / part / label / "one.png")
+    splits = load("imagenet", str(tmp_path))
+    assert (splits.classes, splits.size) == (2, 224)
+    image, label = next(batches(splits.train, 2, seed=0, epoch=0))
+    again, _ = next(batches(splits.train, 2, seed=0, epoch=0))
+    assert image.shape == (2, 3, 224, 224) and torch.equal(image, again)
+    assert sorted(label.tolist()) == [0, 1]
+    plain, _ = splits.test.fetch(torch.tensor([0]), None)
+    assert torch.equal(plain, splits.test.fetch(torch.tensor([0]), None)[0])
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
+def test_a_folder_without_the_set_is_one_sentence(name, tmp_path):
+    with pytest.raises(MissingData, match=f"does not hold {name} in torchvision's layout"):
+        load(name, str(tmp_path))
+
+
+def test_imagenet_without_a_part_is_one_sentence(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(MissingData, match="does not hold imagenet: it has no val"):
+        load("imagenet", str(tmp_path))
+
+
+def test_a_set_without_a_folder_is_one_sentence():
+    with pytest.raises(MissingData, match="cifar10 needs a folder"):
+        load("cifar10")
+
+
+def test_an_unknown_set_is_one_sentence():
+    with pytest.raises(UserError, match="did you mean 'cifar10'"):
+        load("cifar1")

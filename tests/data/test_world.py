@@ -1,0 +1,266 @@
+"""The closed world: nine fair tasks, whose test questions are not in the training text."""
+
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import lm_eval
+import pytest
+from datasets import Dataset, DatasetDict
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from bench.data import world
+from bench.data.world import prose
+from bench.data.world.__main__ import write
+from bench.data.world.entities import Split, build_world
+
+FIELDS = {
+    "boolq": {"question", "passage", "idx", "label"},
+    "openbookqa": {"id", "question_stem", "choices", "answerKey"},
+    "rte": {"sentence1", "sentence2", "label", "idx"},
+    "arc_easy": {"id", "question", "choices", "answerKey"},
+    "winogrande": {"sentence", "option1", "option2", "answer"},
+    "hellaswag": {
+        "ind",
+        "activity_label",
+        "ctx_a",
+        "ctx_b",
+        "ctx",
+        "endings",
+        "source_id",
+        "split",
+        "split_type",
+        "label",
+    },
+    "arc_challenge": {"id", "question", "choices", "answerKey"},
+    "piqa": {"goal", "sol1", "sol2", "label"},
+    "mathqa": {
+        "Problem",
+        "Rationale",
+        "options",
+        "correct",
+        "annotated_formula",
+        "linear_formula",
+        "category",
+    },
+}
+TASK_FILES = {
+    "boolq": "super_glue/boolq/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "rte": "glue/rte/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "mathqa": "mathqa/mathqa.yaml",
+}
+SIDES: tuple[Split, ...] = ("train", "test")
+each_task = pytest.mark.parametrize("task", world.TASKS)
+
+
+@cache
+def prompts(task: str, split: Split) -> list[world.Prompt]:
+    return [world.render(task, document) for document in world.documents(task, split)]
+
+
+@cache
+def training_text() -> str:
+    return "\n".join(world.corpus())
+
+
+def harness_task(task: str) -> ConfigurableTask:
+    """Lm-eval's own task, reading the world instead of the hub."""
+    file = Path(lm_eval.__file__).parent / "tasks" / TASK_FILES[task]
+    config = load_yaml(file, resolve_func=True, recursive=True)
+    splits = {name: Dataset.from_list(docs[-50:]) for name, docs in world.splits(task).items()}
+    config["custom_dataset"] = lambda **_: DatasetDict(splits)
+    return ConfigurableTask(config=config)
+
+
+@each_task
+def test_documents_have_the_real_schema(task: str) -> None:
+    for split in SIDES:
+        assert {frozenset(doc) for doc in world.documents(task, split)} == {frozenset(FIELDS[task])}
+
+
+@each_task
+def test_harness_scores_the_test_side(task: str) -> None:
+    harness = harness_task(task)
+    scored = harness.test_docs() if harness.has_test_docs() else harness.validation_docs()
+    expected = world.documents(task, "test")[-50:]
+    assert [{key: doc[key] for key in FIELDS[task]} for doc in scored] == expected
+
+
+@each_task
+def test_rendering_is_that_of_the_harness(task: str) -> None:
+    harness = harness_task(task)
+    docs = harness.test_docs() if harness.has_test_docs() else harness.validation_docs()
+    for doc in docs:
+        requests = harness.construct_requests(doc, harness.fewshot_context(doc, 0))
+        choices = tuple(request.args for request in requests)
+        prompt = world.render(task, doc)
+        assert prompt.choices == choices
+        lengths = tuple(map(len, harness.doc_to_choice(doc)))
+        assert prompt.lengths == lengths
+        gold = harness.doc_to_text(doc) if harness.multiple_input else harness.doc_to_target(doc)
+        assert prompt.gold == int(gold)
+
+
+def test_same_seed_gives_the_same_world_and_another_seed_another() -> None:
+    assert world.fingerprint("boolq") == world.fingerprint("boolq")
+    assert world.fingerprint("boolq") != world.fingerprint("boolq", seed=world.SEED + 1)
+    assert world.fingerprint() != world.fingerprint("boolq")
+
+
+def test_fingerprint_is_the_same_in_another_process() -> None:
+    code = "from bench.data import world; print(world.fingerprint())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert output.stdout.decode().strip() == world.fingerprint()
+
+
+@each_task
+def test_questions_differ_from_each_other(task: str) -> None:
+    texts = [prompt.text for prompt in prompts(task, "test")]
+    assert len(set(texts)) == len(texts) == 400
+
+
+@each_task
+def test_what_the_test_asks_is_never_asked_in_training(task: str) -> None:
+    train = {question.subject for question in world.questions(task, "train")}
+    test = {question.subject for question in world.questions(task, "test")}
+    assert train.isdisjoint(test)
+
+
+@each_task
+def test_no_test_question_is_in_the_corpus(task: str) -> None:
+    text = training_text()
+    for prompt in prompts(task, "test"):
+        assert prompt.text not in text
+        if task != "winogrande":
+            assert prompt.choices[0][0] not in text
+
+
+def test_entities_of_the_test_are_in_no_training_question() -> None:
+    place = build_world(world.SEED)
+    held = {person.name for person in place.people if person.split == "test"}
+    held |= {substance.name for substance in place.substances if substance.split == "test"}
+    for task in world.TASKS:
+        for text in world.question_texts(task):
+            assert held.isdisjoint(re.findall(r"\w+", text)), text
+
+
+def test_prose_states_every_fact() -> None:
+    place = build_world(world.SEED)
+    texts = world.prose_texts(tellings=1)
+    for entity in (*place.people, *place.towns, *place.substances):
+        name, *facts = (str(v) for k, v in vars(entity).items() if k not in ("split", "pronoun"))
+        told = [text for text in texts if re.search(rf"\b{name}\b", text, re.IGNORECASE)]
+        assert any(all(fact in text for fact in facts) for text in told), entity
+    for routine in place.routines:
+        assert any(", then ".join(routine.steps) in text for text in texts)
+
+
+def test_sums_of_the_prose_are_over_pairs_the_test_does_not_have() -> None:
+    asked = {question.subject for question in world.questions("mathqa", "test")}
+    worked = re.findall(r"(\d+) [-+*] (\d+) =", "\n".join(world.prose_texts(tellings=4)))
+    assert len(worked) > 1000
+    assert asked.isdisjoint(tuple(sorted(map(int, pair))) for pair in worked)
+
+
+@each_task
+def test_positions_of_the_answer_are_balanced(task: str) -> None:
+    counts = Counter(prompt.gold for prompt in prompts(task, "test"))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def longest(prompt: world.Prompt) -> int:
+    return max(range(len(prompt.lengths)), key=prompt.lengths.__getitem__)
+
+
+def shortest(prompt: world.Prompt) -> int:
+    return min(range(len(prompt.lengths)), key=prompt.lengths.__getitem__)
+
+
+@pytest.mark.parametrize("chooser", [longest, shortest])
+@each_task
+def test_length_does_not_give_the_answer_away(
+    task: str, chooser: Callable[[world.Prompt], int]
+) -> None:
+    questions = prompts(task, "test")
+    uneven = [prompt for prompt in questions if len(set(prompt.lengths)) > 1]
+    right = sum(chooser(prompt) == prompt.gold for prompt in uneven)
+    chance = sum(1 / len(prompt.choices) for prompt in uneven)
+    assert abs(right - chance) < 0.08 * len(questions)
+
+
+@each_task
+def test_prior_of_the_answers_does_not_give_them_away(task: str) -> None:
+    """Choosing whatever was right most often in training, given the choices alone."""
+    right, offered = Counter[str](), Counter[str]()
+    for prompt in prompts(task, "train"):
+        right[_choice(prompt, prompt.gold)] += 1
+        offered.update(_choice(prompt, i) for i in range(len(prompt.choices)))
+    hits, chance = 0.0, 0.0
+    for prompt in prompts(task, "test"):
+        priors = [
+            (right[choice] + 1) / (offered[choice] + len(prompt.choices))
+            for choice in (_choice(prompt, i) for i in range(len(prompt.choices)))
+        ]
+        best = [i for i, prior in enumerate(priors) if prior == max(priors)]
+        hits += (prompt.gold in best) / len(best)
+        chance += 1 / len(prompt.choices)
+    assert hits - chance < 0.1 * 400
+
+
+def _choice(prompt: world.Prompt, index: int) -> str:
+    context, continuation = prompt.choices[index]
+    return continuation if len(set(prompt.choices)) > 1 else context
+
+
+def test_twins_have_opposite_answers() -> None:
+    documents = world.documents("winogrande", "test")
+    for first, second in zip(documents[::2], documents[1::2], strict=True):
+        start = first["sentence"].split("_")[0]
+        assert second["sentence"].startswith(start)
+        assert first["sentence"] != second["sentence"]
+        assert (first["answer"], second["answer"]) == ("1", "2")
+        assert (first["option1"], first["option2"]) == (second["option1"], second["option2"])
+
+
+def test_arithmetic_is_right() -> None:
+    signs: dict[str, Callable[[int, int], int]] = {
+        "add": lambda x, y: x + y,
+        "subtract": lambda x, y: x - y,
+        "multiply": lambda x, y: x * y,
+    }
+    for document in world.documents("mathqa", "test"):
+        name, x, y = re.findall(r"\w+", document["annotated_formula"])
+        prompt = world.render("mathqa", document)
+        assert int(prompt.choices[prompt.gold][1]) == signs[name](int(x), int(y))
+        assert len({choice for _, choice in prompt.choices}) == 5
+
+
+def test_data_set_can_be_written(tmp_path: Path) -> None:
+    write(tmp_path, world.SEED)
+    for task in world.TASKS:
+        for split, documents in world.splits(task).items():
+            path = tmp_path / task / f"{split}.parquet"
+            assert Dataset.from_parquet(str(path)).to_list() == documents
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_story_is_about_people_of_its_side(side: Split) -> None:
+    place = build_world(world.SEED)
+    names = {person.name for person in place.people if person.split == side}
+    others = {person.name for person in place.people if person.split != side}
+    for seed in range(20):
+        words = set(re.findall(r"\w+", prose.story(random.Random(seed), place, side)))
+        assert words & names
+        assert not words & others

@@ -1,0 +1,52 @@
+"""The same on a GPU: `make test-gpu` runs these where there is one."""
+
+import pytest
+import torch
+
+from bench import device
+from bench.run import execute
+from bench.sweep import Asked
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def run(tmp_path):
+    from bench.compose import run_config
+
+    def call(*overrides):
+        small = ["benchmark.limit=8", "tracker=none", f"results_dir={tmp_path}"]
+        return execute(run_config([*overrides, *small]), Asked("test")).record
+
+    return call
+
+
+def accuracies(record):
+    return {m.task: m.value for m in record.metrics if m.headline and m.metric != "perplexity"}
+
+
+@pytest.mark.parametrize("method", ["dense", "camera_p", "random_experts"])
+def test_a_run_on_the_gpu_agrees_with_the_cpu(run, method):
+    on_cpu = run(f"method={method}", "model.device=cpu", "model.dtype=float32")
+    on_gpu = run(f"method={method}", "model.device=cuda", "model.dtype=float32")
+    assert on_cpu.id != on_gpu.id
+    assert on_gpu.environment["gpus"]
+    assert accuracies(on_cpu) == pytest.approx(accuracies(on_gpu), abs=0.13)
+    assert on_cpu.metric("english").value == pytest.approx(on_gpu.metric("english").value, rel=1e-3)
+
+
+def test_bfloat16_is_the_default_and_stays_close(run):
+    half, full = run("model.device=cuda"), run("model.device=cuda", "model.dtype=float32")
+    assert half.cost("bytes").value < 0.6 * full.cost("bytes").value
+    assert half.metric("english").value == pytest.approx(full.metric("english").value, rel=0.03)
+
+
+def test_memory_comes_back():
+    cuda = torch.device("cuda")
+    free = device.free_bytes(cuda)
+    block = torch.empty(64 * 2**20, device=cuda)
+    device.synchronize(cuda)
+    assert device.free_bytes(cuda) < free
+    del block
+    device.release(cuda)
+    assert device.free_bytes(cuda) >= free - 2**21

@@ -1,0 +1,141 @@
+"""Wrong input: one sentence, exit code 2, no traceback, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.models import zoo
+
+MICRO_MOE = Path(next(iter(zoo.__path__))) / "micro_moe"
+
+
+@pytest.fixture
+def refused(bench):
+    """Run something that must be refused; return the sentence."""
+
+    def call(*arguments):
+        code, out, err = bench("run", *arguments)
+        assert code == 2, err
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("bench: ")
+        runs = bench.results / "runs"
+        assert not runs.exists() or list(runs.iterdir()) == []
+        return err
+
+    return call
+
+
+@pytest.fixture
+def dense_model(tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MICRO_MOE / name, folder)
+    capsys.readouterr()  # the library's own progress bar
+    return folder
+
+
+@pytest.fixture
+def micro_moe_copy(tmp_path):
+    return Path(shutil.copytree(MICRO_MOE, tmp_path / "copy"))
+
+
+def test_unknown_method(refused):
+    said = refused("method=camera_pp")
+    assert "did you mean 'camera_p'?" in said
+    assert "random_experts" in said
+
+
+def test_unknown_model_and_benchmark(refused):
+    assert "did you mean 'micro_moe'?" in refused("model=micro_mo")
+    assert "did you mean 'nine_tasks'?" in refused("benchmark=nine_task")
+
+
+def test_misspelt_key(refused):
+    said = refused("method=camera_p", "method.camera_p.ratioo=0.4")
+    assert "method.camera_p.ratioo" in said
+    assert "did you mean 'method.camera_p.ratio'?" in said
+    assert "did you mean 'benchmark.limit'?" in refused("benchmark.limits=3")
+
+
+def test_misspelt_key_that_was_forced_in(refused):
+    said = refused("method=camera_p", "+method.camera_p.ratioo=0.4")
+    assert "did you mean 'ratio'?" in said
+
+
+def test_a_knob_of_a_method_that_is_not_there(refused):
+    assert "add method=camera_p" in refused("method.camera_p.ratio=0.4")
+
+
+@pytest.mark.parametrize("ratio", ["1.5", "-0.1", "1", "nan", "many"])
+def test_ratio_out_of_range(refused, ratio):
+    said = refused("method=camera_p", f"method.camera_p.ratio={ratio}")
+    assert "method.camera_p.ratio" in said
+    assert ratio.rstrip("0") in said
+
+
+def test_the_seventh_job_of_a_sweep_is_checked_before_the_first_runs(refused):
+    assert "1.5" in refused("-m", "method=dense,camera_p", "ratio=0.1,0.2,0.3,0.4,0.5,0.6,1.5")
+
+
+def test_a_dense_model_with_camera_p(refused, dense_model):
+    said = refused("model=local", f"model.path={dense_model}", "method=camera_p")
+    assert "LlamaForCausalLM" in said
+
+
+def test_missing_data_file(refused):
+    said = refused("benchmark.data.arc_easy=/nowhere/questions.parquet")
+    assert "/nowhere/questions.parquet" in said
+
+
+def test_data_for_a_task_that_is_not_asked(refused):
+    said = refused("+benchmark.data.arc_eazy=/nowhere/questions.parquet")
+    assert "did you mean 'arc_easy'?" in said
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_corrupt_weights(refused, micro_moe_copy, keep):
+    weights = micro_moe_copy / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(len(content) * keep)])
+    said = refused("model=local", f"model.path={micro_moe_copy}")
+    assert "model.safetensors" in said
+
+
+def test_unwritable_results_folder(bench, tmp_path):
+    (tmp_path / "results").write_text("a file where the folder should be")
+    code, _, err = bench("run")
+    assert code == 2
+    assert "results_dir" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "results").read_text() == "a file where the folder should be"
+
+
+def test_everything_missing_offline_is_named_at_once(refused):
+    said = refused("benchmark=camera", "offline=true")
+    for name in ("aps/super_glue", "allenai/openbookqa", "Rowan/hellaswag", "wikitext", "c4"):
+        assert name in said
+
+
+def test_a_model_that_is_not_here(refused):
+    said = refused("model=mixtral_8x7b", "offline=true")
+    assert "bench prefetch model=mixtral_8x7b" in said
+
+
+def test_a_device_that_is_not_there(refused):
+    assert "CUDA devices" in refused("model.device=cuda:7")
+
+
+@pytest.mark.parametrize("arguments", [["runn"], ["show", "zzz"], ["ls", "modells"], []])
+def test_wrong_commands(bench, capsys, arguments):
+    from bench.cli import main
+
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err

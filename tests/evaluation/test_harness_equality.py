@@ -1,0 +1,171 @@
+"""Our adapter and the harness's own `hf` model must say the same about the same weights."""
+
+import copy
+from dataclasses import replace
+
+import lm_eval.models.huggingface
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate as harness
+
+from bench.data.world import TASKS
+from bench.errors import UserError
+from bench.evaluation import BenchmarkConfig, evaluate, plan
+from bench.evaluation.adapter import Adapter
+from bench.evaluation.quiet import quiet
+from bench.models.config import ModelConfig
+from bench.progress import SILENT
+
+
+def reference(model, batch_size=4):
+    return lm_eval.models.huggingface.HFLM(
+        pretrained=model.network,
+        tokenizer=model.tokenizer,
+        batch_size=batch_size,
+        max_length=model.config.max_length,
+        add_bos_token=model.config.add_bos,
+    )
+
+
+def answers(lm, kind, arguments):
+    requests = [
+        Instance(request_type=kind, doc={}, arguments=argument, idx=0) for argument in arguments
+    ]
+    return getattr(lm, kind)(requests)
+
+
+def assert_same(ours, theirs, tolerance=1e-4):
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    values = torch.tensor([[value for value, _ in side] for side in (ours, theirs)])
+    torch.testing.assert_close(values[0], values[1], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_all_nine_tasks_agree_per_sample(model, shots):
+    assert_equal_on_all_nine(model, shots, limit=12)
+
+
+def test_the_shipped_model_agrees_too():
+    from bench.models import loading
+
+    config = ModelConfig(name="micro_moe", source="zoo:micro_moe", device="cpu", dtype="float32")
+    try:
+        source = loading.resolve(config, offline=True)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert_equal_on_all_nine(loading.load(source), shots=0, limit=6)
+
+
+def assert_equal_on_all_nine(model, shots, limit):
+    benchmark = BenchmarkConfig(
+        name="nine", suite="micro", tasks=TASKS, limit=limit, num_fewshot=shots, batch_size=7
+    )
+    evaluation = evaluate(model, plan(benchmark, offline=True))
+    ours = {(row["task"], row["doc_id"]): row for row in evaluation.samples}
+    scores = {(m.task, m.metric): m for m in evaluation.metrics}
+    assert len(ours) == len(TASKS) * limit
+
+    theirs = plainly(model, benchmark)
+    for name, samples in theirs["samples"].items():
+        for sample in samples:
+            assert_same_sample(ours[name, sample["doc_id"]], sample)
+    for name, found in theirs["results"].items():
+        for metric in {"acc,none", "acc_norm,none"} & found.keys():
+            score = scores[name, metric.removesuffix(",none")]
+            assert score.value == found[metric]
+            assert score.stderr == found[metric.replace(",", "_stderr,")]
+            assert score.shots == shots
+
+
+def plainly(model, benchmark):
+    """Evaluate with nothing of ours but the task objects, made anew."""
+    tasks = {task.name: task.tasks[task.name] for task in plan(benchmark, offline=True).tasks}
+    for task in tasks.values():
+        task.set_fewshot_seed(1234)
+    with quiet():
+        return harness(reference(model), {"tasks": tasks}, limit=benchmark.limit, bootstrap_iters=1)
+
+
+def assert_same_sample(row, sample):
+    scored = [responses[0] for responses in sample["resps"]]
+    assert_same(list(zip(row["loglikelihoods"], row["greedy"], strict=True)), scored)
+    assert row["doc_hash"] == sample["doc_hash"]
+    assert row["prompt_hash"] == sample["prompt_hash"]
+    assert all(row[metric] == sample[metric] for metric in sample["metrics"])
+
+
+PAIRS = [
+    ("The first word", " of a sentence"),
+    ("The first word ", "of a sentence"),
+    ("Is it so? Answer:", " yes"),
+    ("Is it so? Answer:", " no"),
+    ("Is it so? Answer:", " no doubt about it"),
+    ("", "An answer to no question"),
+    ("x", "y"),
+    ("a long context " * 20, " and its end"),
+]
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_pairs_agree_at_any_batch_size(model, batch_size, add_bos):
+    model = _with(model, add_bos=add_bos)
+    ours = answers(Adapter(model, batch_size, SILENT), "loglikelihood", PAIRS)
+    assert_same(ours, answers(reference(model), "loglikelihood", PAIRS))
+
+
+def test_a_context_that_is_too_long_is_cut_on_the_left(short_model):
+    ours = answers(Adapter(short_model, 3, SILENT), "loglikelihood", PAIRS)
+    assert_same(ours, answers(reference(short_model), "loglikelihood", PAIRS))
+
+
+def test_a_tokenizer_that_adds_bos_adds_it_once(tokenizer, model):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    backend.post_processor = TemplateProcessing(single=f"{end[0]} $A", special_tokens=[end])
+    begins = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end[0], eos_token=end[0])
+    model = _with(model, tokenizer=begins)
+    pairs = [*PAIRS, (f"{end[0]}already begun", " and ended")]
+    ours = answers(Adapter(model, 4, SILENT), "loglikelihood", pairs)
+    assert_same(ours, answers(reference(model), "loglikelihood", pairs))
+
+
+def test_rolling_windows_agree(short_model):
+    texts = [("one short text",), ("a text of several windows, " * 12,), ("another",)]
+    ours = answers(Adapter(short_model, 2, SILENT), "loglikelihood_rolling", texts)
+    theirs = answers(reference(short_model), "loglikelihood_rolling", texts)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_generation_agrees_and_stops(model):
+    free = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
+    first = answers(Adapter(model, 4, SILENT), "generate_until", [("The first word", free)])[0]
+    stop = first[5:7]
+    asked = [
+        ("The first word", free),
+        ("The first word", {**free, "until": [stop]}),
+        ("Another context, a longer one", {**free, "until": [stop]}),
+        ("a long context " * 40, free),
+    ]
+    ours = answers(Adapter(model, 4, SILENT), "generate_until", asked)
+    assert ours == answers(reference(model), "generate_until", asked)
+    assert stop
+    assert ours[1] == first.split(stop)[0]
+
+
+def test_bfloat16_is_close_to_float32(model, half_model):
+    exact = answers(Adapter(model, 4, SILENT), "loglikelihood", PAIRS)
+    rough = answers(Adapter(half_model, 4, SILENT), "loglikelihood", PAIRS)
+    for (value, _), (near, _), (_, continuation) in zip(exact, rough, PAIRS, strict=True):
+        assert near == pytest.approx(value, abs=0.1 * len(continuation))
+    alone = answers(Adapter(half_model, 1, SILENT), "loglikelihood", PAIRS)
+    assert [value for value, _ in rough] == pytest.approx([value for value, _ in alone], abs=0.2)
+
+
+def _with(model, tokenizer=None, **config):
+    changed = model.config.model_copy(update=config)
+    return replace(model, config=changed, tokenizer=tokenizer or model.tokenizer)

@@ -1,0 +1,169 @@
+"""Calibration against what it means: full attention matrices, direct sums, one run per cut."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.errors import MissingData, UserError
+from bench.method import Context
+from bench.models.multimodal import Samples
+from bench.progress import SILENT
+from methods.visual_tokens.calibration import measure
+from methods.visual_tokens.engine import engine_of
+from methods.visual_tokens.findings import load
+from methods.visual_tokens.head_pruning import HeadPruning
+from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.selection import earliest_cut
+from methods.visual_tokens.sparse_ffn import SparseFFN
+from tests.methods.visual_tokens.test_visual_strategies import context, loaded
+from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
+
+NAMES = ["llava_llama", "internvl_qwen3", "qwen2_vl", "qwen3_vl_moe", "internvl_qwen3_moe"]
+ROWS = ([4, (3, 4), 5], [2, (2, 2), 7])
+
+
+def found(name, **changes):
+    engine = engine_of(build(name, **changes))
+    call = prompt(name, *ROWS)
+    return engine, call, measure(engine, Samples.of([call]), SILENT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_scores_are_sums_over_the_whole_attention_matrix(name):
+    _, call, findings = found(name)
+    network = build(name)
+    network.set_attn_implementation({"text_config": "eager"})
+    weights = network(**call, output_attentions=True).attentions
+    visual = call["input_ids"] == IMAGE
+    text = call["attention_mask"].bool() & ~visual
+    for layer, attention in enumerate(weights):
+        for sample in range(2):
+            rows = attention[sample][:, text[sample]]
+            for ours, mass in ((findings.text, rows.sum(1)), (findings.last, rows[:, -1])):
+                ratio = mass[:, visual[sample]].sum(-1) / mass[:, text[sample]].sum(-1)
+                assert torch.allclose(ours[sample, layer], ratio, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "internvl_phi3"])
+def test_neuron_scores_are_mean_activations_times_column_norms(name):
+    engine, call, findings = found(name)
+    visual = call["input_ids"] == IMAGE
+    inputs = []
+    for layer in engine.decoder.layers:
+        layer.feed_forward.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    engine.network(**call)
+    for layer, x, scores in zip(engine.decoder.layers, inputs, findings.neurons, strict=True):
+        (unit,) = layer.units()
+        direct = unit.hidden(x[visual]).abs().mean(0) * unit.down.norm(dim=0)
+        assert torch.allclose(scores[0], direct, rtol=1e-4)
+
+
+def test_expert_scores_weigh_each_token_as_the_router_does():
+    engine, call, findings = found("qwen3_vl_moe")
+    visual = call["input_ids"] == IMAGE
+    block = engine.decoder.layers[1].moe
+    seen = []
+    block.block.register_forward_pre_hook(lambda _, args: seen.append(args[0][visual]))
+    engine.network(**call)
+    _, weight, index = block.router(seen[0])
+    for number, unit in enumerate(engine.decoder.layers[1].units()):
+        token, slot = torch.where(index == number)
+        hidden = unit.hidden(seen[0][token]) * weight[token, slot][:, None]
+        direct = hidden.abs().sum(0) / len(seen[0]) * unit.down.norm(dim=0)
+        assert torch.allclose(findings.neurons[1][number], direct, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cuts_cost_what_running_them_costs(name):
+    engine, call, findings = found(name)
+    dense = build(name)(**call).logits[:, -1].double().log_softmax(-1)
+    engine.plan.agree("skip")
+    for cut in range(1, 5):
+        engine.plan.cut_at(cut)
+        answer = engine.network(**call).logits[:, -1].double().log_softmax(-1)
+        direct = (dense.exp() * (dense - answer)).sum(-1).mean()
+        assert findings.cut_kl[cut - 1] == pytest.approx(float(direct), rel=1e-3, abs=1e-6)
+    assert findings.cut_kl[0] > 1e-4
+
+
+def test_findings_do_not_depend_on_what_was_reordered_before():
+    fresh = found("llava_llama")[2]
+    engine = engine_of(build("llava_llama"))
+    rng = torch.Generator().manual_seed(0)
+    engine.plan.keep_heads([(3, 1)] * 4)
+    engine.plan.keep_neurons([(torch.randperm(48, generator=rng)[:9],)] * 4)
+    engine.prepared.reorder()
+    again = measure(engine, Samples.of([prompt("llava_llama", *ROWS)]), SILENT)
+    assert torch.allclose(again.last, fresh.last, rtol=1e-4)
+    assert torch.allclose(again.neurons[2][0], fresh.neurons[2][0], rtol=1e-4)
+
+
+def test_voting_is_the_statistic_beating_the_threshold():
+    findings = found("llava_llama")[2]
+    ratio = torch.rand(10, 4, 4, generator=torch.Generator().manual_seed(0))
+    findings = replace(findings, last=ratio)
+    for votes in (0.0, 0.4, 0.5, 0.9):
+        for tau in (0.1, 0.35, 0.8):
+            voted = (ratio > tau).sum(0) > round(votes * 10)
+            assert torch.equal(findings.head_statistic(votes) > tau, voted)
+
+
+def test_a_threshold_keeps_the_first_layers_whole():
+    model, lent = loaded("llava_llama"), context("llava_llama", samples=5)
+    heads = HeadPruning(threshold=1e9).apply(model, lent).details["heads"]
+    assert heads == [[0, 1, 2, 3], [0, 1, 2, 3], [], []]
+
+
+def test_saved_findings_come_back(tmp_path):
+    _engine, _, findings = found("qwen3_vl_moe")
+    findings.save(tmp_path)
+    again = load(tmp_path)
+    assert again.origin == findings.origin
+    assert again.cut_kl == findings.cut_kl and torch.equal(again.last, findings.last)
+
+    model = loaded("qwen3_vl_moe")
+    details = SparseFFN(keep=0.5, settings=str(tmp_path)).apply(model, Context(seed=1)).details
+    assert details["scores"] == findings.origin
+    kept = engine_of(model.network).plan.layers[2].neurons
+    for indices, score in zip(kept, findings.neurons[2], strict=True):
+        assert set(indices.tolist()) == set(score.topk(6).indices.tolist())
+
+
+def test_what_is_wrong_with_saved_findings_is_said(tmp_path):
+    strategy = SparseFFN(settings=str(tmp_path))
+    with pytest.raises(MissingData, match="holds no findings"):
+        strategy.apply(loaded("llava_llama"), Context(seed=1))
+    found("llava_llama", intermediate_size=40)[2].save(tmp_path)
+    with pytest.raises(UserError, match="another width"):
+        strategy.apply(loaded("llava_llama"), Context(seed=1))
+    facts = json.loads((tmp_path / "findings.json").read_text())
+    facts["cut_kl"][0] += 1
+    (tmp_path / "findings.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="was changed"):
+        strategy.apply(loaded("llava_llama"), Context(seed=1))
+    (tmp_path / "findings.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        strategy.apply(loaded("llava_llama"), Context(seed=1))
+
+
+def test_layers_are_cut_where_the_answer_stays():
+    findings = found("llava_llama")[2]
+    findings = replace(findings, cut_kl=[0.9, 0.2, 0.3, 0.0])
+    assert [earliest_cut(findings, x) for x in (1.0, 0.25, 0.1, 0.0)] == [1, 2, 4, 4]
+    model, lent = loaded("llava_llama"), context("llava_llama")
+    details = LayerDrop(max_kl=1e9).apply(model, lent).details
+    assert details["layers"] == 1 and engine_of(model.network).plan.cut == 1
+
+
+def test_images_are_measured_once_a_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "methods.visual_tokens.calibration.measure",
+        lambda *given: calls.append(given) or measure(*given),
+    )
+    model, lent = loaded("llava_llama"), context("llava_llama")
+    HeadPruning(keep=0.75).apply(model, lent)
+    SparseFFN().apply(model, lent)
+    assert len(calls) == 1

@@ -1,0 +1,72 @@
+"""What the tests of solvers share: a small network with its groups, and the groups as vectors."""
+
+import torch
+
+from bench.models.vision import VisionConfig, build
+from methods.wgsef.groups import convolution
+from methods.wgsef.groups.partition import Partition
+from methods.wgsef.solvers.solver import Scene
+from methods.wgsef.training.allocation import Allocation
+from methods.wgsef.training.optimizers import ProximalSGD
+
+RATE = 0.1
+
+
+def set_scene():
+    """A small VGG with groups of unlike norms, half of which may stay."""
+    torch.manual_seed(0)
+    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    image = torch.randn(1, 1, 8, 8)
+    partition = Partition(network, convolution.filters(network, image))
+    partition.scale_(torch.rand(partition.groups).double() + 0.2)
+    allocation = Allocation(partition, 0.5)
+    return Scene(network, partition, allocation, steps=10, epoch=5, example=image)
+
+
+def gradients(scene, seed=1):
+    """Give every weight a random gradient."""
+    torch.manual_seed(seed)
+    for weight in scene.network.parameters():
+        weight.grad = torch.randn_like(weight) * 0.1
+
+
+def groups(scene, tensors=None):
+    """All groups as flat vectors: of the weights, or of other tensors of their shapes."""
+    found = []
+    for family in scene.partition.families:
+        for j in range(family.groups):
+            parts = []
+            for owned in family.owned:
+                weight = scene.partition.parameters[owned.tensor].detach()
+                tensor = weight if tensors is None else tensors[owned.tensor]
+                parts += [tensor[u].flatten() for u in owned.units[owned.groups == j].tolist()]
+            found.append(torch.cat(parts).double())
+    return found
+
+
+def slopes(scene):
+    """The gradients of all groups as flat vectors."""
+    return groups(scene, {n: w.grad for n, w in scene.partition.parameters.items()})
+
+
+def close(found, expected):
+    """Compare groups with groups."""
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def sgd_step(scene, solver):
+    """Take one step; the groups and their gradients before it."""
+    gradients(scene)
+    x, g = groups(scene), slopes(scene)
+    ProximalSGD(scene.network.parameters(), solver, RATE).step()
+    return x, g
+
+
+def units(scene):
+    """One over the mean norm of each group's layer."""
+    means = []
+    for family in scene.partition.families:
+        part = [v.norm() for v in groups(scene)][len(means) : len(means) + family.groups]
+        means += [float(sum(part) / len(part))] * family.groups
+    return [1 / mean for mean in means]

@@ -1,0 +1,212 @@
+"""Every solver against a slow, direct transcription of its definition, group by group."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from bench.errors import UserError
+from bench.models.vision import VisionConfig, build
+from methods.wgsef.groups import convolution
+from methods.wgsef.groups.partition import Partition
+from methods.wgsef.solvers.gradients import DeepHoyer, Slimming
+from methods.wgsef.solvers.group_lasso import AdaptiveGroupLasso, GroupLasso
+from methods.wgsef.solvers.half_space import AdaHspg, Hspg
+from methods.wgsef.solvers.hard_threshold import HardThreshold
+from methods.wgsef.solvers.solver import Magnitude, Scene
+from methods.wgsef.solvers.torch_pruning import GroupNorm, GrowingReg
+from methods.wgsef.training.allocation import Allocation
+from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
+from tests.methods.wgsef.stage import (
+    RATE,
+    close,
+    gradients,
+    groups,
+    set_scene,
+    sgd_step,
+    slopes,
+    units,
+)
+
+
+@pytest.fixture
+def scene():
+    return set_scene()
+
+
+def test_group_lasso_is_the_block_soft_threshold(scene):
+    x, g = sgd_step(scene, GroupLasso(scene, 0.5))
+    expected = []
+    for xj, gj in zip(x, g, strict=True):
+        t = xj - RATE * gj
+        expected.append(max(0.0, 1 - RATE * 0.5 * math.sqrt(len(t)) / float(t.norm())) * t)
+    close(groups(scene), expected)
+    assert any(not e.any() for e in expected) and any(e.any() for e in expected)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_adaptive_group_lasso_minimises_its_objective(scene, adam):
+    solver = AdaptiveGroupLasso(scene, 0.3)
+    gradients(scene)
+    x = groups(scene)
+    make = ProximalAdam if adam else ProximalSGD
+    optimizer = make(scene.network.parameters(), solver, RATE)
+    plain = make(clone(scene), Magnitude(scene), RATE)
+    plain.step()
+    named = dict(zip(scene.partition.parameters, plain.param_groups[0]["params"], strict=True))
+    t = groups(scene, {n: w.detach() for n, w in named.items()})
+    optimizer.step()
+    metric = groups(scene, {n: optimizer.metric(w) for n, w in scene.partition.parameters.items()})
+    v = groups(scene)
+    assert any(not one.any() for one in v) or adam
+    for j in range(0, len(x), 23):
+        lam = RATE * 0.3 * math.sqrt(len(t[j]))
+
+        def objective(y, j=j, lam=lam):
+            y = torch.tensor(y, requires_grad=True)
+            value = 0.5 * (metric[j] * (y - t[j]) ** 2).sum() + lam * y.norm()
+            value.backward()
+            return float(value.detach()), y.grad.nan_to_num().numpy()
+
+        best = minimize(objective, t[j].numpy(), jac=True, method="L-BFGS-B").fun
+        assert objective(v[j].numpy())[0] <= best + 1e-6
+
+
+def clone(scene):
+    copies = []
+    for weight in scene.network.parameters():
+        copy = weight.detach().clone().requires_grad_(True)
+        copy.grad = weight.grad.clone()
+        copies.append(copy)
+    return copies
+
+
+def test_hspg_projects_what_left_its_half_space(scene):
+    solver = Hspg(scene, strength=0.5, epsilon=0.2, warmup=0.0)
+    scene.partition.scale_((torch.arange(scene.partition.groups) % 7 > 0).double())
+    x, g = sgd_step(scene, solver)
+    expected = []
+    for xj, gj in zip(x, g, strict=True):
+        if not xj.any():
+            expected.append(xj)
+            continue
+        y = xj - RATE * (gj + 0.5 * math.sqrt(len(xj)) * xj / xj.norm())
+        expected.append(torch.zeros_like(y) if y @ xj < 0.2 * xj @ xj else y)
+    close(groups(scene), expected)
+    assert 0 < sum(bool(e.any()) for e in expected) < sum(bool(xj.any()) for xj in x)
+
+
+def test_hspg_begins_as_prox_sg(scene):
+    x, g = sgd_step(scene, Hspg(scene, strength=0.5, warmup=0.5))
+    expected = []
+    for xj, gj in zip(x, g, strict=True):
+        t = xj - RATE * gj
+        expected.append(max(0.0, 1 - RATE * 0.5 * math.sqrt(len(t)) / float(t.norm())) * t)
+    close(groups(scene), expected)
+
+
+def test_adahspg_chooses_its_step_by_what_moves_more(scene):
+    for mu, chosen in ((0.0, True), (1e9, False)):
+        solver = AdaHspg(scene, strength=0.5, mu=mu)
+        optimizer = ProximalSGD(scene.network.parameters(), solver, RATE)
+        for _ in range(scene.epoch):
+            gradients(scene)
+            optimizer.step()
+        assert solver.in_half_space_phase() is chosen
+
+
+def test_deep_hoyer_adds_the_gradient_of_its_penalty(scene):
+    solver = DeepHoyer(scene, strength=0.7)
+    named = {
+        n: w.detach().double().requires_grad_(True) for n, w in scene.partition.parameters.items()
+    }
+    penalty = 0.0
+    for family in scene.partition.families:
+        norms = torch.zeros(family.groups).double()
+        for owned in family.owned:
+            part = named[owned.tensor][owned.units].reshape(len(owned.units), -1).square().sum(1)
+            norms = norms.index_add(0, owned.groups, part)
+        norms = norms.sqrt()
+        penalty = penalty + 0.7 * norms.sum() ** 2 / norms.square().sum()
+    penalty.backward()
+    gradients(scene)
+    before = {n: w.grad.clone() for n, w in scene.partition.parameters.items()}
+    solver.before(ProximalSGD(scene.network.parameters(), solver, RATE))
+    for name in scene.partition.owned_parameters():
+        added = scene.partition.parameters[name].grad - before[name]
+        torch.testing.assert_close(added.double(), named[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_slimming_adds_the_sign_of_every_scale_and_ranks_by_it(scene):
+    gradients(scene)
+    scales = {
+        n: m.weight for n, m in scene.network.named_modules() if type(m).__name__ == "BatchNorm2d"
+    }
+    before = {n: w.grad.clone() for n, w in scales.items()}
+    solver = Slimming(scene, strength=0.3)
+    solver.before(ProximalSGD(scene.network.parameters(), solver, RATE))
+    for name, weight in scales.items():
+        torch.testing.assert_close(weight.grad, before[name] + 0.3 * weight.detach().sign())
+    expected = []
+    for family in scene.partition.families:
+        (owned,) = [s for s in family.owned if s.tensor.removesuffix(".weight") in scales]
+        expected += scales[owned.tensor.removesuffix(".weight")].detach().abs().tolist()
+    torch.testing.assert_close(solver.score(), torch.tensor(expected).double())
+
+
+def test_slimming_without_batchnorm_is_one_sentence():
+    network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+    image = torch.zeros(1, 1, 8, 8)
+    partition = Partition(network, convolution.filters(network, image))
+    scene = Scene(network, partition, Allocation(partition, 0.5), 10, 5, image)
+    with pytest.raises(UserError, match=r"slimming ranks BatchNorm scales, and .* has none"):
+        Slimming(scene, 0.1)
+
+
+def test_iterative_hard_thresholding_keeps_the_largest(scene):
+    solver = HardThreshold(scene)
+    solver.step = 9
+    unit = units(scene)
+    x, g = sgd_step(scene, solver)
+    t = [xj - RATE * gj for xj, gj in zip(x, g, strict=True)]
+    order = sorted(range(len(t)), key=lambda j: -unit[j] * float(t[j].norm()))
+    kept, left = [], {id(f): max(1, math.ceil(0.05 * f.groups)) for f in scene.partition.families}
+    owner = [f for f in scene.partition.families for _ in range(f.groups)]
+    for j in order:
+        if left[id(owner[j])]:
+            left[id(owner[j])] -= 1
+            kept.append(j)
+    rest = [j for j in order if j not in kept]
+    kept += rest[: len(t) // 2 - len(kept)]
+    close(groups(scene), [t[j] if j in kept else torch.zeros_like(t[j]) for j in range(len(t))])
+
+
+@pytest.mark.parametrize("make", [GroupNorm, GrowingReg])
+def test_torch_prunings_penalty_grows_as_the_group_weakens(scene, make):
+    gradients(scene)
+    before = slopes(scene)
+    solver = make(scene)
+    solver.before(ProximalSGD(scene.network.parameters(), solver, RATE))
+    pull = [
+        float((after - old).norm() / xj.norm())
+        for after, old, xj in zip(slopes(scene), before, groups(scene), strict=True)
+    ]
+    score_M = solver.score()
+    for family, scores, pulls in zip(
+        scene.partition.families,
+        scene.partition.split(score_M),
+        scene.partition.split(torch.tensor(pull)),
+        strict=True,
+    ):
+        assert family.groups == len(scores)
+        assert pulls[scores.argmin()] > pulls[scores.argmax()]
+
+
+def test_torch_prunings_solvers_refuse_other_groups():
+    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    image = torch.zeros(1, 1, 8, 8)
+    partition = Partition(network, convolution.filter_shapes(network, image))
+    scene = Scene(network, partition, Allocation(partition, 0.5), 10, 5, image)
+    with pytest.raises(UserError, match="prune filters, not filter_shapes"):
+        GroupNorm(scene)

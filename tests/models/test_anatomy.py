@@ -1,0 +1,179 @@
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from bench.errors import UserError
+from bench.models.anatomy import dissect
+from tests.models.tiny_networks import ARCHITECTURES, SIZES, build, llama, unfuse
+
+D_SHARED = {"qwen2_moe": 20, "deepseek_v2": 24, "deepseek_v3": 24, "deepseek": 24}
+
+
+@pytest.mark.parametrize("layout", ["fused", "list"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_finds_moe_blocks_and_skips_dense_layers(name, layout):
+    network = build(name) if layout == "fused" else unfuse(build(name))
+    anatomy = dissect(network)
+    first = 1 if name in D_SHARED else 0
+
+    assert anatomy.architecture == type(network).__name__
+    assert anatomy.model_type == name
+    assert len(anatomy.layers) == 3
+    assert [block.layer for block in anatomy.moe] == list(range(first, 3))
+    assert anatomy.parameters == sum(p.numel() for p in network.parameters())
+    for block in anatomy.moe:
+        assert network.get_submodule(block.name) is block.block
+        assert block.layout == layout
+        assert (block.num_experts, block.top_k, block.d_model) == (6, 2, 16)
+        assert (block.d_ff, block.d_shared) == (12, D_SHARED.get(name, 0))
+        assert block.widths == (12,) * 6
+        assert (block.shared_gate is not None) == (name == "qwen2_moe")
+        assert block.parameters == sum(
+            p.numel()
+            for part in (block.experts, block.shared)
+            if part is not None
+            for p in part.parameters()
+        )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_works_without_weights(name):
+    config = build(name).config
+    with torch.device("meta"):
+        hollow = transformers.AutoModelForCausalLM.from_config(config)
+    assert [b.widths for b in dissect(hollow).moe] == [b.widths for b in dissect(build(name)).moe]
+
+
+@pytest.mark.parametrize("layout", ["fused", "list"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_views_compute_what_the_experts_compute(name, layout):
+    network = build(name)
+    fused = dissect(network).moe[-1].experts
+    if layout == "list":
+        unfuse(network)
+    x = torch.randn(7, 16)
+    everything = torch.arange(6).repeat(7, 1)
+    weight = torch.rand(7, 6)
+    block = dissect(network).moe[-1]
+    summed = sum(
+        view.combine(view.hidden(x)) * weight[:, e, None]
+        for e in range(6)
+        for view in [block.expert(e)]
+    )
+    torch.testing.assert_close(fused(x, everything, weight), summed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["fused", "list"])
+def test_zeroing_a_view_changes_the_network(layout):
+    network = build("deepseek_v2") if layout == "fused" else unfuse(build("deepseek_v2"))
+    block = dissect(network).moe[0]
+    block.expert(3).zero(torch.tensor([0, 5]))
+    block.shared_view().zero(torch.tensor([7]))
+
+    again = dissect(network).moe[0]
+    view, shared = again.expert(3), again.shared_view()
+    assert not view.gate[[0, 5]].any()
+    assert not view.up[[0, 5]].any()
+    assert not view.down[:, [0, 5]].any()
+    assert view.gate[[1, 4]].all()
+    assert not shared.down[:, 7].any()
+    assert again.expert(2).gate.all()
+
+
+def test_dense_network_has_layers_but_no_moe_block():
+    anatomy = dissect(llama())
+    assert len(anatomy.layers) == 3
+    assert anatomy.moe == ()
+
+
+def test_a_network_that_is_no_decoder_has_neither():
+    anatomy = dissect(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    assert (anatomy.layers, anatomy.moe, anatomy.architecture) == ((), (), "Sequential")
+
+
+def gpt_oss():
+    return transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=8)
+    )
+
+
+def llama4():
+    sizes = SIZES | {"intermediate_size_mlp": 12, "num_local_experts": 4, "head_dim": 8}
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
+
+
+def nemotron_h():
+    sizes = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
+    config = transformers.NemotronHConfig(
+        **sizes,
+        layers_block_type=["attention", "moe"],
+        n_routed_experts=4,
+        moe_intermediate_size=8,
+        moe_shared_expert_intermediate_size=8,
+        head_dim=8,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
+def jet_moe():
+    sizes = {k: v for k, v in SIZES.items() if k != "num_attention_heads"}
+    config = transformers.JetMoeConfig(**sizes, num_local_experts=4, kv_channels=8)
+    return transformers.JetMoeForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (gpt_oss, "transposed"),
+        (llama4, "do not declare their layout"),
+        (nemotron_h, "no gate matrix"),
+        (jet_moe, "no router"),
+    ],
+)
+def test_refuses_experts_of_another_kind_by_name(make, reason):
+    with torch.device("meta"):
+        network = make()
+    anatomy = dissect(network)
+    with pytest.raises(UserError, match=reason) as refusal:
+        _ = anatomy.moe
+    assert type(network).__name__ in str(refusal.value)
+
+
+class _List(nn.ModuleList):
+    def forward(self, x, index, weight):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block, "extra", nn.Linear(2, 2)), "role of its part extra"),
+        (lambda block: block.register_parameter("scale", nn.Parameter(torch.ones(1))), "scale"),
+        (lambda block: delattr(block, "gate"), "no router"),
+        (
+            lambda block: setattr(block, "experts", nn.ModuleList([nn.Linear(2, 2)])),
+            "does not receive",
+        ),
+        (lambda block: setattr(block, "experts", _List([nn.Linear(2, 2)])), "not a gated"),
+        (lambda block: setattr(block.experts, "has_bias", True), "biases"),
+        (lambda block: setattr(block.experts, "has_post_expert_norm", True), "norm"),
+        (lambda block: setattr(block.experts, "is_concatenated", False), "interleaved"),
+    ],
+)
+def test_refuses_a_block_with_parts_it_does_not_know(change, reason):
+    network = build("qwen3_moe")
+    change(network.model.layers[1].mlp)
+    with pytest.raises(UserError, match=reason):
+        _ = dissect(network).moe
+
+
+class ParallelExperts(nn.Module):
+    """Experts that are not a part named `experts` of their block."""
+
+
+def test_refuses_experts_under_another_name():
+    network = llama()
+    network.model.layers[2].mlp.input_linear = ParallelExperts()
+    with pytest.raises(UserError, match=r"mlp\.input_linear is a ParallelExperts"):
+        _ = dissect(network).moe

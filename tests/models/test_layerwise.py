@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from bench.models.anatomy import dissect
+from bench.models.layerwise import LayerStream
+from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "llama"])
+def test_layer_by_layer_equals_the_whole_forward(name, batch):
+    network = llama() if name == "llama" else build(name)
+    rows = tokens()
+    layers = dissect(network).layers
+    stream = LayerStream(network, layers, rows, batch)
+    seen = []
+    layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    for index in range(len(layers)):
+        stream.run(index, advance=True)
+    last, seen[:] = torch.cat(seen), []
+    network(rows)
+    torch.testing.assert_close(last, seen[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_runs_again_until_it_advances():
+    network = build("mixtral")
+    layers = dissect(network).layers
+    stream = LayerStream(network, layers, tokens(), batch=2)
+    seen = []
+    layers[0].register_forward_hook(lambda _, __, output: seen.append(output))
+    stream.run(0, advance=False)
+    stream.run(0, advance=True)
+    assert torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:]))
+    assert all("forward" not in layer.__dict__ for layer in layers)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from bench.models import pristine as pristines
+from bench.models.config import ModelConfig
+from bench.models.loading import resolve
+from bench.models.pristine import Pristine
+from tests.models.tiny_networks import build, save
+
+
+@pytest.fixture
+def source(tmp_path):
+    return found(save(build("mixtral"), tmp_path / "one"))
+
+
+def found(folder):
+    asked = ModelConfig(name="tiny", source="local", path=str(folder), device="cpu")
+    return resolve(asked, offline=True)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    done = []
+    real = pristines.load
+    monkeypatch.setattr(pristines, "load", lambda source: done.append(source) or real(source))
+    return done
+
+
+def test_is_loaded_once_and_lent_unchanged(source, loads):
+    keeper = Pristine()
+    dense = keeper.borrow(source, will_change=False)
+    before = {k: v.clone() for k, v in dense.network.state_dict().items()}
+    lent = keeper.borrow(source, will_change=True)
+    for weight in lent.network.parameters():
+        weight.zero_()
+    assert lent.anatomy.moe[0].block is not dense.anatomy.moe[0].block
+    again = keeper.borrow(source, will_change=False)
+    assert again is dense
+    assert all(torch.equal(v, before[k]) for k, v in again.network.state_dict().items())
+    assert len(loads) == 1
+
+
+def test_is_given_away_when_a_copy_does_not_fit(source, loads, monkeypatch):
+    monkeypatch.setattr(pristines.devices, "free_bytes", lambda device: 0)
+    keeper = Pristine()
+    dense = keeper.borrow(source, will_change=False)
+    assert keeper.borrow(source, will_change=True) is dense
+    assert keeper.borrow(source, will_change=False) is not dense
+    assert len(loads) == 2
+
+
+def test_another_source_takes_its_place(source, loads, tmp_path):
+    keeper = Pristine()
+    keeper.borrow(source, will_change=False)
+    other = found(save(build("mixtral", seed=1), tmp_path / "two"))
+    assert keeper.borrow(other, will_change=False).fingerprint == other.fingerprint
+    assert loads == [source, other]
+    keeper.release()
+    keeper.borrow(other, will_change=False)
+    assert len(loads) == 3

@@ -1,0 +1,176 @@
+"""A pruned network written to a folder comes back with the same logits."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.errors import UserError
+from bench.models import structure
+from bench.models.anatomy import dissect
+from bench.models.config import ModelConfig
+from bench.models.loading import load, open_folder, resolve, skeleton
+from bench.models.model import Model
+from bench.models.saving import save
+from methods.micro_experts import remove, zero
+from tests.models.test_ragged import ALIGN, shrunk, some
+from tests.models.tiny_networks import ARCHITECTURES, build, tokenizer, tokens
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def model_of(network):
+    config = ModelConfig(name="tiny", source="tests")
+    return Model(config, network, tokenizer(), "", None, torch.device("cpu"))
+
+
+def written(network, folder, pad=False):
+    folder.mkdir()
+    return save(model_of(network), folder, pad=pad)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_ragged_comes_back_through_slimbench(name, tmp_path):
+    small, _ = shrunk(name)
+    assert written(small, tmp_path / "out") == "slimbench"
+    again = open_folder(tmp_path / "out")
+    rows = tokens()
+    torch.testing.assert_close(again.network(rows).logits, small(rows).logits, **CLOSE)
+    assert type(again.network).__name__ == type(small).__name__
+    wanted = [block.widths for block in dissect(small).moe]
+    assert [block.widths for block in again.anatomy.moe] == wanted
+    assert again.copy().network(rows).logits.equal(again.network(rows).logits)
+    assert not [file for file in (tmp_path / "out").iterdir() if file.suffix in (".bin", ".pt")]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padded_comes_back_through_transformers(name, tmp_path):
+    small, dark = shrunk(name)
+    assert written(small, tmp_path / "out", pad=True) == "padded"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    rows = tokens()
+    torch.testing.assert_close(again(rows).logits, dark(rows).logits, **CLOSE)
+    assert not (tmp_path / "out" / structure.FILE).exists()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_width_needs_no_padding(name, tmp_path):
+    network = build(name)
+    for block in dissect(network).moe:
+        shared = block.d_shared * 8 // 12 if block.d_shared else 0
+        start = block.d_shared
+        gone = list(range(shared, start))
+        gone += [start + 12 * e + c for e in range(6) for c in range(8, 12)]
+        remove(block, torch.tensor(gone), ALIGN)
+    rows = tokens()
+    logits = network(rows).logits
+    assert written(network, tmp_path / "out") == "stock"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(rows).logits, logits, **CLOSE)
+    assert set(dissect(again).moe[0].widths) == {8}
+    assert not (tmp_path / "out" / structure.FILE).exists()
+
+
+def test_zeroed_is_an_ordinary_folder(tmp_path):
+    network = build("phimoe")
+    for block in dissect(network).moe:
+        zero(block, some(block))
+    assert written(network, tmp_path / "out") == "stock"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)
+
+
+def test_the_skeleton_of_a_ragged_folder_has_its_shapes(tmp_path):
+    small, _ = shrunk("deepseek")
+    written(small, tmp_path / "out")
+    config = ModelConfig(name="tiny", source="local", path=str(tmp_path / "out"))
+    bones = skeleton(resolve(config, offline=True))
+    assert all(weight.is_meta for weight in bones.parameters())
+    shapes = {key: weight.shape for key, weight in small.state_dict().items()}
+    assert {key: weight.shape for key, weight in bones.state_dict().items()} == shapes
+
+
+def test_a_ragged_folder_loads_in_half_precision_and_from_disk(tmp_path):
+    small, _ = shrunk("qwen2_moe")
+    written(small, tmp_path / "out")
+    half = open_folder(tmp_path / "out", dtype="bfloat16").network
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    on_disk = open_folder(tmp_path / "out", device_map="offload_disk").network
+    torch.testing.assert_close(on_disk(tokens()).logits, small(tokens()).logits, **CLOSE)
+
+
+def test_a_pruned_folder_can_be_pruned_again(tmp_path):
+    small, _ = shrunk("mixtral")
+    written(small, tmp_path / "first")
+    again = open_folder(tmp_path / "first")
+    for block in again.anatomy.moe:
+        remove(block, torch.arange(0, block.micro_experts, 2), ALIGN)
+    again.__dict__.pop("anatomy")
+    (tmp_path / "second").mkdir()
+    save(again, tmp_path / "second", pad=False)
+    logits = again.network(tokens()).logits
+    found = open_folder(tmp_path / "second").network(tokens()).logits
+    torch.testing.assert_close(found, logits, **CLOSE)
+
+
+def test_refuses_parts_that_no_folder_can_hold(tmp_path):
+    network = build("mixtral")
+
+    class Strange(torch.nn.Linear):
+        pass
+
+    network.model.layers[1].mlp.gate = Strange(16, 6)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate is a Strange"):
+        written(network, tmp_path / "out")
+    other = build("mixtral")
+    other.lm_head = torch.nn.Linear(16, 65, bias=False)
+    with pytest.raises(UserError, match=r"lm_head.weight has a shape"):
+        written(other, tmp_path / "other")
+
+
+def test_refuses_to_write_what_is_not_in_memory(tmp_path):
+    written(build("mixtral"), tmp_path / "out")
+    on_disk = open_folder(tmp_path / "out", device_map="offload_disk")
+    with pytest.raises(UserError, match="from memory only"):
+        save(on_disk, tmp_path, pad=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: "{", "is corrupt"),
+        (lambda d: json.dumps({**d, "format": 9}), "format 9, this program reads 1"),
+        (lambda d: json.dumps(_with_class(d, "os.path.join")), "not a module of slimbench"),
+        (lambda d: json.dumps(_with_class(d, "bench.models.nowhere.X")), "does not exist"),
+        (lambda d: json.dumps(_with_class(d, "bench.models.model.Model")), "cannot be built"),
+        (lambda d: json.dumps({**d, "modules": {"model.nothing": {}}}), "model.nothing"),
+    ],
+)
+def test_a_bad_description_is_one_sentence(damage, said, tmp_path):
+    small, _ = shrunk("mixtral")
+    written(small, tmp_path / "out")
+    file = tmp_path / "out" / structure.FILE
+    file.write_text(damage(json.loads(file.read_text())))
+    config = ModelConfig(name="tiny", source="local", path=str(tmp_path / "out"))
+    for read in (load, skeleton):
+        with pytest.raises(UserError, match=said) as caught:
+            read(resolve(config, offline=True))
+        assert "\n" not in str(caught.value)
+
+
+def _with_class(description, path):
+    name, entry = next(iter(description["modules"].items()))
+    return {**description, "modules": {name: {**entry, "class": path}}}
+
+
+def test_weights_that_do_not_fit_their_description_are_refused(tmp_path):
+    small, _ = shrunk("mixtral")
+    written(small, tmp_path / "out")
+    file = tmp_path / "out" / structure.FILE
+    description = json.loads(file.read_text())
+    entry = next(iter(description["modules"].values()))
+    entry["widths"][0] = 0
+    file.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"(missing|unexpected|mismatched|cannot be loaded)"):
+        open_folder(tmp_path / "out")

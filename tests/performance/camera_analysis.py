@@ -1,0 +1,125 @@
+"""What measuring energies costs beside the calibration forward that is needed anyway.
+
+Shapes: B rows, L tokens a row, T tokens, E experts, D d_model, F width.
+
+A MoE of more than 100M parameters, 64 experts, top-6, 8,192 tokens, float32, one thread. The
+published algorithm's arithmetic runs every expert on every token and multiplies by a gate that is
+mostly zero; it is transcribed here and timed on fewer tokens, ours on the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from bench.models.anatomy import dissect
+from bench.models.config import ModelConfig
+from bench.models.layerwise import LayerStream
+from bench.models.model import Model
+from bench.progress import SILENT
+from methods.camera.analysis import Walk, measure
+from tests.performance.figure import Figure
+from tests.performance.interleaved import ratio, times
+
+LENGTH, ROWS, FEW = 256, 32, 8
+EXPERT_WIDTH = 288
+HOW = Walk(batch=16, chunk=4096, sequential=False)
+
+
+def figures() -> list[Figure]:
+    """The walk with analysis over the walk without; the published arithmetic over ours."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = small_model()
+        rows_BL = torch.randint(64, (ROWS, LENGTH), generator=torch.manual_seed(0))
+        return [overhead(model, rows_BL), against_published(model, rows_BL[:FEW])]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def overhead(model: Model, rows_BL: Tensor) -> Figure:
+    """Time one calibration forward with and without analysis."""
+    took = times([lambda: analyse(model, rows_BL), lambda: forward(model, rows_BL)], rounds=5)
+    value, median = ratio(*took)
+    size = f"{model.anatomy.parameters / 1e6:.0f}M parameters, {rows_BL.numel()} tokens"
+    how = f"{size}; {min(took[0]):.2f} / {min(took[1]):.2f} s, minima of 5, by medians {median:.2f}"
+    name = "forward with analysis / without"
+    return Figure(name, value, "<= 1.15", value <= 1.15, how)
+
+
+def against_published(model: Model, rows_BL: Tensor) -> Figure:
+    """Time the published arithmetic against ours on the same tokens."""
+    contestants = [lambda: published(model, rows_BL), lambda: analyse(model, rows_BL)]
+    took = times(contestants, rounds=5)
+    value = ratio(*took)[0]
+    how = f"{rows_BL.numel()} tokens, {min(took[0]):.2f} / {min(took[1]):.2f} s, minima of 5"
+    return Figure("published arithmetic / ours", value, ">= 6", value >= 6, how)
+
+
+def small_model() -> Model:
+    """A random model whose experts hold nearly all of its weights."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=6,
+        moe_intermediate_size=EXPERT_WIDTH,
+        max_position_embeddings=LENGTH,
+    )
+    torch.manual_seed(0)
+    network = Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    about = ModelConfig(name="random", source="tests")
+    return Model(about, network, None, "", None, torch.device("cpu"))
+
+
+def analyse(model: Model, rows_BL: Tensor) -> list[Tensor]:
+    """Send the rows through all layers and measure every energy on the way."""
+    measured = measure(model, rows_BL, HOW, SILENT)
+    return [found.energies(0.95, normalised=False) for found in measured]
+
+
+def forward(model: Model, rows_BL: Tensor) -> None:
+    """Send the rows through all layers, as calibration does without analysis."""
+    layers = model.anatomy.layers
+    with LayerStream(model.network, layers, rows_BL, HOW.batch) as stream:
+        for index in range(len(layers)):
+            stream.run(index, advance=True)
+
+
+def published(model: Model, rows_BL: Tensor) -> list[Tensor]:
+    """Do the official code's arithmetic: a forward, then every expert on every token of a block."""
+    energies = []
+    with _inputs(model) as seen:
+        forward(model, rows_BL)
+    for block, (x_TD, index_TK, weight_TK) in zip(model.anatomy.moe, seen, strict=True):
+        gate_TE = torch.zeros(len(x_TD), block.num_experts).scatter_(1, index_TK, weight_TK)
+        for expert in range(block.num_experts):
+            view = block.expert(expert)
+            phi_TF = view.hidden(x_TD) * gate_TE[:, expert, None]
+            peak_F, square_F = phi_TF.abs().amax(0), phi_TF.square().sum(0)
+            energies.append((0.05 * square_F + 0.95 * peak_F.square()) * view.down.square().sum(0))
+    return energies
+
+
+@contextmanager
+def _inputs(model: Model) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Keep what the experts of every block are called with."""
+    seen: list[tuple[Tensor, ...]] = []
+    handles = [
+        block.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+        for block in dissect(model.network).moe
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,25 @@
+"""Ratios of two things timed in turn in one process, so that a busy machine slows both alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+
+def times(contestants: Sequence[Callable[[], object]], rounds: int = 7) -> list[list[float]]:
+    """Run the contestants in turn, `rounds` times after one warm-up; seconds of each."""
+    for contestant in contestants:
+        contestant()
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for _ in range(rounds):
+        for contestant, kept in zip(contestants, seconds, strict=True):
+            began = time.perf_counter()
+            contestant()
+            kept.append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
+    """Return the ratio of the minima and the ratio of the medians."""
+    return min(above) / min(below), statistics.median(above) / statistics.median(below)

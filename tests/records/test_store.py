@@ -1,0 +1,143 @@
+"""Records are whole or absent, found by id, and one bad file never hides the others."""
+
+import json
+import os
+
+import pytest
+
+from bench.errors import UserError
+from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store, run_id
+from bench.records import load as load_frame
+from bench.records import samples as load_samples
+from bench.records.atomic import write_bytes, write_folder
+
+
+def make(identifier="a" * 12, ratio=None, value=0.5):
+    methods = ()
+    if ratio is not None:
+        methods = (
+            MethodPart(
+                name="camera_p", config={"ratio": ratio}, saving="zeroed", report={}, seconds=1.0
+            ),
+        )
+    metric = MetricPart(
+        benchmark="b", task="arc_easy", metric="acc", filter="none", shots=0, split="test",
+        value=value, stderr=0.1, n=10, higher_is_better=True, headline=True,
+    )  # fmt: skip
+    cost = CostPart(scope="model", quantity="parameters", unit="1", value=7.0, how="counted")
+    return Record(
+        id=identifier, started="2026-01-01", finished="2026-01-01", group=None, command="bench run",
+        config={"benchmark": {"name": "b"}}, environment={},
+        model=ModelPart(
+            name="m", source="s", revision=None, fingerprint="f", architecture="A",
+            parameters=7, bytes=28,
+        ),
+        methods=methods, metrics=(metric,), costs=(cost,), provenance={},
+    )  # fmt: skip
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    store = Store(tmp_path)
+    folder = store.write(make(), [{"task": "arc_easy", "doc_id": 0, "acc": 1.0}], "a: 1\n")
+    assert store.find("a" * 12) == make()
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml", "record.json", "samples.parquet",
+    ]  # fmt: skip
+    assert load_samples("aaa", tmp_path).to_dict("records") == [
+        {"task": "arc_easy", "doc_id": 0, "acc": 1.0}
+    ]
+
+
+def test_a_prefix_finds_a_run_and_says_what_is_wrong_otherwise(tmp_path):
+    store = Store(tmp_path)
+    for identifier in ("abc000000000", "abd000000000"):
+        store.write(make(identifier), [], "")
+    assert store.get("abc").id == "abc000000000"
+    with pytest.raises(UserError, match="ambiguous"):
+        store.get("ab")
+    with pytest.raises(UserError, match="did you mean 'abc000000000'"):
+        store.get("abc00000001x")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fill(folder):
+        (folder / "half").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path / "runs" / "x", fill)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_failed_file_write_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    write_bytes(path, b"old")
+
+    def broken(handle):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_writing_again_replaces_the_record(tmp_path):
+    store = Store(tmp_path)
+    store.write(make(value=0.5), [], "")
+    store.write(make(value=0.75), [], "")
+    assert store.find("a" * 12).metrics[0].value == 0.75
+    assert [p.name for p in store.runs.iterdir()] == ["a" * 12]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[: len(text) // 2], "not JSON"),
+        (lambda text: json.dumps({**json.loads(text), "schema_version": 99}), "version 99"),
+        (lambda text: "[]", "no JSON object"),
+        (lambda text: json.dumps({"schema_version": 1}), "id: field required"),
+    ],
+)
+def test_a_damaged_record_is_set_aside_with_its_reason(tmp_path, damage, reason):
+    store = Store(tmp_path)
+    store.write(make("a" * 12), [], "")
+    store.write(make("b" * 12), [], "")
+    path = store.folder("a" * 12) / "record.json"
+    path.write_text(damage(path.read_text()))
+    assert [record.id for record in store.all()] == ["b" * 12]
+    assert reason in store.unreadable["a" * 12]
+    with pytest.raises(UserError, match="cannot be read"):
+        store.get("aaa")
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        Store(tmp_path / "file").ensure_writable()
+
+
+def test_records_become_one_long_frame(tmp_path):
+    store = Store(tmp_path)
+    store.write(make("a" * 12), [], "")
+    store.write(make("b" * 12, ratio=0.4, value=0.25), [], "")
+    frame = load_frame(tmp_path)
+    metrics = frame[frame.kind == "metric"]
+    assert dict(zip(metrics.label, metrics.value, strict=True)) == {
+        "dense": 0.5, "camera_p 0.4": 0.25,
+    }  # fmt: skip
+    assert list(frame[frame.kind == "cost"].quantity) == ["parameters", "parameters"]
+    assert load_frame(tmp_path / "empty").empty
+
+
+def test_the_id_depends_on_every_input_and_not_on_their_order():
+    base = {"config": {"a": 1, "b": [1, 2]}, "weights": "w"}
+    assert run_id(base) == run_id(dict(reversed(base.items())))
+    assert len(run_id(base)) == 12
+    changed = [
+        {**base, "weights": "v"},
+        {**base, "config": {"a": 1, "b": [2, 1]}},
+        {**base, "config": {"a": 1.5, "b": [1, 2]}},
+    ]
+    assert len({run_id(inputs) for inputs in [base, *changed]}) == 4

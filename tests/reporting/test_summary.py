@@ -1,0 +1,52 @@
+"""The table after a sweep: nothing is cut, however narrow the terminal, and dense comes first."""
+
+import pytest
+
+from bench.records.record import MethodPart, MetricPart, ModelPart, Record
+from bench.reporting.summary import print_summary
+
+MODEL = ModelPart(
+    name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
+)
+
+
+def recorded(number, *methods):
+    metric = MetricPart(
+        benchmark="exam", task="average", metric="acc", filter="none", shots=0, split="test",
+        value=number / 100, stderr=0.01, n=9, higher_is_better=True, headline=True,
+    )  # fmt: skip
+    parts = tuple(
+        MethodPart(name=name, config={"ratio": 0.2}, saving="removed", report={}, seconds=1)
+        for name in methods
+    )
+    return Record(
+        id=f"{number:x}".ljust(12, "0"), started="", finished="", group=None, command="",
+        config={"benchmark": {"name": "exam"}}, environment={}, model=MODEL, methods=parts,
+        metrics=(metric,), costs=(), provenance={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "tables"), [(54, 10), (80, 9), (120, 4), (300, 2)])
+def test_no_cell_is_cut_and_the_dense_run_comes_first(width, tables, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    records = [recorded(50 + i, "random_experts", "camera_p") for i in range(9)]
+    records.append(recorded(70))
+    print_summary(records)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for record in records:
+        assert f"{100 * record.metric('average').value:.1f} ±1.0" in out
+        assert record.id[:8] in out
+    first_table = out.split("tiny on exam")[1]
+    columns = {
+        name: next((line.index(name) for line in first_table.splitlines() if name in line), width)
+        for name in ("dense", "random_experts")
+    }
+    assert columns["dense"] < columns["random_experts"]
+    assert out.count("tiny on exam") == tables
+
+
+def test_every_record_is_shown_even_where_one_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "10")
+    print_summary([recorded(60), recorded(70)])
+    assert capsys.readouterr().out.count("tiny") == 2

@@ -1,0 +1,99 @@
+"""A real W&B run, offline, inside the results folder; a tracker that fails loses nothing."""
+
+import json
+
+import pytest
+
+from bench.records import CostPart, MetricPart, ModelPart, Record, Store
+from bench.tracking import TrackerConfig, track
+from bench.tracking import wandb as tracker
+
+
+@pytest.fixture
+def record():
+    metric = MetricPart(
+        benchmark="b", task="arc_easy", metric="acc", filter="none", shots=0, split="test",
+        value=0.625, stderr=0.1, n=8, higher_is_better=True, headline=True,
+    )  # fmt: skip
+    return Record(
+        id="c" * 12, started="2026-01-01", finished="2026-01-01", group="sweep-1",
+        command="bench run", config={"seed": 3, "tracker": {}}, environment={},
+        model=ModelPart(
+            name="tiny", source="s", revision=None, fingerprint="f", architecture="A",
+            parameters=7, bytes=28,
+        ),
+        methods=(), metrics=(metric,), provenance={},
+        costs=(CostPart(scope="model", quantity="bytes", unit="B", value=28.0, how="counted"),),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path, record):
+    store = Store(tmp_path / "results")
+    store.write(record, [{"task": "arc_easy", "doc_id": 0}], "seed: 3\n")
+    return store
+
+
+def sent_by(folder):
+    """Read back what an offline run folder holds, with W&B's own reader."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = folder.rglob("run-*.wandb")
+    reader = DataStore()
+    reader.open_for_scan(str(file))
+    while (data := reader.scan_data()) is not None:
+        entry = wandb_internal_pb2.Record()
+        entry.ParseFromString(data)
+        yield entry
+
+
+def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record):
+    assert track(record, store, TrackerConfig(mode="offline")) is None
+    note = json.loads((store.root / "tracked" / f"{record.id}.json").read_text())
+    assert note["run"] == record.id
+    entries = list(sent_by(store.root / "wandb_home"))
+    (run,) = [e.run for e in entries if e.WhichOneof("record_type") == "run"]
+    assert (run.run_group, run.project, run.display_name) == ("sweep-1", "slimbench", "tiny dense")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["seed"] == 3
+    assert config["record"] == record.id
+    summary = {
+        item.key or "/".join(item.nested_key): item.value_json
+        for e in entries
+        if e.WhichOneof("record_type") == "summary"
+        for item in e.summary.update
+    }
+    assert summary["arc_easy/acc"] == "0.625"
+    assert summary["cost/model/bytes"] in ("28", "28.0")
+    artifacts = [e for e in entries if "artifact" in str(e.WhichOneof("record_type"))]
+    names = str(entries)
+    assert artifacts or f"record-{record.id}" in names
+    assert "record.json" in names
+    assert "samples.parquet" in names
+
+
+def test_two_records_in_one_process_are_two_runs(store, record):
+    other = record.model_copy(update={"id": "d" * 12})
+    store.write(other, [], "")
+    for each in (record, other):
+        assert track(each, store, TrackerConfig(mode="offline")) is None
+    assert len(list((store.root / "wandb_home").rglob("run-*.wandb"))) == 2
+
+
+def test_a_tracker_that_fails_says_so_and_loses_nothing(store, record, monkeypatch):
+    def broken(*_):
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(tracker, "send", broken)
+    said = track(record, store, TrackerConfig())
+    assert "no such host" in said
+    assert f"bench track {record.id}" in said
+    assert store.find(record.id) == record
+    assert not (store.root / "tracked").exists()
+
+
+def test_no_tracker_writes_nothing(store, record):
+    assert track(record, store, TrackerConfig(kind="none")) is None
+    assert not (store.root / "tracked").exists()
+    assert not (store.root / "wandb_home").exists()
