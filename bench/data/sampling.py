@@ -6,7 +6,9 @@ from separate documents, every row is a random window of a random one that is lo
 
 from __future__ import annotations
 
+import functools
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +40,7 @@ class Part:
 
     def _from_joined(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
         """Cut windows at random starts from all documents as one text."""
-        ids = _tokens("\n\n".join(self.documents), tokenizer)
+        ids = _long_text("\n\n".join(self.documents), tokenizer)
         needed = max(self.rows * length, length + 1)
         if len(ids) < needed:
             raise UserError(
@@ -46,7 +48,7 @@ class Part:
                 f"{length} need {needed}: lower calibration.rows or calibration.length"
             )
         starts = [rng.randint(0, len(ids) - length - 1) for _ in range(self.rows)]
-        return [ids[start : start + length] for start in starts]
+        return [ids[start : start + length].tolist() for start in starts]
 
     def _from_documents(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
         """Cut one window each from random documents that are longer than it."""
@@ -68,6 +70,12 @@ class Part:
             start = rng.randint(0, len(ids) - length - 1)
             rows.append(ids[start : start + length])
         return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _long_text(text: str, tokenizer: Any) -> array[int]:
+    """Return a long text's token ids; every run of a sweep cuts the same text again."""
+    return array("q", _tokens(text, tokenizer))
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:
