@@ -100,14 +100,22 @@ def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> N
 
     from bench.compose import CONFIG_MODULE
 
+    raised: list[Exception] = []
+
     def job(composed: DictConfig) -> float | None:
-        return _job(composed, perform, outcome)
+        try:
+            return _job(composed, perform, outcome)
+        except Exception as error:  # Hydra would print a line of its own before it raises it
+            raised.append(error)
+            return None
 
     enter = hydra.main(
         version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config"
     )
     with _arguments(overrides):
         enter(job)()
+    if raised:
+        raise raised[0]
 
 
 @contextmanager

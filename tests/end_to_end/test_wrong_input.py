@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.models import zoo
 
@@ -34,11 +35,24 @@ def dense_model(tmp_path, capsys):
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32,
     )  # fmt: skip
-    folder = tmp_path / "llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return saved(LlamaForCausalLM(config), tmp_path / "llama", capsys)
+
+
+@pytest.fixture
+def foreign_experts(tmp_path, capsys):
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return saved(GptOssForCausalLM(config), tmp_path / "gpt_oss", capsys)
+
+
+def saved(network, folder, capsys):
+    """Save a network with micro_moe's tokenizer; swallow the library's own progress bar."""
+    network.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MICRO_MOE / name, folder)
-    capsys.readouterr()  # the library's own progress bar
+    capsys.readouterr()
     return folder
 
 
@@ -88,6 +102,44 @@ def test_the_seventh_job_of_a_sweep_is_checked_before_the_first_runs(refused):
 def test_a_dense_model_with_camera_p(refused, dense_model):
     said = refused("model=local", f"model.path={dense_model}", "method=camera_p")
     assert "LlamaForCausalLM" in said
+
+
+@pytest.mark.parametrize("method", ["camera_p", "camera_q", "naee", "d2_moe", "reap"])
+def test_experts_that_are_not_understood(refused, foreign_experts, method):
+    said = refused("model=local", f"model.path={foreign_experts}", f"method={method}")
+    assert "GptOss" in said
+
+
+def test_a_ratio_that_would_remove_every_expert(refused):
+    said = refused("method=camera_p", "ratio=0.95", "method.camera_p.base=total")
+    assert "ratio=0.95 of all weights would remove every expert" in said
+
+
+@pytest.mark.parametrize("mean", ["5", "0.5"])
+@pytest.mark.parametrize("method", ["mc", "camera_q", "camera_q_dagger"])
+def test_bits_that_cannot_give_the_mean(refused, method, mean):
+    said = refused(
+        f"method={method}", f"method.{method}.mean_bits={mean}",
+        *([f"method.{method}.shares=null"] if method != "mc" else []),
+    )  # fmt: skip
+    assert f"method.{method}.mean_bits={mean}" in said
+
+
+def test_a_calibration_text_shorter_than_asked(refused, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("A text of few words.")
+    said = refused("method=camera_p", "calibration=text", f"calibration.path={file}")
+    assert "lower calibration.rows or calibration.length" in said
+
+
+def test_activations_that_are_not_numbers(refused, micro_moe_copy):
+    file = micro_moe_copy / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "experts" in name and "down_proj" in name)
+    weights[name][:] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    said = refused("model=local", f"model.path={micro_moe_copy}", "method=camera_p")
+    assert "NaN" in said
 
 
 def test_missing_data_file(refused):
