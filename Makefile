@@ -24,7 +24,7 @@ test: $(READY) ## the tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 
 test-all: $(READY) ## the tests and the long proofs
-	$(BIN)/python -m pytest -m 'not gpu'
+	HYPOTHESIS_PROFILE=searching $(BIN)/python -m pytest -m 'not gpu'
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -11,6 +12,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny networks gain nothing from a second thread, and wait for it when the machine is busy.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# `make test` draws the same examples everywhere; `make test-all` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("searching", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -82,7 +82,8 @@ def test_share_out_keeps_totals_and_follows_the_energies(widths, block, scope, s
         assert sum(n for _, n in own) == width
         assert [b for b, _ in own] == sorted((b for b, _ in own), reverse=True)
     # An expert's end may be a narrower block; beyond that, each change of bits divides one at most.
-    divided = sum(n % block != 0 for own in dealt for _, n in own[:-1])
+    changes = [end for own in dealt for end in itertools.accumulate(n for _, n in own[:-1])]
+    divided = sum(end % block != 0 for end in changes)
     assert divided <= (len(levels) - 1) + sum(width % block != 0 for width in widths)
 
 
