@@ -110,6 +110,7 @@ def resolve(config: RunConfig) -> Inputs:
     for method in config.method.values():
         method.check(anatomy)
     planned = plan_once(config.benchmark, offline=config.offline)
+    planned.refuse_unfit(config.model)
     text = None
     if config.uses_calibration:
         text = calibration.resolve(config.calibration, offline=config.offline)

@@ -1,4 +1,4 @@
-"""Everything a benchmark needs, found before a model is loaded: tasks, texts, fingerprints."""
+"""Everything a benchmark needs, found before a model is loaded: tasks, data, fingerprints."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import MissingData, unknown
+from bench.errors import UserError
 from bench.evaluation.config import BenchmarkConfig
 
 if TYPE_CHECKING:
-    from bench.evaluation.building import PlannedTask
+    from bench.evaluation.scoring import Scoring
     from bench.evaluation.source import Source
-    from bench.evaluation.texts import PlannedText
+    from bench.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,12 @@ class Plan:
     """A benchmark whose data are all there; any number of models can be evaluated on it."""
 
     benchmark: BenchmarkConfig
-    tasks: tuple[PlannedTask, ...]
-    texts: tuple[PlannedText, ...]
+    scoring: Scoring
 
     @property
     def sources(self) -> dict[str, Source]:
         """Where each task's and each text's documents came from."""
-        found = {name: source for task in self.tasks for name, source in task.sources.items()}
-        return found | {text.name: text.source for text in self.texts}
+        return self.scoring.sources
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -40,6 +38,14 @@ class Plan:
         """What a record keeps of the sources: origin, location, revision and fingerprint."""
         return {name: asdict(source) for name, source in self.sources.items()}
 
+    def refuse_unfit(self, model: ModelConfig) -> None:
+        """Raise unless the benchmark's harness can ask a model of this kind."""
+        if model.kind not in self.scoring.kinds:
+            raise UserError(
+                f"benchmark={self.benchmark.name} asks models of kind "
+                f"{' or '.join(self.scoring.kinds)}, but model={model.name} is of kind {model.kind}"
+            )
+
 
 def plan(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
     """Find and load all data of a benchmark; what is missing is named at once, all of it.
@@ -50,33 +56,14 @@ def plan(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
         MissingData: data are neither cached nor to be had from the hub.
         UserError: a task, a metric, a file or a text is not what the config takes it for.
     """
-    from bench.data import hub
-    from bench.evaluation import building, texts
-    from bench.evaluation.quiet import quiet
+    return Plan(benchmark, _scoring(benchmark, offline=offline))
 
-    scored = building.names(benchmark)
-    for name in benchmark.data:
-        if name not in scored:
-            raise unknown("task in benchmark.data", name, scored)
-    if offline or (_asks_hub(benchmark) and not hub.is_reachable()):
-        hub.go_offline()
-    tasks: list[PlannedTask] = []
-    loaded: list[PlannedText] = []
-    missing: list[str] = []
-    for name in scored:
-        try:
-            tasks.append(building.build(name, benchmark))
-        except hub.Unreachable as error:
-            missing.append(f"{error} ({name})")
-    for name, config in benchmark.perplexity.items():
-        try:
-            with quiet():
-                loaded.append(texts.load(name, config))
-        except hub.Unreachable as error:
-            missing.append(f"{error} ({name})")
-    if missing:
-        raise _missing(benchmark, missing)
-    return Plan(benchmark, tuple(tasks), tuple(loaded))
+
+def _scoring(benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
+    """Let the harness of a benchmark plan it."""
+    from bench.evaluation.text.planning import plan_text
+
+    return plan_text(benchmark, offline=offline)
 
 
 def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
@@ -104,17 +91,3 @@ def prefetch(benchmark: BenchmarkConfig) -> list[str]:
     """
     found = plan(benchmark, offline=False).sources.values()
     return sorted({f"{s.location}@{s.revision or 'main'}" for s in found if s.origin == "hub"})
-
-
-def _asks_hub(benchmark: BenchmarkConfig) -> bool:
-    real = benchmark.suite == "real" and set(benchmark.tasks) - set(benchmark.data)
-    texts = benchmark.perplexity.values()
-    return bool(real) or any(text.text != "english" and not text.path for text in texts)
-
-
-def _missing(benchmark: BenchmarkConfig, missing: list[str]) -> MissingData:
-    return MissingData(
-        f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
-        f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a network, or "
-        "give local files: benchmark.data.TASK=PATH, benchmark.perplexity.NAME.path=PATH"
-    )

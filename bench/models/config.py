@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+Kind = Literal["causal_lm", "image_text", "image_classifier"]
+"""What a model takes and gives: text to text, images and text to text, an image to a class."""
+
 
 class ModelConfig(BaseModel):
     """One entry of the `model` config group.
@@ -25,7 +28,7 @@ class ModelConfig(BaseModel):
     source: str
     path: str | None = Field(default=None, validate_default=True)
     revision: str = "main"
-    kind: Literal["causal_lm"] = "causal_lm"
+    kind: Kind = "causal_lm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     device_map: str | None = None

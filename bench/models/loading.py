@@ -41,9 +41,7 @@ def skeleton(source: Source) -> nn.Module:
 
 def _published(source: Source) -> nn.Module:
     """Return a network of the shape that its config says, on the current default device."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_config(
+    network = _automatic(source).from_config(
         _network_config(source),
         attn_implementation=source.config.attention,
         trust_remote_code=source.config.trust_remote_code,
@@ -64,11 +62,11 @@ def load(source: Source) -> Model:
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
     with _in_one_sentence(source):
-        tokenizer = _tokenizer(source)
+        reads = _reads(source)
     return Model(
         config=source.config,
         network=network,
-        tokenizer=tokenizer,
+        **reads,
         fingerprint=source.fingerprint,
         revision=source.revision,
         device=next(network.parameters()).device,
@@ -130,15 +128,48 @@ def _network(source: Source, device: torch.device) -> nn.Module:
 def _reader(source: Source) -> Any:
     """Return the class whose `from_pretrained` makes the network of a folder."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from bench.models import structure
 
     description = structure.read(source.folder)
     if description is None:
-        return AutoModelForCausalLM
+        return _automatic(source)
     with torch.device("meta"):
         return structure.described_class(type(_published(source)), description)
+
+
+def _automatic(source: Source) -> Any:
+    """Return transformers' class that makes networks of the model's kind."""
+    import transformers
+
+    classes = {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "image_text": transformers.AutoModelForImageTextToText,
+    }
+    return classes[source.config.kind]
+
+
+def _reads(source: Source) -> dict[str, Any]:
+    """Return what turns inputs into tensors, by the names that `Model` has for it."""
+    if source.config.kind == "image_text":
+        processor = _processor(source)
+        return {"processor": processor, "tokenizer": processor.tokenizer}
+    return {"tokenizer": _tokenizer(source)}
+
+
+def _processor(source: Source) -> Any:
+    """Return the processor that lies beside the weights."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        source.folder,
+        local_files_only=True,
+        trust_remote_code=source.config.trust_remote_code,
+    )
+    # Without a file about images transformers quietly returns the tokenizer alone.
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"{source.folder} holds no image processor")
+    return processor
 
 
 def _tokenizer(source: Source) -> Any:

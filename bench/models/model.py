@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Model:
-    """A network, its tokenizer and where both came from.
+    """A network, what turns inputs into tensors for it, and where they came from.
+
+    `tokenizer` is None for an image classifier; `processor` takes images and text, and is None for
+    all but vision-language models, whose tokenizer it holds.
 
     `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` the commit that
     the requested revision resolved to, None for local folders.
@@ -30,6 +33,7 @@ class Model:
     fingerprint: str
     revision: str | None
     device: torch.device
+    processor: Any = None
 
     @property
     def name(self) -> str:
@@ -41,7 +45,9 @@ class Model:
         """The longest sequence that the network may be given, in tokens."""
         if self.config.max_length is not None:
             return self.config.max_length
-        return int(getattr(self.network.config, "max_position_embeddings", 2048))
+        config: Any = self.network.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return int(getattr(text, "max_position_embeddings", 2048))
 
     @cached_property
     def anatomy(self) -> Anatomy:

@@ -24,7 +24,7 @@ Form = Literal["stock", "padded", "slimbench"]
 
 
 def save(model: Model, folder: Path, *, pad: bool) -> Form:
-    """Write network and tokenizer to a folder and return the form they have there.
+    """Write network and tokenizer, or processor, to a folder and return the form they have there.
 
     With `pad`, ragged experts are filled up with zeros so that stock transformers loads them.
 
@@ -37,7 +37,7 @@ def save(model: Model, folder: Path, *, pad: bool) -> Form:
     description = structure.describe(network)
     refuse_foreign(network, description)
     form = _form(model, description, pad=pad)
-    model.tokenizer.save_pretrained(folder)
+    (model.processor or model.tokenizer).save_pretrained(folder)
     if form == "slimbench":
         assert description is not None
         network.save_pretrained(folder, save_original_format=False)

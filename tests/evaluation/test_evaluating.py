@@ -13,10 +13,10 @@ from rich.console import Console
 
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan, plan_once
-from bench.evaluation.adapter import Adapter
 from bench.evaluation.batches import Batches
-from bench.evaluation.building import PlannedTask
-from bench.evaluation.samples import COLUMNS, METRICS
+from bench.evaluation.rows import COLUMNS, METRICS
+from bench.evaluation.text.adapter import Adapter
+from bench.evaluation.text.building import PlannedTask
 from bench.progress import Progress
 
 TWO = ("arc_easy", "boolq")
@@ -35,8 +35,8 @@ def test_metrics_are_labelled_and_averaged(model):
         ("arc_easy", "acc", False, "test", 10),
         ("arc_easy", "acc_norm", True, "test", 10),
         ("boolq", "acc", True, "validation", 10),
-        ("average", "mean", True, "mixed", 2),
         ("english", "perplexity", True, "test", 10),
+        ("average", "mean", True, "mixed", 2),
     ]
     _, easy, boolq, average, _ = metrics
     assert average.value == pytest.approx((easy.value + boolq.value) / 2)
@@ -69,11 +69,13 @@ def test_a_group_is_aggregated_by_the_harness(model):
 
     planned = micro()
     group = Group("pair", aggregate_metric_list=[AggMetricConfig("acc")])
-    for task in planned.tasks:
+    for task in planned.scoring.tasks:
         group.add(task.tasks[task.name])
-    tasks = {task.name: task.tasks[task.name] for task in planned.tasks}
+    tasks = {task.name: task.tasks[task.name] for task in planned.scoring.tasks}
     whole = PlannedTask("pair", tasks, {"pair": group}, {}, ("acc", None))
-    metrics = evaluate(model, replace(planned, tasks=(whole,))).metrics
+    metrics = evaluate(
+        model, replace(planned, scoring=replace(planned.scoring, tasks=(whole,)))
+    ).metrics
     found = {(m.task, m.metric): m for m in metrics}
     pair = found["pair", "acc"]
     assert pair.value == pytest.approx(

@@ -140,7 +140,8 @@ if sys.argv[1] == "prefetch":
     print(json.dumps(prefetch(benchmark)))
 else:
     found = plan(benchmark, offline=sys.argv[1] == "offline")
-    print(json.dumps([found.fingerprints, {t.name: list(t.documents) for t in found.texts}]))
+    texts = {t.name: list(t.documents) for t in found.scoring.texts}
+    print(json.dumps([found.fingerprints, texts]))
 """
 
 

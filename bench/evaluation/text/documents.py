@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from bench.data import hub
-from bench.evaluation import embedded, local_files
+from bench.evaluation import local_files
 from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.definition import evaluated_split
 from bench.evaluation.source import Source, hub_source
+from bench.evaluation.text import embedded
+from bench.evaluation.text.definition import evaluated_split
 
 Splits = dict[str, Any]
 """Data sets by split name."""

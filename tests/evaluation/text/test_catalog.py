@@ -8,7 +8,7 @@ import pytest
 
 from bench.data.world import TASKS
 from bench.errors import UserError
-from bench.evaluation import catalog, definition, groups
+from bench.evaluation.text import catalog, definition, groups
 
 
 def test_the_micro_tasks_are_the_tasks_of_the_world():

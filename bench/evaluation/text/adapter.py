@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
-from bench.evaluation.generation import generate
+from bench.evaluation.text.generation import generate
 from bench.models.model import Model
 from bench.progress import Progress
 

@@ -18,8 +18,8 @@ from bench.errors import UserError
 from bench.evaluation.batches import Batches
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.result import Metric
-from bench.evaluation.texts import PlannedText
-from bench.evaluation.windows import C4_WINDOWS, consecutive, drawn
+from bench.evaluation.text.texts import PlannedText
+from bench.evaluation.text.windows import C4_WINDOWS, consecutive, drawn
 from bench.models.model import Model
 from bench.progress import Progress
 

@@ -10,10 +10,10 @@ from lm_eval.tasks import TaskManager
 
 from bench.data import hub
 from bench.errors import UserError, unknown
-from bench.evaluation import catalog, definition, documents, groups
 from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.quiet import quiet
 from bench.evaluation.source import Source, hub_source
+from bench.evaluation.text import catalog, definition, documents, groups
+from bench.evaluation.text.quiet import quiet
 
 
 @dataclass(frozen=True)

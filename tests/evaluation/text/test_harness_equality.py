@@ -12,8 +12,8 @@ from lm_eval.evaluator import evaluate as harness
 from bench.data.world import TASKS
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.adapter import Adapter
-from bench.evaluation.quiet import quiet
+from bench.evaluation.text.adapter import Adapter
+from bench.evaluation.text.quiet import quiet
 from bench.models.config import ModelConfig
 from bench.progress import SILENT
 
@@ -80,7 +80,9 @@ def assert_equal_on_all_nine(model, shots, limit):
 
 def plainly(model, benchmark):
     """Evaluate with nothing of ours but the task objects, made anew."""
-    tasks = {task.name: task.tasks[task.name] for task in plan(benchmark, offline=True).tasks}
+    tasks = {
+        task.name: task.tasks[task.name] for task in plan(benchmark, offline=True).scoring.tasks
+    }
     for task in tasks.values():
         task.set_fewshot_seed(1234)
     with quiet():

@@ -1,30 +1,10 @@
-"""The harness's logged samples as flat rows with the same columns for every task."""
+"""The harness's logged samples as flat rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from bench.evaluation.building import PlannedTask
-
-COLUMNS: dict[str, Any] = {
-    "task": None,
-    "filter": None,
-    "doc_id": None,
-    "doc_hash": None,
-    "prompt_hash": None,
-    "target": None,
-    "prompt": None,
-    "choices": (),
-    "loglikelihoods": (),
-    "greedy": (),
-    "response": None,
-    "n_tokens": None,
-}
-"""Every row's first columns and what stands in them where a task has nothing to say."""
-
-METRICS = ("acc", "acc_norm", "exact_match")
-"""The metric columns that are there whatever was run; other metrics add theirs."""
+from bench.evaluation.text.building import PlannedTask
 
 
 def rows(planned: PlannedTask, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,14 +14,6 @@ def rows(planned: PlannedTask, result: dict[str, Any]) -> list[dict[str, Any]]:
         for name, samples in result["samples"].items()
         for sample in samples
     ]
-
-
-def aligned(found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Give all rows the same columns in the same order; a missing list is empty, the rest None."""
-    extra = dict.fromkeys(key for row in found for key in row if key not in COLUMNS)
-    blank = {**COLUMNS, **dict.fromkeys(METRICS), **dict.fromkeys(extra)}
-    whole = ({**blank, **row} for row in found)
-    return tuple({k: list(v) if v == () else v for k, v in row.items()} for row in whole)
 
 
 def _row(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:

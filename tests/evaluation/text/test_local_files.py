@@ -12,8 +12,8 @@ from pyarrow import parquet
 from bench.data.world import TASKS, splits
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.definition import restrict
 from bench.evaluation.local_files import COLUMNS
+from bench.evaluation.text.definition import restrict
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real_tasks"
 
@@ -56,7 +56,7 @@ def test_a_file_of_the_same_documents_gives_the_same_answers(task, model, tmp_pa
 def test_every_format_is_read_and_hashed(tmp_path, suffix):
     file = tmp_path / f"mine{suffix}"
     found = planned("piqa", write(file, rows_of("piqa")), suite="micro")
-    assert len(found.tasks[0].tasks["piqa"].eval_docs) == 8
+    assert len(found.scoring.tasks[0].tasks["piqa"].eval_docs) == 8
     source = found.sources["piqa"]
     assert (source.origin, source.revision) == ("file", None)
     assert source.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()

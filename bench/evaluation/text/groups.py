@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
-from bench.evaluation import catalog
+from bench.evaluation.text import catalog
 
 
 @cache

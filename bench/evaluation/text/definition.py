@@ -9,7 +9,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from bench.data.hub import unreachable
 from bench.errors import UserError
-from bench.evaluation.catalog import MICRO, harness_folder
+from bench.evaluation.text.catalog import MICRO, harness_folder
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from bench.evaluation.building import PlannedTask
+from bench.evaluation.average import one_split
 from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.definition import evaluated_split
 from bench.evaluation.result import Metric
-
-AVERAGE = "average"
+from bench.evaluation.text.building import PlannedTask
+from bench.evaluation.text.definition import evaluated_split
 
 
 def metrics(
@@ -55,7 +53,7 @@ def _metric(
         metric=metric,
         filter=through,
         shots=int(result["n-shot"].get(name) or 0),
-        split=_one({evaluated_split(vars(planned.tasks[leaf].config)) for leaf in leaves}),
+        split=one_split({evaluated_split(vars(planned.tasks[leaf].config)) for leaf in leaves}),
         value=float(scores[key]),
         stderr=float(error) if isinstance(error, float) else None,
         n=sum(result["n-samples"][leaf]["effective"] for leaf in leaves),
@@ -70,35 +68,3 @@ def _leaves(planned: PlannedTask, name: str) -> list[str]:
     if name in planned.tasks:
         return [name]
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
-
-
-def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
-    """Return the unweighted mean of the headline metrics, if two or more can be averaged.
-
-    Headlines of which some are better low and some high have no mean that says anything.
-    """
-    shown = [row for row in rows if row.headline]
-    if len(shown) < 2 or len({row.higher_is_better for row in shown}) > 1:
-        return []
-    errors = [row.stderr for row in shown if row.stderr is not None]
-    known = len(errors) == len(shown)
-    return [
-        Metric(
-            benchmark=benchmark.name,
-            task=AVERAGE,
-            metric="mean",
-            filter="none",
-            shots=max(row.shots for row in shown),
-            split=_one({row.split for row in shown}),
-            value=math.fsum(row.value for row in shown) / len(shown),
-            stderr=math.hypot(*errors) / len(shown) if known else None,
-            n=len(shown),
-            higher_is_better=shown[0].higher_is_better,
-            headline=True,
-            task_version=None,
-        )
-    ]
-
-
-def _one(splits: set[str]) -> str:
-    return splits.pop() if len(splits) == 1 else "mixed"

@@ -9,8 +9,8 @@ import torch
 from bench.data import english
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
-from bench.evaluation.perplexity import perplexity
-from bench.evaluation.windows import consecutive, drawn
+from bench.evaluation.text.perplexity import perplexity
+from bench.evaluation.text.windows import consecutive, drawn
 
 
 def measured(model, config, **options):

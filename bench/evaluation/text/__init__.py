@@ -1,0 +1,1 @@
+"""Language tasks as lm-eval has them, and perplexities."""

@@ -1,0 +1,89 @@
+"""A text benchmark whose data are all there: lm-eval's tasks, and texts for perplexity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bench.data import hub
+from bench.errors import MissingData, unknown
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.result import Metric
+from bench.evaluation.scoring import Rows
+from bench.evaluation.source import Source
+from bench.evaluation.text import building, texts
+from bench.evaluation.text.building import PlannedTask
+from bench.evaluation.text.quiet import quiet
+from bench.evaluation.text.texts import PlannedText
+from bench.models.config import Kind
+from bench.models.model import Model
+from bench.progress import Progress
+
+
+@dataclass(frozen=True)
+class TextScoring:
+    """The planned tasks and texts of one benchmark."""
+
+    benchmark: BenchmarkConfig
+    tasks: tuple[PlannedTask, ...]
+    texts: tuple[PlannedText, ...]
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("causal_lm", "image_text")
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each task's and each text's documents came from."""
+        found = {name: source for task in self.tasks for name, source in task.sources.items()}
+        return found | {text.name: text.source for text in self.texts}
+
+    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
+        """Score the model on every task and text."""
+        from bench.evaluation.text.running import score
+
+        return score(model, self.benchmark, self.tasks, self.texts, progress)
+
+
+def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextScoring:
+    """Find and load all tasks and texts of a benchmark.
+
+    Raises:
+        MissingData: data are neither cached nor to be had from the hub.
+        UserError: a task, a metric, a file or a text is not what the config takes it for.
+    """
+    scored = building.names(benchmark)
+    for name in benchmark.data:
+        if name not in scored:
+            raise unknown("task in benchmark.data", name, scored)
+    if offline or (_asks_hub(benchmark) and not hub.is_reachable()):
+        hub.go_offline()
+    tasks: list[PlannedTask] = []
+    loaded: list[PlannedText] = []
+    missing: list[str] = []
+    for name in scored:
+        try:
+            tasks.append(building.build(name, benchmark))
+        except hub.Unreachable as error:
+            missing.append(f"{error} ({name})")
+    for name, config in benchmark.perplexity.items():
+        try:
+            with quiet():
+                loaded.append(texts.load(name, config))
+        except hub.Unreachable as error:
+            missing.append(f"{error} ({name})")
+    if missing:
+        raise _missing(benchmark, missing)
+    return TextScoring(benchmark, tuple(tasks), tuple(loaded))
+
+
+def _asks_hub(benchmark: BenchmarkConfig) -> bool:
+    real = benchmark.suite == "real" and set(benchmark.tasks) - set(benchmark.data)
+    texts = benchmark.perplexity.values()
+    return bool(real) or any(text.text != "english" and not text.path for text in texts)
+
+
+def _missing(benchmark: BenchmarkConfig, missing: list[str]) -> MissingData:
+    return MissingData(
+        f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
+        f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a network, or "
+        "give local files: benchmark.data.TASK=PATH, benchmark.perplexity.NAME.path=PATH"
+    )

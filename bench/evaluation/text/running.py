@@ -1,0 +1,71 @@
+"""Letting lm-eval score a loaded model on planned tasks, and measuring perplexities beside it."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stdout
+from typing import Any
+
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.result import Metric
+from bench.evaluation.scoring import Rows
+from bench.evaluation.seeding import SEED
+from bench.evaluation.text import perplexity, samples, scores
+from bench.evaluation.text.adapter import Adapter
+from bench.evaluation.text.building import PlannedTask
+from bench.evaluation.text.texts import PlannedText
+from bench.models.model import Model
+from bench.progress import Progress
+
+_BOOTSTRAP = 1000
+"""Resamples for a metric without a closed-form standard error; others do not look at it."""
+
+
+def score(
+    model: Model,
+    benchmark: BenchmarkConfig,
+    tasks: tuple[PlannedTask, ...],
+    texts: tuple[PlannedText, ...],
+    progress: Progress,
+) -> tuple[list[Metric], Rows]:
+    """Score the model on every task and text. Nothing is cached between models."""
+    adapter = Adapter(model, benchmark.batch_size, progress)
+    metrics: list[Metric] = []
+    rows: Rows = []
+    for task in tasks:
+        with progress.phase(f"{model.name} on {task.name}"):
+            result = _run(adapter, task, benchmark.limit)
+        metrics += scores.metrics(benchmark, task, result)
+        rows += samples.rows(task, result)
+    for text in texts:
+        with progress.phase(f"{model.name} on {text.name}"):
+            metric, windows = perplexity.measure(model, text, benchmark, progress)
+        metrics.append(metric)
+        rows += windows
+    return metrics, rows
+
+
+def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:
+    """Let the harness ask, collect and aggregate.
+
+    Its bootstrap talks to standard output, which belongs to our caller, and would fork this
+    process, which holds a device.
+    """
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    from lm_eval.evaluator import evaluate as harness
+
+    from bench.evaluation.text.quiet import quiet
+    from bench.evaluation.text.templates import compiled_once
+
+    for task in planned.tasks.values():
+        task.set_fewshot_seed(SEED)
+    with quiet(), compiled_once(), redirect_stdout(io.StringIO()):
+        result: dict[str, Any] = harness(
+            adapter,
+            {"tasks": planned.tasks, "groups": planned.groups},
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=True,
+        )
+    return result
