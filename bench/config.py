@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.data.calibration import CalibrationConfig
+from bench.data.prompts.config import PromptsConfig
 from bench.errors import UserError, nearest
 from bench.evaluation.config import BenchmarkConfig
 from bench.measurement.config import CostsConfig
@@ -32,6 +33,7 @@ class RunConfig(BaseModel):
     method: dict[str, Method]
     benchmark: BenchmarkConfig
     calibration: CalibrationConfig
+    prompts: PromptsConfig
     costs: CostsConfig
     tracker: TrackerConfig
     ratio: float | None = None
@@ -47,19 +49,26 @@ class RunConfig(BaseModel):
         """Whether any method of this run asks for calibration text."""
         return any(method.uses_calibration for method in self.method.values())
 
+    @property
+    def uses_prompts(self) -> bool:
+        """Whether any method of this run asks for prompts with images."""
+        return any(method.uses_prompts for method in self.method.values())
+
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but paths, threads, the tracker and how a run is asked.
 
-        `ratio` shows itself in the methods that use it, and calibration counts only where a
-        method reads it, so that every sweep finds the same dense record.
+        `ratio` shows itself in the methods that use it; calibration and prompts count only where a
+        method reads them, so that every sweep finds the same dense record.
         """
         unwanted = {
             "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
         }  # fmt: skip
         if not self.uses_calibration:
             unwanted.add("calibration")
+        if not self.uses_prompts:
+            unwanted.add("prompts")
         chosen = self.model_dump(mode="json", exclude=unwanted)
-        for group in ("model", "calibration"):
+        for group in ("model", "calibration", "prompts"):
             chosen.get(group, {}).pop("path", None)
         chosen["benchmark"]["data"] = sorted(self.benchmark.data)
         for text in chosen["benchmark"]["perplexity"].values():

@@ -50,7 +50,7 @@ def export(run: str, folder: Path, results_dir: Path, *, pad: bool = False) -> F
 
 def repeated(record: Record) -> Model:
     """Return the model of a record: its weights, changed by its methods once more."""
-    from bench.data import calibration
+    from bench.data import calibration, prompts
     from bench.device import seed_everything
     from bench.method import Context
     from bench.models import loading
@@ -64,10 +64,19 @@ def repeated(record: Record) -> Model:
     if config.uses_calibration:
         text = calibration.resolve(config.calibration, offline=config.offline)
         _refuse_change("calibration text", record.provenance["calibration"], text.fingerprint)
+    pictures = None
+    if config.uses_prompts:
+        pictures = prompts.resolve(config.prompts, offline=config.offline)
+        _refuse_change("prompts", record.provenance["prompts"], pictures.fingerprint)
     seed_everything(config.seed)
     model = loading.load(source)
-    tokens = text.tokenize(model.tokenizer) if text else None
-    apply_methods(config, model, Context(config.seed, tokens, Progress()))
+    context = Context(
+        seed=config.seed,
+        calibration=text.tokenize(model.tokenizer) if text else None,
+        prompts=pictures.process(model.processor) if pictures else None,
+        progress=Progress(),
+    )
+    apply_methods(config, model, context)
     return model
 
 

@@ -18,6 +18,7 @@ from bench.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from bench.data.calibration import Calibration
+    from bench.data.prompts import Samples
     from bench.models.anatomy import Anatomy
     from bench.models.model import Model
 
@@ -43,11 +44,14 @@ class Context:
     """What a run lends to a method besides the model.
 
     `calibration` is tokenised text, shape [rows, length] int64; None unless the method sets
-    `uses_calibration`. `seed` is the run's; a method derives its own generators from it.
+    `uses_calibration`. `prompts` are images with questions as the model's processor made them;
+    None unless it says `uses_prompts`. `seed` is the run's; a method derives its own generators
+    from it.
     """
 
     seed: int
     calibration: Calibration | None = None
+    prompts: Samples | None = None
     progress: Progress = SILENT
 
 
@@ -57,6 +61,11 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uses_calibration: ClassVar[bool] = False
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Whether, with these knobs, it asks for prompts with images."""
+        return False
 
     @abstractmethod
     def check(self, anatomy: Anatomy) -> None:

@@ -12,7 +12,7 @@ def prefetch(overrides: list[str]) -> Iterator[str]:
     """
     from bench import evaluation
     from bench.compose import alternatives, run_config
-    from bench.data import calibration
+    from bench.data import calibration, prompts
     from bench.models import loading
 
     seen: set[str] = set()
@@ -22,6 +22,8 @@ def prefetch(overrides: list[str]) -> Iterator[str]:
         lines += evaluation.prefetch(config.benchmark)
         if config.uses_calibration:
             lines.append(calibration.prefetch(config.calibration))
+        if config.uses_prompts:
+            lines.append(prompts.prefetch(config.prompts))
         for line in lines:
             if line not in seen:
                 seen.add(line)

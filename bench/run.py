@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bench.config import RunConfig
     from bench.data.calibration import CalibrationSource
+    from bench.data.prompts import PromptSource
     from bench.evaluation import Plan
     from bench.launch import Launched
     from bench.measurement.costs import Cost
@@ -69,6 +70,7 @@ class Inputs:
     source: Source
     plan: Plan
     calibration: CalibrationSource | None
+    prompts: PromptSource | None
     versions: dict[str, str]
 
 
@@ -99,7 +101,7 @@ def resolve(config: RunConfig) -> Inputs:
     Raises:
         UserError: a method does not fit the model, or something that is needed is missing.
     """
-    from bench.data import calibration
+    from bench.data import calibration, prompts
     from bench.device import dtype, pick
     from bench.evaluation import plan_once
     from bench.models import loading
@@ -114,6 +116,9 @@ def resolve(config: RunConfig) -> Inputs:
     text = None
     if config.uses_calibration:
         text = calibration.resolve(config.calibration, offline=config.offline)
+    pictures = None
+    if config.uses_prompts:
+        pictures = prompts.resolve(config.prompts, offline=config.offline)
 
     identity = config.identity()
     device = pick(config.model.device)
@@ -127,9 +132,10 @@ def resolve(config: RunConfig) -> Inputs:
         "weights": source.fingerprint,
         "data": planned.fingerprints,
         "calibration": text.fingerprint if text else None,
+        "prompts": pictures.fingerprint if pictures else None,
         "versions": versions,
     }
-    return Inputs(run_id(inputs), source, planned, text, versions)
+    return Inputs(run_id(inputs), source, planned, text, pictures, versions)
 
 
 def _perform(
@@ -150,8 +156,12 @@ def _perform(
         model = _pristine().borrow(inputs.source, will_change=bool(config.method))
     with progress.phase("counting costs"):
         before = count(model, config.costs)
-    text = inputs.calibration.tokenize(model.tokenizer) if inputs.calibration else None
-    context = Context(seed=config.seed, calibration=text, progress=progress)
+    context = Context(
+        seed=config.seed,
+        calibration=inputs.calibration.tokenize(model.tokenizer) if inputs.calibration else None,
+        prompts=inputs.prompts.process(model.processor) if inputs.prompts else None,
+        progress=progress,
+    )
     methods = apply_methods(config, model, context)
     evaluation = evaluate(model, inputs.plan, progress)
     with progress.phase("counting costs"):
@@ -223,6 +233,7 @@ def _provenance(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "data": inputs.plan.provenance,
         "calibration": inputs.calibration.fingerprint if inputs.calibration else None,
+        "prompts": inputs.prompts.fingerprint if inputs.prompts else None,
         "seed": config.seed,
         "git_commit": _git_commit(),
     }

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bench.data.prompts.samples import Inputs
 from bench.errors import UserError
 from bench.models.multimodal import Samples, VisualTokens, locate
-from bench.models.multimodal.samples import Inputs
 from bench.progress import Progress
 from methods.visual_tokens.attendance import attendance
 from methods.visual_tokens.attention import Rotary

@@ -148,9 +148,8 @@ def findings_for(settings: str | None, engine: Engine, context: Context) -> Find
 
 def samples_of(context: Context) -> Samples:
     """Return the prompts with images that a run lends to its methods."""
-    # The run's protocol knows calibration text; prompts with images come the same way.
-    given: object = context.calibration
-    if not isinstance(given, Samples) or not given.inputs:
+    given = context.prompts
+    if given is None or not given.inputs:
         raise UserError(
             "visual token strategies are calibrated on prompts with images, and this run has none: "
             "give settings=FOLDER of a saved calibration, or choose=first or random"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -38,8 +38,6 @@ class HeadPruning(VisualStrategy):
     heads need no copies. `settings` is the folder of a saved calibration.
     """
 
-    uses_calibration: ClassVar[bool] = True
-
     keep: float = Field(default=0.5, ge=0, le=1)
     counts: str | list[int] | None = None
     threshold: float | None = Field(default=None, ge=0)
@@ -62,6 +60,11 @@ class HeadPruning(VisualStrategy):
             known = ", ".join(OFFICIAL_COUNTS)
             raise ValueError(f"counts is a list of numbers or one of {known}")
         return self
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Heads are scored on prompts, unless their scores lie in a folder or are not asked for."""
+        return self.choose == "scored" and self.settings is None
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse also counts that are not one for every layer."""

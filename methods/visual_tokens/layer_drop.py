@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -25,12 +25,15 @@ class LayerDrop(VisualStrategy):
     are read from `settings`, the folder of a calibration, or made from the run's images.
     """
 
-    uses_calibration: ClassVar[bool] = True
-
     layers: int | None = Field(default=None, ge=1)
     share: float = Field(default=0.5, gt=0, le=1)
     max_kl: float | None = Field(default=None, ge=0)
     settings: str | None = None
+
+    @property
+    def uses_prompts(self) -> bool:
+        """The harm of a cut is measured on prompts, unless it lies in a folder or sets nothing."""
+        return self.max_kl is not None and self.settings is None
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse also a number of layers that the decoder does not have."""

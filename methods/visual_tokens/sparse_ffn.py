@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,12 +26,15 @@ class SparseFFN(VisualStrategy):
     With `reorder` neurons are permuted, exactly, so that kept ones need no copies.
     """
 
-    uses_calibration: ClassVar[bool] = True
-
     keep: float = Field(default=0.25, gt=0, le=1)
     choose: Literal["scored", "first", "random"] = "scored"
     reorder: bool = True
     settings: str | None = None
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Neurons are scored on prompts, unless their scores lie in a folder or are not wanted."""
+        return self.choose == "scored" and self.settings is None
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
         widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,8 +44,6 @@ class Yopo(VisualStrategy):
     only the window is taken from the row. The other fields are those of the single strategies.
     """
 
-    uses_calibration: ClassVar[bool] = True
-
     shares: Shares
     models: dict[str, Shares] = Field(default_factory=dict)
     budget: float | None = Field(default=None, gt=0, le=1)
@@ -55,6 +53,12 @@ class Yopo(VisualStrategy):
     dropped: Dropped = "silent"
     reorder: bool = True
     settings: str | None = None
+
+    @property
+    def uses_prompts(self) -> bool:
+        """A budget is searched for on prompts, and so are scores that no folder holds."""
+        scored = self.settings is None and "scored" in (self.heads, self.neurons)
+        return scored or self.budget is not None
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
         row = self.models.get(model.anatomy.model_type, self.shares)

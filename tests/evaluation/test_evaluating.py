@@ -38,7 +38,7 @@ def test_metrics_are_labelled_and_averaged(model):
         ("english", "perplexity", True, "test", 10),
         ("average", "mean", True, "mixed", 2),
     ]
-    _, easy, boolq, average, _ = metrics
+    _, easy, boolq, _, average = metrics
     assert average.value == pytest.approx((easy.value + boolq.value) / 2)
     assert average.stderr == pytest.approx(math.hypot(easy.stderr, boolq.stderr) / 2)
     assert {m.benchmark for m in metrics} == {"micro"}

@@ -1,9 +1,9 @@
 """The anatomy of vision-language models: where visual tokens are, what decoder layers hold."""
 
+from bench.data.prompts.samples import Samples
 from bench.models.multimodal.decoder import Decoder, DecoderLayer, decoder_layers, open_decoder
 from bench.models.multimodal.frames import VisualTokens
 from bench.models.multimodal.location import FAMILIES, locate
-from bench.models.multimodal.samples import Samples
 
 __all__ = [
     "FAMILIES",

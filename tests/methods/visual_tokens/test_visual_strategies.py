@@ -41,7 +41,7 @@ def loaded(name, **changes):
 
 def context(name, samples=3):
     calls = [prompt(name, [4, (3, 4), 5], seed=seed) for seed in range(samples)]
-    return Context(seed=1, calibration=Samples.of(calls))
+    return Context(seed=1, prompts=Samples.of(calls))
 
 
 def four(**common):
@@ -195,9 +195,9 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded():
 def test_images_are_asked_for():
     with pytest.raises(UserError, match="prompts with images"):
         SparseFFN().apply(loaded("llava_llama"), Context(seed=1))
-    text = Context(seed=1, calibration=Samples.of([prompt("llava_llama", [9])]))
+    imageless = Context(seed=1, prompts=Samples.of([prompt("llava_llama", [9])]))
     with pytest.raises(UserError, match="has no image"):
-        SparseFFN().apply(loaded("llava_llama"), text)
+        SparseFFN().apply(loaded("llava_llama"), imageless)
 
 
 def test_forms_do_not_mix():

@@ -1,0 +1,7 @@
+"""Prompts with images that methods calibrate on: found and hashed first, then made into tensors."""
+
+from bench.data.prompts.config import PromptsConfig
+from bench.data.prompts.samples import Samples
+from bench.data.prompts.source import PromptSource, prefetch, resolve
+
+__all__ = ["PromptSource", "PromptsConfig", "Samples", "prefetch", "resolve"]

@@ -1,0 +1,158 @@
+"""Images with questions: embedded scenes, a user's file, or a split of a data set on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.data.prompts.config import PromptsConfig
+from bench.data.prompts.samples import Samples
+from bench.errors import MissingData, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Prompt = tuple["Image", str]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Images with questions that are there but are no tensors yet; `fingerprint` hashes both."""
+
+    config: PromptsConfig
+    prompts: tuple[Prompt, ...]
+    fingerprint: str
+
+    def process(self, processor: Any) -> Samples:
+        """Return what a model's processor makes of them, in calls of `batch` prompts each.
+
+        A prompt is one user turn, the image before the question, in the model's own chat template,
+        up to where the answer begins. Shorter ones are filled up on the left.
+        """
+        return Samples.of(list(self._calls(processor)))
+
+    def _calls(self, processor: Any) -> Iterator[dict[str, Any]]:
+        # The side is the tokenizer's state: others may rely on the one it came with.
+        side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
+        try:
+            for start in range(0, len(self.prompts), self.config.batch):
+                batch = self.prompts[start : start + self.config.batch]
+                texts = [_rendered(processor, question) for _, question in batch]
+                images = [[image] for image, _ in batch]
+                yield dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+        finally:
+            processor.tokenizer.padding_side = side
+
+
+def resolve(config: PromptsConfig, *, offline: bool) -> PromptSource:
+    """Find the prompts and hash them together with the settings; no tensor is made.
+
+    Raises:
+        MissingData: the data set is neither cached nor to be had from the hub.
+        UserError: the file or the data set is not what the config takes it for.
+    """
+    prompts = tuple(_prompts(config, offline=offline))
+    settings = config.model_dump(mode="json", exclude={"name", "path"})
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for image, question in prompts:
+        digest.update(f"{image.mode}{image.size}{question}".encode())
+        digest.update(image.tobytes())
+    return PromptSource(config, prompts, digest.hexdigest())
+
+
+def prefetch(config: PromptsConfig) -> str:
+    """Download the prompts where they are not here yet, and say in one line that they are."""
+    source = resolve(config, offline=False)
+    return f"prompts {config.name}: {config.source}, {source.fingerprint[:12]}"
+
+
+def _prompts(config: PromptsConfig, *, offline: bool) -> Iterator[Prompt]:
+    """Yield the prompts of a source, as many as are asked for."""
+    if config.source == "embedded":
+        yield from _embedded(config)
+        return
+    key = f"prompts.path={config.path}" if config.source == "file" else f"prompts {config.name}"
+    rows = _file(config, key) if config.source == "file" else _hub(config, offline=offline)
+    if len(rows) < config.count:
+        raise UserError(f"{key} has {len(rows)} rows, but prompts.count={config.count}")
+    for place in random.Random(config.seed).sample(range(len(rows)), config.count):
+        yield _prompt(rows[place], config, key)
+
+
+def _embedded(config: PromptsConfig) -> Iterator[Prompt]:
+    from bench.data.scenes import conversations
+
+    for image, turns in conversations("train", config.count, config.seed, describe=False):
+        yield image.convert("RGB"), turns[0][0]
+
+
+def _file(config: PromptsConfig, key: str) -> Sequence[dict[str, Any]]:
+    """Read the two columns of a parquet file."""
+    from pyarrow import parquet
+
+    file = Path(str(config.path)).expanduser()
+    if not file.is_file():
+        raise UserError(f"{key}: no such file")
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{key} cannot be read as parquet: {reason}") from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _hub(config: PromptsConfig, *, offline: bool) -> Any:
+    """Load a split of a data set, which decodes its images as they are asked for."""
+    from bench.data import hub
+
+    if offline:
+        hub.go_offline()
+    try:
+        splits = hub.load(str(config.dataset), config.subset)
+    except hub.Unreachable as error:
+        raise MissingData(
+            f"prompts={config.name} needs {error}, which is neither cached nor reachable: run "
+            f"`bench prefetch prompts={config.name}` with a network, or give a file: "
+            "prompts=file prompts.path=PATH"
+        ) from None
+    if config.split not in splits:
+        raise UserError(
+            f"prompts.split={config.split}: {config.dataset} has {', '.join(sorted(splits))}"
+        )
+    return splits[config.split]
+
+
+def _prompt(row: dict[str, Any], config: PromptsConfig, key: str) -> Prompt:
+    """Return the image and the question of a row, decoded."""
+    for column in (config.image_column, config.question_column):
+        if row.get(column) is None:
+            raise UserError(f"{key} has no column {column!r}: it has {', '.join(sorted(row))}")
+    return _image(row[config.image_column], key), str(row[config.question_column])
+
+
+def _image(value: Any, key: str) -> Image:
+    """Return an image that is decoded already, or that is bytes as parquet files hold them."""
+    import PIL.Image
+
+    if isinstance(value, PIL.Image.Image):
+        return value.convert("RGB")
+    content: Any = value.get("bytes") if isinstance(value, dict) else value
+    try:
+        return PIL.Image.open(io.BytesIO(content)).convert("RGB")
+    except (TypeError, PIL.UnidentifiedImageError):
+        raise UserError(f"{key}: a value of its image column is not an image") from None
+
+
+def _rendered(processor: Any, question: str) -> str:
+    """Return one user turn with an image in the model's chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turn = [{"role": "user", "content": content}]
+    text: str = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return text
