@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from bench.models.own import OwnModule
 from bench.models.packed import packed_linears
 from bench.models.residence import fetched
 
@@ -31,7 +32,8 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
     """Count a network's parameters, each tied tensor once, and packed weights as so many.
 
     Of a layer's E routed experts a token meets k, so k/E of the routed parameters are active;
-    all other parameters (embeddings and head included) count as active.
+    all other parameters (embeddings and head included) count as active. Experts that a method
+    brought into a form of its own say themselves how many of their parameters are routed.
     """
     tensors = list(network.parameters())
     packed = [linear for _, linear in packed_linears(network)]
@@ -42,6 +44,9 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
         routed += here
         idle += here * (1 - block.top_k / block.num_experts)
         shared += _numel(block.shared) if block.shared is not None else 0
+    for part, experts in _own_routed(network) if anatomy and not anatomy.blocks else ():
+        routed += part
+        idle += part * (1 - _top_k(network) / experts)
     return Size(
         parameters=total,
         nonzero=sum(
@@ -53,6 +58,19 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
         routed=routed,
         shared=shared,
     )
+
+
+def _own_routed(network: nn.Module) -> list[tuple[int, int]]:
+    """Return routed parameters and number of experts of every module that tells them."""
+    own = [module.routed() for module in network.modules() if isinstance(module, OwnModule)]
+    return [told for told in own if told is not None]
+
+
+def _top_k(network: nn.Module) -> int:
+    """Return how many experts a token goes to, as the network's config says."""
+    config: Any = network.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.num_experts_per_tok)
 
 
 def _numel(module: nn.Module) -> int:

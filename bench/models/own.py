@@ -26,6 +26,13 @@ class OwnModule(nn.Module, ABC):
     def structure(self) -> dict[str, Any]:
         """Return the JSON values that `empty` needs."""
 
+    def routed(self) -> tuple[int, int] | None:
+        """Return how many parameters belong to single experts, and how many experts there are.
+
+        Only for experts in a form that the anatomy does not know; None for all other modules.
+        """
+        return None
+
     @classmethod
     @abstractmethod
     def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:

@@ -16,6 +16,7 @@ from bench.models.model import Model
 from bench.models.residence import resident
 from bench.progress import Progress
 from methods.camera.allocation import allocate
+from methods.camera.alpha import Alpha, weight_of_peak
 from methods.camera.analysis import BlockEnergies, Walk, measure
 from methods.camera.ranking import lowest, lowest_overall, lowest_per_expert
 from methods.camera.refit import Grams
@@ -29,10 +30,8 @@ NOTHING = 1e-300  # below the power of any output that was computed in float32
 class CameraP(MoEPruning):
     """Prune micro-experts by energy.
 
-    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂². The paper's values are known only
-    second-hand: its code multiplies the peak by 0.90 or 0.95 for DeepSeek-MoE and 1.0 by default
-    (Qwen3), while a note gives 0.05, which could be the weight of the sum or of the peak. The
-    default takes 0.95 as the peak's weight; run 0.05 as well before claiming a replication.
+    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of two readings of
+    what the authors used for this model (`methods.camera.alpha`).
 
     `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
     `expert`, or over the whole model (`global`: energies relative to each block's output power;
@@ -52,7 +51,7 @@ class CameraP(MoEPruning):
 
     uses_calibration: ClassVar[bool] = True
 
-    alpha: float = Field(default=0.95, ge=0, le=1)
+    alpha: Alpha = "paper"
     scope: Literal["layer", "expert", "global"] = "layer"
     sequential: bool = Field(default=True, validate_default=True)
     normalised: bool = False
@@ -88,6 +87,10 @@ class CameraP(MoEPruning):
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, rank and prune; the report says what went from every layer."""
+        alpha = weight_of_peak(self.alpha, model.anatomy.model_type)
+        return self.model_copy(update={"alpha": alpha})._prune(model, context)
+
+    def _prune(self, model: Model, context: Context) -> MethodReport:
         calibration = calibration_of(context)
         anatomy = model.anatomy
         refuse_packed(anatomy.moe)
@@ -98,6 +101,7 @@ class CameraP(MoEPruning):
         removed = [layer["removed"] for layer in layers]
         details = {
             "asked": {"ratio": self.ratio, "base": self.base},
+            "alpha": self.alpha,
             **achieved(anatomy, removed),
             "padding_micro_experts": sum(layer.get("padding_micro_experts", 0) for layer in layers),
             "calibration": calibration.fingerprint,
@@ -106,6 +110,12 @@ class CameraP(MoEPruning):
             "layers": layers,
         }
         return MethodReport(self.state if sum(removed) else "none", details)
+
+    @property
+    def _alpha(self) -> float:
+        """The number that `apply` settled on."""
+        assert not isinstance(self.alpha, str)
+        return self.alpha
 
     @property
     def _surgery(self) -> Surgery:
@@ -121,7 +131,7 @@ class CameraP(MoEPruning):
         how = Walk(self.batch, self.chunk, self.sequential)
         measured = measure(model, calibration.tokens, how, progress, self._observer)
         for found, budget in zip(measured, budgets, strict=True):
-            energy_N = found.energies(self.alpha, normalised=self.normalised)
+            energy_N = found.energies(self._alpha, normalised=self.normalised)
             yield self._surgery.perform(
                 found, energy_N, self._lowest(found.block, energy_N, budget)
             )
@@ -132,7 +142,7 @@ class CameraP(MoEPruning):
         """Prune every block by one ranking of energies relative to their block's output."""
         how = Walk(self.batch, self.chunk, sequential=False)
         measured = [
-            (found, found.energies(self.alpha, normalised=self.normalised))
+            (found, found.energies(self._alpha, normalised=self.normalised))
             for found in measure(model, calibration.tokens, how, progress)
         ]
         relative = [energy_N / max(found.output_power, NOTHING) for found, energy_N in measured]

@@ -56,7 +56,7 @@ class ColumnPlanner(BlockEnergies):
 
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert; down's order is that of its micro-experts."""
-        energy_N = self.energies(self._method.alpha, normalised=self._method.normalised)
+        energy_N = self.energies(self._method.peak, normalised=self._method.normalised)
         places = {expert: place for expert, place in spans(self.block) if expert != SHARED}
         return [self._plan(expert, energy_N[place]) for expert, place in places.items()]
 
@@ -74,7 +74,7 @@ class ColumnPlanner(BlockEnergies):
 
     def _matrix(self, expert: int, weight_FD: Tensor) -> MatrixPlan:
         """Return the plan of gate or up by the energies of its columns."""
-        norms_D, alpha = column_norms(weight_FD), self._method.alpha
+        norms_D, alpha = column_norms(weight_FD), self._method.peak
         tokens = self.tokens if self._method.normalised else None
         energy_D = energy(self._inputs[expert], norms_D, alpha, tokens)
         shape = self._shape(*weight_FD.shape, permuted=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from bench.method import Context
+from bench.models.anatomy import MoEBlock
+from bench.models.model import Model
 from bench.models.packed import Level
+from methods.camera.alpha import Alpha, weight_of_peak
 from methods.quantization.levels import exact, level_sizes, mean_of
 from methods.quantization.method import Choices, MoEQuantization
+from methods.quantization.observers import Planner
 
 
 class MixedBits(MoEQuantization):
@@ -26,7 +32,7 @@ class MixedBits(MoEQuantization):
     bits: Choices = (3, 2, 1)
     shares: tuple[float, ...] | None = (0.125, 0.75, 0.125)
     mean_bits: float | None = Field(default=None, validate_default=True)
-    alpha: float = Field(default=0.95, ge=0, le=1)
+    alpha: Alpha = "paper"
     normalised: bool = False
 
     @field_validator("shares")
@@ -56,6 +62,17 @@ class MixedBits(MoEQuantization):
             implied = float(mean_of(bits, shares))
             raise ValueError(f"bits={list(bits)} in shares={list(shares)} have a mean of {implied}")
         return mean
+
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """Return what makes planners, with α as it is for this model."""
+        alpha = weight_of_peak(self.alpha, model.anatomy.model_type)
+        return self.model_copy(update={"alpha": alpha}).planner
+
+    @property
+    def peak(self) -> float:
+        """The number that α is for the model at hand."""
+        assert not isinstance(self.alpha, str)
+        return self.alpha
 
     @property
     def mean(self) -> Fraction:

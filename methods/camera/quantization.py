@@ -53,7 +53,7 @@ class EnergyPlanner(BlockEnergies):
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert: falling energy, falling bits."""
         method, block = self._method, self.block
-        energy_N = self.energies(method.alpha, normalised=method.normalised)
+        energy_N = self.energies(method.peak, normalised=method.normalised)
         energies = [energy_N[place] for expert, place in spans(block) if expert != SHARED]
         ranked = units(energies, self._block_size, method.scope)
         dealt = share_out(ranked, method.levels(sum(block.widths)), block.num_experts)

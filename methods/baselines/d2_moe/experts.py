@@ -80,6 +80,12 @@ class SharedBaseExperts(OwnModule):
         base, left, right = (getattr(self, f"{name}_{part}") for part in ("base", "left", "right"))
         return SharedMatrix(base, left, right, self.ranks[name])
 
+    def routed(self) -> tuple[int, int]:
+        """Return the size of all factors: a token meets those of its experts and every base."""
+        matrices = [self.matrix(name) for name in MATRICES]
+        factors = sum(m.left_OR.numel() + m.right_RI.numel() for m in matrices)
+        return factors, self.num_experts
+
     def structure(self) -> dict[str, Any]:
         """Return the shapes and the ranks."""
         width, d_model = self.matrix("gate").base_OI.shape

@@ -12,11 +12,13 @@ from torch.nn.functional import cross_entropy
 from bench.errors import UserError
 from bench.measurement.config import CostsConfig
 from bench.measurement.costs import count
+from bench.measurement.size import size
 from bench.models import own
 from bench.models.anatomy import dissect
 from bench.progress import SILENT
 from methods.baselines.d2_moe.assembling import Inputs, assemble
 from methods.baselines.d2_moe.compression import D2Moe
+from methods.baselines.d2_moe.experts import SharedBaseExperts
 from methods.baselines.d2_moe.factors import factorise
 from methods.baselines.d2_moe.ranks import ranks
 from tests.methods.baselines.applying import (
@@ -245,3 +247,16 @@ def test_refuses_activations_that_are_not_numbers():
     network.model.embed_tokens.weight[5] = float("inf")
     with pytest.raises(UserError, match=r"activations of model\.layers\.0\.mlp"):
         applied(D2Moe(ratio=0.4), network)
+
+
+def test_active_parameters_are_bases_and_the_factors_of_a_tokens_experts():
+    network = network_of("qwen2_moe")
+    config, before = network.config, size(network, dissect(network))
+    applied(D2Moe(ratio=0.3), network)
+    after = size(network, dissect(network))
+    experts = [m for m in network.modules() if isinstance(m, SharedBaseExperts)]
+    factors = sum(p.numel() for m in experts for n, p in m.named_parameters() if "base" not in n)
+    idle = factors * (1 - config.num_experts_per_tok / config.num_experts)
+    assert 0 < idle < factors
+    assert after.active == round(after.parameters - idle)
+    assert after.parameters < before.parameters
