@@ -6,10 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class CostsConfig(BaseModel):
-    """One entry of the `costs` config group: the shapes at which costs are counted."""
+    """One entry of the `costs` config group: the shapes at which costs are counted.
+
+    `batch` sequences of `length` tokens for a language model; for a model that sees images, one
+    image and `words` words.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     batch: int = Field(default=1, ge=1)
     length: int = Field(default=512, ge=1)
+    words: int = Field(default=32, ge=1)

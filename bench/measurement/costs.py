@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from bench.measurement import prefill
 from bench.measurement.config import CostsConfig
 from bench.measurement.flops import count_forward
 from bench.measurement.size import size
@@ -30,17 +31,44 @@ def count(model: Model, config: CostsConfig) -> list[Cost]:
     counted = size(model.network, model.anatomy)
     other = counted.parameters - counted.routed - counted.shared
     parts = {"routed": counted.routed, "shared": counted.shared, "other": other}
-    flops = count_forward(model.network, config.batch, config.length)
-    total = flops.pop("total")
-    shapes = f"forward {config.batch}x{config.length}"
-    return [
+    sizes = [
         Cost("model", "parameters", "1", counted.parameters, "counted", dict(parts)),
         Cost("model", "nonzero_parameters", "1", counted.nonzero, "counted"),
         Cost("model", "active_parameters", "1", counted.active, "analytic"),
         Cost("model", "bytes", "B", counted.bytes, "counted"),
-        Cost(shapes, "flops", "FLOP", total, "counted", {k: float(v) for k, v in flops.items()}),
-        Cost(shapes, "macs", "MAC", total / 2, "counted"),
     ]
+    work = _prefill if model.config.kind == "image_text" else _forward
+    return [*sizes, *work(model, config)]
+
+
+def _forward(model: Model, config: CostsConfig) -> list[Cost]:
+    """Count one forward of a language model."""
+    flops = count_forward(model.network, config.batch, config.length)
+    return _flops(f"forward {config.batch}x{config.length}", flops)
+
+
+def _prefill(model: Model, config: CostsConfig) -> list[Cost]:
+    """Count and time one prompt with an image."""
+    found = prefill.measure(model, prefill.prompt(model, config.words))
+    return [
+        *_flops(found.shapes, found.flops),
+        Cost(found.shapes, "cache_bytes", "B", found.cache_bytes, "counted"),
+        Cost(found.shapes, "seconds", "s", found.median, "measured", _spread(found.seconds)),
+    ]
+
+
+def _flops(shapes: str, parts: dict[str, int]) -> list[Cost]:
+    """Return a count as FLOPs and as multiply-adds."""
+    rest = {name: float(value) for name, value in parts.items() if name != "total"}
+    return [
+        Cost(shapes, "flops", "FLOP", parts["total"], "counted", rest),
+        Cost(shapes, "macs", "MAC", parts["total"] / 2, "counted"),
+    ]
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    """Return the fastest and the slowest of some repetitions."""
+    return {"least": min(seconds), "most": max(seconds)}
 
 
 def phases(seconds: dict[str, float]) -> list[Cost]:
