@@ -19,10 +19,13 @@ RUNS_A_TABLE = 7
 UNBOUNDED = 100_000
 PERCENT_METRICS = frozenset({"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"})
 COSTS = ("parameters", "nonzero_parameters")
+WORK = {"flops": "FLOP", "cache_bytes": "B", "seconds": "s"}
+"""Costs of one forward or prefill, which has its shapes in its scope, and their units."""
+UNREAL = frozenset({"zeroed", "masked"})
 
 
 def print_summary(records: Sequence[Record], reused: int = 0) -> None:
-    """Print accuracies in % with their standard errors, perplexities, and parameters.
+    """Print accuracies in % with their standard errors, perplexities, parameters and work.
 
     Runs of one model on one benchmark share a table; what exceeds seven runs, or the width of the
     terminal, goes on in further ones, so that no number is cut.
@@ -71,6 +74,9 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     table.add_section()
     for name in COSTS:
         table.add_row(name.replace("_", " "), *(_count(record, name) for record in records))
+    for (scope, name), unit in _work(records).items():
+        cells = (_work_cell(record, name, scope) for record in records)
+        table.add_row(f"{scope} {unit}", *cells)
     table.add_row("weights are", *(_saving(record) for record in records))
     table.add_row("run", *(record.id[:8] for record in records))
     return table
@@ -95,6 +101,21 @@ def _cell(metric: MetricPart | None) -> str:
 
 def _count(record: Record, name: str) -> str:
     cost = record.cost(name)
+    return quantity(cost.value if cost else None)
+
+
+def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
+    """Return scope and quantity of the work that any of the runs has, with its unit."""
+    costs = [cost for record in records for cost in record.costs if cost.quantity in WORK]
+    return {(cost.scope, cost.quantity): WORK[cost.quantity] for cost in costs}
+
+
+def _work_cell(record: Record, name: str, scope: str) -> str:
+    """Write one cost; a time that only masks or zeros could have changed is not a gain."""
+    cost = record.cost(name, scope)
+    if cost is not None and name == "seconds":
+        unreal = record.methods and {method.saving for method in record.methods} <= UNREAL
+        return _saving(record) if unreal else f"{cost.value:.4f}"
     return quantity(cost.value if cost else None)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.records.record import MethodPart, MetricPart, ModelPart, Record
+from bench.records.record import CostPart, MethodPart, MetricPart, ModelPart, Record
 from bench.reporting.summary import print_summary
 
 MODEL = ModelPart(
@@ -10,19 +10,19 @@ MODEL = ModelPart(
 )
 
 
-def recorded(number, *methods):
+def recorded(number, *methods, saving="removed", costs=()):
     metric = MetricPart(
         benchmark="exam", task="average", metric="acc", filter="none", shots=0, split="test",
         value=number / 100, stderr=0.01, n=9, higher_is_better=True, headline=True,
     )  # fmt: skip
     parts = tuple(
-        MethodPart(name=name, config={"ratio": 0.2}, saving="removed", report={}, seconds=1)
+        MethodPart(name=name, config={"ratio": 0.2}, saving=saving, report={}, seconds=1)
         for name in methods
     )
     return Record(
         id=f"{number:x}".ljust(12, "0"), started="", finished="", group=None, command="",
         config={"benchmark": {"name": "exam"}}, environment={}, model=MODEL, methods=parts,
-        metrics=(metric,), costs=(), provenance={},
+        metrics=(metric,), costs=costs, provenance={},
     )  # fmt: skip
 
 
@@ -50,3 +50,23 @@ def test_every_record_is_shown_even_where_one_does_not_fit(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "10")
     print_summary([recorded(60), recorded(70)])
     assert capsys.readouterr().out.count("tiny") == 2
+
+
+def test_work_is_shown_and_a_masked_run_gains_no_time(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    scope = "prefill 1x(64 visual + 9 text)"
+
+    def costs(flops, seconds):
+        return (
+            CostPart(scope=scope, quantity="flops", unit="FLOP", value=flops, how="counted"),
+            CostPart(scope=scope, quantity="seconds", unit="s", value=seconds, how="measured"),
+        )
+
+    real = recorded(50, "skip", costs=costs(1e9, 0.25))
+    masked = recorded(51, "mask", saving="masked", costs=costs(2e9, 0.125))
+    print_summary([real, masked])
+    out = capsys.readouterr().out
+    assert "1.00 G" in out and "2.00 G" in out
+    assert "0.2500" in out and "0.1250" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith(f" {scope} s")]
+    assert "masked" in line
