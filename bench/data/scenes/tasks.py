@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from bench.data.scenes import prompts
 from bench.data.scenes.balance import Placed, balanced, paired
-from bench.data.scenes.kinds import KINDS
 from bench.data.scenes.prompts import LETTERS, Document, place
 from bench.data.scenes.render import SIZE, render
 from bench.data.scenes.scene import Split
@@ -247,7 +245,5 @@ TASKS = {
         _mme,
         pairs=True,
     ),
-    "mmbench_en": Task(
-        dict(color=1, shape=1, count_shape=2, number=2), _mmbench, most_choices=4
-    ),
+    "mmbench_en": Task(dict(color=1, shape=1, count_shape=2, number=2), _mmbench, most_choices=4),
 }

@@ -1,0 +1,107 @@
+"""Conversations about images to train on: drawn scenes, or a JSON file in LLaVA's layout.
+
+LLaVA's layout (its second stage's `llava_v1_5_mix665k.json` has it) is a list of objects with
+`image`, a path below a folder, and `conversations`, turns of `from` (human, gpt) and `value`, the
+first of which holds `<image>`. Objects without an image are text to LLaVA, and left out here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bench.errors import MissingData, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE = "<image>"
+
+
+class Talk(NamedTuple):
+    """An image, and questions about it with their answers."""
+
+    image: Image
+    turns: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Talks:
+    """Conversations by number, opened as they are asked for; `fingerprint` says which they are.
+
+    For a file that is a hash of the file, not of the images that it names.
+    """
+
+    fingerprint: str
+    _rows: Sequence[Any]
+    _folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Talk:
+        row = self._rows[number]
+        if self._folder is None:
+            image, turns = row
+            return Talk(image.convert("RGB"), turns)
+        return Talk(_open(self._folder / row["image"]), _turns(row))
+
+
+def embedded(count: int, seed: int) -> Talks:
+    """Return conversations about scenes that no task shows."""
+    from bench.data.scenes import conversations
+
+    digest = hashlib.sha256(f"scenes train {count} {seed}".encode()).hexdigest()
+    return Talks(digest, conversations("train", count, seed, describe=False))
+
+
+def from_file(path: str, folder: str) -> Talks:
+    """Return the conversations with images of a JSON file in LLaVA's layout.
+
+    Raises:
+        MissingData: the file or the folder of its images is not there.
+        UserError: the file is not in that layout.
+    """
+    file, images = Path(path).expanduser(), Path(folder).expanduser()
+    if not file.is_file() or not images.is_dir():
+        missing = path if not file.is_file() else folder
+        raise MissingData(f"conversations: {missing} is not there")
+    content = file.read_bytes()
+    try:
+        rows = [row for row in json.loads(content) if "image" in row]
+        for row in rows:
+            _turns(row)
+            _refuse_outside(images, row["image"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"conversations: {path} is not in LLaVA's layout: {error}") from None
+    if not rows:
+        raise UserError(f"conversations: {path} has no conversation with an image")
+    return Talks(hashlib.sha256(content).hexdigest(), rows, images)
+
+
+def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return questions and answers; the place of the image is the template's business."""
+    said = row["conversations"]
+    pairs = list(zip(said[0::2], said[1::2], strict=True))
+    if not pairs or any((a["from"], b["from"]) != ("human", "gpt") for a, b in pairs):
+        raise ValueError("turns must alternate between human and gpt")
+    return [(a["value"].replace(IMAGE, "").strip(), b["value"]) for a, b in pairs]
+
+
+def _refuse_outside(folder: Path, name: str) -> None:
+    """Raise for a path that leads out of the folder of images."""
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"image {name!r} lies outside the folder of images")
+
+
+def _open(file: Path) -> Image:
+    import PIL.Image
+
+    try:
+        return PIL.Image.open(file).convert("RGB")
+    except (OSError, PIL.UnidentifiedImageError) as error:
+        raise UserError(f"conversations: {file} cannot be read as an image: {error}") from None

@@ -1,0 +1,105 @@
+"""From conversations to the tensors of a training step, through the model's own chat template.
+
+Shapes: B conversations, S tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.data.conversations import Talk
+from bench.errors import UserError
+
+IGNORED = -100  # what torch's cross-entropy leaves out
+
+
+class Examples:
+    """Renders conversations for one processor; the loss is on answers and what ends them."""
+
+    def __init__(self, processor: Any, longest: int) -> None:
+        self._processor = processor
+        self._tokenizer = processor.tokenizer
+        self._longest = longest
+
+    def batch(self, talks: Sequence[Talk]) -> dict[str, Tensor]:
+        """Return the network's inputs with `labels` [B, S], filled up on the right."""
+        first = self._processor(
+            images=[[talk.image] for talk in talks],
+            text=[self._rendered(talk, 0, answered=False) for talk in talks],
+            padding=True,
+            return_tensors="pt",
+        )
+        rows, labels = [], []
+        for number, talk in enumerate(talks):
+            ids = first["input_ids"][number][first["attention_mask"][number].bool()].tolist()
+            known = [IGNORED] * len(ids)
+            for part, said in self._rest(talk):
+                ids += part
+                known += part if said else [IGNORED] * len(part)
+            rows.append(ids)
+            labels.append(known)
+        width = max(map(len, rows))
+        if width > self._longest:
+            raise UserError(
+                f"a conversation has {width} tokens, and longest={self._longest}: raise it, or "
+                "leave long conversations out of the file"
+            )
+        padded = [self._tokenizer.pad_token_id] * width
+        made = {name: value for name, value in first.items() if isinstance(value, Tensor)}
+        made["input_ids"] = torch.tensor([row + padded[len(row) :] for row in rows])
+        made["attention_mask"] = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        )
+        made["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
+        if "mm_token_type_ids" in made:
+            types = made["mm_token_type_ids"]
+            widened = torch.zeros(len(rows), width, dtype=types.dtype)
+            for number, mask in enumerate(first["attention_mask"].bool()):
+                kept = types[number][mask]
+                widened[number, : len(kept)] = kept
+            made["mm_token_type_ids"] = widened
+        return made
+
+    def _rest(self, talk: Talk) -> list[tuple[list[int], bool]]:
+        """Return the tokens after the first prompt, piece by piece, and which are an answer's."""
+        pieces: list[tuple[list[int], bool]] = []
+        for turn, (_, answer) in enumerate(talk.turns):
+            asked = self._rendered(talk, turn, answered=False)
+            whole = self._rendered(talk, turn, answered=True)
+            if not whole.startswith(asked + answer):
+                raise UserError(
+                    "the chat template of this model does not put an answer right after the "
+                    "prompt for it, so what to train on cannot be told"
+                )
+            end = whole[len(asked) + len(answer) :]
+            pieces.append((self._encode(answer + end.rstrip("\n")), True))
+            if turn + 1 < len(talk.turns):
+                following = self._rendered(talk, turn + 1, answered=False)
+                gap = following[len(asked) + len(answer) + len(end.rstrip("\n")) :]
+                pieces.append((self._encode(gap), False))
+        return pieces
+
+    def _rendered(self, talk: Talk, turn: int, *, answered: bool) -> str:
+        """Return the conversation up to the answer of a turn, or to its end."""
+        messages: list[dict[str, Any]] = []
+        for number, (question, answer) in enumerate(talk.turns[: turn + 1]):
+            content: list[dict[str, str]] = [{"type": "text", "text": question}]
+            if number == 0:
+                content.insert(0, {"type": "image"})
+            messages.append({"role": "user", "content": content})
+            said = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": said})
+        text: str = self._processor.apply_chat_template(
+            messages if answered else messages[:-1],
+            add_generation_prompt=not answered,
+            tokenize=False,
+        )
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
