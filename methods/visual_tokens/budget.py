@@ -22,10 +22,15 @@ from methods.visual_tokens.engine import Engine
 from methods.visual_tokens.findings import Findings
 from methods.visual_tokens.plan import VisualPlan
 from methods.visual_tokens.selection import Kept, best_neurons, best_total
+from methods.visual_tokens.stopwatch import Stopwatch
 from methods.visual_tokens.work import shape_of, work_of
 
 HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+READINGS = 24
+"""How many settings are timed at most."""
+WORTH_A_READING = 1.1
+"""Estimates this much above a budget of time are still measured."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was found: the settings, their share of visual FLOPs, and the foreseen harm in nats."""
+    """What was found: the settings, their share of visual FLOPs, and the foreseen harm in nats.
+
+    `seconds` is the measured share of the dense prefill's time, where the budget is one of time.
+    """
 
     settings: Settings
     share: float
     harm: float
+    seconds: float | None = None
 
 
 class Search:
@@ -65,23 +74,60 @@ class Search:
         Raises:
             UserError: even the least settings cost more.
         """
-        harm = self._harm(progress)
-        found: tuple[float, Settings] | None = None
-        least = float("inf")
-        for cut, heads, neurons in product(range(1, self.shape.depth + 1), *self._levels()):
-            settings = Settings(cut, self._total(cut, heads), neurons)
-            share = self._share(settings)
-            least = min(least, share)
-            expected = self._cut_harm(cut) + harm["heads", heads] + harm["neurons", neurons]
-            if share <= budget and (found is None or expected < found[0]):
-                found = expected, settings
-        if found is None:
+        candidates = self._candidates(progress)
+        meeting = [found for found in candidates if found.share <= budget]
+        if not meeting:
+            least = min(found.share for found in candidates)
             raise UserError(
                 f"budget={budget} cannot be met: the least that settings can leave is {least:.4f} "
                 "of the visual computation; raise it or lower whole_layers"
             )
-        settings = self._filled(found[1], budget)
-        return Fitted(settings, self._share(settings), found[0])
+        settings = self._filled(meeting[0].settings, budget)
+        return Fitted(settings, self._share(settings), meeting[0].harm)
+
+    @torch.no_grad()
+    def fit_seconds(self, budget: float, progress: Progress) -> Fitted:
+        """The same, where `budget` is a share of the dense prefill's measured time.
+
+        Candidates are measured from the least harm on. Those that a running estimate (time is
+        linear in visual FLOPs, and the last reading says how far off that is) puts well above the
+        budget are passed over.
+
+        Raises:
+            UserError: none of the settings that were measured is fast enough.
+        """
+        watch = Stopwatch(self.engine, self.samples)
+        text = self.prompt.text / (self.prompt.text + self.prompt.visual)
+        correction, fastest = 1.0, float("inf")
+        for found in self._candidates(progress):
+            estimate = text + (1 - text) * found.share
+            if correction * estimate > WORTH_A_READING * budget:
+                continue
+            self._share(found.settings)
+            measured = watch.share()
+            fastest = min(fastest, measured)
+            if measured <= budget:
+                return replace(found, seconds=measured)
+            if watch.readings == READINGS:
+                break
+            correction = measured / estimate
+        tried = f"{watch.readings} settings, the fastest of which takes {fastest:.3f}"
+        if not watch.readings:
+            tried = "none, since even the least would take more"
+        raise UserError(
+            f"budget={budget} of the dense prefill's time cannot be met: measured were {tried}; "
+            "raise it or lower whole_layers"
+        )
+
+    def _candidates(self, progress: Progress) -> list[Fitted]:
+        """Return all settings by their foreseen harm, the least first."""
+        harm = self._harm(progress)
+        found = []
+        for cut, heads, neurons in product(range(1, self.shape.depth + 1), *self._levels()):
+            settings = Settings(cut, self._total(cut, heads), neurons)
+            expected = self._cut_harm(cut) + harm["heads", heads] + harm["neurons", neurons]
+            found.append(Fitted(settings, self._share(settings), expected))
+        return sorted(found, key=lambda fitted: fitted.harm)
 
     def _levels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return HEAD_SHARES, NEURON_SHARES

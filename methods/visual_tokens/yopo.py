@@ -41,12 +41,14 @@ class Yopo(VisualStrategy):
     `shares` is the row for any model, `models` the rows of architectures for which the paper has
     one of their own. With `budget`, a share of the visual FLOPs of the network as it is (linear in
     heads; the paper's labels are not), layers, heads and neurons are searched for instead, and
-    only the window is taken from the row. The other fields are those of the single strategies.
+    only the window is taken from the row; with `budget_of=seconds` the budget is a share of the
+    dense prefill's time, measured on this machine. The other fields are those of the single strategies.
     """
 
     shares: Shares
     models: dict[str, Shares] = Field(default_factory=dict)
     budget: float | None = Field(default=None, gt=0, le=1)
+    budget_of: Literal["flops", "seconds"] = "flops"
     whole_layers: int = Field(default=2, ge=0)
     heads: Literal["scored", "first", "random"] = "scored"
     neurons: Literal["scored", "first", "random"] = "scored"
@@ -109,13 +111,16 @@ class Yopo(VisualStrategy):
         engine.plan.dropped = self.dropped
         findings = findings_for(self.settings, engine, context)
         search = Search(engine, findings, samples_of(context), self.whole_layers)
-        fitted = search.fit(self.budget, context.progress)
+        fit = search.fit_seconds if self.budget_of == "seconds" else search.fit
+        fitted = fit(self.budget, context.progress)
         if self.reorder:
             engine.prepared.reorder()
         chosen = fitted.settings
         return {
             "budget": self.budget,
+            "budget_of": self.budget_of,
             "visual_share": fitted.share,
+            "seconds_share": fitted.seconds,
             "layers": chosen.cut,
             "heads": chosen.heads,
             "neurons": chosen.neurons,
