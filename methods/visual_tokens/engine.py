@@ -139,10 +139,11 @@ class Engine:
         if tokens is not None and visual is not None:
             stacked = _stacked(deepstack_visual_embeds, inputs_embeds, tokens, visual)
             there = present(tokens, visual, _both(visual, angles), stacked)
-        passage = Passage(text, _both(text, angles), there, self.plan.window, cache, offset)
         streams = Streams(
             text.take(inputs_embeds), None if visual is None else visual.take(inputs_embeds)
         )
+        window = self.plan.window
+        passage = Passage(text, _both(text, angles), there, window, streams, cache, offset)
         x_BTD = self._through_layers(streams, passage, encoded)
         passage.write_down(inputs_embeds.shape[1])
         norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
@@ -155,11 +156,12 @@ class Engine:
         """Return the text rows after the last layer; visual rows are gone after the cut."""
         cut, selections, stage = self.plan.cut, self.plan.selections, 0
         for layer in self.decoder.layers:
-            while layer.index < cut and [s.after for s in selections[stage : stage + 1]] == [
-                layer.index
-            ]:
-                with self.overhead.clocked(streams.text_BTD.device):
-                    streams = passage.select(selections[stage], streams, encoded)
+            for selection in selections[stage:] if layer.index < cut else ():
+                if selection.after > layer.index:
+                    break
+                if passage.visual is not None:
+                    with self.overhead.clocked(streams.text_BTD.device):
+                        streams = passage.select(selection, streams, encoded)
                 stage += 1
             call = passage.call(stage)
             if layer.index < cut:

@@ -23,7 +23,7 @@ from methods.visual_tokens.frames import Frames
 from methods.visual_tokens.layers import Call, Streams
 from methods.visual_tokens.plan import Selection, Window
 from methods.visual_tokens.rows import Rows, rows_where
-from methods.visual_tokens.sight import Sight
+from methods.visual_tokens.sight import Entered, Sight
 from methods.visual_tokens.windows import Cells
 
 
@@ -66,6 +66,7 @@ class Passage:
         text_rotary: Rotary,
         visual: Present | None,
         window: Window | None,
+        streams: Streams,
         cache: Any | None,
         offset: int,
     ) -> None:
@@ -74,6 +75,9 @@ class Passage:
         self.ledger: Ledger | None = None if cache is None else cache.layers[0].ledger
         self.frames = None if visual is None else Frames.of(visual.cells)
         self.whole = () if self.frames is None else self.frames.counts
+        self.entered: Entered | None = None
+        if visual is not None and streams.visual_BND is not None:
+            self.entered = Entered(streams.text_BTD, streams.visual_BND, visual.rows.validity)
         self.stages: list[Rows] = [] if visual is None else [visual.rows]
         self._stage, self._call = 0, self._of_stage(0)
 
@@ -128,7 +132,7 @@ class Passage:
     ) -> Sight:
         """Return what the selection may look at."""
         visual, states_BND = self.visual, streams.visual_BND
-        assert visual is not None and states_BND is not None
+        assert visual is not None and states_BND is not None and self.entered is not None
         parts = (visual.cells.frame_N, visual.cells.row_N, visual.cells.column_N)
         packed = None
         if encoded is not None:
@@ -148,6 +152,7 @@ class Passage:
             visual=visual.rows,
             text=self.text,
             text_BTD=streams.text_BTD,
+            entered=self.entered,
             ran=streams.ran,
             encoded=packed,
         )

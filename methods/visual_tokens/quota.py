@@ -76,6 +76,6 @@ class Quota:
 def left_after(quotas: Sequence[Quota], n: int) -> int:
     """Return how many tokens are left of a frame of n after several selections."""
     m = n
-    for quota in quotas:
+    for quota in quotas if n else ():
         m = quota.left(n, m)
     return m

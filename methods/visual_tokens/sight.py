@@ -51,13 +51,23 @@ class Ran:
 
 
 @dataclass(frozen=True)
+class Entered:
+    """Both streams at the door of the decoder: embeddings [B, T, D] and [B, N, D], real rows."""
+
+    text_BTD: Tensor
+    visual_BND: Tensor
+    visual_valid_BN: Tensor
+
+
+@dataclass(frozen=True)
 class Sight:
     """One call at one point of the decoder.
 
     `states_IMD` are the visual tokens' hidden states, before the decoder their embeddings;
     `cells` their places in their frames [I, M]; `whole` how many tokens each frame came with.
-    `text_BTD` are the text rows' states, `text` their places. `ran` is None before the first layer,
-    `encoded_IM` what the vision tower said, None unless it is watched.
+    `text_BTD` are the text rows' states, `text` their places. `entered` are both streams as they
+    came into the decoder, visual rows as many as there were. `ran` is None before the first layer,
+    `encoded` what the vision tower said by frame, V being [I, M], None unless it is watched.
     """
 
     name: str
@@ -68,6 +78,7 @@ class Sight:
     visual: Rows
     text: Rows
     text_BTD: Tensor
+    entered: Entered
     ran: Ran | None
     encoded: Encoded | None
 

@@ -2,7 +2,7 @@
 
 from bench.models.multimodal.decoder import Decoder, DecoderLayer, decoder_layers, open_decoder
 from bench.models.multimodal.frames import VisualTokens
-from bench.models.multimodal.location import FAMILIES, locate
+from bench.models.multimodal.location import FAMILIES, frame_size, locate
 from bench.models.multimodal.samples import Samples
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Samples",
     "VisualTokens",
     "decoder_layers",
+    "frame_size",
     "locate",
     "open_decoder",
 ]
