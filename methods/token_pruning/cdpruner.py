@@ -26,7 +26,7 @@ class CDPruner(BeforeDecoder):
     relevance: Literal["projected", "none"] = "projected"
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
-        x_IMD, valid_IM = sight.states_IMD, sight.valid_IM
+        x_IMD, valid_IM = sight.states_IMD, sight.valid
         relevance_IM = torch.ones_like(valid_IM, dtype=torch.float32)
         if self.relevance == "projected":
             question_BT1 = sight.asked()[..., None]

@@ -20,9 +20,7 @@ def spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
     return taken_IM & allowed_IM
 
 
-def merged(
-    x_IMD: Tensor, keys_IMd: Tensor, target_IM: Tensor, source_IM: Tensor
-) -> Tensor:
+def merged(x_IMD: Tensor, keys_IMd: Tensor, target_IM: Tensor, source_IM: Tensor) -> Tensor:
     """Return the mean of each target and the source tokens that join it, [I, M, D].
 
     A source joins the target whose key has the highest cosine with its own.

@@ -32,14 +32,14 @@ class DART(InDecoder):
         visual_IME, text_BTE = sight.keys()
         sample_I, question_BT = sight.frames.sample_I, sight.question()
         most_I = keep_I.clamp(max=self.visual_pivots)
-        chosen_IM = pivots(visual_IME, sight.valid_IM, most_I)
+        chosen_IM = pivots(visual_IME, sight.valid, most_I)
         words_B = torch.full_like(question_BT.sum(dim=1), self.text_pivots)
         words_BT = pivots(text_BTE, question_BT, words_B)
         return Choice(
             least_alike(
                 sight.states_IMD,
                 sight.text_BTD[sample_I],
-                sight.valid_IM,
+                sight.valid,
                 chosen_IM,
                 words_BT[sample_I],
                 keep_I,

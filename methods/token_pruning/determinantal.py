@@ -20,9 +20,7 @@ def relevance(similarity_IM: Tensor, valid_IM: Tensor) -> Tensor:
     return torch.where(span_I1 > 0, stretched_IM, 1.0)
 
 
-def most_likely(
-    x_IMD: Tensor, relevance_IM: Tensor, valid_IM: Tensor, keep_I: Tensor
-) -> Tensor:
+def most_likely(x_IMD: Tensor, relevance_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
     """Return the tokens that a DPP with kernel diag(r) cos diag(r) finds likely, bool [I, M].
 
     Greedy: the next token raises the determinant of the chosen ones' kernel most. Its gain is the

@@ -13,4 +13,4 @@ class DivPrune(BeforeDecoder):
     """Choose projected tokens greedily by the largest distance to the nearest chosen one."""
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
-        return Choice(farthest_points(sight.states_IMD, sight.valid_IM, keep_I))
+        return Choice(farthest_points(sight.states_IMD, sight.valid, keep_I))

@@ -17,7 +17,7 @@ class Downsample(BeforeDecoder):
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         if sight.frames.counts != sight.whole:
             raise UserError("downsample needs whole images: name it before other token pruning")
-        keep_IM = torch.zeros_like(sight.valid_IM)
+        keep_IM = torch.zeros_like(sight.valid)
         for number, (count, keep) in enumerate(
             zip(sight.frames.counts, keep_I.tolist(), strict=True)
         ):

@@ -27,4 +27,4 @@ class FastV(InDecoder):
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         score_IM = sight.attention(sight.last_text())[:, 0]
-        return Choice(best(score_IM, sight.valid_IM, keep_I))
+        return Choice(best(score_IM, sight.valid, keep_I))

@@ -19,7 +19,8 @@ def outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
     quarters = torch.tensor([0.25, 0.75], device=known_IM.device)
     low_I, high_I = torch.nanquantile(known_IM, quarters, dim=1)
     bound_I = high_I + 1.5 * (high_I - low_I)
-    return ((attention_IM > bound_I[:, None]) & valid_IM).sum(dim=1).clamp(min=1)
+    above_IM: Tensor = (attention_IM > bound_I[:, None]) & valid_IM
+    return above_IM.sum(dim=1).clamp(min=1)
 
 
 def with_uniform(attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:

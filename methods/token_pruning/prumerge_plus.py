@@ -28,7 +28,7 @@ class PruMergePlus(BeforeDecoder):
     neighbours: int = Field(default=32, ge=0)
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
-        tower, valid_IM = sight.tower(), sight.valid_IM
+        tower, valid_IM = sight.tower(), sight.valid
         kept_IM = with_uniform(tower.received_V, valid_IM, keep_I)
         if not self.neighbours:
             return Choice(kept_IM)

@@ -40,7 +40,7 @@ class TokenPruning(VisualStrategy):
     reads_tower: ClassVar[bool] = False
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse also the official form; a tower that cannot be read is refused when it is there."""
+        """Refuse also the official form; an unknown tower is refused when the model is there."""
         super().check(anatomy)
         if self.form != "skip":
             raise UserError(f"form={self.form}: pruned tokens are really gone, so it must be skip")

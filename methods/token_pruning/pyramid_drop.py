@@ -39,7 +39,7 @@ class PyramidDrop(TokenPruning):
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         score_IM = sight.products(sight.last_text())[:, 0]
-        return Choice(best(score_IM, sight.valid_IM, keep_I))
+        return Choice(best(score_IM, sight.valid, keep_I))
 
 
 def _ratio(average: float, cuts: list[int], depth: int) -> float:

@@ -28,8 +28,8 @@ class RandomTokens(BeforeDecoder):
         return self._drawn(sight, keep_I, seed=0)
 
     def _drawn(self, sight: Sight, keep_I: Tensor, seed: int) -> Choice:
-        score_IM = torch.zeros(sight.valid_IM.shape)
+        score_IM = torch.zeros(sight.valid.shape)
         for number, count in enumerate(sight.frames.counts):
             generator = torch.Generator().manual_seed(seed)
             score_IM[number, :count] = torch.rand(count, generator=generator)
-        return Choice(best(score_IM.to(keep_I.device), sight.valid_IM, keep_I))
+        return Choice(best(score_IM.to(keep_I.device), sight.valid, keep_I))

@@ -26,5 +26,5 @@ class Scope(BeforeDecoder):
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         tower = sight.tower()
         return Choice(
-            covering(tower.features_VF, tower.received_V, sight.valid_IM, keep_I, self.alpha)
+            covering(tower.features_VF, tower.received_V, sight.valid, keep_I, self.alpha)
         )

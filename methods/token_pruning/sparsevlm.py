@@ -66,7 +66,7 @@ class SparseVLM(TokenPruning):
         weight_IRM = sight.attention(rating)
         real_IR1 = rating.validity[sight.frames.sample_I][..., None]
         score_IM = torch.where(real_IR1, weight_IRM, 0).sum(dim=1) / real_IR1.sum(dim=1)
-        kept_IM = best(score_IM, sight.valid_IM, keep_I)
+        kept_IM = best(score_IM, sight.valid, keep_I)
         return self._recycled(sight, score_IM, kept_IM) if self.recycle else Choice(kept_IM)
 
     def _raters(self, sight: Sight) -> Tensor:
@@ -76,7 +76,7 @@ class SparseVLM(TokenPruning):
 
     def _recycled(self, sight: Sight, score_IM: Tensor, kept_IM: Tensor) -> Choice:
         """Return the choice with clusters of the best tokens that go."""
-        gone_IM = sight.valid_IM & ~kept_IM
+        gone_IM = sight.valid & ~kept_IM
         gone_I = gone_IM.sum(dim=1)
         count_I = torch.where(gone_I > 0, (gone_I * RECYCLED / CLUSTER + 1e-9).long() + 1, 0)
         pool_I = torch.maximum((gone_I * RECYCLED + 1e-9).long(), count_I)

@@ -1,4 +1,4 @@
-"""VisionZip (Yang et al., CVPR 2025): dominant tokens stay, the rest become a few contextual ones."""
+"""VisionZip (Yang et al., CVPR 2025): dominant tokens stay, the rest become a few means."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VisionZip(BeforeDecoder):
     contextual: float = Field(default=10 / 64, ge=0, lt=1)
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
-        tower, valid_IM = sight.tower(), sight.valid_IM
+        tower, valid_IM = sight.tower(), sight.valid
         targets_I = (keep_I * self.contextual).round().long()
         dominant_IM = best(tower.received_V, valid_IM, keep_I - targets_I)
         rest_IM = valid_IM & ~dominant_IM

@@ -240,4 +240,3 @@ def _stacked(
         return []
     empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
     return [visual.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
-

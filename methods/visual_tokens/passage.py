@@ -168,9 +168,7 @@ class Passage:
             layer.length = self.offset + length
 
 
-def present(
-    tokens: VisualTokens, rows: Rows, rotary: Rotary, stacked: list[Tensor]
-) -> Present:
+def present(tokens: VisualTokens, rows: Rows, rotary: Rotary, stacked: list[Tensor]) -> Present:
     """Return all visual tokens of a call."""
     parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS, _encoding_order(tokens))
     frame_BN, row_BN, column_BN, encoded_BN = (part.gather(1, rows.index_BR) for part in parts)

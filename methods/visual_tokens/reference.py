@@ -160,9 +160,7 @@ class Masked:
 
 
 @contextmanager
-def masked(
-    network: Any, plan: VisualPlan, removals: Sequence[Removal] = ()
-) -> Iterator[None]:
+def masked(network: Any, plan: VisualPlan, removals: Sequence[Removal] = ()) -> Iterator[None]:
     """Run the network's own layers under the masks of a plan, while the block lasts."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -83,8 +83,8 @@ class Sight:
     encoded: Encoded | None
 
     @property
-    def valid_IM(self) -> Tensor:
-        """Which tokens of each frame are real."""
+    def valid(self) -> Tensor:
+        """Which tokens of each frame are real, bool [I, M]."""
         return self.frames.valid_IM
 
     def question(self) -> Tensor:

@@ -102,10 +102,10 @@ class Tower:
 
 
 def watched(network: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return a network's vision tower, the attention of the layer that it is read at, its projector.
+    """Return a network's vision tower, the attention that is read in it, and its projector.
 
-    That is the layer whose output is projected (CLIP's penultimate in LLaVA), or the last with
-    attention to everything (Qwen). Works without weights.
+    The attention is that of the layer whose output is projected (CLIP's penultimate in LLaVA), or
+    of the last layer in which patches see all of their frame (Qwen).
 
     Raises:
         UserError: the tower is of a kind that is not understood.
@@ -160,7 +160,7 @@ def _class_token(config: Any, attention: Any, run: Run) -> Found:
 def _by_token(x_IP: Tensor, merged: int) -> Tensor:
     """Return values of patches [I, P, ...] by visual token, [I, P / c, c, ...], c = merged²."""
     side = isqrt(x_IP.shape[1])
-    grid = x_IP.unflatten(1, (side // merged, merged, side // merged, merged))
+    grid: Tensor = x_IP.unflatten(1, (side // merged, merged, side // merged, merged))
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -201,4 +201,5 @@ def _window_order(vision: Any, grids: Tensor) -> Tensor:
     window_V, _ = get_vision_window_index(
         grids, vision.spatial_merge_size, vision.window_size, vision.patch_size
     )
-    return torch.as_tensor(window_V).argsort()
+    order_V: Tensor = torch.as_tensor(window_V, device=grids.device).argsort()
+    return order_V

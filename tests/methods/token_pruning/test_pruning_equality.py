@@ -14,8 +14,8 @@ from methods.visual_tokens.plan import VisualPlan
 from methods.visual_tokens.reference import Removal, masked
 from tests.methods.token_pruning.watching import CONTEXT, METHODS, applied, loaded, removals, spied
 from tests.methods.visual_tokens.test_visual_equality import text_of
-from tests.methods.visual_tokens.test_visual_strategies import four
 from tests.methods.visual_tokens.test_visual_strategies import context as images
+from tests.methods.visual_tokens.test_visual_strategies import four
 from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 
 TOLERANCE = 1e-5
