@@ -182,3 +182,18 @@ def test_random_tokens_follow_the_seed_and_not_the_batch():
     again = model.network(**alone).logits[0]
     where = alone["input_ids"][0] != IMAGE
     assert (whole - again)[where].abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llava_llama", "qwen3_vl"])
+def test_half_precision_keeps_as_many_tokens(name, method):
+    network, engine = applied(name, METHODS[method])
+    seen, call = spied(engine), prompt(name, *BATCH)
+    network.to(torch.bfloat16)
+    call["pixel_values"] = call["pixel_values"].bfloat16()
+    logits = network(**call).logits
+    assert logits.dtype == torch.bfloat16 and logits[text_of(call)].isfinite().all()
+    for each in seen:
+        quota = next(s.quota for s in engine.plan.selections if s.after == each.after)
+        counts = zip(each.sight.whole, each.sight.frames.counts, strict=True)
+        assert each.choice.keep_IM.sum(1).tolist() == [quota.left(n, m) for n, m in counts]

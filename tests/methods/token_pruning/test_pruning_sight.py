@@ -1,15 +1,10 @@
-"""What selections see, against transformers' eager attention and the towers' own modules."""
-
-import math
-from itertools import pairwise
+"""What selections see, against transformers' eager attention."""
 
 import pytest
 import torch
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from bench.errors import UserError
 from bench.models.multimodal import locate
-from bench.models.multimodal.tower import Tower, _by_token
 from methods.token_pruning.dart import DART
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
@@ -129,64 +124,6 @@ def test_dart_reads_keys_and_states_after_its_layer(name):
             free = [p for p in place.tolist() if p not in chosen]
             chosen |= set(sorted(free, key=lambda p: float(state[p] @ state[pivot]))[:2])
         assert chosen == set(place[~gone[sample, place]].tolist())
-
-
-@pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen2"])
-def test_the_class_tokens_attention_is_the_towers_own(name):
-    network, found = build(name), []
-    network.set_attn_implementation({"vision_config": "eager"})
-    tower = Tower(network)
-    tower._attention.register_forward_hook(lambda _, args, output: found.append(output[1]))
-    network(**prompt(name, *BATCH))
-    weights = found[0]
-    side = math.isqrt(weights.shape[-1] - 1)
-    cls = weights[:, :, 0, 1:].mean(1).view(-1, side, side)
-    merged = 2 if name.startswith("internvl") else 1
-    half = side // merged
-    direct = torch.stack(
-        [
-            cls[:, r * merged : (r + 1) * merged, c * merged : (c + 1) * merged].sum((1, 2))
-            for r in range(half)
-            for c in range(half)
-        ],
-        dim=1,
-    )
-    read = tower.read(tower.take())
-    assert torch.allclose(read.received_V, direct.flatten(), atol=1e-6)
-
-
-def test_a_token_is_the_patches_that_pixel_shuffle_joins():
-    patches = torch.arange(64.0).view(1, 8, 8, 1)
-    joined = build("internvl_qwen2").model.pixel_shuffle(patches, 0.5).view(16, 4)
-    ours = _by_token(patches.view(1, 64), 2)[0]
-    assert torch.equal(joined.sort(dim=1).values, ours.sort(dim=1).values)
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_patches_receive_attention_on_average(name):
-    network = build(name)
-    call = prompt(name, [2, (3, 4), 3, (5, 3), 6])
-    tower = Tower(network)
-    inside = []
-    module = tower._attention
-    module.register_forward_pre_hook(lambda _, a, k: inside.append((a, k)), with_kwargs=True)
-    network(**call)
-    (args, kwargs) = inside[0]
-    qkv = module.qkv(args[0]).view(len(args[0]), 3, module.num_heads, -1)
-    q, k = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], *kwargs["position_embeddings"])
-    ends, direct = kwargs["cu_seqlens"].tolist(), []
-    for start, stop in pairwise(ends):
-        heads = [
-            (q[start:stop, h] @ k[start:stop, h].T * module.scaling).softmax(-1).mean(0)
-            for h in range(module.num_heads)
-        ]
-        direct.append(torch.stack(heads).mean(0))
-    direct = torch.cat(direct).view(-1, 4).sum(1)
-    read = tower.read(tower.take())
-    if name != "qwen2_5_vl":
-        assert torch.allclose(read.received_V, direct, atol=1e-6)
-    assert torch.allclose(read.received_V.sort().values, direct.sort().values, atol=1e-6)
-    assert ends[-1] == 4 * 27
 
 
 @pytest.mark.parametrize("name", NAMES)
