@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.visual_tokens.cache import Ledger
+from methods.visual_tokens.cache import Places
 from methods.visual_tokens.plan import Window
 from methods.visual_tokens.rows import Rows
 from methods.visual_tokens.windows import Cells, bands, neighbours
@@ -77,24 +77,32 @@ class Stream:
         return self.sees(self) | torch.cat([past, own], dim=1)
 
 
+@dataclass(frozen=True)
+class Past:
+    """The tokens of earlier calls that a layer's cache holds."""
+
+    text: Places
+    visual: Places
+
+
 def attendance(
     text: Rows,
     visual: Rows | None,
     cells: Cells | None,
     window: Window | None,
-    past: Ledger | None,
+    past: Past | None,
     offset: int,
 ) -> Attendance:
     """Work out one call that begins `offset` tokens into its sequences.
 
     `visual` and `cells` [B, N] are None in a call without images, `past` in a first call.
     """
-    places = _stream(
-        text, offset, past.text_BT if past else None, past.text_valid_BT if past else None
-    )
+    places = _stream(text, offset, past.text if past else None)
     seen = _visual_stream(visual, offset, past, places)
-    alike = text.valid_BR is None and (past is None or past.whole)
-    alone = alike and text.count == 1 and visual is None
+    alike = text.valid_BR is None and (past is None or (past.text.alike and past.visual.alike))
+    full = text.full and (past is None or (past.text.full and past.visual.full))
+    # One text row that comes after everything else sees everything.
+    alone = full and text.count == 1 and visual is None
     causal = alike and offset == 0
     text_mask = None if causal or alone else places.sees_itself()
     mixed = None if alone else torch.cat([places.sees(seen), places.sees_itself()], dim=-1)
@@ -115,23 +123,23 @@ def attendance(
     return Attendance(causal, text_mask, mixed, before, blocks, None)
 
 
-def _stream(rows: Rows, offset: int, past: Tensor | None, past_valid: Tensor | None) -> Stream:
+def _stream(rows: Rows, offset: int, past: Places | None) -> Stream:
     """Put the places of past and new rows of one stream together."""
-    query, valid = rows.index_BR + offset, rows.validity
-    if past is None or past_valid is None:
-        return Stream(query, query, valid)
-    return Stream(query, torch.cat([past, query], dim=1), torch.cat([past_valid, valid], dim=1))
+    if past is None:
+        query = rows.index_BR + offset
+        return Stream(query, query, rows.validity)
+    whole = past.followed_by(rows, offset)
+    return Stream(rows.index_BR + offset, whole.index_BR, whole.valid_BR)
 
 
-def _visual_stream(visual: Rows | None, offset: int, past: Ledger | None, text: Stream) -> Stream:
+def _visual_stream(visual: Rows | None, offset: int, past: Past | None, text: Stream) -> Stream:
     """Return the places of visual tokens; in a call without images only past ones."""
-    old, old_valid = (past.visual_BN, past.visual_valid_BN) if past else (None, None)
     if visual is not None:
-        return _stream(visual, offset, old, old_valid)
+        return _stream(visual, offset, past.visual if past else None)
     none = text.query[:, :0]
-    if old is None or old_valid is None:
+    if past is None:
         return Stream(none, none, none.bool())
-    return Stream(none, old, old_valid)
+    return Stream(none, past.visual.index_BR, past.visual.valid_BR)
 
 
 def _windows(cells: Cells, window: Window, before: Tensor, first_key: int) -> tuple[Block, ...]:

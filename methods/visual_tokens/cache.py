@@ -10,7 +10,7 @@ text and visual tokens together, because positions of new tokens are counted fro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,26 +18,53 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bench.errors import UserError
+from methods.visual_tokens.rows import Rows
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where cached tokens of one kind are in their sequences, int64 [B, R], and which are real.
+
+    `alike` says that every sample has them at the same places and that all are real, `full` only
+    that all are real.
+    """
+
+    index_BR: Tensor
+    valid_BR: Tensor
+    alike: bool = True
+    full: bool = True
+
+    @staticmethod
+    def none(batch: int, device: torch.device) -> Places:
+        """Return no places at all."""
+        index_BR = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        return Places(index_BR, index_BR.bool())
+
+    def followed_by(self, rows: Rows, offset: int) -> Places:
+        """Return these places and after them those of a call `offset` tokens into its sequences."""
+        return Places(
+            torch.cat([self.index_BR, rows.index_BR + offset], dim=1),
+            torch.cat([self.valid_BR, rows.validity], dim=1),
+            self.alike and rows.valid_BR is None,
+            self.full and rows.full,
+        )
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Places:
+        """Return both tensors changed alike: reordering, repeating or selecting samples."""
+        return replace(self, index_BR=change(self.index_BR), valid_BR=change(self.valid_BR))
 
 
 @dataclass
 class Ledger:
-    """Where the cached tokens are in their sequences and which are real.
+    """What is in a cache: text, and the visual tokens that are left in each stage of the plan."""
 
-    Places are int64 [B, T] and [B, N], validity is bool of the same shapes; `whole` says that all
-    cached text rows are real and that the visual rows are, too.
-    """
-
-    text_BT: Tensor
-    text_valid_BT: Tensor
-    visual_BN: Tensor
-    visual_valid_BN: Tensor
-    whole: bool
+    text: Places
+    visual: list[Places]
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change all four alike: reordering, repeating or selecting samples."""
-        self.text_BT, self.text_valid_BT = change(self.text_BT), change(self.text_valid_BT)
-        self.visual_BN, self.visual_valid_BN = change(self.visual_BN), change(self.visual_valid_BN)
+        """Change all places alike."""
+        self.text = self.text.changed(change)
+        self.visual = [stage.changed(change) for stage in self.visual]
 
 
 class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -78,8 +105,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         super().crop(tokens_to_remove)
         self.length -= count
         if self.ledger is not None and count:
-            self.ledger.text_BT = self.ledger.text_BT[:, :-count]
-            self.ledger.text_valid_BT = self.ledger.text_valid_BT[:, :-count]
+            self.ledger.text = self.ledger.text.changed(lambda part: part[:, :-count])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -120,10 +146,13 @@ def is_split(cache: Any) -> bool:
     return bool(cache is not None and cache.layers and isinstance(cache.layers[0], SplitLayer))
 
 
-def split(cache: Any, depth: int, batch: int, mask_BP: Tensor | None, device: torch.device) -> None:
+def split(
+    cache: Any, depth: int, stages: int, batch: int, mask_BP: Tensor | None, device: torch.device
+) -> None:
     """Turn a cache in place into one with a visual part; text that it holds already stays.
 
-    `mask_BP` says which of the cached tokens are real, None that all are.
+    `stages` is the number of stages of the plan, `mask_BP` says which of the cached tokens are
+    real, None that all are.
 
     Raises:
         UserError: it is not a growing cache of full attention.
@@ -135,10 +164,10 @@ def split(cache: Any, depth: int, batch: int, mask_BP: Tensor | None, device: to
     if any(layer.is_initialized and type(layer) is not DynamicLayer for layer in cache.layers):
         raise UserError("visual token strategies need a cache of full attention layers only")
     places_BP = torch.arange(past, device=device).expand(batch, past)
-    none_BN = torch.zeros(batch, 0, dtype=torch.int64, device=device)
     real_BP = torch.ones_like(places_BP, dtype=torch.bool) if mask_BP is None else mask_BP.bool()
     whole = mask_BP is None or bool(real_BP.all())
-    ledger = Ledger(places_BP, real_BP, none_BN, none_BN.bool(), whole)
+    text = Places(places_BP, real_BP, whole, whole)
+    ledger = Ledger(text, [Places.none(batch, device)] * stages)
     before = cache.layers
     cache.layers = [SplitLayer(ledger if index == 0 else None) for index in range(depth)]
     for old, new in zip(before, cache.layers, strict=False):

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from methods.visual_tokens.quota import Quota, left_after
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,12 +41,18 @@ class LayerWork:
 
     `heads` query heads and `groups` key-value heads have keys and values; `queries` heads have
     queries and outputs, which is 0 in the last visual layer; `neurons` is F of visual rows.
+    `quotas` are those of the selections that come before the layer.
     """
 
     heads: int
     groups: int
     queries: int
     neurons: float
+    quotas: tuple[Quota, ...] = ()
+
+    def tokens(self, prompt: Prompt) -> int:
+        """Return how many visual tokens of a prompt reach the layer."""
+        return prompt.frames * left_after(self.quotas, prompt.visual // prompt.frames)
 
     @staticmethod
     def none() -> LayerWork:
@@ -56,13 +64,16 @@ class LayerWork:
 class Prompt:
     """A prompt's lengths: n visual tokens after s of t text tokens, and visual keys seen by each.
 
-    `neighbours` is the mean number of visual keys per visual query; n itself without a window.
+    `neighbours` is the mean number of visual keys per visual query while all tokens are there; n
+    itself without a window. Where tokens have left, as large a share of them is taken to have left.
+    The n tokens are those of `frames` frames of one size.
     """
 
     visual: int
     before: int
     text: int
     neighbours: float
+    frames: int = 1
 
 
 def dense_work(shape: Shape) -> list[LayerWork]:
@@ -78,9 +89,10 @@ def last_visual(work: LayerWork) -> LayerWork:
 
 def visual_flops(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float:
     """Return FLOPs of visual rows in all layers: projections, their attention, feed-forwards."""
-    n, seen = prompt.visual, prompt.neighbours + prompt.before
     total = 0.0
     for layer in work:
+        n = layer.tokens(prompt)
+        seen = prompt.neighbours * n / max(prompt.visual, 1) + prompt.before
         outputs = 2 * layer.queries + 2 * layer.groups
         total += 2 * n * shape.d_model * shape.head_dim * outputs
         total += 4 * n * seen * layer.queries * shape.head_dim
@@ -94,7 +106,7 @@ def text_flops(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float
     for width, layer in zip(shape.widths, work, strict=True):
         outputs = 2 * (shape.heads + shape.groups)
         total += 2 * t * shape.d_model * shape.head_dim * outputs
-        total += 4 * t * shape.head_dim * (shape.heads * t + layer.heads * prompt.visual)
+        total += 4 * t * shape.head_dim * (shape.heads * t + layer.heads * layer.tokens(prompt))
         total += 6 * t * shape.d_model * width
     return total
 
@@ -166,5 +178,5 @@ def mean_neighbours(rows: int, columns: int, radius: int) -> float:
 def cache_bytes(shape: Shape, work: Sequence[LayerWork], prompt: Prompt, element: int) -> int:
     """Return bytes of keys and values: text for all heads, visual for kept groups (spec 6.4)."""
     text = shape.depth * shape.groups * prompt.text
-    visual = sum(layer.groups for layer in work) * prompt.visual
+    visual = sum(layer.groups * layer.tokens(prompt) for layer in work)
     return 2 * element * shape.head_dim * (text + visual)

@@ -3,7 +3,8 @@
 Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model.
 
 The engine replaces the text decoder's forward. A call without images, and without an image in its
-cache, goes to the decoder as it is. Any other call runs here, top to bottom in `_run`.
+cache, goes to the decoder as it is. Any other call runs here, top to bottom in `_run`. Selections
+cut the decoder into stages; from one to the next visual tokens leave for good.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache as remembered
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,14 +23,16 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from bench.errors import UserError
 from bench.models.anatomy import Anatomy, dissect
 from bench.models.multimodal import VisualTokens, locate, open_decoder
-from methods.visual_tokens.attendance import attendance
-from methods.visual_tokens.cache import Ledger, is_split, split
-from methods.visual_tokens.layers import Call, Streams, two_streams
+from bench.models.multimodal.tower import Encoded, Tower
+from methods.visual_tokens.attention import Rotary
+from methods.visual_tokens.cache import is_split, split
+from methods.visual_tokens.layers import Streams, two_streams
 from methods.visual_tokens.official import Official
+from methods.visual_tokens.overhead import Overhead
+from methods.visual_tokens.passage import Passage, Present, matched, present
 from methods.visual_tokens.plan import VisualPlan
 from methods.visual_tokens.prepared import Prepared
 from methods.visual_tokens.rows import Rows, rows_where
-from methods.visual_tokens.windows import Cells
 
 if TYPE_CHECKING:
     from methods.visual_tokens.findings import Findings
@@ -46,6 +50,8 @@ class Engine:
         self.prepared = Prepared(self.decoder, self.plan)
         self.official = Official(network, self.decoder, self.plan)
         self.findings: dict[str, Findings] = {}
+        self.overhead = Overhead()
+        self.tower: Tower | None = None
         self._tokens: VisualTokens | None = None
         self._bypassed = False
         module = cast(Any, self.decoder.module)
@@ -64,6 +70,11 @@ class Engine:
         finally:
             self._bypassed = before
 
+    def watch_tower(self) -> None:
+        """Have what the vision tower computes read for selections, from now on."""
+        if self.tower is None:
+            self.tower = Tower(self.network)
+
     def _note(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember where the visual tokens are of the call that is about to reach the decoder."""
         call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
@@ -72,6 +83,7 @@ class Engine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the text decoder's forward."""
         tokens, self._tokens = self._tokens, None
+        encoded = self._encoded(tokens)
         cache = kwargs.get("past_key_values")
         if self._bypassed or self.plan.form is None:
             return self._stock(*args, **kwargs)
@@ -79,11 +91,25 @@ class Engine:
             return self.official.run(self._stock, tokens, *args, **kwargs)
         if tokens is None and not is_split(cache):
             return self._stock(*args, **kwargs)
-        return self._run(tokens, **kwargs)
+        return self._run(tokens, encoded, **kwargs)
+
+    def _encoded(self, tokens: VisualTokens | None) -> Callable[[], Encoded | None]:
+        """Return how to read what the vision tower said about the call's images."""
+        tower = self.tower
+        runs = [] if tower is None else tower.take()
+
+        @remembered
+        def read() -> Encoded | None:
+            if tower is None or tokens is None or not runs:
+                return None
+            return matched(tower.read(runs), tokens)
+
+        return read
 
     def _run(
         self,
         tokens: VisualTokens | None,
+        encoded: Callable[[], Encoded | None],
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -99,38 +125,54 @@ class Engine:
             cache = DynamicCache(config=config)
         text, visual = _streams_of(inputs_embeds, tokens, attention_mask)
         offset = 0 if cache is None else cache.get_seq_length()
+        stages = len(self.plan.selections) + 1
         if cache is not None and not is_split(cache):
             past_mask = None if attention_mask is None else attention_mask[:, :offset]
             device = inputs_embeds.device
-            split(cache, len(self.decoder.layers), len(inputs_embeds), past_mask, device)
+            depth = len(self.decoder.layers)
+            split(cache, depth, stages, len(inputs_embeds), past_mask, device)
+        if cache is not None and len(cache.layers[0].ledger.visual) != stages:
+            raise UserError("the selections of visual tokens were changed within a conversation")
 
-        ledger = None if cache is None else cast(Ledger, cache.layers[0].ledger)
-        cells = None if tokens is None or visual is None else _cells(tokens, visual)
         angles = self._angles(inputs_embeds, position_ids, offset)
-        call = Call(
-            who=attendance(text, visual, cells, self.plan.window, ledger, offset),
-            text_rotary=_both(text, angles),
-            visual_rotary=None if visual is None else _both(visual, angles),
-            cache=cache,
-        )
+        there: Present | None = None
+        if tokens is not None and visual is not None:
+            stacked = _stacked(deepstack_visual_embeds, inputs_embeds, tokens, visual)
+            there = present(tokens, visual, _both(visual, angles), stacked)
         streams = Streams(
             text.take(inputs_embeds), None if visual is None else visual.take(inputs_embeds)
         )
-        stacked = _stacked(deepstack_visual_embeds, inputs_embeds, tokens, visual)
-        x_BTD = self._through_layers(streams, call, stacked)
-        if cache is not None:
-            _write_down(cache, text, visual, offset, inputs_embeds.shape[1])
+        window = self.plan.window
+        passage = Passage(text, _both(text, angles), there, window, streams, cache, offset)
+        x_BTD = self._through_layers(streams, passage, encoded)
+        passage.write_down(inputs_embeds.shape[1])
         norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
         whole_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
         return MoeModelOutputWithPast(last_hidden_state=whole_BSD, past_key_values=cache)
 
-    def _through_layers(self, streams: Streams, call: Call, stacked: list[Tensor]) -> Tensor:
+    def _through_layers(
+        self, streams: Streams, passage: Passage, encoded: Callable[[], Encoded | None]
+    ) -> Tensor:
         """Return the text rows after the last layer; visual rows are gone after the cut."""
-        cut = self.plan.cut
+        cut, selections, stage = self.plan.cut, self.plan.selections, 0
         for layer in self.decoder.layers:
+            for selection in selections[stage:] if layer.index < cut else ():
+                if selection.after > layer.index:
+                    break
+                if passage.visual is not None:
+                    with self.overhead.clocked(streams.text_BTD.device):
+                        streams = passage.select(selection, streams, encoded)
+                stage += 1
+            call = passage.call(stage)
             if layer.index < cut:
-                weights = self.prepared.layer(layer.index)
-                streams = two_streams(streams, layer, weights, call, last=layer.index == cut - 1)
+                streams = two_streams(
+                    streams,
+                    layer,
+                    self.prepared.layer(layer.index),
+                    call,
+                    last=layer.index == cut - 1,
+                    watched=self.plan.watches(layer.index),
+                )
             elif streams.text_BTD.shape[1]:
                 streams.text_BTD = layer.module(
                     streams.text_BTD,
@@ -139,6 +181,7 @@ class Engine:
                     past_key_values=call.cache,
                     use_cache=call.cache is not None,
                 )
+            stacked = [] if passage.visual is None else passage.visual.stacked
             if streams.visual_BND is not None and layer.index < len(stacked):
                 streams.visual_BND = streams.visual_BND + stacked[layer.index]
         return streams.text_BTD
@@ -184,36 +227,16 @@ def _streams_of(
     return rows_where(real_BS & ~tokens.mask), rows_where(tokens.mask)
 
 
-def _both(rows: Rows, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _both(rows: Rows, angles: Rotary) -> Rotary:
     """Return cos and sin of one stream's rows."""
     return rows.take(angles[0]), rows.take(angles[1])
 
 
-def _cells(tokens: VisualTokens, visual: Rows) -> Cells:
-    """Return frame and place of every visual row, [B, N]; frame -1 where a row is not real."""
-    parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
-    return Cells(*(part.gather(1, visual.index_BR) for part in parts))
-
-
 def _stacked(
-    embeds: list[Tensor] | None, x_BSD: Tensor, tokens: VisualTokens | None, visual: Rows | None
+    embeds: list[Tensor] | None, x_BSD: Tensor, tokens: VisualTokens, visual: Rows
 ) -> list[Tensor]:
     """Return what DeepStack adds to visual rows after each of the first layers, [B, N, D] each."""
-    if not embeds or tokens is None or visual is None:
+    if not embeds:
         return []
     empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
     return [visual.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
-
-
-def _write_down(cache: Any, text: Rows, visual: Rows | None, offset: int, length: int) -> None:
-    """Enter the call's tokens into the cache's ledger."""
-    ledger = cast(Ledger, cache.layers[0].ledger)
-    ledger.text_BT = torch.cat([ledger.text_BT, text.index_BR + offset], dim=1)
-    ledger.text_valid_BT = torch.cat([ledger.text_valid_BT, text.validity], dim=1)
-    ledger.whole &= text.valid_BR is None
-    if visual is not None:
-        ledger.visual_BN = torch.cat([ledger.visual_BN, visual.index_BR + offset], dim=1)
-        ledger.visual_valid_BN = torch.cat([ledger.visual_valid_BN, visual.validity], dim=1)
-        ledger.whole &= visual.valid_BR is None
-    for layer in cache.layers:
-        layer.length = offset + length

@@ -25,6 +25,7 @@ from methods.visual_tokens.attention import (
     visual_attention,
 )
 from methods.visual_tokens.cache import SplitLayer
+from methods.visual_tokens.sight import Ran
 from methods.visual_tokens.weights import VisualWeights, project
 
 
@@ -44,19 +45,29 @@ class Call:
 
 @dataclass
 class Streams:
-    """The hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once gone."""
+    """The hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once gone.
+
+    `ran` are the queries and keys of the layer that ran last, where a selection will read them.
+    """
 
     text_BTD: Tensor
     visual_BND: Tensor | None
+    ran: Ran | None = None
 
 
 def two_streams(
-    streams: Streams, layer: DecoderLayer, weights: VisualWeights, call: Call, last: bool
+    streams: Streams,
+    layer: DecoderLayer,
+    weights: VisualWeights,
+    call: Call,
+    *,
+    last: bool,
+    watched: bool = False,
 ) -> Streams:
     """Send both streams through one layer.
 
     In the `last` layer that visual rows reach, only their keys and values are made: nobody reads
-    anything else of them.
+    anything else of them. A `watched` layer's queries and keys are kept for the selection after it.
     """
     visual = streams.visual_BND
     text_in = layer.attention_norm(streams.text_BTD)
@@ -72,7 +83,10 @@ def two_streams(
     out_BHTd, out_BhNd = _attention(text, own, seen, weights, call.who)
     x_BND = visual + _output(out_BhNd, weights, visual)
     x_BND = x_BND + weights.feed_forward(layer.feed_forward_norm(x_BND))
-    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND)
+    ran = None
+    if watched:
+        ran = Ran(layer.index, text, None if seen is None else seen[0], weights, call.who)
+    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND, ran)
 
 
 def _project_text(x_BTD: Tensor, weights: VisualWeights, call: Call, index: int) -> Projected:

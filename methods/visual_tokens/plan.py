@@ -6,12 +6,17 @@ have been reordered. Numbers of layers, heads and neurons start at 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from bench.errors import UserError
+from methods.visual_tokens.quota import Quota
+
+if TYPE_CHECKING:
+    from methods.visual_tokens.sight import Choice, Sight
 
 Form = Literal["skip", "official"]
 Dropped = Literal["silent", "text"]
@@ -40,13 +45,32 @@ class LayerPlan:
     neurons: tuple[Tensor, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """One point of the plan at which visual tokens leave for good; the rest go on.
+
+    It happens when `after` layers have run, 0 being before the decoder. Every frame keeps as many
+    tokens as `quota` says, or fewer, and `choose` says which; a frame that has no more than its
+    quota is left as it is. `attention` asks for the queries and keys of the layer that ran last,
+    `name` is for messages.
+    """
+
+    name: str
+    after: int
+    quota: Quota
+    choose: Callable[[Sight, Tensor], Choice]
+    attention: bool = False
+
+
 @dataclass
 class VisualPlan:
     """The settings of all layers of one network.
 
     Layers from `cut` on compute nothing for visual tokens. `dropped` says what a dropped head
     gives to visual rows: nothing (`silent`, the official LLaVA code), or attention to text alone
-    (`text`). `revision` grows with every change, so that whatever was prepared can be renewed.
+    (`text`). `selections` are in the order in which they happen, so that stage s of the decoder is
+    what runs after s of them. `revision` grows with every change, so that whatever was prepared
+    can be renewed.
     """
 
     layers: list[LayerPlan]
@@ -54,6 +78,7 @@ class VisualPlan:
     window: Window | None = None
     dropped: Dropped = "silent"
     form: Form | None = None
+    selections: list[Selection] = field(default_factory=list)
     revision: int = field(default=0, compare=False)
 
     @staticmethod
@@ -97,3 +122,21 @@ class VisualPlan:
             )
         self.cut = cut
         self.revision += 1
+
+    def select(self, selection: Selection) -> None:
+        """Add a selection; those after the same layer happen in the order in which they came."""
+        if not 0 <= selection.after < len(self.layers):
+            raise UserError(
+                f"{selection.name} selects after {selection.after} layers, but the decoder has "
+                f"{len(self.layers)}: 0 to {len(self.layers) - 1} are possible"
+            )
+        self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
+        self.revision += 1
+
+    def reaching(self, layer: int) -> list[Selection]:
+        """Return the selections that happen before a layer runs."""
+        return [selection for selection in self.selections if selection.after <= layer]
+
+    def watches(self, layer: int) -> bool:
+        """Whether a selection reads the queries and keys of a layer."""
+        return any(s.attention and s.after == layer + 1 < self.cut for s in self.selections)

@@ -8,12 +8,14 @@ far, H heads, d a head's width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bench.models.anatomy import dissect
 from bench.models.multimodal import DecoderLayer, VisualTokens, decoder_layers, locate
@@ -22,11 +24,28 @@ from methods.visual_tokens.plan import VisualPlan
 NAME = "slimbench_visual_masked"
 
 
-class Masked:
-    """One conversation: remembers where visual tokens are from its first call to its last."""
+@dataclass(frozen=True)
+class Removal:
+    """Tokens [B, S] of the first call that nobody else sees from layer `after` on.
 
-    def __init__(self, network: nn.Module, plan: VisualPlan) -> None:
-        self.network, self.plan = network, plan
+    `states_BSD` replaces hidden states at that layer's door where they are not NaN.
+    """
+
+    after: int
+    gone_BS: Tensor
+    states_BSD: Tensor | None = None
+
+
+class Masked:
+    """One conversation: remembers where visual tokens are from its first call to its last.
+
+    The plan's own selections are not carried out; what they would remove is told by `removals`.
+    """
+
+    def __init__(
+        self, network: nn.Module, plan: VisualPlan, removals: Sequence[Removal] = ()
+    ) -> None:
+        self.network, self.plan, self.removals = network, plan, removals
         self.layers = decoder_layers(dissect(network))
         self.thin = [self._thinned(layer) for layer in self.layers]
         self.tokens: VisualTokens | None = None
@@ -94,6 +113,10 @@ class Masked:
                 silent[:, head] |= vq[..., 0]
         if index >= plan.cut:
             allowed &= ~(vk & ~vq)[:, None]
+        for removal in self.removals:
+            if index >= removal.after:
+                gone = functional.pad(removal.gone_BS, (0, length - removal.gone_BS.shape[1]))
+                allowed &= (~gone[:, None] | (query[:, None] == key))[:, None]
         return allowed, silent
 
     def _near(self, tokens: VisualTokens, query: Tensor, key: Tensor) -> Tensor:
@@ -108,6 +131,23 @@ class Masked:
         near &= apart[2].abs() <= window.radius
         return near & (query[:, None] >= key[None, :]) if window.causal else near
 
+    def enter(self, index: int) -> Callable[..., Any]:
+        """Return a hook that gives tokens into which others were merged their new states."""
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states_BSD = args[0]
+            for removal in self.removals:
+                new_BSD = removal.states_BSD
+                if new_BSD is not None and removal.after == index and self._is_first():
+                    states_BSD = torch.where(new_BSD.isnan(), states_BSD, new_BSD)
+            return (states_BSD, *args[1:])
+
+        return before
+
+    def _is_first(self) -> bool:
+        """Whether the call is the conversation's first."""
+        return self.new == cast(VisualTokens, self.tokens).frame_BS.shape[1]
+
     def feed_forward(self, index: int) -> Callable[..., Tensor]:
         """Return a hook that gives visual rows the output of the thinned copy."""
 
@@ -120,12 +160,12 @@ class Masked:
 
 
 @contextmanager
-def masked(network: Any, plan: VisualPlan) -> Iterator[None]:
+def masked(network: Any, plan: VisualPlan, removals: Sequence[Removal] = ()) -> Iterator[None]:
     """Run the network's own layers under the masks of a plan, while the block lasts."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    state = Masked(network, plan)
+    state = Masked(network, plan, removals)
     ALL_ATTENTION_FUNCTIONS.register(NAME, state.attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     before = network.get_decoder().config._attn_implementation
@@ -134,6 +174,9 @@ def masked(network: Any, plan: VisualPlan) -> Iterator[None]:
     hooks += [
         layer.feed_forward.register_forward_hook(state.feed_forward(layer.index))
         for layer in state.layers
+    ]
+    hooks += [
+        layer.module.register_forward_pre_hook(state.enter(layer.index)) for layer in state.layers
     ]
     try:
         yield

@@ -17,11 +17,13 @@ class Rows:
     """Which tokens of a call one stream holds.
 
     `index_BR` is int64: is a row's place in the call, `valid_BR` says whether the row is real; None
-    says that all are and that every sample has its rows at the same places.
+    says that all are and that every sample has its rows at the same places. `full` says that all
+    rows are real, wherever they are.
     """
 
     index_BR: Tensor
     valid_BR: Tensor | None
+    full: bool = True
 
     @property
     def count(self) -> int:
@@ -43,6 +45,14 @@ class Rows:
         wide = x_BSD.expand(self.index_BR.shape[0], -1, -1)
         return wide.gather(1, index_BR1.expand(-1, -1, x_BSD.shape[-1]))
 
+    def among(self, chosen: Rows) -> Rows:
+        """Return those of these rows that `chosen`, places among them, names."""
+        index_BR = self.index_BR.gather(1, chosen.index_BR)
+        if self.valid_BR is None and chosen.valid_BR is None:
+            return Rows(index_BR, None)
+        valid_BR = self.validity.gather(1, chosen.index_BR) & chosen.validity
+        return Rows(index_BR, valid_BR, chosen.full)
+
     def put(self, into_BSD: Tensor, x_BRD: Tensor) -> Tensor:
         """Return `into` with the stream's real rows at their places."""
         if self.valid_BR is None:
@@ -62,4 +72,4 @@ def rows_where(mask_BS: Tensor) -> Rows:
     # A stable sort of the marks leaves the marked places last and in order.
     order_BS = mask_BS.to(torch.uint8).argsort(dim=1, stable=True)
     index_BR = order_BS[:, mask_BS.shape[1] - width :]
-    return Rows(index_BR, mask_BS.gather(1, index_BR))
+    return Rows(index_BR, mask_BS.gather(1, index_BR), full=False)

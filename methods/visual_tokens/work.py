@@ -11,6 +11,7 @@ from bench.models.multimodal import DecoderLayer
 from methods.visual_tokens.cost import LayerWork, Shape, last_visual
 from methods.visual_tokens.engine import Engine
 from methods.visual_tokens.plan import LayerPlan
+from methods.visual_tokens.quota import left_after
 
 
 def shape_of(engine: Engine) -> Shape:
@@ -39,6 +40,25 @@ def work_of(engine: Engine) -> list[LayerWork]:
     return work
 
 
+def stages_of(engine: Engine, n: int) -> list[dict[str, int]]:
+    """Return how many tokens of a frame of n each run of layers has: first, until, tokens."""
+    plan, stages = engine.plan, list[dict[str, int]]()
+    for layer in range(len(plan.layers)):
+        quotas = [selection.quota for selection in plan.reaching(layer)]
+        tokens = left_after(quotas, n) if layer < plan.cut else 0
+        if stages and stages[-1]["tokens"] == tokens:
+            stages[-1]["until"] = layer + 1
+        else:
+            stages.append({"first": layer, "until": layer + 1, "tokens": tokens})
+    return stages
+
+
+def average_tokens(stages: list[dict[str, int]]) -> float:
+    """Return the mean number of tokens of a frame over all layers."""
+    tokens = sum((stage["until"] - stage["first"]) * stage["tokens"] for stage in stages)
+    return tokens / stages[-1]["until"]
+
+
 def _layer(engine: Engine, layer: DecoderLayer, plan: LayerPlan, *, everywhere: bool) -> LayerWork:
     """Return one layer's work; `everywhere` says that dropped heads still have queries."""
     view = layer.attention_view()
@@ -49,6 +69,7 @@ def _layer(engine: Engine, layer: DecoderLayer, plan: LayerPlan, *, everywhere: 
         groups=len({head // per_group for head in heads}),
         queries=view.heads if everywhere else len(heads),
         neurons=_neurons(engine, layer),
+        quotas=tuple(selection.quota for selection in engine.plan.reaching(layer.index)),
     )
 
 

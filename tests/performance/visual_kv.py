@@ -31,12 +31,8 @@ def _bytes(name: str, row: Shares) -> Figure:
     with torch.no_grad():
         cache: Any = net(**call(torch.float32)).past_key_values
     ledger = cast(Ledger, cache.layers[0].ledger)
-    parts = (
-        ledger.text_BT,
-        ledger.text_valid_BT,
-        ledger.visual_BN,
-        ledger.visual_valid_BN,
-    )
+    places = (ledger.text, *ledger.visual)
+    parts = [part for kind in places for part in (kind.index_BR, kind.valid_BR)]
     held = cache_bytes(cache) + sum(part.numel() * part.element_size() for part in parts)
     lengths = Prompt(SIDE**2, BEFORE, BEFORE + AFTER, SIDE**2)
     wanted = expected_bytes(shape_of(engine), work_of(engine), lengths, element=4)

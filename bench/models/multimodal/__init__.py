@@ -3,7 +3,7 @@
 from bench.data.prompts.samples import Samples
 from bench.models.multimodal.decoder import Decoder, DecoderLayer, decoder_layers, open_decoder
 from bench.models.multimodal.frames import VisualTokens
-from bench.models.multimodal.location import FAMILIES, locate
+from bench.models.multimodal.location import FAMILIES, frame_size, locate
 
 __all__ = [
     "FAMILIES",
@@ -12,6 +12,7 @@ __all__ = [
     "Samples",
     "VisualTokens",
     "decoder_layers",
+    "frame_size",
     "locate",
     "open_decoder",
 ]

@@ -140,6 +140,19 @@ def _from_positions(call: Call, modality: str, mask_BS: Tensor) -> list[Frame]:
     return frames
 
 
+def frame_size(config: Any) -> Frame | None:
+    """Return rows and columns of a frame where all have the same; None where images are free."""
+    vision = config.vision_config
+    if config.model_type == "llava":
+        side = vision.image_size // vision.patch_size
+    elif config.model_type == "internvl":
+        patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
+        side = isqrt(round(patches * config.downsample_ratio**2))
+    else:
+        return None
+    return side, side
+
+
 def _refuse_size(config: Any, call: Call, size: tuple[int, int]) -> None:
     """Raise when pixels are of another size than the grid was made for."""
     pixels = call.get("pixel_values")

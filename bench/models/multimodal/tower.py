@@ -1,0 +1,205 @@
+"""What a vision tower says about its visual tokens: attention, keys, features before projection.
+
+Shapes: I images (or tiles), S patches and the class token of one, P patches of a call, V visual
+tokens of a call in the order in which they were encoded, c patches merged into a token, D tower
+width, H heads, d a head's width, F width of the features before the projector.
+
+Only what is read is computed: the query of the class token, or queries in chunks where there is no
+class token, and never for more than one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+
+# So many queries at once where the attention of all patches is needed.
+QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The visual tokens of one call as the tower left them; reading order inside a frame.
+
+    `received_V` is the attention that a token gets from the class token, or from all patches of
+    its frame on average where the tower has none; heads are averaged, and the patches of one token
+    summed. `keys_VHd` are means over patches. `features_VF` are the projector's inputs, and
+    `project` maps such features [n, F] to embeddings [n, d_model].
+    """
+
+    received_V: Tensor
+    keys_VHd: Tensor
+    features_VF: Tensor
+    project: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Run:
+    """One pass through the tower: what the watched attention and the projector were given."""
+
+    hidden: Tensor
+    kwargs: dict[str, Any]
+    features: Tensor
+    grids: Tensor | None
+
+
+class Tower:
+    """Watches the vision tower of one network, from the moment it is made.
+
+    Raises:
+        UserError: the tower is of a kind that is not understood.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.config = cast(Any, network.config)
+        tower, self._attention, self._projector = watched(network)
+        self._hidden: tuple[Tensor, dict[str, Any]] | None = None
+        self._grids: Tensor | None = None
+        self._runs: list[Run] = []
+        tower.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._attention.register_forward_pre_hook(self._attend, with_kwargs=True)
+        self._projector.register_forward_pre_hook(self._project)
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the grids of images of free size."""
+        self._grids = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+
+    def _attend(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what the watched layer's attention is given."""
+        self._hidden = (args[0] if args else kwargs["hidden_states"]), kwargs
+
+    def _project(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Finish a pass: the projector comes last."""
+        if self._hidden is not None:
+            self._runs.append(Run(*self._hidden, args[0], self._grids))
+            self._hidden = None
+
+    def take(self) -> list[Run]:
+        """Return the passes since the last call of this method, and forget them."""
+        runs, self._runs = self._runs, []
+        return runs
+
+    @torch.no_grad()
+    def read(self, runs: list[Run]) -> Encoded:
+        """Return what passes say about their visual tokens, in the order of the passes."""
+        read = _class_token if self.config.model_type in ("llava", "internvl") else _patches
+        found = [read(self.config, cast(Any, self._attention), run) for run in runs]
+        received, keys, features = (torch.cat(part) for part in zip(*found, strict=True))
+        width = runs[0].features.shape[-1]
+
+        def project(features_nF: Tensor) -> Tensor:
+            embedded: Tensor = self._projector(features_nF.reshape(-1, width))
+            return embedded
+
+        return Encoded(received, keys, features, project)
+
+
+def watched(network: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return a network's vision tower, the attention that is read in it, and its projector.
+
+    The attention is that of the layer whose output is projected (CLIP's penultimate in LLaVA), or
+    of the last layer in which patches see all of their frame (Qwen).
+
+    Raises:
+        UserError: the tower is of a kind that is not understood.
+    """
+    inner, config = cast(Any, network).model, cast(Any, network.config)
+    kind = config.vision_config.model_type
+    if config.model_type == "internvl":
+        layers = inner.vision_tower.encoder.layer
+        layer = layers[_layer(config, len(layers))]
+        return inner.vision_tower, layer.attention, inner.multi_modal_projector
+    if config.model_type == "llava" and kind == "clip_vision_model":
+        layers = inner.vision_tower.encoder.layers
+        layer = layers[_layer(config, len(layers))]
+        return inner.vision_tower, layer.self_attn, inner.multi_modal_projector
+    if config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+        full = getattr(config.vision_config, "fullatt_block_indexes", None) or [-1]
+        return inner.visual, inner.visual.blocks[max(full)].attn, inner.visual.merger
+    raise UserError(
+        f"the vision tower {kind} of {config.model_type} is not understood: its class token is "
+        "read in clip_vision_model and internvl_vision, and its patches in Qwen-VL towers"
+    )
+
+
+def _layer(config: Any, depth: int) -> int:
+    """Return the number of the layer whose output is projected."""
+    chosen = config.vision_feature_layer
+    if not isinstance(chosen, int):
+        raise UserError(f"vision_feature_layer={chosen}: attention is read at one layer only")
+    # Hidden state 0 is the embedding, so that state k comes from layer k - 1.
+    return depth + chosen if chosen < 0 else max(chosen - 1, 0)
+
+
+Found = tuple[Tensor, Tensor, Tensor]
+
+
+def _class_token(config: Any, attention: Any, run: Run) -> Found:
+    """Read a tower whose first token is the class token; patches are a square in raster order."""
+    heads, hidden_ISD = attention.num_heads, run.hidden
+    norms = [getattr(attention, f"{name}_norm", nn.Identity()) for name in "qk"]
+    q_I1Hd = norms[0](attention.q_proj(hidden_ISD[:, :1])).unflatten(-1, (heads, -1))
+    k_ISHd = norms[1](attention.k_proj(hidden_ISD)).unflatten(-1, (heads, -1))
+    scores_IHS = torch.einsum("iqhd,ishd->ihs", q_I1Hd.float(), k_ISHd.float()) * attention.scale
+    received_IS = scores_IHS.softmax(dim=-1).mean(dim=1)
+    merged = round(1 / getattr(config, "downsample_ratio", 1))
+    received_IP, keys_IPHd = received_IS[:, 1:], k_ISHd[:, 1:]
+    received_INc = _by_token(received_IP, merged)
+    keys_INcHd = _by_token(keys_IPHd, merged)
+    features_VF = run.features.flatten(0, 1)
+    return received_INc.sum(2).flatten(), keys_INcHd.mean(2).flatten(0, 1), features_VF
+
+
+def _by_token(x_IP: Tensor, merged: int) -> Tensor:
+    """Return values of patches [I, P, ...] by visual token, [I, P / c, c, ...], c = merged²."""
+    side = isqrt(x_IP.shape[1])
+    grid: Tensor = x_IP.unflatten(1, (side // merged, merged, side // merged, merged))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _patches(config: Any, attention: Any, run: Run) -> Found:
+    """Read a tower without a class token: patches of a token follow each other."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    qkv = attention.qkv(run.hidden).unflatten(-1, (3, attention.num_heads, -1))
+    q_PHd, k_PHd, _ = qkv.unbind(1)
+    q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *run.kwargs["position_embeddings"])
+    lengths = run.kwargs["cu_seqlens"].diff().tolist()
+    frames = zip(q_PHd.split(lengths), k_PHd.split(lengths), strict=True)
+    received_P = torch.cat([_mean_received(q, k, attention.scaling) for q, k in frames])
+    merged = config.vision_config.spatial_merge_size**2
+    received_V = received_P.unflatten(0, (-1, merged)).sum(1)
+    keys_VHd = k_PHd.unflatten(0, (-1, merged)).mean(1)
+    features_VF = run.features.reshape(len(received_V), -1)
+    if not hasattr(config.vision_config, "fullatt_block_indexes"):
+        return received_V, keys_VHd, features_VF
+    order_V = _window_order(config.vision_config, cast(Tensor, run.grids))
+    return received_V[order_V], keys_VHd[order_V], features_VF[order_V]
+
+
+def _mean_received(q_PHd: Tensor, k_PHd: Tensor, scaling: float) -> Tensor:
+    """Return the attention that each patch of a frame gets on average, [P]."""
+    k_HdP = k_PHd.permute(1, 2, 0).float()
+    total_P = torch.zeros(len(k_PHd), device=k_PHd.device)
+    for q_QHd in q_PHd.split(QUERIES):
+        weight_HQP = (q_QHd.transpose(0, 1).float() @ k_HdP * scaling).softmax(dim=-1)
+        total_P += weight_HQP.mean(dim=0).sum(dim=0)
+    return total_P / len(q_PHd)
+
+
+def _window_order(vision: Any, grids: Tensor) -> Tensor:
+    """Return where each visual token is among those that Qwen2.5-VL sorts by windows, [V]."""
+    from transformers.vision_utils import get_vision_window_index
+
+    window_V, _ = get_vision_window_index(
+        grids, vision.spatial_merge_size, vision.window_size, vision.patch_size
+    )
+    order_V: Tensor = torch.as_tensor(window_V, device=grids.device).argsort()
+    return order_V

@@ -1,0 +1,47 @@
+"""Tokens that duplicate pivots least (DART, EMNLP 2025).
+
+Shapes: I frames, M tokens of a frame, T text rows, P pivots, D width, E width of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from methods.token_pruning.ranking import best
+
+
+def pivots(keys_IRE: Tensor, allowed_IR: Tensor, most_I: Tensor) -> Tensor:
+    """Return the rows whose keys have the largest L1 norm, at most `most` a frame, bool [I, R]."""
+    return best(keys_IRE.float().abs().sum(dim=-1), allowed_IR, most_I)
+
+
+def least_alike(
+    x_IMD: Tensor,
+    text_ITD: Tensor,
+    valid_IM: Tensor,
+    visual_pivots_IM: Tensor,
+    text_pivots_IT: Tensor,
+    keep_I: Tensor,
+) -> Tensor:
+    """Return the visual pivots and the tokens least like each pivot, bool [I, M].
+
+    Pivots take turns, visual ones first and each kind in order. Each takes an equal part of what
+    `keep` leaves beside the visual pivots (the first ones one more where it does not divide): the
+    tokens not yet taken whose cosine with it is lowest.
+    """
+    pivot_IP = torch.cat([visual_pivots_IM, text_pivots_IT], dim=1)
+    state_IPD = functional.normalize(torch.cat([x_IMD, text_ITD], dim=1).float(), dim=-1)
+    number_IP = pivot_IP.cumsum(dim=1) - 1
+    count_I = pivot_IP.sum(dim=1)
+    rest_I = (keep_I - visual_pivots_IM.sum(dim=1)).clamp(min=0)
+    chosen_IM = visual_pivots_IM.clone()
+    for turn in range(int(count_I.max())):
+        place_I = (pivot_IP & (number_IP == turn)).float().argmax(dim=1)
+        pivot_ID1 = state_IPD[torch.arange(len(x_IMD), device=x_IMD.device), place_I][..., None]
+        alike_IM = (state_IPD[:, : x_IMD.shape[1]] @ pivot_ID1)[..., 0]
+        part_I = rest_I // count_I.clamp(min=1) + (turn < rest_I % count_I.clamp(min=1))
+        part_I = torch.where(turn < count_I, part_I, 0)
+        chosen_IM |= best(-alike_IM, valid_IM & ~chosen_IM, part_I)
+    return chosen_IM

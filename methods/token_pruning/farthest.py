@@ -1,0 +1,30 @@
+"""Max-min diversity (DivPrune, CVPR 2025). Shapes: I frames, M tokens of a frame, D width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.token_pruning.ranking import cosine
+
+
+def farthest_points(x_IMD: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
+    """Return tokens that are far from each other by d = 1 - cos, bool [I, M].
+
+    The first is the token whose nearest other token is farthest away; each further one is the
+    token whose nearest chosen token is.
+    """
+    distance_IMM = 1 - cosine(x_IMD)
+    pair_IMM = valid_IM[:, :, None] & valid_IM[:, None, :]
+    itself_MM = torch.eye(x_IMD.shape[1], dtype=torch.bool, device=x_IMD.device)
+    others_IMM = distance_IMM.masked_fill(~pair_IMM | itself_MM, torch.inf)
+    nearest_IM = others_IMM.amin(dim=2)
+    chosen_IM = torch.zeros_like(valid_IM)
+    frame_I = torch.arange(len(x_IMD), device=x_IMD.device)
+    for step in range(int(keep_I.max())):
+        free_IM = valid_IM & ~chosen_IM
+        next_I = nearest_IM.masked_fill(~free_IM, -torch.inf).argmax(dim=1)
+        chosen_IM[frame_I, next_I] |= step < keep_I
+        found_IM = distance_IMM[frame_I, next_I]
+        nearest_IM = found_IM if step == 0 else torch.minimum(nearest_IM, found_IM)
+    return chosen_IM

@@ -1,0 +1,58 @@
+"""PyramidDrop (Xing et al., CVPR 2025): a share of the tokens leaves after every stage."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.method import Context
+from methods.token_pruning.pruning import TokenPruning
+from methods.token_pruning.ranking import best
+from methods.visual_tokens.plan import Selection
+from methods.visual_tokens.quota import Quota
+from methods.visual_tokens.sight import Choice, Sight
+
+
+class PyramidDrop(TokenPruning):
+    """Cut the decoder into equal `stages` and keep a share `ratio` (λ) of the tokens after each.
+
+    Tokens are ranked by q · k of the last prompt token with each of them, heads averaged, in the
+    stage's last layer (the release computes both anew with the next layer's weights). Shares are
+    of the frame's tokens: λ, λ², λ³. With `average`, λ is such that the mean over layers is this
+    share of them.
+    """
+
+    stages: int = Field(default=4, ge=2)
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    average: float | None = Field(default=None, gt=0, le=1)
+
+    def _selections(self, depth: int, context: Context) -> list[Selection]:
+        cuts = [round(depth * stage / self.stages) for stage in range(1, self.stages)]
+        if len({0, *cuts, depth}) != self.stages + 1:
+            raise UserError(f"stages={self.stages}: the decoder has {depth} layers")
+        ratio = self.ratio if self.average is None else _ratio(self.average, cuts, depth)
+        return [
+            Selection("pyramid_drop", cut, Quota(share=ratio**power), self._choose, attention=True)
+            for power, cut in enumerate(cuts, start=1)
+        ]
+
+    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+        score_IM = sight.products(sight.last_text())[:, 0]
+        return Choice(best(score_IM, sight.valid, keep_I))
+
+
+def _ratio(average: float, cuts: list[int], depth: int) -> float:
+    """Return λ for which shares 1, λ, λ², ... average so much over the layers, by bisection."""
+    if average * depth <= cuts[0]:
+        raise UserError(
+            f"average={average} cannot be met: the first stage, with all tokens, is "
+            f"{cuts[0] / depth:.3g} of the layers; use more stages"
+        )
+    lengths = [b - a for a, b in zip([0, *cuts], [*cuts, depth], strict=True)]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = sum(n * middle**power for power, n in enumerate(lengths)) / depth
+        low, high = (middle, high) if mean < average else (low, middle)
+    return high

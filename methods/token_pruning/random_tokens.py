@@ -1,0 +1,35 @@
+"""Random tokens: the control that any way of choosing must beat."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.method import Context
+from methods.token_pruning.pruning import BeforeDecoder
+from methods.token_pruning.ranking import best
+from methods.visual_tokens.sight import Choice, Sight
+
+
+class RandomTokens(BeforeDecoder):
+    """Keep random tokens, the same ones in all images of a size, drawn from the run's seed.
+
+    A sample's tokens thus depend neither on the batch nor on the order of evaluation; several
+    seeds average over the draw.
+    """
+
+    def _chooser(self, context: Context) -> Any:
+        return partial(self._drawn, seed=context.seed)
+
+    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+        return self._drawn(sight, keep_I, seed=0)
+
+    def _drawn(self, sight: Sight, keep_I: Tensor, seed: int) -> Choice:
+        score_IM = torch.zeros(sight.valid.shape)
+        for number, count in enumerate(sight.frames.counts):
+            generator = torch.Generator().manual_seed(seed)
+            score_IM[number, :count] = torch.rand(count, generator=generator)
+        return Choice(best(score_IM.to(keep_I.device), sight.valid, keep_I))

@@ -1,0 +1,30 @@
+"""SCOPE (NeurIPS 2025): tokens that are salient and cover what the others do not."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from methods.token_pruning.coverage import covering
+from methods.token_pruning.pruning import BeforeDecoder
+from methods.visual_tokens.sight import Choice, Sight
+
+
+class Scope(BeforeDecoder):
+    """Choose tokens greedily by saliency to the power `alpha` times the coverage that they add.
+
+    Saliency is the class token's attention (Qwen: what a token receives from all patches on
+    average), coverage is by cosine of the features before the projector.
+    """
+
+    reads_tower: ClassVar[bool] = True
+
+    alpha: float = Field(default=1.0, ge=0)
+
+    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+        tower = sight.tower()
+        return Choice(
+            covering(tower.features_VF, tower.received_V, sight.valid, keep_I, self.alpha)
+        )

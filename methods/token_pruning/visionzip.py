@@ -1,0 +1,44 @@
+"""VisionZip (Yang et al., CVPR 2025): dominant tokens stay, the rest become a few means."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from methods.token_pruning.contextual import merged, spaced
+from methods.token_pruning.pruning import BeforeDecoder
+from methods.token_pruning.ranking import best
+from methods.visual_tokens.sight import Choice, Sight
+
+
+class VisionZip(BeforeDecoder):
+    """Keep the tokens that the class token attends to most, and merge the others into a few.
+
+    A part `contextual` of `keep` (10 of 64 in the paper) are targets at even distances among the
+    tokens that are not dominant; every other one joins the target whose key, heads averaged, is
+    nearest to its own, and the mean of each group before the projector takes the target's place.
+    Qwen's towers have no class token; there, as in the authors' port, a token's attention is what
+    it receives from all patches on average.
+    """
+
+    reads_tower: ClassVar[bool] = True
+
+    contextual: float = Field(default=10 / 64, ge=0, lt=1)
+
+    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+        tower, valid_IM = sight.tower(), sight.valid
+        targets_I = (keep_I * self.contextual).round().long()
+        dominant_IM = best(tower.received_V, valid_IM, keep_I - targets_I)
+        rest_IM = valid_IM & ~dominant_IM
+        target_IM = spaced(rest_IM, targets_I)
+        if not bool(target_IM.any()):
+            return Choice(dominant_IM)
+        source_IM = torch.where((targets_I > 0)[:, None], rest_IM & ~target_IM, False)
+        keys_IMd = tower.keys_VHd.mean(dim=2)
+        mean_IMF = merged(tower.features_VF, keys_IMd, target_IM, source_IM)
+        states_IMD = sight.states_IMD.clone()
+        states_IMD[target_IM] = tower.project(mean_IMF[target_IM]).to(states_IMD.dtype)
+        return Choice(dominant_IM | target_IM, target_IM, states_IMD)

@@ -1,0 +1,215 @@
+"""One call on its way through the decoder: which visual tokens are still there, who sees whom.
+
+Shapes: B samples, S tokens of the call, T text rows, N visual rows that are left, D d_model, I
+frames, V visual tokens of the call in the order in which they were encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.multimodal import VisualTokens
+from bench.models.multimodal.tower import Encoded
+from methods.visual_tokens.attendance import Past, attendance
+from methods.visual_tokens.attention import Rotary
+from methods.visual_tokens.cache import Ledger
+from methods.visual_tokens.frames import Frames
+from methods.visual_tokens.layers import Call, Streams
+from methods.visual_tokens.plan import Selection, Window
+from methods.visual_tokens.rows import Rows, rows_where
+from methods.visual_tokens.sight import Entered, Sight
+from methods.visual_tokens.windows import Cells
+
+
+@dataclass(frozen=True)
+class Present:
+    """The visual tokens that are left: rows of the call, their places in frames, their angles.
+
+    `stacked` is what DeepStack adds after each of the first layers, [B, N, D] each; `encoded_BN`
+    says which token of the vision tower each row was.
+    """
+
+    rows: Rows
+    cells: Cells
+    rotary: Rotary
+    stacked: list[Tensor]
+    encoded_BN: Tensor
+
+    def among(self, chosen: Rows) -> Present:
+        """Return those that `chosen`, places among them, names."""
+        rows, index_BN = self.rows.among(chosen), chosen.index_BR
+        parts = (self.cells.frame_N, self.cells.row_N, self.cells.column_N)
+        frame_BN, row_BN, column_BN = (part.gather(1, index_BN) for part in parts)
+        # Rows that only fill up belong to no frame, whatever they are copies of.
+        frame_BN = frame_BN.masked_fill(~rows.validity, -1)
+        return Present(
+            rows=rows,
+            cells=Cells(frame_BN, row_BN, column_BN),
+            rotary=(chosen.take(self.rotary[0]), chosen.take(self.rotary[1])),
+            stacked=[chosen.take(each) for each in self.stacked],
+            encoded_BN=self.encoded_BN.gather(1, index_BN),
+        )
+
+
+class Passage:
+    """What all layers of one call share, stage by stage; a selection ends a stage."""
+
+    def __init__(
+        self,
+        text: Rows,
+        text_rotary: Rotary,
+        visual: Present | None,
+        window: Window | None,
+        streams: Streams,
+        cache: Any | None,
+        offset: int,
+    ) -> None:
+        self.text, self.text_rotary, self.visual = text, text_rotary, visual
+        self.window, self.cache, self.offset = window, cache, offset
+        self.ledger: Ledger | None = None if cache is None else cache.layers[0].ledger
+        self.frames = None if visual is None else Frames.of(visual.cells)
+        self.whole = () if self.frames is None else self.frames.counts
+        self.entered: Entered | None = None
+        if visual is not None and streams.visual_BND is not None:
+            self.entered = Entered(streams.text_BTD, streams.visual_BND, visual.rows.validity)
+        self.stages: list[Rows] = [] if visual is None else [visual.rows]
+        self._stage, self._call = 0, self._of_stage(0)
+
+    def call(self, stage: int) -> Call:
+        """Return what the layers of a stage share; stages come in order."""
+        if stage != self._stage:
+            self._stage, self._call = stage, self._of_stage(stage)
+        return self._call
+
+    def _of_stage(self, stage: int) -> Call:
+        visual = self.visual
+        past = None if self.ledger is None else Past(self.ledger.text, self.ledger.visual[stage])
+        rows, cells = (None, None) if visual is None else (visual.rows, visual.cells)
+        return Call(
+            who=attendance(self.text, rows, cells, self.window, past, self.offset),
+            text_rotary=self.text_rotary,
+            visual_rotary=None if visual is None else visual.rotary,
+            cache=self.cache,
+        )
+
+    def select(
+        self, selection: Selection, streams: Streams, encoded: Callable[[], Encoded | None]
+    ) -> Streams:
+        """Let a selection choose which visual tokens go on, and return the streams without others.
+
+        `encoded` reads what the vision tower said.
+        """
+        if self.visual is None or self.frames is None or streams.visual_BND is None:
+            return streams
+        frames, states_BND = self.frames, streams.visual_BND
+        counts = zip(self.whole, frames.counts, strict=True)
+        kept = [selection.quota.kept(n, m) for n, m in counts]
+        device = states_BND.device
+        untouched_I = torch.tensor(
+            [k >= m for k, m in zip(kept, frames.counts, strict=True)], device=device
+        )
+        if not bool(untouched_I.all()):
+            sight = self._sight(selection, streams, frames, encoded())
+            choice = selection.choose(sight, torch.tensor(kept, device=device))
+            if choice.changed_IM is not None and choice.states_IMD is not None:
+                changed_IM = choice.changed_IM & ~untouched_I[:, None]
+                states_BND = frames.put(states_BND, changed_IM, choice.states_IMD)
+            chosen = rows_where(frames.spread(choice.keep_IM | untouched_I[:, None]))
+            states_BND = chosen.take(states_BND)
+            self.visual = self.visual.among(chosen)
+            self.frames = Frames.of(self.visual.cells)
+        self.stages.append(self.visual.rows)
+        return replace(streams, visual_BND=states_BND, ran=None)
+
+    def _sight(
+        self, selection: Selection, streams: Streams, frames: Frames, encoded: Encoded | None
+    ) -> Sight:
+        """Return what the selection may look at."""
+        visual, states_BND = self.visual, streams.visual_BND
+        assert visual is not None and states_BND is not None and self.entered is not None
+        parts = (visual.cells.frame_N, visual.cells.row_N, visual.cells.column_N)
+        packed = None
+        if encoded is not None:
+            index_IM = frames.pack(visual.encoded_BN)
+            packed = replace(
+                encoded,
+                received_V=encoded.received_V[index_IM],
+                keys_VHd=encoded.keys_VHd[index_IM],
+                features_VF=encoded.features_VF[index_IM],
+            )
+        return Sight(
+            name=selection.name,
+            frames=frames,
+            cells=Cells(*(frames.pack(part) for part in parts)),
+            states_IMD=frames.pack(states_BND),
+            whole=self.whole,
+            visual=visual.rows,
+            text=self.text,
+            text_BTD=streams.text_BTD,
+            entered=self.entered,
+            ran=streams.ran,
+            encoded=packed,
+        )
+
+    def write_down(self, length: int) -> None:
+        """Enter the call's tokens, of which there were `length`, into the cache's ledger."""
+        if self.ledger is None or self.cache is None:
+            return
+        self.ledger.text = self.ledger.text.followed_by(self.text, self.offset)
+        for stage, rows in enumerate(self.stages):
+            self.ledger.visual[stage] = self.ledger.visual[stage].followed_by(rows, self.offset)
+        for layer in self.cache.layers:
+            layer.length = self.offset + length
+
+
+def present(tokens: VisualTokens, rows: Rows, rotary: Rotary, stacked: list[Tensor]) -> Present:
+    """Return all visual tokens of a call."""
+    parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS, _encoding_order(tokens))
+    frame_BN, row_BN, column_BN, encoded_BN = (part.gather(1, rows.index_BR) for part in parts)
+    return Present(rows, Cells(frame_BN, row_BN, column_BN), rotary, stacked, encoded_BN)
+
+
+def _encoding_order(tokens: VisualTokens) -> Tensor:
+    """Return the number of each visual token among all of the call, frame by frame, [B, S].
+
+    Frames are numbered as they were encoded: images in reading order, then videos.
+    """
+    number_V = tokens.frame_BS[tokens.mask].argsort(stable=True).argsort()
+    return torch.zeros_like(tokens.frame_BS).masked_scatter(tokens.mask, number_V)
+
+
+def matched(encoded: Encoded, tokens: VisualTokens) -> Encoded:
+    """Return what the tower said in the order of a call's tokens, which beams may have repeated.
+
+    Raises:
+        UserError: the tower encoded other images than the call's.
+    """
+    counts = tokens.mask.sum(dim=1).tolist()
+    found, wanted = len(encoded.received_V), sum(counts)
+    if found == wanted:
+        return encoded
+    beams = wanted // max(found, 1)
+    if beams * found != wanted or any(
+        len(set(counts[b : b + beams])) > 1 for b in range(0, len(counts), beams)
+    ):
+        raise UserError(
+            f"the vision tower encoded {found} visual tokens, but the call has {wanted}: pass a "
+            "call's pixels together with it"
+        )
+    index, start = [], 0
+    for count in counts[::beams]:
+        index += list(range(start, start + count)) * beams
+        start += count
+    order_V = torch.tensor(index, device=encoded.received_V.device)
+    return replace(
+        encoded,
+        received_V=encoded.received_V[order_V],
+        keys_VHd=encoded.keys_VHd[order_V],
+        features_VF=encoded.features_VF[order_V],
+    )

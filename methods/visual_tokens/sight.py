@@ -1,0 +1,184 @@
+"""What a selection may look at when it chooses among visual tokens.
+
+Shapes: B samples, I frames, M visual tokens of a frame, T text rows, R some of them, N visual rows
+of the call, D d_model, h query heads that see visual tokens, K visual and text keys, d a head's
+width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.multimodal.tower import Encoded
+from methods.visual_tokens.attendance import Attendance
+from methods.visual_tokens.attention import Projected, pick, read_by
+from methods.visual_tokens.frames import Frames
+from methods.visual_tokens.rows import Rows
+from methods.visual_tokens.weights import VisualWeights
+from methods.visual_tokens.windows import Cells
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tokens of each frame go on, bool [I, M], and new states for some of them.
+
+    `states_IMD` are taken where `changed_IM` says so: tokens into which others were merged.
+    """
+
+    keep_IM: Tensor
+    changed_IM: Tensor | None = None
+    states_IMD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The queries and keys of the layer that ran last.
+
+    `visual_k` are the keys of all visual tokens so far for the heads kept in that layer, the
+    call's own last.
+    """
+
+    layer: int
+    text: Projected
+    visual_k: Tensor | None
+    weights: VisualWeights
+    who: Attendance
+
+
+@dataclass(frozen=True)
+class Entered:
+    """Both streams at the door of the decoder: embeddings [B, T, D] and [B, N, D], real rows."""
+
+    text_BTD: Tensor
+    visual_BND: Tensor
+    visual_valid_BN: Tensor
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One call at one point of the decoder.
+
+    `states_IMD` are the visual tokens' hidden states, before the decoder their embeddings;
+    `cells` their places in their frames [I, M]; `whole` how many tokens each frame came with.
+    `text_BTD` are the text rows' states, `text` their places. `entered` are both streams as they
+    came into the decoder, visual rows as many as there were. `ran` is None before the first layer,
+    `encoded` what the vision tower said by frame, V being [I, M], None unless it is watched.
+    """
+
+    name: str
+    frames: Frames
+    cells: Cells
+    states_IMD: Tensor
+    whole: tuple[int, ...]
+    visual: Rows
+    text: Rows
+    text_BTD: Tensor
+    entered: Entered
+    ran: Ran | None
+    encoded: Encoded | None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens of each frame are real, bool [I, M]."""
+        return self.frames.valid_IM
+
+    def question(self) -> Tensor:
+        """Return which text rows come after the last image of their sample, bool [B, T]."""
+        places_BN = self.visual.index_BR.masked_fill(~self.visual.validity, -1)
+        last_B1 = places_BN.amax(dim=1, keepdim=True)
+        return self.text.validity & (self.text.index_BR > last_B1)
+
+    def asked(self) -> Tensor:
+        """Return the same, which must not be empty in a sample with an image.
+
+        Raises:
+            UserError: an image ends its prompt.
+        """
+        question_BT = self.question()
+        if not bool(question_BT.any(dim=1)[self.frames.sample_I].all()):
+            raise UserError(
+                f"{self.name} chooses an image's tokens by the text after them, but a prompt of "
+                "this call ends with its image"
+            )
+        return question_BT
+
+    def last_text(self) -> Rows:
+        """Return the last text row of every sample, which must come after its images."""
+        self.asked()
+        places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
+        return Rows(places_B1, None)
+
+    def attention(self, rows: Rows) -> Tensor:
+        """Return how much each chosen text row attends to each visual token, [I, R, M].
+
+        The softmax is over all keys that a row sees, visual and text, in float32, and the mean is
+        over the heads that see visual tokens. `rows` are places among the text rows.
+        """
+        ran = self._attended()
+        scores_BhRK = self._scores(rows, ran)
+        mask = cast(Tensor, ran.who.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
+        index = rows.index_BR[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
+        weight = scores_BhRK.masked_fill(~mask.gather(2, index), -torch.inf).softmax(dim=-1)
+        return self._own(weight, ran).transpose(1, 2)
+
+    def products(self, rows: Rows) -> Tensor:
+        """Return the scaled products of chosen text rows' queries with visual keys, [I, R, M]."""
+        ran = self._attended()
+        return self._own(self._scores(rows, ran), ran).transpose(1, 2)
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
+
+        Both of the key-value heads that visual tokens have, after rotation.
+        """
+        ran = self._attended()
+        groups = ran.weights.heads.groups
+        visual = cast(Tensor, ran.visual_k)[:, :, -self.visual.count :]
+        text = pick(ran.text.k, groups)[:, :, -self.text.count :]
+        return (
+            self.frames.pack(visual.transpose(1, 2).flatten(2)),
+            text.transpose(1, 2).flatten(2),
+        )
+
+    def tower(self) -> Encoded:
+        """Return what the vision tower said.
+
+        Raises:
+            UserError: the call's images were encoded before the tower was watched.
+        """
+        if self.encoded is None:
+            raise UserError(
+                f"{self.name} looks into the vision tower, but the images of this call were "
+                "encoded elsewhere: call the model with their pixels"
+            )
+        return self.encoded
+
+    def _attended(self) -> Ran:
+        """Return the layer that ran last, in which some head must see visual tokens."""
+        ran = cast(Ran, self.ran)
+        if ran.visual_k is None:
+            raise UserError(
+                f"{self.name} reads the attention of layer {ran.layer}, in which no head sees "
+                "visual tokens: keep some there or select after another layer"
+            )
+        return ran
+
+    def _scores(self, rows: Rows, ran: Ran) -> Tensor:
+        """Return scaled products of chosen text queries with visual and text keys, [B, h, R, K]."""
+        heads = ran.weights.heads
+        q_BhTd = pick(cast(Tensor, ran.text.q), heads.kept).float()
+        index = rows.index_BR[:, None, :, None].expand(-1, q_BhTd.shape[1], -1, q_BhTd.shape[3])
+        visual_k = pick(cast(Tensor, ran.visual_k), heads.reads)
+        k = torch.cat([visual_k, read_by(ran.text.k, heads.kept, heads.per_group)], dim=2)
+        return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * ran.weights.view.scaling
+
+    def _own(self, x_BhRK: Tensor, ran: Ran) -> Tensor:
+        """Return the mean over heads for the call's own visual tokens, [I, M, R]."""
+        seen = cast(Tensor, ran.visual_k).shape[2]
+        mean_BRN = x_BhRK[..., seen - self.visual.count : seen].mean(dim=1)
+        return self.frames.pack(mean_BRN.transpose(1, 2))

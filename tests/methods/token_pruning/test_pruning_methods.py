@@ -1,0 +1,214 @@
+"""Budgets, reports, costs and configs of the pruning methods."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.errors import UserError
+from methods.token_pruning.divprune import DivPrune
+from methods.token_pruning.downsample import Downsample
+from methods.token_pruning.fastv import FastV
+from methods.token_pruning.pyramid_drop import PyramidDrop
+from methods.token_pruning.random_tokens import RandomTokens
+from methods.token_pruning.sparsevlm import SparseVLM
+from methods.token_pruning.vtw import VTW
+from methods.visual_tokens.cache import cache_bytes
+from methods.visual_tokens.cost import LayerWork, Prompt, prefill_flops
+from methods.visual_tokens.cost import cache_bytes as expected_bytes
+from methods.visual_tokens.engine import engine_of
+from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.quota import Quota, left_after
+from methods.visual_tokens.work import average_tokens, shape_of, work_of
+from tests.methods.token_pruning.watching import CONTEXT, METHODS, applied, loaded
+from tests.methods.visual_tokens.tiny_mllms import build, prompt
+
+CONFIGS = Path(importlib.import_module("conf").__file__).parent / "method"
+
+
+@pytest.mark.parametrize("depth, kept", [(32, 115), (40, 121)])
+def test_fastv_at_an_average_of_144(depth, kept):
+    assert Quota.averaging(144, 2, depth).kept(576, 576) == kept
+    assert Quota.averaging(0.25, 2, depth).kept(576, 576) == kept
+
+
+@given(st.integers(1, 2000), st.floats(0.05, 1), st.integers(0, 8), st.integers(9, 60))
+def test_an_average_is_an_average(n, share, after, depth):
+    if share * depth <= after + 0.5:
+        return
+    kept = Quota.averaging(share, after, depth).kept(n, n)
+    average = (after * n + (depth - after) * kept) / depth
+    # Rounding moves k by half a token, and one token always stays.
+    assert abs(average - share * n) <= 1 or kept == 1
+
+
+def test_averages_that_cannot_be_met():
+    with pytest.raises(UserError, match=r"average=0.05 cannot be met: 2 of 32 layers"):
+        Quota.averaging(0.05, 2, 32)
+    with pytest.raises(UserError, match="cannot be met on an image of 4000 tokens"):
+        Quota.averaging(144, 2, 32).kept(4000, 4000)
+    with pytest.raises(UserError, match=r"average=0\.2 cannot be met: the first stage"):
+        PyramidDrop(average=0.2)._selections(32, CONTEXT)
+
+
+def test_pyramid_drop_of_32_layers():
+    selections = PyramidDrop()._selections(32, CONTEXT)
+    assert [each.after for each in selections] == [8, 16, 24]
+    left = [left_after([s.quota for s in selections[: i + 1]], 576) for i in range(3)]
+    assert left == [288, 144, 72]
+    steep = PyramidDrop(average=0.3)._selections(32, CONTEXT)
+    left = [576] + [left_after([s.quota for s in steep[: i + 1]], 576) for i in range(3)]
+    assert sum(left) / 4 == pytest.approx(0.3 * 576, abs=1)
+
+
+@pytest.mark.parametrize("average", [192, 128, 64])
+def test_sparsevlm_tables_average_what_they_are_called(average):
+    selections = SparseVLM(average=average)._selections(32, CONTEXT)
+    assert [each.after for each in selections] == [2, 6, 15]
+    tokens = [
+        left_after([s.quota for s in selections if s.after <= layer], 576) for layer in range(32)
+    ]
+    assert sum(tokens) / 32 == pytest.approx(average, rel=0.08)
+    plain = SparseVLM(average=average, recycle=False)._selections(32, CONTEXT)
+    table = {192: [300, 200, 110], 128: [303, 110, 36], 64: [66, 30, 17]}[average]
+    assert [s.quota.kept(576, 576) for s in plain] == table
+    assert [s.after for s in SparseVLM()._selections(28, CONTEXT)] == [2, 5, 13]
+
+
+def test_amounts_are_numbers_shares_or_everything():
+    assert [Quota.of(amount).kept(100, 100) for amount in (7, 0.07, 1, 1.0, "all", 400)] == [
+        7,
+        7,
+        1,
+        100,
+        100,
+        100,
+    ]
+    for wrong in (0, -3, 1.5, "some", True):
+        with pytest.raises(ValidationError):
+            DivPrune(keep=wrong)
+
+
+def test_one_budget_at_a_time():
+    for knobs in ({"keep": 5}, {"average": None}):
+        with pytest.raises(UserError, match="set one and leave the other null"):
+            FastV(**knobs).apply(loaded("llava_llama"), CONTEXT)
+
+
+def test_what_does_not_fit_is_said():
+    with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
+        FastV(after=9, keep=3, average=None).apply(loaded("llava_llama"), CONTEXT)
+    with pytest.raises(UserError, match="form=official: pruned tokens are really gone"):
+        DivPrune(form="official").check(loaded("llava_llama").anatomy)
+    with pytest.raises(UserError, match="one share for each"):
+        SparseVLM(keep=(0.5,)).apply(loaded("llava_llama"), CONTEXT)
+    network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
+    with pytest.raises(UserError, match="downsample needs whole images"):
+        network(**prompt("llava_llama", [4, (5, 5), 3]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reports_are_what_happens(method):
+    model = loaded("llava_llama")
+    report = METHODS[method].apply(model, CONTEXT)
+    details = report.details
+    cache = model.network(**prompt("llava_llama", [4, (5, 5), 6])).past_key_values
+    tokens = [layer.visual_keys.shape[2] for layer in cache.layers]
+    told = [s["tokens"] for s in details["stages"] for _ in range(s["first"], s["until"])]
+    assert report.saving == "skipped" and details["frame"] == 25
+    assert told == tokens
+    assert details["average_tokens"] == pytest.approx(sum(tokens) / 4)
+
+
+def test_stages_end_at_the_cut():
+    model = loaded("llava_llama")
+    LayerDrop(layers=3).apply(model, CONTEXT)
+    details = FastV(after=1, keep=5, average=None).apply(model, CONTEXT).details
+    assert details["stages"] == [
+        {"first": 0, "until": 1, "tokens": 25},
+        {"first": 1, "until": 3, "tokens": 5},
+        {"first": 3, "until": 4, "tokens": 0},
+    ]
+    assert details["average_tokens"] == average_tokens(details["stages"]) == 35 / 4
+    free = FastV(after=1, keep=5, average=None).apply(loaded("qwen2_vl"), CONTEXT).details
+    assert free["stages"] is None and free["selections"][0]["count"] == 5
+
+
+def test_vtw_reports_its_layers():
+    details = VTW().apply(loaded("llava_llama"), CONTEXT).details
+    assert details["layers"] == 2 and details["average_tokens"] == 12.5
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_and_cache_are_what_really_runs(name, method):
+    """Linear products by torch's own counter; it sees neither attention nor what is read beside."""
+    network, engine = applied(name, METHODS[method])
+    call = prompt(name, [6, (5, 5), 4])
+    visual = int((call["input_ids"] == 60).sum())
+    lengths, shape, work = Prompt(visual, 6, 10, 0.0), shape_of(engine), work_of(engine)
+    products = 0
+    for layer in work:
+        seen = layer.tokens(lengths)
+        products += 4 * seen * 6 * layer.queries * shape.head_dim
+        products += 4 * 10 * shape.head_dim * (shape.heads * 10 + layer.heads * seen)
+    with FlopCounterMode(display=False) as counter:
+        cache = network(**call, logits_to_keep=1).past_key_values
+    counted = counter.get_flop_counts()
+    decoder = sum(prefill_flops(shape, work, lengths).values()) - products
+    tower = sum(
+        sum(counted[key].values())
+        for key in counted
+        if key.endswith((".vision_tower", ".multi_modal_projector"))
+    )
+    beside = counter.get_total_flops() - tower - decoder
+    assert beside >= 0
+    if method in ("random_tokens", "downsample"):
+        assert beside == 0
+    assert cache_bytes(cache) == expected_bytes(shape, work, lengths, 4)
+
+
+def test_work_comes_back_from_a_report():
+    model = loaded("llava_llama")
+    details = METHODS["sparsevlm"].apply(model, CONTEXT).details
+    again = [
+        LayerWork(**layer | {"quotas": tuple(Quota(**quota) for quota in layer["quotas"])})
+        for layer in details["work"]
+    ]
+    assert [layer.tokens(Prompt(50, 0, 4, 50, frames=2)) for layer in again] == [
+        layer.tokens(Prompt(50, 0, 4, 50, frames=2)) for layer in work_of(engine_of(model.network))
+    ]
+    assert again[0].tokens(Prompt(50, 0, 4, 50, frames=2)) == 50
+
+
+def test_choosing_is_timed_apart():
+    network, engine = applied("llava_llama", METHODS["sparsevlm"])
+    call = prompt("llava_llama", [6, (5, 5), 4])
+    with engine.overhead.measured() as overhead:
+        network.generate(**call, max_new_tokens=3)
+    assert overhead.selections == 2 and overhead.seconds > 0
+    assert not engine.overhead.synchronised
+    overhead.reset()
+    assert engine.overhead.seconds == 0
+
+
+@pytest.mark.parametrize("name", [*METHODS, "vtw"])
+def test_every_config_makes_its_method(name):
+    knobs = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    module, _, kind = knobs.pop("_target_").rpartition(".")
+    method = getattr(importlib.import_module(module), kind)(**knobs)
+    network = build("llava_llama", num_hidden_layers=32, hidden_size=16, intermediate_size=8)
+    model = loaded("llava_llama")
+    model.network = network
+    details = method.apply(model, CONTEXT).details
+    share = details["average_tokens"] / details["frame"]
+    expected = {"vtw": 0.5, "pyramid_drop": 0.47, "sparsevlm": 1 / 3}.get(name, 0.25)
+    # On 25 tokens rounding shows, and so does the one more that each recycling leaves.
+    assert share == pytest.approx(expected, abs=0.05)
+    assert torch.isfinite(network(**prompt("llava_llama", [3, (5, 5), 4])).logits).all()

@@ -1,0 +1,100 @@
+"""Watching selections in a running network, and telling the masked reference what they removed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench.method import Context
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+from methods.token_pruning.cdpruner import CDPruner
+from methods.token_pruning.dart import DART
+from methods.token_pruning.divprune import DivPrune
+from methods.token_pruning.downsample import Downsample
+from methods.token_pruning.fastv import FastV
+from methods.token_pruning.prumerge_plus import PruMergePlus
+from methods.token_pruning.pyramid_drop import PyramidDrop
+from methods.token_pruning.random_tokens import RandomTokens
+from methods.token_pruning.scope import Scope
+from methods.token_pruning.sparsevlm import SparseVLM
+from methods.token_pruning.visionzip import VisionZip
+from methods.visual_tokens.engine import engine_of
+from methods.visual_tokens.reference import Removal
+from tests.methods.visual_tokens.tiny_mllms import build
+
+# Every method with settings that prune hard in four layers and a dozen tokens.
+METHODS = {
+    "fastv": FastV(after=1, keep=5, average=None),
+    "pyramid_drop": PyramidDrop(),
+    "sparsevlm": SparseVLM(layers=(1, 2), keep=(0.6, 0.25)),
+    "visionzip": VisionZip(keep=6, contextual=0.34),
+    "prumerge_plus": PruMergePlus(keep=5, neighbours=3),
+    "dart": DART(after=2, keep=7, average=None, visual_pivots=2, text_pivots=2),
+    "divprune": DivPrune(keep=0.4),
+    "cdpruner": CDPruner(keep=5),
+    "scope": Scope(keep=5),
+    "random_tokens": RandomTokens(keep=0.4),
+    "downsample": Downsample(keep=6),
+}
+CONTEXT = Context(seed=3)
+
+
+def loaded(name, **changes):
+    config = ModelConfig(name="tiny", source="zoo:tiny")
+    return Model(config, build(name, **changes), None, "", None, torch.device("cpu"))
+
+
+def applied(name, *methods, **changes):
+    """A network of one architecture with some methods, and its engine."""
+    model = loaded(name, **changes)
+    for method in methods:
+        method.apply(model, CONTEXT)
+    return model.network, engine_of(model.network)
+
+
+@dataclass
+class Seen:
+    """One selection: what it saw, its budget, what it chose."""
+
+    after: int
+    sight: object
+    keep: torch.Tensor
+    choice: object
+
+
+def spied(engine):
+    """Have every selection from now on noted in the list that is returned."""
+    seen = []
+
+    def spy(selection):
+        def choose(sight, keep):
+            choice = selection.choose(sight, keep)
+            seen.append(Seen(selection.after, sight, keep, choice))
+            return choice
+
+        return replace(selection, choose=choose)
+
+    engine.plan.selections = [spy(selection) for selection in engine.plan.selections]
+    return seen
+
+
+def removals(seen, shape, width=32):
+    """What the selections of one prefill [B, S] removed and replaced, for the reference."""
+    found = []
+    for each in seen:
+        sight, choice = each.sight, each.choice
+        frames = sight.frames
+        untouched = each.keep >= torch.tensor(frames.counts)
+        keep = choice.keep_IM | untouched[:, None]
+        gone = torch.zeros(shape, dtype=torch.bool)
+        states = torch.full((*shape, width), torch.nan)
+        changed = choice.changed_IM
+        for frame, count in enumerate(frames.counts):
+            for token in range(count):
+                row, sample = frames.index_IM[frame, token], frames.sample_I[frame]
+                place = sight.visual.index_BR.flatten()[row]
+                gone[sample, place] = not keep[frame, token]
+                if changed is not None and changed[frame, token] and not untouched[frame]:
+                    states[sample, place] = choice.states_IMD[frame, token]
+        found.append(Removal(each.after, gone, states))
+    return found
