@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -50,11 +51,15 @@ def _forward(model: Model, config: CostsConfig) -> list[Cost]:
 def _prefill(model: Model, config: CostsConfig) -> list[Cost]:
     """Count and time one prompt with an image."""
     found = prefill.measure(model, prefill.prompt(model, config.words))
-    return [
+    costs = [
         *_flops(found.shapes, found.flops),
         Cost(found.shapes, "cache_bytes", "B", found.cache_bytes, "counted"),
         Cost(found.shapes, "seconds", "s", found.median, "measured", _spread(found.seconds)),
     ]
+    if found.overhead:
+        middle, spread = statistics.median(found.overhead), _spread(found.overhead)
+        costs.append(Cost(found.shapes, "method_seconds", "s", middle, "measured", spread))
+    return costs
 
 
 def _flops(shapes: str, parts: dict[str, int]) -> list[Cost]:

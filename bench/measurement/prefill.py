@@ -35,13 +35,18 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt's costs: tokens of either kind, FLOPs by part, seconds of each repetition."""
+    """One prompt's costs: tokens of either kind, FLOPs by part, seconds of each repetition.
+
+    `overhead` is the part of a repetition that went into a method's own choices, timed in calls
+    apart, since waiting for a device around them costs time itself; empty where there is none.
+    """
 
     visual: int
     text: int
     flops: dict[str, int]
     cache_bytes: int
     seconds: list[float]
+    overhead: list[float]
 
     @property
     def shapes(self) -> str:
@@ -75,6 +80,7 @@ def measure(model: Model, inputs: dict[str, Any]) -> Prefill:
         flops=_parts(counted),
         cache_bytes=_held(cache),
         seconds=_timed(model, inputs),
+        overhead=_overhead(model, inputs),
     )
 
 
@@ -110,6 +116,18 @@ def _timed(model: Model, inputs: dict[str, Any]) -> list[float]:
         synchronize(model.device)
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _overhead(model: Model, inputs: dict[str, Any]) -> list[float]:
+    """Return the seconds that a method's own work takes in each of some calls."""
+    if model.overhead is None:
+        return []
+    seconds = []
+    for _ in range(REPEATS):
+        with model.overhead() as spent:
+            _call(model, inputs)
+        seconds.append(spent.seconds)
     return seconds
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bench.models.config import ModelConfig
 
@@ -16,12 +18,19 @@ if TYPE_CHECKING:
     from bench.models.anatomy import Anatomy
 
 
+class Spent(Protocol):
+    """What a method's own work took while it was being timed."""
+
+    seconds: float
+
+
 @dataclass
 class Model:
     """A network, what turns inputs into tensors for it, and where they came from.
 
     `tokenizer` is None for an image classifier; `processor` takes images and text, and is None for
-    all but vision-language models, whose tokenizer it holds.
+    all but vision-language models, whose tokenizer it holds. `overhead` is set by a method that
+    does work of its own inside a forward, such as choosing tokens: it times that work.
 
     `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` the commit that
     the requested revision resolved to, None for local folders.
@@ -34,6 +43,7 @@ class Model:
     revision: str | None
     device: torch.device
     processor: Any = None
+    overhead: Callable[[], AbstractContextManager[Spent]] | None = None
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ RUNS_A_TABLE = 7
 UNBOUNDED = 100_000
 PERCENT_METRICS = frozenset({"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"})
 COSTS = ("parameters", "nonzero_parameters")
-WORK = {"flops": "FLOP", "cache_bytes": "B", "seconds": "s"}
+WORK = {"flops": "FLOP", "cache_bytes": "B", "seconds": "s", "method_seconds": "s in the method"}
 """Costs of one forward or prefill, which has its shapes in its scope, and their units."""
 UNREAL = frozenset({"zeroed", "masked"})
 
@@ -113,7 +113,7 @@ def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
 def _work_cell(record: Record, name: str, scope: str) -> str:
     """Write one cost; a time that only masks or zeros could have changed is not a gain."""
     cost = record.cost(name, scope)
-    if cost is not None and name == "seconds":
+    if cost is not None and name.endswith("seconds"):
         unreal = record.methods and {method.saving for method in record.methods} <= UNREAL
         return _saving(record) if unreal else f"{cost.value:.4f}"
     return quantity(cost.value if cost else None)

@@ -51,6 +51,7 @@ class TokenPruning(VisualStrategy):
         added = self._selections(len(engine.decoder.layers), context)
         for selection in added:
             engine.plan.select(selection)
+        model.overhead = engine.overhead.measured
         return {
             "selections": [{"after": s.after, **asdict(s.quota)} for s in added],
             **tokens_of(engine),

@@ -5,8 +5,10 @@ import torch
 
 from bench.measurement.operators import attention, counter, grouped
 from bench.measurement.prefill import REPEATS, measure
+from bench.method import Context
 from bench.models.config import ModelConfig
 from bench.models.model import Model
+from methods.token_pruning.fastv import FastV
 from methods.visual_tokens.cost import Prompt, cache_bytes, dense_work, prefill_flops, stock_flops
 from methods.visual_tokens.engine import engine_of
 from methods.visual_tokens.work import shape_of, work_of
@@ -92,3 +94,12 @@ def test_attention_and_grouped_products_are_seen_on_a_cpu():
         == attention(q.shape, k.shape, v.shape)
     )
     assert grouped((10, 3), (4, 3, 5)) == 2 * 10 * 3 * 5
+
+
+def test_a_methods_own_work_is_timed_apart():
+    model = loaded("llava_llama")
+    assert measured(model, "llava_llama").overhead == []
+    FastV(after=2, keep=0.5, average=None).apply(model, Context(seed=1))
+    found = measured(model, "llava_llama")
+    assert len(found.overhead) == REPEATS
+    assert all(own > 0 for own in found.overhead)
