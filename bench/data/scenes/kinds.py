@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Literal
 
 from bench.data.scenes.scene import (
     COLORS,
@@ -93,12 +94,11 @@ def _column_of_shape(scene: Scene) -> Found:
     return {(shape,): COLUMNS[column] for shape, (_, column, _) in _alone(scene).items()}
 
 
-def _pairs(scene: Scene, axis: int) -> dict[Subject, bool]:
+def _pairs(scene: Scene, axis: Literal[0, 1]) -> dict[Subject, bool]:
     """Return for each ordered pair of unique things whether the first has the lower coordinate."""
-    unique = scene.unique
-    found = permutations(unique, 2)
-    different = [(a, b) for a, b in found if unique[a][axis] != unique[b][axis]]
-    return {(a, b): int(unique[a][axis]) < int(unique[b][axis]) for a, b in different}
+    places = {name: (row, column)[axis] for name, (row, column, _) in scene.unique.items()}
+    different = [(a, b) for a, b in permutations(places, 2) if places[a] != places[b]]
+    return {(a, b): places[a] < places[b] for a, b in different}
 
 
 def _sideways(scene: Scene) -> Found:
@@ -137,8 +137,10 @@ def _exactly(scene: Scene) -> Found:
 
 
 def _left_or_above(scene: Scene) -> Found:
-    sideways = {(a, "to the left of", b): yes_if(x) for (a, b), x in _pairs(scene, 1).items()}
-    return sideways | {(a, "above", b): yes_if(x) for (a, b), x in _pairs(scene, 0).items()}
+    found: dict[Subject, str] = {}
+    for way, pairs in (("to the left of", _pairs(scene, 1)), ("above", _pairs(scene, 0))):
+        found |= {(a, way, b): yes_if(first) for (a, b), first in pairs.items()}
+    return found
 
 
 def _is_color(scene: Scene) -> Found:

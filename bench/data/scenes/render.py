@@ -70,7 +70,8 @@ def _mask(thing: Shape, dx: int, dy: int) -> NDArray[np.bool_]:
 
 def _ink(thing: Digit) -> NDArray[np.int64]:
     """Return a digit's ink from 0 to 16, each of its 8 x 8 pixels drawn as 2 x 2."""
-    return _collected()[thing.sample].repeat(2, axis=0).repeat(2, axis=1)
+    small_88 = _collected()[thing.sample]
+    return np.repeat(np.repeat(small_88, 2, axis=0), 2, axis=1)
 
 
 @functools.cache
