@@ -16,6 +16,7 @@ from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.plan import Dropped
+from methods.visual_tokens.repair import repair
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from methods.visual_tokens.strategy import VisualStrategy
 
@@ -41,7 +42,10 @@ class Yopo(VisualStrategy):
     `shares` is the row for any model, `models` the rows of architectures for which the paper has
     one of their own. With `budget`, a share of the visual FLOPs of the network as it is (linear in
     heads; the paper's labels are not), layers, heads and neurons are searched for instead, and
-    only the window is taken from the row. The other fields are those of the single strategies.
+    only the window is taken from the row. With `repair`, which is not part of the paper, output and
+    down projections of visual rows are refitted by least squares on the calibration images, with
+    `refit_damping` relative to the mean of the Gram matrix's diagonal. The other fields are those
+    of the single strategies.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -55,6 +59,8 @@ class Yopo(VisualStrategy):
     dropped: Dropped = "silent"
     reorder: bool = True
     settings: str | None = None
+    repair: bool = False
+    refit_damping: float = Field(default=0.01, gt=0)
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
         row = self.models.get(model.anatomy.model_type, self.shares)
@@ -67,6 +73,11 @@ class Yopo(VisualStrategy):
             found = {}
             for name, part in self._parts(row).items():
                 found[name] = part._set(engine, model, context)
+        if self.repair:
+            if self.form != "skip" or self.dropped != "silent":
+                raise UserError("repair=true refits what is skipped: form=skip and dropped=silent")
+            samples = samples_of(context)
+            found["repair"] = repair(engine, samples, self.refit_damping, context.progress)
         return {"label": row.label, "row": row.model_dump(), **found}
 
     def _parts(self, row: Shares) -> dict[str, VisualStrategy]:
