@@ -6,7 +6,7 @@ network's own activations of visual rows comes as near as possible to that of al
 solver is that of CAMERA-P's refit, whose damping makes sure that the error does not grow. Text rows
 go on with the weights as they are. Not part of the paper; windows are not foreseen.
 
-Shapes: R visual rows of all calibration prompts, F columns of a projection, K those kept, D d_model.
+Shapes: R visual rows of all calibration prompts, F columns of a projection, K kept, D d_model.
 """
 
 from __future__ import annotations
