@@ -198,6 +198,8 @@ def matched(encoded: Encoded, tokens: VisualTokens) -> Encoded:
     if found == wanted:
         return encoded
     beams = wanted // max(found, 1)
+    if bool((tokens.frame_BS[tokens.mask].diff() < 0).any()):
+        raise UserError("a beam search over images and videos together cannot follow the tower")
     if beams * found != wanted or any(
         len(set(counts[b : b + beams])) > 1 for b in range(0, len(counts), beams)
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -140,6 +141,12 @@ class VisualPlan:
             )
         self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
         self.revision += 1
+        for first, then in pairwise(self.selections):
+            if then.attention and first.after == then.after:
+                raise UserError(
+                    f"{then.name} reads what layer {then.after - 1} attended to, but {first.name} "
+                    "has already chosen there: let one of them select after another layer"
+                )
 
     def reaching(self, layer: int) -> list[Selection]:
         """Return the selections that happen before a layer runs."""

@@ -109,6 +109,8 @@ def test_what_does_not_fit_is_said():
         DivPrune(form="official").check(loaded("llava_llama").anatomy)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").anatomy)
+    with pytest.raises(UserError, match="fastv reads what layer 1 attended to, but dart has alr"):
+        applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
     with pytest.raises(UserError, match="downsample needs whole images"):
         network(**prompt("llava_llama", [4, (5, 5), 3]))
