@@ -15,7 +15,7 @@ from bench.models.anatomy import Anatomy
 from bench.models.model import Model
 from bench.models.multimodal import frame_size
 from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.plan import Selection
+from methods.visual_tokens.plan import Selection, VisualPlan
 from methods.visual_tokens.quota import Quota
 from methods.visual_tokens.sight import Choice, Sight
 from methods.visual_tokens.strategy import VisualStrategy
@@ -40,10 +40,16 @@ class TokenPruning(VisualStrategy):
     reads_tower: ClassVar[bool] = False
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse also the official form; an unknown tower is refused when the model is there."""
+        """Refuse also the official form, and budgets and layers that cannot be.
+
+        A tower that is not understood is refused when the model is there.
+        """
         super().check(anatomy)
         if self.form != "skip":
             raise UserError(f"form={self.form}: pruned tokens are really gone, so it must be skip")
+        plan = VisualPlan.dense(len(anatomy.layers))
+        for selection in self._selections(len(anatomy.layers), Context(seed=0)):
+            plan.select(selection)
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
         if self.reads_tower:

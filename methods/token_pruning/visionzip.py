@@ -20,8 +20,8 @@ class VisionZip(BeforeDecoder):
     A part `contextual` of `keep` (10 of 64 in the paper) are targets at even distances among the
     tokens that are not dominant; every other one joins the target whose key, heads averaged, is
     nearest to its own, and the mean of each group before the projector takes the target's place.
-    Qwen's towers have no class token; there, as in the authors' port, a token's attention is what
-    it receives from all patches on average.
+    Qwen's towers have no class token; there, as in ports to Qwen2.5-VL, a token's attention is
+    what it receives from all patches on average.
     """
 
     reads_tower: ClassVar[bool] = True

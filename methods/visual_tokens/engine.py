@@ -142,8 +142,8 @@ class Engine:
         streams = Streams(
             text.take(inputs_embeds), None if visual is None else visual.take(inputs_embeds)
         )
-        window = self.plan.window
-        passage = Passage(text, _both(text, angles), there, window, streams, cache, offset)
+        rotary, window = _both(text, angles), self.plan.window
+        passage = Passage(text, rotary, tokens, there, window, streams, cache, offset)
         x_BTD = self._through_layers(streams, passage, encoded)
         passage.write_down(inputs_embeds.shape[1])
         norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)

@@ -31,15 +31,13 @@ from methods.visual_tokens.windows import Cells
 class Present:
     """The visual tokens that are left: rows of the call, their places in frames, their angles.
 
-    `stacked` is what DeepStack adds after each of the first layers, [B, N, D] each; `encoded_BN`
-    says which token of the vision tower each row was.
+    `stacked` is what DeepStack adds after each of the first layers, [B, N, D] each.
     """
 
     rows: Rows
     cells: Cells
     rotary: Rotary
     stacked: list[Tensor]
-    encoded_BN: Tensor
 
     def among(self, chosen: Rows) -> Present:
         """Return those that `chosen`, places among them, names."""
@@ -53,17 +51,20 @@ class Present:
             cells=Cells(frame_BN, row_BN, column_BN),
             rotary=(chosen.take(self.rotary[0]), chosen.take(self.rotary[1])),
             stacked=[chosen.take(each) for each in self.stacked],
-            encoded_BN=self.encoded_BN.gather(1, index_BN),
         )
 
 
 class Passage:
-    """What all layers of one call share, stage by stage; a selection ends a stage."""
+    """What all layers of one call share, stage by stage; a selection ends a stage.
+
+    `tokens` and `visual` are None in a call without images; `streams` are as they come in.
+    """
 
     def __init__(
         self,
         text: Rows,
         text_rotary: Rotary,
+        tokens: VisualTokens | None,
         visual: Present | None,
         window: Window | None,
         streams: Streams,
@@ -73,19 +74,20 @@ class Passage:
         self.text, self.text_rotary, self.visual = text, text_rotary, visual
         self.window, self.cache, self.offset = window, cache, offset
         self.ledger: Ledger | None = None if cache is None else cache.layers[0].ledger
-        self.frames = None if visual is None else Frames.of(visual.cells)
-        self.whole = () if self.frames is None else self.frames.counts
+        self.tokens = tokens
+        self.frames: Frames | None = None
+        self.whole: tuple[int, ...] = ()
         self.entered: Entered | None = None
         if visual is not None and streams.visual_BND is not None:
             self.entered = Entered(streams.text_BTD, streams.visual_BND, visual.rows.validity)
         self.stages: list[Rows] = [] if visual is None else [visual.rows]
-        self._stage, self._call = 0, self._of_stage(0)
+        self._known: tuple[int, Call] | None = None
 
     def call(self, stage: int) -> Call:
         """Return what the layers of a stage share; stages come in order."""
-        if stage != self._stage:
-            self._stage, self._call = stage, self._of_stage(stage)
-        return self._call
+        if self._known is None or self._known[0] != stage:
+            self._known = stage, self._of_stage(stage)
+        return self._known[1]
 
     def _of_stage(self, stage: int) -> Call:
         visual = self.visual
@@ -105,18 +107,19 @@ class Passage:
 
         `encoded` reads what the vision tower said.
         """
-        if self.visual is None or self.frames is None or streams.visual_BND is None:
+        if self.visual is None or streams.visual_BND is None:
             return streams
+        if self.frames is None:
+            self.frames = Frames.of(self.visual.cells)
+            self.whole = self.frames.counts
         frames, states_BND = self.frames, streams.visual_BND
         counts = zip(self.whole, frames.counts, strict=True)
         kept = [selection.quota.kept(n, m) for n, m in counts]
-        device = states_BND.device
-        untouched_I = torch.tensor(
-            [k >= m for k, m in zip(kept, frames.counts, strict=True)], device=device
-        )
-        if not bool(untouched_I.all()):
+        untouched = [k >= m for k, m in zip(kept, frames.counts, strict=True)]
+        if not all(untouched):
             sight = self._sight(selection, streams, frames, encoded())
-            choice = selection.choose(sight, torch.tensor(kept, device=device))
+            choice = selection.choose(sight, torch.tensor(kept, device=states_BND.device))
+            untouched_I = torch.tensor(untouched, device=states_BND.device)
             if choice.changed_IM is not None and choice.states_IMD is not None:
                 changed_IM = choice.changed_IM & ~untouched_I[:, None]
                 states_BND = frames.put(states_BND, changed_IM, choice.states_IMD)
@@ -135,8 +138,9 @@ class Passage:
         assert visual is not None and states_BND is not None and self.entered is not None
         parts = (visual.cells.frame_N, visual.cells.row_N, visual.cells.column_N)
         packed = None
-        if encoded is not None:
-            index_IM = frames.pack(visual.encoded_BN)
+        if encoded is not None and self.tokens is not None:
+            order_BS = _encoding_order(self.tokens)
+            index_IM = frames.pack(order_BS.gather(1, visual.rows.index_BR))
             packed = replace(
                 encoded,
                 received_V=encoded.received_V[index_IM],
@@ -170,9 +174,8 @@ class Passage:
 
 def present(tokens: VisualTokens, rows: Rows, rotary: Rotary, stacked: list[Tensor]) -> Present:
     """Return all visual tokens of a call."""
-    parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS, _encoding_order(tokens))
-    frame_BN, row_BN, column_BN, encoded_BN = (part.gather(1, rows.index_BR) for part in parts)
-    return Present(rows, Cells(frame_BN, row_BN, column_BN), rotary, stacked, encoded_BN)
+    parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
+    return Present(rows, Cells(*(part.gather(1, rows.index_BR) for part in parts)), rotary, stacked)
 
 
 def _encoding_order(tokens: VisualTokens) -> Tensor:
@@ -195,6 +198,8 @@ def matched(encoded: Encoded, tokens: VisualTokens) -> Encoded:
     if found == wanted:
         return encoded
     beams = wanted // max(found, 1)
+    if bool((tokens.frame_BS[tokens.mask].diff() < 0).any()):
+        raise UserError("a beam search over images and videos together cannot follow the tower")
     if beams * found != wanted or any(
         len(set(counts[b : b + beams])) > 1 for b in range(0, len(counts), beams)
     ):

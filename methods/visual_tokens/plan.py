@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from methods.visual_tokens.quota import Quota
 
 if TYPE_CHECKING:
     from methods.visual_tokens.sight import Choice, Sight
+    from methods.visual_tokens.weights import Repair
 
 Form = Literal["skip", "official"]
 Dropped = Literal["silent", "text"]
@@ -69,7 +71,8 @@ class VisualPlan:
     Layers from `cut` on compute nothing for visual tokens. `dropped` says what a dropped head
     gives to visual rows: nothing (`silent`, the official LLaVA code), or attention to text alone
     (`text`). `selections` are in the order in which they happen, so that stage s of the decoder is
-    what runs after s of them. `revision` grows with every change, so that whatever was prepared
+    what runs after s of them. `repairs` are refitted projections by layer, forgotten when other
+    heads or neurons are kept. `revision` grows with every change, so that whatever was prepared
     can be renewed.
     """
 
@@ -79,6 +82,7 @@ class VisualPlan:
     dropped: Dropped = "silent"
     form: Form | None = None
     selections: list[Selection] = field(default_factory=list)
+    repairs: dict[int, Repair] = field(default_factory=dict)
     revision: int = field(default=0, compare=False)
 
     @staticmethod
@@ -99,7 +103,7 @@ class VisualPlan:
             LayerPlan(tuple(sorted(kept)), layer.neurons)
             for kept, layer in zip(heads, self.layers, strict=True)
         ]
-        self.revision += 1
+        self.repair({})
 
     def keep_neurons(self, neurons: list[tuple[Tensor, ...]]) -> None:
         """Set the neurons of every feed-forward of every layer."""
@@ -107,6 +111,11 @@ class VisualPlan:
             LayerPlan(layer.heads, tuple(kept.sort().values for kept in units))
             for units, layer in zip(neurons, self.layers, strict=True)
         ]
+        self.repair({})
+
+    def repair(self, repairs: dict[int, Repair]) -> None:
+        """Set the refitted projections of some layers."""
+        self.repairs = repairs
         self.revision += 1
 
     def see(self, window: Window | None) -> None:
@@ -132,6 +141,12 @@ class VisualPlan:
             )
         self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
         self.revision += 1
+        for first, then in pairwise(self.selections):
+            if then.attention and first.after == then.after:
+                raise UserError(
+                    f"{then.name} reads what layer {then.after - 1} attended to, but {first.name} "
+                    "has already chosen there: let one of them select after another layer"
+                )
 
     def reaching(self, layer: int) -> list[Selection]:
         """Return the selections that happen before a layer runs."""

@@ -46,6 +46,7 @@ class Prepared:
             self._heads[index],
             self.places(layer),
             self.plan.dropped,
+            self.plan.repairs.get(index),
         )
         if not torch.is_grad_enabled() or not _trained(layer):
             self._kept[index] = (version, weights)

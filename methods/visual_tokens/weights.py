@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.errors import UserError
 from bench.models.anatomy import ExpertView
 from bench.models.multimodal.decoder import AttentionView, DecoderLayer, Projection
 from methods.visual_tokens.narrowing import narrowed
@@ -84,41 +85,80 @@ class GatedSlice:
         return self.view.combine(self.view.hidden(x_BND))
 
 
+@dataclass(frozen=True)
+class Repair:
+    """Columns of one layer's projections, refitted for visual rows (`repair`).
+
+    `o` [D, h·d] are those of the kept heads at the places `heads`, `down` [D, f] those of a dense
+    feed-forward's neurons at the places `neurons`; None where nothing was refitted.
+    """
+
+    heads: tuple[int, ...]
+    o: Tensor | None
+    neurons: Tensor | None
+    down: Tensor | None
+
+    def fits(self, heads: tuple[int, ...], places: tuple[Tensor, ...] | None) -> bool:
+        """Whether what is kept is where it was when the columns were refitted."""
+        if self.down is None:
+            return self.o is None or heads == self.heads
+        assert self.neurons is not None
+        same = places is not None and torch.equal(places[0].cpu(), self.neurons.cpu())
+        return same and (self.o is None or heads == self.heads)
+
+
 def cut_out(
     layer: DecoderLayer,
     plan: LayerPlan,
     order: Sequence[int],
     places: tuple[Tensor, ...] | None,
     dropped: Dropped,
+    repair: Repair | None = None,
 ) -> VisualWeights:
     """Return the weights of one layer for visual rows.
 
     `order` says which head of the loaded network is at each place now, `places` where the kept
     neurons of each feed-forward are now; None keeps the whole feed-forward.
+
+    Raises:
+        UserError: heads or neurons are no longer where they were when `repair` was made.
     """
     view = layer.attention_view()
     chosen = set(range(view.heads) if plan.heads is None else plan.heads)
     kept = [place for place, head in enumerate(order) if head in chosen]
     heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
     queries = (*heads.kept, *heads.dropped) if dropped == "text" else heads.kept
+    if repair is not None and not repair.fits(heads.kept, places):
+        raise UserError(
+            f"layer {layer.index} was changed after its projections were repaired for visual "
+            "tokens: put the method with repair=true last"
+        )
+    o = _columns(view.o.weight, queries, view.head_dim)
+    if repair is not None and repair.o is not None:
+        o = repair.o
     return VisualWeights(
         view=view,
         heads=heads,
         q=_outputs(view.q, queries, view.head_dim),
         k=_outputs(view.k, heads.groups, view.head_dim),
         v=_outputs(view.v, heads.groups, view.head_dim),
-        o=Projection(_columns(view.o.weight, queries, view.head_dim), view.o.bias),
-        feed_forward=layer.feed_forward if places is None else _neurons(layer, places),
+        o=Projection(o, view.o.bias),
+        feed_forward=layer.feed_forward if places is None else _neurons(layer, places, repair),
     )
 
 
-def _neurons(layer: DecoderLayer, places: tuple[Tensor, ...]) -> nn.Module | GatedSlice:
+def _neurons(
+    layer: DecoderLayer, places: tuple[Tensor, ...], repair: Repair | None
+) -> nn.Module | GatedSlice:
     """Return the layer's feed-forward with some neurons only."""
     if layer.moe is not None:
         return narrowed(layer.moe, places)
     (unit,) = layer.units()
     gate, up = pick(unit.gate, places[0], 0), pick(unit.up, places[0], 0)
-    return GatedSlice(ExpertView(gate, up, pick(unit.down, places[0], 1), unit.act))
+    down = pick(unit.down, places[0], 1)
+    if repair is not None and repair.down is not None:
+        down = repair.down
+    return GatedSlice(ExpertView(gate, up, down, unit.act))
 
 
 def pick(weight: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -134,7 +174,7 @@ def project(x_BRD: Tensor, projection: Projection) -> Tensor:
     return functional.linear(x_BRD, projection.weight, projection.bias)
 
 
-def _spans(heads: Sequence[int], width: int) -> Tensor:
+def spans(heads: Sequence[int], width: int) -> Tensor:
     """Return the indices of all components of some heads."""
     first = torch.tensor(heads, dtype=torch.int64) * width
     return (first[:, None] + torch.arange(width)).flatten()
@@ -142,11 +182,11 @@ def _spans(heads: Sequence[int], width: int) -> Tensor:
 
 def _outputs(projection: Projection, heads: Sequence[int], width: int) -> Projection:
     """Return the rows of a projection that make some heads."""
-    index = _spans(heads, width)
+    index = spans(heads, width)
     bias = None if projection.bias is None else pick(projection.bias, index, 0)
     return Projection(pick(projection.weight, index, 0), bias)
 
 
 def _columns(weight: Tensor, heads: Sequence[int], width: int) -> Tensor:
     """Return the columns of an output projection that read some heads."""
-    return pick(weight, _spans(heads, width), 1)
+    return pick(weight, spans(heads, width), 1)

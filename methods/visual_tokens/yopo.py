@@ -16,6 +16,7 @@ from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.plan import Dropped
+from methods.visual_tokens.repair import repair
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from methods.visual_tokens.strategy import VisualStrategy
 
@@ -42,7 +43,10 @@ class Yopo(VisualStrategy):
     one of their own. With `budget`, a share of the visual FLOPs of the network as it is (linear in
     heads; the paper's labels are not), layers, heads and neurons are searched for instead, and
     only the window is taken from the row; with `budget_of=seconds` the budget is a share of the
-    dense prefill's time, measured on this machine. The other fields are those of the single strategies.
+    dense prefill's time, measured on this machine. With `repair`, which is not part of the paper,
+    output and down projections of visual rows are refitted by least squares on the calibration
+    images, with `refit_damping` relative to the mean of the Gram matrix's diagonal. The other
+    fields are those of the single strategies.
     """
 
     shares: Shares
@@ -55,12 +59,14 @@ class Yopo(VisualStrategy):
     dropped: Dropped = "silent"
     reorder: bool = True
     settings: str | None = None
+    repair: bool = False
+    refit_damping: float = Field(default=0.01, gt=0)
 
     @property
     def uses_prompts(self) -> bool:
-        """A budget is searched for on prompts, and so are scores that no folder holds."""
+        """Budgets and repairs are found on prompts, and so are scores that no folder holds."""
         scored = self.settings is None and "scored" in (self.heads, self.neurons)
-        return scored or self.budget is not None
+        return scored or self.repair or self.budget is not None
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
         row = self.models.get(model.anatomy.model_type, self.shares)
@@ -73,6 +79,11 @@ class Yopo(VisualStrategy):
             found = {}
             for name, part in self._parts(row).items():
                 found[name] = part._set(engine, model, context)
+        if self.repair:
+            if self.form != "skip" or self.dropped != "silent":
+                raise UserError("repair=true refits what is skipped: form=skip and dropped=silent")
+            samples = samples_of(context)
+            found["repair"] = repair(engine, samples, self.refit_damping, context.progress)
         return {"label": row.label, "row": row.model_dump(), **found}
 
     def _parts(self, row: Shares) -> dict[str, VisualStrategy]:

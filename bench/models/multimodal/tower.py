@@ -135,7 +135,7 @@ def _layer(config: Any, depth: int) -> int:
     if not isinstance(chosen, int):
         raise UserError(f"vision_feature_layer={chosen}: attention is read at one layer only")
     # Hidden state 0 is the embedding, so that state k comes from layer k - 1.
-    return depth + chosen if chosen < 0 else max(chosen - 1, 0)
+    return max(depth + chosen if chosen < 0 else chosen - 1, 0)
 
 
 Found = tuple[Tensor, Tensor, Tensor]

@@ -20,8 +20,8 @@ from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 
 TOLERANCE = 1e-5
 NAMES = ["llava_llama", "qwen2_vl", "internvl_qwen3"]
-# Two samples with other offsets, padding, numbers of images and sizes of images.
-BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3])
+# Other offsets, padding, numbers of images and sizes of images; the last sample has none.
+BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3], [9])
 
 
 def assert_skipped_is_masked(name, network, engine, call, tokens=4):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.compose import run_config
 from bench.errors import UserError
 from methods.token_pruning.divprune import DivPrune
 from methods.token_pruning.downsample import Downsample
@@ -98,16 +99,18 @@ def test_amounts_are_numbers_shares_or_everything():
 def test_one_budget_at_a_time():
     for knobs in ({"keep": 5}, {"average": None}):
         with pytest.raises(UserError, match="set one and leave the other null"):
-            FastV(**knobs).apply(loaded("llava_llama"), CONTEXT)
+            FastV(**knobs).check(loaded("llava_llama").anatomy)
 
 
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
-        FastV(after=9, keep=3, average=None).apply(loaded("llava_llama"), CONTEXT)
+        FastV(after=9, keep=3, average=None).check(loaded("llava_llama").anatomy)
     with pytest.raises(UserError, match="form=official: pruned tokens are really gone"):
         DivPrune(form="official").check(loaded("llava_llama").anatomy)
     with pytest.raises(UserError, match="one share for each"):
-        SparseVLM(keep=(0.5,)).apply(loaded("llava_llama"), CONTEXT)
+        SparseVLM(keep=(0.5,)).check(loaded("llava_llama").anatomy)
+    with pytest.raises(UserError, match="fastv reads what layer 1 attended to, but dart has alr"):
+        applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
     with pytest.raises(UserError, match="downsample needs whole images"):
         network(**prompt("llava_llama", [4, (5, 5), 3]))
@@ -203,6 +206,7 @@ def test_every_config_makes_its_method(name):
     knobs = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     module, _, kind = knobs.pop("_target_").rpartition(".")
     method = getattr(importlib.import_module(module), kind)(**knobs)
+    assert run_config([f"method={name}"]).method == {name: method}
     network = build("llava_llama", num_hidden_layers=32, hidden_size=16, intermediate_size=8)
     model = loaded("llava_llama")
     model.network = network

@@ -12,7 +12,7 @@ from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
 from methods.visual_tokens.layer_drop import LayerDrop
 from tests.methods.token_pruning.watching import METHODS, applied, loaded, removals, spied
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
+from tests.methods.visual_tokens.tiny_mllms import IMAGE, VIDEO, build, prompt
 
 NAMES = ["llava_llama", "qwen2_vl", "internvl_qwen2", "qwen2_5_vl", "qwen3_vl"]
 BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3])
@@ -180,3 +180,27 @@ def test_selections_behind_the_cut_do_not_happen():
     seen = spied(engine)
     network(**prompt("llava_llama", [4, (5, 5), 3]))
     assert [each.after for each in seen] == [1]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_videos_are_chosen_from_step_by_step(name):
+    """The tower encodes images before videos, whatever their order in the prompt."""
+    rng = torch.Generator().manual_seed(0)
+    ids = [5, 6, *[VIDEO] * 12, 7, *[IMAGE] * 6, 8, 9]
+    kinds = [{VIDEO: 2, IMAGE: 1}.get(token, 0) for token in ids]
+    call = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids)).long(),
+        "mm_token_type_ids": torch.tensor([kinds]).int(),
+        "pixel_values": torch.randn(24, 96, generator=rng),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+        "pixel_values_videos": torch.randn(48, 96, generator=rng),
+        "video_grid_thw": torch.tensor([[2, 4, 6]]),
+    }
+    network, engine = applied(name, METHODS["scope"].model_copy(update={"keep": 4}))
+    seen = spied(engine)
+    network(**call)
+    sight, choice = seen[0].sight, seen[0].choice
+    assert sight.whole == (6, 6, 6) and choice.keep_IM.sum(1).tolist() == [4, 4, 4]
+    embedded = sight.encoded.project(sight.encoded.features_VF.flatten(0, 1))
+    assert torch.allclose(embedded, sight.states_IMD.flatten(0, 1), atol=1e-5)

@@ -1,0 +1,136 @@
+"""Least-squares repair: what visual rows still compute stands in for what they do not.
+
+In a layer where visual rows keep some heads, or some neurons, the columns of the output and down
+projections that stay are refitted on calibration images, so that their product with the dense
+network's own activations of visual rows comes as near as possible to that of all columns. The
+solver is that of CAMERA-P's refit, whose damping makes sure that the error does not grow. Text rows
+go on with the weights as they are. Not part of the paper; windows are not foreseen.
+
+Shapes: R visual rows of all calibration prompts, F columns of a projection, K kept, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.multimodal import DecoderLayer, Samples, locate
+from bench.progress import Progress
+from methods.camera.refit import refitted
+from methods.visual_tokens.engine import Engine
+from methods.visual_tokens.weights import Repair, spans
+
+# Gram matrices are wide and float64, so that not all layers' are held at once.
+LAYERS_AT_ONCE = 4
+
+
+@torch.no_grad()
+def repair(
+    engine: Engine, samples: Samples, damping: float, progress: Progress
+) -> list[dict[str, Any]]:
+    """Refit the projections of every layer that visual rows reach, and say what it changed.
+
+    Errors are squared, relative to the projection's own output: before and after, by projection.
+    Experts are left as they are: each token meets others.
+    """
+    reached = engine.decoder.layers[: engine.plan.cut - 1]
+    repairs: dict[int, Repair] = {}
+    told = []
+    starts = range(0, len(reached), LAYERS_AT_ONCE)
+    for start in progress.track(list(starts), "repairing projections"):
+        group = reached[start : start + LAYERS_AT_ONCE]
+        grams = _grams(engine, group, samples)
+        for layer in group:
+            repairs[layer.index], errors = _layer(engine, layer, grams, damping)
+            told.append({"layer": layer.index, **errors})
+    engine.plan.repair(repairs)
+    return told
+
+
+def _layer(
+    engine: Engine, layer: DecoderLayer, grams: dict[nn.Module, Tensor], damping: float
+) -> tuple[Repair, dict[str, list[float]]]:
+    """Refit one layer."""
+    weights, errors = engine.prepared.layer(layer.index), dict[str, list[float]]()
+    view, kept = weights.view, weights.heads.kept
+    o_DK, down_DK, places_K = None, None, engine.prepared.places(layer)
+    if kept and weights.heads.dropped:
+        columns_K = spans(kept, view.head_dim).to(view.o.weight.device)
+        gram_FF = grams[_output(layer)]
+        o_DK, errors["attention"] = _refit(gram_FF, view.o.weight, columns_K, damping)
+    if places_K is not None and layer.moe is None:
+        (unit,) = layer.units()
+        columns_K = places_K[0].to(unit.down.device)
+        gram_FF = grams[_down(layer)]
+        down_DK, errors["feed_forward"] = _refit(gram_FF, unit.down, columns_K, damping)
+    return Repair(kept, o_DK, None if places_K is None else places_K[0], down_DK), errors
+
+
+def _refit(
+    gram_FF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float
+) -> tuple[Tensor, list[float]]:
+    """Return the refitted columns and the relative errors before and after."""
+    new_DK = refitted(gram_FF, weight_DF, kept_K, damping)
+    whole = _energy(gram_FF, weight_DF.double())
+    errors = []
+    for columns_DK in (weight_DF[:, kept_K].double(), new_DK):
+        left_DF = weight_DF.double().index_add(1, kept_K, -columns_DK)
+        errors.append(_energy(gram_FF, left_DF) / whole if whole else 0.0)
+    return new_DK.to(weight_DF.dtype), errors
+
+
+def _energy(gram_FF: Tensor, weight_DF: Tensor) -> float:
+    """Return ‖Φ Wᵀ‖² from ΦᵀΦ."""
+    return float(((weight_DF @ gram_FF) * weight_DF).sum())
+
+
+def _grams(
+    engine: Engine, layers: Sequence[DecoderLayer], samples: Samples
+) -> dict[nn.Module, Tensor]:
+    """Return ΦᵀΦ of the inputs that visual rows give some layers' projections, float64 [F, F]."""
+    modules = [_output(layer) for layer in layers]
+    modules += [_down(layer) for layer in layers if layer.moe is None]
+    found: dict[nn.Module, Tensor] = {}
+    for call in samples.inputs:
+        tokens = locate(engine.network, call)
+        if tokens is None:
+            raise UserError("a calibration prompt has no image: repair needs one in each")
+        with engine.dense(), _watching(modules, tokens.mask, found):
+            engine.network(**call, use_cache=False, logits_to_keep=1)
+    return found
+
+
+@contextmanager
+def _watching(
+    modules: Sequence[nn.Module], mask_BS: Tensor, found: dict[nn.Module, Tensor]
+) -> Iterator[None]:
+    """Add up products of the modules' inputs at the marked rows, while the block lasts."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        phi_RF = args[0][mask_BS.to(args[0].device)].double()
+        gram_FF = phi_RF.T @ phi_RF
+        found[module] = found[module] + gram_FF if module in found else gram_FF
+
+    hooks = [
+        module.register_forward_pre_hook(cast(Callable[..., None], before)) for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _output(layer: DecoderLayer) -> nn.Module:
+    """Return a layer's output projection."""
+    return cast(nn.Module, layer.attention.o_proj)
+
+
+def _down(layer: DecoderLayer) -> nn.Module:
+    """Return a dense layer's down projection."""
+    return cast(nn.Module, layer.feed_forward.down_proj)
