@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from bench.measurement.config import CostsConfig
-from bench.measurement.flops import count_forward
+from bench.measurement.flops import count_forward, count_images
 from bench.measurement.size import size
+from bench.models.vision import Classifier
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bench.models.model import Model
 
 
@@ -30,9 +33,8 @@ def count(model: Model, config: CostsConfig) -> list[Cost]:
     counted = size(model.network, model.anatomy)
     other = counted.parameters - counted.routed - counted.shared
     parts = {"routed": counted.routed, "shared": counted.shared, "other": other}
-    flops = count_forward(model.network, config.batch, config.length)
+    flops, shapes = _forward(model.network, config)
     total = flops.pop("total")
-    shapes = f"forward {config.batch}x{config.length}"
     return [
         Cost("model", "parameters", "1", counted.parameters, "counted", dict(parts)),
         Cost("model", "nonzero_parameters", "1", counted.nonzero, "counted"),
@@ -41,6 +43,16 @@ def count(model: Model, config: CostsConfig) -> list[Cost]:
         Cost(shapes, "flops", "FLOP", total, "counted", {k: float(v) for k, v in flops.items()}),
         Cost(shapes, "macs", "MAC", total / 2, "counted"),
     ]
+
+
+def _forward(network: nn.Module, config: CostsConfig) -> tuple[dict[str, int], str]:
+    """Count the FLOPs of one forward; the shapes name what went in, text or images."""
+    if isinstance(network, Classifier):
+        size = network.config.size
+        shapes = f"forward {config.batch}x{network.config.channels}x{size}x{size}"
+        return count_images(network, config.batch), shapes
+    shapes = f"forward {config.batch}x{config.length}"
+    return count_forward(network, config.batch, config.length), shapes
 
 
 def phases(seconds: dict[str, float]) -> list[Cost]:

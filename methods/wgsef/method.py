@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from methods.wgsef.solvers import envelope, gradients, group_lasso, half_space, torch_pruning
 from methods.wgsef.solvers.hard_threshold import HardThreshold
@@ -17,12 +17,21 @@ class Wgsef(SparseTraining):
     the homotopy that ends with at most k groups.
 
     `strength` is the paper's lambda, which `debiased` does without; `every` applies the operator
-    every so many steps with so many times the strength.
+    every so many steps with so many times the strength. `reach` is where the homotopy of lambda d
+    ends: at 1, the hard selection, or before, which leaves more to the final one.
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
     strength: float = Field(default=0.1, gt=0)
     every: int = Field(default=1, ge=1)
+    reach: float = Field(default=1.0, gt=0)
+
+    @field_validator("reach")
+    @classmethod
+    def _below_one(cls, reach: float) -> float:
+        if reach > 1:
+            raise ValueError("the debiased form needs lambda d below 1, its limit, hard selection")
+        return reach
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver of the chosen algorithm."""
@@ -30,7 +39,7 @@ class Wgsef(SparseTraining):
             return envelope.Envelope(scene, self.strength, self.every)
         if self.algorithm == "hspg":
             return envelope.EnvelopeHalfSpace(scene, self.strength)
-        return envelope.Debiased(scene)
+        return envelope.Debiased(scene, self.reach)
 
 
 class GroupLasso(SparseTraining):
