@@ -194,5 +194,7 @@ class FolderSet(ImageSet):
         digest = hashlib.sha256()
         for name, label in self._folder.samples:
             file = Path(name)
-            digest.update(f"{file.parent.name}/{file.name} {file.stat().st_size} {label}\n".encode())
+            digest.update(
+                f"{file.parent.name}/{file.name} {file.stat().st_size} {label}\n".encode()
+            )
         return digest.hexdigest()

@@ -10,7 +10,7 @@ from bench.data.images import ImageSet, Splits
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.result import Metric
 from bench.evaluation.scoring import Rows
-from bench.evaluation.source import Source
+from bench.evaluation.source import Origin, Source
 from bench.models.config import Kind
 from bench.models.model import Model
 from bench.progress import Progress
@@ -58,5 +58,5 @@ def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageScoring:
 
 def _source(splits: Splits, scored: ImageSet) -> Source:
     """Describe the images; no training image counts, for those are the methods' business."""
-    origin = "embedded" if splits.name == "digits" else "file"
+    origin: Origin = "embedded" if splits.name == "digits" else "file"
     return Source(origin, splits.provenance, None, scored.fingerprint())
