@@ -39,9 +39,9 @@ class SparseTraining(Method):
     `ratio` is the share of groups that goes (with scope `macs` or `bytes`: of that cost); `k`, when
     given, is how many stay in the whole network instead. `floor` is the share that every layer
     keeps at least. With `split: validation` the training images that are held out for choosing
-    knobs are left out of the training, and the accuracies reported are theirs. With `restart` the weights are drawn anew,
-    otherwise the model's own are trained on. Kept counts are rounded up to `multiple`. With
-    `checkpoints` a killed run goes on where it was.
+    knobs are left out of the training, and the accuracies reported are theirs. With `restart` the
+    weights are drawn anew, otherwise the model's own are trained on. Kept counts are rounded up to
+    `multiple`. With `checkpoints` a killed run goes on where it was.
     """
 
     ratio: float = Field(default=0.7, gt=0, lt=1)

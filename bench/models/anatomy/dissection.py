@@ -18,7 +18,8 @@ class Anatomy:
     """The parts of a network that methods change.
 
     `layers` are the decoder layers in order, none in an image classifier, which is described by
-    `vision`. `parameters` counts every weight once, tied ones too. `refusal` says why the MoE blocks are not understood; asking for them then raises it.
+    `vision`. `parameters` counts every weight once, tied ones too. `refusal` says why the MoE
+    blocks are not understood; asking for them then raises it.
     """
 
     architecture: str
