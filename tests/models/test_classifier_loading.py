@@ -91,7 +91,7 @@ def test_what_is_not_a_classifier_or_taken_for_something_else_is_one_sentence(tm
     moe = ModelConfig(name="x", source="zoo:micro_moe", kind="image_classifier")
     with pytest.raises(UserError, match="does not describe an image classifier"):
         skeleton(resolve(moe, offline=True))
-    with pytest.raises(UserError, match="needs model.kind=image_classifier"):
+    with pytest.raises(UserError, match=r"needs model\.kind=image_classifier"):
         skeleton(resolve(fresh(1).model_copy(update={"kind": "causal_lm"}), offline=True))
     with pytest.raises(UserError, match="device_map"):
         load(resolve(fresh(1, device_map="offload_cpu"), offline=True))
