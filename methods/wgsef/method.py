@@ -45,7 +45,7 @@ class Wgsef(SparseTraining):
 class GroupLasso(SparseTraining):
     """Group lasso by Prox-SG; with `adaptive` in the metric of the optimizer (ProxSSI)."""
 
-    strength: float = Field(default=3e-2, gt=0)
+    strength: float = Field(default=1e-2, gt=0)
     adaptive: bool = False
 
     def solver(self, scene: Scene) -> Solver:
@@ -57,7 +57,7 @@ class GroupLasso(SparseTraining):
 class Hspg(SparseTraining):
     """HSPG: half-space steps on group lasso after a first part of Prox-SG."""
 
-    strength: float = Field(default=3e-2, gt=0)
+    strength: float = Field(default=1e-2, gt=0)
     epsilon: float = Field(default=0.0, ge=0, lt=1)
     warmup: float = Field(default=0.25, ge=0, le=1)
 
@@ -69,7 +69,7 @@ class Hspg(SparseTraining):
 class AdaHspg(SparseTraining):
     """AdaHSPG+ without variance reduction: each epoch chooses between both steps."""
 
-    strength: float = Field(default=1e-2, gt=0)
+    strength: float = Field(default=3e-2, gt=0)
     mu: float = Field(default=1.0, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
@@ -80,7 +80,7 @@ class AdaHspg(SparseTraining):
 class DeepHoyer(SparseTraining):
     """The group Hoyer-square penalty."""
 
-    strength: float = Field(default=3e-2, gt=0)
+    strength: float = Field(default=1e-1, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""
@@ -90,7 +90,7 @@ class DeepHoyer(SparseTraining):
 class Slimming(SparseTraining):
     """Network slimming: L1 on BatchNorm scales."""
 
-    strength: float = Field(default=1e-2, gt=0)
+    strength: float = Field(default=3e-2, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""
@@ -116,7 +116,7 @@ class IterativeHardThresholding(SparseTraining):
 class GroupNorm(SparseTraining):
     """torch-pruning's sparse training with group norms (DepGraph)."""
 
-    strength: float = Field(default=1e-4, gt=0)
+    strength: float = Field(default=1e-3, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""
