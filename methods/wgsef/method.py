@@ -22,7 +22,7 @@ class Wgsef(SparseTraining):
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
-    strength: float = Field(default=0.1, gt=0)
+    strength: float = Field(default=0.3, gt=0)
     every: int = Field(default=1, ge=1)
     reach: float = Field(default=1.0, gt=0)
 
