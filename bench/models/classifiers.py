@@ -16,10 +16,19 @@ def empty(source: Source) -> Classifier:
     """Return the network on the meta device.
 
     Raises:
-        UserError: the folder does not describe a classifier.
+        UserError: the folder does not describe a classifier, or its images are too small for it.
     """
-    with torch.device("meta"):
-        return vision.build(_config(source))
+    config = _config(source)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            network = vision.build(config).eval()
+            network(torch.zeros(1, config.channels, config.size, config.size))
+        except RuntimeError:
+            raise UserError(
+                f"{config.architecture} does not fit images of size {config.size} with "
+                f"{config.channels} channels: its layers leave nothing of them"
+            ) from None
+    return network
 
 
 def load(source: Source, device: torch.device) -> Classifier:

@@ -97,6 +97,12 @@ def test_what_is_not_a_classifier_or_taken_for_something_else_is_one_sentence(tm
         load(resolve(fresh(1, device_map="offload_cpu"), offline=True))
 
 
+def test_images_that_are_too_small_for_a_network_are_one_sentence():
+    config = fresh(1).model_copy(update={"source": "fresh:vgg16"})
+    with pytest.raises(UserError, match="vgg16 does not fit images of size 8"):
+        skeleton(resolve(config, offline=True))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
