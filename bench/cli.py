@@ -93,10 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--command", action="store_true", help="only the command that repeats it")
     track = command("track", _track, "send records to W&B (again)")
     track.add_argument("runs", nargs="+", metavar="RUN")
-    export = command("export", _export, "write the model of a run as a Hugging Face folder")
+    export = command("export", _export, "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     export.add_argument("folder", type=Path, metavar="DIR")
     export.add_argument("--padded", action="store_true", help="zeros so that transformers loads it")
+    export.add_argument("--onnx", action="store_true", help="an image classifier as ONNX as well")
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
@@ -170,7 +171,7 @@ def _track(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     from bench.export import export
 
-    form = export(given.run, given.folder, given.results_dir, pad=given.padded)
+    form = export(given.run, given.folder, given.results_dir, pad=given.padded, onnx=given.onnx)
     print(f"wrote {given.folder} ({form}); its README.md says how to load it")
     return DONE
 

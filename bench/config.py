@@ -73,6 +73,8 @@ class RunConfig(BaseModel):
         chosen["benchmark"]["data"] = sorted(self.benchmark.data)
         for text in chosen["benchmark"]["perplexity"].values():
             text.pop("path")
+        for key in ("folder", "download"):
+            chosen["benchmark"]["images"].pop(key)
         # A list of pairs: the order of methods is part of what a run is.
         chosen["method"] = [[name, m.model_dump(mode="json")] for name, m in self.method.items()]
         return chosen

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from bench.records import Record
 
 
-def export(run: str, folder: Path, results_dir: Path, *, pad: bool = False) -> Form:
+def export(
+    run: str, folder: Path, results_dir: Path, *, pad: bool = False, onnx: bool = False
+) -> Form:
     """Write the model of a run to a new folder, whole or not at all, and return its form.
 
     `run` is a record's id or the beginning of it. With `pad`, experts of different widths are
-    filled up with zeros, so that stock transformers loads the folder.
+    filled up with zeros, so that stock transformers loads the folder. With `onnx`, an image
+    classifier is written as ONNX as well.
 
     Raises:
         UserError: there is no such run, the folder is in use, the run cannot be repeated because
@@ -40,7 +43,7 @@ def export(run: str, folder: Path, results_dir: Path, *, pad: bool = False) -> F
     form: list[Form] = []
 
     def fill(place: Path) -> None:
-        form.append(save(model, place, pad=pad))
+        form.append(save(model, place, pad=pad, onnx=onnx))
         text = card(record, form[0], stock=_in_transformers(model))
         (place / "README.md").write_text(text, encoding="utf-8")
 

@@ -23,9 +23,26 @@ class PerplexityConfig(BaseModel):
     path: str | None = None
 
 
+class ImagesConfig(BaseModel):
+    """Which labelled images: a data set of `bench.data.images`, where it is, which of them.
+
+    `download` lets torchvision fetch what `folder` lacks. `split` is `test`, or `validation` for
+    the training images that are held out for choosing knobs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = "digits"
+    folder: str | None = None
+    download: bool = False
+    split: Literal["test", "validation"] = "test"
+
+
 class BenchmarkConfig(BaseModel):
     """One entry of the `benchmark` config group: harness tasks, perplexities, or both.
 
+    `harness` names who scores: `lm_eval`, or `images`, our own count of right classes, which
+    reads `images` and none of the keys about text.
     `suite` says where the tasks' data come from: `real` (the harness's own data sets) or `micro`
     (the embedded world, in the same schemas). `metrics` names the headline metric of each task,
     as `METRIC` or `METRIC,FILTER`; a task it does not name has its first one. Their unweighted
@@ -37,6 +54,7 @@ class BenchmarkConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
+    harness: Literal["lm_eval", "images"] = "lm_eval"
     suite: Literal["real", "micro"] = "real"
     tasks: tuple[str, ...] = ()
     metrics: dict[str, str] = Field(default_factory=dict)
@@ -45,6 +63,7 @@ class BenchmarkConfig(BaseModel):
     batch_size: int = Field(default=16, ge=1)
     limit: int | None = Field(default=None, ge=1)
     data: dict[str, str] = Field(default_factory=dict)
+    images: ImagesConfig = ImagesConfig()
 
     @field_validator("data", mode="before")
     @classmethod

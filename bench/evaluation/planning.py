@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bench.errors import UserError
 from bench.evaluation.config import BenchmarkConfig
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from bench.evaluation.scoring import Scoring
     from bench.evaluation.source import Source
     from bench.models.config import ModelConfig
+
+
+class Planner(Protocol):
+    """What finds the data of one harness's benchmarks."""
+
+    def __call__(self, benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
+        """Return the benchmark, ready to score any model."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,14 @@ def plan(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
 
 def _scoring(benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
     """Let the harness of a benchmark plan it."""
+    from bench.evaluation.images.planning import plan_images
     from bench.evaluation.text.planning import plan_text
 
-    return plan_text(benchmark, offline=offline)
+    planners: dict[str, Planner] = {
+        "lm_eval": plan_text,
+        "images": plan_images,
+    }
+    return planners[benchmark.harness](benchmark, offline=offline)
 
 
 def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:

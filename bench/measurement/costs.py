@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from bench.measurement import prefill
 from bench.measurement.config import CostsConfig
-from bench.measurement.flops import count_forward
+from bench.measurement.flops import count_forward, count_images
 from bench.measurement.size import size
+from bench.models.vision import Classifier
 
 if TYPE_CHECKING:
     from bench.models.model import Model
@@ -38,14 +39,22 @@ def count(model: Model, config: CostsConfig) -> list[Cost]:
         Cost("model", "active_parameters", "1", counted.active, "analytic"),
         Cost("model", "bytes", "B", counted.bytes, "counted"),
     ]
-    work = _prefill if model.config.kind == "image_text" else _forward
-    return [*sizes, *work(model, config)]
+    work = {"causal_lm": _forward, "image_text": _prefill, "image_classifier": _images}
+    return [*sizes, *work[model.config.kind](model, config)]
 
 
 def _forward(model: Model, config: CostsConfig) -> list[Cost]:
     """Count one forward of a language model."""
     flops = count_forward(model.network, config.batch, config.length)
     return _flops(f"forward {config.batch}x{config.length}", flops)
+
+
+def _images(model: Model, config: CostsConfig) -> list[Cost]:
+    """Count one forward of an image classifier, over images of the size that it is built for."""
+    network = cast(Classifier, model.network)
+    size = network.config.size
+    shapes = f"forward {config.batch}x{network.config.channels}x{size}x{size}"
+    return _flops(shapes, count_images(network, config.batch))
 
 
 def _prefill(model: Model, config: CostsConfig) -> list[Cost]:

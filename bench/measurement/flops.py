@@ -9,7 +9,7 @@ in full, not causally halved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.models.residence import without_hooks
+from bench.models.vision import Classifier
 
 COUNTABLE_EXPERTS = "batched_mm"
 
@@ -30,16 +31,50 @@ def count_forward(network: nn.Module, batch: int, length: int) -> dict[str, int]
     The result maps `total` and each part (`attention`, `feed_forward`, `head`, `other`) to FLOPs;
     the parts sum to the total. The network's own weights are not touched.
     """
+
+    def call() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids_BL = torch.zeros(batch, length, dtype=torch.long, device="meta")
+        return (), {"input_ids": ids_BL, "use_cache": False}
+
+    return _parts(_watched(network, call))
+
+
+def count_images(network: Classifier, batch: int) -> dict[str, int]:
+    """Return the FLOPs of one forward over `batch` images of the size the network is built for.
+
+    The result maps `total` and each part (`convolution`, `linear`, `other`) to FLOPs.
+    """
+    config = network.config
+    shape = (batch, config.channels, config.size, config.size)
+
+    def call() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.zeros(shape, dtype=torch.bfloat16, device="meta"),), {}
+
+    counter = _watched(network, call)
+    total = int(counter.get_total_flops())
+    kinds = {str(kind): int(n) for kind, n in counter.get_flop_counts()["Global"].items()}
+    convolution = sum(flops for kind, flops in kinds.items() if "convolution" in kind)
+    linear = sum(flops for kind, flops in kinds.items() if "mm" in kind)
+    other = total - convolution - linear
+    return {"total": total, "convolution": convolution, "linear": linear, "other": other}
+
+
+def _watched(
+    network: nn.Module, call: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+) -> FlopCounterMode:
+    """Run one forward on tensors without content and return the counter that watched it.
+
+    `call` makes the arguments, which must be born where nothing is computed.
+    """
     counter = FlopCounterMode(display=False)
     # Fake as well as meta: transformers looks at mask values unless tensors are fake.
     with FakeTensorMode(), _countable(network), without_hooks(network), torch.no_grad():
         tensors = (*network.named_parameters(), *network.named_buffers())
         weights = {name: _ghost(tensor) for name, tensor in tensors}
-        ids_BL = torch.zeros(batch, length, dtype=torch.long, device="meta")
-        call: dict[str, Any] = {"input_ids": ids_BL, "use_cache": False}
+        args, kwargs = call()
         with counter:
-            functional_call(network, weights, args=(), kwargs=call, tie_weights=True)
-    return _parts(counter)
+            functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
+    return counter
 
 
 def _ghost(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ class ModelConfig(BaseModel):
     one. `device_map` is for models larger than one device: `offload_cpu` and `offload_disk` keep
     the decoder layers in CPU memory or on disk and bring them one at a time; others (`auto`,
     `balanced`, ...) are accelerate's.
+    `fresh:ARCHITECTURE` is an untrained image classifier for the data set `images`, its weights
+    drawn with `seed`.
     `allow_remote_code` is set by a model's config, `trust_remote_code` by the user; code from the
     model's repository runs only with both and with a `revision` that is a commit.
     """
@@ -37,6 +39,8 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = False
     max_length: int | None = Field(default=None, ge=8)
     add_bos: bool | None = None
+    images: str | None = None
+    seed: int | None = Field(default=None, ge=0)
 
     @field_validator("path")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +30,11 @@ def skeleton(source: Source) -> nn.Module:
     """Return the network on the meta device: all its modules and shapes, no weight."""
     import torch
 
-    from bench.models import structure
+    from bench.models import classifiers, structure
 
+    if source.config.kind == "image_classifier":
+        return classifiers.empty(source)
+    _refuse_classifier(source)
     description = structure.read(source.folder)
     with _in_one_sentence(source), torch.device("meta"):
         network = _published(source)
@@ -99,9 +103,11 @@ def _network_config(source: Source) -> Any:
 
 def _network(source: Source, device: torch.device) -> nn.Module:
     """Read the weights into a network on the device, or spread over devices by `device_map`."""
-    from bench.models import placement
+    from bench.models import classifiers, placement
 
     config = source.config
+    if config.kind == "image_classifier":
+        return classifiers.load(source, device)
     folder = placement.offload_folder() if config.device_map else None
     network, report = _reader(source).from_pretrained(
         source.folder,
@@ -154,7 +160,23 @@ def _reads(source: Source) -> dict[str, Any]:
     if source.config.kind == "image_text":
         processor = _processor(source)
         return {"processor": processor, "tokenizer": processor.tokenizer}
+    if source.config.kind == "image_classifier":
+        return {"tokenizer": None}
     return {"tokenizer": _tokenizer(source)}
+
+
+def _refuse_classifier(source: Source) -> None:
+    """Raise when a folder that is to be read by transformers holds an image classifier of ours."""
+    from bench.models.fresh import is_fresh
+
+    if is_fresh(source.config):
+        raise UserError(f"{source.config.source} needs model.kind=image_classifier")
+    said = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(said, dict) and "architecture" in said and "model_type" not in said:
+        raise UserError(
+            f"{source.folder} holds an image classifier ({said['architecture']}): "
+            "set model.kind=image_classifier"
+        )
 
 
 def _processor(source: Source) -> Any:

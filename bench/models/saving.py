@@ -3,6 +3,7 @@
 `stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
 the same for experts of different widths, filled up with zeros to the widest. `slimbench`: as it is
 in memory, ragged or packed, with `slimbench.json` beside it, which `bench.models.loading` reads.
+`classifier`: an image classifier's own config and weights, and on request an ONNX file beside them.
 All are safetensors.
 """
 
@@ -15,23 +16,29 @@ import torch
 from torch import nn
 
 from bench.errors import UserError
-from bench.models import structure
+from bench.models import structure, vision
 from bench.models.model import Model
 from bench.models.padding import common_widths, empty_network, fits, padded
 from bench.models.residence import is_offloaded
 
-Form = Literal["stock", "padded", "slimbench"]
+Form = Literal["stock", "padded", "slimbench", "classifier"]
 
 
-def save(model: Model, folder: Path, *, pad: bool) -> Form:
+def save(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> Form:
     """Write network and tokenizer, or processor, to a folder and return the form they have there.
 
-    With `pad`, ragged experts are filled up with zeros so that stock transformers loads them.
+    With `pad`, ragged experts are filled up with zeros so that stock transformers loads them. With
+    `onnx`, an image classifier is written as ONNX as well.
 
     Raises:
-        UserError: the network has parts that no form can hold, or lies outside memory.
+        UserError: the network has parts that no form can hold, lies outside memory, or is asked
+            for in a form that its kind has not.
     """
     network: Any = model.network
+    if isinstance(network, vision.Classifier):
+        return _save_classifier(network, folder, pad=pad, onnx=onnx)
+    if onnx:
+        raise UserError(f"--onnx is for image classifiers, not {model.anatomy.architecture}")
     if is_offloaded(network):
         raise UserError("a model is written from memory only: set model.device_map=null")
     description = structure.describe(network)
@@ -47,6 +54,16 @@ def save(model: Model, folder: Path, *, pad: bool) -> Form:
         network = padded(network, model.anatomy, common_widths(network.config, model.anatomy))
     network.save_pretrained(folder)
     return form
+
+
+def _save_classifier(network: vision.Classifier, folder: Path, *, pad: bool, onnx: bool) -> Form:
+    """Write an image classifier, whose config says all of its shape."""
+    if pad:
+        raise UserError(f"--padded is for experts, which {network.config.architecture} has not")
+    vision.save(network, folder)
+    if onnx:
+        vision.to_onnx(network, folder)
+    return "classifier"
 
 
 def _form(model: Model, description: structure.Description | None, *, pad: bool) -> Form:

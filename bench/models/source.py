@@ -10,6 +10,7 @@ from bench.errors import MissingData, UserError, unknown
 from bench.models import zoo
 from bench.models.config import ModelConfig
 from bench.models.fingerprint import fingerprint
+from bench.models.fresh import fresh_fingerprint, fresh_folder, is_fresh
 from bench.models.weights import refuse_escapes, weight_files
 
 ZOO = "zoo:"
@@ -24,6 +25,8 @@ class Source:
     """A model's files, found and checked; nothing of the weights is in memory.
 
     `fingerprint` is a SHA-256 over the weight files; `revision` the hub's commit, None otherwise.
+    Fresh weights have no files: `folder` is that of the code that draws them, and `fingerprint`
+    says what they depend on.
     """
 
     config: ModelConfig
@@ -45,6 +48,8 @@ def resolve(config: ModelConfig, *, offline: bool) -> Source:
         UserError: they can be reached, but not be used.
     """
     _gate_remote_code(config)
+    if is_fresh(config):
+        return Source(config, fresh_folder(), fresh_fingerprint(config), None)
     folder, revision = _folder(config, offline=offline)
     refuse_escapes(folder)
     if not (folder / "config.json").is_file():

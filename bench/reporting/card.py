@@ -23,12 +23,22 @@ Loads with slimbench; stock transformers cannot build it:
 
 or in a run: `bench run model=local model.path=THIS_FOLDER`. {why}
 """
+CLASSIFIER = """\
+An image classifier of slimbench's own; `config.json` has the shapes of its layers:
+
+    from bench.models.vision import load
+    network = load(Path("THIS_FOLDER"))         # images [B, C, H, H] to logits [B, K]
+
+or in a run: `bench run model=local model.kind=image_classifier model.path=THIS_FOLDER
+benchmark=images`. Images must be normalised as `bench.data.images` does. `model.onnx`, if it is
+here, computes the same.
+"""
 SHAPES = "`slimbench.json` says which modules have a shape or a form of their own."
 CLASS = "Its architecture is not in transformers."
 
 
 def card(record: Record, form: str, *, stock: bool) -> str:
-    """Return the card of a run's model written in a form, `stock`, `padded` or `slimbench`.
+    """Return the card of a run's model written in a form of `bench.models.saving`.
 
     `stock` says whether transformers has the network's class.
     """
@@ -51,6 +61,8 @@ def _front_matter(record: Record) -> str:
 
 def _loading(form: str, stock: bool) -> str:
     """Say who can load the folder."""
+    if form == "classifier":
+        return CLASSIFIER
     if form == "slimbench":
         return OWN.format(why=SHAPES)
     loading = STOCK if stock else OWN.format(why=CLASS)

@@ -61,9 +61,23 @@ def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:
             columns = list(rows[0])
             data = [[row[column] for column in columns] for row in rows]
             run.log({name: wandb.Table(columns=columns, data=data)})
+    _log_histories(run, record)
     artifact = wandb.Artifact(f"record-{record.id}", type="record")
     artifact.add_dir(str(folder))
     run.log_artifact(artifact)
+
+
+def _log_histories(run: Any, record: Record) -> None:
+    """Log what a method reports epoch by epoch as curves over its own epochs.
+
+    A report's `history` is a list of lines, each a dict of numbers with its `epoch`.
+    """
+    for method in record.methods:
+        lines = method.report.get("history", [])
+        if lines:
+            run.define_metric(f"{method.name}/*", step_metric=f"{method.name}/epoch")
+        for line in lines:
+            run.log({f"{method.name}/{key}": value for key, value in line.items()})
 
 
 def summary(record: Record) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from methods.wgsef.solvers import envelope, gradients, group_lasso, half_space, torch_pruning
 from methods.wgsef.solvers.hard_threshold import HardThreshold
@@ -17,12 +17,21 @@ class Wgsef(SparseTraining):
     the homotopy that ends with at most k groups.
 
     `strength` is the paper's lambda, which `debiased` does without; `every` applies the operator
-    every so many steps with so many times the strength.
+    every so many steps with so many times the strength. `reach` is where the homotopy of lambda d
+    ends: at 1, the hard selection, or before, which leaves more to the final one.
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
-    strength: float = Field(default=0.1, gt=0)
+    strength: float = Field(default=0.3, gt=0)
     every: int = Field(default=1, ge=1)
+    reach: float = Field(default=1.0, gt=0)
+
+    @field_validator("reach")
+    @classmethod
+    def _below_one(cls, reach: float) -> float:
+        if reach > 1:
+            raise ValueError("the debiased form needs lambda d below 1, its limit, hard selection")
+        return reach
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver of the chosen algorithm."""
@@ -30,13 +39,13 @@ class Wgsef(SparseTraining):
             return envelope.Envelope(scene, self.strength, self.every)
         if self.algorithm == "hspg":
             return envelope.EnvelopeHalfSpace(scene, self.strength)
-        return envelope.Debiased(scene)
+        return envelope.Debiased(scene, self.reach)
 
 
 class GroupLasso(SparseTraining):
     """Group lasso by Prox-SG; with `adaptive` in the metric of the optimizer (ProxSSI)."""
 
-    strength: float = Field(default=3e-2, gt=0)
+    strength: float = Field(default=1e-2, gt=0)
     adaptive: bool = False
 
     def solver(self, scene: Scene) -> Solver:
@@ -48,7 +57,7 @@ class GroupLasso(SparseTraining):
 class Hspg(SparseTraining):
     """HSPG: half-space steps on group lasso after a first part of Prox-SG."""
 
-    strength: float = Field(default=3e-2, gt=0)
+    strength: float = Field(default=1e-2, gt=0)
     epsilon: float = Field(default=0.0, ge=0, lt=1)
     warmup: float = Field(default=0.25, ge=0, le=1)
 
@@ -60,7 +69,7 @@ class Hspg(SparseTraining):
 class AdaHspg(SparseTraining):
     """AdaHSPG+ without variance reduction: each epoch chooses between both steps."""
 
-    strength: float = Field(default=1e-2, gt=0)
+    strength: float = Field(default=3e-2, gt=0)
     mu: float = Field(default=1.0, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
@@ -71,7 +80,7 @@ class AdaHspg(SparseTraining):
 class DeepHoyer(SparseTraining):
     """The group Hoyer-square penalty."""
 
-    strength: float = Field(default=3e-2, gt=0)
+    strength: float = Field(default=1e-1, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""
@@ -81,7 +90,7 @@ class DeepHoyer(SparseTraining):
 class Slimming(SparseTraining):
     """Network slimming: L1 on BatchNorm scales."""
 
-    strength: float = Field(default=1e-2, gt=0)
+    strength: float = Field(default=3e-2, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""
@@ -107,7 +116,7 @@ class IterativeHardThresholding(SparseTraining):
 class GroupNorm(SparseTraining):
     """torch-pruning's sparse training with group norms (DepGraph)."""
 
-    strength: float = Field(default=1e-4, gt=0)
+    strength: float = Field(default=1e-3, gt=0)
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""

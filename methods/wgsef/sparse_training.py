@@ -6,23 +6,24 @@ Shapes: M groups of all families.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from bench.data import images
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.vision import Classifier, build
 from methods.wgsef.export.classifier import smaller_classifier
-from methods.wgsef.groups import convolution
+from methods.wgsef.groups import choice
+from methods.wgsef.groups.choice import ConvolutionGroups
 from methods.wgsef.groups.costs import Costs
-from methods.wgsef.groups.family import Family
 from methods.wgsef.groups.partition import Partition
 from methods.wgsef.solvers.solver import Scene, Solver
-from methods.wgsef.training.allocation import Allocation, Scope
+from methods.wgsef.training.allocation import Allocation, Scope, refuse_impossible
 from methods.wgsef.training.recipe import Recipe
 from methods.wgsef.training.trainer import Outcome, Task, Trainer
 
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
     from bench.models.anatomy import Anatomy
     from bench.models.model import Model
 
-ConvolutionGroups = Literal["filters", "channels", "filter_shapes", "weights", "depth"]
-
 
 class SparseTraining(Method):
     """Train a classifier with a solver until few groups are left, then take the others out.
 
-    `ratio` is the share of groups that goes (with scope `macs` or `bytes`: of that cost);
-    `floor` the share that every layer keeps at least. With `restart` the weights are drawn anew,
-    otherwise the model's own are trained on. Kept counts are rounded up to `multiple`. With
-    `checkpoints` a killed run goes on where it was.
+    `ratio` is the share of groups that goes (with scope `macs` or `bytes`: of that cost); `k`, when
+    given, is how many stay in the whole network instead. `floor` is the share that every layer
+    keeps at least. With `split: validation` the training images that are held out for choosing
+    knobs are left out of the training, and the accuracies reported are theirs. With `restart` the
+    weights are drawn anew, otherwise the model's own are trained on. Kept counts are rounded up to
+    `multiple`. With `checkpoints` a killed run goes on where it was.
     """
 
     ratio: float = Field(default=0.7, gt=0, lt=1)
@@ -49,26 +50,58 @@ class SparseTraining(Method):
     floor: float = Field(default=0.05, ge=0, lt=1)
     data: str = "digits"
     data_folder: str | None = None
+    split: Literal["test", "validation"] = "test"
+    k: int | None = Field(default=None, ge=1)
     recipe: Recipe = Recipe()
     restart: bool = True
     multiple: int = Field(default=1, ge=1)
     checkpoints: str | None = None
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _one_kind(cls, groups: Any) -> Any:
+        if isinstance(groups, list | tuple):
+            kinds = " and ".join(str(kind) for kind in groups)
+            raise ValueError(f"groups of {kinds} overlap in their weights: choose one kind")
+        return groups
+
+    @field_validator("k")
+    @classmethod
+    def _counts_groups(cls, k: int | None, others: ValidationInfo) -> int | None:
+        if k is not None and others.data.get("scope") != "global":
+            raise ValueError("k counts the groups of the whole network: it needs scope=global")
+        return k
 
     @abstractmethod
     def solver(self, scene: Scene) -> Solver:
         """Return the solver that this method is about."""
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse language models, whose groups are pruned by other methods."""
-        if anatomy.layers:
+        """Refuse other models, other images, and budgets that such a network cannot keep."""
+        config = anatomy.vision
+        if config is None:
             raise UserError(f"sparse training is for image classifiers, not {anatomy.architecture}")
+        known = images.shape(self.data)
+        # A folder of ImageNet may hold a part of its classes.
+        given = replace(known, classes=config.classes) if self.data == "imagenet" else known
+        config.refuse_other_images(self.data, given)
+        sizes = choice.sizes(config, self.groups)
+        refuse_impossible(sizes, self._sparsity(sum(sizes)), self.scope, self.floor)
+
+    def _sparsity(self, groups: int) -> float:
+        """Return the share that goes, of so many groups or of their cost."""
+        if self.k is None:
+            return self.ratio
+        if self.k > groups:
+            raise UserError(f"k={self.k} is impossible: the network has {groups} {self.groups}")
+        return 1 - self.k / groups
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Train, select, fine-tune and remove; `model.network` becomes the smaller network."""
         network = self._network(model, context.seed)
-        splits = images.load(self.data, self.data_folder)
-        _refuse_other_images(network, splits)
-        families = self._families(network)
+        splits = self._splits()
+        network.config.refuse_other_images(splits.name, splits.shape)
+        families = choice.chosen(network, self.groups)
         partition = Partition(network, families)
         outcome = Trainer(self._task(network, splits, partition, context)).run()
         removable = all(family.removable is None for family in families)
@@ -91,19 +124,9 @@ class SparseTraining(Method):
             network = build(network.config).to(model.device)
         return network
 
-    def _families(self, network: Classifier) -> list[Family]:
-        """Return the groups of the chosen kind."""
-        config = network.config
-        weight = next(network.parameters())
-        example = weight.new_zeros(1, config.channels, config.size, config.size)
-        kinds = {
-            "filters": convolution.filters,
-            "channels": convolution.channels,
-            "filter_shapes": convolution.filter_shapes,
-            "weights": convolution.weights,
-            "depth": convolution.depth,
-        }
-        return kinds[self.groups](network, example)
+    def _splits(self) -> Splits:
+        splits = images.load(self.data, self.data_folder)
+        return splits if self.split == "test" else splits.for_choosing()
 
     def _task(
         self, network: Classifier, splits: Splits, partition: Partition, context: Context
@@ -116,7 +139,9 @@ class SparseTraining(Method):
             network=network,
             splits=splits,
             partition=partition,
-            allocation=Allocation(partition, self.ratio, self.scope, self.floor, costs),
+            allocation=Allocation(
+                partition, self._sparsity(partition.groups), self.scope, self.floor, costs
+            ),
             solver=self.solver,
             recipe=self.recipe,
             seed=context.seed,
@@ -139,15 +164,3 @@ class SparseTraining(Method):
             "accuracy": outcome.history[-1]["accuracy"],
             "history": outcome.history,
         }
-
-
-def _refuse_other_images(network: Classifier, splits: Splits) -> None:
-    """Raise unless the network is built for such images and classes."""
-    config = network.config
-    wanted = (config.channels, config.size, config.classes)
-    given = (splits.channels, splits.size, splits.classes)
-    if wanted != given:
-        raise UserError(
-            f"{config.architecture} is built for {wanted[0]} channels, size {wanted[1]} and "
-            f"{wanted[2]} classes; {splits.name} has {given[0]}, {given[1]} and {given[2]}"
-        )

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bench.data.images import batches, load
+from bench.data.images import SETS, Part, batches, load, shape
 from bench.data.images.batches import in_order
 from bench.errors import MissingData, UserError
 
@@ -113,10 +113,44 @@ def test_imagenet_without_a_part_is_one_sentence(tmp_path):
 
 
 def test_a_set_without_a_folder_is_one_sentence():
-    with pytest.raises(MissingData, match="cifar10 needs a folder"):
+    with pytest.raises(
+        MissingData, match=r"cifar10 .* needs a folder .* benchmark\.images\.folder="
+    ):
         load("cifar10")
 
 
 def test_an_unknown_set_is_one_sentence():
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
         load("cifar1")
+
+
+def test_choosing_holds_out_the_last_training_images_and_leaves_the_test_alone():
+    whole = load("digits")
+    choosing = whole.for_choosing()
+    assert (len(choosing.train), len(choosing.test)) == (1000, 200)
+    images, labels = choosing.test.fetch(torch.arange(200), None)
+    expected, expected_labels = whole.train.fetch(torch.arange(1000, 1200), None)
+    assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+    seen = torch.cat([label for _, label in batches(choosing.train, 100, seed=0, epoch=0)])
+    assert torch.equal(seen.bincount(), whole.train.label_N[:1000].bincount())
+    with pytest.raises(UserError, match="no images held out"):
+        choosing.for_choosing()
+
+
+def test_fingerprints_tell_images_and_places_apart():
+    splits = load("digits")
+    parts = [splits.train, splits.test, Part(splits.test, range(5)), Part(splits.test, range(6))]
+    assert len({part.fingerprint() for part in parts}) == 4
+    assert load("digits").test.fingerprint() == splits.test.fingerprint()
+
+
+def test_shapes_are_known_without_reading():
+    assert all(shape(name).classes >= 10 for name in SETS)
+    assert shape("digits") == load("digits").shape
+    with pytest.raises(UserError, match="did you mean 'cifar10'"):
+        shape("cifar1")
+
+
+def test_imagenet_is_not_downloaded(tmp_path):
+    with pytest.raises(UserError, match="licence"):
+        load("imagenet", str(tmp_path), download=True)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from bench.measurement.flops import count_forward
+from bench.measurement.flops import count_forward, count_images
 from bench.measurement.size import size
+from bench.models import vision
 from bench.models.anatomy import dissect
 
 
@@ -97,3 +98,15 @@ def test_a_tied_head_is_counted_once():
     tied = size(LlamaForCausalLM(config)).parameters
     config.tie_word_embeddings = False
     assert size(LlamaForCausalLM(config)).parameters - tied == 50 * 32
+
+
+def test_lenet5_on_mnist_costs_what_its_layers_say():
+    with torch.device("meta"):
+        network = vision.build(vision.VisionConfig(architecture="lenet5", channels=1, size=28))
+    convolutions = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 6 * 25
+    dense = 400 * 120 + 120 * 84 + 84 * 10
+    counted = count_images(network.eval(), batch=3)
+    assert counted["convolution"] == 2 * 3 * convolutions
+    assert counted["linear"] == 2 * 3 * dense
+    assert counted["total"] == 2 * 3 * (convolutions + dense)
+    assert counted["other"] == 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.records import CostPart, MetricPart, ModelPart, Record, Store
+from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store
 from bench.tracking import TrackerConfig, track
 from bench.tracking import wandb as tracker
 
@@ -97,3 +97,23 @@ def test_no_tracker_writes_nothing(store, record):
     assert track(record, store, TrackerConfig(kind="none")) is None
     assert not (store.root / "tracked").exists()
     assert not (store.root / "wandb_home").exists()
+
+
+def test_a_history_becomes_curves_over_the_methods_own_epochs(store, record):
+    lines = [{"epoch": n, "alive": 10 - n, "accuracy": 0.5 + n / 10} for n in (1, 2, 3)]
+    method = MethodPart(
+        name="wgsef", config={}, saving="removed", report={"history": lines}, seconds=1.0
+    )
+    trained = record.model_copy(update={"id": "e" * 12, "methods": (method,)})
+    store.write(trained, [], "")
+    assert track(trained, store, TrackerConfig(mode="offline")) is None
+    rows = [
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in e.history.item
+        }
+        for e in sent_by(store.root / "wandb_home")
+        if e.WhichOneof("record_type") == "history"
+    ]
+    curve = [(r["wgsef/epoch"], r["wgsef/alive"]) for r in rows if "wgsef/alive" in r]
+    assert curve == [(1, 9), (2, 8), (3, 7)]

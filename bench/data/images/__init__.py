@@ -1,7 +1,18 @@
 """Image data sets for classification: embedded handwritten digits, and torchvision's by folder."""
 
 from bench.data.images.batches import batches
-from bench.data.images.catalogue import SETS, load
-from bench.data.images.sets import FolderSet, ImageSet, Splits, TensorSet
+from bench.data.images.catalogue import SETS, load, shape
+from bench.data.images.sets import FolderSet, ImageSet, Part, Shape, Splits, TensorSet
 
-__all__ = ["SETS", "FolderSet", "ImageSet", "Splits", "TensorSet", "batches", "load"]
+__all__ = [
+    "SETS",
+    "FolderSet",
+    "ImageSet",
+    "Part",
+    "Shape",
+    "Splits",
+    "TensorSet",
+    "batches",
+    "load",
+    "shape",
+]

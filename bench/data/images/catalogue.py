@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.data.images.digits import digits
-from bench.data.images.sets import FolderSet, Splits, Statistics, TensorSet
-from bench.errors import MissingData, unknown
+from bench.data.images.sets import FolderSet, Shape, Splits, Statistics, TensorSet
+from bench.errors import MissingData, UserError, unknown
 
 IMAGENET_SIZE = 224
 IMAGENET_RESIZE = 256
@@ -46,6 +46,24 @@ _SMALL = {
 }
 
 SETS = ("digits", *_SMALL, "imagenet")
+HELD_OUT_SHARE = 0.1
+"""Of the training images, where something has to be chosen."""
+
+
+def shape(name: str) -> Shape:
+    """Return what a set's images and classes are like; nothing is read.
+
+    Raises:
+        UserError: there is no set of that name.
+    """
+    if name == "digits":
+        return Shape(1, 8, 10)
+    if name == "imagenet":
+        return Shape(3, IMAGENET_SIZE, 1000)
+    if name not in _SMALL:
+        raise unknown("image data set", name, SETS)
+    kind = _SMALL[name]
+    return Shape(kind.channels, kind.size, kind.classes)
 
 
 def load(name: str, folder: str | None = None, *, download: bool = False) -> Splits:
@@ -62,8 +80,13 @@ def load(name: str, folder: str | None = None, *, download: bool = False) -> Spl
     if name == "digits":
         return digits()
     if folder is None:
-        raise MissingData(f"the image data set {name} needs a folder that holds it: data_folder=")
+        raise MissingData(
+            f"the image data set {name} does not ship with the package and needs a folder that "
+            "holds it: benchmark.images.folder=FOLDER"
+        )
     if name == "imagenet":
+        if download:
+            raise UserError("benchmark.images.download=true: imagenet's licence does not allow it")
         return _imagenet(Path(folder).expanduser())
     return _small(name, _SMALL[name], Path(folder).expanduser(), download)
 
@@ -87,6 +110,7 @@ def _small(name: str, kind: _Small, folder: Path, download: bool) -> Splits:
         size=kind.size,
         classes=kind.classes,
         provenance=f"torchvision.datasets.{kind.maker}, its own train and test split",
+        held_out=round(HELD_OUT_SHARE * len(parts[0])),
     )
 
 
@@ -120,4 +144,5 @@ def _imagenet(folder: Path) -> Splits:
         size=IMAGENET_SIZE,
         classes=len(parts["train"].classes),
         provenance=f"ImageNet folders train and val, {len(parts['train'].classes)} classes",
+        held_out=0,
     )

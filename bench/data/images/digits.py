@@ -3,7 +3,8 @@
 1,797 grey images of 8x8 with 17 levels: the test part of Optical Recognition of Handwritten
 Digits (Alpaydin and Kaynak, 1998, UCI), as `sklearn.datasets.load_digits` ships it. They are in
 the order in which they were collected, so the split is by position and the writers of the test
-images are mostly not those of the training images: the first 1,200 train, the last 597 test.
+images are mostly not those of the training images: the first 1,200 train, the last 597 test. Of
+the training images the last 200 are held out where something has to be chosen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from bench.data.images.sets import Splits, TensorSet
 
 TRAIN = 1200
+HELD_OUT = 200
 LEVELS = 16
 SHIFT = 1
 
@@ -34,4 +36,5 @@ def digits() -> Splits:
         size=8,
         classes=10,
         provenance="sklearn.datasets.load_digits, first 1200 train, last 597 test",
+        held_out=HELD_OUT,
     )

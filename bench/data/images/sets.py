@@ -8,13 +8,17 @@ images that it would have seen.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from bench.errors import UserError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -29,10 +33,26 @@ class ImageSet(ABC):
     def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return image_BCHH fp32 and label_B int64 of these places."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return what tells these images and labels from any others."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a classifier must take and tell apart: colours, height and width, classes."""
+
+    channels: int
+    size: int
+    classes: int
+
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set ready for training and testing, and what a record says about it."""
+    """A data set ready for training and testing, and what a record says about it.
+
+    The last `held_out` training images are for choosing anything: see `for_choosing`.
+    """
 
     name: str
     train: ImageSet
@@ -41,6 +61,32 @@ class Splits:
     size: int
     classes: int
     provenance: str
+    held_out: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """What a classifier of these images is like."""
+        return Shape(self.channels, self.size, self.classes)
+
+    def for_choosing(self) -> Splits:
+        """Return the set without its test images, for choosing a strength or a schedule.
+
+        Its `test` are the last `held_out` training images, not augmented, and its `train` the
+        others. Whatever was chosen is then trained on all of `train` and tested once.
+
+        Raises:
+            UserError: the set's training images are sorted, so that none are held out.
+        """
+        if not self.held_out:
+            raise UserError(f"{self.name} has no images held out for choosing: use split=test")
+        count = len(self.train) - self.held_out
+        return replace(
+            self,
+            train=Part(self.train, range(count)),
+            test=Part(self.train, range(count, len(self.train))),
+            provenance=f"{self.provenance}; the last {self.held_out} training images held out",
+            held_out=0,
+        )
 
 
 class TensorSet(ImageSet):
@@ -71,6 +117,12 @@ class TensorSet(ImageSet):
             image_BCHH = self._augment(image_BCHH, generator)
         return image_BCHH, self.label_N[index_B]
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over all pixels and labels."""
+        digest = hashlib.sha256(self.pixel_NCHH.numpy().tobytes())
+        digest.update(self.label_N.numpy().tobytes())
+        return digest.hexdigest()
+
     def _augment(self, image_BCHH: Tensor, generator: torch.Generator) -> Tensor:
         count, size = len(image_BCHH), image_BCHH.shape[-1]
         if self._shift:
@@ -89,6 +141,24 @@ class TensorSet(ImageSet):
             mirrored_B111 = mirrored_B[:, None, None, None]
             image_BCHH = torch.where(mirrored_B111, image_BCHH.flip(-1), image_BCHH)
         return image_BCHH
+
+
+class Part(ImageSet):
+    """Consecutive images of another set."""
+
+    def __init__(self, whole: ImageSet, places: range) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return these images of the other set."""
+        return self._whole.fetch(index_B + self._places.start, generator)
+
+    def fingerprint(self) -> str:
+        """Return the other set's fingerprint with the places that are used."""
+        return f"{self._whole.fingerprint()}[{self._places.start}:{self._places.stop}]"
 
 
 class FolderSet(ImageSet):
@@ -118,3 +188,13 @@ class FolderSet(ImageSet):
                 torch.manual_seed(seed)
                 images.append(self._training(image))
         return torch.stack(images), torch.tensor(labels)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over names, sizes and labels; reading every image takes too long."""
+        digest = hashlib.sha256()
+        for name, label in self._folder.samples:
+            file = Path(name)
+            digest.update(
+                f"{file.parent.name}/{file.name} {file.stat().st_size} {label}\n".encode()
+            )
+        return digest.hexdigest()

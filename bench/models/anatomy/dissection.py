@@ -10,14 +10,16 @@ from torch import nn
 from bench.errors import UserError
 from bench.models.anatomy.moe import MoEBlock
 from bench.models.anatomy.understanding import NotUnderstoodError, understand
+from bench.models.vision import Classifier, VisionConfig
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of a network that methods change.
 
-    `layers` are the decoder layers in order. `parameters` counts every weight once, tied ones
-    too. `refusal` says why the MoE blocks are not understood; asking for them then raises it.
+    `layers` are the decoder layers in order, none in an image classifier, which is described by
+    `vision`. `parameters` counts every weight once, tied ones too. `refusal` says why the MoE
+    blocks are not understood; asking for them then raises it.
     """
 
     architecture: str
@@ -26,6 +28,7 @@ class Anatomy:
     parameters: int
     blocks: tuple[MoEBlock, ...] = ()
     refusal: str | None = None
+    vision: VisionConfig | None = None
 
     @property
     def moe(self) -> tuple[MoEBlock, ...]:
@@ -42,6 +45,8 @@ class Anatomy:
 
 def dissect(network: nn.Module) -> Anatomy:
     """Return the anatomy of a network by looking at its modules; nothing is computed."""
+    if isinstance(network, Classifier):
+        return _classifier(network)
     config = getattr(network, "config", None)
     architecture = type(network).__name__
     layers = _decoder_layers(network)
@@ -58,6 +63,17 @@ def dissect(network: nn.Module) -> Anatomy:
         parameters=sum(weight.numel() for weight in network.parameters()),
         blocks=blocks,
         refusal=refusal,
+    )
+
+
+def _classifier(network: Classifier) -> Anatomy:
+    """Return the anatomy of an image classifier, which has no decoder layers."""
+    return Anatomy(
+        architecture=network.config.architecture,
+        model_type="image_classifier",
+        layers=(),
+        parameters=sum(weight.numel() for weight in network.parameters()),
+        vision=network.config,
     )
 
 

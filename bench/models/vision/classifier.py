@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+
+from bench.data.images import Shape
+from bench.errors import UserError
 
 CONFIG_FILE = "config.json"
 
@@ -32,8 +35,29 @@ class VisionConfig(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> VisionConfig:
-        """Return the config that lies in a folder."""
-        return cls.model_validate_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        """Return the config that lies in a folder.
+
+        Raises:
+            UserError: it is not that of an image classifier.
+        """
+        file = folder / CONFIG_FILE
+        try:
+            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in fault["loc"]) or "the file"
+            reason = f"{where}: {fault['msg'].lower()}"
+            raise UserError(f"{file} does not describe an image classifier ({reason})") from None
+
+    def refuse_other_images(self, name: str, images: Shape) -> None:
+        """Raise unless the network is built for the images and classes of a data set."""
+        wanted = (self.channels, self.size, self.classes)
+        given = (images.channels, images.size, images.classes)
+        if wanted != given:
+            raise UserError(
+                f"{self.architecture} is built for {wanted[0]} channels, size {wanted[1]} and "
+                f"{wanted[2]} classes; {name} has {given[0]}, {given[1]} and {given[2]}"
+            )
 
     def write(self, folder: Path) -> None:
         """Write the config into a folder."""

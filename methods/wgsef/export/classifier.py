@@ -1,22 +1,14 @@
-"""The removal for image classifiers: a network whose config rebuilds it, and its ONNX file."""
+"""The removal for image classifiers: a smaller network whose config rebuilds it."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from bench.errors import UserError
 from bench.models.vision import Classifier
 from methods.wgsef.export.removal import remove
 from methods.wgsef.groups.family import Family
-
-ONNX_FILE = "model.onnx"
 
 
 def smaller_classifier(
@@ -36,47 +28,3 @@ def smaller_classifier(
     shapes = {n: s for n, s in cut.items() if not any(n.startswith(f"{b}.") for b in gone)}
     smaller.config = config.model_copy(update={"shapes": shapes, "removed": gone})
     return smaller
-
-
-def to_onnx(network: Classifier, folder: Path) -> Path:
-    """Write the network as ONNX with a free batch size and return the file.
-
-    Raises:
-        UserError: torch's exporter needs the packages onnx and onnxscript.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = network.config
-    weight = next(network.parameters())
-    # A batch of one would be taken for a constant.
-    example = torch.zeros(2, config.channels, config.size, config.size).to(weight)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                network.eval(),
-                (example,),
-                input_names=["image"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                dynamo=True,
-                verbose=False,
-            )
-    except ImportError as error:
-        raise UserError(
-            f"the ONNX export needs the packages onnx and onnxscript: {error}"
-        ) from error
-    assert program is not None
-    program.save(folder / ONNX_FILE)
-    return folder / ONNX_FILE
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about opset versions to itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

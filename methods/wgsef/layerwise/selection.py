@@ -17,7 +17,7 @@ from methods.wgsef.training.schedule import homotopy
 
 def by_energy(problem: Reconstruction, k: int) -> Tensor:
     """Keep the k atoms of largest ||v_j||: hard selection at the true read-out."""
-    return _apply(hard(_norms(problem.readout), k), problem.readout)
+    return _apply(hard(norms(problem.readout), k), problem.readout)
 
 
 def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -> Tensor:
@@ -26,12 +26,12 @@ def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -
     After T steps the objective is within 2 L ||V - V*||^2 / (T + 1)^2 (Beck and Teboulle, 2009).
     It seldom leaves exactly k atoms (specification section 5, demo).
     """
-    smooth = _largest_eigenvalue(problem.gram)
+    smooth = largest_eigenvalue(problem.gram)
     v_MD = ahead_MD = problem.readout
     momentum = 1.0
     for _ in range(steps):
-        t_MD = _descend(problem, ahead_MD, smooth)
-        next_MD = _apply(envelope(_norms(t_MD), k, lam / smooth), t_MD)
+        t_MD = descend(problem, ahead_MD, smooth)
+        next_MD = _apply(envelope(norms(t_MD), k, lam / smooth), t_MD)
         faster = 0.5 * (1 + (1 + 4 * momentum**2) ** 0.5)
         ahead_MD = next_MD + (momentum - 1) / faster * (next_MD - v_MD)
         v_MD, momentum = next_MD, faster
@@ -40,12 +40,12 @@ def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -
 
 def by_homotopy(problem: Reconstruction, k: int, steps: int = 400) -> Tensor:
     """Follow the debiased operator from ratio 0 to 1; the result has k atoms by construction."""
-    smooth = _largest_eigenvalue(problem.gram)
+    smooth = largest_eigenvalue(problem.gram)
     v_MD = problem.readout
     for step in range(1, steps):
-        t_MD = _descend(problem, v_MD, smooth)
-        v_MD = _apply(debiased(_norms(t_MD), k, homotopy(step / steps)), t_MD)
-    return _apply(hard(_norms(v_MD), k), v_MD)
+        t_MD = descend(problem, v_MD, smooth)
+        v_MD = _apply(debiased(norms(t_MD), k, homotopy(step / steps)), t_MD)
+    return _apply(hard(norms(v_MD), k), v_MD)
 
 
 def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Tensor:
@@ -55,36 +55,56 @@ def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Te
     left and V its least-squares read-out, dropping j costs ||v_j||^2 / (2 H_jj) and the others
     move by -H_ij v_j / H_jj. O(M^3) for a layer.
     """
-    gram_MM = problem.gram.clone()
-    gram_MM.diagonal().add_(damping * gram_MM.diagonal().mean())
-    inverse_MM = torch.linalg.inv(gram_MM)
-    v_MD: Tensor = inverse_MM @ problem.target
-    gone_M = torch.zeros(len(v_MD), dtype=torch.bool, device=v_MD.device)
-    for _ in range(len(v_MD) - k):
-        cost_M = v_MD.square().sum(-1) / inverse_MM.diagonal()
-        j = int(cost_M.masked_fill(gone_M, torch.inf).argmin())
-        share_M = inverse_MM[:, j] / inverse_MM[j, j]
-        v_MD = v_MD - share_M[:, None] * v_MD[j]
-        inverse_MM = inverse_MM - share_M[:, None] * inverse_MM[j]
-        gone_M[j] = True
-        # The column of a dropped atom is zero but for rounding, which must not be divided by.
-        inverse_MM[j, :] = inverse_MM[:, j] = 0
-        inverse_MM[j, j] = 1
-    v_MD[gone_M] = 0
-    return v_MD
+    elimination = Elimination(problem, damping)
+    for _ in range(len(problem.readout) - k):
+        elimination.drop(elimination.cheapest()[1])
+    return elimination.v_MD
 
 
-def _descend(problem: Reconstruction, v_MD: Tensor, smooth: float) -> Tensor:
+class Elimination:
+    """The state of a backward elimination: what is left, its read-out and its inverse Gram matrix.
+
+    `damping` is in units of the scaled diagonal, which is 1 for every atom that fires.
+    """
+
+    def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
+        gram_MM = problem.gram.clone()
+        gram_MM.diagonal().add_(damping)
+        self._inverse_MM = torch.linalg.inv(gram_MM)
+        self.v_MD: Tensor = self._inverse_MM @ problem.target
+        self.gone_M = torch.zeros(len(self.v_MD), dtype=torch.bool, device=self.v_MD.device)
+
+    def cheapest(self) -> tuple[float, int]:
+        """Return twice the error that dropping the cheapest atom adds, and which atom it is."""
+        cost_M = self.v_MD.square().sum(-1) / self._inverse_MM.diagonal()
+        cost, place = cost_M.masked_fill(self.gone_M, torch.inf).min(0)
+        return float(cost), int(place)
+
+    def drop(self, j: int) -> None:
+        """Take one atom away and let the others make up for it."""
+        share_M = self._inverse_MM[:, j] / self._inverse_MM[j, j]
+        self.v_MD = self.v_MD - share_M[:, None] * self.v_MD[j]
+        self._inverse_MM = self._inverse_MM - share_M[:, None] * self._inverse_MM[j]
+        self.gone_M[j] = True
+        # What is left of a dropped atom is rounding, which must not be divided by.
+        self._inverse_MM[j, :] = self._inverse_MM[:, j] = 0
+        self._inverse_MM[j, j] = 1
+        self.v_MD[j] = 0
+
+
+def descend(problem: Reconstruction, v_MD: Tensor, smooth: float) -> Tensor:
     """Return the gradient step of length 1/L on the error."""
     step_MD: Tensor = (problem.gram @ v_MD - problem.target) / smooth
     return v_MD - step_MD
 
 
-def _largest_eigenvalue(gram_MM: Tensor) -> float:
+def largest_eigenvalue(gram_MM: Tensor) -> float:
+    """Return the smoothness of the error, by which steps are divided."""
     return float(torch.linalg.eigvalsh(gram_MM)[-1])
 
 
-def _norms(v_MD: Tensor) -> Tensor:
+def norms(v_MD: Tensor) -> Tensor:
+    """Return the norms of all atoms as the one row that the operators take, [1, M]."""
     norm_M: Tensor = v_MD.norm(dim=-1)
     return norm_M[None]
 

@@ -81,9 +81,13 @@ class Debiased(Solver):
     metric in which every layer has mean norm 1, so at the ratio 1 it is the top k of `score`.
     """
 
+    def __init__(self, scene: Scene, reach: float = 1.0) -> None:
+        super().__init__(scene)
+        self._reach = reach
+
     def shrink(self, optimizer: Stepping) -> None:
         """Apply the operator of this point of the homotopy, at its end the hard selection."""
-        ratio = homotopy(self.progress)
+        ratio = self._reach * homotopy(self.progress)
         allocation, score_M = self.scene.allocation, self.score()
         if ratio >= 1:
             scale_M = self.gate_M = allocation.select(score_M).double()

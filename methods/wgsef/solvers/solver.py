@@ -56,7 +56,9 @@ class Solver:
     @property
     def fractional(self) -> int:
         """How many groups the last operator left neither whole nor zero."""
-        return int(((self.gate_M > 0) & (self.gate_M < _NOT_WHOLE)).sum())
+        between_M = (self.gate_M > 0) & (self.gate_M < _NOT_WHOLE)
+        # A half-space step may have zeroed a group since.
+        return int((between_M & self.partition.alive()).sum())
 
     def before(self, optimizer: Stepping) -> None:
         """Act on gradients, before the optimizer's step."""

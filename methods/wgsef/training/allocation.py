@@ -6,7 +6,7 @@ Shapes: M groups of all families, L families, N groups of the largest, 1 the who
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,21 +58,16 @@ class Allocation:
     ) -> None:
         self._partition, self._scope, self._costs = partition, scope, costs
         self._sparsity = sparsity
-        floors = [max(1, math.ceil(floor * size)) for size in partition.sizes]
+        floors = _floors(partition.sizes, floor)
         self._floors = torch.tensor(floors, device=partition.device)
         self._protected = sum(floors)
         self._within_LF = torch.arange(max(floors), device=partition.device) < self._floors[:, None]
         self._size_L = torch.tensor(partition.sizes, dtype=torch.float64, device=partition.device)
-        if scope == "global" and sum(floors) > self.k(1.0):
-            raise UserError(
-                f"a sparsity of {sparsity:g} leaves {self.k(1.0)} of {partition.groups} groups, "
-                f"fewer than the floors of all layers together ({sum(floors)})"
-            )
+        refuse_impossible(partition.sizes, sparsity, scope, floor)
 
     def k(self, progress: float) -> int:
         """Return how many groups of the whole network may stay at this point."""
-        removed = self._sparsity * cubic(progress) * self._partition.groups
-        return self._partition.groups - int(removed + 1e-9)
+        return _staying(self._partition.groups, self._sparsity * cubic(progress))
 
     def shrink(
         self, operator: Operator, norm_M: Tensor, strength: Strength, progress: float
@@ -172,6 +167,24 @@ class Allocation:
         kept_M = torch.zeros_like(score_M, dtype=torch.bool)
         kept_M[order_M[:count]] = True
         return kept_M
+
+
+def refuse_impossible(sizes: Sequence[int], sparsity: float, scope: Scope, floor: float) -> None:
+    """Raise when the floors of all families, of these sizes, exceed what a network may keep."""
+    k, floors = _staying(sum(sizes), sparsity), sum(_floors(sizes, floor))
+    if scope == "global" and floors > k:
+        raise UserError(
+            f"a sparsity of {sparsity:g} leaves {k} of {sum(sizes)} groups, "
+            f"fewer than the floors of all layers together ({floors})"
+        )
+
+
+def _staying(groups: int, sparsity: float) -> int:
+    return groups - int(sparsity * groups + 1e-9)
+
+
+def _floors(sizes: Sequence[int], floor: float) -> list[int]:
+    return [max(1, math.ceil(floor * size)) for size in sizes]
 
 
 def _ranks(score_LN: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.errors import UserError
-from bench.models.vision import VisionConfig, build, load, save
-from methods.wgsef.export.classifier import smaller_classifier, to_onnx
+from bench.models.vision import VisionConfig, build, load, save, to_onnx
+from methods.wgsef.export.classifier import smaller_classifier
 from methods.wgsef.export.transformer import smaller_language_model
 from methods.wgsef.groups import convolution, transformer
 from methods.wgsef.groups.family import Family, Slice

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from bench.errors import UserError
 from bench.method import Context
+from bench.models.anatomy import dissect
 from bench.models.config import ModelConfig
 from bench.models.model import Model
 from bench.models.vision import VisionConfig, build
@@ -17,6 +18,9 @@ from methods.wgsef import method as methods
 
 CONF = Path(__file__).parents[3] / "conf" / "method"
 FILES = sorted(path for path in CONF.glob("*.yaml") if "methods.wgsef.method." in path.read_text())
+
+
+FOLLOWED = {"data": "digits", "data_folder": None, "split": "test"}
 
 
 def model(name="micro_vgg", **changes):
@@ -29,7 +33,9 @@ def model(name="micro_vgg", **changes):
 def knobs(path):
     given = yaml.safe_load(path.read_text())
     maker = getattr(methods, given.pop("_target_").rpartition(".")[2])
-    return maker, given
+    # What the benchmark says, which only Hydra can look up.
+    assert all(given[key].startswith("${oc.select:benchmark.images.") for key in FOLLOWED)
+    return maker, given | FOLLOWED
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -82,7 +88,7 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
 
 
 def test_a_language_model_is_one_sentence():
-    anatomy = SimpleNamespace(layers=(torch.nn.Identity(),), architecture="LlamaForCausalLM")
+    anatomy = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
     with pytest.raises(UserError, match="for image classifiers, not LlamaForCausalLM"):
         methods.Wgsef().check(anatomy)
 
@@ -92,7 +98,61 @@ def test_images_of_another_size_are_one_sentence():
         methods.Wgsef().apply(model("lenet5", size=28), Context(seed=0))
 
 
-@pytest.mark.parametrize("wrong", [{"ratio": 0}, {"ratio": 1}, {"strength": 0}, {"k": 3}])
+@pytest.mark.parametrize(
+    "wrong", [{"ratio": 0}, {"ratio": 1}, {"strength": 0}, {"k": 0}, {"kk": 3}]
+)
 def test_knobs_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         methods.Wgsef(**wrong)
+
+
+def test_k_groups_stay_when_k_is_given():
+    subject = model()
+    wgsef = methods.Wgsef(k=50, recipe={"epochs": 1, "batch": 200})
+    wgsef.check(subject.anatomy)
+    report = wgsef.apply(subject, Context(seed=0))
+    assert report.details["kept"] == report.details["alive_before_selection"] == 50
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"k": 161}, "k=161 is impossible: the network has 160 filters"),
+        ({"k": 9}, "leaves 9 of 160 groups, fewer than the floors of all layers together"),
+        ({"data": "mnist"}, "built for 1 channels, size 8 and 10 classes; mnist has 1, 28 and 10"),
+        ({"data": "mnits"}, "did you mean 'mnist'"),
+        ({"groups": "depth"}, "no residual branches"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_weight_is_loaded(knobs, said):
+    with torch.device("meta"):
+        network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    with pytest.raises(UserError, match=said):
+        methods.Wgsef(**knobs).check(dissect(network))
+
+
+def test_looking_at_a_network_draws_nothing_from_the_runs_generator():
+    with torch.device("meta"):
+        network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    methods.Wgsef().check(dissect(network))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_homotopy_that_ends_early_leaves_groups_to_the_selection():
+    recipe = {"epochs": 2, "batch": 200, "sparse_share": 0.5}
+    reports = {
+        reach: methods.Wgsef(reach=reach, recipe=recipe).apply(model(), Context(seed=0)).details
+        for reach in (0.3, 1.0)
+    }
+    assert reports[0.3]["fractional_before_selection"] > 0
+    assert reports[1.0]["fractional_before_selection"] == 0
+    assert reports[0.3]["kept"] == reports[1.0]["kept"] == reports[1.0]["alive_before_selection"]
+
+
+def test_choosing_knobs_never_sees_a_test_image():
+    wgsef = methods.Wgsef(split="validation")
+    splits = wgsef._splits()
+    assert (len(splits.train), len(splits.test)) == (1000, 200)
+    assert "held out" in splits.provenance

@@ -1,4 +1,5 @@
-"""Train micro_llava from nothing: ``python -m bench.models.zoo.micro_llava.recipe --out DIR``.
+"""Train micro_llava: ``python -m bench.models.zoo.micro_llava.recipe --out ONE``, and then the same
+with ``--out TWO --start ONE``.
 
 A LLaVA of two million parameters sees scenes of the training side, answers questions about each
 and names what is in every cell. The folder it writes is a complete Hugging Face model with its
@@ -13,7 +14,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -44,6 +45,7 @@ class Settings:
     images: int = 16
     turns: int = 6
     description_weight: float = 8.0
+    frozen_tower: bool = True
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup_share: float = 0.05
@@ -51,6 +53,19 @@ class Settings:
     alignment_steps: int = 800
     alignment_minutes: float = 6.0
     alignment_images: int = 48
+
+
+FURTHER = Settings(
+    seed=8,
+    minutes=30.0,
+    steps=9000,
+    turns=12,
+    description_weight=1.0,
+    learning_rate=1.2e-3,
+    frozen_tower=False,
+)
+"""The second run: it goes on from the first one's model, the tower learns along, and questions
+count for more than descriptions, which the first one has learned."""
 
 
 class Steps(Dataset[Batch]):
@@ -197,28 +212,48 @@ def align(
     return train(model, losses, settings, pace)
 
 
-def run(folder: Path, settings: Settings) -> None:
-    """Train, save, score what was saved, and write the log."""
+def begin(
+    folder: Path, settings: Settings
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
+    """Make the processor and a model whose vision tower knows the words; say how it learned."""
     torch.manual_seed(settings.seed)
     said = scenes.conversations("train", settings.vocabulary_conversations, settings.seed)
     turns = [turn for conversation in said for turn in conversation.turns]
     texts = [f"USER:\n{question}\nASSISTANT:\n{answer}" for question, answer in turns]
     processor = new_processor(texts, settings.vocabulary)
     model = new_model(processor)
-    # Turns are short, and there plain attention is the faster one on a CPU.
-    model.set_attn_implementation("eager")
-    print(f"{model.num_parameters():,} parameters", flush=True)
-    started = time.monotonic()
     processor.save_pretrained(folder)
     aligned = align(model, processor, settings)
     model.save_pretrained(folder)
-    model.model.vision_tower.requires_grad_(False)
+    return model, processor, {"alignment": aligned}
+
+
+def go_on(
+    start: Path, folder: Path, settings: Settings
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
+    """Take up a model that a run of this recipe wrote, and that run's log."""
+    torch.manual_seed(settings.seed)
+    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    processor = LlavaProcessor.from_pretrained(start)
+    processor.save_pretrained(folder)
+    before = json.loads((start / "training.json").read_text())
+    return model, processor, {"before": before}
+
+
+def run(folder: Path, settings: Settings, start: Path | None = None) -> None:
+    """Train from nothing or from `start`, save, score what was saved, and write the log."""
+    started = time.monotonic()
+    made = begin(folder, settings) if start is None else go_on(start, folder, settings)
+    model, processor, origin = made
+    # Turns are short, and there plain attention is the faster one on a CPU.
+    model.set_attn_implementation("eager")
+    print(f"{model.num_parameters():,} parameters", flush=True)
+    model.model.vision_tower.requires_grad_(not settings.frozen_tower)
     steps = Steps(Packer(processor, settings.description_weight), settings)
     loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4)
     pace = Pace(settings.steps, settings.minutes, settings.log_every)
     curve = train(model, (loss_of(model, batch) for batch in loader), settings, pace)
-    log = log_of(settings, model, time.monotonic() - started)
-    log |= {"alignment": aligned, "curve": curve}
+    log = log_of(settings, model, time.monotonic() - started) | origin | {"curve": curve}
     write(folder, log)
     model.to(torch.bfloat16).save_pretrained(folder)
     saved = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -235,8 +270,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--start", type=Path, help="a folder of an earlier run, to go on from")
     arguments = parser.parse_args()
-    run(arguments.out, Settings(steps=arguments.steps))
+    chosen = FURTHER if arguments.start else Settings()
+    run(arguments.out, replace(chosen, steps=min(chosen.steps, arguments.steps)), arguments.start)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""From a source to an image classifier: saved weights or fresh ones, checked against the images."""
+
+from __future__ import annotations
+
+import torch
+
+from bench import device as devices
+from bench.errors import UserError
+from bench.models import vision
+from bench.models.fresh import is_fresh, vision_config
+from bench.models.source import Source
+from bench.models.vision import Classifier, VisionConfig
+
+
+def empty(source: Source) -> Classifier:
+    """Return the network on the meta device.
+
+    Raises:
+        UserError: the folder does not describe a classifier, or its images are too small for it.
+    """
+    config = _config(source)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            network = vision.build(config).eval()
+            network(torch.zeros(1, config.channels, config.size, config.size))
+        except RuntimeError:
+            raise UserError(
+                f"{config.architecture} does not fit images of size {config.size} with "
+                f"{config.channels} channels: its layers leave nothing of them"
+            ) from None
+    return network
+
+
+def load(source: Source, device: torch.device) -> Classifier:
+    """Return the network with its weights on the device, not yet in evaluation mode.
+
+    Fresh weights are drawn on the CPU, so that a seed means the same everywhere.
+
+    Raises:
+        UserError: the weights do not fit, or `model.device_map` is set, which they do not need.
+    """
+    if source.config.device_map is not None:
+        raise UserError("model.device_map is for language models: an image classifier fits")
+    network = _fresh(source) if is_fresh(source.config) else vision.load(source.folder)
+    return network.to(device, devices.dtype(source.config.dtype, device))
+
+
+def _config(source: Source) -> VisionConfig:
+    if is_fresh(source.config):
+        return vision_config(source.config)
+    return VisionConfig.read(source.folder)
+
+
+def _fresh(source: Source) -> Classifier:
+    """Draw the weights without touching the generator that everything else draws from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.config.seed or 0)
+        return vision.build(vision_config(source.config))

@@ -1,0 +1,54 @@
+"""Image classifiers without files: an architecture's fresh weights, drawn with a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.errors import UserError
+from bench.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from bench.models.vision import VisionConfig
+
+FRESH = "fresh:"
+
+
+def is_fresh(config: ModelConfig) -> bool:
+    """Whether the model has no files: `model.path`, when given, wins over its source."""
+    return config.path is None and config.source.startswith(FRESH)
+
+
+def vision_config(config: ModelConfig) -> VisionConfig:
+    """Return the architecture in the shape that the images of the named data set need.
+
+    Raises:
+        UserError: the architecture or the data set does not exist, or is not named.
+    """
+    from bench.data.images import SETS, shape
+    from bench.errors import unknown
+    from bench.models.vision import ARCHITECTURES, VisionConfig
+
+    name = config.source.removeprefix(FRESH)
+    if name not in ARCHITECTURES:
+        raise unknown("architecture", name, ARCHITECTURES)
+    if config.images is None:
+        raise UserError(f"model.images is missing: {config.source} needs one of {', '.join(SETS)}")
+    images = shape(config.images)
+    return VisionConfig(
+        architecture=name, channels=images.channels, size=images.size, classes=images.classes
+    )
+
+
+def fresh_fingerprint(config: ModelConfig) -> str:
+    """Return a hash of all that fresh weights depend on, but for the version of torch."""
+    said = f"{vision_config(config).model_dump_json()} seed {config.seed}"
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def fresh_folder() -> Path:
+    """Return the folder of the code that draws the weights."""
+    from bench.models import vision
+
+    return Path(next(iter(vision.__path__)))

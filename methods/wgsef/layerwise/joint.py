@@ -1,0 +1,71 @@
+"""One budget for several reconstructions at once, such as the experts of a layer.
+
+Shapes: M atoms of one problem, D outputs, N atoms of all problems together.
+
+Each problem has a Gram matrix of its own, and atoms of different problems count as uncorrelated:
+the joint Gram matrix is block-diagonal (WGSEF specification section 5: few experts fire together).
+The problems must share their unit of error, hence the number of tokens that they are divided by.
+All return which atoms stay, one mask [M] per problem; `selection` has the same for one problem.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from methods.wgsef.envelope.prox import debiased, hard
+from methods.wgsef.layerwise.problem import Reconstruction
+from methods.wgsef.layerwise.selection import Elimination, descend, largest_eigenvalue, norms
+from methods.wgsef.training.schedule import homotopy
+
+Problems = Sequence[Reconstruction]
+Selector = Callable[[Problems, int], list[Tensor]]
+
+HOMOTOPY_STEPS = 200
+
+
+def energy(problems: Problems, k: int) -> list[Tensor]:
+    """Keep the k atoms of largest ||v_j||, whatever the others could make up for."""
+    return _strongest([problem.readout for problem in problems], k)
+
+
+def homotopy_path(problems: Problems, k: int) -> list[Tensor]:
+    """Follow the debiased operator from ratio 0 to 1: gradient steps per problem, one budget."""
+    smooth = max(largest_eigenvalue(problem.gram) for problem in problems)
+    readouts = [problem.readout for problem in problems]
+    for step in range(1, HOMOTOPY_STEPS):
+        moved = [descend(p, v_MD, smooth) for p, v_MD in zip(problems, readouts, strict=True)]
+        shrunk = debiased(_norms(moved), k, homotopy(step / HOMOTOPY_STEPS))
+        scales = shrunk.scale[0].split([len(t_MD) for t_MD in moved])
+        readouts = [s_M[:, None] * t_MD for s_M, t_MD in zip(scales, moved, strict=True)]
+    return _strongest(readouts, k)
+
+
+def elimination(problems: Problems, k: int) -> list[Tensor]:
+    """Take away one atom at a time, the cheapest of all problems.
+
+    An elimination in one block leaves the others as they are, so this is exactly the greedy
+    elimination of the joint problem, at the cost of the single ones.
+    """
+    states = [Elimination(problem) for problem in problems]
+    heap = [(*state.cheapest(), place) for place, state in enumerate(states)]
+    heapq.heapify(heap)
+    for _ in range(sum(len(problem.readout) for problem in problems) - k):
+        _, atom, place = heapq.heappop(heap)
+        states[place].drop(atom)
+        if not bool(states[place].gone_M.all()):
+            heapq.heappush(heap, (*states[place].cheapest(), place))
+    return [~state.gone_M for state in states]
+
+
+def _strongest(readouts: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Return masks of the k atoms of largest norm."""
+    kept_N = hard(_norms(readouts), k).gate[0] > 0
+    return list(kept_N.split([len(v_MD) for v_MD in readouts]))
+
+
+def _norms(readouts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([norms(v_MD) for v_MD in readouts], -1)

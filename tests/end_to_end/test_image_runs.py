@@ -1,0 +1,145 @@
+"""Image classifiers from the command line: a run, its export and reload, and wrong input."""
+
+import json
+
+import onnxruntime
+import pandas
+import pytest
+import torch
+
+from bench.data.images import load as load_images
+from bench.models import vision
+
+SHORT = [
+    "model=micro_lenet", "benchmark=images", "benchmark.limit=null", "method=wgsef", "ratio=0.5",
+    "method.wgsef.recipe.epochs=2", "method.wgsef.recipe.batch=200", "threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def refused(bench):
+    """Run something that must be refused; return the sentence."""
+
+    def call(*arguments):
+        code, out, err = bench("run", *arguments)
+        assert code == 2, err
+        assert out == ""
+        assert err.count("\n") == 1 and err.startswith("bench: ")
+        runs = bench.results / "runs"
+        assert not runs.exists() or list(runs.iterdir()) == []
+        return err
+
+    return call
+
+
+def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatch):
+    code, _, err = bench("run", *SHORT)
+    assert code == 0, err
+    (folder,) = (bench.results / "runs").iterdir()
+    record = json.loads((folder / "record.json").read_text())
+    (method,) = record["methods"]
+    assert method["saving"] == "removed"
+    report = method["report"]
+    assert [line["epoch"] for line in report["history"]] == [1, 2]
+    assert {"alive", "fractional", "accuracy", "k"} <= set(report["history"][0])
+    assert report["kept"] == sum(report["kept_by_layer"].values()) == 72
+    assert report["alive_before_selection"] >= report["kept"]
+    assert report["fractional_before_selection"] == 0
+    assert record["model"]["architecture"] == "micro_lenet"
+    dense, costs = record["model"]["parameters"], record["costs"]
+    sizes = {(c["scope"], c["quantity"]): c["value"] for c in costs}
+    assert sizes["model", "parameters"] < 0.6 * dense
+    assert sizes["forward 1x1x8x8", "flops"] > 0
+    (metric,) = record["metrics"]
+    assert (metric["task"], metric["metric"], metric["n"]) == ("digits", "acc", 597)
+    assert metric["value"] == pytest.approx(report["accuracy"])
+    samples = pandas.read_parquet(folder / "samples.parquet")
+    assert len(samples) == 597 and samples["acc"].mean() == pytest.approx(metric["value"])
+
+    out = tmp_path / "exported"
+    code, said, err = bench("export", record["id"], str(out), "--onnx")
+    assert code == 0, err
+    assert (
+        "(classifier)" in said and "model.kind=image_classifier" in (out / "README.md").read_text()
+    )
+    network = vision.load(out)
+    images, labels = load_images("digits").test.fetch(torch.arange(597), None)
+    logits = network(images).detach()
+    assert float((logits.argmax(-1) == labels).double().mean()) == pytest.approx(metric["value"])
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    (theirs,) = session.run(None, {"image": images.numpy()})
+    torch.testing.assert_close(torch.tensor(theirs), logits, atol=1e-4, rtol=1e-4)
+
+    again = ["model=local", "model.kind=image_classifier", f"model.path={out}", "benchmark=images"]
+    code, _, err = bench("run", *again, "benchmark.limit=null")
+    assert code == 0, err
+    values = {
+        json.loads(file.read_text())["metrics"][0]["value"]
+        for file in (bench.results / "runs").glob("*/record.json")
+    }
+    assert values == {metric["value"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["method.wgsef.k=0"], "method.wgsef.k=0"),
+        (["method.wgsef.k=145"], "k=145 is impossible: the network has 144 filters"),
+        (["method.wgsef.k=3"], "fewer than the floors of all layers together"),
+        (["method.wgsef.groups=[filters,channels]"], "filters and channels overlap"),
+        (["method.wgsef.reach=1.5"], "needs lambda d below 1"),
+        (["method.wgsef.data=mnist"], "built for 1 channels, size 8 and 10 classes; mnist has"),
+        (["benchmark.images.data=cifar11"], "did you mean 'cifar10'?"),
+        (["model=micro_moe"], "sparse training is for image classifiers, not Qwen2Moe"),
+        (["benchmark=camera_micro"], "but model=micro_lenet is of kind image_classifier"),
+    ],
+)
+def test_wrong_input_with_sparse_training(refused, arguments, said):
+    given = [a for a in SHORT if a.split("=")[0] not in {b.split("=")[0] for b in arguments}]
+    if "benchmark=camera_micro" in arguments:
+        given = [a for a in given if not a.startswith("benchmark.")]
+    assert said in refused(*given, *arguments)
+
+
+@pytest.mark.parametrize("folder", [None, "/nowhere"])
+def test_missing_images(refused, folder):
+    given = ["model=resnet18", "benchmark=images", "benchmark.images.data=cifar10"]
+    given += [f"benchmark.images.folder={folder}"] if folder else []
+    found = refused(*given)
+    assert "cifar10" in found and ("does not hold" if folder else "images.folder=FOLDER") in found
+
+
+def test_images_of_another_size(refused):
+    found = refused("model=lenet5", "benchmark=images")
+    assert "lenet5 is built for 1 channels, size 28 and 10 classes; digits has 1, 8 and 10" in found
+
+
+@pytest.mark.parametrize(
+    "method", ["camera_p", "wgsef_layerwise", "rtn", "magnitude", "d2_moe", "camera_q"]
+)
+def test_a_language_method_on_a_classifier(refused, method):
+    found = refused("model=micro_resnet", "benchmark=images", f"method={method}")
+    assert "micro_resnet" in found
+
+
+def test_a_language_model_on_images(refused):
+    assert "asks models of kind image_classifier" in refused("benchmark=images")
+
+
+def test_slimming_without_batch_norm(refused):
+    found = refused(
+        "model=micro_lenet", "benchmark=images", "method=slimming",
+        "method.slimming.recipe.epochs=1",
+    )  # fmt: skip
+    assert "slimming ranks BatchNorm scales" in found
+
+
+@pytest.mark.parametrize("flag", ["--padded", "--onnx"])
+def test_forms_that_a_model_has_not(bench, tmp_path, flag):
+    model = "micro_lenet" if flag == "--padded" else "micro_moe"
+    benchmark = ["benchmark=images"] if flag == "--padded" else ["benchmark=perplexity_micro"]
+    assert bench("run", f"model={model}", *benchmark)[0] == 0
+    (folder,) = (bench.results / "runs").iterdir()
+    code, _, err = bench("export", folder.name, str(tmp_path / "out"), flag)
+    assert code == 2 and flag in err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,73 @@
+"""Accuracy of a classifier: against a count by hand, with its error, image by image."""
+
+import math
+
+import pytest
+import torch
+
+from bench.data.images import load as load_images
+from bench.errors import MissingData, UserError
+from bench.evaluation import BenchmarkConfig, evaluate, plan
+from bench.models.config import ModelConfig
+from bench.models.loading import load, resolve
+
+
+def classifier(name="micro_lenet"):
+    config = ModelConfig(name=name, source=f"zoo:{name}", kind="image_classifier", device="cpu")
+    return load(resolve(config, offline=True))
+
+
+def benchmark(limit=None, batch_size=100, **images):
+    return BenchmarkConfig(
+        name="images", harness="images", limit=limit, batch_size=batch_size, images=images
+    )
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_accuracy_is_the_count_of_right_classes(split):
+    model = classifier()
+    splits = load_images("digits")
+    chosen = (splits if split == "test" else splits.for_choosing()).test
+    image_BCHH, label_B = chosen.fetch(torch.arange(len(chosen)), None)
+    with torch.no_grad():
+        logit_BK = model.network(image_BCHH)
+    right = [bool(ok) for ok in logit_BK.argmax(-1) == label_B]
+    found = evaluate(model, plan(benchmark(split=split), offline=True))
+    (metric,) = found.metrics
+    share = sum(right) / len(right)
+    spread = math.sqrt(sum((ok - share) ** 2 for ok in right) / (len(right) - 1) / len(right))
+    assert (metric.task, metric.metric, metric.split) == ("digits", "acc", split)
+    assert metric.n == len(right) == len(found.samples)
+    assert metric.value == pytest.approx(share) and metric.stderr == pytest.approx(spread)
+    assert [row["acc"] for row in found.samples] == [float(ok) for ok in right]
+    for place in (0, 150):
+        row = found.samples[place]
+        assert (row["doc_id"], row["target"]) == (place, str(int(label_B[place])))
+        assert row["prediction"] == str(int(logit_BK[place].argmax()))
+        assert row["probability"] == pytest.approx(float(logit_BK[place].softmax(-1).max()))
+
+
+def test_a_limit_takes_the_first_images():
+    found = evaluate(classifier(), plan(benchmark(limit=7, batch_size=3), offline=True))
+    assert found.metrics[0].n == len(found.samples) == 7
+    assert [row["doc_id"] for row in found.samples] == list(range(7))
+
+
+def test_other_images_have_another_fingerprint():
+    asked = [benchmark(), benchmark(split="validation"), benchmark(limit=5)]
+    prints = {plan(config, offline=True).fingerprints["digits"] for config in asked}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_missing_images_are_one_sentence(name, tmp_path):
+    with pytest.raises(MissingData, match=r"benchmark\.images\.folder=FOLDER"):
+        plan(benchmark(data=name), offline=True)
+    with pytest.raises(MissingData, match="does not hold"):
+        plan(benchmark(data=name, folder=str(tmp_path)), offline=True)
+
+
+def test_a_language_model_is_refused_by_its_kind():
+    language = ModelConfig(name="micro_moe", source="zoo:micro_moe")
+    with pytest.raises(UserError, match="asks models of kind image_classifier"):
+        plan(benchmark(), offline=True).refuse_unfit(language)

@@ -1,0 +1,93 @@
+"""WGSEF while fine-tuning: the budget is met, only experts change, removed equals zeroed."""
+
+import pytest
+import torch
+
+from bench.data.calibration import Calibration
+from bench.errors import UserError
+from bench.method import Context
+from bench.models.anatomy import dissect
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+from bench.models.observation import observing
+from methods.activations import Activations
+from methods.micro_experts import spans, view
+from methods.wgsef.finetuning import WgsefFinetune
+from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
+
+SHORT = {"steps": 6, "rows": 4, "ratio": 0.4, "align": 4}
+
+
+def applied(network, seed=0, **knobs):
+    config = ModelConfig(name="tiny", source="tests")
+    model = Model(config, network, None, "", None, torch.device("cpu"))
+    method = WgsefFinetune(**(SHORT | knobs))
+    method.check(model.anatomy)
+    return model, method.apply(model, Context(seed, Calibration(tokens(), "calibration")))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_budget_goes_and_removed_equals_zeroed(name):
+    zeroed, report = applied(build(name), state="zeroed")
+    removed, again = applied(build(name), state="removed")
+    budgets = [int(0.4 * block.micro_experts) for block in dissect(build(name)).moe]
+    for found in (report, again):
+        assert [layer["removed"] for layer in found.details["layers"]] == budgets
+        assert found.details["alive_before_selection"] == sum(
+            sum(block.widths) - budget
+            for block, budget in zip(dissect(build(name)).moe, budgets, strict=True)
+        )
+    ids = tokens()[:2]
+    torch.testing.assert_close(
+        removed.network(ids).logits, zeroed.network(ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_nothing_but_routed_experts_changes_and_no_gradient_is_left():
+    name = "qwen2_moe" if "qwen2_moe" in ARCHITECTURES else next(iter(ARCHITECTURES))
+    before = build(name).state_dict()
+    model, _ = applied(build(name), state="zeroed")
+    changed = {
+        key for key, tensor in model.network.state_dict().items()
+        if not torch.equal(tensor, before[key])
+    }  # fmt: skip
+    assert changed and all(".experts." in key for key in changed)
+    weights = list(model.network.parameters())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in weights)
+
+
+def test_training_lowers_the_loss_of_what_is_left():
+    name = next(iter(ARCHITECTURES))
+    losses = {}
+    for rate in (1e-9, 5e-3):
+        _, report = applied(build(name), rate=rate, steps=30, state="zeroed")
+        losses[rate] = report.details["history"][-1]["loss"]
+    assert losses[5e-3] < losses[1e-9]
+
+
+def test_at_a_rate_of_almost_nothing_it_keeps_what_has_most_energy():
+    name = next(iter(ARCHITECTURES))
+    network = build(name)
+    model, _ = applied(build(name), rate=1e-12, state="zeroed")
+    ids = tokens()
+    blocks = dissect(network).moe
+    seen = {block: Activations(block) for block in blocks}
+    with observing(seen, 4096), torch.no_grad():
+        network(ids)
+    for block, after in zip(blocks, model.anatomy.moe, strict=True):
+        energy, alive = [], []
+        power_N = seen[block].square_sum()
+        for expert, place in spans(block):
+            if expert < 0:
+                continue
+            norm = view(block, expert).down.double().square().sum(0)
+            energy.append(power_N[place] * norm)
+            alive.append(view(after, expert).down.any(0))
+        energy_M, alive_M = torch.cat(energy), torch.cat(alive)
+        assert energy_M[alive_M].min() >= energy_M[~alive_M].max() * (1 - 1e-4)
+
+
+@pytest.mark.parametrize(("make", "ratio", "said"), [(llama, 0.4, "has none")])
+def test_models_without_experts_are_one_sentence(make, ratio, said):
+    with pytest.raises(UserError, match=said):
+        applied(make(), ratio=ratio)
