@@ -61,6 +61,10 @@ def plan(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
 
 def _scoring(benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
     """Let the harness of a benchmark plan it."""
+    if benchmark.harness == "lmms_eval":
+        from bench.evaluation.multimodal.planning import plan_multimodal
+
+        return plan_multimodal(benchmark, offline=offline)
     from bench.evaluation.text.planning import plan_text
 
     return plan_text(benchmark, offline=offline)

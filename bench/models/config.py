@@ -20,6 +20,7 @@ class ModelConfig(BaseModel):
     `balanced`, ...) are accelerate's.
     `allow_remote_code` is set by a model's config, `trust_remote_code` by the user; code from the
     model's repository runs only with both and with a `revision` that is a commit.
+    `system_prompt` is the sentence that an image_text model was trained to see before a question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = False
     max_length: int | None = Field(default=None, ge=8)
     add_bos: bool | None = None
+    system_prompt: str | None = None
 
     @field_validator("path")
     @classmethod
