@@ -1,0 +1,26 @@
+"""Drawn scenes with real handwritten digits, and seven tasks about them in real schemas.
+
+A scene follows from its split and its index alone. Questions are chosen so that their text tells
+nothing about their answers: who does not see the image is at chance, which is known.
+"""
+
+from bench.data.scenes.conversations import Conversation, conversation, conversations
+from bench.data.scenes.prompts import Document, render
+from bench.data.scenes.render import SIZE as IMAGE_SIZE
+from bench.data.scenes.scene import Split
+from bench.data.scenes.sets import TASKS, chance, documents, fingerprint, images
+
+__all__ = [
+    "IMAGE_SIZE",
+    "TASKS",
+    "Conversation",
+    "Document",
+    "Split",
+    "chance",
+    "conversation",
+    "conversations",
+    "documents",
+    "fingerprint",
+    "images",
+    "render",
+]
