@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import lmms_eval.api.metrics  # noqa: F401  # registers the metrics that task files name
 from lmms_eval.api.task import ConfigurableTask
 
 from bench.evaluation.multimodal.definition import evaluated_split
