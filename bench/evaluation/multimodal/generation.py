@@ -22,6 +22,9 @@ from bench.models.model import Model
 LONGEST_ANSWER = 1024
 """Tokens of an answer whose task does not say how many, as in the harness's own adapters."""
 
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+"""What processors say about each token; the rest of what they return is about images."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -91,7 +94,7 @@ class Generation:
     def _padded(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Bring all that the processor says per token to one length."""
         width = max(row["input_ids"].shape[1] for row in encoded)
-        names = [n for n, v in encoded[0].items() if v.shape == encoded[0]["input_ids"].shape]
+        names = [name for name in PER_TOKEN if name in encoded[0]]
         fills = {"input_ids": self._fill}
         return {
             name: torch.cat([_left(row[name], width, fills.get(name, 0)) for row in encoded]).to(
@@ -109,7 +112,7 @@ class Generation:
             {
                 name: value.to(dtype) if value.is_floating_point() else value
                 for name, value in row.items()
-                if value.shape != row["input_ids"].shape
+                if name not in PER_TOKEN
             }
             for row, seen in zip(encoded, hashes, strict=True)
             if seen is not None
