@@ -9,9 +9,11 @@ from bench.data.scenes.prompts import Document, render
 from bench.data.scenes.render import SIZE as IMAGE_SIZE
 from bench.data.scenes.scene import Split
 from bench.data.scenes.sets import TASKS, chance, documents, fingerprint, images
+from bench.data.scenes.tasks import ROTATION
 
 __all__ = [
     "IMAGE_SIZE",
+    "ROTATION",
     "TASKS",
     "Conversation",
     "Document",

@@ -16,7 +16,7 @@ from bench.data.scenes.kinds import KINDS, Question, Subject
 from bench.data.scenes.scene import Scene, Split, scene
 
 PER_IMAGE = 4
-_PATIENCE = 30_000
+_PATIENCE = 10_000
 
 
 @dataclass(frozen=True)

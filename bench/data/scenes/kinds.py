@@ -200,7 +200,9 @@ KINDS = {
         Kind("shape", "What shape is the {} object?", _COLOR, SHAPES, _shape_of_color),
         Kind("size", "Is the {} small or large?", _SHAPE, SIZES, _size_of_shape),
         Kind("row", "Is the {} at the top, middle or bottom?", _SHAPE, ROWS, _row_of_shape),
-        Kind("column", "Is the {} at the left, center or right?", _SHAPE, COLUMNS, _column_of_shape),
+        Kind(
+            "column", "Is the {} at the left, center or right?", _SHAPE, COLUMNS, _column_of_shape
+        ),
         Kind(
             "sideways",
             "Is the {} to the left or right of the {}?",
@@ -208,7 +210,9 @@ KINDS = {
             ("left", "right"),
             _sideways,
         ),
-        Kind("upright", "Is the {} above or below the {}?", _REFERENTS, ("above", "below"), _upright),
+        Kind(
+            "upright", "Is the {} above or below the {}?", _REFERENTS, ("above", "below"), _upright
+        ),
         Kind("random", _THERE, _COMBINATIONS, YES_NO, _present),
         Kind("popular", _THERE, POPULAR, YES_NO, _popular),
         Kind("adversarial", _THERE, _COMBINATIONS, YES_NO, _adversarial),
@@ -230,7 +234,13 @@ KINDS = {
         Kind("number_at", "What is the number at the {}?", _SIDES, DIGITS, _number_at),
         Kind("parity", "Is the {} odd or even?", (("number",),), ("odd", "even"), _parity),
         Kind("is_there", "Is there a {} {} in this image?", _COMBINATIONS, YES_NO, _present),
-        Kind("is_count", "Are exactly {} of the objects in this image a {}?", _AMOUNTS, YES_NO, _exactly),
+        Kind(
+            "is_count",
+            "Are exactly {} of the objects in this image a {}?",
+            _AMOUNTS,
+            YES_NO,
+            _exactly,
+        ),
         Kind("is_placed", "Is the {} {} the {} in this image?", _RELATIONS, YES_NO, _left_or_above),
         Kind(
             "is_color",
@@ -246,6 +256,12 @@ KINDS = {
             YES_NO,
             _is_number,
         ),
-        Kind("is_parity", "Is the number in this image {}?", (("odd",), ("even",)), YES_NO, _is_parity),
+        Kind(
+            "is_parity",
+            "Is the number in this image {}?",
+            (("odd",), ("even",)),
+            YES_NO,
+            _is_parity,
+        ),
     )
 }

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from bench.data.scenes import prompts
 from bench.data.scenes.balance import Placed, balanced, paired
-from bench.data.scenes.kinds import KINDS
 from bench.data.scenes.prompts import LETTERS, Document, place
 from bench.data.scenes.render import SIZE, render
 from bench.data.scenes.scene import Split
 
 ROTATION = 1_000_000
+# Each category of a task of pairs has images of its own.
+_KIND_RANGE = 10_000
 _HINT = "The image shows a board of nine cells."
 
 
@@ -34,7 +34,8 @@ class Task:
         """Return the task's questions, in the order of their rows."""
         if not self.pairs:
             return balanced(self.kinds, split, start)
-        pairs = [paired(name, n, split, start) for name, n in self.kinds.items()]
+        counts = enumerate(self.kinds.items())
+        pairs = [paired(name, n, split, start + i * _KIND_RANGE) for i, (name, n) in counts]
         return list(chain.from_iterable(chain.from_iterable(pairs)))
 
     def documents(self, split: Split, start: int) -> list[Document]:
@@ -233,21 +234,30 @@ def _draw(placed: Placed, number: int) -> random.Random:
 
 TASKS = {
     "gqa": Task(
-        dict(color=4, shape=4, size=6, row=3, column=3, sideways=1, upright=1),
+        {"color": 4, "shape": 4, "size": 6, "row": 3, "column": 3, "sideways": 1, "upright": 1},
         _gqa,
     ),
-    "vqav2": Task(dict(random=3, count_shape=4, count_color=3, color=4), _vqav2),
+    "vqav2": Task({"random": 3, "count_shape": 4, "count_color": 3, "color": 4}, _vqav2),
     "scienceqa_img": Task(
-        dict(shape=5, count_shape=5, size=10, row=5, sideways=2), _scienceqa, most_choices=4
+        {"shape": 5, "count_shape": 5, "size": 10, "row": 5, "sideways": 2},
+        _scienceqa,
+        most_choices=4,
     ),
-    "textvqa": Task(dict(number=12, number_at=5), _textvqa),
-    "pope": Task(dict(random=3, popular=10, adversarial=3), _pope),
+    "textvqa": Task({"number": 12, "number_at": 5}, _textvqa),
+    "pope": Task({"random": 3, "popular": 10, "adversarial": 3}, _pope),
     "mme": Task(
-        dict(is_there=1, is_count=2, is_placed=1, is_color=1, is_number=2, is_parity=10),
+        {
+            "is_there": 1,
+            "is_count": 2,
+            "is_placed": 1,
+            "is_color": 1,
+            "is_number": 2,
+            "is_parity": 10,
+        },
         _mme,
         pairs=True,
     ),
     "mmbench_en": Task(
-        dict(color=1, shape=1, count_shape=2, number=2), _mmbench, most_choices=4
+        {"color": 1, "shape": 1, "count_shape": 2, "number": 2}, _mmbench, most_choices=4
     ),
 }

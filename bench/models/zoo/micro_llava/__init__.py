@@ -1,0 +1,6 @@
+"""micro_llava: a small LLaVA that answers questions about drawn scenes, and its recipe."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+"""Where the model is: ``from_pretrained`` takes this folder."""

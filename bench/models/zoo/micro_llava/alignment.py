@@ -1,0 +1,100 @@
+"""First stage: the vision tower learns to say, in every patch, what the cell around it holds.
+
+A real LLaVA starts from a tower that has learned words from image-text pairs. This one learns
+them here: the projected feature of each patch is compared with the embeddings of the words for
+its cell's shape, colour, size, digit, row and column, as CLIP compares images with captions.
+
+Shapes: B images, V visual tokens, D hidden, N patches that have a word of a group, W its words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from bench.data.scenes import IMAGE_SIZE, Split
+from bench.data.scenes.render import BORDER, CELL, render
+from bench.data.scenes.scene import (
+    COLORS,
+    COLUMNS,
+    DIGITS,
+    GRID,
+    ROWS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Shape,
+    scene,
+)
+from bench.models.zoo.micro_llava.network import PATCH
+
+GROUPS = ((*SHAPES, "number", "empty"), COLORS, SIZES, DIGITS, ROWS, COLUMNS)
+_NONE = -100
+
+
+class Patches(NamedTuple):
+    """Images and, for every patch, the place of its word in each group, or -100."""
+
+    pixels_BCHW: Tensor
+    words_BVG: Tensor
+
+
+class Aligner:
+    """Makes labelled patches of scenes, and the loss on them."""
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        """Find each group's words in the vocabulary, with a space before them and without."""
+        self._processor = processor
+        forms = [list(group) for group in GROUPS]
+        forms += [[f" {word}" for word in group] for group in GROUPS]
+        encoded = [processor.tokenizer(group)["input_ids"] for group in forms]
+        self._vocabulary = [
+            (number % len(GROUPS), torch.tensor(ids).flatten())
+            for number, ids in enumerate(encoded)
+            if all(len(word) == 1 for word in ids)
+        ]
+
+    def patches(self, split: Split, start: int, images: int) -> Patches:
+        """Draw scenes and label their patches."""
+        drawn = [scene(split, start + number) for number in range(images)]
+        pictures = [render(each) for each in drawn]
+        pixels_BCHW = self._processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return Patches(pixels_BCHW, torch.tensor([_labels(each) for each in drawn]))
+
+    def loss(self, model: LlavaForConditionalGeneration, patches: Patches) -> Tensor:
+        """Return the sum over groups of the mean loss on their words."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = model.model.get_image_features(patches.pixels_BCHW, return_dict=True)
+        features_BVD = torch.stack(features.pooler_output).float()
+        embedding = model.get_input_embeddings().weight
+        total = torch.zeros(())
+        for group, ids_W in self._vocabulary:
+            word_BV = patches.words_BVG[..., group]
+            logits_NW = features_BVD[word_BV != _NONE] @ embedding[ids_W].T
+            total = total + cross_entropy(logits_NW, word_BV[word_BV != _NONE])
+        return total
+
+
+def _labels(place: Scene) -> list[list[int]]:
+    """Return the places of the words of every patch, in the order of the visual tokens."""
+    side = range(IMAGE_SIZE // PATCH)
+    cells = [(y * PATCH - BORDER) // CELL for y in side]
+    return [_words(place, row, column) for row in cells for column in cells]
+
+
+def _words(place: Scene, row: int, column: int) -> list[int]:
+    """Return the places of a cell's words in their groups; outside the grid nothing but empty."""
+    empty, number = GROUPS[0].index("empty"), GROUPS[0].index("number")
+    if not (0 <= row < GRID and 0 <= column < GRID):
+        return [empty, _NONE, _NONE, _NONE, _NONE, _NONE]
+    thing = place.cells[row * GRID + column]
+    if thing is None:
+        return [empty, _NONE, _NONE, _NONE, row, column]
+    if isinstance(thing, Shape):
+        named = [SHAPES.index(thing.shape), COLORS.index(thing.color), SIZES.index(thing.size)]
+        return [*named, _NONE, row, column]
+    return [number, _NONE, _NONE, DIGITS.index(thing.value), row, column]

@@ -1,0 +1,243 @@
+"""Train micro_llava from nothing: ``python -m bench.models.zoo.micro_llava.recipe --out DIR``.
+
+A LLaVA of two million parameters sees scenes of the training side, answers questions about each
+and names what is in every cell. The folder it writes is a complete Hugging Face model with its
+processor, plus ``training.json``, the log of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from bench.data import scenes
+from bench.models.zoo.micro_llava import scoring
+from bench.models.zoo.micro_llava.alignment import Aligner
+from bench.models.zoo.micro_llava.batches import Batch, Packer, hidden_states
+from bench.models.zoo.micro_llava.network import new_model, new_processor
+
+_ALIGNMENT_SCENES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result besides the scenes."""
+
+    seed: int = 7
+    vocabulary: int = 480
+    vocabulary_conversations: int = 2000
+    steps: int = 6000
+    minutes: float = 20.0
+    images: int = 16
+    turns: int = 6
+    description_weight: float = 8.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.05
+    log_every: int = 50
+    alignment_steps: int = 800
+    alignment_minutes: float = 6.0
+    alignment_images: int = 48
+
+
+class Steps(Dataset[Batch]):
+    """The batch of each step, a pure function of the step's number."""
+
+    def __init__(self, packer: Packer, settings: Settings) -> None:
+        """Remember how batches are made."""
+        self._packer, self._settings = packer, settings
+
+    def __len__(self) -> int:
+        """Return how many steps there are."""
+        return self._settings.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Draw the scenes of one step and pack them."""
+        images, seed = self._settings.images, self._settings.seed
+        numbers = range(step * images, (step + 1) * images)
+        drawn = [scenes.conversation("train", seed, n, self._settings.turns) for n in numbers]
+        return self._packer.pack(drawn)
+
+
+def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Return the mean over turns of the loss on their answers."""
+    losses, weights = [], []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for hidden_RTD, turns in zip(hidden_states(model, batch), batch.turns, strict=True):
+            counted_RT = turns.weight_RT[:, 1:] > 0
+            logits_NV = model.lm_head(hidden_RTD[:, :-1][counted_RT])
+            answer_N = turns.tokens_RT[:, 1:][counted_RT]
+            losses.append(cross_entropy(logits_NV.float(), answer_N, reduction="none"))
+            weights.append(turns.weight_RT[:, 1:][counted_RT])
+    weight_N = torch.cat(weights)
+    return (torch.cat(losses) * weight_N).sum() / weight_N.sum()
+
+
+def optimizer_of(model: LlavaForConditionalGeneration, settings: Settings) -> torch.optim.Optimizer:
+    """Return AdamW with decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
+def learning_rate(progress: float, settings: Settings) -> float:
+    """Return the rate at a share of the training: a short rise, then half a cosine to zero."""
+    if progress < settings.warmup_share:
+        return settings.learning_rate * progress / settings.warmup_share
+    fallen = (progress - settings.warmup_share) / (1 - settings.warmup_share)
+    return settings.learning_rate * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a stage lasts: until `steps` or `minutes` are over, whichever is first."""
+
+    steps: int
+    minutes: float
+    log_every: int
+
+
+def train(
+    model: LlavaForConditionalGeneration,
+    losses: Iterator[torch.Tensor],
+    settings: Settings,
+    pace: Pace,
+) -> list[dict[str, float]]:
+    """Descend one loss after the other; return the curve.
+
+    The learning rate follows whichever of steps and minutes is further, so that it is at zero
+    when the stage ends.
+    """
+    optimizer = optimizer_of(model, settings)
+    curve, started, recent = [], time.monotonic(), list[float]()
+    model.train()
+    for step in range(1, pace.steps + 1):
+        passed = time.monotonic() - started
+        progress = max(step / pace.steps, passed / 60 / pace.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, settings)
+        optimizer.zero_grad()
+        loss = next(losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if step % pace.log_every == 0 or progress >= 1:
+            curve.append({"step": step, "loss": round(sum(recent) / len(recent), 4)})
+            print(f"{passed:6.0f} s", curve[-1], flush=True)
+            recent.clear()
+        if progress >= 1:
+            break
+    return curve
+
+
+def results(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> dict[str, object]:
+    """Score the test questions with their images and, as a control, without."""
+    model.eval()
+    seen: dict[str, float] = {}
+    blind: dict[str, float] = {}
+    for task in scenes.TASKS:
+        documents = scenes.documents(task, "test")
+        seen[task] = round(scoring.accuracy(model, processor, task, documents), 4)
+        blind[task] = round(scoring.accuracy(model, processor, task, documents, blank=True), 4)
+        chance = scenes.chance(task)
+        print(f"{task:14} {seen[task]:.3f} blind {blind[task]:.3f} chance {chance:.3f}", flush=True)
+    return {
+        "accuracy": seen,
+        "blank_image": blind,
+        "chance": {task: round(scenes.chance(task), 4) for task in scenes.TASKS},
+    }
+
+
+def log_of(
+    settings: Settings, model: LlavaForConditionalGeneration, seconds: float
+) -> dict[str, object]:
+    """Describe the run: what was trained, on what, with which libraries and for how long."""
+    return {
+        "settings": asdict(settings),
+        "parameters": model.num_parameters(),
+        "scenes": {task: scenes.fingerprint(task) for task in scenes.TASKS},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+    }
+
+
+def align(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, settings: Settings
+) -> list[dict[str, float]]:
+    """Teach the vision tower, the projector and the word embeddings what patches hold."""
+    aligner, images = Aligner(processor), settings.alignment_images
+    first = _ALIGNMENT_SCENES * (settings.seed + 1)
+    starts = range(first, first + settings.alignment_steps * images, images)
+    losses = (aligner.loss(model, aligner.patches("train", start, images)) for start in starts)
+    pace = Pace(settings.alignment_steps, settings.alignment_minutes, settings.log_every)
+    return train(model, losses, settings, pace)
+
+
+def run(folder: Path, settings: Settings) -> None:
+    """Train, save, score what was saved, and write the log."""
+    torch.manual_seed(settings.seed)
+    said = scenes.conversations("train", settings.vocabulary_conversations, settings.seed)
+    turns = [turn for conversation in said for turn in conversation.turns]
+    texts = [f"USER:\n{question}\nASSISTANT:\n{answer}" for question, answer in turns]
+    processor = new_processor(texts, settings.vocabulary)
+    model = new_model(processor)
+    # Turns are short, and there plain attention is the faster one on a CPU.
+    model.set_attn_implementation("eager")
+    print(f"{model.num_parameters():,} parameters", flush=True)
+    started = time.monotonic()
+    processor.save_pretrained(folder)
+    aligned = align(model, processor, settings)
+    model.save_pretrained(folder)
+    model.model.vision_tower.requires_grad_(False)
+    steps = Steps(Packer(processor, settings.description_weight), settings)
+    loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4)
+    pace = Pace(settings.steps, settings.minutes, settings.log_every)
+    curve = train(model, (loss_of(model, batch) for batch in loader), settings, pace)
+    log = log_of(settings, model, time.monotonic() - started)
+    log |= {"alignment": aligned, "curve": curve}
+    write(folder, log)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    saved = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    write(folder, log | {"results": results(saved, processor)})
+
+
+def write(folder: Path, log: dict[str, object]) -> None:
+    """Write the log beside the weights; before scoring too, which may take a while."""
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    arguments = parser.parse_args()
+    run(arguments.out, Settings(steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""How good micro_llava is: greedy answers to the prompts of the seven tasks, right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from bench.data import scenes
+
+_BATCH = 64
+_LONGEST_ANSWER = 4
+_GREY = (52, 52, 52)
+
+
+@torch.no_grad()
+def answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    asked: Sequence[tuple[Image.Image, str]],
+) -> list[str]:
+    """Answer each prompt about its image, greedily."""
+    found: list[str] = []
+    for start in range(0, len(asked), _BATCH):
+        images, prompts = zip(*asked[start : start + _BATCH], strict=True)
+        turns = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            for prompt in prompts
+        ]
+        texts = processor.apply_chat_template(turns, add_generation_prompt=True)
+        inputs = processor(images=list(images), text=texts, return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=_LONGEST_ANSWER, do_sample=False)
+        said = output[:, inputs["input_ids"].shape[1] :]
+        found += [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
+    return found
+
+
+def accuracy(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    task: str,
+    documents: Sequence[scenes.Document],
+    *,
+    blank: bool = False,
+) -> float:
+    """Return the share of right answers; `blank` shows the same grey image with every question.
+
+    MMBench's questions count as right when all turns of their options are answered rightly.
+    """
+    rendered = [scenes.render(task, document) for document in documents]
+    images = [_blank()] * len(documents) if blank else _images(task, documents)
+    prompts = [prompt for prompt, _ in rendered]
+    said = answers(model, processor, list(zip(images, prompts, strict=True)))
+    right = [text == gold for text, (_, gold) in zip(said, rendered, strict=True)]
+    questions: dict[int, bool] = {}
+    for number, (document, hit) in enumerate(zip(documents, right, strict=True)):
+        question = document["index"] % scenes.ROTATION if task == "mmbench_en" else number
+        questions[question] = questions.get(question, True) and hit
+    return sum(questions.values()) / len(questions)
+
+
+def _images(task: str, documents: Sequence[scenes.Document]) -> list[Image.Image]:
+    """Return the documents' images; GQA's are in a data set of their own."""
+    if task != "gqa":
+        return [document["image"] for document in documents]
+    split: scenes.Split = "test" if documents[0]["imageId"].startswith("test") else "train"
+    by_id = {row["id"]: row["image"] for row in scenes.images(task, split)}
+    return [by_id[document["imageId"]] for document in documents]
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), _GREY)
