@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 
 import datasets
 import lmms_eval.api.task
+import lmms_eval.evaluator
 from loguru import logger
 
 
@@ -19,12 +20,14 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     logger.disable("")  # the harness's task modules log under names of their own
     bar = lmms_eval.api.task.tqdm
-    lmms_eval.api.task.tqdm = functools.partial(bar, disable=True)
+    for module in (lmms_eval.api.task, lmms_eval.evaluator):
+        module.tqdm = functools.partial(bar, disable=True)
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        lmms_eval.api.task.tqdm = bar
+        for module in (lmms_eval.api.task, lmms_eval.evaluator):
+            module.tqdm = bar
         logger.enable("")
         if bars:
             datasets.enable_progress_bars()
