@@ -10,14 +10,22 @@ from bench.evaluation.result import Metric
 
 AVERAGE = "average"
 
+SHARES = {"mme_perception_score": "mme_perception_share"}
+"""Headlines that are sums of points, and the row of the same task that says them as a share."""
+
 
 def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
     """Return the unweighted mean of the tasks' headline metrics, if two or more can be averaged.
 
-    Perplexities stand beside it. Headlines of which some are better low and some high have no
-    mean that says anything.
+    Perplexities stand beside it. A sum of points (MME's) is averaged as its share of the maximum,
+    because a score up to 2000 is not to be mixed with accuracies up to 1. Headlines of
+    which some are better low and some high have no mean that says anything.
     """
-    shown = [row for row in rows if row.headline and row.task not in benchmark.perplexity]
+    shown = [
+        _comparable(row, rows)
+        for row in rows
+        if row.headline and row.task not in benchmark.perplexity
+    ]
     if len(shown) < 2 or len({row.higher_is_better for row in shown}) > 1:
         return []
     errors = [row.stderr for row in shown if row.stderr is not None]
@@ -38,6 +46,13 @@ def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
             task_version=None,
         )
     ]
+
+
+def _comparable(headline: Metric, rows: Sequence[Metric]) -> Metric:
+    """Return the row that stands for a headline in the mean."""
+    share = SHARES.get(headline.metric)
+    same = (row for row in rows if row.task == headline.task and row.metric == share)
+    return next(same, headline)
 
 
 def one_split(splits: set[str]) -> str:

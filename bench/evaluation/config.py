@@ -49,12 +49,18 @@ class BenchmarkConfig(BaseModel):
     mean is the benchmark's `average`. `data` points single tasks at local parquet or JSON-lines
     files in the real data set's schema, or at a folder of such files, one per split; null stands
     for no file. `num_fewshot` null leaves each task its own number.
+
+    `harness` says who asks and scores: `lm_eval` texts, `lmms_eval` questions about images. Only
+    the latter reads the last three settings. `system_prompt` goes before every question in place
+    of the model's own; an empty one is none. `ocr_tokens` gives TextVQA's OCR tokens, as LLaVA's
+    published numbers have it and lmms-eval by default has not. `image_cache_gib` bounds the memory
+    for encoded images, on the CPU; 0 encodes an image anew for every question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    harness: Literal["lm_eval", "images"] = "lm_eval"
+    harness: Literal["lm_eval", "lmms_eval", "images"] = "lm_eval"
     suite: Literal["real", "micro"] = "real"
     tasks: tuple[str, ...] = ()
     metrics: dict[str, str] = Field(default_factory=dict)
@@ -64,6 +70,9 @@ class BenchmarkConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()
+    system_prompt: str | None = None
+    ocr_tokens: bool = True
+    image_cache_gib: float = Field(default=2.0, ge=0)
 
     @field_validator("data", mode="before")
     @classmethod

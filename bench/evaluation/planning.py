@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pkgutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from bench.evaluation.scoring import Scoring
     from bench.evaluation.source import Source
     from bench.models.config import ModelConfig
+
+
+PLANNERS = {
+    "lm_eval": "bench.evaluation.text.planning:plan_text",
+    "lmms_eval": "bench.evaluation.multimodal.planning:plan_multimodal",
+    "images": "bench.evaluation.images.planning:plan_images",
+}
 
 
 class Planner(Protocol):
@@ -67,15 +75,9 @@ def plan(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
 
 
 def _scoring(benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
-    """Let the harness of a benchmark plan it."""
-    from bench.evaluation.images.planning import plan_images
-    from bench.evaluation.text.planning import plan_text
-
-    planners: dict[str, Planner] = {
-        "lm_eval": plan_text,
-        "images": plan_images,
-    }
-    return planners[benchmark.harness](benchmark, offline=offline)
+    """Let the harness of a benchmark plan it; the others are not even imported."""
+    planner: Planner = pkgutil.resolve_name(PLANNERS[benchmark.harness])
+    return planner(benchmark, offline=offline)
 
 
 def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:

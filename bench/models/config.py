@@ -22,6 +22,7 @@ class ModelConfig(BaseModel):
     drawn with `seed`.
     `allow_remote_code` is set by a model's config, `trust_remote_code` by the user; code from the
     model's repository runs only with both and with a `revision` that is a commit.
+    `system_prompt` is the sentence that an image_text model was trained to see before a question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class ModelConfig(BaseModel):
     add_bos: bool | None = None
     images: str | None = None
     seed: int | None = Field(default=None, ge=0)
+    system_prompt: str | None = None
 
     @field_validator("path")
     @classmethod

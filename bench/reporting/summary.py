@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 RUNS_A_TABLE = 7
 UNBOUNDED = 100_000
-PERCENT_METRICS = frozenset({"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"})
+PERCENT_METRICS = frozenset(
+    {"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"}
+    | {"pope_accuracy", "pope_accuracy_mean", "pope_f1_score", "mmbench_accuracy"}
+    | {"mme_perception_share"}
+)
 COSTS = ("parameters", "nonzero_parameters")
 WORK = {"flops": "FLOP", "cache_bytes": "B", "seconds": "s", "method_seconds": "s in the method"}
 """Costs of one forward or prefill, which has its shapes in its scope, and their units."""

@@ -1,4 +1,4 @@
-"""Training under strategies: what is trained on, that gradients pass the skipping engine, bad input."""
+"""Training under strategies: what is trained on, what runs afterwards, and bad input."""
 
 import json
 

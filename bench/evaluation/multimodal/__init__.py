@@ -1,0 +1,1 @@
+"""Questions about images as lmms-eval asks and scores them, around our loaded model."""

@@ -1,0 +1,78 @@
+"""An already loaded, possibly compressed vision-language model as lmms-eval's model.
+
+Prompts and answers are those of the harness's own adapters for single images. What differs is
+cost: real batches, rows that stop by themselves, and images that are encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+
+from bench.errors import UserError
+from bench.evaluation.batches import Batches
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.multimodal.features import Features
+from bench.evaluation.multimodal.generation import Answer, Generation, Question
+from bench.evaluation.multimodal.prompts import Prompts
+from bench.models.model import Model
+from bench.progress import Progress
+
+
+class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
+    """Answers the harness's requests with a `Model`, in the order of the documents.
+
+    Questions about one image are neighbours in most data sets, so that order finds its features
+    in a small memory. `asked` keeps the whole prompt and the answer by task and document.
+    """
+
+    def __init__(self, model: Model, benchmark: BenchmarkConfig, progress: Progress) -> None:
+        super().__init__()
+        if model.processor is None:
+            raise UserError(f"model {model.name} has no processor, which questions on images need")
+        model.network.eval()
+        system = benchmark.system_prompt
+        self.asked: dict[tuple[str, int], Answer] = {}
+        self._model = model
+        self._progress = progress
+        self._prompts = Prompts(model, model.config.system_prompt if system is None else system)
+        self._features = Features(model.network, int(benchmark.image_cache_gib * 2**30))
+        self._batches = Batches(benchmark.batch_size, model.device, progress)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return one answer per request; requests of equal settings share batches."""
+        self._progress.total(len(requests))
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
+        texts = [""] * len(requests)
+        for numbers in groups.values():
+            options = requests[numbers[0]].args[1]
+            generation = Generation(self._model, self._prompts, self._features, options)
+            questions = [self._question(requests[number]) for number in numbers]
+            answers = self._batches.run(questions, generation.run)
+            for number, answer in zip(numbers, answers, strict=True):
+                *_, document, task, _split = requests[number].args
+                self.asked[task, document] = answer
+                texts[number] = answer.text
+        return texts
+
+    def _question(self, request: Instance) -> Question:
+        text, _, doc_to_visual, document, task, split = request.args
+        return Question(text, partial(self._open, doc_to_visual, document, task, split))
+
+    def _open(self, doc_to_visual: Any, document: int, task: str, split: str) -> list[Any]:
+        return list(doc_to_visual(self.task_dict[task][split][document]))
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refuse: planning lets only tasks of generated answers through."""
+        raise UserError(f"{requests[0].task_name} scores given answers, which is not supported")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuse: planning lets only tasks of one question through."""
+        raise UserError(f"{requests[0].task_name} asks in several rounds, which is not supported")

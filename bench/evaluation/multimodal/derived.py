@@ -1,0 +1,122 @@
+"""Numbers that papers print and lmms-eval does not return, computed from its scored samples.
+
+POPE: the accuracy on each of its three splits, and their mean. MME: each category's score, and the
+perception sum as a share of its maximum, which is 200 a category. MMBench: the harness's
+percentage as a share; a question is right if it is in all rotations of its options.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+Sample = dict[str, Any]
+MME_MAXIMUM = 200.0
+ROTATION = 1_000_000
+
+
+class Derived(NamedTuple):
+    """One number with its standard error and how many things it is a mean over."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+
+
+def offered(metrics: Iterable[str]) -> list[str]:
+    """Return the names of the numbers that a task with these metrics always has besides."""
+    return [name for metric in metrics for name in ALWAYS.get(metric, ())]
+
+
+def derive(samples: Sequence[Sample]) -> list[Derived]:
+    """Return every number that the samples of one task give."""
+    return [row for read in READERS for row in read(samples)]
+
+
+def _pope(samples: Sequence[Sample]) -> list[Derived]:
+    by_split: dict[str, list[float]] = defaultdict(list)
+    for sample in _with("pope_accuracy", samples):
+        by_split[sample["doc"]["category"]].append(sample["pope_accuracy"]["score"])
+    splits = [
+        Derived(f"pope_accuracy_{name}", *_mean(scores), len(scores))
+        for name, scores in sorted(by_split.items())
+    ]
+    if not splits:
+        return []
+    value = statistics.fmean(split.value for split in splits)
+    mean = Derived("pope_accuracy_mean", value, _mean_error(splits), sum(s.n for s in splits))
+    return [mean, *splits]
+
+
+def _mme(samples: Sequence[Sample]) -> list[Derived]:
+    rows: list[Derived] = []
+    for part in ("perception", "cognition"):
+        categories = _mme_categories(_with(f"mme_{part}_score", samples), f"mme_{part}_score")
+        if not categories:
+            continue
+        share = statistics.fmean(each.value for each in categories) / MME_MAXIMUM
+        error = _mean_error(categories)
+        total = sum(each.n for each in categories)
+        scaled = None if error is None else error / MME_MAXIMUM
+        rows += [Derived(f"mme_{part}_share", share, scaled, total), *categories]
+    return rows
+
+
+def _mme_categories(samples: Sequence[Sample], metric: str) -> list[Derived]:
+    """Score each category: over images, the mean of both answers' accuracy and of both right."""
+    images: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        result = sample[metric]
+        images[result["category"]][result["question_id"]].append(result["score"])
+    found = []
+    for category, scores in sorted(images.items()):
+        points = [100 * statistics.fmean(pair) + 100 * (min(pair) == 1) for pair in scores.values()]
+        found.append(Derived(f"mme_{category}", *_mean(points), len(points)))
+    return found
+
+
+def _mmbench(samples: Sequence[Sample]) -> list[Derived]:
+    """Score questions, each with all rotations of its options, by the harness's own rule."""
+    rotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for sample in _with("gpt_eval_score", samples):
+        rotations[sample["doc"]["index"] % ROTATION].append(sample["gpt_eval_score"])
+    if not rotations:
+        return []
+    hits = [_hit(rows) for _, rows in sorted(rotations.items())]
+    return [Derived("mmbench_accuracy", *_mean(hits), len(hits))]
+
+
+def _hit(rows: list[dict[str, Any]]) -> float:
+    """Ask the harness whether one question is right in all its rotations."""
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    overall, *_ = MMBench_Evaluator().eval_result(rows, eval_method="static")
+    return float(overall)
+
+
+def _with(metric: str, samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if isinstance(sample.get(metric), dict)]
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def _mean_error(parts: Sequence[Derived]) -> float | None:
+    """Return the standard error of the unweighted mean of independent parts."""
+    errors = [part.stderr for part in parts if part.stderr is not None]
+    return math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
+
+
+ALWAYS = {
+    "pope_accuracy": ("pope_accuracy_mean",),
+    "mme_perception_score": ("mme_perception_share",),
+    "gpt_eval_score": ("mmbench_accuracy",),
+}
+READERS: tuple[Callable[[Sequence[Sample]], list[Derived]], ...] = (_pope, _mme, _mmbench)

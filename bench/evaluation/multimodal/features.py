@@ -1,0 +1,84 @@
+"""Images turned into visual tokens once, however many questions are asked about them.
+
+Each question's images go through the vision part by themselves: what comes out then depends
+neither on the batch nor on whether it was kept from an earlier question.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KEPT = ("pooler_output", "deepstack_features")
+"""The fields of a vision part's output that language models read."""
+
+
+class Features:
+    """A vision part with a memory of `limit` bytes for what it made; the oldest goes first."""
+
+    def __init__(self, network: nn.Module, limit: int) -> None:
+        self._network: Any = network
+        self._limit = limit
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._bytes = 0
+        takes = inspect.signature(network.forward).parameters
+        encoder = getattr(network, "get_image_features", None)
+        self.supported = encoder is not None and "mm_encoder_outputs" in takes
+        self._reads = set(inspect.signature(encoder).parameters) if encoder is not None else set()
+
+    def of(self, key: str, inputs: Mapping[str, Tensor], device: torch.device) -> Any:
+        """Return the output for one question's images, `inputs` being what the processor made."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._moved(self._kept[key], device)
+        given = {name: value.to(device) for name, value in inputs.items() if name in self._reads}
+        output = self._network.get_image_features(**given, return_dict=True)
+        self._keep(key, self._moved(output, torch.device("cpu")))
+        return self._moved(output, device)
+
+    def _keep(self, key: str, output: Any) -> None:
+        size = _bytes(output)
+        if size > self._limit:
+            return
+        self._kept[key] = output
+        self._bytes += size
+        while self._bytes > self._limit:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _bytes(oldest)
+
+    @staticmethod
+    def _moved(output: Any, device: torch.device) -> Any:
+        """Return an output of the same class with only the fields that are read later."""
+        fields = {name: getattr(output, name, None) for name in KEPT}
+        return type(output)(**{n: _to(v, device) for n, v in fields.items() if v is not None})
+
+
+def join(outputs: Sequence[Any]) -> Any:
+    """Return the output that the images of several questions have together, in order."""
+    fields: dict[str, Any] = {}
+    pooled = [output.pooler_output for output in outputs]
+    if isinstance(pooled[0], Tensor):
+        fields["pooler_output"] = torch.cat(pooled)
+    else:
+        fields["pooler_output"] = [image for images in pooled for image in images]
+    layers = [output["deepstack_features"] for output in outputs if "deepstack_features" in output]
+    if layers:
+        fields["deepstack_features"] = [torch.cat(layer) for layer in zip(*layers, strict=True)]
+    return type(outputs[0])(**fields)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [part.to(device) for part in value]
+
+
+def _bytes(output: Any) -> int:
+    values = [getattr(output, name, None) for name in KEPT]
+    parts = [p for v in values if v is not None for p in ([v] if isinstance(v, Tensor) else v)]
+    return sum(part.numel() * part.element_size() for part in parts)

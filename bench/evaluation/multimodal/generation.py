@@ -1,0 +1,184 @@
+"""Greedy answers to questions with images, in real batches.
+
+Suffixes: B batch, T padded length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from bench.errors import UserError
+from bench.evaluation.multimodal.features import Features, join
+from bench.evaluation.multimodal.prompts import Prompts, image_hash
+from bench.models.model import Model
+
+LONGEST_ANSWER = 1024
+"""Tokens of an answer whose task does not say how many, as in the harness's own adapters."""
+
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+"""What processors say about each token; the rest of what they return is about images."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task's text for one document, and its images, opened when they are needed."""
+
+    text: str
+    open_images: Callable[[], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered, to which whole prompt, about which images."""
+
+    text: str
+    prompt: str
+    image_hash: str | None
+
+
+class Generation:
+    """One set of a task's generation settings, ready to run on batches of questions."""
+
+    def __init__(
+        self, model: Model, prompts: Prompts, features: Features, options: dict[str, Any]
+    ) -> None:
+        self._model = model
+        network: Any = model.network
+        self._network = network
+        self._prompts = prompts
+        self._features = features
+        until = options.get("until") or []
+        self._until: list[str] = [until] if isinstance(until, str) else [u for u in until if u]
+        self._longest = int(options.get("max_new_tokens") or LONGEST_ANSWER)
+        own = network.generation_config.eos_token_id
+        ends = model.tokenizer.eos_token_id if own is None else own
+        self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+        token = model.tokenizer.pad_token_id
+        self._fill = int(token if token is not None else (self._ends or [0])[0])
+
+    @torch.no_grad()
+    def run(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer questions of any length, padded on the left."""
+        shown = [question.open_images() for question in questions]
+        hashes = [image_hash(images) if images else None for images in shown]
+        written = [
+            self._prompts.render(question.text, len(images))
+            for question, images in zip(questions, shown, strict=True)
+        ]
+        encoded = [
+            self._prompts.encode(prompt, images)
+            for prompt, images in zip(written, shown, strict=True)
+        ]
+        rooms = [self._room(row["input_ids"].shape[1]) for row in encoded]
+        inputs = self._padded(encoded) | self._visual(encoded, hashes)
+        texts = self._continue(inputs, rooms)
+        return [Answer(*each) for each in zip(texts, written, hashes, strict=True)]
+
+    def _room(self, length: int) -> int:
+        """Return how many tokens an answer may have after a prompt of this length."""
+        room = self._model.max_length - length
+        if room < 1:
+            raise UserError(
+                f"a question of {length} tokens leaves no room for an answer: "
+                f"model {self._model.name} takes {self._model.max_length}"
+            )
+        return min(self._longest, room)
+
+    def _padded(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Bring all that the processor says per token to one length."""
+        width = max(row["input_ids"].shape[1] for row in encoded)
+        names = [name for name in PER_TOKEN if name in encoded[0]]
+        fills = {"input_ids": self._fill}
+        return {
+            name: torch.cat([_left(row[name], width, fills.get(name, 0)) for row in encoded]).to(
+                self._model.device
+            )
+            for name in names
+        }
+
+    def _visual(
+        self, encoded: Sequence[dict[str, Any]], hashes: Sequence[str | None]
+    ) -> dict[str, Any]:
+        """Return the images as features or, where the network takes none, as pixels."""
+        device, dtype = self._model.device, self._network.dtype
+        per_row = [
+            {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in row.items()
+                if name not in PER_TOKEN
+            }
+            for row, seen in zip(encoded, hashes, strict=True)
+            if seen is not None
+        ]
+        if not per_row:
+            return {}
+        together = {n: torch.cat([row[n] for row in per_row]).to(device) for n in per_row[0]}
+        if not self._features.supported:
+            return together
+        keys = [seen for seen in hashes if seen is not None]
+        outputs = [
+            self._features.of(key, row, device) for key, row in zip(keys, per_row, strict=True)
+        ]
+        grids = {n: value for n, value in together.items() if not n.startswith("pixel_values")}
+        return grids | {"mm_encoder_outputs": {"image": join(outputs)}}
+
+    def _continue(self, inputs: dict[str, Any], rooms: list[int]) -> list[str]:
+        width = inputs["input_ids"].shape[1]
+        stop = StopRows(self._model.tokenizer, self._until, rooms, width)
+        made_BT = self._network.generate(
+            **inputs,
+            max_new_tokens=max(rooms),
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            eos_token_id=self._ends or None,
+            pad_token_id=self._fill,
+            use_cache=True,
+        )
+        rows = zip(made_BT[:, width:].tolist(), rooms, strict=True)
+        return [self._text(tokens[:room]) for tokens, room in rows]
+
+    def _text(self, tokens: list[int]) -> str:
+        """Decode an answer up to its end and its first stop string."""
+        end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        text: str = self._model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        for stop in self._until:
+            text = text.partition(stop)[0]
+        return text
+
+
+class StopRows(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
+    """Ends each row of a batch by itself: at a stop string in its answer, or when it is full."""
+
+    def __init__(self, tokenizer: Any, until: list[str], rooms: list[int], width: int) -> None:
+        self._tokenizer = tokenizer
+        self._until = until
+        self._rooms_B = torch.tensor(rooms)
+        self._width = width
+        # A stop string of n characters is in the last n tokens if it ends in the last one.
+        self._tail = max(map(len, until), default=0) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return which rows are done, bool [B]."""
+        made_BT = input_ids[:, self._width :]
+        full_B = self._rooms_B.to(input_ids.device) <= made_BT.shape[1]
+        if not self._until:
+            return full_B
+        texts = self._tokenizer.batch_decode(made_BT[:, -self._tail :])
+        stopped = [any(stop in text for stop in self._until) for text in texts]
+        return full_B | torch.tensor(stopped, device=input_ids.device)
+
+
+def _left(row_1T: Tensor, width: int, fill: int) -> Tensor:
+    padding = row_1T.new_full((1, width - row_1T.shape[1]), fill)
+    return torch.cat([padding, row_1T], dim=1)

@@ -1,0 +1,80 @@
+"""A benchmark of questions about images whose data are all there: lmms-eval's tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from bench.data import hub
+from bench.errors import MissingData, UserError, unknown
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.result import Metric
+from bench.evaluation.scoring import Rows
+from bench.evaluation.source import Source
+from bench.models.config import Kind
+from bench.models.model import Model
+from bench.progress import Progress
+
+if TYPE_CHECKING:
+    from bench.evaluation.multimodal.building import PlannedTask
+
+
+@dataclass(frozen=True)
+class MultimodalScoring:
+    """The planned tasks of one benchmark."""
+
+    benchmark: BenchmarkConfig
+    tasks: tuple[PlannedTask, ...]
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("image_text",)
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each task's documents came from."""
+        return {task.name: task.source for task in self.tasks}
+
+    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
+        """Score the model on every task."""
+        from bench.evaluation.multimodal.running import score
+
+        return score(model, self.benchmark, self.tasks, progress)
+
+
+def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalScoring:
+    """Find and load all tasks of a benchmark.
+
+    Raises:
+        MissingData: data are neither cached nor to be had from the hub.
+        UserError: a task, a metric or a file is not what the config takes it for.
+    """
+    for name in benchmark.data:
+        if name not in benchmark.tasks:
+            raise unknown("task in benchmark.data", name, benchmark.tasks)
+    if benchmark.perplexity:
+        raise UserError("benchmark.perplexity needs benchmark.harness=lm_eval: it is one of texts")
+    if benchmark.num_fewshot:
+        raise UserError(f"benchmark.num_fewshot={benchmark.num_fewshot}: lmms_eval takes 0 only")
+    asks_hub = benchmark.suite == "real" and set(benchmark.tasks) - set(benchmark.data)
+    if offline or (asks_hub and not hub.is_reachable()):
+        hub.go_offline()
+    # Only now: the harness takes seconds to import, and its hub switches are read on import.
+    from bench.evaluation.multimodal import building
+
+    tasks: list[PlannedTask] = []
+    missing: list[str] = []
+    for name in dict.fromkeys(benchmark.tasks):
+        try:
+            tasks.append(building.build(name, benchmark))
+        except hub.Unreachable as error:
+            missing.append(f"{error} ({name})")
+    if missing:
+        raise _missing(benchmark, missing)
+    return MultimodalScoring(benchmark, tuple(tasks))
+
+
+def _missing(benchmark: BenchmarkConfig, missing: list[str]) -> MissingData:
+    return MissingData(
+        f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
+        f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a network, or "
+        "give local files: benchmark.data.TASK=PATH"
+    )

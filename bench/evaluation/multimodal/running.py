@@ -1,0 +1,55 @@
+"""Letting lmms-eval score a loaded model on planned tasks."""
+
+from __future__ import annotations
+
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.multimodal import samples, scores
+from bench.evaluation.multimodal.adapter import Adapter
+from bench.evaluation.multimodal.building import PlannedTask
+from bench.evaluation.multimodal.quiet import quiet
+from bench.evaluation.result import Metric
+from bench.evaluation.scoring import Rows
+from bench.models.model import Model
+from bench.progress import Progress
+
+
+def score(
+    model: Model, benchmark: BenchmarkConfig, tasks: tuple[PlannedTask, ...], progress: Progress
+) -> tuple[list[Metric], Rows]:
+    """Score the model on every task. Images are encoded once for all of them."""
+    adapter = Adapter(model, benchmark, progress)
+    metrics: list[Metric] = []
+    rows: Rows = []
+    for task in tasks:
+        with progress.phase(f"{model.name} on {task.name}"):
+            result = _run(adapter, task)
+        with quiet():
+            metrics += scores.metrics(benchmark, task, result)
+        rows += samples.rows(task, adapter, result)
+    return metrics, rows
+
+
+def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
+    """Let the harness ask, collect and aggregate; files that it writes besides are dropped.
+
+    Its `torchrun` backend is the one that sets nothing up in a single process.
+    """
+    from lmms_eval.evaluator import evaluate as harness
+
+    adapter.task_dict[planned.name] = planned.task.dataset
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        settings = SimpleNamespace(output_path=folder, process_with_media=False)
+        result: dict[str, Any] = harness(
+            adapter,
+            {planned.name: planned.task},
+            bootstrap_iters=0,
+            log_samples=True,
+            cli_args=settings,
+            distributed_executor_backend="torchrun",
+            process_docs_parallel=1,
+        )
+    return result
