@@ -92,8 +92,8 @@ class InDecoder(TokenPruning):
     Either `keep` is what stays from there on, or `average` is the mean over all layers.
     """
 
-    keep: Amount | None = None
-    average: Amount | None = 0.25
+    keep: Amount | None = 0.25
+    average: Amount | None = None
 
     def _quota(self, after: int, depth: int) -> Quota:
         """Return what stays after `after` of `depth` layers."""

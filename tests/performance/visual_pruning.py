@@ -26,10 +26,10 @@ ROUNDS = 5
 # Of 16 layers and 576 tokens, each at about a quarter of the tokens; the control first.
 METHODS: tuple[TokenPruning, ...] = (
     RandomTokens(keep=144),
-    FastV(after=2, average=0.25),
+    FastV(after=2, keep=None, average=0.25),
     PyramidDrop(average=0.4),
     SparseVLM(average=128),
-    DART(after=2, average=0.25),
+    DART(after=2, keep=None, average=0.25),
     DivPrune(keep=144),
 )
 

@@ -243,6 +243,8 @@ def go_on(
 def run(folder: Path, settings: Settings, start: Path | None = None) -> None:
     """Train from nothing or from `start`, save, score what was saved, and write the log."""
     started = time.monotonic()
+    # Sharp attention is full of numbers so small that processors take many times as long for them.
+    torch.set_flush_denormal(True)
     made = begin(folder, settings) if start is None else go_on(start, folder, settings)
     model, processor, origin = made
     # Turns are short, and there plain attention is the faster one on a CPU.
