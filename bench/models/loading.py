@@ -171,7 +171,10 @@ def _refuse_classifier(source: Source) -> None:
 
     if is_fresh(source.config):
         raise UserError(f"{source.config.source} needs model.kind=image_classifier")
-    said = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        said = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return  # transformers says what is wrong with it
     if isinstance(said, dict) and "architecture" in said and "model_type" not in said:
         raise UserError(
             f"{source.folder} holds an image classifier ({said['architecture']}): "

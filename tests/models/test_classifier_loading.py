@@ -103,6 +103,15 @@ def test_images_that_are_too_small_for_a_network_are_one_sentence():
         skeleton(resolve(config, offline=True))
 
 
+@pytest.mark.parametrize("kind", ["causal_lm", "image_classifier"])
+def test_a_config_that_is_not_json_is_one_sentence(kind, tmp_path):
+    vision.save(load(resolve(fresh(1), offline=True)).network, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    config = ModelConfig(name="x", source="local", path=str(tmp_path), kind=kind)
+    with pytest.raises(UserError, match=r"cannot be loaded|does not describe"):
+        skeleton(resolve(config, offline=True))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

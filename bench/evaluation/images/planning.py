@@ -18,19 +18,14 @@ from bench.progress import Progress
 
 @dataclass(frozen=True)
 class ImageScoring:
-    """The images of one benchmark, all of one data set."""
+    """The images of one benchmark, all of one data set; `sources` says where they came from."""
 
     benchmark: BenchmarkConfig
     splits: Splits
     scored: ImageSet
-    source: Source
+    sources: dict[str, Source]
 
     kinds: ClassVar[tuple[Kind, ...]] = ("image_classifier",)
-
-    @property
-    def sources(self) -> dict[str, Source]:
-        """Where the images came from."""
-        return {self.splits.name: self.source}
 
     def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
         """Classify every image."""
@@ -53,10 +48,14 @@ def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageScoring:
     scored = splits.test
     if benchmark.limit is not None:
         scored = images.Part(scored, range(min(benchmark.limit, len(scored))))
-    return ImageScoring(benchmark, splits, scored, _source(splits, scored))
+    return ImageScoring(benchmark, splits, scored, _sources(splits, scored))
 
 
-def _source(splits: Splits, scored: ImageSet) -> Source:
-    """Describe the images; no training image counts, for those are the methods' business."""
+def _sources(splits: Splits, scored: ImageSet) -> dict[str, Source]:
+    """Describe the images that are scored, and those that methods train on."""
     origin: Origin = "embedded" if splits.name == "digits" else "file"
-    return Source(origin, splits.provenance, None, scored.fingerprint())
+    parts = {splits.name: scored, f"{splits.name} train": splits.train}
+    return {
+        name: Source(origin, splits.provenance, None, part.fingerprint())
+        for name, part in parts.items()
+    }
