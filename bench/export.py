@@ -76,7 +76,7 @@ def repeated(record: Record) -> Model:
     context = Context(
         seed=config.seed,
         calibration=text.tokenize(model.tokenizer) if text else None,
-        prompts=pictures.process(model.processor) if pictures else None,
+        prompts=pictures.process(model.processor, config.model.system_prompt) if pictures else None,
         progress=Progress(),
     )
     apply_methods(config, model, context)

@@ -159,7 +159,9 @@ def _perform(
     context = Context(
         seed=config.seed,
         calibration=inputs.calibration.tokenize(model.tokenizer) if inputs.calibration else None,
-        prompts=inputs.prompts.process(model.processor) if inputs.prompts else None,
+        prompts=inputs.prompts.process(model.processor, config.model.system_prompt)
+        if inputs.prompts
+        else None,
         progress=progress,
     )
     methods = apply_methods(config, model, context)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.data.prompts import chat
 from bench.device import synchronize
 from bench.errors import UserError
 from bench.measurement.operators import counter
@@ -88,12 +89,10 @@ def prompt(model: Model, words: int) -> dict[str, Any]:
     """Return one prompt as the model's processor makes it: a grey image, then `words` words."""
     from PIL import Image
 
-    text = [{"type": "image"}, {"type": "text", "text": " ".join(["a"] * words)}]
-    rendered = model.processor.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
+    asked = [(" ".join(["a"] * words), None)]
+    text = chat.render(model.processor, asked, images=1, system=model.config.system_prompt)
     image = Image.new("RGB", (SQUARE, SQUARE), GREY)
-    made = model.processor(images=[image], text=[rendered], return_tensors="pt")
+    made = chat.encode(model.processor, [text], [[image]])
     dtype = next(model.network.parameters()).dtype
     return {
         name: (value.to(dtype) if value.is_floating_point() else value).to(model.device)

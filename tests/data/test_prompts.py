@@ -38,10 +38,10 @@ class Words:
 
     def __init__(self):
         self.tokenizer, self.asked = self, []
-        self.padding_side = "right"
+        self.padding_side, self.bos_token, self.chat_template = "right", None, "own"
 
-    def apply_chat_template(self, turns, *, add_generation_prompt, tokenize):
-        assert add_generation_prompt and not tokenize
+    def apply_chat_template(self, turns, *, chat_template, add_generation_prompt, tokenize):
+        assert add_generation_prompt and not tokenize and chat_template == "own"
         kinds = [part["type"] for part in turns[0]["content"]]
         assert kinds == ["image", "text"]
         return "<image>" + turns[0]["content"][1]["text"]

@@ -50,8 +50,8 @@ def figures() -> list[Figure]:
     return found
 
 
-def network(dtype: torch.dtype, layers: int = 16, seed: int = 0) -> Any:
-    """Build a random LLaVA of hidden size 1024 with a vision tower that is never run."""
+def network(dtype: torch.dtype, layers: int = 16, seed: int = 0, tower_layers: int = 1) -> Any:
+    """Build a random LLaVA of hidden size 1024 with a very small vision tower."""
     import transformers
 
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def network(dtype: torch.dtype, layers: int = 16, seed: int = 0) -> Any:
         "model_type": "clip_vision_model",
         "hidden_size": 32,
         "intermediate_size": 32,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": tower_layers,
         "num_attention_heads": 2,
         "image_size": 14 * SIDE,
         "patch_size": 14,

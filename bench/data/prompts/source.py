@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.data.prompts import chat
 from bench.data.prompts.config import PromptsConfig
 from bench.data.prompts.samples import Samples
 from bench.errors import MissingData, UserError
@@ -29,23 +30,26 @@ class PromptSource:
     prompts: tuple[Prompt, ...]
     fingerprint: str
 
-    def process(self, processor: Any) -> Samples:
+    def process(self, processor: Any, system: str | None = None) -> Samples:
         """Return what a model's processor makes of them, in calls of `batch` prompts each.
 
-        A prompt is one user turn, the image before the question, in the model's own chat template,
-        up to where the answer begins. Shorter ones are filled up on the left.
+        A prompt is one user turn, the image before the question, in the model's own chat template
+        with its `system` sentence, up to where the answer begins: as an evaluation asks. Shorter
+        ones are filled up on the left.
         """
-        return Samples.of(list(self._calls(processor)))
+        return Samples.of(list(self._calls(processor, system)))
 
-    def _calls(self, processor: Any) -> Iterator[dict[str, Any]]:
+    def _calls(self, processor: Any, system: str | None) -> Iterator[dict[str, Any]]:
         # The side is the tokenizer's state: others may rely on the one it came with.
         side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
         try:
             for start in range(0, len(self.prompts), self.config.batch):
                 batch = self.prompts[start : start + self.config.batch]
-                texts = [_rendered(processor, question) for _, question in batch]
-                images = [[image] for image, _ in batch]
-                yield dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+                texts = [
+                    chat.render(processor, [(question, None)], images=1, system=system)
+                    for _, question in batch
+                ]
+                yield chat.encode(processor, texts, [[image] for image, _ in batch], padding=True)
         finally:
             processor.tokenizer.padding_side = side
 
@@ -148,11 +152,3 @@ def _image(value: Any, key: str) -> Image:
         return PIL.Image.open(io.BytesIO(content)).convert("RGB")
     except (TypeError, PIL.UnidentifiedImageError):
         raise UserError(f"{key}: a value of its image column is not an image") from None
-
-
-def _rendered(processor: Any, question: str) -> str:
-    """Return one user turn with an image in the model's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    turn = [{"role": "user", "content": content}]
-    text: str = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    return text

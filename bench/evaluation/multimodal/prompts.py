@@ -8,16 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from bench.data.prompts import chat
 from bench.models.model import Model
-
-VICUNA = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-"""The conversation of LLaVA-1.5, for a processor that has none of its own."""
 
 
 class Prompts:
@@ -26,33 +18,14 @@ class Prompts:
     def __init__(self, model: Model, system: str | None) -> None:
         self._processor = model.processor
         self._system = system
-        own = getattr(self._processor, "chat_template", None)
-        self._template = own or VICUNA
 
     def render(self, question: str, images: int) -> str:
         """Return the whole prompt, up to where the answer begins."""
-        parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
-        if self._system:
-            said = [{"type": "text", "text": self._system}]
-            messages.insert(0, {"role": "system", "content": said})
-        text: str = self._processor.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return text
+        return chat.render(self._processor, [(question, None)], images=images, system=self._system)
 
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """Return what the processor makes of one prompt; a BOS is never written twice."""
-        begin = self._processor.tokenizer.bos_token
-        options: dict[str, Any] = {}
-        if begin and prompt.startswith(begin):
-            options["add_special_tokens"] = False
-        if images:
-            options["images"] = list(images)
-        return dict(self._processor(text=[prompt], return_tensors="pt", **options))
+        """Return what the processor makes of one prompt."""
+        return chat.encode(self._processor, [prompt], [images])
 
 
 def image_hash(images: Sequence[Image.Image]) -> str:

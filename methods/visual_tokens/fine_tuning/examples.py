@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.data.conversations import Talk
+from bench.data.prompts import chat
 from bench.errors import UserError
 
 IGNORED = -100  # what torch's cross-entropy leaves out
@@ -20,19 +21,17 @@ IGNORED = -100  # what torch's cross-entropy leaves out
 class Examples:
     """Renders conversations for one processor; the loss is on answers and what ends them."""
 
-    def __init__(self, processor: Any, longest: int) -> None:
+    def __init__(self, processor: Any, longest: int, system: str | None = None) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._longest = longest
+        self._system = system
 
     def batch(self, talks: Sequence[Talk]) -> dict[str, Tensor]:
         """Return the network's inputs with `labels` [B, S], filled up on the right."""
-        first = self._processor(
-            images=[[talk.image] for talk in talks],
-            text=[self._rendered(talk, 0, answered=False) for talk in talks],
-            padding=True,
-            return_tensors="pt",
-        )
+        asked = [self._rendered(talk, 0, answered=False) for talk in talks]
+        images = [[talk.image] for talk in talks]
+        first = chat.encode(self._processor, asked, images, padding=True)
         rows, labels = [], []
         for number, talk in enumerate(talks):
             ids = first["input_ids"][number][first["attention_mask"][number].bool()].tolist()
@@ -85,20 +84,9 @@ class Examples:
 
     def _rendered(self, talk: Talk, turn: int, *, answered: bool) -> str:
         """Return the conversation up to the answer of a turn, or to its end."""
-        messages: list[dict[str, Any]] = []
-        for number, (question, answer) in enumerate(talk.turns[: turn + 1]):
-            content: list[dict[str, str]] = [{"type": "text", "text": question}]
-            if number == 0:
-                content.insert(0, {"type": "image"})
-            messages.append({"role": "user", "content": content})
-            said = [{"type": "text", "text": answer}]
-            messages.append({"role": "assistant", "content": said})
-        text: str = self._processor.apply_chat_template(
-            messages if answered else messages[:-1],
-            add_generation_prompt=not answered,
-            tokenize=False,
-        )
-        return text
+        last = talk.turns[turn]
+        turns = [*talk.turns[:turn], last if answered else (last[0], None)]
+        return chat.render(self._processor, turns, images=1, system=self._system)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -108,7 +108,7 @@ class VisualFineTuning(Method):
             trained, lr=self.learning_rate, weight_decay=self.weight_decay
         )
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * total), total)
-        examples = Examples(model.processor, self.longest)
+        examples = Examples(model.processor, self.longest, model.config.system_prompt)
         batches = self._batches(talks, context.seed)
         for _ in context.progress.track(range(total), "fine-tuning"):
             loss = 0.0

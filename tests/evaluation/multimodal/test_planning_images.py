@@ -48,7 +48,9 @@ def test_gqa_takes_a_folder_of_instructions_and_images(tmp_path):
 
 def test_gqa_without_images_says_what_is_missing(tmp_path):
     file = write(documents("gqa")[:2], tmp_path / "testdev_balanced_instructions.parquet")
-    with pytest.raises(UserError, match=r"give a folder that holds testdev_balanced_images\.parquet"):
+    with pytest.raises(
+        UserError, match=r"give a folder that holds testdev_balanced_images\.parquet"
+    ):
         plan(config("gqa", data={"gqa": file}), offline=True)
     with pytest.raises(UserError, match=r"the folder needs testdev_balanced_images\.parquet"):
         plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True)

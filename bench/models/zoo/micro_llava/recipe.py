@@ -57,7 +57,7 @@ class Settings:
 
 FURTHER = Settings(
     seed=8,
-    minutes=30.0,
+    minutes=20.0,
     steps=9000,
     turns=12,
     description_weight=1.0,
