@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.device import synchronize
+
 
 @dataclass
 class Overhead:
@@ -46,5 +48,5 @@ class Overhead:
         self.selections += 1
 
     def _wait(self, device: torch.device) -> None:
-        if self.synchronised and device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if self.synchronised:
+            synchronize(device)

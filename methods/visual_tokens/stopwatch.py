@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.device import synchronize
 from bench.models.multimodal import Samples
 from methods.visual_tokens.engine import Engine
 
@@ -37,15 +38,9 @@ class Stopwatch:
         return statistics.median(planned) / statistics.median(dense)
 
     def _seconds(self) -> float:
-        _wait(self._engine)
+        device = next(self._engine.network.parameters()).device
+        synchronize(device)
         began = time.perf_counter()
         self._engine.network(**self._call, use_cache=True, logits_to_keep=1)
-        _wait(self._engine)
+        synchronize(device)
         return time.perf_counter() - began
-
-
-def _wait(engine: Engine) -> None:
-    """Wait for a device that answers before it is done."""
-    device = next(engine.network.parameters()).device
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
