@@ -1,0 +1,116 @@
+"""Models that see images from the command line: strategies, token pruning, experts, fine-tuning."""
+
+import pytest
+import torch
+
+from bench.models.zoo import micro_llava
+from bench.records import Store
+
+FEW = (
+    "benchmark=mllm_seven_micro", "benchmark.limit=3", "prompts.count=10",
+    "calibration.rows=2", "calibration.length=64",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def moe_llava(tmp_path_factory):
+    """A random LLaVA whose decoder is a mixture of experts, with micro_llava's processor."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    folder = tmp_path_factory.mktemp("moe_llava")
+    processor = LlavaProcessor.from_pretrained(micro_llava.FOLDER)
+    small = LlavaConfig.from_pretrained(micro_llava.FOLDER)
+    text = {
+        "model_type": "qwen2_moe",
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+    }
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=small.vision_config.to_dict(),
+        image_token_index=small.image_token_id,
+        image_seq_length=small.image_seq_length,
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = bench("run", "-m", "model=micro_llava", *FEW, "method=dense,yopo_12,fastv,vtw")
+    assert code == 0, err
+    assert "prefill 1x(64 visual" in out
+    assert "skipped" in out and "all there" in out
+    for task in ("gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench"):
+        assert f" {task}" in out
+
+
+def test_skipped_work_costs_less(bench):
+    code, _, err = bench("run", "-m", "model=micro_llava", *FEW, "method=dense,yopo_12")
+    assert code == 0, err
+    dense, skipping = sorted(Store(bench.results).all(), key=lambda record: len(record.methods))
+    (scope,) = {cost.scope for cost in dense.costs if cost.scope.startswith("prefill")}
+    for quantity, most in (("flops", 0.9), ("cache_bytes", 0.6)):
+        before, after = dense.cost(quantity, scope), skipping.cost(quantity, scope)
+        assert 0 < after.value < most * before.value
+    parts = [record.cost("flops", scope).parts for record in (dense, skipping)]
+    assert parts[0]["vision"] == parts[1]["vision"]
+    assert parts[1]["decoder"] < 0.5 * parts[0]["decoder"]
+    assert len(skipping.provenance["prompts"]) == 64
+    assert dense.provenance["prompts"] is None
+
+
+def test_a_strategy_and_pruned_experts_compose(bench, moe_llava):
+    local = ("model=local", "model.kind=image_text", f"model.path={moe_llava}")
+    code, _, err = bench("run", *local, *FEW, "method=[yopo_25,camera_p]", "ratio=0.4")
+    assert code == 0, err
+    (record,) = Store(bench.results).all()
+    assert [method.saving for method in record.methods] == ["skipped", "removed"]
+    assert record.provenance["prompts"] and record.provenance["calibration"]
+    assert record.cost("parameters").value < record.model.parameters
+
+
+def test_fine_tuning_under_a_strategy(bench):
+    few = ("method.visual_finetune.count=8", "method.visual_finetune.batch=4")
+    code, _, err = bench("run", "model=micro_llava", *FEW, "method=[vtw,visual_finetune]", *few)
+    assert code == 0, err
+    (record,) = Store(bench.results).all()
+    assert len(record.methods[1].report["losses"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("model=micro_moe", "method=dense", *FEW), "asks models of kind image_text"),
+        (("model=micro_moe", "method=fastv"), "not a vision-language model"),
+        (("model=micro_llava", "method=camera_p", *FEW), "has none"),
+        (
+            ("model=micro_llava", "method=layer_drop", "method.layer_drop.layers=9", *FEW),
+            "has 6 layers",
+        ),
+        (
+            ("model=micro_llava", "method=yopo_12", "method.yopo_12.budget=0.001", *FEW),
+            "budget=0.001 cannot be met",
+        ),
+        (("model=micro_llava", "prompts=file", "method=yopo_12", *FEW), "prompts.path"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(bench, asked, said):
+    code, _, err = bench("run", *asked)
+    assert code == 2
+    assert said in err and "Traceback" not in err
+    assert err.count("\n") == 1
+    assert not Store(bench.results).all()
