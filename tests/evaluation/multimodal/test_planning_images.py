@@ -48,9 +48,11 @@ def test_gqa_takes_a_folder_of_instructions_and_images(tmp_path):
 
 def test_gqa_without_images_says_what_is_missing(tmp_path):
     file = write(documents("gqa")[:2], tmp_path / "testdev_balanced_instructions.parquet")
-    with pytest.raises(UserError, match="give a folder that holds testdev_balanced_images.parquet"):
+    with pytest.raises(
+        UserError, match=r"give a folder that holds testdev_balanced_images.parquet"
+    ):
         plan(config("gqa", data={"gqa": file}), offline=True)
-    with pytest.raises(UserError, match="the folder needs testdev_balanced_images.parquet"):
+    with pytest.raises(UserError, match=r"the folder needs testdev_balanced_images.parquet"):
         plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True)
 
 
@@ -58,7 +60,8 @@ def test_gqa_without_images_says_what_is_missing(tmp_path):
     ("change", "reason"),
     [
         (lambda row: {k: v for k, v in row.items() if k != "category"}, "has no column 'category'"),
-        (lambda row: row | {"image": "a.png"}, "column 'image' must hold bytes and path"),
+        (lambda row: row | {"image": 3}, "column 'image' must hold bytes and path"),
+        (lambda row: row | {"image": "a.png"}, "the rows do not fit pope: FileNotFoundError"),
     ],
 )
 def test_rows_of_another_schema_are_refused(change, reason, tmp_path):
