@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Sample = dict[str, Any]
+Scores = Mapping[str, Any]
 MME_MAXIMUM = 200.0
 ROTATION = 1_000_000
 
@@ -32,9 +33,9 @@ def offered(metrics: Iterable[str]) -> list[str]:
     return [name for metric in metrics for name in ALWAYS.get(metric, ())]
 
 
-def derive(samples: Sequence[Sample]) -> list[Derived]:
-    """Return every number that the samples of one task give."""
-    return [row for read in READERS for row in read(samples)]
+def derive(samples: Sequence[Sample], scores: Scores) -> list[Derived]:
+    """Return every number that the samples of one task give, and the harness's own scores."""
+    return [*_pope(samples), *_mme(samples), *_mmbench(samples, scores)]
 
 
 def _pope(samples: Sequence[Sample]) -> list[Derived]:
@@ -79,23 +80,18 @@ def _mme_categories(samples: Sequence[Sample], metric: str) -> list[Derived]:
     return found
 
 
-def _mmbench(samples: Sequence[Sample]) -> list[Derived]:
-    """Score questions, each with all rotations of its options, by the harness's own rule."""
-    rotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for sample in _with("gpt_eval_score", samples):
-        rotations[sample["doc"]["index"] % ROTATION].append(sample["gpt_eval_score"])
-    if not rotations:
+def _mmbench(samples: Sequence[Sample], scores: Scores) -> list[Derived]:
+    """Say the harness's percentage as a share of the questions, each one with all its rotations.
+
+    The standard error of the mean of zeros and ones follows from the mean alone.
+    """
+    asked = _with("gpt_eval_score", samples)
+    if not asked:
         return []
-    hits = [_hit(rows) for _, rows in sorted(rotations.items())]
-    return [Derived("mmbench_accuracy", *_mean(hits), len(hits))]
-
-
-def _hit(rows: list[dict[str, Any]]) -> float:
-    """Ask the harness whether one question is right in all its rotations."""
-    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
-
-    overall, *_ = MMBench_Evaluator().eval_result(rows, eval_method="static")
-    return float(overall)
+    n = len({sample["doc"]["index"] % ROTATION for sample in asked})
+    share = float(scores["gpt_eval_score,none"]) / 100
+    error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+    return [Derived("mmbench_accuracy", share, error, n)]
 
 
 def _with(metric: str, samples: Sequence[Sample]) -> list[Sample]:
@@ -119,4 +115,3 @@ ALWAYS = {
     "mme_perception_score": ("mme_perception_share",),
     "gpt_eval_score": ("mmbench_accuracy",),
 }
-READERS: tuple[Callable[[Sequence[Sample]], list[Derived]], ...] = (_pope, _mme, _mmbench)

@@ -21,10 +21,11 @@ def metrics(
     """Return every number there is for a task, the harness's own first."""
     samples = result["samples"][planned.name]
     row = partial(_metric, benchmark, planned)
-    found = [*_harness(row, planned, result["results"][planned.name], samples)]
+    scored = result["results"][planned.name]
+    found = _harness(row, planned, scored, samples)
     found += [
         row(each.metric, "none", each.value, each.stderr, each.n)
-        for each in derived.derive(samples)
+        for each in derived.derive(samples, scored)
     ]
     return found
 

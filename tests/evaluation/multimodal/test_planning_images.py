@@ -60,7 +60,8 @@ def test_gqa_without_images_says_what_is_missing(tmp_path):
     ("change", "reason"),
     [
         (lambda row: {k: v for k, v in row.items() if k != "category"}, "has no column 'category'"),
-        (lambda row: row | {"image": "a.png"}, "column 'image' must hold bytes and path"),
+        (lambda row: row | {"image": 3}, "column 'image' must hold bytes and path"),
+        (lambda row: row | {"image": "a.png"}, "the rows do not fit pope: FileNotFoundError"),
     ],
 )
 def test_rows_of_another_schema_are_refused(change, reason, tmp_path):
