@@ -61,9 +61,11 @@ def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
 def test_skipped_work_costs_less(bench):
     code, _, err = bench("run", "-m", "model=micro_llava", *FEW, "method=dense,yopo_12")
     assert code == 0, err
+    assert "it/s]" not in err
     dense, skipping = sorted(Store(bench.results).all(), key=lambda record: len(record.methods))
     (scope,) = {cost.scope for cost in dense.costs if cost.scope.startswith("prefill")}
-    for quantity, most in (("flops", 0.9), ("cache_bytes", 0.6)):
+    # Text, 40 of 104 tokens, keeps all of its cache; visual tokens keep some heads of some layers.
+    for quantity, most in (("flops", 0.9), ("cache_bytes", 0.65)):
         before, after = dense.cost(quantity, scope), skipping.cost(quantity, scope)
         assert 0 < after.value < most * before.value
     parts = [record.cost("flops", scope).parts for record in (dense, skipping)]

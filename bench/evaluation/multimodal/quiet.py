@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import datasets
 import lmms_eval.api.task
@@ -20,8 +20,13 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     logger.disable("")  # the harness's task modules log under names of their own
     bar = lmms_eval.api.task.tqdm
+
+    def hidden(*args: Any, **options: Any) -> Any:
+        # One of the harness's bars is asked for with a setting of its own, which is not to win.
+        return bar(*args, **{**options, "disable": True})
+
     for module in (lmms_eval.api.task, lmms_eval.evaluator):
-        module.tqdm = functools.partial(bar, disable=True)
+        module.tqdm = hidden
     try:
         with redirect_stdout(io.StringIO()):
             yield

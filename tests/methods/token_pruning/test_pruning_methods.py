@@ -97,7 +97,7 @@ def test_amounts_are_numbers_shares_or_everything():
 
 
 def test_one_budget_at_a_time():
-    for knobs in ({"keep": 5}, {"average": None}):
+    for knobs in ({"average": 5}, {"keep": None}):
         with pytest.raises(UserError, match="set one and leave the other null"):
             FastV(**knobs).check(loaded("llava_llama").anatomy)
 

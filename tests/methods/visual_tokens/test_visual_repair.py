@@ -28,7 +28,7 @@ def activations(engine, lent, module):
     rows = []
     hook = module.register_forward_pre_hook(lambda _, args: rows.append(args[0]))
     found = []
-    for call in lent.calibration.inputs:
+    for call in lent.prompts.inputs:
         rows.clear()
         with engine.dense():
             engine.network(**call)
