@@ -30,7 +30,9 @@ class Model:
 
     `tokenizer` is None for an image classifier; `processor` takes images and text, and is None for
     all but vision-language models, whose tokenizer it holds. `overhead` is set by a method that
-    does work of its own inside a forward, such as choosing tokens: it times that work.
+    does work of its own inside a forward, such as choosing tokens: it times that work. So is
+    `needs_pixels`, by one that reads what the vision part computes in a call: images must then come
+    with the call, and must not have been encoded before.
 
     `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` the commit that
     the requested revision resolved to, None for local folders.
@@ -44,6 +46,7 @@ class Model:
     device: torch.device
     processor: Any = None
     overhead: Callable[[], AbstractContextManager[Spent]] | None = None
+    needs_pixels: bool = False
 
     @property
     def name(self) -> str:

@@ -54,6 +54,7 @@ class TokenPruning(VisualStrategy):
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
         if self.reads_tower:
             engine.watch_tower()
+            model.needs_pixels = True
         added = self._selections(len(engine.decoder.layers), context)
         for selection in added:
             engine.plan.select(selection)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from bench.models.anatomy import dissect
+from bench.models.anatomy import MoEBlock, dissect
 from bench.models.config import ModelConfig
 from bench.models.layerwise import LayerStream
 from bench.models.model import Model
@@ -100,7 +100,8 @@ def published(model: Model, rows_BL: Tensor) -> list[Tensor]:
     energies = []
     with _inputs(model) as seen:
         forward(model, rows_BL)
-    for block, (x_TD, index_TK, weight_TK) in zip(model.anatomy.moe, seen, strict=True):
+    for block, calls in seen.items():
+        x_TD, index_TK, weight_TK = (torch.cat(parts) for parts in zip(*calls, strict=True))
         gate_TE = torch.zeros(len(x_TD), block.num_experts).scatter_(1, index_TK, weight_TK)
         for expert in range(block.num_experts):
             view = block.expert(expert)
@@ -111,12 +112,12 @@ def published(model: Model, rows_BL: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _inputs(model: Model) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Keep what the experts of every block are called with."""
-    seen: list[tuple[Tensor, ...]] = []
+def _inputs(model: Model) -> Iterator[dict[MoEBlock, list[tuple[Tensor, ...]]]]:
+    """Keep what the experts of every block are called with, a call for each batch of rows."""
+    seen: dict[MoEBlock, list[tuple[Tensor, ...]]] = {b: [] for b in dissect(model.network).moe}
     handles = [
-        block.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
-        for block in dissect(model.network).moe
+        block.experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args))
+        for block, calls in seen.items()
     ]
     try:
         yield seen

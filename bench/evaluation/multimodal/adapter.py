@@ -41,7 +41,7 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         self._model = model
         self._progress = progress
         self._prompts = Prompts(model, model.config.system_prompt if system is None else system)
-        self._features = Features(model.network, int(benchmark.image_cache_gib * 2**30))
+        self._features = Features(model, int(benchmark.image_cache_gib * 2**30))
         self._batches = Batches(benchmark.batch_size, model.device, progress)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -12,23 +12,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from bench.models.model import Model
 
 KEPT = ("pooler_output", "deepstack_features")
 """The fields of a vision part's output that language models read."""
 
 
 class Features:
-    """A vision part with a memory of `limit` bytes for what it made; the oldest goes first."""
+    """A vision part with a memory of `limit` bytes for what it made; the oldest goes first.
 
-    def __init__(self, network: nn.Module, limit: int) -> None:
-        self._network: Any = network
+    Not `supported` where a network takes pixels only, or a method wants to see them in the call.
+    """
+
+    def __init__(self, model: Model, limit: int) -> None:
+        network: Any = model.network
+        self._network = network
         self._limit = limit
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._bytes = 0
         takes = inspect.signature(network.forward).parameters
         encoder = getattr(network, "get_image_features", None)
-        self.supported = encoder is not None and "mm_encoder_outputs" in takes
+        understood = encoder is not None and "mm_encoder_outputs" in takes
+        self.supported = understood and not model.needs_pixels
         self._reads = set(inspect.signature(encoder).parameters) if encoder is not None else set()
 
     def of(self, key: str, inputs: Mapping[str, Tensor], device: torch.device) -> Any:

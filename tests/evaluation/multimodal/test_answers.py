@@ -54,7 +54,7 @@ def plain(model, question, new, until=()):
 
 
 def answer(model, asked, batch, gib=1.0, **options):
-    features = Features(model.network, int(gib * 2**30))
+    features = Features(model, int(gib * 2**30))
     generation = Generation(model, Prompts(model, None), features, options)
     return [a.text for a in Batches(batch, pick("cpu"), SILENT).run(asked, generation.run)]
 
@@ -91,18 +91,18 @@ def test_a_network_that_takes_no_features_is_given_pixels(name, mllms, monkeypat
     model, asked = mllms[name], questions()
     expected = answer(model, asked, 3, max_new_tokens=5)
     monkeypatch.setattr(Features, "of", None)
-    features = Features(model.network, 0)
+    features = Features(model, 0)
     features.supported = False
     generation = Generation(model, Prompts(model, None), features, {"max_new_tokens": 5})
     assert [each.text for each in generation.run(asked)] == expected
 
 
 def test_the_memory_for_images_is_bounded(llava):
-    one = Features(llava.network, 2**30)
+    one = Features(llava, 2**30)
     inputs = Prompts(llava, None).encode("<image>", [picture(0)])
     one.of("a", inputs, torch.device("cpu"))
     size = one._bytes
-    features = Features(llava.network, 2 * size)
+    features = Features(llava, 2 * size)
     for key in ("a", "b", "a", "c"):
         features.of(key, inputs, torch.device("cpu"))
     assert list(features._kept) == ["a", "c"]
