@@ -50,7 +50,8 @@ def moe_llava(tmp_path_factory):
 
 def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = bench("run", "-m", "model=micro_llava", *FEW, "method=dense,yopo_12,vtw,visionzip")
+    methods = "method=dense,yopo_12,vtw,visionzip"
+    code, out, err = bench("run", "-m", "model=micro_llava", *FEW, methods)
     assert code == 0, err
     assert "prefill 1x(64 visual" in out
     assert "skipped" in out and "all there" in out
