@@ -124,4 +124,5 @@ def _work_cell(record: Record, name: str, scope: str) -> str:
 
 
 def _saving(record: Record) -> str:
-    return "+".join(dict.fromkeys(method.saving for method in record.methods)) or "all there"
+    savings = dict.fromkeys(m.saving for m in record.methods if m.saving != "none")
+    return "+".join(savings) or "all there"
