@@ -24,7 +24,7 @@ from bench.models.model import Model
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pruning import TokenPruning
 from methods.token_pruning.visionzip import VisionZip
-from methods.visual_tokens.cost import Prompt, visual_share
+from methods.visual_tokens.cost import Prompt, mean_neighbours, visual_share
 from methods.visual_tokens.engine import engine_of
 from methods.visual_tokens.strategy import VisualStrategy
 from methods.visual_tokens.work import shape_of, work_of
@@ -148,7 +148,9 @@ def taken(
     own = model.copy()
     method.apply(own, context)
     engine = engine_of(own.network)
-    lengths = Prompt(64, 4, 30, 64.0)
+    window = engine.plan.window
+    seen = 64.0 if window is None else mean_neighbours(8, 8, window.radius)
+    lengths = Prompt(64, 4, 30, seen)
     return visual_share(shape_of(engine), work_of(engine), lengths), average(own, exam)
 
 
