@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 
 
-class Talk(NamedTuple):
+class Conversation(NamedTuple):
     """An image, and questions about it with their answers."""
 
     image: Image
@@ -30,7 +30,7 @@ class Talk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Talks:
+class Conversations:
     """Conversations by number, opened as they are asked for; `fingerprint` says which they are.
 
     For a file that is a hash of the file, not of the images that it names.
@@ -43,23 +43,23 @@ class Talks:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, number: int) -> Talk:
+    def __getitem__(self, number: int) -> Conversation:
         row = self._rows[number]
         if self._folder is None:
             image, turns = row
-            return Talk(image.convert("RGB"), turns)
-        return Talk(_open(self._folder / row["image"]), _turns(row))
+            return Conversation(image.convert("RGB"), turns)
+        return Conversation(_open(self._folder / row["image"]), _turns(row))
 
 
-def embedded(count: int, seed: int) -> Talks:
+def embedded(count: int, seed: int) -> Conversations:
     """Return conversations about scenes that no task shows."""
-    from bench.data.scenes import conversations
+    from bench.data.scenes import Lesson, conversations
 
     digest = hashlib.sha256(f"scenes train {count} {seed}".encode()).hexdigest()
-    return Talks(digest, conversations("train", count, seed, describe=False))
+    return Conversations(digest, conversations("train", count, seed, Lesson(describe=False)))
 
 
-def from_file(path: str, folder: str) -> Talks:
+def from_file(path: str, folder: str) -> Conversations:
     """Return the conversations with images of a JSON file in LLaVA's layout.
 
     Raises:
@@ -80,7 +80,7 @@ def from_file(path: str, folder: str) -> Talks:
         raise UserError(f"conversations: {path} is not in LLaVA's layout: {error}") from None
     if not rows:
         raise UserError(f"conversations: {path} has no conversation with an image")
-    return Talks(hashlib.sha256(content).hexdigest(), rows, images)
+    return Conversations(hashlib.sha256(content).hexdigest(), rows, images)
 
 
 def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:

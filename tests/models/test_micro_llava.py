@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from bench.data import scenes
+from bench.data.scenes.kinds import KINDS
 from bench.data.scenes.scene import scene
 from bench.models.zoo.micro_llava import FOLDER, recipe, scoring
 from bench.models.zoo.micro_llava.alignment import GROUPS, Aligner
@@ -155,6 +156,18 @@ def test_patches_are_labelled_with_what_their_cell_holds(processor: LlavaProcess
         assert (label[[0, 7], :, 0] == GROUPS[0].index("empty")).all()
 
 
+def test_the_last_stage_asks_more_of_what_is_hard() -> None:
+    lesson = recipe.STAGES["choosing"].lesson
+    assert set(lesson.hard) <= set(KINDS)
+    said = scenes.conversation("train", 9, 0, lesson).turns
+    matching = [(text, answer) for text, answer in said if text.find("Which one is ") >= 0]
+    assert len(matching) == lesson.matching
+    for text, letter in matching:
+        wanted = text.split("Which one is ")[1].split("?")[0]
+        assert f"{letter}. {wanted}\n" in text
+    assert len(said) <= lesson.turns + lesson.again + lesson.matching + 1
+
+
 def test_learning_rate_rises_and_falls_to_nothing() -> None:
     settings = recipe.Settings()
     rates = [recipe.learning_rate(i / 100, settings) for i in range(101)]
@@ -174,7 +187,12 @@ def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.Monke
         ),
     )
     settings = recipe.Settings(
-        steps=2, images=2, turns=2, alignment_steps=2, alignment_images=2, log_every=1
+        steps=2,
+        images=2,
+        lesson=scenes.Lesson(turns=2),
+        alignment_steps=2,
+        alignment_images=2,
+        log_every=1,
     )
     recipe.run(tmp_path, settings)
     names = {"config.json", "model.safetensors", "tokenizer.json", "training.json"}

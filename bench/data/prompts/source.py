@@ -90,9 +90,9 @@ def _prompts(config: PromptsConfig, *, offline: bool) -> Iterator[Prompt]:
 
 
 def _embedded(config: PromptsConfig) -> Iterator[Prompt]:
-    from bench.data.scenes import conversations
+    from bench.data.scenes import Lesson, conversations
 
-    for image, turns in conversations("train", config.count, config.seed, describe=False):
+    for image, turns in conversations("train", config.count, config.seed, Lesson(describe=False)):
         yield image.convert("RGB"), turns[0][0]
 
 

@@ -4,7 +4,8 @@ A scene follows from its split and its index alone. Questions are chosen so that
 nothing about their answers: who does not see the image is at chance, which is known.
 """
 
-from bench.data.scenes.conversations import Conversation, conversation, conversations
+from bench.data.conversations import Conversation
+from bench.data.scenes.conversations import Lesson, conversation, conversations
 from bench.data.scenes.prompts import Document, render
 from bench.data.scenes.render import SIZE as IMAGE_SIZE
 from bench.data.scenes.scene import Split
@@ -17,6 +18,7 @@ __all__ = [
     "TASKS",
     "Conversation",
     "Document",
+    "Lesson",
     "Split",
     "chance",
     "conversation",

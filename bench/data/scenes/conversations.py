@@ -4,48 +4,56 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from PIL import Image
-
+from bench.data.conversations import Conversation
 from bench.data.scenes import prompts
 from bench.data.scenes.kinds import KINDS, Question
 from bench.data.scenes.render import render
 from bench.data.scenes.scene import Scene, Split, scene
 
-TURNS = 6
 CHOICE_SHARE = 0.4
 OCR_SHARE = 0.15
 HINT = "The image shows a board of nine cells."
 _FIRST = 10_000_000
 
 
-class Conversation(NamedTuple):
-    """An image and what is said about it: prompts as lmms-eval gives them, and their answers."""
+@dataclass(frozen=True)
+class Lesson:
+    """What is asked about one image.
 
-    image: Image.Image
-    turns: list[tuple[str, str]]
+    `turns` questions of different kinds, `again` more questions of the kinds in `hard`, and
+    `matching` questions whose answer stands in their own text, which teach what a letter is.
+    """
+
+    turns: int = 6
+    again: int = 0
+    hard: tuple[str, ...] = ()
+    matching: int = 0
+    describe: bool = True
 
 
 def conversations(
-    split: Split, count: int, seed: int = 0, *, turns: int = TURNS, describe: bool = True
+    split: Split, count: int, seed: int = 0, lesson: Lesson = Lesson()
 ) -> list[Conversation]:
-    """Return conversations about `count` scenes, none of which is in any task.
+    """Return conversations about `count` scenes, none of which is in any task."""
+    return [conversation(split, seed, number, lesson) for number in range(count)]
 
-    Each has `turns` questions of different kinds and, unless `describe` is false, ends with the
-    description of every cell.
+
+def conversation(split: Split, seed: int, number: int, lesson: Lesson = Lesson()) -> Conversation:
+    """Return one conversation, a pure function of its arguments.
+
+    The description of every cell, where there is one, comes last.
     """
-    return [conversation(split, seed, number, turns, describe) for number in range(count)]
-
-
-def conversation(
-    split: Split, seed: int, number: int, turns: int = TURNS, describe: bool = True
-) -> Conversation:
-    """Return one conversation, a pure function of its arguments."""
     place = scene(split, _FIRST * (seed + 1) + number)
     rng = random.Random(f"conversation {split} {place.index}")
-    said = [_phrase(question, place, rng) for question in _choose(place, turns, rng)]
-    if describe:
+    asked = _choose(place, sorted(KINDS), lesson.turns, rng)
+    if lesson.again:
+        asked += _choose(place, lesson.hard, lesson.again, rng)
+    said = [_phrase(question, place, rng) for question in asked]
+    said += [_match(rng) for _ in range(lesson.matching)]
+    if lesson.describe:
         said.append((prompts.DESCRIBE, description(place)))
     return Conversation(render(place), said)
 
@@ -55,10 +63,10 @@ def description(place: Scene) -> str:
     return ", ".join(thing.name if thing else "empty" for thing in place.cells)
 
 
-def _choose(place: Scene, turns: int, rng: random.Random) -> list[Question]:
+def _choose(place: Scene, kinds: Sequence[str], turns: int, rng: random.Random) -> list[Question]:
     """Draw kinds, then an answer among those the scene has, so that rare answers are asked for."""
     found: list[Question] = []
-    for name in rng.sample(sorted(KINDS), len(KINDS)):
+    for name in rng.sample(kinds, len(kinds)):
         by_answer = defaultdict(list)
         for question in KINDS[name].ask(place):
             by_answer[question.answer].append(question)
@@ -70,11 +78,25 @@ def _choose(place: Scene, turns: int, rng: random.Random) -> list[Question]:
 def _phrase(question: Question, place: Scene, rng: random.Random) -> tuple[str, str]:
     """Put a question openly or as multiple choice, in one of the harness's ways."""
     if "yes" not in question.answers and rng.random() < CHOICE_SHARE:
-        choices = prompts.place(question.answer, question.answers, rng.randrange(4), rng)
-        letter = prompts.LETTERS[choices.index(question.answer)]
-        if rng.random() < 0.5 and len(choices) == 4:
-            return prompts.options(question.text, choices, rng.choice(("nan", HINT))), letter
-        return prompts.science(question.text, choices, rng.choice(("", HINT))), letter
+        return _lettered(question.text, question.answer, question.answers, rng)
     digits = [digit.value for digit in place.digits]
     shown = digits if question.kind.startswith("number") and rng.random() < OCR_SHARE else []
     return prompts.brief(question.text, shown), question.answer
+
+
+def _match(rng: random.Random) -> tuple[str, str]:
+    """Ask for the letter of a word that the question itself names: no image is needed."""
+    kind = KINDS[rng.choice([name for name, kind in KINDS.items() if "yes" not in kind.answers])]
+    answer = rng.choice(kind.answers)
+    return _lettered(f"Which one is {answer}?", answer, kind.answers, rng)
+
+
+def _lettered(
+    text: str, answer: str, answers: Sequence[str], rng: random.Random
+) -> tuple[str, str]:
+    """Put a question as multiple choice, in one of the harness's two ways."""
+    choices = prompts.place(answer, answers, rng.randrange(4), rng)
+    letter = prompts.LETTERS[choices.index(answer)]
+    if rng.random() < 0.5 and len(choices) == 4:
+        return prompts.options(text, choices, rng.choice(("nan", HINT))), letter
+    return prompts.science(text, choices, rng.choice(("", HINT))), letter

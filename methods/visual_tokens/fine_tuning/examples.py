@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.data.conversations import Talk
+from bench.data.conversations import Conversation
 from bench.data.prompts import chat
 from bench.errors import UserError
 
@@ -27,7 +27,7 @@ class Examples:
         self._longest = longest
         self._system = system
 
-    def batch(self, talks: Sequence[Talk]) -> dict[str, Tensor]:
+    def batch(self, talks: Sequence[Conversation]) -> dict[str, Tensor]:
         """Return the network's inputs with `labels` [B, S], filled up on the right."""
         asked = [self._rendered(talk, 0, answered=False) for talk in talks]
         images = [[talk.image] for talk in talks]
@@ -63,7 +63,7 @@ class Examples:
             made["mm_token_type_ids"] = widened
         return made
 
-    def _rest(self, talk: Talk) -> list[tuple[list[int], bool]]:
+    def _rest(self, talk: Conversation) -> list[tuple[list[int], bool]]:
         """Return the tokens after the first prompt, piece by piece, and which are an answer's."""
         pieces: list[tuple[list[int], bool]] = []
         for turn, (_, answer) in enumerate(talk.turns):
@@ -82,7 +82,7 @@ class Examples:
                 pieces.append((self._encode(gap), False))
         return pieces
 
-    def _rendered(self, talk: Talk, turn: int, *, answered: bool) -> str:
+    def _rendered(self, talk: Conversation, turn: int, *, answered: bool) -> str:
         """Return the conversation up to the answer of a turn, or to its end."""
         last = talk.turns[turn]
         turns = [*talk.turns[:turn], last if answered else (last[0], None)]

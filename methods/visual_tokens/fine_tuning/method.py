@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bench.data import conversations
-from bench.data.conversations import Talks
+from bench.data.conversations import Conversations
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.anatomy import Anatomy
@@ -88,13 +88,18 @@ class VisualFineTuning(Method):
     def _a_step(self) -> int:
         return self.batch * self.accumulate
 
-    def _talks(self, seed: int) -> Talks:
+    def _talks(self, seed: int) -> Conversations:
         if self.data == "embedded":
             return conversations.embedded(self.count, seed)
         return conversations.from_file(str(self.path), str(self.images))
 
     def _train(
-        self, model: Model, talks: Talks, trained: list[nn.Parameter], total: int, context: Context
+        self,
+        model: Model,
+        talks: Conversations,
+        trained: list[nn.Parameter],
+        total: int,
+        context: Context,
     ) -> Iterator[float]:
         """Yield the mean loss of each step."""
         from transformers import get_cosine_schedule_with_warmup
@@ -139,7 +144,7 @@ class VisualFineTuning(Method):
             loss: Tensor = cast(Any, model.network)(**moved, use_cache=False).loss
         return loss
 
-    def _batches(self, talks: Talks, seed: int) -> Iterator[list[int]]:
+    def _batches(self, talks: Conversations, seed: int) -> Iterator[list[int]]:
         """Yield the numbers of one batch after the other, in an order that the seed fixes."""
         generator = torch.Generator().manual_seed(seed)
         while True:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.data import scenes
-from bench.data.conversations import Talk, embedded, from_file
+from bench.data.conversations import Conversation, embedded, from_file
 from bench.errors import MissingData, UserError
 from bench.method import Context
 from bench.models.anatomy import dissect
@@ -42,8 +42,8 @@ def picture():
 
 def test_the_loss_is_on_answers_alone(processor):
     talks = [
-        Talk(picture(), [("What color is it?", "red"), ("How many circles?", "two")]),
-        Talk(picture(), [("Is there a star?", "no")]),
+        Conversation(picture(), [("What color is it?", "red"), ("How many circles?", "two")]),
+        Conversation(picture(), [("Is there a star?", "no")]),
     ]
     batch = Examples(processor, 500).batch(talks)
     for number, talk in enumerate(talks):
@@ -56,7 +56,7 @@ def test_the_loss_is_on_answers_alone(processor):
 
 
 def test_the_tokens_are_those_of_the_whole_conversation(processor):
-    talk = Talk(picture(), [("What color is it?", "red"), ("How many circles?", "two")])
+    talk = Conversation(picture(), [("What color is it?", "red"), ("How many circles?", "two")])
     ours = Examples(processor, 500).batch([talk])["input_ids"][0]
     messages = []
     for number, (question, answer) in enumerate(talk.turns):

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCau
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from bench.data import english, world
+from bench.models.zoo.adamw import adamw
 from bench.models.zoo.micro_moe import scoring
 from bench.models.zoo.micro_moe.text import (
     Batch,
@@ -97,13 +98,7 @@ def optimizer_of(
     model: Qwen2MoeForCausalLM, settings: Settings
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return AdamW on a one-cycle schedule, with decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         settings.learning_rate,

@@ -1,0 +1,13 @@
+"""The optimizer of the small language models: AdamW that lets gains and biases be."""
+
+from torch import nn, optim
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> optim.AdamW:
+    """Return AdamW over what is trained, with decay on matrices only."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [w for w in trained if w.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [w for w in trained if w.ndim < 2], "weight_decay": 0.0},
+    ]
+    return optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
