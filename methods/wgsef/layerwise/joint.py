@@ -1,11 +1,11 @@
 """One budget for several reconstructions at once, such as the experts of a layer.
 
-Shapes: M atoms of one problem, D outputs, N atoms of all problems together.
+Shapes: A atoms of one problem with M activations, D outputs, N atoms of all problems together.
 
 Each problem has a Gram matrix of its own, and atoms of different problems count as uncorrelated:
 the joint Gram matrix is block-diagonal (WGSEF specification section 5: few experts fire together).
 The problems must share their unit of error, hence the number of tokens that they are divided by.
-All return which atoms stay, one mask [M] per problem; `selection` has the same for one problem.
+All return which atoms stay, one mask [A] per problem; `selection` has the same for one problem.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from methods.wgsef.envelope.prox import debiased, hard
 from methods.wgsef.layerwise.problem import Reconstruction
-from methods.wgsef.layerwise.selection import Elimination, descend, largest_eigenvalue, norms
+from methods.wgsef.layerwise.selection import Elimination, descend, largest_eigenvalue
 from methods.wgsef.training.schedule import homotopy
 
 Problems = Sequence[Reconstruction]
@@ -29,7 +29,7 @@ HOMOTOPY_STEPS = 200
 
 def energy(problems: Problems, k: int) -> list[Tensor]:
     """Keep the k atoms of largest ||v_j||, whatever the others could make up for."""
-    return _strongest([problem.readout for problem in problems], k)
+    return _strongest(problems, [problem.readout for problem in problems], k)
 
 
 def homotopy_path(problems: Problems, k: int) -> list[Tensor]:
@@ -38,10 +38,11 @@ def homotopy_path(problems: Problems, k: int) -> list[Tensor]:
     readouts = [problem.readout for problem in problems]
     for step in range(1, HOMOTOPY_STEPS):
         moved = [descend(p, v_MD, smooth) for p, v_MD in zip(problems, readouts, strict=True)]
-        shrunk = debiased(_norms(moved), k, homotopy(step / HOMOTOPY_STEPS))
-        scales = shrunk.scale[0].split([len(t_MD) for t_MD in moved])
-        readouts = [s_M[:, None] * t_MD for s_M, t_MD in zip(scales, moved, strict=True)]
-    return _strongest(readouts, k)
+        shrunk = debiased(_norms(problems, moved), k, homotopy(step / HOMOTOPY_STEPS))
+        scales = shrunk.scale[0].split([problem.atoms for problem in problems])
+        parts = zip(problems, moved, scales, strict=True)
+        readouts = [problem.scaled(t_MD, scale_A) for problem, t_MD, scale_A in parts]
+    return _strongest(problems, readouts, k)
 
 
 def elimination(problems: Problems, k: int) -> list[Tensor]:
@@ -53,19 +54,20 @@ def elimination(problems: Problems, k: int) -> list[Tensor]:
     states = [Elimination(problem) for problem in problems]
     heap = [(*state.cheapest(), place) for place, state in enumerate(states)]
     heapq.heapify(heap)
-    for _ in range(sum(len(problem.readout) for problem in problems) - k):
+    for _ in range(sum(problem.atoms for problem in problems) - k):
         _, atom, place = heapq.heappop(heap)
         states[place].drop(atom)
-        if not bool(states[place].gone_M.all()):
+        if not bool(states[place].gone_A.all()):
             heapq.heappush(heap, (*states[place].cheapest(), place))
-    return [~state.gone_M for state in states]
+    return [~state.gone_A for state in states]
 
 
-def _strongest(readouts: Sequence[Tensor], k: int) -> list[Tensor]:
+def _strongest(problems: Problems, readouts: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return masks of the k atoms of largest norm."""
-    kept_N = hard(_norms(readouts), k).gate[0] > 0
-    return list(kept_N.split([len(v_MD) for v_MD in readouts]))
+    kept_N = hard(_norms(problems, readouts), k).gate[0] > 0
+    return list(kept_N.split([problem.atoms for problem in problems]))
 
 
-def _norms(readouts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([norms(v_MD) for v_MD in readouts], -1)
+def _norms(problems: Problems, readouts: Sequence[Tensor]) -> Tensor:
+    pairs = zip(problems, readouts, strict=True)
+    return torch.cat([problem.norms(v_MD) for problem, v_MD in pairs], -1)

@@ -1,14 +1,18 @@
 """The reconstruction of one layer's output from few of its atoms, as a quadratic problem.
 
-Shapes: M atoms (FFN neurons, micro-experts or heads), D outputs, T tokens, K kept atoms.
+Shapes: A atoms of B activations each, M = A B activations, D outputs, T tokens, K kept activations.
 
-A layer reads out Y = sum_j phi_j w_j with activations phi_j (routing weight included). In units
-where every activation has root mean square 1, v_j = s_j w_j and s_j = RMS(phi_j), the problem is
+A neuron or micro-expert is an atom of one activation, a head one of as many as it is wide. For
+atoms of one, a layer reads out Y = sum_j phi_j w_j with activations phi_j (routing weight
+included). In units where every activation has root mean square 1, v_j = s_j w_j and
+s_j = RMS(phi_j), the problem is
 
     min_V  1/(2 T) || sum_j (phi_j / s_j) v_j - Y ||_F^2   with at most k atoms
 
 (WGSEF specification section 5, derived). It needs the Gram matrix only, so calibration text is
-streamed once. ||v_j|| = RMS(phi_j) ||w_j|| is an energy in the sense of CAMERA.
+streamed once. ||v_j|| = RMS(phi_j) ||w_j|| is an energy in the sense of CAMERA. For wider atoms
+s_j is the symmetric root of the atom's own block of the Gram matrix, which makes its activations
+white, and ||v_j|| is again the root mean square of what the atom alone puts out.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Gram matrix [M, M], its product with the true read-out [M, D], and the scales s [M].
+    """Gram matrix [M, M], its product with the true read-out [M, D], and the scales s [A, B, B].
 
     `readout` is the true V [M, D], in units of the outputs; all are fp64.
     """
@@ -32,16 +36,42 @@ class Reconstruction:
     scale: Tensor
 
     @classmethod
-    def of(cls, gram_MM: Tensor, weight_MD: Tensor) -> Reconstruction:
+    def of(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
         """Return the problem of a layer with activations of Gram phi^T phi / T and read-out w.
 
-        Atoms that were never active have no energy; their scale is 1, for it is divided by.
+        Atoms, of `width` activations, that were never active have no energy; their scale is 1, for
+        it is divided by. So it is in directions in which an atom was never active.
         """
-        size_M = gram_MM.diagonal().double().sqrt()
-        readout_MD = weight_MD.double() * size_M[:, None]
-        scale_M = torch.where(size_M > 0, size_M, torch.ones_like(size_M))
-        scaled_MM = gram_MM.double() / (scale_M[:, None] * scale_M)
-        return cls(scaled_MM, scaled_MM @ readout_MD, readout_MD, scale_M)
+        blocks_ABB = diagonal_blocks(gram_MM.double(), width)
+        power_AB, basis_ABB = torch.linalg.eigh(blocks_ABB)
+        active_AB = power_AB > power_AB.amax(-1, keepdim=True).clamp(min=0) * 1e-12
+        root_AB = torch.where(active_AB, power_AB.clamp(min=0).sqrt(), torch.ones_like(power_AB))
+        scale_ABB = (basis_ABB * root_AB[:, None]) @ basis_ABB.mT
+        seen_ABB = (basis_ABB * active_AB[:, None]) @ basis_ABB.mT
+        white_ABB = torch.linalg.inv(scale_ABB) @ seen_ABB
+        readout_MD = _by_atom(scale_ABB @ seen_ABB, weight_MD.double())
+        scaled_MM = _by_atom(white_ABB, _by_atom(white_ABB, gram_MM.double()).mT)
+        return cls(scaled_MM, scaled_MM @ readout_MD, readout_MD, scale_ABB)
+
+    @property
+    def atoms(self) -> int:
+        """How many atoms there are."""
+        return len(self.scale)
+
+    @property
+    def width(self) -> int:
+        """How many activations an atom has."""
+        return self.scale.shape[-1]
+
+    def norms(self, v_MD: Tensor) -> Tensor:
+        """Return the norms of all atoms as the one row that the operators take, [1, A]."""
+        norm_A: Tensor = v_MD.reshape(self.atoms, -1).norm(dim=-1)
+        return norm_A[None]
+
+    def scaled(self, v_MD: Tensor, factor_A: Tensor) -> Tensor:
+        """Return a read-out with every atom multiplied by its factor."""
+        scaled_MD: Tensor = factor_A.repeat_interleave(self.width)[:, None] * v_MD
+        return scaled_MD
 
     def error(self, v_MD: Tensor) -> float:
         """Return || sum_j (phi_j / s_j) v_j - Y ||^2 / || Y ||^2."""
@@ -51,17 +81,30 @@ class Reconstruction:
 
     def weights(self, v_MD: Tensor) -> Tensor:
         """Return v in the units of the layer's own weights, w = v / s."""
-        return v_MD / self.scale[:, None]
+        return _by_atom(torch.linalg.inv(self.scale), v_MD)
 
-    def refit(self, keep_M: Tensor, damping: float = 1e-8) -> Tensor:
+    def refit(self, keep_A: Tensor, damping: float = 1e-8) -> Tensor:
         """Return the V [M, D] of least error that uses the kept atoms only.
 
         `damping` is relative to the mean diagonal; it decides between atoms that always fire alike.
         """
-        place_K = keep_M.nonzero()[:, 0]
+        place_K = keep_A.repeat_interleave(self.width).nonzero()[:, 0]
         gram_KK = self.gram[place_K][:, place_K].clone()
         gram_KK.diagonal().add_(damping * gram_KK.diagonal().mean())
         v_MD = torch.zeros_like(self.readout)
         factor_KK: Tensor = torch.linalg.cholesky(gram_KK)
         v_MD[place_K] = torch.cholesky_solve(self.target[place_K], factor_KK)
         return v_MD
+
+
+def diagonal_blocks(square_MM: Tensor, width: int) -> Tensor:
+    """Return the blocks of one atom with itself, [A, B, B]."""
+    atoms = len(square_MM) // width
+    blocks_BBA = square_MM.reshape(atoms, width, atoms, width).diagonal(dim1=0, dim2=2)
+    return blocks_BBA.movedim(-1, 0)
+
+
+def _by_atom(blocks_ABB: Tensor, rows_MD: Tensor) -> Tensor:
+    """Multiply the rows of every atom by its block."""
+    atoms, width, _ = blocks_ABB.shape
+    return (blocks_ABB @ rows_MD.reshape(atoms, width, -1)).reshape(rows_MD.shape)

@@ -80,7 +80,7 @@ class WgsefLayerwise(MicroPruning, Walker):
     def _selected(self, problems: list[Reconstruction], budget: int) -> list[Tensor]:
         """Return which atoms of each expert stay."""
         select = SELECTORS[self.selector]
-        sizes = [len(problem.readout) for problem in problems]
+        sizes = [problem.atoms for problem in problems]
         if self.scope == "layer":
             return select(problems, sum(sizes) - budget)
         counts = zip(problems, sizes, apportion(sizes, budget), strict=True)

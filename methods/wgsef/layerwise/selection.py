@@ -1,23 +1,25 @@
 """Which atoms of a layer to keep: by energy, by the envelope, by its homotopy, by elimination.
 
-Shapes: M atoms, D outputs.
+Shapes: A atoms of B activations each, M = A B activations, D outputs.
 
 All return a read-out V [M, D] in which dropped atoms are zero; `Reconstruction.refit` improves any.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from methods.wgsef.envelope.prox import Shrinkage, debiased, envelope, hard
-from methods.wgsef.layerwise.problem import Reconstruction
+from methods.wgsef.layerwise.problem import Reconstruction, diagonal_blocks
 from methods.wgsef.training.schedule import homotopy
 
 
 def by_energy(problem: Reconstruction, k: int) -> Tensor:
     """Keep the k atoms of largest ||v_j||: hard selection at the true read-out."""
-    return _apply(hard(norms(problem.readout), k), problem.readout)
+    return _apply(problem, hard, problem.readout, k)
 
 
 def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -> Tensor:
@@ -31,7 +33,7 @@ def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -
     momentum = 1.0
     for _ in range(steps):
         t_MD = descend(problem, ahead_MD, smooth)
-        next_MD = _apply(envelope(norms(t_MD), k, lam / smooth), t_MD)
+        next_MD = _apply(problem, envelope, t_MD, k, lam / smooth)
         faster = 0.5 * (1 + (1 + 4 * momentum**2) ** 0.5)
         ahead_MD = next_MD + (momentum - 1) / faster * (next_MD - v_MD)
         v_MD, momentum = next_MD, faster
@@ -44,19 +46,19 @@ def by_homotopy(problem: Reconstruction, k: int, steps: int = 400) -> Tensor:
     v_MD = problem.readout
     for step in range(1, steps):
         t_MD = descend(problem, v_MD, smooth)
-        v_MD = _apply(debiased(norms(t_MD), k, homotopy(step / steps)), t_MD)
-    return _apply(hard(norms(v_MD), k), v_MD)
+        v_MD = _apply(problem, debiased, t_MD, k, homotopy(step / steps))
+    return _apply(problem, hard, v_MD, k)
 
 
 def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Tensor:
     """Take one atom away at a time, the one whose loss the others make up for best.
 
     Greedy backward elimination (optimal brain surgeon): with H the inverse Gram matrix of what is
-    left and V its least-squares read-out, dropping j costs ||v_j||^2 / (2 H_jj) and the others
-    move by -H_ij v_j / H_jj. O(M^3) for a layer.
+    left and V its least-squares read-out, dropping j costs tr(v_j^T H_jj^-1 v_j) / 2 and the others
+    move by -H_ij H_jj^-1 v_j. O(M^3) for a layer.
     """
     elimination = Elimination(problem, damping)
-    for _ in range(len(problem.readout) - k):
+    for _ in range(problem.atoms - k):
         elimination.drop(elimination.cheapest()[1])
     return elimination.v_MD
 
@@ -70,26 +72,32 @@ class Elimination:
     def __init__(self, problem: Reconstruction, damping: float = 1e-8) -> None:
         gram_MM = problem.gram.clone()
         gram_MM.diagonal().add_(damping)
+        self._width = problem.width
         self._inverse_MM = torch.linalg.inv(gram_MM)
         self.v_MD: Tensor = self._inverse_MM @ problem.target
-        self.gone_M = torch.zeros(len(self.v_MD), dtype=torch.bool, device=self.v_MD.device)
+        self.gone_A = torch.zeros(problem.atoms, dtype=torch.bool, device=self.v_MD.device)
 
     def cheapest(self) -> tuple[float, int]:
         """Return twice the error that dropping the cheapest atom adds, and which atom it is."""
-        cost_M = self.v_MD.square().sum(-1) / self._inverse_MM.diagonal()
-        cost, place = cost_M.masked_fill(self.gone_M, torch.inf).min(0)
+        own_ABB = diagonal_blocks(self._inverse_MM, self._width)
+        v_ABD = self.v_MD.reshape(len(self.gone_A), self._width, -1)
+        cost_A = (v_ABD * torch.linalg.solve(own_ABB, v_ABD)).sum((-2, -1))
+        cost, place = cost_A.masked_fill(self.gone_A, torch.inf).min(0)
         return float(cost), int(place)
 
     def drop(self, j: int) -> None:
         """Take one atom away and let the others make up for it."""
-        share_M = self._inverse_MM[:, j] / self._inverse_MM[j, j]
-        self.v_MD = self.v_MD - share_M[:, None] * self.v_MD[j]
-        self._inverse_MM = self._inverse_MM - share_M[:, None] * self._inverse_MM[j]
-        self.gone_M[j] = True
+        here = slice(j * self._width, (j + 1) * self._width)
+        share_MB = torch.linalg.solve(
+            self._inverse_MM[here, here], self._inverse_MM[:, here], left=False
+        )
+        self.v_MD = self.v_MD - share_MB @ self.v_MD[here]
+        self._inverse_MM = self._inverse_MM - share_MB @ self._inverse_MM[here]
+        self.gone_A[j] = True
         # What is left of a dropped atom is rounding, which must not be divided by.
-        self._inverse_MM[j, :] = self._inverse_MM[:, j] = 0
-        self._inverse_MM[j, j] = 1
-        self.v_MD[j] = 0
+        self._inverse_MM[here, :] = self._inverse_MM[:, here] = 0
+        self._inverse_MM[here, here].fill_diagonal_(1)
+        self.v_MD[here] = 0
 
 
 def descend(problem: Reconstruction, v_MD: Tensor, smooth: float) -> Tensor:
@@ -103,12 +111,8 @@ def largest_eigenvalue(gram_MM: Tensor) -> float:
     return float(torch.linalg.eigvalsh(gram_MM)[-1])
 
 
-def norms(v_MD: Tensor) -> Tensor:
-    """Return the norms of all atoms as the one row that the operators take, [1, M]."""
-    norm_M: Tensor = v_MD.norm(dim=-1)
-    return norm_M[None]
-
-
-def _apply(shrinkage: Shrinkage, t_MD: Tensor) -> Tensor:
-    scaled_MD: Tensor = shrinkage.scale[0][:, None] * t_MD
-    return scaled_MD
+def _apply(
+    problem: Reconstruction, operator: Callable[..., Shrinkage], t_MD: Tensor, *knobs: float
+) -> Tensor:
+    """Shrink or drop the atoms of a read-out as an operator on their norms says."""
+    return problem.scaled(t_MD, operator(problem.norms(t_MD), *knobs).scale[0])

@@ -32,7 +32,7 @@ def test_the_error_is_that_of_the_outputs():
     changed_MD = weight_MD + 0.1 * torch.randn_like(weight_MD)
     output_TD = phi_TM @ weight_MD
     expected = (phi_TM @ changed_MD - output_TD).square().sum() / output_TD.square().sum()
-    found = problem.error(changed_MD * problem.scale[:, None])
+    found = problem.error(changed_MD * problem.scale[:, 0])
     assert found == pytest.approx(float(expected), rel=1e-9)
     torch.testing.assert_close(problem.weights(problem.readout), weight_MD)
 

@@ -1,0 +1,218 @@
+"""WGSEF without training on dense decoders: the FFN neurons or heads that best rebuild each layer.
+
+Shapes: B prompts or rows, S tokens, T tokens in all, M activations a layer reads out (an FFN's
+neurons, or all heads side by side), D d_model, A atoms, K kept activations.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.anatomy import Anatomy
+from bench.models.model import Model
+from methods.camera.refit import error, refitted
+from methods.moe_pruning import calibration_of
+from methods.wgsef.export.transformer import smaller_language_model
+from methods.wgsef.groups import transformer
+from methods.wgsef.groups.family import Family
+from methods.wgsef.layerwise.problem import Reconstruction
+from methods.wgsef.layerwise.pruning import SELECTORS
+
+Call = Mapping[str, Tensor]
+
+LAYERS_AT_ONCE = 4
+"""Gram matrices are wide and float64, so that not all layers' are held at once."""
+
+_READOUT = {"neurons": "down_proj", "heads": "o_proj"}
+
+
+class WgsefDecoder(Method):
+    """Keep in each layer the neurons, or heads, that rebuild its output best.
+
+    Under grouped queries a head is a KV head with its query heads. Every layer loses the share
+    `ratio`, for transformers builds all layers alike; one atom stays at least. `selector` is that
+    of `wgsef_layerwise`. `refit` fits the columns that stay by least squares. With `sequential`,
+    layers are measured `LAYERS_AT_ONCE` at a time on what the pruned ones before them produce.
+    """
+
+    atoms: Literal["neurons", "heads"]
+    ratio: float = Field(ge=0, lt=1)
+    selector: Literal["debiased", "greedy", "energy"] = "debiased"
+    refit: bool = True
+    refit_damping: float = Field(default=1e-4, gt=0)
+    sequential: bool = True
+    state: Literal["zeroed", "removed"] = "removed"
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse networks whose layers have no such atoms."""
+        if not anatomy.layers:
+            raise UserError(f"{anatomy.architecture} has no decoder layers to take {self.atoms} of")
+        for layer in anatomy.layers:
+            self._family(layer, anatomy.architecture)
+
+    @torch.no_grad()
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Gather, select and refit some layers at a time, then take everything out at once."""
+        anatomy, names = model.anatomy, {m: name for name, m in model.network.named_modules()}
+        found = [self._family(layer, anatomy.architecture) for layer in anatomy.layers]
+        families = [
+            _renamed(family, names[layer])
+            for family, layer in zip(found, anatomy.layers, strict=True)
+        ]
+        calls, fingerprint = self._calls(context, model)
+        step = LAYERS_AT_ONCE if self.sequential else len(families)
+        layers, dead = list[dict[str, Any]](), list[Tensor]()
+        starts = list(range(0, len(families), step))
+        for start in context.progress.track(starts, f"choosing {self.atoms}"):
+            group = families[start : start + step]
+            readouts = [self._readout(model.network, family) for family in group]
+            grams, tokens = _grams(model, calls, readouts)
+            for family, readout in zip(group, readouts, strict=True):
+                gone_A, told = self._choose(family, readout, grams[readout], tokens)
+                _zero(model.network, family, gone_A)
+                dead.append(gone_A)
+                layers.append({"layer": len(layers), **told})
+        removed = sum(int(gone_A.sum()) for gone_A in dead)
+        if removed and self.state == "removed":
+            model.network = smaller_language_model(model.network, families, dead)
+            model.__dict__.pop("anatomy", None)
+        details = {
+            "asked": {"ratio": self.ratio},
+            f"removed_{self.atoms}": removed,
+            self.atoms: sum(family.groups for family in families),
+            "calibration": fingerprint,
+            "layers": layers,
+        }
+        return MethodReport(self.state if removed else "none", details)
+
+    @abstractmethod
+    def _calls(self, context: Context, model: Model) -> tuple[Sequence[Call], str]:
+        """Return what to call the network with to see its activations, and a hash of it."""
+
+    def _family(self, layer: nn.Module, architecture: str) -> Family:
+        """Return the atoms of one layer; names are relative to it."""
+        make = transformer.neurons if self.atoms == "neurons" else transformer.heads
+        try:
+            found = make(layer)
+        except UserError as missing:
+            raise UserError(f"{architecture} has a layer without {self.atoms}: {missing}") from None
+        if len(found) != 1:
+            raise UserError(
+                f"{architecture} has {len(found)} feed-forwards in a layer: wgsef_layerwise is for "
+                "mixtures of experts"
+            )
+        return found[0]
+
+    def _readout(self, network: nn.Module, family: Family) -> nn.Linear:
+        """Return the projection that reads the atoms out."""
+        return cast(nn.Linear, network.get_submodule(f"{family.name}.{_READOUT[self.atoms]}"))
+
+    def _choose(
+        self, family: Family, readout: nn.Linear, gram_MM: Tensor, tokens: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return which atoms of a layer go, [A], after refitting those that stay."""
+        if not bool(gram_MM.isfinite().all()):
+            raise UserError(
+                f"calibration made activations of {family.name} that are NaN or infinite: try "
+                "model.dtype=float32 or other calibration data"
+            )
+        width = readout.in_features // family.groups
+        count = max(1, family.groups - int(self.ratio * family.groups))
+        problem = Reconstruction.of(gram_MM / tokens, readout.weight.T, width)
+        (kept_A,) = SELECTORS[self.selector]([problem], count)
+        told: dict[str, Any] = {"kept": kept_A.nonzero().flatten().tolist()}
+        kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
+        if self.refit and len(kept_K) < readout.in_features:
+            weight_DM = readout.weight
+            columns_DK = refitted(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
+            told["refit"] = {
+                "error_before": error(gram_MM, weight_DM, kept_K, weight_DM[:, kept_K]),
+                "error_after": error(gram_MM, weight_DM, kept_K, columns_DK),
+            }
+            weight_DM[:, kept_K] = columns_DK
+        return ~kept_A, told
+
+
+class OnText(WgsefDecoder):
+    """Calibrated on the run's calibration text."""
+
+    uses_calibration: ClassVar[bool] = True
+    batch: int = Field(default=8, ge=1)
+
+    def _calls(self, context: Context, model: Model) -> tuple[Sequence[Call], str]:
+        calibration = calibration_of(context)
+        rows = calibration.tokens.to(model.device).split(self.batch)
+        return [{"input_ids": rows_BS} for rows_BS in rows], calibration.fingerprint
+
+
+class OnPrompts(WgsefDecoder):
+    """Calibrated on the run's prompts with images, text and visual rows alike."""
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Ask for prompts with images."""
+        return True
+
+    def _calls(self, context: Context, model: Model) -> tuple[Sequence[Call], str]:
+        if context.prompts is None:
+            raise UserError("this method needs prompts with images: give prompts=NAME")
+        return context.prompts.inputs, context.prompts.fingerprint
+
+
+def _grams(
+    model: Model, calls: Sequence[Call], readouts: Sequence[nn.Linear]
+) -> tuple[dict[nn.Module, Tensor], int]:
+    """Return ΦᵀΦ of what the projections read, float64 [M, M], and over how many tokens."""
+    found: dict[nn.Module, Tensor] = {}
+    tokens = 0
+    for call in calls:
+        mask = call.get("attention_mask")
+        real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
+        tokens += int(real_BS.sum())
+        with _watching(readouts, real_BS.bool(), found):
+            cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
+    return found, tokens
+
+
+@contextmanager
+def _watching(
+    modules: Sequence[nn.Module], real_BS: Tensor, found: dict[nn.Module, Tensor]
+) -> Iterator[None]:
+    """Add up products of the modules' inputs at the marked tokens, while the block lasts."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        phi_TM = args[0][real_BS.to(args[0].device)].double()
+        gram_MM = phi_TM.T @ phi_TM
+        found[module] = found[module] + gram_MM if module in found else gram_MM
+
+    hooks = [m.register_forward_pre_hook(cast(Callable[..., None], before)) for m in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _zero(network: nn.Module, family: Family, gone_A: Tensor) -> None:
+    """Set everything that the dead atoms own to zero."""
+    for part in family.owned:
+        weight = network.get_parameter(part.tensor)
+        weight.data.movedim(part.axes[0], 0)[part.units_of(gone_A).to(weight.device)] = 0
+
+
+def _renamed(family: Family, layer: str) -> Family:
+    """Return a layer's atoms under their names in the whole network."""
+    owned = tuple(
+        type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
+        for part in family.owned
+    )
+    return Family(f"{layer}.{family.name}", family.kind, family.groups, owned)
