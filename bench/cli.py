@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from bench.errors import RunsFailed, UserError, unknown
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
-COMMANDS = ("run", "ls", "show", "track", "export", "prefetch", "doctor")
+COMMANDS = ("run", "ls", "show", "compare", "track", "export", "prefetch", "doctor")
 LISTED = ("models", "methods", "benchmarks", "runs")
 
 RUN_HELP = """\
@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "show one record")
     show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     show.add_argument("--command", action="store_true", help="only the command that repeats it")
+    compare = command("compare", _compare, "paired statistics between runs, sample by sample")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--baseline", metavar="RUN", help="what to compare with (the dense run)")
+    compare.add_argument(
+        "--flips", type=int, default=0, metavar="N", help="show N samples each way"
+    )
     track = command("track", _track, "send records to W&B (again)")
     track.add_argument("runs", nargs="+", metavar="RUN")
     export = command("export", _export, "write the model of a run as a folder")
@@ -101,9 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (listing, show, track, export):
+    for added in (listing, show, compare, track, export):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
-    for added in (listing, show, doctor):
+    for added in (listing, show, compare, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -150,6 +156,19 @@ def _show(given: argparse.Namespace) -> int:
         print(record.model_dump_json(indent=1))
     else:
         print_record(record)
+    return DONE
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from bench.reporting.comparison import command
+
+    found, flipped = command.compare_runs(
+        given.runs, given.baseline, given.results_dir, flips=given.flips
+    )
+    if given.json:
+        print(json.dumps(command.plain(found, flipped), indent=1))
+    else:
+        command.print_comparison(found, flipped)
     return DONE
 
 
