@@ -54,7 +54,7 @@ def unlike_samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: MetricPart)
     for column, noun in _shared(mine, its):
         unlike = mine[column].fillna("") != its[column].fillna("")
         if unlike.any():
-            task, number = unlike.index[unlike.to_numpy().argmax()]
+            task, number = unlike.index[int(unlike.to_numpy().argmax())]
             return (
                 f"{metric.task} is not compared: the {noun} of {task} number {number} is not the "
                 f"same in both runs, nor are {int(unlike.sum()) - 1} others"
