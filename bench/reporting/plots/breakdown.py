@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -23,6 +24,13 @@ OUTER = frozenset({METHODS, "scoring", "loading the model", "counting costs"})
 """Phases of every run; all others are parts of a method."""
 BAR, FRAME = 0.32, 1.1
 """Inches of a bar, and of what stands around the bars."""
+
+
+class Fill(NamedTuple):
+    """How a part is filled."""
+
+    colour: tuple[float, float, float]
+    hatch: str
 
 
 def parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.DataFrame:
@@ -62,26 +70,29 @@ def draw(frame: pd.DataFrame) -> Figure:
     most = max(group["run"].nunique() for _, group in shown)
     figure.set_figheight(FRAME + BAR * most)
     names = list(dict.fromkeys(frame[frame["value"] > 0]["part"]))
-    styles = {
-        name: {"facecolor": tint(COLOURS[i % len(COLOURS)]), "hatch": HATCHES[i % len(HATCHES)]}
+    fills = {
+        name: Fill(tint(COLOURS[i % len(COLOURS)]), HATCHES[i % len(HATCHES)])
         for i, name in enumerate(names)
     }
     for each, (_, group) in zip(axes, shown, strict=True):
-        _bars(each, group, styles)
+        _bars(each, group, fills)
         each.set_ylim(most - 0.5, -0.5)
-    handles = [Patch(**style, edgecolor=INK, linewidth=0.4, label=n) for n, style in styles.items()]
+    handles = [
+        Patch(facecolor=fill.colour, hatch=fill.hatch, edgecolor=INK, linewidth=0.4, label=name)
+        for name, fill in fills.items()
+    ]
     legend(figure, handles)
     return figure
 
 
-def _bars(axes: Axes, group: pd.DataFrame, styles: dict[str, dict[str, str]]) -> None:
+def _bars(axes: Axes, group: pd.DataFrame, fills: dict[str, Fill]) -> None:
     wide = group.pivot_table(index="label", columns="part", values="value", sort=False)
     left = pd.Series(0.0, index=wide.index)
-    for part in (name for name in styles if name in wide):
+    for part in (name for name in fills if name in wide):
         length = wide[part].fillna(0.0)
         axes.barh(
-            wide.index, length, left=left, height=0.7, **styles[part],
-            edgecolor=INK, linewidth=0.4,
+            wide.index, length, left=left, height=0.7, facecolor=fills[part].colour,
+            hatch=fills[part].hatch, edgecolor=INK, linewidth=0.4,
         )  # fmt: skip
         left += length
     axes.grid(visible=False, axis="y")

@@ -46,8 +46,9 @@ def _map(figure: Figure, axes: Axes, grid: Grid) -> None:
     axes.set_xlabel(grid.column_name)
     long = max(map(len, grid.columns)) > 6
     if len(grid.columns) <= WRITTEN:
-        turned = {"rotation": 20, "ha": "right"} if long else {}
-        axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize="small", **turned)
+        axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize="small")
+        if long:
+            axes.tick_params(axis="x", labelrotation=15)
         _write(axes, grid, most)
     figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
 

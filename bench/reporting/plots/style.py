@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.colors import to_rgb
@@ -21,13 +22,13 @@ from bench.errors import UserError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "***")
 HEAT = "cividis"
 INK, PALE = "#000000", "#7F7F7F"
 FORMATS = ("png", "svg", "pdf")
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -55,7 +56,7 @@ class Look:
 
     colour: str
     marker: str
-    line: str | tuple[int, tuple[int, ...]]
+    line: Any
     hatch: str
 
 
@@ -78,13 +79,14 @@ def _cycle() -> Iterator[Look]:
     number = 0
     while True:
         pick = (each[number % len(each)] for each in (COLOURS, MARKERS, LINES, HATCHES))
-        yield Look(*pick)  # type: ignore[arg-type]  # each cycle has its own type
+        yield Look(*pick)
         number += 1
 
 
-def tint(colour: str) -> tuple[float, ...]:
+def tint(colour: str) -> tuple[float, float, float]:
     """Return a colour half way to white: a hatch on it stays visible, in grey as well."""
-    return tuple((1 + part) / 2 for part in to_rgb(colour))
+    red, green, blue = to_rgb(colour)
+    return (1 + red) / 2, (1 + green) / 2, (1 + blue) / 2
 
 
 @contextmanager
