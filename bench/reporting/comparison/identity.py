@@ -48,6 +48,8 @@ def mismatch(ours: tuple[Record, MetricPart], theirs: tuple[Record, MetricPart])
 
 def unlike_samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: MetricPart) -> str | None:
     """Say in one sentence which samples of two runs are not the same, None if all are."""
+    if ours.empty or theirs.empty:
+        return f"{metric.task} is not compared: one of the runs has no samples on record"
     mine, its = _keyed(ours, metric), _keyed(theirs, metric)
     if not mine.index.equals(its.index):
         return f"{metric.task} is not compared: the runs scored different documents of it"

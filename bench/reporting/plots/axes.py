@@ -48,12 +48,15 @@ def legend(figure: Figure, handles: Sequence[Artist], title: str | None = None) 
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=title)
 
 
-def of_families(families: dict[str, Look]) -> list[Line2D]:
-    """Return what a legend shows of each family: its marker in its colour."""
+def of_families(families: dict[str, Look], *, joined: bool) -> list[Line2D]:
+    """Return what a legend shows of each family: its marker, and its line if points are joined."""
     return [
-        Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.line, label=name)
+        Line2D(
+            [], [], color=look.colour, marker=look.marker,
+            linestyle=look.line if joined else "none", label=name,
+        )
         for name, look in families.items()
-    ]
+    ]  # fmt: skip
 
 
 def hollow() -> Line2D:

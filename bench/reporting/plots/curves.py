@@ -39,7 +39,7 @@ def draw(frame: pd.DataFrame, knob: str) -> Figure:
     families = looks(with_amount["family"])
     for each, (_, group) in zip(axes, shown, strict=True):
         _panel(each, group, families, knob)
-    legend(figure, of_families(families))
+    legend(figure, of_families(families, joined=True))
     return figure
 
 

@@ -29,7 +29,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     families = looks(frame["family"])
     for each, (_, group) in zip(axes, shown, strict=True):
         _panel(each, group, families)
-    legend(figure, of_families(families) + [hollow()] * bool(frame["unreal"].any()))
+    unreal = [hollow()] if frame["unreal"].any() else []
+    legend(figure, [*of_families(families, joined=False), *unreal])
     return figure
 
 

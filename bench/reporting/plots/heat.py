@@ -46,7 +46,7 @@ def _map(figure: Figure, axes: Axes, grid: Grid) -> None:
     axes.set_xlabel(grid.column_name)
     long = max(map(len, grid.columns)) > 6
     if len(grid.columns) <= WRITTEN:
-        axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize="small")
+        axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize="x-small")
         if long:
             axes.tick_params(axis="x", labelrotation=15)
         _write(axes, grid, most)

@@ -24,6 +24,8 @@ def confidences(samples: pd.DataFrame) -> pd.DataFrame:
     A choice's probability is its likelihood's share among the choices; a class's is the one that
     the classifier gave. Generated answers have none. Right is what the task's accuracy counts.
     """
+    if samples.empty:
+        return pd.DataFrame(columns=["confidence", "right"])
     graded = samples[samples["acc"].notna()].astype({"acc": float})
     scores = graded["loglikelihoods"].map(len) > 1
     chosen = graded[scores]["loglikelihoods"].map(_highest_share)

@@ -147,6 +147,12 @@ def test_other_documents_or_prompts_are_refused_by_number(column, said):
         compare(ours, [theirs])
 
 
+def test_a_run_without_samples_is_refused():
+    ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
+    with pytest.raises(UserError, match="one of the runs has no samples on record"):
+        compare(ours, [Run(theirs.record, pd.DataFrame())])
+
+
 def test_one_refused_task_leaves_the_others_and_no_average():
     ours = run("a", {"t": DENSE, "u": DENSE})
     theirs = run("b", {"t": PRUNED, "u": PRUNED}, "prune")
