@@ -18,8 +18,19 @@ from typing import Any, NoReturn
 from bench.errors import RunsFailed, UserError, unknown
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
-COMMANDS = ("run", "ls", "show", "track", "export", "prefetch", "doctor")
+COMMANDS = ("run", "ls", "show", "compare", "plot", "track", "export", "prefetch", "doctor")
 LISTED = ("models", "methods", "benchmarks", "runs")
+
+PLOT_HELP = """\
+figures of records as PNG, SVG and PDF; without RUN, of all of them
+
+  bench plot front --cost flops         accuracy against a cost, and the Pareto front
+  bench plot curves --knob ratio        accuracy against a knob
+  bench plot allocation RUN             what was left where: heads, experts, groups, bits
+  bench plot breakdown --cost flops     what a cost is made of; --cost wall: of the run itself
+  bench plot calibration                how often answers are right that are so sure
+  bench plot training                   losses and accuracies while a method trains
+"""
 
 RUN_HELP = """\
 run a model, methods and a benchmark; -m sweeps
@@ -91,6 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "show one record")
     show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     show.add_argument("--command", action="store_true", help="only the command that repeats it")
+    compare = command("compare", _compare, "paired statistics between runs, sample by sample")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--baseline", metavar="RUN", help="what to compare with (the dense run)")
+    compare.add_argument(
+        "--flips", type=int, default=0, metavar="N", help="show N samples each way"
+    )
+    plot = command("plot", _plot, PLOT_HELP)
+    plot.add_argument("kind", metavar="KIND")
+    plot.add_argument("runs", nargs="*", metavar="RUN")
+    plot.add_argument("--task", default="average", help="the headline to show (average)")
+    plot.add_argument("--cost", default="flops", help="flops, seconds, bytes, ... (flops)")
+    plot.add_argument("--scope", help="which cost of that name, as `bench show` lists it")
+    plot.add_argument("--knob", default="ratio", help="a method's knob or a config key (ratio)")
+    plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
     track = command("track", _track, "send records to W&B (again)")
     track.add_argument("runs", nargs="+", metavar="RUN")
     export = command("export", _export, "write the model of a run as a folder")
@@ -101,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (listing, show, track, export):
+    for added in (listing, show, compare, plot, track, export):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
-    for added in (listing, show, doctor):
+    for added in (listing, show, compare, plot, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -150,6 +175,31 @@ def _show(given: argparse.Namespace) -> int:
         print(record.model_dump_json(indent=1))
     else:
         print_record(record)
+    return DONE
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from bench.reporting.comparison import command
+
+    found, flipped = command.compare_runs(
+        given.runs, given.baseline, given.results_dir, flips=given.flips
+    )
+    if given.json:
+        print(json.dumps(command.plain(found, flipped), indent=1))
+    else:
+        command.print_comparison(found, flipped)
+    return DONE
+
+
+def _plot(given: argparse.Namespace) -> int:
+    from bench.reporting.plots import command
+
+    asked = command.Asked(given.results_dir, given.task, given.cost, given.scope, given.knob)
+    drawing = command.plot(given.kind, given.runs, asked)
+    if given.json:
+        return _table(drawing.rows(), as_json=True)
+    for path in command.write(drawing, given.kind, given.output, given.results_dir):
+        print(f"wrote {path}")
     return DONE
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ def per_expert(block: MoEBlock, indices: Tensor) -> Iterator[tuple[int, Tensor]]
         channels = chosen_N[place].nonzero().flatten()
         if len(channels):
             yield expert, channels
+
+
+def census(block: MoEBlock, indices: Tensor) -> dict[str, list[Any]]:
+    """Return for a report, expert by expert, how wide each is and how much of it is chosen."""
+    width = {expert: place.stop - place.start for expert, place in spans(block)}
+    lost = dict.fromkeys(width, 0)
+    lost |= {expert: len(channels) for expert, channels in per_expert(block, indices)}
+    return {
+        "experts": ["shared" if expert == SHARED else expert for expert in width],
+        "width_per_expert": list(width.values()),
+        "removed_per_expert": list(lost.values()),
+    }
 
 
 def zero(block: MoEBlock, indices: Tensor) -> None:

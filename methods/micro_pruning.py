@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.method import MethodReport
 from bench.models.anatomy import Anatomy, MoEBlock
 from bench.models.model import Model
-from methods.micro_experts import remove, restructured, zero
+from methods.micro_experts import census, remove, restructured, zero
 from methods.moe_pruning import MoEPruning, achieved
 
 
@@ -25,8 +25,8 @@ class MicroPruning(MoEPruning):
     align: int = Field(default=16, ge=1)
 
     def take_out(self, block: MoEBlock, indices: Tensor) -> dict[str, Any]:
-        """Take the micro-experts at flat indices out of one block and say how many."""
-        layer = {"layer": block.layer, "removed": len(indices)}
+        """Take the micro-experts at flat indices out of one block and say how many of which."""
+        layer = {"layer": block.layer, "removed": len(indices), **census(block, indices)}
         if self.state == "zeroed":
             zero(block, indices)
         elif len(indices):

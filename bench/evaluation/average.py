@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.result import Metric
+
+if TYPE_CHECKING:
+    from bench.records import MetricPart
+
+Row = TypeVar("Row", Metric, "MetricPart")
 
 AVERAGE = "average"
 
@@ -21,12 +27,8 @@ def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
     because a score up to 2000 is not to be mixed with accuracies up to 1. Headlines of
     which some are better low and some high have no mean that says anything.
     """
-    shown = [
-        _comparable(row, rows)
-        for row in rows
-        if row.headline and row.task not in benchmark.perplexity
-    ]
-    if len(shown) < 2 or len({row.higher_is_better for row in shown}) > 1:
+    shown = averaged(rows, benchmark.perplexity)
+    if not shown:
         return []
     errors = [row.stderr for row in shown if row.stderr is not None]
     known = len(errors) == len(shown)
@@ -48,7 +50,22 @@ def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
     ]
 
 
-def _comparable(headline: Metric, rows: Sequence[Metric]) -> Metric:
+def averaged(rows: Sequence[Row], perplexity: Container[str]) -> list[Row]:
+    """Return the rows whose mean is the average; none where there is no such mean.
+
+    `perplexity` names the tasks that are perplexities. Rows are metrics fresh from a harness, or
+    those of a record, in which case an average that is there already is passed over.
+    """
+    shown = [
+        _comparable(row, rows)
+        for row in rows
+        if row.headline and row.task != AVERAGE and row.task not in perplexity
+    ]
+    mixed = len({row.higher_is_better for row in shown}) > 1
+    return [] if len(shown) < 2 or mixed else shown
+
+
+def _comparable(headline: Row, rows: Sequence[Row]) -> Row:
     """Return the row that stands for a headline in the mean."""
     share = SHARES.get(headline.metric)
     same = (row for row in rows if row.task == headline.task and row.metric == share)

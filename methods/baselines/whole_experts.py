@@ -18,7 +18,7 @@ from bench.models.anatomy import Anatomy, MoEBlock
 from bench.models.model import Model
 from methods.baselines.dropping import drop, router_form, settle
 from methods.baselines.routing import check_router
-from methods.micro_experts import remove, restructured, spans, zero
+from methods.micro_experts import census, remove, restructured, spans, zero
 from methods.moe_pruning import MoEPruning, achieved
 
 Form = Literal["zeroed", "removed", "dropped"]
@@ -96,6 +96,7 @@ class WholeExperts(MoEPruning):
         layer: dict[str, Any] = {
             "layer": block.layer,
             "removed": len(whole) + len(rest),
+            **census(block, _indices(whole + rest)),
             "whole_experts": sorted(chosen.whole),
             "partial_expert": further if rest else None,
         }

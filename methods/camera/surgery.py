@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.models.anatomy import MoEBlock
 from methods.camera.analysis import BlockEnergies
 from methods.camera.refit import Grams, refit
-from methods.micro_experts import SHARED, per_expert, remove, spans, zero
+from methods.micro_experts import SHARED, census, per_expert, remove, spans, zero
 
 State = Literal["zeroed", "removed"]
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -43,9 +43,9 @@ class Surgery:
 def _report(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
     """Say what goes from a block, as it is before."""
     block = found.block
-    widths = {expert: place.stop - place.start for expert, place in spans(block)}
-    lost = dict.fromkeys(widths, 0)
-    lost |= {expert: len(channels) for expert, channels in per_expert(block, indices)}
+    counted = census(block, indices)
+    widths, lost = counted["width_per_expert"], counted["removed_per_expert"]
+    experts = [expert for expert, _ in spans(block)]
     total = float(energy_N.sum())
     return {
         "layer": block.layer,
@@ -53,9 +53,10 @@ def _report(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str
         "removed": len(indices),
         "micro_experts": block.micro_experts,
         "removed_energy_share": float(energy_N[indices].sum()) / total if total else 0.0,
-        "removed_per_expert": list(lost.values()),
-        "emptied_experts": sum(lost[expert] == widths[expert] > 0 for expert in widths),
-        "kept_work": _kept_work(block, found.visits, lost),
+        **counted,
+        "energy_per_expert": [float(energy_N[place].sum()) for _, place in spans(block)],
+        "emptied_experts": sum(n == width > 0 for n, width in zip(lost, widths, strict=True)),
+        "kept_work": _kept_work(block, found.visits, dict(zip(experts, lost, strict=True))),
         "energy_quantiles": _quantiles(energy_N),
     }
 

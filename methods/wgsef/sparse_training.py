@@ -152,7 +152,8 @@ class SparseTraining(Method):
 
     def _details(self, partition: Partition, outcome: Outcome, splits: Splits) -> dict[str, Any]:
         """Return what a record keeps: counts before and after the selection, and the history."""
-        kept = [int(part.sum()) for part in partition.split(outcome.keep)]
+        parts = partition.split(outcome.keep)
+        kept, groups = [int(part.sum()) for part in parts], [len(part) for part in parts]
         names = [family.name for family in partition.families]
         return {
             "data": splits.provenance,
@@ -161,6 +162,7 @@ class SparseTraining(Method):
             "alive_before_selection": outcome.alive,
             "fractional_before_selection": outcome.fractional,
             "kept_by_layer": dict(zip(names, kept, strict=True)),
+            "groups_by_layer": dict(zip(names, groups, strict=True)),
             "accuracy": outcome.history[-1]["accuracy"],
             "history": outcome.history,
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.evaluation.multimodal.adapter import Adapter
 from bench.evaluation.multimodal.building import PlannedTask
+from bench.evaluation.multimodal.selection import together
 
 
 def rows(planned: PlannedTask, adapter: Adapter, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -30,6 +31,7 @@ def _row(planned: PlannedTask, adapter: Adapter, sample: dict[str, Any]) -> dict
         "response": str(sample["filtered_resps"][0]),
         "image_hash": asked.image_hash,
         "category": sample["doc"].get("category"),
+        "unit": together(planned.name, sample["doc"]),
         **metrics,
     }
 

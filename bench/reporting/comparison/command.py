@@ -1,0 +1,61 @@
+"""`bench compare`: from the runs that a user names to what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from bench.records import Record, Store, samples
+from bench.reporting.comparison.comparing import Comparison, Run, baseline_of, compare
+from bench.reporting.comparison.flips import Flip
+from bench.reporting.comparison.flips import flips as flips_of
+from bench.reporting.comparison.printing import power, print_comparison
+
+__all__ = ["compare_runs", "plain", "print_comparison"]
+
+
+def compare_runs(
+    runs: Sequence[str], baseline: str | None, results_dir: Path, *, flips: int = 0
+) -> tuple[Comparison, list[Flip]]:
+    """Compare runs by their ids or the beginnings of them, and collect flips of every task.
+
+    Raises:
+        UserError: a run is unknown, there are not two, or the baseline is not clear.
+    """
+    store = Store(results_dir)
+    records = list({record.id: record for record in map(store.get, runs)}.values())
+    against = store.get(baseline) if baseline is not None else baseline_of(records)
+    candidates = [record for record in records if record.id != against.id]
+    if not candidates:
+        raise UserError(f"run {against.id[:8]} is the only one named: name two or more to compare")
+    ours, *theirs = (Run(r, samples(r.id, results_dir)) for r in (against, *candidates))
+    comparison = compare(ours, theirs)
+    return comparison, [flip for run in theirs for flip in _flips(comparison, ours, run, flips)]
+
+
+def _flips(comparison: Comparison, ours: Run, theirs: Run, limit: int) -> list[Flip]:
+    """Return the flips of every task that was compared."""
+    if limit < 1:
+        return []
+    tasks = [c.task for c in comparison.contrasts if c.run == theirs.record.id]
+    metrics = [m for m in map(ours.record.metric, tasks) if m is not None]
+    return [flip for metric in metrics for flip in flips_of(ours, theirs, metric, limit)]
+
+
+def plain(comparison: Comparison, flipped: Sequence[Flip]) -> dict[str, Any]:
+    """Return a comparison as JSON values."""
+    return {
+        "baseline": _run(comparison.baseline),
+        "candidates": [_run(record) for record in comparison.candidates],
+        "contrasts": [asdict(row) for row in comparison.contrasts],
+        "power": power(comparison),
+        "refused": list(comparison.refused),
+        "flips": [asdict(flip) for flip in flipped],
+    }
+
+
+def _run(record: Record) -> dict[str, Any]:
+    return {"run": record.id, "model": record.model.name, "label": record.label}

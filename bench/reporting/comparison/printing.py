@@ -1,0 +1,154 @@
+"""A comparison on a terminal: one table for each candidate, and what is to be known beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.evaluation.average import AVERAGE
+from bench.records import Record
+from bench.reporting.comparison.comparing import Comparison
+from bench.reporting.comparison.contrast import Contrast
+from bench.reporting.comparison.flips import Flip
+from bench.reporting.summary import PERCENT_METRICS
+from bench.reporting.terminal import console
+
+COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "seen from", "left %")
+PROMPT_END = 700
+"""Characters of a prompt that are shown, from its end, where the question is."""
+CERTAIN = 0.05
+
+
+def print_comparison(comparison: Comparison, flipped: Sequence[Flip] = ()) -> None:
+    """Print every candidate's table, what could not be seen, what was refused, and flips."""
+    out = console()
+    for record in comparison.candidates:
+        rows = [c for c in comparison.contrasts if c.run == record.id]
+        if rows:
+            out.print(_table(comparison.baseline, record, rows))
+    for sentence in power(comparison):
+        out.print(sentence, markup=False)
+    for note in dict.fromkeys(c.note for c in comparison.contrasts if c.note):
+        tasks = dict.fromkeys(c.task for c in comparison.contrasts if c.note == note)
+        out.print(f"{', '.join(tasks)}: {note}")
+    for sentence in comparison.refused:
+        out.print(sentence, markup=False)
+    for flip in flipped:
+        _print_flip(out, flip)
+
+
+def power(comparison: Comparison) -> list[str]:
+    """Say of every candidate which difference was too small to be seen where none was found.
+
+    Of the tasks without a difference it names the one that tells least, each unit on its own.
+    """
+    said = []
+    for record in comparison.candidates:
+        worst: dict[tuple[bool, str], Contrast] = {}
+        for row in comparison.contrasts:
+            if row.run == record.id and row.detectable and (row.p or 0.0) > CERTAIN:
+                kind = (row.task == AVERAGE, _unit(row))
+                worst[kind] = max(worst.get(kind, row), row, key=lambda c: c.detectable or 0.0)
+        said += [_too_small(record, row) for row in worst.values()]
+    return said
+
+
+def _too_small(record: Record, row: Contrast) -> str:
+    assert row.detectable is not None
+    return (
+        f"{record.label} ({record.id[:8]}), {row.task}: a difference under "
+        f"{_number(row, row.detectable)}{_unit(row)} cannot be seen with {row.n} samples "
+        "(found in fewer than 4 of 5 repetitions, at the 5 % level)"
+    )
+
+
+def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Table:
+    names = [f"{r.label}\n{r.id[:8]}" for r in (baseline, candidate)]
+    models = " against ".join(dict.fromkeys((candidate.model.name, baseline.model.name)))
+    benchmark = candidate.config["benchmark"]["name"]
+    table = Table(
+        title=f"{candidate.label} against {baseline.label}: {models} on {benchmark}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        show_edge=False,
+    )
+    table.add_column("", overflow="fold")
+    for name in (*names, *COLUMNS):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row), end_section=row.task == "average")
+    return table
+
+
+def _cells(row: Contrast) -> list[str]:
+    percent = " %" if row.metric in PERCENT_METRICS else ""
+    difference = _signed(row, row.difference)
+    if row.low is not None and row.high is not None:
+        difference += f" [{_signed(row, row.low)}, {_signed(row, row.high)}]"
+    return [
+        f"{row.task} {row.metric}{percent}",
+        _number(row, row.baseline),
+        _number(row, row.candidate),
+        _coloured(row, difference),
+        "-" if row.gained is None else f"+{row.gained} / -{row.lost}",
+        "-" if row.p_holm is None else _p(row.p_holm),
+        "-" if row.detectable is None else _number(row, row.detectable),
+        _left(row),
+    ]
+
+
+def _left(row: Contrast) -> str:
+    if row.retention is None:
+        return "-"
+    return f"{row.retention:.1f} [{row.retention_low:.1f}, {row.retention_high:.1f}]"
+
+
+def _coloured(row: Contrast, text: str) -> str:
+    """Colour a difference that is certain; in square brackets, rich would read a style."""
+    safe = escape(text)
+    if row.p_holm is None or row.p_holm > CERTAIN:
+        return safe
+    better = (row.difference > 0) == row.higher_is_better
+    return f"[{'green' if better else 'red'}]{safe}[/]"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _scale(row: Contrast) -> tuple[float, int]:
+    """Return the factor for the terminal, and the digits: shares as %, everything else as is."""
+    return (100.0, 1) if row.metric in PERCENT_METRICS else (1.0, 2)
+
+
+def _number(row: Contrast, value: float) -> str:
+    factor, digits = _scale(row)
+    return f"{value * factor:.{digits}f}"
+
+
+def _signed(row: Contrast, value: float) -> str:
+    factor, digits = _scale(row)
+    return f"{value * factor:+.{digits}f}"
+
+
+def _unit(row: Contrast) -> str:
+    return " points" if row.metric in PERCENT_METRICS else ""
+
+
+def _print_flip(out: Console, flip: Flip) -> None:
+    verdict = "lost" if flip.lost else "gained"
+    where = f" of {flip.source}" if flip.source else ""
+    out.rule(f"{verdict}: {flip.task} document {flip.document}{where}, run {flip.run[:8]}")
+    if flip.image:
+        out.print(f"image  SHA-256 {flip.image}")
+    if flip.prompt:
+        cut = "… " if len(flip.prompt) > PROMPT_END else ""
+        out.print(cut + flip.prompt[-PROMPT_END:], markup=False)
+    scores = (flip.baseline_score, flip.candidate_score)
+    out.print(f"right answer  {flip.target}", markup=False)
+    out.print(f"baseline      {flip.baseline_said}  ({scores[0]:g})", markup=False)
+    out.print(f"candidate     {flip.candidate_said}  ({scores[1]:g})", markup=False)

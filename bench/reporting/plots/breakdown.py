@@ -1,0 +1,138 @@
+"""Bars of what a cost is made of, one for each run."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from bench.errors import UserError
+from bench.records import CostPart, Record
+from bench.reporting.plots.axes import legend, side_by_side, unit_axis
+from bench.reporting.plots.points import panels
+from bench.reporting.plots.style import COLOURS, HATCHES, INK, tint
+
+WALL = "wall"
+METHODS = "methods, the rest"
+OUTER = frozenset({METHODS, "scoring", "loading the model", "counting costs"})
+"""Phases of every run; all others are parts of a method."""
+BAR, FRAME = 0.32, 1.1
+"""Inches of a bar, and of what stands around the bars."""
+
+
+class Fill(NamedTuple):
+    """How a part is filled."""
+
+    colour: tuple[float, float, float]
+    hatch: str
+
+
+def parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.DataFrame:
+    """Return a row for each run and each part of one of its costs.
+
+    Parts must add up to the whole: the spread of a measured time is none. The parts of `wall` are
+    the phases of the run itself.
+
+    Raises:
+        UserError: no run knows the parts of such a cost.
+    """
+    rows = [
+        {
+            "run": record.id,
+            "model": record.model.name,
+            "benchmark": record.config["benchmark"]["name"],
+            "label": f"{record.label} ({record.id[:8]})",
+            "part": part,
+            "value": value,
+            "unit": unit,
+            "cost_name": name,
+        }
+        for record in records
+        for name, unit, part, value in _parts(record, cost, scope)
+    ]
+    if not rows:
+        known = {c.quantity for r in records for c in r.costs if _adds_up(c)} | {WALL}
+        listed = ", ".join(sorted(known))
+        raise UserError(f"--cost {cost}: no run knows its parts; there are {listed}")
+    return pd.DataFrame(rows)
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Draw the parts of every run on top of each other; parts differ in colour and hatch."""
+    shown = list(panels(frame))
+    figure, axes = side_by_side([name for name, _ in shown])
+    most = max(group["run"].nunique() for _, group in shown)
+    figure.set_figheight(FRAME + BAR * most)
+    names = list(dict.fromkeys(frame[frame["value"] > 0]["part"]))
+    fills = {
+        name: Fill(tint(COLOURS[i % len(COLOURS)]), HATCHES[i % len(HATCHES)])
+        for i, name in enumerate(names)
+    }
+    for each, (_, group) in zip(axes, shown, strict=True):
+        _bars(each, group, fills)
+        each.set_ylim(most - 0.5, -0.5)
+    handles = [
+        Patch(facecolor=fill.colour, hatch=fill.hatch, edgecolor=INK, linewidth=0.4, label=name)
+        for name, fill in fills.items()
+    ]
+    legend(figure, handles)
+    return figure
+
+
+def _bars(axes: Axes, group: pd.DataFrame, fills: dict[str, Fill]) -> None:
+    wide = group.pivot_table(index="label", columns="part", values="value", sort=False)
+    left = pd.Series(0.0, index=wide.index)
+    for part in (name for name in fills if name in wide):
+        length = wide[part].fillna(0.0)
+        axes.barh(
+            wide.index, length, left=left, height=0.7, facecolor=fills[part].colour,
+            hatch=fills[part].hatch, edgecolor=INK, linewidth=0.4,
+        )  # fmt: skip
+        left += length
+    axes.grid(visible=False, axis="y")
+    first = group.iloc[0]
+    unit_axis(axes, first["cost_name"], first["unit"], left.max())
+
+
+def _parts(
+    record: Record, quantity: str, scope: str | None
+) -> Iterator[tuple[str, str, str, float]]:
+    """Yield the cost's name, unit, part and value."""
+    if quantity == WALL:
+        for part, seconds in _phases(record).items():
+            yield "time of the run", "s", part, seconds
+        return
+    fitting = (c for c in record.costs if c.quantity == quantity and scope in (None, c.scope))
+    found = next(filter(_adds_up, fitting), None)
+    if found is not None:
+        name = f"{found.quantity.replace('_', ' ')}, {found.scope}"
+        for part, value in found.parts.items():
+            yield name, found.unit, part.replace("_", " "), value
+
+
+def _adds_up(cost: CostPart) -> bool:
+    return bool(cost.parts) and math.isclose(sum(cost.parts.values()), cost.value, rel_tol=0.01)
+
+
+def _phases(record: Record) -> dict[str, float]:
+    """Return the seconds of a run's phases, which add up: those within a method are not its rest.
+
+    Phases of single tasks and of single methods go by one name each.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for cost in record.costs:
+        if cost.quantity == WALL:
+            name = cost.scope.removeprefix("phase ")
+            scoring = name.startswith(f"{record.model.name} on ")
+            applying = name.startswith("applying ")
+            found["scoring" if scoring else METHODS if applying else name] += cost.value
+    within = sum(value for name, value in found.items() if name not in OUTER)
+    if METHODS in found:
+        found[METHODS] = max(0.0, found[METHODS] - within)
+    return dict(found)

@@ -1,0 +1,72 @@
+"""Curves: what a run reaches against a knob, one line for each family."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.reporting.plots.axes import legend, metric_axis, of_families, side_by_side
+from bench.reporting.plots.points import panels
+from bench.reporting.plots.style import DENSE, Look, looks
+
+
+def summarised(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each family and amount: the mean of its runs, and a bar.
+
+    Of one run the bar is its 95 % interval; of several (seeds) it reaches from the least to the
+    most of them, and `runs` says how many there are.
+    """
+    rows = []
+    keys = ["model", "benchmark", "family", "amount"]
+    for key, group in frame.groupby(keys, sort=False, dropna=False):
+        mean, low, high = group["value"].mean(), group["value"].min(), group["value"].max()
+        error = group["error"].iloc[0]
+        if len(group) == 1 and not pd.isna(error):
+            low, high = mean - error, mean + error
+        named = dict(zip(keys, key, strict=True))
+        kept = group.iloc[0][["task", "metric", "higher_is_better"]]
+        numbers = {"value": mean, "low": low, "high": high, "runs": len(group)}
+        rows.append({**named, **kept, **numbers})
+    return pd.DataFrame(rows)
+
+
+def draw(frame: pd.DataFrame, knob: str) -> Figure:
+    """Draw what `summarised` returns; the dense model is a line across with its interval."""
+    shown = list(panels(frame))
+    figure, axes = side_by_side([name for name, _ in shown])
+    with_amount = frame[frame["amount"].notna() | (frame["family"] == "dense")]
+    families = looks(with_amount["family"])
+    for each, (_, group) in zip(axes, shown, strict=True):
+        _panel(each, group, families, knob)
+    legend(figure, of_families(families, joined=True))
+    return figure
+
+
+def _panel(axes: Axes, group: pd.DataFrame, families: dict[str, Look], knob: str) -> None:
+    for family, line in group.groupby("family", sort=False):
+        if family == "dense":
+            _dense(axes, line.iloc[0])
+            continue
+        known = line.dropna(subset=["amount"]).sort_values("amount")
+        if known.empty:
+            continue
+        look = families[str(family)]
+        axes.errorbar(
+            known["amount"],
+            known["value"],
+            yerr=[known["value"] - known["low"], known["high"] - known["value"]],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line,
+            elinewidth=0.8,
+        )
+    first = group.iloc[0]
+    axes.set_xlabel(knob.replace("_", " "))
+    metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
+
+
+def _dense(axes: Axes, row: pd.Series) -> None:
+    axes.axhline(row["value"], color=DENSE.colour, linewidth=1)
+    axes.axhspan(row["low"], row["high"], color=DENSE.colour, alpha=0.08, linewidth=0)
+    axes.plot([0], [row["value"]], color=DENSE.colour, marker=DENSE.marker, markersize=11)

@@ -1,0 +1,107 @@
+"""Runs as points: one row each, with a headline, its error, and a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.errors import unknown
+from bench.records import CostPart, MetricPart, Record
+from bench.reporting.plots.families import amount, families
+from bench.reporting.summary import PERCENT_METRICS, UNREAL
+
+Z = 1.96
+"""Standard errors on each side of a 95 % interval of a mean."""
+SPREADS = (("least", "most"), ("p10", "p90"))
+"""What the parts of a measured cost call the ends of its spread."""
+
+
+def points(
+    records: Sequence[Record],
+    *,
+    task: str = "average",
+    cost: str | None = None,
+    scope: str | None = None,
+    knob: str = "ratio",
+) -> pd.DataFrame:
+    """Return one row for each run that has the task, and the cost if one is asked for.
+
+    `value` and `error` (half of a 95 % interval) are in % where the metric is a share. A run of
+    one task has no average and is represented by that task. Times of runs whose weights are only
+    zeroed or masked are left out: they gain none.
+
+    Raises:
+        UserError: no run has such a task, or such a cost.
+    """
+    named = families(records, knob)
+    metrics = {record.id: _headline(record, task) for record in records}
+    if all(metric is None for metric in metrics.values()):
+        raise unknown("task", task, {m.task for r in records for m in r.metrics if m.headline})
+    rows = []
+    for record in records:
+        metric = metrics[record.id]
+        if metric is None or metric.value is None:
+            continue
+        row = _row(record, metric, named[record.id], amount(record, knob))
+        if cost is not None:
+            found = _cost(record, cost, scope)
+            if found is None or (found.unit == "s" and row["unreal"]):
+                continue
+            row |= _costs(found)
+        rows.append(row)
+    if cost is not None and not rows:
+        raise unknown("cost", cost, {c.quantity for r in records for c in r.costs})
+    return pd.DataFrame(rows)
+
+
+def panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the runs of each model on each benchmark, the only ones that share axes."""
+    for (model, benchmark), group in frame.groupby(["model", "benchmark"], sort=False):
+        yield f"{model} on {benchmark}", group
+
+
+def _headline(record: Record, task: str) -> MetricPart | None:
+    shown = [metric for metric in record.metrics if metric.headline]
+    if task == "average" and len(shown) == 1:
+        return shown[0]
+    return record.metric(task)
+
+
+def _row(record: Record, metric: MetricPart, family: str, knob: float | None) -> dict[str, Any]:
+    percent = metric.metric in PERCENT_METRICS
+    factor = 100.0 if percent else 1.0
+    assert metric.value is not None
+    savings = {method.saving for method in record.methods}
+    return {
+        "run": record.id,
+        "model": record.model.name,
+        "benchmark": metric.benchmark,
+        "family": family,
+        "label": record.label,
+        "amount": knob,
+        "task": metric.task,
+        "metric": f"{metric.metric} %" if percent else metric.metric,
+        "higher_is_better": metric.higher_is_better,
+        "value": factor * metric.value,
+        "error": None if metric.stderr is None else factor * Z * metric.stderr,
+        "unreal": bool(savings) and savings <= UNREAL,
+    }
+
+
+def _cost(record: Record, quantity: str, scope: str | None) -> CostPart | None:
+    found = [c for c in record.costs if c.quantity == quantity and scope in (None, c.scope)]
+    return found[0] if found else None
+
+
+def _costs(cost: CostPart) -> dict[str, Any]:
+    ends = next((pair for pair in SPREADS if set(pair) <= cost.parts.keys()), None)
+    low, high = (cost.parts[end] for end in ends) if ends else (cost.value, cost.value)
+    return {
+        "cost": cost.value,
+        "cost_low": low,
+        "cost_high": high,
+        "cost_name": f"{cost.quantity.replace('_', ' ')}, {cost.scope}",
+        "unit": cost.unit,
+    }

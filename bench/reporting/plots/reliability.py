@@ -1,0 +1,114 @@
+"""Calibration curves: how often an answer is right that the model is so sure of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.errors import UserError
+from bench.reporting.comparison import Run
+from bench.reporting.plots.axes import legend, side_by_side
+from bench.reporting.plots.points import panels
+from bench.reporting.plots.style import PALE, Look, looks
+
+BINS = 10
+
+
+def confidences(samples: pd.DataFrame) -> pd.DataFrame:
+    """Return `confidence` and `right` of every sample whose answer is one of several.
+
+    A choice's probability is its likelihood's share among the choices; a class's is the one that
+    the classifier gave. Generated answers have none. Right is what the task's accuracy counts.
+    """
+    if samples.empty:
+        return pd.DataFrame(columns=["confidence", "right"])
+    graded = samples[samples["acc"].notna()].astype({"acc": float})
+    scores = graded["loglikelihoods"].map(len) > 1
+    chosen = graded[scores]["loglikelihoods"].map(_highest_share)
+    found = [pd.DataFrame({"confidence": chosen, "right": graded[scores]["acc"]})]
+    if "probability" in graded:
+        classified = graded.dropna(subset=["probability"])
+        found.append(
+            pd.DataFrame({"confidence": classified["probability"], "right": classified["acc"]})
+        )
+    return pd.concat(found).astype(float)
+
+
+def _highest_share(loglikelihoods: np.ndarray) -> float:
+    """Return the softmax of the largest entry."""
+    value_C = np.asarray(loglikelihoods, dtype=float)
+    return float(1 / np.exp(value_C - value_C.max()).sum())
+
+
+def binned(answers: pd.DataFrame) -> pd.DataFrame:
+    """Return for each bin of equal width its mean confidence, share of right answers and size."""
+    place = np.minimum((answers["confidence"] * BINS).astype(int), BINS - 1)
+    grouped = answers.groupby(place)
+    means = grouped.mean().rename(columns={"right": "accuracy"})
+    return means.assign(n=grouped.size()).rename_axis("bin").reset_index()
+
+
+def expected_error(bins: pd.DataFrame) -> float:
+    """Return the expected calibration error: the mean gap, weighted by answers.
+
+    Source: Naeini, Cooper and Hauskrecht (AAAI 2015); Guo et al., arXiv 1706.04599, equation 3.
+    """
+    gap = (bins["accuracy"] - bins["confidence"]).abs()
+    return float((gap * bins["n"]).sum() / bins["n"].sum())
+
+
+def curves(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the bins of every run, with its expected calibration error.
+
+    Raises:
+        UserError: no run has answers with probabilities.
+    """
+    frames = []
+    for run in runs:
+        answers = confidences(run.samples)
+        if answers.empty:
+            continue
+        bins = binned(answers)
+        frames.append(
+            bins.assign(
+                run=run.record.id,
+                model=run.record.model.name,
+                benchmark=run.record.config["benchmark"]["name"],
+                name=f"{run.record.label} ({run.record.id[:8]})" if run.record.methods else "dense",
+                expected_error=expected_error(bins),
+            )
+        )
+    if not frames:
+        raise UserError("none of the runs chose among answers: generated text has no probability")
+    return pd.concat(frames, ignore_index=True)
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Draw the curves of `curves`; on the diagonal, answers are right as often as they are sure."""
+    shown = list(panels(frame))
+    figure, axes = side_by_side([name for name, _ in shown])
+    figure.set_figheight(4)
+    styles = looks(frame["name"])
+    for each, (_, group) in zip(axes, shown, strict=True):
+        _panel(each, group, styles)
+    handles = [handle for each in axes for handle in each.get_legend_handles_labels()[0]]
+    legend(figure, handles, title="expected calibration error")
+    return figure
+
+
+def _panel(axes: Axes, group: pd.DataFrame, styles: dict[str, Look]) -> None:
+    axes.plot([0, 1], [0, 1], color=PALE, linewidth=0.8)
+    for name, line in group.groupby("name", sort=False):
+        look = styles[str(name)]
+        axes.plot(
+            line["confidence"], line["accuracy"], color=look.colour, marker=look.marker,
+            linestyle=look.line, label=f"{name}: {line['expected_error'].iloc[0]:.3f}",
+        )  # fmt: skip
+    axes.set_xlabel("probability of the answer")
+    axes.set_ylabel("share of right answers")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(-0.02, 1.02)

@@ -1,0 +1,239 @@
+"""Figures of records: what they show is checked as data, what they are as files."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench.cli import main
+from bench.errors import UserError
+from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store
+from bench.reporting.allocation import grids
+from bench.reporting.plots import breakdown, curves, reliability, training
+from bench.reporting.plots.families import amount, families
+from bench.reporting.plots.points import points
+from bench.reporting.plots.style import looks
+from bench.reporting.statistics.intervals import CONFIDENCE
+
+MODEL = ModelPart(
+    name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
+)
+
+
+def cost(quantity, value, scope="forward", unit="FLOP", **parts):
+    return CostPart(
+        scope=scope, quantity=quantity, unit=unit, value=value, how="counted", parts=parts
+    )
+
+
+def made(identifier, value, flops, method=None, saving="removed", report=None, costs=(), **knobs):
+    metric = MetricPart(
+        benchmark="exam", task="average", metric="mean", filter="none", shots=0, split="test",
+        value=value, stderr=0.01, n=2, higher_is_better=True, headline=True,
+    )  # fmt: skip
+    methods = ()
+    if method is not None:
+        part = MethodPart(name=method, config=knobs, saving=saving, report=report or {}, seconds=1)
+        methods = (part,)
+    return Record(
+        id=identifier.ljust(12, "0"), started=identifier, finished="", group=None, command="",
+        config={"benchmark": {"name": "exam"}, "calibration": {"rows": 8}, "ratio": 0.2},
+        environment={}, model=MODEL, methods=methods, metrics=(metric,),
+        costs=(cost("flops", flops, attention=flops / 4, experts=3 * flops / 4), *costs),
+        provenance={},
+    )  # fmt: skip
+
+
+REPORT = {
+    "layers": [
+        {
+            "layer": number, "experts": ["shared", 0, 1], "width_per_expert": [4, 8, 8],
+            "removed_per_expert": [0, 8, 2 * number], "energy_per_expert": [1.0, 2.0, 1.0],
+        }
+        for number in range(2)
+    ]
+}  # fmt: skip
+HISTORY = [{"epoch": 1, "loss": 2.0, "accuracy": 0.5}, {"epoch": 2, "loss": 1.0, "accuracy": 0.7}]
+
+
+@pytest.fixture
+def records():
+    return [
+        made("a", 0.7, 8e9),
+        made("b", 0.65, 6e9, "prune", ratio=0.2, report=REPORT),
+        made("c", 0.6, 4e9, "prune", ratio=0.4, report={"history": HISTORY}),
+        made("d", 0.5, 8e9, "mask", saving="masked", ratio=0.2),
+    ]
+
+
+def test_points_are_in_percent_with_half_an_interval(records):
+    frame = points(records, cost="flops")
+    assert frame["value"].tolist() == pytest.approx([70, 65, 60, 50])
+    assert frame["error"].tolist() == pytest.approx([1.96] * 4)
+    assert frame["cost"].tolist() == [8e9, 6e9, 4e9, 8e9]
+    assert frame["unreal"].tolist() == [False, False, False, True]
+    assert CONFIDENCE == 0.95
+
+
+def test_a_masked_run_has_no_time(records):
+    timed = [
+        record.model_copy(update={"costs": (cost("seconds", 1.0, unit="s", least=0.5, most=3.0),)})
+        for record in records
+    ]
+    frame = points(timed, cost="seconds")
+    assert frame["run"].str[0].tolist() == ["a", "b", "c"]
+    assert frame["cost_low"].tolist() == [0.5] * 3
+    assert frame["cost_high"].tolist() == [3.0] * 3
+
+
+def test_runs_that_differ_in_more_than_an_amount_are_two_families():
+    runs = [
+        made("a", 0.7, 1.0),
+        made("b", 0.7, 1.0, "prune", ratio=0.2, refit=False),
+        made("c", 0.7, 1.0, "prune", ratio=0.4, refit=True),
+        made("d", 0.7, 1.0, "other", ratio=0.4, refit=True),
+    ]
+    assert list(families(runs).values()) == [
+        "dense", "prune, refit=False", "prune, refit=True", "other",
+    ]  # fmt: skip
+    assert len(set(families(runs, along="prune.refit").values())) == 3
+
+
+def test_a_knob_is_a_methods_own_or_a_path_and_never_a_default_of_the_run(records):
+    assert [amount(record, "ratio") for record in records] == [None, 0.2, 0.4, 0.2]
+    assert amount(records[1], "calibration.rows") == 8
+    assert amount(records[1], "prune.ratio") == 0.2
+    assert amount(made("e", 0.5, 1.0, "quantize"), "ratio") is None
+
+
+def test_seeds_become_one_point_with_their_range(records):
+    seeds = [made(f"e{i}", value, 4e9, "prune", ratio=0.4) for i, value in enumerate((0.5, 0.7))]
+    frame = curves.summarised(points([*records, *seeds]))
+    (row,) = frame[(frame["family"] == "prune") & (frame["amount"] == 0.4)].to_dict("records")
+    assert (row["value"], row["low"], row["high"], row["runs"]) == pytest.approx((60, 50, 70, 3))
+
+
+def test_experts_become_a_map_of_what_is_kept_and_one_of_energy(records):
+    kept, energy = grids(records)
+    assert kept.columns == ("shared", "0", "1")
+    assert kept.values.tolist() == [[1, 0, 1], [1, 0, 0.75]]
+    assert energy.values.tolist() == [[0.25, 0.5, 0.25]] * 2
+
+
+def test_heads_groups_and_bits_become_maps():
+    work = [{"heads": 2, "neurons": 4}, {"heads": 1, "neurons": 0}]
+    heads = {"heads": [[0, 1], [1]], "shape": {"heads": 2, "widths": [4, 4]}, "work": work}
+    groups = {"kept_by_layer": {"x": 1, "y": 3}, "groups_by_layer": {"x": 4, "y": 3}}
+    bits = {"layers": [{"layer": 0, "mean_bits": 2.25}, {"layer": 1, "mean_bits": 2.5}]}
+    found = {
+        grid.quantity: grid.values.tolist()
+        for report in (heads, groups, bits)
+        for grid in grids([made("a", 0.5, 1.0, "m", report=report)])
+    }
+    assert found == {
+        "heads kept for visual tokens": [[1, 1], [0, 1]],
+        "heads for visual tokens": [[1, 0.5]],
+        "neurons for visual tokens": [[1, 0]],
+        "groups alive": [[0.25, 1]],
+        "bits a weight": [[2.25, 2.5]],
+    }
+
+
+def test_the_parts_of_a_cost_add_up_and_a_spread_is_none(records):
+    frame = breakdown.parts(records, "flops")
+    assert frame.groupby("run")["value"].sum().tolist() == pytest.approx([8e9, 6e9, 4e9, 8e9])
+    spread = made("e", 0.5, 1.0, costs=(cost("seconds", 1.0, unit="s", least=0.5, most=3.0),))
+    with pytest.raises(UserError, match="--cost seconds: no run knows its parts; there are flops"):
+        breakdown.parts([spread], "seconds")
+
+
+def test_time_within_a_method_is_not_counted_twice():
+    walls = {
+        "applying prune": 5.0, "watching experts": 3.0, "tiny on a": 1.0, "tiny on b": 2.0,
+        "loading the model": 0.5,
+    }  # fmt: skip
+    costs = [cost("wall", v, scope=f"phase {name}", unit="s") for name, v in walls.items()]
+    frame = breakdown.parts([made("a", 0.5, 1.0, "prune", costs=costs)], "wall")
+    assert dict(zip(frame["part"], frame["value"], strict=True)) == {
+        "methods, the rest": 2.0, "watching experts": 3.0, "scoring": 3.0, "loading the model": 0.5,
+    }  # fmt: skip
+
+
+def test_training_keeps_every_number_of_every_epoch(records):
+    frame = training.histories(records)
+    assert frame[["quantity", "at", "value"]].values.tolist() == [
+        ["loss", 1, 2.0], ["accuracy", 1, 0.5], ["loss", 2, 1.0], ["accuracy", 2, 0.7],
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="no history"):
+        training.histories(records[:2])
+
+
+def test_confidence_is_the_softmax_of_the_choices_and_the_error_its_gap():
+    samples = pd.DataFrame(
+        {
+            "acc": [1.0, 0.0, None],
+            "loglikelihoods": [[0.0, np.log(4)], [0.0, np.log(9), -np.inf], [-1.0]],
+        }
+    )
+    found = reliability.confidences(samples)
+    assert found["confidence"].tolist() == pytest.approx([0.8, 0.9])
+    bins = reliability.binned(found)
+    assert reliability.expected_error(bins) == pytest.approx((abs(1 - 0.8) + abs(0 - 0.9)) / 2)
+    classified = samples.assign(probability=[0.7, None, None], loglikelihoods=[[], [], []])
+    assert reliability.confidences(classified)["confidence"].tolist() == [0.7]
+
+
+def test_families_differ_in_more_than_colour():
+    found = looks(["dense", *(f"family {i}" for i in range(60))])
+    assert len(set(found.values())) == 61
+    assert len({(look.colour, look.marker) for look in found.values()}) == 61
+    same_colour = [look for look in found.values() if look.colour == found["family 0"].colour]
+    assert len({look.marker for look in same_colour}) == len(same_colour)
+
+
+@pytest.fixture
+def results(tmp_path, records):
+    rows = [{"acc": float(i % 3 > 0), "loglikelihoods": [0.0, float(i)]} for i in range(30)]
+    for record in records:
+        Store(tmp_path).write(record, rows, "")
+    return tmp_path
+
+
+KINDS = ("front", "curves", "allocation", "breakdown", "calibration", "training")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_in_every_format_and_as_json(kind, results, capsys):
+    assert main(["plot", kind, "--results-dir", str(results)]) == 0
+    for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        file = results / "plots" / f"{kind}.{suffix}"
+        assert file.read_bytes().startswith(start)
+        assert file.stat().st_size > 2000
+    capsys.readouterr()
+    assert main(["plot", kind, "--json", "--results-dir", str(results)]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_the_same_runs_give_the_same_file(results):
+    both = [results / "one.svg", results / "two.svg"]
+    for file in both:
+        main(["plot", "front", "--results-dir", str(results), "--output", str(file)])
+    assert both[0].read_bytes() == both[1].read_bytes()
+    assert "prune" in both[0].read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frnt"], "did you mean 'front'"),
+        (["front", "--cost", "flop"], "did you mean 'flops'"),
+        (["front", "--task", "averge"], "did you mean 'average'"),
+        (["front", "--output", "x.gif"], "png, svg, pdf"),
+        (["curves", "--knob", "rati"], "none of the runs has it as a number; their methods have"),
+        (["allocation", "a"], "none of the runs has a method that reports"),
+    ],
+)
+def test_wrong_input_is_one_sentence(arguments, said, results, capsys):
+    assert main(["plot", *arguments, "--results-dir", str(results)]) == 2
+    assert said in capsys.readouterr().err
