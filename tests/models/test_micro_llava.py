@@ -22,7 +22,7 @@ from bench.models.zoo.micro_llava.network import VISUAL_TOKENS
 
 LOG: dict[str, Any] = json.loads((FOLDER / "training.json").read_text())
 RESULTS = LOG["results"]
-LEARNED = ("gqa", "vqav2", "textvqa", "pope")
+LEARNED = ("gqa", "vqav2", "scienceqa_img", "textvqa", "pope", "mme")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,11 @@ def test_log_is_of_these_scenes() -> None:
 @pytest.mark.parametrize("task", LEARNED)
 def test_what_is_learned_is_well_above_chance(task: str) -> None:
     """The goal is higher, and `python -m tests.performance micro_llava` says how far it is off."""
-    assert RESULTS["accuracy"][task] >= RESULTS["chance"][task] + 0.2
+    assert RESULTS["accuracy"][task] >= RESULTS["chance"][task] + 0.25
+
+
+def test_mmbench_is_above_chance_though_every_order_of_its_options_must_be_right() -> None:
+    assert RESULTS["accuracy"]["mmbench_en"] >= RESULTS["chance"]["mmbench_en"] + 0.1
 
 
 @pytest.mark.parametrize("task", scenes.TASKS)
@@ -156,8 +160,9 @@ def test_patches_are_labelled_with_what_their_cell_holds(processor: LlavaProcess
         assert (label[[0, 7], :, 0] == GROUPS[0].index("empty")).all()
 
 
-def test_the_last_stage_asks_more_of_what_is_hard() -> None:
-    lesson = recipe.STAGES["choosing"].lesson
+@pytest.mark.parametrize("stage", ["finding", "choosing"])
+def test_the_last_stages_ask_more_of_what_is_hard(stage: str) -> None:
+    lesson = recipe.STAGES[stage].lesson
     assert set(lesson.hard) <= set(KINDS)
     said = scenes.conversation("train", 9, 0, lesson).turns
     matching = [(text, answer) for text, answer in said if text.find("Which one is ") >= 0]
@@ -200,4 +205,4 @@ def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.Monke
     assert names <= {file.name for file in tmp_path.iterdir()}
     log = json.loads((tmp_path / "training.json").read_text())
     assert len(log["curve"]) == len(log["alignment"]) == 2
-    assert set(log) == set(LOG)
+    assert set(log) ^ set(LOG) == {"alignment", "before"}

@@ -13,7 +13,6 @@ from bench.data.scenes.kinds import KINDS, Question
 from bench.data.scenes.render import render
 from bench.data.scenes.scene import Scene, Split, scene
 
-CHOICE_SHARE = 0.4
 OCR_SHARE = 0.15
 HINT = "The image shows a board of nine cells."
 _FIRST = 10_000_000
@@ -24,13 +23,15 @@ class Lesson:
     """What is asked about one image.
 
     `turns` questions of different kinds, `again` more questions of the kinds in `hard`, and
-    `matching` questions whose answer stands in their own text, which teach what a letter is.
+    `matching` questions whose answer stands in their own text, which teach what a letter is. Of
+    questions that are not yes or no, the share `choices` is multiple choice.
     """
 
     turns: int = 6
     again: int = 0
     hard: tuple[str, ...] = ()
     matching: int = 0
+    choices: float = 0.4
     describe: bool = True
 
 
@@ -51,7 +52,7 @@ def conversation(split: Split, seed: int, number: int, lesson: Lesson = Lesson()
     asked = _choose(place, sorted(KINDS), lesson.turns, rng)
     if lesson.again:
         asked += _choose(place, lesson.hard, lesson.again, rng)
-    said = [_phrase(question, place, rng) for question in asked]
+    said = [_phrase(question, place, lesson.choices, rng) for question in asked]
     said += [_match(rng) for _ in range(lesson.matching)]
     if lesson.describe:
         said.append((prompts.DESCRIBE, description(place)))
@@ -75,9 +76,11 @@ def _choose(place: Scene, kinds: Sequence[str], turns: int, rng: random.Random) 
     return found
 
 
-def _phrase(question: Question, place: Scene, rng: random.Random) -> tuple[str, str]:
+def _phrase(
+    question: Question, place: Scene, choices: float, rng: random.Random
+) -> tuple[str, str]:
     """Put a question openly or as multiple choice, in one of the harness's ways."""
-    if "yes" not in question.answers and rng.random() < CHOICE_SHARE:
+    if "yes" not in question.answers and rng.random() < choices:
         return _lettered(question.text, question.answer, question.answers, rng)
     digits = [digit.value for digit in place.digits]
     shown = digits if question.kind.startswith("number") and rng.random() < OCR_SHARE else []

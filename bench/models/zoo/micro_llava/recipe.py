@@ -1,8 +1,9 @@
-"""Train micro_llava in three stages, each from the folder of the one before:
+"""Train micro_llava in four stages, each from the folder of the one before:
 
     python -m bench.models.zoo.micro_llava.recipe describing --out ONE
     python -m bench.models.zoo.micro_llava.recipe answering --start ONE --out TWO
-    python -m bench.models.zoo.micro_llava.recipe choosing --start TWO --out THREE
+    python -m bench.models.zoo.micro_llava.recipe finding --start TWO --out THREE
+    python -m bench.models.zoo.micro_llava.recipe choosing --start THREE --out FOUR
 
 A LLaVA of two million parameters sees scenes of the training side, answers questions about each
 and names what is in every cell. A folder that it writes is a complete Hugging Face model with its
@@ -60,8 +61,8 @@ class Settings:
     alignment_images: int = 48
 
 
-# What the second stage still gets wrong: to find a thing by its shape, and where it is.
-_HARD = (
+# What the stage before still gets wrong: at first to find a thing by its shape, and where it is.
+_BY_SHAPE = (
     "adversarial",
     "color",
     "column",
@@ -70,6 +71,19 @@ _HARD = (
     "is_number",
     "number_at",
     "row",
+    "sideways",
+    "size",
+    "upright",
+)
+_BY_LETTER = (
+    "column",
+    "count_color",
+    "count_shape",
+    "is_placed",
+    "number",
+    "number_at",
+    "row",
+    "shape",
     "sideways",
     "size",
     "upright",
@@ -85,18 +99,27 @@ STAGES = {
         learning_rate=1.2e-3,
         frozen_tower=False,
     ),
-    "choosing": Settings(
+    "finding": Settings(
         seed=9,
         steps=9000,
         minutes=50.0,
-        lesson=Lesson(turns=8, again=5, hard=_HARD, matching=2),
+        lesson=Lesson(turns=8, again=5, hard=_BY_SHAPE, matching=2),
+        description_weight=1.0,
+        learning_rate=1.2e-3,
+        frozen_tower=False,
+    ),
+    "choosing": Settings(
+        seed=10,
+        steps=9000,
+        minutes=22.0,
+        lesson=Lesson(turns=5, again=6, hard=_BY_LETTER, matching=3, choices=0.65),
         description_weight=1.0,
         learning_rate=1.2e-3,
         frozen_tower=False,
     ),
 }
-"""Descriptions count for most at first; then the tower learns along and questions count; at last
-more of what is hard, and questions that teach what the letters of multiple choice stand for."""
+"""Descriptions count for most at first; then the tower learns along and questions count; then more
+of what is hard; at last what the letters of multiple choice stand for."""
 
 
 class Steps(Dataset[Batch]):
