@@ -94,9 +94,9 @@ def test_packed_on_disk_is_packed_in_memory(name, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_parameters_and_structure_stay(architecture):
     network = build(architecture)
-    before = count_forward(network, 2, 16), size(network, dissect(network))
+    before = count_forward(network, 2, 16).total, size(network, dissect(network))
     applied(Gptq(bits=8, head_bits=8, **SMALL), network)
-    after = count_forward(network, 2, 16), size(network, dissect(network))
+    after = count_forward(network, 2, 16).total, size(network, dissect(network))
     assert after[0] == before[0]
     for count in ("parameters", "active", "routed", "shared"):
         assert getattr(after[1], count) == getattr(before[1], count), count
