@@ -11,36 +11,43 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
+from bench.errors import UserError
+from bench.measurement.analytic.decoder import ATTENTION, FEED_FORWARD
 from bench.measurement.counting import Counted, watch
 from bench.measurement.counting.ghost import ghost
 from bench.models.vision import Classifier
 
-ATTENTION = ("self_attn", "attention", "attn")
-FEED_FORWARD = ("mlp", "block_sparse_moe", "feed_forward")
 VISION = ("vision_tower", "visual", "vision_model")
 # Qwen's mergers, the projector's counterpart, are inside the tower.
 PROJECTOR = ("multi_modal_projector", "merger", "deepstack_merger_list")
 HEAD = ("lm_head",)
 
 
-def count_forward(network: nn.Module, batch: int, length: int) -> Counted:
-    """Count one forward over `batch` sequences of `length` tokens, logits of all of them."""
-    with ghost(network) as call:
-        ids_BL = torch.zeros(batch, length, dtype=torch.long, device="meta")
-        with watch() as counted:
-            call(input_ids=ids_BL, use_cache=True)
-    return counted
+def count_text(network: nn.Module, batch: int, length: int) -> tuple[Counted, Counted]:
+    """Count `batch` sequences of `length` tokens, and the token after them.
 
+    The first is one forward with the logits of all tokens, as text is scored; the second finds
+    their keys and values cached.
 
-def count_token(network: nn.Module, batch: int, length: int) -> Counted:
-    """Count the next token of `batch` sequences of which `length` tokens are in the cache."""
+    Raises:
+        UserError: what the network computes depends on values, which do not exist on that device.
+    """
     with ghost(network) as call:
         ids_BL = torch.zeros(batch, length + 1, dtype=torch.long, device="meta")
-        cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
-        with watch() as counted:
-            call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
-    return counted
+        try:
+            with watch() as text:
+                cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
+            with watch() as token:
+                call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            kind = type(network).__name__
+            raise UserError(f"what {kind} computes depends on values: {error}") from None
+    return text, token
 
 
 def count_images(network: Classifier, batch: int) -> Counted:

@@ -19,9 +19,8 @@ from bench.measurement.conventions import CONVENTIONS, Decoder, Name
 from bench.measurement.cost import Cost
 from bench.measurement.counting import Counted
 from bench.measurement.flops import (
-    count_forward,
     count_images,
-    count_token,
+    count_text,
     image_parts,
     language_parts,
     multimodal_parts,
@@ -38,8 +37,8 @@ Parts = Callable[[Counted], Mapping[str, float]]
 
 def flops(model: Model, config: CostsConfig) -> list[Cost]:
     """Return all FLOP rows of a model as it is now, at a config's shapes."""
-    rows = {"causal_lm": _language, "image_text": _multimodal, "image_classifier": _images}
-    return rows[model.config.kind](model, config)
+    kinds = {"causal_lm": _language, "image_text": _multimodal, "image_classifier": _images}
+    return kinds[model.config.kind](model, config)
 
 
 def _language(model: Model, config: CostsConfig) -> list[Cost]:
@@ -47,11 +46,18 @@ def _language(model: Model, config: CostsConfig) -> list[Cost]:
     batch, length = config.batch, config.length
     scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
     network, anatomy = model.network, model.anatomy
+    try:
+        counted = count_text(network, batch, length)
+    except UserError as reason:
+        rows = [_gap(scope, (str(reason),), "counted") for scope in (scored, after)]
+    else:
+        pairs = zip((scored, after), counted, strict=True)
+        rows = [row for scope, found in pairs for row in _counted(scope, found, language_parts)]
     return [
-        *_counted(scored, count_forward(network, batch, length), language_parts),
+        *rows,
         *_analytic(scored, lambda: analytic.forward(network, anatomy, batch, length)),
-        *_counted(after, count_token(network, batch, length), language_parts),
         *_analytic(after, lambda: analytic.token(network, anatomy, batch, length)),
+        *_no_convention(scored, config),
     ]
 
 
@@ -63,6 +69,7 @@ def _images(model: Model, config: CostsConfig) -> list[Cost]:
     return [
         *_counted(scope, count_images(network, config.batch), image_parts, attends=False),
         *_analytic(scope, lambda: analytic.images(network, config.batch)),
+        *_no_convention(scope, config),
     ]
 
 
@@ -93,6 +100,14 @@ def convention(name: Name, model: Model, inputs: dict[str, Any], lengths: prefil
     layers = visual_layers(model.network, model.anatomy, inputs)
     decoder = Decoder(text.hidden_size, text.intermediate_size, lengths.text, layers)
     return Cost(lengths.scope, f"flops_{name}", "FLOP", CONVENTIONS[name](decoder), "analytic")
+
+
+def _no_convention(scope: str, config: CostsConfig) -> list[Cost]:
+    """Return a gap where a paper's count was asked for that is of prompts with images only."""
+    name = config.flops.convention
+    return (
+        [] if name is None else [_gap(scope, (f"{name} counts prompts with images",), "analytic")]
+    )
 
 
 def _counted(scope: str, counted: Counted, parts: Parts, *, attends: bool = True) -> list[Cost]:

@@ -254,8 +254,12 @@ def _blocks(stage: Stage, heads: int) -> Iterator[Product]:
 
 
 def _visual_to_text(stage: Stage, heads: int) -> Product:
-    """Return what dropped heads of visual rows attend to under `dropped=text`."""
+    """Return what dropped heads of visual rows attend to under `dropped=text`.
+
+    Rows before all text are given all of it, and their result is thrown away.
+    """
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * visual * text
-    seen = _seen(stage.who.before_BNK, batch, pairs)
+    before = cast(Tensor, stage.who.before_BNK)
+    seen = _seen(before | ~before.any(dim=-1, keepdim=True), batch, pairs)
     return attended("visual", heads * pairs, heads * seen, _width(stage))

@@ -14,7 +14,7 @@ from bench.measurement.counting.operators import (
     is_product,
     matrix_vector,
 )
-from bench.measurement.flops import count_forward, count_images, count_token
+from bench.measurement.flops import count_images, count_text
 from bench.measurement.prefill import count
 from bench.method import Context
 from bench.models.config import ModelConfig
@@ -57,7 +57,7 @@ def calls():
     """Watched calls of all kinds of models and of all methods that compute in a call."""
     for name in tiny_networks.ARCHITECTURES:
         network = tiny_networks.build(name)
-        yield from (count_forward(network, 1, 9), count_token(network, 1, 9))
+        yield from count_text(network, 1, 9)
         with watch() as real, torch.no_grad():
             network(tiny_networks.tokens(rows=1), use_cache=True)
         yield real

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from bench.measurement.flops import count_forward, count_images, image_parts, language_parts
+from bench.measurement.flops import count_images, count_text, image_parts, language_parts
 from bench.measurement.size import size
 from bench.models import vision
 from bench.models.anatomy import dissect
@@ -54,7 +54,7 @@ def expected(shapes, batch, length):
 @settings(max_examples=10, deadline=None)
 @given(moe_shapes(), st.integers(1, 3), st.sampled_from([8, 33]))
 def test_counted_equals_the_formula_for_a_moe(shapes, batch, length):
-    counted = count_forward(moe(shapes), batch, length)
+    counted = count_text(moe(shapes), batch, length)[0]
     wanted = expected(shapes, batch, length)
     parts = language_parts(counted)
     assert counted.total == pytest.approx(sum(wanted.values()), rel=0.01)
@@ -69,7 +69,7 @@ def test_counting_leaves_the_network_as_it_was():
                    "num_experts_per_tok": 2})  # fmt: skip
     ids_BL = torch.arange(6).view(1, 6)
     before, implementation = network(ids_BL).logits, network.config._experts_implementation
-    count_forward(network, 1, 16)
+    count_text(network, 1, 16)
     assert torch.equal(network(ids_BL).logits, before)
     assert network.config._experts_implementation == implementation
 

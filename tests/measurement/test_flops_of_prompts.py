@@ -123,7 +123,7 @@ def test_one_method_does_not_say_and_is_named():
     st.sampled_from(sorted(ARCHITECTURES)),
     st.lists(st.sampled_from(sorted(STRATEGIES)), max_size=3, unique=True),
     st.sampled_from([None, FastV(after=1, keep=0.4, average=None), VisionZip(keep=0.5)]),
-    st.integers(1, 30),
+    st.integers(0, 30),
     st.tuples(st.integers(2, 6), st.integers(2, 6)),
     st.integers(1, 30),
     st.sampled_from([2, 3, 5]),

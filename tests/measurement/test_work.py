@@ -100,6 +100,23 @@ def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
     assert cut[scope, "flops_vtw", "analytic"] == wanted
 
 
+def test_a_convention_of_prompts_is_missing_where_there_are_none():
+    config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
+    rows = flops(model_of(tiny_networks.llama()), config)
+    (gap,) = [row for row in rows if row.quantity == "flops_gaps"]
+    assert gap.parts == {"yopo counts prompts with images": 1.0}
+
+
+def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
+    network = tiny_networks.unfuse(tiny_networks.build("mixtral"))
+    found = values(flops(model_of(network), QUICK))
+    assert found["forward 2x24", "flops_gaps", "counted"] == 1
+    assert ("forward 2x24", "flops", "counted") not in found
+    fused = values(flops(model_of(tiny_networks.build("mixtral")), QUICK))
+    key = ("forward 2x24", "flops", "analytic")
+    assert found[key] == fused[key]
+
+
 def test_an_unknown_convention_is_one_sentence():
     with pytest.raises(UserError, match=r"costs\.flops\.convention=yolo: input should be 'yopo'"):
         run_config(["costs.flops.convention=yolo"])

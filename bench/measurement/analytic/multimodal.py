@@ -20,6 +20,7 @@ from bench.models.products import Product
 Inputs = Mapping[str, Any]
 
 
+@torch.no_grad()
 def prefill(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Product]:
     """Return the products of a prompt with its images, and the logits of its last token.
 
@@ -35,6 +36,7 @@ def prefill(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Produc
     return [*vision, *planned, head(network, len(marked))]
 
 
+@torch.no_grad()
 def token_after(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Product]:
     """Return the products of the first token that is generated after a prompt.
 
@@ -50,6 +52,7 @@ def token_after(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Pr
     return [*planned, head(network, batch)]
 
 
+@torch.no_grad()
 def visual_layers(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[VisualLayer]:
     """Return every layer of the decoder as papers count it."""
     plan = plan_of(network)
@@ -61,8 +64,7 @@ def visual_layers(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[
 
 def _located(network: nn.Module, inputs: Inputs) -> VisualTokens:
     """Return where the visual tokens are."""
-    with torch.no_grad():
-        tokens = locate(network, inputs)
+    tokens = locate(network, inputs)
     if tokens is None:
         raise UserError("the call brings no image, so it has no visual tokens to count")
     return tokens
