@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from bench.measurement import prefill
 from bench.measurement.config import CostsConfig
-from bench.measurement.flops import count_forward, count_images
+from bench.measurement.cost import Cost
 from bench.measurement.size import size
-from bench.models.vision import Classifier
+from bench.measurement.work import flops
 
 if TYPE_CHECKING:
     from bench.models.model import Model
 
-
-@dataclass(frozen=True)
-class Cost:
-    """One number of cost: what of, which quantity, its unit, and how it was had."""
-
-    scope: str
-    quantity: str
-    unit: str
-    value: float
-    how: Literal["counted", "measured", "analytic"]
-    parts: dict[str, float] = field(default_factory=dict)
+__all__ = ["Cost", "count", "phases"]
 
 
 def count(model: Model, config: CostsConfig) -> list[Cost]:
@@ -39,45 +28,22 @@ def count(model: Model, config: CostsConfig) -> list[Cost]:
         Cost("model", "active_parameters", "1", counted.active, "analytic"),
         Cost("model", "bytes", "B", counted.bytes, "counted"),
     ]
-    work = {"causal_lm": _forward, "image_text": _prefill, "image_classifier": _images}
-    return [*sizes, *work[model.config.kind](model, config)]
-
-
-def _forward(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count one forward of a language model."""
-    flops = count_forward(model.network, config.batch, config.length)
-    return _flops(f"forward {config.batch}x{config.length}", flops)
-
-
-def _images(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count one forward of an image classifier, over images of the size that it is built for."""
-    network = cast(Classifier, model.network)
-    size = network.config.size
-    shapes = f"forward {config.batch}x{network.config.channels}x{size}x{size}"
-    return _flops(shapes, count_images(network, config.batch))
+    timed = _prefill(model, config) if model.config.kind == "image_text" else []
+    return [*sizes, *flops(model, config), *timed]
 
 
 def _prefill(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count and time one prompt with an image."""
-    found = prefill.measure(model, prefill.prompt(model, config.words))
+    """Time one prompt with an image."""
+    inputs = prefill.prompt(model, config.words)
+    scope, found = prefill.lengths(model, inputs).scope, prefill.measure(model, inputs)
     costs = [
-        *_flops(found.shapes, found.flops),
-        Cost(found.shapes, "cache_bytes", "B", found.cache_bytes, "counted"),
-        Cost(found.shapes, "seconds", "s", found.median, "measured", _spread(found.seconds)),
+        Cost(scope, "cache_bytes", "B", found.cache_bytes, "counted"),
+        Cost(scope, "seconds", "s", found.median, "measured", _spread(found.seconds)),
     ]
     if found.overhead:
         middle, spread = statistics.median(found.overhead), _spread(found.overhead)
-        costs.append(Cost(found.shapes, "method_seconds", "s", middle, "measured", spread))
+        costs.append(Cost(scope, "method_seconds", "s", middle, "measured", spread))
     return costs
-
-
-def _flops(shapes: str, parts: dict[str, int]) -> list[Cost]:
-    """Return a count as FLOPs and as multiply-adds."""
-    rest = {name: float(value) for name, value in parts.items() if name != "total"}
-    return [
-        Cost(shapes, "flops", "FLOP", parts["total"], "counted", rest),
-        Cost(shapes, "macs", "MAC", parts["total"] / 2, "counted"),
-    ]
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

@@ -1,120 +1,91 @@
-"""FLOPs of one forward, counted by PyTorch's dispatcher on the meta device.
+"""FLOPs of one call, counted by PyTorch's dispatcher on the meta device or while it really runs.
 
-On the meta device nothing is computed, so any model can be counted on any machine, and the
-attention and expert kernels that the counter does not see on a CPU are seen: the counter reports
-0 for scaled-dot-product attention on the CPU and 0 for grouped expert products everywhere, hence
-bfloat16 and the `batched_mm` experts here. One multiply-add is two FLOPs. Attention is charged
-in full, not causally halved.
+One multiply-add is two FLOPs. The total charges attention in full, masked pairs included, since
+that is what a kernel is asked for; `Counted.causal` leaves them out. Shapes: B sequences or images,
+L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
-from bench.models.residence import without_hooks
+from bench.errors import UserError
+from bench.measurement.analytic.decoder import ATTENTION, FEED_FORWARD
+from bench.measurement.counting import Counted, watch
+from bench.measurement.counting.ghost import ghost
 from bench.models.vision import Classifier
 
-COUNTABLE_EXPERTS = "batched_mm"
+VISION = ("vision_tower", "visual", "vision_model")
+# Qwen's mergers, the projector's counterpart, are inside the tower.
+PROJECTOR = ("multi_modal_projector", "merger", "deepstack_merger_list")
+HEAD = ("lm_head",)
 
 
-def count_forward(network: nn.Module, batch: int, length: int) -> dict[str, int]:
-    """Return the FLOPs of one forward over `batch` sequences of `length` tokens.
+def count_text(network: nn.Module, batch: int, length: int) -> tuple[Counted, Counted]:
+    """Count `batch` sequences of `length` tokens, and the token after them.
 
-    The result maps `total` and each part (`attention`, `feed_forward`, `head`, `other`) to FLOPs;
-    the parts sum to the total. The network's own weights are not touched.
+    The first is one forward with the logits of all tokens, as text is scored; the second finds
+    their keys and values cached.
+
+    Raises:
+        UserError: what the network computes depends on values, which do not exist on that device.
     """
+    with ghost(network) as call:
+        ids_BL = torch.zeros(batch, length + 1, dtype=torch.long, device="meta")
+        try:
+            with watch() as text:
+                cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
+            with watch() as token:
+                call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            kind = type(network).__name__
+            raise UserError(f"what {kind} computes depends on values: {error}") from None
+    return text, token
 
-    def call() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids_BL = torch.zeros(batch, length, dtype=torch.long, device="meta")
-        return (), {"input_ids": ids_BL, "use_cache": False}
 
-    return _parts(_watched(network, call))
-
-
-def count_images(network: Classifier, batch: int) -> dict[str, int]:
-    """Return the FLOPs of one forward over `batch` images of the size the network is built for.
-
-    The result maps `total` and each part (`convolution`, `linear`, `other`) to FLOPs.
-    """
+def count_images(network: Classifier, batch: int) -> Counted:
+    """Count one forward over `batch` images of the size that the network is built for."""
     config = network.config
     shape = (batch, config.channels, config.size, config.size)
-
-    def call() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (torch.zeros(shape, dtype=torch.bfloat16, device="meta"),), {}
-
-    counter = _watched(network, call)
-    total = int(counter.get_total_flops())
-    kinds = {str(kind): int(n) for kind, n in counter.get_flop_counts()["Global"].items()}
-    convolution = sum(flops for kind, flops in kinds.items() if "convolution" in kind)
-    linear = sum(flops for kind, flops in kinds.items() if "mm" in kind)
-    other = total - convolution - linear
-    return {"total": total, "convolution": convolution, "linear": linear, "other": other}
+    with ghost(network) as call:
+        image_BCHH = torch.zeros(shape, dtype=torch.bfloat16, device="meta")
+        with watch() as counted:
+            call(image_BCHH)
+    return counted
 
 
-def _watched(
-    network: nn.Module, call: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
-) -> FlopCounterMode:
-    """Run one forward on tensors without content and return the counter that watched it.
+def language_parts(counted: Counted) -> dict[str, int]:
+    """Return FLOPs by the modules they belong to: attention, feed-forward, head, others."""
+    parts = {
+        "attention": counted.below(*ATTENTION),
+        "feed_forward": counted.below(*FEED_FORWARD),
+        "head": counted.below(*HEAD),
+    }
+    return {**parts, "other": counted.total - sum(parts.values())}
 
-    `call` makes the arguments, which must be born where nothing is computed.
+
+def multimodal_parts(counted: Counted) -> dict[str, int]:
+    """Return FLOPs of vision tower, projector, decoder and head; a method's own are the decoder's.
+
+    What a method has the tower or the projector do again is theirs.
     """
-    counter = FlopCounterMode(display=False)
-    # Fake as well as meta: transformers looks at mask values unless tensors are fake.
-    with FakeTensorMode(), _countable(network), without_hooks(network), torch.no_grad():
-        tensors = (*network.named_parameters(), *network.named_buffers())
-        weights = {name: _ghost(tensor) for name, tensor in tensors}
-        args, kwargs = call()
-        with counter:
-            functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
-    return counter
+    projector, head = counted.below(*PROJECTOR), counted.below(*HEAD)
+    vision = counted.below(*VISION) - counted.below(*PROJECTOR, within=VISION)
+    decoder = counted.total - vision - projector - head
+    return {"vision": vision, "projector": projector, "decoder": decoder, "head": head}
 
 
-def _ghost(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the same shape without storage, floats as bfloat16."""
-    kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=kind, device="meta")
-
-
-@contextmanager
-def _countable(network: nn.Module) -> Iterator[None]:
-    """Let the experts run an implementation that the counter sees, while the block lasts."""
-    config = getattr(network, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if before is None or not hasattr(network, "set_experts_implementation"):
-        yield
-        return
-    network.set_experts_implementation(COUNTABLE_EXPERTS)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        network.set_experts_implementation(before)  # type: ignore[operator]
-
-
-def _parts(counter: FlopCounterMode) -> dict[str, int]:
-    """Split the count by what the operators belong to: the leaf module names say which."""
-    by_module: dict[str, dict[Any, int]] = counter.get_flop_counts()
-    total = int(counter.get_total_flops())
-    parts = {"attention": 0, "feed_forward": 0, "head": 0}
-    for path, counts in by_module.items():
-        part = _belongs(path)
-        if part is not None:
-            parts[part] += sum(counts.values())
-    return {"total": total, **parts, "other": total - sum(parts.values())}
-
-
-def _belongs(path: str) -> str | None:
-    """Return the part whose own module this path is, or None for containers and insides."""
-    leaf = path.rpartition(".")[2]
-    if leaf in ("self_attn", "attention", "attn"):
-        return "attention"
-    if leaf in ("mlp", "block_sparse_moe", "feed_forward"):
-        return "feed_forward"
-    return "head" if leaf == "lm_head" else None
+def image_parts(counted: Counted) -> dict[str, int]:
+    """Return FLOPs of convolutions, dense layers and others, by their operators."""
+    kinds: dict[Any, int] = counted.modules.get("Global", {})
+    convolution = sum(flops for kind, flops in kinds.items() if "convolution" in str(kind))
+    dense = sum(flops for kind, flops in kinds.items() if "mm" in str(kind))
+    other = counted.total - convolution - dense
+    return {"convolution": convolution, "dense": dense, "other": other}

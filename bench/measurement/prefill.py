@@ -9,16 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.data.prompts import chat
 from bench.device import synchronize
 from bench.errors import UserError
-from bench.measurement.operators import counter
+from bench.measurement.counting import Counted, watch
 
 if TYPE_CHECKING:
     from bench.models.model import Model
@@ -27,62 +26,42 @@ WARM_UP = 2
 REPEATS = 7
 GREY = (127, 127, 127)
 SQUARE = 336
-PARTS = {
-    "vision": ("vision_tower", "visual", "vision_model"),
-    "projector": ("multi_modal_projector", "merger"),
-    "head": ("lm_head",),
-}
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """One prompt's costs: tokens of either kind, FLOPs by part, seconds of each repetition.
+class Lengths:
+    """How many tokens of either kind a prompt has."""
+
+    visual: int
+    text: int
+
+    @property
+    def scope(self) -> str:
+        """The prompt in words."""
+        return f"prefill 1x({self.visual} visual + {self.text} text)"
+
+    @property
+    def token_scope(self) -> str:
+        """The token that is generated after the prompt, in words."""
+        return f"token after 1x({self.visual} visual + {self.text} text)"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of each repetition of one prompt, and the bytes of the cache that it leaves.
 
     `overhead` is the part of a repetition that went into a method's own choices, timed in calls
     apart, since waiting for a device around them costs time itself; empty where there is none.
     """
 
-    visual: int
-    text: int
-    flops: dict[str, int]
     cache_bytes: int
     seconds: list[float]
     overhead: list[float]
 
     @property
-    def shapes(self) -> str:
-        """The prompt's lengths in words."""
-        return f"prefill 1x({self.visual} visual + {self.text} text)"
-
-    @property
     def median(self) -> float:
         """The median of the repetitions, in seconds."""
         return statistics.median(self.seconds)
-
-
-@torch.no_grad()
-def measure(model: Model, inputs: dict[str, Any]) -> Prefill:
-    """Count and time the prefill of one prompt with its key-value cache on.
-
-    Raises:
-        UserError: it has no visual tokens.
-    """
-    from bench.models.multimodal import locate
-
-    tokens = locate(model.network, inputs)
-    if tokens is None:
-        raise UserError(f"the processor of {model.name} makes no visual tokens of an image")
-    visual = int(tokens.mask.sum())
-    with counter() as counted:
-        cache = _call(model, inputs).past_key_values
-    return Prefill(
-        visual=visual,
-        text=inputs["input_ids"].numel() - visual,
-        flops=_parts(counted),
-        cache_bytes=_held(cache),
-        seconds=_timed(model, inputs),
-        overhead=_overhead(model, inputs),
-    )
 
 
 def prompt(model: Model, words: int) -> dict[str, Any]:
@@ -99,6 +78,40 @@ def prompt(model: Model, words: int) -> dict[str, Any]:
         for name, value in made.items()
         if isinstance(value, Tensor)
     }
+
+
+def lengths(model: Model, inputs: dict[str, Any]) -> Lengths:
+    """Return a prompt's lengths.
+
+    Raises:
+        UserError: it has no visual tokens.
+    """
+    from bench.models.multimodal import locate
+
+    tokens = locate(model.network, inputs)
+    if tokens is None:
+        raise UserError(f"the processor of {model.name} makes no visual tokens of an image")
+    visual = int(tokens.mask.sum())
+    return Lengths(visual, inputs["input_ids"].numel() - visual)
+
+
+@torch.no_grad()
+def count(model: Model, inputs: dict[str, Any]) -> tuple[Counted, Counted]:
+    """Count the prefill of one prompt with its key-value cache on, and the token after it."""
+    with watch() as prompt_counted:
+        cache = _call(model, inputs).past_key_values
+    # Without a mask: nothing is padded, and Qwen-VL would take a mask for the positions' length.
+    step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+    with watch() as token_counted:
+        _call(model, step)
+    return prompt_counted, token_counted
+
+
+@torch.no_grad()
+def measure(model: Model, inputs: dict[str, Any]) -> Timed:
+    """Time the prefill of one prompt with its key-value cache on, which is then weighed."""
+    cache = _call(model, inputs).past_key_values
+    return Timed(_held(cache), _timed(model, inputs), _overhead(model, inputs))
 
 
 def _call(model: Model, inputs: dict[str, Any]) -> Any:
@@ -139,20 +152,3 @@ def _held(cache: Any) -> int:
         if isinstance(value, Tensor) and name.endswith(("keys", "values"))
     }
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _parts(counted: FlopCounterMode) -> dict[str, int]:
-    """Split a count by the modules that stand for vision tower, projector and head.
-
-    The rest is the decoder; a merger inside the vision tower counts as the projector.
-    """
-    modules: dict[str, dict[Any, int]] = counted.get_flop_counts()
-    total = int(counted.get_total_flops())
-    found = dict.fromkeys(PARTS, 0)
-    for path, counts in modules.items():
-        for part, names in PARTS.items():
-            if path.rpartition(".")[2] in names:
-                found[part] += sum(counts.values())
-    if any(".merger" in path for path in modules):
-        found["vision"] -= found["projector"]
-    return cast(dict[str, int], {"total": total, **found, "decoder": total - sum(found.values())})

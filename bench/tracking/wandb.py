@@ -81,9 +81,14 @@ def _log_histories(run: Any, record: Record) -> None:
 
 
 def summary(record: Record) -> dict[str, float]:
-    """Return the flat numbers of a record: `task/metric` and `cost/scope/quantity`."""
+    """Return the flat numbers of a record: `task/metric` and `cost/scope/quantity`.
+
+    A cost that was had in two ways goes by its quantity as it comes first, then with `/analytic`.
+    """
     values = {f"{m.task}/{m.metric}": m.value for m in record.metrics if m.value is not None}
-    values |= {f"cost/{c.scope}/{c.quantity}": c.value for c in record.costs}
+    for cost in record.costs:
+        name = f"cost/{cost.scope}/{cost.quantity}"
+        values[f"{name}/{cost.how}" if name in values else name] = cost.value
     return values
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from methods.token_pruning.determinantal import most_likely, relevance
 from methods.token_pruning.pruning import BeforeDecoder
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class CDPruner(BeforeDecoder):
@@ -35,3 +36,8 @@ class CDPruner(BeforeDecoder):
             similarity_IM = functional.cosine_similarity(x_IMD.float(), words_I1D, dim=-1)
             relevance_IM = relevance(similarity_IM, valid_IM)
         return Choice(most_likely(x_IMD, relevance_IM, valid_IM, keep_I))
+
+    def _macs(self, sizes: Sizes) -> float:
+        steps = max(sizes.kept)
+        factors = len(sizes.counts) * max(sizes.counts) * steps * (steps - 1) / 2
+        return sizes.pairs * sizes.width + factors

@@ -11,6 +11,7 @@ from methods.token_pruning.duplication import least_alike, pivots
 from methods.token_pruning.pruning import InDecoder
 from methods.visual_tokens.plan import Selection
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class DART(InDecoder):
@@ -26,7 +27,7 @@ class DART(InDecoder):
 
     def _selections(self, depth: int, context: Context) -> list[Selection]:
         quota = self._quota(self.after, depth)
-        return [Selection("dart", self.after, quota, self._choose, attention=True)]
+        return [Selection("dart", self.after, quota, self._choose, attention=True, macs=self._macs)]
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         visual_IME, text_BTE = sight.keys()
@@ -45,3 +46,8 @@ class DART(InDecoder):
                 keep_I,
             )
         )
+
+    def _macs(self, sizes: Sizes) -> float:
+        # As if the question had at least as many words as there are pivots among them.
+        turns = min(max(sizes.kept), self.visual_pivots) + self.text_pivots
+        return turns * len(sizes.counts) * max(sizes.counts) * sizes.width

@@ -10,6 +10,7 @@ from methods.token_pruning.pruning import InDecoder
 from methods.token_pruning.ranking import best
 from methods.visual_tokens.plan import Selection
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class FastV(InDecoder):
@@ -23,8 +24,13 @@ class FastV(InDecoder):
 
     def _selections(self, depth: int, context: Context) -> list[Selection]:
         quota = self._quota(self.after, depth)
-        return [Selection("fastv", self.after, quota, self._choose, attention=True)]
+        return [
+            Selection("fastv", self.after, quota, self._choose, attention=True, macs=self._macs)
+        ]
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         score_IM = sight.attention(sight.last_text())[:, 0]
         return Choice(best(score_IM, sight.valid, keep_I))
+
+    def _macs(self, sizes: Sizes) -> float:
+        return sizes.row_macs

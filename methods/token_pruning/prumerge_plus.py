@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import Field
 from torch import Tensor
 
+from bench.models.multimodal.tower import TowerSizes
 from methods.token_pruning.outliers import absorbing, with_uniform
 from methods.token_pruning.pruning import BeforeDecoder
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class PruMergePlus(BeforeDecoder):
@@ -39,3 +41,10 @@ class PruMergePlus(BeforeDecoder):
         states_IMD = sight.states_IMD.clone()
         states_IMD[kept_IM] = tower.project(merged_IMF[kept_IM]).to(states_IMD.dtype)
         return Choice(kept_IM, kept_IM, states_IMD)
+
+    def _macs(self, sizes: Sizes) -> float:
+        tower = cast(TowerSizes, sizes.tower)
+        if not self.neighbours:
+            return tower.reading
+        merging = sizes.pairs * (tower.keys + tower.features)
+        return tower.reading + merging + sum(sizes.kept) * tower.project

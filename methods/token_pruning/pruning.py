@@ -18,6 +18,7 @@ from methods.visual_tokens.engine import Engine
 from methods.visual_tokens.plan import Selection, VisualPlan
 from methods.visual_tokens.quota import Quota
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 from methods.visual_tokens.strategy import VisualStrategy
 from methods.visual_tokens.work import average_tokens, stages_of
 
@@ -77,7 +78,8 @@ class BeforeDecoder(TokenPruning):
     def _selections(self, depth: int, context: Context) -> list[Selection]:
         # A module is called as the method's config is, and has one method.
         name = type(self).__module__.rpartition(".")[2]
-        return [Selection(name, 0, Quota.of(self.keep), self._chooser(context))]
+        quota, chooser = Quota.of(self.keep), self._chooser(context)
+        return [Selection(name, 0, quota, chooser, macs=self._macs)]
 
     def _chooser(self, context: Context) -> Any:
         return self._choose
@@ -85,6 +87,10 @@ class BeforeDecoder(TokenPruning):
     @abstractmethod
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         """Return `keep` tokens of every frame."""
+
+    @abstractmethod
+    def _macs(self, sizes: Sizes) -> float:
+        """Return the multiply-adds of choosing."""
 
 
 class InDecoder(TokenPruning):

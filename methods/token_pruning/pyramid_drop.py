@@ -12,6 +12,7 @@ from methods.token_pruning.ranking import best
 from methods.visual_tokens.plan import Selection
 from methods.visual_tokens.quota import Quota
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class PyramidDrop(TokenPruning):
@@ -33,13 +34,23 @@ class PyramidDrop(TokenPruning):
             raise UserError(f"stages={self.stages}: the decoder has {depth} layers")
         ratio = self.ratio if self.average is None else _ratio(self.average, cuts, depth)
         return [
-            Selection("pyramid_drop", cut, Quota(share=ratio**power), self._choose, attention=True)
+            Selection(
+                "pyramid_drop",
+                cut,
+                Quota(share=ratio**power),
+                self._choose,
+                attention=True,
+                macs=self._macs,
+            )
             for power, cut in enumerate(cuts, start=1)
         ]
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         score_IM = sight.products(sight.last_text())[:, 0]
         return Choice(best(score_IM, sight.valid, keep_I))
+
+    def _macs(self, sizes: Sizes) -> float:
+        return sizes.row_macs
 
 
 def _ratio(average: float, cuts: list[int], depth: int) -> float:

@@ -12,6 +12,7 @@ from bench.method import Context
 from methods.token_pruning.pruning import BeforeDecoder
 from methods.token_pruning.ranking import best
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class RandomTokens(BeforeDecoder):
@@ -26,6 +27,9 @@ class RandomTokens(BeforeDecoder):
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         return self._drawn(sight, keep_I, seed=0)
+
+    def _macs(self, sizes: Sizes) -> float:
+        return 0.0
 
     def _drawn(self, sight: Sight, keep_I: Tensor, seed: int) -> Choice:
         score_IM = torch.zeros(sight.valid.shape)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import Field
 from torch import Tensor
 
+from bench.models.multimodal.tower import TowerSizes
 from methods.token_pruning.coverage import covering
 from methods.token_pruning.pruning import BeforeDecoder
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class Scope(BeforeDecoder):
@@ -28,3 +30,7 @@ class Scope(BeforeDecoder):
         return Choice(
             covering(tower.features_VF, tower.received_V, sight.valid, keep_I, self.alpha)
         )
+
+    def _macs(self, sizes: Sizes) -> float:
+        tower = cast(TowerSizes, sizes.tower)
+        return tower.reading + sizes.pairs * tower.features

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from bench.models.multimodal.tower import TowerSizes
 from methods.token_pruning.contextual import merged, spaced
 from methods.token_pruning.pruning import BeforeDecoder
 from methods.token_pruning.ranking import best
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 
 class VisionZip(BeforeDecoder):
@@ -42,3 +44,11 @@ class VisionZip(BeforeDecoder):
         states_IMD = sight.states_IMD.clone()
         states_IMD[target_IM] = tower.project(mean_IMF[target_IM]).to(states_IMD.dtype)
         return Choice(dominant_IM | target_IM, target_IM, states_IMD)
+
+    def _macs(self, sizes: Sizes) -> float:
+        tower = cast(TowerSizes, sizes.tower)
+        targets = sum(round(kept * self.contextual) for kept in sizes.kept)
+        if not targets:
+            return tower.reading
+        likeness = sizes.pairs * tower.keys / tower.heads
+        return tower.reading + likeness + targets * tower.project

@@ -1,9 +1,8 @@
-"""What the decoder computes for text rows and for visual rows, as arithmetic on shapes.
+"""What share of the work for visual rows settings leave, in closed form: what a budget is about.
 
-One multiply-add is two FLOPs. Only matrix products are counted: norms, rotations and softmax are
-not, and neither are the vision tower and the projector, which no strategy changes. Attention is
-charged for the pairs that are really seen where a window says so and in full otherwise, never
-causally halved. Source: spec sections 2 and 6.4.
+A search tries thousands of settings, so this is arithmetic on shapes alone, linear in heads, with
+windows by their mean size; `products` has the exact account of a plan that has been made. Vision
+tower and projector, which no strategy changes, are not part of it. Source: spec sections 2 and 6.4.
 
 Symbols: L layers, D d_model, H query heads, G key-value heads, d a head's width, F the width of
 all feed-forward neurons that one token meets, n visual tokens, s text tokens before them, t all
@@ -27,7 +26,6 @@ class Shape:
     groups: int
     head_dim: int
     widths: tuple[float, ...]
-    vocabulary: int
 
     @property
     def depth(self) -> int:
@@ -76,12 +74,6 @@ class Prompt:
     frames: int = 1
 
 
-def dense_work(shape: Shape) -> list[LayerWork]:
-    """Return a decoder that treats visual tokens as text, except that nothing unread is made."""
-    every = [LayerWork(shape.heads, shape.groups, shape.heads, width) for width in shape.widths]
-    return [*every[:-1], last_visual(every[-1])]
-
-
 def last_visual(work: LayerWork) -> LayerWork:
     """Return the last layer that visual rows reach: only keys and values are read by anybody."""
     return replace(work, queries=0, neurons=0)
@@ -100,38 +92,6 @@ def visual_flops(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> flo
     return total
 
 
-def text_flops(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float:
-    """Return FLOPs of text rows in all layers, with their attention to text and to visual keys."""
-    t, total = prompt.text, 0.0
-    for width, layer in zip(shape.widths, work, strict=True):
-        outputs = 2 * (shape.heads + shape.groups)
-        total += 2 * t * shape.d_model * shape.head_dim * outputs
-        total += 4 * t * shape.head_dim * (shape.heads * t + layer.heads * layer.tokens(prompt))
-        total += 6 * t * shape.d_model * width
-    return total
-
-
-def prefill_flops(
-    shape: Shape, work: Sequence[LayerWork], prompt: Prompt, logits: int = 1
-) -> dict[str, float]:
-    """Return FLOPs of a prefill by part: text, visual, and the head for `logits` rows."""
-    return {
-        "text": text_flops(shape, work, prompt),
-        "visual": visual_flops(shape, work, prompt),
-        "head": 2.0 * logits * shape.d_model * shape.vocabulary,
-    }
-
-
-def stock_flops(shape: Shape, prompt: Prompt, logits: int = 1) -> dict[str, float]:
-    """Return FLOPs of the network as transformers runs it: every row through every layer."""
-    rows, head = prompt.text + prompt.visual, 2.0 * logits * shape.d_model * shape.vocabulary
-    every = [LayerWork(0, 0, 0, 0)] * shape.depth
-    together = Prompt(0, 0, rows, 0)
-    whole = text_flops(shape, every, together)
-    share = prompt.visual / rows
-    return {"text": whole * (1 - share), "visual": whole * share, "head": head}
-
-
 def visual_share(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> float:
     """Return visual FLOPs over those of the network as it is, linear in heads (spec 2).
 
@@ -140,29 +100,6 @@ def visual_share(shape: Shape, work: Sequence[LayerWork], prompt: Prompt) -> flo
     every = [LayerWork(shape.heads, shape.groups, shape.heads, width) for width in shape.widths]
     whole = replace(prompt, neighbours=float(prompt.visual))
     return visual_flops(shape, work, prompt) / visual_flops(shape, every, whole)
-
-
-def paper_flops(depth: int, d_model: int, width: int, visual: int) -> float:
-    """Return the paper's own count of a full model (spec 2): L (8 n D² + 6 n D F + 4 n² D).
-
-    Visual tokens only, no discount for grouped keys and values, no head, no vision tower. It
-    gives 7.63 T for LLaVA-1.5-7B and 14.89 T for 13B.
-    """
-    n = visual
-    return depth * (8.0 * n * d_model**2 + 6.0 * n * d_model * width + 4.0 * n**2 * d_model)
-
-
-def paper_share(
-    depth: int, d_model: int, width: int, visual: int, *, layers: int, heads: float, neurons: float
-) -> float:
-    """Return the share by which the paper's labels are explained: kept heads count squared.
-
-    `heads` and `neurons` are kept shares in the first `layers` layers; window attention counts as
-    nothing. An inference (spec 2), not printed in the paper; the linear count is what really runs.
-    """
-    n = visual
-    kept = 8.0 * n * d_model**2 * heads**2 + 6.0 * n * d_model * width * neurons
-    return layers * kept / paper_flops(depth, d_model, width, visual)
 
 
 def mean_neighbours(rows: int, columns: int, radius: int) -> float:

@@ -123,7 +123,7 @@ class Engine:
         cache = past_key_values
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
-        text, visual = _streams_of(inputs_embeds, tokens, attention_mask)
+        text, visual = streams_of(inputs_embeds, tokens, attention_mask)
         offset = 0 if cache is None else cache.get_seq_length()
         stages = len(self.plan.selections) + 1
         if cache is not None and not is_split(cache):
@@ -211,7 +211,7 @@ def engine_of(network: nn.Module) -> Engine:
     return known if isinstance(known, Engine) else Engine(network, dissect(network))
 
 
-def _streams_of(
+def streams_of(
     x_BSD: Tensor, tokens: VisualTokens | None, mask: Tensor | None
 ) -> tuple[Rows, Rows | None]:
     """Return which rows are text and which are visual; padding belongs to neither."""

@@ -18,6 +18,7 @@ from methods.visual_tokens.quota import Quota
 
 if TYPE_CHECKING:
     from methods.visual_tokens.sight import Choice, Sight
+    from methods.visual_tokens.sizes import Sizes
     from methods.visual_tokens.weights import Repair
 
 Form = Literal["skip", "official"]
@@ -54,7 +55,7 @@ class Selection:
     It happens when `after` layers have run, 0 being before the decoder. Every frame keeps as many
     tokens as `quota` says, or fewer, and `choose` says which; a frame that has no more than its
     quota is left as it is. `attention` asks for the queries and keys of the layer that ran last,
-    `name` is for messages.
+    `name` is for messages. `macs` says what choosing itself multiplies; None is not known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Selection:
     quota: Quota
     choose: Callable[[Sight, Tensor], Choice]
     attention: bool = False
+    macs: Callable[[Sizes], float] | None = None
 
 
 @dataclass

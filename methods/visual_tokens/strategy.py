@@ -11,8 +11,10 @@ from bench.method import Context, Method, MethodReport
 from bench.models.anatomy import Anatomy
 from bench.models.model import Model
 from bench.models.multimodal import FAMILIES, decoder_layers
+from bench.models.multimodal.planned import ATTRIBUTE
 from methods.visual_tokens.engine import Engine, engine_of
 from methods.visual_tokens.plan import Form
+from methods.visual_tokens.products import Told
 from methods.visual_tokens.work import shape_of, work_of
 
 
@@ -45,6 +47,7 @@ class VisualStrategy(Method):
         """
         engine = engine_of(model.network)
         engine.plan.agree(self.form)
+        setattr(model.network, ATTRIBUTE, Told(engine))
         details = self._set(engine, model, context)
         details |= {
             "shape": asdict(shape_of(engine)),

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-from torch import nn
-
 from bench.models.anatomy import MoEBlock
 from bench.models.multimodal import DecoderLayer
 from methods.visual_tokens.cost import LayerWork, Shape, last_visual
@@ -17,14 +13,12 @@ from methods.visual_tokens.quota import left_after
 def shape_of(engine: Engine) -> Shape:
     """Return the sizes of the network's decoder."""
     view = engine.decoder.layers[0].attention_view()
-    head = cast(nn.Linear, cast(Any, engine.network).get_output_embeddings())
     return Shape(
         d_model=view.q.weight.shape[1],
         heads=view.heads,
         groups=view.groups,
         head_dim=view.head_dim,
         widths=tuple(_width(layer) for layer in engine.decoder.layers),
-        vocabulary=head.weight.shape[0],
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from bench.measurement.flops import count_forward, count_images
+from bench.measurement.flops import count_images, count_text, image_parts, language_parts
 from bench.measurement.size import size
 from bench.models import vision
 from bench.models.anatomy import dissect
@@ -54,12 +54,13 @@ def expected(shapes, batch, length):
 @settings(max_examples=10, deadline=None)
 @given(moe_shapes(), st.integers(1, 3), st.sampled_from([8, 33]))
 def test_counted_equals_the_formula_for_a_moe(shapes, batch, length):
-    counted = count_forward(moe(shapes), batch, length)
+    counted = count_text(moe(shapes), batch, length)[0]
     wanted = expected(shapes, batch, length)
-    assert counted["total"] == pytest.approx(sum(wanted.values()), rel=0.01)
+    parts = language_parts(counted)
+    assert counted.total == pytest.approx(sum(wanted.values()), rel=0.01)
     for part, flops in wanted.items():
-        assert counted[part] == pytest.approx(flops, rel=0.01)
-    assert counted["total"] == sum(v for k, v in counted.items() if k != "total")
+        assert parts[part] == pytest.approx(flops, rel=0.01)
+    assert counted.total == sum(parts.values())
 
 
 def test_counting_leaves_the_network_as_it_was():
@@ -68,7 +69,7 @@ def test_counting_leaves_the_network_as_it_was():
                    "num_experts_per_tok": 2})  # fmt: skip
     ids_BL = torch.arange(6).view(1, 6)
     before, implementation = network(ids_BL).logits, network.config._experts_implementation
-    count_forward(network, 1, 16)
+    count_text(network, 1, 16)
     assert torch.equal(network(ids_BL).logits, before)
     assert network.config._experts_implementation == implementation
 
@@ -106,7 +107,9 @@ def test_lenet5_on_mnist_costs_what_its_layers_say():
     convolutions = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 6 * 25
     dense = 400 * 120 + 120 * 84 + 84 * 10
     counted = count_images(network.eval(), batch=3)
-    assert counted["convolution"] == 2 * 3 * convolutions
-    assert counted["linear"] == 2 * 3 * dense
-    assert counted["total"] == 2 * 3 * (convolutions + dense)
-    assert counted["other"] == 0
+    assert counted.total == 2 * 3 * (convolutions + dense)
+    assert image_parts(counted) == {
+        "convolution": 2 * 3 * convolutions,
+        "dense": 2 * 3 * dense,
+        "other": 0,
+    }

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.measurement.flops import count_forward
+from bench.measurement.flops import count_text
 from bench.measurement.size import size
 from bench.models.anatomy import dissect
 from bench.models.anatomy.ragged import RaggedExperts, bucketed
@@ -206,7 +206,7 @@ def test_size_and_flops_drop_as_the_arithmetic_says(align):
         flops += 2 * 3 * 16 * batch * length * (2 * per_slot + old.d_shared - new.d_shared)
 
     def counted(network, anatomy):
-        return size(network, anatomy).parameters, count_forward(network, batch, length)["total"]
+        return size(network, anatomy).parameters, count_text(network, batch, length)[0].total
 
     dense_size, dense_flops = counted(dense, before)
     small_size, small_flops = counted(small, after)

@@ -69,11 +69,11 @@ ARCHITECTURES = {
 }
 
 
-def build(name, seed=0):
+def build(name, seed=0, **changes):
     """A network of one architecture with random float32 weights large enough to matter."""
     family, extra = ARCHITECTURES[name]
     home = deepseek_moe if family == "Deepseek" else transformers
-    config = getattr(home, f"{family}Config")(**(SIZES | extra))
+    config = getattr(home, f"{family}Config")(**(SIZES | extra | changes))
     return randomise(getattr(home, f"{family}ForCausalLM")(config), seed)
 
 

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.measurement.analytic.decoder import decoder, head, text_config
+from bench.measurement.analytic.layout import Layout
 from bench.method import Context
+from bench.models.anatomy import dissect
 from bench.models.config import ModelConfig
 from bench.models.model import Model
-from methods.visual_tokens.cost import Prompt, mean_neighbours, prefill_flops, stock_flops
 from methods.visual_tokens.engine import Engine, engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
+from methods.visual_tokens.products import Told
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from methods.visual_tokens.strategy import VisualStrategy
-from methods.visual_tokens.work import shape_of, work_of
 from methods.visual_tokens.yopo import Shares, Yopo
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
@@ -117,15 +119,15 @@ def applied(strategy: VisualStrategy, net: Any) -> Engine:
     return engine_of(net)
 
 
+@torch.no_grad()
 def theory(engine: Engine, images: int = 1) -> float:
-    """Return counted FLOPs of the network as transformers runs it over those of the engine."""
-    window = engine.plan.window
-    visual = images * SIDE**2
-    near = float(visual) if window is None else mean_neighbours(SIDE, SIDE, window.radius)
-    lengths = Prompt(visual, BEFORE, BEFORE + AFTER, near)
-    shape = shape_of(engine)
-    stock = sum(stock_flops(shape, lengths).values())
-    return stock / sum(prefill_flops(shape, work_of(engine), lengths).values())
+    """Return the FLOPs of the network as transformers runs it over those of the engine."""
+    net, inputs = engine.network, call(torch.float32, images)
+    marked_BS = inputs["input_ids"] == IMAGE
+    dense = decoder(dissect(net).layers, text_config(net), Layout.prompt(marked_BS))
+    stock = (*dense, head(net, 1))
+    planned = (*(Told(engine).prefill(inputs) or ()), head(net, 1))
+    return sum(p.macs for p in stock) / sum(p.macs for p in planned)
 
 
 def _preset(dtype: torch.dtype, goal: float) -> Figure:

@@ -27,6 +27,16 @@ def record():
     )  # fmt: skip
 
 
+def test_a_cost_that_was_had_twice_keeps_both_numbers(record):
+    def flops(value, how):
+        return CostPart(scope="token", quantity="flops", unit="FLOP", value=value, how=how)
+
+    twice = record.model_copy(update={"costs": (flops(8.0, "counted"), flops(9.0, "analytic"))})
+    values = tracker.summary(twice)
+    assert values["cost/token/flops"] == 8.0
+    assert values["cost/token/flops/analytic"] == 9.0
+
+
 @pytest.fixture
 def store(tmp_path, record):
     store = Store(tmp_path / "results")

@@ -10,7 +10,7 @@ class token, and never for more than one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, cast
@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
+from bench.models.products import weights
 
 # So many queries at once where the attention of all patches is needed.
 QUERIES = 256
+# Models whose tower begins an image with a class token.
+CLASS_TOKEN = ("llava", "internvl")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,21 @@ class Encoded:
     keys_VHd: Tensor
     features_VF: Tensor
     project: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """What `read` multiplies for a call, and how wide what it returns is.
+
+    `keys` is the width of a token's keys over all `heads`, `features` that of the projector's
+    input; a token costs `project` multiply-adds to project.
+    """
+
+    reading: int
+    keys: int
+    heads: int
+    features: int
+    project: int
 
 
 @dataclass
@@ -86,10 +104,23 @@ class Tower:
         runs, self._runs = self._runs, []
         return runs
 
+    def sizes(self, frames: Sequence[int]) -> TowerSizes:
+        """Return what reading costs for frames of so many visual tokens."""
+        attention, merged = cast(Any, self._attention), merging(self.config)
+        patches = [count * merged for count in frames]
+        if self.config.model_type in CLASS_TOKEN:
+            heads, width = attention.num_heads, attention.q_proj.out_features
+            made = weights(attention.q_proj) * len(frames)
+            made += sum((count + 1) * (weights(attention.k_proj) + width) for count in patches)
+        else:
+            heads, width = attention.num_heads, attention.qkv.out_features // 3
+            made = sum(count * weights(attention.qkv) + count**2 * width for count in patches)
+        return TowerSizes(made, width, heads, width * merged, weights(self._projector))
+
     @torch.no_grad()
     def read(self, runs: list[Run]) -> Encoded:
         """Return what passes say about their visual tokens, in the order of the passes."""
-        read = _class_token if self.config.model_type in ("llava", "internvl") else _patches
+        read = _class_token if self.config.model_type in CLASS_TOKEN else _patches
         found = [read(self.config, cast(Any, self._attention), run) for run in runs]
         received, keys, features = (torch.cat(part) for part in zip(*found, strict=True))
         width = runs[0].features.shape[-1]
@@ -127,6 +158,13 @@ def watched(network: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
         f"the vision tower {kind} of {config.model_type} is not understood: its class token is "
         "read in clip_vision_model and internvl_vision, and its patches in Qwen-VL towers"
     )
+
+
+def merging(config: Any) -> int:
+    """Return how many patches become one visual token."""
+    if config.model_type in CLASS_TOKEN:
+        return round(1 / getattr(config, "downsample_ratio", 1)) ** 2
+    return int(config.vision_config.spatial_merge_size**2)
 
 
 def _layer(config: Any, depth: int) -> int:

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bench.errors import UserError
-from bench.measurement.flops import count_forward
+from bench.measurement.flops import count_text
 from bench.measurement.size import size
 from bench.models.anatomy import dissect
 from bench.models.config import ModelConfig
@@ -94,9 +94,9 @@ def test_packed_on_disk_is_packed_in_memory(name, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_parameters_and_structure_stay(architecture):
     network = build(architecture)
-    before = count_forward(network, 2, 16), size(network, dissect(network))
+    before = count_text(network, 2, 16)[0].total, size(network, dissect(network))
     applied(Gptq(bits=8, head_bits=8, **SMALL), network)
-    after = count_forward(network, 2, 16), size(network, dissect(network))
+    after = count_text(network, 2, 16)[0].total, size(network, dissect(network))
     assert after[0] == before[0]
     for count in ("parameters", "active", "routed", "shared"):
         assert getattr(after[1], count) == getattr(before[1], count), count

@@ -1,0 +1,17 @@
+"""What the tests of FLOPs share: the counter and arithmetic side by side, in both conventions."""
+
+import pytest
+
+from bench.models.products import by_part
+
+AGREE = 0.01
+
+
+def agree(counted, products, rel=AGREE):
+    """Hold the dispatcher's count against arithmetic, with and without masked pairs."""
+    assert counted.missed == ()
+    assert counted.total > 0
+    assert 2 * sum(by_part(products).values()) == pytest.approx(counted.total, rel=rel)
+    causal = 2 * sum(by_part(products, hidden=False).values())
+    assert causal == pytest.approx(counted.causal, rel=rel)
+    assert causal <= counted.total * (1 + rel)

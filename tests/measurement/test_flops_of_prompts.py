@@ -1,0 +1,180 @@
+"""Counted and arithmetic FLOPs agree for prompts with images: dense, every strategy, pruning."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.compose import run_config
+from bench.measurement import analytic
+from bench.measurement.flops import multimodal_parts
+from bench.measurement.prefill import count
+from bench.method import Context
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+from bench.models.multimodal.planned import plan_of
+from bench.models.products import by_part
+from methods.token_pruning.fastv import FastV
+from methods.token_pruning.visionzip import VisionZip
+from methods.visual_tokens.head_pruning import HeadPruning
+from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_tokens.neighbor_attention import NeighborAttention
+from methods.visual_tokens.sparse_ffn import SparseFFN
+from tests.measurement.agreeing import agree
+from tests.methods.token_pruning.watching import METHODS
+from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, build, prompt
+
+CONTEXT = Context(seed=1)
+HEADS = HeadPruning(keep=0.6, choose="random", whole_layers=1)
+STRATEGIES = {
+    "neighbor_attention": NeighborAttention(window=3),
+    "head_pruning": HEADS,
+    "head_pruning, text": HEADS.model_copy(update={"dropped": "text"}),
+    "sparse_ffn": SparseFFN(keep=0.4, choose="random"),
+    "layer_drop": LayerDrop(share=0.5),
+}
+THREE = ("llava_llama", "qwen2_vl", "internvl_qwen2")
+TOLD = sorted(set(METHODS) - {"sparsevlm"})
+
+
+def preset(name):
+    """A shipped preset, its scores drawn, since a random network's are none."""
+    (method,) = run_config([f"method={name}", "model=micro_llava"]).method.values()
+    return method.model_copy(update={"heads": "random", "neurons": "random", "whole_layers": 1})
+
+
+def loaded(name, *methods, **changes):
+    about = ModelConfig(name=name, source="tests", kind="image_text")
+    model = Model(about, build(name, **changes), None, "", None, torch.device("cpu"))
+    for method in methods:
+        method.apply(model, CONTEXT)
+    return model
+
+
+def both_agree(model, *row):
+    """Hold prompt and token against arithmetic; return the counted prompt and its products."""
+    call = prompt(model.name, list(row or (6, (4, 6), 4)))
+    counted, token = count(model, call)
+    products = analytic.prefill(model.network, model.anatomy, call)
+    agree(counted, products)
+    agree(token, analytic.token_after(model.network, model.anatomy, call))
+    return counted, products
+
+
+@cache
+def counted_dense(name):
+    return count(loaded(name), prompt(name, [6, (4, 6), 4]))[0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_network_as_it_is(name):
+    counted, products = both_agree(loaded(name))
+    parts = {part: 2 * macs for part, macs in by_part(products).items()}
+    modules = multimodal_parts(counted)
+    for part in ("vision", "projector", "head"):
+        assert parts.pop(part) == modules[part] > 0
+    assert sum(parts.values()) == modules["decoder"]
+
+
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_strategy_alone(name, strategy):
+    counted, _ = both_agree(loaded(name, STRATEGIES[strategy]))
+    dense = counted_dense(name)
+    if strategy != "neighbor_attention":  # a dense mask of so few rows costs what it hides
+        assert counted.total < dense.total
+    assert counted.causal < dense.causal
+
+
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("label", ["yopo_25", "yopo_12"])
+def test_both_presets(name, label):
+    both_agree(loaded(name, preset(label)))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "llava_qwen2_moe"])
+def test_a_preset_on_experts(name):
+    both_agree(loaded(name, preset("yopo_12")))
+
+
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("method", ["fastv", "visionzip"])
+def test_pruned_tokens(name, method):
+    _, products = both_agree(loaded(name, METHODS[method]))
+    assert by_part(products)["method"] > 0
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_every_pruning_method_says_what_choosing_costs(method):
+    both_agree(loaded("llava_llama", METHODS[method]))
+
+
+def test_one_method_does_not_say_and_is_named():
+    model = loaded("llava_llama", METHODS["sparsevlm"])
+    assert plan_of(model.network).untold == ("sparsevlm",)
+    assert plan_of(loaded("llava_llama", METHODS["fastv"]).network).untold == ()
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from(sorted(ARCHITECTURES)),
+    st.lists(st.sampled_from(sorted(STRATEGIES)), max_size=3, unique=True),
+    st.sampled_from([None, FastV(after=1, keep=0.4, average=None), VisionZip(keep=0.5)]),
+    st.integers(0, 30),
+    st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    st.integers(1, 30),
+    st.sampled_from([2, 3, 5]),
+)
+def test_random_plans_on_random_prompts(name, strategies, pruning, before, frame, after, layers):
+    chosen = {key.split(",")[0]: STRATEGIES[key] for key in strategies}
+    methods = [*chosen.values(), *([pruning] if pruning else [])]
+    model = loaded(name, *methods, num_hidden_layers=layers)
+    both_agree(model, before, frame, after)
+
+
+def test_windows_in_bands():
+    """Enough rows that windows are cut into bands: the kernel is asked for less, too."""
+    dense, _ = both_agree(loaded("qwen2_vl"), 3, (16, 12), 5)
+    counted, products = both_agree(loaded("qwen2_vl", NeighborAttention(window=3)), 3, (16, 12), 5)
+    assert counted.total < dense.total
+    attention = [p for p in products if p.part == "attention" and p.rows == "visual"]
+    # Neighbours of a 3x3 window with borders clipped, and the three words before the image.
+    cells = (3 * 16 - 2) * (3 * 12 - 2)
+    seen = sum(p.macs - p.hidden for p in attention) / (2 * 8 * 4)
+    assert seen == 3 * (cells + 3 * 16 * 12)
+
+
+def test_two_images():
+    for strategy in STRATEGIES.values():
+        both_agree(loaded("qwen2_vl", strategy), 4, (2, 3), 5, (4, 3), 6)
+
+
+def test_a_plan_goes_with_a_copy_and_follows_the_weights():
+    model = loaded("llava_qwen2_moe", STRATEGIES["sparse_ffn"])
+    twin = model.copy()
+    assert plan_of(twin.network) is not plan_of(model.network)
+    LayerDrop(layers=1).apply(twin, CONTEXT)
+    counted, _ = both_agree(twin)
+    assert counted.total < both_agree(model)[0].total
+
+
+def test_the_official_form_computes_everything():
+    masked = loaded("llava_llama", HEADS.model_copy(update={"form": "official"}))
+    dense = loaded("llava_llama")
+    call = prompt("llava_llama", [6, (4, 6), 4])
+    found = analytic.prefill(masked.network, masked.anatomy, call)
+    assert found == analytic.prefill(dense.network, dense.anatomy, call)
+    assert count(masked, call)[0].total == pytest.approx(2 * sum(p.macs for p in found), rel=0.01)
+
+
+def test_counting_changes_nothing():
+    model = loaded("llava_llama", METHODS["fastv"], STRATEGIES["head_pruning"])
+    call = prompt("llava_llama", [6, (4, 6), 4])
+    before = model.network(**call).logits
+    copied = copy.deepcopy(call)
+    both_agree(model)
+    assert torch.equal(model.network(**call).logits, before)
+    assert all(torch.equal(call[key], copied[key]) for key in call)

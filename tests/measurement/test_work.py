@@ -1,0 +1,149 @@
+"""FLOPs as rows of a record: both ways, both conventions, gaps that are named."""
+
+import pytest
+import torch
+from torch import nn
+
+from bench.compose import run_config
+from bench.errors import UserError
+from bench.measurement import prefill
+from bench.measurement.config import CostsConfig, FlopsConfig
+from bench.measurement.work import flops
+from bench.method import Context
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+from bench.models.vision import VisionConfig, build
+from methods.visual_tokens.layer_drop import LayerDrop
+from tests.methods.token_pruning.watching import METHODS
+from tests.methods.visual_tokens import tiny_mllms
+from tests.models import tiny_networks
+
+QUICK = CostsConfig(name="tiny", batch=2, length=24)
+
+
+def model_of(network, kind="causal_lm"):
+    about = ModelConfig(name="tiny", source="tests", kind=kind)
+    return Model(about, network, None, "", None, torch.device("cpu"))
+
+
+def values(rows):
+    return {(row.scope, row.quantity, row.how): row.value for row in rows}
+
+
+@pytest.fixture
+def multimodal(monkeypatch):
+    """FLOP rows of a tiny vision-language model, whose prompt no processor makes."""
+
+    def rows(*methods, **flops_config):
+        model = model_of(tiny_mllms.build("llava_llama"), "image_text")
+        for method in methods:
+            method.apply(model, Context(seed=1))
+        call = tiny_mllms.prompt("llava_llama", [6, (5, 5), 4])
+        monkeypatch.setattr(prefill, "prompt", lambda *_: call)
+        return flops(model, CostsConfig(name="tiny", flops=FlopsConfig(**flops_config)))
+
+    return rows
+
+
+def test_a_language_model_has_text_and_a_token_in_both_ways_and_conventions():
+    found = values(flops(model_of(tiny_networks.build("qwen2_moe")), QUICK))
+    for scope in ("forward 2x24", "token after 2x24"):
+        for how in ("counted", "analytic"):
+            full, causal = found[scope, "flops", how], found[scope, "flops_causal", how]
+            assert 0 < causal <= full
+            assert found[scope, "macs", how] == full / 2
+            assert found[scope, "macs_causal", how] == causal / 2
+        assert found[scope, "flops", "counted"] == found[scope, "flops", "analytic"]
+    assert (
+        found["forward 2x24", "flops_causal", "counted"] < found["forward 2x24", "flops", "counted"]
+    )
+
+
+def test_the_first_row_of_a_scope_is_what_was_counted():
+    rows = flops(model_of(tiny_networks.build("mixtral")), QUICK)
+    first = next(row for row in rows if row.quantity == "flops")
+    assert first.how == "counted" and sum(first.parts.values()) == first.value
+    analytic = next(row for row in rows if row.quantity == "flops" and row.how == "analytic")
+    assert set(analytic.parts) == {"text", "attention", "routed", "router", "head"}
+    assert sum(analytic.parts.values()) == analytic.value
+
+
+def test_an_image_classifier():
+    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8)).eval()
+    found = values(flops(model_of(network, "image_classifier"), QUICK))
+    scope = "forward 2x1x8x8"
+    assert found[scope, "flops", "counted"] == found[scope, "flops", "analytic"] > 0
+    assert found[scope, "flops_causal", "counted"] == found[scope, "flops", "counted"]
+
+
+def test_a_prompt_with_an_image(multimodal):
+    dense, cut = values(multimodal()), values(multimodal(LayerDrop(layers=2)))
+    prompt, token = "prefill 1x(25 visual + 10 text)", "token after 1x(25 visual + 10 text)"
+    for how in ("counted", "analytic"):
+        assert 0 < cut[prompt, "flops", how] < dense[prompt, "flops", how]
+        assert 0 < cut[token, "flops", how] < dense[token, "flops", how]
+    visual = ("visual_flops", "analytic")
+    assert 0 < cut[prompt, *visual] < 0.5 * dense[prompt, *visual]
+    assert (token, *visual) not in dense
+    assert not [key for key in (*dense, *cut) if key[1] == "flops_gaps"]
+
+
+def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
+    scope = "prefill 1x(25 visual + 10 text)"
+    assert not [key for key in values(multimodal()) if key[1].startswith("flops_yopo")]
+    found = values(multimodal(convention="yopo"))
+    one = 8 * 25 * 32**2 + 6 * 25 * 32 * 48 + 4 * 25**2 * 32
+    assert found[scope, "flops_yopo", "analytic"] == 4 * one
+    cut = values(multimodal(LayerDrop(layers=2), convention="vtw"))
+    layers = [35, 35, 10, 10]
+    wanted = sum(4 * n * 32**2 + 2 * n**2 * 32 + 2 * n * 32 * 48 for n in layers)
+    assert cut[scope, "flops_vtw", "analytic"] == wanted
+
+
+def test_a_convention_of_prompts_is_missing_where_there_are_none():
+    config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
+    rows = flops(model_of(tiny_networks.llama()), config)
+    (gap,) = [row for row in rows if row.quantity == "flops_gaps"]
+    assert gap.parts == {"yopo counts prompts with images": 1.0}
+
+
+def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
+    network = tiny_networks.unfuse(tiny_networks.build("mixtral"))
+    found = values(flops(model_of(network), QUICK))
+    assert found["forward 2x24", "flops_gaps", "counted"] == 1
+    assert ("forward 2x24", "flops", "counted") not in found
+    fused = values(flops(model_of(tiny_networks.build("mixtral")), QUICK))
+    key = ("forward 2x24", "flops", "analytic")
+    assert found[key] == fused[key]
+
+
+def test_an_unknown_convention_is_one_sentence():
+    with pytest.raises(UserError, match=r"costs\.flops\.convention=yolo: input should be 'yopo'"):
+        run_config(["costs.flops.convention=yolo"])
+    assert run_config(["costs.flops.convention=vtw"]).costs.flops.convention == "vtw"
+
+
+def test_gaps_are_named_and_never_a_zero(multimodal):
+    (gap,) = [row for row in multimodal(METHODS["sparsevlm"]) if row.quantity == "flops_gaps"]
+    assert gap.parts == {"sparsevlm": 1.0} and gap.how == "analytic"
+    network = tiny_networks.llama()
+    layer = network.model.layers[0]
+    layer.self_attn.head_dim = None
+    del layer.self_attn.head_dim
+    layer.forward = lambda x, **_: x
+    rows = flops(model_of(network), QUICK)
+    gaps = [row for row in rows if row.quantity == "flops_gaps" and row.how == "analytic"]
+    assert len(gaps) == 2 and "heads of LlamaAttention are not understood" in str(gaps[0].parts)
+    assert not [row for row in rows if row.quantity == "flops" and row.how == "analytic"]
+
+
+def test_an_operator_without_a_formula_takes_the_count_with_it():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.addr(x, x[:, 0], x[0])
+
+    network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8)).eval()
+    network.head.append(Odd())
+    counted = flops(model_of(network, "image_classifier"), QUICK)
+    assert [row.quantity for row in counted if row.how == "counted"] == ["flops_gaps"]
+    assert counted[0].parts == {"aten.addr": 1.0}
