@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.data.prompts import chat
 from bench.device import synchronize
 from bench.errors import UserError
+from bench.measurement.cache import held
 from bench.measurement.operators import counter
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def measure(model: Model, inputs: dict[str, Any]) -> Prefill:
         visual=visual,
         text=inputs["input_ids"].numel() - visual,
         flops=_parts(counted),
-        cache_bytes=_held(cache),
+        cache_bytes=held(cache),
         seconds=_timed(model, inputs),
         overhead=_overhead(model, inputs),
     )
@@ -128,17 +129,6 @@ def _overhead(model: Model, inputs: dict[str, Any]) -> list[float]:
             _call(model, inputs)
         seconds.append(spent.seconds)
     return seconds
-
-
-def _held(cache: Any) -> int:
-    """Return the bytes of all keys and values in a cache, text and visual alike."""
-    tensors = {
-        id(value): value
-        for layer in cache.layers
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor) and name.endswith(("keys", "values"))
-    }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _parts(counted: FlopCounterMode) -> dict[str, int]:
