@@ -6,15 +6,18 @@ the cores that this process may use are compared with its own: what is left was 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import psutil
 import torch
 
 from bench.device.nvml import Board
 from bench.device.unavailable import Unavailable
+
+Answer = TypeVar("Answer")
 
 TOLERATED = 0.1
 """The share of the cores we need that others may take before a machine counts as loaded."""
@@ -89,8 +92,8 @@ class Watch:
             needed=needed,
             others=min(max(others, 0.0), float(len(_cores()))),
             cpu_mhz=_cpu_megahertz(),
-            gpu_mhz=_asked(self._board, "megahertz"),
-            slowed=_asked(self._board, "slowed"),
+            gpu_mhz=_asked(self._board, Board.megahertz),
+            slowed=_asked(self._board, Board.slowed),
         )
 
 
@@ -124,9 +127,9 @@ def _board(device: torch.device) -> Board | None:
         return None
 
 
-def _asked(board: Board | None, question: str) -> Any:
+def _asked(board: Board | None, question: Callable[[Board], Answer]) -> Answer | None:
     """Return the board's answer, None where it has none."""
     try:
-        return None if board is None else getattr(board, question)()
+        return None if board is None else question(board)
     except Unavailable:
         return None

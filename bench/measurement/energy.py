@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -31,14 +32,11 @@ def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
         yield Gap(work.shape, "energy", str(reason))
         return
     inputs = work.on(device)
-
-    def forwards() -> list[Callable[[], object]]:
-        return [lambda n=n: work.forward(n, inputs) for n in subject.networks]
-
-    stages = {FORWARD: forwards()}
+    forwards = [partial(work.forward, network, inputs) for network in subject.networks]
+    stages: dict[str, Sequence[Callable[[], object]]] = {FORWARD: forwards}
     if isinstance(work, Answering):
-        answers = [lambda n=n: work.answer(n, work.on(device)) for n in subject.networks]
-        stages = {PREFILL: forwards(), WHOLE: answers}
+        answers = [partial(work.answer, network, inputs) for network in subject.networks]
+        stages = {PREFILL: forwards, WHOLE: answers}
     for stage, calls in stages.items():
         with Watch(device) as watch:
             spent = joules(calls, counter, device, seconds)

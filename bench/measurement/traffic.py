@@ -65,7 +65,7 @@ def _expert_shares(network: nn.Module, anatomy: Anatomy) -> dict[nn.Module, floa
             for block in anatomy.blocks
             for module in block.experts.modules()
         }
-    shares = {}
+    shares: dict[nn.Module, float] = {}
     for own in network.modules():
         told = own.routed() if isinstance(own, OwnModule) else None
         if told is not None:

@@ -16,7 +16,7 @@ from bench.reporting.costs import gain, measured, print_costs
 from bench.reporting.terminal import console, quantity
 
 if TYPE_CHECKING:
-    from bench.records import MetricPart, Record
+    from bench.records import CostPart, MetricPart, Record
 
 RUNS_A_TABLE = 7
 UNBOUNDED = 100_000
@@ -125,8 +125,17 @@ def _count(record: Record, name: str) -> str:
 
 def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
     """Return scope and quantity of the work that any of the runs has, with its unit."""
-    costs = [cost for record in records for cost in record.costs if cost.quantity in WORK]
-    return {(cost.scope, cost.quantity): WORK[cost.quantity] for cost in costs}
+    return {
+        (cost.scope, cost.quantity): WORK[cost.quantity]
+        for record in records
+        for cost in record.costs
+        if cost.quantity in WORK and not _is_quick(cost, record)
+    }
+
+
+def _is_quick(cost: CostPart, record: Record) -> bool:
+    """Whether a time was taken along with a count, and measured with more care besides."""
+    return cost.quantity.endswith("seconds") and bool(record.cost("latency", cost.scope))
 
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
