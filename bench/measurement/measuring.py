@@ -7,9 +7,11 @@ or masked has its times like any other, but a gap where its gain would be.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
+from bench.device import release
 from bench.device.memory import is_exhausted
 from bench.measurement import energy, gains, memory
 from bench.measurement.config import CostsConfig
@@ -19,6 +21,9 @@ from bench.measurement.limits import Limits, limits
 from bench.measurement.subject import Rows, Subject
 from bench.measurement.workload import Workload, workloads
 from bench.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from bench.models.model import Model
 
 
 @dataclass
@@ -42,14 +47,13 @@ def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) 
     found, model = Measured(), subject.model
     if not config.measure:
         return found
-    best = None
-    if "limits" in config.measure:
-        dtype = next(model.network.parameters()).dtype
-        best = limits(model.device, dtype, torch.get_num_threads())
-        found.add(_limits(best, dtype))
     if "memory" in config.measure:
         disk = memory.disk_bytes(model.network)
         found.costs.append(Cost("model", "disk_bytes", "B", disk, "counted"))
+    best = None
+    if "limits" in config.measure:
+        best = _limits(model)
+        found.add(_limit_rows(best, model))
     for work in workloads(model, config.timing):
         if isinstance(work, Gap):
             found.gaps.append(work)
@@ -60,7 +64,8 @@ def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) 
         except RuntimeError as error:
             if not is_exhausted(error):
                 raise
-            found.gaps.append(Gap(work.shape, "everything further", "memory ran out"))
+            found.gaps.append(Gap(work.shape, "further cost", "memory ran out"))
+        release(model.device)
     return found
 
 
@@ -74,8 +79,25 @@ def _rows(subject: Subject, work: Workload, config: CostsConfig, best: Limits | 
         yield from energy.rows(subject, work, config.timing.energy_seconds)
 
 
-def _limits(best: Limits, dtype: torch.dtype) -> Rows:
-    """Yield what the device can do at best."""
-    kind = str(dtype).removeprefix("torch.")
+def _limits(model: Model) -> Limits | None:
+    """Return what the model's device can do at best; None where no memory is left to measure it."""
+    try:
+        return limits(model.device, _dtype(model), torch.get_num_threads())
+    except RuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        return None
+
+
+def _limit_rows(best: Limits | None, model: Model) -> Rows:
+    """Yield the device's limits, or the gap that they leave."""
+    if best is None:
+        yield Gap("device", "limits", "memory ran out")
+        return
+    kind = str(_dtype(model)).removeprefix("torch.")
     yield Cost("device", "matrix_rate", "FLOP/s", best.matrix_rate, "measured", note=kind)
     yield Cost("device", "copy_bandwidth", "B/s", best.bandwidth, "measured")
+
+
+def _dtype(model: Model) -> torch.dtype:
+    return next(model.network.parameters()).dtype

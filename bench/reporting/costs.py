@@ -130,7 +130,7 @@ Cell = Callable[["Record", str], str]
 COLUMNS: dict[str, Cell] = {
     "median (p10 to p90)": _latency,
     "dense": _dense,
-    "speed-up (95 %)": _speedup,
+    "speed-up (99 %)": _speedup,
     "in theory": _theory,
     "realised": _realised,
     "of device limit": _limit,

@@ -26,7 +26,9 @@ def test_a_run_has_its_measured_costs_in_the_record_and_in_one_table(record):
     speedup = costs["prefill 1x24", "speedup"]
     assert speedup["parts"]["theory"] > 1.05
     assert costs["phase applying camera_p", "peak_bytes"]["value"] > 0
-    assert made["methods"][0]["peak_bytes"] == costs["phase applying camera_p", "peak_bytes"]["value"]
+    assert (
+        made["methods"][0]["peak_bytes"] == costs["phase applying camera_p", "peak_bytes"]["value"]
+    )
     assert costs["model", "disk_bytes"]["value"] < 1.01 * costs["model", "bytes"]["value"]
     assert "costs of camera_p 0.5: micro_moe" in out
     assert f"{speedup['value']:.3f}" in out

@@ -138,7 +138,7 @@ def test_memory_that_runs_out_is_a_gap_for_that_shape_alone(monkeypatch):
 
     monkeypatch.setattr(network.model, "forward", limited)
     found = measure(Subject(model(network)), config("memory", batches=(2, 1)))
-    assert missing(found, "everything further") == {"2x16": "memory ran out"}
+    assert missing(found, "further cost") == {"2x16": "memory ran out"}
     assert list(rows(found, "cache_bytes")) == ["prefill 1x16"]
 
 
@@ -205,7 +205,9 @@ def seeing(monkeypatch):
     from bench.measurement import workload
     from tests.methods.visual_tokens.tiny_mllms import prompt
 
-    monkeypatch.setattr(workload, "prompt", lambda _, words: prompt("llava_llama", [2, (5, 5), words]))
+    monkeypatch.setattr(
+        workload, "prompt", lambda _, words: prompt("llava_llama", [2, (5, 5), words])
+    )
     return lambda: model(build("llava_llama"), "image_text")
 
 
@@ -258,9 +260,7 @@ def test_energy_of_a_call_is_the_counters_over_the_calls(monkeypatch):
     monkeypatch.setattr(energy, "meter", lambda device: counter)
     monkeypatch.setattr(type(work), "forward", spending(3.0, type(work).forward))
     monkeypatch.setattr(type(work), "answer", spending(5.0, type(work).answer))
-    found = measure(
-        Subject(model(network), model(network)), config("energy", energy_seconds=0.01)
-    )
+    found = measure(Subject(model(network), model(network)), config("energy", energy_seconds=0.01))
     spent = rows(found, "energy")
     assert spent["prefill 1x16"].value == pytest.approx(3.0)
     assert spent["end to end 1x16"].value == pytest.approx(5.0)
@@ -277,3 +277,16 @@ def test_the_least_time_is_that_of_the_scarcer_resource():
 def test_limits_are_measured_once_a_process():
     threads = torch.get_num_threads()
     assert limits(CPU, torch.float32, threads) is limits(CPU, torch.float32, threads)
+
+
+def test_a_device_without_room_for_its_limits_leaves_a_gap_and_no_shares(monkeypatch):
+    from bench.measurement import measuring
+
+    def crowded(*_):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(measuring, "limits", crowded)
+    found = measure(Subject(model(llama())), config("latency", "limits"))
+    assert missing(found, "limits") == {"device": "memory ran out"}
+    assert rows(found, "limit_share") == {}
+    assert rows(found, "latency")

@@ -35,11 +35,12 @@ def test_a_machine_that_slows_down_halfway_changes_both_medians_but_not_the_rati
     assert ratio.value == pytest.approx(1.25, rel=0.005)
 
 
-def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says():
+@pytest.mark.parametrize("rounds", [15, 20, 30])
+def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says(rounds):
     draws = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        above_R, below_R = draws.lognormal(0, 0.05, (2, 15))
+        above_R, below_R = draws.lognormal(0, 0.05, (2, rounds))
         ratio = paired_ratio(1.5 * above_R, below_R)
         covered += ratio.low <= 1.5 <= ratio.high
-    assert 180 <= covered
+    assert covered >= 194  # 198 are expected
