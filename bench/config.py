@@ -58,8 +58,8 @@ class RunConfig(BaseModel):
         """What decides the result: all but paths, threads, the tracker and how a run is asked.
 
         `ratio` shows itself in the methods that use it; calibration and prompts count only where a
-        method reads them, so that every sweep finds the same dense record; shapes and rounds of what is
-        measured only where something is.
+        method reads them, so that every sweep finds the same dense record; the shapes and rounds of
+        measurements only where something is measured.
         """
         unwanted = {
             "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",

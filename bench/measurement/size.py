@@ -44,7 +44,7 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
         routed += here
         idle += here * (1 - block.top_k / block.num_experts)
         shared += _numel(block.shared) if block.shared is not None else 0
-    for part, experts in own_routed(network) if anatomy and not anatomy.blocks else ():
+    for part, experts in _own_routed(network) if anatomy and not anatomy.blocks else ():
         routed += part
         idle += part * (1 - top_k(network) / experts)
     return Size(
@@ -60,7 +60,7 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
     )
 
 
-def own_routed(network: nn.Module) -> list[tuple[int, int]]:
+def _own_routed(network: nn.Module) -> list[tuple[int, int]]:
     """Return routed parameters and number of experts of every module that tells them."""
     own = [module.routed() for module in network.modules() if isinstance(module, OwnModule)]
     return [told for told in own if told is not None]

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from bench.compose import run_config
+
 TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "warm_up=1", "attempts=1")
 MEASURED = ["costs=paper", *(f"costs.timing.{setting}" for setting in TIMING)]
 SHORT = ["benchmark=perplexity_micro", "ratio=0.5"]
@@ -58,3 +60,12 @@ def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_how_often_to_measure_is_part_of_a_run_only_where_something_is_measured():
+    def identity(*overrides):
+        return run_config(list(overrides)).identity()
+
+    assert identity() == identity("costs.timing.rounds=99")
+    assert identity("costs=paper") != identity("costs=paper", "costs.timing.rounds=99")
+    assert identity() != identity("costs.measure=[memory]")
