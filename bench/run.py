@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bench.data.prompts import PromptSource
     from bench.evaluation import Plan
     from bench.launch import Launched
-    from bench.measurement.costs import Cost
+    from bench.measurement.cost import Cost
     from bench.measurement.subject import Subject
     from bench.method import Context
     from bench.models.loading import Source
@@ -243,7 +243,7 @@ def _subject(model: Model, source: Source, methods: Sequence[MethodPart]) -> Sub
 
 def _applying(methods: Sequence[MethodPart]) -> list[Cost]:
     """Return the memory that each method needed at most while it was applied."""
-    from bench.measurement.costs import Cost
+    from bench.measurement.cost import Cost
 
     return [
         Cost(f"phase applying {method.name}", "peak_bytes", "B", method.peak_bytes, "measured")

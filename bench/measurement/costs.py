@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from bench.measurement import prefill
 from bench.measurement.config import CostsConfig
+from bench.measurement.cost import Cost
 from bench.measurement.flops import count_forward, count_images
 from bench.measurement.size import size
 from bench.models.vision import Classifier
@@ -15,22 +15,7 @@ from bench.models.vision import Classifier
 if TYPE_CHECKING:
     from bench.models.model import Model
 
-
-@dataclass(frozen=True)
-class Cost:
-    """One number of cost: what of, which quantity, its unit, and how it was had.
-
-    `parts` are the numbers that it is made of or comes with; `note` is what a reader must know
-    before using it, such as that the machine was loaded.
-    """
-
-    scope: str
-    quantity: str
-    unit: str
-    value: float
-    how: Literal["counted", "measured", "analytic"]
-    parts: dict[str, float] = field(default_factory=dict)
-    note: str | None = None
+__all__ = ["Cost", "count", "phases"]
 
 
 def count(model: Model, config: CostsConfig) -> list[Cost]:

@@ -13,7 +13,7 @@ from bench.device import synchronize
 from bench.device.energy import Meter, meter
 from bench.device.machine import Watch
 from bench.device.unavailable import Unavailable
-from bench.measurement.costs import Cost
+from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
 from bench.measurement.stages import FORWARD, PREFILL, WHOLE
 from bench.measurement.subject import Rows, Subject

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bench.measurement import latency
 from bench.measurement.cache import held
 from bench.measurement.config import TimingConfig
-from bench.measurement.costs import Cost
+from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
 from bench.measurement.interleaving import interleave
 from bench.measurement.limits import Limits

@@ -15,7 +15,7 @@ from bench.device import release
 from bench.device.memory import is_exhausted
 from bench.measurement import energy, gains, memory
 from bench.measurement.config import CostsConfig
-from bench.measurement.costs import Cost
+from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
 from bench.measurement.limits import Limits, limits
 from bench.measurement.subject import Rows, Subject

@@ -8,7 +8,7 @@ import torch
 
 from bench.device.memory import Peak
 from bench.measurement.cache import held
-from bench.measurement.costs import Cost
+from bench.measurement.cost import Cost
 from bench.measurement.stages import DECODE, FORWARD, PREFILL
 from bench.measurement.subject import Rows
 from bench.measurement.workload import Answering, Workload

@@ -11,7 +11,7 @@ from bench.measurement.gap import Gap
 if TYPE_CHECKING:
     from torch import nn
 
-    from bench.measurement.costs import Cost
+    from bench.measurement.cost import Cost
     from bench.models.model import Model
 
 Rows: TypeAlias = "Iterator[Cost | Gap]"
