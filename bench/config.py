@@ -58,7 +58,8 @@ class RunConfig(BaseModel):
         """What decides the result: all but paths, threads, the tracker and how a run is asked.
 
         `ratio` shows itself in the methods that use it; calibration and prompts count only where a
-        method reads them, so that every sweep finds the same dense record.
+        method reads them, so that every sweep finds the same dense record; the shapes and rounds of
+        measurements only where something is measured.
         """
         unwanted = {
             "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
@@ -73,6 +74,9 @@ class RunConfig(BaseModel):
         chosen["benchmark"]["data"] = sorted(self.benchmark.data)
         for text in chosen["benchmark"]["perplexity"].values():
             text.pop("path")
+        if not self.costs.measure:
+            for key in ("measure", "timing"):
+                chosen["costs"].pop(key)
         for key in ("folder", "download"):
             chosen["benchmark"]["images"].pop(key)
         # A list of pairs: the order of methods is part of what a run is.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from bench.data.prompts import PromptSource
     from bench.evaluation import Plan
     from bench.launch import Launched
-    from bench.measurement.costs import Cost
+    from bench.measurement.cost import Cost
+    from bench.measurement.subject import Subject
     from bench.method import Context
-    from bench.models.anatomy import Anatomy
     from bench.models.loading import Source
     from bench.models.model import Model
     from bench.models.pristine import Pristine
@@ -105,10 +106,16 @@ def resolve(config: RunConfig) -> Inputs:
     from bench.device import dtype, pick
     from bench.evaluation import plan_once
     from bench.models import loading
+    from bench.models.anatomy import dissect
     from bench.records import run_id
 
     source = loading.resolve(config.model, offline=config.offline)
-    anatomy = _anatomy(source)
+    skeleton = loading.skeleton(source)
+    if config.costs.measure:
+        from bench.measurement.workload import refuse_unfit
+
+        refuse_unfit(config.costs.timing, config.model, skeleton)
+    anatomy = dissect(skeleton)
     for method in config.method.values():
         method.check(anatomy)
     planned = plan_once(config.benchmark, offline=config.offline)
@@ -145,8 +152,9 @@ def _perform(
     from bench.device import describe, seed_everything, use_threads
     from bench.evaluation import evaluate
     from bench.measurement.costs import count, phases
+    from bench.measurement.measuring import measure
     from bench.method import Context
-    from bench.records import CostPart, MetricPart, Record
+    from bench.records import CostPart, GapPart, MetricPart, Record
 
     started = _now()
     use_threads(config.threads)
@@ -168,8 +176,10 @@ def _perform(
     evaluation = evaluate(model, inputs.plan, progress)
     with progress.phase("counting costs"):
         after = count(model, config.costs) if methods else before
+    with progress.phase("measuring costs"):
+        measured = measure(_subject(model, inputs.source, methods), config.costs, progress)
 
-    costs = [*after, *phases(progress.seconds)]
+    costs = [*after, *measured.costs, *_applying(methods), *phases(progress.seconds)]
     record = Record(
         id=inputs.id,
         started=started,
@@ -182,6 +192,7 @@ def _perform(
         methods=tuple(methods),
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
+        gaps=tuple(GapPart(**asdict(gap)) for gap in measured.gaps),
         provenance=_provenance(config, inputs),
     )
     with progress.phase("writing the record"):
@@ -192,11 +203,14 @@ def _perform(
 def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
     """Apply a run's methods to its model in their order and keep what each says it did."""
     from bench.device import synchronize
+    from bench.device.memory import Peak
     from bench.records import MethodPart
 
     parts = []
+    watched = "memory" in config.costs.measure
     for name, method in config.method.items():
-        with context.progress.phase(f"applying {name}"):
+        watch = Peak(model.device) if watched else nullcontext()
+        with context.progress.phase(f"applying {name}"), watch as peak:
             began = time.perf_counter()
             report = method.apply(model, context)
             synchronize(model.device)
@@ -209,9 +223,33 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[Met
                 saving=report.saving,
                 report=report.details,
                 seconds=took,
+                peak_bytes=peak.above if peak else None,
             )
         )
     return parts
+
+
+def _subject(model: Model, source: Source, methods: Sequence[MethodPart]) -> Subject:
+    """Say who is measured beside whom, and whether a gain in time may be claimed."""
+    from bench.measurement.subject import Subject
+    from bench.records import unreal
+
+    if not methods:
+        return Subject(model)
+    dense = _pristine().beside(source)
+    missing = None if dense else "the dense model did not fit into memory beside this one"
+    return Subject(model, dense, no_gain=unreal(methods) or missing)
+
+
+def _applying(methods: Sequence[MethodPart]) -> list[Cost]:
+    """Return the memory that each method needed at most while it was applied."""
+    from bench.measurement.cost import Cost
+
+    return [
+        Cost(f"phase applying {method.name}", "peak_bytes", "B", method.peak_bytes, "measured")
+        for method in methods
+        if method.peak_bytes is not None
+    ]
 
 
 def _dense(model: Model, costs: Sequence[Cost]) -> ModelPart:
@@ -247,14 +285,6 @@ def _pristine() -> Pristine:
     from bench.models.pristine import Pristine
 
     return Pristine()
-
-
-def _anatomy(source: Source) -> Anatomy:
-    """Look at the model's structure on the meta device: no weight is read."""
-    from bench.models.anatomy import dissect
-    from bench.models.loading import skeleton
-
-    return dissect(skeleton(source))
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

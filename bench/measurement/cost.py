@@ -8,7 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Cost:
-    """One number of cost: what of, which quantity, its unit, and how it was had."""
+    """One number of cost: what of, which quantity, its unit, and how it was had.
+
+    `parts` are the numbers that it is made of or comes with; `note` is what a reader must know
+    before using it, such as that the machine was loaded.
+    """
 
     scope: str
     quantity: str
@@ -16,3 +20,4 @@ class Cost:
     value: float
     how: Literal["counted", "measured", "analytic"]
     parts: dict[str, float] = field(default_factory=dict)
+    note: str | None = None

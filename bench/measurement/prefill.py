@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.data.prompts import chat
 from bench.device import synchronize
 from bench.errors import UserError
+from bench.measurement.cache import held
 from bench.measurement.counting import Counted, watch
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def count(model: Model, inputs: dict[str, Any]) -> tuple[Counted, Counted]:
 def measure(model: Model, inputs: dict[str, Any]) -> Timed:
     """Time the prefill of one prompt with its key-value cache on, which is then weighed."""
     cache = _call(model, inputs).past_key_values
-    return Timed(_held(cache), _timed(model, inputs), _overhead(model, inputs))
+    return Timed(held(cache), _timed(model, inputs), _overhead(model, inputs))
 
 
 def _call(model: Model, inputs: dict[str, Any]) -> Any:
@@ -141,14 +142,3 @@ def _overhead(model: Model, inputs: dict[str, Any]) -> list[float]:
             _call(model, inputs)
         seconds.append(spent.seconds)
     return seconds
-
-
-def _held(cache: Any) -> int:
-    """Return the bytes of all keys and values in a cache, text and visual alike."""
-    tensors = {
-        id(value): value
-        for layer in cache.layers
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor) and name.endswith(("keys", "values"))
-    }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -46,7 +46,7 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
         shared += _numel(block.shared) if block.shared is not None else 0
     for part, experts in _own_routed(network) if anatomy and not anatomy.blocks else ():
         routed += part
-        idle += part * (1 - _top_k(network) / experts)
+        idle += part * (1 - top_k(network) / experts)
     return Size(
         parameters=total,
         nonzero=sum(
@@ -66,7 +66,7 @@ def _own_routed(network: nn.Module) -> list[tuple[int, int]]:
     return [told for told in own if told is not None]
 
 
-def _top_k(network: nn.Module) -> int:
+def top_k(network: nn.Module) -> int:
     """Return how many experts a token goes to, as the network's config says."""
     config: Any = network.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

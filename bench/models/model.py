@@ -56,11 +56,7 @@ class Model:
     @property
     def max_length(self) -> int:
         """The longest sequence that the network may be given, in tokens."""
-        if self.config.max_length is not None:
-            return self.config.max_length
-        config: Any = self.network.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return int(getattr(text, "max_position_embeddings", 2048))
+        return longest(self.config, self.network)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -72,3 +68,12 @@ class Model:
     def copy(self) -> Model:
         """Return a model with its own weights, so that a method can change them."""
         return replace(self, network=copy.deepcopy(self.network))
+
+
+def longest(config: ModelConfig, network: nn.Module) -> int:
+    """Return the longest sequence that a network may be given, in tokens; no weight is read."""
+    if config.max_length is not None:
+        return config.max_length
+    own: Any = network.config
+    text = own.get_text_config() if hasattr(own, "get_text_config") else own
+    return int(getattr(text, "max_position_embeddings", 2048))

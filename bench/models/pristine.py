@@ -33,6 +33,10 @@ class Pristine:
         given, self._model = self._model, None
         return given
 
+    def beside(self, source: Source) -> Model | None:
+        """Return the kept model of `source` to be looked at, None where it was given away."""
+        return self._model if self._source == source else None
+
     def release(self) -> None:
         """Forget the kept model and give its memory back."""
         if self._model is not None:

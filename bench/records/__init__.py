@@ -1,11 +1,21 @@
 """The run record, its store, and queries as pandas data frames."""
 
 from bench.records.query import load, samples
-from bench.records.record import CostPart, MethodPart, MetricPart, ModelPart, Record, run_id
+from bench.records.record import (
+    CostPart,
+    GapPart,
+    MethodPart,
+    MetricPart,
+    ModelPart,
+    Record,
+    run_id,
+    unreal,
+)
 from bench.records.store import Store
 
 __all__ = [
     "CostPart",
+    "GapPart",
     "MethodPart",
     "MetricPart",
     "ModelPart",
@@ -14,4 +24,5 @@ __all__ = [
     "load",
     "run_id",
     "samples",
+    "unreal",
 ]

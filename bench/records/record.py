@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = 1
 ID_DIGITS = 12
+UNREAL = frozenset({"zeroed", "masked"})
 
 
 class _Part(BaseModel):
@@ -29,13 +31,18 @@ class ModelPart(_Part):
 
 
 class MethodPart(_Part):
-    """One method as applied: its knobs, how its saving is realised, and its own numbers."""
+    """One method as applied: its knobs, how its saving is realised, and its own numbers.
+
+    `seconds` is what applying it took, calibration included, `peak_bytes` the memory that this
+    needed at most above what was held before; None where memory was not measured.
+    """
 
     name: str
     config: dict[str, Any]
     saving: str
     report: dict[str, Any]
     seconds: float
+    peak_bytes: int | None = None
 
 
 class MetricPart(_Part):
@@ -56,7 +63,10 @@ class MetricPart(_Part):
 
 
 class CostPart(_Part):
-    """One number of cost: what of, which quantity, in which unit, and how it was had."""
+    """One number of cost: what of, which quantity, in which unit, and how it was had.
+
+    `note` is what a reader must know before using it, such as that the machine was loaded.
+    """
 
     scope: str
     quantity: str
@@ -64,6 +74,15 @@ class CostPart(_Part):
     value: float
     how: Literal["counted", "measured", "analytic"]
     parts: dict[str, float] = Field(default_factory=dict)
+    note: str | None = None
+
+
+class GapPart(_Part):
+    """One number of cost that is not there, and why: never a zero in its place."""
+
+    scope: str
+    quantity: str
+    reason: str
 
 
 class Record(_Part):
@@ -82,6 +101,7 @@ class Record(_Part):
     methods: tuple[MethodPart, ...]
     metrics: tuple[MetricPart, ...]
     costs: tuple[CostPart, ...]
+    gaps: tuple[GapPart, ...] = ()
     provenance: dict[str, Any]
 
     @property
@@ -96,10 +116,24 @@ class Record(_Part):
         found = [m for m in self.metrics if m.task == task and m.headline]
         return found[0] if found else None
 
+    def gap(self, quantity: str, scope: str) -> GapPart | None:
+        """Why one cost of this run is missing, or None when it is there or was not asked for."""
+        found = [g for g in self.gaps if g.quantity == quantity and g.scope == scope]
+        return found[0] if found else None
+
     def cost(self, quantity: str, scope: str = "model") -> CostPart | None:
         """One cost of this run, or None when it was not counted."""
         found = [c for c in self.costs if c.quantity == quantity and c.scope == scope]
         return found[0] if found else None
+
+
+def unreal(methods: Sequence[MethodPart]) -> str | None:
+    """Return the word for weights that are all still computed (`masked`, `zeroed`), else None.
+
+    A run of such methods alone claims no gain in time or memory.
+    """
+    savings = dict.fromkeys(method.saving for method in methods)
+    return "+".join(savings) if savings and savings.keys() <= UNREAL else None
 
 
 def run_id(inputs: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bench.reporting.costs import print_costs
 from bench.reporting.terminal import console, print_rows
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def print_record(record: Record) -> None:
             f"method {method.name}: weights {method.saving}, {method.seconds:.2f} s ({knobs})"
         )
     print_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
-    print_rows([c.model_dump(exclude={"parts"}) for c in record.costs], "costs")
+    rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]
+    print_rows(rows, "all costs")
+    print_costs(record)
 
 
 def _metric_row(record: Record, index: int) -> dict[str, object]:

@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from bench.measurement.stages import DECODE, FORWARD, PREFILL
+from bench.records import unreal
+from bench.reporting.costs import gain, measured, print_costs
 from bench.reporting.terminal import console, quantity
 
 if TYPE_CHECKING:
-    from bench.records import MetricPart, Record
+    from bench.records import CostPart, MetricPart, Record
 
 RUNS_A_TABLE = 7
 UNBOUNDED = 100_000
@@ -23,13 +26,21 @@ PERCENT_METRICS = frozenset(
     | {"mme_perception_share"}
 )
 COSTS = ("parameters", "nonzero_parameters")
-WORK = {"flops": "FLOP", "cache_bytes": "B", "seconds": "s", "method_seconds": "s in the method"}
+WORK = {
+    "flops": "FLOP",
+    "cache_bytes": "B in the cache",
+    "seconds": "s",
+    "method_seconds": "s in the method",
+}
 """Costs of one forward or prefill, which has its shapes in its scope, and their units."""
-UNREAL = frozenset({"zeroed", "masked"})
+HEADLINES = (FORWARD, PREFILL, DECODE)
+"""Stages whose speed-up belongs in the summary; the table of costs has all of them."""
 
 
 def print_summary(records: Sequence[Record], reused: int = 0) -> None:
     """Print accuracies in % with their standard errors, perplexities, parameters and work.
+
+    A table of costs follows for each run in which they were measured.
 
     Runs of one model on one benchmark share a table; what exceeds seven runs, or the width of the
     terminal, goes on in further ones, so that no number is cut.
@@ -47,6 +58,8 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
             table, shown = _widest(f"{model} on {benchmark}", ordered, out)
             out.print(table)
             ordered = ordered[shown:]
+    for record in records:
+        print_costs(record)
     done = f"{len(records)} runs" if len(records) != 1 else f"run {records[0].id}"
     again = f", {reused} of them already recorded" if reused and len(records) != 1 else ""
     again = ", already recorded" if reused and len(records) == 1 else again
@@ -81,6 +94,8 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     for (scope, name), unit in _work(records).items():
         cells = (_work_cell(record, name, scope) for record in records)
         table.add_row(f"{scope} {unit}", *cells)
+    for scope in _headlines(records):
+        table.add_row(f"{scope} speed-up (of theory)", *(gain(record, scope) for record in records))
     table.add_row("weights are", *(_saving(record) for record in records))
     table.add_row("run", *(record.id[:8] for record in records))
     return table
@@ -110,17 +125,32 @@ def _count(record: Record, name: str) -> str:
 
 def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
     """Return scope and quantity of the work that any of the runs has, with its unit."""
-    costs = [cost for record in records for cost in record.costs if cost.quantity in WORK]
-    return {(cost.scope, cost.quantity): WORK[cost.quantity] for cost in costs}
+    return {
+        (cost.scope, cost.quantity): WORK[cost.quantity]
+        for record in records
+        for cost in record.costs
+        if cost.quantity in WORK and not _is_quick(cost, record)
+    }
+
+
+def _is_quick(cost: CostPart, record: Record) -> bool:
+    """Whether a time was taken along with a count, and measured with more care besides."""
+    return cost.quantity.endswith("seconds") and bool(record.cost("latency", cost.scope))
 
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
     """Write one cost; a time that only masks or zeros could have changed is not a gain."""
     cost = record.cost(name, scope)
     if cost is not None and name.endswith("seconds"):
-        unreal = record.methods and {method.saving for method in record.methods} <= UNREAL
-        return _saving(record) if unreal else f"{cost.value:.4f}"
+        return unreal(record.methods) or f"{cost.value:.4f}"
     return quantity(cost.value if cost else None)
+
+
+def _headlines(records: Sequence[Record]) -> list[str]:
+    """Return the scopes whose gain belongs in this table: the first shape of three stages."""
+    scopes = list(dict.fromkeys(scope for record in records for scope in measured(record)))
+    found = (next((s for s in scopes if s.startswith(stage)), None) for stage in HEADLINES)
+    return [scope for scope in found if scope is not None]
 
 
 def _saving(record: Record) -> str:

@@ -6,6 +6,7 @@ and its failure never fails a run. All its files stay inside the results folder.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,8 +56,9 @@ def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:
     """Write summary, tables and artifact of one record into a W&B run."""
     run.summary.update(summary(record))
     metrics = [m.model_dump() for m in record.metrics]
-    costs = [c.model_dump(exclude={"parts"}) for c in record.costs]
-    for name, rows in (("metrics", metrics), ("costs", costs)):
+    costs = [{**c.model_dump(), "parts": json.dumps(c.parts)} for c in record.costs]
+    gaps = [g.model_dump() for g in record.gaps]
+    for name, rows in (("metrics", metrics), ("costs", costs), ("gaps", gaps)):
         if rows:
             columns = list(rows[0])
             data = [[row[column] for column in columns] for row in rows]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import torch
 
-from bench.device import synchronize
+from bench.device.clock import Clock
 from bench.models.multimodal import Samples
 from methods.visual_tokens.engine import Engine
 
@@ -38,9 +37,8 @@ class Stopwatch:
         return statistics.median(planned) / statistics.median(dense)
 
     def _seconds(self) -> float:
-        device = next(self._engine.network.parameters()).device
-        synchronize(device)
-        began = time.perf_counter()
+        clock = Clock(next(self._engine.network.parameters()).device)
+        clock.mark()
         self._engine.network(**self._call, use_cache=True, logits_to_keep=1)
-        synchronize(device)
-        return time.perf_counter() - began
+        clock.mark()
+        return clock.laps()[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store
+from bench.records import CostPart, GapPart, MethodPart, MetricPart, ModelPart, Record, Store
 from bench.tracking import TrackerConfig, track
 from bench.tracking import wandb as tracker
 
@@ -23,7 +23,14 @@ def record():
             parameters=7, bytes=28,
         ),
         methods=(), metrics=(metric,), provenance={},
-        costs=(CostPart(scope="model", quantity="bytes", unit="B", value=28.0, how="counted"),),
+        costs=(
+            CostPart(scope="model", quantity="bytes", unit="B", value=28.0, how="counted"),
+            CostPart(
+                scope="prefill 1x8", quantity="latency", unit="s", value=0.5, how="measured",
+                parts={"p10": 0.25, "p90": 0.75}, note="the machine was loaded",
+            ),
+        ),
+        gaps=(GapPart(scope="1x8", quantity="energy", reason="no counter"),),
     )  # fmt: skip
 
 
@@ -81,6 +88,18 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
     assert artifacts or f"record-{record.id}" in names
     assert "record.json" in names
     assert "samples.parquet" in names
+    assert summary["cost/prefill 1x8/latency"] == "0.5"
+    tables = {
+        file.name.partition("_")[0]: json.loads(file.read_text())
+        for file in (store.root / "wandb_home").rglob("*.table.json")
+        if "media" in file.parts
+    }
+    costs = [
+        dict(zip(tables["costs"]["columns"], row, strict=True)) for row in tables["costs"]["data"]
+    ]
+    assert costs[1]["note"] == "the machine was loaded"
+    assert json.loads(costs[1]["parts"]) == {"p10": 0.25, "p90": 0.75}
+    assert tables["gaps"]["data"] == [["1x8", "energy", "no counter"]]
 
 
 def test_two_records_in_one_process_are_two_runs(store, record):

@@ -1,7 +1,8 @@
 """The one layer that knows devices: choice, seeds, synchronisation, memory, description.
 
 Nothing else in the package asks whether there is a GPU. Paths for CUDA are written for real;
-README says which of them have run on one.
+README says which of them have run on one. Instruments for measuring have files of their own here:
+a clock, peaks of memory, meters of energy, and what else the machine was doing.
 """
 
 from __future__ import annotations

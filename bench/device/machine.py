@@ -1,0 +1,135 @@
+"""What else a machine was doing while something was measured: threads, clocks, load.
+
+The load average looks back a minute and counts the measurement itself. Here the processor times of
+the cores that this process may use are compared with its own: what is left was somebody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import psutil
+import torch
+
+from bench.device.nvml import Board
+from bench.device.unavailable import Unavailable
+
+Answer = TypeVar("Answer")
+
+TOLERATED = 0.1
+"""The share of the cores we need that others may take before a machine counts as loaded."""
+NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as user time already
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A machine during a measurement.
+
+    `cores` are those that this process may use, `others` how many of them were busy with something
+    else on average, `needed` how many the measurement wants; clocks in MHz, None where unknown.
+    """
+
+    threads: int
+    cores: int
+    needed: int
+    others: float
+    cpu_mhz: float | None
+    gpu_mhz: float | None
+    slowed: str | None
+
+    @property
+    def fault(self) -> str | None:
+        """Why what was measured meanwhile is not to be trusted; None on a quiet machine."""
+        if self.slowed:
+            return f"the GPU was {self.slowed}"
+        if self.cores - self.others < (1 - TOLERATED) * self.needed:
+            return f"the machine was loaded: others kept {self.others:.1f} of {self.cores} cores"
+        return None
+
+    def numbers(self) -> dict[str, float]:
+        """Return what is known, for a record."""
+        known = {
+            "threads": float(self.threads),
+            "cores": float(self.cores),
+            "cores_of_others": round(self.others, 3),
+            "cpu_mhz": self.cpu_mhz,
+            "gpu_mhz": self.gpu_mhz,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+class Watch:
+    """Watches the machine while a `with` block lasts; `reading` is what it saw."""
+
+    reading: Reading
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._board = _board(device)
+
+    def __enter__(self) -> Self:
+        self._busy, self._own, self._whole = _times()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        busy, own, whole = _times()
+        passed = max(whole - self._whole, 1e-9) / len(_cores())
+        others = (busy - self._busy - (own - self._own)) / passed
+        threads = torch.get_num_threads()
+        # A GPU is fed by one thread; on a CPU every thread wants a core.
+        needed = 1 if self._device.type == "cuda" else min(threads, len(_cores()))
+        self.reading = Reading(
+            threads=threads,
+            cores=len(_cores()),
+            needed=needed,
+            others=min(max(others, 0.0), float(len(_cores()))),
+            cpu_mhz=_cpu_megahertz(),
+            gpu_mhz=_asked(self._board, Board.megahertz),
+            slowed=_asked(self._board, Board.slowed),
+        )
+
+
+def _cores() -> list[int]:
+    """Return the cores that this process may use."""
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):
+        return list(process.cpu_affinity())
+    return list(range(psutil.cpu_count() or 1))  # macOS has no affinity
+
+
+def _times() -> tuple[float, float, float]:
+    """Return seconds since boot, over our cores: busy, busy with this process, and all."""
+    per_core = psutil.cpu_times(percpu=True)
+    times = [per_core[core]._asdict() for core in _cores() if core < len(per_core)]
+    whole = sum(sum(v for k, v in each.items() if not k.startswith("guest")) for each in times)
+    busy = sum(sum(v for k, v in each.items() if k not in NOT_BUSY) for each in times)
+    own = psutil.Process().cpu_times()
+    return busy, own.user + own.system, whole
+
+
+def _cpu_megahertz() -> float | None:
+    frequency = psutil.cpu_freq()
+    return None if frequency is None else float(frequency.current)
+
+
+def _board(device: torch.device) -> Board | None:
+    try:
+        return Board(device) if device.type == "cuda" else None
+    except Unavailable:
+        return None
+
+
+def _asked(board: Board | None, question: Callable[[Board], Answer]) -> Answer | None:
+    """Return the board's answer, None where it has none."""
+    try:
+        return None if board is None else question(board)
+    except Unavailable:
+        return None

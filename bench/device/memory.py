@@ -1,0 +1,180 @@
+"""How much memory a stretch of work needs at its highest point, above what was held before it.
+
+On a GPU PyTorch's allocator knows it exactly. On Linux the kernel keeps the highest resident set
+of the process and lets us set that mark back, so no short peak is missed; it counts whole pages,
+with an error of some hundred KiB. Elsewhere the resident set is sampled through psutil, which can
+miss a peak that is shorter than the time between two samples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import psutil
+import torch
+
+SAMPLE_SECONDS = 0.002
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
+
+
+class Gauge(Protocol):
+    """Where the bytes in use are read; `how` says so in a few words."""
+
+    how: str
+
+    def now(self) -> int:
+        """Return the bytes in use."""
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+
+    def peak(self) -> int:
+        """Return the most bytes in use since the last reset."""
+
+    def close(self) -> None:
+        """Stop watching."""
+
+
+class Peak:
+    """Watches memory while a `with` block lasts; `above` is the highest point over the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._gauge: Gauge | None = None
+        self._before = 0
+        self.above = 0
+        self.how = ""
+
+    def __enter__(self) -> Self:
+        _give_back(self._device)
+        self._gauge = _gauge(self._device)
+        self.how = self._gauge.how
+        self._before = self._gauge.now()
+        self._gauge.reset()
+        return self
+
+    def restart(self) -> None:
+        """Forget the peak so far, but not what was held when the block began."""
+        assert self._gauge is not None
+        _give_back(self._device)
+        self._gauge.reset()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._gauge is not None
+        self.above = max(self._gauge.peak() - self._before, 0)
+        self._gauge.close()
+
+
+def is_exhausted(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _give_back(device: torch.device) -> None:
+    """Return memory that is free to the system, so that using it again is seen.
+
+    The CPU's allocator keeps what was freed; a peak within it would not show in the resident set.
+    PyTorch's own on a GPU counts what tensors use, whatever it keeps.
+    """
+    gc.collect()
+    if device.type != "cuda" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # glibc's
+            trim(0)
+
+
+def _gauge(device: torch.device) -> Gauge:
+    if device.type == "cuda":
+        return _Allocator(device)
+    return _HighWater() if _HighWater.works() else _Sampled()
+
+
+class _Allocator:
+    """PyTorch's caching allocator: what tensors hold, without what it keeps for later."""
+
+    how = "torch's allocator"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def close(self) -> None:
+        pass
+
+
+class _HighWater:
+    """The kernel's own mark of the highest resident set."""
+
+    how = "the kernel's mark of the highest resident set"
+
+    @classmethod
+    def works(cls) -> bool:
+        """Whether this kernel has such a mark and lets us set it back."""
+        try:
+            CLEAR.write_text(CLEAR_PEAK)
+        except OSError:
+            return False
+        return "VmHWM" in STATUS.read_text()
+
+    def now(self) -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    def reset(self) -> None:
+        CLEAR.write_text(CLEAR_PEAK)
+
+    def peak(self) -> int:
+        (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+
+    def close(self) -> None:
+        pass
+
+
+class _Sampled:
+    """The resident set, read again and again by a thread of its own."""
+
+    how = f"the resident set, sampled every {SAMPLE_SECONDS * 1e3:g} ms"
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._highest = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def now(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    def reset(self) -> None:
+        self._highest = self.now()
+
+    def peak(self) -> int:
+        return max(self._highest, self.now())
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._highest = max(self._highest, self.now())

@@ -1,0 +1,78 @@
+"""Energy of a call: a counter read before and after many calls in a row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from bench.device import synchronize
+from bench.device.energy import Meter, meter
+from bench.device.machine import Watch
+from bench.device.unavailable import Unavailable
+from bench.measurement.cost import Cost
+from bench.measurement.gap import Gap
+from bench.measurement.stages import FORWARD, PREFILL, WHOLE
+from bench.measurement.subject import Rows, Subject
+from bench.measurement.workload import Answering, Workload
+
+WINDOWS = 3
+
+
+@torch.no_grad()
+def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
+    """Yield the joules of one call and, beside them, the dense model's; a gap without a counter."""
+    device = subject.model.device
+    try:
+        counter = meter(device)
+    except Unavailable as reason:
+        yield Gap(work.shape, "energy", str(reason))
+        return
+    inputs = work.on(device)
+    forwards = [partial(work.forward, network, inputs) for network in subject.networks]
+    stages: dict[str, Sequence[Callable[[], object]]] = {FORWARD: forwards}
+    if isinstance(work, Answering):
+        answers = [partial(work.answer, network, inputs) for network in subject.networks]
+        stages = {PREFILL: forwards, WHOLE: answers}
+    for stage, calls in stages.items():
+        with Watch(device) as watch:
+            spent = joules(calls, counter, device, seconds)
+        note = "; ".join(filter(None, (counter.how, watch.reading.fault)))
+        parts = {"dense": spent[1]} if subject.dense else {}
+        scope = f"{stage} {work.shape}"
+        yield Cost(scope, "energy", "J", spent[0], "measured", parts, note)
+        if subject.no_gain:
+            yield Gap(scope, "energy_saved", subject.no_gain)
+        elif subject.dense:
+            saved = 1 - spent[0] / spent[1]
+            yield Cost(scope, "energy_saved", "1", saved, "measured", note=note)
+
+
+def joules(
+    calls: Sequence[Callable[[], object]], meter: Meter, device: torch.device, seconds: float
+) -> list[float]:
+    """Return the joules of one call of each contestant: the median over windows taken in turn.
+
+    A window lasts at least `seconds`, since a GPU's counter moves only every tenth of a second.
+    """
+    kept: list[list[float]] = [[] for _ in calls]
+    for _ in range(WINDOWS):
+        for call, found in zip(calls, kept, strict=True):
+            found.append(_window(call, meter, device, seconds))
+    return [statistics.median(found) for found in kept]
+
+
+def _window(
+    call: Callable[[], object], meter: Meter, device: torch.device, seconds: float
+) -> float:
+    """Repeat a call until the time is over; return the joules of one."""
+    synchronize(device)
+    before, began, count = meter.joules(), time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        call()
+        synchronize(device)
+        count += 1
+    return (meter.joules() - before) / count

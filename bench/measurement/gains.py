@@ -1,0 +1,111 @@
+"""The times of a model beside the dense one's: the gain, and how much of it was to be expected.
+
+Suffixes: N networks, the measured one first; R rounds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.measurement import latency
+from bench.measurement.cache import held
+from bench.measurement.config import TimingConfig
+from bench.measurement.cost import Cost
+from bench.measurement.gap import Gap
+from bench.measurement.interleaving import interleave
+from bench.measurement.limits import Limits
+from bench.measurement.ratio import paired_ratio
+from bench.measurement.stages import DECODE, FORWARD, PREFILL
+from bench.measurement.subject import Rows, Subject
+from bench.measurement.traffic import bytes_read
+from bench.measurement.workload import Answering, Workload
+
+LEAST_SAVED = 0.05
+"""Of the FLOPs: below it the share that was realised would be noise over almost nothing."""
+
+
+def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | None) -> Rows:
+    """Yield, stage by stage, seconds, gain, and the shares of theory and of the device's limit."""
+    device = subject.model.device
+    flops = [latency.work_of(network, device, work) for network in subject.networks]
+    bytes = _bytes_read(subject, work) if best else {}
+    contestants = [latency.contestant(network, device, work) for network in subject.networks]
+    rounds = interleave(contestants, device, timing)
+    said = {"rounds": float(timing.rounds), "warm_up": float(rounds.warm_up)}
+    said |= rounds.machine.numbers()
+    for stage, seconds_NR in rounds.seconds.items():
+        scope, own = f"{stage} {work.shape}", _percentiles(seconds_NR[0])
+        done = [found.get(stage) for found in flops]
+        parts = own | said | ({"flops": done[0]} if done[0] else {})
+        if subject.dense:
+            beside = _percentiles(seconds_NR[1])
+            parts |= {f"dense_{name}": value for name, value in beside.items()}
+        yield Cost(scope, "latency", "s", own["p50"], "measured", parts, rounds.note)
+        if subject.no_gain:
+            yield Gap(scope, "speedup", subject.no_gain)
+        elif subject.dense:
+            left = done[0] / done[1] if done[0] and done[1] else None
+            yield from _gain(scope, seconds_NR, left, rounds.note)
+        if best and stage in bytes and done[0]:
+            needs = {"flops": done[0], "bytes": bytes[stage]}
+            share = best.least_seconds(**needs) / own["p50"]
+            yield Cost(scope, "limit_share", "1", share, "measured", needs, rounds.note)
+    yield from _overhead(subject, work, rounds.note)
+
+
+def _gain(
+    scope: str, seconds_NR: NDArray[np.float64], left: float | None, note: str | None
+) -> Rows:
+    """Yield the speed-up and, of the share of FLOPs saved, the share that time was saved too.
+
+    `left` is the share of FLOPs that is left, None if they could not be counted. 1 means that time
+    fell as FLOPs did, 0 that it did not fall at all; below 0 the model is slower than the dense one.
+    """
+    ratio = paired_ratio(seconds_NR[1], seconds_NR[0])
+    parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
+    yield Cost(scope, "speedup", "1", ratio.value, "measured", parts, note)
+    if left is None:
+        yield Gap(scope, "realised", "an operator whose FLOPs are not known")
+        return
+    if 1 - left < LEAST_SAVED:
+        yield Gap(scope, "realised", f"under {100 * LEAST_SAVED:g} % of FLOPs saved")
+        return
+    shares = {
+        name: (1 - 1 / gain) / (1 - left)
+        for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
+    }
+    yield Cost(scope, "realised", "1", shares.pop("middle"), "measured", shares, note)
+
+
+def _overhead(subject: Subject, work: Workload, note: str | None) -> Rows:
+    """Yield what a method's own choices take of a prefill, where it makes any."""
+    seconds = latency.overhead(subject.model, work)
+    if seconds:
+        found = _percentiles(np.array(seconds))
+        scope = f"{PREFILL} {work.shape}"
+        yield Cost(scope, "method_latency", "s", found["p50"], "measured", found, note)
+
+
+@torch.no_grad()
+def _bytes_read(subject: Subject, work: Workload) -> dict[str, float]:
+    """Return the bytes that each stage's calls read at least; decoding reads the prompt's cache."""
+    model, inputs = subject.model, work.on(subject.model.device)
+    network, anatomy = model.network, model.anatomy
+    single = bytes_read(network, anatomy, lambda _: work.forward(network, inputs))
+    if not isinstance(work, Answering):
+        return {FORWARD: single}
+    cache = held(work.forward(network, inputs).past_key_values)
+    step = bytes_read(
+        network,
+        anatomy,
+        # The prefill is over when the first token is there.
+        lambda forget: work.answer(network, inputs, lambda n: forget() if n == 1 else None),
+    )
+    return {PREFILL: single, DECODE: step + cache}
+
+
+def _percentiles(seconds_R: NDArray[np.float64]) -> dict[str, float]:
+    low, middle, high = np.percentile(seconds_R, [10, 50, 90])
+    return {"p10": float(low), "p50": float(middle), "p90": float(high)}

@@ -1,0 +1,61 @@
+"""Memory of a model at work: weights on disk, cache per token, and the highest point of a call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from bench.device.memory import Peak
+from bench.measurement.cache import held
+from bench.measurement.cost import Cost
+from bench.measurement.stages import DECODE, FORWARD, PREFILL
+from bench.measurement.subject import Rows
+from bench.measurement.workload import Answering, Workload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bench.models.model import Model
+
+
+@torch.no_grad()
+def rows(model: Model, work: Workload) -> Rows:
+    """Yield the highest point of each stage and what the cache holds, from calls apart.
+
+    A peak is the weights and what a call needed above what was held before it, as if the model
+    were alone: the dense one beside it does not count.
+    """
+    inputs, network = work.on(model.device), model.network
+    with Peak(model.device) as peak:
+        made = work.forward(network, inputs)
+    if not isinstance(work, Answering):
+        yield _peak(network, f"{FORWARD} {work.shape}", peak)
+        return
+    prefill, decode = f"{PREFILL} {work.shape}", f"{DECODE} {work.shape}"
+    yield _peak(network, prefill, peak)
+    filled = held(made.past_key_values)
+    del made
+    with Peak(model.device) as peak:
+        # What the prefill needed is not the decoding's.
+        cache = work.answer(network, inputs, lambda n: peak.restart() if n == 1 else None)
+    yield _peak(network, decode, peak)
+    yield Cost(prefill, "cache_bytes", "B", filled, "counted")
+    each = (held(cache) - filled) / (work.new_tokens - 1) / work.batch
+    yield Cost(decode, "cache_bytes_per_token", "B", each, "counted")
+
+
+def disk_bytes(network: nn.Module) -> int:
+    """Return the bytes of the network's weights as safetensors hold them, tied ones once."""
+    kept = {
+        (tensor.data_ptr() if tensor.numel() and not tensor.is_meta else id(tensor)): tensor
+        for tensor in network.state_dict(keep_vars=True).values()
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
+def _peak(network: nn.Module, scope: str, peak: Peak) -> Cost:
+    tensors = (*network.parameters(), *network.buffers())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    parts = {"weights": float(weights), "above": float(peak.above)}
+    return Cost(scope, "peak_bytes", "B", weights + peak.above, "measured", parts, peak.how)

@@ -1,0 +1,177 @@
+"""What a run costs at work, as one table: a line for every stage and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from bench.measurement.stages import STAGES
+from bench.reporting.terminal import console, quantity
+
+if TYPE_CHECKING:
+    from bench.records import CostPart, Record
+
+MARKED = " *"
+MODEL = {"bytes": "weights in memory", "disk_bytes": "on disk"}
+DEVICE = {"matrix_rate": ("matrix product", "FLOP/s"), "copy_bandwidth": ("copy", "B/s")}
+
+
+def print_costs(record: Record) -> None:
+    """Print what was measured of a run, what was not and why, and what to beware of."""
+    scopes = measured(record)
+    if not scopes and not record.gaps:
+        return
+    threads = record.environment.get("threads")
+    out = console()
+    title = f"costs of {record.label}: {record.model.name}, run {record.id[:8]}, threads: {threads}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
+    columns = {heading: cell for heading, cell in COLUMNS.items() if _any(record, scopes, cell)}
+    table.add_column("", overflow="fold")
+    for heading in columns:
+        table.add_column(heading, justify="right", overflow="fold")
+    for scope in scopes:
+        table.add_row(scope, *(cell(record, scope) for cell in columns.values()))
+    out.print(table)
+    for line in (*_held(record), *_notes(record), *_gaps(record)):
+        out.print(line, soft_wrap=True)
+
+
+def measured(record: Record) -> list[str]:
+    """Return the scopes of a record that tell of a call at work, in order of appearance."""
+    stages = tuple(f"{stage} " for stage in STAGES)
+    quantities = ("latency", "peak_bytes", "energy")
+    found = (c.scope for c in record.costs if c.quantity in quantities)
+    return list(dict.fromkeys(scope for scope in found if scope.startswith(stages)))
+
+
+def gain(record: Record, scope: str) -> str:
+    """Write a speed-up with the share of the theoretical gain that it is: `1.31 (62 %)`."""
+    missing = record.gap("speedup", scope)
+    found = record.cost("speedup", scope)
+    if found is None:
+        return missing.reason if missing else "-"
+    share = record.cost("realised", scope)
+    of_theory = f" ({100 * share.value:.0f} %)" if share else ""
+    return f"{found.value:.2f}{of_theory}{MARKED if found.note else ''}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time with three digits: 31.2 ms."""
+    for factor, unit in ((1, "s"), (1e-3, "ms")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _latency(record: Record, scope: str) -> str:
+    cost = record.cost("latency", scope)
+    if cost is None:
+        return "-"
+    mark = MARKED if cost.note else ""
+    return f"{_spread(cost, '')}{mark}"
+
+
+def _dense(record: Record, scope: str) -> str:
+    cost = record.cost("latency", scope)
+    return "-" if cost is None or "dense_p50" not in cost.parts else _spread(cost, "dense_")
+
+
+def _spread(cost: CostPart, prefix: str) -> str:
+    """Write a median with the tenth and the ninetieth percentile."""
+    low, middle, high = (cost.parts[f"{prefix}{name}"] for name in ("p10", "p50", "p90"))
+    return f"{duration(middle)} ({duration(low)} to {duration(high)})"
+
+
+def _speedup(record: Record, scope: str) -> str:
+    cost = record.cost("speedup", scope)
+    if cost is None:
+        missing = record.gap("speedup", scope)
+        return missing.reason if missing else "-"
+    return f"{cost.value:.3f} ({cost.parts['low']:.3f} to {cost.parts['high']:.3f})"
+
+
+def _theory(record: Record, scope: str) -> str:
+    cost = record.cost("speedup", scope)
+    return "-" if cost is None or "theory" not in cost.parts else f"{cost.parts['theory']:.3f}"
+
+
+def _realised(record: Record, scope: str) -> str:
+    cost = record.cost("realised", scope)
+    if cost is None:
+        missing = record.gap("realised", scope)
+        return missing.reason if missing else "-"
+    return f"{100 * cost.value:.0f} %"
+
+
+def _limit(record: Record, scope: str) -> str:
+    cost = record.cost("limit_share", scope)
+    return "-" if cost is None else f"{100 * cost.value:.0f} %"
+
+
+def _method(record: Record, scope: str) -> str:
+    cost = record.cost("method_latency", scope)
+    return "-" if cost is None else duration(cost.value)
+
+
+def _peak(record: Record, scope: str) -> str:
+    cost = record.cost("peak_bytes", scope)
+    return "-" if cost is None else f"{quantity(cost.value)}B"
+
+
+def _energy(record: Record, scope: str) -> str:
+    cost = record.cost("energy", scope)
+    return "-" if cost is None else f"{cost.value:.3g} J"
+
+
+Cell = Callable[["Record", str], str]
+COLUMNS: dict[str, Cell] = {
+    "median (p10 to p90)": _latency,
+    "dense": _dense,
+    "speed-up (99 %)": _speedup,
+    "in theory": _theory,
+    "realised": _realised,
+    "of device limit": _limit,
+    "in the method": _method,
+    "peak memory": _peak,
+    "energy": _energy,
+}
+
+
+def _any(record: Record, scopes: list[str], cell: Cell) -> bool:
+    """Whether a column says anything about this record."""
+    return any(cell(record, scope) != "-" for scope in scopes)
+
+
+def _held(record: Record) -> Iterator[str]:
+    """Say what is held in memory and on disk, and what the device can do."""
+    model = {name: record.cost(key) for key, name in MODEL.items()}
+    said = [f"{name} {quantity(cost.value)}B" for name, cost in model.items() if cost]
+    each = next((c for c in record.costs if c.quantity == "cache_bytes_per_token"), None)
+    if each:
+        said.append(f"cache per generated token {quantity(each.value)}B")
+    if said:
+        yield "; ".join(said)
+    rates = {key: record.cost(key, "device") for key in DEVICE}
+    can = [f"{DEVICE[k][0]} {quantity(c.value)}{DEVICE[k][1]}" for k, c in rates.items() if c]
+    if can:
+        yield f"this device at its best: {'; '.join(can)}"
+
+
+def _notes(record: Record) -> Iterator[str]:
+    """Say once what the marks mean."""
+    notes = (c.note for c in record.costs if c.quantity == "latency" and c.note)
+    for note in dict.fromkeys(notes):
+        yield f"{MARKED.strip()} {note}"
+
+
+def _gaps(record: Record) -> Iterator[str]:
+    """Say what is missing and why, one line a reason; gains have their reason in the table."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for gap in record.gaps:
+        if gap.quantity not in ("speedup", "realised"):
+            by_reason.setdefault((gap.quantity, gap.reason), []).append(gap.scope)
+    for (missing, reason), scopes in by_reason.items():
+        yield f"no {missing.replace('_', ' ')} of {', '.join(scopes)}: {reason}"

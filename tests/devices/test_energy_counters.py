@@ -1,0 +1,130 @@
+"""Energy counters: NVML at its module boundary, RAPL as the kernel lays out its files."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from bench.device import energy
+from bench.device.machine import Watch
+from bench.device.nvml import Board
+from bench.device.unavailable import Unavailable
+
+GPU = torch.device("cuda:0")
+CPU = torch.device("cpu")
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """A stand-in for nvidia-ml-py with one board of a known UUID."""
+    module = ModuleType("pynvml")
+    module.millijoules, module.reasons = iter([1000, 5000, 12500]), 0
+    module.NVMLError, module.NVML_CLOCK_SM = NVMLError, 1
+
+    def handle(uuid):
+        if uuid != "GPU-1234":
+            raise NVMLError("Not Found")
+        return "board"
+
+    module.nvmlInit = lambda: None
+    module.nvmlDeviceGetHandleByUUID = handle
+    module.nvmlDeviceGetTotalEnergyConsumption = lambda board: next(module.millijoules)
+    module.nvmlDeviceGetClockInfo = lambda board, kind: {1: 1980}[kind]
+    module.nvmlDeviceGetCurrentClocksThrottleReasons = lambda board: module.reasons
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    properties = SimpleNamespace(uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return module
+
+
+def test_millijoules_of_the_board_become_joules(nvml):
+    counter = energy.meter(GPU)
+    assert counter.joules() == 5.0
+    assert counter.joules() == 12.5
+    assert "board" in counter.how
+
+
+def test_a_gpu_without_the_counter_is_a_reason_and_no_zero(nvml):
+    def unsupported(board):
+        raise NVMLError("Not Supported")
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
+    with pytest.raises(Unavailable, match=r"this GPU has no energy counter \(Not Supported\)"):
+        energy.meter(GPU)
+
+
+def test_a_device_that_nvml_does_not_know_is_named(nvml, monkeypatch):
+    unknown = SimpleNamespace(uuid="MIG-7")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: unknown)
+    with pytest.raises(Unavailable, match="does not answer for GPU-MIG-7"):
+        energy.meter(GPU)
+
+
+def test_a_missing_library_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(Unavailable, match="nvidia-ml-py is not installed"):
+        energy.meter(GPU)
+
+
+def test_clock_and_heat_are_read_and_a_power_cap_is_normal(nvml):
+    board = Board(GPU)
+    assert board.megahertz() == 1980
+    nvml.reasons = 0x04
+    assert board.slowed() is None
+    nvml.reasons = 0x04 | 0x40
+    assert board.slowed() == "slowed by heat"
+    with Watch(GPU) as watch:
+        pass
+    assert watch.reading.gpu_mhz == 1980
+    assert watch.reading.needed == 1
+    assert watch.reading.fault == "the GPU was slowed by heat"
+
+
+@pytest.fixture
+def rapl(tmp_path, monkeypatch):
+    """Two packages, one of them with a zone inside it, as under /sys/class/powercap."""
+    names = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "core"}
+    for zone, name in names.items():
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
+        (tmp_path / zone / "energy_uj").write_text("900000\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("1000000\n")
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    return tmp_path
+
+
+def test_packages_are_added_and_zones_inside_them_are_not(rapl):
+    counter = energy.meter(CPU)
+    assert counter.joules() == 0
+    for zone, value in (("intel-rapl:0", 950000), ("intel-rapl:1", 970000)):
+        (rapl / zone / "energy_uj").write_text(f"{value}\n")
+    (rapl / "intel-rapl:0:0" / "energy_uj").write_text("999999\n")
+    assert counter.joules() == pytest.approx(0.12)
+
+
+def test_a_counter_that_starts_again_at_zero_goes_on_rising(rapl):
+    counter = energy.meter(CPU)
+    (rapl / "intel-rapl:0" / "energy_uj").write_text("100000\n")
+    assert counter.joules() == pytest.approx(0.2)
+    (rapl / "intel-rapl:0" / "energy_uj").write_text("300000\n")
+    assert counter.joules() == pytest.approx(0.4)
+
+
+def test_a_counter_for_root_only_is_a_reason(rapl, monkeypatch):
+    def refuse(file):
+        raise PermissionError(file)
+
+    monkeypatch.setattr(energy, "_read", refuse)
+    with pytest.raises(Unavailable, match="root only"):
+        energy.meter(CPU)
+
+
+def test_a_machine_without_counters_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "RAPL", tmp_path / "nothing")
+    with pytest.raises(Unavailable, match="no energy counter"):
+        energy.meter(CPU)

@@ -1,0 +1,71 @@
+"""`bench run costs=paper`: one table, all of it in the record; wrong shapes are one sentence."""
+
+import json
+
+import pytest
+
+from bench.compose import run_config
+
+TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "warm_up=1", "attempts=1")
+MEASURED = ["costs=paper", *(f"costs.timing.{setting}" for setting in TIMING)]
+SHORT = ["benchmark=perplexity_micro", "ratio=0.5"]
+
+
+@pytest.fixture
+def record(bench):
+    def call(*arguments):
+        code, out, err = bench("run", *SHORT, *MEASURED, *arguments)
+        assert code == 0, err
+        (folder,) = (bench.results / "runs").iterdir()
+        return json.loads((folder / "record.json").read_text()), out
+
+    return call
+
+
+def test_a_run_has_its_measured_costs_in_the_record_and_in_one_table(record):
+    made, out = record("method=camera_p")
+    costs = {(cost["scope"], cost["quantity"]): cost for cost in made["costs"]}
+    speedup = costs["prefill 1x24", "speedup"]
+    assert speedup["parts"]["theory"] > 1.05
+    assert costs["phase applying camera_p", "peak_bytes"]["value"] > 0
+    assert (
+        made["methods"][0]["peak_bytes"] == costs["phase applying camera_p", "peak_bytes"]["value"]
+    )
+    assert costs["model", "disk_bytes"]["value"] < 1.01 * costs["model", "bytes"]["value"]
+    assert "costs of camera_p 0.5: micro_moe" in out
+    assert f"{speedup['value']:.3f}" in out
+
+
+def test_a_zeroed_run_says_so_where_its_gain_would_be(record):
+    made, out = record("method=random_experts", "costs.measure=[latency]")
+    assert not [cost for cost in made["costs"] if cost["quantity"] in ("speedup", "realised")]
+    reasons = {gap["scope"]: gap["reason"] for gap in made["gaps"] if gap["quantity"] == "speedup"}
+    assert reasons["prefill 1x24"] == reasons["decode 1x24"] == "zeroed"
+    (line,) = [row for row in out.splitlines() if row.startswith(" prefill 1x24 speed-up")]
+    assert "zeroed" in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("costs.timing.lengths=[5000]", "micro_moe takes 1024 positions"),
+        ("costs.timing.batches=[0]", "greater than 0"),
+        ("costs.timing.round=9", "did you mean 'costs.timing.rounds'"),
+        ("costs.measure=[speed]", "'latency', 'memory', 'energy' or 'limits'"),
+        ("model.device=cuda:99", "CUDA devices"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench, argument, said):
+    code, out, err = bench("run", "costs=paper", argument)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_how_often_to_measure_is_part_of_a_run_only_where_something_is_measured():
+    def identity(*overrides):
+        return run_config(list(overrides)).identity()
+
+    assert identity() == identity("costs.timing.rounds=99")
+    assert identity("costs=paper") != identity("costs=paper", "costs.timing.rounds=99")
+    assert identity() != identity("costs.measure=[memory]")
