@@ -60,8 +60,9 @@ def _gain(
 ) -> Rows:
     """Yield the speed-up and, of the share of FLOPs saved, the share that time was saved too.
 
-    `left` is the share of FLOPs that is left, None if they could not be counted. 1 means that time
-    fell as FLOPs did, 0 that it did not fall at all; below 0 the model is slower than the dense one.
+    `left` is the share of FLOPs that is left, None if they could not be counted. Of the share that
+    was realised, 1 means that time fell as FLOPs did, 0 that it did not fall at all; below 0 the
+    model is slower than the dense one.
     """
     ratio = paired_ratio(seconds_NR[1], seconds_NR[0])
     parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
