@@ -17,12 +17,14 @@ from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -69,7 +71,8 @@ def alternatives(overrides: list[str]) -> list[list[str]]:
         parser = OverridesParser.create()
         given = [o for o in overrides if not o.startswith("-")]
         base = hydra_compose("config", overrides=_firsts(given), return_hydra_config=True)
-        params = base.hydra.sweeper.get("params") or {}
+        sweeper = base.hydra.sweeper
+        params = sweeper.get("params") or sweeper.get("space") or {}
         texts = [f"{key}={value}" for key, value in params.items()]
         named = {text.split("=")[0] for text in given}
         texts = [text for text in texts if text.split("=")[0] not in named] + given
@@ -77,7 +80,7 @@ def alternatives(overrides: list[str]) -> list[list[str]]:
         for parsed in parser.parse_overrides(texts):
             if parsed.is_sweep_override():
                 key = parsed.get_key_element()
-                choices.append([f"{key}={v}" for v in parsed.sweep_string_iterator()])
+                choices.append([f"{key}={value}" for value in _values(parsed)])
             else:
                 assert parsed.input_line is not None
                 choices.append([parsed.input_line])
@@ -93,17 +96,35 @@ def alternatives(overrides: list[str]) -> list[list[str]]:
     return runs
 
 
+def is_sweep(overrides: list[str]) -> bool:
+    """Whether the arguments ask for a sweep, by a flag or by a recipe whose mode is MULTIRUN."""
+    if {"-m", "--multirun"} & set(overrides):
+        return True
+    given = _firsts([o for o in overrides if not o.startswith("-")])
+    with plainly(overrides), hydra_tree():
+        base = hydra_compose("config", overrides=given, return_hydra_config=True)
+    return base.hydra.mode == RunMode.MULTIRUN
+
+
 def _firsts(overrides: list[str]) -> list[str]:
     """Return the overrides with every sweep reduced to its first value."""
     reduced = []
     for parsed in OverridesParser.create().parse_overrides(overrides):
         if parsed.is_sweep_override():
-            value = next(iter(parsed.sweep_string_iterator()))
-            reduced.append(f"{parsed.get_key_element()}={value}")
+            reduced.append(f"{parsed.get_key_element()}={next(_values(parsed))}")
         else:
             assert parsed.input_line is not None
             reduced.append(parsed.input_line)
     return reduced
+
+
+def _values(parsed: Override) -> Iterator[str]:
+    """Yield what a sweep may set a key to; of an interval its two ends."""
+    if parsed.value_type == ValueType.INTERVAL_SWEEP:
+        interval = parsed.value()
+        yield from (str(interval.start), str(interval.end))
+    else:
+        yield from map(str, parsed.sweep_string_iterator())
 
 
 @contextmanager

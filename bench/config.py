@@ -6,6 +6,7 @@ checked again. Importing this module loads no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class RunConfig(BaseModel):
     offline: bool = False
     force: bool = False
     results_dir: Path = Path("results")
+    packages: tuple[str, ...] = ("methods",)
     objective: str = "average"
 
     @property
@@ -62,6 +64,7 @@ class RunConfig(BaseModel):
         """
         unwanted = {
             "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
+            "packages",
         }  # fmt: skip
         if not self.uses_calibration:
             unwanted.add("calibration")
@@ -87,6 +90,10 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
     """
     chosen = dict(composed)
+    packages = chosen.get("packages", ["methods"])
+    if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
+        raise UserError(f"packages={packages}: name packages, as in packages=[methods,mine]")
+    _refuse_foreign_code(chosen, packages)
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
         raise UserError(f"method={methods!r}: name methods, as in method=[camera_p,camera_q]")
@@ -95,6 +102,25 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         return RunConfig(**chosen)
     except ValidationError as error:
         raise _sentence(error, RunConfig, ()) from None
+
+
+def _refuse_foreign_code(node: Any, packages: Sequence[str], key: str = "") -> None:
+    """Raise for a `_target_`, however deep, outside the packages whose code may run.
+
+    Hydra would import what a `_target_` names, and importing is running.
+    """
+    if isinstance(node, list | tuple):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    for name, inner in node.items():
+        here = f"{key}.{name}" if key else str(name)
+        if name == "_target_" and str(inner).partition(".")[0] not in packages:
+            raise UserError(
+                f"{here}={inner}: code runs only from the packages {', '.join(packages)}; "
+                "name another one in packages=[...]"
+            )
+        _refuse_foreign_code(inner, packages, here)
 
 
 def _method(name: str, knobs: Any) -> Method:

@@ -1,0 +1,1 @@
+"""Where the jobs of a sweep run: Hydra launchers around joblib, submitit and Ray; and which jobs."""
