@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return INTERRUPTED
+    except SystemExit as error:  # how argparse and Hydra end after an answer or a complaint
+        return DONE if error.code in (0, None) else WRONG
     except Exception as error:  # a fault of ours or of a method: one sentence, details in a file
         print(f"bench: failed: {_keep_trace(error)}", file=sys.stderr)
         return FAILED
@@ -184,7 +186,7 @@ def _gc(given: argparse.Namespace) -> int:
     found = find(given.results_dir)
     rows = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in found]
     _table(rows, given.json)
-    if not found or given.json and not given.yes:
+    if not found or (given.json and not given.yes):
         return DONE
     if given.yes or (sys.stdin.isatty() and input("Remove these? [y/N] ").lower() == "y"):
         remove(found)

@@ -1,7 +1,7 @@
 """From command-line overrides to a validated config, with errors that a user can act on.
 
 Hydra's own exceptions are precise but long; `plainly` turns each into one sentence with the
-nearest match. `check_sweep` looks at every alternative of a sweep before the first job starts.
+nearest match.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench.config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown
+from bench.secrets import hide
 
 CONFIG_MODULE = "conf"
 
@@ -49,11 +49,21 @@ def run_config(overrides: list[str]) -> RunConfig:
 
 
 def typed(composed: DictConfig) -> RunConfig:
-    """Resolve a composed config and validate it; secrets cannot be in it, so none leak."""
+    """Resolve a composed config and validate it; a secret in it is refused, so none leaks."""
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
+    _refuse_secrets(plain)
     return validate({str(key): value for key, value in plain.items()})
+
+
+def _refuse_secrets(plain: dict[Any, Any]) -> None:
+    """Raise when a value is a password or token of the user: a record would keep it."""
+    together = "\n".join(str(value) for _, value in _leaves(plain, ""))
+    if hide(together) == together:
+        return
+    key = next(key for key, value in _leaves(plain, "") if hide(str(value)) != str(value))
+    raise UserError(f"{key} holds a password or token of yours, which a record would keep")
 
 
 def options(group: str) -> list[str]:
@@ -62,63 +72,19 @@ def options(group: str) -> list[str]:
         return sorted(name for name in loader.get_group_options(group) if name != "dense")
 
 
-def alternatives(overrides: list[str]) -> list[list[str]]:
-    """Return single runs that together use every alternative of a sweep beside every method.
-
-    One run per alternative rather than their product: a sweep of 200 jobs is checked by a few.
-    """
-    with plainly(overrides), hydra_tree():
-        parser = OverridesParser.create()
-        given = [o for o in overrides if not o.startswith("-")]
-        base = hydra_compose("config", overrides=_firsts(given), return_hydra_config=True)
-        sweeper = base.hydra.sweeper
-        params = sweeper.get("params") or sweeper.get("space") or {}
-        texts = [f"{key}={value}" for key, value in params.items()]
-        named = {text.split("=")[0] for text in given}
-        texts = [text for text in texts if text.split("=")[0] not in named] + given
-        choices: list[list[str]] = []
-        for parsed in parser.parse_overrides(texts):
-            if parsed.is_sweep_override():
-                key = parsed.get_key_element()
-                choices.append([f"{key}={value}" for value in _values(parsed)])
-            else:
-                assert parsed.input_line is not None
-                choices.append([parsed.input_line])
-    methods = next((v for v in choices if v[0].startswith("method=")), [])
-    runs: list[list[str]] = []
-    for method in methods or [""]:
-        # What a method refuses shows only beside that method.
-        mine = [[method] if values is methods else values for values in choices]
-        first = [values[0] for values in mine]
-        runs.append(first)
-        for place, values in enumerate(mine):
-            runs += [[*first[:place], value, *first[place + 1 :]] for value in values[1:]]
-    return runs
-
-
-def is_sweep(overrides: list[str]) -> bool:
-    """Whether the arguments ask for a sweep, by a flag or by a recipe whose mode is MULTIRUN."""
-    if {"-m", "--multirun"} & set(overrides):
-        return True
-    given = _firsts([o for o in overrides if not o.startswith("-")])
-    with plainly(overrides), hydra_tree():
-        base = hydra_compose("config", overrides=given, return_hydra_config=True)
-    return base.hydra.mode == RunMode.MULTIRUN
-
-
-def _firsts(overrides: list[str]) -> list[str]:
+def firsts(overrides: list[str]) -> list[str]:
     """Return the overrides with every sweep reduced to its first value."""
     reduced = []
     for parsed in OverridesParser.create().parse_overrides(overrides):
         if parsed.is_sweep_override():
-            reduced.append(f"{parsed.get_key_element()}={next(_values(parsed))}")
+            reduced.append(f"{parsed.get_key_element()}={next(values_of(parsed))}")
         else:
             assert parsed.input_line is not None
             reduced.append(parsed.input_line)
     return reduced
 
 
-def _values(parsed: Override) -> Iterator[str]:
+def values_of(parsed: Override) -> Iterator[str]:
     """Yield what a sweep may set a key to; of an interval its two ends."""
     if parsed.value_type == ValueType.INTERVAL_SWEEP:
         interval = parsed.value()
@@ -172,7 +138,7 @@ def _bad_key(error: Exception, overrides: list[str]) -> UserError:
 
 def _keys(overrides: list[str]) -> list[str]:
     """Return every dotted key of the config that the other overrides compose."""
-    singles = _firsts([o for o in overrides if not o.startswith("-")])
+    singles = firsts([o for o in overrides if not o.startswith("-")])
     try:
         with hydra_tree():
             composed = hydra_compose("config", overrides=singles)
@@ -180,6 +146,17 @@ def _keys(overrides: list[str]) -> list[str]:
         with hydra_tree():
             composed = hydra_compose("config")
     return list(_walk(OmegaConf.to_container(composed, resolve=False), ""))
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key that holds a value, with the value."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        yield prefix.rstrip("."), node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}{key}.")
 
 
 def _walk(node: Any, prefix: str) -> Iterator[str]:

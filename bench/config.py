@@ -6,7 +6,7 @@ checked again. Importing this module loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from inspect import isabstract
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from bench.measurement.config import CostsConfig
 from bench.method import Method
 from bench.models.config import ModelConfig
 from bench.tracking.config import TrackerConfig
+from bench.trust import refuse_foreign_code
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -93,7 +94,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
     packages = chosen.get("packages", ["methods"])
     if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
         raise UserError(f"packages={packages}: name packages, as in packages=[methods,mine]")
-    _refuse_foreign_code(chosen, packages)
+    refuse_foreign_code(chosen, packages)
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
         raise UserError(f"method={methods!r}: name methods, as in method=[camera_p,camera_q]")
@@ -102,25 +103,6 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         return RunConfig(**chosen)
     except ValidationError as error:
         raise _sentence(error, RunConfig, ()) from None
-
-
-def _refuse_foreign_code(node: Any, packages: Sequence[str], key: str = "") -> None:
-    """Raise for a `_target_`, however deep, outside the packages whose code may run.
-
-    Hydra would import what a `_target_` names, and importing is running.
-    """
-    if isinstance(node, list | tuple):
-        node = dict(enumerate(node))
-    if not isinstance(node, dict):
-        return
-    for name, inner in node.items():
-        here = f"{key}.{name}" if key else str(name)
-        if name == "_target_" and str(inner).partition(".")[0] not in packages:
-            raise UserError(
-                f"{here}={inner}: code runs only from the packages {', '.join(packages)}; "
-                "name another one in packages=[...]"
-            )
-        _refuse_foreign_code(inner, packages, here)
 
 
 def _method(name: str, knobs: Any) -> Method:
@@ -134,7 +116,7 @@ def _method(name: str, knobs: Any) -> Method:
         kind = get_class(knobs["_target_"])
     except Exception as error:
         raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
-    if not issubclass(kind, Method):
+    if not issubclass(kind, Method) or isabstract(kind):
         raise UserError(f"method.{name}._target_={knobs['_target_']} is not a bench.method.Method")
     try:
         method: Method = kind(**fields)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.errors import RunsFailed, UserError
+from bench.errors import RunsFailed, UserError, unknown
 from bench.sweep import Asked, Plan, Result, again, begin, jobs, keep, ran, unfinished
 from bench.sweep.inputs import Inputs
 from bench.sweep.plan import read
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 STUDY = "study.json"
+FLAGS = ("-m", "--multirun")
 Check = Callable[["RunConfig"], "Sequence[Path] | None"]
 """Refuses a run that cannot work; returns the files that decide it, None if a hub decides too."""
 Perform = Callable[["RunConfig", Asked], Result]
@@ -63,16 +64,17 @@ def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
         UserError: `check` refused one of them; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
+    overrides = _flags_first(overrides)
     _before_heavy_imports(overrides)
     known = None if "force=true" in overrides else again(_results_dir(overrides), overrides)
     if known is not None:
         return resume(known, perform, reused=True)
-    from bench.compose import alternatives, is_sweep, run_config
+    from bench.alternatives import configs, is_sweep
 
-    configs = [run_config(single) for single in alternatives(overrides)]
-    files = [check(config) for config in configs]
+    found = configs(overrides)
+    files = [check(config) for config in found]
     if is_sweep(overrides):
-        return _sweep(begin(configs[0].results_dir, overrides, _inputs(configs, files)), perform)
+        return _sweep(begin(found[0].results_dir, overrides, _inputs(found, files)), perform)
     outcome = Launched()
     _enter_hydra(overrides, perform, outcome)
     return outcome
@@ -118,6 +120,15 @@ def _inputs(configs: list[RunConfig], files: list[Sequence[Path] | None]) -> Inp
     kinds = {type(method) for config in configs for method in config.method.values()}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
     return Inputs.of({file for group in known for file in group}, packages)
+
+
+def _flags_first(overrides: list[str]) -> list[str]:
+    """Order the arguments as Hydra's parser takes them, which may then stand anywhere."""
+    flags = [given for given in overrides if given.startswith("-")]
+    for flag in flags:
+        if flag not in FLAGS:
+            raise unknown("flag", flag, FLAGS)
+    return [*flags[:1], *(given for given in overrides if given not in flags)]
 
 
 def _results_dir(overrides: list[str]) -> Path:
@@ -191,7 +202,9 @@ def _inside(folder: str) -> Iterator[None]:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise UserError(f"the sweep belongs to {folder}, which cannot be entered: {error}") from None
+        raise UserError(
+            f"the sweep belongs to {folder}, which cannot be entered: {error}"
+        ) from None
     try:
         yield
     finally:

@@ -158,7 +158,7 @@ def resolve(config: RunConfig) -> Inputs:
         "device": device.type,
         "dtype": str(dtype(config.model.dtype, device)).removeprefix("torch."),
     }
-    versions = {name: version(name) for name in LIBRARIES}
+    versions = _versions()
     inputs = {
         "config": identity,
         "weights": source.fingerprint,
@@ -281,6 +281,7 @@ def _pristine() -> Pristine:
     return Pristine()
 
 
+@functools.lru_cache(maxsize=2)
 def _anatomy(source: Source) -> Anatomy:
     """Look at the model's structure on the meta device: no weight is read."""
     from bench.models.anatomy import dissect
@@ -315,6 +316,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    """The versions that are part of a run's id; they stay for the life of a process."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+@functools.cache
 def _git_commit() -> str | None:
     """Return the commit of the working tree that this package is in, None when installed."""
     import subprocess

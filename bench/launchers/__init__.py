@@ -1,1 +1,1 @@
-"""Where the jobs of a sweep run: Hydra launchers around joblib, submitit and Ray; and which jobs."""
+"""Which jobs a sweep has and where they run: sweepers, and launchers around real engines."""

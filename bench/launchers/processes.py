@@ -38,17 +38,17 @@ class Processes(Calls):
                 self._pool([call])
 
     def _pool(self, calls: list[Call]) -> None:
-        from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import BrokenProcessPool
+        """Run the calls in worker processes, even a single one, since it may kill its process."""
+        from concurrent.futures import wait
 
-        workers = min(self._workers(), len(calls))
+        from joblib.externals.loky import get_reusable_executor
+
+        pool = get_reusable_executor(max_workers=min(self._workers(), len(calls)))
         try:
-            # One job at a time: a job is long, and what is sent ahead is lost with its worker.
-            Parallel(n_jobs=workers, backend="loky", batch_size=1, pre_dispatch="n_jobs")(
-                delayed(_run)(call) for call in calls
-            )
-        except BrokenProcessPool:
-            return  # the notes say which jobs are lost
+            wait([pool.submit(_run, call) for call in calls])  # the notes say what came of each
+        except BaseException:
+            pool.shutdown(wait=False, kill_workers=True)
+            raise
 
     def _workers(self) -> int:
         """Return how many jobs run at once: as asked, else one per device, else two."""

@@ -118,9 +118,7 @@ class Search(Sweeper):  # type: ignore[misc]
         _take_up(study)
         return study
 
-    def _go_on(
-        self, study: Study, folder: Path, space: dict[str, Any], fixed: list[str]
-    ) -> None:
+    def _go_on(self, study: Study, folder: Path, space: dict[str, Any], fixed: list[str]) -> None:
         left = self.trials - len(_ended(study))
         while left > 0:
             asked = [study.ask(space) for _ in range(min(self.parallel, left))]
@@ -138,7 +136,9 @@ class Search(Sweeper):  # type: ignore[misc]
         """Score the early tasks of the trials and return those that are not hopeless."""
         if not self.early:
             return asked
-        short = [f"benchmark.tasks=[{','.join(self.early)}]", "benchmark.perplexity={}"]
+        short = [f"benchmark.tasks=[{','.join(self.early)}]"]
+        if "perplexity" in self.config.benchmark:
+            short.append("~benchmark.perplexity")
         standings: dict[int, Standing] = {}
         for trial, came in zip(
             asked, self._launch(folder, [[*jobs[t.number], *short] for t in asked]), strict=True

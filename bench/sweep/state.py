@@ -30,7 +30,7 @@ class Job:
 def jobs(plan: Plan) -> list[Job]:
     """Return every job of a sweep in order."""
     store = Store(plan.results_dir)
-    numbers = {number: overrides for number, overrides in enumerate(plan.jobs)}
+    numbers = dict(enumerate(plan.jobs))
     for path in (plan.folder / JOBS).glob("[0-9]*.json"):  # of a sweeper that plans as it goes
         numbers.setdefault(int(path.stem), ())
     return [_job(plan, store, number, numbers[number]) for number in sorted(numbers)]
@@ -83,7 +83,7 @@ def _job(plan: Plan, store: Store, number: int, overrides: tuple[str, ...]) -> J
     if note is None:
         return Job(number, overrides, "waiting")
     log, host = note.get("log"), note.get("host")
-    known = dict(number=number, overrides=overrides, log=log, host=host)
+    known = {"number": number, "overrides": overrides, "log": log, "host": host}
     if note["state"] == "done":
         return _done(store, note, known)
     if note["state"] == "running":

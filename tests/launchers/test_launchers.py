@@ -13,7 +13,7 @@ from bench.records import Store
 
 HERE = Path(__file__).parent
 TINY = [
-    "benchmark.tasks=[arc_easy]", "benchmark.perplexity={}", "benchmark.limit=2", "costs.length=32",
+    "benchmark.tasks=[arc_easy]", "~benchmark.perplexity", "benchmark.limit=2", "costs.length=32",
     "calibration.rows=2", "calibration.length=128", "threads=1", "tracker=none",
 ]  # fmt: skip
 PERIL = ["hydra.searchpath=[pkg://perilous.conf]", "packages=[methods,perilous]"]

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,8 +54,7 @@ def test_each_way_a_job_can_go(plan):
     done, failed, interrupted = jobs(plan)
     assert done.run == IDENTIFIER
     assert failed.reason == "RuntimeError: the disk caught fire"
-    with open(failed.log) as log:
-        assert "Traceback" in log.read()
+    assert "Traceback" in Path(failed.log).read_text()
     assert interrupted.reason == "interrupted"
     assert [job.number for job in unfinished(plan)] == [1, 2]
     assert summary(plan) | {"sweep": ""} == {

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from bench.method import Context, Method, MethodReport
+from bench.models.anatomy import Anatomy
 from bench.models.model import Model
 
 
@@ -14,6 +15,9 @@ class Perilous(Method):
     signal: str
     marker: str | None = None
     ratio: float = 0.0
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Take any network."""
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Come to harm, or change nothing."""
