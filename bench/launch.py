@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,15 @@ def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
     found = configs(overrides)
     files = [check(config) for config in found]
     if is_sweep(overrides):
-        return _sweep(begin(found[0].results_dir, overrides, _inputs(found, files)), perform)
+        elsewhere = any("hydra.searchpath" in override for override in overrides)
+        inputs = _inputs(found, files, elsewhere=elsewhere)
+        plan = begin(found[0].results_dir, overrides, inputs)
+        try:
+            return _sweep(plan, perform)
+        except UserError:  # what a sweeper or a launcher refuses; no job was planned
+            if not jobs(plan):
+                shutil.rmtree(plan.folder)
+            raise
     outcome = Launched()
     _enter_hydra(overrides, perform, outcome)
     return outcome
@@ -112,10 +121,15 @@ def _outcome(plan: Plan) -> Launched:
     return outcome
 
 
-def _inputs(configs: list[RunConfig], files: list[Sequence[Path] | None]) -> Inputs | None:
-    """Note what decides the sweep; None when something may change that this machine cannot see."""
+def _inputs(
+    configs: list[RunConfig], files: list[Sequence[Path] | None], *, elsewhere: bool
+) -> Inputs | None:
+    """Note what decides the sweep; None when something may change that is not watched.
+
+    That is a hub, or config files that lie `elsewhere`.
+    """
     known = [group for group in files if group is not None]
-    if len(known) < len(files):
+    if len(known) < len(files) or elsewhere:
         return None
     kinds = {type(method) for config in configs for method in config.method.values()}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
@@ -173,10 +187,23 @@ def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> N
     enter = hydra.main(
         version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config"
     )
-    with _arguments(overrides):
+    with _arguments(overrides), _in_a_sentence():
         enter(job)()
     if raised:
         raise raised[0]
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """Let through what a sweeper or launcher of ours says of its own settings."""
+    from hydra.errors import InstantiationException
+
+    try:
+        yield
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(str(error).splitlines()[0]) from None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ starts, as a copy of its own: so what they do is in `bench.launchers`, and engin
 when they are used.
 """
 
-from bench.launchers import grid, processes, queue, ray_cluster, search
+from bench.launchers import calls, grid, processes, queue, ray_cluster, search
 
 
 class PlannedSweeper(grid.Planned):
@@ -14,6 +14,10 @@ class PlannedSweeper(grid.Planned):
 
 class SearchSweeper(search.Search):
     """Optuna's trials, launched as jobs."""
+
+
+class HereLauncher(calls.Here):
+    """This process."""
 
 
 class JoblibLauncher(processes.Processes):

@@ -8,6 +8,7 @@ behind; so these are thin launchers around the engines themselves.
 from __future__ import annotations
 
 import os
+import shlex
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from bench.sweep.job import read_note, write_note
+from bench.launch import objective
+from bench.records import Store
+from bench.sweep.job import forget, read_note, reason, write_note
 from bench.sweep.lease import lease
 from bench.sweep.limits import limited
 from bench.sweep.plan import read
@@ -48,7 +51,12 @@ class Call:
         lease(self.devices)
         setup_globals()
         Singleton.set_state(self.singletons)
-        config = self.context.config_loader.load_sweep_config(self.config, list(self.overrides))
+        try:
+            loader = self.context.config_loader
+            config = loader.load_sweep_config(self.config, list(self.overrides))
+        except Exception as error:  # a combination that no alternative alone has shown
+            self.fail(reason(error))
+            return
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = self.number
         with limited(self.minutes, self.memory_gb):
@@ -68,6 +76,13 @@ class Call:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
+
+    def fail(self, why: str) -> None:
+        """Note that the job has failed, for a reason that the job itself could not note."""
+        note = read_note(self.folder, self.number) or {}
+        command = note.get("command") or shlex.join(["bench", "run", *self.overrides])
+        failed = {"number": self.number, "command": command, "state": "failed", "reason": why}
+        write_note(self.folder, note | failed)
 
     @property
     def folder(self) -> Path:
@@ -113,40 +128,51 @@ class Calls(Launcher):  # type: ignore[misc]
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run the jobs; nothing is raised for a job that failed or was lost."""
-        calls = [
-            self._call(list(overrides), initial_job_idx + place)
-            for place, overrides in enumerate(job_overrides)
-        ]
+        calls = self._calls(job_overrides, initial_job_idx)
         for call in calls:
-            if call.has_ended:  # failed before, asked for again
-                (call.folder / "jobs" / f"{call.number:05d}.json").unlink()
+            forget(call.folder, call.number)
         self.carry_out(calls)
         lost = [call for call in calls if not call.has_ended]
         if lost:
             self.carry_out(lost)
         for call in lost:
             if not call.has_ended:
-                _give_up(call)
-        return [_returned(call) for call in calls]
+                note = read_note(call.folder, call.number) or {}
+                call.fail(LOST.format(host=note.get("host", "the machine it was sent to")))
+        return [self._returned(call) for call in calls]
 
-    def _call(self, overrides: list[str], place: int) -> Call:
+    def _returned(self, call: Call) -> JobReturn:
+        """Return what other sweepers than ours optimise: the objective of the job's record."""
+        note = read_note(call.folder, call.number) or {}
+        record = Store(call.folder.parent.parent).find(str(note.get("run")))
+        returned = JobReturn(overrides=call.overrides, status=JobStatus.COMPLETED)
+        returned.return_value = record and objective(record, str(self.config.objective))
+        return returned
+
+    def _calls(self, jobs: Sequence[Sequence[str]], first: int) -> list[Call]:
+        """Make the calls, by the numbers that the plan gives the jobs."""
         plan = read(Path(str(self.config.hydra.sweep.dir)))
-        number = plan.number(overrides) if plan else None
-        return Call(
-            self.hydra_context, self.config, self.task_function, Singleton.get_state(), overrides,
-            place if number is None else number, str(Path.cwd()), **self.limits(),
-        )  # fmt: skip
+        limits = self.limits()
+        numbers = [plan.number(overrides) if plan else None for overrides in jobs]
+        return [
+            Call(
+                context=self.hydra_context,
+                config=self.config,
+                task=self.task_function,
+                singletons=Singleton.get_state(),
+                overrides=list(overrides),
+                number=first + place if number is None else number,
+                where=str(Path.cwd()),
+                **limits,
+            )
+            for place, (overrides, number) in enumerate(zip(jobs, numbers, strict=True))
+        ]
 
 
-def _give_up(call: Call) -> None:
-    """Note that a job was lost twice."""
-    note = read_note(call.folder, call.number) or {"number": call.number, "command": ""}
-    host = note.get("host", "the machine it was sent to")
-    write_note(call.folder, {**note, "state": "failed", "reason": LOST.format(host=host)})
+class Here(Calls):
+    """One job after the other in this process, which keeps libraries and the dense model."""
 
-
-def _returned(call: Call) -> JobReturn:
-    """Return what Hydra's sweepers read; the record's objective is asked of the store."""
-    returned = JobReturn(overrides=call.overrides, status=JobStatus.COMPLETED)
-    returned.return_value = None
-    return returned
+    def carry_out(self, calls: list[Call]) -> None:
+        """Run the calls in order."""
+        for call in calls:
+            call()

@@ -9,6 +9,7 @@ from typing import Any
 from bench.device import visible_gpus
 from bench.errors import UserError
 from bench.launchers.calls import Call, Calls
+from bench.launchers.engine import engine
 
 # Settings that are not parameters of a submission under the same name.
 OURS = {"cluster", "parallel", "max_num_timeout", "mem_gb"}
@@ -53,8 +54,7 @@ class Queue(Calls):
                 job.wait()
 
     def _executor(self, folder: Path) -> Any:
-        import submitit
-
+        submitit: Any = engine("submitit", "slurm")
         timeouts = int(self.settings.get("max_num_timeout", 3))
         given = {k: _plain(v) for k, v in self.settings.items() if k not in OURS and v is not None}
         if not self.on_slurm:

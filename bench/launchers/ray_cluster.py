@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.device import visible_gpus
+from bench.errors import UserError
 from bench.launchers.calls import Call, Calls
+from bench.launchers.engine import engine
 
 GIB = 2**30
+STARTS = 3
+"""A busy machine may need longer than the 30 s in which Ray expects a node to be up."""
 
 
 class Ray(Calls):
@@ -21,8 +25,8 @@ class Ray(Calls):
 
     def carry_out(self, calls: list[Call]) -> None:
         """Send all calls to the cluster and wait until each has come back or is lost."""
-        import ray
-
+        _before_ray_is_imported()
+        ray: Any = engine("ray", "ray")
         started = self._connect(ray)
         try:
             run = ray.remote(_run).options(**self._needs())
@@ -39,20 +43,27 @@ class Ray(Calls):
         """Join the cluster at `address`, or start one here; return whether it is ours to end."""
         if ray.is_initialized():
             return False
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Without a GPU for a task Ray would hide the devices; a job on the CPU must not mind.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = self.settings.get("address")
         local: dict[str, Any] = {}
         if address is None:
             local = {"num_cpus": self.settings.get("num_cpus"), "include_dashboard": False}
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"env_vars": _import_path()},
-            **local,
-        )
+        for left in reversed(range(STARTS)):
+            try:
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level="error",
+                    runtime_env={"env_vars": _import_path()},
+                    **local,
+                )
+                break
+            except Exception as error:  # Ray says a plain Exception when a node is too slow
+                ray.shutdown()
+                if not left:
+                    reason = str(error).splitlines()[0]
+                    raise UserError(
+                        f"hydra.launcher.address={address}: no Ray cluster: {reason}"
+                    ) from None
         return True
 
     def _needs(self) -> dict[str, Any]:
@@ -66,6 +77,13 @@ class Ray(Calls):
             needs["memory"] = int(memory_gb * GIB)
         # What is lost is started again by `Calls`, which also counts how often.
         return {**needs, "max_retries": 0}
+
+
+def _before_ray_is_imported() -> None:
+    """Set what Ray reads from the environment, unless the user has."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A job that asks for no GPU keeps seeing what there is.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _run(call: Call) -> None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from bench.errors import UserError
 from bench.launch import STUDY, objective
+from bench.launchers.engine import engine
 from bench.records import Store
 from bench.records.atomic import write_bytes
 from bench.sweep.early import Standing, is_hopeless
@@ -43,7 +44,7 @@ class Search(Sweeper):  # type: ignore[misc]
         trials: how many are to end, pruned ones included.
         parallel: how many are asked for, and launched, at once.
         seed: of Optuna's sampler (TPE).
-        objectives: what to maximize or minimize: `average`, a task, or a cost's quantity.
+        objectives: such as `maximize average` or `minimize flops`: a task or a cost's quantity.
         space: per key a range in Hydra's own words: `interval(0.1,0.7)`, `range(2,9)`,
             `choice(a,b)`, with `tag(log,interval(...))` for a logarithmic one.
         early: tasks to score first; hopeless trials end there.
@@ -51,18 +52,12 @@ class Search(Sweeper):  # type: ignore[misc]
     """
 
     def __init__(
-        self, study: str, trials: int, parallel: int, seed: int, objectives: dict[str, str],
+        self, study: str, trials: int, parallel: int, seed: int, objectives: list[str],
         space: dict[str, str], early: list[str], margin: float,
     ) -> None:  # fmt: skip
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
-        self.objectives = dict(objectives)
+        self.objectives = _directions(objectives)
         self.space, self.early, self.margin = dict(space), list(early), margin
-        wrong = set(self.objectives.values()) - {"maximize", "minimize"}
-        if wrong or not self.objectives:
-            raise UserError(
-                f"hydra.sweeper.objectives={self.objectives}: allowed: NAME: maximize or minimize"
-            )
-
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
@@ -74,6 +69,7 @@ class Search(Sweeper):  # type: ignore[misc]
 
     def sweep(self, arguments: list[str]) -> None:
         """Go on with the study until it has its trials, then write what was found."""
+        engine("optuna", "search")
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         ranges = [f"{key}={values}" for key, values in self.space.items()]
         given = {text.partition("=")[0] for text in arguments}
@@ -97,7 +93,7 @@ class Search(Sweeper):  # type: ignore[misc]
 
     def _study(self, journal: Path) -> Study:
         """Open the study, or begin it; its journal is text and safe against a crash."""
-        import optuna
+        optuna: Any = engine("optuna", "search")
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
@@ -201,6 +197,22 @@ class Search(Sweeper):  # type: ignore[misc]
         study.tell(trial, known)
 
 
+def _directions(objectives: list[str]) -> dict[str, str]:
+    """Read `maximize average` as average -> maximize, in order."""
+    found = {}
+    for text in objectives:
+        direction, _, name = str(text).partition(" ")
+        if direction not in ("maximize", "minimize") or not name.strip():
+            raise UserError(
+                f"hydra.sweeper.objectives={text!r}: "
+                "allowed are `maximize NAME` and `minimize NAME`"
+            )
+        found[name.strip()] = direction
+    if not found:
+        raise UserError("hydra.sweeper.objectives is empty: give [maximize average]")
+    return found
+
+
 def _take_up(study: Study) -> None:
     """Ask again for what a killed process left behind and for what failed."""
     from optuna.trial import TrialState
@@ -237,7 +249,7 @@ def _prune(study: Study, trial: Trial) -> None:
     study.tell(trial, state=TrialState.PRUNED)
 
 
-def _write(study: Study, objectives: dict[str, str], folder: Path) -> None:
+def _write(study: Study, objectives: list[str], folder: Path) -> None:
     """Write the trials and which of them no other beats, for whoever prints or plots them."""
     front = {trial.number for trial in study.best_trials} if _completed(study) else set()
     trials = [

@@ -91,6 +91,11 @@ def read_note(folder: Path, number: int) -> Note | None:
     return note if isinstance(note, dict) and "state" in note else None
 
 
+def forget(folder: Path, number: int) -> None:
+    """Remove the note of a job that is to begin anew, so that it waits again."""
+    _path(folder, number).unlink(missing_ok=True)
+
+
 def is_alive(folder: Path, number: int) -> bool:
     """Whether a process, on whatever machine, is working on the job just now."""
     try:

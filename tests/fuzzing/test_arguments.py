@@ -33,7 +33,7 @@ words = st.one_of(st.sampled_from([*COMMANDS, *PLAIN]), overrides, st.text(max_s
 SLOW_COMMANDS = {"doctor", "prefetch"}
 thorough = os.environ.get("HYPOTHESIS_PROFILE") == "searching"
 bounded = settings(
-    max_examples=1000 if thorough else 60,
+    max_examples=1000 if thorough else 40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -77,7 +77,8 @@ def test_run_with_any_words_and_a_model_that_is_not_there(results, capsys, rest)
     assert code in (0, 2)  # 0: only Hydra's own questions, such as --cfg
 
 
-@bounded
+@settings(bounded, max_examples=300 if thorough else 12)
+@example(b"", 1826, 0)  # a key of the config that the listing reads
 @given(st.binary(max_size=80), st.integers(0, 10_000), st.integers(0, 7))
 def test_a_damaged_record_is_named_and_hides_nothing(results, capsys, noise, place, bit):
     store = Store(results)

@@ -15,8 +15,8 @@ TINY = [
 ]  # fmt: skip
 SEARCH = [
     *TINY, "-m", "hydra/sweeper=search", "hydra.sweeper.study=tiny",
-    "hydra.sweeper.objectives={average: maximize, nonzero_parameters: minimize}",
-    "+hydra.sweeper.space.ratio='interval(0.1,0.7)'",
+    "hydra.sweeper.objectives=[maximize average, minimize nonzero_parameters]",
+    "ratio=interval(0.1,0.7)",
 ]  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    ("hydra.sweeper.objectives={average: up}", "maximize or minimize"),
-    ("+hydra.sweeper.space.ratio='interval(0.1,1.5)'", "ratio=1.5"),
+    ("hydra.sweeper.objectives=[up average]", "allowed are `maximize NAME`"),
+    ("ratio=interval(0.1,1.5)", "ratio=1.5"),
     ("hydra.sweeper.spaces={}", "spaces"),
 ])  # fmt: skip
 def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wrong, said):
