@@ -203,7 +203,7 @@ def _in_a_sentence() -> Iterator[None]:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(str(error).splitlines()[0]) from None
+        raise
 
 
 @contextmanager

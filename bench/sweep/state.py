@@ -83,7 +83,7 @@ def _job(plan: Plan, store: Store, number: int, overrides: tuple[str, ...]) -> J
     if note is None:
         return Job(number, overrides, "waiting")
     log, host = note.get("log"), note.get("host")
-    known = {"number": number, "overrides": overrides, "log": log, "host": host}
+    known: dict[str, Any] = {"number": number, "overrides": overrides, "log": log, "host": host}
     if note["state"] == "done":
         return _done(store, note, known)
     if note["state"] == "running":

@@ -4,8 +4,12 @@ import csv
 import json
 
 import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 
 from bench.cli import main
+from bench.errors import UserError
+from bench.launchers.search import Search, _take_up
 from bench.records import Store
 from bench.reporting.search import front
 
@@ -82,3 +86,32 @@ def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wron
     assert said in err
     assert err.count("\n") == 1
     assert not list(tmp_path.rglob("record.json"))
+
+
+def opened(journal):
+    search = Search("s", 3, 1, 7, ["maximize average", "minimize flops"], {}, [], 2.0)
+    return search._study(journal)
+
+
+def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_path):
+    space = {"ratio": FloatDistribution(0, 1)}
+    study = opened(tmp_path / "s.log")
+    done, failed, left = (study.ask(space) for _ in range(3))
+    study.tell(done, [0.5, 1.0])
+    study.tell(failed, state=TrialState.FAIL)
+    again = opened(tmp_path / "s.log")  # by another process, after the first was killed
+    asked = [again.ask(space).params for _ in range(2)]
+    assert sorted(p["ratio"] for p in asked) == sorted(t.params["ratio"] for t in (failed, left))
+    # A third process finds the two running again, and nothing is asked for twice.
+    third = opened(tmp_path / "s.log")
+    waiting = third.get_trials(states=(TrialState.WAITING,))
+    assert len(waiting) == 2
+    _take_up(third)
+    assert len(third.get_trials(states=(TrialState.WAITING,))) == 2
+
+
+def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
+    opened(tmp_path / "s.log")
+    other = Search("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
+    with pytest.raises(UserError, match="other objectives"):
+        other._study(tmp_path / "s.log")
