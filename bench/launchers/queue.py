@@ -50,8 +50,18 @@ class Queue(Calls):
         while some := list(islice(waiting, at_once)):
             with executor.batch():
                 jobs = [executor.submit(call) for call in some]
+            self._wait(jobs)
+
+    def _wait(self, jobs: list[Any]) -> None:
+        """Wait for all; when this process is interrupted, Slurm keeps its jobs, nobody else does."""
+        try:
             for job in jobs:
                 job.wait()
+        except BaseException:
+            if not self.on_slurm:
+                for job in jobs:
+                    job.cancel()
+            raise
 
     def _executor(self, folder: Path) -> Any:
         submitit: Any = engine("submitit", "slurm")

@@ -58,6 +58,7 @@ class Search(Sweeper):  # type: ignore[misc]
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
         self.objectives = _directions(objectives)
         self.space, self.early, self.margin = dict(space), list(early), margin
+
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
