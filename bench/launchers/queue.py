@@ -53,7 +53,7 @@ class Queue(Calls):
             self._wait(jobs)
 
     def _wait(self, jobs: list[Any]) -> None:
-        """Wait for all; when this process is interrupted, Slurm keeps its jobs, nobody else does."""
+        """Wait for all; when this process is interrupted, only Slurm keeps its jobs."""
         try:
             for job in jobs:
                 job.wait()

@@ -1,4 +1,4 @@
-"""What the slurm preset says to sbatch, in submitit's own words; no Slurm is needed to read them."""
+"""What the slurm preset says to sbatch, in submitit's own words; Slurm is not needed for it."""
 
 import shutil
 from pathlib import Path
@@ -39,16 +39,13 @@ def test_the_preset_asks_for_one_gpu_limits_and_being_queued_again(on_a_cluster)
 
 
 def test_settings_of_the_user_are_in_it(on_a_cluster):
-    lines = submission(
-        launcher(
-            "hydra.launcher.partition=gpu",
-            "hydra.launcher.account=lab",
-            "hydra.launcher.timeout_min=90",
-            "hydra.launcher.mem_gb=120",
-            "hydra.launcher.setup=[module load cuda]",
-            "+hydra.launcher.additional_parameters.mail_type=FAIL",
-        )  # fmt: skip
-    ).splitlines()
+    asked = [
+        "hydra.launcher.partition=gpu", "hydra.launcher.account=lab",
+        "hydra.launcher.timeout_min=90", "hydra.launcher.mem_gb=120",
+        "hydra.launcher.setup=[module load cuda]",
+        "+hydra.launcher.additional_parameters.mail_type=FAIL",
+    ]  # fmt: skip
+    lines = submission(launcher(*asked)).splitlines()
     for wanted in ("partition=gpu", "account=lab", "time=90", "mem=120GB", "mail-type=FAIL"):
         assert f"#SBATCH --{wanted}" in lines
     assert "module load cuda" in lines
