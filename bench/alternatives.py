@@ -66,7 +66,9 @@ def is_sweep(overrides: list[str]) -> bool:
 def _base(overrides: list[str]) -> DictConfig:
     """Compose the first values of everything, Hydra's own part included."""
     given = [override for override in overrides if not override.startswith("-")]
-    return hydra_compose("config", overrides=firsts(given), return_hydra_config=True)
+    composed = hydra_compose("config", overrides=firsts(given), return_hydra_config=True)
+    assert isinstance(composed, DictConfig)
+    return composed
 
 
 def _choices(overrides: list[str]) -> list[list[str]]:

@@ -235,13 +235,13 @@ def _take_up(study: Study) -> None:
 def _ended(study: Study) -> list[Any]:
     from optuna.trial import TrialState
 
-    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return list(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
 def _completed(study: Study) -> list[Any]:
     from optuna.trial import TrialState
 
-    return study.get_trials(states=(TrialState.COMPLETE,))
+    return list(study.get_trials(states=(TrialState.COMPLETE,)))
 
 
 def _prune(study: Study, trial: Trial) -> None:
@@ -250,7 +250,7 @@ def _prune(study: Study, trial: Trial) -> None:
     study.tell(trial, state=TrialState.PRUNED)
 
 
-def _write(study: Study, objectives: list[str], folder: Path) -> None:
+def _write(study: Study, objectives: dict[str, str], folder: Path) -> None:
     """Write the trials and which of them no other beats, for whoever prints or plots them."""
     front = {trial.number for trial in study.best_trials} if _completed(study) else set()
     trials = [
