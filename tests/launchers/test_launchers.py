@@ -55,7 +55,12 @@ def numbers(results):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "harm"), [("joblib", "SIGKILL"), ("ray", "SIGKILL"), ("slurm_local", "SIGUSR2")]
+    ("launcher", "harm"),
+    [
+        ("ray", "SIGKILL"),
+        ("slurm_local", "SIGUSR2"),
+        pytest.param("joblib", "SIGKILL", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm):
     sweep = [
@@ -74,6 +79,7 @@ def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm):
     assert numbers(there) == numbers(here)
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_fails_alone(tmp_path, capsys):
     results = tmp_path / "results"
     sweep = [
