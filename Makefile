@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu check format perf clean
+.PHONY: help install demo test test-all test-gpu check audit format perf clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,11 +29,15 @@ test-all: $(READY) ## the tests and the long proofs
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-check: $(READY) ## lint, format, types, layers
+check: $(READY) ## lint, format, types, layers, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.security.audit
+
+audit: $(READY) ## pinned versions, licences, and known vulnerabilities where the network allows
+	$(BIN)/python -m tests.security.audit
 
 format: $(READY) ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

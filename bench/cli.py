@@ -13,12 +13,19 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bench.errors import RunsFailed, UserError, unknown
+from bench.secrets import hide
+
+if TYPE_CHECKING:
+    from bench.launch import Launched
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
-COMMANDS = ("run", "ls", "show", "compare", "plot", "track", "export", "prefetch", "doctor")
+COMMANDS = (
+    "run", "status", "resume", "gc", "ls", "show", "compare", "plot", "track", "export",
+    "prefetch", "doctor",
+)  # fmt: skip
 LISTED = ("models", "methods", "benchmarks", "runs")
 
 PLOT_HELP = """\
@@ -38,6 +45,7 @@ run a model, methods and a benchmark; -m sweeps
   bench run model=micro_moe method=camera_p ratio=0.4
   bench run -m method=dense,camera_p,random_experts ratio=0.2,0.4,0.6
   bench run experiment=demo
+  bench run sweep=camera_p_pareto  a search; bench run sweep=camera_p_grid, a grid
   bench run --cfg job              the composed config, without running it
 """
 
@@ -55,15 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handler: Callable[[argparse.Namespace], int] = parsed.handler
         return handler(parsed)
     except UserError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"bench: {hide(str(error))}", file=sys.stderr)
         return WRONG
     except RunsFailed as error:
         for reason in error.reasons:
-            print(f"bench: failed: {reason}", file=sys.stderr)
+            print(f"bench: failed: {hide(reason)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("bench: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return INTERRUPTED
+    except SystemExit as error:  # how argparse and Hydra end after an answer or a complaint
+        return DONE if error.code in (0, None) else WRONG
+    except Exception as error:  # a fault of ours or of a method: one sentence, details in a file
+        print(f"bench: failed: {_keep_trace(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _keep_trace(error: Exception) -> str:
+    """Leave the traceback in a file, without secrets, and say in one sentence what went wrong."""
+    import tempfile
+    import traceback
+
+    said = (str(error) or "no message").splitlines()[0]
+    with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
+        file.write(hide("".join(traceback.format_exception(error))))
+    return hide(f"{type(error).__name__}: {said} (details: {file.name})")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
@@ -97,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     command("run", lambda given: _run(given.overrides), RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
+    status = command("status", _status, "the state of all sweeps, or every job of one")
+    status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
+    resume = command("resume", _resume, "run what is missing or has failed in a sweep")
+    resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
+    garbage = command("gc", _gc, "remove files that nothing refers to, after asking")
+    garbage.add_argument("--yes", action="store_true", help="do not ask")
     listing = command("ls", _ls, "list models, methods, benchmarks or runs")
     listing.add_argument("what", metavar="|".join(LISTED))
     show = command("show", _show, "show one record")
@@ -126,9 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (listing, show, compare, plot, track, export):
+    for added in (status, resume, garbage, listing, show, compare, plot, track, export):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
-    for added in (listing, show, compare, plot, doctor):
+    for added in (status, garbage, listing, show, compare, plot, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -140,16 +170,56 @@ def _run(overrides: list[str]) -> int:
 
         ask_hydra(overrides)
         return DONE
-    from bench.reporting.summary import print_summary
     from bench.run import start
 
-    outcome = start(overrides)
-    print_summary(outcome.records, reused=outcome.reused)
+    return _came(start(overrides))
+
+
+def _came(outcome: Launched) -> int:
+    """Print what came of a run, a sweep or a search."""
+    from bench.reporting.search import print_search
+    from bench.reporting.summary import print_summary
+
+    if outcome.searched is not None:
+        print_search(outcome.searched)
+    else:
+        print_summary(outcome.records, reused=outcome.reused)
     for warning in dict.fromkeys(outcome.warnings):
-        print(f"bench: {warning}", file=sys.stderr)
+        print(f"bench: {hide(warning)}", file=sys.stderr)
     for failure in outcome.failures:
-        print(f"bench: failed: {failure}", file=sys.stderr)
+        print(f"bench: failed: {hide(failure)}", file=sys.stderr)
     return FAILED if outcome.failures else DONE
+
+
+def _status(given: argparse.Namespace) -> int:
+    from bench.sweep.plan import every, find
+    from bench.sweep.state import summary, table
+
+    if given.sweep is None:
+        return _table([summary(plan) for plan in every(given.results_dir)], given.json)
+    return _table(table(find(given.results_dir, given.sweep)), given.json)
+
+
+def _resume(given: argparse.Namespace) -> int:
+    from bench.run import go_on
+
+    return _came(go_on(given.results_dir, given.sweep))
+
+
+def _gc(given: argparse.Namespace) -> int:
+    from bench.garbage import find, remove
+
+    found = find(given.results_dir)
+    rows = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in found]
+    _table(rows, given.json)
+    if not found or (given.json and not given.yes):
+        return DONE
+    if given.yes or (sys.stdin.isatty() and input("Remove these? [y/N] ").lower() == "y"):
+        remove(found)
+        print(f"removed {len(found)}", file=sys.stderr)
+    else:
+        print("bench: nothing was removed; bench gc --yes removes these", file=sys.stderr)
+    return DONE
 
 
 def _ls(given: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """From command-line overrides to a validated config, with errors that a user can act on.
 
 Hydra's own exceptions are precise but long; `plainly` turns each into one sentence with the
-nearest match. `check_sweep` looks at every alternative of a sweep before the first job starts.
+nearest match.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bench.config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown
+from bench.secrets import hide
 
 CONFIG_MODULE = "conf"
 
@@ -47,11 +49,21 @@ def run_config(overrides: list[str]) -> RunConfig:
 
 
 def typed(composed: DictConfig) -> RunConfig:
-    """Resolve a composed config and validate it; secrets cannot be in it, so none leak."""
+    """Resolve a composed config and validate it; a secret in it is refused, so none leaks."""
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
+    _refuse_secrets(plain)
     return validate({str(key): value for key, value in plain.items()})
+
+
+def _refuse_secrets(plain: dict[Any, Any]) -> None:
+    """Raise when a value is a password or token of the user: a record would keep it."""
+    together = "\n".join(str(value) for _, value in _leaves(plain, ""))
+    if hide(together) == together:
+        return
+    key = next(key for key, value in _leaves(plain, "") if hide(str(value)) != str(value))
+    raise UserError(f"{key} holds a password or token of yours, which a record would keep")
 
 
 def options(group: str) -> list[str]:
@@ -60,50 +72,25 @@ def options(group: str) -> list[str]:
         return sorted(name for name in loader.get_group_options(group) if name != "dense")
 
 
-def alternatives(overrides: list[str]) -> list[list[str]]:
-    """Return single runs that together use every alternative of a sweep beside every method.
-
-    One run per alternative rather than their product: a sweep of 200 jobs is checked by a few.
-    """
-    with plainly(overrides), hydra_tree():
-        parser = OverridesParser.create()
-        given = [o for o in overrides if not o.startswith("-")]
-        base = hydra_compose("config", overrides=_firsts(given), return_hydra_config=True)
-        params = base.hydra.sweeper.get("params") or {}
-        texts = [f"{key}={value}" for key, value in params.items()]
-        named = {text.split("=")[0] for text in given}
-        texts = [text for text in texts if text.split("=")[0] not in named] + given
-        choices: list[list[str]] = []
-        for parsed in parser.parse_overrides(texts):
-            if parsed.is_sweep_override():
-                key = parsed.get_key_element()
-                choices.append([f"{key}={v}" for v in parsed.sweep_string_iterator()])
-            else:
-                assert parsed.input_line is not None
-                choices.append([parsed.input_line])
-    methods = next((v for v in choices if v[0].startswith("method=")), [])
-    runs: list[list[str]] = []
-    for method in methods or [""]:
-        # What a method refuses shows only beside that method.
-        mine = [[method] if values is methods else values for values in choices]
-        first = [values[0] for values in mine]
-        runs.append(first)
-        for place, values in enumerate(mine):
-            runs += [[*first[:place], value, *first[place + 1 :]] for value in values[1:]]
-    return runs
-
-
-def _firsts(overrides: list[str]) -> list[str]:
+def firsts(overrides: list[str]) -> list[str]:
     """Return the overrides with every sweep reduced to its first value."""
     reduced = []
     for parsed in OverridesParser.create().parse_overrides(overrides):
         if parsed.is_sweep_override():
-            value = next(iter(parsed.sweep_string_iterator()))
-            reduced.append(f"{parsed.get_key_element()}={value}")
+            reduced.append(f"{parsed.get_key_element()}={next(values_of(parsed))}")
         else:
             assert parsed.input_line is not None
             reduced.append(parsed.input_line)
     return reduced
+
+
+def values_of(parsed: Override) -> Iterator[str]:
+    """Yield what a sweep may set a key to; of an interval its two ends."""
+    if parsed.value_type == ValueType.INTERVAL_SWEEP:
+        interval = parsed.value()
+        yield from (str(interval.start), str(interval.end))
+    else:
+        yield from map(str, parsed.sweep_string_iterator())
 
 
 @contextmanager
@@ -151,7 +138,7 @@ def _bad_key(error: Exception, overrides: list[str]) -> UserError:
 
 def _keys(overrides: list[str]) -> list[str]:
     """Return every dotted key of the config that the other overrides compose."""
-    singles = _firsts([o for o in overrides if not o.startswith("-")])
+    singles = firsts([o for o in overrides if not o.startswith("-")])
     try:
         with hydra_tree():
             composed = hydra_compose("config", overrides=singles)
@@ -159,6 +146,17 @@ def _keys(overrides: list[str]) -> list[str]:
         with hydra_tree():
             composed = hydra_compose("config")
     return list(_walk(OmegaConf.to_container(composed, resolve=False), ""))
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key that holds a value, with the value."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        yield prefix.rstrip("."), node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}{key}.")
 
 
 def _walk(node: Any, prefix: str) -> Iterator[str]:

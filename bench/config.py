@@ -6,6 +6,7 @@ checked again. Importing this module loads no torch.
 
 from __future__ import annotations
 
+from inspect import isabstract
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bench.measurement.config import CostsConfig
 from bench.method import Method
 from bench.models.config import ModelConfig
 from bench.tracking.config import TrackerConfig
+from bench.trust import refuse_foreign_code
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -42,6 +44,7 @@ class RunConfig(BaseModel):
     offline: bool = False
     force: bool = False
     results_dir: Path = Path("results")
+    packages: tuple[str, ...] = ("methods",)
     objective: str = "average"
 
     @property
@@ -63,6 +66,7 @@ class RunConfig(BaseModel):
         """
         unwanted = {
             "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
+            "packages",
         }  # fmt: skip
         if not self.uses_calibration:
             unwanted.add("calibration")
@@ -91,6 +95,10 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
     """
     chosen = dict(composed)
+    packages = chosen.get("packages", ["methods"])
+    if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
+        raise UserError(f"packages={packages}: name packages, as in packages=[methods,mine]")
+    refuse_foreign_code(chosen, packages)
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
         raise UserError(f"method={methods!r}: name methods, as in method=[camera_p,camera_q]")
@@ -112,7 +120,7 @@ def _method(name: str, knobs: Any) -> Method:
         kind = get_class(knobs["_target_"])
     except Exception as error:
         raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
-    if not issubclass(kind, Method):
+    if not issubclass(kind, Method) or isabstract(kind):
         raise UserError(f"method.{name}._target_={knobs['_target_']} is not a bench.method.Method")
     try:
         method: Method = kind(**fields)

@@ -8,7 +8,7 @@ from typing import Any
 
 PACKAGES = (
     "slimbench", "torch", "torchvision", "transformers", "lm-eval", "lmms-eval", "hydra-core",
-    "wandb", "pandas", "datasets", "hydra-submitit-launcher", "hydra-ray-launcher", "optuna",
+    "wandb", "pandas", "datasets", "joblib", "submitit", "ray", "optuna",
 )  # fmt: skip
 
 

@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.errors import RunsFailed
-from bench.sweep import Asked, Result, collect, keep
+from bench.errors import RunsFailed, UserError, unknown
+from bench.sweep import Asked, Plan, Result, again, begin, jobs, keep, ran, unfinished
+from bench.sweep.inputs import Inputs
+from bench.sweep.plan import read
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from omegaconf import DictConfig
 
     from bench.config import RunConfig
     from bench.records import Record
 
 
-Check = Callable[["RunConfig"], None]
+STUDY = "study.json"
+FLAGS = ("-m", "--multirun")
+Check = Callable[["RunConfig"], "Sequence[Path] | None"]
+"""Refuses a run that cannot work; returns the files that decide it, None if a hub decides too."""
 Perform = Callable[["RunConfig", Asked], Result]
 
 
@@ -37,6 +44,8 @@ class Launched:
     reused: int = 0
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    searched: Path | None = None
+    """The folder of a search, which holds its trials."""
 
     def add(self, result: Result) -> None:
         """Take in one result; a record that several jobs share is listed once."""
@@ -50,24 +59,96 @@ class Launched:
 def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
     """Check every alternative of the sweep, then let Hydra hand each run to `perform`.
 
+    A sweep that was asked for before, and whose inputs still stand, goes on where it stopped.
+
     Raises:
         UserError: `check` refused one of them; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
+    overrides = _flags_first(overrides)
     _before_heavy_imports(overrides)
-    from bench.compose import alternatives, run_config
+    known = None if "force=true" in overrides else again(_results_dir(overrides), overrides)
+    if known is not None:
+        return resume(known, perform, reused=True)
+    from bench.alternatives import configs, is_sweep
 
-    configs = [run_config(single) for single in alternatives(overrides)]
-    for config in configs:
-        check(config)
-    folder = _sweep_folder(configs[0])
+    found = configs(overrides)
+    files = [check(config) for config in found]
+    if is_sweep(overrides):
+        elsewhere = any("hydra.searchpath" in override for override in overrides)
+        inputs = _inputs(found, files, elsewhere=elsewhere)
+        plan = begin(found[0].results_dir, overrides, inputs)
+        try:
+            return _sweep(plan, perform)
+        except UserError:  # what a sweeper or a launcher refuses; no job was planned
+            if not jobs(plan):
+                shutil.rmtree(plan.folder)
+            raise
     outcome = Launched()
-    _enter_hydra([*overrides, f"hydra.sweep.dir={folder}"], perform, outcome)
-    for result in collect(folder, outcome.failures):
-        outcome.add(result)
+    _enter_hydra(overrides, perform, outcome)
+    return outcome
+
+
+def resume(plan: Plan, perform: Perform, reused: bool = False) -> Launched:
+    """Run what a sweep lacks or what failed in it; `reused` calls what was there already that."""
+    done_before = {job.run for job in jobs(plan)} if reused else set()
+    outcome = _sweep(plan, perform) if unfinished(plan) or not plan.complete else _outcome(plan)
+    if reused:
+        outcome.reused = sum(record.id in done_before for record in outcome.records)
+    return outcome
+
+
+def _sweep(plan: Plan, perform: Perform) -> Launched:
+    """Let Hydra launch the jobs of a sweep that are not done, and collect what all came to."""
+    with _inside(plan.where):
+        overrides = [*plan.asked, f"hydra.sweep.dir={plan.folder}"]
+        _enter_hydra(overrides, perform, Launched())
+    return _outcome(read(plan.folder) or plan)
+
+
+def _outcome(plan: Plan) -> Launched:
+    """Collect the records and the failures of a sweep."""
+    outcome = Launched()
+    if (plan.folder / STUDY).is_file():
+        outcome.searched = plan.folder
+    for came in ran(plan):
+        if isinstance(came, Result):
+            outcome.add(came)
+        else:
+            outcome.failures.append(came)
     if outcome.failures and not outcome.records:
         raise RunsFailed(outcome.failures)
     return outcome
+
+
+def _inputs(
+    configs: list[RunConfig], files: list[Sequence[Path] | None], *, elsewhere: bool
+) -> Inputs | None:
+    """Note what decides the sweep; None when something may change that is not watched.
+
+    That is a hub, or config files that lie `elsewhere`.
+    """
+    known = [group for group in files if group is not None]
+    if len(known) < len(files) or elsewhere:
+        return None
+    kinds = {type(method) for config in configs for method in config.method.values()}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    return Inputs.of({file for group in known for file in group}, packages)
+
+
+def _flags_first(overrides: list[str]) -> list[str]:
+    """Order the arguments as Hydra's parser takes them, which may then stand anywhere."""
+    flags = [given for given in overrides if given.startswith("-")]
+    for flag in flags:
+        if flag not in FLAGS:
+            raise unknown("flag", flag, FLAGS)
+    return [*flags[:1], *(given for given in overrides if given not in flags)]
+
+
+def _results_dir(overrides: list[str]) -> Path:
+    """Return the results folder that the arguments name, without composing them."""
+    given = [o.partition("=")[2] for o in overrides if o.startswith("results_dir=")]
+    return Path(given[-1] if given else "results")
 
 
 def ask_hydra(overrides: list[str]) -> None:
@@ -88,12 +169,6 @@ def _before_heavy_imports(overrides: list[str]) -> None:
         os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
-def _sweep_folder(config: RunConfig) -> Path:
-    """Name the folder of a sweep; its name is the group that the sweep's records share."""
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    return (config.results_dir / "sweeps" / stamp).absolute()
-
-
 def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> None:
     """Let Hydra compose and launch; a single run goes into `outcome`, a sweep leaves notes."""
     import hydra
@@ -112,10 +187,23 @@ def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> N
     enter = hydra.main(
         version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config"
     )
-    with _arguments(overrides):
+    with _arguments(overrides), _in_a_sentence():
         enter(job)()
     if raised:
         raise raised[0]
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """Let through what a sweeper or launcher of ours says of its own settings."""
+    from hydra.errors import InstantiationException
+
+    try:
+        yield
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 @contextmanager
@@ -134,6 +222,22 @@ def _arguments(overrides: list[str]) -> Iterator[None]:
         GlobalHydra.instance().clear()
 
 
+@contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    """Work where the sweep was asked for, since its arguments may hold relative paths."""
+    before = Path.cwd()
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"the sweep belongs to {folder}, which cannot be entered: {error}"
+        ) from None
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _job(composed: DictConfig, perform: Perform, outcome: Launched) -> float | None:
     """Carry out one Hydra job, alone or in a sweep, and return what a search optimises."""
     from hydra.core.hydra_config import HydraConfig
@@ -146,7 +250,10 @@ def _job(composed: DictConfig, perform: Perform, outcome: Launched) -> float | N
     if about.mode == RunMode.MULTIRUN:
         folder = Path(about.sweep.dir)
         asked = Asked(command, group=folder.name)
-        result = keep(folder, int(about.job.num), asked, lambda: perform(typed(composed), asked))
+        plan = read(folder)
+        number = plan.number(about.overrides.task) if plan else None
+        number = int(about.job.num) if number is None else number
+        result = keep(folder, number, asked, lambda: perform(typed(composed), asked))
     else:
         result = perform(typed(composed), Asked(command))
         outcome.add(result)
@@ -154,8 +261,14 @@ def _job(composed: DictConfig, perform: Perform, outcome: Launched) -> float | N
 
 
 def objective(record: Record, name: str) -> float | None:
-    """Return the number that a search optimises: a task's headline metric, or a cost."""
+    """Return the number that a search optimises: a task's headline metric, or a cost.
+
+    A benchmark of one task has no `average`; the task itself stands for it.
+    """
     metric = record.metric(name)
+    headlines = [metric for metric in record.metrics if metric.headline]
+    if metric is None and name == "average" and len(headlines) == 1:
+        metric = headlines[0]
     if metric is not None:
         return metric.value
     found = [cost.value for cost in record.costs if cost.quantity == name]

@@ -11,13 +11,12 @@ def prefetch(overrides: list[str]) -> Iterator[str]:
     Yields one line per thing that is now on this machine.
     """
     from bench import evaluation
-    from bench.compose import alternatives, run_config
+    from bench.alternatives import configs
     from bench.data import calibration, prompts
     from bench.models import loading
 
     seen: set[str] = set()
-    for single in alternatives(overrides):
-        config = run_config(single)
+    for config in configs(overrides):
         lines = [f"model {config.model.name}: {loading.prefetch(config.model)}"]
         lines += evaluation.prefetch(config.benchmark)
         if config.uses_calibration:

@@ -8,12 +8,14 @@ Nothing heavy is imported at the top, so that `import bench` and `bench --help` 
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,12 +57,24 @@ def start(overrides: Sequence[str]) -> Launched:
     return launch(list(overrides), check, execute)
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a run that cannot work, before anything is loaded or written."""
+def go_on(results_dir: Path, sweep: str) -> Launched:
+    """Run what is missing or has failed in a sweep, which `sweep` names or begins to name."""
+    from bench.launch import resume
+    from bench.sweep.plan import find
+
+    return resume(find(results_dir.absolute(), sweep), execute)
+
+
+def check(config: RunConfig) -> list[Path] | None:
+    """Refuse a run that cannot work, before anything is loaded or written.
+
+    Returns the files that decide the run; None when something on a hub does that may change.
+    """
     from bench.records import Store
 
     Store(config.results_dir).ensure_writable()
-    resolve(config)
+    inputs = resolve(config)
+    return None if inputs.may_change(config) else inputs.files(config)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,24 @@ class Inputs:
     calibration: CalibrationSource | None
     prompts: PromptSource | None
     versions: dict[str, str]
+
+    def may_change(self, config: RunConfig) -> bool:
+        """Whether a hub that is asked again could answer differently."""
+        if config.offline:
+            return False
+        from_hub = [source.origin == "hub" for source in self.plan.sources.values()]
+        from_hub.append(self.source.revision not in (None, config.model.revision))
+        if self.calibration is not None:
+            from_hub.append(config.calibration.source in ("wikitext2", "c4"))
+        if self.prompts is not None:
+            from_hub.append(config.prompts.source == "hub")
+        return any(from_hub)
+
+    def files(self, config: RunConfig) -> list[Path]:
+        """The model's folder, and every file or folder that the config names."""
+        named = set(_texts(_plain(config))) - {str(config.results_dir)}
+        found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
+        return [self.source.folder, *map(Path, sorted(filter(os.path.exists, found)))]
 
 
 def execute(config: RunConfig, asked: Asked) -> Result:
@@ -133,7 +165,7 @@ def resolve(config: RunConfig) -> Inputs:
         "device": device.type,
         "dtype": str(dtype(config.model.dtype, device)).removeprefix("torch."),
     }
-    versions = {name: version(name) for name in LIBRARIES}
+    versions = _versions()
     inputs = {
         "config": identity,
         "weights": source.fingerprint,
@@ -294,6 +326,15 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
+def _texts(node: Any) -> Iterator[str]:
+    """Yield every text in a tree of JSON values."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for inner in node.values() if isinstance(node, dict) else node:
+            yield from _texts(inner)
+
+
 def _yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
@@ -304,10 +345,16 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    """The versions that are part of a run's id; they stay for the life of a process."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+@functools.cache
 def _git_commit() -> str | None:
     """Return the commit of the working tree that this package is in, None when installed."""
     import subprocess
-    from pathlib import Path
 
     here = Path(__file__).parent
     asked = ["git", "-C", str(here), "rev-parse", "HEAD"]

@@ -37,6 +37,25 @@ def pick(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    CUDA itself is not touched, so that a worker process can still be given one of them.
+    """
+    import shutil
+    import subprocess
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
 def dtype(wanted: str, device: torch.device) -> torch.dtype:
     """Return the torch dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     import torch

@@ -3,8 +3,8 @@
 On a GPU PyTorch's allocator knows it exactly. On Linux the kernel keeps the highest resident set
 of the process and lets us set that mark back, so no short peak is missed. It counts whole pages,
 with an error of some hundred KiB, and not what fits in the holes that a long-lived process has
-between its own pieces: a small peak may be told too low. Elsewhere the resident set is sampled through psutil, which can
-miss a peak that is shorter than the time between two samples.
+between its own pieces: a small peak may be told too low. Elsewhere the resident set is sampled
+through psutil, which can miss a peak that is shorter than the time between two samples.
 """
 
 from __future__ import annotations

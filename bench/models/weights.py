@@ -39,7 +39,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def refuse_escapes(folder: Path) -> None:
-    """Raise when a file of the folder is a link to somewhere else.
+    """Raise when a file of the folder, at any depth, is a link to somewhere else.
 
     A snapshot in the Hugging Face cache consists of links to `blobs` beside it; those stay within
     the model's own part of the cache and are allowed.
@@ -47,7 +47,7 @@ def refuse_escapes(folder: Path) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
         root = root.parents[1]
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.rglob("*")):
         if not file.exists():
             raise UserError(f"{file} is a link to a file that does not exist")
         if not file.resolve().is_relative_to(root):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.records import Record
 
 
 def configs(group: str) -> list[dict[str, Any]]:
@@ -24,7 +27,7 @@ def runs(results_dir: Path) -> list[dict[str, Any]]:
             "started": record.started,
             "model": record.model.name,
             "method": record.label,
-            "benchmark": record.config["benchmark"]["name"],
+            "benchmark": _benchmark(record),
             "average": metric.value if (metric := record.metric("average")) else None,
             "note": None,
         }
@@ -34,6 +37,12 @@ def runs(results_dir: Path) -> list[dict[str, Any]]:
     for run_id, reason in store.unreadable.items():
         rows.append({"run": run_id, **empty, "note": f"unreadable: {reason}"})
     return rows
+
+
+def _benchmark(record: Record) -> str | None:
+    """Return the benchmark's name; None where a damaged file has lost it."""
+    benchmark = record.config.get("benchmark")
+    return benchmark.get("name") if isinstance(benchmark, dict) else None
 
 
 def _about(group: str, name: str) -> str:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.compose import alternatives, options, run_config
+from bench.alternatives import alternatives
+from bench.compose import options, run_config
 from bench.errors import UserError
 
 

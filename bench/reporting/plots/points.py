@@ -9,8 +9,8 @@ import pandas as pd
 
 from bench.errors import unknown
 from bench.records import CostPart, MetricPart, Record
-from bench.reporting.plots.families import amount, families
 from bench.records.record import UNREAL
+from bench.reporting.plots.families import amount, families
 from bench.reporting.summary import PERCENT_METRICS
 
 Z = 1.96

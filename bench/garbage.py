@@ -1,0 +1,112 @@
+"""`bench gc`: what lies in a results folder and nothing refers to any more.
+
+Records, samples and studies are never garbage. What is younger than an hour may be at work.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bench.records import Store
+from bench.sweep import jobs
+from bench.sweep.plan import SWEEPS, read
+
+YOUNG_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file or folder that can go, its size in bytes, and why."""
+
+    path: Path
+    bytes: int
+    why: str
+
+
+def find(results_dir: Path) -> list[Garbage]:
+    """Return what nothing refers to, largest first."""
+    found = [*_halves(results_dir), *_locks(results_dir), *_notes(results_dir)]
+    found += [*_sweeps(results_dir), *_unfinished(results_dir)]
+    old = [(path, why) for path, why in found if _age(path) > YOUNG_SECONDS]
+    listed = [Garbage(path, _size(path), why) for path, why in old]
+    return sorted(listed, key=lambda item: (-item.bytes, item.path))
+
+
+def remove(items: list[Garbage]) -> None:
+    """Delete what `find` has found; a link is deleted, never what it leads to."""
+    for item in items:
+        if item.path.is_dir() and not item.path.is_symlink():
+            shutil.rmtree(item.path)
+        else:
+            item.path.unlink(missing_ok=True)
+
+
+def _halves(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what a killed process was writing and never put in its place."""
+    for folder in (root / "runs", *(root / SWEEPS).glob("*"), *(root / SWEEPS).glob("*/jobs")):
+        for path in folder.glob(".*"):
+            yield path, "half written when its process ended"
+
+
+def _locks(root: Path) -> Iterator[tuple[Path, str]]:
+    for path in (root / "locks").glob("*.lock"):
+        try:
+            with FileLock(path, blocking=False):
+                yield path, "a lock that nobody holds"
+        except (Timeout, OSError):
+            continue
+
+
+def _notes(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield notes of what was sent to a tracker and whose record is gone."""
+    known = set(Store(root).ids())
+    for path in (root / "tracked").glob("*.json"):
+        if path.stem not in known:
+            yield path, f"about run {path.stem}, which is gone"
+
+
+def _unfinished(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what lets a killed run go on, for runs that are recorded by now."""
+    known = set(Store(root).ids())
+    for path in (root / "unfinished").glob("*"):
+        if path.name in known:
+            yield path, f"run {path.name} is recorded"
+
+
+def _sweeps(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield sweeps without any record left, and what was sent to a queue by finished ones."""
+    known = set(Store(root).ids())
+    for folder in (root / SWEEPS).glob("*"):
+        plan = read(folder.absolute())
+        if plan is None:
+            yield folder, "a sweep without a readable plan"
+            continue
+        states = jobs(plan)
+        if any(job.state == "running" for job in states):
+            continue
+        if not any(job.run in known for job in states):
+            if not any(job.state == "failed" for job in states):
+                yield folder, "a sweep none of whose records is left"
+        elif (folder / "submitit").is_dir() and all(job.state == "done" for job in states):
+            yield folder / "submitit", "submissions of a sweep that is done"
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since anything in it was last changed."""
+    files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    try:
+        return time.time() - max(file.lstat().st_mtime for file in files)
+    except OSError:
+        return 0.0  # it is changing just now
+
+
+def _size(path: Path) -> int:
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,77 @@
+"""The grid sweeper: writes down all jobs of a sweep first, then launches what is not done."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from bench.errors import UserError
+from bench.sweep import Plan, unfinished
+from bench.sweep.plan import read
+
+
+class Planned(Sweeper):  # type: ignore[misc]
+    """Hydra's own grid, kept in the sweep's plan, so that it can be looked at and gone on with.
+
+    Jobs are not composed a second time to see whether that works: every alternative has passed
+    the boundary already.
+    """
+
+    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None) -> None:
+        """Take the recipe's grid, and how many jobs the launcher is given at once (null: all)."""
+        self.params = dict(params or {})
+        self.max_batch_size = max_batch_size
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what Hydra gives and make the launcher."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch the jobs that are neither done nor being worked on, in the plan's order."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        recipe = [f"{key}={values}" for key, values in self.params.items()]
+        asked = parser.parse_overrides([*recipe, *arguments])
+        folder = Path(self.config.hydra.sweep.dir)
+        plan = read(folder) or Plan(folder, (), str(Path.cwd()), "")
+        plan = plan.with_jobs(grid(asked), complete=True)
+        waiting = iter([list(job.overrides) for job in unfinished(plan)])
+        launched = 0
+        while batch := list(itertools.islice(waiting, self.max_batch_size)):
+            self.launcher.launch(batch, initial_job_idx=launched)
+            launched += len(batch)
+
+
+def grid(asked: list[Override]) -> list[list[str]]:
+    """Return every combination of the values, the last key changing first.
+
+    What is given later for the same key counts, so that the command line wins over a recipe.
+
+    Raises:
+        UserError: a range without steps, which only a search can go through.
+    """
+    values: dict[str, list[str]] = {}
+    for override in asked:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [str(override.input_line)]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UserError(
+                f"{override.input_line} has no steps: a grid needs choices, "
+                "a search (hydra/sweeper=search) takes ranges"
+            )
+    return [list(job) for job in itertools.product(*values.values())]

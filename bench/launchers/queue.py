@@ -1,0 +1,94 @@
+"""Jobs through submitit: to Slurm as one array, or to processes of this machine."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bench.device import visible_gpus
+from bench.errors import UserError
+from bench.launchers.calls import Call, Calls
+from bench.launchers.engine import engine
+
+# Settings that are not parameters of a submission under the same name.
+OURS = {"cluster", "parallel", "max_num_timeout", "mem_gb"}
+# What submitit calls the same on every cluster; all else is `slurm_NAME`.
+SHARED = {
+    "name", "timeout_min", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node",
+    "stderr_to_stdout",
+}  # fmt: skip
+MOST_AT_ONCE = 256
+
+
+class Queue(Calls):
+    """Every job is a submission of its own, with its own log, time limit and memory.
+
+    Slurm announces a preemption or the end of the time with SIGUSR2 (`signal_delay_s` before; the
+    environment's SUBMITIT_PREEMPT_SIGNAL names another signal); submitit then queues the job
+    again, and it goes on with what it has finished.
+    """
+
+    @property
+    def on_slurm(self) -> bool:
+        """Whether a real queue is behind it."""
+        return bool(self.settings["cluster"] == "slurm")
+
+    def limits(self) -> dict[str, Any]:
+        """On this machine nobody else keeps the memory limit or hands out devices."""
+        if self.on_slurm:
+            return {}
+        return {"devices": tuple(visible_gpus()), "memory_gb": self.settings.get("mem_gb")}
+
+    def carry_out(self, calls: list[Call]) -> None:
+        """Submit the calls and wait for all, whatever becomes of single ones."""
+        executor = self._executor(calls[0].folder / "submitit" / "%j")
+        at_once = len(calls)
+        if not self.on_slurm:  # Slurm has a queue, a single machine has none
+            at_once = int(self.settings.get("parallel") or len(visible_gpus()) or 2)
+        waiting = iter(calls)
+        while some := list(islice(waiting, at_once)):
+            with executor.batch():
+                jobs = [executor.submit(call) for call in some]
+            self._wait(jobs)
+
+    def _wait(self, jobs: list[Any]) -> None:
+        """Wait for all; when this process is interrupted, only Slurm keeps its jobs."""
+        try:
+            for job in jobs:
+                job.wait()
+        except BaseException:
+            if not self.on_slurm:
+                for job in jobs:
+                    job.cancel()
+            raise
+
+    def _executor(self, folder: Path) -> Any:
+        submitit: Any = engine("submitit", "slurm")
+        timeouts = int(self.settings.get("max_num_timeout", 3))
+        given = {k: _plain(v) for k, v in self.settings.items() if k not in OURS and v is not None}
+        if not self.on_slurm:
+            executor = submitit.LocalExecutor(folder=folder, max_num_timeout=timeouts)
+            executor.update_parameters(**given)
+            return executor
+        try:
+            executor = submitit.AutoExecutor(
+                folder=folder, cluster="slurm", slurm_max_num_timeout=timeouts
+            )
+        except RuntimeError as error:  # there is no sbatch
+            raise UserError(f"hydra/launcher=slurm: {error}") from None
+        if self.settings.get("mem_gb"):
+            given["mem_gb"] = self.settings["mem_gb"]
+        given["array_parallelism"] = self.settings.get("parallel") or MOST_AT_ONCE
+        known = SHARED | {"mem_gb"}
+        executor.update_parameters(
+            **{k if k in known else f"slurm_{k}": value for k, value in given.items()}
+        )
+        return executor
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as submitit takes it: lists and dictionaries, no config nodes."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,0 +1,47 @@
+"""Every recipe and launcher that ships composes, and a recipe's alternatives pass the boundary."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+
+from bench.alternatives import alternatives, configs, is_sweep
+from bench.compose import hydra_tree, options, run_config
+
+LAUNCHERS = sorted(
+    p.stem for p in (Path(__file__).parents[2] / "conf/hydra/launcher").glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("recipe", options("sweep"))
+def test_a_recipe_composes(recipe):
+    assert is_sweep([f"sweep={recipe}"])
+    found = configs([f"sweep={recipe}"])
+    assert len(found) > 1
+    # What is put into a composed config is what Hydra would have composed.
+    last = alternatives([f"sweep={recipe}"])[-1]
+    assert found[-1] == run_config(last)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_is_a_plugin_of_ours_with_limits(launcher):
+    with hydra_tree():
+        asked = [f"hydra/launcher={launcher}"]
+        own = compose("config", overrides=asked, return_hydra_config=True).hydra
+        known = Plugins.instance().class_name_to_class
+        assert issubclass(known[own.launcher["_target_"]], Launcher)
+        assert issubclass(known[own.sweeper["_target_"]], Sweeper)
+        if launcher == "here":
+            return
+        assert {"timeout_min", "mem_gb"} <= set(own.launcher)
+        devices = {"devices", "gpus_per_node", "gpus_per_job", "parallel"}
+        assert devices & set(own.launcher)
+
+
+def test_a_single_run_is_no_sweep():
+    assert not is_sweep(["ratio=0.3"])
+    assert is_sweep(["experiment=demo"])
+    assert is_sweep(["-m", "ratio=0.1,0.2"])

@@ -1,0 +1,119 @@
+"""Real sweeps through joblib, submitit and Ray: the records of one process, lost workers or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.cli import main
+from bench.records import Store
+
+HERE = Path(__file__).parent
+TINY = [
+    "benchmark.tasks=[arc_easy]", "~benchmark.perplexity", "benchmark.limit=2", "costs.length=32",
+    "calibration.rows=2", "calibration.length=128", "threads=1", "tracker=none",
+]  # fmt: skip
+PERIL = ["hydra.searchpath=[pkg://perilous.conf]", "packages=[methods,perilous]"]
+ONE_AT_A_TIME = {
+    "joblib": ["hydra.launcher.jobs=1"],
+    "slurm_local": ["hydra.launcher.parallel=1"],
+    "ray": ["hydra.launcher.num_cpus=1"],
+}
+
+
+def bench(*arguments, **environment):
+    """Call the command line in a process of its own, as a user does."""
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])}
+    asked = [sys.executable, "-m", "bench.cli", *map(str, arguments)]
+    return subprocess.run(
+        asked, env={**known, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch):
+    """Let this process and its children find the packages of this working tree and `perilous`."""
+    root = str(HERE.parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+def numbers(results):
+    """Everything in the records that must not depend on where they were made."""
+    return {
+        record.id: (
+            record.label,
+            record.metrics,
+            [cost for cost in record.costs if cost.how == "counted"],
+            [(method.name, method.config, method.report) for method in record.methods],
+        )
+        for record in Store(results).all()
+    }
+
+
+@pytest.mark.parametrize(
+    ("launcher", "harm"),
+    [
+        ("ray", "SIGKILL"),
+        ("slurm_local", "SIGUSR2"),
+        pytest.param("joblib", "SIGKILL", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm):
+    sweep = [
+        *TINY, *PERIL, "-m", "method=perilous", f"method.perilous.signal={harm}",
+        f"method.perilous.marker={tmp_path / 'marker'}", "seed=1,2",
+    ]  # fmt: skip
+    there, here = tmp_path / "there", tmp_path / "here"
+    done = bench(
+        "run", *sweep, f"results_dir={there}", f"hydra/launcher={launcher}",
+        *ONE_AT_A_TIME[launcher],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "marker").exists()
+    assert main(["run", *sweep, f"results_dir={here}"]) == 0
+    assert len(numbers(here)) == 2
+    assert numbers(there) == numbers(here)
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_fails_alone(tmp_path, capsys):
+    results = tmp_path / "results"
+    sweep = [
+        *TINY, *PERIL, "-m", "method=perilous,dense,random_experts", f"results_dir={results}",
+        "hydra/launcher=joblib", "hydra.launcher.jobs=1",
+    ]  # fmt: skip
+    done = bench("run", *sweep)
+    assert done.returncode == 1, done.stderr
+    assert "ended without a word" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(label for label, *_ in numbers(results).values()) == [
+        "dense", "random_experts 0.2",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert main(["status", "latest", "--json", "--results-dir", str(results)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["state"] for row in rows] == ["failed", "done", "done"]
+    before = {path: path.stat().st_mtime_ns for path in results.glob("runs/*/record.json")}
+    resumed = bench("resume", "latest", "--results-dir", results)
+    assert resumed.returncode == 1
+    assert {p: p.stat().st_mtime_ns for p in results.glob("runs/*/record.json")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ray", "slurm_local", "joblib"])
+def test_twelve_runs_anywhere_are_those_of_one_process(tmp_path, launcher):
+    sweep = [
+        "-m", "model=micro_moe", "method=dense,camera_p,random_experts,expert_frequency",
+        "ratio=0.2,0.4,0.6", "benchmark=camera_micro", *TINY[2:],
+    ]  # fmt: skip
+    there, here = tmp_path / "there", tmp_path / "here"
+    done = bench("run", *sweep, f"results_dir={there}", f"hydra/launcher={launcher}")
+    assert done.returncode == 0, done.stderr
+    assert main(["run", *sweep, f"results_dir={here}"]) == 0
+    # The dense model's three jobs share one record.
+    assert len(numbers(here)) == 10
+    assert numbers(there) == numbers(here)

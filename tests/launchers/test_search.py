@@ -1,0 +1,117 @@
+"""Real searches: trials end early when hopeless, a killed study goes on, the front is right."""
+
+import csv
+import json
+
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from bench.cli import main
+from bench.errors import UserError
+from bench.launchers.search import Search, _take_up
+from bench.records import Store
+from bench.reporting.search import front
+
+TINY = [
+    "method=random_experts", "benchmark.tasks=[arc_easy,boolq]", "~benchmark.perplexity",
+    "benchmark.limit=8", "costs.length=32", "threads=1", "tracker=none",
+]  # fmt: skip
+SEARCH = [
+    *TINY, "-m", "hydra/sweeper=search", "hydra.sweeper.study=tiny",
+    "hydra.sweeper.objectives=[maximize average, minimize nonzero_parameters]",
+    "ratio=interval(0.1,0.7)",
+]  # fmt: skip
+
+
+def study(results):
+    (file,) = results.glob("sweeps/*/study.json")
+    return json.loads(file.read_text())
+
+
+def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
+    results = tmp_path / "results"
+    asked = [
+        "run", *SEARCH, f"results_dir={results}", "hydra.sweeper.early=[arc_easy]",
+        "hydra.sweeper.margin=0", "hydra.sweeper.parallel=2", "hydra.sweeper.seed=3",
+    ]  # fmt: skip
+    assert main([*asked, "hydra.sweeper.trials=4"]) == 0
+    assert "no trial beats these" in capsys.readouterr().out
+    found = study(results)["trials"]
+    assert len(found) == 4
+    complete = [trial for trial in found if trial["state"] == "complete"]
+    assert {trial["state"] for trial in found} <= {"complete", "pruned"}
+    records = {record.id: record for record in Store(results).all()}
+    for trial in complete:
+        record = records[trial["run"]]
+        parameters = record.cost("nonzero_parameters").value
+        assert trial["values"] == [record.metric("average").value, parameters]
+        assert record.methods[0].config["ratio"] == pytest.approx(trial["params"]["ratio"])
+        beaten = any(
+            other["values"] != trial["values"]
+            and other["values"][0] >= trial["values"][0]
+            and other["values"][1] <= trial["values"][1]
+            for other in complete
+        )
+        assert trial["front"] == (not beaten)
+    # Every trial was scored on the early task, and only promising ones on both.
+    short = [r for r in records.values() if {m.task for m in r.metrics} == {"arc_easy"}]
+    assert len(short) == 4
+    assert len(records) == 4 + len(complete)
+    (table,) = results.glob("sweeps/*/pareto.csv")
+    with table.open() as file:
+        assert len(list(csv.DictReader(file))) == len(front(study(results)))
+    assert list(results.glob("sweeps/*/pareto.svg"))
+
+    # What is asked again is answered at once, without a trial more.
+    before = len(records)
+    assert main([*asked, "hydra.sweeper.trials=4"]) == 0
+    assert len(Store(results).all()) == before
+    # The study of another sweep goes on from the same journal.
+    assert main([*asked, "hydra.sweeper.trials=5"]) == 0
+    assert (
+        len(json.loads(sorted(results.glob("sweeps/*/study.json"))[-1].read_text())["trials"]) == 5
+    )
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ("hydra.sweeper.objectives=[up average]", "allowed are `maximize NAME`"),
+    ("ratio=interval(0.1,1.5)", "ratio=1.5"),
+    ("hydra.sweeper.spaces={}", "spaces"),
+])  # fmt: skip
+def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wrong, said):
+    asked = [word for word in SEARCH if word.split("=")[0] != wrong.split("=")[0]]
+    assert main(["run", *asked, wrong, f"results_dir={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def opened(journal):
+    search = Search("s", 3, 1, 7, ["maximize average", "minimize flops"], {}, [], 2.0)
+    return search._study(journal)
+
+
+def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_path):
+    space = {"ratio": FloatDistribution(0, 1)}
+    study = opened(tmp_path / "s.log")
+    done, failed, left = (study.ask(space) for _ in range(3))
+    study.tell(done, [0.5, 1.0])
+    study.tell(failed, state=TrialState.FAIL)
+    again = opened(tmp_path / "s.log")  # by another process, after the first was killed
+    asked = [again.ask(space).params for _ in range(2)]
+    assert sorted(p["ratio"] for p in asked) == sorted(t.params["ratio"] for t in (failed, left))
+    # A third process finds the two running again, and nothing is asked for twice.
+    third = opened(tmp_path / "s.log")
+    waiting = third.get_trials(states=(TrialState.WAITING,))
+    assert len(waiting) == 2
+    _take_up(third)
+    assert len(third.get_trials(states=(TrialState.WAITING,))) == 2
+
+
+def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
+    opened(tmp_path / "s.log")
+    other = Search("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
+    with pytest.raises(UserError, match="other objectives"):
+        other._study(tmp_path / "s.log")

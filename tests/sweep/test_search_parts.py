@@ -1,0 +1,68 @@
+"""What a search is made of: ranges in Hydra's words, and the rule for hopeless trials."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from bench.errors import UserError
+from bench.sweep.early import Standing, is_hopeless
+from bench.sweep.space import distributions
+
+
+def space(*texts):
+    return distributions(OverridesParser.create().parse_overrides(list(texts)))
+
+
+def test_hydras_words_as_distributions():
+    found, fixed = space(
+        "a=interval(0.1,0.7)", "b=interval(1,9)", "c=range(2,9,3)", "d=choice(x,true,3)",
+        "e=tag(log,interval(0.01,1))", "f=[1,2]", "g=range(0,1,0.25)", "h=u,v",
+    )  # fmt: skip
+    assert found == {
+        "a": FloatDistribution(0.1, 0.7),
+        "b": FloatDistribution(1, 9),
+        "c": IntDistribution(2, 8, step=3),
+        "d": CategoricalDistribution(["x", "True", "3"]),
+        "e": FloatDistribution(0.01, 1, log=True),
+        "g": FloatDistribution(0, 0.75, step=0.25),
+        "h": CategoricalDistribution(["u", "v"]),
+    }
+    assert fixed == ["f=[1,2]"]
+
+
+@pytest.mark.parametrize("text", ["a=interval(3.0,1.0)", "a=range(3,1)", "a=3"])
+def test_what_is_no_range(text):
+    with pytest.raises(UserError):
+        space(text)
+
+
+shares = st.floats(0, 1)
+standings = st.builds(
+    Standing, shares, st.floats(0, 0.2), st.tuples(st.floats(0, 9), st.floats(0, 9))
+)
+
+
+@given(standings, st.lists(standings, max_size=5), st.floats(0, 4))
+def test_hopeless_is_beaten_at_no_more_cost_and_beyond_doubt(mine, rivals, margin):
+    slow = False
+    for rival in rivals:
+        doubt = (rival.error**2 + mine.error**2) ** 0.5 * margin
+        costs_no_more = rival.costs[0] <= mine.costs[0] and rival.costs[1] <= mine.costs[1]
+        better = rival.accuracy > mine.accuracy and rival.accuracy - mine.accuracy > doubt
+        slow = slow or (costs_no_more and better)
+    found = is_hopeless(mine, rivals, margin)
+    close = any(
+        abs(r.accuracy - mine.accuracy - (r.error**2 + mine.error**2) ** 0.5 * margin) < 1e-9
+        for r in rivals
+    )
+    assert found == slow or close
+    assert not is_hopeless(mine, [mine], margin)
+
+
+@given(st.lists(standings, min_size=1, max_size=6), st.floats(0, 4))
+def test_the_best_is_never_hopeless(trials, margin):
+    best = max(trials, key=lambda trial: trial.accuracy)
+    assert not is_hopeless(best, trials, margin)
+    assert Standing.read(best.as_list()) == best
