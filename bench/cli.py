@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from bench.errors import RunsFailed, UserError, unknown
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
-COMMANDS = ("run", "ls", "show", "track", "export", "prefetch", "doctor")
+COMMANDS = ("run", "ls", "show", "report", "track", "export", "prefetch", "doctor")
 LISTED = ("models", "methods", "benchmarks", "runs")
 
 RUN_HELP = """\
@@ -91,8 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "show one record")
     show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     show.add_argument("--command", action="store_true", help="only the command that repeats it")
-    track = command("track", _track, "send records to W&B (again)")
-    track.add_argument("runs", nargs="+", metavar="RUN")
+    report = command("report", _report, "write one HTML file over all records")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.add_argument("--samples", type=int, default=40, metavar="N", help="samples a run, 40")
+    report.add_argument(
+        "--samples-runs", type=int, default=200, metavar="N", help="newest runs with samples, 200"
+    )
+    track = command("track", _track, "send records to W&B (again); no RUN: all, and an overview")
+    track.add_argument("runs", nargs="*", metavar="RUN")
     export = command("export", _export, "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     export.add_argument("folder", type=Path, metavar="DIR")
@@ -101,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (listing, show, track, export):
+    for added in (listing, show, report, track, export):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
     for added in (listing, show, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
@@ -150,6 +157,19 @@ def _show(given: argparse.Namespace) -> int:
         print(record.model_dump_json(indent=1))
     else:
         print_record(record)
+    return DONE
+
+
+def _report(given: argparse.Namespace) -> int:
+    from bench.reporting.html import Share, write_report
+
+    share = Share(per_run=given.samples, runs=given.samples_runs)
+    written = write_report(given.results_dir, given.out, share)
+    print(f"wrote {written.path} ({written})")
+    if given.open:
+        import webbrowser
+
+        webbrowser.open(written.path.resolve().as_uri())
     return DONE
 
 
