@@ -7,6 +7,7 @@ of its own setting, number by number, and only where the identity of the number 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,8 +23,10 @@ PERCENT = frozenset(
 UNREAL = frozenset({"zeroed", "masked"})
 """Savings that cost as much time as the dense model: no gain is claimed for them."""
 AVERAGE = "average"
-INCIDENTAL = frozenset({"batch_size", "data", "images"})
-"""Keys of a benchmark's config that do not change what is asked; data are checked by identity."""
+LOADED = ("dtype", "max_length", "seed")
+ASKED = ("tasks", "perplexity", "num_fewshot", "limit")
+"""Keys of the model's and the benchmark's config that decide which questions are put to what."""
+LONGEST_DIFFERENCE = 24
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,12 @@ class Board:
 def board(records: Iterable[Record]) -> Board:
     """Put records side by side."""
     groups: dict[str, list[Record]] = defaultdict(list)
+    keys: dict[str, dict[str, str]] = {}
     for record in sorted(records, key=lambda r: r.started, reverse=True):
-        groups[_setting_key(record)].append(record)
-    names = _names([group[0] for group in groups.values()])
+        key = _setting_key(record)
+        keys[text := json.dumps(key, sort_keys=True)] = key
+        groups[text].append(record)
+    names = _names(list(keys.values()))
     settings: list[Setting] = []
     rows: list[Row] = []
     for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
@@ -120,33 +126,36 @@ def _identity(metric: MetricPart) -> tuple[object, ...]:
     return (*names, metric.task_version, metric.n)
 
 
-def _setting_key(record: Record) -> str:
-    """Return what two runs must share, as canonical JSON."""
-    asked = record.config["benchmark"]
-    model = record.config.get("model", {})
-    key = {
-        "model": [record.model.name, record.model.fingerprint],
-        "loaded": [model.get("dtype"), model.get("max_length"), model.get("seed")],
-        "benchmark": {name: asked[name] for name in asked if name not in INCIDENTAL},
-    }
-    return json.dumps(key, sort_keys=True)
-
-
-def _names(firsts: Sequence[Record]) -> list[str]:
-    """Name each setting by model and benchmark, and by what differs where that is not enough."""
-    plain = [f"{r.model.name} on {r.config['benchmark']['name']}" for r in firsts]
-    return [
-        name if plain.count(name) == 1 else f"{name} ({_difference(record)})"
-        for name, record in zip(plain, firsts, strict=True)
-    ]
-
-
-def _difference(record: Record) -> str:
-    """Say how a setting differs from others of its name."""
+def _setting_key(record: Record) -> dict[str, str]:
+    """Return what two runs must share, by name; what is not set is not there."""
     asked, model = record.config["benchmark"], record.config.get("model", {})
-    said = [f"{key} {asked[key]}" for key in ("limit", "num_fewshot") if asked.get(key)]
-    said += [f"{key} {model[key]}" for key in ("seed", "max_length") if model.get(key) is not None]
-    return ", ".join([*said, f"weights {record.model.fingerprint[:6]}"])
+    data = record.provenance.get("data", {})
+    prints = [data[task].get("fingerprint") for task in sorted(data)]
+    said = {
+        "model": record.model.name,
+        "weights": record.model.fingerprint[:8],
+        "benchmark": asked["name"],
+        "data": hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:8] if prints else None,
+        **{name: model.get(name) for name in LOADED},
+        **{name: asked.get(name) for name in ASKED},
+    }
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in said.items()
+        if value not in (None, {}, [])
+    }
+
+
+def _names(keys: Sequence[dict[str, str]]) -> list[str]:
+    """Name each setting by model and benchmark, and by what differs where that is not enough."""
+    plain = [f"{key['model']} on {key['benchmark']}" for key in keys]
+    names = []
+    for name, key in zip(plain, keys, strict=True):
+        others = [other for same, other in zip(plain, keys, strict=True) if same == name]
+        differs = [part for part in key if any(o.get(part) != key[part] for o in others)]
+        said = ", ".join(f"{part} {key[part][:LONGEST_DIFFERENCE]}" for part in differs)
+        names.append(f"{name} ({said})" if said else name)
+    return names
 
 
 def _setting(name: str, group: Sequence[Record]) -> Setting:

@@ -1,19 +1,39 @@
 // Plots. Every family of methods has a colour and a shape, so that a grey print can be read too.
 
-const SHAPES = [d3.symbolCircle, d3.symbolSquare2, d3.symbolTriangle, d3.symbolDiamond2, d3.symbolStar, d3.symbolWye, d3.symbolCross];
+// A triangle on its tip; the star is the dense model's.
+const symbolDown = {
+  draw(context, size) {
+    const y = Math.sqrt(size / (Math.sqrt(3) * 3));
+    context.moveTo(0, -y * -2);
+    context.lineTo(Math.sqrt(3) * y, -y);
+    context.lineTo(-Math.sqrt(3) * y, -y);
+    context.closePath();
+  },
+};
+const SHAPES = [d3.symbolCircle, d3.symbolSquare, d3.symbolTriangle, d3.symbolDiamond, symbolDown, d3.symbolCross, d3.symbolWye];
 const COLOURS = 8;
 
 // Families in alphabetical order, the dense model first: the same look on every page.
 const FAMILIES = [...new Set(INDEX.runs.map((run) => run.family))].sort(
   (a, b) => (b === "dense") - (a === "dense") || a.localeCompare(b),
 );
-const PLACE = new Map(FAMILIES.map((family, place) => [family, place]));
+const LOOKS = looks();
 
-function look(family) {
-  if (family === "dense") return { colour: "var(--ink)", shape: d3.symbolStar };
-  const place = PLACE.get(family) - (FAMILIES[0] === "dense" ? 1 : 0);
-  return { colour: `var(--family-${place % COLOURS})`, shape: SHAPES[place % SHAPES.length] };
+// Families that meet in a setting get different colours and shapes as long as there are any left.
+function looks() {
+  const meets = d3.rollups(INDEX.runs, (runs) => new Set(runs.map((run) => run.family)), (run) => run.setting);
+  const given = new Map([["dense", { colour: "var(--ink)", shape: d3.symbolStar }]]);
+  for (const family of FAMILIES.filter((one) => one !== "dense")) {
+    const near = meets.filter(([, families]) => families.has(family)).flatMap(([, families]) => [...families]);
+    const taken = [...new Set(near)].map((one) => given.get(one)).filter(Boolean);
+    const free = (options, key) => d3.least(options, (option) => taken.filter((one) => one[key] === option).length);
+    const colours = d3.range(COLOURS).map((place) => `var(--family-${place})`);
+    given.set(family, { colour: free(colours, "colour"), shape: free(SHAPES, "shape") });
+  }
+  return given;
 }
+
+const look = (family) => LOOKS.get(family);
 
 function Mark({ family, size = 60 }) {
   const { colour, shape } = look(family);
@@ -84,12 +104,12 @@ function tipOf(point, task, quantityOf) {
 }
 
 // Accuracy against cost. Filled: the saving is real. Hollow: weights are only zeroed or masked.
-function drawPareto(points, front, task, quantityOf, width, { small = false } = {}) {
+function drawPareto(points, front, task, quantityOf, width, { small = false, logarithmic = false } = {}) {
   const dense = points.find((point) => point.run.family === "dense");
   const families = FAMILIES.filter((family) => points.some((point) => point.run.family === family));
   const crowded = points.length > 150;
-  const radius = small ? 3 : crowded ? 3.5 : 5;
-  const tick = (value) => cost(value, quantityOf.unit);
+  const radius = small ? 3 : crowded || width < 500 ? 3.5 : 5;
+  const log = small ? spread(points) : logarithmic;
   return Plot.plot({
     width,
     height: small ? Math.round(width * 0.55) : Math.max(300, Math.min(520, Math.round(width * 0.55))),
@@ -99,8 +119,9 @@ function drawPareto(points, front, task, quantityOf, width, { small = false } = 
     marginTop: small ? 10 : 28,
     style: { background: "transparent", fontFamily: "inherit", fontSize: small ? "11px" : "12px", overflow: "visible" },
     x: {
-      label: small ? null : `${words(quantityOf.quantity)}, ${quantityOf.scope} →`,
-      tickFormat: tick, ticks: Math.max(2, Math.floor(width / 130)), nice: true, inset: 8, line: true,
+      label: small ? null : `${words(quantityOf.quantity)}${quantityOf.unit === "B" ? " in bytes" : ""}, ${quantityOf.scope} →`,
+      type: log ? "log" : "linear", nice: !log, inset: 10, line: true,
+      tickFormat: (value) => tick(value, quantityOf.unit), ticks: Math.max(2, Math.floor(width / (log ? 200 : 110))),
     },
     y: {
       label: small ? null : `↑ ${words(task.task)} ${unit(task)}`,
@@ -111,7 +132,7 @@ function drawPareto(points, front, task, quantityOf, width, { small = false } = 
     marks: [
       dense && Plot.ruleY([dense.y], { stroke: "var(--ink)", strokeOpacity: 0.45, strokeDasharray: "2 4" }),
       dense && !small && Plot.text([dense], {
-        y: "y", text: () => "dense", frameAnchor: "right", textAnchor: "end", dy: -7, fill: "var(--quiet)",
+        y: "y", text: () => "dense", frameAnchor: "left", textAnchor: "start", dx: 4, dy: -7, fill: "var(--quiet)",
       }),
       Plot.line(front, { x: "x", y: "y", curve: "step-after", stroke: "var(--front)", strokeWidth: small ? 1.5 : 2 }),
       !small && !crowded && Plot.ruleX(points, {
@@ -132,6 +153,12 @@ function drawPareto(points, front, task, quantityOf, width, { small = false } = 
       })),
     ].filter(Boolean),
   });
+}
+
+// Whether costs span so much that only a logarithm shows them apart.
+function spread(points) {
+  const [least, most] = d3.extent(points, (point) => point.x);
+  return least > 0 && most / least > 12;
 }
 
 // The cost that a first look should be at: time where it was measured, else operations.

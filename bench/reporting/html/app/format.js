@@ -47,7 +47,13 @@ const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number 
 
 const when = (started) => started.slice(0, 16).replace("T", " ");
 
-const words = (name) => name.replaceAll("_", " ");
+const NAMES = { flops: "FLOPs", macs: "MACs", seconds: "time", method_seconds: "time in the method", bytes: "bytes" };
+const words = (name) => NAMES[name] ?? name.replaceAll("_", " ");
+
+// A tick on an axis, whose label has the unit: 200k, 1.6G, 18 ms
+function tick(value, unitOf) {
+  return unitOf === "s" ? seconds(value) : d3.format("~s")(value);
+}
 
 // Methods whose weights are still there but zero, and the like, in words.
 const SAVINGS = {

@@ -81,6 +81,10 @@ function Choice({ label, value, options, onChange }) {
       ${options.map(([key, text]) => html`<option value=${key}>${text}</option>`)}</select></label>`;
 }
 
+function RunLink({ run }) {
+  return html`<a class="run" href=${runAddress(run.id)}><${Mark} family=${run.family} /><span>${run.label}</span></a>`;
+}
+
 function Saving({ saving }) {
   if (saving === "none") return html`<span class="quiet">${MISSING}</span>`;
   return html`<span class="badges">${saving.split("+").map((kind) => html`<span class="badge ${kind}" title="weights: ${explained(kind)}">${kind}</span>`)}</span>`;

@@ -45,7 +45,7 @@ function Scored({ pair, task }) {
 const METHOD = {
   key: "method", title: "Method", hint: "methods with their ratios", first: "up",
   value: (run) => run.label,
-  cell: (run) => html`<a href=${runAddress(run.id)}><${Mark} family=${run.family} /><span>${run.label}</span></a>`,
+  cell: (run) => html`<${RunLink} run=${run} />`,
 };
 const WHERE = {
   key: "setting", title: "Model and benchmark", first: "up",

@@ -44,8 +44,8 @@ function App() {
         aria-current=${route.page === key ? "page" : undefined}>${title}</a>`)}</nav>
       <${ThemeSwitch} /></div></header>
     ${page ? page() : html`<main id="main" tabindex="-1"><h1>Nothing here</h1><p><a href="#/">Overview</a></p></main>`}
-    <footer><p>Written ${when(INDEX.generated)} UTC by slimbench ${INDEX.version} from <code>${INDEX.results}</code>.
-      Up to ${INDEX.share.per_run} samples a run for the newest ${count(INDEX.share.runs, "run")} are in this file; <code>bench report --samples N --samples-runs N</code> changes that.
+    <footer><p>Written ${when(INDEX.generated)} UTC by slimbench ${INDEX.version} from <code>${INDEX.results}</code>.${" "}
+      Up to ${INDEX.share.per_run} samples a run for the newest ${count(INDEX.share.runs, "run")} are in this file;${" "}<code>bench report --samples N --samples-runs N</code> changes that.${" "}
       Nothing is loaded from anywhere. Drawn with Observable Plot and D3 (ISC), Preact (MIT) and htm (Apache-2.0).</p></footer>`;
 }
 

@@ -15,8 +15,8 @@ function Overview() {
   }
   return html`<main id="main" tabindex="-1">
     <h1>What compression costs, and what it saves</h1>
-    <p class="lead">${count(runs.length, "run")} of ${count(methods.size, "method")} on ${count(models.size, "model")} and ${count(benchmarks.size, "benchmark")},
-      ${when(runs[runs.length - 1].started).slice(0, 10)} to ${when(runs[0].started).slice(0, 10)}.
+    <p class="lead">${count(runs.length, "run")} of ${count(methods.size, "method")} on ${count(models.size, "model")} and ${count(benchmarks.size, "benchmark")},${" "}
+      ${when(runs[runs.length - 1].started).slice(0, 10)} to ${when(runs[0].started).slice(0, 10)}.${" "}
       Each run is held against the dense model of its own setting: same weights, same questions.</p>
     <div class="cards">${shown.map((index) => html`<${SettingCard} key=${index} index=${index} runs=${bySetting.get(index)} />`)}</div>
     ${order.length > shown.length && html`<p><button class="plain-button" onClick=${() => setAll(true)}>Show all ${order.length} settings</button></p>`}
@@ -39,9 +39,8 @@ function SettingCard({ index, runs }) {
     ${points.length > 1 && html`<a class="thumbnail" href=${address("pareto", { setting: index })} aria-label="Pareto plot of ${setting.name}">
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
-      <p class="axes quiet">${words(task.task)} ${unit(task)} against ${words(setting.costs[costAt].quantity)}</p>`}
-    ${trade && html`<p>Cheapest that keeps 95 % of dense: <a href=${runAddress(trade.run.id)}><${Mark} family=${trade.run.family} /> ${trade.run.label}</a>,
-      ${fixed(trade.run.kept * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
+      <p class="axes quiet">${words(task.task)} ${unit(task)} against ${words(setting.costs[costAt].quantity)}${spread(points) ? ", logarithmic" : ""}</p>`}
+    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} />, which keeps ${fixed(trade.run.kept * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
     ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
     ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}
   </article>`;

@@ -11,7 +11,7 @@ function RunPage({ id }) {
   const task = run.where.tasks[0];
   return html`<main id="main" tabindex="-1">
     <p class="crumbs"><a href=${address("leaderboard", { setting: run.setting })}>${run.where.name}</a></p>
-    <h1><${Mark} family=${run.family} size=${80} /> ${run.label}</h1>
+    <h1><${Mark} family=${run.family} size=${60} /> ${run.label}</h1>
     <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.group && html`, sweep <a href=${address("leaderboard", { q: run.group })}>${run.group}</a>`}</p>
     <dl class="figures">
       ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} task=${task} /> ${unit(task)}</dd></div>`}
@@ -69,17 +69,14 @@ function Metrics({ record, dense }) {
     return html`<span class=${better > 0 ? "better" : better < 0 ? "worse" : ""}>${by > 0 ? "+" : ""}${fixed(by, task.percent ? 1 : 2)}</span>`;
   };
   const columns = [
-    { title: "Task", cell: (metric) => words(metric.task) },
-    { title: "Metric", cell: (metric) => `${metric.metric}${asTask(metric).percent ? " %" : ""}` },
+    { title: "Task", cell: (metric) => html`${words(metric.task)} <span class="quiet">${metric.metric === "mean" ? "" : metric.metric}${asTask(metric).percent ? " %" : ""}</span>` },
     { title: "Value", number: true, cell: (metric) => html`<${Scored} pair=${metric.value === null ? null : [metric.value, metric.stderr]} task=${asTask(metric)} />` },
     ...(dense ? [
       { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, asTask(metric)) },
       { title: "Change", number: true, cell: change }] : []),
     { title: "n", number: true, cell: (metric) => metric.n.toLocaleString("en") },
-    { title: "Shots", number: true, cell: (metric) => metric.shots },
-    { title: "Split", cell: (metric) => metric.split },
-    { title: "Filter", cell: (metric) => metric.filter },
-    { title: "Version", cell: (metric) => metric.task_version ?? MISSING },
+    { title: "Identity", hint: "numbers of different identity are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
+      metric.filter === "none" ? "" : `, filter ${metric.filter}`}${metric.task_version ? `, version ${metric.task_version}` : ""}</span>` },
   ];
   const rows = heads.map((metric) => ({ ...metric, emphasis: metric.task === "average" }))
     .sort((a, b) => b.emphasis - a.emphasis);
@@ -98,8 +95,7 @@ function Costs({ record, dense, run }) {
   };
   const parts = (one) => Object.entries(one.parts).filter(([, value]) => value).map(([name, value]) => `${words(name)} ${cost(value, one.unit)}`).join(", ");
   return html`<${Plain} caption="Costs" rows=${rows} columns=${[
-      { title: "Quantity", cell: (one) => words(one.quantity) },
-      { title: "Of", cell: (one) => one.scope },
+      { title: "Quantity", cell: (one) => html`${words(one.quantity)} <span class="quiet">${one.scope === "model" ? "" : one.scope}</span>` },
       { title: "Value", number: true, cell: (one) => cost(one.value, one.unit) },
       ...(dense ? [{ title: "of dense", number: true, cell: share }] : []),
       { title: "How", cell: (one) => one.how },
