@@ -108,8 +108,14 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
   const dense = points.find((point) => point.run.family === "dense");
   const families = FAMILIES.filter((family) => points.some((point) => point.run.family === family));
   const crowded = points.length > 150;
-  const radius = small ? 3 : crowded || width < 500 ? 3.5 : 5;
+  const radius = small ? (crowded ? 2 : 3) : crowded || width < 500 ? 3.5 : 5;
+  const onFront = new Set(front);
+  const strength = (point) => (!crowded || onFront.has(point) || point === dense ? 1 : small ? 0.3 : 0.45);
   const log = small ? spread(points) : logarithmic;
+  const dots = {
+    x: "x", y: "y", r: radius, symbol: (point) => point.run.family, stroke: (point) => point.run.family,
+    strokeWidth: 1.5, opacity: strength, sort: strength,
+  };
   return Plot.plot({
     width,
     height: small ? Math.round(width * 0.55) : Math.max(300, Math.min(520, Math.round(width * 0.55))),
@@ -138,11 +144,8 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
       !small && !crowded && Plot.ruleX(points, {
         x: "x", y1: "low", y2: "high", stroke: (point) => point.run.family, strokeOpacity: 0.4, strokeWidth: 1.25,
       }),
-      Plot.dot(points, {
-        x: "x", y: "y", r: radius, symbol: (point) => point.run.family, stroke: (point) => point.run.family,
-        fill: (point) => (point.run.real ? point.run.family : "none"), strokeWidth: 1.5,
-        fillOpacity: crowded ? 0.65 : 0.9, strokeOpacity: crowded ? 0.65 : 1,
-      }),
+      Plot.dot(points.filter((point) => !point.run.real), { ...dots, fill: "none" }),
+      Plot.dot(points.filter((point) => point.run.real), { ...dots, fill: (point) => point.run.family }),
       !small && Plot.dot(front, {
         x: "x", y: "y", r: radius + 4, stroke: "none", fill: "transparent",
         href: (point) => runAddress(point.run.id), ariaLabel: (point) => `${point.run.label}, on the front`,

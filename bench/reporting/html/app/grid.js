@@ -10,7 +10,7 @@ function sorted(rows, column, descending) {
   return [...rows].sort((one, other) => {
     const a = values.get(one), b = values.get(other);
     if (a === null || b === null) return (a === null) - (b === null);
-    return direction * (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
+    return direction * (a < b ? -1 : a > b ? 1 : 0);
   });
 }
 
