@@ -175,15 +175,21 @@ def _report(given: argparse.Namespace) -> int:
 
 def _track(given: argparse.Namespace) -> int:
     from bench.records import Store
-    from bench.tracking import TrackerConfig, track
+    from bench.reporting.projection import rebuild, tracker_of
+    from bench.tracking import track
 
     store = Store(given.results_dir)
-    records = [store.get(run) for run in given.runs]
+    if given.runs:
+        records = [store.get(run) for run in given.runs]
+        sent = ((record.id, track(record, store, tracker_of(record))) for record in records)
+    else:
+        from bench.reporting.html import write_report
+
+        page = write_report(given.results_dir).path
+        sent = rebuild(store, store.all(), page)
     failed = False
-    for record in records:
-        config = TrackerConfig(**{**record.config["tracker"], "kind": "wandb"})
-        warning = track(record, store, config)
-        print(f"bench: {warning}" if warning else f"sent {record.id}")
+    for what, warning in sent:
+        print(f"bench: {warning}" if warning else f"sent {what}")
         failed = failed or warning is not None
     return FAILED if failed else DONE
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,18 +39,19 @@ def write_report(
     results_dir: Path,
     out: Path | None = None,
     share: Share | None = None,
-    tables: Iterable[PaperTable] = (),
+    tables: Callable[[Sequence[Record]], Iterable[PaperTable]] = lambda _: (),
 ) -> Written:
     """Write one HTML file over all records of a results folder, whole or not at all.
 
-    `out` defaults to `report.html` in the folder; `share` says how many samples come along.
+    `out` defaults to `report.html` in the folder; `share` says how many samples come along;
+    `tables` builds the papers' tables from the records.
     """
     store, share = Store(results_dir), share or Share()
     records = store.all()
     runs = board(records)
     asked = list(samples.chunks(runs, store, share))
     content = page.render(
-        index=_index(runs, store, share, asked, [described(table) for table in tables]),
+        index=_index(runs, store, share, asked, [described(table) for table in tables(records)]),
         details=[[details(record) for record in few] for few in _chunks(runs)],
         samples=asked,
     ).encode()
