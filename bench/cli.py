@@ -175,13 +175,11 @@ def _report(given: argparse.Namespace) -> int:
 
 def _track(given: argparse.Namespace) -> int:
     from bench.records import Store
-    from bench.reporting.projection import rebuild, tracker_of
-    from bench.tracking import track
+    from bench.reporting.projection import rebuild, resend
 
     store = Store(given.results_dir)
     if given.runs:
-        records = [store.get(run) for run in given.runs]
-        sent = ((record.id, track(record, store, tracker_of(record))) for record in records)
+        sent = resend(store, [store.get(run) for run in given.runs])
     else:
         from bench.reporting.html import write_report
 

@@ -21,14 +21,19 @@ def rebuild(
     tables: Sequence[PaperTable] = (),
 ) -> Iterator[tuple[str, str | None]]:
     """Send all records and an overview per project; yield what was sent and what went wrong."""
+    yield from resend(store, records)
     projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
     for record in records:
-        config = tracker_of(record)
-        projects[config].append(record)
-        yield record.id, track(record, store, config)
+        projects[tracker_of(record)].append(record)
     for config, group in projects.items():
         found = overview(board(group), page, tables)
         yield f"overview of {config.project}", track_overview(found, config, store.root)
+
+
+def resend(store: Store, records: Sequence[Record]) -> Iterator[tuple[str, str | None]]:
+    """Send records; yield each id and, where that went wrong, one sentence."""
+    for record in records:
+        yield record.id, track(record, store, tracker_of(record))
 
 
 def tracker_of(record: Record) -> TrackerConfig:

@@ -28,7 +28,10 @@ def test_another_limit_is_another_setting_and_is_named():
     config = {**pruned.config, "benchmark": {**pruned.config["benchmark"], "limit": 60}}
     limited = pruned.model_copy(update={"config": config})
     runs = board([dense, limited])
-    assert {setting.name for setting in runs.settings} == {"tiny on nine", "tiny on nine (limit 60)"}
+    assert {setting.name for setting in runs.settings} == {
+        "tiny on nine",
+        "tiny on nine (limit 60)",
+    }
     assert row_of(runs, limited).dense is None
     assert row_of(runs, limited).retention is None
 

@@ -1,7 +1,7 @@
 """A project rebuilt from records, offline: what W&B's own reader finds in the run's folder."""
 
 import json
-from types import SimpleNamespace as part  # noqa: N813: a piece of a paper's table
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,20 +12,23 @@ from bench.reporting.html import write_report
 from bench.reporting.projection import overview, rebuild
 from bench.tracking import TrackerConfig, track_overview
 from tests.reporting.html.synthetic import fill
+from tests.tracking.offline import entries
 
 
 def paper_table(run):
     cells = (
-        part(
-            ours=part(value=61.5, stderr=0.8, runs=(run,)),
-            theirs=part(text="60.9", unit="%", trust="paper", flag=""),
+        SimpleNamespace(
+            ours=SimpleNamespace(value=61.5, stderr=0.8, runs=(run,)),
+            theirs=SimpleNamespace(text="60.9", unit="%", trust="paper", flag=""),
             difference=0.6, inside=True, refusal=None,
         ),
-        part(ours=None, theirs=None, difference=None, inside=None, refusal="other metric"),
+        SimpleNamespace(
+            ours=None, theirs=None, difference=None, inside=None, refusal="other metric"
+        ),
     )  # fmt: skip
-    line = part(block="tiny", setting="40 %", name="CAMERA-P", cells=cells)
-    heads = (part(name="boolq", unit="%"), part(name="rte", unit="%"))
-    return part(
+    line = SimpleNamespace(block="tiny", setting="40 %", name="CAMERA-P", cells=cells)
+    heads = (SimpleNamespace(name="boolq", unit="%"), SimpleNamespace(name="rte", unit="%"))
+    return SimpleNamespace(
         file="camera_main", title="Main table", stand_in=False, heads=heads, lines=(line,), notes=()
     )
 
@@ -38,27 +41,22 @@ def store(tmp_path):
 
 def offline_runs(home):
     """Read every offline run below a folder: its type, its history by key, its folder."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     for file in home.rglob("run-*.wandb"):
-        reader = DataStore()
-        reader.open_for_scan(str(file))
         kind, logged = "", {}
-        while (data := reader.scan_data()) is not None:
-            entry = wandb_internal_pb2.Record()
-            entry.ParseFromString(data)
+        for entry in entries(file):
             if entry.WhichOneof("record_type") == "run":
-                kind = entry.run.job_type or kind
+                kind = entry.run.job_type
             if entry.WhichOneof("record_type") == "history":
                 for item in entry.history.item:
                     key = item.key or "/".join(item.nested_key)
-                    logged[key] = json.loads(item.value_json)
+                    value = json.loads(item.value_json)
+                    parts = value.items() if isinstance(value, dict) else [("", value)]
+                    logged |= {f"{key}/{part}".rstrip("/"): said for part, said in parts}
         yield kind, logged, file.parent
 
 
-def media(folder, said):
-    return json.loads((folder / "files" / said["path"]).read_text())
+def media(folder, logged, key):
+    return json.loads((folder / "files" / logged[f"{key}/path"]).read_text())
 
 
 def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
@@ -69,7 +67,7 @@ def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
     ((kind, logged, folder),) = offline_runs(store.root / "wandb_home")
     assert kind == "overview"
 
-    leaderboard = media(folder, logged["leaderboard/runs"])
+    leaderboard = media(folder, logged, "leaderboard/runs")
     assert len(leaderboard["data"]) == len(records)
     rows = [dict(zip(leaderboard["columns"], row, strict=True)) for row in leaderboard["data"]]
     by_run = {row["run"]: row for row in rows}
@@ -81,16 +79,15 @@ def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
         flops = record.cost("flops", "forward 1x512").value
         assert row["flops of forward 1x512"] == pytest.approx(flops)
 
-    (plot,) = [key for key in logged if key.startswith("pareto/")]
-    points = media(folder, logged[plot])
+    points = media(folder, logged, "pareto/tiny on nine_table")
     assert len(points["data"]) == len(records)
     assert points["columns"][-2:] == ["flops of forward 1x512", "average"]
 
-    table = media(folder, logged["tables/camera_main"])
+    table = media(folder, logged, "tables/camera_main")
     assert table["data"][0][4:9] == [61.5, 0.8, records[1].id, "60.9", 0.6]
     assert table["data"][1][-1] == "other metric"
 
-    html = (folder / "files" / logged["report/page"]["path"]).read_text()
+    html = (folder / "files" / logged["report/page/path"]).read_text()
     assert records[0].id in html
 
 

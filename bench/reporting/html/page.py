@@ -32,8 +32,8 @@ def render(
     return environment.from_string(_text("page.html.jinja")).render(
         title="slimbench report",
         policy=policy(scripts),
-        style=Markup(_text("style.css")),  # noqa: S704: our own file
-        scripts=[Markup(script) for script in scripts],  # noqa: S704: our own files
+        style=Markup(_text("style.css")),
+        scripts=[Markup(script) for script in scripts],
         index=json_text(index),
         details=[packed(chunk) for chunk in details],
         samples=[packed(chunk) for chunk in samples],

@@ -165,7 +165,8 @@ def test_words_stand_out_from_the_paper(visit, ten, scheme):
     page = visit(ten[0], color_scheme=scheme).open()
     names = ["paper", "surface", "sunk", "ink", "quiet", "accent", "right", "wrong"]
     colours = page.evaluate(
-        "names => names.map(n => getComputedStyle(document.documentElement).getPropertyValue('--'+n).trim())",
+        "names => { const style = getComputedStyle(document.documentElement);"
+        " return names.map(name => style.getPropertyValue('--' + name).trim()); }",
         names,
     )
     light = {name: luminance(colour) for name, colour in zip(names, colours, strict=True)}

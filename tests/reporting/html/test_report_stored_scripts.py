@@ -10,7 +10,7 @@ EVIL = (
     "<script>window.ran=1</script>"
     "<img src=x onerror='window.ran=2'>"
     "</script><script>window.ran=3</script>"
-    "\"><svg onload=window.ran=4>{{7*7}}\u2028javascript:window.ran=5"
+    '"><svg onload=window.ran=4>{{7*7}}\u2028javascript:window.ran=5'
 )
 
 
@@ -68,7 +68,9 @@ def test_an_inline_script_that_got_in_anyway_is_refused(chromium, poisoned):
     page = chromium.new_page()
     page.goto(poisoned[0].as_uri())
     page.wait_for_selector("main h1")
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.ran=6>')")
+    page.evaluate(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.ran=6>')"
+    )
     page.evaluate(
         "() => { const s = document.createElement('script'); s.textContent = 'window.ran=7';"
         " document.body.append(s); }"
