@@ -94,9 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write one HTML file over all records")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
     report.add_argument("--open", action="store_true", help="open it in the browser")
-    report.add_argument("--samples", type=int, default=40, metavar="N", help="samples a run, 40")
+    report.add_argument("--samples", type=_count, default=40, metavar="N", help="a run; 40")
     report.add_argument(
-        "--samples-runs", type=int, default=200, metavar="N", help="newest runs with samples, 200"
+        "--samples-runs",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="newest runs with samples; 200",
     )
     track = command("track", _track, "send records to W&B (again); no RUN: all, and an overview")
     track.add_argument("runs", nargs="*", metavar="RUN")
@@ -113,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     for added in (listing, show, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _count(text: str) -> int:
+    """A number of things, for an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things, such as 0 or 40")
+    return int(text)
 
 
 def _run(overrides: list[str]) -> int:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.errors import UserError
 from bench.records import Record, Store
 from bench.records.atomic import write_bytes
 from bench.reporting.board import Board, Row, board
@@ -45,7 +46,12 @@ def write_report(
 
     `out` defaults to `report.html` in the folder; `share` says how many samples come along;
     `tables` builds the papers' tables from the records.
+
+    Raises:
+        UserError: the folder is not there, or the file cannot be written.
     """
+    if not results_dir.is_dir():
+        raise UserError(f"results_dir={results_dir}: no such folder, so there are no records")
     store, share = Store(results_dir), share or Share()
     records = store.all()
     runs = board(records)
@@ -56,8 +62,12 @@ def write_report(
         samples=asked,
     ).encode()
     path = out or results_dir / "report.html"
-    write_bytes(path, content)
-    path.chmod(0o644)
+    try:
+        write_bytes(path, content)
+        path.chmod(0o644)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"out={path}: cannot be written ({reason})") from None
     shown = sum(len(chunk["runs"]) for chunk in asked)
     return Written(path, len(records), shown, len(content))
 

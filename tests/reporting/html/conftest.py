@@ -4,15 +4,11 @@ Where it is missing the tests say so and skip; where BENCH_BROWSER=required (CI)
 """
 
 import os
-import shutil
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+from tests.reporting.html.browser import launch, program
+
 PATIENCE = 60_000
 """Milliseconds before a test gives up: a busy machine is slow, not wrong."""
 
@@ -30,11 +26,10 @@ def chromium():
         from playwright.sync_api import sync_playwright
     except ImportError:
         missing("playwright")
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
+    if program() is None:
         missing("Chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
+        browser = launch(playwright)
         yield browser
         browser.close()
 

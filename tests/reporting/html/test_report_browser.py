@@ -219,7 +219,7 @@ def test_five_thousand_runs_are_paged_sorted_and_opened(visit, thousands):
 
 
 def test_no_runs_is_said_and_shows_a_first_command(visit, tmp_path):
-    opened = visit(write_report(tmp_path / "empty").path)
+    opened = visit(write_report(tmp_path).path)
     assert "bench run" in opened.open().locator("main").inner_text()
     for address in ("#/leaderboard", "#/pareto", "#/tables", "#/run/none", "#/elsewhere"):
         assert opened.open(address).locator("h1").count() == 1

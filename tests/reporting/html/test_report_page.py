@@ -109,6 +109,23 @@ def test_the_command_writes_where_it_is_told(written, tmp_path, capsys):
     assert json.loads(Elements(out.read_text()).scripts["index"])["runs"][0]["samples"] is None
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--results-dir", "no/such"], "results_dir=no/such: no such folder"),
+        (["--out", "/proc/no/report.html"], "out=/proc/no/report.html: cannot be written"),
+        (["--samples", "-3"], "argument --samples"),
+        (["--samples-runs", "many"], "'many' is not a number of things"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(tmp_path, capsys, given, said):
+    where = [] if "--results-dir" in given else ["--results-dir", str(tmp_path)]
+    assert cli.main(["report", *where, *given]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_a_papers_table_lights_up(written, tmp_path):
     report, records = written
     cell = SimpleNamespace(

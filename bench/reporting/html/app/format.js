@@ -61,7 +61,7 @@ const SAVINGS = {
   removed: "removed",
   zeroed: "zeroed: no gain in time or memory",
   masked: "masked: no gain in time or memory",
-  packed: "packed in fewer bits",
-  skipped: "work skipped",
+  quantized: "stored in fewer bits",
+  skipped: "as they were: work is skipped",
 };
 const explained = (saving) => saving.split("+").map((kind) => SAVINGS[kind] ?? kind).join(" + ");

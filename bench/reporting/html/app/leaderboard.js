@@ -59,7 +59,7 @@ const SCORE = {
 const KEPT = {
   key: "kept", title: "Kept", hint: "score as a share of the dense run's", number: true, first: "down",
   value: (run) => run.kept,
-  cell: (run) => run.kept === null ? MISSING : html`<span class="kept">${fixed(run.kept * 100, 1)} %<span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.kept)) * 100}%` }}></i></span></span>`,
+  cell: (run) => run.kept === null ? MISSING : html`<span class="kept"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.kept)) * 100}%` }}></i></span>${fixed(run.kept * 100, 1)} %</span>`,
 };
 const SAVED = {
   key: "saving", title: "Weights", hint: "what became of the weights or the work", first: "up",

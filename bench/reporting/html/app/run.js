@@ -114,7 +114,7 @@ function Method({ method }) {
   const { history, ...report } = method.report;
   return html`<h2>${method.name}</h2>
     <p>Weights ${explained(method.saving)}. Applied in ${seconds(method.seconds)}.</p>
-    <dl class="pairs knobs">${Object.entries(method.config).map(([key, value]) => html`<dt>${key}</dt><dd>${plain(value)}</dd>`)}</dl>
+    <dl class="knobs">${Object.entries(method.config).map(([key, value]) => html`<div><dt>${key}</dt><dd>${plain(value)}</dd></div>`)}</dl>
     ${Array.isArray(history) && history.length > 1 && html`<${History} lines=${history.filter((line) => typeof line === "object")} />`}
     ${Object.keys(report).length > 0 && html`<details><summary>What the method reports</summary><pre class="yaml">${yaml(report)}</pre></details>`}`;
 }
@@ -126,13 +126,18 @@ function History({ lines }) {
     <${Figure} label="${words(name)} by epoch" inputs=${[lines]} draw=${(width) => Plot.plot({
       width, height: 130, marginLeft: 44, marginBottom: 24, marginTop: 8, marginRight: 8,
       style: { background: "transparent", fontFamily: "inherit", fontSize: "11px" },
-      x: { label: null, ticks: 4 }, y: { label: null, ticks: 3, grid: true, tickFormat: "~s" },
+      x: { label: null, ticks: 4 }, y: { label: null, ticks: 3, grid: true, tickFormat: (value) => (Math.abs(value) >= 1000 ? d3.format("~s")(value) : String(Number(value.toPrecision(6)))) },
       marks: [Plot.line(lines, { x: "epoch", y: name, stroke: "var(--accent)", strokeWidth: 1.75 }),
         Plot.tip(lines, Plot.pointerX({ x: "epoch", y: name, fill: "var(--surface)", stroke: "var(--line)" }))],
     })} /></figure>`)}</div>`;
 }
 
-const plain = (value) => (typeof value === "object" && value !== null ? JSON.stringify(value) : String(value));
+// A value on one line: 0.4, [1, 2], epochs: 30, batch: 64
+function plain(value) {
+  if (typeof value !== "object" || value === null) return String(value);
+  if (Array.isArray(value)) return `[${value.map(plain).join(", ")}]`;
+  return Object.entries(value).map(([key, item]) => `${key}: ${plain(item)}`).join(", ");
+}
 
 // Data as YAML, for reading: nested by two spaces, short lists on one line.
 function yaml(value, indent = "") {
