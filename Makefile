@@ -24,8 +24,8 @@ demo: $(READY) ## dense, CAMERA-P and the random control at 20, 40, 60 %, and th
 # The report's tests need a browser. Debian's is installed where that may be done; elsewhere these
 # tests say what is missing and skip, unless BENCH_BROWSER=required.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null \
-	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	@[ -n "$$(which chromium chromium-browser google-chrome 2>/dev/null)" ] \
+	|| { [ "$$(id -u)" = 0 ] && which apt-get >/dev/null 2>&1 && apt-get update -qq \
 	     && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	|| echo "no Chromium: the report's browser tests will be skipped"
 

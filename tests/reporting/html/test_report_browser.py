@@ -49,14 +49,14 @@ def test_filters_narrow_and_the_address_keeps_them(visit, ten):
     opened = visit(ten[0])
     page = opened.open("#/leaderboard")
     page.get_by_label("Search").fill("camera_p")
-    page.wait_for_function("document.querySelector('[role=status]').innerText.includes('of 10')")
+    page.get_by_role("status").filter(has_text="of 10").wait_for()
     assert set(labels(page)) == {"camera_p 0.1"}
     assert "q=camera_p" in page.url
     kept = page.url.partition("#")[2]
     page = opened.open("#" + kept)
     assert set(labels(page)) == {"camera_p 0.1"}
     page.get_by_role("link", name="Clear filters").click()
-    page.wait_for_function("document.querySelectorAll('table.grid tbody tr').length === 10")
+    page.get_by_role("status").filter(has_text="10 runs").wait_for()
     page.locator(".filters").get_by_label("Weights").select_option("zeroed")
     assert {text.split()[0] for text in labels(page)} == {"random_experts", "magnitude"}
     # Weights that are only zeroed show no time.
@@ -92,7 +92,7 @@ def test_everything_works_by_keyboard(visit, ten):
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
     page.keyboard.press("/")
-    page.wait_for_function("document.activeElement.id === 'search'")
+    page.wait_for_selector("#search:focus")
     page.get_by_role("button", name="Score").focus()
     page.keyboard.press("Enter")
     assert page.locator('th[aria-sort="descending"]').count() == 1
@@ -209,7 +209,7 @@ def test_five_thousand_runs_are_paged_sorted_and_opened(visit, thousands):
     assert numbers(page, "Kept")[0] <= best[-1]
     oldest = records[3]
     page.get_by_label("Search").fill(oldest.id)
-    page.wait_for_function("document.querySelectorAll('table.grid tbody tr').length === 1")
+    page.get_by_role("status").filter(has_text="1 run of 5,000").wait_for()
     page.locator("table.grid tbody a").click()
     page.wait_for_selector(".command")
     assert page.locator(".command code").inner_text() == oldest.command
