@@ -23,14 +23,13 @@ ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}
 
 def json_text(value: Any) -> Markup:
     """Return compact JSON that is safe inside a script element; NaN and infinity become null."""
-    text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return Markup(text.translate(ESCAPES))
+    return Markup(_dumped(value).translate(ESCAPES))
 
 
 def packed(value: Any) -> str:
     """Return JSON as gzip in base64, which the browser unpacks when it is asked for."""
-    text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    squeezed = gzip.compress(text.encode("utf-8", "replace"), compresslevel=6, mtime=0)
+    text = _dumped(value).encode("utf-8", "replace")
+    squeezed = gzip.compress(text, compresslevel=6, mtime=0)
     return base64.b64encode(squeezed).decode()
 
 
@@ -47,6 +46,14 @@ def policy(scripts: Sequence[str]) -> str:
         "form-action 'none'",
     )
     return "; ".join(rules)
+
+
+def _dumped(value: Any) -> str:
+    """Return compact JSON; what is not finite is rare, so it is looked for only when met."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return _dumped(_finite(value))
 
 
 def _finite(value: Any) -> Any:

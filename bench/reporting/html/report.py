@@ -60,7 +60,7 @@ def write_report(
         index=_index(runs, store, share, asked, [described(table) for table in tables(records)]),
         details=[[details(record) for record in few] for few in _chunks(runs)],
         samples=asked,
-    ).encode()
+    ).encode("utf-8", "replace")
     path = out or results_dir / "report.html"
     try:
         write_bytes(path, content)

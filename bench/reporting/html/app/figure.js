@@ -12,6 +12,7 @@ const symbolDown = {
 };
 const SHAPES = [d3.symbolCircle, d3.symbolSquare, d3.symbolTriangle, d3.symbolDiamond, symbolDown, d3.symbolCross, d3.symbolWye];
 const COLOURS = 8;
+const THUMBNAIL_POINTS = 300;
 
 // Families in alphabetical order, the dense model first: the same look on every page.
 const FAMILIES = [...new Set(INDEX.runs.map((run) => run.family))].sort(
@@ -112,6 +113,9 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
   const onFront = new Set(front);
   const strength = (point) => (!crowded || onFront.has(point) || point === dense ? 1 : small ? 0.3 : 0.45);
   const log = small ? spread(points) : logarithmic;
+  // A thumbnail of thousands shows one in so many, and the whole front.
+  const step = small ? Math.ceil(points.length / THUMBNAIL_POINTS) : 1;
+  const shown = points.filter((point, at) => at % step === 0 || onFront.has(point) || point === dense);
   const dots = {
     x: "x", y: "y", r: radius, symbol: (point) => point.run.family, stroke: (point) => point.run.family,
     strokeWidth: 1.5, opacity: strength, sort: strength,
@@ -144,8 +148,8 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
       !small && !crowded && Plot.ruleX(points, {
         x: "x", y1: "low", y2: "high", stroke: (point) => point.run.family, strokeOpacity: 0.4, strokeWidth: 1.25,
       }),
-      Plot.dot(points.filter((point) => !point.run.real), { ...dots, fill: "none" }),
-      Plot.dot(points.filter((point) => point.run.real), { ...dots, fill: (point) => point.run.family }),
+      Plot.dot(shown.filter((point) => !point.run.real), { ...dots, fill: "none" }),
+      Plot.dot(shown.filter((point) => point.run.real), { ...dots, fill: (point) => point.run.family }),
       !small && Plot.dot(front, {
         x: "x", y: "y", r: radius + 4, stroke: "none", fill: "transparent",
         href: (point) => runAddress(point.run.id), ariaLabel: (point) => `${point.run.label}, on the front`,

@@ -40,7 +40,7 @@ function SettingCard({ index, runs }) {
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
       <p class="axes quiet">${words(task.task)} ${unit(task)} against ${words(setting.costs[costAt].quantity)}${spread(points) ? ", logarithmic" : ""}</p>`}
-    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} />, which keeps ${fixed(trade.run.kept * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
+    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.kept * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
     ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
     ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}
   </article>`;

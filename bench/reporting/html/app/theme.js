@@ -25,10 +25,10 @@ function show(theme) {
 
 function ThemeSwitch() {
   const [theme, setTheme] = useState(remembered);
-  useEffect(() => show(theme), [theme]);
   const next = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
   const turn = () => {
     setTheme(next);
+    show(next);
     remember(next);
   };
   const sign = { system: "◐", light: "☀", dark: "☾" }[theme];
