@@ -20,8 +20,9 @@ def missing(what):
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
+    """The browser, for one module: Playwright's event loop must not run beside other tests."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
