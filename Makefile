@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu check audit format perf clean
+.PHONY: help install demo browser test test-all test-gpu check audit format perf clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,13 +17,22 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## dense, CAMERA-P and the random control at 20, 40, 60 % on the embedded model
+demo: $(READY) ## dense, CAMERA-P and the random control at 20, 40, 60 %, and the report
 	$(BIN)/bench run experiment=demo
+	$(BIN)/bench report
 
-test: $(READY) ## the tests
+# The report's tests need a browser. Debian's is installed where that may be done; elsewhere these
+# tests say what is missing and skip, unless BENCH_BROWSER=required.
+browser:
+	@[ -n "$$(which chromium chromium-browser google-chrome 2>/dev/null)" ] \
+	|| { [ "$$(id -u)" = 0 ] && which apt-get >/dev/null 2>&1 && apt-get update -qq \
+	     && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	|| echo "no Chromium: the report's browser tests will be skipped"
+
+test: $(READY) browser ## the tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 
-test-all: $(READY) ## the tests and the long proofs
+test-all: $(READY) browser ## the tests and the long proofs
 	HYPOTHESIS_PROFILE=searching $(BIN)/python -m pytest -m 'not gpu'
 
 test-gpu: $(READY) ## the tests that need a CUDA device

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
 COMMANDS = (
-    "run", "status", "resume", "gc", "ls", "show", "compare", "plot", "track", "export",
+    "run", "status", "resume", "gc", "ls", "show", "compare", "plot", "report", "track", "export",
     "prefetch", "doctor",
 )  # fmt: skip
 LISTED = ("models", "methods", "benchmarks", "runs")
@@ -146,8 +146,19 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--scope", help="which cost of that name, as `bench show` lists it")
     plot.add_argument("--knob", default="ratio", help="a method's knob or a config key (ratio)")
     plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
-    track = command("track", _track, "send records to W&B (again)")
-    track.add_argument("runs", nargs="+", metavar="RUN")
+    report = command("report", _report, "write one HTML file over all records")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.add_argument("--samples", type=_count, default=40, metavar="N", help="a run; 40")
+    report.add_argument(
+        "--samples-runs",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="newest runs with samples; 200",
+    )
+    track = command("track", _track, "send records to W&B (again); no RUN: all, and an overview")
+    track.add_argument("runs", nargs="*", metavar="RUN")
     export = command("export", _export, "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     export.add_argument("folder", type=Path, metavar="DIR")
@@ -156,11 +167,18 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (status, resume, garbage, listing, show, compare, plot, track, export):
+    for added in (status, resume, garbage, listing, show, compare, plot, report, track, export):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
     for added in (status, garbage, listing, show, compare, plot, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _count(text: str) -> int:
+    """A number of things, for an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things, such as 0 or 40")
+    return int(text)
 
 
 def _run(overrides: list[str]) -> int:
@@ -273,17 +291,34 @@ def _plot(given: argparse.Namespace) -> int:
     return DONE
 
 
+def _report(given: argparse.Namespace) -> int:
+    from bench.reporting.html import Share, write_report
+
+    share = Share(per_run=given.samples, runs=given.samples_runs)
+    written = write_report(given.results_dir, given.out, share)
+    print(f"wrote {written.path} ({written})")
+    if given.open:
+        import webbrowser
+
+        webbrowser.open(written.path.resolve().as_uri())
+    return DONE
+
+
 def _track(given: argparse.Namespace) -> int:
     from bench.records import Store
-    from bench.tracking import TrackerConfig, track
+    from bench.reporting.projection import rebuild, resend
 
     store = Store(given.results_dir)
-    records = [store.get(run) for run in given.runs]
+    if given.runs:
+        sent = resend(store, [store.get(run) for run in given.runs])
+    else:
+        from bench.reporting.html import write_report
+
+        page = write_report(given.results_dir).path
+        sent = rebuild(store, store.all(), page)
     failed = False
-    for record in records:
-        config = TrackerConfig(**{**record.config["tracker"], "kind": "wandb"})
-        warning = track(record, store, config)
-        print(f"bench: {warning}" if warning else f"sent {record.id}")
+    for what, warning in sent:
+        print(f"bench: {warning}" if warning else f"sent {what}")
         failed = failed or warning is not None
     return FAILED if failed else DONE
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from bench.records import Record, Store
 from bench.records.atomic import write_bytes
 from bench.tracking.config import TrackerConfig
+from bench.tracking.overview import Overview, Rows, Scatter
 
-__all__ = ["TrackerConfig", "track"]
+__all__ = ["Overview", "Rows", "Scatter", "TrackerConfig", "track", "track_overview"]
 
 
 def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
@@ -31,4 +32,16 @@ def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
         )
     note = json.dumps({"run": record.id, "tracker": config.kind, "kept": kept}, indent=1)
     write_bytes(Path(store.root) / "tracked" / f"{record.id}.json", note.encode())
+    return None
+
+
+def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path) -> str | None:
+    """Send what a project shows beside its runs; None when that worked, else one sentence."""
+    from bench.tracking.overview import send_overview
+
+    try:
+        send_overview(overview, config, results_dir)
+    except Exception as error:  # as above: a tracker that fails breaks nothing
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"W&B did not take the overview ({reason}); send it again: bench track"
     return None

@@ -26,6 +26,31 @@ def send(record: Record, folder: Path, config: TrackerConfig, results_dir: Path)
     Raises:
         Exception: whatever W&B raises; the caller decides that it does not matter.
     """
+    with opened(
+        config,
+        results_dir,
+        name=f"{record.model.name} {record.label}",
+        job_type="run",
+        group=record.group,
+        tags=[record.model.name, *(m.name for m in record.methods)],
+        config_of_run={**record.config, "record": record.id},
+    ) as (wandb, run, kept):
+        _log(wandb, run, record, folder)
+    return kept
+
+
+@contextmanager
+def opened(
+    config: TrackerConfig,
+    results_dir: Path,
+    *,
+    config_of_run: dict[str, Any] | None = None,
+    **described: Any,
+) -> Iterator[tuple[Any, Any, str]]:
+    """Open a W&B run whose files stay in the results folder; yield W&B, the run, where it is kept.
+
+    The run is finished whatever happens inside.
+    """
     home = (results_dir / "wandb_home").resolve()
     home.mkdir(parents=True, exist_ok=True)
     with _inside(home):
@@ -35,21 +60,17 @@ def send(record: Record, folder: Path, config: TrackerConfig, results_dir: Path)
         run = wandb.init(
             project=config.project,
             entity=config.entity,
-            name=f"{record.model.name} {record.label}",
-            group=record.group,
-            tags=[record.model.name, *(m.name for m in record.methods)],
-            config={**record.config, "record": record.id},
+            config=config_of_run,
             dir=str(home),
             mode=mode,
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
+            **described,
         )
         try:
-            _log(wandb, run, record, folder)
-            kept = str(run.settings.sync_dir if mode == "offline" else run.url)
+            yield wandb, run, str(run.settings.sync_dir if mode == "offline" else run.url)
         finally:
             run.finish()
-    return kept
 
 
 def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:

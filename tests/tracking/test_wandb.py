@@ -7,6 +7,7 @@ import pytest
 from bench.records import CostPart, GapPart, MethodPart, MetricPart, ModelPart, Record, Store
 from bench.tracking import TrackerConfig, track
 from bench.tracking import wandb as tracker
+from tests.tracking.offline import entries
 
 
 @pytest.fixture
@@ -53,38 +54,30 @@ def store(tmp_path, record):
 
 def sent_by(folder):
     """Read back what an offline run folder holds, with W&B's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     (file,) = folder.rglob("run-*.wandb")
-    reader = DataStore()
-    reader.open_for_scan(str(file))
-    while (data := reader.scan_data()) is not None:
-        entry = wandb_internal_pb2.Record()
-        entry.ParseFromString(data)
-        yield entry
+    return entries(file)
 
 
 def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record):
     assert track(record, store, TrackerConfig(mode="offline")) is None
     note = json.loads((store.root / "tracked" / f"{record.id}.json").read_text())
     assert note["run"] == record.id
-    entries = list(sent_by(store.root / "wandb_home"))
-    (run,) = [e.run for e in entries if e.WhichOneof("record_type") == "run"]
+    sent = sent_by(store.root / "wandb_home")
+    (run,) = [e.run for e in sent if e.WhichOneof("record_type") == "run"]
     assert (run.run_group, run.project, run.display_name) == ("sweep-1", "slimbench", "tiny dense")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["seed"] == 3
     assert config["record"] == record.id
     summary = {
         item.key or "/".join(item.nested_key): item.value_json
-        for e in entries
+        for e in sent
         if e.WhichOneof("record_type") == "summary"
         for item in e.summary.update
     }
     assert summary["arc_easy/acc"] == "0.625"
     assert summary["cost/model/bytes"] in ("28", "28.0")
-    artifacts = [e for e in entries if "artifact" in str(e.WhichOneof("record_type"))]
-    names = str(entries)
+    artifacts = [e for e in sent if "artifact" in str(e.WhichOneof("record_type"))]
+    names = str(sent)
     assert artifacts or f"record-{record.id}" in names
     assert "record.json" in names
     assert "samples.parquet" in names

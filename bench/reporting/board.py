@@ -1,0 +1,212 @@
+"""Runs side by side: what is comparable with what, and each run against its dense model.
+
+A setting is what must be equal for two runs to be compared: the weights, their dtype, the seed
+they were trained from and the benchmark with its limits. Each run is held against the dense run
+of its own setting, number by number, and only where the identity of the number is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.records import CostPart, MetricPart, Record
+
+PERCENT = frozenset(
+    {"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"}
+    | {"pope_accuracy", "pope_accuracy_mean", "pope_f1_score", "mmbench_accuracy"}
+    | {"mme_perception_share"}
+)
+UNREAL = frozenset({"zeroed", "masked"})
+"""Savings that cost as much time as the dense model: no gain is claimed for them."""
+AVERAGE = "average"
+LOADED = ("dtype", "max_length", "seed")
+ASKED = ("tasks", "perplexity", "num_fewshot", "limit")
+"""Keys of the model's and the benchmark's config that decide which questions are put to what."""
+LONGEST_DIFFERENCE = 24
+
+
+@dataclass(frozen=True)
+class Task:
+    """One headline number of a setting."""
+
+    task: str
+    metric: str
+    percent: bool
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One cost that the runs of a setting have."""
+
+    scope: str
+    quantity: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that may be compared: one model on one benchmark, asked in one way."""
+
+    name: str
+    model: str
+    benchmark: str
+    tasks: tuple[Task, ...]
+    costs: tuple[Quantity, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run on the board: its numbers in the order of its setting's tasks and costs."""
+
+    record: Record
+    setting: int
+    dense: str | None
+    values: tuple[tuple[float, float | None] | None, ...]
+    costs: tuple[float | None, ...]
+    retention: float | None
+
+    @property
+    def family(self) -> str:
+        """The methods' names without their ratios; `dense` when there are none."""
+        return " + ".join(method.name for method in self.record.methods) or "dense"
+
+    @property
+    def saving(self) -> str:
+        """What became of the weights or of the work: removed, zeroed, packed, skipped."""
+        kinds = dict.fromkeys(m.saving for m in self.record.methods if m.saving != "none")
+        return "+".join(kinds) or "none"
+
+    @property
+    def real(self) -> bool:
+        """Whether costs may have fallen: false when weights are only zeroed or masked."""
+        methods = self.record.methods
+        return not methods or any(method.saving not in UNREAL for method in methods)
+
+
+@dataclass(frozen=True)
+class Board:
+    """All runs, newest first, and the settings they belong to."""
+
+    settings: tuple[Setting, ...]
+    rows: tuple[Row, ...]
+
+
+def board(records: Iterable[Record]) -> Board:
+    """Put records side by side."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    keys: dict[str, dict[str, str]] = {}
+    for record in sorted(records, key=lambda r: r.started, reverse=True):
+        key = _setting_key(record)
+        keys[text := json.dumps(key, sort_keys=True)] = key
+        groups[text].append(record)
+    names = _names(list(keys.values()))
+    settings: list[Setting] = []
+    rows: list[Row] = []
+    for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
+        setting = _setting(name, group)
+        settings.append(setting)
+        dense = next((record for record in group if not record.methods), None)
+        rows += [_row(record, index, setting, dense) for record in group]
+    rows.sort(key=lambda row: row.record.started, reverse=True)
+    return Board(tuple(settings), tuple(rows))
+
+
+def comparable(one: MetricPart, other: MetricPart) -> bool:
+    """Say whether two numbers have the same identity, so that they may be subtracted."""
+    return _identity(one) == _identity(other)
+
+
+def _identity(metric: MetricPart) -> tuple[object, ...]:
+    names = (metric.task, metric.metric, metric.filter, metric.shots, metric.split)
+    return (*names, metric.task_version, metric.n)
+
+
+def _setting_key(record: Record) -> dict[str, str]:
+    """Return what two runs must share, by name; what is not set is not there."""
+    asked, model = record.config["benchmark"], record.config.get("model", {})
+    data = record.provenance.get("data", {})
+    prints = [data[task].get("fingerprint") for task in sorted(data)]
+    said = {
+        "model": record.model.name,
+        "weights": record.model.fingerprint[:8],
+        "benchmark": asked["name"],
+        "data": hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:8] if prints else None,
+        **{name: model.get(name) for name in LOADED},
+        **{name: asked.get(name) for name in ASKED},
+    }
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in said.items()
+        if value not in (None, {}, [])
+    }
+
+
+def _names(keys: Sequence[dict[str, str]]) -> list[str]:
+    """Name each setting by model and benchmark, and by what differs where that is not enough."""
+    plain = [f"{key['model']} on {key['benchmark']}" for key in keys]
+    names = []
+    for name, key in zip(plain, keys, strict=True):
+        others = [other for same, other in zip(plain, keys, strict=True) if same == name]
+        differs = [part for part in key if any(o.get(part) != key[part] for o in others)]
+        said = ", ".join(f"{part} {key[part][:LONGEST_DIFFERENCE]}" for part in differs)
+        names.append(f"{name} ({said})" if said else name)
+    return names
+
+
+def _setting(name: str, group: Sequence[Record]) -> Setting:
+    tasks = {m.task: _task(m) for record in reversed(group) for m in record.metrics if m.headline}
+    first = {AVERAGE: tasks[AVERAGE]} if AVERAGE in tasks else {}
+    costs = {
+        (c.scope, c.quantity): Quantity(c.scope, c.quantity, c.unit)
+        for record in group
+        for c in record.costs
+        if not c.scope.startswith("phase ")
+    }
+    return Setting(
+        name=name,
+        model=group[0].model.name,
+        benchmark=str(group[0].config["benchmark"]["name"]),
+        tasks=tuple((first | tasks).values()),
+        costs=tuple(costs.values()),
+    )
+
+
+def _task(metric: MetricPart) -> Task:
+    return Task(metric.task, metric.metric, metric.metric in PERCENT, metric.higher_is_better)
+
+
+def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> Row:
+    metrics = {m.task: m for m in record.metrics if m.headline}
+    costs = {(c.scope, c.quantity): c for c in record.costs}
+    found = [metrics.get(task.task) for task in setting.tasks]
+    return Row(
+        record=record,
+        setting=index,
+        dense=dense.id if dense else None,
+        values=tuple(_value(metric) for metric in found),
+        costs=tuple(_cost(costs.get((c.scope, c.quantity))) for c in setting.costs),
+        retention=_retention(found[0], dense) if found else None,
+    )
+
+
+def _value(metric: MetricPart | None) -> tuple[float, float | None] | None:
+    return None if metric is None or metric.value is None else (metric.value, metric.stderr)
+
+
+def _cost(cost: CostPart | None) -> float | None:
+    return None if cost is None else cost.value
+
+
+def _retention(metric: MetricPart | None, dense: Record | None) -> float | None:
+    """Return the share of the dense model's score that is left, for scores better high."""
+    before = dense.metric(metric.task) if dense and metric else None
+    if metric is None or before is None or not metric.value or not before.value:
+        return None
+    if not comparable(metric, before) or not metric.higher_is_better:
+        return None
+    return metric.value / before.value

@@ -1,0 +1,58 @@
+// What the page was given: an index at once, details and samples when they are looked at.
+
+const { h, render, Fragment } = preact;
+const { useState, useEffect, useMemo, useRef, useCallback } = preactHooks;
+const html = htm.bind(h);
+
+const INDEX = JSON.parse(document.getElementById("index").textContent);
+INDEX.runs.forEach((run) => {
+  run.where = INDEX.settings[run.setting];
+  run.score = run.values[0] ? run.values[0][0] : null;
+});
+const RUNS = new Map(INDEX.runs.map((run) => [run.id, run]));
+
+const unpacking = new Map();
+
+// Unpack one chunk (gzip in base64) of the page; the same chunk is unpacked once.
+function unpack(element) {
+  if (!unpacking.has(element)) {
+    const packed = atob(document.getElementById(element).textContent);
+    const bytes = Uint8Array.from(packed, (sign) => sign.charCodeAt(0));
+    const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    unpacking.set(element, new Response(plain).json());
+  }
+  return unpacking.get(element);
+}
+
+async function detailsOf(run) {
+  const records = await unpack(`details-${run.chunk}`);
+  return records.find((record) => record.id === run.id);
+}
+
+// The embedded samples of a run, with their texts in place; null when it has none.
+async function samplesOf(run) {
+  if (!run || run.samples === null) return null;
+  const { texts, runs } = await unpack(`samples-${run.samples}`);
+  const { total, samples } = runs[run.id];
+  const text = (place) => (place === null ? null : texts[place]);
+  const whole = (sample) => ({
+    ...sample,
+    prompt: text(sample.prompt),
+    choices: sample.choices.map(text),
+  });
+  return { total, samples: samples.map(whole) };
+}
+
+// A value that arrives later: undefined until then.
+function useLater(start, inputs) {
+  const [value, setValue] = useState(undefined);
+  useEffect(() => {
+    let wanted = true;
+    setValue(undefined);
+    start().then((found) => wanted && setValue(found));
+    return () => {
+      wanted = false;
+    };
+  }, inputs);
+  return value;
+}

@@ -1,0 +1,67 @@
+// Numbers as people read them.
+
+const MISSING = "–";
+const MINUS = "−";
+
+const signed = (text) => text.replace("-", MINUS);
+
+function fixed(value, digits) {
+  return value === null || value === undefined ? MISSING : signed(value.toFixed(digits));
+}
+
+// A score in its task's unit: 62.8, 12.33
+function score(value, task) {
+  if (value === null || value === undefined) return MISSING;
+  if (task.percent) return fixed(value * 100, 1);
+  return Math.abs(value) >= 1000 ? quantity(value) : fixed(value, 2);
+}
+
+const unit = (task) => (task.percent ? "%" : "");
+
+// 2.14 M
+function quantity(value, digits = 2) {
+  if (value === null || value === undefined) return MISSING;
+  for (const [factor, prefix] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+    if (Math.abs(value) >= factor) return `${(value / factor).toFixed(digits)} ${prefix}`;
+  }
+  return Number.isInteger(value) ? String(value) : value.toPrecision(3);
+}
+
+// A cost with its unit: 1.62 GFLOP, 8.28 MB, 18.2 ms
+function cost(value, unitOf) {
+  if (value === null || value === undefined) return MISSING;
+  if (unitOf === "s") return seconds(value);
+  return unitOf === "1" ? quantity(value) : `${quantity(value)}${value >= 1e3 ? "" : " "}${unitOf}`;
+}
+
+function seconds(value) {
+  if (value === null || value === undefined) return MISSING;
+  if (value >= 120) return `${(value / 60).toFixed(1)} min`;
+  if (value >= 1) return `${value.toFixed(2)} s`;
+  return value >= 1e-3 ? `${(value * 1e3).toFixed(1)} ms` : `${(value * 1e6).toFixed(0)} µs`;
+}
+
+const factor = (value) => (value === null || value === undefined ? MISSING : `${value.toFixed(2)}×`);
+
+const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
+const when = (started) => started.slice(0, 16).replace("T", " ");
+
+const NAMES = { flops: "FLOPs", macs: "MACs", seconds: "time", method_seconds: "time in the method", bytes: "bytes" };
+const words = (name) => NAMES[name] ?? name.replaceAll("_", " ");
+
+// A tick on an axis, whose label has the unit: 200k, 1.6G, 18 ms
+function tick(value, unitOf) {
+  return unitOf === "s" ? seconds(value) : d3.format("~s")(value);
+}
+
+// Methods whose weights are still there but zero, and the like, in words.
+const SAVINGS = {
+  none: "as they were",
+  removed: "removed",
+  zeroed: "zeroed: no gain in time or memory",
+  masked: "masked: no gain in time or memory",
+  quantized: "stored in fewer bits",
+  skipped: "as they were: work is skipped",
+};
+const explained = (saving) => saving.split("+").map((kind) => SAVINGS[kind] ?? kind).join(" + ");

@@ -1,0 +1,115 @@
+// All runs, sorted and filtered; the address keeps what was chosen.
+
+const WEIGHED = [
+  ["flops", "FLOPs", "operations of one forward or prefill, as a share of the dense run's"],
+  ["seconds", "Time", "measured time as a share of the dense run's; none for weights only zeroed"],
+  ["bytes", "Bytes", "memory of the weights as a share of the dense run's"],
+];
+
+function shareColumns(runs) {
+  const places = new Map();
+  const place = (setting, name) => {
+    const key = `${setting.name} ${name}`;
+    if (!places.has(key)) places.set(key, setting.costs.findIndex((one) => one.quantity === name));
+    return places.get(key);
+  };
+  const share = (run, name) => {
+    const at = place(run.where, name);
+    return at < 0 ? null : shareOf(run, at);
+  };
+  return WEIGHED.filter(([name]) => runs.some((run) => place(run.where, name) >= 0)).map(([name, title, hint]) => ({
+    key: name, title, hint, number: true, first: "up",
+    value: (run) => share(run, name),
+    cell: (run) => factor(share(run, name)),
+  }));
+}
+
+function taskColumns(setting) {
+  return setting.tasks.slice(1).map((task, at) => ({
+    key: `task:${task.task}`,
+    title: `${words(task.task)}`,
+    hint: `${task.metric}${task.percent ? " in %" : ""}`,
+    number: true,
+    first: task.higher_is_better ? "down" : "up",
+    value: (run) => (run.values[at + 1] ? run.values[at + 1][0] : null),
+    cell: (run) => html`<${Scored} pair=${run.values[at + 1]} task=${task} />`,
+  }));
+}
+
+function Scored({ pair, task }) {
+  if (!pair) return MISSING;
+  const scale = task.percent ? 100 : 1;
+  return html`${score(pair[0], task)}${pair[1] !== null && html`<span class="error"> ±${(pair[1] * scale).toFixed(task.percent ? 1 : 2)}</span>`}`;
+}
+
+const METHOD = {
+  key: "method", title: "Method", hint: "methods with their ratios", first: "up",
+  value: (run) => run.label,
+  cell: (run) => html`<${RunLink} run=${run} />`,
+};
+const WHERE = {
+  key: "setting", title: "Model and benchmark", first: "up",
+  value: (run) => run.where.name, cell: (run) => run.where.name,
+};
+const SCORE = {
+  key: "score", title: "Score", hint: "average of the headline metrics, or the one there is", number: true, first: "down",
+  value: (run) => run.score,
+  cell: (run) => html`<${Scored} pair=${run.values[0]} task=${run.where.tasks[0]} />`,
+};
+const KEPT = {
+  key: "kept", title: "Kept", hint: "score as a share of the dense run's", number: true, first: "down",
+  value: (run) => run.kept,
+  cell: (run) => run.kept === null ? MISSING : html`<span class="kept"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.kept)) * 100}%` }}></i></span>${fixed(run.kept * 100, 1)} %</span>`,
+};
+const SAVED = {
+  key: "saving", title: "Weights", hint: "what became of the weights or the work", first: "up",
+  value: (run) => run.saving, cell: (run) => html`<${Saving} saving=${run.saving} />`,
+};
+const STARTED = {
+  key: "started", title: "Started", hint: "UTC", number: true, first: "down",
+  value: (run) => run.started, cell: (run) => html`<time class="quiet">${when(run.started)}</time>`,
+};
+
+function Leaderboard({ route }) {
+  const asked = Object.fromEntries(route.query);
+  const setting = asked.setting !== undefined && INDEX.settings[asked.setting];
+  const hasTasks = setting && setting.tasks.length > 1;
+  const sort = asked.sort ?? (setting ? (setting.tasks[0]?.higher_is_better === false ? "score" : "-score") : "-started");
+  const rows = useMemo(() => filtered(asked), [route]);
+  const columns = useMemo(() => [
+    METHOD, ...(setting ? [] : [WHERE]),
+    SCORE, KEPT, ...shareColumns(INDEX.runs), SAVED,
+    ...(hasTasks && asked.tasks ? taskColumns(setting) : []), STARTED,
+  ], [asked.setting, asked.tasks]);
+  const change = (changes) => adjust(route, { page: "", ...changes });
+  return html`<main id="main" tabindex="-1" class="wide">
+    <h1>Leaderboard</h1>
+    <form class="filters" role="search" onSubmit=${(event) => event.preventDefault()}>
+      <label class="choice grow"><span>Search</span><input type="search" id="search" placeholder="method, model, sweep or run id" value=${asked.q ?? ""}
+        onInput=${(event) => change({ q: event.target.value })} /></label>
+      <${Choice} label="Model and benchmark" value=${asked.setting ?? ""} onChange=${(value) => change({ setting: value, sort: "", tasks: "" })}
+        options=${[["", "all"], ...INDEX.settings.map((one, at) => [String(at), one.name])]} />
+      <${Choice} label="Method" value=${asked.family ?? ""} onChange=${(value) => change({ family: value })}
+        options=${[["", "all"], ...FAMILIES.map((family) => [family, family])]} />
+      <${Choice} label="Weights" value=${asked.saving ?? ""} onChange=${(value) => change({ saving: value })}
+        options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.saving))].sort().map((kind) => [kind, kind === "none" ? "as they were" : kind])]} />
+    </form>
+    <p class="counted"><span role="status">${count(rows.length, "run")}${rows.length < INDEX.runs.length ? ` of ${INDEX.runs.length.toLocaleString("en")}` : ""}</span>
+      ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!asked.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}
+      ${setting && html`<a href=${address("pareto", { setting: asked.setting })}>Pareto plot</a>`}
+      ${Object.keys(asked).some((key) => asked[key] && key !== "sort") && html`<a href="#/leaderboard">Clear filters</a>`}</p>
+    <${Grid} rows=${rows} columns=${columns} sort=${sort} page=${Number(asked.page ?? 0)} caption="Runs"
+      onSort=${(value) => change({ sort: value })} onPage=${(value) => adjust(route, { page: value || "" })} />
+  </main>`;
+}
+
+function filtered({ q = "", setting, family, saving }) {
+  const parts = q.toLowerCase().split(/\s+/).filter(Boolean);
+  return INDEX.runs.filter((run) => {
+    if (setting && run.setting !== Number(setting)) return false;
+    if (family && run.family !== family) return false;
+    if (saving && run.saving !== saving) return false;
+    const text = `${run.label} ${run.where.name} ${run.group ?? ""} ${run.id}`.toLowerCase();
+    return parts.every((part) => text.includes(part));
+  });
+}

@@ -1,0 +1,81 @@
+// The first page: what was run, and per setting what the best trade is.
+
+function Overview() {
+  const { runs, settings } = INDEX;
+  const models = new Set(settings.map((setting) => setting.model));
+  const benchmarks = new Set(settings.map((setting) => setting.benchmark));
+  const methods = new Set(FAMILIES.filter((family) => family !== "dense"));
+  const bySetting = useMemo(() => d3.group(runs, (run) => run.setting), []);
+  const order = [...bySetting.keys()].sort((a, b) => bySetting.get(b).length - bySetting.get(a).length);
+  const [all, setAll] = useState(false);
+  const shown = all ? order : order.slice(0, 12);
+  if (!runs.length) {
+    return html`<main id="main" tabindex="-1"><h1>No runs yet</h1>
+      <p class="lead">Nothing is recorded in <code>${INDEX.results}</code>. A first run: <code>bench run model=micro_moe method=camera_p ratio=0.4</code></p><${Unreadable} /></main>`;
+  }
+  return html`<main id="main" tabindex="-1">
+    <h1>What compression costs, and what it saves</h1>
+    <p class="lead">${count(runs.length, "run")} of ${count(methods.size, "method")} on ${count(models.size, "model")} and ${count(benchmarks.size, "benchmark")},${" "}
+      ${when(runs[runs.length - 1].started).slice(0, 10)} to ${when(runs[0].started).slice(0, 10)}.${" "}
+      Each run is held against the dense model of its own setting: same weights, same questions.</p>
+    <div class="cards">${shown.map((index) => html`<${SettingCard} key=${index} index=${index} runs=${bySetting.get(index)} />`)}</div>
+    ${order.length > shown.length && html`<p><button class="plain-button" onClick=${() => setAll(true)}>Show all ${order.length} settings</button></p>`}
+    <${Reading} />
+    <${Unreadable} />
+  </main>`;
+}
+
+function SettingCard({ index, runs }) {
+  const setting = INDEX.settings[index];
+  const task = setting.tasks[0];
+  const costAt = firstCost(setting);
+  const points = task && costAt !== undefined ? pointsOf(runs, setting, 0, costAt) : [];
+  const front = task ? frontOf(points, task.higher_is_better) : [];
+  const dense = runs.find((run) => run.family === "dense");
+  const trade = bestTrade(runs, costAt);
+  return html`<article class="card">
+    <h2><a href=${address("leaderboard", { setting: index })}>${setting.name}</a></h2>
+    <p class="quiet">${count(runs.length, "run")}${dense && dense.values[0] && html`, dense ${words(task.task)} <b>${score(dense.score, task)}${unit(task)}</b>`}</p>
+    ${points.length > 1 && html`<a class="thumbnail" href=${address("pareto", { setting: index })} aria-label="Pareto plot of ${setting.name}">
+      <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
+        draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
+      <p class="axes quiet">${words(task.task)} ${unit(task)} against ${words(setting.costs[costAt].quantity)}${spread(points) ? ", logarithmic" : ""}</p>`}
+    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.kept * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
+    ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
+    ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}
+  </article>`;
+}
+
+// The cheapest run with a real saving that keeps at least 95 % of the dense score.
+function bestTrade(runs, costAt) {
+  const found = runs
+    .filter((run) => run.real && run.kept !== null && run.kept >= 0.95 && run.family !== "dense")
+    .map((run) => ({ run, share: shareOf(run, costAt) }))
+    .filter(({ share }) => share !== null && share < 1);
+  return found.sort((a, b) => a.share - b.share)[0];
+}
+
+// A cost as a share of the dense run's; null when it was not counted, or is no gain.
+function shareOf(run, costAt) {
+  const dense = RUNS.get(run.dense);
+  const now = run.costs[costAt], before = dense && dense.costs[costAt];
+  if (now === null || now === undefined || !before) return null;
+  const timed = run.where.costs[costAt].unit === "s";
+  return timed && !run.real ? null : now / before;
+}
+
+function Reading() {
+  return html`<details class="reading"><summary>How to read this</summary><ul>
+    <li><b>±</b> is one standard error; bars in plots are 95 % intervals (1.96 standard errors).</li>
+    <li><b>Kept</b> is the score as a share of the dense run with the same weights and questions; only numbers of equal task, metric, filter, shots, split and version are compared.</li>
+    <li><b>Removed</b> weights are gone. <b>Zeroed</b> or <b>masked</b> ones still take their time and memory, so no gain in time is shown for them; in plots they are hollow.</li>
+    <li>Operations are counted, times are measured on the machine that each run's page names.</li>
+    <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> from run to run in the leaderboard, <kbd>/</kbd> to search.</li></ul></details>`;
+}
+
+function Unreadable() {
+  const bad = Object.entries(INDEX.unreadable);
+  if (!bad.length) return null;
+  return html`<section class="notice" role="note"><h2>${count(bad.length, "record")} could not be read</h2>
+    <ul>${bad.map(([id, reason]) => html`<li><code>${id}</code> ${reason}</li>`)}</ul></section>`;
+}

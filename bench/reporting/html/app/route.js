@@ -1,0 +1,36 @@
+// The address says what is shown: #/leaderboard?setting=0&sort=score, so that a view can be sent.
+
+function currentRoute() {
+  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  const [page, ...rest] = path.split("/").map(decodeURIComponent);
+  return { page: page || "overview", name: rest.join("/"), query: new URLSearchParams(query) };
+}
+
+function useRoute() {
+  const [route, setRoute] = useState(currentRoute);
+  useEffect(() => {
+    const follow = () => setRoute(currentRoute());
+    addEventListener("hashchange", follow);
+    addEventListener("popstate", follow);
+    return () => {
+      removeEventListener("hashchange", follow);
+      removeEventListener("popstate", follow);
+    };
+  }, []);
+  return route;
+}
+
+function address(page, query = {}) {
+  const kept = Object.entries(query).filter(([, value]) => value !== "" && value != null);
+  const text = new URLSearchParams(kept).toString();
+  return `#/${page}${text ? `?${text}` : ""}`;
+}
+
+const runAddress = (id) => address(`run/${encodeURIComponent(id)}`);
+
+// Change some of the query in place, without a step in the browser's history.
+function adjust(route, changes) {
+  const query = { ...Object.fromEntries(route.query), ...changes };
+  history.replaceState(null, "", address(route.page, query));
+  dispatchEvent(new PopStateEvent("popstate"));
+}

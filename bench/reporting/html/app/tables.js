@@ -1,0 +1,43 @@
+// Papers' tables rebuilt: ours, theirs, and the difference where the two may be subtracted.
+
+const PRECISION = { share: 3, points: 1, s: 3, min: 3, h: 4 };
+const SOURCES = { paper: "", authors_code: "ᶜ", secondary: "ˢ", third_party: "ᵗ" };
+
+function Tables({ route }) {
+  const table = INDEX.tables.find((one) => one.name === route.name) ?? INDEX.tables[0];
+  if (!table) {
+    return html`<main id="main" tabindex="-1"><h1>Paper tables</h1><p class="lead">None of these runs belongs to a paper's table.${" "}
+      <code>bench table NAME</code> runs what a table needs; then write the report again.</p></main>`;
+  }
+  const reasons = [...new Set(table.lines.flatMap((line) => line.cells.map((cell) => cell.refusal)).filter(Boolean))];
+  return html`<main id="main" tabindex="-1" class="wide">
+    <h1>Paper tables</h1>
+    <nav class="tabs" aria-label="Tables">${INDEX.tables.map((one) => html`<a href=${address(`tables/${encodeURIComponent(one.name)}`)}
+      aria-current=${one === table ? "page" : undefined}>${words(one.name)}</a>`)}</nav>
+    <p class="lead">${table.title}</p>
+    ${table.stand_in && html`<p class="notice">A stand-in on the embedded models: neither the paper's models nor its data, so nothing is subtracted from the paper; only the order of methods is compared.</p>`}
+    ${d3.groups(table.lines, (line) => line.block).map(([block, lines]) => html`<h2>${block}</h2>
+      <${Plain} caption="${table.title}: ${block}" rows=${lines} columns=${[
+        { title: "", cell: (line) => line.label },
+        ...table.heads.map((head, at) => ({
+          title: `${head.name}${["count", head.name].includes(head.unit) ? "" : ` ${head.unit}`}`, number: true,
+          cell: (line) => html`<${Beside} cell=${line.cells[at]} head=${head} reasons=${reasons} />`,
+        })),
+      ]} />`)}
+    <p class="quiet note">Above: ours, ± one standard error. Below: the published number (unmarked from the paper, ᶜ its authors' repository, ˢ a note about the paper, ᵗ others; ! suspicious), then ours less theirs, <b class="outside">bold</b> where theirs lies outside our 95 % interval.</p>
+    ${reasons.length > 0 && html`<ol class="quiet note">${reasons.map((reason) => html`<li>Not subtracted: ${reason}</li>`)}</ol>`}
+    ${table.notes.map((note) => html`<p class="quiet note">${note}</p>`)}
+  </main>`;
+}
+
+function Beside({ cell, head, reasons }) {
+  const digits = PRECISION[head.unit] ?? 2;
+  const show = (value) => (["count", "FLOP"].includes(head.unit) ? quantity(value) : fixed(value, digits));
+  const { ours, theirs, difference, inside, refusal } = cell;
+  const [value, error, run] = ours ?? [null, null, null];
+  const own = html`${show(value)}${error !== null && html`<span class="error"> ±${error.toFixed(digits)}</span>`}`;
+  return html`<span class="beside">${run ? html`<a href=${runAddress(run)}>${own}</a>` : own}
+    <small>${theirs && html`<span title=${theirs[3]}>${theirs[0]}${theirs[1] === head.unit ? "" : ` ${theirs[1]}`}${SOURCES[theirs[2]] ?? ""}${theirs[3] ? "!" : ""}</span>`}
+      ${difference !== null && html` <span class=${inside === false ? "outside" : ""}>${difference > 0 ? "+" : ""}${show(difference)}</span>`}
+      ${refusal && html` <sup title=${refusal}>${reasons.indexOf(refusal) + 1}</sup>`}</small></span>`;
+}

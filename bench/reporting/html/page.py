@@ -1,0 +1,61 @@
+"""The page itself: one template, one style, scripts in the order in which they are needed."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from bench.reporting.html.embedding import json_text, packed, policy
+
+APP = (
+    "data", "format", "route", "theme", "figure", "grid", "overview", "leaderboard", "pareto",
+    "tables", "samples", "run", "main",
+)  # fmt: skip
+"""The page's own scripts; they share one scope and each uses only those before it."""
+HERE = importlib.resources.files("bench.reporting.html")
+
+
+def render(
+    index: dict[str, Any],
+    details: Sequence[Sequence[dict[str, Any]]],
+    samples: Sequence[dict[str, Any]],
+) -> str:
+    """Return the whole page."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)  # always, not by name
+    scripts = [*vendored(), application()]
+    return environment.from_string(_text("page.html.jinja")).render(
+        title="slimbench report",
+        policy=policy(scripts),
+        style=Markup(_text("style.css")),
+        scripts=[Markup(script) for script in scripts],
+        index=json_text(index),
+        details=[packed(chunk) for chunk in details],
+        samples=[packed(chunk) for chunk in samples],
+    )
+
+
+def vendored() -> list[str]:
+    """Return the libraries, each as released but for the pointer to a source map."""
+    listed = json.loads(_text("vendor/vendor.json"))
+    return [_without_map(_text(f"vendor/{entry['file']}")) for entry in listed]
+
+
+def application() -> str:
+    """Return the page's own scripts as one, in a scope of their own."""
+    parts = "\n".join(_text(f"app/{name}.js") for name in APP)
+    return f'(() => {{\n"use strict";\n{parts}\n}})();'
+
+
+def _without_map(script: str) -> str:
+    lines = script.splitlines()
+    return "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL="))
+
+
+def _text(name: str) -> str:
+    return HERE.joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,123 @@
+"""`bench report`, top to bottom: records -> board -> details and samples -> page -> file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from bench.records import Record, Store
+from bench.records.atomic import write_bytes
+from bench.reporting.board import Board, Row, board
+from bench.reporting.html import page, samples
+from bench.reporting.html.details import details
+from bench.reporting.html.samples import Share
+from bench.reporting.html.tables import PaperTable, described
+
+RUNS_A_CHUNK = 50
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_report` wrote."""
+
+    path: Path
+    runs: int
+    runs_with_samples: int
+    bytes: int
+
+    def __str__(self) -> str:
+        """Say in one line what is in the file."""
+        runs = f"{self.runs} run{'' if self.runs == 1 else 's'}"
+        return f"{runs}, {self.runs_with_samples} with samples, {self.bytes / 1e6:.1f} MB"
+
+
+def write_report(
+    results_dir: Path,
+    out: Path | None = None,
+    share: Share | None = None,
+    tables: Callable[[Sequence[Record]], Iterable[PaperTable]] = lambda _: (),
+) -> Written:
+    """Write one HTML file over all records of a results folder, whole or not at all.
+
+    `out` defaults to `report.html` in the folder; `share` says how many samples come along;
+    `tables` builds the papers' tables from the records.
+
+    Raises:
+        UserError: the folder is not there, or the file cannot be written.
+    """
+    if not results_dir.is_dir():
+        raise UserError(f"results_dir={results_dir}: no such folder, so there are no records")
+    store, share = Store(results_dir), share or Share()
+    records = store.all()
+    runs = board(records)
+    asked = list(samples.chunks(runs, store, share))
+    content = page.render(
+        index=_index(runs, store, share, asked, [described(table) for table in tables(records)]),
+        details=[[details(record) for record in few] for few in _chunks(runs)],
+        samples=asked,
+    ).encode("utf-8", "replace")
+    path = out or results_dir / "report.html"
+    try:
+        write_bytes(path, content)
+        path.chmod(0o644)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"out={path}: cannot be written ({reason})") from None
+    shown = sum(len(chunk["runs"]) for chunk in asked)
+    return Written(path, len(records), shown, len(content))
+
+
+def _chunks(runs: Board) -> list[list[Record]]:
+    """Return the records in the order of the board, a few at a time."""
+    records = [row.record for row in runs.rows]
+    return [records[at : at + RUNS_A_CHUNK] for at in range(0, len(records), RUNS_A_CHUNK)]
+
+
+def _index(
+    runs: Board,
+    store: Store,
+    share: Share,
+    asked: Sequence[dict[str, Any]],
+    tables: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return what the page needs at once; the rest is unpacked when it is looked at."""
+    place = {run: at for at, chunk in enumerate(asked) for run in chunk["runs"]}
+    return {
+        "generated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("slimbench"),
+        "results": str(store.root),
+        "settings": [asdict(setting) for setting in runs.settings],
+        "runs": [
+            _run(row, at // RUNS_A_CHUNK, place.get(row.record.id))
+            for at, row in enumerate(runs.rows)
+        ],
+        "tables": tables,
+        "share": asdict(share),
+        "unreadable": store.unreadable,
+    }
+
+
+def _run(row: Row, chunk: int, samples_chunk: int | None) -> dict[str, Any]:
+    """Return one run as the leaderboard and the plots read it."""
+    record = row.record
+    return {
+        "id": record.id,
+        "setting": row.setting,
+        "label": record.label,
+        "family": row.family,
+        "saving": row.saving,
+        "real": row.real,
+        "started": record.started[:19],
+        "group": record.group,
+        "dense": row.dense,
+        "values": row.values,
+        "costs": row.costs,
+        "kept": row.retention,
+        "chunk": chunk,
+        "samples": samples_chunk,
+    }

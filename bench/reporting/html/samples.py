@@ -1,0 +1,121 @@
+"""Which scored samples a report carries, and how little room they take.
+
+Per run and task the same evenly spaced questions are shown, whatever the answers were: a choice
+that looks at the answers would show a method better or worse than it is. So runs of one setting
+have the same questions, their texts are stored once, and each answer stands beside the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from bench.records import Store
+from bench.records.store import SAMPLES
+from bench.reporting.board import Board, Row
+
+ASKED = ("task", "filter", "doc_id", "target", "prompt", "choices")
+ANSWERED = ("loglikelihoods", "response", "prediction", "probability")
+NO_SCORE = frozenset({*ASKED, *ANSWERED, "doc_hash", "prompt_hash", "image_hash"})
+RUNS_A_CHUNK = 25
+LONGEST_TEXT = 4000
+"""Characters of a prompt or an answer that are shown; perplexity windows are longer."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of the samples is embedded: `per_run` samples of each of the newest `runs` runs."""
+
+    per_run: int = 40
+    runs: int = 200
+
+
+def chunks(board: Board, store: Store, share: Share) -> Iterator[dict[str, Any]]:
+    """Yield chunks of `{texts, runs}`; a run's samples name their texts by position.
+
+    Dense runs come along even when they are old, since every other run is read against them.
+    """
+    newest = board.rows[: share.runs] if share.per_run else ()
+    wanted = {row.record.id for row in newest} | {row.dense for row in newest}
+    rows = sorted((r for r in board.rows if r.record.id in wanted), key=lambda r: r.setting)
+    for _, group in groupby(rows, key=lambda row: row.setting):
+        for few in _batched(group, RUNS_A_CHUNK):
+            yield _chunk(few, store, share.per_run)
+
+
+def _batched(rows: Iterable[Row], size: int) -> Iterator[tuple[Row, ...]]:
+    """Yield the rows in groups of `size`, the last one shorter."""
+    left = iter(rows)
+    while few := tuple(islice(left, size)):
+        yield few
+
+
+def _chunk(rows: Iterable[Row], store: Store, per_run: int) -> dict[str, Any]:
+    texts: dict[str, int] = {}
+
+    def place(text: str | None) -> int | None:
+        return None if text is None else texts.setdefault(text[:LONGEST_TEXT], len(texts))
+
+    runs: dict[str, Any] = {}
+    for row in rows:
+        total, read = read_some(store.folder(row.record.id) / SAMPLES, per_run)
+        for sample in read:
+            sample["prompt"] = place(sample["prompt"])
+            sample["choices"] = [place(choice) for choice in sample["choices"]]
+        runs[row.record.id] = {"total": total, "samples": read}
+    return {"texts": list(texts), "runs": runs}
+
+
+def read_some(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
+    """Return how many samples a run has, and about `per_run` of them spaced evenly in each task."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid):
+        return 0, []
+    if not file.metadata.num_rows:
+        return 0, []
+    kinds = file.read(columns=[c for c in ("task", "filter") if c in file.schema_arrow.names])
+    positions: dict[tuple[Any, ...], list[int]] = {}
+    for position, kind in enumerate(zip(*kinds.to_pydict().values(), strict=True)):
+        positions.setdefault(kind, []).append(position)
+    each = max(1, per_run // len(positions))
+    chosen = [p for place in positions.values() for p in spaced(place, each)]
+    rows = file.read().take(chosen).to_pylist()
+    return file.metadata.num_rows, [_compact(row) for row in rows]
+
+
+def spaced(positions: list[int], count: int) -> list[int]:
+    """Return `count` of the positions, evenly spaced from the first on."""
+    total = len(positions)
+    return [positions[i * total // count] for i in range(count)] if total > count else positions
+
+
+def _compact(row: dict[str, Any]) -> dict[str, Any]:
+    """Keep what was asked, what was answered and how it was scored."""
+    answer = row.get("response")
+    return {
+        "task": row["task"],
+        "filter": row.get("filter"),
+        "doc": row.get("doc_id"),
+        "prompt": row.get("prompt"),
+        "target": _text(row.get("target")),
+        "choices": row.get("choices") or [],
+        "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
+        "answer": _text(row.get("prediction") if answer is None else answer),
+        "sure": row.get("probability"),
+        "scores": {
+            key: value
+            for key, value in row.items()
+            if key not in NO_SCORE and isinstance(value, float)
+        },
+    }
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)[:LONGEST_TEXT]

@@ -1,0 +1,118 @@
+"""A project of W&B rebuilt from records: each record as a run, and one overview of all of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.records import Record, Store
+from bench.reporting.board import Board, Row, Setting, board
+from bench.reporting.html.tables import Cell, PaperTable
+from bench.tracking import Overview, Rows, Scatter, TrackerConfig, track, track_overview
+
+FOUND = ("run", "model", "benchmark", "setting", "method", "weights", "started", "score", "kept")
+
+
+def rebuild(
+    store: Store,
+    records: Sequence[Record],
+    page: Path,
+    tables: Sequence[PaperTable] = (),
+) -> Iterator[tuple[str, str | None]]:
+    """Send all records and an overview per project; yield what was sent and what went wrong."""
+    yield from resend(store, records)
+    projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
+    for record in records:
+        projects[tracker_of(record)].append(record)
+    for config, group in projects.items():
+        found = overview(board(group), page, tables)
+        yield f"overview of {config.project}", track_overview(found, config, store.root)
+
+
+def resend(store: Store, records: Sequence[Record]) -> Iterator[tuple[str, str | None]]:
+    """Send records; yield each id and, where that went wrong, one sentence."""
+    for record in records:
+        yield record.id, track(record, store, tracker_of(record))
+
+
+def tracker_of(record: Record) -> TrackerConfig:
+    """Return where a record goes; one that was run with no tracker goes to W&B as well."""
+    return TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
+
+
+def overview(runs: Board, page: Path | None, tables: Sequence[PaperTable] = ()) -> Overview:
+    """Return the leaderboard, a Pareto plot per setting, and the papers' tables as plain rows."""
+    plots = (_scatter(runs, index) for index in range(len(runs.settings)))
+    return Overview(
+        leaderboard=_leaderboard(runs),
+        pareto={plot.title: plot for plot in plots if plot is not None},
+        tables={table.file: _rows(table) for table in tables},
+        page=page,
+    )
+
+
+def _leaderboard(runs: Board) -> Rows:
+    """One row a run; a column for every task and cost that any setting has."""
+    tasks = dict.fromkeys(task.task for setting in runs.settings for task in setting.tasks)
+    costs = dict.fromkeys(
+        f"{cost.quantity} of {cost.scope}" for setting in runs.settings for cost in setting.costs
+    )
+    rows = []
+    for row in runs.rows:
+        setting = runs.settings[row.setting]
+        scored = dict(zip((t.task for t in setting.tasks), map(_number, row.values), strict=True))
+        named = (f"{cost.quantity} of {cost.scope}" for cost in setting.costs)
+        spent = dict(zip(named, row.costs, strict=True))
+        numbers = [*(scored.get(task) for task in tasks), *(spent.get(cost) for cost in costs)]
+        rows.append([*_found(row, setting), *numbers])
+    return Rows((*FOUND, *tasks, *costs), rows)
+
+
+def _found(row: Row, setting: Setting) -> list[str | float | None]:
+    record = row.record
+    named = [record.id, setting.model, setting.benchmark, setting.name, record.label]
+    score = _number(row.values[0]) if row.values else None
+    return [*named, row.saving, record.started, score, row.retention]
+
+
+def _number(value: tuple[float, float | None] | None) -> float | None:
+    return None if value is None else value[0]
+
+
+def _scatter(runs: Board, index: int) -> Scatter | None:
+    """Return the score against the counted operations, or the first cost there is."""
+    setting = runs.settings[index]
+    if not setting.tasks or not setting.costs:
+        return None
+    kinds = [cost.quantity for cost in setting.costs]
+    at = kinds.index("flops") if "flops" in kinds else 0
+    x, y = f"{kinds[at]} of {setting.costs[at].scope}", setting.tasks[0].task
+    rows = [
+        [row.record.id, row.record.label, row.saving, row.real, row.costs[at], score]
+        for row in runs.rows
+        if row.setting == index
+        and (score := _number(row.values[0])) is not None
+        and row.costs[at] is not None
+    ]
+    data = Rows(("run", "method", "weights", "real saving", x, y), rows)
+    return Scatter(setting.name, x, y, data) if rows else None
+
+
+def _rows(table: PaperTable) -> Rows:
+    """One row a cell, so that W&B can filter and group by any of its columns."""
+    rows = [
+        [line.block, f"{line.name} {line.setting}".strip(), head.name, head.unit, *_beside(cell)]
+        for line in table.lines
+        for head, cell in zip(table.heads, line.cells, strict=True)
+    ]
+    said = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
+    return Rows(("block", "row", "column", "unit", *said), rows)
+
+
+def _beside(cell: Cell) -> list[str | float | bool | None]:
+    ours, theirs = cell.ours, cell.theirs
+    own: list[str | float | None] = [None, None, None]
+    if ours is not None:
+        own = [ours.value, ours.stderr, next(iter(ours.runs), None)]
+    return [*own, theirs.text if theirs else None, cell.difference, cell.inside, cell.refusal]

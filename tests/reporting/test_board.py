@@ -1,0 +1,77 @@
+"""Runs are held against the dense run of their own setting, and against nothing else."""
+
+import pytest
+
+from bench.reporting.board import board, comparable
+from tests.reporting.html.synthetic import metric, record
+
+
+def row_of(runs, wanted):
+    return next(row for row in runs.rows if row.record.id == wanted.id)
+
+
+def test_each_run_is_held_against_the_dense_run_of_its_model():
+    dense, other = record(0), record(1, model="small")
+    pruned = record(2, method="camera_p")
+    runs = board([dense, other, pruned])
+    assert {setting.name for setting in runs.settings} == {"tiny on nine", "small on nine"}
+    row = row_of(runs, pruned)
+    assert row.dense == dense.id
+    kept = pruned.metric("average").value / dense.metric("average").value
+    assert row.retention == pytest.approx(kept)
+    assert row_of(runs, dense).retention == 1.0
+    assert [row.record for row in runs.rows] == [pruned, other, dense]
+
+
+def test_another_limit_is_another_setting_and_is_named():
+    dense, pruned = record(0), record(1, method="camera_p")
+    config = {**pruned.config, "benchmark": {**pruned.config["benchmark"], "limit": 60}}
+    limited = pruned.model_copy(update={"config": config})
+    runs = board([dense, limited])
+    assert {setting.name for setting in runs.settings} == {
+        "tiny on nine",
+        "tiny on nine (limit 60)",
+    }
+    assert row_of(runs, limited).dense is None
+    assert row_of(runs, limited).retention is None
+
+
+@pytest.mark.parametrize("change", [{"model": "f" * 8}, {"data": "e" * 64}])
+def test_other_weights_or_other_data_are_another_setting(change):
+    dense, pruned = record(0), record(1, method="camera_p")
+    if "data" in change:
+        update = {"provenance": {"data": {"boolq": {"fingerprint": change["data"]}}}}
+    else:
+        update = {"model": pruned.model.model_copy(update={"fingerprint": change["model"]})}
+    runs = board([dense, pruned.model_copy(update=update)])
+    assert len(runs.settings) == 2
+    assert len({setting.name for setting in runs.settings}) == 2
+
+
+def test_numbers_of_different_identity_are_not_compared():
+    dense, pruned = record(0), record(1, method="camera_p")
+    fewer = (metric("average", 0.5, "mean", n=3), *pruned.metrics[1:])
+    runs = board([dense, pruned.model_copy(update={"metrics": fewer})])
+    assert row_of(runs, pruned).retention is None
+    assert comparable(dense.metrics[0], pruned.metrics[0])
+    assert not comparable(dense.metrics[0], fewer[0])
+
+
+def test_zeroed_weights_are_no_real_saving():
+    runs = board([record(0), record(1, method="magnitude"), record(2, method="naee")])
+    assert [(row.family, row.saving, row.real) for row in runs.rows] == [
+        ("naee", "removed", True), ("magnitude", "zeroed", False), ("dense", "none", True),
+    ]  # fmt: skip
+
+
+def test_values_stand_in_the_order_of_the_settings_tasks():
+    one = record(0)
+    few = one.model_copy(update={"id": "b" * 12, "metrics": one.metrics[:2], "costs": ()})
+    runs = board([one, few])
+    tasks = runs.settings[0].tasks
+    assert tasks[0].task == "average"
+    assert not any(cost.scope.startswith("phase") for cost in runs.settings[0].costs)
+    for run in (one, few):
+        scores = {m.task: (m.value, m.stderr) for m in run.metrics}
+        assert row_of(runs, run).values == tuple(scores.get(task.task) for task in tasks)
+    assert set(row_of(runs, few).costs) == {None}
