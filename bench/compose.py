@@ -69,6 +69,9 @@ def alternatives(overrides: list[str]) -> list[list[str]]:
         parser = OverridesParser.create()
         given = [o for o in overrides if not o.startswith("-")]
         base = hydra_compose("config", overrides=_firsts(given), return_hydra_config=True)
+        if base.hydra.sweeper.get("runs"):
+            shared = [o for o in given if not o.startswith("hydra")]
+            return [[*run, *shared] for run in base.hydra.sweeper.runs]
         params = base.hydra.sweeper.get("params") or {}
         texts = [f"{key}={value}" for key, value in params.items()]
         named = {text.split("=")[0] for text in given}
