@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from bench.errors import RunsFailed, UserError, unknown
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
-COMMANDS = ("run", "ls", "show", "track", "export", "prefetch", "doctor")
-LISTED = ("models", "methods", "benchmarks", "runs")
+COMMANDS = ("run", "table", "ls", "show", "verify", "track", "export", "prefetch", "doctor")
+LISTED = ("models", "methods", "benchmarks", "tables", "runs")
 
 RUN_HELP = """\
 run a model, methods and a benchmark; -m sweeps
@@ -30,6 +30,16 @@ run a model, methods and a benchmark; -m sweeps
   bench run --cfg job              the composed config, without running it
 """
 
+TABLE_HELP = """\
+a paper's table: run what is missing, show ours beside theirs
+
+  bench table camera_main                       the real models, on a GPU
+  bench table camera_main scale=micro           the embedded models stand in, offline
+  bench table visual_table2 "blocks=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
+  bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
+  bench ls tables                               which there are
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -38,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["run"] and not {"-h", "--help"} & set(given):
             return _run(given[1:])
+        if given[:1] == ["table"] and not {"-h", "--help"} & set(given):
+            return _table_command(given[1:])
         if given and not given[0].startswith("-") and given[0] not in COMMANDS:
             raise unknown("command", given[0], COMMANDS)
         parsed = _parser().parse_args(given)
@@ -86,11 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     command("run", lambda given: _run(given.overrides), RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
-    listing = command("ls", _ls, "list models, methods, benchmarks or runs")
+    tables = command("table", lambda given: _table_command(given.overrides), TABLE_HELP)
+    tables.add_argument("name", metavar="NAME")
+    tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    listing = command("ls", _ls, "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(LISTED))
     show = command("show", _show, "show one record")
     show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     show.add_argument("--command", action="store_true", help="only the command that repeats it")
+    verify = command("verify", _verify, "repeat a part of a run and say whether it agrees")
+    verify.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
+    verify.add_argument("--samples", type=int, default=20, metavar="N", help="of each task")
+    verify.add_argument("--tolerance", type=float, default=None, help="of log-likelihoods")
     track = command("track", _track, "send records to W&B (again)")
     track.add_argument("runs", nargs="+", metavar="RUN")
     export = command("export", _export, "write the model of a run as a folder")
@@ -101,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (listing, show, track, export):
+    for added in (listing, show, verify, track, export):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
-    for added in (listing, show, doctor):
+    for added in (listing, show, verify, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -125,6 +144,29 @@ def _run(overrides: list[str]) -> int:
     for failure in outcome.failures:
         print(f"bench: failed: {failure}", file=sys.stderr)
     return FAILED if outcome.failures else DONE
+
+
+def _table_command(given: list[str]) -> int:
+    """`bench table NAME [KEY=VALUE ...] [-m]`."""
+    from bench.reporting.tables.screen import print_table
+    from bench.table import MissingInputs, make
+
+    named = [word for word in given if not word.startswith("-") and "=" not in word]
+    if len(named) != 1:
+        raise UserError(f"bench table takes one name, not {len(named)}: see `bench ls tables`")
+    try:
+        finished = make(named[0], [word for word in given if word != named[0]])
+    except MissingInputs as error:
+        for sentence in error.sentences:
+            print(f"bench: {sentence}", file=sys.stderr)
+        return WRONG
+    print_table(finished.table)
+    print("wrote " + " ".join(map(str, finished.files)))
+    for warning in dict.fromkeys(finished.launched.warnings):
+        print(f"bench: {warning}", file=sys.stderr)
+    for failure in finished.launched.failures:
+        print(f"bench: failed: {failure}", file=sys.stderr)
+    return FAILED if finished.launched.failures else DONE
 
 
 def _ls(given: argparse.Namespace) -> int:
@@ -151,6 +193,18 @@ def _show(given: argparse.Namespace) -> int:
     else:
         print_record(record)
     return DONE
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from bench.reporting.verdict import print_verdict
+    from bench.verify import verify
+
+    verdict = verify(given.run, given.results_dir, given.samples, given.tolerance)
+    if given.json:
+        print(json.dumps(verdict.plain(), indent=1))
+    else:
+        print_verdict(verdict)
+    return DONE if verdict.agrees else FAILED
 
 
 def _track(given: argparse.Namespace) -> int:
