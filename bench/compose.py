@@ -55,9 +55,13 @@ def typed(composed: DictConfig) -> RunConfig:
 
 
 def options(group: str) -> list[str]:
-    """Return the names in one config group (`model`, `method`, ...), third parties' included."""
+    """Return the names in one config group (`model`, `method`, ...), third parties' included.
+
+    Files named `_NAME` are parts of others.
+    """
     with hydra_tree() as loader:
-        return sorted(name for name in loader.get_group_options(group) if name != "dense")
+        names = loader.get_group_options(group)
+    return sorted(name for name in names if name != "dense" and not name.startswith("_"))
 
 
 def alternatives(overrides: list[str]) -> list[list[str]]:

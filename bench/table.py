@@ -5,6 +5,7 @@ The runs are those of `bench run`: the same overrides, the same sweep, the same 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -223,8 +224,9 @@ def _launch(
 
 
 def _quoted(override: str) -> str:
-    """Quote an override as Hydra's grammar wants it inside a list."""
-    escaped = override.replace("\\", "\\\\").replace("'", "\\'")
+    """Quote an override as Hydra's grammar wants it: backslashes count before a quote alone."""
+    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", override)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
 
 

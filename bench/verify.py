@@ -53,7 +53,8 @@ def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = 
     if tolerance is None:
         number_format = dtype(config.model.dtype, pick(config.model.device))
         tolerance = TOLERANCE[str(number_format).removeprefix("torch.")]
-    before = stored(record.id, results_dir).to_dict("records")
+    frame = stored(record.id, results_dir)
+    before = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
     return _verdict(record, before, found, tolerance)
 
 
@@ -119,7 +120,7 @@ def _numbers(old: Row, row: Row) -> Iterator[tuple[str, float, float]]:
             pairs = zip(was, value, strict=False)
             yield from ((f"{name}[{i}]", float(a), float(b)) for i, (a, b) in enumerate(pairs))
         elif name != "doc_id" and _is_number(value):
-            known = old.get(name)
+            known: Any = old.get(name)
             yield name, float(known) if _is_number(known) else math.nan, float(value)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-class ListedSweeper(Sweeper):
+class ListedSweeper(Sweeper):  # type: ignore[misc]  # Hydra has no types
     """Launch one job per entry of `runs`, each with the overrides of the command line as well."""
 
     def __init__(self, runs: Sequence[Sequence[str]]) -> None:

@@ -13,8 +13,8 @@ class Verdict:
     """A part of a run, repeated: how many samples, and which numbers are others now.
 
     `worst` is the largest relative difference of a number. `faults` says in a sentence each what
-    differs by more than `tolerance`; `changed` lists versions and devices that are others now, which
-    is no fault by itself.
+    differs by more than `tolerance`; `changed` lists versions and devices that are others now,
+    which is no fault by itself.
     """
 
     run: str

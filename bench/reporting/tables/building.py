@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.reporting import published
 from bench.reporting.tables import numbers, order
 from bench.reporting.tables.config import MICRO, Column, TableConfig, load, names
-from bench.reporting.tables.slots import Overrides, Slot, latest, slots
+from bench.reporting.tables.slots import Overrides, Slot, slots
 from bench.reporting.tables.table import Agreement, Cell, Head, Line, Table
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ Cells = Mapping[tuple[str, str, str, str], "Published"]
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
     """Return a table with what the records have of it; the newest record of a run counts."""
     config = load(name, scale)
-    found = _matched(slots(config), records)
-    return build(config, found)
+    return build(config, _matched(slots(config), records))
 
 
 def tables_of(records: Sequence[Record]) -> Iterator[Table]:
@@ -174,38 +174,53 @@ def _agreement(
 
 def _matched(lines: Sequence[Slot], records: Sequence[Record]) -> dict[Slot, list[Record]]:
     """Find the records of each line by what decides a result; the device may be any."""
-    newest = sorted(records, key=lambda record: record.started)
-    known = [(_names(record), record) for record in newest]
+    named: dict[_Names, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.started, reverse=True):
+        named.setdefault(_names_of(record), []).append(record)
     found: dict[Slot, list[Record]] = {}
     for slot in lines:
-        hits = [_find(run, known) for run in slot.runs]
+        hits = [_newest(run, named.get(_names_in(run), ())) for run in slot.runs]
         if hits and all(hits):
             found[slot] = [hit for hit in hits if hit is not None]
     return found
 
 
-def _find(run: Overrides, known: Sequence[tuple[dict[str, Any], Record]]) -> Record | None:
-    """Return the newest record of a run. Only where names agree is the run composed: that is slow.
+class _Names(NamedTuple):
+    """A run's choices of config groups: cheap to compare before anything is composed."""
 
-    `known` has the records, oldest first, with the names of their config groups.
-    """
-    from bench.compose import run_config
+    model: str
+    benchmark: str
+    methods: tuple[str, ...]
+
+
+def _names_of(record: Record) -> _Names:
+    config = record.config
+    return _Names(config["model"]["name"], config["benchmark"]["name"], tuple(config["method"]))
+
+
+def _names_in(run: Overrides) -> _Names:
+    chosen = dict(override.split("=", 1) for override in run)
+    methods = chosen.get("method", "").strip("[]").split(",")
+    named = tuple(name for name in methods if name not in ("", "dense"))
+    return _Names(chosen.get("model", ""), chosen.get("benchmark", ""), named)
+
+
+def _newest(run: Overrides, likely: Sequence[Record]) -> Record | None:
+    """Return the first of the records, newest first, that is this very run."""
     from bench.config import identity_of
 
-    named = dict(override.split("=", 1) for override in latest(run, ()))
-    groups = {key: named[key] for key in ("model", "benchmark") if key in named}
-    likely = [record for names, record in known if groups.items() <= names.items()]
-    if not likely:
-        return None
-    wanted = run_config(list(run)).identity()
-    for record in reversed(likely):
-        if set(record.config["method"]) == {name for name, _ in wanted["method"]}:
-            calibrated = record.provenance.get("calibration") is not None
-            prompted = record.provenance.get("prompts") is not None
-            if identity_of(record.config, calibrated=calibrated, prompted=prompted) == wanted:
-                return record
+    for record in likely:
+        calibrated = record.provenance.get("calibration") is not None
+        prompted = record.provenance.get("prompts") is not None
+        found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
+        if found == _identity(run):
+            return record
     return None
 
 
-def _names(record: Record) -> dict[str, Any]:
-    return {group: record.config[group]["name"] for group in ("model", "benchmark")}
+@functools.lru_cache(maxsize=1024)
+def _identity(run: Overrides) -> dict[str, Any]:
+    """Compose a run and return what decides its result; kept, for composing is slow."""
+    from bench.compose import run_config
+
+    return run_config(list(run)).identity()

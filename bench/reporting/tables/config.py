@@ -97,7 +97,7 @@ def names() -> list[str]:
     """Return the names of all tables, third parties' included."""
     from bench.compose import options
 
-    return [name for name in options(GROUP) if not name.startswith("_")]
+    return options(GROUP)
 
 
 def load(name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None) -> Any:

@@ -54,8 +54,7 @@ def _part(table: Table, places: Sequence[int]) -> Rich:
         part.add_row(f"[bold]{block}[/bold]")
         for line in lines:
             texts = [
-                wording.words(table, line.cells[place], table.heads[place].unit)
-                for place in places
+                wording.words(table, line.cells[place], table.heads[place].unit) for place in places
             ]
             for kind in wording.kinds(table, line):
                 first = kind == wording.kinds(table, line)[0]

@@ -25,7 +25,7 @@ KINDS = ("ours", "theirs", "difference")
 
 def heading(table: Table) -> str:
     """The title; a stand-in says so first."""
-    return f"{table.title} ({STAND_IN})" if table.stand_in else table.title
+    return f"{table.title}: {STAND_IN}" if table.stand_in else table.title
 
 
 def head(head: Head) -> str:

@@ -53,13 +53,12 @@ def _values(cell: Cell) -> dict[str, object]:
         "not_subtracted": cell.refusal,
     }
     if cell.ours is not None:
-        shown = ("stderr", "low", "high")
         values |= {"ours": cell.ours.value, "runs": " ".join(cell.ours.runs)}
-        values |= {name: getattr(cell.ours, name) for name in shown}
+        values |= {name: getattr(cell.ours, name) for name in ("stderr", "low", "high")}
     if cell.theirs is not None:
-        shown = ("relation", "source", "trust", "flag")
+        about = ("relation", "source", "trust", "flag")
         values |= {"theirs": cell.theirs.value, "their_unit": cell.theirs.unit}
-        values |= {name: getattr(cell.theirs, name) for name in shown}
+        values |= {name: getattr(cell.theirs, name) for name in about}
     return values
 
 
@@ -135,7 +134,8 @@ def _tex(text: str) -> str:
 
 STYLE = """\
 :root { color-scheme: light dark }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem; padding: 0 1rem }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem }
+body { padding: 0 1rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
