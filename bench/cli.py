@@ -98,9 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     command("run", lambda given: _run(given.overrides), RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
-    tables = command("table", lambda given: _table_command(given.overrides), TABLE_HELP)
+    tables = command("table", lambda given: _table_command([given.name]), TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
     tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    tables.add_argument("--json", action="store_true", help="print its cells as JSON")
     listing = command("ls", _ls, "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(LISTED))
     show = command("show", _show, "show one record")
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "repeat a part of a run and say whether it agrees")
     verify.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     verify.add_argument("--samples", type=int, default=20, metavar="N", help="of each task")
-    verify.add_argument("--tolerance", type=float, default=None, help="of log-likelihoods")
+    verify.add_argument("--tolerance", type=float, default=None, help="share of a number")
     track = command("track", _track, "send records to W&B (again)")
     track.add_argument("runs", nargs="+", metavar="RUN")
     export = command("export", _export, "write the model of a run as a folder")
@@ -149,6 +150,7 @@ def _run(overrides: list[str]) -> int:
 def _table_command(given: list[str]) -> int:
     """`bench table NAME [KEY=VALUE ...] [-m]`."""
     from bench.reporting.tables.screen import print_table
+    from bench.reporting.tables.writing import rows
     from bench.table import MissingInputs, make
 
     named = [word for word in given if not word.startswith("-") and "=" not in word]
@@ -160,8 +162,11 @@ def _table_command(given: list[str]) -> int:
         for sentence in error.sentences:
             print(f"bench: {sentence}", file=sys.stderr)
         return WRONG
-    print_table(finished.table)
-    print("wrote " + " ".join(map(str, finished.files)))
+    if "--json" in given:
+        print(json.dumps(rows(finished.table), indent=1, default=str))
+    else:
+        print_table(finished.table)
+        print("wrote " + " ".join(map(str, finished.files)))
     for warning in dict.fromkeys(finished.launched.warnings):
         print(f"bench: {warning}", file=sys.stderr)
     for failure in finished.launched.failures:

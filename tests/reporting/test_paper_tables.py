@@ -410,3 +410,20 @@ def test_a_line_knows_where_it_is_not_ours():
     micro = {(s.row, s.setting): s.runs for s in slots(load("community_tokens", "micro"))}
     assert micro["PyramidDrop", "64"] == ()
     assert micro["PyramidDrop", "192"] != ()
+
+
+def test_every_method_of_a_stand_in_fits_its_model():
+    from bench.models import loading
+    from bench.models.anatomy import dissect
+
+    anatomies = {}
+    for name in names():
+        ours = [slot for slot in slots(load(name, "micro")) if slot.runs]
+        for run in {slot.row: slot.runs[0] for slot in ours}.values():
+            config = run_config(list(run))
+            if config.model.name not in anatomies:
+                network = loading.skeleton(loading.resolve(config.model, offline=True))
+                anatomies[config.model.name] = dissect(network)
+            for method in config.method.values():
+                method.check(anatomies[config.model.name])
+    assert set(anatomies) == {"micro_moe", "micro_llava", "micro_resnet"}

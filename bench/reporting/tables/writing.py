@@ -27,26 +27,36 @@ def write(table: Table, results_dir: Path) -> list[Path]:
     return paths
 
 
-def as_csv(table: Table) -> str:
-    """One line per cell, with the identity, the source and the runs."""
-    out = io.StringIO()
-    names = (
-        "table", "stand_in", "block", "setting", "row", "column", "unit", "ours", "stderr", "low",
-        "high", "theirs", "their_unit", "relation", "difference", "inside", "not_subtracted",
-        "source", "trust", "flag", "runs",
-    )  # fmt: skip
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
+def rows(table: Table) -> list[dict[str, object]]:
+    """One row per cell, with its number, theirs, the source and the runs; absent is None."""
+    found: list[dict[str, object]] = []
     for line in table.lines:
         for head, cell in zip(table.heads, line.cells, strict=True):
             place = {"block": line.block, "setting": line.setting, "row": line.name}
             about = {"table": table.name, "stand_in": table.stand_in, **place}
-            writer.writerow({**about, "column": head.name, "unit": head.unit, **_values(cell)})
+            values = {**dict.fromkeys(VALUES), **_values(cell)}
+            found.append({**about, "column": head.name, "unit": head.unit, **values})
+    return found
+
+
+VALUES = (
+    "ours", "stderr", "low", "high", "theirs", "their_unit", "relation", "difference", "inside",
+    "not_subtracted", "source", "trust", "flag", "runs",
+)  # fmt: skip
+
+
+def as_csv(table: Table) -> str:
+    """`rows` as a file."""
+    out = io.StringIO()
+    names = ("table", "stand_in", "block", "setting", "row", "column", "unit", *VALUES)
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows(table))
     return out.getvalue()
 
 
 def _values(cell: Cell) -> dict[str, object]:
-    """Return what a cell holds; an absent number is an empty field."""
+    """Return what a cell holds."""
     values: dict[str, object] = {
         "difference": cell.difference,
         "inside": cell.inside,
@@ -108,9 +118,9 @@ def as_latex(table: Table) -> str:
     r"""A booktabs table: needs `\usepackage{booktabs}`."""
     columns = "ll" + "r" * len(table.heads)
     heads = " & ".join(_tex(wording.head(head)) for head in table.heads)
-    rows = [r"\toprule", rf" & & {heads} \\"]
+    body = [r"\toprule", rf" & & {heads} \\"]
     for block, lines in wording.blocks(table):
-        rows += [r"\midrule", rf"\multicolumn{{{len(columns)}}}{{l}}{{{_tex(block)}}} \\"]
+        body += [r"\midrule", rf"\multicolumn{{{len(columns)}}}{{l}}{{{_tex(block)}}} \\"]
         for line in lines:
             for number, kind in enumerate(wording.kinds(table, line)):
                 label = "" if number else wording.label(line)
@@ -118,14 +128,14 @@ def as_latex(table: Table) -> str:
                     wording.words(table, cell, head.unit)[wording.KINDS.index(kind)]
                     for head, cell in zip(table.heads, line.cells, strict=True)
                 ]
-                rows.append(rf"{' & '.join(map(_tex, (label, kind, *texts)))} \\")
+                body.append(rf"{' & '.join(map(_tex, (label, kind, *texts)))} \\")
     notes = [_tex(note) + r"\\" for note in wording.footnotes(table)]
     notes += [_tex(wording.agreement(found)) + r"\\" for found in table.agreements]
     caption = rf"\caption{{{_tex(wording.heading(table))}}}"
-    tabular = [rf"\begin{{tabular}}{{{columns}}}", *rows, r"\bottomrule", r"\end{tabular}"]
+    tabular = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\bottomrule", r"\end{tabular}"]
     small = [r"\par\medskip\footnotesize\raggedright", *notes]
-    body = [r"\begin{table}", r"\centering", caption, *tabular, *small, r"\end{table}"]
-    return "\n".join([*body, ""])
+    whole = [r"\begin{table}", r"\centering", caption, *tabular, *small, r"\end{table}"]
+    return "\n".join([*whole, ""])
 
 
 def _tex(text: str) -> str:
@@ -152,12 +162,12 @@ def as_html(table: Table) -> str:
     title = html.escape(table.title)
     stand_in = f'<p class="stand-in">{wording.STAND_IN}</p>' if table.stand_in else ""
     heads = "".join(f'<th scope="col">{html.escape(wording.head(h))}</th>' for h in table.heads)
-    rows = []
+    body = []
     for block, lines in wording.blocks(table):
         span = len(table.heads) + 2
         name = html.escape(block)
-        rows.append(f'<tr class="block"><th colspan="{span}" scope="rowgroup">{name}</th></tr>')
-        rows += [row for line in lines for row in _html_rows(table, line)]
+        body.append(f'<tr class="block"><th colspan="{span}" scope="rowgroup">{name}</th></tr>')
+        body += [row for line in lines for row in _html_rows(table, line)]
     notes = [*wording.footnotes(table), *map(wording.agreement, table.agreements)]
     below = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return (
@@ -165,13 +175,13 @@ def as_html(table: Table) -> str:
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
         f'{stand_in}\n<div class="wide"><table>\n<thead><tr><th></th><th></th>{heads}</tr></thead>'
-        f"\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table></div>\n<ul>{below}</ul>\n"
+        f"\n<tbody>\n{chr(10).join(body)}\n</tbody>\n</table></div>\n<ul>{below}</ul>\n"
         "</body>\n</html>\n"
     )
 
 
 def _html_rows(table: Table, line: Line) -> list[str]:
-    rows = []
+    found = []
     for number, kind in enumerate(wording.kinds(table, line)):
         label = "" if number else html.escape(wording.label(line))
         cells = "".join(
@@ -179,8 +189,8 @@ def _html_rows(table: Table, line: Line) -> list[str]:
             for head, cell in zip(table.heads, line.cells, strict=True)
         )
         first = f'<th scope="row">{label}</th><td>{kind}</td>'
-        rows.append(f'<tr class="{kind}">{first}{cells}</tr>')
-    return rows
+        found.append(f'<tr class="{kind}">{first}{cells}</tr>')
+    return found
 
 
 def _html_cell(table: Table, cell: Cell, unit: str, kind: str) -> str:
