@@ -31,7 +31,7 @@ def alternatives(overrides: list[str]) -> list[list[str]]:
     One run per alternative rather than their product: a sweep of 200 jobs is checked by a few.
     """
     with plainly(overrides), hydra_tree():
-        return [single.overrides for single in _singles(_choices(overrides))]
+        return [single.overrides for single in _asked(overrides)]
 
 
 def configs(overrides: list[str]) -> list[RunConfig]:
@@ -43,7 +43,7 @@ def configs(overrides: list[str]) -> list[RunConfig]:
     found = []
     first = DictConfig({})
     with plainly(overrides), hydra_tree() as loader:
-        for single in _singles(_choices(overrides)):
+        for single in _asked(overrides):
             if single.changed is None or not _is_value(single.changed, loader):
                 composed = hydra_compose("config", overrides=single.overrides)
                 first = composed if single.changed is None else first
@@ -71,12 +71,24 @@ def _base(overrides: list[str]) -> DictConfig:
     return composed
 
 
-def _choices(overrides: list[str]) -> list[list[str]]:
-    """Return per key the overrides that the sweep goes through, the recipe's keys first."""
+def _asked(overrides: list[str]) -> Iterator[Single]:
+    """Yield the runs that a sweep lists, or single ones out of its product."""
     _refuse_own_permission(overrides)
     base = _base(overrides)
     own = OmegaConf.to_container(base.hydra, resolve=False)
     refuse_foreign_code(own, (*HYDRAS_OWN, *(base.get("packages") or ())), "hydra")
+    listed = base.hydra.sweeper.get("runs")
+    if not listed:
+        yield from _singles(_choices(base, overrides))
+        return
+    shared = [o for o in overrides if not o.startswith(("-", "hydra"))]
+    for run in listed:
+        _refuse_own_permission(list(run))
+        yield Single([*run, *shared])
+
+
+def _choices(base: DictConfig, overrides: list[str]) -> list[list[str]]:
+    """Return per key the overrides that the sweep goes through, the recipe's keys first."""
     given = [override for override in overrides if not override.startswith("-")]
     named = {text.split("=")[0] for text in given}
     params = base.hydra.sweeper.get("params") or base.hydra.sweeper.get("space") or {}

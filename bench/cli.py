@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
 COMMANDS = (
-    "run", "status", "resume", "gc", "ls", "show", "compare", "plot", "report", "track", "export",
-    "prefetch", "doctor",
+    "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "status",
+    "resume", "gc", "export", "prefetch", "doctor",
 )  # fmt: skip
-LISTED = ("models", "methods", "benchmarks", "runs")
+LISTED = ("models", "methods", "benchmarks", "tables", "runs")
 
 PLOT_HELP = """\
 figures of records as PNG, SVG and PDF; without RUN, of all of them
@@ -49,6 +49,16 @@ run a model, methods and a benchmark; -m sweeps
   bench run --cfg job              the composed config, without running it
 """
 
+TABLE_HELP = """\
+a paper's table: run what is missing, show ours beside theirs
+
+  bench table camera_main                       the real models, on a GPU
+  bench table camera_main scale=micro           the embedded models stand in, offline
+  bench table visual_table2 "blocks=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
+  bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
+  bench ls tables                               which there are
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -57,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["run"] and not {"-h", "--help"} & set(given):
             return _run(given[1:])
+        if given[:1] == ["table"] and not {"-h", "--help"} & set(given):
+            return _table_command(given[1:])
         if given and not given[0].startswith("-") and given[0] not in COMMANDS:
             raise unknown("command", given[0], COMMANDS)
         parsed = _parser().parse_args(given)
@@ -121,13 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     command("run", lambda given: _run(given.overrides), RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
+    tables = command("table", lambda given: _table_command([given.name]), TABLE_HELP)
+    tables.add_argument("name", metavar="NAME")
+    tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    tables.add_argument("--json", action="store_true", help="print its cells as JSON")
     status = command("status", _status, "the state of all sweeps, or every job of one")
     status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
     resume = command("resume", _resume, "run what is missing or has failed in a sweep")
     resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
     garbage = command("gc", _gc, "remove files that nothing refers to, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
-    listing = command("ls", _ls, "list models, methods, benchmarks or runs")
+    listing = command("ls", _ls, "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(LISTED))
     show = command("show", _show, "show one record")
     show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
@@ -159,6 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     track = command("track", _track, "send records to W&B (again); no RUN: all, and an overview")
     track.add_argument("runs", nargs="*", metavar="RUN")
+    verify = command("verify", _verify, "repeat a part of a run and say whether it agrees")
+    verify.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
+    verify.add_argument("--samples", type=int, default=20, metavar="N", help="of each task")
+    verify.add_argument("--tolerance", type=float, default=None, help="share of a number")
     export = command("export", _export, "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
     export.add_argument("folder", type=Path, metavar="DIR")
@@ -167,9 +187,21 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = command("prefetch", _prefetch, "download what a run needs, for use offline")
     prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     doctor = command("doctor", _doctor, "what is installed, which devices, what works offline")
-    for added in (status, resume, garbage, listing, show, compare, plot, report, track, export):
+    for added in (
+        status,
+        resume,
+        garbage,
+        listing,
+        show,
+        compare,
+        plot,
+        report,
+        verify,
+        track,
+        export,
+    ):
         added.add_argument("--results-dir", type=Path, default=Path("results"))
-    for added in (status, garbage, listing, show, compare, plot, doctor):
+    for added in (status, garbage, listing, show, compare, plot, verify, doctor):
         added.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -240,6 +272,33 @@ def _gc(given: argparse.Namespace) -> int:
     return DONE
 
 
+def _table_command(given: list[str]) -> int:
+    """`bench table NAME [KEY=VALUE ...] [-m]`."""
+    from bench.reporting.tables.screen import print_table
+    from bench.reporting.tables.writing import rows
+    from bench.table import MissingInputs, make
+
+    named = [word for word in given if not word.startswith("-") and "=" not in word]
+    if len(named) != 1:
+        raise UserError(f"bench table takes one name, not {len(named)}: see `bench ls tables`")
+    try:
+        finished = make(named[0], [word for word in given if word != named[0]])
+    except MissingInputs as error:
+        for sentence in error.sentences:
+            print(f"bench: {sentence}", file=sys.stderr)
+        return WRONG
+    if "--json" in given:
+        print(json.dumps(rows(finished.table), indent=1, default=str))
+    else:
+        print_table(finished.table)
+        print("wrote " + " ".join(map(str, finished.files)))
+    for warning in dict.fromkeys(finished.launched.warnings):
+        print(f"bench: {warning}", file=sys.stderr)
+    for failure in finished.launched.failures:
+        print(f"bench: failed: {failure}", file=sys.stderr)
+    return FAILED if finished.launched.failures else DONE
+
+
 def _ls(given: argparse.Namespace) -> int:
     from bench.reporting import listing
 
@@ -302,6 +361,18 @@ def _report(given: argparse.Namespace) -> int:
 
         webbrowser.open(written.path.resolve().as_uri())
     return DONE
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from bench.reporting.verdict import print_verdict
+    from bench.verify import verify
+
+    verdict = verify(given.run, given.results_dir, given.samples, given.tolerance)
+    if given.json:
+        print(json.dumps(verdict.plain(), indent=1))
+    else:
+        print_verdict(verdict)
+    return DONE if verdict.agrees else FAILED
 
 
 def _track(given: argparse.Namespace) -> int:

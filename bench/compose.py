@@ -67,9 +67,13 @@ def _refuse_secrets(plain: dict[Any, Any]) -> None:
 
 
 def options(group: str) -> list[str]:
-    """Return the names in one config group (`model`, `method`, ...), third parties' included."""
+    """Return the names in one config group (`model`, `method`, ...), third parties' included.
+
+    Files named `_NAME` are parts of others.
+    """
     with hydra_tree() as loader:
-        return sorted(name for name in loader.get_group_options(group) if name != "dense")
+        names = loader.get_group_options(group)
+    return sorted(name for name in names if name != "dense" and not name.startswith("_"))
 
 
 def firsts(overrides: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ checked again. Importing this module loads no torch.
 
 from __future__ import annotations
 
+import copy
 from inspect import isabstract
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,34 +59,42 @@ class RunConfig(BaseModel):
         return any(method.uses_prompts for method in self.method.values())
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result: all but paths, threads, the tracker and how a run is asked.
+        """What decides the result; see `identity_of`."""
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method"})
+        plain["method"] = {name: m.model_dump(mode="json") for name, m in self.method.items()}
+        return identity_of(plain, calibrated=self.uses_calibration, prompted=self.uses_prompts)
 
-        `ratio` shows itself in the methods that use it; calibration and prompts count only where a
-        method reads them, so that every sweep finds the same dense record; the shapes and rounds of
-        measurements only where something is measured.
-        """
-        unwanted = {
-            "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
-            "packages",
-        }  # fmt: skip
-        if not self.uses_calibration:
-            unwanted.add("calibration")
-        if not self.uses_prompts:
-            unwanted.add("prompts")
-        chosen = self.model_dump(mode="json", exclude=unwanted)
-        for group in ("model", "calibration", "prompts"):
-            chosen.get(group, {}).pop("path", None)
-        chosen["benchmark"]["data"] = sorted(self.benchmark.data)
-        for text in chosen["benchmark"]["perplexity"].values():
-            text.pop("path")
-        if not self.costs.measure:
-            for key in ("measure", "timing"):
-                chosen["costs"].pop(key)
-        for key in ("folder", "download"):
-            chosen["benchmark"]["images"].pop(key)
-        # A list of pairs: the order of methods is part of what a run is.
-        chosen["method"] = [[name, m.model_dump(mode="json")] for name, m in self.method.items()]
-        return chosen
+
+def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> dict[str, Any]:
+    """What decides the result: all but paths, threads, the tracker and how a run is asked.
+
+    `plain` is a run's config as JSON values, as its record holds it. `ratio` shows itself in the
+    methods that use it; calibration and prompts count only where a method reads them, so that
+    every sweep finds the same dense record; the shapes and rounds of measurements only where
+    something is measured.
+    """
+    unwanted = {
+        "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
+        "packages",
+    }  # fmt: skip
+    if not calibrated:
+        unwanted.add("calibration")
+    if not prompted:
+        unwanted.add("prompts")
+    chosen = copy.deepcopy({key: value for key, value in plain.items() if key not in unwanted})
+    for group in ("model", "calibration", "prompts"):
+        chosen.get(group, {}).pop("path", None)
+    chosen["benchmark"]["data"] = sorted(plain["benchmark"]["data"])
+    for text in chosen["benchmark"]["perplexity"].values():
+        text.pop("path")
+    if not chosen["costs"]["measure"]:
+        for key in ("measure", "timing"):
+            chosen["costs"].pop(key)
+    for key in ("folder", "download"):
+        chosen["benchmark"]["images"].pop(key)
+    # A list of pairs: the order of methods is part of what a run is.
+    chosen["method"] = [[name, knobs] for name, knobs in plain["method"].items()]
+    return chosen
 
 
 def validate(composed: dict[str, Any]) -> RunConfig:

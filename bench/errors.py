@@ -11,7 +11,14 @@ class UserError(Exception):
 
 
 class MissingData(UserError):
-    """Data or weights that a run needs cannot be reached; the message names all of them."""
+    """Data or weights that a run needs cannot be reached; the message names all of them.
+
+    `items` names them one by one, where there may be several.
+    """
+
+    def __init__(self, message: str, items: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.items = tuple(items)
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:

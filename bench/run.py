@@ -165,16 +165,21 @@ def resolve(config: RunConfig) -> Inputs:
         "device": device.type,
         "dtype": str(dtype(config.model.dtype, device)).removeprefix("torch."),
     }
-    versions = _versions()
+    found = versions()
     inputs = {
         "config": identity,
         "weights": source.fingerprint,
         "data": planned.fingerprints,
         "calibration": text.fingerprint if text else None,
         "prompts": pictures.fingerprint if pictures else None,
-        "versions": versions,
+        "versions": found,
     }
-    return Inputs(run_id(inputs), source, planned, text, pictures, versions)
+    return Inputs(run_id(inputs), source, planned, text, pictures, found)
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that decide a result."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _perform(

@@ -12,6 +12,10 @@ class PlannedSweeper(grid.Planned):
     """A grid, written down before its first job is launched."""
 
 
+class ListedSweeper(grid.Listed):
+    """Runs that are listed one by one, as `bench table` lists its cells'."""
+
+
 class SearchSweeper(search.Search):
     """Optuna's trials, launched as jobs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,36 @@ class Planned(Sweeper):  # type: ignore[misc]
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the jobs that are neither done nor being worked on, in the plan's order."""
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        recipe = [f"{key}={values}" for key, values in self.params.items()]
-        asked = parser.parse_overrides([*recipe, *arguments])
         folder = Path(self.config.hydra.sweep.dir)
         plan = read(folder) or Plan(folder, (), str(Path.cwd()), "")
-        plan = plan.with_jobs(grid(asked), complete=True)
+        plan = plan.with_jobs(self.jobs(arguments), complete=True)
         waiting = iter([list(job.overrides) for job in unfinished(plan)])
         launched = 0
         while batch := list(itertools.islice(waiting, self.max_batch_size)):
             self.launcher.launch(batch, initial_job_idx=launched)
             launched += len(batch)
+
+    def jobs(self, arguments: list[str]) -> list[list[str]]:
+        """Return the overrides of every job; what is given on the command line wins."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        recipe = [f"{key}={values}" for key, values in self.params.items()]
+        return grid(parser.parse_overrides([*recipe, *arguments]))
+
+
+class Listed(Planned):
+    """Runs that are no product: each is listed with its own overrides.
+
+    bench run -m hydra/sweeper=listed "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
+    """
+
+    def __init__(self, runs: Sequence[Sequence[str]]) -> None:
+        """Take the runs."""
+        super().__init__(max_batch_size=None, params=None)
+        self.runs = [list(run) for run in runs]
+
+    def jobs(self, arguments: list[str]) -> list[list[str]]:
+        """Return the listed runs, each with the arguments of the command line as well."""
+        return [[*run, *arguments] for run in self.runs]
 
 
 def grid(asked: list[Override]) -> list[list[str]]:

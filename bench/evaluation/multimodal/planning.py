@@ -76,5 +76,6 @@ def _missing(benchmark: BenchmarkConfig, missing: list[str]) -> MissingData:
     return MissingData(
         f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
         f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a network, or "
-        "give local files: benchmark.data.TASK=PATH"
+        "give local files: benchmark.data.TASK=PATH",
+        missing,
     )

@@ -1,0 +1,157 @@
+"""What `conf/table/NAME.yaml` says: rows, columns, runs, and the identity of each number."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import UserError, unknown
+
+GROUP, MICRO = "table", "micro"
+Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
+PARTS = ("blocks", "rows", "settings", "columns")
+"""What of a table can be chosen on the command line: `rows=[Camera-P,NAEE]`."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PublishedIn(_Part):
+    """Where the published cells are: a file of `bench.reporting.published` and tables in it."""
+
+    file: str
+    tables: tuple[str, ...]
+
+
+class Block(_Part):
+    """Lines that share a model; `run` is None where slimbench has no such model.
+
+    `published` names the models of the source that it stands for, `tables` where they are if not
+    in the table's own.
+    """
+
+    run: tuple[str, ...] | None = ()
+    variables: dict[str, str] = Field(default_factory=dict)
+    published: tuple[str, ...] | None = None
+    tables: tuple[str, ...] | None = None
+
+
+class Row(_Part):
+    """A method, once per setting, or once with `settings: false`.
+
+    A list of settings says where it can be run; in the others stands the published number alone.
+    `run` holds its overrides, None where slimbench has no such method. `published` is its name in
+    the source. `differs` says why its numbers are not those of the source's row.
+    """
+
+    run: tuple[str, ...] | None = None
+    settings: bool | tuple[str, ...] = True
+    published: str | None = None
+    differs: str | None = None
+
+
+class Column(_Part):
+    """A number's identity: of a task (`task`, `metric`, ...), or of a cost (`quantity`, `scope`).
+
+    `of` is the number of tasks in an average. `published` is the column's name in the source;
+    `differs` says why the source's numbers are others. `$NAME` in `task` is a block's variable.
+    """
+
+    task: str | None = None
+    metric: str = ""
+    filter: str = "none"
+    shots: int | None = 0
+    split: str = ""
+    harness: str = ""
+    of: int | None = None
+    quantity: str | None = None
+    scope: str = "model"
+    unit: Unit = "%"
+    lower_is_better: bool = False
+    published: str | None = None
+    differs: str | None = None
+
+
+class TableConfig(_Part):
+    """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
+
+    `settings` maps a setting to the variables that `$NAME` stands for in the rows' overrides.
+    A `stand_in` runs on other models than the source's and is never subtracted from it.
+    """
+
+    name: str
+    title: str
+    published: PublishedIn
+    runs: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    blocks: dict[str, Block]
+    settings: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
+    rows: dict[str, Row]
+    columns: dict[str, Column]
+    stand_in: bool = False
+
+
+def names() -> list[str]:
+    """Return the names of all tables, third parties' included."""
+    from bench.compose import options
+
+    return options(GROUP)
+
+
+def load(name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None) -> Any:
+    """Return one table's config; with `scale="micro"`, what stands in for it.
+
+    What `micro` says is laid over the rest: mappings merge, lists are replaced, null removes.
+    `chosen` keeps some blocks, rows, settings or columns only.
+
+    Raises:
+        UserError: there is no such table, scale, block, row, setting or column.
+    """
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    from bench.compose import hydra_tree
+
+    if name not in names():
+        raise unknown("table", name, names())
+    if scale not in (None, MICRO):
+        raise UserError(f"scale={scale}: leave it out or give scale={MICRO}")
+    with hydra_tree():
+        composed = compose(f"{GROUP}/{name}")
+    plain: Any = OmegaConf.to_container(composed[GROUP], resolve=True)
+    micro = plain.pop(MICRO, None)
+    if scale == MICRO:
+        plain = _without_nulls(_laid_over(plain, {**(micro or {}), "stand_in": True}))
+    for part, kept in (chosen or {}).items():
+        plain[part] = _only(part, plain.get(part, {}), kept)
+    try:
+        return TableConfig(name=name, **plain)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise UserError(f"table {name}: {key}: {fault['msg'].lower()}") from None
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings key by key; everything else of `above` replaces what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _laid_over(below[key], value) if both else value
+    return merged
+
+
+def _without_nulls(plain: dict[str, Any]) -> dict[str, Any]:
+    """Drop the blocks, rows, settings and columns that are null."""
+    for part in PARTS:
+        plain[part] = {k: v for k, v in plain.get(part, {}).items() if v is not None}
+    return plain
+
+
+def _only(part: str, there: dict[str, Any], kept: list[str]) -> dict[str, Any]:
+    for name in kept:
+        if name not in there:
+            raise unknown(f"name in {part}", name, there)
+    return {name: value for name, value in there.items() if name in kept}

@@ -1,0 +1,138 @@
+"""Our numbers as a table's columns ask for them, and whether theirs may be subtracted."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from string import Template
+from typing import TYPE_CHECKING
+
+from bench.reporting.tables.config import Column
+from bench.reporting.tables.table import Ours
+
+if TYPE_CHECKING:
+    from bench.records import MetricPart, Record
+    from bench.reporting.published import Published
+
+FACTORS = {
+    "%": ("share", 0.01), "share": ("share", 1.0), "perplexity": ("perplexity", 1.0),
+    "points": ("points", 1.0), "ms": ("time", 1e-3), "s": ("time", 1.0), "min": ("time", 60.0),
+    "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
+}  # fmt: skip
+"""What a unit measures and how many of the basic unit it is."""
+NORMAL = 1.959963984540054
+"""The 97.5 % quantile of the standard normal distribution."""
+FIELDS = ("metric", "filter", "shots", "split", "harness")
+"""With the task, all that makes two numbers the same number."""
+
+
+def named(column: Column, variables: dict[str, str]) -> Column:
+    """Return the column with its task's `$NAME` filled in."""
+    if column.task is None:
+        return column
+    return column.model_copy(update={"task": Template(column.task).safe_substitute(variables)})
+
+
+def ours(column: Column, records: Sequence[Record]) -> Ours | None:
+    """Return a column's number over the runs of a line, or None if one of them lacks it.
+
+    One run has the standard error of its samples; several (seeds) have that of their mean, with
+    Student's t for the interval.
+    """
+    found = [_value(column, record) for record in records]
+    values = [value for value, _ in filter(None, found)]
+    if not values or len(values) < len(found):
+        return None
+    ids = tuple(record.id for record in records)
+    if len(values) > 1:
+        stderr: float | None = statistics.stdev(values) / math.sqrt(len(values))
+        reach = _student(len(values) - 1)
+    else:
+        stderr, reach = next(error for _, error in filter(None, found)), NORMAL
+    mean = math.fsum(values) / len(values)
+    if stderr is None:
+        return Ours(mean, None, None, None, ids)
+    return Ours(mean, stderr, mean - reach * stderr, mean + reach * stderr, ids)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom))
+
+
+def _value(column: Column, record: Record) -> tuple[float, float | None] | None:
+    """Return a number of one record and its standard error in the column's unit."""
+    factor = FACTORS[column.unit][1]
+    if column.quantity == "method_seconds":
+        return math.fsum(method.seconds for method in record.methods) / factor, None
+    if column.quantity is not None:
+        costs = [c for c in record.costs if c.quantity == column.quantity]
+        same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
+        return (same[0].value / factor, None) if same else None
+    metric = metric_of(column, record)
+    if metric is None or metric.value is None:
+        return None
+    error = None if metric.stderr is None else metric.stderr / factor
+    return metric.value / factor, error
+
+
+def metric_of(column: Column, record: Record) -> MetricPart | None:
+    """Return the metric of a record that a column names."""
+    same = [
+        metric
+        for metric in record.metrics
+        if (metric.task, metric.metric, metric.filter)
+        == (column.task, column.metric, column.filter)
+    ]
+    return same[0] if same else None
+
+
+def clash(column: Column, records: Sequence[Record], theirs: Published) -> str | None:
+    """Say why our number and theirs are not the same number, or None if they may be subtracted.
+
+    What the source does not say is no difference; `assumed` says what was taken for granted.
+    """
+    kind = FACTORS[column.unit][0]
+    if FACTORS.get(theirs.unit, ("", 0))[0] != kind:
+        return f"unit: ours {column.unit}, theirs {theirs.unit or 'not stated'}"
+    for field in FIELDS:
+        wanted, given = getattr(column, field), getattr(theirs, field)
+        if given not in ("", None) and given != wanted:
+            return f"{field}: ours {wanted}, theirs {given}"
+    for record in records:
+        reason = _strays(column, record)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _strays(column: Column, record: Record) -> str | None:
+    """Say how a record's number differs from the one that the table means."""
+    metric = metric_of(column, record)
+    if metric is None:
+        return None
+    benchmark = record.config["benchmark"]
+    if benchmark["limit"] is not None:
+        return f"ours is of the first {benchmark['limit']} samples only"
+    if column.of is not None and metric.n != column.of:
+        return f"ours is the mean of {metric.n} tasks, not of {column.of}"
+    given = {"shots": metric.shots, "split": metric.split, "harness": benchmark["harness"]}
+    for field, value in given.items():
+        wanted = getattr(column, field)
+        if wanted not in ("", None) and value != wanted:
+            return f"{field}: ours {value}, the table's {wanted}"
+    return None
+
+
+def assumed(column: Column, theirs: Published) -> list[str]:
+    """Return the parts of the identity that the source does not state and the table has."""
+    unstated = [field for field in FIELDS if getattr(theirs, field) in ("", None)]
+    return [f"{f} {getattr(column, f)}" for f in unstated if getattr(column, f) not in ("", None)]
+
+
+def converted(theirs: Published, unit: str) -> float:
+    """Return their number in another unit of the same kind."""
+    return float(theirs.value) * FACTORS[theirs.unit][1] / FACTORS[unit][1]

@@ -1,0 +1,58 @@
+"""Whether methods come in the same order here and in the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from bench.reporting.tables.numbers import NORMAL
+from bench.reporting.tables.table import Ours
+
+
+class Rated(NamedTuple):
+    """One method with both its numbers."""
+
+    name: str
+    ours: Ours
+    theirs: float
+
+
+class Pairs(NamedTuple):
+    """Pairs of methods in the same order, in the other, and too close to call."""
+
+    same: int
+    other: int
+    close: int
+
+
+def pairs(rated: Sequence[Rated]) -> Pairs:
+    """Compare every two methods; a pair that either side ties is close."""
+    same = other = close = 0
+    for one, two in combinations(rated, 2):
+        here, there = one.ours.value - two.ours.value, one.theirs - two.theirs
+        error = math.hypot(one.ours.stderr or 0.0, two.ours.stderr or 0.0)
+        if abs(here) <= NORMAL * error or here * there == 0:
+            close += 1
+        elif here * there > 0:
+            same += 1
+        else:
+            other += 1
+    return Pairs(same, other, close)
+
+
+def tau(rated: Sequence[Rated]) -> float | None:
+    """Return Kendall's tau-b between our values and theirs; None for fewer than three methods."""
+    if len(rated) < 3:
+        return None
+    from scipy.stats import kendalltau
+
+    value = float(kendalltau([r.ours.value for r in rated], [r.theirs for r in rated]).statistic)
+    return None if math.isnan(value) else value
+
+
+def best_first(names: Sequence[str], values: Sequence[float], lower: bool) -> tuple[str, ...]:
+    """Return the names, best value first."""
+    ranked = sorted(zip(values, names, strict=True), key=lambda pair: pair[0], reverse=not lower)
+    return tuple(name for _, name in ranked)

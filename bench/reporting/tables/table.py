@@ -1,0 +1,99 @@
+"""A finished table: what every form of it (terminal, CSV, Markdown, LaTeX, HTML) is written from.
+
+Values are in their column's unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.reporting.published import Published
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column: its name, the unit of its numbers, which way is better."""
+
+    name: str
+    unit: str
+    lower_is_better: bool
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Our number: one run's, or the mean over seeds, with its 95 % interval where it has one."""
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Our number, theirs, and their difference, or the reason why there is none.
+
+    `inside` says whether their number lies in our interval. `theirs` is in the source's own unit.
+    """
+
+    ours: Ours | None = None
+    theirs: Published | None = None
+    difference: float | None = None
+    inside: bool | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method under one setting of one block; `runs` are the ids of its records."""
+
+    block: str
+    setting: str
+    name: str
+    runs: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether methods come in the source's order: pairs of methods in the same order, in the other.
+
+    `close` pairs are too close to call: zero lies in the 95 % interval of our difference.
+    `tau` is Kendall's tau-b over all methods, None for fewer than three.
+    """
+
+    block: str
+    model: str
+    setting: str
+    column: str
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    same: int
+    other: int
+    close: int
+    tau: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines by columns, notes about single columns and lines, and the order of the methods."""
+
+    name: str
+    title: str
+    stand_in: bool
+    heads: tuple[Head, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+    agreements: tuple[Agreement, ...]
+
+    @property
+    def file(self) -> str:
+        """The name of its files, without an ending: a stand-in never replaces the real table."""
+        return f"{self.name}_micro" if self.stand_in else self.name
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why numbers were not subtracted, each reason once, in order of appearance."""
+        reasons = (cell.refusal for line in self.lines for cell in line.cells)
+        return tuple(dict.fromkeys(reason for reason in reasons if reason))

@@ -1,0 +1,106 @@
+"""How a cell reads, the same words in every form of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.reporting.published import Trust
+from bench.reporting.tables.table import Agreement, Cell, Head, Line, Ours, Table
+from bench.reporting.terminal import quantity
+
+DIGITS = {"%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "s": 3, "min": 3, "h": 4}
+MARKS: dict[Trust, str] = {"paper": "", "authors_code": "ᶜ", "secondary": "ˢ", "third_party": "ᵗ"}
+SUSPICIOUS, EMPTY = "!", "-"
+STAND_IN = (
+    "STAND-IN on the embedded models: not the paper's models or data, so nothing is subtracted "
+    "from the paper; only the order of methods is compared"
+)
+LEGEND = (
+    "theirs: unmarked from the paper, ᶜ from its authors' repository, ˢ from a note about the "
+    "paper, ᵗ run or reprinted by others, ! suspicious. ± is one standard error; in, out: theirs "
+    "lies in, out of our 95 % interval"
+)
+KINDS = ("ours", "theirs", "difference")
+
+
+def heading(table: Table) -> str:
+    """The title; a stand-in says so first."""
+    return f"{table.title}: {STAND_IN}" if table.stand_in else table.title
+
+
+def head(head: Head) -> str:
+    """A column's name and unit."""
+    return head.name if head.unit in ("count", head.name) else f"{head.name} {head.unit}"
+
+
+def label(line: Line) -> str:
+    """A method and its setting."""
+    return f"{line.name} {line.setting}".strip()
+
+
+def ours(number: Ours | None, unit: str) -> str:
+    """Our number with its standard error."""
+    if number is None:
+        return EMPTY
+    if unit in ("count", "FLOP"):
+        return quantity(number.value)
+    digits = DIGITS[unit]
+    text = f"{number.value:.{digits}f}"
+    return text if number.stderr is None else f"{text} ±{number.stderr:.{digits}f}"
+
+
+def theirs(cell: Cell, unit: str) -> str:
+    """Their number as printed, in its own unit where that is another, with its marks."""
+    if cell.theirs is None:
+        return EMPTY
+    own = "" if cell.theirs.unit == unit else f" {cell.theirs.unit}"
+    flag = SUSPICIOUS if cell.theirs.flag else ""
+    return f"{cell.theirs.text}{own}{MARKS[cell.theirs.trust]}{flag}"
+
+
+def difference(cell: Cell, unit: str, refusals: Sequence[str]) -> str:
+    """Ours less theirs and whether theirs is in our interval, or the number of the reason."""
+    if cell.refusal is not None:
+        return f"not subtracted [{refusals.index(cell.refusal) + 1}]"
+    if cell.difference is None:
+        return EMPTY
+    text = f"{cell.difference:+.{DIGITS.get(unit, 2)}f}"
+    return text if cell.inside is None else f"{text} {'in' if cell.inside else 'out'}"
+
+
+def words(table: Table, cell: Cell, unit: str) -> tuple[str, str, str]:
+    """A cell's three texts, in the order of `KINDS`."""
+    refused = difference(cell, unit, table.refusals)
+    return ours(cell.ours, unit), theirs(cell, unit), refused
+
+
+def kinds(table: Table, line: Line) -> tuple[str, ...]:
+    """The kinds of number that a line has something to say about; our own at least."""
+    texts = [words(table, c, h.unit) for c, h in zip(line.cells, table.heads, strict=True)]
+    said = [kind for i, kind in enumerate(KINDS) if any(text[i] != EMPTY for text in texts)]
+    return tuple(said) or ("ours",)
+
+
+def agreement(found: Agreement) -> str:
+    """One sentence about the order of methods."""
+    where = " ".join(filter(None, (found.block, found.setting, found.column)))
+    whose = "" if found.model == found.block else f" of {found.model}"
+    pairs = found.same + found.other + found.close
+    said = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
+    said += f", {found.other} in the other, {found.close} too close to call"
+    if found.tau is not None:
+        said += f"; Kendall's tau {found.tau:+.2f}"
+    return f"{said}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
+
+
+def footnotes(table: Table) -> list[str]:
+    """All that stands below a table, in order."""
+    shown = [] if table.stand_in else [LEGEND]
+    shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
+    return [*shown, *table.notes]
+
+
+def blocks(table: Table) -> list[tuple[str, list[Line]]]:
+    """The lines by block, in order."""
+    names = dict.fromkeys(line.block for line in table.lines)
+    return [(name, [line for line in table.lines if line.block == name]) for name in names]

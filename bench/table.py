@@ -1,0 +1,241 @@
+"""`bench table`: run what a paper's table lacks, then put our numbers beside the published ones.
+
+The runs are those of `bench run`: the same overrides, the same sweep, the same records.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bench.errors import MissingData, UserError
+from bench.reporting.tables.config import PARTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.config import RunConfig
+    from bench.launch import Check, Launched, Perform
+    from bench.records import Record, Store
+    from bench.reporting.tables import Slot, Table
+
+OWN = ("model", "method", "benchmark", "ratio", "experiment")
+"""What a table chooses for its runs itself."""
+
+
+class MissingInputs(UserError):
+    """What a table's runs need and this machine cannot reach; one sentence each."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        super().__init__("; ".join(sentences))
+        self.sentences = tuple(sentences)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A table with what came of its runs, and the files it was written to."""
+
+    table: Table
+    launched: Launched
+    files: list[Path]
+
+
+@dataclass
+class Asked:
+    """The command line of `bench table`, told apart: the table's keys, the runs' and the seeds."""
+
+    scale: str | None = None
+    chosen: dict[str, list[str]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    shared: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, overrides: Sequence[str]) -> Asked:
+        """Tell the overrides apart.
+
+        Raises:
+            UserError: the table's own choices are overridden, or something but the seed is swept.
+        """
+        asked, multirun = cls(), bool({"-m", "--multirun"} & set(overrides))
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if override.startswith("-"):
+                continue
+            if key == "scale":
+                asked.scale = value
+            elif key in PARTS:
+                asked.chosen[key] = _list(value)
+            elif key in OWN:
+                raise UserError(f"{override}: a table has its own {key}; choose by {_keys()}")
+            elif key == "seed" and multirun:
+                asked.seeds = tuple(_seeds(value))
+            else:
+                asked.shared.append(_single(override))
+        return asked
+
+
+def _list(value: str) -> list[str]:
+    return [name.strip().strip("'\"") for name in value.strip("[]").split(",")]
+
+
+def _keys() -> str:
+    return ", ".join(f"{part}=[...]" for part in PARTS)
+
+
+def _seeds(value: str) -> Iterator[int]:
+    for text in _list(value):
+        if not text.isdigit():
+            raise UserError(f"seed={value}: give whole numbers, as in seed=1,2,3")
+        yield int(text)
+
+
+def _single(override: str) -> str:
+    """Refuse a sweep over anything but seeds: a cell is one number, or the mean over seeds."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from bench.compose import plainly
+
+    with plainly([override]):
+        parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_sweep_override():
+        raise UserError(f"{override}: only the seed of a table can be swept, as in -m seed=1,2,3")
+    return override
+
+
+def make(name: str, overrides: Sequence[str]) -> Finished:
+    """Run what is missing, then build and write the table.
+
+    Raises:
+        MissingInputs: models or data are out of reach; nothing was run.
+        UserError: the overrides are wrong; nothing was run.
+    """
+    from bench.launch import Launched
+    from bench.records import Store
+    from bench.reporting.tables import build, load, slots
+    from bench.reporting.tables.slots import latest
+    from bench.reporting.tables.writing import write
+    from bench.run import check, execute
+
+    asked = Asked.read(overrides)
+    config = load(name, asked.scale, asked.chosen)
+    if asked.seeds:
+        config = config.model_copy(update={"seeds": asked.seeds})
+    lines = slots(config)
+    own = tuple(o for o in asked.shared if not o.startswith("hydra"))
+    runs = list(dict.fromkeys(latest(run, own) for line in lines for run in line.runs))
+    ids = _ids(runs)
+    store = Store(ids.results_dir)
+    wanted = [run for run in runs if ids.force or store.find(ids.of[run]) is None]
+    launched = _launch(wanted, asked.shared, check, execute) if wanted else Launched()
+    found = {line: _records(line, own, ids.of, store) for line in lines if line.runs}
+    table = build(config, found)
+    return Finished(table, launched, write(table, ids.results_dir))
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The id of each run, and what all runs share."""
+
+    of: dict[tuple[str, ...], str]
+    results_dir: Path
+    force: bool
+
+
+def _ids(runs: Sequence[tuple[str, ...]]) -> _Ids:
+    """Compose and resolve every run, and name it; what is missing is said all at once."""
+    from bench.compose import run_config
+    from bench.run import resolve
+
+    if not runs:
+        raise UserError("the table has no runs of ours: choose other rows")
+    configs = {run: run_config(list(run)) for run in runs}
+    _refuse_missing(list(configs.values()))
+    first = next(iter(configs.values()))
+    named = {run: resolve(config).id for run, config in configs.items()}
+    return _Ids(named, first.results_dir, first.force)
+
+
+def _refuse_missing(configs: Sequence[RunConfig]) -> None:
+    """Raise with a sentence for every model and every data set that cannot be reached."""
+    from bench.data import hub
+
+    if _asks_hub(configs) and not hub.is_reachable():
+        hub.go_offline()
+    sentences = dict.fromkeys(s for config in configs for s in _missing(config))
+    if sentences:
+        raise MissingInputs(list(sentences))
+
+
+def _asks_hub(configs: Sequence[RunConfig]) -> bool:
+    """Whether any run may need the hub: an embedded table must not wait for an answer."""
+    models = (config.model for config in configs)
+    hub = any(m.path is None and not m.source.startswith(("zoo:", "fresh:")) for m in models)
+    return hub or any(config.benchmark.suite == "real" and config.benchmark.tasks
+                      for config in configs)  # fmt: skip
+
+
+def _missing(config: RunConfig) -> Iterator[str]:
+    """Yield a sentence for each input of one run that is not there."""
+    from bench.data import calibration, prompts
+    from bench.evaluation import plan_once
+    from bench.models import loading
+
+    offline, benchmark = config.offline, config.benchmark
+    try:
+        loading.resolve(config.model, offline=offline)
+    except MissingData as error:
+        yield str(error)
+    try:
+        plan_once(benchmark, offline=offline)
+    except MissingData as error:
+        cure = f"`bench prefetch benchmark={benchmark.name}` downloads it where there is a network"
+        for item in error.items:
+            yield f"data {item} are neither cached nor reachable: {cure}"
+        if not error.items:
+            yield str(error)
+    if config.uses_calibration:
+        try:
+            calibration.resolve(config.calibration, offline=offline)
+        except MissingData as error:
+            yield str(error)
+    if config.uses_prompts:
+        try:
+            prompts.resolve(config.prompts, offline=offline)
+        except MissingData as error:
+            yield str(error)
+
+
+def _launch(
+    runs: Sequence[tuple[str, ...]], shared: Sequence[str], check: Check, execute: Perform
+) -> Launched:
+    """Hand the runs to the sweep of `bench run -m`; a failed one leaves its cells empty."""
+    from bench.errors import RunsFailed
+    from bench.launch import Launched, launch
+
+    listed = ",".join(f"[{','.join(map(_quoted, run))}]" for run in runs)
+    sweep = ["-m", "hydra/sweeper=listed", f"hydra.sweeper.runs=[{listed}]"]
+    launcher = [o for o in shared if o.startswith("hydra")]
+    try:
+        return launch([*sweep, *launcher], check, execute)
+    except RunsFailed as error:
+        return Launched(failures=list(error.reasons))
+
+
+def _quoted(override: str) -> str:
+    """Quote an override as Hydra's grammar wants it: backslashes count before a quote alone."""
+    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", override)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"'{escaped}'"
+
+
+def _records(
+    line: Slot, own: tuple[str, ...], ids: dict[tuple[str, ...], str], store: Store
+) -> list[Record]:
+    """Return the records of a line, or none if one of its runs failed."""
+    from bench.reporting.tables.slots import latest
+
+    found = [store.find(ids[latest(run, own)]) for run in line.runs]
+    whole = [record for record in found if record is not None]
+    return whole if len(whole) == len(found) else []

@@ -1,0 +1,1 @@
+"""The papers' numbers, shipped as package data; `bench.reporting.published` reads them."""

@@ -1,0 +1,429 @@
+"""Paper tables from records: what is subtracted, what is refused and why, and how it is written."""
+
+import csv
+import io
+import re
+from decimal import Decimal
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.compose import run_config
+from bench.errors import UserError
+from bench.records import MethodPart, MetricPart, ModelPart, Record
+from bench.reporting.published import Published
+from bench.reporting.tables import (
+    Slot,
+    build,
+    load,
+    names,
+    order,
+    slots,
+    table_of,
+    tables_of,
+    writing,
+)
+from bench.reporting.tables import numbers as numbers_of
+from bench.reporting.tables.screen import print_table
+from bench.reporting.tables.table import Ours
+
+MODEL = ModelPart(
+    name="m", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
+)
+
+
+def metric(task, value, name="acc", stderr=0.01, split="test", n=400, shots=0):
+    return MetricPart(
+        benchmark="b", task=task, metric=name, filter="none", shots=shots, split=split,
+        value=value, stderr=stderr, n=n, higher_is_better=True, headline=True,
+    )  # fmt: skip
+
+
+def mean_of_nine(value, **changes):
+    return metric("average", value, **{"name": "mean", "split": "mixed", "n": 9, **changes})
+
+
+def recorded(number, *metrics, run=(), limit=None, seconds=1.0, harness="lm_eval", started="1"):
+    """A record of the run with these overrides, as `bench run` would leave it."""
+    if run:
+        composed = run_config(list(run))
+        config = composed.model_dump(mode="json", exclude={"method"})
+        config["method"] = {k: m.model_dump(mode="json") for k, m in composed.method.items()}
+        calibrated = composed.uses_calibration
+    else:
+        config = {"benchmark": {"name": "b", "limit": limit, "harness": harness}}
+        calibrated = False
+    method = MethodPart(name="x", config={}, saving="removed", report={}, seconds=seconds)
+    return Record(
+        id=f"{number:012x}", started=started, finished="", group=None, command="", config=config,
+        environment={}, model=MODEL, methods=(method,), metrics=metrics, costs=(),
+        provenance={"calibration": "0" if calibrated else None, "prompts": None},
+    )  # fmt: skip
+
+
+def lines_of(table):
+    return {(line.block, line.name, line.setting): line for line in table.lines}
+
+
+DEEPSEEK = "DeepSeek-MoE-16B"
+
+
+def camera(**found):
+    """`camera_main`'s DeepSeek block with some lines recorded, by row and setting."""
+    config = load("camera_main", chosen={"blocks": [DEEPSEEK]})
+    by_place = {(s.row, s.setting): s for s in slots(config)}
+    places = {"dense": ("dense", ""), "pruned": ("Camera-P", "40%"), "naee": ("NAEE", "40%")}
+    return build(config, {by_place[places[name]]: [r] for name, r in found.items()})
+
+
+def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
+    table = camera(
+        pruned=recorded(1, mean_of_nine(0.5900, stderr=0.004)),
+        naee=recorded(2, mean_of_nine(0.6000, stderr=0.004)),
+    )
+    cell = lines_of(table)[DEEPSEEK, "Camera-P", "40%"].cells[0]
+    assert cell.theirs.value == Decimal("58.58")
+    assert cell.difference == pytest.approx(0.42)
+    assert cell.inside
+    assert cell.ours.low == pytest.approx(59 - 1.95996 * 0.4, abs=1e-4)
+    other = lines_of(table)[DEEPSEEK, "NAEE", "40%"].cells[0]
+    assert other.difference == pytest.approx(60 - 54.94)
+    assert other.inside is False
+    assert table.refusals == ()
+    assert lines_of(table)[DEEPSEEK, "D2-MoE", "40%"].cells[0].ours is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (recorded(1, mean_of_nine(0.59), limit=6), "ours is of the first 6 samples only"),
+        (recorded(1, mean_of_nine(0.59, n=2)), "ours is the mean of 2 tasks, not of 9"),
+        (recorded(1, mean_of_nine(0.59, shots=5)), "shots: ours 5, the table's 0"),
+        (recorded(1, mean_of_nine(0.59), harness="other"), "harness: ours other, the table's"),
+    ],
+)
+def test_numbers_of_another_identity_are_not_subtracted(record, reason):
+    cell = lines_of(camera(pruned=record))[DEEPSEEK, "Camera-P", "40%"].cells[0]
+    assert cell.ours is not None
+    assert cell.theirs is not None
+    assert cell.difference is None
+    assert cell.inside is None
+    assert reason in cell.refusal
+
+
+def test_a_metric_of_another_name_is_not_ours():
+    table = camera(pruned=recorded(1, metric("average", 0.59, name="acc", split="mixed")))
+    assert lines_of(table)[DEEPSEEK, "Camera-P", "40%"].cells[0].ours is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metric", "acc_norm"), ("filter", "strict"), ("shots", 5), ("split", "dev"),
+        ("harness", "helm"),
+    ],
+)  # fmt: skip
+def test_every_part_of_their_identity_counts_and_what_is_not_stated_is_assumed(field, value):
+    column = load("camera_main").columns["avg"]
+    theirs = {
+        "paper": "p", "table": "t", "model": "m", "row": "r", "setting": "", "column": "avg",
+        "metric": "", "filter": "", "shots": None, "split": "", "harness": "", "unit": "%",
+        "relation": "=", "value": "50.0", "source": "s", "trust": "paper", "flag": "",
+    }  # fmt: skip
+    silent = Published(**theirs)
+    ours = [recorded(1, mean_of_nine(0.5))]
+    assert numbers_of.clash(column, ours, silent) is None
+    assert len(numbers_of.assumed(column, silent)) == 5
+    said = numbers_of.clash(column, ours, silent.model_copy(update={field: value}))
+    assert said.startswith(f"{field}: ours ")
+    assert said.endswith(f"theirs {value}")
+    odd = silent.model_copy(update={"unit": "points"})
+    assert numbers_of.clash(column, ours, odd) == "unit: ours %, theirs points"
+
+
+def test_fine_tuned_rows_other_splits_and_other_flops_are_refused():
+    config = load("visual_table2", chosen={"blocks": ["LLaVA-1.5-7B"]})
+    gqa = metric("gqa", 0.61, name="exact_match", split="testdev")
+    vqa = metric("vqav2_val", 0.77, name="exact_match", split="validation")
+    record = recorded(1, gqa, vqa, harness="lmms_eval")
+    found = {slot: [record] for slot in slots(config) if slot.row in ("original", "YOPO 25%")}
+    table = build(config, found)
+    place = {head.name: i for i, head in enumerate(table.heads)}
+    dense = lines_of(table)["LLaVA-1.5-7B", "original", ""]
+    assert dense.cells[place["GQA"]].difference == pytest.approx(61 - 62.3)
+    assert "test-dev" in dense.cells[place["VQAv2"]].refusal
+    trained = lines_of(table)["LLaVA-1.5-7B", "YOPO 25%", ""].cells[place["GQA"]]
+    assert "fine-tuned" in trained.refusal
+    assert any("repeats" in note for note in table.notes)
+
+
+def test_a_time_is_never_subtracted_and_a_bound_is_no_number():
+    config = load("camera_analysis_time")
+    found = {s: [recorded(1, seconds=90.0)] for s in slots(config) if s.row == "Camera-P"}
+    cell = lines_of(build(config, found))[DEEPSEEK, "Camera-P", "20%"].cells[0]
+    assert cell.ours.value == 90
+    assert (cell.theirs.text, cell.theirs.unit) == ("3", "min")
+    assert "machine" in cell.refusal
+    assert numbers_of.converted(cell.theirs, "s") == 180
+
+
+def test_the_dense_baseline_comes_first_in_every_block():
+    for name in names():
+        for scale in (None, "micro"):
+            config = load(name, scale)
+            for block in config.blocks:
+                first = next(slot for slot in slots(config) if slot.block == block)
+                assert first.setting == ""
+                assert first.row in ("dense", "original", "vanilla")
+
+
+def test_several_seeds_are_a_mean_with_students_interval():
+    config = load("wgsef_grid", "micro")
+    slot = next(s for s in slots(config) if s.row == "WGSEF" and s.setting == "70%")
+    assert [run[-1] for run in slot.runs] == ["seed=1", "seed=2"]
+    records = [
+        recorded(i, metric("digits", value), harness="images")
+        for i, value in enumerate((0.90, 0.94))
+    ]
+    cell = lines_of(build(config, {slot: records}))["micro_resnet", "WGSEF", "70%"].cells[0]
+    assert cell.ours.value == pytest.approx(92)
+    assert cell.ours.stderr == pytest.approx(2)
+    assert cell.ours.high - cell.ours.value == pytest.approx(2 * 12.7062, abs=1e-3)
+    assert len(cell.ours.runs) == 2
+    alone = build(config, {slot: records[:1]})
+    assert alone.lines == ()
+
+
+def micro_camera(**values):
+    """`camera_main`'s stand-in with averages of some methods at 40 %, in %."""
+    config = load("camera_main", "micro")
+    rows = {"pruned": "Camera-P", "naee": "NAEE", "d2": "D2-MoE", "random": "random experts"}
+    by_place = {(s.row, s.setting): s for s in slots(config)}
+    found = {
+        by_place[rows[name], "40%"]: [recorded(i, mean_of_nine(value / 100, stderr=0.002))]
+        for i, (name, value) in enumerate(values.items())
+    }
+    return build(config, found)
+
+
+def test_a_stand_in_says_so_and_is_compared_by_order_alone():
+    table = micro_camera(pruned=62.8, naee=56.3, d2=59.4, random=54.6)
+    assert table.stand_in
+    assert table.file == "camera_main_micro"
+    cells = [cell for line in table.lines for cell in line.cells]
+    assert all(c.theirs is None and c.difference is None and c.refusal is None for c in cells)
+    by_model = {a.model: a for a in table.agreements}
+    deepseek, qwen = by_model[DEEPSEEK], by_model["Qwen2-57B-A14B"]
+    assert (deepseek.same, deepseek.other, deepseek.close) == (2, 1, 0)
+    assert deepseek.ours == ("Camera-P", "D2-MoE", "NAEE")
+    assert deepseek.theirs == ("Camera-P", "NAEE", "D2-MoE")
+    assert deepseek.tau == pytest.approx(1 / 3)
+    assert (qwen.same, qwen.tau) == (3, pytest.approx(1.0))
+    assert "Qwen3-30B-A3B" not in by_model
+    for form in writing.FORMS.values():
+        text = form(table)
+        assert "58.58" not in text
+    assert "STAND-IN" in writing.as_markdown(table).splitlines()[0]
+
+
+def test_pairs_too_close_to_call_are_not_counted_for_either_side():
+    table = micro_camera(pruned=60.0, naee=59.9, d2=50.0)
+    found = next(a for a in table.agreements if a.model == DEEPSEEK)
+    assert (found.same, found.other, found.close) == (2, 0, 1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3)), min_size=2, max_size=7
+    )
+)
+def test_pairs_and_tau_against_counting(triples):
+    rated = [
+        order.Rated(str(i), Ours(float(a), float(e), None, None, ()), float(b))
+        for i, (a, b, e) in enumerate(triples)
+    ]
+    found = order.pairs(rated)
+    kinds = []
+    for (a, b, e), (c, d, f) in combinations(triples, 2):
+        sure = abs(a - c) > 1.959963984540054 * (e**2 + f**2) ** 0.5
+        kinds.append("close" if not sure or a == c or b == d else (a > c) == (b > d))
+    assert found == (kinds.count(True), kinds.count(False), kinds.count("close"))
+    assert order.tau(rated[:2]) is None
+    signs = [((a > c) - (a < c), (b > d) - (b < d)) for (a, b, _), (c, d, _)
+             in combinations(triples, 2)]  # fmt: skip
+    scale = (sum(bool(x) for x, _ in signs) * sum(bool(y) for _, y in signs)) ** 0.5
+    if len(rated) >= 3 and scale:
+        assert order.tau(rated) == pytest.approx(sum(x * y for x, y in signs) / scale)
+
+
+def test_records_are_found_by_what_decides_their_result():
+    config = load("camera_main", "micro")
+    run = next(s for s in slots(config) if (s.row, s.setting) == ("Camera-P", "40%")).runs[0]
+    old = recorded(1, mean_of_nine(0.5), run=run, started="1")
+    new = recorded(2, mean_of_nine(0.6), run=(*run, "tracker=none", "threads=7"), started="2")
+    others = [
+        recorded(3, mean_of_nine(0.1), run=(*run, "method.camera_p.alpha=0.5"), started="3"),
+        recorded(4, mean_of_nine(0.1), run=(*run, "benchmark.limit=3"), started="3"),
+        recorded(5, mean_of_nine(0.1), run=(*run, "calibration.rows=3"), started="3"),
+    ]
+    line = lines_of(table_of("camera_main", [*others, new, old], "micro"))[
+        "micro_moe", "Camera-P", "40%"
+    ]
+    assert line.runs == (new.id,)
+    real = table_of("camera_main", [old])
+    assert not any(line.runs for line in real.lines)
+    shown = list(tables_of([old]))
+    assert {(t.name, t.stand_in) for t in shown} == {("camera_main", True)}
+
+
+@pytest.mark.parametrize("name", names())
+def test_runs_of_every_table_compose(name):
+    """Every row once and every block once; settings differ in numbers alone."""
+    for scale in (None, "micro"):
+        ours = [slot for slot in slots(load(name, scale)) if slot.runs]
+        rows = {slot.row: slot.runs[0] for slot in ours}
+        blocks = {slot.block: slot.runs[0] for slot in ours}
+        assert rows
+        for run in {*rows.values(), *blocks.values()}:
+            assert "$" not in " ".join(run)
+            run_config(list(run))
+
+
+def test_every_published_name_of_a_table_exists():
+    """A misspelt row or column would only be an empty cell."""
+    for name in set(names()) - {"wgsef_grid"}:
+        config = load(name)
+        table = build(config, {})
+        ours_alone = {"random experts", "round to nearest", "downsample", "bytes", "dense"}
+        there = {line.name for line in table.lines}
+        assert set(config.rows) - there <= ours_alone
+        for place, head in enumerate(table.heads):
+            shown = any(line.cells[place].theirs for line in table.lines)
+            unknown = {"OBQA", "RTE", "PIQA", "ARC-c"} if name == "camera_deepseek_20" else set()
+            unknown |= {"Wiki2", "bytes"} if name == "camera_q_225" else set()
+            assert shown or head.name in unknown, (name, head.name)
+
+
+def written(form):
+    table = camera(
+        dense=recorded(7, mean_of_nine(0.62)),
+        pruned=recorded(0xABC, mean_of_nine(0.59, stderr=0.004)),
+        naee=recorded(9, mean_of_nine(0.55), limit=4),
+    )
+    return table, writing.FORMS[form](table)
+
+
+def test_csv_has_one_line_per_cell_with_source_and_runs():
+    table, text = written("csv")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == len(table.lines) * len(table.heads)
+    row = next(
+        r for r in rows if (r["row"], r["setting"], r["column"]) == ("Camera-P", "40%", "avg")
+    )
+    assert (row["theirs"], row["source"], row["trust"]) == (
+        "58.58",
+        "camera_papernotes",
+        "secondary",
+    )
+    assert float(row["ours"]) == pytest.approx(59)
+    assert row["runs"] == "000000000abc"
+    assert row["inside"] == "True"
+    empty = next(r for r in rows if r["row"] == "D2-MoE" and r["setting"] == "40%")
+    assert empty["ours"] == ""
+
+
+def test_markdown_links_cells_to_their_runs():
+    table, text = written("md")
+    assert "[59.00 ±0.40](../runs/000000000abc/record.json)" in text
+    assert "58.58ˢ" in text
+    assert "+0.42 in" in text
+    assert "not subtracted [1]" in text
+    assert "[1] avg: ours is of the first 4 samples only" in text
+    assert f"- {table.notes[0]}" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.replace(r"\|", "").count("|") for line in rows}) == 1
+
+
+def test_latex_is_booktabs_and_escapes_what_latex_would_read():
+    _, text = written("tex")
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        assert rule in text
+    assert not re.search(r"(?<!\\)[%_&#](?! )", text.replace(" & ", ""))
+    assert r"58.58\textsuperscript{s}" in text
+    rows = [line for line in text.splitlines() if " & " in line]
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {3}
+    assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+def test_html_is_one_whole_page_that_links_to_records():
+    from html.parser import HTMLParser
+
+    _, text = written("html")
+    stack, links = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "br"):
+                stack.append(tag)
+            links.extend(value for key, value in attributes if key == "href")
+
+        def handle_endtag(self, tag):
+            assert stack.pop() == tag
+
+    Reader().feed(text)
+    assert stack == []
+    assert "../runs/000000000abc/record.json" in links
+    assert "<script" not in text
+    assert "http" not in text
+
+
+@pytest.mark.parametrize("width", [70, 400])
+def test_nothing_is_cut_on_a_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    config = load("camera_deepseek_20")
+    print_table(build(config, {}))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for value in ("72.45", "69.32ᶜ", "31.46", "12.62", "61.03ˢ"):
+        assert value in out
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "chosen", "said"),
+    [
+        ("camera_man", None, {}, "did you mean 'camera_main'"),
+        ("camera_main", "macro", {}, "scale=micro"),
+        ("camera_main", None, {"rows": ["Camera"]}, "unknown name in rows 'Camera'"),
+        ("camera_main", None, {"blocks": ["micro_moe"]}, "unknown name in blocks"),
+    ],
+)
+def test_what_does_not_exist_is_named(name, scale, chosen, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(name, scale, chosen)
+
+
+def test_a_line_knows_where_it_is_not_ours():
+    community = slots(load("community_tokens"))
+    assert Slot("LLaVA-1.5-7B, as copied by later papers", "SIEVE", "64", ()) in community
+    micro = {(s.row, s.setting): s.runs for s in slots(load("community_tokens", "micro"))}
+    assert micro["PyramidDrop", "64"] == ()
+    assert micro["PyramidDrop", "192"] != ()
+
+
+def test_every_method_of_a_stand_in_fits_its_model():
+    from bench.models import loading
+    from bench.models.anatomy import dissect
+
+    anatomies = {}
+    for name in names():
+        ours = [slot for slot in slots(load(name, "micro")) if slot.runs]
+        for run in {slot.row: slot.runs[0] for slot in ours}.values():
+            config = run_config(list(run))
+            if config.model.name not in anatomies:
+                network = loading.skeleton(loading.resolve(config.model, offline=True))
+                anatomies[config.model.name] = dissect(network)
+            for method in config.method.values():
+                method.check(anatomies[config.model.name])
+    assert set(anatomies) == {"micro_moe", "micro_llava", "micro_resnet"}
