@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from bench.errors import RunsFailed, UserError, unknown
+from bench.errors import RunsFailed, Stopped, UserError, unknown
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
 COMMANDS = ("run", "ls", "show", "track", "export", "prefetch", "doctor")
@@ -34,7 +34,8 @@ run a model, methods and a benchmark; -m sweeps
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for asked in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers send before they kill
+        signal.signal(asked, _interrupt)
     try:
         if given[:1] == ["run"] and not {"-h", "--help"} & set(given):
             return _run(given[1:])
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for reason in error.reasons:
             print(f"bench: failed: {reason}", file=sys.stderr)
         return FAILED
+    except Stopped as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("bench: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return INTERRUPTED

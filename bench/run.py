@@ -7,13 +7,17 @@ Nothing heavy is imported at the top, so that `import bench` and `bench --help` 
 
 from __future__ import annotations
 
+import errno
 import functools
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from bench.errors import Stopped
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from bench.records import MethodPart, ModelPart, Record, Store
     from bench.sweep import Asked, Result
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
@@ -85,10 +90,20 @@ def execute(config: RunConfig, asked: Asked) -> Result:
     store = Store(config.results_dir)
     store.ensure_writable()
     inputs = resolve(config)
-    with store.claim(inputs.id):
+
+    def say() -> None:
+        progress.console.print(f"another process is at run {inputs.id}: waiting for it")
+
+    with store.claim(inputs.id, on_wait=say), _stopping(store):
         known = None if config.force else store.find(inputs.id)
         if known is not None:
             return Result(known, reused=True)
+        if reason := store.unreadable.get(inputs.id):
+            place = store.set_aside(inputs.id)
+            progress.console.print(
+                f"[yellow]run {inputs.id} cannot be read ({reason}): it is made again, "
+                f"what was there is in {place}[/yellow]"
+            )
         record = _perform(config, inputs, store, progress, asked)
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
         warning = track(record, store, config.tracker)
@@ -144,8 +159,10 @@ def _perform(
     """Load, change, score, count and write: the part of a run that takes time."""
     from bench.device import describe, seed_everything, use_threads
     from bench.evaluation import evaluate
+    from bench.evaluation.memory import Memory
     from bench.measurement.costs import count, phases
     from bench.method import Context
+    from bench.models.state import state_hash
     from bench.records import CostPart, MetricPart, Record
 
     started = _now()
@@ -163,9 +180,13 @@ def _perform(
         if inputs.prompts
         else None,
         progress=progress,
+        folder=store.unfinished(inputs.id),
     )
     methods = apply_methods(config, model, context)
-    evaluation = evaluate(model, inputs.plan, progress)
+    with store.journal(inputs.id, state_hash(model.network)) as journal:
+        for note in journal.notes:
+            progress.console.print(f"[yellow]{note}[/yellow]")
+        evaluation = evaluate(model, inputs.plan, progress, Memory(journal))
     with progress.phase("counting costs"):
         after = count(model, config.costs) if methods else before
 
@@ -190,17 +211,31 @@ def _perform(
 
 
 def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
-    """Apply a run's methods to its model in their order and keep what each says it did."""
+    """Apply a run's methods to its model in their order and keep what each says it did.
+
+    Raises:
+        UserError: a method left weights that are no numbers.
+    """
     from bench.device import synchronize
+    from bench.measurement.leaks import Watch
+    from bench.models.state import refuse_not_finite
     from bench.records import MethodPart
 
     parts = []
     for name, method in config.method.items():
-        with context.progress.phase(f"applying {name}"):
+        own = replace(context, folder=context.folder / name if context.folder else None)
+        watch = Watch(model.network, model.device)
+        with context.progress.phase(f"applying {name}"), _blaming(name):
             began = time.perf_counter()
-            report = method.apply(model, context)
+            report = method.apply(model, own)
             synchronize(model.device)
             took = time.perf_counter() - began
+        refuse_not_finite(model.network, name)
+        if left := watch.left(model.network):
+            context.progress.console.print(
+                f"[yellow]{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
+                "in a long sweep it will run out[/yellow]"
+            )
         knobs = method.model_dump(mode="json")
         parts.append(
             MethodPart(
@@ -212,6 +247,30 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[Met
             )
         )
     return parts
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Say in an error which method it came from; what it is stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while applying method {name}")
+        raise
+
+
+@contextmanager
+def _stopping(store: Store) -> Iterator[None]:
+    """Turn a disk that takes no more into a stop: what is there stays, and is gone on with."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise Stopped(
+            f"results_dir={store.root}: {error.strerror}; "
+            "make room, and the same command goes on where this stopped"
+        ) from error
 
 
 def _dense(model: Model, costs: Sequence[Cost]) -> ModelPart:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from bench.evaluation.memory import Memory
     from bench.evaluation.result import Metric
     from bench.evaluation.source import Source
     from bench.models.config import Kind
@@ -26,5 +27,10 @@ class Scoring(Protocol):
     def sources(self) -> dict[str, Source]:
         """Where the documents of each task came from."""
 
-    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
-        """Return the metrics of a model, and a row for every scored sample."""
+    def score(
+        self, model: Model, progress: Progress, memory: Memory
+    ) -> tuple[list[Metric], Rows]:
+        """Return the metrics of a model, and a row for every scored sample.
+
+        What the memory has is not asked again, and what is asked goes there as it is answered.
+        """

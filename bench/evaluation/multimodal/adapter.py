@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from lmms_eval.api.model import lmms
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory, key
 from bench.evaluation.multimodal.features import Features
 from bench.evaluation.multimodal.generation import Answer, Generation, Question
 from bench.evaluation.multimodal.prompts import Prompts
@@ -31,13 +34,20 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
     in a small memory. `asked` keeps the whole prompt and the answer by task and document.
     """
 
-    def __init__(self, model: Model, benchmark: BenchmarkConfig, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: Model,
+        benchmark: BenchmarkConfig,
+        progress: Progress,
+        memory: Memory | None = None,
+    ) -> None:
         super().__init__()
         if model.processor is None:
             raise UserError(f"model {model.name} has no processor, which questions on images need")
         model.network.eval()
         system = benchmark.system_prompt
         self.asked: dict[tuple[str, int], Answer] = {}
+        self._memory = memory or Memory()
         self._model = model
         self._progress = progress
         self._prompts = Prompts(model, model.config.system_prompt if system is None else system)
@@ -46,7 +56,6 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return one answer per request; requests of equal settings share batches."""
-        self._progress.total(len(requests))
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
@@ -54,11 +63,16 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         for numbers in groups.values():
             options = requests[numbers[0]].args[1]
             generation = Generation(self._model, self._prompts, self._features, options)
-            questions = [self._question(requests[number]) for number in numbers]
-            answers = self._batches.run(questions, generation.run)
-            for number, answer in zip(numbers, answers, strict=True):
+            answers = self._memory.batched(
+                [_key(requests[number]) for number in numbers],
+                [self._question(requests[number]) for number in numbers],
+                self._batches,
+                partial(_answer, generation),
+                self._progress,
+            )
+            for number, fields in zip(numbers, answers, strict=True):
                 *_, document, task, _split = requests[number].args
-                self.asked[task, document] = answer
+                answer = self.asked[task, document] = Answer(*fields)
                 texts[number] = answer.text
         return texts
 
@@ -76,3 +90,14 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse: planning lets only tasks of one question through."""
         raise UserError(f"{requests[0].task_name} asks in several rounds, which is not supported")
+
+
+def _answer(generation: Generation, questions: Sequence[Question]) -> list[list[str | None]]:
+    """Return answers in the plain form that a memory keeps."""
+    return [list(astuple(answer)) for answer in generation.run(questions)]
+
+
+def _key(request: Instance) -> str:
+    """Name a request; which images a document has is said by the fingerprint of its data set."""
+    text, options, _, document, task, split = request.args
+    return key("question", task, split, document, text, options)

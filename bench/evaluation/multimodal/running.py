@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory
 from bench.evaluation.multimodal import samples, scores
 from bench.evaluation.multimodal.adapter import Adapter
 from bench.evaluation.multimodal.building import PlannedTask
@@ -18,10 +19,14 @@ from bench.progress import Progress
 
 
 def score(
-    model: Model, benchmark: BenchmarkConfig, tasks: tuple[PlannedTask, ...], progress: Progress
+    model: Model,
+    benchmark: BenchmarkConfig,
+    tasks: tuple[PlannedTask, ...],
+    progress: Progress,
+    memory: Memory,
 ) -> tuple[list[Metric], Rows]:
     """Score the model on every task. Images are encoded once for all of them."""
-    adapter = Adapter(model, benchmark, progress)
+    adapter = Adapter(model, benchmark, progress, memory)
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -21,23 +21,33 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
+from bench.evaluation.memory import Answers, Memory, key
 from bench.evaluation.text.generation import generate
 from bench.models.model import Model
 from bench.progress import Progress
 
 Tokens: TypeAlias = tuple[int, ...]
 Scored: TypeAlias = tuple[float, bool]
+Asked: TypeAlias = tuple[list[int], list[int]]
+"""A request as the network sees it: one input, and the continuation that its end should predict."""
+
 Question: TypeAlias = tuple[Tokens, list[tuple[int, list[int]]]]
 """One input of the network, and the continuations (request number, tokens) that it answers."""
 
 
 class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """Scores the harness's requests with a `Model`, in batches sorted by length."""
+    """Scores the harness's requests with a `Model`, in batches sorted by length.
 
-    def __init__(self, model: Model, batch_size: int, progress: Progress) -> None:
+    What `memory` has is not scored again.
+    """
+
+    def __init__(
+        self, model: Model, batch_size: int, progress: Progress, memory: Memory | None = None
+    ) -> None:
         super().__init__()
         self.tokenizer = model.tokenizer
         self.batches = Batches(batch_size, model.device, progress)
+        self._memory = memory or Memory()
         self._model = model
         self._network = model.network.eval()
         self._progress = progress
@@ -89,39 +99,36 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that follows each context, up to its first stop string."""
-        self._progress.total(len(requests))
         asked = [
             (self.tok_encode(context), options) for context, options in (r.args for r in requests)
         ]
-        return generate(self._model, asked, self.batches)
+        return generate(self._model, asked, self.batches, self._memory, self._progress)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[Scored]:
-        questions = self._questions(requests)
-        self._progress.total(len(questions))
-        scored: list[Scored] = [(0.0, False)] * len(requests)
-        for answers in self.batches.run(questions, self._score):
-            for number, answer in answers:
-                scored[number] = answer
-        return scored
+        asked = [self._asked(context, continuation) for _, context, continuation in requests]
+        answers = self._memory.answers(
+            [key("loglikelihood", *each) for each in asked],
+            lambda missing: self._answer(missing, [asked[number] for number in missing]),
+            self._progress,
+        )
+        return [(value, greedy) for value, greedy in answers]
 
-    def _questions(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[Question]:
-        """Group continuations by network input, longest first, so that none is computed twice.
-
-        The last token of a continuation is never an input, so choices of one token share theirs.
-        """
+    def _asked(self, context: list[int], continuation: list[int]) -> Asked:
+        """Cut what is too long; the last token of a continuation is never an input."""
         longest = self._model.max_length
-        grouped: dict[Tokens, list[tuple[int, list[int]]]] = defaultdict(list)
-        for number, (_, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= longest:
-                raise UserError(
-                    f"an answer of {len(continuation)} tokens cannot be scored: "
-                    f"model {self._model.name} takes 1 to {longest}"
-                )
-            inputs = (context + continuation)[-(longest + 1) : -1]
-            grouped[tuple(inputs)].append((number, continuation))
-        return sorted(grouped.items(), key=lambda question: (-len(question[0]), question[0]))
+        if not 0 < len(continuation) <= longest:
+            raise UserError(
+                f"an answer of {len(continuation)} tokens cannot be scored: "
+                f"model {self._model.name} takes 1 to {longest}"
+            )
+        return (context + continuation)[-(longest + 1) : -1], continuation
+
+    def _answer(self, numbers: Sequence[int], asked: Sequence[Asked]) -> Iterable[Answers]:
+        """Yield the answers of each batch, longest inputs first."""
+        for batch in self.batches.each(_questions(numbers, asked), self._score):
+            yield [(number, list(answer)) for answers in batch for number, answer in answers]
 
     @torch.no_grad()
     def _score(self, batch: Sequence[Question]) -> list[list[tuple[int, Scored]]]:
@@ -156,6 +163,14 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
             return logits
         every: torch.Tensor = self._network(ids_BT, use_cache=False).logits
         return every[:, -keep:]
+
+
+def _questions(numbers: Sequence[int], asked: Sequence[Asked]) -> list[Question]:
+    """Group continuations by network input: choices of one token share theirs."""
+    grouped: dict[Tokens, list[tuple[int, list[int]]]] = defaultdict(list)
+    for number, (inputs, continuation) in zip(numbers, asked, strict=True):
+        grouped[tuple(inputs)].append((number, continuation))
+    return sorted(grouped.items(), key=lambda question: (-len(question[0]), question[0]))
 
 
 def _read(logp_KV: torch.Tensor, tokens: list[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from bench.data import hub
 from bench.errors import MissingData, unknown
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory
 from bench.evaluation.result import Metric
 from bench.evaluation.scoring import Rows
 from bench.evaluation.source import Source
@@ -36,11 +37,13 @@ class TextScoring:
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
-    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
+    def score(
+        self, model: Model, progress: Progress, memory: Memory
+    ) -> tuple[list[Metric], Rows]:
         """Score the model on every task and text."""
         from bench.evaluation.text.running import score
 
-        return score(model, self.benchmark, self.tasks, self.texts, progress)
+        return score(model, self.benchmark, self.tasks, self.texts, progress, memory)
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextScoring:

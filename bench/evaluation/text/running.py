@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory
 from bench.evaluation.result import Metric
 from bench.evaluation.scoring import Rows
 from bench.evaluation.seeding import SEED
@@ -28,9 +29,10 @@ def score(
     tasks: tuple[PlannedTask, ...],
     texts: tuple[PlannedText, ...],
     progress: Progress,
+    memory: Memory,
 ) -> tuple[list[Metric], Rows]:
-    """Score the model on every task and text. Nothing is cached between models."""
-    adapter = Adapter(model, benchmark.batch_size, progress)
+    """Score the model on every task and text, as far as the memory does not have it."""
+    adapter = Adapter(model, benchmark.batch_size, progress, memory)
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:
@@ -40,7 +42,7 @@ def score(
         rows += samples.rows(task, result)
     for text in texts:
         with progress.phase(f"{model.name} on {text.name}"):
-            metric, windows = perplexity.measure(model, text, benchmark, progress)
+            metric, windows = perplexity.measure(model, text, benchmark, progress, memory)
         metrics.append(metric)
         rows += windows
     return metrics, rows
