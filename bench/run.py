@@ -92,7 +92,7 @@ def execute(config: RunConfig, asked: Asked) -> Result:
     inputs = resolve(config)
 
     def say() -> None:
-        progress.console.print(f"another process is at run {inputs.id}: waiting for it")
+        progress.say(f"another process is at run {inputs.id}: waiting for it")
 
     with store.claim(inputs.id, on_wait=say), _stopping(store):
         known = None if config.force else store.find(inputs.id)
@@ -100,9 +100,9 @@ def execute(config: RunConfig, asked: Asked) -> Result:
             return Result(known, reused=True)
         if reason := store.unreadable.get(inputs.id):
             place = store.set_aside(inputs.id)
-            progress.console.print(
-                f"[yellow]run {inputs.id} cannot be read ({reason}): it is made again, "
-                f"what was there is in {place}[/yellow]"
+            progress.warn(
+                f"run {inputs.id} cannot be read ({reason}): it is made again, "
+                f"what was there is in {place}"
             )
         record = _perform(config, inputs, store, progress, asked)
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
@@ -185,7 +185,7 @@ def _perform(
     methods = apply_methods(config, model, context)
     with store.journal(inputs.id, state_hash(model.network)) as journal:
         for note in journal.notes:
-            progress.console.print(f"[yellow]{note}[/yellow]")
+            progress.warn(note)
         evaluation = evaluate(model, inputs.plan, progress, Memory(journal))
     with progress.phase("counting costs"):
         after = count(model, config.costs) if methods else before
@@ -232,9 +232,9 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[Met
             took = time.perf_counter() - began
         refuse_not_finite(model.network, name)
         if left := watch.left(model.network):
-            context.progress.console.print(
-                f"[yellow]{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
-                "in a long sweep it will run out[/yellow]"
+            context.progress.warn(
+                f"{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
+                "in a long sweep it will run out"
             )
         knobs = method.model_dump(mode="json")
         parts.append(

@@ -27,9 +27,7 @@ class Scoring(Protocol):
     def sources(self) -> dict[str, Source]:
         """Where the documents of each task came from."""
 
-    def score(
-        self, model: Model, progress: Progress, memory: Memory
-    ) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> tuple[list[Metric], Rows]:
         """Return the metrics of a model, and a row for every scored sample.
 
         What the memory has is not asked again, and what is asked goes there as it is answered.

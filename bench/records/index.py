@@ -7,7 +7,6 @@ from its record, and the copy is written again if the folder lets us.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +44,7 @@ def _stamps(store: Store) -> dict[str, str]:
     stamps = {}
     for run in store.ids():
         try:
-            state = os.stat(store.folder(run) / RECORD)
+            state = (store.folder(run) / RECORD).stat()
         except OSError:
             continue
         stamps[run] = f"{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"

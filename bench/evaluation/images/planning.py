@@ -28,9 +28,7 @@ class ImageScoring:
 
     kinds: ClassVar[tuple[Kind, ...]] = ("image_classifier",)
 
-    def score(
-        self, model: Model, progress: Progress, memory: Memory
-    ) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> tuple[list[Metric], Rows]:
         """Classify every image."""
         from bench.evaluation.images.running import score
 

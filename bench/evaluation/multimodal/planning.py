@@ -34,9 +34,7 @@ class MultimodalScoring:
         """Where each task's documents came from."""
         return {task.name: task.source for task in self.tasks}
 
-    def score(
-        self, model: Model, progress: Progress, memory: Memory
-    ) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> tuple[list[Metric], Rows]:
         """Score the model on every task."""
         from bench.evaluation.multimodal.running import score
 

@@ -37,9 +37,7 @@ class TextScoring:
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
-    def score(
-        self, model: Model, progress: Progress, memory: Memory
-    ) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> tuple[list[Metric], Rows]:
         """Score the model on every task and text."""
         from bench.evaluation.text.running import score
 
