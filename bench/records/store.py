@@ -145,7 +145,7 @@ class Store:
         def fill(folder: Path) -> None:
             (folder / CONFIG).write_text(config)
             _write_samples(folder / SAMPLES, samples)
-            (folder / RECORD).write_text(_written(record))
+            (folder / RECORD).write_text(written(record))
 
         atomic.write_folder(self.folder(record.id), fill)
         shutil.rmtree(self.unfinished(record.id), ignore_errors=True)
@@ -160,7 +160,7 @@ class Store:
             return None
 
 
-def _written(record: Record) -> str:
+def written(record: Record) -> str:
     """Return the text of a record file: its values, and a checksum that tells damaged ones."""
     content = json.loads(record.model_dump_json())
     return json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"

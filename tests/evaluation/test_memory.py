@@ -1,4 +1,4 @@
-"""What was answered before a kill is not asked again, and the rest is asked as it would have been."""
+"""What was answered before a kill is not asked again; the rest is, as it would have been."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_every_request_is_scored_once_over_a_kill(tmp_path_factory, requests, si
         assert len(in_flight) <= size
     with kept(folder) as journal:
         assert Memory(journal).answers(keys, score, SILENT) == [r * 10 for r in requests]
-    assert sorted(sum(scored, [])) == sorted(set(requests))
+    assert sorted(request for batch in scored for request in batch) == sorted(set(requests))
 
 
 @pytest.mark.parametrize("kill", [0, 1, 3])

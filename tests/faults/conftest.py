@@ -4,15 +4,18 @@ import pandas as pd
 import pytest
 
 from bench.cli import main
+from bench.evaluation.memory import Memory
 from bench.records import samples
-from tests.faults.processes import SMALL, only, timeless
+from tests.faults.processes import SMALL, counted, only, timeless
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The results folder of a pruned run that nothing happened to."""
+    """The results folder of a pruned run that nothing happened to; `scored` is beside it."""
     results = tmp_path_factory.mktemp("undisturbed") / "results"
-    assert main(["run", "method=camera_p", "ratio=0.4", *SMALL, f"results_dir={results}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Memory, "answers", counted(Memory.answers, results.parent / "scored"))
+        assert main(["run", "method=camera_p", "ratio=0.4", *SMALL, f"results_dir={results}"]) == 0
     return results
 
 

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which can be killed: forked, so that nothing is imported again."""
+"""Runs in processes of their own, which can be killed: forked, so that they start at once."""
 
 import os
 import signal
@@ -104,32 +104,37 @@ def counting(file, pause=0.0):
     """Return what makes a process write down every request that it scored, batch by batch."""
 
     def arm():
-        answers = Memory.answers
-
-        def counted(self, keys, score, progress):
-            def noted(missing):
-                for batch in score(missing):
-                    given = list(batch)
-                    with file.open("a") as log:
-                        log.write("".join(f"{keys[place]}\n" for place, _ in given))
-                    yield given
-                    time.sleep(pause)
-
-            return answers(self, keys, noted, progress)
-
-        Memory.answers = counted
+        Memory.answers = counted(Memory.answers, file, pause)
 
     return arm
 
 
+def counted(answers, file, pause=0.0):
+    """Wrap `Memory.answers` so that the key of each request that is scored goes to a file."""
+
+    def counting_answers(self, keys, score, progress):
+        def noted(missing):
+            for batch in score(missing):
+                given = list(batch)
+                with file.open("a") as log:
+                    log.write("".join(f"{keys[place]}\n" for place, _ in given))
+                yield given
+                time.sleep(pause)
+
+        return answers(self, keys, noted, progress)
+
+    return counting_answers
+
+
 def timeless(record):
-    """Return all of a record but its times and where it was written."""
+    """Return all of a record but its times and where and from which commit it was written."""
     content = record.model_dump(exclude=TIMES)
     content["costs"] = [cost for cost in content["costs"] if cost["how"] != "measured"]
     for method in content["methods"]:
         method.pop("seconds")
         method["report"].pop("seconds", None)
     content["config"].pop("results_dir")
+    content["provenance"].pop("git_commit")
     content["command"] = None
     return content
 

@@ -51,12 +51,11 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     same(results)
 
 
-@pytest.mark.parametrize("limit", [2_000, 8_000])
-def test_a_quota_stops_the_run_wherever_it_meets_it(tmp_path, same, limit):
+def test_a_quota_stops_the_run(tmp_path, same):
     results = tmp_path / "results"
 
     def arm():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
 
     code, said = run(results, *RUN, before=arm)
     assert code == 75, said

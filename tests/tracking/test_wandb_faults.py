@@ -113,17 +113,18 @@ def test_a_server_that_is_away_costs_the_time_limit_once(online):
 
 def test_a_server_that_never_answers_costs_the_time_limit(online):
     with serving("silent") as server:
-        said, took = online(server.url, timeout=6)
+        said, took = online(server.url, timeout=3)
     assert "bench track aaaaaaaaaaaa" in said
     assert took < 15
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_in_the_middle_costs_the_time_limit(online):
     with serving("broken", fails_after=1) as server:
-        said, took = online(server.url, timeout=12)
+        said, took = online(server.url, timeout=40)
         assert any("UpsertBucket" in name for name in server.asked)
     assert "W&B did not take run" in said
-    assert took < 25
+    assert took < 60
 
 
 def test_a_wrong_key_is_said_at_once_and_never_shown(online):
