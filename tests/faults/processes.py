@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Child:
 
     pid: int
     said: Path
+    text: str = ""
 
     def kill(self, number=signal.SIGKILL):
         os.kill(self.pid, number)
@@ -39,27 +41,26 @@ class Child:
     def wait(self):
         """Return the exit code, or minus the number of the signal that ended it."""
         _, status = os.waitpid(self.pid, 0)
+        self.text = self.said.read_text()
+        self.said.unlink()
         return os.waitstatus_to_exitcode(status)
 
-    @property
-    def text(self):
-        return self.said.read_text()
+    def says(self, words):
+        """Whether it has said this so far."""
+        return words in self.said.read_text()
 
 
 def start(results, *arguments, before=None, small=SMALL):
     """Start `bench run` on a results folder; `before` is called in the new process."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    number = len(list(results.parent.glob("said-*")))
-    said = results.parent / f"said-{number}"
-    said.touch()
+    handle, said = tempfile.mkstemp(prefix="said-")
     given = list(arguments)
     given += [each for each in small if each.split("=")[0] not in _keys(given)]
     pid = os.fork()
     if pid:
-        return Child(pid, said)
+        os.close(handle)
+        return Child(pid, Path(said))
     code = 99
     try:
-        handle = os.open(said, os.O_WRONLY)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)

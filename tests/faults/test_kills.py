@@ -142,7 +142,7 @@ def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
     first = start(results, *RUN, before=counting(log, pause=0.3))
     wait_for(lambda: lines(results) > 2)
     second = start(results, *RUN, before=counting(log, pause=0.05))
-    wait_for(lambda: "another process is at run" in second.text)
+    wait_for(lambda: second.says("another process is at run"))
     first.kill()
     assert first.wait() == -signal.SIGKILL
     third = start(results, *RUN, before=counting(log))

@@ -80,7 +80,8 @@ def _record(number: int) -> Record:
     )
     return Record(
         id=f"{number:012x}", started=f"2026-01-01T{number:08d}", finished="2026-01-02",
-        group="sweep", command="bench run", config={"benchmark": {"name": "camera_micro"}}, environment={},
+        group="sweep", command="bench run", environment={},
+        config={"benchmark": {"name": "camera_micro"}},
         model=ModelPart(
             name="micro_moe", source="zoo:micro_moe", revision=None, fingerprint="f" * 64,
             architecture="Qwen2MoeForCausalLM", parameters=2_310_000, bytes=9_240_000,
