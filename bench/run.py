@@ -182,7 +182,7 @@ def _perform(
         methods=tuple(methods),
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
-        provenance=_provenance(config, inputs),
+        provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
     )
     with progress.phase("writing the record"):
         store.write(record, evaluation.samples, _yaml(config))

@@ -20,6 +20,7 @@ def evaluate(model: Model, plan: Plan, progress: Progress = SILENT) -> Evaluatio
     from bench.evaluation.rows import aligned
 
     seed_everything(SEED)
-    metrics, rows = plan.scoring.score(model, progress)
+    metrics, rows, asked = plan.scoring.score(model, progress)
     metrics += average(plan.benchmark, metrics)
-    return Evaluation(tuple(metrics), aligned(rows))
+    engine = None if asked is None else asked.plain()
+    return Evaluation(tuple(metrics), aligned(rows), engine)

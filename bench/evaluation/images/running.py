@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.evaluation.batches import Batches
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.models.model import Model
 from bench.models.vision import Classifier
 from bench.progress import Progress
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 METRIC = "acc"
 
 
-def score(model: Model, scoring: ImageScoring, progress: Progress) -> tuple[list[Metric], Rows]:
+def score(model: Model, scoring: ImageScoring, progress: Progress) -> Scores:
     """Return the accuracy and a row for every image.
 
     Raises:
@@ -47,7 +47,7 @@ def score(model: Model, scoring: ImageScoring, progress: Progress) -> tuple[list
     network.eval()
     with progress.phase(f"{model.name} on {scoring.splits.name}", count):
         rows = Batches(scoring.benchmark.batch_size, model.device, progress).run(range(count), work)
-    return [_accuracy(scoring, [row[METRIC] for row in rows])], rows
+    return Scores([_accuracy(scoring, [row[METRIC] for row in rows])], rows)
 
 
 def _rows(task: str, places: Sequence[int], label_B: Tensor, probability_BK: Tensor) -> Rows:

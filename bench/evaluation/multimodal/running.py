@@ -12,14 +12,14 @@ from bench.evaluation.multimodal.adapter import Adapter
 from bench.evaluation.multimodal.building import PlannedTask
 from bench.evaluation.multimodal.quiet import quiet
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.models.model import Model
 from bench.progress import Progress
 
 
 def score(
     model: Model, benchmark: BenchmarkConfig, tasks: tuple[PlannedTask, ...], progress: Progress
-) -> tuple[list[Metric], Rows]:
+) -> Scores:
     """Score the model on every task. Images are encoded once for all of them."""
     adapter = Adapter(model, benchmark, progress)
     metrics: list[Metric] = []
@@ -30,7 +30,7 @@ def score(
         with quiet():
             metrics += scores.metrics(benchmark, task, result)
         rows += samples.rows(task, adapter, result)
-    return metrics, rows
+    return Scores(metrics, rows, adapter.engine)
 
 
 def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:

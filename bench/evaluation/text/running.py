@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.evaluation.seeding import SEED
 from bench.evaluation.text import perplexity, samples, scores
 from bench.evaluation.text.adapter import Adapter
@@ -28,9 +28,9 @@ def score(
     tasks: tuple[PlannedTask, ...],
     texts: tuple[PlannedText, ...],
     progress: Progress,
-) -> tuple[list[Metric], Rows]:
+) -> Scores:
     """Score the model on every task and text. Nothing is cached between models."""
-    adapter = Adapter(model, benchmark.batch_size, progress)
+    adapter = Adapter(model, benchmark.batch_size, progress, benchmark.engine)
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:
@@ -43,7 +43,7 @@ def score(
             metric, windows = perplexity.measure(model, text, benchmark, progress)
         metrics.append(metric)
         rows += windows
-    return metrics, rows
+    return Scores(metrics, rows, adapter.asked)
 
 
 def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:
