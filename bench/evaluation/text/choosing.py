@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.evaluation import budget
+from bench.evaluation.attention import window
 from bench.evaluation.batches import Batches
 from bench.evaluation.engine import Asked
 from bench.evaluation.text.plain import PlainScorer
@@ -27,4 +28,4 @@ def scorer(model: Model, batches: Batches, progress: Progress, asked: Asked) -> 
     found = budget.find(model.network, model.device, progress)
     asked.used, asked.tokens_per_batch = "shared", found.tokens
     forward = Forward(model.network, model.device)
-    return SharedScorer(forward, found, asked, fitness.window(model.network))
+    return SharedScorer(forward, found, asked, window(model.network))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.evaluation.attention import foreign_layers, text_config
 from bench.evaluation.batches import is_out_of_memory
 from bench.evaluation.budget import TokenBudget
 from bench.evaluation.engine import Asked
@@ -22,7 +23,6 @@ from bench.progress import SILENT
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values")
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
-LAYERS = ("full_attention", "sliding_attention")
 STEM, BRANCH = 6, 8
 """Tokens of the probe: what its two paths share, and what each has for itself."""
 
@@ -36,15 +36,6 @@ def unfit(model: Model) -> str | None:
     return _named(model.network) or _tried(model)
 
 
-def window(network: Any) -> int | None:
-    """Return how many tokens the narrowest sliding layer looks back, None when none slides."""
-    config = _text_config(network)
-    size = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    slides = types is None or "sliding_attention" in types
-    return int(size) if size and slides and getattr(config, "use_sliding_window", True) else None
-
-
 def _named(network: Any) -> str | None:
     """Refuse what can be seen without a forward."""
     missing = set(NEEDED) - set(inspect.signature(network.forward).parameters)
@@ -55,10 +46,8 @@ def _named(network: Any) -> str | None:
     attention = network.config._attn_implementation
     if attention not in ATTENTIONS:
         return f"model.attention={attention} takes no mask for branches"
-    others = sorted(set(getattr(_text_config(network), "layer_types", None) or ()) - set(LAYERS))
-    if others or getattr(network, "_is_stateful", False):
-        return f"the network has layers of {others[0] if others else 'recurrent state'}"
-    return None
+    foreign = foreign_layers(network)
+    return None if foreign is None else f"the network has layers of {foreign}"
 
 
 def _tried(model: Model) -> str | None:
@@ -87,7 +76,7 @@ def _tried(model: Model) -> str | None:
 def _probe(model: Model) -> Trie:
     """Make two paths that share their beginning, of tokens drawn from the vocabulary."""
     draw = np.random.default_rng(0)
-    vocabulary = int(_text_config(model.network).vocab_size)
+    vocabulary = int(text_config(model.network).vocab_size)
     stem = draw.integers(vocabulary, size=STEM).tolist()
     questions = []
     for first in range(2):
@@ -107,8 +96,3 @@ def _values(model: Model, trie: Trie, grove: Grove) -> Any:
 
 def _row(trie: Trie, low: int, high: int, start: int) -> Row:
     return Row(low, high, start, trie.size(low, high, start))
-
-
-def _text_config(network: Any) -> Any:
-    config = network.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
