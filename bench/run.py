@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -76,20 +77,25 @@ class Inputs:
 
 def execute(config: RunConfig, asked: Asked) -> Result:
     """Carry out one run and return its record; a run that is recorded is not run again."""
+    from bench.evaluation.ranks import joined
     from bench.progress import Progress
     from bench.records import Store
     from bench.sweep import Result
     from bench.tracking import track
 
-    progress = Progress()
+    ranks = joined()
+    progress = Progress(quiet=not ranks.is_first)
     store = Store(config.results_dir)
     store.ensure_writable()
     inputs = resolve(config)
-    with store.claim(inputs.id):
+    with store.claim(inputs.id) if ranks.is_first else nullcontext():
         known = None if config.force else store.find(inputs.id)
+        known = ranks.as_the_first(known)
         if known is not None:
             return Result(known, reused=True)
         record = _perform(config, inputs, store, progress, asked)
+    if not ranks.is_first:
+        return Result(record, reused=False)
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
         warning = track(record, store, config.tracker)
     return Result(record, reused=False, warning=warning)
@@ -144,6 +150,7 @@ def _perform(
     """Load, change, score, count and write: the part of a run that takes time."""
     from bench.device import describe, seed_everything, use_threads
     from bench.evaluation import evaluate
+    from bench.evaluation.ranks import joined
     from bench.measurement.costs import count, phases
     from bench.method import Context
     from bench.records import CostPart, MetricPart, Record
@@ -184,8 +191,9 @@ def _perform(
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
         provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
     )
-    with progress.phase("writing the record"):
-        store.write(record, evaluation.samples, _yaml(config))
+    if joined().is_first:
+        with progress.phase("writing the record"):
+            store.write(record, evaluation.samples, _yaml(config))
     return record
 
 

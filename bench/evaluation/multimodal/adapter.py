@@ -23,6 +23,7 @@ from bench.evaluation.multimodal import beginnings
 from bench.evaluation.multimodal.features import Features
 from bench.evaluation.multimodal.generation import Answer, Generation, Question
 from bench.evaluation.multimodal.prompts import Prompts, image_hash
+from bench.evaluation.ranks import joined
 from bench.models.model import Model
 from bench.progress import Progress
 
@@ -62,7 +63,9 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
             options = requests[numbers[0]].args[1]
             generation = Generation(self._model, self._prompts, self._features, options, shares)
             questions = [self._question(requests[number]) for number in numbers]
-            answers = self._batches.run(questions, generation.run)
+            answers = joined().run(
+                questions, [1] * len(questions), partial(self._batches.run, work=generation.run)
+            )
             for number, answer in zip(numbers, answers, strict=True):
                 *_, document, task, _split = requests[number].args
                 self.asked[task, document] = answer

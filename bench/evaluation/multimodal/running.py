@@ -11,6 +11,7 @@ from bench.evaluation.multimodal import samples, scores
 from bench.evaluation.multimodal.adapter import Adapter
 from bench.evaluation.multimodal.building import PlannedTask
 from bench.evaluation.multimodal.quiet import quiet
+from bench.evaluation.ranks import unseen
 from bench.evaluation.result import Metric
 from bench.evaluation.scoring import Rows, Scores
 from bench.models.model import Model
@@ -41,7 +42,7 @@ def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
     from lmms_eval.evaluator import evaluate as harness
 
     adapter.task_dict[planned.name] = planned.task.dataset
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), unseen(), tempfile.TemporaryDirectory() as folder:
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: dict[str, Any] = harness(
             adapter,

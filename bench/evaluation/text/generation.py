@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
+from bench.evaluation.ranks import joined
 from bench.models.model import Model
 
 Asked: TypeAlias = tuple[list[int], dict[str, Any]]
@@ -36,7 +38,10 @@ def generate(model: Model, asked: Sequence[Asked], batches: Batches) -> list[str
         numbers.sort(key=lambda number: -len(asked[number][0]))
         settings = Settings(model, asked[numbers[0]][1])
         contexts = [asked[number][0] for number in numbers]
-        for number, text in zip(numbers, batches.run(contexts, settings.run), strict=True):
+        continued = joined().run(
+            contexts, list(map(len, contexts)), partial(batches.run, work=settings.run)
+        )
+        for number, text in zip(numbers, continued, strict=True):
             texts[number] = text
     return texts
 

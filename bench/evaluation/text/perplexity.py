@@ -17,6 +17,7 @@ from torch.nn import functional
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.ranks import joined
 from bench.evaluation.result import Metric
 from bench.evaluation.text.texts import PlannedText
 from bench.evaluation.text.windows import C4_WINDOWS, consecutive, drawn
@@ -35,9 +36,14 @@ def measure(
     size = max(1, min(benchmark.batch_size, _TOKENS_PER_BATCH // text.config.window))
     progress.total(len(windows))
     network = model.network.eval()
-    losses = Batches(size, model.device, progress).run(
-        windows, lambda batch: window_losses(network, torch.tensor(batch, device=model.device))
-    )
+    batches = Batches(size, model.device, progress)
+
+    def measured(own: Sequence[list[int]]) -> list[float]:
+        return batches.run(
+            own, lambda batch: window_losses(network, torch.tensor(batch, device=model.device))
+        )
+
+    losses = joined().run(windows, [text.config.window] * len(windows), measured)
     metric = _metric(benchmark, text, losses)
     if not math.isfinite(metric.value):
         progress.console.print(f"[red]{text.name}: the perplexity is {metric.value}[/red]")

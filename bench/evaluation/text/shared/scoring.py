@@ -67,7 +67,10 @@ class SharedScorer:
             if trunk is not None:
                 trunks = {kept: trunks[kept] for kept in _ancestors(trunk)}
                 laid, cache = lay_trunk(trie, trunk), growing(trunks[trunk.parent])
-                yield tally.add(laid.asked, self._read(laid, cache))
+                values = self._attempt(laid, cache)
+                if values is None:
+                    raise self._budget.refuse(trunk.stop)
+                yield tally.add(laid.asked, values)
                 trunks[trunk] = lent(cache)
             yield from self._rows(trie, grove.rows, trunks[trunk], tally)
 
@@ -78,16 +81,25 @@ class SharedScorer:
         for is_path in (True, False):
             waiting = deque(row for row in rows if row.is_path == is_path)
             while waiting:
-                batch = self._next(waiting)
+                batch = self._next(trie, waiting)
                 laid = lay(trie, batch)
                 values = self._attempt(laid, cache)
                 if values is None:
-                    waiting.extendleft(reversed(self._smaller(trie, batch)))
+                    waiting.extendleft(reversed(self._smaller(batch)))
                 else:
                     yield tally.add(laid.asked, values)
 
-    def _next(self, waiting: deque[Row]) -> list[Row]:
-        """Take as many rows of like width as the budget allows; the first is the widest."""
+    def _next(self, trie: Trie, waiting: deque[Row]) -> list[Row]:
+        """Take as many rows of like width as the budget allows; the first is the widest.
+
+        Once memory has run out, rows that are wider than what is left of the budget are split.
+        """
+        while self._asked.halved and waiting[0].size > self._budget.tokens:
+            halves = split(trie, waiting[0])
+            if halves is None:
+                break
+            waiting.popleft()
+            waiting.extendleft(reversed(halves))
         width = waiting[0].size
         batch = [waiting.popleft()]
         while waiting and (len(batch) + 1) * width <= self._budget.tokens:
@@ -96,15 +108,14 @@ class SharedScorer:
             batch.append(waiting.popleft())
         return batch
 
-    def _smaller(self, trie: Trie, batch: list[Row]) -> list[Row]:
-        """Halve the budget; a row that did not fit by itself is split where it branches."""
+    def _smaller(self, batch: list[Row]) -> list[Row]:
+        """Halve the budget and return the rows to try again; a single path cannot be."""
         tried = len(batch) * batch[0].size
-        halves = split(trie, batch[0]) if len(batch) == 1 else None
-        if len(batch) == 1 and halves is None:
+        if len(batch) == 1 and batch[0].is_path:
             raise self._budget.refuse(tried)
         self._budget.halve(tried)
         self._asked.halved += 1
-        return batch if halves is None else list(halves)
+        return batch
 
     def _attempt(self, laid: Laid, cache: Cache | None) -> NDArray[np.float64] | None:
         """Return None when memory ran out; the failed attempt's tensors die with its frame."""
@@ -117,13 +128,13 @@ class SharedScorer:
 
     def _read(self, laid: Laid, cache: Cache | None) -> NDArray[np.float64]:
         """Return log-probabilities and greedy flags of all targets, [2, K], in their order."""
-        self._asked.computed += laid.tokens_BT.size
         none = [np.empty(0, dtype=np.int64)]  # of a trunk only its keys and values may be wanted
         places = [place.places for place in laid.asked] or none
         targets = [place.targets for place in laid.asked] or none
         read_R, back_K = np.unique(np.concatenate(places), return_inverse=True)
         order_K = np.argsort(back_K, kind="stable")
         logits_RV = self._forward(laid, torch.from_numpy(read_R), cache)
+        self._asked.computed += laid.tokens_BT.size
         found_2K = targets_read(
             logits_RV,
             torch.from_numpy(back_K[order_K]),
