@@ -119,10 +119,13 @@ def _run(overrides: list[str]) -> int:
 
         ask_hydra(overrides)
         return DONE
+    from bench.evaluation.ranks import joined
     from bench.reporting.summary import print_summary
     from bench.run import start
 
     outcome = start(overrides)
+    if not joined().is_first:  # of several processes one speaks
+        return FAILED if outcome.failures else DONE
     print_summary(outcome.records, reused=outcome.reused)
     for warning in dict.fromkeys(outcome.warnings):
         print(f"bench: {warning}", file=sys.stderr)

@@ -11,7 +11,7 @@ import errno
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -81,12 +81,14 @@ class Inputs:
 
 def execute(config: RunConfig, asked: Asked) -> Result:
     """Carry out one run and return its record; a run that is recorded is not run again."""
+    from bench.evaluation.ranks import joined
     from bench.progress import Progress
     from bench.records import Store
     from bench.sweep import Result
     from bench.tracking import track
 
-    progress = Progress()
+    ranks = joined()
+    progress = Progress(quiet=not ranks.is_first)
     store = Store(config.results_dir)
     store.ensure_writable()
     inputs = resolve(config)
@@ -94,17 +96,22 @@ def execute(config: RunConfig, asked: Asked) -> Result:
     def say() -> None:
         progress.say(f"another process is at run {inputs.id}: waiting for it")
 
-    with store.claim(inputs.id, on_wait=say), _stopping(store):
+    claim = store.claim(inputs.id, on_wait=say) if ranks.is_first else nullcontext()
+    with claim, _stopping(store):
         known = None if config.force else store.find(inputs.id)
+        known = ranks.as_the_first(known)
         if known is not None:
             return Result(known, reused=True)
-        if reason := store.unreadable.get(inputs.id):
+        reason = store.unreadable.get(inputs.id)
+        if reason and ranks.is_first:
             place = store.set_aside(inputs.id)
             progress.warn(
                 f"run {inputs.id} cannot be read ({reason}): it is made again, "
                 f"what was there is in {place}"
             )
         record = _perform(config, inputs, store, progress, asked)
+    if not ranks.is_first:
+        return Result(record, reused=False)
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
         warning = track(record, store, config.tracker)
     return Result(record, reused=False, warning=warning)
@@ -160,6 +167,7 @@ def _perform(
     from bench.device import describe, seed_everything, use_threads
     from bench.evaluation import evaluate
     from bench.evaluation.memory import Memory
+    from bench.evaluation.ranks import joined
     from bench.measurement.costs import count, phases
     from bench.method import Context
     from bench.models.state import state_hash
@@ -180,10 +188,10 @@ def _perform(
         if inputs.prompts
         else None,
         progress=progress,
-        folder=store.unfinished(inputs.id),
+        folder=store.unfinished(inputs.id, joined().number),
     )
     methods = apply_methods(config, model, context)
-    with store.journal(inputs.id, state_hash(model.network)) as journal:
+    with store.journal(inputs.id, state_hash(model.network), joined().number) as journal:
         for note in journal.notes:
             progress.warn(note)
         evaluation = evaluate(model, inputs.plan, progress, Memory(journal))
@@ -203,10 +211,11 @@ def _perform(
         methods=tuple(methods),
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
-        provenance=_provenance(config, inputs),
+        provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
     )
-    with progress.phase("writing the record"):
-        store.write(record, evaluation.samples, _yaml(config))
+    if joined().is_first:
+        with progress.phase("writing the record"):
+            store.write(record, evaluation.samples, _yaml(config))
     return record
 
 

@@ -35,9 +35,13 @@ class Memory:
     """Answers by key: those of a journal, and those that are given from now on."""
 
     def __init__(self, journal: Journal | None = None) -> None:
+        from bench.evaluation.ranks import joined
+
         self._journal = journal
         entries = journal.entries if journal else []
-        self._known: dict[str, Any] = {name: answer for batch in entries for name, answer in batch}
+        own = [pair for batch in entries for pair in batch]
+        # All processes must miss the same, for they divide it among themselves.
+        self._known: dict[str, Any] = dict(joined().together(own))
 
     def answers(self, keys: Sequence[str], score: Score, progress: Progress) -> list[Any]:
         """Return the answer to every key; only those that are not known are scored, each once."""
@@ -57,19 +61,29 @@ class Memory:
         self,
         keys: Sequence[str],
         items: Sequence[Item],
+        sizes: Sequence[int],
         batches: Batches,
         work: Callable[[Sequence[Item]], list[Any]],
         progress: Progress,
     ) -> list[Any]:
         """Return `answers` to items that are worked through in their order.
 
+        Processes that evaluate together divide them by `sizes`, and exchange answers at the end.
         What a killed run left is a beginning of that order, so the batches of the one that goes on
         are those that it would have had, down to the last bit.
         """
 
+        from bench.evaluation.ranks import joined
+
         def score(missing: list[int]) -> Iterable[Answers]:
-            places = iter(missing)
-            for answers in batches.each([items[place] for place in missing], work):
-                yield [(place, answer) for answer, place in zip(answers, places, strict=False)]
+            ranks = joined()
+            mine = [missing[n] for n in ranks.share([sizes[place] for place in missing])]
+            places, own = iter(mine), []
+            for answers in batches.each([items[place] for place in mine], work):
+                given = [(place, answer) for answer, place in zip(answers, places, strict=False)]
+                own += given
+                yield given
+            known = set(mine)
+            yield [each for each in ranks.together(own) if each[0] not in known]
 
         return self.answers(keys, score, progress)

@@ -27,6 +27,7 @@ def evaluate(
     from bench.evaluation.rows import aligned
 
     seed_everything(SEED)
-    metrics, rows = plan.scoring.score(model, progress, memory or Memory())
+    metrics, rows, asked = plan.scoring.score(model, progress, memory or Memory())
     metrics += average(plan.benchmark, metrics)
-    return Evaluation(tuple(metrics), aligned(rows))
+    engine = None if asked is None else asked.plain()
+    return Evaluation(tuple(metrics), aligned(rows), engine)

@@ -72,9 +72,13 @@ class Store:
         finally:
             lock.release()
 
-    def unfinished(self, run_id: str) -> Path:
-        """The folder where a run keeps what it goes on from after a kill, until it is recorded."""
-        return self.root / "unfinished" / run_id
+    def unfinished(self, run_id: str, process: int = 0) -> Path:
+        """The folder where a run keeps what it goes on from after a kill, until it is recorded.
+
+        Of processes that carry out a run together all but the first have a folder inside it.
+        """
+        folder = self.root / "unfinished" / run_id
+        return folder / f"process{process}" if process else folder
 
     def _drop_what_is_done(self, run_id: str) -> None:
         """Remove what a kill between record and clean-up left: all of it is older than the record.
@@ -88,9 +92,9 @@ class Store:
         if newest <= record.stat().st_mtime_ns:
             shutil.rmtree(folder)
 
-    def journal(self, run_id: str, identity: str) -> Journal:
+    def journal(self, run_id: str, identity: str, process: int = 0) -> Journal:
         """Open a run's journal of answers, given by a network in the state `identity`."""
-        return Journal(self.unfinished(run_id) / ANSWERS, identity)
+        return Journal(self.unfinished(run_id, process) / ANSWERS, identity)
 
     def folder(self, run_id: str) -> Path:
         """The folder of one record, whether it exists or not."""

@@ -73,7 +73,7 @@ def test_the_batches_after_a_kill_are_those_there_would_have_been(tmp_path, kill
 
         batches = Batches(3, torch.device("cpu"), SILENT)
         try:
-            memory.batched(keys, items, batches, work, SILENT)
+            memory.batched(keys, items, [1] * len(items), batches, work, SILENT)
         except Killed:
             seen.pop()
         return seen
@@ -106,7 +106,7 @@ def test_over_a_kill_a_model_gives_the_very_same_answers(model, tmp_path, kind):
     requests = asked(name, REQUESTS[kind])
 
     def answered(memory):
-        return getattr(Adapter(model, 2, SILENT, memory), name)(requests)
+        return getattr(Adapter(model, 2, SILENT, "plain", memory), name)(requests)
 
     whole = answered(Memory())
     with kept(tmp_path) as journal, pytest.raises(Killed):
@@ -127,7 +127,7 @@ def test_a_repeated_request_has_a_draw_of_its_own(model):
 def test_other_weights_meet_no_answer_of_these(model, tmp_path):
     requests = asked("loglikelihood", REQUESTS["loglikelihood"])
     with kept(tmp_path) as journal:
-        Adapter(model, 2, SILENT, Memory(journal)).loglikelihood(requests)
+        Adapter(model, 2, SILENT, "plain", Memory(journal)).loglikelihood(requests)
     with Journal(tmp_path / "answers", "other weights") as journal:
         assert journal.entries == []
         assert "other weights" in journal.notes[0]

@@ -136,6 +136,8 @@ def timeless(record):
         method["report"].pop("seconds", None)
     content["config"].pop("results_dir")
     content["provenance"].pop("git_commit")
+    for spent in ("given", "computed", "halved"):  # of this process, not of the one that was killed
+        content["provenance"]["engine"].pop(spent)
     content["command"] = None
     return content
 

@@ -12,8 +12,9 @@ from bench.evaluation.multimodal import samples, scores
 from bench.evaluation.multimodal.adapter import Adapter
 from bench.evaluation.multimodal.building import PlannedTask
 from bench.evaluation.multimodal.quiet import quiet
+from bench.evaluation.ranks import unseen
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.models.model import Model
 from bench.progress import Progress
 
@@ -24,7 +25,7 @@ def score(
     tasks: tuple[PlannedTask, ...],
     progress: Progress,
     memory: Memory,
-) -> tuple[list[Metric], Rows]:
+) -> Scores:
     """Score the model on every task. Images are encoded once for all of them."""
     adapter = Adapter(model, benchmark, progress, memory)
     metrics: list[Metric] = []
@@ -35,7 +36,7 @@ def score(
         with quiet():
             metrics += scores.metrics(benchmark, task, result)
         rows += samples.rows(task, adapter, result)
-    return metrics, rows
+    return Scores(metrics, rows, adapter.engine)
 
 
 def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
     from lmms_eval.evaluator import evaluate as harness
 
     adapter.task_dict[planned.name] = planned.task.dataset
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), unseen(), tempfile.TemporaryDirectory() as folder:
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: dict[str, Any] = harness(
             adapter,

@@ -47,7 +47,8 @@ def generate(
         contexts = [asked[number][0] for number in numbers]
         keys = _keys(contexts, asked[numbers[0]][1])
         named = list(zip(keys, contexts, strict=True))
-        answers = memory.batched(keys, named, batches, settings.run, progress)
+        sizes = list(map(len, contexts))
+        answers = memory.batched(keys, named, sizes, batches, settings.run, progress)
         for number, text in zip(numbers, answers, strict=True):
             texts[number] = text
     return texts

@@ -42,6 +42,7 @@ def measure(
     losses = memory.batched(
         [key("perplexity", text.name, window) for window in windows],
         windows,
+        [text.config.window] * len(windows),
         Batches(size, model.device, progress),
         lambda batch: window_losses(network, torch.tensor(batch, device=model.device)),
         progress,

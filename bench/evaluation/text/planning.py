@@ -9,8 +9,7 @@ from bench.data import hub
 from bench.errors import MissingData, unknown
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.memory import Memory
-from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Scores
 from bench.evaluation.source import Source
 from bench.evaluation.text import building, texts
 from bench.evaluation.text.building import PlannedTask
@@ -37,7 +36,7 @@ class TextScoring:
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
-    def score(self, model: Model, progress: Progress, memory: Memory) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Score the model on every task and text."""
         from bench.evaluation.text.running import score
 

@@ -10,7 +10,7 @@ from typing import Any
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.memory import Memory
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.evaluation.seeding import SEED
 from bench.evaluation.text import perplexity, samples, scores
 from bench.evaluation.text.adapter import Adapter
@@ -30,9 +30,9 @@ def score(
     texts: tuple[PlannedText, ...],
     progress: Progress,
     memory: Memory,
-) -> tuple[list[Metric], Rows]:
+) -> Scores:
     """Score the model on every task and text, as far as the memory does not have it."""
-    adapter = Adapter(model, benchmark.batch_size, progress, memory)
+    adapter = Adapter(model, benchmark.batch_size, progress, benchmark.engine, memory)
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:
@@ -45,7 +45,7 @@ def score(
             metric, windows = perplexity.measure(model, text, benchmark, progress, memory)
         metrics.append(metric)
         rows += windows
-    return metrics, rows
+    return Scores(metrics, rows, adapter.asked)
 
 
 def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:
