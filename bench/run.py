@@ -94,7 +94,7 @@ def execute(config: RunConfig, asked: Asked) -> Result:
     def say() -> None:
         progress.say(f"another process is at run {inputs.id}: waiting for it")
 
-    with store.claim(inputs.id, on_wait=say), _stopping(store):
+    with _stopping(store), store.claim(inputs.id, on_wait=say):
         known = None if config.force else store.find(inputs.id)
         if known is not None:
             return Result(known, reused=True)
