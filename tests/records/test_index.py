@@ -1,7 +1,6 @@
 """The index gives what the records say, whatever was added, changed, removed or damaged since."""
 
 import json
-import os
 
 import pandas as pd
 import pytest
@@ -42,7 +41,7 @@ def test_it_is_never_stale(store):
     load(store.root)
     store.write(make("0" * 12, value=0.9), [], "")
     store.write(make("f" * 12, value=0.8), [], "")
-    os.rename(store.folder("0" * 11 + "1"), store.root / "gone")
+    store.folder("0" * 11 + "1").rename(store.root / "gone")
     pd.testing.assert_frame_equal(load(store.root), fresh(store))
     runs = set(load(store.root).run)
     assert runs == {"0" * 12, "0" * 11 + "2", "f" * 12}
