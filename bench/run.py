@@ -97,7 +97,7 @@ def execute(config: RunConfig, asked: Asked) -> Result:
         progress.say(f"another process is at run {inputs.id}: waiting for it")
 
     claim = store.claim(inputs.id, on_wait=say) if ranks.is_first else nullcontext()
-    with claim, _stopping(store):
+    with _stopping(store), claim:
         known = None if config.force else store.find(inputs.id)
         known = ranks.as_the_first(known)
         if known is not None:

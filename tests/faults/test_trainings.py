@@ -1,5 +1,6 @@
 """Trainings go on from their checkpoints through `bench run`; damaged ones are set aside."""
 
+import importlib
 import io
 import os
 import signal
@@ -13,6 +14,10 @@ from bench.records import Store
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, Keeper
 from tests.faults.processes import only, run, timeless
+
+# What the trainings need is loaded once, and not again by each of the processes forked from here.
+for name in ("bench.evaluation.images.running", "methods.wgsef.method", "methods.wgsef.finetuning"):
+    importlib.import_module(name)
 
 QUIET = ("threads=1", "tracker=none", "costs.length=32")
 TRAININGS = {
