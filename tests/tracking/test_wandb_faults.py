@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         if "UpsertBucket" in name and self.server.left > 0:
             self.server.left -= 1
             self.reply(200, {"data": {"upsertBucket": {"bucket": RUN, "inserted": True}}})
+        elif self.server.left > 0:
+            self.reply(200, {"data": {"serverInfo": {"features": []}}})
         elif self.server.fault == "silent":
             self.server.done.wait(60)
         elif self.server.fault == "wrong key":
