@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bench.errors import RunsFailed, UserError, unknown
+from bench.errors import RunsFailed, Stopped, UserError, unknown
 from bench.secrets import hide
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ a paper's table: run what is missing, show ours beside theirs
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for asked in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers send before they kill
+        signal.signal(asked, _interrupt)
     try:
         if given[:1] == ["run"] and not {"-h", "--help"} & set(given):
             return _run(given[1:])
@@ -81,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for reason in error.reasons:
             print(f"bench: failed: {hide(reason)}", file=sys.stderr)
         return FAILED
+    except Stopped as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("bench: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return INTERRUPTED
@@ -227,9 +231,12 @@ def _run(overrides: list[str]) -> int:
 
 def _came(outcome: Launched) -> int:
     """Print what came of a run, a sweep or a search."""
+    from bench.evaluation.ranks import joined
     from bench.reporting.search import print_search
     from bench.reporting.summary import print_summary
 
+    if not joined().is_first:  # of several processes one speaks
+        return FAILED if outcome.failures else DONE
     if outcome.searched is not None:
         print_search(outcome.searched)
     else:

@@ -35,6 +35,13 @@ def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {word!r}: {hint}allowed: {', '.join(allowed) or 'none'}")
 
 
+class Stopped(BaseException):
+    """Something outside a run stopped it, such as a full disk; the same command goes on later.
+
+    Like KeyboardInterrupt it is no Exception: no job of a sweep takes it for a failure of its own.
+    """
+
+
 class RunsFailed(Exception):
     """Every run of a sweep failed; `reasons` holds one sentence each."""
 

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from bench.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bench.data.calibration import Calibration
     from bench.data.prompts import Samples
     from bench.models.anatomy import Anatomy
@@ -46,13 +48,15 @@ class Context:
     `calibration` is tokenised text, shape [rows, length] int64; None unless the method sets
     `uses_calibration`. `prompts` are images with questions as the model's processor made them;
     None unless it says `uses_prompts`. `seed` is the run's; a method derives its own generators
-    from it.
+    from it. `folder` is this method's own, for what lets it go on after a kill: the same run finds
+    it there again, and it is gone once the run is recorded. It need not exist.
     """
 
     seed: int
     calibration: Calibration | None = None
     prompts: Samples | None = None
     progress: Progress = SILENT
+    folder: Path | None = None
 
 
 class Method(BaseModel, ABC):

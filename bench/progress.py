@@ -73,6 +73,14 @@ class Progress:
             extra = {} if doing is None else {"description": doing}
             self._bars.update(self._current, advance=count, **extra)  # type: ignore[arg-type]
 
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line for the user as it is, brackets, long paths and all."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line that the user should not miss."""
+        self.say(text, "yellow")
+
     def track(self, items: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
         """Yield `items` as one phase named `doing`, a step each."""
         if total is None and isinstance(items, Sized):

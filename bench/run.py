@@ -7,16 +7,19 @@ Nothing heavy is imported at the top, so that `import bench` and `bench --help` 
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.errors import Stopped
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from bench.records import MethodPart, ModelPart, Record, Store
     from bench.sweep import Asked, Result
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
@@ -109,20 +113,37 @@ class Inputs:
 
 def execute(config: RunConfig, asked: Asked) -> Result:
     """Carry out one run and return its record; a run that is recorded is not run again."""
+    from bench.evaluation.ranks import joined
     from bench.progress import Progress
     from bench.records import Store
     from bench.sweep import Result
     from bench.tracking import track
 
-    progress = Progress()
+    ranks = joined()
+    progress = Progress(quiet=not ranks.is_first)
     store = Store(config.results_dir)
     store.ensure_writable()
     inputs = resolve(config)
-    with store.claim(inputs.id):
+
+    def say() -> None:
+        progress.say(f"another process is at run {inputs.id}: waiting for it")
+
+    claim = store.claim(inputs.id, on_wait=say) if ranks.is_first else nullcontext()
+    with _stopping(store), claim:
         known = None if config.force else store.find(inputs.id)
+        known = ranks.as_the_first(known)
         if known is not None:
             return Result(known, reused=True)
+        reason = store.unreadable.get(inputs.id)
+        if reason and ranks.is_first:
+            place = store.set_aside(inputs.id)
+            progress.warn(
+                f"run {inputs.id} cannot be read ({reason}): it is made again, "
+                f"what was there is in {place}"
+            )
         record = _perform(config, inputs, store, progress, asked)
+    if not ranks.is_first:
+        return Result(record, reused=False)
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
         warning = track(record, store, config.tracker)
     return Result(record, reused=False, warning=warning)
@@ -177,20 +198,18 @@ def resolve(config: RunConfig) -> Inputs:
     return Inputs(run_id(inputs), source, planned, text, pictures, found)
 
 
-def versions() -> dict[str, str]:
-    """The versions of the libraries that decide a result."""
-    return {name: version(name) for name in LIBRARIES}
-
-
 def _perform(
     config: RunConfig, inputs: Inputs, store: Store, progress: Progress, asked: Asked
 ) -> Record:
     """Load, change, score, count and write: the part of a run that takes time."""
     from bench.device import describe, seed_everything, use_threads
     from bench.evaluation import evaluate
+    from bench.evaluation.memory import Memory
+    from bench.evaluation.ranks import joined
     from bench.measurement.costs import count, phases
     from bench.measurement.measuring import measure
     from bench.method import Context
+    from bench.models.state import state_hash
     from bench.records import CostPart, GapPart, MetricPart, Record
 
     started = _now()
@@ -208,9 +227,13 @@ def _perform(
         if inputs.prompts
         else None,
         progress=progress,
+        folder=store.unfinished(inputs.id, joined().number),
     )
     methods = apply_methods(config, model, context)
-    evaluation = evaluate(model, inputs.plan, progress)
+    with store.journal(inputs.id, state_hash(model.network), joined().number) as journal:
+        for note in journal.notes:
+            progress.warn(note)
+        evaluation = evaluate(model, inputs.plan, progress, Memory(journal))
     with progress.phase("counting costs"):
         after = count(model, config.costs) if methods else before
     with progress.phase("measuring costs"):
@@ -230,28 +253,43 @@ def _perform(
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
         gaps=tuple(GapPart(**asdict(gap)) for gap in measured.gaps),
-        provenance=_provenance(config, inputs),
+        provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
     )
-    with progress.phase("writing the record"):
-        store.write(record, evaluation.samples, _yaml(config))
+    if joined().is_first:
+        with progress.phase("writing the record"):
+            store.write(record, evaluation.samples, _yaml(config))
     return record
 
 
 def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
-    """Apply a run's methods to its model in their order and keep what each says it did."""
+    """Apply a run's methods to its model in their order and keep what each says it did.
+
+    Raises:
+        UserError: a method left weights that are no numbers.
+    """
     from bench.device import synchronize
     from bench.device.memory import Peak
+    from bench.measurement.leaks import Watch
+    from bench.models.state import refuse_not_finite
     from bench.records import MethodPart
 
     parts = []
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
-        watch = Peak(model.device) if watched else nullcontext()
-        with context.progress.phase(f"applying {name}"), watch as peak:
+        own = replace(context, folder=context.folder / name if context.folder else None)
+        watch = Watch(model.network, model.device)
+        highest = Peak(model.device) if watched else nullcontext()
+        with context.progress.phase(f"applying {name}"), _blaming(name), highest as peak:
             began = time.perf_counter()
-            report = method.apply(model, context)
+            report = method.apply(model, own)
             synchronize(model.device)
             took = time.perf_counter() - began
+        refuse_not_finite(model.network, name)
+        if left := watch.left(model.network):
+            context.progress.warn(
+                f"{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
+                "in a long sweep it will run out"
+            )
         knobs = method.model_dump(mode="json")
         parts.append(
             MethodPart(
@@ -287,6 +325,30 @@ def _applying(methods: Sequence[MethodPart]) -> list[Cost]:
         for method in methods
         if method.peak_bytes is not None
     ]
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Say in an error which method it came from; what it is stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while applying method {name}")
+        raise
+
+
+@contextmanager
+def _stopping(store: Store) -> Iterator[None]:
+    """Turn a disk that takes no more into a stop: what is there stays, and is gone on with."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise Stopped(
+            f"results_dir={store.root}: {error.strerror}; "
+            "make room, and the same command goes on where this stopped"
+        ) from error
 
 
 def _dense(model: Model, costs: Sequence[Cost]) -> ModelPart:
@@ -351,7 +413,7 @@ def _now() -> str:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions that are part of a run's id; they stay for the life of a process."""
     return {name: version(name) for name in LIBRARIES}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -28,15 +28,24 @@ class Batches:
     ) -> list[Answer]:
         """Return the answers to all items in their order, advancing the current phase."""
         answers: list[Answer] = []
-        while len(answers) < len(items):
-            batch = items[len(answers) : len(answers) + self.size]
+        for batch in self.each(items, work):
+            answers += batch
+            self._progress.step(len(batch))
+        return answers
+
+    def each(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Answer]]
+    ) -> Iterator[list[Answer]]:
+        """Yield the answers to one batch after the other, in the order of the items."""
+        begin = 0
+        while begin < len(items):
+            batch = items[begin : begin + self.size]
             done = self._attempt(batch, work)
             if done is None:
                 self._halve(len(batch))
                 continue
-            answers += done
-            self._progress.step(len(batch))
-        return answers
+            begin += len(batch)
+            yield done
 
     @staticmethod
     def _attempt(
@@ -46,7 +55,7 @@ class Batches:
         try:
             return work(batch)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return None
 
@@ -60,5 +69,6 @@ class Batches:
         )
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a device or the process has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from bench.evaluation.engine import Engine
+
 
 class PerplexityConfig(BaseModel):
     """One perplexity: which text, cut into windows of how many tokens.
@@ -50,6 +52,11 @@ class BenchmarkConfig(BaseModel):
     files in the real data set's schema, or at a folder of such files, one per split; null stands
     for no file. `num_fewshot` null leaves each task its own number.
 
+    `engine` says what goes through the network: with `shared`, what requests have in common goes
+    once; `plain` is the harness's own protocol, every request a row of its own. Log-likelihoods and
+    answers are the same. A model that cannot be asked by the shared engine is asked plainly; the
+    record says which it was and why.
+
     `harness` says who asks and scores: `lm_eval` texts, `lmms_eval` questions about images. Only
     the latter reads the last three settings. `system_prompt` goes before every question in place
     of the model's own; an empty one is none. `ocr_tokens` gives TextVQA's OCR tokens, as LLaVA's
@@ -67,6 +74,7 @@ class BenchmarkConfig(BaseModel):
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
+    engine: Engine = "shared"
     limit: int | None = Field(default=None, ge=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()

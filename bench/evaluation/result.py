@@ -30,7 +30,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All metrics of one model on one benchmark, and a row for every scored sample."""
+    """All metrics of one model on one benchmark, and a row for every scored sample.
+
+    `engine` says by which engine the model was asked, and why; None where there is no choice.
+    """
 
     metrics: tuple[Metric, ...]
     samples: tuple[dict[str, Any], ...]
+    engine: dict[str, Any] | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from bench.evaluation.engine import Asked
+    from bench.evaluation.memory import Memory
     from bench.evaluation.result import Metric
     from bench.evaluation.source import Source
     from bench.models.config import Kind
@@ -13,6 +15,14 @@ if TYPE_CHECKING:
     from bench.progress import Progress
 
 Rows = list[dict[str, Any]]
+
+
+class Scores(NamedTuple):
+    """The metrics of a model, a row for every scored sample, and by which engine it was asked."""
+
+    metrics: list[Metric]
+    rows: Rows
+    asked: Asked | None = None
 
 
 class Scoring(Protocol):
@@ -26,5 +36,5 @@ class Scoring(Protocol):
     def sources(self) -> dict[str, Source]:
         """Where the documents of each task came from."""
 
-    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
-        """Return the metrics of a model, and a row for every scored sample."""
+    def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
+        """Ask a model everything that the memory does not have; answers go there as they come."""

@@ -32,7 +32,8 @@ class Model:
     all but vision-language models, whose tokenizer it holds. `overhead` is set by a method that
     does work of its own inside a forward, such as choosing tokens: it times that work. So is
     `needs_pixels`, by one that reads what the vision part computes in a call: images must then come
-    with the call, and must not have been encoded before.
+    with the call, and must not have been encoded before. `needs_prompt` is set by one that looks at
+    a whole prompt at once: it must then come in one call.
 
     `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` the commit that
     the requested revision resolved to, None for local folders.
@@ -47,6 +48,7 @@ class Model:
     processor: Any = None
     overhead: Callable[[], AbstractContextManager[Spent]] | None = None
     needs_pixels: bool = False
+    needs_prompt: bool = False
 
     @property
     def name(self) -> str:

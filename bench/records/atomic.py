@@ -55,6 +55,19 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def mend(path: Path) -> None:
+    """Put right what a kill in the middle of `write_folder` left of `path`; nobody else may write.
+
+    If it came between the two renames the old folder is brought back; unfinished ones are removed.
+    """
+    for old in path.parent.glob(f".old-{path.name}.*"):
+        if not path.exists() and (old / path.name).exists():
+            (old / path.name).rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _sync_file(file: Path) -> None:
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.records.record import Record
+from bench.errors import UserError
+from bench.records.index import table
 from bench.records.store import SAMPLES, Store
 
 if TYPE_CHECKING:
@@ -17,32 +18,26 @@ def load(results_dir: str | Path = "results") -> pd.DataFrame:
 
     One row per metric (`kind == "metric"`) and per cost (`kind == "cost"`); the columns that
     describe the run (`run`, `model`, `label`, `methods`, `saving`, `started`, `group`) repeat.
+    Records that cannot be read are left out; `bench ls runs` names them.
     """
-    import pandas as pd
-
-    rows = [row for record in Store(Path(results_dir)).all() for row in _rows(record)]
-    return pd.DataFrame(rows)
+    frame: pd.DataFrame = table(Store(Path(results_dir))).drop_columns(["stamp"]).to_pandas()
+    return frame
 
 
 def samples(run: str, results_dir: str | Path = "results") -> pd.DataFrame:
-    """Return the scored samples of one run, one row each."""
+    """Return the scored samples of one run, one row each.
+
+    Raises:
+        UserError: no such run, or its samples are damaged.
+    """
     import pandas as pd
 
     store = Store(Path(results_dir))
-    return pd.read_parquet(store.folder(store.get(run).id) / SAMPLES)
-
-
-def _rows(record: Record) -> list[dict[str, Any]]:
-    described = {
-        "run": record.id,
-        "started": record.started,
-        "group": record.group,
-        "model": record.model.name,
-        "label": record.label,
-        "methods": "+".join(method.name for method in record.methods) or "dense",
-        "saving": "+".join(method.saving for method in record.methods) or "none",
-        "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
-    }
-    metrics = [{"kind": "metric", **m.model_dump()} for m in record.metrics]
-    costs = [{"kind": "cost", **c.model_dump(exclude={"parts"})} for c in record.costs]
-    return [{**described, **row} for row in (*metrics, *costs)]
+    path = store.folder(store.get(run).id) / SAMPLES
+    try:
+        return pd.read_parquet(path, engine="pyarrow", page_checksum_verification=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read: {reason}; run it again: bench run ... force=true"
+        ) from None

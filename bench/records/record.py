@@ -137,9 +137,14 @@ def unreal(methods: Sequence[MethodPart]) -> str | None:
 
 
 def run_id(inputs: dict[str, Any]) -> str:
-    """Return the first 12 hex digits of the SHA-256 over the canonical JSON of the inputs."""
-    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:ID_DIGITS]
+    """Return the first 12 hex digits of the checksum of the inputs."""
+    return checksum(inputs)[:ID_DIGITS]
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Return the SHA-256 over the canonical JSON of some content."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _label(method: MethodPart) -> str:

@@ -12,19 +12,21 @@ from bench.tracking.overview import Overview, Rows, Scatter
 
 __all__ = ["Overview", "Rows", "Scatter", "TrackerConfig", "track", "track_overview"]
 
+_silent: list[str] = []
+"""The runs for which the server did not answer this process in time."""
+
 
 def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
     """Send one record; return None when that worked, else one sentence on what failed.
 
     The record itself is on disk before this is called, so a failure here loses nothing:
-    `bench track` sends it again.
+    `bench track` sends it again. A server that did not answer once is not asked again by this
+    process.
     """
     if config.kind == "none":
         return None
-    from bench.tracking.wandb import send
-
     try:
-        kept = send(record, store.folder(record.id), config, store.root)
+        kept = _send(record, store, config)
     except Exception as error:  # a tracker that fails, however it fails, never fails the run
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return (
@@ -45,3 +47,19 @@ def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"W&B did not take the overview ({reason}); send it again: bench track"
     return None
+
+
+def _send(record: Record, store: Store, config: TrackerConfig) -> str:
+    """Send online from a process that can be given up, or write offline here and now."""
+    from bench.tracking.sending import NoAnswer, send_apart
+    from bench.tracking.wandb import mode, send
+
+    if mode(config) != "online":
+        return send(record, store.folder(record.id), config, store.root)
+    if _silent:
+        raise NoAnswer(f"the server was silent for run {_silent[0]}")
+    try:
+        return send_apart(record.id, store.root, config)
+    except NoAnswer:
+        _silent.append(record.id)
+        raise

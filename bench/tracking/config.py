@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+INIT_SECONDS = 20.0
+"""A server that is well says hello much sooner; the client's own limit is 90 s."""
 
 
 class TrackerConfig(BaseModel):
-    """One entry of the `tracker` config group: Weights & Biases, or none."""
+    """One entry of the `tracker` config group: Weights & Biases, or none.
+
+    After `timeout` seconds a record that is being sent is given up; `bench track` sends it later.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -16,3 +22,4 @@ class TrackerConfig(BaseModel):
     project: str = "slimbench"
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
+    timeout: float = Field(default=120, gt=0)

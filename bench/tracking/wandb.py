@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.records.record import Record
-from bench.tracking.config import TrackerConfig
+from bench.tracking.config import INIT_SECONDS, TrackerConfig
 
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
@@ -56,19 +56,21 @@ def opened(
     with _inside(home):
         import wandb
 
-        mode = _mode(config)
+        chosen = mode(config)
         run = wandb.init(
             project=config.project,
             entity=config.entity,
             config=config_of_run,
             dir=str(home),
-            mode=mode,
+            mode=chosen,
             reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off", silent=True, init_timeout=min(INIT_SECONDS, config.timeout)
+            ),
             **described,
         )
         try:
-            yield wandb, run, str(run.settings.sync_dir if mode == "offline" else run.url)
+            yield wandb, run, str(run.settings.sync_dir if chosen == "offline" else run.url)
         finally:
             run.finish()
 
@@ -115,14 +117,14 @@ def summary(record: Record) -> dict[str, float]:
     return values
 
 
-def _mode(config: TrackerConfig) -> Mode:
+def mode(config: TrackerConfig) -> Mode:
     """`auto` is online for a user who is logged in, else offline."""
     if config.mode != "auto":
         return config.mode
     asked = os.environ.get("WANDB_MODE")
-    for mode in MODES:
-        if asked == mode:
-            return mode
+    for known in MODES:
+        if asked == known:
+            return known
     import wandb
 
     return "online" if wandb.api.api_key else "offline"

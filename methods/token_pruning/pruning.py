@@ -60,6 +60,7 @@ class TokenPruning(VisualStrategy):
         for selection in added:
             engine.plan.select(selection)
         model.overhead = engine.overhead.measured
+        model.needs_prompt = True  # many choose by the question, which comes after the image
         return {
             "selections": [{"after": s.after, **asdict(s.quota)} for s in added],
             **tokens_of(engine),

@@ -48,6 +48,7 @@ class VisualStrategy(Method):
         engine = engine_of(model.network)
         engine.plan.agree(self.form)
         setattr(model.network, ATTRIBUTE, Told(engine))
+        model.needs_prompt = model.needs_prompt or self.form == "official"
         details = self._set(engine, model, context)
         details |= {
             "shape": asdict(shape_of(engine)),

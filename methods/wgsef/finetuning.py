@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
@@ -19,8 +21,10 @@ from bench.method import Context, MethodReport
 from bench.models.anatomy import Anatomy, MoEBlock
 from bench.models.model import Model
 from bench.models.observation import observing
+from methods import checkpoint
 from methods.activations import Activations
 from methods.baselines.micro_scores import magnitudes
+from methods.checkpoint import Checkpoint, Keeper
 from methods.micro_pruning import MicroPruning
 from methods.moe_pruning import calibration_of, refuse_offloaded
 from methods.walking import refuse_nan, walk
@@ -123,40 +127,93 @@ class WgsefFinetune(MicroPruning):
         allocation = Allocation(partition, share, "layer", floor=0.0)
         scene = Scene(model.network, partition, allocation, sparse, self.steps, tokens_NL[:1])
         trained = list(partition.owned_parameters().values())
+        keeper = Keeper(context.folder, context.progress)
+        saved = keeper.last()
         solver = Debiased(scene)
-        solver.unit_M = self._units(model, partition, tokens_NL, context)
+        if saved is None:
+            solver.unit_M = self._units(model, partition, tokens_NL, context)
         optimizer = ProximalAdam(trained, solver, self.rate)
-        drawn = _drawn(tokens_NL, self.rows, context.seed)
-        history: list[dict[str, float]] = []
-        losses: list[float] = []
-        alive = partition.groups
+        run = _Run(trained, optimizer, partition.groups)
+        if saved is not None:
+            run.go_on(saved, scene)
+        drawn = islice(_drawn(tokens_NL, self.rows, context.seed), run.step, None)
         for weight in trained:
             weight.requires_grad_(True)
-        for step in context.progress.track(range(self.steps), "fine-tuning"):
+        for step in context.progress.track(range(run.step, self.steps), "fine-tuning"):
             if step == sparse:
-                alive = int(partition.alive().sum())
-                optimizer.solver = _frozen(scene, allocation, solver)
+                run.freeze(scene)
             factor = learning_rate((step + 1) / self.steps, self.sparse_share)
             optimizer.param_groups[0]["lr"] = self.rate * factor
             optimizer.zero_grad()
             loss = _loss(model.network, next(drawn).to(model.device))
             loss.backward()
             optimizer.step()
-            losses.append(float(loss.detach()))
-            if (step + 1) % max(1, self.steps // 10) == 0:
-                line = {"epoch": step + 1, "loss": sum(losses) / len(losses)}
-                history.append(line | {"alive": int(partition.alive().sum())})
-                losses = []
+            run.step = step + 1
+            run.losses.append(float(loss.detach()))
+            if run.step % max(1, self.steps // 10) == 0:
+                run.close(int(partition.alive().sum()))
+            keeper.keep_if_due(run.checkpoint)
+        keeper.keep(run.checkpoint)
         model.network.requires_grad_(False)
         optimizer.zero_grad()
-        return history, alive
+        return run.history, run.alive
 
 
-def _frozen(scene: Scene, allocation: Allocation, solver: Solver) -> Frozen:
-    """Choose who stays, zero the others, and return what holds them at zero."""
-    keep_M = allocation.select(solver.score()) & scene.partition.alive()
-    scene.partition.scale_(keep_M.double())
-    return Frozen(scene, keep_M)
+@dataclass
+class _Run:
+    """Where a training is: all that the next steps and the report depend on."""
+
+    trained: list[nn.Parameter]
+    optimizer: ProximalAdam
+    alive: int
+    step: int = 0
+    keep_M: Tensor | None = None
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def close(self, alive: int) -> None:
+        """Write a line of history."""
+        line = {"epoch": self.step, "loss": sum(self.losses) / len(self.losses)}
+        self.history.append(line | {"alive": alive})
+        self.losses = []
+
+    def freeze(self, scene: Scene) -> None:
+        """Choose who stays, zero the others, and hold them at zero from now on."""
+        solver = self.optimizer.solver
+        assert isinstance(solver, Solver)
+        alive_M = scene.partition.alive()
+        self.alive = int(alive_M.sum())
+        self.keep_M = scene.allocation.select(solver.score()) & alive_M
+        scene.partition.scale_(self.keep_M.double())
+        self.optimizer.solver = Frozen(scene, self.keep_M)
+
+    def checkpoint(self) -> Checkpoint:
+        """Return it as tensors and JSON values."""
+        solver = self.optimizer.solver
+        assert isinstance(solver, Solver)
+        tensors = checkpoint.named(
+            weights={str(number): weight for number, weight in enumerate(self.trained)},
+            optimizer=checkpoint.optimizer_tensors(self.optimizer),
+            solver=solver.state(),
+            frozen={} if self.keep_M is None else {"keep": self.keep_M},
+        )
+        state = {"alive": self.alive, "losses": self.losses, "history": self.history}
+        return Checkpoint(self.step, tensors, state)
+
+    @torch.no_grad()
+    def go_on(self, saved: Checkpoint, scene: Scene) -> None:
+        """Take over where a killed training was."""
+        for number, weight in saved.part("weights").items():
+            self.trained[int(number)].copy_(weight)
+        checkpoint.load_optimizer(self.optimizer, saved.part("optimizer"))
+        if frozen := saved.part("frozen"):
+            self.keep_M = frozen["keep"].to(scene.partition.device)
+            self.optimizer.solver = Frozen(scene, self.keep_M)
+        solver = self.optimizer.solver
+        assert isinstance(solver, Solver)
+        solver.load(saved.part("solver"))
+        self.step, self.alive = saved.step, saved.state["alive"]
+        self.losses, self.history = saved.state["losses"], saved.state["history"]
 
 
 def _drawn(tokens_NL: Tensor, rows: int, seed: int) -> Iterator[Tensor]:

@@ -41,7 +41,8 @@ class SparseTraining(Method):
     keeps at least. With `split: validation` the training images that are held out for choosing
     knobs are left out of the training, and the accuracies reported are theirs. With `restart` the
     weights are drawn anew, otherwise the model's own are trained on. Kept counts are rounded up to
-    `multiple`. With `checkpoints` a killed run goes on where it was.
+    `multiple`. A killed run goes on where it was; `checkpoints` names another
+    folder for that than the run's own.
     """
 
     ratio: float = Field(default=0.7, gt=0, lt=1)
@@ -145,7 +146,7 @@ class SparseTraining(Method):
             solver=self.solver,
             recipe=self.recipe,
             seed=context.seed,
-            folder=Path(self.checkpoints) if self.checkpoints else None,
+            folder=Path(self.checkpoints) if self.checkpoints else context.folder,
             identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
             progress=context.progress,
         )

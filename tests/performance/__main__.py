@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOT_FIGURES = {"__main__", "figure", "interleaved"}
+NOT_FIGURES = {"__main__", "exams", "figure", "interleaved", "random_models"}
 
 
 def names() -> list[str]:

@@ -8,8 +8,8 @@ from typing import ClassVar
 from bench.data import images
 from bench.data.images import ImageSet, Splits
 from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.memory import Memory
+from bench.evaluation.scoring import Scores
 from bench.evaluation.source import Origin, Source
 from bench.models.config import Kind
 from bench.models.model import Model
@@ -27,11 +27,11 @@ class ImageScoring:
 
     kinds: ClassVar[tuple[Kind, ...]] = ("image_classifier",)
 
-    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Classify every image."""
         from bench.evaluation.images.running import score
 
-        return score(model, self, progress)
+        return score(model, self, progress, memory)
 
 
 def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageScoring:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bench.evaluation.batches import Batches
+from bench.evaluation.memory import Memory, key
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.models.model import Model
 from bench.models.vision import Classifier
 from bench.progress import Progress
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 METRIC = "acc"
 
 
-def score(model: Model, scoring: ImageScoring, progress: Progress) -> tuple[list[Metric], Rows]:
+def score(model: Model, scoring: ImageScoring, progress: Progress, memory: Memory) -> Scores:
     """Return the accuracy and a row for every image.
 
     Raises:
@@ -45,9 +46,11 @@ def score(model: Model, scoring: ImageScoring, progress: Progress) -> tuple[list
         return _rows(scoring.splits.name, places, label_B, probability_BK)
 
     network.eval()
+    batches = Batches(scoring.benchmark.batch_size, model.device, progress)
+    keys = [key("image", scoring.splits.name, place) for place in range(count)]
     with progress.phase(f"{model.name} on {scoring.splits.name}", count):
-        rows = Batches(scoring.benchmark.batch_size, model.device, progress).run(range(count), work)
-    return [_accuracy(scoring, [row[METRIC] for row in rows])], rows
+        rows = memory.batched(keys, range(count), [1] * count, batches, work, progress)
+    return Scores([_accuracy(scoring, [row[METRIC] for row in rows])], rows)
 
 
 def _rows(task: str, places: Sequence[int], label_B: Tensor, probability_BK: Tensor) -> Rows:

@@ -15,15 +15,22 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bench.errors import UserError
+from bench.evaluation.multimodal.beginnings import (
+    PER_TOKEN,
+    Encoded,
+    Start,
+    part,
+    prefill,
+    put,
+    spread,
+    starts,
+)
 from bench.evaluation.multimodal.features import Features, join
 from bench.evaluation.multimodal.prompts import Prompts, image_hash
 from bench.models.model import Model
 
 LONGEST_ANSWER = 1024
 """Tokens of an answer whose task does not say how many, as in the harness's own adapters."""
-
-PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-"""What processors say about each token; the rest of what they return is about images."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,20 @@ class Answer:
 
 
 class Generation:
-    """One set of a task's generation settings, ready to run on batches of questions."""
+    """One set of a task's generation settings, ready to run on batches of questions.
+
+    With `share`, what questions about the same images begin with is computed once.
+    """
 
     def __init__(
-        self, model: Model, prompts: Prompts, features: Features, options: dict[str, Any]
+        self,
+        model: Model,
+        prompts: Prompts,
+        features: Features,
+        options: dict[str, Any],
+        share: bool = False,
     ) -> None:
+        self._share = share
         self._model = model
         network: Any = model.network
         self._network = network
@@ -76,10 +92,43 @@ class Generation:
             self._prompts.encode(prompt, images)
             for prompt, images in zip(written, shown, strict=True)
         ]
-        rooms = [self._room(row["input_ids"].shape[1]) for row in encoded]
-        inputs = self._padded(encoded) | self._visual(encoded, hashes)
-        texts = self._continue(inputs, rooms)
+        texts = self._answer(encoded, hashes)
         return [Answer(*each) for each in zip(texts, written, hashes, strict=True)]
+
+    def _answer(self, encoded: list[Encoded], hashes: list[str | None]) -> list[str]:
+        """Answer prompts: together where they begin alike, those without a like by themselves."""
+        alike = starts(encoded, hashes, self._network.config) if self._share else []
+        rooms = [self._room(row["input_ids"].shape[1]) for row in encoded]
+        texts = [""] * len(encoded)
+        together = [place for start in alike for place in start.places]
+        others = [place for place in range(len(encoded)) if place not in set(together)]
+        if others:
+            rows, seen = [encoded[p] for p in others], [hashes[p] for p in others]
+            inputs = self._padded(rows) | self._visual(rows, seen)
+            put(texts, others, self._continue(inputs, [rooms[p] for p in others]))
+        if together:
+            inputs = self._begun(alike, encoded, hashes)
+            put(texts, together, self._continue(inputs, [rooms[p] for p in together]))
+        return texts
+
+    def _begun(
+        self, alike: Sequence[Start], encoded: list[Encoded], hashes: list[str | None]
+    ) -> dict[str, Any]:
+        """Compute each beginning once; return the whole prompts and their beginnings' cache."""
+        firsts = [encoded[start.places[0]] for start in alike]
+        heads = [part(row, 0, s.length) for row, s in zip(firsts, alike, strict=True)]
+        head = self._padded(heads)
+        seen = [hashes[start.places[0]] for start in alike]
+        cache = prefill(self._network, head | self._visual(heads, seen))
+        owner = [number for number, start in enumerate(alike) for _ in start.places]
+        owner_B = torch.tensor(owner, device=self._model.device)
+        spread(self._network, cache, owner_B)
+        tails = [part(encoded[p], start.length, None) for start in alike for p in start.places]
+        tail = self._padded(tails)
+        return {"past_key_values": cache} | {
+            name: torch.cat([head[name][owner_B], tail[name]], dim=1)
+            for name in ("input_ids", "attention_mask")
+        }
 
     def _room(self, length: int) -> int:
         """Return how many tokens an answer may have after a prompt of this length."""
@@ -91,7 +140,7 @@ class Generation:
             )
         return min(self._longest, room)
 
-    def _padded(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def _padded(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
         """Bring all that the processor says per token to one length."""
         width = max(row["input_ids"].shape[1] for row in encoded)
         names = [name for name in PER_TOKEN if name in encoded[0]]
@@ -103,9 +152,7 @@ class Generation:
             for name in names
         }
 
-    def _visual(
-        self, encoded: Sequence[dict[str, Any]], hashes: Sequence[str | None]
-    ) -> dict[str, Any]:
+    def _visual(self, encoded: Sequence[Encoded], hashes: Sequence[str | None]) -> dict[str, Any]:
         """Return the images as features or, where the network takes none, as pixels."""
         device, dtype = self._model.device, self._network.dtype
         per_row = [

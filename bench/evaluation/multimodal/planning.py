@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from bench.data import hub
 from bench.errors import MissingData, UserError, unknown
 from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.memory import Memory
+from bench.evaluation.scoring import Scores
 from bench.evaluation.source import Source
 from bench.models.config import Kind
 from bench.models.model import Model
@@ -33,11 +33,11 @@ class MultimodalScoring:
         """Where each task's documents came from."""
         return {task.name: task.source for task in self.tasks}
 
-    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Score the model on every task."""
         from bench.evaluation.multimodal.running import score
 
-        return score(model, self.benchmark, self.tasks, progress)
+        return score(model, self.benchmark, self.tasks, progress, memory)
 
 
 def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalScoring:

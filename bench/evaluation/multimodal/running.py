@@ -7,21 +7,27 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory
 from bench.evaluation.multimodal import samples, scores
 from bench.evaluation.multimodal.adapter import Adapter
 from bench.evaluation.multimodal.building import PlannedTask
 from bench.evaluation.multimodal.quiet import quiet
+from bench.evaluation.ranks import unseen
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.models.model import Model
 from bench.progress import Progress
 
 
 def score(
-    model: Model, benchmark: BenchmarkConfig, tasks: tuple[PlannedTask, ...], progress: Progress
-) -> tuple[list[Metric], Rows]:
+    model: Model,
+    benchmark: BenchmarkConfig,
+    tasks: tuple[PlannedTask, ...],
+    progress: Progress,
+    memory: Memory,
+) -> Scores:
     """Score the model on every task. Images are encoded once for all of them."""
-    adapter = Adapter(model, benchmark, progress)
+    adapter = Adapter(model, benchmark, progress, memory)
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:
@@ -30,7 +36,7 @@ def score(
         with quiet():
             metrics += scores.metrics(benchmark, task, result)
         rows += samples.rows(task, adapter, result)
-    return metrics, rows
+    return Scores(metrics, rows, adapter.engine)
 
 
 def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
     from lmms_eval.evaluator import evaluate as harness
 
     adapter.task_dict[planned.name] = planned.task.dataset
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), unseen(), tempfile.TemporaryDirectory() as folder:
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: dict[str, Any] = harness(
             adapter,

@@ -1,48 +1,53 @@
 """An already loaded, possibly compressed model as the harness's language model.
 
 Tokens, truncation and log-likelihoods are those of the harness's own `hf` model. What differs is
-cost: only continuation positions meet the head, and softmax is in fp32 whatever the model's dtype.
-
-Suffixes: B batch, T padded length, K kept positions, V vocabulary.
+cost: texts are encoded once and together, and a scorer decides what goes through the network.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections import defaultdict
-from collections.abc import Sequence
-from itertools import islice
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from bench.errors import UserError
 from bench.evaluation.batches import Batches
+from bench.evaluation.engine import Asked, Engine
+from bench.evaluation.memory import Answers, Memory, key
+from bench.evaluation.text.choosing import scorer
 from bench.evaluation.text.generation import generate
+from bench.evaluation.text.question import Question, Scorer, question
 from bench.models.model import Model
 from bench.progress import Progress
 
-Tokens: TypeAlias = tuple[int, ...]
-Scored: TypeAlias = tuple[float, bool]
-Question: TypeAlias = tuple[Tokens, list[tuple[int, list[int]]]]
-"""One input of the network, and the continuations (request number, tokens) that it answers."""
-
 
 class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """Scores the harness's requests with a `Model`, in batches sorted by length."""
+    """Answers the harness's requests with a `Model`; `asked` says by which engine.
 
-    def __init__(self, model: Model, batch_size: int, progress: Progress) -> None:
+    `scorer` is what log-likelihoods come from, as far as `memory` does not have them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch_size: int,
+        progress: Progress,
+        engine: Engine = "shared",
+        memory: Memory | None = None,
+    ) -> None:
         super().__init__()
+        model.network.eval()
         self.tokenizer = model.tokenizer
+        self.asked = Asked(engine)
         self.batches = Batches(batch_size, model.device, progress)
+        self.scorer: Scorer = scorer(model, self.batches, progress, self.asked)
+        self._memory = memory or Memory()
         self._model = model
-        self._network = model.network.eval()
         self._progress = progress
         self._prefix_text: str = self.tokenizer.decode(self.prefix_token_id)
-        self._cuts_head = "logits_to_keep" in inspect.signature(self._network.forward).parameters
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -59,15 +64,36 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Encode text; a BOS is added as the model's config or its tokenizer says, never twice."""
-        special = self._model.config.add_bos if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(self._prefix_text):
+        if add_special_tokens is None:
+            known = self._encoded.get(string)
+            return self._encode([string])[0] if known is None else known
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts that either all begin with a BOS of their own or all do not."""
+        special = self._model.config.add_bos
+        if texts[0].startswith(self._prefix_text):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        return list(self.tokenizer.encode(string, **options))
+        found: list[list[int]] = self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        return found
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
+    def _encode_once(self, texts: Iterable[str]) -> None:
+        """Encode texts together, each once, for `tok_encode` to look up."""
+        self._encoded = {}
+        distinct = dict.fromkeys(texts)
+        for begun in (True, False):
+            alike = [text for text in distinct if text.startswith(self._prefix_text) == begun]
+            if alike:
+                self._encoded |= zip(alike, self._encode(alike), strict=True)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""
-        scored: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
+        self._encode_once(text for pair in (r.args for r in requests) for text in _texts(*pair))
+        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        self._encoded = {}
         return scored
 
     def loglikelihood_rolling(
@@ -89,82 +115,28 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that follows each context, up to its first stop string."""
-        self._progress.total(len(requests))
         asked = [
             (self.tok_encode(context), options) for context, options in (r.args for r in requests)
         ]
-        return generate(self._model, asked, self.batches)
+        return generate(self._model, asked, self.batches, self._memory, self._progress)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
-    ) -> list[Scored]:
-        questions = self._questions(requests)
-        self._progress.total(len(questions))
-        scored: list[Scored] = [(0.0, False)] * len(requests)
-        for answers in self.batches.run(questions, self._score):
-            for number, answer in answers:
-                scored[number] = answer
-        return scored
+    ) -> list[tuple[float, bool]]:
+        questions = [question(self._model, *tokens) for _, *tokens in requests]
+        answers = self._memory.answers(
+            [key("loglikelihood", *each) for each in questions],
+            lambda missing: self._score(missing, [questions[number] for number in missing]),
+            self._progress,
+        )
+        return [(value, greedy) for value, greedy in answers]
 
-    def _questions(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[Question]:
-        """Group continuations by network input, longest first, so that none is computed twice.
-
-        The last token of a continuation is never an input, so choices of one token share theirs.
-        """
-        longest = self._model.max_length
-        grouped: dict[Tokens, list[tuple[int, list[int]]]] = defaultdict(list)
-        for number, (_, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= longest:
-                raise UserError(
-                    f"an answer of {len(continuation)} tokens cannot be scored: "
-                    f"model {self._model.name} takes 1 to {longest}"
-                )
-            inputs = (context + continuation)[-(longest + 1) : -1]
-            grouped[tuple(inputs)].append((number, continuation))
-        return sorted(grouped.items(), key=lambda question: (-len(question[0]), question[0]))
-
-    @torch.no_grad()
-    def _score(self, batch: Sequence[Question]) -> list[list[tuple[int, Scored]]]:
-        """Score one padded batch; padding is on the right, where causal attention ignores it."""
-        width = len(batch[0][0])
-        ids_BT = torch.tensor([[*inputs, *[0] * (width - len(inputs))] for inputs, _ in batch])
-        longest = [max(len(tokens) for _, tokens in asked) for _, asked in batch]
-        first = min(len(inputs) - n for (inputs, _), n in zip(batch, longest, strict=True))
-        logits_BKV = self._logits(ids_BT.to(self._model.device), width - first)
-        read: list[torch.Tensor] = []
-        for (inputs, asked), n, logits_KV in zip(batch, longest, logits_BKV, strict=True):
-            end = len(inputs) - first
-            logp_KV = logits_KV[end - n : end].float().log_softmax(-1)
-            read += [_read(logp_KV, tokens) for _, tokens in asked]
-        pairs = iter(torch.stack(read).tolist())  # one transfer from the device per batch
-        return [
-            [
-                (number, (value, bool(greedy)))
-                for (number, _), (value, greedy) in zip(
-                    asked, islice(pairs, len(asked)), strict=True
-                )
-            ]
-            for _, asked in batch
-        ]
-
-    def _logits(self, ids_BT: torch.Tensor, keep: int) -> torch.Tensor:
-        """Return the logits at the last `keep` positions."""
-        if self._cuts_head:
-            logits: torch.Tensor = self._network(
-                ids_BT, logits_to_keep=keep, use_cache=False
-            ).logits
-            return logits
-        every: torch.Tensor = self._network(ids_BT, use_cache=False).logits
-        return every[:, -keep:]
+    def _score(self, numbers: Sequence[int], questions: Sequence[Question]) -> Iterator[Answers]:
+        """Yield the answers of each batch with the numbers that the questions have here."""
+        for batch in self.scorer.score(questions):
+            yield [(numbers[place], list(answer)) for place, answer in batch]
 
 
-def _read(logp_KV: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-    """Return a continuation's log-likelihood and whether it is greedy, as two numbers.
-
-    It ends where the input's last token predicts, that is in the last row.
-    """
-    target_K = torch.tensor(tokens, device=logp_KV.device)
-    rows_KV = logp_KV[-len(tokens) :]
-    value = rows_KV.gather(1, target_K[:, None]).sum()
-    greedy = (rows_KV.argmax(-1) == target_K).all()
-    return torch.stack([value, greedy.to(value.dtype)])
+def _texts(context: str, continuation: str) -> tuple[str, ...]:
+    """Return what the harness encodes for a request: the context, and all of it."""
+    return (context.rstrip(), context + continuation) if context else ()

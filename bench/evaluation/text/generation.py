@@ -6,7 +6,7 @@ Suffixes: B batch, T padded length.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -20,14 +20,23 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
+from bench.evaluation.memory import Memory, key
+from bench.evaluation.seeding import SEED
 from bench.models.model import Model
+from bench.progress import Progress
 
 Asked: TypeAlias = tuple[list[int], dict[str, Any]]
 """A context's tokens and the harness's generation settings for it."""
 
 
-def generate(model: Model, asked: Sequence[Asked], batches: Batches) -> list[str]:
-    """Return one continuation per context; contexts of equal settings share batches."""
+def generate(
+    model: Model, asked: Sequence[Asked], batches: Batches, memory: Memory, progress: Progress
+) -> list[str]:
+    """Return one continuation per context; contexts of equal settings share batches.
+
+    A task that asks for several answers repeats its request, and each repetition has a draw of
+    its own.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for number, (_, options) in enumerate(asked):
         groups[json.dumps(options, sort_keys=True, default=str)].append(number)
@@ -36,9 +45,23 @@ def generate(model: Model, asked: Sequence[Asked], batches: Batches) -> list[str
         numbers.sort(key=lambda number: -len(asked[number][0]))
         settings = Settings(model, asked[numbers[0]][1])
         contexts = [asked[number][0] for number in numbers]
-        for number, text in zip(numbers, batches.run(contexts, settings.run), strict=True):
+        keys = _keys(contexts, asked[numbers[0]][1])
+        named = list(zip(keys, contexts, strict=True))
+        sizes = list(map(len, contexts))
+        answers = memory.batched(keys, named, sizes, batches, settings.run, progress)
+        for number, text in zip(numbers, answers, strict=True):
             texts[number] = text
     return texts
+
+
+def _keys(contexts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
+    """Name every request by its context, its settings and how often it was there before."""
+    before: Counter[tuple[int, ...]] = Counter()
+    keys = []
+    for context in contexts:
+        keys.append(key("generation", context, options, before[tuple(context)]))
+        before[tuple(context)] += 1
+    return keys
 
 
 class Settings:
@@ -61,8 +84,14 @@ class Settings:
             )
 
     @torch.no_grad()
-    def run(self, contexts: Sequence[list[int]]) -> list[str]:
-        """Continue contexts of any length: cut and padded on the left."""
+    def run(self, named: Sequence[tuple[str, list[int]]]) -> list[str]:
+        """Continue named contexts of any length: cut and padded on the left.
+
+        What is drawn depends on the batch and not on what was drawn before it.
+        """
+        contexts = [context for _, context in named]
+        if self._options.get("do_sample"):
+            torch.manual_seed(int(key(SEED, *(name for name, _ in named))[:15], 16))
         ids_BT, mask_BT = self._pad([context[-self._longest :] for context in contexts])
         width = ids_BT.shape[1]
         tokenizer = self._model.tokenizer

@@ -17,6 +17,7 @@ from torch.nn import functional
 from bench.errors import UserError
 from bench.evaluation.batches import Batches
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory, key
 from bench.evaluation.result import Metric
 from bench.evaluation.text.texts import PlannedText
 from bench.evaluation.text.windows import C4_WINDOWS, consecutive, drawn
@@ -28,15 +29,23 @@ _TOKENS_PER_BATCH = 8192
 
 
 def measure(
-    model: Model, text: PlannedText, benchmark: BenchmarkConfig, progress: Progress
+    model: Model,
+    text: PlannedText,
+    benchmark: BenchmarkConfig,
+    progress: Progress,
+    memory: Memory,
 ) -> tuple[Metric, list[dict[str, Any]]]:
     """Return the perplexity of a text and a sample row for each of its windows."""
     windows = cut(model, text, benchmark.limit)
     size = max(1, min(benchmark.batch_size, _TOKENS_PER_BATCH // text.config.window))
-    progress.total(len(windows))
     network = model.network.eval()
-    losses = Batches(size, model.device, progress).run(
-        windows, lambda batch: window_losses(network, torch.tensor(batch, device=model.device))
+    losses = memory.batched(
+        [key("perplexity", text.name, window) for window in windows],
+        windows,
+        [text.config.window] * len(windows),
+        Batches(size, model.device, progress),
+        lambda batch: window_losses(network, torch.tensor(batch, device=model.device)),
+        progress,
     )
     metric = _metric(benchmark, text, losses)
     if not math.isfinite(metric.value):

@@ -8,8 +8,8 @@ from typing import ClassVar
 from bench.data import hub
 from bench.errors import MissingData, unknown
 from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.memory import Memory
+from bench.evaluation.scoring import Scores
 from bench.evaluation.source import Source
 from bench.evaluation.text import building, texts
 from bench.evaluation.text.building import PlannedTask
@@ -36,11 +36,11 @@ class TextScoring:
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
-    def score(self, model: Model, progress: Progress) -> tuple[list[Metric], Rows]:
+    def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Score the model on every task and text."""
         from bench.evaluation.text.running import score
 
-        return score(model, self.benchmark, self.tasks, self.texts, progress)
+        return score(model, self.benchmark, self.tasks, self.texts, progress, memory)
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextScoring:

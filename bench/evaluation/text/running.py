@@ -8,8 +8,9 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from bench.evaluation.config import BenchmarkConfig
+from bench.evaluation.memory import Memory
 from bench.evaluation.result import Metric
-from bench.evaluation.scoring import Rows
+from bench.evaluation.scoring import Rows, Scores
 from bench.evaluation.seeding import SEED
 from bench.evaluation.text import perplexity, samples, scores
 from bench.evaluation.text.adapter import Adapter
@@ -28,9 +29,10 @@ def score(
     tasks: tuple[PlannedTask, ...],
     texts: tuple[PlannedText, ...],
     progress: Progress,
-) -> tuple[list[Metric], Rows]:
-    """Score the model on every task and text. Nothing is cached between models."""
-    adapter = Adapter(model, benchmark.batch_size, progress)
+    memory: Memory,
+) -> Scores:
+    """Score the model on every task and text, as far as the memory does not have it."""
+    adapter = Adapter(model, benchmark.batch_size, progress, benchmark.engine, memory)
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:
@@ -40,10 +42,10 @@ def score(
         rows += samples.rows(task, result)
     for text in texts:
         with progress.phase(f"{model.name} on {text.name}"):
-            metric, windows = perplexity.measure(model, text, benchmark, progress)
+            metric, windows = perplexity.measure(model, text, benchmark, progress, memory)
         metrics.append(metric)
         rows += windows
-    return metrics, rows
+    return Scores(metrics, rows, adapter.asked)
 
 
 def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:

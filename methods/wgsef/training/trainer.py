@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 from bench.data.images import Splits, batches
 from bench.errors import UserError
 from bench.progress import SILENT, Progress
+from methods import checkpoint
+from methods.checkpoint import Checkpoint, Keeper
 from methods.wgsef.groups.partition import Partition
 from methods.wgsef.solvers.solver import Frozen, Scene, Solver
-from methods.wgsef.training import checkpoint
 from methods.wgsef.training.accuracy import accuracy
 from methods.wgsef.training.allocation import Allocation
 from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
@@ -65,6 +66,7 @@ class Trainer:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._keeper = Keeper(task.folder, task.progress)
         self._device = task.partition.device
         self._epoch_steps = len(task.splits.train) // task.recipe.batch
         if self._epoch_steps == 0:
@@ -178,15 +180,15 @@ class Trainer:
         self._optimizer.solver = self._solver
 
     def _save(self) -> None:
-        if self._task.folder is None:
-            return
-        parts = {
-            "network": self._task.network.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self._optimizer),
-            "solver": self._solver.state(),
-            "outcome": {"keep": self._outcome.keep} if self._outcome else {},
-        }
-        tensors = {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+        self._keeper.keep(self._checkpoint)
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = checkpoint.named(
+            network=self._task.network.state_dict(),
+            optimizer=checkpoint.optimizer_tensors(self._optimizer),
+            solver=self._solver.state(),
+            outcome={"keep": self._outcome.keep} if self._outcome else {},
+        )
         state: dict[str, Any] = {
             "identity": self._identity(),
             "loss": self._loss,
@@ -194,11 +196,11 @@ class Trainer:
         }
         if self._outcome:
             state["before"] = [self._outcome.alive, self._outcome.fractional]
-        checkpoint.write(self._task.folder, checkpoint.Checkpoint(self._step, tensors, state))
+        return Checkpoint(self._step, tensors, state)
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, if the folder has one of this very run."""
-        saved = checkpoint.read(self._task.folder) if self._task.folder else None
+        saved = self._keeper.last()
         if saved is None:
             return
         if saved.state["identity"] != self._identity():
@@ -206,17 +208,13 @@ class Trainer:
                 f"{self._task.folder} holds a checkpoint of another run: remove it or give "
                 "another folder"
             )
-        parts: dict[str, dict[str, Tensor]] = {"outcome": {}, "optimizer": {}}
-        for key, tensor in saved.tensors.items():
-            part, _, name = key.partition("/")
-            parts.setdefault(part, {})[name] = tensor
-        self._task.network.load_state_dict(parts["network"])
-        checkpoint.load_optimizer(self._optimizer, parts["optimizer"])
-        if parts["outcome"]:
-            keep_M = parts["outcome"]["keep"].to(self._device)
+        self._task.network.load_state_dict(saved.part("network"))
+        checkpoint.load_optimizer(self._optimizer, saved.part("optimizer"))
+        if kept := saved.part("outcome"):
+            keep_M = kept["keep"].to(self._device)
             self._outcome = Outcome(keep_M, *saved.state["before"])
             self._hold()
-        self._solver.load(parts["solver"])
+        self._solver.load(saved.part("solver"))
         self._step, self._loss = saved.step, saved.state["loss"]
         self._history = saved.state["history"]
 

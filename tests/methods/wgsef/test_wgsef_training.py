@@ -8,6 +8,7 @@ import torch
 from bench.data.images import Splits, TensorSet
 from bench.errors import UserError
 from bench.models.vision import VisionConfig, build
+from methods import checkpoint
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.costs import Costs
 from methods.wgsef.groups.partition import Partition
@@ -17,7 +18,6 @@ from methods.wgsef.solvers.half_space import AdaHspg
 from methods.wgsef.solvers.hard_threshold import HardThreshold
 from methods.wgsef.solvers.solver import Magnitude
 from methods.wgsef.solvers.torch_pruning import GrowingReg
-from methods.wgsef.training import checkpoint
 from methods.wgsef.training.allocation import Allocation
 from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
 from methods.wgsef.training.recipe import Recipe

@@ -1,0 +1,93 @@
+"""The plain engine: every distinct input is a padded row of its own, as in the harness's `hf`.
+
+Suffixes: B batch, T padded length, K kept positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+
+from bench.evaluation.batches import Batches
+from bench.evaluation.text.question import Answers, Question, Scored, Tokens
+from bench.models.model import Model
+
+Input: TypeAlias = tuple[tuple[int, ...], list[tuple[int, Tokens]]]
+"""One input of the network, and the continuations (question number, tokens) that it answers."""
+
+
+class PlainScorer:
+    """Scores inputs in batches sorted by length; only the continuations' positions meet the head.
+
+    Softmax is in fp32 whatever the model's dtype.
+    """
+
+    def __init__(self, model: Model, batches: Batches) -> None:
+        self._model = model
+        self._network: Any = model.network
+        self._batches = batches
+        self._cuts_head = "logits_to_keep" in inspect.signature(self._network.forward).parameters
+
+    def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
+        """Yield the answers of each batch, longest inputs first."""
+        for batch in self._batches.each(_inputs(questions), self._score):
+            yield [answer for answers in batch for answer in answers]
+
+    @torch.no_grad()
+    def _score(self, batch: Sequence[Input]) -> list[Answers]:
+        """Score one padded batch; padding is on the right, where causal attention ignores it."""
+        width = len(batch[0][0])
+        ids_BT = torch.tensor([[*inputs, *[0] * (width - len(inputs))] for inputs, _ in batch])
+        longest = [max(len(tokens) for _, tokens in asked) for _, asked in batch]
+        first = min(len(inputs) - n for (inputs, _), n in zip(batch, longest, strict=True))
+        logits_BKV = self._logits(ids_BT.to(self._model.device), width - first)
+        read: list[torch.Tensor] = []
+        for (inputs, asked), n, logits_KV in zip(batch, longest, logits_BKV, strict=True):
+            end = len(inputs) - first
+            logp_KV = logits_KV[end - n : end].float().log_softmax(-1)
+            read += [_read(logp_KV, tokens) for _, tokens in asked]
+        pairs = iter(torch.stack(read).tolist())  # one transfer from the device per batch
+        return [
+            [
+                (number, Scored(value, bool(greedy)))
+                for (number, _), (value, greedy) in zip(
+                    asked, islice(pairs, len(asked)), strict=True
+                )
+            ]
+            for _, asked in batch
+        ]
+
+    def _logits(self, ids_BT: torch.Tensor, keep: int) -> torch.Tensor:
+        """Return the logits at the last `keep` positions."""
+        if self._cuts_head:
+            logits: torch.Tensor = self._network(
+                ids_BT, logits_to_keep=keep, use_cache=False
+            ).logits
+            return logits
+        every: torch.Tensor = self._network(ids_BT, use_cache=False).logits
+        return every[:, -keep:]
+
+
+def _inputs(questions: Sequence[Question]) -> list[Input]:
+    """Group continuations by network input, longest first: choices of one token share theirs."""
+    grouped: dict[tuple[int, ...], list[tuple[int, Tokens]]] = defaultdict(list)
+    for number, (inputs, targets) in enumerate(questions):
+        grouped[tuple(inputs)].append((number, targets))
+    return sorted(grouped.items(), key=lambda each: (-len(each[0]), each[0]))
+
+
+def _read(logp_KV: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Return a continuation's log-likelihood and whether it is greedy, as two numbers.
+
+    It ends where the input's last token predicts, that is in the last row.
+    """
+    target_K = torch.tensor(tokens, device=logp_KV.device)
+    rows_KV = logp_KV[-len(tokens) :]
+    value = rows_KV.gather(1, target_K[:, None]).sum()
+    greedy = (rows_KV.argmax(-1) == target_K).all()
+    return torch.stack([value, greedy.to(value.dtype)])

@@ -1,0 +1,91 @@
+"""The inputs of many questions as a trie, written as its leaves in sorted order.
+
+In that order a subtree is a range of neighbours, and how far two neighbours agree is all that
+there is to know about the branches between them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.evaluation.text.question import Question
+
+Ints: TypeAlias = NDArray[np.int64]
+
+
+class Read(NamedTuple):
+    """Question `number` asks how likely the targets are after the tokens from `start` on."""
+
+    number: int
+    start: int
+    targets: Ints
+
+
+class Trie:
+    """Distinct inputs, none the beginning of another, each with the reads along its path.
+
+    `shared[i]` is how many tokens leaf i has in common with leaf i - 1.
+    """
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.leaves: list[Ints] = []
+        self.reads: list[list[Read]] = []
+        for tokens, reads in _distinct(questions):
+            self.leaves.append(tokens)
+            self.reads.append(reads)
+        common = [_agreement(left, right) for left, right in pairwise(self.leaves)]
+        self.shared: Ints = np.array([0, *common][: len(self.leaves)], dtype=np.int64)
+        self.lengths: Ints = np.array([len(leaf) for leaf in self.leaves], dtype=np.int64)
+        self._own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has, each shared one counted once."""
+        return int(self._own[-1])
+
+    def size(self, low: int, high: int, depth: int) -> int:
+        """Return how many tokens leaves `low` to `high` have below a depth that they share."""
+        return int(self.lengths[low] - depth + self._own[high] - self._own[low + 1])
+
+    def common(self, low: int, high: int) -> int:
+        """Return the depth down to which leaves `low` to `high` are one path."""
+        return int(self.shared[low + 1 : high].min() if high - low > 1 else self.lengths[low])
+
+    def branches(self, low: int, high: int, depth: int) -> list[tuple[int, int]]:
+        """Return the ranges of leaves that part at a depth, in order."""
+        cuts = low + 1 + np.flatnonzero(self.shared[low + 1 : high] == depth)
+        return list(pairwise([low, *cuts.tolist(), high]))
+
+
+def _distinct(questions: Sequence[Question]) -> list[tuple[Ints, list[Read]]]:
+    """Sort inputs; one that another begins with is a part of that one's path."""
+    asked: dict[bytes, list[Read]] = defaultdict(list)
+    for number, (inputs, targets) in enumerate(questions):
+        # Big-endian words sort as bytes like the tokens themselves, and bytes compare fast.
+        key = np.array(inputs, dtype=">u4").tobytes()
+        start = len(inputs) - len(targets)
+        asked[key].append(Read(number, start, np.array(targets, dtype=np.int64)))
+    keys = sorted(asked)
+    found: list[tuple[Ints, list[Read]]] = []
+    waiting: list[Read] = []
+    for key, following in zip(keys, [*keys[1:], b""], strict=True):
+        waiting += asked[key]
+        if not following.startswith(key):
+            found.append((np.frombuffer(key, dtype=">u4").astype(np.int64), waiting))
+            waiting = []
+    return found
+
+
+def _agreement(left: Ints, right: Ints) -> int:
+    """Return how many tokens two inputs begin with alike; neither is the beginning of the other."""
+    short: Any = min(len(left), len(right))
+    return int(np.argmax(left[:short] != right[:short]))

@@ -1,0 +1,158 @@
+"""Questions about the same images are answered as if each came alone, from one prefill."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.evaluation import BenchmarkConfig, evaluate, plan
+from bench.evaluation.batches import Batches
+from bench.evaluation.multimodal import beginnings
+from bench.evaluation.multimodal.features import Features
+from bench.evaluation.multimodal.generation import Generation, Question
+from bench.evaluation.multimodal.prompts import Prompts
+from bench.method import Context
+from bench.progress import SILENT
+
+ARCHITECTURES = ("llava", "qwen2_vl", "internvl")
+
+
+def picture(seed, size=(24, 24)):
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def questions():
+    """Three about one image, two about a larger one, one about a third, one without."""
+    images = [picture(0)] * 3 + [picture(1, (40, 20))] * 2 + [picture(2)]
+    texts = ["Is it red?", "Is it a long question about blue?", "What?", "Why?", "Who is it?", "A?"]
+    asked = [Question(t, lambda i=i: [i]) for t, i in zip(texts, images, strict=True)]
+    return [*asked, Question("No image", list)]
+
+
+def answers(model, asked, batch=8, share=True, **options):
+    generation = Generation(model, Prompts(model, None), Features(model, 2**30), options, share)
+    return [a.text for a in Batches(batch, torch.device("cpu"), SILENT).run(asked, generation.run)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [2, 7])
+def test_shared_answers_are_plain_answers(name, batch, mllms):
+    expected = answers(mllms[name], questions(), 1, share=False, max_new_tokens=6)
+    assert len(set(expected)) > 3
+    assert answers(mllms[name], questions(), batch, max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_beginning_goes_through_the_decoder_once(name, mllms):
+    model, widths = mllms[name], []
+
+    def spy(module, args, kwargs):
+        widths.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+
+    hook = model.network.model.language_model.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        answers(model, questions()[:5], max_new_tokens=1)
+        shared = sum(rows * width for rows, width in widths)
+        widths.clear()
+        answers(model, questions()[:5], share=False, max_new_tokens=1)
+    finally:
+        hook.remove()
+    assert shared < 0.9 * sum(rows * width for rows, width in widths)
+
+
+def test_a_question_before_its_image_shares_nothing():
+    image, config = 9, type("Config", (), {"image_token_id": 9})
+    rows = [[1, 2, image, 3], [1, 4, image, 3], [1, 2, image, 5], [1, 2, image, 6]]
+    encoded = [{"input_ids": torch.tensor([row])} for row in rows]
+    assert beginnings.starts(encoded[:2], ["a", "a"], config) == []
+    assert beginnings.starts(encoded[::2], ["a", "b"], config) == []
+    (start,) = beginnings.starts(encoded, ["b", "c", "a", "a"], config)
+    assert start == beginnings.Start((2, 3), 3)
+
+
+def test_a_prompt_that_is_another_s_beginning_keeps_a_token_of_its_own():
+    config = type("Config", (), {"image_token_id": 9})
+    encoded = [{"input_ids": torch.tensor([row])} for row in ([9, 1, 2], [9, 1, 2, 3], [9, 1, 2])]
+    (start,) = beginnings.starts(encoded, ["a"] * 3, config)
+    assert start.length == 2
+
+
+def micro(engine, **options):
+    settings = {"harness": "lmms_eval", "suite": "micro", "limit": 12, "batch_size": 7}
+    settings |= {"tasks": ("pope", "textvqa_val"), "engine": engine} | options
+    return plan(BenchmarkConfig(name="b", **settings), offline=True)
+
+
+@pytest.fixture(scope="module")
+def micro_llava():
+    from bench.errors import UserError
+    from bench.models import loading
+    from bench.models.config import ModelConfig
+
+    config = ModelConfig(
+        name="micro_llava", source="zoo:micro_llava", kind="image_text", device="cpu"
+    )
+    try:
+        return loading.load(loading.resolve(config, offline=True))
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def applied(model, method):
+    changed = model.copy()
+    method.apply(changed, Context(seed=0, calibration=None, prompts=None, progress=SILENT))
+    return changed
+
+
+def windows():
+    from methods.visual_tokens.neighbor_attention import NeighborAttention
+
+    return NeighborAttention(window=1)
+
+
+def drop():
+    from methods.visual_tokens.layer_drop import LayerDrop
+
+    return LayerDrop(layers=2)
+
+
+def official():
+    from methods.visual_tokens.layer_drop import LayerDrop
+
+    return LayerDrop(layers=2, form="official")
+
+
+@pytest.mark.parametrize("method", [None, windows, drop])
+def test_both_engines_give_the_same_record_whatever_is_skipped(micro_llava, method):
+    model = micro_llava if method is None else applied(micro_llava, method())
+    shared, plain = evaluate(model, micro("shared")), evaluate(model, micro("plain"))
+    assert shared.samples == plain.samples
+    assert shared.metrics == plain.metrics
+    assert (shared.engine["used"], plain.engine["used"]) == ("shared", "plain")
+
+
+def fastv():
+    from methods.token_pruning.fastv import FastV
+
+    return FastV(keep=0.5)
+
+
+@pytest.mark.parametrize("method", [fastv, official])
+def test_a_method_that_looks_at_whole_prompts_is_asked_plainly(micro_llava, method):
+    model = applied(micro_llava, method())
+    found = evaluate(model, micro("shared", tasks=("pope",), limit=6))
+    assert found.engine["used"] == "plain"
+    assert found.engine["reasons"] == ["a method looks at whole prompts"]
+    assert found.samples == evaluate(model, micro("plain", tasks=("pope",), limit=6)).samples
+
+
+def test_a_window_shorter_than_the_prompts_is_asked_plainly(llava):
+    slides = replace(llava)
+    config = type(llava.network.config)(**llava.network.config.to_dict())
+    config.get_text_config().sliding_window = 64
+    slides.network = type("Network", (), {"config": config})
+    assert beginnings.unfit(slides) == "the network has layers that look back 64 tokens only"
+    assert beginnings.unfit(llava) is None

@@ -1,0 +1,56 @@
+"""Tiny networks and questions for the shared engine, and the slow answers to compare with."""
+
+import torch
+
+from bench.evaluation.budget import TokenBudget
+from bench.evaluation.engine import Asked
+from bench.evaluation.text.question import Question, Scored
+from bench.evaluation.text.shared.forward import Forward
+from bench.evaluation.text.shared.groves import LIMITS
+from bench.evaluation.text.shared.scoring import SharedScorer
+from bench.progress import SILENT
+
+CPU = torch.device("cpu")
+VOCABULARY = 40
+
+
+def shared(network, questions, tokens=2048, window=None, limits=LIMITS):
+    """Score with the shared engine; return the answers in order and what was noted."""
+    asked = Asked("shared")
+    budget = TokenBudget(tokens, CPU, SILENT)
+    scorer = SharedScorer(Forward(network, CPU), budget, asked, window, limits)
+    found = [answer for batch in scorer.score(questions) for answer in batch]
+    assert sorted(number for number, _ in found) == list(range(len(questions)))
+    return [answer for _, answer in sorted(found)], asked
+
+
+@torch.no_grad()
+def one_by_one(network, questions):
+    """Score every question in a forward of its own: the definition."""
+    answers = []
+    for inputs, targets in questions:
+        logits = network(torch.tensor([inputs])).logits[0, -len(targets) :]
+        logp = logits.double().log_softmax(-1)
+        wanted = torch.tensor(targets)
+        value = logp[torch.arange(len(targets)), wanted].sum()
+        answers.append(Scored(float(value), bool((logp.argmax(-1) == wanted).all())))
+    return answers
+
+
+def assert_same(found, wanted, tolerance=1e-5):
+    assert [answer.greedy for answer in found] == [answer.greedy for answer in wanted]
+    off = [abs(ours.value - theirs.value) for ours, theirs in zip(found, wanted, strict=True)]
+    assert max(off, default=0.0) <= tolerance
+
+
+def tree(generator, documents, stem, depth, choices, most):
+    """Draw documents on a common beginning, each with choices of up to `most` tokens."""
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))  # noqa: E731
+    tokens = lambda count: torch.randint(VOCABULARY, (count,), generator=generator).tolist()  # noqa: E731
+    beginning, questions = tokens(stem), []
+    for _ in range(documents):
+        context = [*beginning, *tokens(draw(1, depth))]
+        for _ in range(choices):
+            answer = tokens(draw(1, most))
+            questions.append(Question(context + answer[:-1], answer))
+    return questions

@@ -1,0 +1,111 @@
+"""Which networks the shared engine takes, and what is said about the others."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bench.errors import UserError
+from bench.evaluation import BenchmarkConfig, evaluate, plan
+from bench.evaluation.text.shared import fitness
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+
+WIDTH = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTH["num_key_value_heads"] = 4
+
+
+def model_of(kind, attention="eager", **changes):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**WIDTH, initializer_range=0.3, **changes)
+    network = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    asked = ModelConfig(name=kind, source="zoo:tiny")
+    network.eval().requires_grad_(False)
+    return Model(asked, network, None, "0", None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "mixtral", "opt", "phi", "stablelm"])
+def test_networks_of_attention_are_taken(kind):
+    assert fitness.unfit(model_of(kind)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_taken_too(dtype):
+    model = model_of("llama", "sdpa")
+    assert fitness.unfit(replace(model, network=model.network.to(dtype))) is None
+
+
+REFUSED = {
+    "mamba": "takes no past_key_values",
+    "bloom": "takes no position_ids",
+    "qwen3_next": "layers of linear_attention",
+    "llama4_text": "layers of chunked_attention",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_others_are_refused_by_name(kind):
+    more = {"layer_types": ["linear_attention", "full_attention"]} if kind == "qwen3_next" else {}
+    assert REFUSED[kind] in fitness.unfit(model_of(kind, **more))
+
+
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_network_that_ignores_what_it_is_given_is_found_out(ignored):
+    model = model_of("llama", "sdpa")
+    stock = model.network.model.forward
+
+    def forward(*args, **kwargs):
+        return stock(*args, **{**kwargs, ignored: None})
+
+    model.network.model.forward = forward
+    assert "answers otherwise in one row" in fitness.unfit(model)
+
+
+def test_a_network_that_fails_on_branches_is_asked_plainly():
+    model = model_of("llama", "sdpa")
+    stock = model.network.model.forward
+
+    def forward(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError("no mask of four dimensions\nat all")
+        return stock(*args, attention_mask=attention_mask, **kwargs)
+
+    model.network.model.forward = forward
+    assert fitness.unfit(model).endswith("ValueError no mask of four dimensions")
+
+
+def test_running_out_of_memory_is_not_taken_for_a_fault():
+    model = model_of("llama", "sdpa")
+
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA")
+
+    model.network.model.forward = forward
+    with pytest.raises(UserError, match="one prompt of 14 tokens does not fit into memory"):
+        fitness.unfit(model)
+
+
+def test_the_evaluation_says_which_engine_it_was(model):
+    def asked(model, engine):
+        options = {"suite": "micro", "tasks": ("boolq",), "limit": 3, "engine": engine}
+        return evaluate(model, plan(BenchmarkConfig(name="b", **options), offline=True)).engine
+
+    shared, plain = asked(model, "shared"), asked(model, "plain")
+    assert (shared["wanted"], shared["used"], shared["reasons"]) == ("shared", "shared", [])
+    assert 0 < shared["computed"] < shared["given"]
+    assert shared["tokens_per_batch"] >= 256
+    assert (plain["wanted"], plain["used"], plain["reasons"]) == ("plain", "plain", [])
+
+    class Whole(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.config = network, network.config
+
+        def forward(self, input_ids, use_cache=False):
+            return self.network(input_ids, use_cache=use_cache)
+
+    fallen = asked(replace(model, network=Whole(model.network)), "shared")
+    assert (fallen["wanted"], fallen["used"]) == ("shared", "plain")
+    assert fallen["reasons"] == ["the network's forward takes no attention_mask"]

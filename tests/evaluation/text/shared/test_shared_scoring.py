@@ -1,0 +1,198 @@
+"""Scores of the shared engine are those of each question in a forward of its own."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bench.errors import UserError
+from bench.evaluation.budget import TokenBudget
+from bench.evaluation.engine import Asked
+from bench.evaluation.text.question import Question
+from bench.evaluation.text.shared import mask
+from bench.evaluation.text.shared.forward import Forward
+from bench.evaluation.text.shared.groves import Limits
+from bench.evaluation.text.shared.scoring import SharedScorer
+from bench.progress import SILENT, Progress
+from tests.evaluation.text.shared.asking import (
+    CPU,
+    VOCABULARY,
+    assert_same,
+    one_by_one,
+    shared,
+    tree,
+)
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+KINDS = {
+    "llama": {},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": MOE,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "mistral": {"sliding_window": 16},
+    "granite": {"logits_scaling": 4.0},
+    "phi3": {"pad_token_id": 0},
+    "gpt2": {},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "olmo2": {},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+def network_of(kind, attention="sdpa"):
+    if kind == "gemma2":
+        attention = "eager"  # its soft cap has no SDPA
+    config = CONFIG_MAPPING[kind](**SMALL, **KINDS[kind])
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return network_of("llama")
+
+
+def drawn(seed, *shape):
+    return tree(torch.Generator().manual_seed(seed), *shape)
+
+
+FOREST = drawn(1, 30, 3, 12, 4, 6)
+ON_A_TRUNK = drawn(2, 60, 90, 12, 3, 4)
+LONG = drawn(3, 2, 1, 300, 3, 40)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_architecture_answers_the_same(kind, attention):
+    window = KINDS[kind].get("sliding_window")
+    network = network_of(kind, attention)
+    questions = [*FOREST, *ON_A_TRUNK[:100], *LONG]
+    found, asked = shared(network, questions, window=window)
+    assert_same(found, one_by_one(network, questions), 1e-4)
+    assert asked.computed < asked.given
+
+
+def test_a_trunk_is_computed_once(llama):
+    found, asked = shared(llama, ON_A_TRUNK)
+    assert_same(found, one_by_one(llama, ON_A_TRUNK), 1e-4)
+    own = sum(len(set_) for set_ in _distinct(ON_A_TRUNK))
+    assert own <= asked.computed < 1.15 * own + 90
+
+
+def _distinct(questions):
+    prefixes = {tuple(q.inputs[:end]) for q in questions for end in range(1, len(q.inputs) + 1)}
+    return [[prefix] for prefix in prefixes]
+
+
+TOKENS = st.lists(st.integers(0, 3), min_size=2, max_size=14)
+ASKED = st.lists(st.tuples(TOKENS, st.integers(1, 13)), min_size=1, max_size=30)
+
+
+@settings(max_examples=40)
+@given(ASKED, st.sampled_from([3, 30, 2048]), st.sampled_from([Limits(8, 20, 3), Limits()]))
+def test_any_trie_in_any_batches(llama, asked, tokens, limits):
+    questions = [
+        Question(inputs[:-1], inputs[max(1, len(inputs) - count) :]) for inputs, count in asked
+    ]
+    found, _ = shared(llama, questions, tokens, limits=limits)
+    assert_same(found, one_by_one(llama, questions))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+def test_answers_do_not_depend_on_the_batch(llama, tokens):
+    found, _ = shared(llama, FOREST + ON_A_TRUNK, tokens)
+    whole, _ = shared(llama, FOREST + ON_A_TRUNK, 4096)
+    assert_same(found, whole, 1e-5)
+
+
+def test_bfloat16_stays_within_a_hundredth_of_a_log_likelihood():
+    half = network_of("llama").to(torch.bfloat16)
+    found, _ = shared(half, FOREST)
+    for ours, theirs in zip(found, one_by_one(half, FOREST), strict=True):
+        assert ours.value == pytest.approx(theirs.value, rel=0.01, abs=0.1)
+
+
+def test_nothing_is_asked():
+    assert shared(network_of("llama"), [])[0] == []
+
+
+def test_only_positions_that_are_asked_about_meet_the_head(llama):
+    seen = []
+    hook = llama.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+    shared(llama, FOREST)
+    hook.remove()
+    asked = {
+        tuple(q.inputs[: len(q.inputs) - back]) for q in FOREST for back in range(len(q.targets))
+    }
+    assert len(asked) <= sum(seen) < 1.1 * len(asked)
+
+
+class Full(Forward):
+    """A forward for which memory has room for so many tokens."""
+
+    room = 0
+
+    def __call__(self, laid, read_R, cache):
+        if laid.tokens_BT.size > self.room:
+            raise torch.OutOfMemoryError("CUDA")
+        return super().__call__(laid, read_R, cache)
+
+
+@pytest.mark.parametrize("room", [45, 60, 150, 300])
+def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room):
+    said, asked = io.StringIO(), Asked("shared")
+    forward = Full(llama, CPU)
+    forward.room = room
+    budget = TokenBudget(2048, CPU, Progress(Console(file=said)))
+    scorer = SharedScorer(forward, budget, asked)
+    found = dict(answer for batch in scorer.score(FOREST) for answer in batch)
+    whole, _ = shared(llama, FOREST)
+    assert_same([found[number] for number in range(len(FOREST))], whole)
+    assert asked.halved >= 1
+    assert budget.tokens < 2048
+    assert "out of memory with a batch of" in said.getvalue()
+
+
+def test_one_path_that_does_not_fit_is_refused(llama):
+    scorer = SharedScorer(Full(llama, CPU), TokenBudget(64, CPU, SILENT), Asked("shared"))
+    with pytest.raises(UserError, match="one prompt of 2 tokens does not fit"):
+        list(scorer.score([Question([1, 2], [3])]))
+
+
+def test_answers_come_batch_by_batch(llama):
+    scorer = SharedScorer(Forward(llama, CPU), TokenBudget(90, CPU, SILENT), Asked("shared"))
+    batches = list(scorer.score(FOREST + ON_A_TRUNK))
+    assert len(batches) > 2
+    assert all(batches)
+
+
+def test_the_block_mask_of_flex_attention_is_the_additive_one():
+    from torch.nn.attention.flex_attention import create_mask
+
+    ends_BT = torch.tensor([[6, 3, 3, 6, 5, 6], [1, 2, 3, 4, 5, 6]])
+    blocks = mask.blocks(ends_BT, 2)
+    dense = create_mask(blocks.mask_mod, 2, None, 6, 8, device="cpu")
+    additive = mask.additive(ends_BT, 2, torch.float32)
+    assert (dense == (additive == 0)).all()
+    assert dense.any() and not dense.all()

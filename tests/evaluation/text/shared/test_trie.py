@@ -1,0 +1,84 @@
+"""What the trie says about ranges of leaves, against sets of prefixes."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.evaluation.text.question import Question
+from bench.evaluation.text.shared import groves
+from bench.evaluation.text.shared.rows import lay, lay_trunk
+from bench.evaluation.text.shared.trie import Trie
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+INPUTS = st.lists(TOKENS, min_size=1, max_size=25)
+
+
+def trie_of(inputs):
+    return Trie([Question(tokens, [0] * (1 + len(tokens) // 2)) for tokens in inputs])
+
+
+def prefixes(inputs):
+    return {tuple(tokens[:end]) for tokens in inputs for end in range(1, len(tokens) + 1)}
+
+
+@given(INPUTS)
+def test_every_prefix_is_counted_once_and_leaves_end_nowhere_else(inputs):
+    trie = trie_of(inputs)
+    assert trie.tokens == len(prefixes(inputs))
+    leaves = [tuple(leaf.tolist()) for leaf in trie.leaves]
+    inner = {prefix[:-1] for prefix in prefixes(inputs)}
+    assert leaves == sorted({tuple(tokens) for tokens in inputs} - inner)
+
+
+@given(INPUTS, st.data())
+def test_sizes_and_branches_of_ranges(inputs, data):
+    trie = trie_of(inputs)
+    low = data.draw(st.integers(0, len(trie) - 1))
+    high = data.draw(st.integers(low + 1, len(trie)))
+    inside = [leaf.tolist() for leaf in trie.leaves[low:high]]
+    common = trie.common(low, high)
+    assert len({tuple(leaf[:common]) for leaf in inside}) == 1
+    assert trie.size(low, high, 0) == len(prefixes(inside))
+    assert trie.size(low, high, common) == len(prefixes(inside)) - common
+    if high - low > 1:
+        branches = trie.branches(low, high, common)
+        assert len({leaf[common] for leaf in inside}) == len(branches) > 1
+        assert [low, *(b for _, b in branches)] == [*(a for a, _ in branches), high]
+
+
+@given(INPUTS, st.sampled_from([4, 9, 256]), st.sampled_from([2, 32]), st.sampled_from([3, None]))
+def test_rows_hold_every_leaf_once_and_every_read_where_its_token_is(inputs, row, worth, window):
+    trie = trie_of(inputs)
+    limits = groves.Limits(row=row, tree=4 * row, worth=worth)
+    found = groves.cut(trie, limits, window)
+    rows = [each for grove in found for each in grove.rows]
+    assert sorted(i for each in rows for i in range(each.low, each.high)) == list(range(len(trie)))
+    read = {number: [] for number in range(len(inputs))}
+    for grove in found:
+        start = 0 if grove.trunk is None else grove.trunk.stop
+        assert {each.start for each in grove.rows} <= {start}
+        pieces = [] if grove.trunk is None else [lay_trunk(trie, grove.trunk)]
+        pieces += [lay(trie, [each]) for each in grove.rows]
+        for laid in pieces:
+            for place in laid.asked:
+                tokens = laid.tokens_BT.flat[place.places].tolist()
+                depths = laid.depths_BT.flat[place.places].tolist()
+                read[place.number] += zip(depths, tokens, strict=True)
+    for number, tokens in enumerate(inputs):
+        first = len(tokens) - 1 - len(tokens) // 2
+        assert sorted(read[number]) == list(enumerate(tokens))[first:]
+
+
+@given(INPUTS)
+def test_a_token_is_seen_by_its_descendants_only(inputs):
+    trie = trie_of(inputs)
+    (grove,) = groves.cut(trie)
+    (row,) = grove.rows
+    laid = lay(trie, [row])
+    tokens, depths = laid.tokens_BT[0], laid.depths_BT[0]
+    ends = laid.ends_BT
+    if ends is None:
+        return
+    seen_by = [[k for k in range(q + 1) if q < ends[0, k]] for q in range(len(tokens))]
+    paths = {tuple(tokens[path].tolist()) for path in seen_by}
+    assert paths == prefixes(inputs)
+    assert [depths[path].tolist() for path in seen_by] == [list(range(len(p))) for p in seen_by]

@@ -1,0 +1,156 @@
+"""Runs in processes of their own, which can be killed: forked, so that they start at once."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.cli import main
+from bench.evaluation.memory import Memory
+from bench.progress import Progress
+from bench.records import Store
+
+SMALL = (
+    "benchmark.tasks=[arc_easy,boolq]",
+    "benchmark.perplexity.english.window=64",
+    "benchmark.limit=12",
+    "benchmark.batch_size=4",
+    "calibration.rows=4",
+    "costs.length=32",
+    "threads=1",
+    "tracker=none",
+)
+TIMES = {"started", "finished"}
+
+
+@dataclass
+class Child:
+    """One `bench` command in a process of its own; what it says is in a file."""
+
+    pid: int
+    said: Path
+    text: str = ""
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """Return the exit code, or minus the number of the signal that ended it."""
+        _, status = os.waitpid(self.pid, 0)
+        self.text = self.said.read_text()
+        self.said.unlink()
+        return os.waitstatus_to_exitcode(status)
+
+    def says(self, words):
+        """Whether it has said this so far."""
+        return words in self.said.read_text()
+
+
+def start(results, *arguments, before=None, small=SMALL):
+    """Start `bench run` on a results folder; `before` is called in the new process."""
+    handle, said = tempfile.mkstemp(prefix="said-")
+    given = list(arguments)
+    given += [each for each in small if each.split("=")[0] not in _keys(given)]
+    pid = os.fork()
+    if pid:
+        os.close(handle)
+        return Child(pid, Path(said))
+    code = 99
+    try:
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        if before is not None:
+            before()
+        code = main(["run", *given, f"results_dir={results}"])
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def run(results, *arguments, before=None, small=SMALL):
+    """Run a command to its end; return exit code and what it said."""
+    child = start(results, *arguments, before=before, small=small)
+    return child.wait(), child.text
+
+
+def _keys(arguments):
+    return {argument.split("=")[0] for argument in arguments}
+
+
+def die_in(phase):
+    """Return what makes a process kill itself in the middle of a phase."""
+
+    def arm():
+        enter = Progress.phase
+
+        def deadly(self, name, total=None):
+            if name == phase:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return enter(self, name, total)
+
+        Progress.phase = deadly
+
+    return arm
+
+
+def counting(file, pause=0.0):
+    """Return what makes a process write down every request that it scored, batch by batch."""
+
+    def arm():
+        Memory.answers = counted(Memory.answers, file, pause)
+
+    return arm
+
+
+def counted(answers, file, pause=0.0):
+    """Wrap `Memory.answers` so that the key of each request that is scored goes to a file."""
+
+    def counting_answers(self, keys, score, progress):
+        def noted(missing):
+            for batch in score(missing):
+                given = list(batch)
+                with file.open("a") as log:
+                    log.write("".join(f"{keys[place]}\n" for place, _ in given))
+                yield given
+                time.sleep(pause)
+
+        return answers(self, keys, noted, progress)
+
+    return counting_answers
+
+
+def timeless(record):
+    """Return all of a record but its times and where and from which commit it was written."""
+    content = record.model_dump(exclude=TIMES)
+    content["costs"] = [cost for cost in content["costs"] if cost["how"] != "measured"]
+    for method in content["methods"]:
+        method.pop("seconds")
+        method["report"].pop("seconds", None)
+    content["config"].pop("results_dir")
+    content["provenance"].pop("git_commit")
+    for spent in ("given", "computed", "halved"):  # of this process, not of the one that was killed
+        content["provenance"]["engine"].pop(spent)
+    content["command"] = None
+    return content
+
+
+def only(results):
+    """Return the one record of a results folder."""
+    (record,) = Store(results).all()
+    return record
+
+
+def wait_for(condition, seconds=60):
+    """Wait until something is the case."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.005)

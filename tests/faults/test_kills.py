@@ -1,0 +1,166 @@
+"""kill -9 at every stage and at random moments, polite signals: the same command goes on."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from bench.records import Store, atomic
+from tests.faults.processes import counting, die_in, only, run, start, timeless, wait_for
+
+RUN = ("method=camera_p", "ratio=0.4")
+BATCH = 4 * 4  # four documents of four choices go through the network together
+STAGES = (
+    "loading the model",
+    "applying camera_p",
+    "micro_moe on boolq",
+    "micro_moe on english",
+    "writing the record",
+)
+
+
+def die_at_rename(number):
+    """Return what kills a process right after the `number`-th rename of a folder."""
+
+    def arm():
+        rename, seen = atomic.Path.rename, []
+
+        def deadly(self, target):
+            found = rename(self, target)
+            seen.append(self)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        atomic.Path.rename = deadly
+
+    return arm
+
+
+def journals(results):
+    return list((results / "unfinished").glob("*/answers.journal"))
+
+
+def lines(results):
+    return sum(path.read_bytes().count(b"\n") for path in journals(results))
+
+
+def wait_for_more_than(count, results):
+    wait_for(lambda: lines(results) > count)
+
+
+def test_killed_at_every_stage_in_turn_it_ends_as_one_that_was_not(tmp_path, same):
+    results = tmp_path / "results"
+    for stage in STAGES:
+        code, said = run(results, *RUN, before=die_in(stage))
+        assert code == -signal.SIGKILL, said
+        assert not Store(results).all()
+    assert run(results, *RUN)[0] == 0
+    same(results)
+
+
+def test_killed_between_record_and_clean_up_it_is_done(tmp_path, same):
+    results = tmp_path / "results"
+    assert run(results, *RUN, before=die_at_rename(1))[0] == -signal.SIGKILL
+    assert journals(results)
+    code, said = run(results, *RUN)
+    assert (code, "already recorded" in said) == (0, True)
+    same(results)
+
+
+def test_killed_while_a_record_is_replaced_there_is_always_one(tmp_path, same):
+    results = tmp_path / "results"
+    run(results, *RUN)
+    before = only(results)
+    assert run(results, *RUN, "force=true", before=die_at_rename(1))[0] == -signal.SIGKILL
+    code, said = run(results, *RUN)
+    assert (code, "already recorded" in said) == (0, True)
+    assert only(results) == before
+
+
+def killed_at(results, moment, log):
+    """Start the run, kill it after so many seconds unless it is done, return its exit code."""
+    child = start(results, *RUN, before=counting(log))
+    time.sleep(moment)
+    child.kill()
+    return child.wait()
+
+
+def scored_twice(log):
+    counts = Counter(log.read_text().split())
+    return sum(count - 1 for count in counts.values())
+
+
+def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_path, same):
+    results, log, kills = tmp_path / "results", tmp_path / "scored", 4
+    draw, before = random.Random(8), 1
+    for _ in range(kills):
+        child = start(results, *RUN, before=counting(log, pause=0.2))
+        wait_for_more_than(before, results)
+        time.sleep(draw.uniform(0, 0.3))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        before = lines(results)
+    assert run(results, *RUN, before=counting(log))[0] == 0
+    same(results)
+    assert scored_twice(log) <= kills * BATCH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(10))
+def test_killed_at_a_random_moment_it_ends_as_one_that_was_not(tmp_path, same, number):
+    began = time.monotonic()
+    assert run(tmp_path / "timed" / "results", *RUN)[0] == 0
+    whole = time.monotonic() - began
+    results, log = tmp_path / "results", tmp_path / "scored"
+    log.touch()
+    killed_at(results, random.Random(number).uniform(0, 1) * whole, log)
+    assert run(results, *RUN, before=counting(log))[0] == 0
+    same(results)
+    assert scored_twice(log) <= BATCH
+
+
+def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, same):
+    results, log, before = tmp_path / "results", tmp_path / "scored", 1
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        child = start(results, *RUN, before=counting(log, pause=0.3))
+        wait_for_more_than(before, results)
+        child.kill(number)
+        assert child.wait() == 75
+        assert "the same command goes on" in child.text
+        before = lines(results)
+    assert run(results, *RUN, before=counting(log))[0] == 0
+    same(results)
+    assert scored_twice(log) == 0
+
+
+def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
+    results, log = tmp_path / "results", tmp_path / "scored"
+    first = start(results, *RUN, before=counting(log, pause=0.3))
+    wait_for(lambda: lines(results) > 2)
+    second = start(results, *RUN, before=counting(log, pause=0.05))
+    wait_for(lambda: second.says("another process is at run"))
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    third = start(results, *RUN, before=counting(log))
+    assert (second.wait(), third.wait()) == (0, 0)
+    assert "already recorded" not in second.text
+    assert "already recorded" in third.text
+    assert scored_twice(log) <= BATCH
+    same(results)
+
+
+def test_other_methods_meet_none_of_its_answers(tmp_path, undisturbed):
+    """A method that has changed is another run: it scores every sample itself."""
+    results, log = tmp_path / "results", tmp_path / "scored"
+    child = start(results, "method=camera_p", "ratio=0.6", before=counting(log, pause=0.05))
+    wait_for(lambda: lines(results) > 3)
+    child.kill()
+    child.wait()
+    alone = tmp_path / "alone"
+    assert run(results, *RUN, before=counting(alone))[0] == 0
+    assert timeless(only(results)) == timeless(only(undisturbed))
+    assert alone.read_text() == (undisturbed.parent / "scored").read_text()

@@ -1,0 +1,134 @@
+"""Trainings go on from their checkpoints through `bench run`; damaged ones are set aside."""
+
+import importlib
+import io
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench.progress import Progress
+from bench.records import Store
+from methods import checkpoint
+from methods.checkpoint import Checkpoint, Keeper
+from tests.faults.processes import only, run, timeless
+
+# What the trainings need is loaded once, and not again by each of the processes forked from here.
+for name in ("bench.evaluation.images.running", "methods.wgsef.method", "methods.wgsef.finetuning"):
+    importlib.import_module(name)
+
+QUIET = ("threads=1", "tracker=none", "costs.length=32")
+TRAININGS = {
+    "wgsef": (
+        "model=micro_lenet", "benchmark=images", "benchmark.limit=40", "method=wgsef",
+        "ratio=0.5", "method.wgsef.recipe.epochs=3", "method.wgsef.recipe.batch=400",
+        "method.wgsef.recipe.save_every=1",
+    ),
+    "wgsef_finetune": (
+        "method=wgsef_finetune", "benchmark.tasks=[boolq]", "benchmark.perplexity={}",
+        "benchmark.limit=4", "calibration.rows=4", "method.wgsef_finetune.steps=5",
+        "method.wgsef_finetune.rows=2",
+    ),
+    "visual_finetune": (
+        "model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[gqa]",
+        "benchmark.limit=4", "method=visual_finetune", "method.visual_finetune.count=20",
+        "method.visual_finetune.batch=4",
+    ),
+}  # fmt: skip
+
+
+def die_after_checkpoint(number):
+    """Return what lets a training write at every step and kills it after one of them."""
+
+    def arm():
+        checkpoint.SECONDS, checkpoint.SHARE = 0.0, 1e9
+        Keeper.keep = _killing(Keeper.keep, number)
+
+    return arm
+
+
+def _killing(keep, number):
+    seen = []
+
+    def deadly(self, make):
+        keep(self, make)
+        seen.append(make)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return deadly
+
+
+@pytest.mark.parametrize(
+    "name", ["wgsef", "wgsef_finetune", pytest.param("visual_finetune", marks=pytest.mark.slow)]
+)
+def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(tmp_path, undisturbed, name):
+    results, whole = tmp_path / "results", tmp_path / "whole" / "results"
+    arguments = TRAININGS[name]
+    assert run(whole, *arguments, small=QUIET)[0] == 0
+    code, said = run(results, *arguments, before=die_after_checkpoint(3), small=QUIET)
+    assert code == -signal.SIGKILL, said
+    assert list((results / "unfinished").glob(f"*/{name}/step-*"))
+    code, said = run(results, *arguments, small=QUIET)
+    assert code == 0, said
+    assert "going on with the training from its step 3" in said
+    ours, theirs = timeless(only(results)), timeless(only(whole))
+    assert ours == theirs
+    assert not list((results / "unfinished").iterdir())
+
+
+def kept(folder):
+    checkpoint.write(folder, Checkpoint(7, {"a": torch.arange(6.0)}, {"loss": 0.5}))
+    (path,) = folder.glob("step-*")
+    return path
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] ^= 4
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: flip(path / "tensors.safetensors", -3), "checksum does not match"),
+        (lambda path: flip(path / "tensors.safetensors", 2), "checksum does not match"),
+        (lambda path: flip(path / "state.json", -6), "cannot be read"),
+        (lambda path: (path / "tensors.safetensors").write_bytes(b"{"), "checksum"),
+        (lambda path: (path / "tensors.safetensors").unlink(), "No such file"),
+        (lambda path: (path / "state.json").write_text('{"format": 99}'), "format is 99"),
+        (lambda path: (path / "state.json").write_text("[]"), "format is None"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_set_aside_with_a_word(tmp_path, damage, said):
+    path, warnings = kept(tmp_path), []
+    damage(path)
+    assert checkpoint.read(tmp_path, warnings.append) is None
+    (warning,) = warnings
+    assert said in warning and str(path) in warning
+    assert (tmp_path / f"aside1-{path.name}").is_dir()
+    assert checkpoint.read(tmp_path, warnings.append) is None
+    assert len(warnings) == 1
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, undisturbed):
+    results, arguments = tmp_path / "results", TRAININGS["wgsef"]
+    run(results, *arguments, before=die_after_checkpoint(2), small=QUIET)
+    (file,) = results.glob("unfinished/*/wgsef/step-*/tensors.safetensors")
+    flip(file, -3)
+    code, said = run(results, *arguments, small=QUIET)
+    assert code == 0
+    assert "it is set aside as aside1-step" in " ".join(said.split())
+    assert len(Store(results).all()) == 1
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_training(tmp_path):
+    said = io.StringIO()
+    (tmp_path / "file").write_text("in the way")
+    keeper = Keeper(tmp_path / "file" / "folder", Progress(Console(file=said)))
+    keeper.keep(lambda: Checkpoint(1, {}, {}))
+    assert "no checkpoint could be written" in said.getvalue()
+    assert keeper.last() is None

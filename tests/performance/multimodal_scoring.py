@@ -1,0 +1,116 @@
+"""How much faster six questions an image are answered than by lmms-eval's own LLaVA adapter.
+
+Where that cannot be imported (it needs decord), our plain engine stands in, and the figure says so:
+it has real batches and encodes an image once already, which lmms-eval's adapter has not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from bench.evaluation import BenchmarkConfig, Plan, evaluate, plan
+from bench.models import loading
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+from tests.performance.figure import Figure
+from tests.performance.interleaved import ratio, times
+
+IMAGES, QUESTIONS, ROUNDS, ANSWER = 4, 6, 5, 4
+GOAL = 4.0
+
+
+def figures() -> list[Figure]:
+    """Speed-up on POPE's and on GQA's schema."""
+    torch.set_num_threads(1)
+    model = llava()
+    with tempfile.TemporaryDirectory() as folder:
+        return [_figure(model, name, Path(folder)) for name in ("pope", "gqa")]
+
+
+def _figure(model: Model, name: str, folder: Path) -> Figure:
+    plans = {engine: exam(name, folder, engine) for engine in ("shared", "plain")}
+    other = "our plain engine, as lmms-eval's adapter cannot be imported"
+    theirs = partial(evaluate, model, plans["plain"])
+    if importlib.util.find_spec("decord") is not None:
+        other, theirs = "lmms-eval's llava_hf", partial(harness, model, plans["plain"], folder)
+    took = times([theirs, partial(evaluate, model, plans["shared"])], ROUNDS)
+    least, median = ratio(*took)
+    size = sum(weight.numel() for weight in model.network.parameters()) / 1e6
+    how = (
+        f"against {other}: {min(took[0]):.2f} s and {min(took[1]):.2f} s, minima of {ROUNDS}, "
+        f"medians {median:.2f}; {IMAGES} images, {QUESTIONS} questions each, answers of "
+        f"{ANSWER} tokens, {size:.0f} M weights, one thread"
+    )
+    return Figure(f"{name}: speed-up", least, f">= {GOAL:g}", least >= GOAL, how)
+
+
+def exam(name: str, folder: Path, engine: str) -> Plan:
+    """Plan a task whose images come with six questions each, in the real data set's schema."""
+    micro = BenchmarkConfig(name="e", harness="lmms_eval", suite="micro", tasks=(name,))
+    (task,) = plan(micro, offline=True).scoring.tasks  # type: ignore[attr-defined]
+    rows = task.task.dataset[task.split]
+    asked = [dict(row) for row in rows.select(range(IMAGES * QUESTIONS))]
+    images = [task.task.doc_to_visual(rows[place])[0] for place in range(IMAGES)]
+    for place, row in enumerate(asked):
+        row["image"] = images[place // QUESTIONS]
+    file = folder / f"{name}.parquet"
+    features = datasets.Features({**rows.features, "image": datasets.Image()})
+    datasets.Dataset.from_list(asked, features=features).to_parquet(file)
+    config = BenchmarkConfig(
+        name="e",
+        harness="lmms_eval",
+        tasks=(name,),
+        data={name: str(file)},
+        engine=engine,  # type: ignore[arg-type]
+        batch_size=IMAGES * QUESTIONS,
+    )
+    planned = plan(config, offline=True)
+    for each in planned.scoring.tasks:  # type: ignore[attr-defined]
+        each.task.config.generation_kwargs["max_new_tokens"] = ANSWER
+    return planned
+
+
+def llava() -> Model:
+    """Return an untrained LLaVA of more than 50 million weights, with the embedded processor."""
+    config = ModelConfig(
+        name="llava", source="zoo:micro_llava", kind="image_text", device="cpu", dtype="float32"
+    )
+    model = loading.load(loading.resolve(config, offline=True))
+    small: Any = model.network.config
+    torch.manual_seed(0)
+    text = small.text_config.to_dict() | {
+        "hidden_size": 640,
+        "intermediate_size": 1728,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+    }
+    settings = small.to_dict() | {"text_config": text}
+    model.network = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    model.network.eval().requires_grad_(False)
+    return model
+
+
+def harness(model: Model, planned: Plan, folder: Path) -> Any:
+    """Let lmms-eval ask its own adapter."""
+    from lmms_eval.models.simple.llava_hf import LlavaHf
+
+    from bench.evaluation.multimodal import running
+
+    saved = folder / "llava"
+    if not saved.is_dir():
+        model.network.save_pretrained(saved)  # type: ignore[operator]
+        model.processor.save_pretrained(saved)
+    adapter = LlavaHf(str(saved), device="cpu", dtype="float32", device_map="cpu")
+    for each in planned.scoring.tasks:  # type: ignore[attr-defined]
+        running._run(adapter, each)

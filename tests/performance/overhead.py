@@ -1,0 +1,73 @@
+"""What scoring costs besides the network's forward, for each request, against lm-eval's own."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import torch
+
+from bench.evaluation.text.adapter import Adapter
+from bench.evaluation.text.quiet import quiet
+from bench.evaluation.text.templates import compiled_once
+from bench.models import loading
+from bench.models.config import ModelConfig
+from bench.models.model import Model
+from bench.progress import SILENT
+from tests.performance import exams
+from tests.performance.figure import Figure
+from tests.performance.text_scoring import reference
+
+DOCUMENTS, ROUNDS, BATCH = 100, 5, 16
+
+
+def figures() -> list[Figure]:
+    """Milliseconds a request outside the forward, ours over theirs, on the embedded model."""
+    torch.set_num_threads(1)
+    config = ModelConfig(name="micro_moe", source="zoo:micro_moe", device="cpu", dtype="float32")
+    model = loading.load(loading.resolve(config, offline=True))
+    planned = exams.tasks(DOCUMENTS)[0]
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        theirs.append(_outside(model, planned, lambda: reference(model, BATCH)))
+        ours.append(_outside(model, planned, lambda: Adapter(model, BATCH, SILENT, "shared")))
+    value = min(ours) / min(theirs)
+    how = (
+        f"{planned.name}: {1e3 * min(theirs):.2f} ms a request with hf, {1e3 * min(ours):.2f} ms "
+        f"with ours, minima of {ROUNDS}, medians "
+        f"{statistics.median(ours) / statistics.median(theirs):.2f}; harness included"
+    )
+    return [Figure("time outside the forward / lm-eval's", value, "<= 0.33", value <= 1 / 3, how)]
+
+
+def _outside(model: Model, planned: Any, make: Callable[[], Any]) -> float:
+    """Return the seconds a request that a whole evaluation spends outside the network."""
+    from lm_eval.evaluator import evaluate as harness
+
+    inside, stock = [], model.network.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            inside.append(time.perf_counter() - began)
+
+    timed.__signature__ = __import__("inspect").signature(stock)  # type: ignore[attr-defined]
+    model.network.forward = timed  # type: ignore[method-assign]
+    began = time.perf_counter()
+    try:
+        with quiet(), redirect_stderr(StringIO()):
+            lm = make()
+            context = compiled_once() if isinstance(lm, Adapter) else quiet()
+            with context:
+                result = harness(lm, {"tasks": planned.tasks}, limit=DOCUMENTS, bootstrap_iters=0)
+    finally:
+        model.network.forward = stock  # type: ignore[method-assign]
+    whole = time.perf_counter() - began
+    count = sum(len(sample["resps"]) for sample in result["samples"][planned.name])
+    return (whole - sum(inside)) / count
