@@ -23,7 +23,8 @@ from bench.models.model import Model
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
-IMAGES, QUESTIONS, ROUNDS, ANSWER = 4, 6, 5, 4
+IMAGES, QUESTIONS, ROUNDS, ANSWER = 2, 6, 5, 4
+SIDE, PATCH = 336, 14  # LLaVA-1.5's, which make 576 visual tokens
 GOAL = 4.0
 
 
@@ -94,8 +95,14 @@ def llava() -> Model:
         "num_key_value_heads": 10,
         "head_dim": 64,
         "vocab_size": 32_000,
+        "max_position_embeddings": 2048,
     }
-    settings = small.to_dict() | {"text_config": text}
+    vision = small.vision_config.to_dict() | {"image_size": SIDE, "patch_size": PATCH}
+    settings = small.to_dict() | {"text_config": text, "vision_config": vision}
+    settings["image_seq_length"] = (SIDE // PATCH) ** 2
+    model.processor.patch_size = PATCH
+    model.processor.image_processor.size = {"shortest_edge": SIDE}
+    model.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
     model.network = LlavaForConditionalGeneration(LlavaConfig(**settings))
     model.network.eval().requires_grad_(False)
     return model

@@ -1,15 +1,30 @@
-"""How soon the command line answers, and how soon the evaluator knows its tasks."""
+"""How soon the command line answers, tasks are known, and the first forward begins."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
 HELP = [sys.executable, "-m", "bench.cli", "--help"]
+STARTS = 5
+UNTIL_FORWARD = """
+import os, runpy, sys, torch
+call = torch.nn.Module.__call__
+def spy(module, *args, **kwargs):
+    if type(module).__name__.endswith("ForCausalLM") and not next(module.parameters()).is_meta:
+        os._exit(42)
+    return call(module, *args, **kwargs)
+torch.nn.Module.__call__ = spy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+"""Runs a module as a command and leaves when a language model with weights is about to compute."""
 
 
 def figures() -> list[Figure]:
@@ -22,7 +37,48 @@ def figures() -> list[Figure]:
     return [
         Figure("bench --help", min(took), "<= 0.4 s", min(took) <= 0.4, "fastest of 5 processes"),
         _index(),
+        _first_forward(),
     ]
+
+
+def _first_forward() -> Figure:
+    """Compare `bench run` with the `lm_eval` command on the same model and documents."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours, theirs = _commands(folder)
+        took = times([lambda: _until_forward(theirs), lambda: _until_forward(ours)], STARTS)
+    value = ratio(took[1], took[0])[0]
+    how = f"bench {min(took[1]):.1f} s, lm_eval {min(took[0]):.1f} s, minima of {STARTS} processes"
+    return Figure("first forward, bench / lm_eval", value, "<= 0.5", value <= 0.5, how)
+
+
+def _commands(folder: Path) -> tuple[list[str], list[str]]:
+    """Write the embedded ARC documents as a file that both can read; return both commands."""
+    from bench.evaluation.text import embedded
+    from bench.evaluation.text.catalog import harness_folder
+    from bench.models.zoo.micro_moe import FOLDER
+
+    file = folder / "arc.parquet"
+    embedded.splits(world="arc_easy", only="test")["test"].select(range(8)).to_parquet(file)
+    (folder / "timed.yaml").write_text(
+        f"include: {harness_folder()}/arc/arc_easy.yaml\ntask: timed\n"
+        "dataset_path: parquet\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+        "training_split: null\nvalidation_split: null\nfewshot_split: null\ntest_split: test\n"
+    )
+    ours = ["bench.cli", "run", "model=micro_moe", "benchmark=nine_tasks", "tracker=none"]
+    ours += ["benchmark.tasks=[arc_easy]", f"benchmark.data.arc_easy={file}", "offline=true"]
+    ours += [f"results_dir={folder}/results", "model.device=cpu"]
+    theirs = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={FOLDER}", "--device", "cpu"]
+    return ours, [*theirs, "--tasks", "timed", "--include_path", str(folder)]
+
+
+def _until_forward(command: Sequence[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNTIL_FORWARD, *command], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 42:
+        raise RuntimeError(f"{command[0]} did not reach a forward: {done.stderr[-2000:]}")
 
 
 def _index() -> Figure:
