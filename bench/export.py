@@ -53,33 +53,22 @@ def export(
 
 def repeated(record: Record) -> Model:
     """Return the model of a record: its weights, changed by its methods once more."""
-    from bench.data import calibration, prompts
+    from bench.applying import apply_methods
     from bench.device import seed_everything
-    from bench.method import Context
+    from bench.lending import lend
     from bench.models import loading
     from bench.progress import Progress
-    from bench.run import apply_methods
 
     config = recorded_config(record)
     source = loading.resolve(config.model, offline=config.offline)
     _refuse_change("weights", record.model.fingerprint, source.fingerprint)
-    text = None
-    if config.uses_calibration:
-        text = calibration.resolve(config.calibration, offline=config.offline)
-        _refuse_change("calibration text", record.provenance["calibration"], text.fingerprint)
-    pictures = None
-    if config.uses_prompts:
-        pictures = prompts.resolve(config.prompts, offline=config.offline)
-        _refuse_change("prompts", record.provenance["prompts"], pictures.fingerprint)
+    loan = lend(config)
+    for what, found in loan.fingerprints.items():
+        if found is not None:
+            _refuse_change(what, record.provenance[what], found)
     seed_everything(config.seed)
     model = loading.load(source)
-    context = Context(
-        seed=config.seed,
-        calibration=text.tokenize(model.tokenizer) if text else None,
-        prompts=pictures.process(model.processor, config.model.system_prompt) if pictures else None,
-        progress=Progress(),
-    )
-    apply_methods(config, model, context)
+    apply_methods(config, model, loan.to(config, model, Progress()))
     return model
 
 

@@ -10,26 +10,24 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.applying import apply_methods
 from bench.errors import Stopped
+from bench.lending import Loan, lend
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
-    from bench.data.calibration import CalibrationSource
-    from bench.data.prompts import PromptSource
     from bench.evaluation import Plan
     from bench.launch import Launched
     from bench.measurement.cost import Cost
     from bench.measurement.subject import Subject
-    from bench.method import Context
     from bench.models.loading import Source
     from bench.models.model import Model
     from bench.models.pristine import Pristine
@@ -88,8 +86,7 @@ class Inputs:
     id: str
     source: Source
     plan: Plan
-    calibration: CalibrationSource | None
-    prompts: PromptSource | None
+    loan: Loan
     versions: dict[str, str]
 
     def may_change(self, config: RunConfig) -> bool:
@@ -98,11 +95,7 @@ class Inputs:
             return False
         from_hub = [source.origin == "hub" for source in self.plan.sources.values()]
         from_hub.append(self.source.revision not in (None, config.model.revision))
-        if self.calibration is not None:
-            from_hub.append(config.calibration.source in ("wikitext2", "c4"))
-        if self.prompts is not None:
-            from_hub.append(config.prompts.source == "hub")
-        return any(from_hub)
+        return any(from_hub) or self.loan.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
         """The model's folder, and every file or folder that the config names."""
@@ -155,7 +148,6 @@ def resolve(config: RunConfig) -> Inputs:
     Raises:
         UserError: a method does not fit the model, or something that is needed is missing.
     """
-    from bench.data import calibration, prompts
     from bench.device import dtype, pick
     from bench.evaluation import plan_once
     from bench.models import loading
@@ -173,12 +165,7 @@ def resolve(config: RunConfig) -> Inputs:
         method.check(anatomy)
     planned = plan_once(config.benchmark, offline=config.offline)
     planned.refuse_unfit(config.model)
-    text = None
-    if config.uses_calibration:
-        text = calibration.resolve(config.calibration, offline=config.offline)
-    pictures = None
-    if config.uses_prompts:
-        pictures = prompts.resolve(config.prompts, offline=config.offline)
+    loan = lend(config)
 
     identity = config.identity()
     device = pick(config.model.device)
@@ -191,11 +178,10 @@ def resolve(config: RunConfig) -> Inputs:
         "config": identity,
         "weights": source.fingerprint,
         "data": planned.fingerprints,
-        "calibration": text.fingerprint if text else None,
-        "prompts": pictures.fingerprint if pictures else None,
+        **loan.fingerprints,
         "versions": found,
     }
-    return Inputs(run_id(inputs), source, planned, text, pictures, found)
+    return Inputs(run_id(inputs), source, planned, loan, found)
 
 
 def _perform(
@@ -208,7 +194,6 @@ def _perform(
     from bench.evaluation.ranks import joined
     from bench.measurement.costs import count, phases
     from bench.measurement.measuring import measure
-    from bench.method import Context
     from bench.models.state import state_hash
     from bench.records import CostPart, GapPart, MetricPart, Record
 
@@ -220,15 +205,8 @@ def _perform(
         model = _pristine().borrow(inputs.source, will_change=bool(config.method))
     with progress.phase("counting costs"):
         before = count(model, config.costs)
-    context = Context(
-        seed=config.seed,
-        calibration=inputs.calibration.tokenize(model.tokenizer) if inputs.calibration else None,
-        prompts=inputs.prompts.process(model.processor, config.model.system_prompt)
-        if inputs.prompts
-        else None,
-        progress=progress,
-        folder=store.unfinished(inputs.id, joined().number),
-    )
+    own = store.unfinished(inputs.id, joined().number)
+    context = inputs.loan.to(config, model, progress, own)
     methods = apply_methods(config, model, context)
     with store.journal(inputs.id, state_hash(model.network), joined().number) as journal:
         for note in journal.notes:
@@ -261,49 +239,6 @@ def _perform(
     return record
 
 
-def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
-    """Apply a run's methods to its model in their order and keep what each says it did.
-
-    Raises:
-        UserError: a method left weights that are no numbers.
-    """
-    from bench.device import synchronize
-    from bench.device.memory import Peak
-    from bench.measurement.leaks import Watch
-    from bench.models.state import refuse_not_finite
-    from bench.records import MethodPart
-
-    parts = []
-    watched = "memory" in config.costs.measure
-    for name, method in config.method.items():
-        own = replace(context, folder=context.folder / name if context.folder else None)
-        watch = Watch(model.network, model.device)
-        highest = Peak(model.device) if watched else nullcontext()
-        with context.progress.phase(f"applying {name}"), _blaming(name), highest as peak:
-            began = time.perf_counter()
-            report = method.apply(model, own)
-            synchronize(model.device)
-            took = time.perf_counter() - began
-        refuse_not_finite(model.network, name)
-        if left := watch.left(model.network):
-            context.progress.warn(
-                f"{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
-                "in a long sweep it will run out"
-            )
-        knobs = method.model_dump(mode="json")
-        parts.append(
-            MethodPart(
-                name=name,
-                config=knobs,
-                saving=report.saving,
-                report=report.details,
-                seconds=took,
-                peak_bytes=peak.above if peak else None,
-            )
-        )
-    return parts
-
-
 def _subject(model: Model, source: Source, methods: Sequence[MethodPart]) -> Subject:
     """Say who is measured beside whom, and whether a gain in time may be claimed."""
     from bench.measurement.subject import Subject
@@ -325,16 +260,6 @@ def _applying(methods: Sequence[MethodPart]) -> list[Cost]:
         for method in methods
         if method.peak_bytes is not None
     ]
-
-
-@contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    """Say in an error which method it came from; what it is stays as it is."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while applying method {name}")
-        raise
 
 
 @contextmanager
@@ -371,8 +296,7 @@ def _provenance(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """Say where every input came from, so that the numbers can be traced."""
     return {
         "data": inputs.plan.provenance,
-        "calibration": inputs.calibration.fingerprint if inputs.calibration else None,
-        "prompts": inputs.prompts.fingerprint if inputs.prompts else None,
+        **inputs.loan.fingerprints,
         "seed": config.seed,
         "git_commit": _git_commit(),
     }

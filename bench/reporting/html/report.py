@@ -17,6 +17,7 @@ from bench.reporting.html import page, samples
 from bench.reporting.html.details import details
 from bench.reporting.html.samples import Share
 from bench.reporting.html.tables import PaperTable, described
+from bench.reporting.tables.building import tables_of
 
 RUNS_A_CHUNK = 50
 
@@ -40,7 +41,7 @@ def write_report(
     results_dir: Path,
     out: Path | None = None,
     share: Share | None = None,
-    tables: Callable[[Sequence[Record]], Iterable[PaperTable]] = lambda _: (),
+    tables: Callable[[Sequence[Record]], Iterable[PaperTable]] = tables_of,
 ) -> Written:
     """Write one HTML file over all records of a results folder, whole or not at all.
 

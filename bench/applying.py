@@ -1,0 +1,68 @@
+"""Applying the methods of a run to its model, in their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.config import RunConfig
+    from bench.method import Context
+    from bench.models.model import Model
+    from bench.records import MethodPart
+
+
+def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
+    """Apply a run's methods to its model in their order and keep what each says it did.
+
+    Raises:
+        UserError: a method left weights that are no numbers.
+    """
+    from bench.device import synchronize
+    from bench.device.memory import Peak
+    from bench.measurement.leaks import Watch
+    from bench.models.state import refuse_not_finite
+    from bench.records import MethodPart
+
+    parts = []
+    watched = "memory" in config.costs.measure
+    for name, method in config.method.items():
+        own = replace(context, folder=context.folder / name if context.folder else None)
+        watch = Watch(model.network, model.device)
+        highest = Peak(model.device) if watched else nullcontext()
+        with context.progress.phase(f"applying {name}"), _blaming(name), highest as peak:
+            began = time.perf_counter()
+            report = method.apply(model, own)
+            synchronize(model.device)
+            took = time.perf_counter() - began
+        refuse_not_finite(model.network, name)
+        if left := watch.left(model.network):
+            context.progress.warn(
+                f"{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
+                "in a long sweep it will run out"
+            )
+        knobs = method.model_dump(mode="json")
+        parts.append(
+            MethodPart(
+                name=name,
+                config=knobs,
+                saving=report.saving,
+                report=report.details,
+                seconds=took,
+                peak_bytes=peak.above if peak else None,
+            )
+        )
+    return parts
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Say in an error which method it came from; what it is stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while applying method {name}")
+        raise

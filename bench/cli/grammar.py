@@ -1,0 +1,175 @@
+"""What may be said on the command line.
+
+A command that reads a results folder takes `--results-dir`, one that prints rows `--json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from bench.cli import reading, running
+from bench.errors import UserError
+
+COMMANDS = (
+    "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "status",
+    "resume", "gc", "export", "prefetch", "doctor",
+)  # fmt: skip
+
+PLOT_HELP = """\
+figures of records, of all without RUN: PNG, SVG, PDF
+
+  bench plot front --cost flops         accuracy against a cost, and the Pareto front
+  bench plot curves --knob ratio        accuracy against a knob
+  bench plot allocation RUN             what was left where: heads, experts, groups, bits
+  bench plot breakdown --cost flops     what a cost is made of; --cost wall: of the run itself
+  bench plot calibration                how often answers are right that are so sure
+  bench plot training                   losses and accuracies while a method trains
+"""
+
+RUN_HELP = """\
+run a model, methods and a benchmark; -m sweeps
+
+  bench run model=micro_moe method=camera_p ratio=0.4
+  bench run -m method=dense,camera_p,random_experts ratio=0.2,0.4,0.6
+  bench run experiment=demo
+  bench run sweep=camera_p_pareto  a search; bench run sweep=camera_p_grid, a grid
+  bench run --cfg job              the composed config, without running it
+"""
+
+TABLE_HELP = """\
+a paper's table: run what is missing, show ours beside theirs
+
+  bench table camera_main                       the real models, on a GPU
+  bench table camera_main scale=micro           the embedded models stand in, offline
+  bench table visual_table2 "blocks=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
+  bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
+  bench ls tables                               which there are
+"""
+
+Handler = Callable[[argparse.Namespace], int]
+Added = Callable[[str, Handler, str], argparse.ArgumentParser]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are user errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one sentence what is wrong, without the usage text."""
+        raise UserError(message)
+
+
+def parser() -> Parser:
+    """Return the parser of all commands; each one's `handler` returns the exit code."""
+    top = Parser(prog="bench", description="Compression methods, measured honestly.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(handler=handler)
+        return added
+
+    _computing(command)
+    _looking(command)
+    return top
+
+
+def _computing(command: Added) -> None:
+    """Add the commands that run something."""
+    command("run", lambda given: running.run(given.overrides), RUN_HELP).add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE"
+    )
+    tables = command("table", lambda given: running.table([given.name]), TABLE_HELP)
+    tables.add_argument("name", metavar="NAME")
+    tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    tables.add_argument("--json", action="store_true", help="print its cells as JSON")
+    status = command("status", running.status, "the state of all sweeps, or every job of one")
+    status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
+    resume = command("resume", running.resume, "run what is missing or has failed in a sweep")
+    resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
+    garbage = command("gc", running.gc, "remove files that nothing refers to, after asking")
+    garbage.add_argument("--yes", action="store_true", help="do not ask")
+    verify = command("verify", running.verify, "repeat a part of a run and say whether it agrees")
+    verify.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
+    verify.add_argument("--samples", type=int, default=20, metavar="N", help="of each task")
+    verify.add_argument("--tolerance", type=float, default=None, help="share of a number")
+    export = command("export", running.export, "write the model of a run as a folder")
+    export.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("--padded", action="store_true", help="zeros so that transformers loads it")
+    export.add_argument("--onnx", action="store_true", help="an image classifier as ONNX as well")
+    prefetch = command("prefetch", running.prefetch, "download what a run needs, for use offline")
+    prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    for added in (status, resume, garbage, verify, export):
+        _takes_results(added)
+    for added in (status, garbage, verify):
+        _prints_json(added)
+
+
+def _looking(command: Added) -> None:
+    """Add the commands that look at records and at what is installed."""
+    listing = command("ls", reading.ls, "list models, methods, benchmarks, tables or runs")
+    listing.add_argument("what", metavar="|".join(reading.LISTED))
+    show = command("show", reading.show, "show one record")
+    show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
+    show.add_argument("--command", action="store_true", help="only the command that repeats it")
+    compare = command(
+        "compare", reading.compare, "paired statistics between runs, sample by sample"
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--baseline", metavar="RUN", help="what to compare with (the dense run)")
+    compare.add_argument(
+        "--flips", type=int, default=0, metavar="N", help="show N samples each way"
+    )
+    plot = command("plot", reading.plot, PLOT_HELP)
+    plot.add_argument("kind", metavar="KIND")
+    plot.add_argument("runs", nargs="*", metavar="RUN")
+    plot.add_argument("--task", default="average", help="the headline to show (average)")
+    plot.add_argument("--cost", default="flops", help="flops, seconds, bytes, ... (flops)")
+    plot.add_argument("--scope", help="which cost of that name, as `bench show` lists it")
+    plot.add_argument("--knob", default="ratio", help="a method's knob or a config key (ratio)")
+    plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
+    report = command("report", reading.report, "write one HTML file over all records")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.add_argument("--samples", type=_count, default=40, metavar="N", help="a run; 40")
+    report.add_argument(
+        "--samples-runs",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="newest runs with samples; 200",
+    )
+    track = command(
+        "track", reading.track, "send records to W&B (again); no RUN: all, and an overview"
+    )
+    track.add_argument("runs", nargs="*", metavar="RUN")
+    doctor = command(
+        "doctor", reading.doctor, "what is installed, which devices, what works offline"
+    )
+    for added in (listing, show, compare, plot, report, track):
+        _takes_results(added)
+    for added in (listing, show, compare, plot, doctor):
+        _prints_json(added)
+
+
+def _takes_results(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--results-dir", type=Path, default=Path("results"))
+
+
+def _prints_json(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _count(text: str) -> int:
+    """A number of things, for an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things, such as 0 or 40")
+    return int(text)
