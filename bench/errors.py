@@ -21,6 +21,12 @@ class MissingData(UserError):
         self.items = tuple(items)
 
 
+def sentence(error: BaseException) -> str:
+    """Return an error's kind, the first line of what it says, and its notes."""
+    said = (str(error) or "no message").splitlines()[0]
+    return ", ".join([f"{type(error).__name__}: {said}", *getattr(error, "__notes__", ())])
+
+
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """Return the option most like `word`, or None when nothing is close."""
     matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)

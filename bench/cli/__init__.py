@@ -16,7 +16,7 @@ from typing import NoReturn
 from bench.cli import running
 from bench.cli.answers import DONE, FAILED, INTERRUPTED, WRONG
 from bench.cli.grammar import COMMANDS, parser
-from bench.errors import RunsFailed, Stopped, UserError, unknown
+from bench.errors import RunsFailed, Stopped, UserError, sentence, unknown
 from bench.secrets import hide
 
 __all__ = ["COMMANDS", "main"]
@@ -62,10 +62,9 @@ def _keep_trace(error: Exception) -> str:
     import tempfile
     import traceback
 
-    said = (str(error) or "no message").splitlines()[0]
     with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
         file.write(hide("".join(traceback.format_exception(error))))
-    return hide(f"{type(error).__name__}: {said} (details: {file.name})")
+    return hide(f"{sentence(error)} (details: {file.name})")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from bench.errors import UserError
+from bench.errors import UserError, sentence
 from bench.records.atomic import write_bytes
 from bench.secrets import hide
 
@@ -107,10 +107,7 @@ def is_alive(folder: Path, number: int) -> bool:
 
 def reason(error: BaseException) -> str:
     """Say in one sentence why a job failed."""
-    if isinstance(error, UserError):
-        return str(error)
-    first = (str(error) or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first}"
+    return str(error) if isinstance(error, UserError) else sentence(error)
 
 
 def _path(folder: Path, number: int) -> Path:

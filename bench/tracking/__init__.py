@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench.errors import sentence
 from bench.records import Record, Store
 from bench.records.atomic import write_bytes
 from bench.tracking.config import TrackerConfig
@@ -28,7 +29,7 @@ def track(record: Record, store: Store, config: TrackerConfig) -> str | None:
     try:
         kept = _send(record, store, config)
     except Exception as error:  # a tracker that fails, however it fails, never fails the run
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = sentence(error)
         return (
             f"W&B did not take run {record.id} ({reason}); send it again: bench track {record.id}"
         )
@@ -44,7 +45,7 @@ def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path)
     try:
         send_overview(overview, config, results_dir)
     except Exception as error:  # as above: a tracker that fails breaks nothing
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = sentence(error)
         return f"W&B did not take the overview ({reason}); send it again: bench track"
     return None
 

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.errors import sentence
 from bench.tracking.config import INIT_SECONDS, TrackerConfig
 
 _MODULE = "bench.tracking.sending"
@@ -76,7 +77,7 @@ def main(run: str, results_dir: str, config: str) -> None:
         said = send(store.get(run), store.folder(run), chosen, store.root)
     except Exception as error:  # whatever it is, the one who waits is told in one line
         code = 1
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
     print(said, flush=True)
     sys.stderr.flush()
     os._exit(code)

@@ -39,6 +39,7 @@ def test_an_exported_run_loads_in_one_call_and_in_a_run(bench, tmp_path):
     assert again.model.parameters == record.cost("parameters").value
 
 
+@pytest.mark.slow
 def test_padded_loads_in_transformers(bench, tmp_path):
     bench("run", "method=camera_p", "ratio=0.6", *QUICK)
     (record,) = Store(bench.results).all()

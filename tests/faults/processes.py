@@ -137,7 +137,7 @@ def timeless(record):
     content["config"].pop("results_dir")
     content["provenance"].pop("git_commit")
     for spent in ("given", "computed", "halved"):  # of this process, not of the one that was killed
-        content["provenance"]["engine"].pop(spent)
+        (content["provenance"]["engine"] or {}).pop(spent, None)
     content["command"] = None
     return content
 

@@ -114,6 +114,7 @@ def test_a_checkpoint_that_cannot_be_read_is_set_aside_with_a_word(tmp_path, dam
     assert len(warnings) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, undisturbed):
     results, arguments = tmp_path / "results", TRAININGS["wgsef"]
     run(results, *arguments, before=die_after_checkpoint(2), small=QUIET)

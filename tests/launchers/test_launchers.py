@@ -54,12 +54,13 @@ def numbers(results):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "harm"),
     [
         ("ray", "SIGKILL"),
         ("slurm_local", "SIGUSR2"),
-        pytest.param("joblib", "SIGKILL", marks=pytest.mark.slow),
+        ("joblib", "SIGKILL"),
     ],
 )
 def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm):

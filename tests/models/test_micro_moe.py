@@ -122,6 +122,7 @@ def test_no_expert_is_idle(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedToke
         assert shares.max() < 5 * chosen / experts
 
 
+@pytest.mark.slow
 def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = scoring.accuracy
     monkeypatch.setattr(
