@@ -30,7 +30,8 @@ def heading(table: Table) -> str:
 
 def head(head: Head) -> str:
     """A column's name and unit."""
-    return head.name if head.unit in ("count", head.name) else f"{head.name} {head.unit}"
+    told = {"count", head.name, head.name.rstrip("s")}
+    return head.name if head.unit in told else f"{head.name} {head.unit}"
 
 
 def label(line: Line) -> str:
