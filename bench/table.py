@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bench.launch import Check, Launched, Perform
     from bench.records import Record, Store
     from bench.reporting.tables import Slot, Table
+    from bench.reporting.tables.config import TableConfig
 
 OWN = ("model", "method", "benchmark", "ratio", "experiment")
 """What a table chooses for its runs itself."""
@@ -50,6 +51,11 @@ class Asked:
     chosen: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     shared: list[str] = field(default_factory=list)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """What every run is given besides its own overrides."""
+        return tuple(o for o in self.shared if not o.startswith("hydra"))
 
     @classmethod
     def read(cls, overrides: Sequence[str]) -> Asked:
@@ -113,18 +119,14 @@ def make(name: str, overrides: Sequence[str]) -> Finished:
     """
     from bench.launch import Launched
     from bench.records import Store
-    from bench.reporting.tables import build, load, slots
-    from bench.reporting.tables.slots import latest
+    from bench.reporting.tables import build, slots
     from bench.reporting.tables.writing import write
     from bench.run import check, execute
 
     asked = Asked.read(overrides)
-    config = load(name, asked.scale, asked.chosen)
-    if asked.seeds:
-        config = config.model_copy(update={"seeds": asked.seeds})
+    config, own = _config(name, asked), asked.own
     lines = slots(config)
-    own = tuple(o for o in asked.shared if not o.startswith("hydra"))
-    runs = list(dict.fromkeys(latest(run, own) for line in lines for run in line.runs))
+    runs = _runs(lines, own)
     ids = _ids(runs)
     store = Store(ids.results_dir)
     wanted = [run for run in runs if ids.force or store.find(ids.of[run]) is None]
@@ -132,6 +134,35 @@ def make(name: str, overrides: Sequence[str]) -> Finished:
     found = {line: _records(line, own, ids.of, store) for line in lines if line.runs}
     table = build(config, found)
     return Finished(table, launched, write(table, ids.results_dir))
+
+
+def runs_of(name: str, overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every run that a table needs.
+
+    Raises:
+        UserError: there is no such table, or the overrides are wrong.
+    """
+    from bench.reporting.tables import slots
+
+    asked = Asked.read(overrides)
+    return [list(run) for run in _runs(slots(_config(name, asked)), asked.own)]
+
+
+def _config(name: str, asked: Asked) -> TableConfig:
+    """Return a table's config as the command line has it."""
+    from bench.reporting.tables import load
+
+    config: TableConfig = load(name, asked.scale, asked.chosen)
+    if asked.seeds:
+        config = config.model_copy(update={"seeds": asked.seeds})
+    return config
+
+
+def _runs(lines: Sequence[Slot], own: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the runs of all lines, each once."""
+    from bench.reporting.tables.slots import latest
+
+    return list(dict.fromkeys(latest(run, own) for line in lines for run in line.runs))
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,8 @@ def _computing(command: Added) -> None:
     export.add_argument("folder", type=Path, metavar="DIR")
     export.add_argument("--padded", action="store_true", help="zeros so that transformers loads it")
     export.add_argument("--onnx", action="store_true", help="an image classifier as ONNX as well")
-    prefetch = command("prefetch", running.prefetch, "download what a run needs, for use offline")
-    prefetch.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    prefetch = command("prefetch", running.prefetch, "download what a run or table needs")
+    prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, export):
         _takes_results(added)
     for added in (status, garbage, verify):

@@ -131,9 +131,16 @@ def export(given: argparse.Namespace) -> int:
 
 
 def prefetch(given: argparse.Namespace) -> int:
-    """`bench prefetch KEY=VALUE ...`."""
+    """`bench prefetch KEY=VALUE ...`, or `bench prefetch TABLE ...`."""
     from bench.prefetch import prefetch
+    from bench.table import runs_of
 
-    for line in prefetch(given.overrides):
-        print(line)
+    named = [word for word in given.overrides if "=" not in word]
+    rest = [word for word in given.overrides if word not in named]
+    wanted = runs_of(named[0], rest) if named else [rest]
+    said: set[str] = set()
+    for line in (line for overrides in wanted for line in prefetch(overrides)):
+        if line not in said:
+            print(line)
+            said.add(line)
     return DONE

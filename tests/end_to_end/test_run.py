@@ -157,6 +157,15 @@ def test_doctor_says_what_works_offline(bench):
     assert found["model mixtral_8x7b"]["state"] == "missing"
 
 
+def test_prefetch_takes_the_name_of_a_table(bench):
+    code, out, _ = bench("prefetch", "camera_main", "scale=micro", "settings=[20%]")
+    assert code == 0
+    assert "micro_moe" in out
+    code, _, err = bench("prefetch", "camera_min")
+    assert code == 2
+    assert "did you mean 'camera_main'?" in err
+
+
 def test_prefetch_names_what_a_micro_run_uses(bench):
     code, out, _ = bench("prefetch", "method=camera_p")
     assert code == 0
