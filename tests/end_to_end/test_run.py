@@ -148,6 +148,7 @@ def test_what_there_is_can_be_listed(bench, what):
     assert all(row["about"] for row in rows)
 
 
+@pytest.mark.slow
 def test_doctor_says_what_works_offline(bench):
     code, out, _ = bench("doctor", "--json")
     found = {row["what"]: row for row in json.loads(out)}

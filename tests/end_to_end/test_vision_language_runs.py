@@ -48,6 +48,7 @@ def moe_llava(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     methods = "method=dense,yopo_12,vtw,visionzip"

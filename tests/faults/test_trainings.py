@@ -62,7 +62,12 @@ def _killing(keep, number):
 
 
 @pytest.mark.parametrize(
-    "name", ["wgsef", "wgsef_finetune", pytest.param("visual_finetune", marks=pytest.mark.slow)]
+    "name",
+    [
+        pytest.param("wgsef", marks=pytest.mark.slow),
+        "wgsef_finetune",
+        pytest.param("visual_finetune", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(tmp_path, undisturbed, name):
     results, whole = tmp_path / "results", tmp_path / "whole" / "results"

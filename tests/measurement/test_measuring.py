@@ -211,6 +211,7 @@ def seeing(monkeypatch):
     return lambda: model(build("llava_llama"), "image_text")
 
 
+@pytest.mark.slow
 def test_tokens_that_are_dropped_gain_time_flops_and_cache(seeing):
     dense, pruned = seeing(), seeing()
     FastV(after=1, keep=0.2, average=None).apply(pruned, Context(seed=1))

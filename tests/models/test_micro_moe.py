@@ -87,6 +87,7 @@ def test_every_task_is_learned_and_none_is_saturated() -> None:
 
 
 @pytest.mark.parametrize("task", world.TASKS)
+@pytest.mark.slow
 def test_accuracy_is_what_the_log_says(
     task: str, model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
