@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from bench.device import release
+from bench.device.memory import is_exhausted
 from bench.errors import UserError
 from bench.progress import Progress
 
@@ -22,16 +23,6 @@ class Batches:
         self.size = size
         self._device = device
         self._progress = progress
-
-    def run(
-        self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Answer]]
-    ) -> list[Answer]:
-        """Return the answers to all items in their order, advancing the current phase."""
-        answers: list[Answer] = []
-        for batch in self.each(items, work):
-            answers += batch
-            self._progress.step(len(batch))
-        return answers
 
     def each(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Answer]]
@@ -55,7 +46,7 @@ class Batches:
         try:
             return work(batch)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_exhausted(error):
                 raise
             return None
 
@@ -67,8 +58,3 @@ class Batches:
         self._progress.console.print(
             f"[yellow]out of memory with a batch of {tried}: going on with {self.size}[/yellow]"
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that a device or the process has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -72,18 +72,14 @@ class Memory:
         What a killed run left is a beginning of that order, so the batches of the one that goes on
         are those that it would have had, down to the last bit.
         """
-
         from bench.evaluation.ranks import joined
 
-        def score(missing: list[int]) -> Iterable[Answers]:
-            ranks = joined()
-            mine = [missing[n] for n in ranks.share([sizes[place] for place in missing])]
-            places, own = iter(mine), []
+        def own(mine: list[int]) -> Iterator[list[tuple[int, Any]]]:
+            places = iter(mine)
             for answers in batches.each([items[place] for place in mine], work):
-                given = [(place, answer) for answer, place in zip(answers, places, strict=False)]
-                own += given
-                yield given
-            known = set(mine)
-            yield [each for each in ranks.together(own) if each[0] not in known]
+                yield [(place, answer) for answer, place in zip(answers, places, strict=False)]
+
+        def score(missing: list[int]) -> Iterable[Answers]:
+            return joined().spread(missing, [sizes[place] for place in missing], own)
 
         return self.answers(keys, score, progress)

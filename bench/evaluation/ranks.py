@@ -8,17 +8,17 @@ first one writes. What is sent is Python objects, a few bytes an answer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 Value = TypeVar("Value")
+Answers = list[tuple[int, Any]]
+"""Answers with the places of what they answer."""
 
 PATIENCE = timedelta(days=2)
 """How long a process waits for the slowest one."""
@@ -49,15 +49,25 @@ class Ranks:
         mine = [place for place, rank in enumerate(owner) if rank == self.number]
         return range(mine[0], mine[-1] + 1) if mine else range(0)
 
-    def run(
+    def spread(
         self,
-        items: Sequence[Item],
+        order: Sequence[int],
         work: Sequence[int],
-        do: Callable[[Sequence[Item]], list[Answer]],
-    ) -> list[Answer]:
-        """Return the answers to all items in order, of which this process finds its share."""
-        mine = self.share(work)
-        return self.together(do(items[mine.start : mine.stop]))
+        score: Callable[[list[int]], Iterable[Answers]],
+    ) -> Iterator[Answers]:
+        """Yield answers to all places, batch by batch: this process's, then all others' at once.
+
+        Places are divided in this `order`, each worth its `work`; `score` answers a share of them.
+        """
+        mine = [order[number] for number in self.share(work)]
+        own: Answers = []
+        for answers in score(mine):
+            own += answers
+            yield answers
+        known = set(mine)
+        others = [each for each in self.together(own) if each[0] not in known]
+        if others:
+            yield others
 
     def together(self, found: list[Value]) -> list[Value]:
         """Return what all processes found, one process after the other."""

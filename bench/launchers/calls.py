@@ -101,7 +101,7 @@ class Call:
         return note is not None and note["state"] in ("done", "failed")
 
 
-class Calls(Launcher):  # type: ignore[misc]
+class Calls(Launcher):  # type: ignore[misc]  # Hydra has no types
     """A launcher that starts again, once, what its engine has lost, and then calls it failed."""
 
     def __init__(self, **settings: Any) -> None:

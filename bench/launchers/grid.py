@@ -9,17 +9,14 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from bench.errors import UserError
+from bench.launchers.launching import Launching
 from bench.sweep import Plan, unfinished
 from bench.sweep.plan import read
 
 
-class Planned(Sweeper):  # type: ignore[misc]
+class Planned(Launching):
     """Hydra's own grid, kept in the sweep's plan, so that it can be looked at and gone on with.
 
     Jobs are not composed a second time to see whether that works: every alternative has passed
@@ -30,15 +27,6 @@ class Planned(Sweeper):  # type: ignore[misc]
         """Take the recipe's grid, and how many jobs the launcher is given at once (null: all)."""
         self.params = dict(params or {})
         self.max_batch_size = max_batch_size
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Keep what Hydra gives and make the launcher."""
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the jobs that are neither done nor being worked on, in the plan's order."""

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from bench.errors import UserError
 from bench.launch import STUDY, objective
 from bench.launchers.engine import engine
+from bench.launchers.launching import Launching
 from bench.records import Store
 from bench.records.atomic import write_bytes
 from bench.sweep.early import Standing, is_hopeless
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 EARLY, RUN, REASON = "early", "run", "reason"
 
 
-class Search(Sweeper):  # type: ignore[misc]
+class Search(Launching):
     """Looks for the best compromises between `objectives` in a `space`, `trials` times.
 
     Args:
@@ -58,15 +55,6 @@ class Search(Sweeper):  # type: ignore[misc]
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
         self.objectives = _directions(objectives)
         self.space, self.early, self.margin = dict(space), list(early), margin
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Keep what Hydra gives and make the launcher."""
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> None:
         """Go on with the study until it has its trials, then write what was found."""

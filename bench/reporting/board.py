@@ -13,15 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.records import CostPart, MetricPart, Record
+from bench.records import CostPart, MetricPart, Record, unreal
+from bench.reporting.summary import PERCENT_METRICS
 
-PERCENT = frozenset(
-    {"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"}
-    | {"pope_accuracy", "pope_accuracy_mean", "pope_f1_score", "mmbench_accuracy"}
-    | {"mme_perception_share"}
-)
-UNREAL = frozenset({"zeroed", "masked"})
-"""Savings that cost as much time as the dense model: no gain is claimed for them."""
 AVERAGE = "average"
 LOADED = ("dtype", "max_length", "seed")
 ASKED = ("tasks", "perplexity", "num_fewshot", "limit")
@@ -84,8 +78,7 @@ class Row:
     @property
     def real(self) -> bool:
         """Whether costs may have fallen: false when weights are only zeroed or masked."""
-        methods = self.record.methods
-        return not methods or any(method.saving not in UNREAL for method in methods)
+        return unreal(self.record.methods) is None
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,9 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
 
 
 def _task(metric: MetricPart) -> Task:
-    return Task(metric.task, metric.metric, metric.metric in PERCENT, metric.higher_is_better)
+    return Task(
+        metric.task, metric.metric, metric.metric in PERCENT_METRICS, metric.higher_is_better
+    )
 
 
 def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> Row:

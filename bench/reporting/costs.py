@@ -88,8 +88,7 @@ def _spread(cost: CostPart, prefix: str) -> str:
 def _speedup(record: Record, scope: str) -> str:
     cost = record.cost("speedup", scope)
     if cost is None:
-        missing = record.gap("speedup", scope)
-        return missing.reason if missing else "-"
+        return _missing(record, "speedup", scope)
     return f"{cost.value:.3f} ({cost.parts['low']:.3f} to {cost.parts['high']:.3f})"
 
 
@@ -100,10 +99,13 @@ def _theory(record: Record, scope: str) -> str:
 
 def _realised(record: Record, scope: str) -> str:
     cost = record.cost("realised", scope)
-    if cost is None:
-        missing = record.gap("realised", scope)
-        return missing.reason if missing else "-"
-    return f"{100 * cost.value:.0f} %"
+    return _missing(record, "realised", scope) if cost is None else f"{100 * cost.value:.0f} %"
+
+
+def _missing(record: Record, quantity: str, scope: str) -> str:
+    """Say why a number is not there, if the record does."""
+    gap = record.gap(quantity, scope)
+    return gap.reason if gap else "-"
 
 
 def _limit(record: Record, scope: str) -> str:

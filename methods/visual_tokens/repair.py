@@ -11,8 +11,7 @@ Shapes: R visual rows of all calibration prompts, F columns of a projection, K k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,7 @@ from bench.errors import UserError
 from bench.models.multimodal import DecoderLayer, Samples, locate
 from bench.progress import Progress
 from methods.camera.refit import refitted
+from methods.input_grams import gathering
 from methods.visual_tokens.engine import Engine
 from methods.visual_tokens.weights import Repair, spans
 
@@ -100,30 +100,9 @@ def _grams(
         tokens = locate(engine.network, call)
         if tokens is None:
             raise UserError("a calibration prompt has no image: repair needs one in each")
-        with engine.dense(), _watching(modules, tokens.mask, found):
+        with engine.dense(), gathering(modules, tokens.mask, found):
             engine.network(**call, use_cache=False, logits_to_keep=1)
     return found
-
-
-@contextmanager
-def _watching(
-    modules: Sequence[nn.Module], mask_BS: Tensor, found: dict[nn.Module, Tensor]
-) -> Iterator[None]:
-    """Add up products of the modules' inputs at the marked rows, while the block lasts."""
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        phi_RF = args[0][mask_BS.to(args[0].device)].double()
-        gram_FF = phi_RF.T @ phi_RF
-        found[module] = found[module] + gram_FF if module in found else gram_FF
-
-    hooks = [
-        module.register_forward_pre_hook(cast(Callable[..., None], before)) for module in modules
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _output(layer: DecoderLayer) -> nn.Module:

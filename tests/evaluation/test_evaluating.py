@@ -143,6 +143,10 @@ def test_an_answer_longer_than_the_context_is_refused(short_model):
         adapter._loglikelihood_tokens([(None, [1], [2] * 30)])
 
 
+def flat(batches):
+    return [answer for answers in batches for answer in answers]
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
@@ -158,7 +162,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_this_is_said(error):
             raise error
         return [item * 10 for item in batch]
 
-    assert batches.run(range(5), work) == [0, 10, 20, 30, 40]
+    assert flat(batches.each(range(5), work)) == [0, 10, 20, 30, 40]
     assert tried == [5, 2, 2, 1]
     assert "out of memory with a batch of 5: going on with 2" in said.getvalue()
 
@@ -172,7 +176,7 @@ def test_whatever_fits_every_item_is_answered_once_and_in_order(items, size, roo
         return [-item for item in batch]
 
     batches = Batches(size, torch.device("cpu"), Progress(Console(file=io.StringIO())))
-    assert batches.run(items, work) == [-item for item in items]
+    assert flat(batches.each(items, work)) == [-item for item in items]
 
 
 def test_a_single_sample_that_does_not_fit_is_refused():
@@ -180,7 +184,7 @@ def test_a_single_sample_that_does_not_fit_is_refused():
         raise torch.OutOfMemoryError("CUDA")
 
     with pytest.raises(UserError, match="not even one sample"):
-        Batches(1, torch.device("cpu"), Progress(quiet=True)).run([1], work)
+        flat(Batches(1, torch.device("cpu"), Progress(quiet=True)).each([1], work))
 
 
 def test_other_errors_are_not_swallowed():
@@ -188,7 +192,7 @@ def test_other_errors_are_not_swallowed():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        Batches(4, torch.device("cpu"), Progress(quiet=True)).run([1], work)
+        flat(Batches(4, torch.device("cpu"), Progress(quiet=True)).each([1], work))
 
 
 def test_nothing_is_printed(model, capfd):

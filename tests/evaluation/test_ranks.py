@@ -25,7 +25,8 @@ def test_every_item_belongs_to_one_process_and_work_is_even(work, count):
 
 
 def test_one_process_does_everything():
-    assert Ranks().run("abc", [1, 1, 1], lambda own: [c.upper() for c in own]) == ["A", "B", "C"]
+    spread = Ranks().spread([0, 1, 2], [1, 1, 1], lambda mine: [[(n, "ABC"[n]) for n in mine]])
+    assert list(spread) == [[(0, "A"), (1, "B"), (2, "C")]]
 
 
 class Spelling:

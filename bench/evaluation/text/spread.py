@@ -21,14 +21,10 @@ class SpreadScorer:
     def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
         """Yield the answers of each batch, the other processes' last."""
         order = sorted(range(len(questions)), key=lambda number: questions[number].inputs)
-        mine = self._ranks.share([len(questions[number].inputs) for number in order])
-        numbers = [order[place] for place in mine]
-        own: Answers = []
-        for batch in self._scorer.score([questions[number] for number in numbers]):
-            answers = [(numbers[place], answer) for place, answer in batch]
-            own += answers
-            yield answers
-        known = set(numbers)
-        others = [each for each in self._ranks.together(own) if each[0] not in known]
-        if others:
-            yield others
+
+        def own(mine: list[int]) -> Iterator[Answers]:
+            for batch in self._scorer.score([questions[number] for number in mine]):
+                yield [(mine[place], answer) for place, answer in batch]
+
+        work = [len(questions[number].inputs) for number in order]
+        yield from self._ranks.spread(order, work, own)

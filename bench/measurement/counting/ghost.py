@@ -49,8 +49,8 @@ def _countable(network: nn.Module) -> Iterator[None]:
     if before is None or not hasattr(network, "set_experts_implementation"):
         yield
         return
-    network.set_experts_implementation(COUNTABLE_EXPERTS)  # type: ignore[operator]
+    network.set_experts_implementation(COUNTABLE_EXPERTS)  # type: ignore[operator]  # transformers is untyped
     try:
         yield
     finally:
-        network.set_experts_implementation(before)  # type: ignore[operator]
+        network.set_experts_implementation(before)  # type: ignore[operator]  # transformers is untyped

@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.errors import unknown
-from bench.records import CostPart, MetricPart, Record
-from bench.records.record import UNREAL
+from bench.records import CostPart, MetricPart, Record, unreal
 from bench.reporting.plots.families import amount, families
 from bench.reporting.summary import PERCENT_METRICS
 
@@ -74,7 +73,6 @@ def _row(record: Record, metric: MetricPart, family: str, knob: float | None) ->
     percent = metric.metric in PERCENT_METRICS
     factor = 100.0 if percent else 1.0
     assert metric.value is not None
-    savings = {method.saving for method in record.methods}
     return {
         "run": record.id,
         "model": record.model.name,
@@ -87,7 +85,7 @@ def _row(record: Record, metric: MetricPart, family: str, knob: float | None) ->
         "higher_is_better": metric.higher_is_better,
         "value": factor * metric.value,
         "error": None if metric.stderr is None else factor * Z * metric.stderr,
-        "unreal": bool(savings) and savings <= UNREAL,
+        "unreal": unreal(record.methods) is not None,
     }
 
 

@@ -7,8 +7,7 @@ neurons, or all heads side by side), D d_model, A atoms, K kept activations.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -20,6 +19,7 @@ from bench.method import Context, Method, MethodReport
 from bench.models.anatomy import Anatomy
 from bench.models.model import Model
 from methods.camera.refit import error, refitted
+from methods.input_grams import gathering
 from methods.moe_pruning import calibration_of
 from methods.wgsef.export.transformer import smaller_language_model
 from methods.wgsef.groups import transformer
@@ -178,28 +178,9 @@ def _grams(
         mask = call.get("attention_mask")
         real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
         tokens += int(real_BS.sum())
-        with _watching(readouts, real_BS.bool(), found):
+        with gathering(readouts, real_BS.bool(), found):
             cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
     return found, tokens
-
-
-@contextmanager
-def _watching(
-    modules: Sequence[nn.Module], real_BS: Tensor, found: dict[nn.Module, Tensor]
-) -> Iterator[None]:
-    """Add up products of the modules' inputs at the marked tokens, while the block lasts."""
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        phi_TM = args[0][real_BS.to(args[0].device)].double()
-        gram_MM = phi_TM.T @ phi_TM
-        found[module] = found[module] + gram_MM if module in found else gram_MM
-
-    hooks = [m.register_forward_pre_hook(cast(Callable[..., None], before)) for m in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _zero(network: nn.Module, family: Family, gone_A: Tensor) -> None:

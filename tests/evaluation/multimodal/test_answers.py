@@ -56,7 +56,8 @@ def plain(model, question, new, until=()):
 def answer(model, asked, batch, gib=1.0, **options):
     features = Features(model, int(gib * 2**30))
     generation = Generation(model, Prompts(model, None), features, options)
-    return [a.text for a in Batches(batch, pick("cpu"), SILENT).run(asked, generation.run)]
+    each = Batches(batch, pick("cpu"), SILENT).each(asked, generation.run)
+    return [answer.text for answers in each for answer in answers]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

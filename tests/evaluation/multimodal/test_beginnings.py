@@ -34,7 +34,8 @@ def questions():
 
 def answers(model, asked, batch=8, share=True, **options):
     generation = Generation(model, Prompts(model, None), Features(model, 2**30), options, share)
-    return [a.text for a in Batches(batch, torch.device("cpu"), SILENT).run(asked, generation.run)]
+    each = Batches(batch, torch.device("cpu"), SILENT).each(asked, generation.run)
+    return [answer.text for answers in each for answer in answers]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.device.memory import is_exhausted
 from bench.evaluation.attention import foreign_layers, text_config
-from bench.evaluation.batches import is_out_of_memory
 from bench.evaluation.budget import TokenBudget
 from bench.evaluation.engine import Asked
 from bench.evaluation.text.question import Question
@@ -61,11 +61,12 @@ def _tried(model: Model) -> str | None:
         found = {"in one row": _values(model, trie, branches)}
         found["on a kept beginning"] = _values(model, trie, trunk)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and is_exhausted(error):
             raise
         reason = str(error).partition("\n")[0]
         return f"the network does not take branches: {type(error).__name__} {reason}"
-    allowed = TOLERANCE.get(model.network.dtype, HALF_TOLERANCE)  # type: ignore[call-overload]
+    network: Any = model.network
+    allowed = TOLERANCE.get(network.dtype, HALF_TOLERANCE)
     for how, values in found.items():
         off = float(np.abs(values / wanted - 1).max())
         if not off <= allowed:  # also when it is not a number

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
-from bench.evaluation.batches import is_out_of_memory
+from bench.device.memory import is_exhausted
 from bench.evaluation.budget import TokenBudget
 from bench.evaluation.engine import Asked
 from bench.evaluation.text.question import Answers, Question
@@ -122,7 +122,7 @@ class SharedScorer:
         try:
             return self._read(laid, cache)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_exhausted(error):
                 raise
             return None
 

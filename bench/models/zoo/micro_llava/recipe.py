@@ -89,33 +89,26 @@ _BY_LETTER = (
     "upright",
 )
 
+_GOING_ON = Settings(steps=9000, description_weight=1.0, learning_rate=1.2e-3, frozen_tower=False)
+
 STAGES = {
     "describing": Settings(),
-    "answering": Settings(
+    "answering": replace(
+        _GOING_ON,
         seed=8,
-        steps=9000,
         lesson=Lesson(turns=12),
-        description_weight=1.0,
-        learning_rate=1.2e-3,
-        frozen_tower=False,
     ),
-    "finding": Settings(
+    "finding": replace(
+        _GOING_ON,
         seed=9,
-        steps=9000,
         minutes=50.0,
         lesson=Lesson(turns=8, again=5, hard=_BY_SHAPE, matching=2),
-        description_weight=1.0,
-        learning_rate=1.2e-3,
-        frozen_tower=False,
     ),
-    "choosing": Settings(
+    "choosing": replace(
+        _GOING_ON,
         seed=10,
-        steps=9000,
         minutes=22.0,
         lesson=Lesson(turns=5, again=6, hard=_BY_LETTER, matching=3, choices=0.65),
-        description_weight=1.0,
-        learning_rate=1.2e-3,
-        frozen_tower=False,
     ),
 }
 """Descriptions count for most at first; then the tower learns along and questions count; then more
