@@ -156,6 +156,7 @@ def test_tables_are_listed_with_what_they_are(call):
     assert all(rows.values())
 
 
+@pytest.mark.slow
 def test_a_run_with_a_method_is_verified(call):
     fast = ["benchmark=nine_tasks_micro", "benchmark.tasks=[arc_easy,boolq]", *SMALL]
     call("run", "method=camera_p", "ratio=0.4", *fast, f"results_dir={call.results}")

@@ -60,6 +60,7 @@ def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
         assert f" {task}" in out
 
 
+@pytest.mark.slow
 def test_skipped_work_costs_less(bench):
     code, _, err = bench("run", "-m", "model=micro_llava", *FEW, "method=dense,yopo_12")
     assert code == 0, err
