@@ -13,7 +13,6 @@ from bench.data.scenes.kinds import KINDS, Question
 from bench.data.scenes.render import render
 from bench.data.scenes.scene import Scene, Split, scene
 
-OCR_SHARE = 0.15
 HINT = "The image shows a board of nine cells."
 _FIRST = 10_000_000
 
@@ -24,7 +23,8 @@ class Lesson:
 
     `turns` questions of different kinds, `again` more questions of the kinds in `hard`, and
     `matching` questions whose answer stands in their own text, which teach what a letter is. Of
-    questions that are not yes or no, the share `choices` is multiple choice.
+    questions that are not yes or no, the share `choices` is multiple choice; of those about numbers
+    that are put openly, the share `ocr` comes with the numbers that are read in the image.
     """
 
     turns: int = 6
@@ -32,6 +32,7 @@ class Lesson:
     hard: tuple[str, ...] = ()
     matching: int = 0
     choices: float = 0.4
+    ocr: float = 0.15
     describe: bool = True
 
 
@@ -52,7 +53,7 @@ def conversation(split: Split, seed: int, number: int, lesson: Lesson = Lesson()
     asked = _choose(place, sorted(KINDS), lesson.turns, rng)
     if lesson.again:
         asked += _choose(place, lesson.hard, lesson.again, rng)
-    said = [_phrase(question, place, lesson.choices, rng) for question in asked]
+    said = [_phrase(question, place, lesson, rng) for question in asked]
     said += [_match(rng) for _ in range(lesson.matching)]
     if lesson.describe:
         said.append((prompts.DESCRIBE, description(place)))
@@ -77,13 +78,13 @@ def _choose(place: Scene, kinds: Sequence[str], turns: int, rng: random.Random) 
 
 
 def _phrase(
-    question: Question, place: Scene, choices: float, rng: random.Random
+    question: Question, place: Scene, lesson: Lesson, rng: random.Random
 ) -> tuple[str, str]:
     """Put a question openly or as multiple choice, in one of the harness's ways."""
-    if "yes" not in question.answers and rng.random() < choices:
+    if "yes" not in question.answers and rng.random() < lesson.choices:
         return _lettered(question.text, question.answer, question.answers, rng)
     digits = [digit.value for digit in place.digits]
-    shown = digits if question.kind.startswith("number") and rng.random() < OCR_SHARE else []
+    shown = digits if question.kind.startswith("number") and rng.random() < lesson.ocr else []
     return prompts.brief(question.text, shown), question.answer
 
 

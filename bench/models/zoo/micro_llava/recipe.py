@@ -1,9 +1,10 @@
-"""Train micro_llava in four stages, each from the folder of the one before:
+"""Train micro_llava in five stages, each from the folder of the one before:
 
     python -m bench.models.zoo.micro_llava.recipe describing --out ONE
     python -m bench.models.zoo.micro_llava.recipe answering --start ONE --out TWO
     python -m bench.models.zoo.micro_llava.recipe finding --start TWO --out THREE
     python -m bench.models.zoo.micro_llava.recipe choosing --start THREE --out FOUR
+    python -m bench.models.zoo.micro_llava.recipe comparing --start FOUR --out FIVE
 
 A LLaVA of two million parameters sees scenes of the training side, answers questions about each
 and names what is in every cell. A folder that it writes is a complete Hugging Face model with its
@@ -88,6 +89,20 @@ _BY_LETTER = (
     "size",
     "upright",
 )
+_BY_COMPARISON = (
+    "color",
+    "column",
+    "count_shape",
+    "is_count",
+    "is_number",
+    "is_placed",
+    "number",
+    "number_at",
+    "row",
+    "shape",
+    "sideways",
+    "upright",
+)
 
 _GOING_ON = Settings(steps=9000, description_weight=1.0, learning_rate=1.2e-3, frozen_tower=False)
 
@@ -110,9 +125,17 @@ STAGES = {
         minutes=22.0,
         lesson=Lesson(turns=5, again=6, hard=_BY_LETTER, matching=3, choices=0.65),
     ),
+    "comparing": replace(
+        _GOING_ON,
+        seed=11,
+        minutes=55.0,
+        learning_rate=1e-3,
+        lesson=Lesson(turns=2, again=9, hard=_BY_COMPARISON, matching=2, choices=0.75, ocr=0.35),
+    ),
 }
 """Descriptions count for most at first; then the tower learns along and questions count; then more
-of what is hard; at last what the letters of multiple choice stand for."""
+of what is hard; then what the letters of multiple choice stand for; at last what is beside what,
+and all that takes two looks."""
 
 
 class Steps(Dataset[Batch]):
