@@ -1,14 +1,20 @@
-"""Models that see images from the command line: strategies, token pruning, experts, fine-tuning."""
+"""Models that see images from the command line: folders, strategies, experts, fine-tuning."""
 
+import pandas as pd
 import pytest
 import torch
 
+from bench.cli import main
+from bench.data import scenes
 from bench.models.zoo import micro_llava
 from bench.records import Store
 
 FEW = (
     "benchmark=mllm_seven_micro", "benchmark.limit=3", "prompts.count=10",
     "calibration.rows=2", "calibration.length=64",
+)  # fmt: skip
+TASKS = (
+    "gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev_static",
 )  # fmt: skip
 
 
@@ -48,6 +54,35 @@ def moe_llava(tmp_path_factory):
     return folder
 
 
+def test_a_folder_is_evaluated_on_seven_tasks_about_drawn_scenes(bench, moe_llava):
+    code, out, err = bench(
+        "run", "model=local", f"model.path={moe_llava}", "model.kind=image_text",
+        "benchmark=mllm_seven_micro", "benchmark.limit=3",
+    )  # fmt: skip
+    assert code == 0, err
+    (record,) = Store(bench.results).all()
+    shown = {m.task: m for m in record.metrics if m.headline}
+    assert set(shown) == {*TASKS, "average"}
+    assert shown["average"].n == 7
+    assert 0 <= shown["average"].value <= 1
+    assert "mme mme_perception_score" in out
+    assert "pope pope_accuracy_mean %" in out
+    rows = pd.read_parquet(bench.results / "runs" / record.id / "samples.parquet")
+    assert set(rows.task) == set(TASKS)
+    assert (rows.groupby("task").doc_id.first() == 0).all()
+    assert rows.image_hash.str.len().eq(64).all()
+    assert record.provenance["data"]["pope"]["fingerprint"] == scenes.fingerprint("pope")
+
+
+def test_real_data_that_are_missing_are_named_at_once(bench, moe_llava):
+    code, _, err = bench(
+        "run", "model=local", f"model.path={moe_llava}", "model.kind=image_text",
+        "benchmark=mllm_seven", "offline=true",
+    )  # fmt: skip
+    assert code == 2
+    assert all(task in err for task in TASKS)
+
+
 @pytest.mark.slow
 def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -56,8 +91,7 @@ def test_strategies_and_pruning_share_one_table(bench, monkeypatch):
     assert code == 0, err
     assert "prefill 1x(64 visual" in out
     assert "skipped" in out and "all there" in out
-    for task in ("gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench"):
-        assert f" {task}" in out
+    assert all(f" {task}" in out for task in TASKS)
 
 
 @pytest.mark.slow
@@ -119,3 +153,16 @@ def test_what_does_not_fit_is_one_sentence(bench, asked, said):
     assert said in err and "Traceback" not in err
     assert err.count("\n") == 1
     assert not Store(bench.results).all()
+
+
+def test_the_models_are_listed(capsys):
+    assert main(["ls", "models"]) == 0
+    out = capsys.readouterr().out
+    for name in (
+        "llava_1_5_7b",
+        "qwen2_vl_7b",
+        "internvl3_8b",
+        "internvl2_26b",
+        "qwen3_vl_30b_a3b",
+    ):
+        assert name in out
