@@ -1,5 +1,7 @@
 """Models that see images from the command line: folders, strategies, experts, fine-tuning."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +13,7 @@ from bench.records import Store
 
 FEW = (
     "benchmark=mllm_seven_micro", "benchmark.limit=3", "prompts.count=10",
+    "calibration=text", f"calibration.path={Path(__file__)}",
     "calibration.rows=2", "calibration.length=64",
 )  # fmt: skip
 TASKS = (
