@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from bench.cli.answers import DONE, FAILED, print_rows
 from bench.errors import unknown
@@ -46,10 +47,13 @@ def compare(given: argparse.Namespace) -> int:
     found, flipped = command.compare_runs(
         given.runs, given.baseline, given.results_dir, flips=given.flips
     )
+    pictures, lacking = command.pictures_of(found, flipped, given.results_dir)
     if given.json:
-        print(json.dumps(command.plain(found, flipped), indent=1))
+        print(json.dumps(command.plain(found, flipped, pictures), indent=1))
     else:
-        command.print_comparison(found, flipped)
+        command.print_comparison(found, flipped, pictures)
+    if lacking:
+        print(lacking, file=sys.stderr)
     return DONE
 
 

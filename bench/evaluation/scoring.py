@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from bench.evaluation.engine import Asked
     from bench.evaluation.memory import Memory
     from bench.evaluation.result import Metric
@@ -35,6 +37,9 @@ class Scoring(Protocol):
     @property
     def sources(self) -> dict[str, Source]:
         """Where the documents of each task came from."""
+
+    def pictures(self, task: str, document: int) -> Sequence[Image]:
+        """Return the images of a document by its place in the data set; none of one of text."""
 
     def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Ask a model everything that the memory does not have; answers go there as they come."""

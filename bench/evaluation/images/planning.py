@@ -27,6 +27,10 @@ class ImageScoring:
 
     kinds: ClassVar[tuple[Kind, ...]] = ("image_classifier",)
 
+    def pictures(self, task: str, document: int) -> tuple[()]:
+        """Return nothing: a classifier's rows name no image by its hash."""
+        return ()
+
     def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Classify every image."""
         from bench.evaluation.images.running import score

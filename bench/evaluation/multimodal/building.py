@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from PIL.Image import Image
+
 from bench.errors import UserError, unknown
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.multimodal import catalog, definition, derived, documents
@@ -25,6 +27,11 @@ class PlannedTask:
     places: tuple[int, ...]
     source: Source
     headline: str
+
+    def pictures(self, number: int) -> list[Image]:
+        """Return what a model is shown with the document at a place of `places`."""
+        with quiet():
+            return list(self.task.doc_to_visual(self.task.dataset[self.split][number]))
 
 
 def build(name: str, benchmark: BenchmarkConfig) -> PlannedTask:

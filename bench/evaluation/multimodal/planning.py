@@ -16,6 +16,8 @@ from bench.models.model import Model
 from bench.progress import Progress
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from bench.evaluation.multimodal.building import PlannedTask
 
 
@@ -32,6 +34,11 @@ class MultimodalScoring:
     def sources(self) -> dict[str, Source]:
         """Where each task's documents came from."""
         return {task.name: task.source for task in self.tasks}
+
+    def pictures(self, task: str, document: int) -> list[Image]:
+        """Return the images of a document by its place in the whole data set."""
+        (planned,) = (each for each in self.tasks if each.name == task)
+        return planned.pictures(planned.places.index(document))
 
     def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Score the model on every task."""

@@ -36,6 +36,10 @@ class TextScoring:
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
+    def pictures(self, task: str, document: int) -> tuple[()]:
+        """Return nothing: documents are texts."""
+        return ()
+
     def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
         """Score the model on every task and text."""
         from bench.evaluation.text.running import score

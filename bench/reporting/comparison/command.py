@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
 from bench.records import Record, Store, samples
+from bench.reporting.comparison import pictures
 from bench.reporting.comparison.comparing import Comparison, Run, baseline_of, compare
 from bench.reporting.comparison.flips import Flip
 from bench.reporting.comparison.flips import flips as flips_of
 from bench.reporting.comparison.printing import power, print_comparison
 
-__all__ = ["compare_runs", "plain", "print_comparison"]
+__all__ = ["compare_runs", "pictures_of", "plain", "print_comparison"]
 
 
 def compare_runs(
@@ -45,15 +46,30 @@ def _flips(comparison: Comparison, ours: Run, theirs: Run, limit: int) -> list[F
     return [flip for metric in metrics for flip in flips_of(ours, theirs, metric, limit)]
 
 
-def plain(comparison: Comparison, flipped: Sequence[Flip]) -> dict[str, Any]:
-    """Return a comparison as JSON values."""
+def pictures_of(
+    comparison: Comparison, flipped: Sequence[Flip], results_dir: Path
+) -> tuple[dict[str, list[Path]], str | None]:
+    """Write the images of flips; return the files by hash, or none and why there are none."""
+    try:
+        return pictures.show(flipped, comparison.baseline, results_dir), None
+    except UserError as error:
+        return {}, f"no image of a flip is shown: {error}"
+
+
+def plain(
+    comparison: Comparison, flipped: Sequence[Flip], written: Mapping[str, Sequence[Path]]
+) -> dict[str, Any]:
+    """Return a comparison as JSON values; `written` are the files of the flips' images."""
     return {
         "baseline": _run(comparison.baseline),
         "candidates": [_run(record) for record in comparison.candidates],
         "contrasts": [asdict(row) for row in comparison.contrasts],
         "power": power(comparison),
         "refused": list(comparison.refused),
-        "flips": [asdict(flip) for flip in flipped],
+        "flips": [
+            asdict(flip) | {"pictures": [str(path) for path in written.get(flip.image or "", ())]}
+            for flip in flipped
+        ],
     }
 
 

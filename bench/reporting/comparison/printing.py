@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
 from rich import box
 from rich.console import Console
@@ -23,8 +25,15 @@ PROMPT_END = 700
 CERTAIN = 0.05
 
 
-def print_comparison(comparison: Comparison, flipped: Sequence[Flip] = ()) -> None:
-    """Print every candidate's table, what could not be seen, what was refused, and flips."""
+def print_comparison(
+    comparison: Comparison,
+    flipped: Sequence[Flip] = (),
+    pictures: Mapping[str, Sequence[Path]] = MappingProxyType({}),
+) -> None:
+    """Print every candidate's table, what could not be seen, what was refused, and flips.
+
+    `pictures` are the files of the flips' images, by hash.
+    """
     out = console()
     for record in comparison.candidates:
         rows = [c for c in comparison.contrasts if c.run == record.id]
@@ -38,7 +47,7 @@ def print_comparison(comparison: Comparison, flipped: Sequence[Flip] = ()) -> No
     for sentence in comparison.refused:
         out.print(sentence, markup=False)
     for flip in flipped:
-        _print_flip(out, flip)
+        _print_flip(out, flip, pictures.get(flip.image or "", ()))
 
 
 def power(comparison: Comparison) -> list[str]:
@@ -139,11 +148,13 @@ def _unit(row: Contrast) -> str:
     return " points" if row.metric in PERCENT_METRICS else ""
 
 
-def _print_flip(out: Console, flip: Flip) -> None:
+def _print_flip(out: Console, flip: Flip, pictures: Sequence[Path]) -> None:
     verdict = "lost" if flip.lost else "gained"
     where = f" of {flip.source}" if flip.source else ""
     out.rule(f"{verdict}: {flip.task} document {flip.document}{where}, run {flip.run[:8]}")
-    if flip.image:
+    for path in pictures:
+        out.print(f"image  {path}", markup=False, soft_wrap=True)
+    if flip.image and not pictures:
         out.print(f"image  SHA-256 {flip.image}")
     if flip.prompt:
         cut = "… " if len(flip.prompt) > PROMPT_END else ""

@@ -1,0 +1,58 @@
+"""Flips of questions about images come with the images, and never with others."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench.cli import main
+from bench.compose import run_config
+from bench.data import scenes
+from bench.evaluation.multimodal.prompts import image_hash
+from bench.records import Store
+from tests.reporting.comparison.made_runs import metric, record, rows
+
+
+def asked(document):
+    """The image of a document of the scenes' gqa as a run would have hashed it."""
+    row = scenes.documents("gqa")[document]
+    return {each["id"]: each["image"] for each in scenes.images("gqa")}[row["imageId"]]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs that differ on document 1 of gqa; return the folder and a way to store them."""
+    benchmark = run_config(
+        ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[gqa]"]
+    ).benchmark
+
+    def store(hashes):
+        for name, method, scores in (("a", None, [1.0, 1.0]), ("b", "prune", [1.0, 0.0])):
+            made = record(name, [metric("gqa", np.mean(scores), 2, "exact_match")], method)
+            config = made.config | {"benchmark": benchmark.model_dump(mode="json")}
+            scored = rows("gqa", scores, "exact_match", image_hash=hashes)
+            Store(tmp_path).write(made.model_copy(update={"config": config}), scored, "")
+        return tmp_path
+
+    return store
+
+
+def test_the_image_of_a_flip_is_written_and_named(runs, capsys):
+    folder = runs([image_hash([asked(0)]), image_hash([asked(1)])])
+    command = ["compare", "a", "b", "--flips", "2", "--results-dir", str(folder)]
+    assert main([*command, "--json"]) == 0
+    (flip,) = json.loads(capsys.readouterr().out)["flips"]
+    (written,) = flip["pictures"]
+    assert np.array_equal(np.asarray(Image.open(written)), np.asarray(asked(1)))
+    assert main(command) == 0
+    assert f"image  {written}" in capsys.readouterr().out
+
+
+def test_another_image_than_was_asked_about_is_not_shown(runs, capsys):
+    folder = runs(["0" * 64, "1" * 64])
+    assert main(["compare", "a", "b", "--flips", "2", "--results-dir", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert f"image  SHA-256 {'1' * 64}" in said.out
+    assert "gqa document 1" in said.err and "changed since the run" in said.err
+    assert not (folder / "pictures").exists()
