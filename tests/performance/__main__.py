@@ -1,6 +1,7 @@
 """`python -m tests.performance [NAME ...] [--json]`: measure speed and memory against the goals.
 
 Each NAME is a module of this folder with a function `figures()`; without a name all are measured.
+A module may choose how many threads it measures with; the next one finds them as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import importlib
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent
 NOT_FIGURES = {"__main__", "exams", "figure", "interleaved", "random_models"}
@@ -27,10 +30,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[*names(), []], metavar="NAME")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    figures = []
+    figures, threads = [], torch.get_num_threads()
     for name in given.names or names():
         measured = importlib.import_module(f"tests.performance.{name}").figures()
         figures += measured
+        torch.set_num_threads(threads)
         if not given.json:
             for figure in measured:
                 print(figure.line(), flush=True)

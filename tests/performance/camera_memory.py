@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +37,8 @@ BITS = 2.25
 
 def figures() -> list[Figure]:
     """Peak memory of pruning layer by layer; bytes of packed weights over the arithmetic."""
-    with _one_thread():
-        return [analysis(), packed()]
+    torch.set_num_threads(1)
+    return [analysis(), packed()]
 
 
 def analysis() -> Figure:
@@ -125,13 +123,3 @@ class Live(TorchDispatchMode):
         if not isinstance(given, Tensor) or given.device.type == "meta":
             return None
         return given.untyped_storage().data_ptr()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,8 +11,6 @@ experts that the tokens really go to.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,7 +30,8 @@ DECODED, STEPS, DECODE_ROUNDS = (1, 2, 4, 8), 4, 7
 
 def figures() -> list[Figure]:
     """Realised share at 50 %, no loss at 20 %, and decoding of 1 to 8 tokens."""
-    with torch.no_grad(), _one_thread():
+    torch.set_num_threads(1)
+    with torch.no_grad():
         dense = network()
         half, fifth = pruned(dense, 0.5), pruned(dense, 0.2)
         return [*prefill(dense, half, fifth), *(decode(dense, small) for small in (half, fifth))]
@@ -115,13 +114,3 @@ def _block(whole: nn.Module) -> MoEBlock:
 def _run(block: nn.Module, steps: Tensor) -> None:
     for x_TD in steps:
         block(x_TD)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bench.records import MetricPart
@@ -60,16 +60,8 @@ def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
         p, mid, visible = tested.exact, tested.mid, fewest_flips() / paired.units
     else:
         p, mid, visible = bootstrap_p(paired.differences), None, 0.0
-    return Contrast(
-        run=run,
-        task=metric.task,
-        metric=metric.metric,
-        filter=metric.filter,
-        higher_is_better=metric.higher_is_better,
-        n=paired.units,
-        baseline=paired.baseline,
-        candidate=paired.candidate,
-        difference=paired.difference,
+    return replace(
+        _side_by_side(run, metric, paired.units, paired.baseline, paired.candidate),
         low=low,
         high=high,
         test="bootstrap" if paired.gained is None else "mcnemar",
@@ -86,17 +78,25 @@ def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
 
 def unpaired(run: str, metric: MetricPart, baseline: float, candidate: float) -> Contrast:
     """Put two numbers side by side whose samples do not give them again."""
+    return replace(
+        _side_by_side(run, metric, metric.n, baseline, candidate),
+        note="the samples on record do not give this number again, so nothing can be paired",
+    )
+
+
+def _side_by_side(
+    run: str, metric: MetricPart, n: int, baseline: float, candidate: float
+) -> Contrast:
     return Contrast(
         run=run,
         task=metric.task,
         metric=metric.metric,
         filter=metric.filter,
         higher_is_better=metric.higher_is_better,
-        n=metric.n,
+        n=n,
         baseline=baseline,
         candidate=candidate,
         difference=candidate - baseline,
-        note="the samples on record do not give this number again, so nothing can be paired",
     )
 
 
