@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,14 @@ def test_conversations_follow_from_their_seed() -> None:
     assert image.size == (64, 64)
     assert len(turns) == 7
     assert turns[-1][1].count(",") == 8
+
+
+def test_a_lesson_about_digits_has_them_in_its_scenes() -> None:
+    lesson = scenes.Lesson(turns=1, again=1, hard=("number_at",), digits=(0, 2))
+    said = [scenes.conversation("train", 0, number, lesson) for number in range(40)]
+    described = [conversation.turns[-1][1].count("number") for conversation in said]
+    assert min(described[0::2]) < 2 <= min(described[1::2])
+    assert said[0] == scenes.conversation("train", 0, 0, replace(lesson, digits=(0,)))
 
 
 def test_wrong_names_are_one_sentence() -> None:

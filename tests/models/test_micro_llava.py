@@ -160,8 +160,8 @@ def test_patches_are_labelled_with_what_their_cell_holds(processor: LlavaProcess
         assert (label[[0, 7], :, 0] == GROUPS[0].index("empty")).all()
 
 
-@pytest.mark.parametrize("stage", ["finding", "choosing"])
-def test_the_last_stages_ask_more_of_what_is_hard(stage: str) -> None:
+@pytest.mark.parametrize("stage", ["finding", "choosing", "comparing", "reading"])
+def test_later_stages_ask_more_of_what_is_hard(stage: str) -> None:
     lesson = recipe.STAGES[stage].lesson
     assert set(lesson.hard) <= set(KINDS)
     said = scenes.conversation("train", 9, 0, lesson).turns

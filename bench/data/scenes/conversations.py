@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from bench.data.scenes.scene import Scene, Split, scene
 
 HINT = "The image shows a board of nine cells."
 _FIRST = 10_000_000
+_BEYOND = 10**12
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Lesson:
     `turns` questions of different kinds, `again` more questions of the kinds in `hard`, and
     `matching` questions whose answer stands in their own text, which teach what a letter is. Of
     questions that are not yes or no, the share `choices` is multiple choice; of those about numbers
-    that are put openly, the share `ocr` comes with the numbers that are read in the image.
+    that are put openly, the share `ocr` comes with the numbers that are read in the image. The
+    scenes have, in turn, at least so many digits as `digits` says.
     """
 
     turns: int = 6
@@ -33,6 +36,7 @@ class Lesson:
     matching: int = 0
     choices: float = 0.4
     ocr: float = 0.15
+    digits: tuple[int, ...] = (0,)
     describe: bool = True
 
 
@@ -48,7 +52,7 @@ def conversation(split: Split, seed: int, number: int, lesson: Lesson = Lesson()
 
     The description of every cell, where there is one, comes last.
     """
-    place = scene(split, _FIRST * (seed + 1) + number)
+    place = _scene(split, _FIRST * (seed + 1) + number, lesson.digits[number % len(lesson.digits)])
     rng = random.Random(f"conversation {split} {place.index}")
     asked = _choose(place, sorted(KINDS), lesson.turns, rng)
     if lesson.again:
@@ -63,6 +67,12 @@ def conversation(split: Split, seed: int, number: int, lesson: Lesson = Lesson()
 def description(place: Scene) -> str:
     """Name what is in every cell, in reading order."""
     return ", ".join(thing.name if thing else "empty" for thing in place.cells)
+
+
+def _scene(split: Split, index: int, digits: int) -> Scene:
+    """Return the first scene with so many digits, in steps that meet no other conversation's."""
+    found = (scene(split, place) for place in itertools.count(index, _BEYOND))
+    return next(place for place in found if len(place.digits) >= digits)
 
 
 def _choose(place: Scene, kinds: Sequence[str], turns: int, rng: random.Random) -> list[Question]:

@@ -1,10 +1,11 @@
-"""Train micro_llava in five stages, each from the folder of the one before:
+"""Train micro_llava in six stages, each from the folder of the one before:
 
     python -m bench.models.zoo.micro_llava.recipe describing --out ONE
     python -m bench.models.zoo.micro_llava.recipe answering --start ONE --out TWO
     python -m bench.models.zoo.micro_llava.recipe finding --start TWO --out THREE
     python -m bench.models.zoo.micro_llava.recipe choosing --start THREE --out FOUR
     python -m bench.models.zoo.micro_llava.recipe comparing --start FOUR --out FIVE
+    python -m bench.models.zoo.micro_llava.recipe reading --start FIVE --out SIX
 
 A LLaVA of two million parameters sees scenes of the training side, answers questions about each
 and names what is in every cell. A folder that it writes is a complete Hugging Face model with its
@@ -103,6 +104,7 @@ _BY_COMPARISON = (
     "sideways",
     "upright",
 )
+_BY_NUMBER = ("is_number", "is_placed", "number", "number_at", "sideways")
 
 _GOING_ON = Settings(steps=9000, description_weight=1.0, learning_rate=1.2e-3, frozen_tower=False)
 
@@ -132,10 +134,19 @@ STAGES = {
         learning_rate=1e-3,
         lesson=Lesson(turns=2, again=9, hard=_BY_COMPARISON, matching=2, choices=0.75, ocr=0.35),
     ),
+    "reading": replace(
+        _GOING_ON,
+        seed=12,
+        minutes=20.0,
+        learning_rate=6e-4,
+        lesson=Lesson(
+            turns=4, again=5, hard=_BY_NUMBER, matching=1, choices=0.4, ocr=0.35, digits=(0, 2)
+        ),
+    ),
 }
 """Descriptions count for most at first; then the tower learns along and questions count; then more
-of what is hard; then what the letters of multiple choice stand for; at last what is beside what,
-and all that takes two looks."""
+of what is hard; then what the letters of multiple choice stand for; then what is beside what,
+and all that takes two looks; at last which of two digits is meant."""
 
 
 class Steps(Dataset[Batch]):
