@@ -160,7 +160,7 @@ def test_patches_are_labelled_with_what_their_cell_holds(processor: LlavaProcess
         assert (label[[0, 7], :, 0] == GROUPS[0].index("empty")).all()
 
 
-@pytest.mark.parametrize("stage", ["finding", "choosing", "comparing", "reading"])
+@pytest.mark.parametrize("stage", ["finding", "choosing", "comparing", "reading", "settling"])
 def test_later_stages_ask_more_of_what_is_hard(stage: str) -> None:
     lesson = recipe.STAGES[stage].lesson
     assert set(lesson.hard) <= set(KINDS)

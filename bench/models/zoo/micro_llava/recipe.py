@@ -1,4 +1,4 @@
-"""Train micro_llava in six stages, each from the folder of the one before:
+"""Train micro_llava in seven stages, each from the folder of the one before:
 
     python -m bench.models.zoo.micro_llava.recipe describing --out ONE
     python -m bench.models.zoo.micro_llava.recipe answering --start ONE --out TWO
@@ -6,6 +6,7 @@
     python -m bench.models.zoo.micro_llava.recipe choosing --start THREE --out FOUR
     python -m bench.models.zoo.micro_llava.recipe comparing --start FOUR --out FIVE
     python -m bench.models.zoo.micro_llava.recipe reading --start FIVE --out SIX
+    python -m bench.models.zoo.micro_llava.recipe settling --start SIX --out SEVEN
 
 A LLaVA of two million parameters sees scenes of the training side, answers questions about each
 and names what is in every cell. A folder that it writes is a complete Hugging Face model with its
@@ -143,10 +144,25 @@ STAGES = {
             turns=4, again=5, hard=_BY_NUMBER, matching=1, choices=0.4, ocr=0.35, digits=(0, 2)
         ),
     ),
+    "settling": replace(
+        _GOING_ON,
+        seed=13,
+        minutes=15.0,
+        learning_rate=6e-4,
+        lesson=Lesson(
+            turns=3,
+            again=7,
+            hard=_BY_COMPARISON,
+            matching=2,
+            choices=0.7,
+            ocr=0.25,
+            digits=(0, 0, 2),
+        ),
+    ),
 }
 """Descriptions count for most at first; then the tower learns along and questions count; then more
 of what is hard; then what the letters of multiple choice stand for; then what is beside what,
-and all that takes two looks; at last which of two digits is meant."""
+and all that takes two looks; then which of two digits is meant; at last some of each."""
 
 
 class Steps(Dataset[Batch]):
