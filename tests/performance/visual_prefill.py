@@ -144,8 +144,8 @@ def _preset(dtype: torch.dtype, goal: float) -> Figure:
     gain, middle = ratio(slow, fast)
     value = gain / expected
     how = (
-        f"{gain:.2f}x faster by minima of {PRESET_ROUNDS}, {middle:.2f}x by medians, of {expected:.2f}x fewer "
-        f"FLOPs; dense {min(slow):.2f} s, {THREADS} thread"
+        f"{gain:.2f}x faster by minima of {PRESET_ROUNDS}, {middle:.2f}x by medians, "
+        f"of {expected:.2f}x fewer FLOPs; dense {min(slow):.2f} s, {THREADS} thread"
     )
     name = f"yopo_12 share of theory, {_short(dtype)}"
     return Figure(name, value, f">= {goal}", value >= goal, how)
