@@ -2,6 +2,7 @@
 
 Each NAME is a module of this folder with a function `figures()`; without a name all are measured.
 A module may choose how many threads it measures with; the next one finds them as they were.
+`NAME:PART,...` measures some parts of a module that takes long.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ def names() -> list[str]:
 def main() -> int:
     """Measure what was asked; 1 when a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m tests.performance", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*names(), []], metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME[:PART,...]")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     figures, threads = [], torch.get_num_threads()
-    for name in given.names or names():
-        measured = importlib.import_module(f"tests.performance.{name}").figures()
-        figures += measured
-        torch.set_num_threads(threads)
-        if not given.json:
-            for figure in measured:
+    for asked in given.names or names():
+        name, _, parts = asked.partition(":")
+        if name not in names():
+            parser.error(f"{name}: choose from {', '.join(names())}")
+        module = importlib.import_module(f"tests.performance.{name}")
+        for figure in module.figures(*filter(None, parts.split(","))):
+            figures.append(figure)
+            if not given.json:
                 print(figure.line(), flush=True)
+        torch.set_num_threads(threads)
     if given.json:
         print(json.dumps([dataclasses.asdict(figure) for figure in figures], indent=1))
     return 0 if all(figure.ok for figure in figures) else 1

@@ -101,9 +101,25 @@ def test_skip_equals_mask_and_every_setting_matters(name):
         assert not changed()
 
 
-@pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen3", "qwen2_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batches_with_other_offsets_paddings_and_numbers_of_images(name):
     assert_equal(*planned(name), prompt(name, *BATCH), tokens=6)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_on_the_right(name):
+    network, stock, plan = planned(name)
+    call = prompt(name, [5, (3, 4), 6], [2, (3, 4), 3])
+    padding = int((call["attention_mask"][1] == 0).sum())
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in call:
+            call[key][1] = call[key][1].roll(-padding)
+    with torch.no_grad(), masked(stock, plan):
+        expected = stock(**call).logits
+    with torch.no_grad():
+        ours = network(**call).logits
+    where = text_of(call)
+    assert padding and (ours - expected)[where].abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llava_mistral", "qwen2_5_vl"])

@@ -14,7 +14,7 @@ from methods.visual_tokens.engine import engine_of
 from methods.visual_tokens.reference import masked
 from methods.visual_tokens.work import shape_of, work_of
 from tests.methods.visual_tokens.test_visual_equality import BATCH, assert_equal, planned
-from tests.methods.visual_tokens.tiny_mllms import build, prompt
+from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, build, prompt
 
 NAMES = ["llava_llama", "internvl_qwen3_moe", "qwen2_vl"]
 
@@ -30,7 +30,7 @@ def test_text_only_prompts_are_untouched(name):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sampling_draws_the_same_tokens(name):
     network, stock, plan = planned(name)
     call = prompt(name, *BATCH)
