@@ -22,7 +22,6 @@ from bench.models.zoo.micro_llava.network import VISUAL_TOKENS
 
 LOG: dict[str, Any] = json.loads((FOLDER / "training.json").read_text())
 RESULTS = LOG["results"]
-LEARNED = ("gqa", "vqav2", "scienceqa_img", "textvqa", "pope", "mme")
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +114,9 @@ def test_log_is_of_these_scenes() -> None:
     assert RESULTS["chance"] == {task: round(scenes.chance(task), 4) for task in scenes.TASKS}
 
 
-@pytest.mark.parametrize("task", LEARNED)
-def test_what_is_learned_is_well_above_chance(task: str) -> None:
-    """The goal is higher, and `python -m tests.performance micro_llava` says how far it is off."""
-    assert RESULTS["accuracy"][task] >= RESULTS["chance"][task] + 0.25
-
-
-def test_mmbench_is_above_chance_though_every_order_of_its_options_must_be_right() -> None:
-    assert RESULTS["accuracy"]["mmbench_en"] >= RESULTS["chance"]["mmbench_en"] + 0.1
+@pytest.mark.parametrize("task", scenes.TASKS)
+def test_every_task_is_learned_and_well_above_chance(task: str) -> None:
+    assert RESULTS["accuracy"][task] >= max(0.8, RESULTS["chance"][task] + 0.3)
 
 
 @pytest.mark.parametrize("task", scenes.TASKS)
