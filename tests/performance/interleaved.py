@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 
 
-def times(contestants: Sequence[Callable[[], object]], rounds: int = 7) -> list[list[float]]:
+def times(
+    contestants: Sequence[Callable[[], object]], rounds: int = 7, warm_up: bool = True
+) -> list[list[float]]:
     """Run the contestants in turn, `rounds` times after one warm-up; seconds of each."""
-    for contestant in contestants:
+    for contestant in contestants if warm_up else ():
         contestant()
     seconds: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
