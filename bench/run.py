@@ -7,7 +7,6 @@ Nothing heavy is imported at the top, so that `import bench` and `bench --help` 
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.applying import apply_methods
-from bench.errors import Stopped
+from bench.errors import NO_ROOM, Stopped
 from bench.lending import Loan, lend
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from bench.records import MethodPart, ModelPart, Record, Store
     from bench.sweep import Asked, Result
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
@@ -115,7 +113,8 @@ def execute(config: RunConfig, asked: Asked) -> Result:
     ranks = joined()
     progress = Progress(quiet=not ranks.is_first)
     store = Store(config.results_dir)
-    store.ensure_writable()
+    with _stopping(store):
+        store.ensure_writable()
     inputs = resolve(config)
 
     def say() -> None:

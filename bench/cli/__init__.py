@@ -16,7 +16,7 @@ from typing import NoReturn
 from bench.cli import running
 from bench.cli.answers import DONE, FAILED, INTERRUPTED, WRONG
 from bench.cli.grammar import COMMANDS, parser
-from bench.errors import RunsFailed, Stopped, UserError, sentence, unknown
+from bench.errors import NO_ROOM, RunsFailed, Stopped, UserError, sentence, unknown
 from bench.secrets import hide
 
 __all__ = ["COMMANDS", "main"]
@@ -52,9 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as error:  # how argparse and Hydra end after an answer or a complaint
         return DONE if error.code in (0, None) else WRONG
-    except Exception as error:  # a fault of ours or of a method: one sentence, details in a file
-        print(f"bench: failed: {_keep_trace(error)}", file=sys.stderr)
-        return FAILED
+    except Exception as error:
+        return _unforeseen(error)
+
+
+def _unforeseen(error: Exception) -> int:
+    """Say what happened: no room beside a run, or a fault of ours or of a method."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:  # a sweep's plan, its jobs' notes
+        said = f"{error.filename or 'the disk'}: {error.strerror}; make room"
+        print(f"bench: {hide(said)}, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    print(f"bench: failed: {_keep_trace(error)}", file=sys.stderr)
+    return FAILED
 
 
 def _keep_trace(error: Exception) -> str:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Engine = Literal["shared", "plain"]
+SPENT = ("tokens_per_batch", "halved", "given", "computed")
+"""What depends on the memory that was free, and on what a killed attempt had answered already."""
 
 
 @dataclass
@@ -31,5 +33,7 @@ class Asked:
             self.reasons.append(reason)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
+        """Return it as JSON values; what this attempt spent is apart, under `spent`."""
+        values = asdict(self)
+        spent = {name: values.pop(name) for name in SPENT}
+        return {**values, "spent": spent}

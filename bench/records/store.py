@@ -9,6 +9,7 @@ A record appears whole or not at all. Reading never fails for one bad file: it i
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -39,13 +40,20 @@ class Store:
         self.unreadable: dict[str, str] = {}
 
     def ensure_writable(self) -> None:
-        """Refuse a results folder that cannot be written, before any work is done."""
+        """Refuse a results folder that cannot be written, before any work is done.
+
+        Raises:
+            UserError: nobody can write there.
+            OSError: there is no room on the disk just now.
+        """
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
             probe = self.runs / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             reason = error.strerror or str(error)
             raise UserError(f"results_dir={self.root}: cannot be written ({reason})") from None
 

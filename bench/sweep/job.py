@@ -12,6 +12,7 @@ import os
 import platform
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,10 +70,11 @@ def keep(folder: Path, number: int, asked: Asked, perform: Callable[[], Result])
             if not isinstance(error, UserError):
                 note["log"] = str(_log(path, error))
         except BaseException:
-            note |= {"state": "waiting", "reason": "interrupted"}
+            note |= {"state": "waiting", "reason": "interrupted", "finished": _now()}
+            with suppress(OSError):  # a disk that stops a run takes no note of it either
+                write_note(folder, note)
             raise
-        finally:
-            write_note(folder, {**note, "finished": _now()})
+        write_note(folder, {**note, "finished": _now()})
     return result
 
 

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def die_in(phase):
 
 
 def counting(file, pause=0.0):
-    """Return what makes a process write down every request that it scored, batch by batch."""
+    """Return what makes a process write down every request that it scored, a batch per line."""
 
     def arm():
         Memory.answers = counted(Memory.answers, file, pause)
@@ -118,13 +119,34 @@ def counted(answers, file, pause=0.0):
             for batch in score(missing):
                 given = list(batch)
                 with file.open("a") as log:
-                    log.write("".join(f"{keys[place]}\n" for place, _ in given))
+                    log.write(" ".join(keys[place] for place, _ in given) + "\n")
                 yield given
                 time.sleep(pause)
 
         return answers(self, keys, noted, progress)
 
     return counting_answers
+
+
+def scored_twice(log):
+    """Return how many requests were scored more often than once."""
+    counts = Counter(log.read_text().split())
+    return sum(count - 1 for count in counts.values())
+
+
+def largest_batch(log):
+    """Return how many requests were scored together at most."""
+    return max(len(line.split()) for line in log.read_text().splitlines())
+
+
+def journals(results):
+    """Return the journals of the runs that are not finished."""
+    return list((results / "unfinished").glob("*/answers.journal"))
+
+
+def lines(results):
+    """Return how many entries the journals have."""
+    return sum(path.read_bytes().count(b"\n") for path in journals(results))
 
 
 def timeless(record):
@@ -136,8 +158,7 @@ def timeless(record):
         method["report"].pop("seconds", None)
     content["config"].pop("results_dir")
     content["provenance"].pop("git_commit")
-    for spent in ("given", "computed", "halved"):  # of this process, not of the one that was killed
-        (content["provenance"]["engine"] or {}).pop(spent, None)
+    (content["provenance"]["engine"] or {}).pop("spent", None)  # of the last attempt only
     content["command"] = None
     return content
 

@@ -3,13 +3,26 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from bench.errors import UserError
 from bench.records import Store, load
-from tests.faults.processes import only, run, timeless
+from tests.faults.processes import (
+    counting,
+    largest_batch,
+    lines,
+    only,
+    run,
+    scored_twice,
+    start,
+    timeless,
+    wait_for,
+)
 from tests.records.test_store import make
 
 RUN = ("method=camera_p", "ratio=0.4")
@@ -37,6 +50,51 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@dataclass
+class Failing:
+    """A real ext4 file system in a file, whose kernel can be told that the disk is broken."""
+
+    image: Path
+    folder: Path
+
+    def mount(self):
+        options = ["-o", "loop,errors=remount-ro"]
+        asked = ["mount", "-t", "ext4", *options, str(self.image), str(self.folder)]
+        return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+
+    @property
+    def trigger(self):
+        asked = ["findmnt", "-no", "SOURCE", str(self.folder)]
+        source = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        return Path("/sys/fs/ext4", Path(source.strip()).name, "trigger_fs_error")
+
+    def fail(self):
+        self.trigger.write_text("1")
+
+    def mend(self):
+        subprocess.run(["umount", str(self.folder)], check=True)
+        checked = ["e2fsck", "-fy", str(self.image)]
+        assert subprocess.run(checked, capture_output=True, check=False).returncode < 4
+        assert self.mount()
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """A disk that can turn read-only while it is written to: a remount would refuse."""
+    disk = Failing(tmp_path / "image", tmp_path / "failing")
+    disk.folder.mkdir()
+    with disk.image.open("wb") as file:
+        file.truncate(32 * 2**20)
+    tools = all(map(shutil.which, ("mkfs.ext4", "e2fsck", "findmnt")))
+    if os.geteuid() != 0 or not tools:
+        pytest.skip("needs root, e2fsprogs and findmnt")
+    subprocess.run(["mkfs.ext4", "-q", str(disk.image)], check=True)
+    if not disk.mount():
+        pytest.skip("needs the right to mount a loop device")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk.folder)], check=True)
+
+
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     results = disk / "results"
     (disk / "ballast").write_bytes(b"\0" * 56 * 1024)
@@ -49,6 +107,22 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     remount(disk, "size=8m")
     assert run(results, *RUN)[0] == 0
     same(results)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 32, 56])
+def test_a_full_disk_stops_a_sweep_wherever_it_is(disk, undisturbed, kilobytes):
+    results, sweep = disk / "results", ("-m", *RUN, "seed=1,2")
+    (disk / "ballast").write_bytes(b"\0" * (64 - kilobytes) * 1024)
+    code, said = run(results, *sweep)
+    assert code == 75, said
+    assert "No space left on device" in said and "the same command goes on" in said
+    assert "Traceback" not in said
+    (disk / "ballast").unlink()
+    remount(disk, "size=8m")
+    code, said = run(results, *sweep)
+    assert code == 0, said
+    assert len(Store(results).all()) == 2
+    assert not list((results / "unfinished").iterdir())
 
 
 def test_a_quota_stops_the_run(tmp_path, same):
@@ -74,6 +148,24 @@ def test_a_read_only_folder_is_refused_before_any_work(disk):
     assert said.strip() == (
         f"bench: results_dir={results}: cannot be written (Read-only file system)"
     )
+
+
+def test_a_disk_that_turns_read_only_stops_the_run_which_goes_on_when_it_is_mended(
+    failing, tmp_path, same
+):
+    results, log = failing.folder / "results", tmp_path / "scored"
+    child = start(results, *RUN, before=counting(log, pause=0.3))
+    wait_for(lambda: lines(results) > 3)
+    failing.fail()
+    assert child.wait() == 75, child.text
+    assert "Read-only file system" in child.text and "goes on where this stopped" in child.text
+    assert "Traceback" not in child.text
+    failing.mend()
+    assert not Store(results).all()
+    assert run(results, *RUN, before=counting(log))[0] == 0
+    same(results)
+    # What was not on the disk yet is gone: a second's batches, and the one in flight.
+    assert scored_twice(log) <= 5 * largest_batch(log)
 
 
 def test_what_is_on_a_read_only_disk_can_be_read(disk):

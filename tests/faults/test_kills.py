@@ -1,18 +1,26 @@
-"""kill -9 at every stage and at random moments, polite signals: the same command goes on."""
+"""kill -9 at every stage and while scoring, polite signals: the same command goes on."""
 
 import os
 import random
 import signal
 import time
-from collections import Counter
-
-import pytest
 
 from bench.records import Store, atomic
-from tests.faults.processes import counting, die_in, only, run, start, timeless, wait_for
+from tests.faults.processes import (
+    counting,
+    die_in,
+    journals,
+    largest_batch,
+    lines,
+    only,
+    run,
+    scored_twice,
+    start,
+    timeless,
+    wait_for,
+)
 
 RUN = ("method=camera_p", "ratio=0.4")
-BATCH = 4 * 4  # four documents of four choices go through the network together
 STAGES = (
     "loading the model",
     "applying camera_p",
@@ -38,14 +46,6 @@ def die_at_rename(number):
         atomic.Path.rename = deadly
 
     return arm
-
-
-def journals(results):
-    return list((results / "unfinished").glob("*/answers.journal"))
-
-
-def lines(results):
-    return sum(path.read_bytes().count(b"\n") for path in journals(results))
 
 
 def wait_for_more_than(count, results):
@@ -81,19 +81,6 @@ def test_killed_while_a_record_is_replaced_there_is_always_one(tmp_path, same):
     assert only(results) == before
 
 
-def killed_at(results, moment, log):
-    """Start the run, kill it after so many seconds unless it is done, return its exit code."""
-    child = start(results, *RUN, before=counting(log))
-    time.sleep(moment)
-    child.kill()
-    return child.wait()
-
-
-def scored_twice(log):
-    counts = Counter(log.read_text().split())
-    return sum(count - 1 for count in counts.values())
-
-
 def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_path, same):
     results, log, kills = tmp_path / "results", tmp_path / "scored", 4
     draw, before = random.Random(8), 1
@@ -106,21 +93,7 @@ def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_pa
         before = lines(results)
     assert run(results, *RUN, before=counting(log))[0] == 0
     same(results)
-    assert scored_twice(log) <= kills * BATCH
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(10))
-def test_killed_at_a_random_moment_it_ends_as_one_that_was_not(tmp_path, same, number):
-    began = time.monotonic()
-    assert run(tmp_path / "timed" / "results", *RUN)[0] == 0
-    whole = time.monotonic() - began
-    results, log = tmp_path / "results", tmp_path / "scored"
-    log.touch()
-    killed_at(results, random.Random(number).uniform(0, 1) * whole, log)
-    assert run(results, *RUN, before=counting(log))[0] == 0
-    same(results)
-    assert scored_twice(log) <= BATCH
+    assert scored_twice(log) <= kills * largest_batch(log)
 
 
 def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, same):
@@ -149,7 +122,7 @@ def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
     assert (second.wait(), third.wait()) == (0, 0)
     assert "already recorded" not in second.text
     assert "already recorded" in third.text
-    assert scored_twice(log) <= BATCH
+    assert scored_twice(log) <= largest_batch(log)
     same(results)
 
 

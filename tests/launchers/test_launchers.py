@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,14 +63,16 @@ def _untimed(report):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "harm"),
+    ("launcher", "harm", "preempted_by"),
     [
-        ("ray", "SIGKILL"),
-        ("slurm_local", "SIGUSR2"),
-        ("joblib", "SIGKILL"),
+        ("ray", "SIGKILL", "USR2"),
+        ("joblib", "SIGKILL", "USR2"),
+        ("slurm_local", "SIGUSR2", "USR2"),
+        ("slurm_local", "SIGUSR1", "USR1"),  # queued again by submitit, as the cluster is set up
+        ("slurm_local", "SIGUSR1", "USR2"),  # ends the worker, which is lost then
     ],
 )
-def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm):
+def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm, preempted_by):
     sweep = [
         *TINY, *PERIL, "-m", "method=perilous", f"method.perilous.signal={harm}",
         f"method.perilous.marker={tmp_path / 'marker'}", "seed=1,2",
@@ -76,12 +80,43 @@ def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm):
     there, here = tmp_path / "there", tmp_path / "here"
     done = bench(
         "run", *sweep, f"results_dir={there}", f"hydra/launcher={launcher}",
-        *ONE_AT_A_TIME[launcher],
+        *ONE_AT_A_TIME[launcher], SUBMITIT_PREEMPT_SIGNAL=preempted_by,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "marker").exists()
+    logs = [log.read_text() for log in there.rglob("*_log.out")]
+    queued_again = any("this job is preempted" in log for log in logs)
+    assert queued_again == (launcher == "slurm_local" and harm == f"SIG{preempted_by}")
     assert main(["run", *sweep, f"results_dir={here}"]) == 0
     assert len(numbers(here)) == 2
+    assert numbers(there) == numbers(here)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_told_to_stop_takes_its_jobs_along_and_goes_on_later(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    sweep = [*TINY, "-m", "method=random_experts", "seed=1,2,3"]
+    asked = [
+        "run", *sweep, f"results_dir={there}", "hydra/launcher=slurm_local",
+        *ONE_AT_A_TIME["slurm_local"],
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "bench.cli", *asked]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+        until = time.monotonic() + 300
+        while not list(there.glob("runs/*/record.json")):
+            assert started.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        started.send_signal(signal.SIGUSR1)
+        said = started.communicate(timeout=120)[1]
+    assert started.returncode == 75, said
+    assert "the same command goes on" in said
+    first = {path: path.stat().st_mtime_ns for path in there.glob("runs/*/record.json")}
+    assert len(first) < 3
+    done = bench(*asked)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    assert main(["run", *sweep, f"results_dir={here}"]) == 0
+    assert len(numbers(here)) == 3
     assert numbers(there) == numbers(here)
 
 

@@ -6,6 +6,7 @@ and the network answers; otherwise the last line says that they were not looked 
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -106,24 +107,46 @@ def _licence(found: Distribution) -> str:
 def _known_vulnerabilities() -> list[str]:
     """Ask pip-audit about the pinned versions; say so where that is not possible."""
     if find_spec("pip_audit") is None:
-        print("audit: known vulnerabilities not looked for: pip-audit is not installed")
-        return []
+        return _not_looked_for("pip-audit is not installed")
     asked = [sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--progress-spinner",
-             "off", "-r", str(ROOT / "constraints.txt")]  # fmt: skip
+             "off", "--format", "json", "-r", str(ROOT / "constraints.txt")]  # fmt: skip
     try:
         done = subprocess.run(
             asked, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        print("audit: known vulnerabilities not looked for: no answer from the network")
-        return []
-    if done.returncode == 0:
-        return []
-    if re.search(r"ConnectionError|Connection|ServiceError|Max retries", done.stderr):
-        print("audit: known vulnerabilities not looked for: the network cannot be reached")
-        return []
-    print(done.stdout or done.stderr)
-    return ["pip-audit found something"]
+        return _not_looked_for("no answer from the network")
+    if re.search(r"ConnectionError|ServiceError|Max retries", done.stderr):
+        return _not_looked_for("the network cannot be reached")
+    return said_by_pip_audit(done.stdout, done.stderr)
+
+
+def said_by_pip_audit(out: str, err: str) -> list[str]:
+    """Print and return its findings. It calls packages that it could not look up no finding."""
+    try:
+        packages = json.loads(out)["dependencies"]
+    except (ValueError, KeyError):
+        print(err)
+        return ["pip-audit failed"]
+    skipped = [package["name"] for package in packages if "skip_reason" in package]
+    found = [
+        f"{package['name']} {package['version']} has the known vulnerability {known['id']}"
+        for package in packages
+        for known in package.get("vulns", ())
+    ]
+    for complaint in found:
+        print(f"audit: {complaint}")
+    if skipped:
+        few = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+        _not_looked_for(
+            f"the index has no advisories on {len(skipped)} of {len(packages)} packages: {few}"
+        )
+    return found
+
+
+def _not_looked_for(why: str) -> list[str]:
+    print(f"audit: known vulnerabilities not looked for: {why}")
+    return []
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def test_the_evaluation_says_which_engine_it_was(model):
 
     shared, plain = asked(model, "shared"), asked(model, "plain")
     assert (shared["wanted"], shared["used"], shared["reasons"]) == ("shared", "shared", [])
-    assert 0 < shared["computed"] < shared["given"]
-    assert shared["tokens_per_batch"] >= 256
+    assert 0 < shared["spent"]["computed"] < shared["spent"]["given"]
+    assert shared["spent"]["tokens_per_batch"] >= 256
     assert (plain["wanted"], plain["used"], plain["reasons"]) == ("plain", "plain", [])
 
     class Whole(torch.nn.Module):
