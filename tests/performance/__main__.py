@@ -1,6 +1,7 @@
 """`python -m tests.performance [NAME ...] [--json]`: measure speed and memory against the goals.
 
 Each NAME is a module of this folder with a function `figures()`; without a name all are measured.
+`NAME:PART,...` measures a part of a module that takes long; a wrong part is answered by a list.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ def names() -> list[str]:
 def main() -> int:
     """Measure what was asked; 1 when a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m tests.performance", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*names(), []], metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME[:PART,...]")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     figures = []
-    for name in given.names or names():
-        measured = importlib.import_module(f"tests.performance.{name}").figures()
+    for asked in given.names or names():
+        name, _, parts = asked.partition(":")
+        if name not in names():
+            parser.error(f"{name}: choose from {', '.join(names())}")
+        module = importlib.import_module(f"tests.performance.{name}")
+        measured = module.figures(*filter(None, parts.split(",")))
         figures += measured
         if not given.json:
             for figure in measured:
