@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from bench.evaluation.text.adapter import Adapter
-from bench.evaluation.text.quiet import quiet
 from bench.evaluation.text.question import Answers, Question, Scored
+from bench.evaluation.text.quiet import quiet
 from bench.evaluation.text.shared.trie import Trie
 from bench.models.model import Model
 from bench.progress import SILENT
@@ -52,9 +52,10 @@ def figures(*words: str) -> list[Figure]:
 def _chosen(words: Sequence[str]) -> Iterator[list[str]]:
     """Yield the kinds, the exams and the shots that some words choose."""
     offered = [list(random_models.CONFIGS), exams.names(), list(SHOTS)]
-    unknown = set(words).difference(*offered)
+    known = [word for each in offered for word in each]
+    unknown = set(words).difference(known)
     if unknown:
-        raise SystemExit(f"{', '.join(unknown)}: choose from {', '.join(sum(offered, []))}")
+        raise SystemExit(f"{', '.join(unknown)}: choose from {', '.join(known)}")
     for each in offered:
         yield [word for word in each if word in words] or each
 
