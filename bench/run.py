@@ -191,7 +191,7 @@ def _perform(
     from bench.evaluation import evaluate
     from bench.evaluation.memory import Memory
     from bench.evaluation.ranks import joined
-    from bench.measurement.costs import count, phases
+    from bench.measurement.costs import phases
     from bench.measurement.measuring import measure
     from bench.models.state import state_hash
     from bench.records import CostPart, GapPart, MetricPart, Record
@@ -202,8 +202,8 @@ def _perform(
 
     with progress.phase("loading the model"):
         model = _pristine().borrow(inputs.source, will_change=bool(config.method))
-    with progress.phase("counting costs"):
-        before = count(model, config.costs)
+    # What methods will change is counted first; without any, the answers need not wait for it.
+    before = _counted(model, config, progress) if config.method else []
     own = store.unfinished(inputs.id, joined().number)
     context = inputs.loan.to(config, model, progress, own)
     methods = apply_methods(config, model, context)
@@ -211,8 +211,7 @@ def _perform(
         for note in journal.notes:
             progress.warn(note)
         evaluation = evaluate(model, inputs.plan, progress, Memory(journal))
-    with progress.phase("counting costs"):
-        after = count(model, config.costs) if methods else before
+    after = _counted(model, config, progress)
     with progress.phase("measuring costs"):
         measured = measure(_subject(model, inputs.source, methods), config.costs, progress)
 
@@ -225,7 +224,7 @@ def _perform(
         command=asked.command,
         config=_plain(config),
         environment={**describe(), "versions": inputs.versions},
-        model=_dense(model, before),
+        model=_dense(model, before or after),
         methods=tuple(methods),
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
@@ -236,6 +235,14 @@ def _perform(
         with progress.phase("writing the record"):
             store.write(record, evaluation.samples, _yaml(config))
     return record
+
+
+def _counted(model: Model, config: RunConfig, progress: Progress) -> list[Cost]:
+    """Count a model as it is now."""
+    from bench.measurement.costs import count
+
+    with progress.phase("counting costs"):
+        return count(model, config.costs)
 
 
 def _subject(model: Model, source: Source, methods: Sequence[MethodPart]) -> Subject:

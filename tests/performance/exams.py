@@ -1,17 +1,20 @@
-"""Tasks to time: real ones where `SLIMBENCH_REAL_TASKS` names their folder, else the micro ones."""
+"""Tasks to time: the nine embedded ones, and real ones where `SLIMBENCH_REAL_TASKS` names them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.data.world import TASKS
 from bench.evaluation import BenchmarkConfig, plan
 from bench.evaluation.text.building import PlannedTask
+from bench.evaluation.text.quiet import quiet
+from bench.evaluation.text.templates import compiled_once
 
 VARIABLE = "SLIMBENCH_REAL_TASKS"
-MICRO = ("arc_easy", "openbookqa", "piqa", "boolq", "winogrande", "hellaswag", "mathqa")
+"""A folder of parquet files, each named as the lm-eval task whose evaluated split it is."""
 
 
 def files() -> dict[str, str]:
@@ -21,24 +24,30 @@ def files() -> dict[str, str]:
     return {file.stem: str(file) for file in found}
 
 
-def tasks(limit: int, shots: int = 0) -> list[PlannedTask]:
-    """Plan all tasks there are, `limit` documents each."""
-    real = files()
-    options: dict[str, Any] = {"data": real} if real else {"suite": "micro"}
-    config = BenchmarkConfig(
-        name="exam", tasks=tuple(real or MICRO), limit=limit, num_fewshot=shots, **options
-    )
-    return list(plan(config, offline=True).scoring.tasks)  # type: ignore[attr-defined]
+def names() -> list[str]:
+    """Return what every exam is called; the embedded ones are `micro_TASK`."""
+    return [*files(), *(f"micro_{task}" for task in TASKS)]
 
 
-def requests(task: PlannedTask, limit: int) -> list[Any]:
-    """Return what the harness asks a model, without asking."""
-    (inner,) = task.tasks.values()
+def task(name: str, shots: int = 0) -> PlannedTask:
+    """Plan the task of one exam."""
+    inner = name.removeprefix("micro_")
+    embedded = inner != name
+    options: dict[str, Any] = {"suite": "micro"} if embedded else {"data": {inner: files()[inner]}}
+    config = BenchmarkConfig(name="exam", tasks=(inner,), num_fewshot=shots, **options)
+    (planned,) = plan(config, offline=True).scoring.tasks  # type: ignore[attr-defined]
+    return planned
+
+
+def requests(planned: PlannedTask, limit: int | None) -> list[Any]:
+    """Return what the harness asks a model about the first documents, without asking."""
+    (inner,) = planned.tasks.values()
     inner.set_fewshot_seed(1234)
-    inner.build_all_requests(limit=limit, rank=0, world_size=1)
+    with quiet(), compiled_once():
+        inner.build_all_requests(limit=limit, rank=0, world_size=1)
     return list(inner.instances)
 
 
-def texts(asked: Sequence[Any]) -> list[str]:
+def texts(asked: Sequence[Any]) -> Iterator[str]:
     """Return all that is said in some requests."""
-    return ["".join(request.args) for request in asked]
+    return ("".join(request.args) for request in asked)

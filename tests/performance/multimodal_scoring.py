@@ -1,7 +1,8 @@
 """How much faster six questions an image are answered than by lmms-eval's own LLaVA adapter.
 
-Where that cannot be imported (it needs decord), our plain engine stands in, and the figure says so:
-it has real batches and encodes an image once already, which lmms-eval's adapter has not.
+It needs decord (`pip install --target FOLDER decord`, and FOLDER on PYTHONPATH). Without it our
+plain engine stands in, and the figure says so: it has real batches and encodes an image once
+already, which lmms-eval's adapter has not. `multimodal_scoring:gqa` measures one task.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ SIDE, PATCH = 336, 14  # LLaVA-1.5's, which make 576 visual tokens
 GOAL = 4.0
 
 
-def figures() -> list[Figure]:
+TASKS = ("pope", "gqa")
+
+
+def figures(*names: str) -> list[Figure]:
     """Speed-up on POPE's and on GQA's schema."""
     torch.set_num_threads(1)
     model = llava()
     with tempfile.TemporaryDirectory() as folder:
-        return [_figure(model, name, Path(folder)) for name in ("pope", "gqa")]
+        return [_figure(model, name, Path(folder)) for name in names or TASKS]
 
 
 def _figure(model: Model, name: str, folder: Path) -> Figure:
@@ -41,7 +45,8 @@ def _figure(model: Model, name: str, folder: Path) -> Figure:
     other = "our plain engine, as lmms-eval's adapter cannot be imported"
     theirs = partial(evaluate, model, plans["plain"])
     if importlib.util.find_spec("decord") is not None:
-        other, theirs = "lmms-eval's llava_hf", partial(harness, model, plans["plain"], folder)
+        adapter = reference(model, folder / f"{name}_model")
+        other, theirs = "lmms-eval's llava_hf", partial(harness, adapter, plans["plain"])
     took = times([theirs, partial(evaluate, model, plans["shared"])], ROUNDS)
     least, median = ratio(*took)
     size = sum(weight.numel() for weight in model.network.parameters()) / 1e6
@@ -108,16 +113,18 @@ def llava() -> Model:
     return model
 
 
-def harness(model: Model, planned: Plan, folder: Path) -> Any:
+def harness(adapter: Any, planned: Plan) -> None:
     """Let lmms-eval ask its own adapter."""
-    from lmms_eval.models.simple.llava_hf import LlavaHf
-
     from bench.evaluation.multimodal import running
 
-    saved = folder / "llava"
-    if not saved.is_dir():
-        model.network.save_pretrained(saved)  # type: ignore[operator]
-        model.processor.save_pretrained(saved)
-    adapter = LlavaHf(str(saved), device="cpu", dtype="float32", device_map="cpu")
     for each in planned.scoring.tasks:  # type: ignore[attr-defined]
         running._run(adapter, each)
+
+
+def reference(model: Model, folder: Path) -> Any:
+    """Return lmms-eval's own adapter around the same weights."""
+    from lmms_eval.models.simple.llava_hf import LlavaHf
+
+    model.network.save_pretrained(folder)  # type: ignore[operator]
+    model.processor.save_pretrained(folder)
+    return LlavaHf(str(folder), device="cpu", dtype="float32", device_map="cpu")

@@ -30,7 +30,7 @@ def figures() -> list[Figure]:
     torch.set_num_threads(1)
     config = ModelConfig(name="micro_moe", source="zoo:micro_moe", device="cpu", dtype="float32")
     model = loading.load(loading.resolve(config, offline=True))
-    planned = exams.tasks(DOCUMENTS)[0]
+    planned = exams.task(exams.names()[0])
     ours, theirs = [], []
     for _ in range(ROUNDS):
         theirs.append(_outside(model, planned, lambda: reference(model, BATCH)))

@@ -45,7 +45,7 @@ def tokenizer(texts: Iterable[str]) -> Any:
     from tokenizers import ByteLevelBPETokenizer
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(texts, 32_000, special_tokens=["<|end|>"])
+    trained.train_from_iterator(texts, 32_000, special_tokens=["<|end|>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|end|>")
 
 

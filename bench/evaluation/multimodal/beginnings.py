@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from bench.evaluation.attention import foreign_layers, window
+from bench.evaluation.multimodal.roomy import roomy
 from bench.models.model import Model
 
 Encoded: TypeAlias = dict[str, Any]
@@ -79,7 +80,7 @@ def prefill(network: Any, inputs: dict[str, Any]) -> Any:
 
 def spread(network: Any, cache: Any, owner_B: Tensor) -> None:
     """Give every question its beginning, in place: the cache then has a row for each."""
-    cache.batch_select_indices(owner_B)
+    cache.layers = [roomy(layer, owner_B) for layer in cache.layers]
     if turns_in_three(network):
         network.model.rope_deltas = network.model.rope_deltas[owner_B]
 

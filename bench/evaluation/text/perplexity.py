@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from bench.errors import UserError
+from bench.evaluation import budget
 from bench.evaluation.batches import Batches
 from bench.evaluation.config import BenchmarkConfig
 from bench.evaluation.memory import Memory, key
@@ -27,6 +28,9 @@ from bench.progress import Progress
 _TOKENS_PER_BATCH = 8192
 """Every position meets the head here, so logits and not activations bound the batch."""
 
+_ON_A_PROCESSOR = budget.MOST["cpu"]
+"""More tokens than a processor's caches hold are no faster there."""
+
 
 def measure(
     model: Model,
@@ -37,7 +41,8 @@ def measure(
 ) -> tuple[Metric, list[dict[str, Any]]]:
     """Return the perplexity of a text and a sample row for each of its windows."""
     windows = cut(model, text, benchmark.limit)
-    size = max(1, min(benchmark.batch_size, _TOKENS_PER_BATCH // text.config.window))
+    tokens = _ON_A_PROCESSOR if model.device.type == "cpu" else _TOKENS_PER_BATCH
+    size = max(1, min(benchmark.batch_size, tokens // text.config.window))
     network = model.network.eval()
     losses = memory.batched(
         [key("perplexity", text.name, window) for window in windows],

@@ -15,6 +15,7 @@ from bench.evaluation.seeding import SEED
 from bench.evaluation.text import perplexity, samples, scores
 from bench.evaluation.text.adapter import Adapter
 from bench.evaluation.text.building import PlannedTask
+from bench.evaluation.text.templates import compiled_once
 from bench.evaluation.text.texts import PlannedText
 from bench.models.model import Model
 from bench.progress import Progress
@@ -36,10 +37,10 @@ def score(
     metrics: list[Metric] = []
     rows: Rows = []
     for task in tasks:
-        with progress.phase(f"{model.name} on {task.name}"):
+        with progress.phase(f"{model.name} on {task.name}"), compiled_once():
             result = _run(adapter, task, benchmark.limit)
+            rows += samples.rows(task, result)
         metrics += scores.metrics(benchmark, task, result)
-        rows += samples.rows(task, result)
     for text in texts:
         with progress.phase(f"{model.name} on {text.name}"):
             metric, windows = perplexity.measure(model, text, benchmark, progress, memory)
@@ -58,11 +59,10 @@ def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str,
     from lm_eval.evaluator import evaluate as harness
 
     from bench.evaluation.text.quiet import quiet
-    from bench.evaluation.text.templates import compiled_once
 
     for task in planned.tasks.values():
         task.set_fewshot_seed(SEED)
-    with quiet(), compiled_once(), redirect_stdout(io.StringIO()):
+    with quiet(), redirect_stdout(io.StringIO()):
         result: dict[str, Any] = harness(
             adapter,
             {"tasks": planned.tasks, "groups": planned.groups},

@@ -114,7 +114,8 @@ def plainly(model, benchmark):
     for task in tasks.values():
         task.set_fewshot_seed(1234)
     with quiet():
-        return harness(reference(model), {"tasks": tasks}, limit=benchmark.limit, bootstrap_iters=1)
+        lm = reference(model, batch_size=32)
+        return harness(lm, {"tasks": tasks}, limit=benchmark.limit, bootstrap_iters=1)
 
 
 def assert_same_sample(row, sample):

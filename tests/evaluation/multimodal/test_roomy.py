@@ -1,0 +1,51 @@
+"""Keys and values with room behind them are those of transformers' own growing layer."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from bench.evaluation.multimodal.roomy import ROOM, RoomyLayer, roomy
+
+OWNER_B = torch.tensor([0, 0, 1, 0, 1])
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def grown(length):
+    layer = DynamicLayer()
+    layer.update(drawn(2, 3, length, 4), drawn(2, 3, length, 5))
+    return layer
+
+
+@pytest.mark.parametrize("calls", [[7, 1, 1], [ROOM, 1, 1], [ROOM + 9, 1], [1] * (2 * ROOM + 5)])
+def test_it_grows_like_the_layer_that_copies(calls):
+    plain, ours = grown(11), roomy(grown(11), OWNER_B)
+    plain.batch_select_indices(OWNER_B)
+    assert isinstance(ours, RoomyLayer)
+    for number, length in enumerate(calls):
+        keys, values = drawn(5, 3, length, 4) + number, drawn(5, 3, length, 5) - number
+        found, wanted = ours.update(keys, values), plain.update(keys, values)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        assert ours.get_seq_length() == plain.get_seq_length()
+
+
+def test_an_answer_does_not_move_what_came_before_it():
+    ours = roomy(grown(11), OWNER_B)
+    where = ours.keys.data_ptr()
+    for _ in range(ROOM):
+        ours.update(drawn(5, 3, 1, 4), drawn(5, 3, 1, 5))
+    assert ours.keys.data_ptr() == where
+    ours.update(drawn(5, 3, 1, 4), drawn(5, 3, 1, 5))
+    assert ours.keys.data_ptr() != where
+
+
+def test_a_layer_of_another_kind_stays_itself():
+    class Other(DynamicLayer):
+        pass
+
+    other = Other()
+    other.update(drawn(2, 3, 4, 4), drawn(2, 3, 4, 5))
+    assert roomy(other, OWNER_B) is other
+    assert other.keys.shape[0] == 5
