@@ -217,7 +217,8 @@ def _perform(
     with progress.phase("measuring costs"):
         measured = measure(_subject(model, inputs.source, methods), config.costs, progress)
 
-    costs = [*after, *measured.costs, *_applying(methods), *phases(progress.seconds)]
+    costs = [*after.costs, *measured.costs, *_applying(methods), *phases(progress.seconds)]
+    gaps = [*after.gaps, *measured.gaps]
     record = Record(
         id=inputs.id,
         started=started,
@@ -226,11 +227,11 @@ def _perform(
         command=asked.command,
         config=_plain(config),
         environment={**describe(), "versions": inputs.versions},
-        model=_dense(model, before),
+        model=_dense(model, before.costs),
         methods=tuple(methods),
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
-        gaps=tuple(GapPart(**asdict(gap)) for gap in measured.gaps),
+        gaps=tuple(GapPart(**asdict(gap)) for gap in gaps),
         provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
     )
     if joined().is_first:

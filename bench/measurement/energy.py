@@ -15,8 +15,9 @@ from bench.device.machine import Watch
 from bench.device.unavailable import Unavailable
 from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
+from bench.measurement.rows import Rows
 from bench.measurement.stages import FORWARD, PREFILL, WHOLE
-from bench.measurement.subject import Rows, Subject
+from bench.measurement.subject import Subject
 from bench.measurement.workload import Answering, Workload
 
 WINDOWS = 3

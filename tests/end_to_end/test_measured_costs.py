@@ -6,7 +6,7 @@ import pytest
 
 from bench.compose import run_config
 
-TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "warm_up=1", "attempts=1")
+TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "most_rounds=5", "warm_up=1", "attempts=1")
 MEASURED = ["costs=paper", *(f"costs.timing.{setting}" for setting in TIMING)]
 SHORT = ["benchmark=perplexity_micro", "ratio=0.5"]
 
