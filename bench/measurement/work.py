@@ -69,6 +69,10 @@ def _language(model: Model, config: CostsConfig) -> Rows:
     batch, length = config.batch, config.length
     scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
     network, anatomy = model.network, model.anatomy
+    if length > model.max_length:
+        reason = f"{model.name} takes {model.max_length} positions, not {length}"
+        yield from (Gap(scope, "flops", reason) for scope in (scored, after))
+        return
     try:
         counted = count_text(network, batch, length)
     except UserError as reason:

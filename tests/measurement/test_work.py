@@ -8,8 +8,10 @@ from torch import nn
 
 from bench.compose import run_config
 from bench.errors import UserError
+from bench.measurement import prefill
 from bench.measurement.config import CostsConfig, FlopsConfig
 from bench.measurement.cost import Cost
+from bench.measurement.costs import count
 from bench.measurement.gap import Gap
 from bench.measurement.work import flops, flops_of_prompt
 from bench.method import Context
@@ -99,6 +101,23 @@ def test_a_prompt_with_an_image(multimodal):
     assert (token, *visual) not in dense
 
 
+def test_a_prompt_is_processed_once_for_all_that_is_counted_of_it(monkeypatch):
+    asked = []
+
+    def prompt(model, words):
+        asked.append(words)
+        return tiny_mllms.prompt("llava_llama", [6, (5, 5), 4])
+
+    monkeypatch.setattr(prefill, "prompt", prompt)
+    model = model_of(tiny_mllms.build("llava_llama"), "image_text")
+    found = count(model, CostsConfig(name="tiny", words=7))
+    assert asked == [7]
+    had = {(cost.scope, cost.quantity) for cost in found.costs}
+    scope = "prefill 1x(25 visual + 10 text)"
+    assert {(scope, name) for name in ("flops", "cache_bytes", "seconds")} <= had
+    assert ("model", "bytes") in had
+
+
 def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
     scope = "prefill 1x(25 visual + 10 text)"
     assert not [key for key in values(multimodal()) if key[1].startswith("flops_yopo")]
@@ -125,6 +144,17 @@ def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
     fused = values(flops(model_of(tiny_networks.build("mixtral")), QUICK))
     key = ("forward 2x24", "flops", "analytic")
     assert found[key] == fused[key]
+
+
+def test_a_length_that_the_model_cannot_take_is_a_gap():
+    model = model_of(tiny_networks.llama())
+    longest = CostsConfig(name="tiny", length=model.max_length)
+    assert gaps(flops(model, longest)) == []
+    found = list(flops(model, CostsConfig(name="tiny", length=model.max_length + 1)))
+    assert {(gap.scope, gap.quantity) for gap in gaps(found)} == {
+        (f"{call} 1x{model.max_length + 1}", "flops") for call in ("forward", "token after")
+    }
+    assert len(gaps(found)) == len(found)
 
 
 def test_an_unknown_convention_is_one_sentence():
