@@ -76,7 +76,7 @@ def _gain(scope: str, ratio: Ratio, left: float | None, rounds: Rounds, precisio
     was realised, 1 means that time fell as FLOPs did, 0 that it did not fall at all; below 0 the
     model is slower than the dense one.
     """
-    wide = f"the interval still reached {ratio.reach:.1%} after {rounds.count} rounds"
+    wide = f"the speed-up's interval still reaches over {100 * precision:g} % to one side at last"
     note = "; ".join(filter(None, (rounds.note, wide if ratio.reach > precision else None))) or None
     parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
     yield Cost(scope, "speedup", "1", ratio.value, "measured", parts, note)
