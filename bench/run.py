@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bench.evaluation import Plan
     from bench.launch import Launched
     from bench.measurement.cost import Cost
+    from bench.measurement.rows import Found
     from bench.measurement.subject import Subject
     from bench.models.loading import Source
     from bench.models.model import Model
@@ -203,7 +204,7 @@ def _perform(
     with progress.phase("loading the model"):
         model = _pristine().borrow(inputs.source, will_change=bool(config.method))
     # What methods will change is counted first; without any, the answers need not wait for it.
-    before = _counted(model, config, progress) if config.method else []
+    before = _counted(model, config, progress) if config.method else None
     own = store.unfinished(inputs.id, joined().number)
     context = inputs.loan.to(config, model, progress, own)
     methods = apply_methods(config, model, context)
@@ -215,7 +216,8 @@ def _perform(
     with progress.phase("measuring costs"):
         measured = measure(_subject(model, inputs.source, methods), config.costs, progress)
 
-    costs = [*after, *measured.costs, *_applying(methods), *phases(progress.seconds)]
+    costs = [*after.costs, *measured.costs, *_applying(methods), *phases(progress.seconds)]
+    gaps = [*after.gaps, *measured.gaps]
     record = Record(
         id=inputs.id,
         started=started,
@@ -224,11 +226,11 @@ def _perform(
         command=asked.command,
         config=_plain(config),
         environment={**describe(), "versions": inputs.versions},
-        model=_dense(model, before or after),
+        model=_dense(model, (before or after).costs),
         methods=tuple(methods),
         metrics=tuple(MetricPart(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(CostPart(**asdict(cost)) for cost in costs),
-        gaps=tuple(GapPart(**asdict(gap)) for gap in measured.gaps),
+        gaps=tuple(GapPart(**asdict(gap)) for gap in gaps),
         provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
     )
     if joined().is_first:
@@ -237,7 +239,7 @@ def _perform(
     return record
 
 
-def _counted(model: Model, config: RunConfig, progress: Progress) -> list[Cost]:
+def _counted(model: Model, config: RunConfig, progress: Progress) -> Found:
     """Count a model as it is now."""
     from bench.measurement.costs import count
 

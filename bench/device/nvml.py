@@ -19,6 +19,10 @@ SLOWED = {
     0x80: "slowed by its power supply",
 }
 """Bits of NVML's clock event reasons that spoil a measurement; a power cap is the normal case."""
+REASONS = (
+    "nvmlDeviceGetCurrentClocksEventReasons",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",  # its older name
+)
 
 
 class Board:
@@ -34,6 +38,7 @@ class Board:
         except ImportError:
             raise Unavailable("nvidia-ml-py is not installed") from None
         self._nvml: Any = pynvml
+        self._reasons = next((name for name in REASONS if hasattr(pynvml, name)), REASONS[0])
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         try:
             pynvml.nvmlInit()
@@ -55,11 +60,13 @@ class Board:
 
     def slowed(self) -> str | None:
         """Return what keeps the clock down just now, other than a power cap."""
-        bits = int(self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", "clock reasons"))
+        bits = int(self._ask(self._reasons, "clock reasons"))
         return next((reason for bit, reason in SLOWED.items() if bits & bit), None)
 
     def _ask(self, function: str, what: str, *arguments: Any) -> Any:
         try:
             return getattr(self._nvml, function)(self._handle, *arguments)
+        except AttributeError:
+            raise Unavailable(f"this nvidia-ml-py cannot ask for the {what}") from None
         except self._nvml.NVMLError as error:
             raise Unavailable(f"this GPU has no {what} ({error})") from None

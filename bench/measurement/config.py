@@ -20,8 +20,10 @@ class TimingConfig(BaseModel):
     Language models: every batch with every length in tokens. Models that see images: every batch
     with every number of words after one image. Image classifiers: every batch. An answer has
     `new_tokens` tokens. A round times each contestant once; warm-up ends when the times have
-    settled, after `warm_up` rounds at the latest. Where the machine was loaded all rounds are
-    repeated, `attempts` times in all, and what is kept then is marked.
+    settled, after `warm_up` rounds at the latest. There are `rounds` of them, and more until every
+    interval of a ratio reaches at most `precision` of it to either side; none is added beyond
+    `most_rounds` or after `most_seconds`, and what is wider then is marked. Where the machine was
+    loaded all rounds are repeated, `attempts` times in all, and what is kept then is marked.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +33,9 @@ class TimingConfig(BaseModel):
     words: Grid = (32,)
     new_tokens: int = Field(default=32, ge=2)
     rounds: int = Field(default=15, ge=5)
+    precision: float = Field(default=0.03, gt=0, lt=1)
+    most_rounds: int = Field(default=200, ge=5)
+    most_seconds: float = Field(default=90.0, gt=0)
     warm_up: int = Field(default=20, ge=1)
     attempts: int = Field(default=2, ge=1)
     energy_seconds: float = Field(default=3.0, gt=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+How = Literal["counted", "measured", "analytic"]
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -18,6 +20,6 @@ class Cost:
     quantity: str
     unit: str
     value: float
-    how: Literal["counted", "measured", "analytic"]
+    how: How
     parts: dict[str, float] = field(default_factory=dict)
     note: str | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.measurement import prefill
 from bench.measurement.config import CostsConfig
 from bench.measurement.cost import Cost
+from bench.measurement.rows import Found
 from bench.measurement.size import size
-from bench.measurement.work import flops
+from bench.measurement.work import flops, flops_of_prompt
 
 if TYPE_CHECKING:
     from bench.models.model import Model
@@ -17,24 +18,37 @@ if TYPE_CHECKING:
 __all__ = ["Cost", "count", "phases"]
 
 
-def count(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count a model's size and the FLOPs of one forward at the config's shapes."""
+def count(model: Model, config: CostsConfig) -> Found:
+    """Count a model's size and the FLOPs of one forward at the config's shapes.
+
+    A prompt with an image is timed, too, and the cache weighed that it leaves.
+    """
+    found = Found()
+    found.add(_sizes(model))
+    if model.config.kind != "image_text":
+        found.add(flops(model, config))
+        return found
+    inputs = prefill.prompt(model, config.words)
+    found.add(flops_of_prompt(model, config, inputs))
+    found.add(_prefill(model, inputs))
+    return found
+
+
+def _sizes(model: Model) -> list[Cost]:
+    """Count parameters and bytes."""
     counted = size(model.network, model.anatomy)
     other = counted.parameters - counted.routed - counted.shared
     parts = {"routed": counted.routed, "shared": counted.shared, "other": other}
-    sizes = [
+    return [
         Cost("model", "parameters", "1", counted.parameters, "counted", dict(parts)),
         Cost("model", "nonzero_parameters", "1", counted.nonzero, "counted"),
         Cost("model", "active_parameters", "1", counted.active, "analytic"),
         Cost("model", "bytes", "B", counted.bytes, "counted"),
     ]
-    timed = _prefill(model, config) if model.config.kind == "image_text" else []
-    return [*sizes, *flops(model, config), *timed]
 
 
-def _prefill(model: Model, config: CostsConfig) -> list[Cost]:
+def _prefill(model: Model, inputs: dict[str, Any]) -> list[Cost]:
     """Time one prompt with an image."""
-    inputs = prefill.prompt(model, config.words)
     scope, found = prefill.lengths(model, inputs).scope, prefill.measure(model, inputs)
     costs = [
         Cost(scope, "cache_bytes", "B", found.cache_bytes, "counted"),

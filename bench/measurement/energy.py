@@ -15,8 +15,9 @@ from bench.device.machine import Watch
 from bench.device.unavailable import Unavailable
 from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
+from bench.measurement.rows import Rows
 from bench.measurement.stages import FORWARD, PREFILL, WHOLE
-from bench.measurement.subject import Rows, Subject
+from bench.measurement.subject import Subject
 from bench.measurement.workload import Answering, Workload
 
 WINDOWS = 3
@@ -38,11 +39,15 @@ def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
         answers = [partial(work.answer, network, inputs) for network in subject.networks]
         stages = {PREFILL: forwards, WHOLE: answers}
     for stage, calls in stages.items():
-        with Watch(device) as watch:
-            spent = joules(calls, counter, device, seconds)
+        scope = f"{stage} {work.shape}"
+        try:
+            with Watch(device) as watch:
+                spent = joules(calls, counter, device, seconds)
+        except Unavailable as reason:  # it answered before
+            yield Gap(scope, "energy", str(reason))
+            continue
         note = "; ".join(filter(None, (counter.how, watch.reading.fault)))
         parts = {"dense": spent[1]} if subject.dense else {}
-        scope = f"{stage} {work.shape}"
         yield Cost(scope, "energy", "J", spent[0], "measured", parts, note)
         if subject.no_gain:
             yield Gap(scope, "energy_saved", subject.no_gain)

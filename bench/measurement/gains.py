@@ -5,6 +5,8 @@ Suffixes: N networks, the measured one first; R rounds.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,11 +16,12 @@ from bench.measurement.cache import held
 from bench.measurement.config import TimingConfig
 from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
-from bench.measurement.interleaving import interleave
+from bench.measurement.interleaving import Rounds, Seconds, interleave
 from bench.measurement.limits import Limits
-from bench.measurement.ratio import paired_ratio
+from bench.measurement.ratio import Ratio, paired_ratio
+from bench.measurement.rows import Rows
 from bench.measurement.stages import DECODE, FORWARD, PREFILL
-from bench.measurement.subject import Rows, Subject
+from bench.measurement.subject import Subject
 from bench.measurement.traffic import bytes_read
 from bench.measurement.workload import Answering, Workload
 
@@ -32,8 +35,10 @@ def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | 
     flops = [latency.work_of(network, device, work) for network in subject.networks]
     bytes = _bytes_read(subject, work) if best else {}
     contestants = [latency.contestant(network, device, work) for network in subject.networks]
-    rounds = interleave(contestants, device, timing)
-    said = {"rounds": float(timing.rounds), "warm_up": float(rounds.warm_up)}
+    compared = subject.dense is not None and not subject.no_gain
+    enough = partial(_precise, precision=timing.precision) if compared else lambda _: True
+    rounds = interleave(contestants, device, timing, enough)
+    said = {"rounds": float(rounds.count), "warm_up": float(rounds.warm_up)}
     said |= rounds.machine.numbers()
     for stage, seconds_NR in rounds.seconds.items():
         scope, own = f"{stage} {work.shape}", _percentiles(seconds_NR[0])
@@ -47,7 +52,7 @@ def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | 
             yield Gap(scope, "speedup", subject.no_gain)
         elif subject.dense:
             left = done[0] / done[1] if done[0] and done[1] else None
-            yield from _gain(scope, seconds_NR, left, rounds.note)
+            yield from _gain(scope, _speedup(seconds_NR), left, rounds, timing.precision)
         if best and stage in bytes and done[0]:
             needs = {"flops": done[0], "bytes": bytes[stage]}
             share = best.least_seconds(**needs) / own["p50"]
@@ -55,16 +60,24 @@ def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | 
     yield from _overhead(subject, work, rounds.note)
 
 
-def _gain(
-    scope: str, seconds_NR: NDArray[np.float64], left: float | None, note: str | None
-) -> Rows:
+def _precise(seconds: Seconds, precision: float) -> bool:
+    """Whether the speed-up of every stage is known as well as was asked for."""
+    return all(_speedup(seconds_NR).reach <= precision for seconds_NR in seconds.values())
+
+
+def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
+    return paired_ratio(seconds_NR[1], seconds_NR[0])
+
+
+def _gain(scope: str, ratio: Ratio, left: float | None, rounds: Rounds, precision: float) -> Rows:
     """Yield the speed-up and, of the share of FLOPs saved, the share that time was saved too.
 
     `left` is the share of FLOPs that is left, None if they could not be counted. Of the share that
     was realised, 1 means that time fell as FLOPs did, 0 that it did not fall at all; below 0 the
     model is slower than the dense one.
     """
-    ratio = paired_ratio(seconds_NR[1], seconds_NR[0])
+    wide = f"the speed-up's interval still reaches over {100 * precision:g} % to one side at last"
+    note = "; ".join(filter(None, (rounds.note, wide if ratio.reach > precision else None))) or None
     parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
     yield Cost(scope, "speedup", "1", ratio.value, "measured", parts, note)
     if left is None:

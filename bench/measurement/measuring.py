@@ -6,7 +6,6 @@ or masked has its times like any other, but a gap where its gain would be.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,8 @@ from bench.measurement.config import CostsConfig
 from bench.measurement.cost import Cost
 from bench.measurement.gap import Gap
 from bench.measurement.limits import Limits, limits
-from bench.measurement.subject import Rows, Subject
+from bench.measurement.rows import Found, Rows
+from bench.measurement.subject import Subject
 from bench.measurement.workload import Workload, workloads
 from bench.progress import SILENT, Progress
 
@@ -26,25 +26,9 @@ if TYPE_CHECKING:
     from bench.models.model import Model
 
 
-@dataclass
-class Measured:
-    """The rows of a record: what was measured, and what was not."""
-
-    costs: list[Cost] = field(default_factory=list)
-    gaps: list[Gap] = field(default_factory=list)
-
-    def add(self, rows: Rows) -> None:
-        """Take in rows as they come."""
-        for row in rows:
-            if isinstance(row, Cost):
-                self.costs.append(row)
-            else:
-                self.gaps.append(row)
-
-
-def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) -> Measured:
+def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) -> Found:
     """Measure all that the config lists, at every shape of its grid that the model can take."""
-    found, model = Measured(), subject.model
+    found, model = Found(), subject.model
     if not config.measure:
         return found
     if "memory" in config.measure:

@@ -9,8 +9,8 @@ import torch
 from bench.device.memory import Peak
 from bench.measurement.cache import held
 from bench.measurement.cost import Cost
+from bench.measurement.rows import Rows
 from bench.measurement.stages import DECODE, FORWARD, PREFILL
-from bench.measurement.subject import Rows
 from bench.measurement.workload import Answering, Workload
 
 if TYPE_CHECKING:

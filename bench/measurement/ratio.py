@@ -24,6 +24,11 @@ class Ratio:
     low: float
     high: float
 
+    @property
+    def reach(self) -> float:
+        """How far the interval reaches to its longer side, as a share of the ratio."""
+        return max(self.high - self.value, self.value - self.low) / self.value
+
 
 def paired_ratio(above_R: NDArray[np.float64], below_R: NDArray[np.float64]) -> Ratio:
     """Return the median over rounds of above / below, with a bootstrap interval over rounds.

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
-
-from bench.measurement.gap import Gap
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bench.measurement.cost import Cost
     from bench.models.model import Model
-
-Rows: TypeAlias = "Iterator[Cost | Gap]"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The FLOPs of a model as rows of a record: counted and by arithmetic, each with its parts.
 
 `flops` charges attention in full, `flops_causal` without the pairs that masks hide; `macs` are
-half of either. Rows of one scope and quantity differ in `how`. What could not be had is a row of
-its own, `flops_gaps`, whose parts name it, never a zero.
+half of either. Rows of one scope and quantity differ in `how`. What could not be had is a `Gap`,
+never a zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.measurement.analytic.decoder import text_config
 from bench.measurement.analytic.multimodal import visual_layers
 from bench.measurement.config import CostsConfig
 from bench.measurement.conventions import CONVENTIONS, Decoder, Name
-from bench.measurement.cost import Cost
+from bench.measurement.cost import Cost, How
 from bench.measurement.counting import Counted
 from bench.measurement.flops import (
     count_images,
@@ -25,6 +25,8 @@ from bench.measurement.flops import (
     language_parts,
     multimodal_parts,
 )
+from bench.measurement.gap import Gap
+from bench.measurement.rows import Rows
 from bench.models.multimodal.planned import plan_of
 from bench.models.products import Product, by_part
 from bench.models.vision import Classifier
@@ -35,63 +37,63 @@ if TYPE_CHECKING:
 Parts = Callable[[Counted], Mapping[str, float]]
 
 
-def flops(model: Model, config: CostsConfig) -> list[Cost]:
-    """Return all FLOP rows of a model as it is now, at a config's shapes."""
-    kinds = {"causal_lm": _language, "image_text": _multimodal, "image_classifier": _images}
+def flops(model: Model, config: CostsConfig) -> Rows:
+    """Yield the FLOP rows of a language model or an image classifier as it is now."""
+    kinds = {"causal_lm": _language, "image_classifier": _images}
     return kinds[model.config.kind](model, config)
 
 
-def _language(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count text that is scored, and the token that would follow it."""
-    batch, length = config.batch, config.length
-    scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
-    network, anatomy = model.network, model.anatomy
-    try:
-        counted = count_text(network, batch, length)
-    except UserError as reason:
-        rows = [_gap(scope, (str(reason),), "counted") for scope in (scored, after)]
-    else:
-        pairs = zip((scored, after), counted, strict=True)
-        rows = [row for scope, found in pairs for row in _counted(scope, found, language_parts)]
-    return [
-        *rows,
-        *_analytic(scored, lambda: analytic.forward(network, anatomy, batch, length)),
-        *_analytic(after, lambda: analytic.token(network, anatomy, batch, length)),
-        *_no_convention(scored, config),
-    ]
+def flops_of_prompt(model: Model, config: CostsConfig, inputs: dict[str, Any]) -> Rows:
+    """Yield the rows of a prompt with an image, and of the token that is generated after it.
 
-
-def _images(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count images of the size that a classifier is built for."""
-    network = cast(Classifier, model.network)
-    shape = network.config
-    scope = f"forward {config.batch}x{shape.channels}x{shape.size}x{shape.size}"
-    return [
-        *_counted(scope, count_images(network, config.batch), image_parts, attends=False),
-        *_analytic(scope, lambda: analytic.images(network, config.batch)),
-        *_no_convention(scope, config),
-    ]
-
-
-def _multimodal(model: Model, config: CostsConfig) -> list[Cost]:
-    """Count a prompt with an image, and the token that is generated after it."""
-    inputs = prefill.prompt(model, config.words)
+    `inputs` are as `prefill.prompt` makes them.
+    """
     lengths = prefill.lengths(model, inputs)
     prompt, token = prefill.count(model, inputs)
     scope, after = lengths.scope, lengths.token_scope
     network, anatomy = model.network, model.anatomy
-    rows = [
-        *_counted(scope, prompt, multimodal_parts),
-        *_analytic(scope, lambda: analytic.prefill(network, anatomy, inputs)),
-        *_counted(after, token, multimodal_parts),
-        *_analytic(after, lambda: analytic.token_after(network, anatomy, inputs)),
-    ]
+    yield from _counted(scope, prompt, multimodal_parts)
+    yield from _analytic(scope, lambda: analytic.prefill(network, anatomy, inputs))
+    yield from _counted(after, token, multimodal_parts)
+    yield from _analytic(after, lambda: analytic.token_after(network, anatomy, inputs))
     plan = plan_of(network)
-    if plan is not None and plan.untold:
-        rows.append(_gap(scope, plan.untold, "analytic"))
+    for name in plan.untold if plan else ():
+        reason = f"{name} does not say what choosing multiplies"
+        yield Gap(scope, "method_flops", reason, "analytic")
     if config.flops.convention is not None:
-        rows.append(convention(config.flops.convention, model, inputs, lengths))
-    return rows
+        yield convention(config.flops.convention, model, inputs, lengths)
+
+
+def _language(model: Model, config: CostsConfig) -> Rows:
+    """Count text that is scored, and the token that would follow it."""
+    batch, length = config.batch, config.length
+    scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
+    network, anatomy = model.network, model.anatomy
+    if length > model.max_length:
+        reason = f"{model.name} takes {model.max_length} positions, not {length}"
+        yield from (Gap(scope, "flops", reason) for scope in (scored, after))
+        return
+    try:
+        counted = count_text(network, batch, length)
+    except UserError as reason:
+        for scope in (scored, after):
+            yield Gap(scope, "flops", str(reason), "counted")
+    else:
+        for scope, found in zip((scored, after), counted, strict=True):
+            yield from _counted(scope, found, language_parts)
+    yield from _analytic(scored, lambda: analytic.forward(network, anatomy, batch, length))
+    yield from _analytic(after, lambda: analytic.token(network, anatomy, batch, length))
+    yield from _no_convention(scored, config)
+
+
+def _images(model: Model, config: CostsConfig) -> Rows:
+    """Count images of the size that a classifier is built for."""
+    network = cast(Classifier, model.network)
+    shape = network.config
+    scope = f"forward {config.batch}x{shape.channels}x{shape.size}x{shape.size}"
+    yield from _counted(scope, count_images(network, config.batch), image_parts, attends=False)
+    yield from _analytic(scope, lambda: analytic.images(network, config.batch))
+    yield from _no_convention(scope, config)
 
 
 def convention(name: Name, model: Model, inputs: dict[str, Any], lengths: prefill.Lengths) -> Cost:
@@ -102,52 +104,45 @@ def convention(name: Name, model: Model, inputs: dict[str, Any], lengths: prefil
     return Cost(lengths.scope, f"flops_{name}", "FLOP", CONVENTIONS[name](decoder), "analytic")
 
 
-def _no_convention(scope: str, config: CostsConfig) -> list[Cost]:
-    """Return a gap where a paper's count was asked for that is of prompts with images only."""
+def _no_convention(scope: str, config: CostsConfig) -> Rows:
+    """Yield a gap where a paper's count was asked for that is of prompts with images only."""
     name = config.flops.convention
-    return (
-        [] if name is None else [_gap(scope, (f"{name} counts prompts with images",), "analytic")]
-    )
+    if name is not None:
+        yield Gap(scope, f"flops_{name}", f"{name} counts prompts with images", "analytic")
 
 
-def _counted(scope: str, counted: Counted, parts: Parts, *, attends: bool = True) -> list[Cost]:
-    """Return what the dispatcher counted; only a gap where an operator has no formula."""
+def _counted(scope: str, counted: Counted, parts: Parts, *, attends: bool = True) -> Rows:
+    """Yield what the dispatcher counted; only a gap where an operator has no formula."""
     if counted.missed:
-        return [_gap(scope, counted.missed, "counted")]
+        yield Gap(scope, "flops", f"no formula for {', '.join(counted.missed)}", "counted")
+        return
     found = {name: float(value) for name, value in parts(counted).items()}
-    rows = _both(scope, "", float(counted.total), "counted", found)
+    yield from _both(scope, "", float(counted.total), "counted", found)
     if counted.causal is None or (attends and not counted.attentions):
-        return [*rows, _gap(scope, ("masks that the counter does not see",), "counted")]
-    return [*rows, *_both(scope, "_causal", float(counted.causal), "counted")]
+        yield Gap(scope, "flops_causal", "masks that the counter does not see", "counted")
+        return
+    yield from _both(scope, "_causal", float(counted.causal), "counted")
 
 
-def _analytic(scope: str, reckon: Callable[[], list[Product]]) -> list[Cost]:
-    """Return what arithmetic gives; only a gap where a network's arithmetic is not known."""
+def _analytic(scope: str, reckon: Callable[[], list[Product]]) -> Rows:
+    """Yield what arithmetic gives; only a gap where a network's arithmetic is not known."""
     try:
         products = reckon()
     except UserError as reason:
-        return [_gap(scope, (str(reason),), "analytic")]
-    rows: list[Cost] = []
+        yield Gap(scope, "flops", str(reason), "analytic")
+        return
     for suffix, hidden in (("", True), ("_causal", False)):
         parts = {name: 2 * macs for name, macs in by_part(products, hidden=hidden).items()}
-        rows += _both(scope, suffix, sum(parts.values()), "analytic", parts)
+        yield from _both(scope, suffix, sum(parts.values()), "analytic", parts)
     visual = [p for p in products if p.rows == "visual" and p.part not in ("vision", "projector")]
     if visual:
         parts = {p: 2 * macs for p, macs in by_part(visual).items()}
-        rows.append(Cost(scope, "visual_flops", "FLOP", sum(parts.values()), "analytic", parts))
-    return rows
+        yield Cost(scope, "visual_flops", "FLOP", sum(parts.values()), "analytic", parts)
 
 
 def _both(
-    scope: str, suffix: str, value: float, how: Any, parts: dict[str, float] | None = None
-) -> list[Cost]:
-    """Return a number as FLOPs, with its parts, and as multiply-adds."""
-    return [
-        Cost(scope, f"flops{suffix}", "FLOP", value, how, parts or {}),
-        Cost(scope, f"macs{suffix}", "MAC", value / 2, how),
-    ]
-
-
-def _gap(scope: str, names: tuple[str, ...], how: Any) -> Cost:
-    """Return a row that says what is missing in another."""
-    return Cost(scope, "flops_gaps", "1", len(names), how, dict.fromkeys(names, 1.0))
+    scope: str, suffix: str, value: float, how: How, parts: dict[str, float] | None = None
+) -> Rows:
+    """Yield a number as FLOPs, with its parts, and as multiply-adds."""
+    yield Cost(scope, f"flops{suffix}", "FLOP", value, how, parts or {})
+    yield Cost(scope, f"macs{suffix}", "MAC", value / 2, how)

@@ -25,7 +25,8 @@ class Pristine:
         """
         if self._model is None or self._source != source:
             self.release()
-            self._source, self._model = source, load(source)
+            self._source, self._model = source, _copied(load(source))
+            devices.release(self._model.device)
         if not will_change:
             return self._model
         if _has_room_for_copy(self._model):
@@ -43,6 +44,15 @@ class Pristine:
             device = self._model.device
             self._source = self._model = None
             devices.release(device)
+
+
+def _copied(loaded: Model) -> Model:
+    """Return a copy in place of a model that was just loaded, where memory allows.
+
+    On a CPU a loaded network is 1 to 3 % slower than any copy of it, since its tensors and modules
+    lie scattered in memory. What is lent is a copy, and would beat this one for nothing.
+    """
+    return loaded.copy() if _has_room_for_copy(loaded) else loaded
 
 
 def _has_room_for_copy(model: Model) -> bool:

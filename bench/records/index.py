@@ -1,8 +1,9 @@
 """The rows of all records in one Parquet file, so that thousands of them are a data frame at once.
 
 It is a copy that can be removed at any time. A row is used only while its record's file is the
-very one it was made from (same inode, size and time of change); what is new or changed is read
-from its record, and the copy is written again if the folder lets us.
+very one it was made from (same inode, size and time of change) and was read by a program of the
+same schema; what is new or changed is read from its record, and the copy is written again if the
+folder lets us.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.records.record import Record
+from bench.records.record import SCHEMA, Record
 from bench.records.store import RECORD, Store
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _stamps(store: Store) -> dict[str, str]:
             state = (store.folder(run) / RECORD).stat()
         except OSError:
             continue
-        stamps[run] = f"{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
+        stamps[run] = f"{SCHEMA}.{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
     return stamps
 
 

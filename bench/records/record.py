@@ -9,9 +9,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 1
+SCHEMA = 2
 ID_DIGITS = 12
 UNREAL = frozenset({"zeroed", "masked"})
+
+
+How = Literal["counted", "measured", "analytic"]
 
 
 class _Part(BaseModel):
@@ -72,17 +75,21 @@ class CostPart(_Part):
     quantity: str
     unit: str
     value: float
-    how: Literal["counted", "measured", "analytic"]
+    how: How
     parts: dict[str, float] = Field(default_factory=dict)
     note: str | None = None
 
 
 class GapPart(_Part):
-    """One number of cost that is not there, and why: never a zero in its place."""
+    """One number of cost that is not there, and why: never a zero in its place.
+
+    `how` says which way failed where a number can be had in several, None where there is one.
+    """
 
     scope: str
     quantity: str
     reason: str
+    how: How | None = None
 
 
 class Record(_Part):

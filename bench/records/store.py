@@ -26,6 +26,7 @@ from bench.errors import UserError, nearest
 from bench.records import atomic
 from bench.records.journal import Journal
 from bench.records.record import SCHEMA, Record, checksum
+from bench.records.versions import READABLE, renewed
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
 ANSWERS = "answers.journal"
@@ -187,13 +188,13 @@ def _parse(text: str) -> Record:
     if not isinstance(content, dict):
         raise ValueError("not a record: the file holds no JSON object")
     version = content.get("schema_version")
-    if version != SCHEMA:
-        raise ValueError(f"its schema is version {version}, this program reads {SCHEMA}")
+    if version not in READABLE:
+        raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
     wanted = content.pop("checksum", None)
     if wanted is not None and wanted != checksum(content):
         raise ValueError("it is not what was written: its checksum does not match")
     try:
-        return Record(**content)
+        return renewed(Record(**content))
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))

@@ -22,10 +22,12 @@ DEVICE = {"matrix_rate": ("matrix product", "FLOP/s"), "copy_bandwidth": ("copy"
 def print_costs(record: Record) -> None:
     """Print what was measured of a run, what was not and why, and what to beware of."""
     scopes = measured(record)
-    if not scopes and not record.gaps:
+    out = console()
+    if not scopes:
+        for line in _gaps(record):
+            out.print(line, soft_wrap=True)
         return
     threads = record.environment.get("threads")
-    out = console()
     title = f"costs of {record.label}: {record.model.name}, run {record.id[:8]}, threads: {threads}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
     columns = {heading: cell for heading, cell in COLUMNS.items() if _any(record, scopes, cell)}
@@ -89,7 +91,8 @@ def _speedup(record: Record, scope: str) -> str:
     cost = record.cost("speedup", scope)
     if cost is None:
         return _missing(record, "speedup", scope)
-    return f"{cost.value:.3f} ({cost.parts['low']:.3f} to {cost.parts['high']:.3f})"
+    mark = MARKED if cost.note else ""
+    return f"{cost.value:.3f} ({cost.parts['low']:.3f} to {cost.parts['high']:.3f}){mark}"
 
 
 def _theory(record: Record, scope: str) -> str:
@@ -164,7 +167,8 @@ def _held(record: Record) -> Iterator[str]:
 
 def _notes(record: Record) -> Iterator[str]:
     """Say once what the marks mean."""
-    notes = (c.note for c in record.costs if c.quantity == "latency" and c.note)
+    noted = (c for c in record.costs if c.quantity in ("latency", "speedup"))
+    notes = (note for c in noted if c.note for note in c.note.split("; "))
     for note in dict.fromkeys(notes):
         yield f"{MARKED.strip()} {note}"
 
@@ -174,6 +178,7 @@ def _gaps(record: Record) -> Iterator[str]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for gap in record.gaps:
         if gap.quantity not in ("speedup", "realised"):
-            by_reason.setdefault((gap.quantity, gap.reason), []).append(gap.scope)
+            missing = " ".join(filter(None, (gap.how, gap.quantity.replace("_", " "))))
+            by_reason.setdefault((missing, gap.reason), []).append(gap.scope)
     for (missing, reason), scopes in by_reason.items():
-        yield f"no {missing.replace('_', ' ')} of {', '.join(scopes)}: {reason}"
+        yield f"no {missing} of {', '.join(scopes)}: {reason}"

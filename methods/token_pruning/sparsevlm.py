@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from methods.visual_tokens.plan import Selection
 from methods.visual_tokens.quota import Quota
 from methods.visual_tokens.rows import rows_where
 from methods.visual_tokens.sight import Choice, Sight
+from methods.visual_tokens.sizes import Sizes
 
 # Tokens left of 576 after each selection, by their average: the release's fixed tables.
 TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
@@ -56,7 +58,12 @@ class SparseVLM(TokenPruning):
         recycled = RECYCLED / CLUSTER if self.recycle else 0.0
         return [
             Selection(
-                "sparsevlm", after, Quota(share, recycled=recycled), self._choose, attention=True
+                "sparsevlm",
+                after,
+                Quota(share, recycled=recycled),
+                self._choose,
+                attention=True,
+                macs=self._macs,
             )
             for after, share in zip(layers, shares, strict=True)
         ]
@@ -68,6 +75,16 @@ class SparseVLM(TokenPruning):
         score_IM = torch.where(real_IR1, weight_IRM, 0).sum(dim=1) / real_IR1.sum(dim=1)
         kept_IM = best(score_IM, sight.valid, keep_I)
         return self._recycled(sight, score_IM, kept_IM) if self.recycle else Choice(kept_IM)
+
+    def _macs(self, sizes: Sizes) -> float:
+        """Charge the raters' choice, their attention, and the distances of clustering.
+
+        Which words are more similar to the image than the average is not known without running
+        it: half of the question is taken.
+        """
+        rating = sizes.samples * sizes.entered * sizes.text * sizes.width
+        attending = ceil(sizes.asked / 2) * sizes.row_macs
+        return rating + attending + (sizes.pairs * sizes.width if self.recycle else 0)
 
     def _raters(self, sight: Sight) -> Tensor:
         """Return the raters among the text rows, from embeddings."""

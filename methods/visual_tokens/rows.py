@@ -61,6 +61,12 @@ class Rows:
         return into_BSD.scatter(1, self.index_BR[..., None].expand_as(x_BRD), real_BRD)
 
 
+def after_images(text: Rows, visual: Rows) -> Tensor:
+    """Return which text rows come after the last visual row of their sample, bool [B, T]."""
+    places_BN = visual.index_BR.masked_fill(~visual.validity, -1)
+    return text.validity & (text.index_BR > places_BN.amax(dim=1, keepdim=True))
+
+
 def rows_where(mask_BS: Tensor) -> Rows:
     """Return the rows at the marked places of each sample, in order, aligned at the right."""
     counts = mask_BS.sum(dim=1).tolist()

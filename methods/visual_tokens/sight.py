@@ -18,7 +18,7 @@ from bench.models.multimodal.tower import Encoded
 from methods.visual_tokens.attendance import Attendance
 from methods.visual_tokens.attention import Projected, pick, read_by
 from methods.visual_tokens.frames import Frames
-from methods.visual_tokens.rows import Rows
+from methods.visual_tokens.rows import Rows, after_images
 from methods.visual_tokens.weights import VisualWeights
 from methods.visual_tokens.windows import Cells
 
@@ -89,9 +89,7 @@ class Sight:
 
     def question(self) -> Tensor:
         """Return which text rows come after the last image of their sample, bool [B, T]."""
-        places_BN = self.visual.index_BR.masked_fill(~self.visual.validity, -1)
-        last_B1 = places_BN.amax(dim=1, keepdim=True)
-        return self.text.validity & (self.text.index_BR > last_B1)
+        return after_images(self.text, self.visual)
 
     def asked(self) -> Tensor:
         """Return the same, which must not be empty in a sample with an image.

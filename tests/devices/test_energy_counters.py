@@ -49,6 +49,20 @@ def test_millijoules_of_the_board_become_joules(nvml):
     assert "board" in counter.how
 
 
+@pytest.mark.parametrize("name", ["Event", "Throttle"])
+def test_what_slows_a_gpu_is_asked_by_the_name_that_the_library_has(nvml, name):
+    asked = vars(nvml).pop("nvmlDeviceGetCurrentClocksThrottleReasons")
+    setattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", asked)
+    nvml.reasons = 0x20
+    assert Board(GPU).slowed() == "slowed by heat"
+
+
+def test_a_library_that_cannot_ask_is_a_reason(nvml):
+    del nvml.nvmlDeviceGetClockInfo
+    with pytest.raises(Unavailable, match="cannot ask for the clock"):
+        Board(GPU).megahertz()
+
+
 def test_a_gpu_without_the_counter_is_a_reason_and_no_zero(nvml):
     def unsupported(board):
         raise NVMLError("Not Supported")

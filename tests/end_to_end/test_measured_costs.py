@@ -5,8 +5,10 @@ import json
 import pytest
 
 from bench.compose import run_config
+from bench.device.unavailable import Unavailable
+from bench.measurement import energy
 
-TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "warm_up=1", "attempts=1")
+TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "most_rounds=5", "warm_up=1", "attempts=1")
 MEASURED = ["costs=paper", *(f"costs.timing.{setting}" for setting in TIMING)]
 SHORT = ["benchmark=perplexity_micro", "ratio=0.5"]
 
@@ -53,6 +55,8 @@ def test_a_zeroed_run_says_so_where_its_gain_would_be(record):
         ("costs.timing.round=9", "did you mean 'costs.timing.rounds'"),
         ("costs.measure=[speed]", "'latency', 'memory', 'energy' or 'limits'"),
         ("model.device=cuda:99", "CUDA devices"),
+        ("model.device=tpu", "unknown model.device 'tpu'"),
+        ("costs.timing.precision=0", "costs.timing.precision=0: input should be greater than 0"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench, argument, said):
@@ -60,6 +64,29 @@ def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
+    made, out = record("costs.measure=[memory]", "costs.timing.lengths=[24,5000]")
+    reason = "micro_moe takes 1024 positions, not 5000 and an answer of 2"
+    assert {"scope": "1x5000", "quantity": "latency", "reason": reason, "how": None} in made["gaps"]
+    assert f"no latency of 1x5000: {reason}" in out
+
+
+def test_a_length_that_cannot_be_counted_is_named_and_no_number_stands_for_it(record):
+    made, out = record("costs.measure=[]", "costs.length=5000")
+    assert "no flops of forward 1x5000, token after 1x5000: micro_moe takes 1024 positions" in out
+    assert not [cost for cost in made["costs"] if "flops" in cost["quantity"]]
+
+
+def test_a_device_without_a_counter_has_no_energy_and_says_why(record, monkeypatch):
+    def none(_):
+        raise Unavailable("this GPU has no energy counter")
+
+    monkeypatch.setattr(energy, "meter", none)
+    made, out = record("costs.measure=[energy]")
+    assert "no energy of 1x24: this GPU has no energy counter" in out
+    assert not [cost for cost in made["costs"] if cost["quantity"].startswith("energy")]
 
 
 def test_how_often_to_measure_is_part_of_a_run_only_where_something_is_measured():

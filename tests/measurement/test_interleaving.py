@@ -96,3 +96,33 @@ def test_a_machine_that_stays_loaded_leaves_a_mark_and_its_quietest_attempt(mach
     rounds = interleave([one], CPU, TimingConfig(rounds=5, attempts=2))
     assert rounds.note == "the machine was loaded: others kept 0.4 of 1 cores"
     assert set(rounds.seconds["prefill"][0]) == {2.0}
+
+
+def test_rounds_are_added_until_they_are_enough(machine):
+    machine.loads = [0.0]
+    pair, diary = runners([1.0] * 99, [2.0] * 99)
+    asked = []
+
+    def enough(seconds):
+        asked.append(seconds["prefill"].shape[1])
+        return asked[-1] >= 12
+
+    rounds = interleave(pair, CPU, TimingConfig(rounds=6, warm_up=1), enough)
+    assert asked == [6, 11, 16]
+    assert rounds.count == 16
+    # After every look the other one is first.
+    assert [diary[2 + 2 * looked] for looked in asked[:-1]] == ["a", "b"]
+
+
+def test_no_round_is_added_beyond_the_most(machine):
+    machine.loads = [0.0]
+    pair, _ = runners([1.0] * 99, [2.0] * 99)
+    limits = TimingConfig(rounds=6, warm_up=1, most_rounds=13)
+    assert interleave(pair, CPU, limits, lambda _: False).count == 13
+
+
+def test_no_round_is_added_when_they_have_taken_too_long(machine):
+    machine.loads = [0.0]
+    pair, _ = runners([1.0] * 99, [2.0] * 99)
+    limits = TimingConfig(rounds=6, warm_up=1, most_seconds=1e-9)
+    assert interleave(pair, CPU, limits, lambda _: False).count == 6

@@ -41,6 +41,7 @@ def model(network, kind="causal_lm"):
 
 def config(*measured, **timing):
     small = {"lengths": (16,), "new_tokens": 3, "rounds": 5, "warm_up": 1, "attempts": 1}
+    small |= {"most_rounds": 5}
     return CostsConfig(name="test", measure=measured, timing={**small, **timing})
 
 
@@ -108,6 +109,27 @@ def test_the_same_flops_leave_no_theoretical_gain_to_realise():
     network = llama()
     found = measure(Subject(model(network), model(network)), config("latency"))
     assert set(missing(found, "realised").values()) == {"under 5 % of FLOPs saved"}
+
+
+def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
+    network = llama()
+    wanted = config("latency", precision=1e-9, most_rounds=6)
+    found = measure(Subject(model(network), model(network)), wanted)
+    for scope, speedup in rows(found, "speedup").items():
+        assert speedup.note.endswith("still reaches over 1e-07 % to one side at last")
+        assert rows(found, "latency")[scope].parts["rounds"] == 6
+        assert "interval" not in (rows(found, "latency")[scope].note or "")
+
+
+def test_rounds_are_added_only_where_a_ratio_is_claimed():
+    network = llama()
+    wanted = config("latency", precision=1e-9, most_rounds=9)
+    for subject in (
+        Subject(model(network)),
+        Subject(model(network), model(network), no_gain="masked"),
+    ):
+        found = measure(subject, wanted)
+        assert {cost.parts["rounds"] for cost in rows(found, "latency").values()} == {5}
 
 
 def test_lengths_that_do_not_fit_are_gaps_and_the_others_are_measured():

@@ -1,5 +1,7 @@
 """FLOPs as rows of a record: both ways, both conventions, gaps that are named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,11 +10,15 @@ from bench.compose import run_config
 from bench.errors import UserError
 from bench.measurement import prefill
 from bench.measurement.config import CostsConfig, FlopsConfig
-from bench.measurement.work import flops
+from bench.measurement.cost import Cost
+from bench.measurement.costs import count
+from bench.measurement.gap import Gap
+from bench.measurement.work import flops, flops_of_prompt
 from bench.method import Context
 from bench.models.config import ModelConfig
 from bench.models.model import Model
 from bench.models.vision import VisionConfig, build
+from methods.visual_tokens.engine import engine_of
 from methods.visual_tokens.layer_drop import LayerDrop
 from tests.methods.token_pruning.watching import METHODS
 from tests.methods.visual_tokens import tiny_mllms
@@ -27,20 +33,26 @@ def model_of(network, kind="causal_lm"):
 
 
 def values(rows):
-    return {(row.scope, row.quantity, row.how): row.value for row in rows}
+    """Values by what they are of; a number that is not there is None."""
+    return {(row.scope, row.quantity, row.how): getattr(row, "value", None) for row in rows}
+
+
+def gaps(rows):
+    return [row for row in rows if isinstance(row, Gap)]
 
 
 @pytest.fixture
-def multimodal(monkeypatch):
+def multimodal():
     """FLOP rows of a tiny vision-language model, whose prompt no processor makes."""
 
-    def rows(*methods, **flops_config):
+    def rows(*methods, then=lambda model: None, **flops_config):
         model = model_of(tiny_mllms.build("llava_llama"), "image_text")
         for method in methods:
             method.apply(model, Context(seed=1))
+        then(model)
         call = tiny_mllms.prompt("llava_llama", [6, (5, 5), 4])
-        monkeypatch.setattr(prefill, "prompt", lambda *_: call)
-        return flops(model, CostsConfig(name="tiny", flops=FlopsConfig(**flops_config)))
+        config = CostsConfig(name="tiny", flops=FlopsConfig(**flops_config))
+        return list(flops_of_prompt(model, config, call))
 
     return rows
 
@@ -60,7 +72,7 @@ def test_a_language_model_has_text_and_a_token_in_both_ways_and_conventions():
 
 
 def test_the_first_row_of_a_scope_is_what_was_counted():
-    rows = flops(model_of(tiny_networks.build("mixtral")), QUICK)
+    rows = list(flops(model_of(tiny_networks.build("mixtral")), QUICK))
     first = next(row for row in rows if row.quantity == "flops")
     assert first.how == "counted" and sum(first.parts.values()) == first.value
     analytic = next(row for row in rows if row.quantity == "flops" and row.how == "analytic")
@@ -77,7 +89,9 @@ def test_an_image_classifier():
 
 
 def test_a_prompt_with_an_image(multimodal):
-    dense, cut = values(multimodal()), values(multimodal(LayerDrop(layers=2)))
+    rows = [multimodal(), multimodal(LayerDrop(layers=2))]
+    assert gaps([*rows[0], *rows[1]]) == []
+    dense, cut = map(values, rows)
     prompt, token = "prefill 1x(25 visual + 10 text)", "token after 1x(25 visual + 10 text)"
     for how in ("counted", "analytic"):
         assert 0 < cut[prompt, "flops", how] < dense[prompt, "flops", how]
@@ -85,7 +99,23 @@ def test_a_prompt_with_an_image(multimodal):
     visual = ("visual_flops", "analytic")
     assert 0 < cut[prompt, *visual] < 0.5 * dense[prompt, *visual]
     assert (token, *visual) not in dense
-    assert not [key for key in (*dense, *cut) if key[1] == "flops_gaps"]
+
+
+def test_a_prompt_is_processed_once_for_all_that_is_counted_of_it(monkeypatch):
+    asked = []
+
+    def prompt(model, words):
+        asked.append(words)
+        return tiny_mllms.prompt("llava_llama", [6, (5, 5), 4])
+
+    monkeypatch.setattr(prefill, "prompt", prompt)
+    model = model_of(tiny_mllms.build("llava_llama"), "image_text")
+    found = count(model, CostsConfig(name="tiny", words=7))
+    assert asked == [7]
+    had = {(cost.scope, cost.quantity) for cost in found.costs}
+    scope = "prefill 1x(25 visual + 10 text)"
+    assert {(scope, name) for name in ("flops", "cache_bytes", "seconds")} <= had
+    assert ("model", "bytes") in had
 
 
 def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
@@ -102,19 +132,29 @@ def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
 
 def test_a_convention_of_prompts_is_missing_where_there_are_none():
     config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
-    rows = flops(model_of(tiny_networks.llama()), config)
-    (gap,) = [row for row in rows if row.quantity == "flops_gaps"]
-    assert gap.parts == {"yopo counts prompts with images": 1.0}
+    rows = list(flops(model_of(tiny_networks.llama()), config))
+    reason = "yopo counts prompts with images"
+    assert gaps(rows) == [Gap("forward 1x9", "flops_yopo", reason, "analytic")]
 
 
 def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
     network = tiny_networks.unfuse(tiny_networks.build("mixtral"))
     found = values(flops(model_of(network), QUICK))
-    assert found["forward 2x24", "flops_gaps", "counted"] == 1
-    assert ("forward 2x24", "flops", "counted") not in found
+    assert found["forward 2x24", "flops", "counted"] is None
     fused = values(flops(model_of(tiny_networks.build("mixtral")), QUICK))
     key = ("forward 2x24", "flops", "analytic")
     assert found[key] == fused[key]
+
+
+def test_a_length_that_the_model_cannot_take_is_a_gap():
+    model = model_of(tiny_networks.llama())
+    longest = CostsConfig(name="tiny", length=model.max_length)
+    assert gaps(flops(model, longest)) == []
+    found = list(flops(model, CostsConfig(name="tiny", length=model.max_length + 1)))
+    assert {(gap.scope, gap.quantity) for gap in gaps(found)} == {
+        (f"{call} 1x{model.max_length + 1}", "flops") for call in ("forward", "token after")
+    }
+    assert len(gaps(found)) == len(found)
 
 
 def test_an_unknown_convention_is_one_sentence():
@@ -123,18 +163,28 @@ def test_an_unknown_convention_is_one_sentence():
     assert run_config(["costs.flops.convention=vtw"]).costs.flops.convention == "vtw"
 
 
-def test_gaps_are_named_and_never_a_zero(multimodal):
-    (gap,) = [row for row in multimodal(METHODS["sparsevlm"]) if row.quantity == "flops_gaps"]
-    assert gap.parts == {"sparsevlm": 1.0} and gap.how == "analytic"
+def test_a_method_that_does_not_say_what_choosing_multiplies_is_a_gap(multimodal):
+    def silent(model):
+        plan = engine_of(model.network).plan
+        plan.selections = [replace(each, macs=None) for each in plan.selections]
+
+    (gap,) = gaps(multimodal(METHODS["fastv"], then=silent))
+    assert (gap.quantity, gap.how) == ("method_flops", "analytic")
+    assert gap.reason == "fastv does not say what choosing multiplies"
+    assert gaps(multimodal(METHODS["fastv"])) == []
+
+
+def test_gaps_are_named_and_never_a_zero():
     network = tiny_networks.llama()
     layer = network.model.layers[0]
     layer.self_attn.head_dim = None
     del layer.self_attn.head_dim
     layer.forward = lambda x, **_: x
-    rows = flops(model_of(network), QUICK)
-    gaps = [row for row in rows if row.quantity == "flops_gaps" and row.how == "analytic"]
-    assert len(gaps) == 2 and "heads of LlamaAttention are not understood" in str(gaps[0].parts)
-    assert not [row for row in rows if row.quantity == "flops" and row.how == "analytic"]
+    rows = list(flops(model_of(network), QUICK))
+    missing = [gap for gap in gaps(rows) if gap.how == "analytic"]
+    assert [gap.scope for gap in missing] == ["forward 2x24", "token after 2x24"]
+    assert all("heads of LlamaAttention are not understood" in gap.reason for gap in missing)
+    assert not [row for row in rows if isinstance(row, Cost) and row.how == "analytic"]
 
 
 def test_an_operator_without_a_formula_takes_the_count_with_it():
@@ -144,6 +194,6 @@ def test_an_operator_without_a_formula_takes_the_count_with_it():
 
     network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8)).eval()
     network.head.append(Odd())
-    counted = flops(model_of(network, "image_classifier"), QUICK)
-    assert [row.quantity for row in counted if row.how == "counted"] == ["flops_gaps"]
-    assert counted[0].parts == {"aten.addr": 1.0}
+    counted = list(flops(model_of(network, "image_classifier"), QUICK))
+    assert gaps(counted) == [Gap("forward 2x1x8x8", "flops", "no formula for aten.addr", "counted")]
+    assert not [row for row in counted if isinstance(row, Cost) and row.how == "counted"]

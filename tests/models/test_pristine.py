@@ -40,6 +40,19 @@ def test_is_loaded_once_and_lent_unchanged(source, loads):
     assert len(loads) == 1
 
 
+def test_what_is_kept_is_a_copy_like_those_that_are_lent(source, monkeypatch):
+    """A loaded network lies scattered in memory and would lose against any copy of it."""
+    first = []
+    real = pristines.load
+    monkeypatch.setattr(pristines, "load", lambda source: first.append(real(source)) or first[0])
+    kept = Pristine().borrow(source, will_change=False)
+    assert kept is not first[0]
+    loaded = dict(first[0].network.named_parameters())
+    for name, weight in kept.network.named_parameters():
+        assert torch.equal(weight, loaded[name])
+        assert weight.data_ptr() != loaded[name].data_ptr()
+
+
 def test_is_given_away_when_a_copy_does_not_fit(source, loads, monkeypatch):
     monkeypatch.setattr(pristines.devices, "free_bytes", lambda device: 0)
     keeper = Pristine()

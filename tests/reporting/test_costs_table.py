@@ -94,6 +94,24 @@ def test_a_record_without_measurements_prints_nothing_more(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_what_could_not_be_counted_is_said_also_where_nothing_was_measured(capsys):
+    gap = GapPart(
+        scope="forward 1x9", quantity="flops", reason="no formula for aten.addr", how="counted"
+    )
+    print_costs(recorded(gaps=(gap,)))
+    assert capsys.readouterr().out == "no counted flops of forward 1x9: no formula for aten.addr\n"
+
+
+def test_a_wide_interval_has_its_own_mark(capsys):
+    wide = "the speed-up's interval still reaches over 3 % to one side at last"
+    speedup = cost(PREFILL, "speedup", 1.5, "1", note=wide, low=1.44, high=1.55, theory=2.0)
+    print_costs(recorded(latency(PREFILL, 0.02), speedup))
+    out = capsys.readouterr().out
+    assert "1.500 (1.440 to 1.550) *" in line(out, PREFILL)
+    assert "22 ms) *" not in out
+    assert f"* {wide}" in out
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(2.5, "2.5 s"), (0.0312, "31.2 ms"), (4.2e-5, "42 us")]
 )

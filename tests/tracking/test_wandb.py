@@ -92,7 +92,7 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
     ]
     assert costs[1]["note"] == "the machine was loaded"
     assert json.loads(costs[1]["parts"]) == {"p10": 0.25, "p90": 0.75}
-    assert tables["gaps"]["data"] == [["1x8", "energy", "no counter"]]
+    assert tables["gaps"]["data"] == [["1x8", "energy", "no counter", None]]
 
 
 def test_two_records_in_one_process_are_two_runs(store, record):

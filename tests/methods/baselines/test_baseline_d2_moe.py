@@ -203,10 +203,10 @@ def test_inputs_are_what_the_matrices_are_given():
 def test_costs_are_counted_on_the_shared_form():
     config = CostsConfig(name="tiny", batch=2, length=9)
     network = build("qwen2_moe")
-    before = {c.quantity: c.value for c in count(model_of(copy.deepcopy(network)), config)}
+    before = {c.quantity: c.value for c in count(model_of(copy.deepcopy(network)), config).costs}
     model = model_of(network)
     report = D2Moe(ratio=0.55).apply(model, context())
-    after = {c.quantity: c.value for c in count(model, config)}
+    after = {c.quantity: c.value for c in count(model, config).costs}
     assert after["parameters"] == before["parameters"] - report.details["removed_parameters"]
     assert after["flops"] < before["flops"]
 
