@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -22,26 +21,32 @@ from tests.performance import exams
 from tests.performance.figure import Figure
 from tests.performance.text_scoring import reference
 
-DOCUMENTS, ROUNDS, BATCH = 100, 5, 16
+DOCUMENTS, ROUNDS, BATCH = 50, 3, 16
 
 
 def figures() -> list[Figure]:
-    """Milliseconds a request outside the forward, ours over theirs, on the embedded model."""
+    """Milliseconds a request outside the forward, ours over theirs, over the embedded tasks."""
     torch.set_num_threads(1)
     config = ModelConfig(name="micro_moe", source="zoo:micro_moe", device="cpu", dtype="float32")
     model = loading.load(loading.resolve(config, offline=True))
-    planned = exams.task(exams.names()[0])
+    least = {name: _least(model, exams.task(name)) for name in exams.names()}
+    ours, theirs = (sum(pair[i] for pair in least.values()) / len(least) for i in (0, 1))
+    each = ", ".join(f"{name} {mine / its:.2f}" for name, (mine, its) in least.items())
+    how = (
+        f"mean of {len(least)} tasks, minima of {ROUNDS}: {1e3 * theirs:.2f} ms a request with hf, "
+        f"{1e3 * ours:.2f} ms with ours; {each}; harness included"
+    )
+    value = ours / theirs
+    return [Figure("time outside the forward / lm-eval's", value, "<= 0.33", value <= 1 / 3, how)]
+
+
+def _least(model: Model, planned: Any) -> tuple[float, float]:
+    """Return the least seconds a request outside the network, ours and lm-eval's, in turn."""
     ours, theirs = [], []
     for _ in range(ROUNDS):
         theirs.append(_outside(model, planned, lambda: reference(model, BATCH)))
         ours.append(_outside(model, planned, lambda: Adapter(model, BATCH, SILENT, "shared")))
-    value = min(ours) / min(theirs)
-    how = (
-        f"{planned.name}: {1e3 * min(theirs):.2f} ms a request with hf, {1e3 * min(ours):.2f} ms "
-        f"with ours, minima of {ROUNDS}, medians "
-        f"{statistics.median(ours) / statistics.median(theirs):.2f}; harness included"
-    )
-    return [Figure("time outside the forward / lm-eval's", value, "<= 0.33", value <= 1 / 3, how)]
+    return min(ours), min(theirs)
 
 
 def _outside(model: Model, planned: Any, make: Callable[[], Any]) -> float:
