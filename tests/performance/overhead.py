@@ -21,7 +21,7 @@ from tests.performance import exams
 from tests.performance.figure import Figure
 from tests.performance.text_scoring import reference
 
-DOCUMENTS, ROUNDS, BATCH = 50, 3, 16
+DOCUMENTS, ROUNDS, BATCH = 100, 3, 16
 
 
 def figures() -> list[Figure]:
