@@ -85,7 +85,7 @@ def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_pa
     results, log, kills = tmp_path / "results", tmp_path / "scored", 4
     draw, before = random.Random(8), 1
     for _ in range(kills):
-        child = start(results, *RUN, before=counting(log, pause=0.2))
+        child = start(results, *RUN, before=counting(log, pause=0.5))
         wait_for_more_than(before, results)
         time.sleep(draw.uniform(0, 0.3))
         child.kill()
@@ -99,7 +99,7 @@ def test_killed_while_it_scores_again_and_again_no_sample_is_scored_twice(tmp_pa
 def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, same):
     results, log, before = tmp_path / "results", tmp_path / "scored", 1
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        child = start(results, *RUN, before=counting(log, pause=0.3))
+        child = start(results, *RUN, before=counting(log, pause=2.0))
         wait_for_more_than(before, results)
         child.kill(number)
         assert child.wait() == 75

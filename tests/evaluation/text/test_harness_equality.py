@@ -39,9 +39,14 @@ def answers(lm, kind, arguments):
 
 def assert_same(ours, theirs, tolerance=1e-4):
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    values = torch.tensor([[value for value, _ in side] for side in (ours, theirs)])
-    # The harness adds up in float32, which at a thousand tells apart nothing smaller than this.
-    torch.testing.assert_close(values[0], values[1], atol=tolerance, rtol=2**-23)
+    values = [[value for value, _ in side] for side in (ours, theirs)]
+    assert close(*values, tolerance), values
+
+
+def close(ours, theirs, tolerance=1e-4):
+    """The harness adds up in float32, which at a thousand tells apart nothing under 2^-23 of it."""
+    ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+    return torch.allclose(ours, theirs, atol=tolerance, rtol=2**-23)
 
 
 @pytest.mark.parametrize("engine", ["shared", "plain"])
@@ -53,7 +58,8 @@ def test_all_nine_tasks_agree_per_sample(model, shots, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("shots", [0, 5])
 def test_all_nine_tasks_agree_on_every_document(model, shots):
-    assert_equal_on_all_nine(model, shots, limit=None)
+    """Of 3,600 documents one or two may meet a router that cannot decide: then float64 decides."""
+    assert_equal_on_all_nine(model, shots, limit=None, ties=2)
 
 
 REAL = os.environ.get("SLIMBENCH_REAL_TASKS")
@@ -81,13 +87,18 @@ def test_the_shipped_model_agrees_too():
     assert_equal_on_all_nine(loading.load(source), shots=0, limit=6)
 
 
-def assert_equal_on_all_nine(model, shots, limit, engine="shared"):
+def assert_equal_on_all_nine(model, shots, limit, engine="shared", ties=0):
     options = {"suite": "micro", "limit": limit, "num_fewshot": shots, "batch_size": 7}
     benchmark = BenchmarkConfig(name="nine", tasks=TASKS, engine=engine, **options)
-    assert_equal(model, benchmark)
+    assert_equal(model, benchmark, ties)
 
 
-def assert_equal(model, benchmark):
+def assert_equal(model, benchmark, ties=0):
+    """Compare all samples and scores; up to `ties` samples may be right where the harness is not.
+
+    Where a router gives two experts the same weight but for rounding, float32 may choose either,
+    and the harness's own answer is then a thousandth from the one in float64.
+    """
     evaluation = evaluate(model, plan(benchmark, offline=True))
     assert evaluation.engine["used"] == benchmark.engine
     ours = {(row["task"], row["doc_id"]): row for row in evaluation.samples}
@@ -95,9 +106,17 @@ def assert_equal(model, benchmark):
 
     theirs = plainly(model, benchmark)
     assert len(ours) == sum(map(len, theirs["samples"].values())) > 0
+    torn = []
     for name, samples in theirs["samples"].items():
         for sample in samples:
-            assert_same_sample(ours[name, sample["doc_id"]], sample)
+            row = ours[name, sample["doc_id"]]
+            assert_same_sample(row, sample)
+            if not close(row["loglikelihoods"], [response[0] for (response,) in sample["resps"]]):
+                torn.append((row, sample))
+    assert len(torn) <= ties
+    for row, sample in torn:
+        exact = [in_float64(model, *asked) for asked in sample["arguments"]]
+        assert close(row["loglikelihoods"], exact), (row["loglikelihoods"], exact)
     for name, found in theirs["results"].items():
         for metric in {"acc,none", "acc_norm,none"} & found.keys():
             score = scores[name, metric.removesuffix(",none")]
@@ -119,11 +138,22 @@ def plainly(model, benchmark):
 
 
 def assert_same_sample(row, sample):
-    scored = [responses[0] for responses in sample["resps"]]
-    assert_same(list(zip(row["loglikelihoods"], row["greedy"], strict=True)), scored)
+    assert list(row["greedy"]) == [response[1] for (response,) in sample["resps"]]
     assert row["doc_hash"] == sample["doc_hash"]
     assert row["prompt_hash"] == sample["prompt_hash"]
     assert all(row[metric] == sample[metric] for metric in sample["metrics"])
+
+
+@torch.no_grad()
+def in_float64(model, context, continuation):
+    """The log-likelihood of a continuation by the whole network in double precision."""
+    network = copy.deepcopy(model.network).double()
+    network.set_experts_implementation("eager")
+    ids = model.tokenizer(context + continuation)["input_ids"]
+    start = len(model.tokenizer(context)["input_ids"])
+    logits_TV = network(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    asked_N1 = torch.tensor(ids[start:])[:, None]
+    return logits_TV[start - 1 :].gather(-1, asked_N1).sum().item()
 
 
 PAIRS = [
