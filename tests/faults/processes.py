@@ -62,6 +62,8 @@ def start(results, *arguments, before=None, small=SMALL):
         return Child(pid, Path(said))
     code = 99
     try:
+        # A shell that runs the tests in its background has them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
