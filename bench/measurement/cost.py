@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-How = Literal["counted", "measured", "analytic"]
+from bench.records.record import How
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.measurement.cost import How
+from bench.records.record import How
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bench.measurement.analytic.decoder import text_config
 from bench.measurement.analytic.multimodal import visual_layers
 from bench.measurement.config import CostsConfig
 from bench.measurement.conventions import CONVENTIONS, Decoder, Name
-from bench.measurement.cost import Cost, How
+from bench.measurement.cost import Cost
 from bench.measurement.counting import Counted
 from bench.measurement.flops import (
     count_images,
@@ -30,6 +30,7 @@ from bench.measurement.rows import Rows
 from bench.models.multimodal.planned import plan_of
 from bench.models.products import Product, by_part
 from bench.models.vision import Classifier
+from bench.records.record import How
 
 if TYPE_CHECKING:
     from bench.models.model import Model

@@ -13,8 +13,8 @@ SCHEMA = 2
 ID_DIGITS = 12
 UNREAL = frozenset({"zeroed", "masked"})
 
-
 How = Literal["counted", "measured", "analytic"]
+"""Which way a number of cost was had."""
 
 
 class _Part(BaseModel):

@@ -18,7 +18,10 @@ ROOM = 64
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """One layer's keys and values, a row [G, C, d] for each owner of a beginning."""
+    """One layer's keys and values, a row [G, C, d] for each owner of a beginning.
+
+    They are only ever added to: greedy answers neither reorder rows nor take tokens back.
+    """
 
     def __init__(self, keys_IGCd: Tensor, values_IGCd: Tensor, owner_B: Tensor) -> None:
         super().__init__()
