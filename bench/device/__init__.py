@@ -1,8 +1,8 @@
-"""The one layer that knows devices: choice, seeds, synchronisation, memory, description.
+"""Device layer: selection, seeds, threads, synchronisation, memory and description of devices.
 
-Nothing else in the package asks whether there is a GPU. Paths for CUDA are written for real;
-README says which of them have run on one. Instruments for measuring have files of their own here:
-a clock, peaks of memory, meters of energy, and what else the machine was doing.
+Nothing else in the package asks whether there is a GPU. README lists which CUDA code paths have run
+on one. The measuring instruments are in modules of this package: clock, peak memory, energy
+counters, and a monitor of what else the machine was doing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def pick(wanted: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; a device not there is refused."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: `wanted` is none of these, or the machine does not have the device.
+    """
+    # torch is imported inside the functions of this module: launchers import it for `visible_gpus`
+    # and must not load torch for that.
     import torch
 
     if wanted == "auto":
@@ -38,10 +44,9 @@ def pick(wanted: str) -> torch.device:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
-
-    CUDA itself is not touched, so that a worker process can still be given one of them.
-    """
+    """Return the GPUs that this process may use, as spelled in CUDA_VISIBLE_DEVICES."""
+    # nvidia-smi instead of torch.cuda: CUDA reads CUDA_VISIBLE_DEVICES once, at initialisation.
+    # After that a process can neither fork workers that use CUDA nor be restricted to one GPU.
     import shutil
     import subprocess
 
@@ -57,7 +62,11 @@ def visible_gpus() -> list[str]:
 
 
 def dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the torch dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the torch dtype; `auto` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: `wanted` is neither `auto` nor one of `DTYPES`.
+    """
     import torch
 
     if wanted == "auto":
@@ -70,17 +79,17 @@ def dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices) so that a run can be repeated."""
+    """Seed Python, numpy and torch (all devices), so that a run is reproducible."""
     import numpy
     import torch
 
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed % 2**32)  # numpy's global generator takes 32 bits only
     torch.manual_seed(seed)
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch use `count` processor threads; None leaves it its own choice."""
+    """Let torch use `count` CPU threads; None keeps torch's own choice."""
     import torch
 
     if count is not None:
@@ -88,7 +97,7 @@ def use_threads(count: int | None) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it, so that a clock can be read."""
+    """Wait until the device has finished all queued work; a no-op on a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -96,18 +105,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give cached, unused memory back to the device."""
+    """Return cached, unused memory of torch's allocator to the device."""
     import gc
 
     import torch
 
+    # Tensors in reference cycles keep their blocks; `empty_cache` frees unused blocks only.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how many bytes can still be allocated on the device."""
+    """Return the number of free bytes on the device.
+
+    On a GPU, blocks that torch's allocator caches do not count as free: call `release` first.
+    """
     import psutil
     import torch
 
@@ -117,7 +130,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Return what the numbers of a record were made on: processor, threads, GPUs, versions."""
+    """Return the hardware and software facts of a record: CPU, threads, memory, GPUs, versions."""
     import psutil
     import torch
 

@@ -1,7 +1,7 @@
-"""Marks on a device's own time line, and the seconds between them.
+"""Clock of a device: marks on its time line, and the seconds between them.
 
-On a GPU a mark is a CUDA event in the stream that the work is in: setting it waits for nothing, so
-a call is not slowed by being watched, and the time is the device's. On a CPU it is a reading of
+On a GPU a mark is a CUDA event in the current stream. Recording it does not synchronise, so timing
+does not slow the work down, and the times are the device's own. On a CPU a mark is a reading of
 `perf_counter`.
 """
 
@@ -16,7 +16,7 @@ from bench.device import synchronize
 
 
 class Clock:
-    """One series of marks. The device has finished all earlier work before the first of them."""
+    """A series of marks; the device finishes all earlier work before the first one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,16 +25,18 @@ class Clock:
         synchronize(device)
 
     def mark(self) -> None:
-        """Set a mark after all that has been asked of the device so far."""
+        """Set a mark behind all work queued on the device so far."""
         if self._device.type != "cuda":
             self._seconds.append(time.perf_counter())
             return
+        # A CUDA call returns before its kernels have run: `perf_counter` would time the launches.
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
 
     def laps(self) -> list[float]:
         """Wait for the device and return the seconds from each mark to the next."""
+        # `elapsed_time` raises unless both events have completed.
         synchronize(self._device)
         if self._device.type != "cuda":
             return [after - before for before, after in pairwise(self._seconds)]

@@ -1,7 +1,7 @@
-"""Counters of energy: NVML's for a GPU, the kernel's RAPL for processor packages.
+"""Energy counters: NVML for a GPU, the kernel's RAPL interface for CPU packages.
 
-They count the whole board or package, idle power and other processes included. Where neither can
-be read nothing is estimated: `meter` raises `Unavailable` with the reason.
+Both count the whole board or package, including idle power and other processes. Nothing is
+estimated: without a readable counter, `meter` raises `Unavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ RAPL = Path("/sys/class/powercap")
 
 
 class Meter(Protocol):
-    """A counter of joules that only rises; `how` says what it counts."""
+    """A monotonic counter of joules; `how` says what it counts, for the note of a cost."""
 
     how: str
 
     def joules(self) -> float:
-        """Return the joules used since some moment in the past."""
+        """Return the joules used since an arbitrary, fixed moment."""
 
 
 def meter(device: torch.device) -> Meter:
-    """Return the counter of a device.
+    """Return the energy counter of a device.
 
     Raises:
-        Unavailable: there is none that can be read.
+        Unavailable: the device has no counter, or it is not readable.
     """
     return BoardMeter(device) if device.type == "cuda" else PackageMeter()
 
@@ -38,38 +38,43 @@ def meter(device: torch.device) -> Meter:
 class BoardMeter:
     """The energy counter of an NVIDIA GPU."""
 
-    how = "NVML's energy counter of the whole board"
+    how = "NVML energy counter of the whole board"
 
     def __init__(self, device: torch.device) -> None:
         self._board = Board(device)
-        self._board.joules()  # a GPU without the counter is found out here
+        # That a GPU lacks the counter shows only when it is read: fail before the measurement.
+        self._board.joules()
 
     def joules(self) -> float:
-        """Return the joules since the driver was loaded."""
+        """Return the joules used since the driver was loaded."""
         return self._board.joules()
 
 
 class PackageMeter:
-    """The sum over all processor packages, as Linux's powercap tells them.
+    """The sum over all CPU packages, read through Linux's powercap interface.
 
-    Each counter starts again at zero when it is full; read it more often than that (minutes).
+    The hardware counters wrap around within minutes under load: read `joules` more often than that.
     """
 
-    how = "RAPL's counters of the processor packages"
+    how = "RAPL energy counters of the CPU packages"
 
     def __init__(self) -> None:
         zones = [zone for zone in RAPL.glob("intel-rapl:*") if _is_package(zone)]
         if not zones:
-            raise Unavailable("this machine shows no energy counter (RAPL)")
+            raise Unavailable("this machine has no energy counter (RAPL)")
+        # Readable by root only since Linux 5.10: unprivileged readings allowed the PLATYPUS attack
+        # (CVE-2020-8694).
         try:
             self._full = {zone: _read(zone / "max_energy_range_uj") for zone in zones}
             self._last = {zone: _read(zone / "energy_uj") for zone in zones}
         except PermissionError:
-            raise Unavailable("the energy counter (RAPL) may be read by root only") from None
+            raise Unavailable("the energy counter (RAPL) is readable by root only") from None
         self._sum = 0
 
     def joules(self) -> float:
-        """Return the joules since this meter was made."""
+        """Return the joules used since this meter was created."""
+        # The sum is kept here, because after a wrap-around a difference of two readings is wrong.
+        # At most one wrap per counter between two readings can be told.
         for zone, before in self._last.items():
             now = _read(zone / "energy_uj")
             self._sum += now - before if now >= before else now - before + self._full[zone]
@@ -78,7 +83,8 @@ class PackageMeter:
 
 
 def _is_package(zone: Path) -> bool:
-    """Whether a zone is a whole package: its parts (cores, memory) would be counted twice."""
+    # The glob also finds subzones (cores, DRAM), whose energy their package contains already, and
+    # `psys`, which contains the packages.
     name = zone / "name"
     return name.exists() and name.read_text().startswith("package")
 

@@ -1,8 +1,4 @@
-"""What else a machine was doing while something was measured: threads, clocks, load.
-
-The load average looks back a minute and counts the measurement itself. Here the processor times of
-the cores that this process may use are compared with its own: what is left was somebody else's.
-"""
+"""Monitor of the machine during a measurement: threads, clock rates, load by other processes."""
 
 from __future__ import annotations
 
@@ -20,16 +16,17 @@ from bench.device.unavailable import Unavailable
 Answer = TypeVar("Answer")
 
 TOLERATED = 0.1
-"""The share of the cores we need that others may take before a machine counts as loaded."""
+"""Fraction of the needed cores that other processes may occupy on a quiet machine."""
 NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as user time already
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A machine during a measurement.
+    """State of the machine during a measurement.
 
-    `cores` are those that this process may use, `others` how many of them were busy with something
-    else on average, `needed` how many the measurement wants; clocks in MHz, None where unknown.
+    `cores` is the number of cores that this process may use, `others` how many of them other
+    processes kept busy on average, `needed` how many the measurement needs. Clock rates are in MHz,
+    None where unknown; `slowed` is the reason for a throttled GPU.
     """
 
     threads: int
@@ -42,15 +39,17 @@ class Reading:
 
     @property
     def fault(self) -> str | None:
-        """Why what was measured meanwhile is not to be trusted; None on a quiet machine."""
+        """Why the measurement is not reliable; None on a quiet machine."""
         if self.slowed:
             return f"the GPU was {self.slowed}"
         if self.cores - self.others < (1 - TOLERATED) * self.needed:
-            return f"the machine was loaded: others kept {self.others:.1f} of {self.cores} cores"
+            return (
+                f"the machine was loaded: others kept {self.others:.1f} of {self.cores} cores busy"
+            )
         return None
 
     def numbers(self) -> dict[str, float]:
-        """Return what is known, for a record."""
+        """Return the known values under the names that a record uses."""
         known = {
             "threads": float(self.threads),
             "cores": float(self.cores),
@@ -62,7 +61,7 @@ class Reading:
 
 
 class Watch:
-    """Watches the machine while a `with` block lasts; `reading` is what it saw."""
+    """Monitors the machine during a `with` block; afterwards `reading` holds the result."""
 
     reading: Reading
 
@@ -80,6 +79,9 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Not the load average, which looks back a minute and counts the measurement itself. CPU
+        # time of our cores less our own is what other processes used. Elapsed time comes from the
+        # same counters, which advance in ticks, so that the quotient fits for short blocks too.
         busy, own, whole = _times()
         passed = max(whole - self._whole, 1e-9) / len(_cores())
         others = (busy - self._busy - (own - self._own)) / passed
@@ -90,6 +92,7 @@ class Watch:
             threads=threads,
             cores=len(_cores()),
             needed=needed,
+            # Rounding of the ticks can leave the range.
             others=min(max(others, 0.0), float(len(_cores()))),
             cpu_mhz=_cpu_megahertz(),
             gpu_mhz=_asked(self._board, Board.megahertz),
@@ -98,7 +101,6 @@ class Watch:
 
 
 def _cores() -> list[int]:
-    """Return the cores that this process may use."""
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):
         return list(process.cpu_affinity())
@@ -106,9 +108,11 @@ def _cores() -> list[int]:
 
 
 def _times() -> tuple[float, float, float]:
-    """Return seconds since boot, over our cores: busy, busy with this process, and all."""
+    """Return CPU seconds: our cores busy, used by this process, our cores in total."""
+    # Only the cores of this process: load on the remaining cores of a server does not slow it down.
     per_core = psutil.cpu_times(percpu=True)
     times = [per_core[core]._asdict() for core in _cores() if core < len(per_core)]
+    # Linux counts guest time within user time as well: adding it would count it twice.
     whole = sum(sum(v for k, v in each.items() if not k.startswith("guest")) for each in times)
     busy = sum(sum(v for k, v in each.items() if k not in NOT_BUSY) for each in times)
     own = psutil.Process().cpu_times()
@@ -128,7 +132,7 @@ def _board(device: torch.device) -> Board | None:
 
 
 def _asked(board: Board | None, question: Callable[[Board], Answer]) -> Answer | None:
-    """Return the board's answer, None where it has none."""
+    # A clock rate is a nicety of a record: a GPU that does not report it must not fail the run.
     try:
         return None if board is None else question(board)
     except Unavailable:

@@ -1,10 +1,10 @@
-"""How much memory a stretch of work needs at its highest point, above what was held before it.
+"""Peak memory of a block of work, above what was in use before it.
 
-On a GPU PyTorch's allocator knows it exactly. On Linux the kernel keeps the highest resident set
-of the process and lets us set that mark back, so no short peak is missed. It counts whole pages,
-with an error of some hundred KiB, and not what fits in the holes that a long-lived process has
-between its own pieces: a small peak may be told too low. Elsewhere the resident set is sampled
-through psutil, which can miss a peak that is shorter than the time between two samples.
+On a GPU, PyTorch's allocator reports it exactly. On Linux, the kernel records the peak resident set
+of the process and can reset it, so no short peak is missed. It counts whole pages with an error of
+some hundred KiB, and misses allocations that fit into free gaps of the heap: a small peak may be
+reported too low. Elsewhere the resident set is sampled through psutil, which can miss a peak
+shorter than the sampling interval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLEAR_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
 
 
 class Gauge(Protocol):
-    """Where the bytes in use are read; `how` says so in a few words."""
+    """Source of memory readings; `how` names it in the note of a cost."""
 
     how: str
 
@@ -44,7 +44,7 @@ class Gauge(Protocol):
 
 
 class Peak:
-    """Watches memory while a `with` block lasts; `above` is the highest point over the start."""
+    """Measures memory during a `with` block; `above` is the peak in bytes above the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -62,7 +62,7 @@ class Peak:
         return self
 
     def restart(self) -> None:
-        """Forget the peak so far, but not what was held when the block began."""
+        """Forget the peak so far, but keep the reading at the start of the block."""
         assert self._gauge is not None
         _give_back(self._device)
         self._gauge.reset()
@@ -74,25 +74,25 @@ class Peak:
         trace: TracebackType | None,
     ) -> None:
         assert self._gauge is not None
+        # Within the kernel's error of some hundred KiB the difference may be negative.
         self.above = max(self._gauge.peak() - self._before, 0)
         self._gauge.close()
 
 
 def is_exhausted(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    """Tell whether an error means that GPU or CPU memory ran out."""
+    # torch has an error class for GPUs only; the CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _give_back(device: torch.device) -> None:
-    """Return memory that is free to the system, so that using it again is seen.
-
-    The CPU's allocator keeps what was freed; a peak within it would not show in the resident set.
-    PyTorch's own on a GPU counts what tensors use, whatever it keeps.
-    """
+    # glibc keeps freed memory resident, and a peak that fits into it would not show in the resident
+    # set: trim the heap, so that using it again is seen. On a GPU there is no need, because the
+    # allocator counts what tensors use and not what it caches.
     gc.collect()
     if device.type != "cuda" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # glibc's
+        if trim is not None:  # musl has none
             trim(0)
 
 
@@ -103,7 +103,7 @@ def _gauge(device: torch.device) -> Gauge:
 
 
 class _Allocator:
-    """PyTorch's caching allocator: what tensors hold, without what it keeps for later."""
+    """PyTorch's caching allocator: memory of tensors, without cached blocks."""
 
     how = "torch's allocator"
 
@@ -124,13 +124,15 @@ class _Allocator:
 
 
 class _HighWater:
-    """The kernel's own mark of the highest resident set."""
+    """The kernel's record of the peak resident set (VmHWM)."""
 
-    how = "the kernel's mark of the highest resident set"
+    how = "the kernel's peak resident set"
 
     @classmethod
     def works(cls) -> bool:
-        """Whether this kernel has such a mark and lets us set it back."""
+        """Tell whether this kernel records the peak and lets us reset it."""
+        # By trying: kernels before 4.0 or built without CONFIG_PROC_PAGE_MONITOR cannot reset it,
+        # and a container may mount /proc read-only.
         try:
             CLEAR.write_text(CLEAR_PEAK)
         except OSError:
@@ -152,7 +154,7 @@ class _HighWater:
 
 
 class _Sampled:
-    """The resident set, read again and again by a thread of its own."""
+    """The resident set, sampled by a thread."""
 
     how = f"the resident set, sampled every {SAMPLE_SECONDS * 1e3:g} ms"
 

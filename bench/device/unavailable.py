@@ -1,7 +1,7 @@
-"""What an instrument raises that this machine does not have."""
+"""Error of a measuring instrument that this machine lacks."""
 
 from __future__ import annotations
 
 
 class Unavailable(Exception):
-    """A quantity cannot be measured here; the message is the reason, as a table shows it."""
+    """A quantity cannot be measured on this machine; tables show the message as the reason."""

@@ -59,7 +59,7 @@ def test_what_slows_a_gpu_is_asked_by_the_name_that_the_library_has(nvml, name):
 
 def test_a_library_that_cannot_ask_is_a_reason(nvml):
     del nvml.nvmlDeviceGetClockInfo
-    with pytest.raises(Unavailable, match="cannot ask for the clock"):
+    with pytest.raises(Unavailable, match="cannot read the clock"):
         Board(GPU).megahertz()
 
 

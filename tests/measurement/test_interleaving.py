@@ -94,7 +94,7 @@ def test_a_machine_that_stays_loaded_leaves_a_mark_and_its_quietest_attempt(mach
     machine.loads = [0.9, 0.4]
     (one,), _ = runners([1.0] * 6 + [7.0] * 5 + [2.0] * 5)
     rounds = interleave([one], CPU, TimingConfig(rounds=5, attempts=2))
-    assert rounds.note == "the machine was loaded: others kept 0.4 of 1 cores"
+    assert rounds.note == "the machine was loaded: others kept 0.4 of 1 cores busy"
     assert set(rounds.seconds["prefill"][0]) == {2.0}
 
 
