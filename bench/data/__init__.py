@@ -1,1 +1,1 @@
-"""Texts and data sets: calibration, the embedded world, real English, images."""
+"""Calibration text, image prompts, image data sets and the embedded synthetic data."""

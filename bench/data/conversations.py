@@ -1,8 +1,9 @@
 """Conversations about images to train on: drawn scenes, or a JSON file in LLaVA's layout.
 
-LLaVA's layout (its second stage's `llava_v1_5_mix665k.json` has it) is a list of objects with
-`image`, a path below a folder, and `conversations`, turns of `from` (human, gpt) and `value`, the
-first of which holds `<image>`. Objects without an image are text to LLaVA, and left out here.
+LLaVA's layout (that of `llava_v1_5_mix665k.json`, used in its second training stage) is a list of
+objects with `image`, a path relative to a folder, and `conversations`, a list of turns with `from`
+(human or gpt) and `value`; the first value contains `<image>`. Objects without an image are
+text-only samples in LLaVA and are skipped here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ IMAGE = "<image>"
 
 
 class Conversation(NamedTuple):
-    """An image, and questions about it with their answers."""
+    """An image with (question, answer) turns about it."""
 
     image: Image
     turns: list[tuple[str, str]]
@@ -31,9 +32,9 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations by number, opened as they are asked for; `fingerprint` says which they are.
+    """Conversations by index, with images opened on access.
 
-    For a file that is a hash of the file, not of the images that it names.
+    `fingerprint` identifies the set. For a file it hashes the JSON, not the images it refers to.
     """
 
     fingerprint: str
@@ -45,16 +46,17 @@ class Conversations:
 
     def __getitem__(self, number: int) -> Conversation:
         row = self._rows[number]
-        if self._folder is None:
+        if self._folder is None:  # drawn scenes hold the image itself
             image, turns = row
             return Conversation(image.convert("RGB"), turns)
         return Conversation(_open(self._folder / row["image"]), _turns(row))
 
 
 def embedded(count: int, seed: int) -> Conversations:
-    """Return conversations about scenes that no task shows."""
+    """Return conversations about scenes that appear in no task."""
     from bench.data.scenes import Lesson, conversations
 
+    # The conversations are a pure function of split, count and seed: no need to hash the pixels.
     digest = hashlib.sha256(f"scenes train {count} {seed}".encode()).hexdigest()
     return Conversations(digest, conversations("train", count, seed, Lesson(describe=False)))
 
@@ -63,16 +65,17 @@ def from_file(path: str, folder: str) -> Conversations:
     """Return the conversations with images of a JSON file in LLaVA's layout.
 
     Raises:
-        MissingData: the file or the folder of its images is not there.
-        UserError: the file is not in that layout.
+        MissingData: the file or the image folder does not exist.
+        UserError: the file is not in LLaVA's layout, or has no image.
     """
     file, images = Path(path).expanduser(), Path(folder).expanduser()
     if not file.is_file() or not images.is_dir():
         missing = path if not file.is_file() else folder
-        raise MissingData(f"conversations: {missing} is not there")
+        raise MissingData(f"conversations: no such file or folder: {missing}")
     content = file.read_bytes()
     try:
         rows = [row for row in json.loads(content) if "image" in row]
+        # Every row is checked now: a bad one must not end a training hours after its start.
         for row in rows:
             _turns(row)
             _refuse_outside(images, row["image"])
@@ -84,7 +87,7 @@ def from_file(path: str, folder: str) -> Conversations:
 
 
 def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return questions and answers; the place of the image is the template's business."""
+    # `<image>` is dropped because the chat template puts the image token where the model wants it.
     said = row["conversations"]
     pairs = list(zip(said[0::2], said[1::2], strict=True))
     if not pairs or any((a["from"], b["from"]) != ("human", "gpt") for a, b in pairs):
@@ -93,7 +96,7 @@ def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _refuse_outside(folder: Path, name: str) -> None:
-    """Raise for a path that leads out of the folder of images."""
+    # A downloaded JSON file is untrusted: `../` or a symlink must not reach other files.
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"image {name!r} lies outside the folder of images")
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub as a source of data sets: reach it, stay off it, load, say which commit."""
+"""Access to data sets on the Hugging Face hub: online or offline, with the commit they are from."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Unreachable(Exception):
-    """A data set is neither in the local caches nor to be had from the hub; says which one."""
+    """A data set is neither in the local caches nor downloadable; the message names it."""
 
 
 def go_offline() -> None:
-    """Keep this process and its children off the hub: only what is cached can be loaded.
-
-    The libraries read their environment variables once, when they are imported, so the constants
-    of those imported already are set as well.
-    """
+    """Keep this process and its children off the hub, so that only cached files are loaded."""
+    # Children inherit the environment. The libraries read it only once, when they are imported, so
+    # the constants of those that are imported already have to be set as well.
     os.environ.update(dict.fromkeys(_SWITCHES, "1"))
     for module, names in _CONSTANTS.items():
         if module in sys.modules:
@@ -37,14 +35,16 @@ def go_offline() -> None:
 
 
 def is_offline() -> bool:
-    """Say whether the hub is switched off for this process."""
+    """Tell whether the hub is switched off for this process."""
+    # The constant and not the variable: it is what the library acts on, and it accepts more
+    # spellings ("1", "ON", "YES", "TRUE") than a comparison here would.
     import huggingface_hub.constants
 
     return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
 
 
 def is_reachable(timeout: float = 3.0) -> bool:
-    """Say whether the hub answers within `timeout` seconds; False when it is switched off."""
+    """Tell whether the hub answers within `timeout` seconds; False if it is switched off."""
     from huggingface_hub import constants, get_session
 
     if is_offline():
@@ -57,7 +57,11 @@ def is_reachable(timeout: float = 3.0) -> bool:
 
 
 def load(repository: str, config: str | None, **options: Any) -> DatasetDict:
-    """Load every split of a data set, from the cache if the hub is off; else `Unreachable`."""
+    """Load all splits of a data set, from the cache if the hub is switched off.
+
+    Raises:
+        Unreachable: the data set is neither cached nor downloadable.
+    """
     import datasets
 
     try:
@@ -67,10 +71,13 @@ def load(repository: str, config: str | None, **options: Any) -> DatasetDict:
 
 
 def download(repository: str, file: str) -> Path:
-    """Return one file of a data set's repository, from the cache if the hub is off.
+    """Return the local path of one file of a data set's repository, downloading it if needed.
 
-    For a part of a large data set: `load` with `data_files` cannot find its own cache again when
-    the hub is off.
+    Use it for a part of a large data set: `load` with `data_files` does not find its own cache
+    again when the hub is switched off.
+
+    Raises:
+        Unreachable: the file is neither cached nor downloadable.
     """
     from huggingface_hub import hf_hub_download
 
@@ -81,12 +88,13 @@ def download(repository: str, file: str) -> Path:
 
 
 def spell(repository: str, part: str | None) -> str:
-    """Write a data set's repository and its configuration or file as one name."""
+    """Join a repository and its configuration or file to one name."""
     return f"{repository}/{part}" if part else repository
 
 
 def commit_of(splits: dict[str, Any]) -> str | None:
-    """Return the commit that the loaded splits came from, as their cache files name it."""
+    """Return the commit that the loaded splits came from, or None if it is unknown."""
+    # `datasets` keeps no commit on a loaded split, but puts it into the path of the cache file.
     for split in splits.values():
         for file in getattr(split, "cache_files", ()):  # a streamed split has none
             commit = commit_in(file["filename"])
@@ -96,13 +104,13 @@ def commit_of(splits: dict[str, Any]) -> str | None:
 
 
 def commit_in(path: str | Path) -> str | None:
-    """Return the commit that names a folder of the caches."""
+    """Return the commit hash in a path of the hub's caches, or None."""
     found = _COMMIT.search(str(path))
     return found.group() if found else None
 
 
 def unreachable(name: str, error: Exception) -> Unreachable:
-    """Say which data set, and why unless the hub is off and the answer is plain."""
+    """Build the error; it gives a reason unless the hub is switched off, which is reason enough."""
     if is_offline():
         return Unreachable(name)
     reason = str(error).partition("\n")[0]

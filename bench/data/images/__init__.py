@@ -1,4 +1,4 @@
-"""Image data sets for classification: embedded handwritten digits, and torchvision's by folder."""
+"""Image data sets for classification: embedded handwritten digits and torchvision data sets."""
 
 from bench.data.images.batches import batches
 from bench.data.images.catalogue import SETS, load, shape

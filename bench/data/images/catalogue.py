@@ -1,6 +1,6 @@
-"""The image data sets by name: the embedded digits, and torchvision's from a local folder.
+"""Catalogue of image data sets: the embedded digits, and torchvision data sets in a local folder.
 
-Means and deviations are those of the training images, as the data sets' users commonly take them.
+Channel means and standard deviations are the values in common use for each training set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class _Small:
-    """A set that fits into memory: its torchvision class and how its images are prepared."""
+    """A data set that fits into memory: its torchvision class, normalisation and augmentation."""
 
     maker: str
     channels: int
@@ -47,14 +47,14 @@ _SMALL = {
 
 SETS = ("digits", *_SMALL, "imagenet")
 HELD_OUT_SHARE = 0.1
-"""Of the training images, where something has to be chosen."""
+"""Fraction of the training images that `Splits.for_choosing` holds out."""
 
 
 def shape(name: str) -> Shape:
-    """Return what a set's images and classes are like; nothing is read.
+    """Return channels, size and classes of a data set without reading it.
 
     Raises:
-        UserError: there is no set of that name.
+        UserError: no data set has this name.
     """
     if name == "digits":
         return Shape(1, 8, 10)
@@ -67,13 +67,13 @@ def shape(name: str) -> Shape:
 
 
 def load(name: str, folder: str | None = None, *, download: bool = False) -> Splits:
-    """Return a data set; all but the digits are read from `folder` in torchvision's layout.
+    """Load a data set; all but the digits are read from `folder` in torchvision's layout.
 
-    With `download` torchvision fetches what is missing, which ImageNet's licence does not allow.
+    With `download`, torchvision fetches missing files; ImageNet's licence does not allow this.
 
     Raises:
-        UserError: there is no set of that name.
-        MissingData: the folder does not hold the set.
+        UserError: no data set has this name, or `download` was set for ImageNet.
+        MissingData: `folder` is not given or does not hold the data set.
     """
     if name not in SETS:
         raise unknown("image data set", name, SETS)
@@ -81,12 +81,12 @@ def load(name: str, folder: str | None = None, *, download: bool = False) -> Spl
         return digits()
     if folder is None:
         raise MissingData(
-            f"the image data set {name} does not ship with the package and needs a folder that "
-            "holds it: benchmark.images.folder=FOLDER"
+            f"image data set {name} does not ship with the package and needs a folder that holds "
+            "it: set benchmark.images.folder=FOLDER"
         )
     if name == "imagenet":
         if download:
-            raise UserError("benchmark.images.download=true: imagenet's licence does not allow it")
+            raise UserError("benchmark.images.download=true: imagenet's licence forbids downloads")
         return _imagenet(Path(folder).expanduser())
     return _small(name, _SMALL[name], Path(folder).expanduser(), download)
 
@@ -99,8 +99,8 @@ def _small(name: str, kind: _Small, folder: Path, download: bool) -> Splits:
         parts = [maker(folder, train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise MissingData(
-            f"{folder} does not hold {name} in torchvision's layout ({kind.maker}): allow the "
-            "download where there is a network, or give another folder"
+            f"{folder} does not hold {name} in torchvision's layout ({kind.maker}): set "
+            "benchmark.images.download=true with a network connection, or give another folder"
         ) from error
     return Splits(
         name=name,
@@ -115,14 +115,15 @@ def _small(name: str, kind: _Small, folder: Path, download: bool) -> Splits:
 
 
 def _pixels(part: Any) -> tuple[Tensor, Tensor]:
-    """Return the bytes [N, C, H, H] and labels of a torchvision set that is in memory."""
+    """Return pixels uint8 [N, C, H, H] and labels [N] of a torchvision set held in memory."""
+    # MNIST holds a tensor [N, H, H], CIFAR a numpy array [N, H, H, C].
     pixels = torch.as_tensor(part.data)
     pixel_NCHH = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return pixel_NCHH.contiguous(), torch.as_tensor(part.targets)
 
 
 def _imagenet(folder: Path) -> Splits:
-    """Read `train/` and `val/` with one sub-folder per class, as ImageNet is usually unpacked."""
+    """Read `train/` and `val/` with one sub-folder per class, the usual layout of ImageNet."""
     from torchvision import datasets, transforms
 
     missing = [part for part in ("train", "val") if not (folder / part).is_dir()]
@@ -135,6 +136,7 @@ def _imagenet(folder: Path) -> Splits:
     training = transforms.Compose(
         [transforms.RandomResizedCrop(IMAGENET_SIZE), transforms.RandomHorizontalFlip(), *finish]
     )
+    # ImageFolder, because torchvision's ImageNet class also needs the archive of the devkit.
     parts = {part: datasets.ImageFolder(str(folder / part)) for part in ("train", "val")}
     return Splits(
         name="imagenet",
@@ -144,5 +146,6 @@ def _imagenet(folder: Path) -> Splits:
         size=IMAGENET_SIZE,
         classes=len(parts["train"].classes),
         provenance=f"ImageNet folders train and val, {len(parts['train'].classes)} classes",
+        # ImageFolder sorts by class: the last training images would all be of the last classes.
         held_out=0,
     )

@@ -1,10 +1,9 @@
-"""Real handwritten digits that come with scikit-learn, so that nothing need be downloaded.
+"""Real handwritten digits that ship with scikit-learn, so nothing has to be downloaded.
 
-1,797 grey images of 8x8 with 17 levels: the test part of Optical Recognition of Handwritten
-Digits (Alpaydin and Kaynak, 1998, UCI), as `sklearn.datasets.load_digits` ships it. They are in
-the order in which they were collected, so the split is by position and the writers of the test
-images are mostly not those of the training images: the first 1,200 train, the last 597 test. Of
-the training images the last 200 are held out where something has to be chosen.
+1,797 grey images of 8x8 pixels with 17 levels: the test part of Optical Recognition of Handwritten
+Digits (Alpaydin and Kaynak, 1998, UCI), as shipped by `sklearn.datasets.load_digits`. The first
+1,200 images are for training and the last 597 for testing; the last 200 training images are held
+out for choosing hyperparameters.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import torch
 
 from bench.data.images.sets import Splits, TensorSet
 
+# Split by position: the images are in the order in which they were collected, so most writers of
+# the test images wrote none of the training images. A random split would mix the writers.
 TRAIN = 1200
 HELD_OUT = 200
 LEVELS = 16
@@ -20,12 +21,13 @@ SHIFT = 1
 
 
 def digits() -> Splits:
-    """Return the digits; training images are moved by up to one pixel in each direction."""
+    """Load the digits; training images are shifted by up to one pixel in each direction."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     pixel_NCHH = torch.tensor(bunch.images).mul(255 / LEVELS).round().to(torch.uint8)[:, None]
     label_N = torch.tensor(bunch.target)
+    # Statistics of the training images only: the test images must not influence the model.
     train = pixel_NCHH[:TRAIN].float() / 255
     statistics = ((float(train.mean()),), (float(train.std()),))
     return Splits(

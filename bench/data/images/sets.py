@@ -1,9 +1,9 @@
-"""What an image data set is: something from which normalised batches can be fetched by index.
+"""Image data sets from which normalised batches are fetched by index.
 
-Shapes: N images of the set, B of a batch, C channels, H height and width.
+Shapes: N images of the set, B of a batch, C channels, H height and width, P = H + 2 * shift padded.
 
-Augmentation is a pure function of seed, epoch and place, so a run that is resumed sees the very
-images that it would have seen.
+Augmentation is a pure function of seed, epoch and batch number, so a resumed run sees exactly the
+images of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class ImageSet(ABC):
-    """Labelled images; `fetch` returns them normalised, augmented when a generator is given."""
+    """Labelled images; `fetch` normalises them, and augments them if given a generator."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return image_BCHH fp32 and label_B int64 of these places."""
+        """Return image_BCHH (float32) and label_B (int64) at the given indices."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return what tells these images and labels from any others."""
+        """Return an identifier of exactly these images and labels."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a classifier must take and tell apart: colours, height and width, classes."""
+    """Input and output of a classifier: colour channels, height = width, number of classes."""
 
     channels: int
     size: int
@@ -49,9 +49,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set ready for training and testing, and what a record says about it.
+    """Training and test images of a data set, with the facts that a record stores about it.
 
-    The last `held_out` training images are for choosing anything: see `for_choosing`.
+    The last `held_out` training images are for choosing hyperparameters: see `for_choosing`.
     """
 
     name: str
@@ -65,32 +65,32 @@ class Splits:
 
     @property
     def shape(self) -> Shape:
-        """What a classifier of these images is like."""
+        """Input and output sizes of a classifier for these images."""
         return Shape(self.channels, self.size, self.classes)
 
     def for_choosing(self) -> Splits:
-        """Return the set without its test images, for choosing a strength or a schedule.
+        """Return splits for choosing a strength or a schedule without using the test images.
 
-        Its `test` are the last `held_out` training images, not augmented, and its `train` the
-        others. Whatever was chosen is then trained on all of `train` and tested once.
+        `test` holds the last `held_out` training images and `train` the remaining ones. The chosen
+        hyperparameters are then trained on all of the original `train` and tested once.
 
         Raises:
-            UserError: the set's training images are sorted, so that none are held out.
+            UserError: the data set holds out no images, because its training images are sorted.
         """
         if not self.held_out:
-            raise UserError(f"{self.name} has no images held out for choosing: use split=test")
+            raise UserError(f"{self.name} has no images held out for validation: use split=test")
         count = len(self.train) - self.held_out
         return replace(
             self,
             train=Part(self.train, range(count)),
             test=Part(self.train, range(count, len(self.train))),
             provenance=f"{self.provenance}; the last {self.held_out} training images held out",
-            held_out=0,
+            held_out=0,  # so that a second call is refused: nothing is left to hold out
         )
 
 
 class TensorSet(ImageSet):
-    """Images held in memory as bytes."""
+    """Images held in memory as uint8."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class TensorSet(ImageSet):
         return len(self.label_N)
 
     def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the images, shifted by up to `shift` pixels and mirrored when augmented."""
+        """Return the images; augmentation shifts by up to `shift` pixels and mirrors at random."""
         image_BCHH = self.pixel_NCHH[index_B].float().div_(255)
         image_BCHH = (image_BCHH - self._mean_C11) / self._std_C11
         if generator is not None:
@@ -126,6 +126,9 @@ class TensorSet(ImageSet):
     def _augment(self, image_BCHH: Tensor, generator: torch.Generator) -> Tensor:
         count, size = len(image_BCHH), image_BCHH.shape[-1]
         if self._shift:
+            # Each image has a shift of its own, so one advanced index gathers a window per image
+            # from the padded batch; slicing would need a loop. Padding comes after normalisation,
+            # so that the border has the mean colour.
             moves = 2 * self._shift + 1
             shift_B2 = torch.randint(moves, (count, 2), generator=generator)
             place_BH = torch.arange(size) + shift_B2[:, :1]
@@ -144,7 +147,7 @@ class TensorSet(ImageSet):
 
 
 class Part(ImageSet):
-    """Consecutive images of another set."""
+    """Consecutive images of a larger set."""
 
     def __init__(self, whole: ImageSet, places: range) -> None:
         self._whole, self._places = whole, places
@@ -153,19 +156,18 @@ class Part(ImageSet):
         return len(self._places)
 
     def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return these images of the other set."""
+        """Fetch from the larger set, with indices relative to this subset."""
         return self._whole.fetch(index_B + self._places.start, generator)
 
     def fingerprint(self) -> str:
-        """Return the other set's fingerprint with the places that are used."""
+        """Return the fingerprint of the larger set with the range that is used."""
         return f"{self._whole.fingerprint()}[{self._places.start}:{self._places.stop}]"
 
 
 class FolderSet(ImageSet):
-    """Images decoded from files as they are asked for, one sub-folder per class.
+    """Images decoded from files on access, with one sub-folder per class.
 
-    `test` and `training` turn a PIL image into a tensor [C, H, H]; the latter draws from torch's
-    global generator, which is seeded anew for every image.
+    `test` and `training` are torchvision transforms from a PIL image to a tensor [C, H, H].
     """
 
     def __init__(self, folder: Any, test: Any, training: Any) -> None:
@@ -175,7 +177,7 @@ class FolderSet(ImageSet):
         return len(self._folder)
 
     def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Decode the images; with a generator each gets a random crop and perhaps a mirror."""
+        """Decode the images; given a generator, apply the random `training` transform."""
         images, labels = [], []
         for index in index_B.tolist():
             image, label = self._folder[index]
@@ -183,6 +185,9 @@ class FolderSet(ImageSet):
             if generator is None:
                 images.append(self._test(image))
                 continue
+            # torchvision's transforms take no generator and draw from torch's global one: it is
+            # seeded per image inside a fork, which restores the state the training relies on.
+            # `devices=[]` keeps the fork from saving the state of every GPU.
             seed = int(torch.randint(2**62, (), generator=generator))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -190,7 +195,8 @@ class FolderSet(ImageSet):
         return torch.stack(images), torch.tensor(labels)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over names, sizes and labels; reading every image takes too long."""
+        """Return the SHA-256 over file names, file sizes and labels."""
+        # Not over the contents: reading all 1.3 million images of ImageNet would take too long.
         digest = hashlib.sha256()
         for name, label in self._folder.samples:
             file = Path(name)

@@ -1,4 +1,4 @@
-"""Prompts with images that methods calibrate on: found and hashed first, then made into tensors."""
+"""Prompts with images for calibration: resolved and hashed first, then processed to tensors."""
 
 from bench.data.prompts.config import PromptsConfig
 from bench.data.prompts.samples import Samples

@@ -1,4 +1,4 @@
-"""Conversations about images as a model's own processor writes and encodes them."""
+"""Conversations about images, rendered and encoded by a model's own processor."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ VICUNA = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""The conversation of LLaVA-1.5, for a processor that has none of its own."""
+"""Chat template of LLaVA-1.5, used for processors that have none."""
 
 Turn = tuple[str, str | None]
-"""A question and its answer; None where the answer is still to come."""
+"""A question and its answer; the answer is None where the model has to generate it."""
 
 
 def render(processor: Any, turns: Sequence[Turn], *, images: int, system: str | None) -> str:
-    """Return a conversation whose first question comes after its images.
+    """Return the text of a conversation, with all images before the first question.
 
-    It ends where the last answer begins, or after it where it is given; `system` goes before all.
+    The text ends with the last answer or, if that is None, with the generation prompt. `system` is
+    the system message that opens the conversation.
     """
     messages: list[dict[str, Any]] = []
     if system:
@@ -48,10 +49,12 @@ def render(processor: Any, turns: Sequence[Turn], *, images: int, system: str | 
 def encode(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any
 ) -> dict[str, Any]:
-    """Return what the processor makes of rendered conversations; a BOS is never written twice."""
+    """Return the processor's tensors for rendered conversations and their images."""
+    # Many chat templates write the BOS token themselves. The tokenizer would add a second one,
+    # which changes the scores without any error.
     begin = processor.tokenizer.bos_token
     if begin and all(text.startswith(begin) for text in texts):
         options["add_special_tokens"] = False
-    if any(images):
+    if any(images):  # a batch of text only passes no `images` at all
         options["images"] = [list(shown) for shown in images]
     return dict(processor(text=list(texts), return_tensors="pt", **options))

@@ -1,4 +1,4 @@
-"""What a prompts config may say, checked once at the boundary."""
+"""The `prompts` section of a config."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class PromptsConfig(BaseModel):
-    """Which images with which questions, how many, and how many a call of the network takes.
+    """Source of the image prompts, their number, and the batch size of a forward.
 
-    `embedded` draws scenes that no task shows. `file` reads a parquet file at `path`, `hub` the
-    `split` of a data set; both take `count` rows drawn with `seed` and read their columns `image`
-    and `question`, or as these are called in `image_column` and `question_column`.
+    `embedded` draws scenes that appear in no task. `file` reads a parquet file at `path`, `hub` the
+    `split` of the data set `dataset` (with configuration `subset`); both draw `count` rows with
+    `seed` and read the columns named by `image_column` and `question_column`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +32,7 @@ class PromptsConfig(BaseModel):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.source == "file") != (self.path is not None):
-            raise ValueError("prompts.source=file needs prompts.path, no other source takes one")
+            raise ValueError("prompts.path is required by source=file and by no other source")
         if (self.source == "hub") != (self.dataset is not None):
-            raise ValueError("prompts.source=hub needs prompts.dataset, no other source takes one")
+            raise ValueError("prompts.dataset is required by source=hub and by no other source")
         return self

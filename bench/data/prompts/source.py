@@ -1,4 +1,4 @@
-"""Images with questions: embedded scenes, a user's file, or a split of a data set on the hub."""
+"""Image prompts from embedded scenes, a parquet file, or a split of a data set on the hub."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Prompt = tuple["Image", str]
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Images with questions that are there but are no tensors yet; `fingerprint` hashes both."""
+    """Images with questions before processing; `fingerprint` hashes them and the settings."""
 
     config: PromptsConfig
     prompts: tuple[Prompt, ...]
     fingerprint: str
 
     def process(self, processor: Any, system: str | None = None) -> Samples:
-        """Return what a model's processor makes of them, in calls of `batch` prompts each.
+        """Return the processor's tensors, in batches of `config.batch` prompts padded on the left.
 
-        A prompt is one user turn, the image before the question, in the model's own chat template
-        with its `system` sentence, up to where the answer begins: as an evaluation asks. Shorter
-        ones are filled up on the left.
+        A prompt is one user turn with the image before the question, in the model's own chat
+        template with its `system` message, up to the start of the answer, as in an evaluation.
         """
         return Samples.of(list(self._calls(processor, system)))
 
     def _calls(self, processor: Any, system: str | None) -> Iterator[dict[str, Any]]:
-        # The side is the tokenizer's state: others may rely on the one it came with.
+        # Left padding, as for generation: the last position of every row is its last token. The
+        # side is state of the tokenizer and is restored, because evaluation relies on its own.
         side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
         try:
             for start in range(0, len(self.prompts), self.config.batch):
@@ -55,11 +55,11 @@ class PromptSource:
 
 
 def resolve(config: PromptsConfig, *, offline: bool) -> PromptSource:
-    """Find the prompts and hash them together with the settings; no tensor is made.
+    """Find the prompts and hash them together with the settings, without processing them.
 
     Raises:
-        MissingData: the data set is neither cached nor to be had from the hub.
-        UserError: the file or the data set is not what the config takes it for.
+        MissingData: the data set is neither cached nor downloadable.
+        UserError: the file or the data set has too few rows or lacks a column or the split.
     """
     prompts = tuple(_prompts(config, offline=offline))
     settings = config.model_dump(mode="json", exclude={"name", "path"})
@@ -71,13 +71,12 @@ def resolve(config: PromptsConfig, *, offline: bool) -> PromptSource:
 
 
 def prefetch(config: PromptsConfig) -> str:
-    """Download the prompts where they are not here yet, and say in one line that they are."""
+    """Download the prompts unless they are cached; return a one-line summary."""
     source = resolve(config, offline=False)
     return f"prompts {config.name}: {config.source}, {source.fingerprint[:12]}"
 
 
 def _prompts(config: PromptsConfig, *, offline: bool) -> Iterator[Prompt]:
-    """Yield the prompts of a source, as many as are asked for."""
     if config.source == "embedded":
         yield from _embedded(config)
         return
@@ -85,6 +84,7 @@ def _prompts(config: PromptsConfig, *, offline: bool) -> Iterator[Prompt]:
     rows = _file(config, key) if config.source == "file" else _hub(config, offline=offline)
     if len(rows) < config.count:
         raise UserError(f"{key} has {len(rows)} rows, but prompts.count={config.count}")
+    # Rows are sampled by index, so that only the drawn images of a hub data set are decoded.
     for place in random.Random(config.seed).sample(range(len(rows)), config.count):
         yield _prompt(rows[place], config, key)
 
@@ -92,12 +92,12 @@ def _prompts(config: PromptsConfig, *, offline: bool) -> Iterator[Prompt]:
 def _embedded(config: PromptsConfig) -> Iterator[Prompt]:
     from bench.data.scenes import Lesson, conversations
 
+    # Of each conversation only the first question is used.
     for image, turns in conversations("train", config.count, config.seed, Lesson(describe=False)):
         yield image.convert("RGB"), turns[0][0]
 
 
 def _file(config: PromptsConfig, key: str) -> Sequence[dict[str, Any]]:
-    """Read the two columns of a parquet file."""
     from pyarrow import parquet
 
     file = Path(str(config.path)).expanduser()
@@ -113,7 +113,7 @@ def _file(config: PromptsConfig, key: str) -> Sequence[dict[str, Any]]:
 
 
 def _hub(config: PromptsConfig, *, offline: bool) -> Any:
-    """Load a split of a data set, which decodes its images as they are asked for."""
+    # Typed as Any because `datasets` has no stubs here. A split decodes an image on access.
     from bench.data import hub
 
     if offline:
@@ -123,18 +123,18 @@ def _hub(config: PromptsConfig, *, offline: bool) -> Any:
     except hub.Unreachable as error:
         raise MissingData(
             f"prompts={config.name} needs {error}, which is neither cached nor reachable: run "
-            f"`bench prefetch prompts={config.name}` with a network, or give a file: "
+            f"`bench prefetch prompts={config.name}` with a network connection, or use a file: "
             "prompts=file prompts.path=PATH"
         ) from None
     if config.split not in splits:
         raise UserError(
-            f"prompts.split={config.split}: {config.dataset} has {', '.join(sorted(splits))}"
+            f"prompts.split={config.split} does not exist: {config.dataset} has the splits "
+            f"{', '.join(sorted(splits))}"
         )
     return splits[config.split]
 
 
 def _prompt(row: dict[str, Any], config: PromptsConfig, key: str) -> Prompt:
-    """Return the image and the question of a row, decoded."""
     for column in (config.image_column, config.question_column):
         if row.get(column) is None:
             raise UserError(f"{key} has no column {column!r}: it has {', '.join(sorted(row))}")
@@ -142,7 +142,8 @@ def _prompt(row: dict[str, Any], config: PromptsConfig, key: str) -> Prompt:
 
 
 def _image(value: Any, key: str) -> Image:
-    """Return an image that is decoded already, or that is bytes as parquet files hold them."""
+    # The hub hands over decoded images. A parquet file holds bytes, or a struct of bytes and path
+    # if `datasets` wrote it.
     import PIL.Image
 
     if isinstance(value, PIL.Image.Image):
