@@ -313,7 +313,7 @@ def test_a_lesson_about_digits_has_them_in_its_scenes() -> None:
 
 
 def test_wrong_names_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="none of the scenes"):
+    with pytest.raises(UserError, match="none of the scene tasks"):
         scenes.documents("vqa")
     with pytest.raises(UserError, match="only gqa has"):
         scenes.images("pope")

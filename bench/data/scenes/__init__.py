@@ -1,7 +1,7 @@
 """Drawn scenes with real handwritten digits, and seven tasks about them in real schemas.
 
-A scene follows from its split and its index alone. Questions are chosen so that their text tells
-nothing about their answers: who does not see the image is at chance, which is known.
+A scene is a pure function of its split and its index. The text of a question is independent of its
+answer, so a text-only model scores at a known chance level.
 """
 
 from bench.data.conversations import Conversation

@@ -1,7 +1,7 @@
-"""Choose questions so that a question's text alone tells nothing about its answer.
+"""Balanced question sets: the text of a question does not predict its answer.
 
-Every wording of a kind is asked equally often with each answer that the kind has. What a model
-without eyes can reach is then known exactly: one over the number of answers.
+Every wording of a kind occurs equally often with each answer of the kind. The best text-only
+accuracy is therefore known exactly: one over the number of answers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from itertools import count
 from bench.data.scenes.kinds import KINDS, Question, Subject
 from bench.data.scenes.scene import Scene, Split, scene
 
-PER_IMAGE = 4
+PER_IMAGE = 4  # a limit, so that a set of questions covers many images
 _PATIENCE = 10_000
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A question and the scene that answers it."""
+    """A question about a scene, with the scene."""
 
     scene: Scene
     question: Question
@@ -30,8 +30,9 @@ class Placed:
 def balanced(kinds: Mapping[str, int], split: Split, start: int) -> list[Placed]:
     """Return each wording of each kind `kinds[name]` times with each answer.
 
-    Scenes are searched from index `start` on, at most four questions are about one.
+    Scenes are searched in order from index `start`; at most `PER_IMAGE` questions share one.
     """
+    # Greedy: each scene fills the open quotas that it can, and the search ends when all are filled.
     wanted = Counter(
         {
             (name, subject, answer): times
@@ -51,12 +52,16 @@ def balanced(kinds: Mapping[str, int], split: Split, start: int) -> list[Placed]
 def _take(
     place: Scene, kinds: Mapping[str, int], wanted: Counter[tuple[str, Subject, str]]
 ) -> Iterator[Question]:
-    """Yield what of the wanted one scene can be asked, no two questions of it with one text."""
+    """Yield the wanted questions that one scene answers, with distinct texts; update `wanted`."""
     questions = [question for name in kinds for question in KINDS[name].ask(place)]
+    # Shuffled, or the kinds that come first would take all places of a scene. The seed is a string:
+    # `random` hashes it with SHA-512, so the order does not depend on PYTHONHASHSEED.
     random.Random(f"questions {place.split} {place.index}").shuffle(questions)
     texts: set[str] = set()
     for question in questions:
         key = (question.kind, question.subject, question.answer)
+        # Two kinds can share a template (POPE's three do): asking one text twice about an image
+        # would weight its answer double.
         if wanted[key] and question.text not in texts and len(texts) < PER_IMAGE:
             wanted[key] -= 1
             texts.add(question.text)
@@ -66,9 +71,11 @@ def _take(
 def paired(kind: str, times: int, split: Split, start: int) -> list[tuple[Placed, Placed]]:
     """Return pairs of questions about one scene, the first answered yes and the second no.
 
-    Every wording is in equally many pairs as the one and as the other.
+    Every wording is `times` times the first and `times` times the second of a pair.
     """
     subjects = KINDS[kind].subjects
+    # A cyclic shift pairs each subject with a different one and uses each once on either side; the
+    # shift varies with the round, so that repeated rounds give new pairs as long as there are any.
     plan = [
         (subject, subjects[(i + 1 + shift % (len(subjects) - 1)) % len(subjects)])
         for shift in range(times)
@@ -80,6 +87,8 @@ def paired(kind: str, times: int, split: Split, start: int) -> list[tuple[Placed
         answers = {subject: question.answer for subject, question in questions.items()}
         for pair in plan:
             if [answers.get(subject) for subject in pair] == ["yes", "no"]:
+                # Changing the list while iterating is safe because the loop ends here: one pair
+                # per scene, as MME has two questions per image.
                 plan.remove(pair)
                 first, second = (Placed(place, questions[subject]) for subject in pair)
                 found.append((first, second))
@@ -90,7 +99,7 @@ def paired(kind: str, times: int, split: Split, start: int) -> list[tuple[Placed
 
 
 def _scenes(split: Split, start: int) -> Iterator[Scene]:
-    """Yield scenes from an index on; a search that does not end is an error of the kinds."""
+    # Without the bound, a kind whose `find` never gives one of its answers would loop forever.
     for index in count(start):
         if index - start > _PATIENCE:
             raise ValueError(f"no scene among {_PATIENCE} answers the questions still wanted")

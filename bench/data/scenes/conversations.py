@@ -1,4 +1,4 @@
-"""Scenes with questions of every kind and a full description: what the small model learns from."""
+"""Training conversations of the small vision-language model: questions about drawn scenes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from bench.data.scenes.render import render
 from bench.data.scenes.scene import Scene, Split, scene
 
 HINT = "The image shows a board of nine cells."
+# Conversation `number` of seed s starts from scene 10^7 * (s + 1) + number, beyond the scenes of
+# all tasks (7 ranges of 10^5). Further candidates follow at steps of 10^12, so that two
+# conversations never use the same scene.
 _FIRST = 10_000_000
 _BEYOND = 10**12
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is asked about one image.
+    """Composition of a conversation about one image.
 
-    `turns` questions of different kinds, `again` more questions of the kinds in `hard`, and
-    `matching` questions whose answer stands in their own text, which teach what a letter is. Of
-    questions that are not yes or no, the share `choices` is multiple choice; of those about numbers
-    that are put openly, the share `ocr` comes with the numbers that are read in the image. The
-    scenes have, in turn, at least so many digits as `digits` says.
+    - `turns`: number of questions, each of a different kind.
+    - `again`: number of additional questions, each of a different kind in `hard`.
+    - `matching`: number of multiple-choice questions that name their own answer; they teach the
+      option letters.
+    - `choices`: fraction of multiple choice among the questions that are not yes/no.
+    - `ocr`: fraction of open-ended number questions that include the OCR tokens.
+    - `digits`: minimum number of digits in the scene; conversations cycle through the values.
+    - `describe`: whether a description of all cells ends the conversation.
     """
 
     turns: int = 6
@@ -43,40 +49,42 @@ class Lesson:
 def conversations(
     split: Split, count: int, seed: int = 0, lesson: Lesson = Lesson()
 ) -> list[Conversation]:
-    """Return conversations about `count` scenes, none of which is in any task."""
+    """Return conversations about `count` scenes, none of which appears in a task."""
     return [conversation(split, seed, number, lesson) for number in range(count)]
 
 
 def conversation(split: Split, seed: int, number: int, lesson: Lesson = Lesson()) -> Conversation:
-    """Return one conversation, a pure function of its arguments.
-
-    The description of every cell, where there is one, comes last.
-    """
+    """Return one conversation, a pure function of its arguments."""
     place = _scene(split, _FIRST * (seed + 1) + number, lesson.digits[number % len(lesson.digits)])
     rng = random.Random(f"conversation {split} {place.index}")
     asked = _choose(place, sorted(KINDS), lesson.turns, rng)
+    # One generator for the whole conversation: the order of these calls is part of the data that
+    # the stored weights were trained on.
     if lesson.again:
         asked += _choose(place, lesson.hard, lesson.again, rng)
     said = [_phrase(question, place, lesson, rng) for question in asked]
     said += [_match(rng) for _ in range(lesson.matching)]
+    # Last, because a description before the questions would contain their answers as text.
     if lesson.describe:
         said.append((prompts.DESCRIBE, description(place)))
     return Conversation(render(place), said)
 
 
 def description(place: Scene) -> str:
-    """Name what is in every cell, in reading order."""
+    """Return the names of the things in all cells, in reading order."""
     return ", ".join(thing.name if thing else "empty" for thing in place.cells)
 
 
 def _scene(split: Split, index: int, digits: int) -> Scene:
-    """Return the first scene with so many digits, in steps that meet no other conversation's."""
+    """Return the first scene with at least `digits` digits."""
     found = (scene(split, place) for place in itertools.count(index, _BEYOND))
     return next(place for place in found if len(place.digits) >= digits)
 
 
 def _choose(place: Scene, kinds: Sequence[str], turns: int, rng: random.Random) -> list[Question]:
-    """Draw kinds, then an answer among those the scene has, so that rare answers are asked for."""
+    """Draw up to `turns` questions of different kinds."""
+    # The answer is drawn before the question: a uniform draw among questions would answer "no" most
+    # of the time, since most objects are absent from a scene.
     found: list[Question] = []
     for name in rng.sample(kinds, len(kinds)):
         by_answer = defaultdict(list)
@@ -90,7 +98,7 @@ def _choose(place: Scene, kinds: Sequence[str], turns: int, rng: random.Random) 
 def _phrase(
     question: Question, place: Scene, lesson: Lesson, rng: random.Random
 ) -> tuple[str, str]:
-    """Put a question openly or as multiple choice, in one of the harness's ways."""
+    # Yes/no questions stay open, since no task offers them as options.
     if "yes" not in question.answers and rng.random() < lesson.choices:
         return _lettered(question.text, question.answer, question.answers, rng)
     digits = [digit.value for digit in place.digits]
@@ -99,7 +107,7 @@ def _phrase(
 
 
 def _match(rng: random.Random) -> tuple[str, str]:
-    """Ask for the letter of a word that the question itself names: no image is needed."""
+    # The letter of a word that the question itself names: learnable without the image.
     kind = KINDS[rng.choice([name for name, kind in KINDS.items() if "yes" not in kind.answers])]
     answer = rng.choice(kind.answers)
     return _lettered(f"Which one is {answer}?", answer, kind.answers, rng)
@@ -108,7 +116,7 @@ def _match(rng: random.Random) -> tuple[str, str]:
 def _lettered(
     text: str, answer: str, answers: Sequence[str], rng: random.Random
 ) -> tuple[str, str]:
-    """Put a question as multiple choice, in one of the harness's two ways."""
+    # MMBench's format has always four options, ScienceQA's as many as there are.
     choices = prompts.place(answer, answers, rng.randrange(4), rng)
     letter = prompts.LETTERS[choices.index(answer)]
     if rng.random() < 0.5 and len(choices) == 4:

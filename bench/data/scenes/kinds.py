@@ -1,4 +1,4 @@
-"""What can be asked about a scene: kinds of questions, each with a closed set of answers."""
+"""Kinds of questions about a scene, each with a closed set of answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ YES_NO = ("yes", "no")
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one scene; `answers` are all that its kind can have."""
+    """A question about a scene; `answers` are all answers that its kind can have."""
 
     kind: str
     subject: Subject
@@ -40,10 +40,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Kind:
-    """A template, what it can be about, and how a scene answers it.
+    """A question template, its possible subjects and answers, and how a scene answers it.
 
-    `find` returns the answer for each subject that the scene can be asked about: a question whose
-    subject is not there, or not alone, has none.
+    `find` returns the answer for each subject that the scene can be asked about. A subject that is
+    absent from the scene, or ambiguous in it, has no entry.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Kind:
     find: Callable[[Scene], Found]
 
     def text(self, subject: Subject) -> str:
-        """Word the question."""
+        """Return the text of the question about `subject`."""
         return self.template.format(*subject)
 
     def ask(self, scene: Scene) -> Iterator[Question]:
@@ -63,12 +63,12 @@ class Kind:
 
 
 def yes_if(holds: bool) -> str:
-    """Return yes or no."""
+    """Return "yes" or "no"."""
     return "yes" if holds else "no"
 
 
 def _alone(scene: Scene) -> dict[str, tuple[int, int, Shape]]:
-    """Return the objects that are the only ones of their shape."""
+    # Shapes that occur once: "the circle" must refer to exactly one object.
     unique = scene.unique.items()
     return {k: (row, col, it) for k, (row, col, it) in unique if isinstance(it, Shape)}
 
@@ -95,8 +95,9 @@ def _column_of_shape(scene: Scene) -> Found:
 
 
 def _pairs(scene: Scene, axis: Literal[0, 1]) -> dict[Subject, bool]:
-    """Return for each ordered pair of unique things whether the first has the lower coordinate."""
+    """Map each ordered pair of unique things to whether the first has the lower coordinate."""
     places = {name: (row, column)[axis] for name, (row, column, _) in scene.unique.items()}
+    # Things in the same row (or column) are neither above nor below (left nor right).
     different = [(a, b) for a, b in permutations(places, 2) if places[a] != places[b]]
     return {(a, b): places[a] < places[b] for a, b in different}
 
@@ -119,7 +120,8 @@ def _popular(scene: Scene) -> Found:
 
 
 def _adversarial(scene: Scene) -> Found:
-    """Absent objects only where their colour and their shape are both there, apart."""
+    # As POPE's adversarial negatives co-occur with what is in the image: an absent object is asked
+    # for only if its colour and its shape are both there, on different objects.
     colors = {thing.color for thing in scene.shapes}
     shapes = {thing.shape for thing in scene.shapes}
     asked = _present(scene).items()
@@ -127,6 +129,8 @@ def _adversarial(scene: Scene) -> Found:
 
 
 def _count(scene: Scene, names: tuple[str, ...]) -> Found:
+    # A scene has up to five objects, but counts above 3 are too rare to be balanced: such a subject
+    # has no question in that scene.
     counts = Counter(name for thing in scene.shapes for name in (thing.shape, thing.color))
     return {(name,): str(counts[name]) for name in names if str(counts[name]) in COUNTS}
 
@@ -158,7 +162,7 @@ def _number(scene: Scene) -> Found:
 
 
 def _number_at(scene: Scene) -> Found:
-    """Tell two digits apart by where they are."""
+    # With exactly two digits a side names one of them, if they differ along its axis.
     placed = [(row, column, it.value) for row, column, it in scene.placed if isinstance(it, Digit)]
     if len(placed) != 2:
         return {}
@@ -189,6 +193,7 @@ COUNTS = ("0", "1", "2", "3")
 _SHAPE = tuple((shape,) for shape in SHAPES)
 _COLOR = tuple((color,) for color in COLORS)
 _COMBINATIONS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+# Without 0: "exactly 0 of the objects" is no natural question.
 _AMOUNTS = tuple((n, shape) for n in COUNTS[1:] for shape in SHAPES)
 _REFERENTS = tuple(permutations((*SHAPES, "number"), 2))
 _RELATIONS = tuple((a, way, b) for way in ("to the left of", "above") for a, b in _REFERENTS)

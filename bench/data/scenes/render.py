@@ -1,7 +1,7 @@
-"""Draw a scene: 64 x 64 pixels, in which a patch of 8 pixels is a quarter of a cell.
+"""Pictures of scenes: 64 x 64 pixels, where a patch of 8 x 8 pixels is a quarter of a cell.
 
-Shapes: H height, W width, C colour channels; S is the side of a cell. All arithmetic is on
-integers, so that a scene has the same pixels on every machine.
+Shapes: H height, W width, C colour channels, S side of a cell. All arithmetic is on integers, so
+that a scene has the same pixels on every machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _RGB = {
     "yellow": (235, 205, 60),
     "purple": (160, 60, 190),
 }
-# Half of an object's extent, in half pixels.
+# Half of an object's extent, in half pixels: the centre of a cell of 16 pixels lies between two
+# pixels, and in half pixels it has integer coordinates.
 _EXTENT = {"small": 8, "large": 13}
 _INK = 235
 _LEVELS = 16
@@ -35,7 +36,9 @@ _SHADE = 15
 
 
 def render(scene: Scene) -> Image.Image:
-    """Return the picture of a scene, the same one every time."""
+    """Draw the picture of a scene; the same scene always gives the same pixels."""
+    # Noise, colour and position vary, so that a model cannot memorise pixels. The order of draws is
+    # part of the data: it decides the fingerprints of the tasks.
     rng = random.Random(f"pixels {scene.split} {scene.index}")
     noise_HW = np.frombuffer(rng.randbytes(SIZE * SIZE), np.uint8).reshape(SIZE, SIZE) % _LEVELS
     canvas_HWC = np.repeat((noise_HW + rng.randint(30, 60))[..., None], 3, axis=2).astype(np.int64)
@@ -49,18 +52,20 @@ def render(scene: Scene) -> Image.Image:
             top, left = top + rng.randint(-_SHIFT, _SHIFT), left + rng.randint(-_SHIFT, _SHIFT)
             under_SSC = canvas_HWC[top : top + CELL, left : left + CELL]
             ink_SSC = _ink(thing)[..., None]
+            # Blend the ink over the background, in 16ths.
             under_SSC += (_INK - under_SSC) * ink_SSC // _LEVELS
     return Image.fromarray(canvas_HWC.clip(0, 255).astype(np.uint8))
 
 
 def _mask(thing: Shape, dx: int, dy: int) -> NDArray[np.bool_]:
-    """Return where an object is in its cell; the offsets are in half pixels."""
+    """Return the pixels of an object in its cell; offsets are in half pixels."""
     middle_S = 2 * np.arange(CELL) + 1 - CELL
     x_SS, y_SS = np.meshgrid(middle_S - dx, middle_S - dy)
     extent = _EXTENT[thing.size]
     far_SS = np.maximum(abs(x_SS), abs(y_SS))
     masks: dict[str, NDArray[np.bool_]] = {
         "circle": x_SS**2 + y_SS**2 <= extent**2,
+        # 6/7 of the extent gives the square about the area of the circle.
         "square": far_SS <= extent * 6 // 7,
         "triangle": (2 * abs(x_SS) <= y_SS + extent) & (far_SS <= extent),
         "cross": (np.minimum(abs(x_SS), abs(y_SS)) <= extent // 4) & (far_SS <= extent),
@@ -69,7 +74,7 @@ def _mask(thing: Shape, dx: int, dy: int) -> NDArray[np.bool_]:
 
 
 def _ink(thing: Digit) -> NDArray[np.int64]:
-    """Return a digit's ink from 0 to 16, each of its 8 x 8 pixels drawn as 2 x 2."""
+    """Return the ink of a digit from 0 to 16, its 8 x 8 pixels enlarged to 16 x 16."""
     small_88 = _collected()[thing.sample]
     return np.repeat(np.repeat(small_88, 2, axis=0), 2, axis=1)
 

@@ -1,8 +1,8 @@
-"""A scene: nine cells of a 3 x 3 grid, each empty or holding a coloured shape or a written digit.
+"""A scene: a 3 x 3 grid of cells, each empty or with a coloured shape or a handwritten digit.
 
-A scene is a pure function of its split and its index. Scenes of the two splits come from other
-seeds, and their digits from other images: as in `bench.data.images.digits`, training scenes use
-the first 1,200 of scikit-learn's handwritten digits, test scenes the other 597.
+A scene is a pure function of its split and its index. The two splits use different seeds and
+different digit images: as in `bench.data.images.digits`, training scenes use the first 1,200 of
+scikit-learn's handwritten digits, test scenes the remaining 597.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ COLUMNS = ("left", "center", "right")
 DIGITS = tuple("0123456789")
 TRAIN_DIGITS = 1200
 
-# Some objects are seen more often than others, as in photographs; POPE's popular negatives need it.
+# Some objects are more frequent than others, as in photographs: POPE's popular negatives are
+# objects that are common in the data set but absent from the image.
 POPULAR = (
     ("red", "circle"),
     ("blue", "square"),
@@ -34,6 +35,8 @@ POPULAR = (
     ("red", "square"),
 )
 _POPULARITY = 2.0
+# In themed scenes most objects share a colour or a shape, so that the higher counts that the
+# counting questions need are common enough to be found.
 _THEMED = 0.35
 _THEME_STRENGTH = 0.65
 
@@ -48,20 +51,20 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """What it is, in words."""
+        """The name used in descriptions."""
         return f"{self.size} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Digit:
-    """A handwritten digit: what it says, and which of the collected images it is."""
+    """A handwritten digit: its value, and its index among scikit-learn's images."""
 
     value: str
     sample: int
 
     @property
     def name(self) -> str:
-        """What it is, in words."""
+        """The name used in descriptions."""
         return f"number {self.value}"
 
 
@@ -70,7 +73,7 @@ Thing = Shape | Digit
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine cells in reading order; `split` and `index` are what everything followed from."""
+    """Nine cells in reading order, generated from `split` and `index`."""
 
     split: Split
     index: int
@@ -78,7 +81,7 @@ class Scene:
 
     @property
     def placed(self) -> list[tuple[int, int, Thing]]:
-        """Row, column and thing of every cell that is not empty, in reading order."""
+        """Row, column and content of each non-empty cell, in reading order."""
         return [(*divmod(i, GRID), thing) for i, thing in enumerate(self.cells) if thing]
 
     @property
@@ -93,7 +96,10 @@ class Scene:
 
     @functools.cached_property
     def unique(self) -> dict[str, tuple[int, int, Thing]]:
-        """Where the only one of its kind is: by shape, or `number` for a digit without another."""
+        """Row, column and content of each thing that is alone of its kind in the scene.
+
+        The key is the shape of an object, or `number` for a digit.
+        """
         kinds = [thing.shape if isinstance(thing, Shape) else "number" for *_, thing in self.placed]
         counts = Counter(kinds)
         found = zip(kinds, self.placed, strict=True)
@@ -102,14 +108,15 @@ class Scene:
 
 @functools.cache
 def _values() -> tuple[str, ...]:
-    """Return what each of the handwritten digits says."""
     from sklearn.datasets import load_digits
 
     return tuple(str(value) for value in load_digits().target)
 
 
 def scene(split: Split, index: int) -> Scene:
-    """Return one scene of a split."""
+    """Generate the scene of a split at an index."""
+    # The order of draws is part of the data: inserting one changes every scene, and with the scenes
+    # the fingerprints of the tasks and the worth of the stored weights.
     rng = random.Random(f"scene {split} {index}")
     theme = rng.choice((*SHAPES, *COLORS)) if rng.random() < _THEMED else None
     things: list[Thing] = [_shape(rng, theme) for _ in range(rng.randint(2, 5))]
@@ -121,7 +128,7 @@ def scene(split: Split, index: int) -> Scene:
 
 
 def _shape(rng: random.Random, theme: str | None) -> Shape:
-    """Draw an object: popular ones more often, and in a themed scene often one of the theme."""
+    """Draw an object, with preference for popular ones and for the theme of the scene."""
     pairs = [(color, shape) for color in COLORS for shape in SHAPES]
     if theme and rng.random() < _THEME_STRENGTH:
         pairs = [pair for pair in pairs if theme in pair]
@@ -131,7 +138,6 @@ def _shape(rng: random.Random, theme: str | None) -> Shape:
 
 
 def _digit(rng: random.Random, split: Split) -> Digit:
-    """Draw one of the split's handwritten digits."""
     values = _values()
     train = split == "train"
     sample = rng.randrange(TRAIN_DIGITS) if train else rng.randrange(TRAIN_DIGITS, len(values))

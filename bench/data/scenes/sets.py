@@ -1,4 +1,4 @@
-"""The question sets of the scenes, by task and split."""
+"""Question sets of the scene tasks, by task and split."""
 
 from __future__ import annotations
 
@@ -17,39 +17,36 @@ from bench.data.scenes.tasks import image_id
 from bench.errors import UserError
 
 TASKS = tuple(tasks.TASKS)
-# Tasks search for scenes in ranges of their own.
+# Each task searches its own range of scene indices, so that no two tasks share an image.
 _RANGE = 100_000
 
 
 def documents(task: str, split: Split = "test") -> list[Document]:
-    """Return the rows of one side of a task in the schema of its data set, images as PIL's.
-
-    Every call returns new rows: lmms-eval writes into those it scores.
+    """Return the rows of one split of a task in the schema of its data set, with PIL images.
 
     Raises:
-        UserError: there is no such task.
+        UserError: no task has this name.
     """
+    # Not cached: lmms-eval writes into the rows that it scores, so every call needs new ones.
     return _task(task).documents(split, _start(task))
 
 
 def images(task: str, split: Split = "test") -> list[Document]:
-    """Return the rows `id`, `image` that a task's `imageId` refers to: GQA keeps images apart.
+    """Return GQA's second data set: rows of `id` and `image`, referred to by `imageId`.
 
     Raises:
-        UserError: the task's rows hold their images themselves.
+        UserError: the task is not gqa; the rows of all other tasks contain their images.
     """
     if task != "gqa":
-        raise UserError(f"{task} has no second data set of images, only gqa has")
+        raise UserError(f"{task} has no separate data set of images, only gqa has")
     scenes = {image_id(each): each.scene for each in _task(task).placed(split, _start(task))}
     return [{"id": name, "image": render(scene)} for name, scene in scenes.items()]
 
 
 def chance(task: str) -> float:
-    """Return the accuracy that is reached without the image.
+    """Return the best accuracy without the image: 1 / number of answers, averaged over questions.
 
-    A question's text tells nothing about its answer, so this is one over the number of answers,
-    averaged over questions. For `mmbench_en` it is that of one who, having chosen an option, keeps
-    to it when the options are turned round.
+    For `mmbench_en` it assumes a model that sticks to its choice when the options are rotated.
     """
     return _task(task).chance(_task(task).placed("test", _start(task)))
 
@@ -65,7 +62,7 @@ def fingerprint(task: str) -> str:
 
 
 def _pixels(value: Any) -> str:
-    """Return the hash of an image's mode, size and pixels, for JSON."""
+    # Pixels and not an encoded file, whose bytes depend on the version of the image library.
     if not isinstance(value, Image.Image):
         raise TypeError(f"{type(value).__name__} in a row")
     return hashlib.sha256(f"{value.mode}{value.size}".encode() + value.tobytes()).hexdigest()
@@ -73,7 +70,7 @@ def _pixels(value: Any) -> str:
 
 def _task(task: str) -> tasks.Task:
     if task not in tasks.TASKS:
-        raise UserError(f"task {task} is none of the scenes': {', '.join(TASKS)}")
+        raise UserError(f"task {task} is none of the scene tasks: {', '.join(TASKS)}")
     return tasks.TASKS[task]
 
 

@@ -1,4 +1,4 @@
-"""Seven tasks in the schemas of the real data sets, each with the questions it is made of."""
+"""Seven tasks about scenes, with the kinds of their questions and the schemas of real data sets."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from bench.data.scenes.prompts import LETTERS, Document, place
 from bench.data.scenes.render import SIZE, render
 from bench.data.scenes.scene import Split
 
+# Step of `index` from one rotation of an MMBench question to the next, as in the real data set.
 ROTATION = 1_000_000
-# Each category of a task of pairs has images of its own.
+# Each category of a paired task searches its own range of scenes, so that no image is shared.
 _KIND_RANGE = 10_000
 _HINT = "The image shows a board of nine cells."
 
 
 @dataclass(frozen=True)
 class Task:
-    """How often each wording of each kind is asked with each answer, and how rows are written.
+    """Kinds of questions of a task, and the function that writes their rows.
 
-    A task of pairs asks about each image one question whose answer is yes and one with no.
+    `kinds` maps a kind to how often each of its wordings occurs with each answer. With `pairs`,
+    each image has one question answered yes and one answered no. `most_choices` limits the number
+    of options of a multiple-choice task.
     """
 
     kinds: Mapping[str, int]
@@ -31,7 +34,7 @@ class Task:
     most_choices: int | None = None
 
     def placed(self, split: Split, start: int) -> list[Placed]:
-        """Return the task's questions, in the order of their rows."""
+        """Return the questions with their scenes, in the order of the rows."""
         if not self.pairs:
             return balanced(self.kinds, split, start)
         counts = enumerate(self.kinds.items())
@@ -39,19 +42,19 @@ class Task:
         return list(chain.from_iterable(chain.from_iterable(pairs)))
 
     def documents(self, split: Split, start: int) -> list[Document]:
-        """Return the rows; every call makes new ones, since harnesses write into them."""
+        """Return new rows on every call, because harnesses write into them."""
         rows = (self.write(each, number) for number, each in enumerate(self.placed(split, start)))
         return list(chain.from_iterable(rows))
 
     def chance(self, placed: list[Placed]) -> float:
-        """Return the accuracy of the best answers that do not look at the image."""
+        """Return the best accuracy without the image."""
         counts = [len(each.question.answers) for each in placed]
         offered = [min(count, self.most_choices or count) for count in counts]
         return sum(1 / count for count in offered) / len(placed)
 
 
 def image_id(placed: Placed) -> str:
-    """Name the image of a question."""
+    """Return the identifier of a question's image."""
     return f"{placed.scene.split}_{placed.scene.index}"
 
 
@@ -98,6 +101,7 @@ def _vqav2(placed: Placed, number: int) -> list[Document]:
         {
             "question_type": " ".join(question.text.lower().split()[:2]),
             "multiple_choice_answer": answer,
+            # VQA accuracy counts how many of ten annotators gave the answer: here all agree.
             "answers": [
                 {"answer": answer, "answer_confidence": "yes", "answer_id": person}
                 for person in range(1, 11)
@@ -200,10 +204,8 @@ _MMBENCH_CATEGORIES = {
 
 
 def _mmbench(placed: Placed, number: int) -> list[Document]:
-    """Write a question four times with its options turned round, as MMBench's circular test.
-
-    The first time its index is below a million; each turn adds a million.
-    """
+    # MMBench's CircularEval: a question counts only if all rotations of its options are answered
+    # correctly, which a preference for one letter cannot achieve.
     question = placed.question
     choices = place(question.answer, question.answers, number, _draw(placed, number))
     category, ability = _MMBENCH_CATEGORIES[question.kind]
@@ -229,6 +231,7 @@ def _mmbench(placed: Placed, number: int) -> list[Document]:
 
 
 def _draw(placed: Placed, number: int) -> random.Random:
+    # Seeded per question, so that its options do not depend on the rows before it.
     return random.Random(f"choices {image_id(placed)} {number}")
 
 
