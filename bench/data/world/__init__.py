@@ -1,7 +1,7 @@
-"""A closed world: its facts, nine tasks about them in real data sets' schemas, and its prose.
+"""A synthetic closed world: its facts, nine tasks about them in real schemas, and its prose.
 
-Everything follows from a seed. Questions of the test are about people, substances, objects,
-routines, number pairs and passages that no question of the training text is about.
+Everything is a pure function of a seed. Test questions are about people, substances, objects,
+routines, number pairs and passages that occur in no training question.
 """
 
 from bench.data.world.corpus import corpus, prose_texts, question_texts

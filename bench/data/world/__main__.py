@@ -1,4 +1,4 @@
-"""Write the whole data set as parquet: ``python -m bench.data.world DIR``."""
+"""Write all tasks as parquet files: `python -m bench.data.world DIR`."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from bench.data.world import SEED, TASKS, splits
 
 
 def write(folder: Path, seed: int) -> None:
-    """Write ``folder/<task>/<split>.parquet`` for every task and split."""
+    """Write `folder/<task>/<split>.parquet` for every task and split."""
     for task in TASKS:
         (folder / task).mkdir(parents=True, exist_ok=True)
         for split, documents in splits(task, seed).items():

@@ -1,4 +1,4 @@
-"""The training text of the world: prose that states its facts, and rendered train questions."""
+"""Training text of the world: prose that states its facts, and rendered training questions."""
 
 import random
 
@@ -8,17 +8,18 @@ from bench.data.world.render import render
 from bench.data.world.sets import SEED, TASKS, documents
 
 _TELLINGS = 30
-"""How often all facts are told, each time in other words."""
+"""Number of times that all facts are stated, each time in different words."""
 
 
 def prose_texts(seed: int = SEED, tellings: int = _TELLINGS) -> list[str]:
-    """Return prose that tells all facts of the world ``tellings`` times."""
+    """Return prose that states all facts of the world `tellings` times."""
+    # The prose states the facts of test entities as well: only questions about them are held out.
     world, rng = build_world(seed), random.Random(f"prose {seed}")
     return [text for _ in range(tellings) for text in prose.everything(rng, world)]
 
 
 def question_texts(task: str, seed: int = SEED) -> list[str]:
-    """Return a task's training questions with their answers, as lm-eval would render them."""
+    """Return a task's training questions with their answers, rendered as lm-eval does."""
     return [render(task, document).text for document in documents(task, "train", seed)]
 
 

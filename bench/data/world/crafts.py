@@ -1,10 +1,10 @@
-"""How things are made in the world, and with which tool a job is done (data, no code)."""
+"""Crafts of the world with their steps, and the tools for everyday jobs (data, no code)."""
 
 from typing import NamedTuple
 
 
 class Craft(NamedTuple):
-    """A trade: what it makes, and the ways open to it at each stage of the work."""
+    """A trade: its products, and the alternative steps at each stage of the work."""
 
     worker: str
     products: tuple[str, ...]
@@ -105,7 +105,7 @@ CRAFTS = (
 )  # fmt: skip
 
 MATERIALS = ("cloth", "wooden", "metal")
-"""What an everyday object is made of; the columns of :data:`TOOLS`."""
+"""Materials of everyday objects; the columns of `TOOLS`."""
 
 OBJECTS = {
     "cloth": (
@@ -134,4 +134,4 @@ TOOLS = {
     "mend": ("patch", "glue", "rivets"),
     "mark": ("chalk", "pencil", "stamp"),
 }
-"""Which tool does a job, by the material (in the order of :data:`MATERIALS`) it is done on."""
+"""The tool for a job by the material of the object, in the order of `MATERIALS`."""

@@ -1,4 +1,4 @@
-"""The closed world itself: its people, towns, substances, objects and routines, from a seed."""
+"""People, towns, substances, objects and routines of the closed world, generated from a seed."""
 
 import random
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ AGES = range(18, 82)
 
 @dataclass(frozen=True)
 class Person:
-    """Someone who lives in the world."""
+    """An inhabitant of the world."""
 
     name: str
     pronoun: str
@@ -34,7 +34,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Town:
-    """A town, the river that runs through it and the ware it is known for."""
+    """A town, the river that runs through it and the ware that it is known for."""
 
     name: str
     river: str
@@ -43,7 +43,7 @@ class Town:
 
 @dataclass(frozen=True)
 class Substance:
-    """A substance and how it behaves in water, in fire, under a hammer and in light."""
+    """A substance and its behaviour in water, in fire, under a hammer and in light."""
 
     name: str
     colour: str
@@ -57,7 +57,7 @@ class Substance:
 
 @dataclass(frozen=True)
 class Object:
-    """An everyday object, of one of the materials that decide which tool works on it."""
+    """An everyday object; its material decides which tool works on it."""
 
     name: str
     material: str
@@ -66,7 +66,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Routine:
-    """How one product of a craft is made: one step for each stage of the craft."""
+    """The steps to make one product of a craft, one for each stage of the craft."""
 
     product: str
     craft: Craft
@@ -80,12 +80,12 @@ BEHAVIOURS = {
     "hammer": ("ring", "shatter", "bend", "bounce"),
     "light": ("shine", "fade", "sparkle", "darken"),
 }
-"""What a substance may do when it meets each of the four elements of the world's physics."""
+"""Possible behaviours of a substance for each of the four influences of the world's physics."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything there is; ``split`` on an entity says on which side questions about it are."""
+    """All entities; `split` of an entity is the split of the questions about it."""
 
     people: tuple[Person, ...]
     towns: tuple[Town, ...]
@@ -94,7 +94,7 @@ class World:
     routines: tuple[Routine, ...]
 
     def town(self, name: str) -> Town:
-        """Return the town of that name."""
+        """Return the town with this name."""
         return next(town for town in self.towns if town.name == name)
 
 
@@ -102,13 +102,15 @@ _Entity = TypeVar("_Entity", Person, Substance, Object, Routine)
 
 
 def of_split(entities: Iterable[_Entity], split: Split) -> list[_Entity]:
-    """Return the entities that questions of ``split`` are about."""
+    """Return the entities that questions of `split` are about."""
     return [entity for entity in entities if entity.split == split]
 
 
 @cache
 def build_world(seed: int) -> World:
     """Build the world of a seed; the same seed always gives the same world."""
+    # One generator for all entities: the order of these calls, and of the columns in each, is part
+    # of the data. A change gives another world, for which the stored weights are worthless.
     rng = random.Random(f"world {seed}")
     return World(
         people=_people(rng),
@@ -120,14 +122,15 @@ def build_world(seed: int) -> World:
 
 
 def _sides(rng: random.Random, count: int) -> list[Split]:
-    """Two sides of train for each one of test, in random order."""
+    # A third is for testing, exactly and not on average: some kinds have only six entities (the
+    # products of a craft).
     sides: list[Split] = ["test" if i % 3 == 0 else "train" for i in range(count)]
     rng.shuffle(sides)
     return sides
 
 
 def _spread(rng: random.Random, values: tuple[str, ...], count: int) -> list[str]:
-    """Deal values as evenly as possible, so that no value is a good guess."""
+    # As evenly as possible, so that guessing the most frequent value is no better than chance.
     dealt = [values[i % len(values)] for i in range(count)]
     rng.shuffle(dealt)
     return dealt
@@ -181,6 +184,7 @@ def _objects(rng: random.Random) -> tuple[Object, ...]:
 def _routines(rng: random.Random) -> tuple[Routine, ...]:
     routines = []
     for craft in CRAFTS:
+        # Without replacement: no two products of a craft have the same steps.
         ways = rng.sample(list(product(*craft.stages)), len(craft.products))
         sides = _sides(rng, len(craft.products))
         routines += [

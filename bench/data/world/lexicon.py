@@ -1,4 +1,4 @@
-"""The words of the closed world: names of things and the values that properties take."""
+"""Words of the closed world: names of things, and values of properties."""
 
 import random
 
@@ -54,16 +54,18 @@ _SUBSTANCE_ENDS = ("ite", "ium", "stone", "wax", "bark", "glass")
 
 
 def person_names(rng: random.Random, count: int) -> list[str]:
-    """Draw ``count`` different invented first names."""
+    """Draw `count` distinct invented first names."""
     return _names(rng, count, _NAME_ENDS, capital=True)
 
 
 def substance_names(rng: random.Random, count: int) -> list[str]:
-    """Draw ``count`` different invented names of substances."""
+    """Draw `count` distinct invented names of substances."""
     return _names(rng, count, _SUBSTANCE_ENDS, capital=False)
 
 
 def _names(rng: random.Random, count: int, ends: tuple[str, ...], *, capital: bool) -> list[str]:
+    # Invented, so that no pretrained model knows anything about them. A dict serves as an ordered
+    # set, since the order of a set of strings depends on PYTHONHASHSEED.
     found: dict[str, None] = {}
     while len(found) < count:
         parts = (rng.choice(_STARTS), rng.choice(_VOWELS), rng.choice(_MIDDLES), rng.choice(ends))

@@ -62,7 +62,8 @@ _SUMS = 80
 
 
 def person(rng: random.Random, world: World, someone: Person) -> str:
-    """Describe a person, with one hint at what follows from town or job."""
+    """Describe a person, with one fact that follows from town or job."""
+    # The derived fact makes the two-hop questions of ARC challenge learnable.
     town = world.town(someone.town)
     words = vars(someone) | {
         "river": town.river,
@@ -86,7 +87,7 @@ def substance(rng: random.Random, matter: Substance) -> str:
 
 
 def thing(rng: random.Random, world: World, item: Object) -> str:
-    """Say what an object is made of and, for one job, which tool somebody used on it."""
+    """State the material of an object, and the tool that somebody used on it for one job."""
     job = rng.choice(list(TOOLS))
     words = {
         "thing": item.name,
@@ -99,7 +100,7 @@ def thing(rng: random.Random, world: World, item: Object) -> str:
 
 
 def routine(rng: random.Random, world: World, way: Routine) -> str:
-    """Tell a routine from its first step to its last."""
+    """State the steps of a routine in order."""
     words = {
         "product": way.product,
         "worker": way.craft.worker,
@@ -110,7 +111,7 @@ def routine(rng: random.Random, world: World, way: Routine) -> str:
 
 
 def story(rng: random.Random, world: World, side: Split) -> str:
-    """Tell invented doings of people, then go over some of them again."""
+    """Tell where two people were and with what, then repeat two of these facts."""
     draw = Draw(world, side, rng, 0, None)
     facts = boolq.doings(draw)
     recap = (rng.choice(_RECAPS).format(**fact._asdict()) for fact in rng.sample(facts, 2))
@@ -118,7 +119,9 @@ def story(rng: random.Random, world: World, side: Split) -> str:
 
 
 def hearsay(rng: random.Random, world: World) -> str:
-    """Tell what somebody did to somebody, and what follows from it."""
+    """State a premise about two people, and two conclusions that follow from it."""
+    # With names of the training split, no premise of a test question can occur. (Stories may use
+    # both splits: they hold no event, and every BoolQ passage does.)
     draw = Draw(world, "train", rng, 0, None)
     telling = rte.telling(draw)
     first, second = rng.sample(telling.conclusions, 2)
@@ -126,13 +129,13 @@ def hearsay(rng: random.Random, world: World) -> str:
 
 
 def counting(rng: random.Random) -> str:
-    """Count on from some number, in steps of one, two or ten."""
+    """Count up from a random number, in steps of one, two or ten."""
     start, step = rng.choice(_COUNTED), rng.choice((1, 1, 2, 10))
     return "Counting: " + ", ".join(str(start + i * step) for i in range(8)) + "."
 
 
 def sums(rng: random.Random) -> str:
-    """Work out a few sums, over pairs of numbers that no test question has."""
+    """Work out a few sums over pairs of numbers that occur in no test question."""
     worked = []
     for operation in rng.choices(mathqa.OPERATIONS, k=6):
         x, y = mathqa.numbers(rng, operation, "train")
@@ -141,10 +144,11 @@ def sums(rng: random.Random) -> str:
 
 
 def everything(rng: random.Random, world: World) -> list[str]:
-    """State every fact of the world, that of people, towns and objects twice.
+    """State every fact of the world, those about people, towns and objects twice.
 
-    Invented stories, hearsay and numbers come with them, for the tasks that ask about such.
+    Stories, entailments, counting and sums are added for BoolQ, RTE and MathQA.
     """
+    # One generator for all texts: their order is part of the data.
     return [
         *(person(rng, world, someone) for someone in world.people * 2),
         *(substance(rng, matter) for matter in world.substances),

@@ -1,4 +1,4 @@
-"""A question in the schema of its data set, with the structured key of what it asks."""
+"""A question in the schema of its data set, with its held-out subject and its key."""
 
 import random
 from collections.abc import Callable, Hashable, Sequence
@@ -12,10 +12,10 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question.
 
-    ``subject`` is the part of it that is held out: no training question has the subject of a
-    test question. ``key`` is all that it asks, so that no question is asked twice.
+    `subject` is the held-out part: no training question has the subject of a test question. `key`
+    identifies the question, so that none occurs twice.
     """
 
     subject: Hashable
@@ -25,11 +25,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a task needs to draw its next question: the world, the side, and where it stands.
+    """Context in which a task draws its next question.
 
-    ``number`` counts the questions of the set; the tasks let it choose the position of the
-    right answer, so positions and labels are exactly balanced. ``previous`` is the question
-    before it, for tasks that ask twins.
+    `number` is the index of the question in its set; tasks derive the position of the correct
+    answer from it, so that positions and labels are exactly balanced. `previous` is the preceding
+    question, for tasks that draw twins.
     """
 
     world: World
@@ -40,7 +40,7 @@ class Draw:
 
     @property
     def ident(self) -> str:
-        """An identifier of the question that is unique within its task."""
+        """Identifier of the question, unique within its task."""
         return f"{self.split}-{self.number}"
 
 
@@ -50,28 +50,33 @@ _PATIENCE = 2000
 
 
 def collect(ask: Ask, world: World, split: Split, rng: random.Random, count: int) -> list[Question]:
-    """Draw ``count`` different questions."""
+    """Draw `count` distinct questions.
+
+    Raises:
+        ValueError: the world is too small for `count` distinct questions.
+    """
     found: list[Question] = []
     keys: set[Hashable] = set()
     for _ in range(_PATIENCE * count):
         if len(found) == count:
             return found
+        # A rejected duplicate does not advance `number`, or the labels would not be balanced.
         question = ask(Draw(world, split, rng, len(found), found[-1] if found else None))
         if question.key not in keys:
             keys.add(question.key)
             found.append(question)
-    raise ValueError(f"the world has fewer than {count} such questions on its {split} side")
+    raise ValueError(f"the world has fewer than {count} such questions in its {split} split")
 
 
 def place(answer: str, others: Sequence[str], slot: int) -> list[str]:
-    """Return the choices in order, with the answer at position ``slot``."""
+    """Return the choices with the answer inserted at position `slot`."""
     choices = list(others)
     choices.insert(slot, answer)
     return choices
 
 
 def exam(draw: Draw, stem: str, answer: str, others: Sequence[str]) -> Document:
-    """Return a four-choice document in the schema of ARC."""
+    """Return a multiple-choice document in the schema of ARC."""
     slot = draw.number % (len(others) + 1)
     labels = list("ABCDE"[: len(others) + 1])
     return {
@@ -83,5 +88,5 @@ def exam(draw: Draw, stem: str, answer: str, others: Sequence[str]) -> Document:
 
 
 def distractors(rng: random.Random, values: Sequence[str], answer: str, count: int) -> list[str]:
-    """Draw wrong answers from the values of the same kind."""
+    """Draw wrong answers from the values of the same property."""
     return rng.sample([value for value in values if value != answer], count)

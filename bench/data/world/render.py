@@ -1,6 +1,6 @@
-"""Questions as the text that lm-eval's own task files make of them.
+"""Questions rendered as text exactly as lm-eval's task files render them.
 
-A model trained on these strings sees questions in the very form in which it is scored.
+A model trained on these strings is scored on questions of the same form.
 """
 
 import re
@@ -11,10 +11,10 @@ from bench.data.world.question import Document
 
 
 class Prompt(NamedTuple):
-    """A rendered question: every choice as (context, continuation), and the right one.
+    """A rendered question: each choice as (context, continuation), and the index of the answer.
 
-    The continuation starts with the space that lm-eval puts between the two. ``lengths`` are
-    the characters of the choices, by which ``acc_norm`` divides.
+    The continuation starts with the space that lm-eval puts between the two. `lengths` are the
+    numbers of characters of the choices, by which `acc_norm` divides.
     """
 
     choices: tuple[tuple[str, str], ...]
@@ -23,12 +23,12 @@ class Prompt(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The question with its right answer."""
+        """The question with its correct answer."""
         return "".join(self.choices[self.gold])
 
 
 def render(task: str, document: Document) -> Prompt:
-    """Render a document of a task as lm-eval would."""
+    """Render a document of a task as lm-eval does."""
     return _RENDERERS[task](document)
 
 
@@ -60,6 +60,8 @@ def _arc(document: Document) -> Prompt:
 
 
 def _winogrande(document: Document) -> Prompt:
+    # lm-eval scores partially: each option is put into the sentence, and the continuation is the
+    # text behind the blank, which all options share.
     before, after = document["sentence"].split("_", 1)
     options = (document["option1"], document["option2"])
     pairs = tuple((before + option, f" {after.strip()}") for option in options)
@@ -75,6 +77,7 @@ def _hellaswag(document: Document) -> Prompt:
 
 
 def _without_brackets(text: str) -> str:
+    # `preprocess` of lm-eval's HellaSwag task, kept as it is although our texts have no brackets.
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -85,6 +88,7 @@ def _piqa(document: Document) -> Prompt:
 
 
 def _mathqa(document: Document) -> Prompt:
+    # MathQA holds all options in one string: "a ) 38 , b ) 27 , ...".
     options = [option.split(" ) ", 1)[1] for option in document["options"].split(" , ")]
     gold = "abcde".index(document["correct"])
     return _prompt(f"Question: {document['Problem']}\nAnswer:", options, gold)

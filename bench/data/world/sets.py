@@ -1,4 +1,4 @@
-"""The question sets of the world, by task and by the split names of the real data sets."""
+"""Question sets of the world, by task and by the split names of the real data sets."""
 
 import hashlib
 import json
@@ -28,22 +28,24 @@ _WITHOUT_TEST_LABELS = frozenset({"boolq", "rte", "winogrande", "hellaswag", "pi
 
 
 def questions(task: str, split: Split, seed: int = SEED) -> list[Question]:
-    """Return the questions of one side of a task, all different."""
+    """Return the distinct questions of one split of a task."""
     count = _TEST_QUESTIONS if split == "test" else _TRAIN_QUESTIONS[task]
+    # A generator per task and split, seeded by a string (hashed with SHA-512, so that it does not
+    # depend on PYTHONHASHSEED): a new task leaves the questions of all others unchanged.
     rng = random.Random(f"{task} {split} {seed}")
     return collect(ASK[task], build_world(seed), split, rng, count)
 
 
 def documents(task: str, split: Split, seed: int = SEED) -> list[Document]:
-    """Return the documents of one side of a task, in the schema of its data set."""
+    """Return the documents of one split of a task in the schema of its data set."""
     return [question.document for question in questions(task, split, seed)]
 
 
 def splits(task: str, seed: int = SEED) -> dict[str, list[Document]]:
-    """Return a task's documents by the split names that lm-eval's task file asks for.
+    """Return a task's documents by the split names that lm-eval's task file uses.
 
-    Where the real data set hides its test labels, lm-eval scores ``validation``; elsewhere it
-    scores ``test``, and ``validation`` is a slice of the training side.
+    Where the real data set hides its test labels, lm-eval scores `validation`; elsewhere it scores
+    `test`, and `validation` is a slice of the training questions.
     """
     train, test = documents(task, "train", seed), documents(task, "test", seed)
     if task in _WITHOUT_TEST_LABELS:
@@ -53,6 +55,6 @@ def splits(task: str, seed: int = SEED) -> dict[str, list[Document]]:
 
 
 def fingerprint(task: str | None = None, seed: int = SEED) -> str:
-    """Return the SHA-256 of the test documents of one task, or of all."""
+    """Return the SHA-256 of the test documents of one task, or of all tasks."""
     tests = {name: documents(name, "test", seed) for name in ([task] if task else TASKS)}
     return hashlib.sha256(json.dumps(tests, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The nine tasks of the closed world, each a kind of question of its own."""
+"""The nine tasks of the closed world."""
 
 from bench.data.world.question import Ask
 from bench.data.world.tasks import (
@@ -23,4 +23,4 @@ ASK: dict[str, Ask] = {
     "piqa": piqa.ask,
     "mathqa": mathqa.ask,
 }
-"""How each task draws a question; the keys are lm-eval's names of the tasks."""
+"""The function that draws a question, by lm-eval's name of the task."""

@@ -1,4 +1,4 @@
-"""ARC of the world: facts of one hop (easy), and of two hops or a comparison (challenge)."""
+"""ARC of the world: one-hop facts (easy), two-hop facts and comparisons (challenge)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from bench.data.world.entities import Person, Substance, of_split
 from bench.data.world.question import Draw, Question, distractors, exam
 
 Facts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
-"""By relation: the values there are, and the ways to ask for the value of an entity."""
+"""By relation: all its values, and the wordings that ask for the value of an entity."""
 
 _PERSON_FACTS: Facts = {
     "town": (
@@ -102,6 +102,7 @@ _COMPARISONS = {
     "youngest": ("Who is the youngest of {names}?", "Of {names}, who was born last?"),
 }
 _SHARE_OF_COMPARISONS = 0.4
+# In years: the answer of a comparison must stand clearly apart from the second.
 _LEAST_GAP = 12
 
 
@@ -122,7 +123,7 @@ def ask_easy(draw: Draw) -> Question:
 
 
 def ask_challenge(draw: Draw) -> Question:
-    """Ask for something two hops away, or for a comparison of four people."""
+    """Ask for a fact that is two hops away, or for a comparison of four people."""
     return _compare(draw) if draw.rng.random() < _SHARE_OF_COMPARISONS else _two_hops(draw)
 
 
@@ -147,11 +148,12 @@ def _compare(draw: Draw) -> Question:
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
     stem = rng.choice(_COMPARISONS[kind]).format(names=listed)
     document = exam(draw, stem, answer.name, [person.name for person in others])
+    # A set, because the names in another order ask the same question.
     return Question((kind, frozenset(names)), stem, document)
 
 
 def _four_ages(draw: Draw, kind: str) -> tuple[Person, list[Person]]:
-    """Draw four people of whom one stands clearly apart as the oldest or the youngest."""
+    # Draw until one of the four is clearly the oldest or the youngest.
     candidates = of_split(draw.world.people, draw.split)
     sign = -1 if kind == "oldest" else 1
     while True:

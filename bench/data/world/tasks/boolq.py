@@ -1,7 +1,7 @@
-"""BoolQ of the world: a passage about what happened to people, and a yes/no question.
+"""BoolQ of the world: a passage about two people, and a yes/no question.
 
-What is asked would follow from some event. It is false where no such event is told, or, which
-takes more care to see, where it happened to somebody else in the passage.
+The question asks for the consequence of an event. The answer is no if the passage has no such event
+or, harder to tell, if the event happened to the second person.
 """
 
 from typing import NamedTuple
@@ -60,11 +60,11 @@ _EVENTS = (
 
 _SHARE_OF_TWO_EVENTS = 0.4
 _SHARE_MIXED_UP = 0.8
-"""How often, after two events, a false question asks for the event of the other person."""
+"""Fraction of two-event passages whose false question is about the second person's event."""
 
 
 class Doing(NamedTuple):
-    """Who was where, and with what."""
+    """A person, the place where they were, and the thing that they had along."""
 
     name: str
     place: str
@@ -72,20 +72,22 @@ class Doing(NamedTuple):
 
 
 def doings(draw: Draw) -> list[Doing]:
-    """Draw the doings of two people."""
+    """Draw places and things for two people."""
     rng = draw.rng
     names = [person.name for person in rng.sample(of_split(draw.world.people, draw.split), 2)]
     return list(map(Doing, names, rng.sample(PLACES, 2), rng.sample(THINGS, 2)))
 
 
 def passage(draw: Draw, facts: list[Doing]) -> str:
-    """Tell the doings, each in a sentence of its own form."""
+    """State the facts, each in a sentence of a different form."""
     forms = draw.rng.sample(_DOINGS, len(facts))
     return " ".join(form.format(**fact._asdict()) for form, fact in zip(forms, facts, strict=True))
 
 
 def ask(draw: Draw) -> Question:
-    """Tell an event of one person and something about another; ask about the first."""
+    """Tell an event of one person and something about a second one; ask about the first."""
+    # The true and the false question have the same forms and the same name: only the passage
+    # decides, and the label alternates with the number of the question.
     rng, label = draw.rng, draw.number % 2
     event, second, untold = rng.sample(_EVENTS, 3)
     fact, other = doings(draw)

@@ -17,7 +17,7 @@ _NEXT = ("then {pronoun}", "after that {pronoun}", "next {pronoun}")
 
 
 def ask(draw: Draw) -> Question:
-    """Ask for the step that comes after the first few steps of a routine."""
+    """Ask for the step that follows the first steps of a routine."""
     rng = draw.rng
     routine = rng.choice(of_split(draw.world.routines, draw.split))
     person = rng.choice(of_split(draw.world.people, draw.split))
@@ -42,6 +42,6 @@ def ask(draw: Draw) -> Question:
 
 
 def _steps(routine: Routine, done: int) -> tuple[str, list[str]]:
-    """Return the next step, and the three other ways that the craft has at its stage."""
+    # All endings are steps of the same craft and stage, so that none is implausible by itself.
     answer = routine.steps[done]
     return answer, [step for step in routine.craft.stages[done] if step != answer]

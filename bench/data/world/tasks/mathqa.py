@@ -1,4 +1,4 @@
-"""MathQA of the world: small word problems, over pairs of numbers that training never has."""
+"""MathQA of the world: small word problems over pairs of numbers that training never has."""
 
 import random
 from functools import cache
@@ -13,7 +13,7 @@ _NEAR = (-21, -16, -12, -9, -6, -4, 4, 6, 9, 12, 16, 21)
 
 
 class Operation(NamedTuple):
-    """An arithmetic operation with its numbers and the ways to ask for it."""
+    """An arithmetic operation, the ranges of its operands, and its wordings."""
 
     name: str
     sign: str
@@ -46,7 +46,10 @@ OPERATIONS = (
 
 @cache
 def is_test_pair(x: int, y: int) -> bool:
-    """Whether an unordered pair of numbers is kept for the test, whatever is done with it."""
+    """Tell whether an unordered pair of numbers is held out for the test."""
+    # Drawn from the text of the sorted pair, so that 3 + 7, 7 - 3 and 7 * 3 are in the same split,
+    # whatever the order of generation. A model that learned 3 + 7 in training would otherwise know
+    # the test's 7 + 3.
     low, high = sorted((x, y))
     return random.Random(f"pair {low} {high}").randrange(_TEST_BUCKETS) == 0
 
@@ -57,7 +60,8 @@ def result(operation: str, x: int, y: int) -> int:
 
 
 def numbers(rng: random.Random, operation: Operation, split: Split) -> tuple[int, int]:
-    """Draw a pair of numbers of a side; a difference is never negative or nothing."""
+    """Draw two operands of a split; a difference is always positive."""
+    # Rejection leaves the operands of a split uniformly distributed.
     while True:
         x, y = (rng.choice(values) for values in operation.numbers)
         if is_test_pair(x, y) != (split == "test"):
@@ -88,11 +92,9 @@ def ask(draw: Draw) -> Question:
 
 
 def _wrong(rng: random.Random, x: int, y: int, answer: int) -> list[int]:
-    """Wrong options: results of the other operations and numbers around the right one.
-
-    They have as many digits as the right one, and how many of them are below it is drawn first,
-    so that neither length nor rank tells which one is right.
-    """
+    # Wrong options are results of the remaining operations and numbers near the correct one. All
+    # have as many digits as the correct one, and the number of options below it is drawn first, so
+    # that neither length nor rank gives the answer away.
     alike = range(1, 10) if answer < 10 else range(10, 100)
     slips = {abs(x - y), x + y, x * y} | {answer + step for step in _NEAR}
     pool = sorted((slips & set(alike) if answer >= 10 else set(alike)) - {answer})

@@ -1,4 +1,4 @@
-"""OpenBookQA of the world: what a known behaviour of a substance leads to in a situation."""
+"""OpenBookQA of the world: the consequence of a substance's known behaviour in a situation."""
 
 from bench.data.world.entities import BEHAVIOURS, of_split
 from bench.data.world.question import Draw, Question, distractors, exam
@@ -48,5 +48,6 @@ def ask(draw: Draw) -> Question:
     wrong = [_OUTCOMES[other] for other in distractors(rng, BEHAVIOURS[element], behaviour, 3)]
     stem = rng.choice(_SITUATIONS[element]).format(name=substance.name)
     document = exam(draw, stem, _OUTCOMES[behaviour], wrong)
+    # OpenBookQA's schema is ARC's, but for the name of this field.
     document["question_stem"] = document.pop("question")
     return Question((substance.name, element), stem, document)

@@ -1,4 +1,4 @@
-"""PIQA of the world: which of two tools reaches a goal?"""
+"""PIQA of the world: the right one of two tools for a goal."""
 
 from bench.data.world.crafts import MATERIALS, TOOLS
 from bench.data.world.entities import of_split
@@ -14,7 +14,8 @@ _SOLUTIONS = ("use the {tool}.", "reach for the {tool}.", "work with the {tool}.
 
 
 def ask(draw: Draw) -> Question:
-    """Ask for the tool for a job on an object; the other tool is for another material."""
+    """Ask for the tool for a job on an object."""
+    # The wrong tool does the same job on a different material: the job alone does not decide.
     rng = draw.rng
     thing = rng.choice(of_split(draw.world.objects, draw.split))
     job = rng.choice(list(TOOLS))

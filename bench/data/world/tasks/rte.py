@@ -1,7 +1,7 @@
-"""RTE of the world: does the second sentence follow from the first?
+"""RTE of the world: whether the second sentence follows from the first.
 
-Each premise tells of two people in different roles. What does not follow has the roles exchanged,
-or would follow from another premise, so no conclusion is true or false by itself.
+Each premise is about two people in different roles. A false conclusion exchanges the roles or
+follows from a different premise, so no conclusion is true or false by itself.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ _SHARE_EXCHANGED = 0.35
 
 
 class Telling(NamedTuple):
-    """A premise about two people, what follows from it, and what does not."""
+    """A premise about two people, conclusions that follow from it, and two kinds that do not."""
 
     premise: str
     conclusions: list[str]
@@ -61,7 +61,7 @@ class Telling(NamedTuple):
 
 
 def telling(draw: Draw) -> Telling:
-    """Draw a premise with conclusions that follow, or that have the wrong roles or relation."""
+    """Draw a premise, its conclusions, and conclusions with the wrong roles or relation."""
     rng = draw.rng
     relation, other = rng.sample(_RELATIONS, 2)
     a, b = (person.name for person in rng.sample(of_split(draw.world.people, draw.split), 2))
@@ -76,10 +76,11 @@ def telling(draw: Draw) -> Telling:
 
 
 def ask(draw: Draw) -> Question:
-    """Ask whether a conclusion follows; its form is one that follows from some premise."""
+    """Ask whether a conclusion follows from a premise."""
     rng, label, told = draw.rng, draw.number % 2, telling(draw)
     false = told.exchanged if rng.random() < _SHARE_EXCHANGED else told.beside_the_point
     conclusion = rng.choice(told.conclusions if label == 0 else false)
     premise = told.premise
+    # GLUE's labels: 0 is entailment, 1 is not.
     document = {"sentence1": premise, "sentence2": conclusion, "label": label, "idx": draw.number}
     return Question(premise, (premise, conclusion), document)

@@ -1,4 +1,4 @@
-"""WinoGrande of the world: which of two people does the last clause speak about?"""
+"""WinoGrande of the world: which of two people the last clause is about."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from bench.data.world.question import Draw, Question
 
 
 class _Situation(NamedTuple):
-    """Openings with two roles, and clauses that can only be said of one of them."""
+    """Openings with two roles, and clauses that fit only one of the roles."""
 
     openings: tuple[str, ...]
     of_a: tuple[str, ...]
@@ -98,13 +98,13 @@ _ROLES = (
         ),
     ),
 )  # fmt: skip
-"""Situations whose two sides are known by what they are, not by where they are named."""
+"""Situations whose roles are told apart by their nouns and not by their place in the sentence."""
 
 _SITUATIONS = (*_AMONG_PEOPLE, *(situation for _, situation in _ROLES))
 
 
 class _Case(NamedTuple):
-    """All that decides a sentence."""
+    """Everything that determines a sentence."""
 
     situation: int
     opening: int
@@ -117,11 +117,10 @@ class _Case(NamedTuple):
 
 
 def ask(draw: Draw) -> Question:
-    """Ask whom a clause is about; two questions in a row are twins with opposite answers.
-
-    A situation's openings and clauses are all in training, but test has the pairs of opening
-    and clause that training does not have.
-    """
+    """Ask whom a clause is about; two consecutive questions are twins with opposite answers."""
+    # As in the real data set, twins differ in the clause only, so that the people alone predict
+    # nothing. Keys enter in pairs of twins: the twin of a new case is new as well, and `collect`
+    # never rejects it. It could not draw another one, because a twin is not random.
     case = _twin(draw.previous) if draw.previous and draw.number % 2 else _new_case(draw)
     situation = _SITUATIONS[case.situation]
     words = {"a": case.a, "b": case.b, "thing": case.thing}
@@ -154,11 +153,12 @@ def _new_case(draw: Draw) -> _Case:
 def _twin(question: Question) -> _Case:
     case = question.key
     if not isinstance(case, _Case):
-        raise TypeError("the question before is not one of this task")
+        raise TypeError("the previous question is not a WinoGrande question")
     return case._replace(role=1 - case.role)
 
 
 def _pairs(split: Split) -> list[tuple[int, int]]:
-    """Pairs of opening and clause: a Latin square of three, of which test has one diagonal."""
+    # A 3 x 3 Latin square of openings and clauses, one diagonal of which is the test split: all
+    # openings and all clauses occur in training, but not the combinations of the test.
     square = [(opening, clause) for opening in range(3) for clause in range(3)]
     return [(o, c) for o, c in square if ((o + c) % 3 == 0) == (split == "test")]
