@@ -55,7 +55,7 @@ class Part:
     def _from_documents(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
         # The order of draws and their bounds are those of GPTQ's get_c4: draw a document until one
         # is long enough, then a start. Any other order (filtering short documents first, drawing
-        # all starts at the end) would turn the same seed into other calibration rows.
+        # all starts at the end) would give different rows for a seed.
         rows: list[list[int]] = []
         too_short: set[int] = set()
         while len(rows) < self.rows:

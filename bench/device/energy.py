@@ -74,7 +74,7 @@ class PackageMeter:
     def joules(self) -> float:
         """Return the joules used since this meter was created."""
         # The sum is kept here, because after a wrap-around a difference of two readings is wrong.
-        # At most one wrap per counter between two readings can be told.
+        # Between two readings, at most one wrap-around per counter can be detected.
         for zone, before in self._last.items():
             now = _read(zone / "energy_uj")
             self._sum += now - before if now >= before else now - before + self._full[zone]

@@ -31,7 +31,7 @@ def questions(task: str, split: Split, seed: int = SEED) -> list[Question]:
     """Return the distinct questions of one split of a task."""
     count = _TEST_QUESTIONS if split == "test" else _TRAIN_QUESTIONS[task]
     # A generator per task and split, seeded by a string (hashed with SHA-512, so that it does not
-    # depend on PYTHONHASHSEED): a new task leaves the questions of all others unchanged.
+    # depend on PYTHONHASHSEED): a new task leaves the questions of the old ones unchanged.
     rng = random.Random(f"{task} {split} {seed}")
     return collect(ASK[task], build_world(seed), split, rng, count)
 
