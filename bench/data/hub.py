@@ -88,7 +88,7 @@ def download(repository: str, file: str) -> Path:
 
 
 def spell(repository: str, part: str | None) -> str:
-    """Join a repository and its configuration or file to one name."""
+    """Join a repository and its configuration or file into one name."""
     return f"{repository}/{part}" if part else repository
 
 

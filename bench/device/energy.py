@@ -83,8 +83,8 @@ class PackageMeter:
 
 
 def _is_package(zone: Path) -> bool:
-    # The glob also finds subzones (cores, DRAM), whose energy their package contains already, and
-    # `psys`, which contains the packages.
+    # The glob also finds subzones (such as the cores), which would be counted twice, and `psys`,
+    # which contains the packages.
     name = zone / "name"
     return name.exists() and name.read_text().startswith("package")
 

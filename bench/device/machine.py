@@ -132,7 +132,7 @@ def _board(device: torch.device) -> Board | None:
 
 
 def _asked(board: Board | None, question: Callable[[Board], Answer]) -> Answer | None:
-    # A clock rate is a nicety of a record: a GPU that does not report it must not fail the run.
+    # These readings are optional in a record: a GPU that lacks one must not fail the run.
     try:
         return None if board is None else question(board)
     except Unavailable:

@@ -115,8 +115,8 @@ def _values() -> tuple[str, ...]:
 
 def scene(split: Split, index: int) -> Scene:
     """Generate the scene of a split at an index."""
-    # The order of draws is part of the data: inserting one changes every scene, and with the scenes
-    # the fingerprints of the tasks and the worth of the stored weights.
+    # The order of draws is part of the data: an inserted draw changes every scene and with it the
+    # fingerprints of the tasks, and the stored weights no longer fit.
     rng = random.Random(f"scene {split} {index}")
     theme = rng.choice((*SHAPES, *COLORS)) if rng.random() < _THEMED else None
     things: list[Thing] = [_shape(rng, theme) for _ in range(rng.randint(2, 5))]
