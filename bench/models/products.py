@@ -91,7 +91,9 @@ def pair_macs(attention: nn.Module) -> int:
     if hasattr(module, "v_head_dim") and heads:  # latent attention: values of a width of their own
         return int(heads * (module.qk_head_dim + module.v_head_dim))
     if heads is None or not hasattr(module, "head_dim"):
-        raise UserError(f"the heads of {type(attention).__name__} are not understood")
+        raise UserError(
+            f"{type(attention).__name__} does not state the number and width of its heads"
+        )
     return int(2 * heads * module.head_dim)
 
 

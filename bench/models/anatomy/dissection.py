@@ -57,7 +57,7 @@ def dissect(network: nn.Module) -> Anatomy:
     try:
         blocks = _moe_blocks(network, layers, _text_config(config))
     except NotUnderstoodError as difference:
-        refusal = f"{architecture} has experts that slimbench does not understand: {difference}"
+        refusal = f"{architecture} has experts in an unsupported form: {difference}"
     return Anatomy(
         architecture=architecture,
         model_type=str(getattr(config, "model_type", architecture)),
