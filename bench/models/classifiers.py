@@ -54,7 +54,7 @@ def _config(source: Source) -> VisionConfig:
 
 
 def _fresh(source: Source) -> Classifier:
-    """Draw the weights from a generator state of their own."""
+    """Draw the weights without advancing the global generator."""
     # Without the fork, fresh weights would shift every later draw (shuffling, calibration), and a
     # run with fresh weights would differ from a run that loads the same weights from a folder.
     with torch.random.fork_rng(devices=[]):

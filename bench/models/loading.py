@@ -182,10 +182,10 @@ def _refuse_classifier(source: Source) -> None:
     try:
         said = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
-        return  # transformers says what is wrong with it
+        return  # transformers explains what is wrong with it
     if isinstance(said, dict) and "architecture" in said and "model_type" not in said:
         raise UserError(
-            f"{source.folder} holds an image classifier ({said['architecture']}): "
+            f"{source.folder} contains an image classifier ({said['architecture']}): "
             "set model.kind=image_classifier"
         )
 

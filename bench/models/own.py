@@ -1,8 +1,8 @@
 """Modules of slimbench that replace modules of a published network.
 
-A method that changes the shape or the storage of weights replaces a module by an `OwnModule`. Its
-`spec`, a few JSON values, suffices to build it again without weights, so that such a network can be
-saved to a folder and loaded like any other.
+A method that changes the shape or the storage of weights replaces a module by a `ReplacedModule`.
+Its `spec`, a few JSON values, suffices to build it again without weights, so that such a network
+can be saved to a folder and loaded like any other.
 """
 
 from __future__ import annotations

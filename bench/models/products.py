@@ -88,7 +88,7 @@ def pair_macs(attention: nn.Module) -> int:
     """
     module = cast(Any, attention)
     heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    if hasattr(module, "v_head_dim") and heads:  # latent attention: values of a width of their own
+    if hasattr(module, "v_head_dim") and heads:  # latent attention: values have their own width
         return int(heads * (module.qk_head_dim + module.v_head_dim))
     if heads is None or not hasattr(module, "head_dim"):
         raise UserError(

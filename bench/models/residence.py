@@ -152,8 +152,8 @@ class _Stay:
         """Write back what changed and offload the weights again."""
         if self._store is None:
             return
-        # The module may have other parameters than at the start: replaced experts bring new names
-        # and drop old ones.
+        # The module may have different parameters than at the start: replaced experts bring new
+        # names and drop old ones.
         present = dict(self._module.named_parameters())
         for name, weight in present.items():
             self._store.keep(name, weight)
@@ -195,8 +195,8 @@ def _write(folder: Path, key: str, weight: Tensor) -> dict[str, str]:
     from safetensors.torch import save_file
 
     file = folder / f"{key}.safetensors"
-    # Written beside and renamed: the old file may be mapped by tensors that are still read, and an
-    # interrupted write must not leave half a file under the name in the index.
+    # Written under another name and renamed: the old file may be mapped by tensors that are still
+    # read, and an interrupted write must not leave half a file under the name in the index.
     partial = file.with_suffix(".partial")
     save_file({key: weight.contiguous()}, partial)
     partial.replace(file)

@@ -38,7 +38,7 @@ def understand(layer: int, name: str, block: nn.Module, top_k: int | None) -> Mo
     `top_k` is the value of the network's config; it is used if neither router nor block has one.
 
     Raises:
-        NotUnderstoodError: the experts are not plain gated experts.
+        UnsupportedStructure: the experts are not plain gated experts.
     """
     experts = cast(nn.Module, block.experts)
     router = _child(block, ROUTERS)

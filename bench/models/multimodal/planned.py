@@ -1,9 +1,9 @@
 """Protocol by which a network reports the FLOPs of its decoder for visual tokens.
 
-A method that reduces the decoder's work stores a `Planned` on the network, next to the forward that
-it replaced. It is asked at measurement time, so it reflects all later changes; a method's report
-describes the state when that method had run, and another method may have followed. And it is copied
-with the network, unlike a report or a field next to the network.
+A method that reduces the decoder's work stores a `FlopsProvider` on the network, next to the
+forward that it replaced. It is asked at measurement time, so it reflects all later changes; a
+method's report describes the state when that method had run, and another method may have followed.
+And it is copied with the network, unlike a report or a field next to the network.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def pack(codes_N: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Invert `pack`, uint8 [count]."""
+    """Invert `pack_codes`, uint8 [count]."""
     codes_N = torch.zeros(count, dtype=torch.uint8, device=packed.device)
     start = 0
     for width, shift in planes(bits):
@@ -57,7 +57,7 @@ def _pack(codes_N: Tensor, width: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, width: int) -> Tensor:
-    """Invert `_pack`, padding included."""
+    """Invert `_pack_plane`, padding included."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     codes: Tensor = (packed[:, None] >> shifts) & (2**width - 1)
     return codes.flatten()

@@ -1,8 +1,8 @@
 """Rebuilding of packed modules from JSON, so that packed weights can be loaded.
 
-A state dict contains the buffers, but not their meaning. `describe` states it for every packed
-layer; `install` puts empty modules of these shapes into a network of the original architecture,
-whose `load_state_dict` then fills the buffers.
+A state dict contains the buffers, but not their meaning. `describe_packed` states it for every
+packed layer; `install_packed` puts empty modules of these shapes into a network of the original
+architecture, whose `load_state_dict` then fills the buffers.
 """
 
 from __future__ import annotations

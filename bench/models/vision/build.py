@@ -74,7 +74,7 @@ def resize(layer: nn.Module, shape: tuple[int, ...]) -> None:
         layer.out_features, layer.in_features = shape
     elif isinstance(layer, nn.BatchNorm2d):
         layer.num_features = shape[0]
-        # Statistics have the length of the layer; loading a state dict of another length would
+        # Statistics have the length of the layer; loading a state dict of a different length would
         # fail.
         layer.register_buffer("running_mean", torch.zeros(shape))
         layer.register_buffer("running_var", torch.ones(shape))

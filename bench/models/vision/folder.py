@@ -15,7 +15,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save(network: Classifier, folder: Path) -> None:
-    """Write the network, dense or pruned, so that `load` restores it."""
+    """Write the network, dense or pruned, so that `load_classifier_folder` restores it."""
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors rejects non-contiguous tensors, such as slices of weights.
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
