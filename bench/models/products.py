@@ -72,7 +72,7 @@ def weights(module: nn.Module) -> int:
 
 
 def projections(attention: nn.Module, count: float, past: float, rows: Rows) -> Product:
-    """Cost of `count` rows in an attention's projections, with `past` keys in the cache."""
+    """Compute the cost of `count` rows in attention projections, with `past` keys cached."""
     # Latent attention (DeepSeek) caches keys and values compressed and expands all of them again in
     # every call, cached ones included.
     again = getattr(attention, "kv_b_proj", None)
@@ -100,12 +100,12 @@ def pair_macs(attention: nn.Module) -> int:
 def attended(
     rows: Rows, pairs: float, seen: float, per_pair: int, part: Part = "attention"
 ) -> Product:
-    """Cost of attention over `pairs` of query and key, of which `seen` are not masked."""
+    """Compute the cost of attention over `pairs` of query and key, `seen` of them not masked."""
     return Product(part, pairs * per_pair, rows, (pairs - seen) * per_pair)
 
 
 def feed_forward(module: nn.Module, count: float, rows: Rows, top_k: int | None) -> list[Product]:
-    """Cost of `count` rows in a feed-forward, dense or mixture of experts.
+    """Compute the cost of `count` rows in a feed-forward, dense or mixture of experts.
 
     Routing is assumed to be even: a row meets `top_k` of E experts, each of mean size, padding
     included. The router's part holds everything that is neither routed nor shared.
