@@ -48,7 +48,7 @@ class PackedLinear(nn.Linear):
             )
             self.register_buffer(name, grid_RG)
         if shape.permuted:
-            # int16 halves the cost of the order; hence the limit of 2^15 columns in `PackedShape`.
+            # int16 is half of an int32 order; hence the limit of 2^15 columns in `PackedShape`.
             order_C = torch.empty(shape.columns, dtype=torch.int16, device=device)
             self.register_buffer("order", order_C)
         frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
