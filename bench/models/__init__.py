@@ -1,1 +1,1 @@
-"""Models: where they come from, how they are loaded, where their parts are."""
+"""Loading of models, and the location of the parts that methods change."""

@@ -1,4 +1,4 @@
-"""What a model config may say, checked once at the boundary."""
+"""Model section of a config, validated once at the boundary."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Kind = Literal["causal_lm", "image_text", "image_classifier"]
-"""What a model takes and gives: text to text, images and text to text, an image to a class."""
+"""Inputs and outputs of a model: text to text, images and text to text, image to class."""
 
 
 class ModelConfig(BaseModel):
     """One entry of the `model` config group.
 
     `source` is a Hugging Face id, or `zoo:NAME` for a small trained model that ships with the
-    package; `path`, when given, is a local folder that is read instead, and `source: local` needs
-    one. `device_map` is for models larger than one device: `offload_cpu` and `offload_disk` keep
-    the decoder layers in CPU memory or on disk and bring them one at a time; others (`auto`,
-    `balanced`, ...) are accelerate's.
+    package. `path`, when given, is a local folder that is read instead; `source: local` needs one.
     `fresh:ARCHITECTURE` is an untrained image classifier for the data set `images`, its weights
     drawn with `seed`.
+
+    `device_map` is for models larger than one device: `offload_cpu` and `offload_disk` keep the
+    decoder layers in CPU memory or on disk and onload them one at a time; every other value
+    (`auto`, `balanced`, ...) is passed to accelerate.
+
     `allow_remote_code` is set by a model's config, `trust_remote_code` by the user; code from the
     model's repository runs only with both and with a `revision` that is a commit.
-    `system_prompt` is the sentence that an image_text model was trained to see before a question.
+
+    `system_prompt` is the sentence that an image_text model saw before each question in training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     source: str
+    # Validated even when absent: the rule below is about a missing path.
     path: str | None = Field(default=None, validate_default=True)
     revision: str = "main"
     kind: Kind = "causal_lm"
@@ -47,6 +51,7 @@ class ModelConfig(BaseModel):
     @field_validator("path")
     @classmethod
     def _local_needs_path(cls, path: str | None, others: ValidationInfo) -> str | None:
+        # `others.data` holds the fields declared above `path`, so `source` must stay before it.
         if path is None and others.data.get("source") == "local":
             raise ValueError("model=local needs model.path=FOLDER")
         return path

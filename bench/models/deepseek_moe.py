@@ -1,8 +1,8 @@
 """DeepSeek-MoE-16B (`model_type: deepseek`, arXiv 2401.06066), which transformers does not contain.
 
-It is a Llama decoder whose feed-forward parts, after `first_k_dense_replace` dense ones, are
-DeepSeek-V2's MoE blocks with greedy softmax routing, unnormalised and unscaled. So both are taken
-from transformers, and the checkpoint's per-expert weights are fused on loading as for Qwen2-MoE.
+It is a Llama decoder whose feed-forward parts, after `first_k_dense_replace` dense layers, are
+DeepSeek-V2's MoE blocks with greedy softmax routing, unnormalised and unscaled. Both are taken from
+transformers, and the per-expert weights of the checkpoint are fused on loading as for Qwen2-MoE.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from bench.errors import UserError
 
 MODEL_TYPE = "deepseek"
-# Settings of the published code that only ever had these values; another would be a new model.
+# Settings that only ever had these values in published checkpoints. The V2 classes ignore them, so
+# a different value would load and compute something else without an error.
 FIXED = {"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False}
 
 
@@ -48,24 +49,25 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
     norm_topk_prob: bool = False
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
-    # What DeepSeek-V2's router asks for; the values make it this model's.
+    # Fields that DeepSeek-V2's router reads and DeepSeek-MoE's config.json lacks. With these values
+    # V2's router is the plain softmax top-k of DeepSeek-MoE.
     routed_scaling_factor: float = 1.0
     topk_method: str = "greedy"
     n_group: int | None = None
     topk_group: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse a variant that these classes would compute wrongly."""
+        """Reject variants that these classes would compute incorrectly."""
         for key, value in FIXED.items():
             if getattr(self, key) != value:
                 raise UserError(
-                    f"a deepseek model with {key}={getattr(self, key)} is not supported"
+                    f"config.json: {key}={getattr(self, key)} is not supported, only {value}"
                 )
         super().__post_init__(**kwargs)
 
 
 class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    """A Llama layer with a MoE block for its feed-forward part, but for the first layers."""
+    """A Llama layer whose feed-forward part is a MoE block, except in the first layers."""
 
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -74,17 +76,20 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class _WithExperts:
-    """What transformers must know of a network with experts beyond what it knows of Llama."""
+    """What transformers has to know about experts, in addition to Llama."""
 
     config_class = DeepseekConfig
     _no_split_modules = ("DeepseekDecoderLayer",)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in this file's text and would fall back to a loop.
+        # transformers looks for the decorator's name in the source of this module, does not find it
+        # since the experts class is imported, and would fall back to a loop over experts.
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
+        # Llama's initialiser knows linears and norms only; fused experts and the router are bare
+        # parameters, which would stay uninitialised.
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, DeepseekV2Experts | DeepseekV2TopkRouter):
             for weight in module.parameters(recurse=False):
@@ -105,7 +110,7 @@ class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):  # type: ignore[misc]
     """DeepSeek-MoE with its language-modelling head."""
 
     def __init__(self, config: DeepseekConfig) -> None:
-        # Past LlamaForCausalLM's own constructor, which would build a dense decoder first.
+        # Skip LlamaForCausalLM's own constructor, which would build a dense decoder first.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = DeepseekModel(config)
         self.vocab_size = config.vocab_size
@@ -115,7 +120,7 @@ class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):  # type: ignore[misc]
 
 @cache
 def register() -> None:
-    """Make transformers' Auto classes know DeepSeek-MoE and how its experts are stored."""
+    """Register DeepSeek-MoE and its checkpoint layout with transformers' Auto classes."""
     AutoConfig.register(MODEL_TYPE, DeepseekConfig)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM)
     register_checkpoint_conversion_mapping(

@@ -1,4 +1,4 @@
-"""Image classifiers without files: an architecture's fresh weights, drawn with a seed."""
+"""Image classifiers without files: fresh weights of an architecture, drawn with a seed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ FRESH = "fresh:"
 
 
 def is_fresh(config: ModelConfig) -> bool:
-    """Whether the model has no files: `model.path`, when given, wins over its source."""
+    """Whether the model has no files; `model.path`, when given, overrides its source."""
     return config.path is None and config.source.startswith(FRESH)
 
 
 def vision_config(config: ModelConfig) -> VisionConfig:
-    """Return the architecture in the shape that the images of the named data set need.
+    """Return the architecture's config with the input shape of the named data set.
 
     Raises:
-        UserError: the architecture or the data set does not exist, or is not named.
+        UserError: the architecture or the data set does not exist, or no data set is given.
     """
+    # Imported here because the architectures import torch, and `bench.models.source` stays
+    # importable without it.
     from bench.data.images import SETS, shape
     from bench.errors import unknown
     from bench.models.vision import ARCHITECTURES, VisionConfig
@@ -42,7 +44,7 @@ def vision_config(config: ModelConfig) -> VisionConfig:
 
 
 def fresh_fingerprint(config: ModelConfig) -> str:
-    """Return a hash of all that fresh weights depend on, but for the version of torch."""
+    """Hash everything that fresh weights depend on, except the version of torch."""
     said = f"{vision_config(config).model_dump_json()} seed {config.seed}"
     return hashlib.sha256(said.encode()).hexdigest()
 

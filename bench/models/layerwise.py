@@ -1,13 +1,13 @@
-"""Running a decoder one layer at a time over many rows, so that a method can change each in turn.
+"""A decoder run one layer at a time over many rows, so that a method can change each layer in turn.
 
-Shapes: B rows, L tokens a row, D d_model.
+Shapes: B rows, L tokens per row, D d_model.
 
-Rows have one length and no padding, so what a layer receives beside the hidden states (masks,
-positions, rotary embeddings) depends only on how many rows go together; it is recorded by sending
-each size of batch once through a decoder whose layers only pass their input on.
+All rows have the same length and no padding, so everything that a layer receives besides the hidden
+states (masks, positions, rotary embeddings) depends only on the number of rows in a batch. It is
+recorded by sending each batch size once through a decoder whose layers return their input.
 
-A model larger than its device is walked in the same way: the weights of one layer are there at a
-time, and hidden states wait in CPU memory for their turn.
+A model larger than its device runs the same way: the weights of one layer at a time are on the
+device, and hidden states wait in CPU memory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayerStream:
-    """The hidden states of all rows at the door of one decoder layer after the other.
+    """Hidden states of all rows at the input of the current decoder layer.
 
-    Used in a `with`, it also holds the weights of the layer that it is in on their device, so that
-    they can be changed until it goes to another layer or the `with` ends.
+    As a context manager it also onloads the weights of the current layer, so that they can be
+    changed until the stream moves to another layer or the block ends.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class LayerStream:
         self._states: list[Tensor] = []
         self._device = execution_device(network.get_input_embeddings())
         offloaded = any(is_offloaded(layer) for layer in layers)
+        # Hidden states of all calibration rows can exceed the weights of one layer many times; a
+        # model that was offloaded for lack of memory has no room for them on the device.
         self._waiting = torch.device("cpu") if offloaded else self._device
         self._resident: int | None = None
         self._stay = ExitStack()
@@ -53,20 +55,23 @@ class LayerStream:
 
     @torch.no_grad()
     def run(self, index: int, *, advance: bool) -> None:
-        """Send all rows through layer `index`; with `advance` its outputs become the next inputs.
+        """Send all rows through layer `index`; with `advance` the outputs become the next inputs.
 
-        Hooks and observers on the layer see every row exactly once a call.
+        Hooks and observers on the layer see every row exactly once per call.
         """
         self.stay_in(index)
         for place, state_BLD in enumerate(self._states):
             args, kwargs = self._arguments[len(state_BLD)][index]
             output = self.layers[index](state_BLD.to(self._device), *args, **kwargs)
             if advance:
+                # Some decoder layers return (hidden states, ...), others the tensor alone.
                 output_BLD = output[0] if isinstance(output, tuple) else output
                 self._states[place] = output_BLD.to(self._waiting)
 
     def stay_in(self, index: int) -> None:
-        """Leave the weights of the layer before where they belong and bring those of this one."""
+        """Write back the weights of the previous layer and onload those of layer `index`."""
+        # A layer is usually run twice (observe, then advance after the change). Its weights are
+        # written back once, when the stream leaves it.
         if self._resident != index:
             self._stay.close()
             self._stay.enter_context(resident(self.layers[index]))
@@ -74,25 +79,31 @@ class LayerStream:
 
     @torch.no_grad()
     def _enter(self, network: Any, rows_BL: Tensor) -> None:
-        """Keep the embeddings of some rows, and each layer's arguments for so many rows."""
+        """Store the embeddings of some rows, and each layer's arguments for this batch size."""
         with _recording(self.layers) as (inputs, arguments):
             network.get_decoder()(input_ids=rows_BL.to(self._device), use_cache=False)
         self._states.append(inputs[0].to(self._waiting))
+        # Arguments are stored per number of rows, since masks and positions have a batch dimension
+        # and the last batch can be smaller. Equal batch sizes share one entry: rows have one length
+        # and no padding, so the content is the same as well.
         self._arguments.setdefault(len(rows_BL), arguments)
 
 
 @contextmanager
 def _recording(layers: tuple[nn.Module, ...]) -> Iterator[tuple[list[Tensor], list[Arguments]]]:
-    """Make layers hand on their input and record what they are called with."""
+    """Make layers return their input and record the arguments of their calls."""
     inputs: list[Tensor] = []
     arguments: list[Arguments] = []
 
+    # One forward of the decoder with pass-through layers records the arguments of all layers and
+    # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder that unpacks or
+    # indexes a tuple from its layers would cut this tensor along the batch.
     def passing(hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         inputs.append(hidden_BLD)
         arguments.append((args, kwargs))
         return hidden_BLD
 
-    # accelerate, too, replaces `forward` on instances; what it put there is put back.
+    # accelerate also replaces `forward` on instances; its wrapper is restored afterwards.
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.__dict__["forward"] = passing

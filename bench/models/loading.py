@@ -1,4 +1,4 @@
-"""From a model's files to a network that is ready to be compressed and evaluated."""
+"""Loading of a model: from a source's files to a network ready to be compressed and evaluated."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["Source", "load", "open_folder", "prefetch", "resolve", "skeleton"]
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
-# What transformers raises for a folder that it cannot make a model from.
+# Exceptions that transformers raises for a folder from which it cannot build a model.
 FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
 
 
 def skeleton(source: Source) -> nn.Module:
-    """Return the network on the meta device: all its modules and shapes, no weight."""
+    """Build the network on the meta device: all modules and shapes, no weights."""
     import torch
 
     from bench.models import classifiers, structure
@@ -36,6 +36,8 @@ def skeleton(source: Source) -> nn.Module:
         return classifiers.empty(source)
     _refuse_classifier(source)
     description = structure.read(source.folder)
+    # The constructor runs under the meta device, so even a 100 GB model is inspected in seconds;
+    # replaced modules are rebuilt inside the block for the same reason.
     with _in_one_sentence(source), torch.device("meta"):
         network = _published(source)
         if description is not None:
@@ -44,7 +46,6 @@ def skeleton(source: Source) -> nn.Module:
 
 
 def _published(source: Source) -> nn.Module:
-    """Return a network of the shape that its config says, on the current default device."""
     network = _automatic(source).from_config(
         _network_config(source),
         attn_implementation=source.config.attention,
@@ -54,15 +55,17 @@ def _published(source: Source) -> nn.Module:
 
 
 def load(source: Source) -> Model:
-    """Return the model in evaluation mode, on its device, with no gradients asked for.
+    """Load the model onto its device, in evaluation mode and without gradients.
 
     Raises:
-        UserError: the folder cannot be loaded, lacks weights, has weights that the network does
-            not know, or holds NaN.
+        UserError: the folder cannot be loaded, lacks weights, has weights that the network does not
+            have, or contains NaN.
     """
     device = devices.pick(source.config.device)
     with _in_one_sentence(source):
         network = _network(source, device)
+    # Methods that train turn gradients on for what they train; everything else runs without a
+    # graph.
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
     with _in_one_sentence(source):
@@ -78,7 +81,7 @@ def load(source: Source) -> Model:
 
 
 def open_folder(folder: str | Path, **settings: Any) -> Model:
-    """Return the model in a local folder, ordinary or as `bench export` writes it, in one call.
+    """Load the model of a local folder, published or written by `bench export`, in one call.
 
     `settings` are those of a model config, such as `device="cuda"` or `dtype="bfloat16"`.
     """
@@ -88,11 +91,11 @@ def open_folder(folder: str | Path, **settings: Any) -> Model:
 
 
 def _network_config(source: Source) -> Any:
-    """Return the network's own config as transformers reads it."""
     from transformers import AutoConfig
 
     from bench.models import deepseek_moe
 
+    # Before AutoConfig reads config.json: afterwards `model_type: deepseek` would be unknown to it.
     deepseek_moe.register()
     return AutoConfig.from_pretrained(
         source.folder,
@@ -102,7 +105,7 @@ def _network_config(source: Source) -> Any:
 
 
 def _network(source: Source, device: torch.device) -> nn.Module:
-    """Read the weights into a network on the device, or spread over devices by `device_map`."""
+    """Read the weights into a network on the device, or spread it over devices by `device_map`."""
     from bench.models import classifiers, placement
 
     config = source.config
@@ -117,11 +120,15 @@ def _network(source: Source, device: torch.device) -> nn.Module:
         offload_folder=folder,
         attn_implementation=config.attention,
         trust_remote_code=config.trust_remote_code,
+        # Pickled weights can run code when opened; transformers would fall back to them.
         use_safetensors=True,
         local_files_only=True,
+        # Without the report, transformers initialises missing weights at random and only warns.
         output_loading_info=True,
     )
     if folder is not None:
+        # Offloaded weights are read from the folder in every forward, so it lives as long as the
+        # network.
         placement.remove_with(network, folder)
     for kind in ("missing", "unexpected", "mismatched"):
         keys = sorted(str(key) for key in report.get(f"{kind}_keys", ()))
@@ -132,7 +139,7 @@ def _network(source: Source, device: torch.device) -> nn.Module:
 
 
 def _reader(source: Source) -> Any:
-    """Return the class whose `from_pretrained` makes the network of a folder."""
+    """Return the class whose `from_pretrained` builds the network of a folder."""
     import torch
 
     from bench.models import structure
@@ -141,11 +148,12 @@ def _reader(source: Source) -> Any:
     if description is None:
         return _automatic(source)
     with torch.device("meta"):
+        # `from_pretrained` constructs the network itself, so replaced modules cannot be installed
+        # between construction and loading. The class it is given installs them in its constructor.
         return structure.described_class(type(_published(source)), description)
 
 
 def _automatic(source: Source) -> Any:
-    """Return transformers' class that makes networks of the model's kind."""
     import transformers
 
     classes = {
@@ -156,7 +164,7 @@ def _automatic(source: Source) -> Any:
 
 
 def _reads(source: Source) -> dict[str, Any]:
-    """Return what turns inputs into tensors, by the names that `Model` has for it."""
+    """Return tokenizer or processor under their field names in `Model`."""
     if source.config.kind == "image_text":
         processor = _processor(source)
         return {"processor": processor, "tokenizer": processor.tokenizer}
@@ -166,7 +174,7 @@ def _reads(source: Source) -> dict[str, Any]:
 
 
 def _refuse_classifier(source: Source) -> None:
-    """Raise when a folder that is to be read by transformers holds an image classifier of ours."""
+    """Raise if a folder meant for transformers holds an image classifier of ours."""
     from bench.models.fresh import is_fresh
 
     if is_fresh(source.config):
@@ -174,16 +182,15 @@ def _refuse_classifier(source: Source) -> None:
     try:
         said = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
-        return  # transformers says what is wrong with it
+        return  # transformers explains what is wrong with it
     if isinstance(said, dict) and "architecture" in said and "model_type" not in said:
         raise UserError(
-            f"{source.folder} holds an image classifier ({said['architecture']}): "
+            f"{source.folder} contains an image classifier ({said['architecture']}): "
             "set model.kind=image_classifier"
         )
 
 
 def _processor(source: Source) -> Any:
-    """Return the processor that lies beside the weights."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(
@@ -191,19 +198,18 @@ def _processor(source: Source) -> Any:
         local_files_only=True,
         trust_remote_code=source.config.trust_remote_code,
     )
-    # Without a file about images transformers quietly returns the tokenizer alone.
+    # Without a preprocessor config, AutoProcessor silently returns the tokenizer alone.
     if not hasattr(processor, "image_processor"):
-        raise UserError(f"{source.folder} holds no image processor")
+        raise UserError(f"{source.folder} contains no image processor")
     return processor
 
 
 def _tokenizer(source: Source) -> Any:
-    """Return the tokenizer that lies beside the weights."""
     from transformers import AutoTokenizer
 
-    # Without a vocabulary transformers quietly makes a tokenizer that knows no word.
+    # Without a vocabulary file, AutoTokenizer silently builds a tokenizer that knows no words.
     if not any(any(source.folder.glob(pattern)) for pattern in VOCABULARIES):
-        raise UserError(f"{source.folder} holds no tokenizer")
+        raise UserError(f"{source.folder} contains no tokenizer")
 
     return AutoTokenizer.from_pretrained(
         source.folder,
@@ -213,21 +219,24 @@ def _tokenizer(source: Source) -> Any:
 
 
 def _refuse_nan(network: nn.Module, config: ModelConfig) -> None:
-    """Raise when a weight is NaN; `amax` hands NaN on, which spares a mask of every weight."""
+    """Raise if a weight contains NaN."""
     for name, weight in network.named_parameters():
         readable = weight.is_floating_point() and weight.numel() > 0 and not weight.is_meta
-        # Eight-bit floats have no maximum in torch.
+        # `amax` propagates NaN and needs no boolean mask the size of the weight. It is not
+        # implemented for 8-bit floats.
         if readable and weight.element_size() > 1 and bool(weight.amax().isnan()):
-            raise UserError(f"the weights of {config.name} hold NaN, for instance in {name}")
+            raise UserError(f"the weights of {config.name} contain NaN, for instance in {name}")
 
 
 @contextmanager
 def _in_one_sentence(source: Source) -> Iterator[None]:
-    """Turn what transformers raises inside the block into one sentence; keep its warnings quiet."""
+    """Turn exceptions of transformers into one sentence, and silence its warnings."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
+    # Verbosity and progress bars are global state of transformers: both are restored, since the
+    # caller may be a library user.
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""A loaded network with everything that a method, a harness or a meter needs to use it."""
+"""A loaded network with everything that methods, harnesses and measurements need to use it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 
 
 class Spent(Protocol):
-    """What a method's own work took while it was being timed."""
+    """Duration of a method's own work, readable after the timed block."""
 
     seconds: float
 
 
 @dataclass
 class Model:
-    """A network, what turns inputs into tensors for it, and where they came from.
+    """A network, what turns inputs into tensors for it, and where both came from.
 
-    `tokenizer` is None for an image classifier; `processor` takes images and text, and is None for
-    all but vision-language models, whose tokenizer it holds. `overhead` is set by a method that
-    does work of its own inside a forward, such as choosing tokens: it times that work. So is
-    `needs_pixels`, by one that reads what the vision part computes in a call: images must then come
-    with the call, and must not have been encoded before. `needs_prompt` is set by one that looks at
-    a whole prompt at once: it must then come in one call.
+    `tokenizer` is None for an image classifier. `processor` takes images and text and holds the
+    tokenizer; it is None for all models but vision-language models.
 
-    `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` the commit that
+    Three fields are set by methods. `overhead` times the work that a method adds inside a forward,
+    such as the selection of tokens. `needs_pixels` says that a method reads what the vision tower
+    computes during a call: images must then be passed with the call and not be encoded before it.
+    `needs_prompt` says that a method looks at the whole prompt at once: it must be passed in one
+    call.
+
+    `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` is the commit that
     the requested revision resolved to, None for local folders.
     """
 
@@ -52,30 +54,35 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The model's config name."""
+        """The name in the model's config."""
         return self.config.name
 
     @property
     def max_length(self) -> int:
-        """The longest sequence that the network may be given, in tokens."""
+        """Length in tokens of the longest sequence that the network accepts."""
         return longest(self.config, self.network)
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """Where the parts are that methods change."""
+        """Location of the parts that methods change."""
+        # Cached: methods read it per layer. A method that changes shapes must invalidate it, or the
+        # next reader sees modules that are no longer in the network.
         from bench.models.anatomy import dissect
 
         return dissect(self.network)
 
     def copy(self) -> Model:
-        """Return a model with its own weights, so that a method can change them."""
+        """Copy the model with its own weights, so that a method can change them."""
+        # `replace` copies fields only, so that the cached structure, which points into the original
+        # network, is not carried over.
         return replace(self, network=copy.deepcopy(self.network))
 
 
 def longest(config: ModelConfig, network: nn.Module) -> int:
-    """Return the longest sequence that a network may be given, in tokens; no weight is read."""
+    """Return the longest sequence that a network accepts, in tokens; no weight is read."""
     if config.max_length is not None:
         return config.max_length
+    # Vision-language models nest the decoder's config; the outer one has no position limit.
     own: Any = network.config
     text = own.get_text_config() if hasattr(own, "get_text_config") else own
     return int(getattr(text, "max_position_embeddings", 2048))

@@ -1,13 +1,13 @@
-"""Seeing what experts compute while a network runs, in its own forward pass.
+"""Hooks that show what experts compute during a network's own forward.
 
-Shapes: T tokens, K experts a token, S tokens routed to one expert (a chunk of them), D d_model,
-F an expert's width.
+Shapes: T tokens, K experts per token, S tokens routed to one expert (a chunk of them), D d_model, F
+an expert's width.
 
-Fused experts of transformers 5 never expose their intermediate, so the pass is taken over through
-its experts interface: the same sum, expert by expert, with the intermediate shown to an observer.
-Ragged experts, which are our own, are taken over likewise. Expert lists are watched by a hook on
-their inputs. In all cases the router's weights are the ones that the model really applies,
-whatever its router does (normalised, scaled, sparsemixer).
+Fused experts of transformers 5 never expose their intermediate, so their forward is replaced
+through transformers' experts interface: the same sum, expert by expert, with the intermediate
+passed to an observer. Ragged experts, which are our own, are replaced likewise. Lists of experts
+are observed by a hook on their inputs. In all cases the router's weights are those that the model
+applies, whatever its router computes (normalised, scaled, sparsemixer).
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from torch import Tensor, nn
 from bench.models.anatomy.expert import ExpertView, projections
 from bench.models.anatomy.moe import MoEBlock
 
+# One name in a global table of transformers: two observations cannot be nested, since the inner one
+# would unregister the outer one's forward.
 IMPLEMENTATION = "slimbench_observed"
 
 
 class Observer(Protocol):
-    """What one MoE block shows; every token that passes is shown once, in chunks."""
+    """Receiver of what one MoE block computes; every token is passed once, in chunks."""
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Tokens of one routed expert: its input, act(gate)·up, and the router's weights."""
+        """Take tokens of one routed expert: its input, act(gate)·up, and the router's weights."""
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """All tokens of the shared experts; the weight is their gate's, or one."""
+        """Take tokens of the shared experts; the weight is their gate's, or one."""
 
     def output(self, y_TD: Tensor) -> None:
-        """The block's output."""
+        """Take the block's output."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Some tokens of one expert: which ones [S], router weights [S], hidden states [S, F]."""
+    """Some tokens of one expert: indices [S], router weights [S], hidden states [S, F]."""
 
     view: ExpertView
     token: Tensor
@@ -51,9 +53,9 @@ class Routed:
 
 @contextmanager
 def observing(watched: Mapping[MoEBlock, Observer], chunk: int = 4096) -> Iterator[None]:
-    """Show the observers what passes through their blocks inside the `with`.
+    """Pass what the blocks compute inside the `with` to their observers.
 
-    At most `chunk` tokens are shown at once, which bounds the memory for intermediates.
+    At most `chunk` tokens are passed at once, which bounds the memory for intermediates.
     """
     with ExitStack() as stack:
         _take_over_fused([b for b in watched if b.layout == "fused"], watched, chunk, stack)
@@ -77,7 +79,7 @@ def _take_over_fused(
     chunk: int,
     stack: ExitStack,
 ) -> None:
-    """Make transformers call our forward for fused experts until the stack is closed."""
+    """Route transformers' calls of fused experts to our forward until the stack closes."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     owners = {block.experts: block for block in blocks}
@@ -85,7 +87,10 @@ def _take_over_fused(
     def forward(experts: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         block = owners.get(experts)
         if block is None:
-            # Not watched, but of the same config: as transformers' own file computes it.
+            # Not observed, but dispatched here since it shares the config: compute it as its own
+            # class does. `forward` of the class is the decorated one, which looks the
+            # implementation up in the config, finds this function and would recurse; `__wrapped__`
+            # is the loop beneath.
             plain: Tensor = cast(Any, type(experts).forward).__wrapped__(
                 experts, x_TD, index_TK, weight_TK
             )
@@ -96,14 +101,17 @@ def _take_over_fused(
         ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = forward
         stack.callback(ALL_EXPERTS_FUNCTIONS.pop, IMPLEMENTATION)
     for block in blocks:
-        # The config object is shared by all layers; the first one sets it, all restore it.
+        # All layers share one config object. The first block saves the original value, later ones
+        # save ours; the stack unwinds in reverse, so that the original is restored last.
         config = cast(Any, block.experts).config
         stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
         config._experts_implementation = IMPLEMENTATION
 
 
 def _take_over_ragged(block: MoEBlock, observer: Observer, chunk: int, stack: ExitStack) -> None:
-    """Put our forward before the one of the experts' class until the stack is closed."""
+    """Shadow the class's forward on the instance until the stack closes."""
+    # accelerate may have put its own forward on the instance, to fetch offloaded weights: it is put
+    # back, and inside the block the weights are expected to be onloaded.
     instance = block.experts.__dict__
     before = instance.get("forward")
 
@@ -122,7 +130,8 @@ def _take_over_ragged(block: MoEBlock, observer: Observer, chunk: int, stack: Ex
 def _observed(
     block: MoEBlock, observer: Observer, chunk: int, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """Return what the experts compute, [T, D], while the observer sees how."""
+    """Compute the experts' output, [T, D], expert by expert, and show it to the observer."""
+    # Summed in float32, so that the order of the experts does not show in half precision.
     y_TD = torch.zeros_like(inputs[0], dtype=torch.float32)
     for part in _by_expert(block, observer, chunk, inputs):
         y_SD = part.view.combine(part.hidden) * part.weight[:, None]
@@ -133,14 +142,16 @@ def _observed(
 def _by_expert(
     block: MoEBlock, observer: Observer, chunk: int, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Iterator[Routed]:
-    """Compute and show each expert's hidden states for its tokens, and nothing for other tokens."""
+    """Compute and show each expert's hidden states, for the tokens routed to it only."""
     x_TD, index_TK, weight_TK = inputs
     flat = index_TK.flatten()
-    # Stable, so that an expert sees its tokens in their order on every device.
+    # Stable, so that an expert sees its tokens in the same order on every device.
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=block.num_experts).tolist()
     for expert, slots in enumerate(torch.split(order, counts)):
         view = block.expert(expert)
+        # `torch.split` of an empty tensor yields one empty chunk; observers are not called for
+        # experts without tokens.
         for slots_S in torch.split(slots, chunk) if len(slots) else ():
             token_S = slots_S // index_TK.shape[1]
             x_SD, weight_S = x_TD[token_S], weight_TK.flatten()[slots_S]
@@ -150,9 +161,11 @@ def _by_expert(
 
 
 def _input_hook(block: MoEBlock, observer: Observer, chunk: int) -> Callable[..., None]:
-    """Return a hook that repeats what a list of experts is about to do, for the observer."""
+    """Return a hook that repeats the work of a list of experts for the observer."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        # Architectures pass the router's choice by position or by keyword, but always in this
+        # order.
         x_TD, index_TK, weight_TK = (*args, *kwargs.values())
         for _part in _by_expert(block, observer, chunk, (x_TD, index_TK, weight_TK)):
             pass
@@ -165,12 +178,15 @@ def _watch_shared(block: MoEBlock, observer: Observer, chunk: int, stack: ExitSt
     shared = cast(nn.Module, block.shared)
     linears = projections(shared)
     assert linears is not None
+    # Two hooks see one call: on entry the input x, and before the down projection its argument,
+    # which is act(gate)·up without computing it again. The stack pairs them.
     entered: list[Tensor] = []
 
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         entered.append(args[0].flatten(0, -2))
 
     def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Popped, so that no activation outlives its forward.
         x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
         weight_T = _shared_weight(block, x_TD)
         pieces = (torch.split(part, chunk) for part in (x_TD, hidden_TF, weight_T))
@@ -182,14 +198,13 @@ def _watch_shared(block: MoEBlock, observer: Observer, chunk: int, stack: ExitSt
 
 
 def _shared_weight(block: MoEBlock, x_TD: Tensor) -> Tensor:
-    """Return what multiplies the shared experts' output, shape [T]."""
+    """Return the factor of the shared experts' output, [T]."""
     if block.shared_gate is None:
         return x_TD.new_ones(x_TD.shape[0])
     return torch.sigmoid(block.shared_gate(x_TD)).squeeze(-1)
 
 
 def _output_hook(observer: Observer) -> Callable[..., None]:
-    """Return a hook that shows a block's output."""
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         observer.output(output.flatten(0, -2))

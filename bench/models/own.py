@@ -1,8 +1,8 @@
-"""Modules of slimbench's own that stand in a published network where another module stood.
+"""Modules of slimbench that replace modules of a published network.
 
-A method that changes the shape or the form of weights replaces a module by an `OwnModule`. What
-it needs to be built again without its weights is a few JSON values, its `structure`, so that such
-a network can be written to a folder and loaded from it like any other.
+A method that changes the shape or the storage of weights replaces a module by a `ReplacedModule`.
+Its `spec`, a few JSON values, suffices to build it again without weights, so that such a network
+can be saved to a folder and loaded like any other.
 """
 
 from __future__ import annotations
@@ -15,37 +15,39 @@ from torch import nn
 
 from bench.errors import UserError
 
-# Only code of these packages is ever imported because a model's folder names it.
+# A model folder is untrusted input that names classes: only these packages are ever imported
+# because of it, so a folder cannot run code of its own choice.
 PACKAGES = ("bench.", "methods.")
 
 
 class OwnModule(nn.Module, ABC):
-    """A module that can say how it is built, and be built again to receive its weights."""
+    """Module that describes how it is built, and can be rebuilt to receive its weights."""
 
     @abstractmethod
     def structure(self) -> dict[str, Any]:
-        """Return the JSON values that `empty` needs."""
+        """Return the JSON values that `from_spec` needs."""
 
     def routed(self) -> tuple[int, int] | None:
-        """Return how many parameters belong to single experts, and how many experts there are.
+        """Return the number of parameters that belong to single experts, and the number of experts.
 
-        Only for experts in a form that the anatomy does not know; None for all other modules.
+        Only for experts in a form that the structure does not describe; None for all other modules.
         """
         return None
 
     @classmethod
     @abstractmethod
     def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
-        """Build the module with weights of the right shapes and any value.
+        """Build the module with weights of the right shapes and arbitrary values.
 
-        `original` is the published module in whose place it comes; what cannot be written as
-        JSON, such as an activation, is taken from it.
+        `original` is the published module that is replaced; what JSON cannot hold, such as an
+        activation, is taken from it.
         """
 
 
 def structures(network: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return, by its place in the network, how each of our modules is built."""
+    """Return class and spec of every replaced module, by its name in the network."""
     return {
+        # The path is part of the folder format: moving a class breaks folders written before.
         name: {"class": f"{type(module).__module__}.{type(module).__qualname__}"}
         | module.structure()
         for name, module in network.named_modules()
@@ -54,24 +56,26 @@ def structures(network: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def restructure(network: nn.Module, structures: dict[str, dict[str, Any]]) -> None:
-    """Put our modules, still without their weights, in their places of a published network.
+    """Install replaced modules, still without their weights, in a published network.
 
     Raises:
-        UserError: a place or a class is unknown, or the values do not fit the class.
+        UserError: a name or a class is unknown, or the values do not match the class.
     """
     for name, structure in structures.items():
+        # Outer modules come before inner ones (`named_modules` is depth-first), so a replaced
+        # module inside another one finds its parent already installed.
         parent_name, _, child = name.rpartition(".")
         try:
             parent = network.get_submodule(parent_name)
             original = parent.get_submodule(child)
             built = _class(structure).empty(structure, original)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the structure of {name} cannot be built: {error}") from None
+            raise UserError(f"slimbench.json: {name} cannot be built: {error}") from None
         setattr(parent, child, built)
 
 
 def _class(structure: dict[str, Any]) -> type[OwnModule]:
-    """Return the class that a structure names, if it is one of ours."""
+    """Import the class that a description names, if it is a replaced module of ours."""
     path = str(structure["class"])
     module, _, name = path.rpartition(".")
     if not path.startswith(PACKAGES):
@@ -80,6 +84,7 @@ def _class(structure: dict[str, Any]) -> type[OwnModule]:
         found = getattr(importlib.import_module(module), name)
     except ImportError:
         raise ValueError(f"{path} does not exist in this version") from None
+    # Importing from our packages is not enough: they also hold functions and classes with effects.
     if not (isinstance(found, type) and issubclass(found, OwnModule)):
         raise ValueError(f"{path} is not a module that can be built again")
     return found

@@ -1,6 +1,6 @@
-"""Filling ragged experts up with zeros to one width, which stock transformers can load.
+"""Zero-padding of ragged experts to one width, so that stock transformers loads them.
 
-A micro-expert of zeros computes act(0) · 0 = 0, so the outputs stay as they are.
+A micro-expert of zeros computes act(0) · 0 = 0, so the outputs do not change.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from torch import nn
 
 from bench.models.anatomy import Anatomy, ExpertView, MoEBlock, dissect
 
+# transformers' grouped matmuls need rows of whole 16 bytes, that is 8 half-precision numbers.
 WHOLE = 8
 
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths that a config gives to every routed expert and to all shared ones together."""
+    """Widths in a config: of every routed expert, and of all shared experts together."""
 
     routed: int
     shared: int
 
 
 def common_widths(config: Any, anatomy: Anatomy) -> Widths:
-    """Return the least widths that hold every expert, that such a config can say, and that run.
-
-    transformers' grouped products need rows of whole 16 bytes, which 8 half-precision numbers are.
-    """
+    """Return the smallest widths that hold every expert, fit the config's fields, and run."""
+    # A width of 0 is no valid config, so a block whose experts are all empty gets one zero
+    # micro-expert.
     routed = max(1, *(width for block in anatomy.moe for width in block.widths))
     shared = max(block.d_shared for block in anatomy.moe)
-    # DeepSeek's config has no width of its own for shared experts: they are so many routed ones.
+    # DeepSeek's config has no separate width for shared experts: they are `n_shared_experts` times
+    # as wide as a routed one, so one width has to satisfy both.
     count = getattr(config, "n_shared_experts", None)
     if count:
         routed = max(routed, -(-shared // count))
@@ -45,7 +46,7 @@ def common_widths(config: Any, anatomy: Anatomy) -> Widths:
 
 
 def fits(anatomy: Anatomy, widths: Widths) -> bool:
-    """Whether every expert has these widths already, so that nothing need be filled up."""
+    """Whether every expert already has these widths, so that no padding is needed."""
     return all(
         set(block.widths) == {widths.routed} and block.d_shared == widths.shared
         for block in anatomy.moe
@@ -54,13 +55,15 @@ def fits(anatomy: Anatomy, widths: Widths) -> bool:
 
 @torch.no_grad()
 def padded(network: nn.Module, anatomy: Anatomy, widths: Widths) -> nn.Module:
-    """Return a network as its class builds it, with every expert filled up to the widths.
+    """Return a network of the published class, with every expert padded to the widths.
 
-    All weights but the experts' are shared with `network`, and buffers that are never stored have
-    no value: it is for saving, not for running.
+    All weights except the experts' are shared with `network`, and non-persistent buffers have no
+    value: the result is for saving, not for running.
     """
     whole: Any = network
     shell = empty_network(_with_widths(whole.config, widths), whole.dtype)
+    # `assign` shares the tensors instead of copying into meta tensors, which have no storage;
+    # `strict=False` leaves out the experts, which are filled next.
     shell.load_state_dict(_outside_experts(network, anatomy), strict=False, assign=True)
     for target, source in zip(dissect(shell).moe, anatomy.moe, strict=True):
         _fill(target, source)
@@ -68,7 +71,7 @@ def padded(network: nn.Module, anatomy: Anatomy, widths: Widths) -> nn.Module:
 
 
 def empty_network(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Return a network of the shape that a config says, on the meta device."""
+    """Build a network of the shape in a config, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -77,7 +80,7 @@ def empty_network(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _with_widths(config: Any, widths: Widths) -> Any:
-    """Return a config that says the widths, under the names that its architecture has for them."""
+    """Return a copy of the config with the widths, under its architecture's field names."""
     changed = copy.deepcopy(config)
     own = "moe_intermediate_size"
     setattr(changed, own if hasattr(config, own) else "intermediate_size", widths.routed)
@@ -87,7 +90,9 @@ def _with_widths(config: Any, widths: Widths) -> Any:
 
 
 def _outside_experts(network: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """Return the state of everything but routed and shared experts."""
+    """Return the state of everything except routed and shared experts."""
+    # By identity, not by name: names of experts differ between architectures. `keep_vars` returns
+    # the parameters themselves, without which identities would be those of detached copies.
     ours = {id(weight) for block in anatomy.moe for weight in block.experts.parameters()}
     for block in anatomy.moe:
         ours |= {id(weight) for weight in block.shared.parameters()} if block.shared else set()
@@ -96,7 +101,8 @@ def _outside_experts(network: nn.Module, anatomy: Anatomy) -> dict[str, torch.Te
 
 
 def _fill(target: MoEBlock, source: MoEBlock) -> None:
-    """Give a block's experts memory and the weights of another block's, zeros beyond them."""
+    """Allocate a block's experts and copy another block's weights, zeros elsewhere."""
+    # The experts themselves may be empty (all widths 0), the router never is.
     device = next(source.router.parameters()).device
     for part in (target.experts, target.shared):
         if part is not None:
@@ -111,7 +117,6 @@ def _fill(target: MoEBlock, source: MoEBlock) -> None:
 
 
 def _copy(narrow: ExpertView, wide: ExpertView) -> None:
-    """Write an expert into the first micro-experts of a wider one."""
     wide.gate[: narrow.width] = narrow.gate
     wide.up[: narrow.width] = narrow.up
     wide.down[:, : narrow.width] = narrow.down

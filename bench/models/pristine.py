@@ -1,4 +1,4 @@
-"""One unchanged model kept between the runs of a sweep, so that it is loaded once."""
+"""The unchanged base model, kept between the runs of a sweep so that it is loaded once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from bench.models.source import Source
 
 
 class Pristine:
-    """Lends the model of a source; a run that changes it gets its own copy."""
+    """Holds the model of one source; a run that changes it gets its own copy."""
 
     def __init__(self) -> None:
         self._source: Source | None = None
         self._model: Model | None = None
 
     def borrow(self, source: Source, will_change: bool) -> Model:
-        """Return the model of `source`, loading it only if it is not the one that is kept.
+        """Return the model of `source`, loading it unless it is already cached.
 
-        Without `will_change` this is the kept model itself, which must stay as it is. With it, a
-        copy where memory allows; otherwise the kept one is given away and loaded again next time.
+        Without `will_change` this is the cached model itself, which must not be modified. With it,
+        the caller gets a copy if memory allows; otherwise the cached model itself, which is then
+        loaded again for the next run.
         """
         if self._model is None or self._source != source:
+            # Before loading: two models at once may not fit.
             self.release()
             self._source, self._model = source, _copied(load(source))
             devices.release(self._model.device)
@@ -35,11 +37,11 @@ class Pristine:
         return given
 
     def beside(self, source: Source) -> Model | None:
-        """Return the kept model of `source` to be looked at, None where it was given away."""
+        """Return the cached model of `source` for reading, or None if it was given away."""
         return self._model if self._source == source else None
 
     def release(self) -> None:
-        """Forget the kept model and give its memory back."""
+        """Drop the cached model and free its memory."""
         if self._model is not None:
             device = self._model.device
             self._source = self._model = None
@@ -47,18 +49,17 @@ class Pristine:
 
 
 def _copied(loaded: Model) -> Model:
-    """Return a copy in place of a model that was just loaded, where memory allows.
-
-    On a CPU a loaded network is 1 to 3 % slower than any copy of it, since its tensors and modules
-    lie scattered in memory. What is lent is a copy, and would beat this one for nothing.
-    """
+    """Return a copy of a freshly loaded model if memory allows."""
+    # On a CPU, a loaded network is 1 to 3 % slower than any copy of it (measured), since its
+    # tensors and modules lie scattered in memory. Pruned models are copies, so comparing them with
+    # the loaded original would bias every speed-up in their favour.
     return loaded.copy() if _has_room_for_copy(loaded) else loaded
 
 
 def _has_room_for_copy(model: Model) -> bool:
-    """Whether the device can hold a second copy and half as much again to work with.
+    """Whether the device can hold a second copy and half as much again for activations.
 
-    A network that accelerate spread over devices is never copied: its hooks belong to it.
+    A network that accelerate spread over devices is never copied: its hooks refer to it.
     """
     if model.config.device_map is not None:
         return False

@@ -1,9 +1,9 @@
-"""The matrix products of a network as multiply-adds, told by whoever makes them.
+"""MACs of a network's matmuls, reported by the component that performs them.
 
-A product of a row with a matrix costs as many multiply-adds as the matrix has weights; a query
-meets a key twice, in q · k and in weight · v. Nothing else is counted: norms, activations,
-softmax, rotations and sums are elementwise and small beside these. This is the vocabulary that
-meters and methods share: a method that replaces a computation says what it multiplies instead.
+Multiplying a row with a matrix costs as many multiply-adds (MACs) as the matrix has weights; a
+query meets each key twice, in q · k and in weight · v. Nothing else is counted: norms, activations,
+softmax, rotations and sums are elementwise and small in comparison. Measurements and methods share
+this vocabulary: a method that replaces a computation reports its matmuls instead.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ Rows = Literal["text", "visual"]
 
 @dataclass(frozen=True)
 class Product:
-    """Products of one kind: their part of the network, whose rows they are for, multiply-adds.
+    """Cost of matmuls of one kind: part of the network, kind of tokens, MACs.
 
-    `rows` as a part are a decoder's projections and dense feed-forwards, `attention` its quadratic
-    part, `method` what a method does beside the network. `hidden` is how much of `macs` goes into
-    pairs of query and key that a mask hides: work that a kernel is asked for, and may skip.
+    `rows` as a part are a decoder's projections and dense feed-forwards, `attention` is its
+    quadratic part, `method` is what a method computes in addition to the network. `hidden` is the
+    share of `macs` for pairs of query and key that a mask hides: a kernel is asked for them, but
+    may skip them.
     """
 
     part: Part
@@ -42,12 +43,12 @@ class Product:
 
     @property
     def label(self) -> str:
-        """The part's name in a record: `text` and `visual` for a decoder's rows."""
+        """Name of the part in a record: `text` and `visual` for a decoder's rows."""
         return self.rows if self.part == "rows" else self.part
 
 
 def by_part(products: Iterable[Product], *, hidden: bool = True) -> dict[str, float]:
-    """Return multiply-adds by part, with or without those of hidden pairs."""
+    """Sum MACs by part, with or without those of masked pairs."""
     parts: dict[str, float] = {}
     for product in products:
         macs = product.macs if hidden else product.macs - product.hidden
@@ -56,12 +57,13 @@ def by_part(products: Iterable[Product], *, hidden: bool = True) -> dict[str, fl
 
 
 def weights(module: nn.Module) -> int:
-    """Return how many weights one row is multiplied with when it meets each matrix once.
+    """Count the weights that one row is multiplied with when it passes each matrix once.
 
-    Embeddings are looked up, and vectors (norms, biases) are not products.
+    Embeddings are looked up, and vectors (norms, biases) are no matmuls.
     """
     total = 0
     for part in module.modules():
+        # Packed layers hold codes in buffers: `numel` is the number of weights, not of bytes.
         if isinstance(part, PackedLinear):
             total += part.numel
         elif not isinstance(part, nn.Embedding):
@@ -70,42 +72,43 @@ def weights(module: nn.Module) -> int:
 
 
 def projections(attention: nn.Module, count: float, past: float, rows: Rows) -> Product:
-    """Return what `count` rows cost in an attention's projections when `past` keys are cached.
-
-    Latent attention (DeepSeek) caches keys and values compressed, and expands all of them again.
-    """
+    """Compute the cost of `count` rows in attention projections, with `past` keys cached."""
+    # Latent attention (DeepSeek) caches keys and values compressed and expands all of them again in
+    # every call, cached ones included.
     again = getattr(attention, "kv_b_proj", None)
     expanded = past * weights(again) if isinstance(again, nn.Module) else 0.0
     return Product("rows", count * weights(attention) + expanded, rows)
 
 
 def pair_macs(attention: nn.Module) -> int:
-    """Return the multiply-adds of one query with one key and its value, over all heads.
+    """Return the MACs of one query with one key and its value, over all heads.
 
     Raises:
-        UserError: the module does not say how wide its heads are.
+        UserError: the module does not state the width of its heads.
     """
     module = cast(Any, attention)
     heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    if hasattr(module, "v_head_dim") and heads:  # latent attention: values of a width of their own
+    if hasattr(module, "v_head_dim") and heads:  # latent attention: values have their own width
         return int(heads * (module.qk_head_dim + module.v_head_dim))
     if heads is None or not hasattr(module, "head_dim"):
-        raise UserError(f"the heads of {type(attention).__name__} are not understood")
+        raise UserError(
+            f"{type(attention).__name__} does not state the number and width of its heads"
+        )
     return int(2 * heads * module.head_dim)
 
 
 def attended(
     rows: Rows, pairs: float, seen: float, per_pair: int, part: Part = "attention"
 ) -> Product:
-    """Return attention over so many pairs of query and key, of which `seen` are not masked."""
+    """Compute the cost of attention over `pairs` of query and key, `seen` of them not masked."""
     return Product(part, pairs * per_pair, rows, (pairs - seen) * per_pair)
 
 
 def feed_forward(module: nn.Module, count: float, rows: Rows, top_k: int | None) -> list[Product]:
-    """Return what `count` rows cost in a feed-forward, dense or a mixture of experts.
+    """Compute the cost of `count` rows in a feed-forward, dense or mixture of experts.
 
-    Routed experts are taken to be chosen alike: a row meets `top_k` of E, each of mean size,
-    padding included. The router's part holds all that is neither routed nor shared.
+    Routing is assumed to be even: a row meets `top_k` of E experts, each of mean size, padding
+    included. The router's part holds everything that is neither routed nor shared.
     """
     experts = getattr(module, "experts", None)
     if not isinstance(experts, nn.Module):
@@ -118,7 +121,9 @@ def feed_forward(module: nn.Module, count: float, rows: Rows, top_k: int | None)
 
 
 def _met(experts: nn.Module, top_k: int) -> float:
-    """Return how many weights of the experts a row meets on average."""
+    """Return the mean number of expert weights that a row is multiplied with."""
+    # Replaced experts may hold weights that every token meets (a shared base of D2-MoE), so only
+    # the part that belongs to single experts is scaled by top_k / E.
     told = experts.routed() if isinstance(experts, OwnModule) else None
     total = weights(experts)
     if told is not None:
@@ -128,25 +133,28 @@ def _met(experts: nn.Module, top_k: int) -> float:
 
 
 def _count(experts: nn.Module) -> int:
-    """Return how many routed experts there are, also those of which nothing is left."""
+    """Return the number of routed experts, including those of width 0."""
     widths = getattr(experts, "widths", None)
     if widths is not None:
         return len(widths)
     if isinstance(experts, nn.ModuleList):
         return len(experts)
+    # Fused experts store all experts in one 3-D parameter, experts first.
     return int(next(w for w in experts.parameters(recurse=False) if w.ndim > 2).shape[0])
 
 
 def _top_k(block: nn.Module, fallback: int | None) -> int:
-    """Return how many experts a row goes to, as a part of the block or the config says."""
+    """Return the number of experts per row, from the block, its parts, or the config's value."""
     owners = (*block.children(), block)
     said = (getattr(owner, "top_k", None) for owner in owners)
     found = next((value for value in said if isinstance(value, int)), fallback)
     if found is None:
-        raise UserError(f"{type(block).__name__} does not say how many experts a token goes to")
+        raise UserError(
+            f"{type(block).__name__} does not state how many experts a token goes to (top_k)"
+        )
     return found
 
 
 def matrices(*tensors: Tensor) -> int:
-    """Return how many weights some matrices have together."""
+    """Count the weights of some matrices together."""
     return sum(tensor.numel() for tensor in tensors)

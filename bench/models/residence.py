@@ -1,7 +1,7 @@
-"""Weights that live in CPU memory or on disk, brought to the device for as long as they change.
+"""Onloading of offloaded weights while a layer is modified, and writing them back.
 
 accelerate keeps a model larger than its device in pieces: a hook on every module fetches the
-module's weights before its forward and drops them after it. That is how such a model runs, but a
+module's weights before its forward and drops them afterwards. This suffices to run the model, but a
 method that changes a layer needs the weights to stay, and the changed ones to be kept.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether any weight of a module is fetched from elsewhere when it is needed."""
+    """Whether any weight of a module is fetched from CPU memory or disk when needed."""
     return any(True for _ in _offloaded(module))
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return the device that a module computes on, wherever its weights wait."""
+    """Return the device on which a module computes, wherever its weights are stored."""
     for _, _, hook in _offloaded(module):
         return torch.device(hook.execution_device)
     return next(module.parameters()).device
@@ -33,8 +33,8 @@ def execution_device(module: nn.Module) -> torch.device:
 def resident(module: nn.Module) -> Iterator[None]:
     """Hold all weights of a module on its device inside the block; keep what was changed.
 
-    Inside, the module runs and can be changed like any other, submodules may be replaced. At the
-    end changed and new weights go back to where the module's weights were: to CPU memory, or to
+    Inside, the module runs and can be changed like any other; submodules may be replaced. At the
+    end, changed and new weights are written back to where the module's weights were: CPU memory, or
     safetensors files on disk. A module that is not offloaded is left alone.
     """
     stays = _Stay(module)
@@ -46,7 +46,9 @@ def resident(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(network: nn.Module) -> Iterator[None]:
-    """Let modules run as they are defined, fetching nothing; for counting on the meta device."""
+    """Run modules without accelerate's hooks, for counting on the meta device."""
+    # accelerate wraps `forward` on the instance; without that attribute the class's own forward is
+    # found. On meta there is nothing to fetch, and the hooks would read whole layers from disk.
     hooked = [m for m in network.modules() if "_hf_hook" in m.__dict__]
     before = [module.__dict__.pop("forward") for module in hooked]
     try:
@@ -57,18 +59,20 @@ def without_hooks(network: nn.Module) -> Iterator[None]:
 
 
 def fetched(network: nn.Module) -> Iterator[Tensor]:
-    """Yield every parameter of a network once, offloaded ones fetched one after the other."""
+    """Yield every parameter of a network once, loading offloaded ones one at a time."""
     seen: set[nn.Parameter] = set()
     for module in network.modules():
         hook = _fetching(module)
         for name, weight in module.named_parameters(recurse=False):
             if weight not in seen:
+                # Offloaded parameters are meta tensors in the module. Tied ones are one object and
+                # come once.
                 yield hook.weights_map[name] if hook and weight.is_meta else weight
             seen.add(weight)
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield the submodules whose weights are fetched, with name and hook."""
+    """Yield name, submodule and hook of all submodules whose weights are offloaded."""
     for name, part in module.named_modules():
         hook = _fetching(part)
         if hook is not None:
@@ -84,7 +88,7 @@ def _fetching(module: nn.Module) -> Any:
 
 @dataclass
 class _Store:
-    """Where a module's weights are kept: accelerate's map, and the module's own name in it."""
+    """Storage of a module's weights: accelerate's map, and the module's prefix in it."""
 
     weights: Any
     prefix: str
@@ -93,8 +97,12 @@ class _Store:
     loaded: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def keep(self, name: str, weight: Tensor) -> None:
-        """Write one weight, unless it is what was read."""
+        """Write one weight, unless it is unchanged."""
         known = self.loaded.get(name)
+        # Identity and `_version` together mean untouched. A replaced parameter is another object,
+        # whose version may be equal; an in-place write keeps the object and raises its version.
+        # Writing back unchanged weights would turn a read-only pass over a model on disk into a
+        # full copy.
         if known is not None and known[0] is weight and known[1] == weight._version:
             return
         key = f"{self.prefix}{name}"
@@ -111,25 +119,29 @@ class _Store:
         self.weights.state_dict.pop(key, None)
         self.weights.all_keys.remove(key)
         file = Path(self.weights.index.pop(key, {}).get("safetensors_file", ""))
-        # The model's own folder is only read; what was written beside it for this model can go.
+        # The model's own folder is only read; files that were written for this model next to it are
+        # deleted.
         if file.parent == self.folder:
             file.unlink(missing_ok=True)
 
 
 class _Stay:
-    """One stay of a module's weights on its device."""
+    """Weights of one module held on its device."""
 
     def __init__(self, module: nn.Module) -> None:
         from accelerate.hooks import remove_hook_from_module
 
         self._module = module
         self._store: _Store | None = None
+        # All submodules of a layer share one accelerate dataset, so the first hook gives the store
+        # for all of them.
         for name, part, hook in list(_offloaded(module)):
             store = self._store = self._store or _store(name, hook)
             remove_hook_from_module(part)
             for own, weight in list(part.named_parameters(recurse=False)):
                 path = f"{name}.{own}" if name else own
-                # On a CPU a tensor is a map of its file, which may be replaced while it is in use.
+                # On a CPU a tensor is a memory map of its file, which `keep` may replace while the
+                # tensor is in use: it is copied. On a GPU the transfer is the copy.
                 mapped = store.device.type == "cpu"
                 value = store.weights[store.prefix + path].to(store.device, copy=mapped)
                 held = nn.Parameter(value, requires_grad=weight.requires_grad)
@@ -137,9 +149,11 @@ class _Stay:
                 store.loaded[path] = (held, held._version)
 
     def end(self) -> None:
-        """Write back what changed and leave the weights to accelerate again."""
+        """Write back what changed and offload the weights again."""
         if self._store is None:
             return
+        # The module may have different parameters than at the start: replaced experts bring new
+        # names and drop old ones.
         present = dict(self._module.named_parameters())
         for name, weight in present.items():
             self._store.keep(name, weight)
@@ -151,9 +165,11 @@ class _Stay:
 
 
 def _store(name: str, hook: Any) -> _Store:
-    """Return where the weights are kept, from the hook of the submodule called `name`."""
+    """Derive the storage from the hook of the submodule called `name`."""
     weights = hook.weights_map.dataset
     own = f"{name}." if name else ""
+    # The dataset's keys are full names in the model. A hook's prefix ends with the submodule's name
+    # inside this module; without that part it is the prefix of the module itself.
     prefix = hook.weights_map.prefix.removesuffix(own)
     on_disk = any(key.startswith(prefix) for key in weights.index)
     folder = Path(weights.save_folder) if on_disk else None
@@ -161,7 +177,7 @@ def _store(name: str, hook: Any) -> _Store:
 
 
 def _offload(part: nn.Module, name: str, store: _Store) -> None:
-    """Let accelerate fetch a submodule's weights from the store when it runs."""
+    """Attach accelerate's hook that fetches a submodule's weights from the store."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import PrefixedDataset
 
@@ -175,10 +191,12 @@ def _offload(part: nn.Module, name: str, store: _Store) -> None:
 
 
 def _write(folder: Path, key: str, weight: Tensor) -> dict[str, str]:
-    """Write one weight to a file of its own and say where it is, as accelerate's index does."""
+    """Write one weight to its own file and return its entry in accelerate's index."""
     from safetensors.torch import save_file
 
     file = folder / f"{key}.safetensors"
+    # Written under another name and renamed: the old file may be mapped by tensors that are still
+    # read, and an interrupted write must not leave half a file under the name in the index.
     partial = file.with_suffix(".partial")
     save_file({key: weight.contiguous()}, partial)
     partial.replace(file)

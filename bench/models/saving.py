@@ -1,10 +1,9 @@
-"""Writing a network as a Hugging Face folder, in the plainest form that can hold it.
+"""Export of a network as a Hugging Face folder, in the plainest format that can hold it.
 
 `stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
-the same for experts of different widths, filled up with zeros to the widest. `slimbench`: as it is
-in memory, ragged or packed, with `slimbench.json` beside it, which `bench.models.loading` reads.
-`classifier`: an image classifier's own config and weights, and on request an ONNX file beside them.
-All are safetensors.
+the same for experts of different widths, zero-padded to the widest. `slimbench`: as in memory,
+ragged or packed, with a `slimbench.json` that `bench.models.loading` reads. `classifier`: an image
+classifier's own config and weights, and on request an ONNX file. All weights are safetensors.
 """
 
 from __future__ import annotations
@@ -25,28 +24,32 @@ Form = Literal["stock", "padded", "slimbench", "classifier"]
 
 
 def save(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> Form:
-    """Write network and tokenizer, or processor, to a folder and return the form they have there.
+    """Write network and tokenizer or processor to a folder, and return the format.
 
-    With `pad`, ragged experts are filled up with zeros so that stock transformers loads them. With
-    `onnx`, an image classifier is written as ONNX as well.
+    With `pad`, ragged experts are zero-padded so that stock transformers loads them. With `onnx`,
+    an image classifier is written as ONNX as well.
 
     Raises:
-        UserError: the network has parts that no form can hold, lies outside memory, or is asked
-            for in a form that its kind has not.
+        UserError: no format can hold the network, it is offloaded, or the requested format does not
+            exist for its kind of model.
     """
     network: Any = model.network
     if isinstance(network, vision.Classifier):
         return _save_classifier(network, folder, pad=pad, onnx=onnx)
     if onnx:
-        raise UserError(f"--onnx is for image classifiers, not {model.anatomy.architecture}")
+        raise UserError(f"--onnx is for image classifiers; {model.anatomy.architecture} is none")
     if is_offloaded(network):
         raise UserError("a model is written from memory only: set model.device_map=null")
     description = structure.describe(network)
+    # Before the first byte is written: a folder that loads as a different network is worse than
+    # none.
     refuse_foreign(network, description)
     form = _form(model, description, pad=pad)
     (model.processor or model.tokenizer).save_pretrained(folder)
     if form == "slimbench":
         assert description is not None
+        # By default, transformers converts fused experts back to the checkpoint's per-expert names,
+        # a mapping that does not know ragged or packed weights.
         network.save_pretrained(folder, save_original_format=False)
         structure.write(description, folder)
         return form
@@ -57,9 +60,9 @@ def save(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> Form:
 
 
 def _save_classifier(network: vision.Classifier, folder: Path, *, pad: bool, onnx: bool) -> Form:
-    """Write an image classifier, whose config says all of its shape."""
+    """Write an image classifier, whose config describes its full shape."""
     if pad:
-        raise UserError(f"--padded is for experts, which {network.config.architecture} has not")
+        raise UserError(f"--padded is for MoE models; {network.config.architecture} has no experts")
     vision.save(network, folder)
     if onnx:
         vision.to_onnx(network, folder)
@@ -67,21 +70,23 @@ def _save_classifier(network: vision.Classifier, folder: Path, *, pad: bool, onn
 
 
 def _form(model: Model, description: structure.Description | None, *, pad: bool) -> Form:
-    """Return the plainest form that holds the network."""
+    """Return the plainest format that holds the network."""
     if description is None:
         return "stock"
     network: Any = model.network
     if any(description["packed"].values()):
         if pad:
-            raise UserError("packed weights cannot be padded: leave --padded out")
+            raise UserError("packed weights cannot be padded: leave out --padded")
         return "slimbench"
+    # Equal widths need no description: the config can state them, and the folder stays loadable
+    # without slimbench.
     if fits(model.anatomy, common_widths(network.config, model.anatomy)):
         return "stock"
     return "padded" if pad else "slimbench"
 
 
 def refuse_foreign(network: nn.Module, description: structure.Description | None) -> None:
-    """Raise when what would be built from the network's config and description is not like it."""
+    """Raise if config and description would not rebuild the network as it is."""
     whole: Any = network
     rebuilt = empty_network(whole.config, whole.dtype)
     if description is not None:
@@ -89,9 +94,14 @@ def refuse_foreign(network: nn.Module, description: structure.Description | None
             structure.rebuild(rebuilt, description)
     known = dict(rebuilt.named_modules())
     for name, module in network.named_modules():
+        # Exact types, not isinstance: a subclass with a different forward would be rebuilt as its
+        # base.
         if name and type(module) is not type(known.get(name)):
-            raise UserError(f"{name} is a {type(module).__name__}, which no folder can hold yet")
+            raise UserError(
+                f"{name} is a {type(module).__name__}, which cannot be written to a folder"
+            )
+    # On the meta device, so the check costs no memory for weights.
     shapes = {key: weight.shape for key, weight in rebuilt.state_dict().items()}
     for key, weight in network.state_dict().items():
         if shapes.get(key) != weight.shape:
-            raise UserError(f"{key} has a shape that the network's config does not say")
+            raise UserError(f"{key} has a shape that differs from the network's config")

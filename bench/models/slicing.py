@@ -1,9 +1,9 @@
-"""Taking micro-experts out of a MoE block for good: what is left is all that is stored and run.
+"""Physical removal of micro-experts from a MoE block: only what is kept is stored and run.
 
-Shapes: D d_model, F an expert's width, KEPT the micro-experts that stay.
+Shapes: D d_model, F an expert's width, KEPT the micro-experts that are kept.
 
-The router is not touched: it chooses among as many experts as before, an expert without any
-micro-expert left adds nothing.
+The router is unchanged: it chooses among as many experts as before, and an expert without any
+micro-expert adds zero.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from bench.models.anatomy.ragged import RaggedExperts
 
 @torch.no_grad()
 def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> RaggedExperts:
-    """Replace the routed experts by ones that have only some of their micro-experts.
+    """Replace the routed experts by ragged ones that hold only some of their micro-experts.
 
-    `kept` maps an expert to the indices [KEPT] that stay, ascending; experts not named stay whole.
-    The block as described before is out of date afterwards: dissect the network again.
+    `kept` maps an expert to the indices [KEPT] to keep, ascending; experts that are not in it stay
+    whole. `block` is out of date afterwards: inspect the network again.
     """
     views = [block.expert(index) for index in range(block.num_experts)]
     widths = [len(kept[e]) if e in kept else view.width for e, view in enumerate(views)]
+    # All experts of a block share dtype and device.
     like = views[0].down
     ragged = RaggedExperts(
         widths, block.d_model, views[0].act, align, dtype=like.dtype, device=like.device
@@ -40,7 +41,7 @@ def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> Ragg
 
 @torch.no_grad()
 def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
-    """Replace the shared experts by one that has only the micro-experts `kept` [KEPT]."""
+    """Replace the shared experts by one that holds only the micro-experts `kept` [KEPT]."""
     view = block.shared_view()
     if view is None or block.shared is None:
         raise ValueError(f"{block.name} has no shared experts")
@@ -59,9 +60,9 @@ def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
 
 
 def _copy(source: ExpertView, target: ExpertView, kept: Tensor | None) -> None:
-    """Copy the micro-experts that stay, in their order."""
     if kept is None:
         kept = torch.arange(source.width, device=source.down.device)
+    # Indices may come from a ranking on the CPU.
     kept = kept.to(source.down.device)
     target.gate.copy_(source.gate.index_select(0, kept))
     target.up.copy_(source.up.index_select(0, kept))
@@ -69,8 +70,9 @@ def _copy(source: ExpertView, target: ExpertView, kept: Tensor | None) -> None:
 
 
 def _replace(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of a child, with no gradients asked for, in the same mode."""
+    """Replace a child module, in the same mode and without gradients."""
     name = next(name for name, child in owner.named_children() if child is old)
     setattr(owner, name, new.requires_grad_(False).train(old.training))
-    # Descriptions of the block still refer to the old module: its memory must not wait for them.
+    # Descriptions of the block (`MoEBlock`) still refer to the old module: its memory is freed now
+    # instead of when they are.
     old.to("meta")

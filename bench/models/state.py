@@ -1,6 +1,6 @@
-"""What a network's weights are now, after methods changed them: one name, and whether all is well.
+"""Hash and validity check of a network's current weights, after methods changed them.
 
-Both read every weight once where it lies; offloaded ones are fetched one after the other.
+Both read every weight once where it is stored; offloaded ones are loaded one at a time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.models.residence import fetched
 
+# Chunks bound the int64 copies: a whole weight in int64 would take four times its bfloat16 size.
 _CHUNK = 2**22
 _SPREAD = -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def state_hash(network: nn.Module) -> str:
-    """Return a name for the state of all weights and buffers: equal for equal bits.
+    """Hash all weights and buffers: equal bits give equal hashes.
 
-    Sums are taken on the weights' own device and only they are brought to the CPU, so that tens of
-    gigabytes take seconds.
+    Sums are computed on the weights' own device and only they are copied to the CPU, so that tens
+    of gigabytes take seconds.
     """
     found = hashlib.sha256()
     for name, tensor in _tensors(network):
@@ -32,7 +33,7 @@ def state_hash(network: nn.Module) -> str:
 
 
 def refuse_not_finite(network: nn.Module, method: str) -> None:
-    """Raise if a method left a weight with NaN or infinity in it, before anything is scored."""
+    """Raise if a method left NaN or infinity in a weight, before anything is scored."""
     for name, weight in _weights(network):
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise UserError(f"method {method} left numbers in {name} that are NaN or infinite")
@@ -45,20 +46,24 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from _weights(network)
+    # Buffers on meta have no bits to hash.
     yield from ((name, held) for name, held in network.named_buffers() if not held.is_meta)
 
 
 @torch.no_grad()
 def _sum(tensor: Tensor) -> int:
-    """Add up a tensor's bits as whole numbers modulo 2^64, each times an odd number of its place.
-
-    So no change of a single number and no exchange of two goes unseen.
-    """
+    """Sum a tensor's bits as integers modulo 2^64, each weighted by its position."""
+    # A view as integers of the same size sees bits, not numbers: -0.0 and 0.0 differ, NaN is equal
+    # to itself, and no rounding depends on the device.
     flat = tensor.detach().contiguous().flatten()
     words = flat.view(_WORDS[flat.element_size()])
     total = 0
     for start in range(0, len(words), _CHUNK):
         part = words[start : start + _CHUNK].long()
         place = torch.arange(start, start + len(part), device=part.device)
+        # int64 arithmetic wraps modulo 2^64, which is the ring intended here. Odd factors are
+        # invertible in it, so a change of one word always changes the sum; factors that depend on
+        # the position expose swaps as well. Hashing the bytes themselves would need all of them on
+        # the CPU.
         total += int((part * (place * _SPREAD).bitwise_or(1)).sum())
     return total % 2**64

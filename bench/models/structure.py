@@ -1,8 +1,8 @@
-"""What a folder says about a network that is no longer of its published shape.
+"""Description of a network that no longer has its published shape, stored in its folder.
 
-`slimbench.json` beside the weights names every module that stands in the place of a published one
-and how it is built; the weights themselves lie in safetensors under the names that the modules
-give them. A folder without that file is an ordinary Hugging Face folder.
+`slimbench.json`, next to the weights, names every module that replaces a published one and how it
+is built; the weights are in safetensors under the names of these modules. A folder without that
+file is an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from bench.errors import UserError
 from bench.models import own, packed
 
 FILE = "slimbench.json"
+# Increase it when an older program would read a folder incorrectly.
 FORMAT = 1
 
 Description = dict[str, Any]
 
 
 def describe(network: nn.Module) -> Description | None:
-    """Return how to build a network's modules of our own; None when it has none."""
+    """Describe a network's replaced and packed modules; None if it has none."""
     codes = packed.describe(network)
     modules = own.structures(network)
     if not modules and not codes["linears"] and not codes["experts"]:
@@ -37,10 +38,10 @@ def write(description: Description, folder: Path) -> None:
 
 
 def read(folder: Path) -> Description | None:
-    """Return the description in a model folder; None for an ordinary folder.
+    """Read the description in a model folder; None for an ordinary folder.
 
     Raises:
-        UserError: it cannot be read, or a later version wrote it.
+        UserError: it cannot be read, or was written by a different version of the format.
     """
     file = folder / FILE
     if not file.is_file():
@@ -49,27 +50,27 @@ def read(folder: Path) -> Description | None:
         description = json.loads(file.read_text(encoding="utf-8"))
         version = description["format"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is corrupt: it is not a description of a network") from None
+        raise UserError(f"{file} is corrupt: it does not describe a network") from None
     if version != FORMAT:
         raise UserError(f"{file} has format {version}, this program reads {FORMAT}")
     return dict(description)
 
 
 def rebuild(network: nn.Module, description: Description) -> None:
-    """Put empty modules as described in their places of a network of the published shape."""
+    """Install empty modules as described in a network of the published shape."""
+    # Replaced modules first: packed linear layers may be inside them.
     own.restructure(network, description["modules"])
     packed.install(network, description["packed"])
 
 
 def described_class(base: type[nn.Module], description: Description) -> type[nn.Module]:
-    """Return a network class whose constructor builds the described network.
-
-    It goes by the name of its base, so that all of transformers' loading works on it: shards,
-    placement on devices, tied weights, buffers that are not stored.
-    """
+    """Return a network class whose constructor builds the described network."""
 
     def build(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         rebuild(self, description)
 
+    # A subclass under the name and module of its base, so that all of transformers' loading works
+    # on it: shards, placement on devices, tied weights, non-persistent buffers. Modules installed
+    # after `from_pretrained` would miss these steps.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})

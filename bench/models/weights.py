@@ -1,4 +1,4 @@
-"""Which files hold a model's weights, and whether they are whole; no weight is read.
+"""Location and integrity of a model's weight files; no weight is read.
 
 Only safetensors are accepted: a pickled file can run code when it is opened. The format: eight
 bytes little-endian with the header's length, a JSON header, then the tensors without gaps
@@ -16,6 +16,7 @@ from bench.errors import UserError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+# The reference implementation's limit; it stops a corrupt length from allocating the memory.
 LARGEST_HEADER = 100_000_000
 
 
@@ -23,7 +24,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a model folder, sorted by name, after checking them.
 
     Raises:
-        UserError: there are none, only pickled ones, one that is missing, cut off or corrupt, or
+        UserError: there are none, only pickled ones, one that is missing, truncated or corrupt, or
             one that lies outside the folder.
     """
     refuse_escapes(folder)
@@ -39,11 +40,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def refuse_escapes(folder: Path) -> None:
-    """Raise when a file of the folder, at any depth, is a link to somewhere else.
+    """Raise if a file of the folder, at any depth, is a link to a file outside it.
 
-    A snapshot in the Hugging Face cache consists of links to `blobs` beside it; those stay within
+    A snapshot in the Hugging Face cache consists of links to `blobs` next to it; those stay within
     the model's own part of the cache and are allowed.
     """
+    # A downloaded folder is untrusted: a link to ~/.ssh would otherwise be read as a tokenizer
+    # file, and its content could end up in an error message.
     root = folder.resolve()
     if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
         root = root.parents[1]
@@ -51,11 +54,13 @@ def refuse_escapes(folder: Path) -> None:
         if not file.exists():
             raise UserError(f"{file} is a link to a file that does not exist")
         if not file.resolve().is_relative_to(root):
-            raise UserError(f"{file} leads out of its model folder to {file.resolve()}: refused")
+            raise UserError(
+                f"{file} leads out of its model folder to {file.resolve()}, which is not allowed"
+            )
 
 
 def check_header(file: Path) -> None:
-    """Raise when a safetensors file is cut off or its header does not describe its content."""
+    """Raise if a safetensors file is truncated or its header does not match its content."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -68,6 +73,8 @@ def check_header(file: Path) -> None:
             raise UserError(f"{file} is corrupt: its header cannot be read") from None
     end = 0
     for start, stop in spans:
+        # Sorted spans that meet end to start cover the data part exactly once; gaps could hide
+        # data, and overlaps let two tensors alias.
         if start != end or stop < start:
             raise UserError(f"{file} is corrupt: its tensors overlap or leave gaps")
         end = stop
@@ -80,34 +87,37 @@ def _span(entry: dict[str, Any]) -> tuple[int, int]:
     """Return where a tensor begins and ends in the file's data part."""
     start, stop = entry["data_offsets"]
     if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
+        # Caught by the caller, like every malformed entry.
         raise TypeError
     return int(start), int(stop)
 
 
 def _indexed(folder: Path) -> tuple[Path, ...]:
-    """Return the shards that the index names."""
+    """Return the shards named by the index."""
     try:
         named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted({str(name) for name in named})
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{folder / INDEX} is corrupt: it has no readable weight_map") from None
     for name in names:
+        # The index is untrusted input, too: `../x.safetensors` would leave the folder without a
+        # link.
         if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{folder / INDEX} names {name!r}, outside its folder: refused")
+            raise UserError(f"{folder / INDEX} names {name!r}, which is outside its folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {missing[0]}")
     if any(not name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder / INDEX} names files that are not safetensors: refused")
+        raise UserError(f"{folder / INDEX} names files that are not safetensors")
     return tuple(folder / name for name in names)
 
 
 def _nothing_to_load(folder: Path) -> str:
-    """Say what the folder has instead of safetensors."""
+    """Describe what the folder has instead of safetensors."""
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if pickled:
         return (
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when opened: "
+            f"{folder} has only pickled weights ({pickled[0]}), which can run code when opened: "
             "convert them to safetensors"
         )
-    return f"{folder} holds no weights: there is neither {SINGLE} nor {INDEX}"
+    return f"{folder} has no weights: there is neither {SINGLE} nor {INDEX}"

@@ -183,7 +183,7 @@ def test_gaps_are_named_and_never_a_zero():
     rows = list(flops(model_of(network), QUICK))
     missing = [gap for gap in gaps(rows) if gap.how == "analytic"]
     assert [gap.scope for gap in missing] == ["forward 2x24", "token after 2x24"]
-    assert all("heads of LlamaAttention are not understood" in gap.reason for gap in missing)
+    assert all("LlamaAttention does not state the number" in gap.reason for gap in missing)
     assert not [row for row in rows if isinstance(row, Cost) and row.how == "analytic"]
 
 

@@ -148,12 +148,12 @@ class _List(nn.ModuleList):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda block: setattr(block, "extra", nn.Linear(2, 2)), "role of its part extra"),
+        (lambda block: setattr(block, "extra", nn.Linear(2, 2)), "role of its submodule extra"),
         (lambda block: block.register_parameter("scale", nn.Parameter(torch.ones(1))), "scale"),
         (lambda block: delattr(block, "gate"), "no router"),
         (
             lambda block: setattr(block, "experts", nn.ModuleList([nn.Linear(2, 2)])),
-            "does not receive",
+            "is not called with",
         ),
         (lambda block: setattr(block, "experts", _List([nn.Linear(2, 2)])), "not a gated"),
         (lambda block: setattr(block.experts, "has_bias", True), "biases"),

@@ -113,7 +113,7 @@ def test_a_class_token_has_no_place():
 def test_unknown_families_and_decoders_are_named():
     with pytest.raises(UserError, match="multimodal architecture 'mixtral'"):
         locate(text_model("mixtral"), {"pixel_values": 0})
-    with pytest.raises(UserError, match="deepseek_v3, which is not understood"):
+    with pytest.raises(UserError, match="deepseek_v3, which is not supported"):
         decoder_layers(dissect(text_model("deepseek_v3")))
 
 

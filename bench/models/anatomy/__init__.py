@@ -1,4 +1,4 @@
-"""Where the parts of a network are that methods change: decoder layers and MoE blocks."""
+"""Structure of a network: its decoder layers and MoE blocks."""
 
 from bench.models.anatomy.dissection import Anatomy, dissect
 from bench.models.anatomy.expert import ExpertView

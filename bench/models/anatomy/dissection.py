@@ -1,4 +1,4 @@
-"""Finding the decoder layers and MoE blocks of a network, on any device including meta."""
+"""Decoder layers and MoE blocks of a network, found on any device including meta."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bench.models.vision import Classifier, VisionConfig
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a network that methods change.
+    """Parts of a network that methods change.
 
-    `layers` are the decoder layers in order, none in an image classifier, which is described by
-    `vision`. `parameters` counts every weight once, tied ones too. `refusal` says why the MoE
-    blocks are not understood; asking for them then raises it.
+    `layers` are the decoder layers in order. An image classifier has none; `vision` describes it
+    instead. `parameters` counts every weight once, tied ones too. `refusal` is the reason why the
+    MoE blocks are not supported; reading `moe` then raises it.
     """
 
     architecture: str
@@ -32,30 +32,32 @@ class Anatomy:
 
     @property
     def moe(self) -> tuple[MoEBlock, ...]:
-        """The MoE blocks in layer order, dense layers left out; refused if not understood."""
+        """MoE blocks in layer order, without dense layers; raises `UserError` if unsupported."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.blocks
 
     @property
     def moe_parameters(self) -> int:
-        """How many weights all routed and shared experts hold together."""
+        """Number of weights in all routed and shared experts."""
         return sum(block.parameters for block in self.moe)
 
 
 def dissect(network: nn.Module) -> Anatomy:
-    """Return the anatomy of a network by looking at its modules; nothing is computed."""
+    """Inspect the modules of a network and return its structure; nothing is computed."""
     if isinstance(network, Classifier):
         return _classifier(network)
     config = getattr(network, "config", None)
     architecture = type(network).__name__
     layers = _decoder_layers(network)
     blocks: tuple[MoEBlock, ...] = ()
+    # The refusal is stored, not raised: such a network can be evaluated and its other parts
+    # changed; only readers of `moe` must fail.
     refusal = None
     try:
         blocks = _moe_blocks(network, layers, _text_config(config))
     except NotUnderstoodError as difference:
-        refusal = f"{architecture} has experts that slimbench does not understand: {difference}"
+        refusal = f"{architecture} has experts in an unsupported form: {difference}"
     return Anatomy(
         architecture=architecture,
         model_type=str(getattr(config, "model_type", architecture)),
@@ -67,7 +69,6 @@ def dissect(network: nn.Module) -> Anatomy:
 
 
 def _classifier(network: Classifier) -> Anatomy:
-    """Return the anatomy of an image classifier, which has no decoder layers."""
     return Anatomy(
         architecture=network.config.architecture,
         model_type="image_classifier",
@@ -78,12 +79,11 @@ def _classifier(network: Classifier) -> Anatomy:
 
 
 def _text_config(config: Any) -> Any:
-    """Return the config of the language part, which is the whole one in a text model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _decoder_layers(network: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the longest of the outermost lists of modules in the decoder; empty without one."""
+    """Return the longest of the outermost module lists of the decoder, or an empty tuple."""
     whole: Any = network
     decoder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
     stacks = [
@@ -91,13 +91,17 @@ def _decoder_layers(network: nn.Module) -> tuple[nn.Module, ...]:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList)
     ]
+    # Lists deeper in the tree are experts or sublayers of one layer, so the fewest dots come first.
+    # Of lists at the same depth the longest wins: a decoder with two stacks would silently be
+    # reduced to the longer one.
     return min(stacks, key=lambda stack: stack[:2], default=(0, 0, ()))[2]
 
 
 def _moe_blocks(
     network: nn.Module, layers: tuple[nn.Module, ...], config: Any
 ) -> tuple[MoEBlock, ...]:
-    """Describe the MoE block of every layer that has one."""
+    # The `experts` attribute identifies a block, since every model family in transformers defines
+    # block classes of its own.
     names = {module: name for name, module in network.named_modules()}
     top_k = getattr(config, "num_experts_per_tok", None)
     found = []
@@ -114,7 +118,8 @@ def _moe_blocks(
 
 
 def _refuse_hidden_experts(layer: nn.Module, names: dict[nn.Module, str]) -> None:
-    """Raise when a layer without an `experts` part holds experts in some other form."""
     for module in layer.modules():
+        # Without this check, such a layer would pass as dense and methods would silently skip its
+        # experts.
         if "Experts" in type(module).__name__:
             raise NotUnderstoodError(f"{names[module]} is a {type(module).__name__}")

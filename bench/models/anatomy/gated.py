@@ -1,4 +1,4 @@
-"""One gated expert of any width as a module, such as a block's shared experts after pruning."""
+"""One gated expert of any width as a module, such as pruned shared experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.models.own import OwnModule
 
 
 class GatedExpert(OwnModule):
-    """y = Wdown (act(Wgate x) ⊙ Wup x), with the names that published shared experts have."""
+    """y = Wdown (act(Wgate x) ⊙ Wup x), with the parameter names of published shared experts."""
 
     def __init__(
         self,
@@ -29,23 +29,26 @@ class GatedExpert(OwnModule):
         self.down_proj = _linear(torch.zeros(d_model, width, **made))
         self.act_fn = act_fn
 
+    # The activation is no JSON value: `from_spec` takes it from the module that is replaced.
     def structure(self) -> dict[str, Any]:
         """Return width and d_model."""
         return {"width": self.gate_proj.out_features, "d_model": self.gate_proj.in_features}
 
     @classmethod
     def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
-        """Build it with zeros, on the current default device and in the default dtype."""
+        """Build the expert with zeros, on the current default device and in the default dtype."""
         return cls(int(structure["width"]), int(structure["d_model"]), activation_of(original))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the expert's output, [..., D] for x [..., D]."""
+        """Compute the expert's output, [..., D] for x [..., D]."""
         hidden: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return hidden
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """Return a linear layer with this weight; nn.Linear draws one, and complains at width 0."""
+    """Return a linear layer with this weight, which may have width 0."""
+    # `nn.Linear(width, ...)` would initialise a weight that is thrown away, and warns that
+    # initialising a tensor of width 0 does nothing. The 1x1 layer on meta costs neither.
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""A mixture-of-experts block: what is where in it, in one vocabulary for all architectures."""
+"""Mixture-of-experts block in one vocabulary for all architectures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Layout = Literal["fused", "list", "ragged"]
 class MoEBlock:
     """One MoE block of a decoder layer.
 
-    `experts` takes (x [T, D], top_k_index [T, K], top_k_weights [T, K]) and returns [T, D]; its
-    weights are `fused` (all experts in 3-D parameters), or a `list` of modules or slimbench's own
-    `ragged` form, whose widths may differ. `shared` runs on every token, times
-    sigmoid(shared_gate(x)) where there is a `shared_gate`, and is None in a block without shared
+    `experts` takes (x [T, D], top_k_index [T, K], top_k_weights [T, K]) and returns [T, D]. Its
+    weights are `fused` (all experts in 3-D parameters), a `list` of modules, or slimbench's own
+    `ragged` form; widths may differ in the last two. `shared` runs on every token, multiplied by
+    sigmoid(shared_gate(x)) if there is a `shared_gate`; it is None in a block without shared
     experts.
     """
 
@@ -40,21 +40,21 @@ class MoEBlock:
 
     @property
     def d_ff(self) -> int:
-        """The width of the widest routed expert; in a network as published, of every one."""
+        """Width of the widest routed expert; in a published network, of every routed expert."""
         return max(self.widths)
 
     @property
     def micro_experts(self) -> int:
-        """How many micro-experts the block has, routed and shared."""
+        """Number of micro-experts in the block, routed and shared."""
         return self.d_shared + sum(self.widths)
 
     @property
     def parameters(self) -> int:
-        """How many weights the experts hold: 3·D for each micro-expert; no router, no gate."""
+        """Number of weights in the experts: 3·D per micro-expert, without router and gate."""
         return 3 * self.d_model * self.micro_experts
 
     def expert(self, index: int) -> ExpertView:
-        """Return a routed expert; writing to it changes the network."""
+        """View a routed expert; writing to it changes the network."""
         if self.layout == "fused":
             return fused_view(self.experts, index)
         if self.layout == "ragged":
@@ -62,5 +62,6 @@ class MoEBlock:
         return module_view(self.experts.get_submodule(str(index)))
 
     def shared_view(self) -> ExpertView | None:
-        """Return all shared experts as one expert of width `d_shared`; None without any."""
+        """View all shared experts as one expert of width `d_shared`, or return None without any."""
+        # Published blocks with several shared experts store them concatenated, as one wide expert.
         return None if self.shared is None else module_view(self.shared)

@@ -1,7 +1,7 @@
-"""Whether the experts of a MoE block are of the kind that methods can reason about.
+"""Check that the experts of a MoE block are gated experts, which methods can reason about.
 
-A block is understood when its output is y = Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x), plus
-shared experts of the same form. It is decided by looking at the modules, not at class names.
+A block is supported when its output is y = Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x), plus
+shared experts of the same form. The check inspects modules, not class names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from bench.models.anatomy.ragged import RaggedExperts
 ROUTERS = ("gate", "router")
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 SHARED_GATE = "shared_expert_gate"
-# What transformers' `use_experts_implementation` says about a fused layout, and what we need.
+# Attributes that transformers' `use_experts_implementation` sets on a fused module: required value,
+# and the message if it differs.
 FUSED_FLAGS = {
     "is_transposed": (False, "its weights are transposed"),
     "is_concatenated": (True, "its gate and up rows are interleaved"),
@@ -28,13 +29,16 @@ FUSED_FLAGS = {
 
 
 class NotUnderstoodError(Exception):
-    """The experts of a block are of another kind; the message says what is different."""
+    """The experts of a block have an unsupported form; the message names the difference."""
 
 
 def understand(layer: int, name: str, block: nn.Module, top_k: int | None) -> MoEBlock:
-    """Describe a block that has `experts`; raise `NotUnderstoodError` if they are of another kind.
+    """Describe a block that has `experts`.
 
-    `top_k` is what the network's config says, used where the router does not say it itself.
+    `top_k` is the value of the network's config; it is used if neither router nor block has one.
+
+    Raises:
+        UnsupportedStructure: the experts are not plain gated experts.
     """
     experts = cast(nn.Module, block.experts)
     router = _child(block, ROUTERS)
@@ -61,19 +65,19 @@ def understand(layer: int, name: str, block: nn.Module, top_k: int | None) -> Mo
 
 
 def _child(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """Return the first child module that has one of the names."""
     found = (getattr(block, name, None) for name in names)
     return next((part for part in found if isinstance(part, nn.Module)), None)
 
 
 def _refuse_unknown_parts(block: nn.Module, known: tuple[nn.Module | None, ...]) -> None:
-    """Raise when the block has weights in a part whose role in its output is not known."""
+    """Raise if a part with weights has an unknown role in the block's output."""
     for name, part in block.named_children():
         if part not in known and any(True for _ in part.parameters()):
-            raise NotUnderstoodError(f"the role of its part {name} is not known")
+            raise NotUnderstoodError(f"the role of its submodule {name} is unknown")
+    # A parameter directly on the block, such as a scale of its output, is not in the formula above.
     own = [name for name, _ in block.named_parameters(recurse=False)]
     if own:
-        raise NotUnderstoodError(f"the role of its parameter {own[0]} is not known")
+        raise NotUnderstoodError(f"the role of its parameter {own[0]} is unknown")
 
 
 def _routed(experts: nn.Module) -> tuple[Layout, int, tuple[int, ...]]:
@@ -87,27 +91,35 @@ def _routed(experts: nn.Module) -> tuple[Layout, int, tuple[int, ...]]:
         return "fused", *_fused(experts)
     if not isinstance(experts, nn.ModuleList):
         raise NotUnderstoodError("its weights are neither gate_up_proj and down_proj nor a list")
+    # Older architectures loop over a plain ModuleList inside the block and apply the router's
+    # weights there: no call exists at which an observer could see them.
     if type(experts).forward is nn.ModuleList.forward:
-        raise NotUnderstoodError("its list of experts does not receive the router's weights")
+        raise NotUnderstoodError("its list of experts is not called with the router's weights")
     shapes = [_gated(expert) for expert in experts]
     return "list", shapes[0][0], tuple(width for _, width in shapes)
 
 
 def _fused(experts: nn.Module) -> tuple[int, tuple[int, ...]]:
-    """Return d_model and widths of a fused module after checking that its form is the known one."""
+    """Check the form of a fused module and return d_model and widths."""
+    # Absent flags do not mean default values: the class was not decorated, and its layout is
+    # unknown.
     if not all(hasattr(experts, flag) for flag in FUSED_FLAGS):
         raise NotUnderstoodError("its fused experts do not declare their layout")
+    # The decorator installs its own act(gate) ⊙ up unless the class defines `_apply_gate` (clamped
+    # or sigmoid-scaled gates exist). The module of the function tells the two apart. With a
+    # different gating, `ExpertView.hidden` would not be the Φ of Y = Φ W that the network computes,
+    # and nothing would raise.
     gating = getattr(type(experts), "_apply_gate", None)
     if getattr(gating, "__module__", "") != "transformers.integrations.moe":
-        raise NotUnderstoodError("its experts use a gating of their own")
+        raise NotUnderstoodError("its experts use a custom gating function")
     count, d_model, width = cast(Tensor, experts.down_proj).shape
     if tuple(cast(Tensor, experts.gate_up_proj).shape) != (count, 2 * width, d_model):
-        raise NotUnderstoodError("the shapes of gate_up_proj and down_proj do not fit")
+        raise NotUnderstoodError("the shapes of gate_up_proj and down_proj do not match")
     return d_model, (width,) * count
 
 
 def _gated(module: nn.Module) -> tuple[int, int]:
-    """Return (d_model, width) of a feed-forward module y = Wdown (act(Wgate x) ⊙ Wup x)."""
+    """Return (d_model, width) of a module y = Wdown (act(Wgate x) ⊙ Wup x)."""
     linears = projections(module)
     if linears is None or not hasattr(module, "act_fn"):
         raise NotUnderstoodError(f"{type(module).__name__} is not a gated feed-forward module")
@@ -117,10 +129,10 @@ def _gated(module: nn.Module) -> tuple[int, int]:
 
 
 def _top_k(router: nn.Module, block: nn.Module, fallback: int | None) -> int:
-    """Return how many experts a token goes to."""
+    # The modules are what runs; the config is a fallback for blocks that read it in their forward.
     for owner in (router, block):
         if isinstance(getattr(owner, "top_k", None), int):
             return cast(int, owner.top_k)
     if fallback is None:
-        raise NotUnderstoodError("it does not say how many experts a token goes to")
+        raise NotUnderstoodError("the number of experts per token (top_k) is unknown")
     return fallback

@@ -1,4 +1,4 @@
-"""The anatomy of vision-language models: where visual tokens are, what decoder layers hold."""
+"""Vision-language models: positions of visual tokens, and the contents of decoder layers."""
 
 from bench.data.prompts.samples import Samples
 from bench.models.multimodal.decoder import Decoder, DecoderLayer, decoder_layers, open_decoder

@@ -1,9 +1,10 @@
-"""The decoder of a vision-language model seen as matrices, whichever way they are stored.
+"""The decoder of a vision-language model as matrices, however they are stored.
 
 Shapes: D d_model, H query heads, G key-value heads, d a head's width, F the feed-forward's width.
-A layer is understood when it computes x + attention(norm(x)) and then x + feed_forward(norm(x)),
-with rotary positions on halves of a head and full causal attention. That cannot be seen from its
-modules, so decoders are named, and each name is held by a test against transformers' own forward.
+
+A layer is supported when it computes x + attention(norm(x)) and then x + feed_forward(norm(x)),
+with rotary positions on halves of a head and full causal attention. Modules do not show that, so
+supported decoders are listed by name, and a test compares each with transformers' own forward.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bench.models.anatomy.expert import ExpertView, projections
 from bench.models.anatomy.moe import MoEBlock
 from bench.models.anatomy.understanding import NotUnderstoodError, understand
 
+# Values of the text config's `model_type`. Before adding one, add it to the equality test.
 DECODERS = (
     "llama",
     "mistral",
@@ -43,7 +45,7 @@ class Projection:
     bias: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Projection:
-        """Return the outputs `start` to `stop` alone, as views."""
+        """Slice the outputs `start` to `stop`, as views."""
         bias = None if self.bias is None else self.bias[start:stop]
         return Projection(self.weight[start:stop], bias)
 
@@ -52,7 +54,7 @@ class Projection:
 class AttentionView:
     """The four projections of a layer's attention: q [H·d, D], k and v [G·d, D], o [D, H·d].
 
-    `q_norm` and `k_norm` act on single heads before rotation, where there are any.
+    `q_norm` and `k_norm`, if any, act on single heads before rotation.
     """
 
     q: Projection
@@ -71,7 +73,7 @@ class AttentionView:
 class DecoderLayer:
     """One decoder layer: the module and its parts.
 
-    `found` describes its mixture of experts as it was at first, None in a dense layer.
+    `found` describes its MoE block as loaded; it is None in a dense layer.
     """
 
     index: int
@@ -84,22 +86,24 @@ class DecoderLayer:
 
     @property
     def moe(self) -> MoEBlock | None:
-        """The mixture of experts as it is now; a method may have replaced its experts."""
+        """The MoE block in its current state, since a method may have replaced its experts."""
         if self.found is None:
             return None
         try:
+            # Inspected at every access: experts are replaced in the block, whose module object
+            # stays.
             return understand(self.index, self.found.name, self.found.block, self.found.top_k)
         except NotUnderstoodError as difference:
             raise UserError(f"in {self.found.name}, {difference}") from None
 
     def attention_view(self) -> AttentionView:
-        """Return the projections as they are now; a method may have replaced them."""
+        """View the current projections, since a method may have replaced them."""
         return _attention_view(cast(Any, self.attention))
 
     def units(self) -> tuple[ExpertView, ...]:
-        """Return every gated feed-forward in the layer: the dense one, or all experts.
+        """View every gated feed-forward of the layer: the dense one, or all experts.
 
-        Routed experts come first, in their order, then the shared experts as one.
+        Routed experts come first, by index, then the shared experts as one.
         """
         moe = self.moe
         if moe is None:
@@ -130,22 +134,22 @@ def open_decoder(network: nn.Module, anatomy: Anatomy) -> Decoder:
     """Return the decoder of a vision-language model.
 
     Raises:
-        UserError: it is of a kind that is not understood, or its weights are not all in the
-            memory of one device.
+        UserError: the decoder is not supported, or its weights are not all on one device.
     """
     inner = cast(Any, network).model
     layers = decoder_layers(anatomy)
     devices = {weight.device for layer in layers for weight in layer.module.parameters()}
+    # Offloaded weights are meta tensors in the modules: views of them would be empty.
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise UserError(
             f"the decoder of {anatomy.architecture} must be in the memory of one device, but it is "
-            f"on {', '.join(sorted(map(str, devices)))}: use another model.device_map"
+            f"on {', '.join(sorted(map(str, devices)))}: change model.device_map"
         )
     return Decoder(inner=inner, module=inner.language_model, layers=layers)
 
 
 def decoder_layers(anatomy: Anatomy) -> tuple[DecoderLayer, ...]:
-    """Return the layers of a model's decoder, looking at modules only; works without weights."""
+    """Return the layers of a model's decoder from its modules alone; no weights are needed."""
     blocks = {block.layer: block for block in anatomy.moe}
     found = []
     for index, module in enumerate(anatomy.layers):
@@ -167,9 +171,9 @@ def decoder_layers(anatomy: Anatomy) -> tuple[DecoderLayer, ...]:
 
 
 def feed_forward_view(module: nn.Module) -> ExpertView:
-    """Return a dense feed-forward as gate, up and down; gate and up may be one matrix.
+    """View a dense feed-forward as gate, up and down; gate and up may be one matrix.
 
-    The views stay in the graph when the weights are being trained.
+    Unlike views of experts, these stay in the autograd graph, for training.
     """
     part = cast(Any, module)
     separate = projections(module)
@@ -177,35 +181,41 @@ def feed_forward_view(module: nn.Module) -> ExpertView:
         gate, up, down = (linear.weight for linear in separate)
         return ExpertView(gate, up, down, part.act_fn)
     if not isinstance(getattr(module, "gate_up_proj", None), nn.Linear):
-        raise UserError(f"the feed-forward {type(module).__name__} is not understood")
+        raise UserError(
+            f"the feed-forward {type(module).__name__} has no gate, up and down matrices"
+        )
+    # Phi-3's order: gate rows first; its activation is called `activation_fn`.
     gate, up = part.gate_up_proj.weight.chunk(2, dim=0)
     return ExpertView(gate, up, part.down_proj.weight, part.activation_fn)
 
 
 def _refuse_unknown(anatomy: Anatomy, config: Any) -> None:
-    """Raise unless the layer belongs to a decoder that is known and attends to everything."""
+    """Raise unless the layer belongs to a supported decoder with full attention."""
     kind = getattr(config, "model_type", None)
     if kind not in DECODERS:
         raise UserError(
             f"the decoder of {anatomy.architecture} is a {kind or 'kind without self_attn'}, which "
-            f"is not understood: known are {', '.join(DECODERS)}"
+            f"is not supported: choose a model with one of {', '.join(DECODERS)}"
         )
     sliding = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ()
+    # A window at least as long as the longest sequence never hides anything. Without `layer_types`,
+    # a config with a window applies it in all layers.
     everything = sliding is None or sliding >= config.max_position_embeddings
     if not everything and ("sliding_attention" in types or not types):
         raise UserError(
             f"the decoder of {anatomy.architecture} attends in a sliding window of {sliding} "
-            "tokens, which visual token strategies do not support"
+            "tokens, which visual-token methods do not support"
         )
 
 
 def _attention_view(module: Any) -> AttentionView:
-    """Return the projections of an attention module, from three matrices or from a fused one."""
+    """View the projections of an attention module, separate or fused into one matrix."""
     config, width = module.config, module.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if hasattr(module, "qkv_proj"):
         fused = _projection(module.qkv_proj)
+        # Rows of a fused matrix (Phi-3): all query heads, then all key heads, then all value heads.
         ends = (heads * width, (heads + groups) * width, (heads + 2 * groups) * width)
         q, k, v = fused.rows(0, ends[0]), fused.rows(ends[0], ends[1]), fused.rows(ends[1], ends[2])
     else:
@@ -225,5 +235,5 @@ def _attention_view(module: Any) -> AttentionView:
 
 
 def _projection(linear: nn.Linear) -> Projection:
-    """Return a linear's weight and bias, still in the graph when they are being trained."""
+    """View a linear's weight and bias, still in the autograd graph."""
     return Projection(linear.weight, linear.bias)

@@ -1,8 +1,8 @@
-"""Visual tokens as cells of frames: which image each belongs to and where in it.
+"""Visual tokens as cells of frames: the frame that each belongs to, and its row and column.
 
-A frame is one rectangle of visual tokens in raster order: a whole image (LLaVA, Qwen2-VL), one
-tile of it (InternVL), or one time step of a video. Shapes: B rows of a batch, S tokens of one
-call's sequence, V all visual tokens of the call in reading order.
+A frame is one rectangle of visual tokens in raster order: a whole image (LLaVA, Qwen2-VL), one tile
+of it (InternVL), or one time step of a video. Shapes: B rows of a batch, S tokens of one call's
+sequence, V all visual tokens of the call in reading order.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Frame = tuple[int, int]  # rows, columns of visual tokens
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Where the visual tokens of one call are; all three are int64 of shape [B, S].
+    """Positions of the visual tokens of one call; all three are int64 of shape [B, S].
 
     `frame_BS` numbers the frames of the call and is -1 where a token is text or padding; `row_BS`
-    and `column_BS` are a token's place inside its frame.
+    and `column_BS` are a token's position inside its frame.
     """
 
     frame_BS: Tensor
@@ -33,19 +33,21 @@ class VisualTokens:
 
     @property
     def mask(self) -> Tensor:
-        """Which tokens are visual, bool [B, S]."""
+        """Visual tokens, bool [B, S]."""
         return self.frame_BS >= 0
 
 
 def place(mask_BS: Tensor, frames: Sequence[Frame], first: int = 0) -> VisualTokens:
-    """Lay frames over the marked tokens, in reading order; numbers start at `first`.
+    """Assign frames to the marked tokens in reading order; numbers start at `first`.
 
     Raises:
-        UserError: the frames do not fill the marked tokens exactly, or one would lie across two
-            rows of the batch; a prompt that was cut into chunks does that.
+        UserError: the frames do not fill the marked tokens exactly, or one would span two rows of
+            the batch, as after cutting a prompt into chunks.
     """
     areas = [rows * columns for rows, columns in frames]
     counts = mask_BS.sum(dim=1).tolist()
+    # Cumulative counts after each row must be frame boundaries: otherwise a frame would begin in
+    # one prompt and end in the next. 0 stands for leading prompts without an image.
     if sum(areas) != sum(counts) or not set(accumulate(counts)) <= {0, *accumulate(areas)}:
         raise UserError(
             f"the images of this call have {sum(areas)} visual tokens in {len(frames)} frames, but "
@@ -55,6 +57,8 @@ def place(mask_BS: Tensor, frames: Sequence[Frame], first: int = 0) -> VisualTok
     area_F = torch.tensor(areas, dtype=torch.int64, device=device)
     width_F = torch.tensor([columns for _, columns in frames], dtype=torch.int64, device=device)
     frame_V = torch.repeat_interleave(torch.arange(len(areas), device=device), area_F)
+    # Index within the frame: running index minus the first index of its frame. No loop over frames,
+    # so that one call costs a few kernels however many images it has.
     inside_V = torch.arange(sum(areas), device=device) - (area_F.cumsum(0) - area_F)[frame_V]
     width_V = width_F[frame_V]
     return VisualTokens(
@@ -65,7 +69,7 @@ def place(mask_BS: Tensor, frames: Sequence[Frame], first: int = 0) -> VisualTok
 
 
 def join(first: VisualTokens, second: VisualTokens) -> VisualTokens:
-    """Return both, which must mark different tokens of the same sequences."""
+    """Merge two sets of visual tokens, which must mark different tokens of the same sequences."""
     keep_BS = first.mask
     return VisualTokens(
         frame_BS=torch.where(keep_BS, first.frame_BS, second.frame_BS),
@@ -75,6 +79,6 @@ def join(first: VisualTokens, second: VisualTokens) -> VisualTokens:
 
 
 def _spread(mask_BS: Tensor, value_V: Tensor, elsewhere: int) -> Tensor:
-    """Return values at the marked places in reading order, and `elsewhere` at all others."""
+    """Scatter values to the marked positions in reading order, `elsewhere` to all others."""
     spread_BS = torch.full(mask_BS.shape, elsewhere, dtype=torch.int64, device=mask_BS.device)
     return spread_BS.masked_scatter(mask_BS, value_V)

@@ -1,9 +1,9 @@
-"""What a network is planned to compute for visual tokens, read off the network itself.
+"""Protocol by which a network reports the FLOPs of its decoder for visual tokens.
 
-A method that makes a decoder do less leaves a `Planned` on the network, beside the forward that it
-replaced. It is asked when something is measured, so it knows of all that was changed since; a
-method's report tells what was so when the method had run, and another may have come after it. And
-it is copied with the network, which a report or a field beside the network is not.
+A method that reduces the decoder's work stores a `FlopsProvider` on the network, next to the
+forward that it replaced. It is asked at measurement time, so it reflects all later changes; a
+method's report describes the state when that method had run, and another method may have followed.
+And it is copied with the network, unlike a report or a field next to the network.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import nn
 
 from bench.models.products import Product
 
+# A plain attribute of the module, so that `copy.deepcopy` copies it with the network.
 ATTRIBUTE = "slimbench_plan"
 Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class VisualLayer:
-    """One layer as papers count it: visual tokens in it, shares of heads and neurons they use.
+    """One layer as papers count it: number of visual tokens, shares of heads and neurons they use.
 
-    `windowed` says that visual tokens see only neighbours.
+    `windowed` says that visual tokens attend to neighbours only.
     """
 
     tokens: int
@@ -35,27 +36,27 @@ class VisualLayer:
 
 @runtime_checkable
 class Planned(Protocol):
-    """A decoder's own account of its work; inputs are a prompt's, as the processor made them."""
+    """A decoder's account of its own work; inputs are a prompt's, as returned by the processor."""
 
     @property
     def untold(self) -> tuple[str, ...]:
-        """Name the choices whose own products are not in the account."""
+        """Name the methods whose own matmuls are not in the account."""
 
     def prefill(self, inputs: Inputs) -> list[Product] | None:
-        """Return the decoder's products for a prompt, None if they are those of the stock network.
+        """Return the decoder's matmuls for a prompt, or None if they are those of the dense model.
 
-        The head is not the decoder's, nor are vision tower and projector, but for what a method
-        has them do once more.
+        The head is not part of the decoder, nor are vision tower and projector, except for what a
+        method makes them compute once more.
         """
 
     def token(self, inputs: Inputs) -> list[Product] | None:
-        """Return the same for the first token that is generated after the prompt."""
+        """Like `prefill`, for the first token that is generated after the prompt."""
 
     def layers(self, inputs: Inputs) -> list[VisualLayer]:
         """Return every layer of the decoder as papers count it."""
 
 
 def plan_of(network: nn.Module) -> Planned | None:
-    """Return the plan that a method left on a network, if any."""
+    """Return the FLOPs provider that a method stored on a network, if any."""
     found = getattr(network, ATTRIBUTE, None)
     return found if isinstance(found, Planned) else None

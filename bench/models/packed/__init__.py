@@ -1,4 +1,4 @@
-"""Weights kept as codes of a few bits: modules that compute with them and can be stored."""
+"""Weights stored as codes of a few bits, in modules that compute with them and can be saved."""
 
 from bench.models.packed.linear import PackedLinear, packed_linears
 from bench.models.packed.modules import PackedExpert, PackedExperts

@@ -1,4 +1,4 @@
-"""Image classifiers: the networks of the WGSEF experiments and small versions of them."""
+"""Image classifiers: the networks of the WGSEF experiments, and small versions of them."""
 
 from bench.models.vision.build import ARCHITECTURES, build
 from bench.models.vision.classifier import Classifier, VisionConfig

@@ -1,4 +1,4 @@
-"""What all image classifiers share: a config that rebuilds them, and one way through.
+"""Common parts of all image classifiers: a config that rebuilds them, and one forward.
 
 Shapes: B images, C channels, H height and width, K classes.
 """
@@ -18,10 +18,10 @@ CONFIG_FILE = "config.json"
 
 
 class VisionConfig(BaseModel):
-    """All that is needed to build a classifier: its architecture, its input, what was cut.
+    """Everything needed to build a classifier: architecture, input, and what was pruned.
 
-    `shapes` has the weight shape of every layer that pruning made smaller, `removed` the residual
-    branches that it took out; both are empty in a dense network.
+    `shapes` holds the weight shape of every layer that pruning made smaller, `removed` the residual
+    branches that it removed; both are empty in a dense model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,20 +30,23 @@ class VisionConfig(BaseModel):
     channels: int = Field(default=3, ge=1)
     size: int = Field(default=32, ge=8)
     classes: int = Field(default=10, ge=2)
+    # The config alone determines every shape, so that a pruned network is rebuilt without reading
+    # its weights, for instance on meta.
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     removed: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> VisionConfig:
-        """Return the config that lies in a folder.
+        """Read the config of a folder.
 
         Raises:
-            UserError: it is not that of an image classifier.
+            UserError: it does not describe an image classifier.
         """
         file = folder / CONFIG_FILE
         try:
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
         except ValidationError as error:
+            # One fault suffices for one sentence; a folder of a different kind of model has dozens.
             fault = error.errors()[0]
             where = ".".join(str(part) for part in fault["loc"]) or "the file"
             reason = f"{where}: {fault['msg'].lower()}"
@@ -66,7 +69,7 @@ class VisionConfig(BaseModel):
 
 
 class Classifier(nn.Module):
-    """Feature layers, a mean over positions where the architecture has one, a linear head."""
+    """Feature layers, global average pooling if the architecture has it, and a linear head."""
 
     def __init__(self, config: VisionConfig, features: nn.Sequential, head: nn.Sequential) -> None:
         super().__init__()
@@ -75,18 +78,18 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, image_BCHH: Tensor) -> Tensor:
-        """Return the classes' logits, [B, K]."""
+        """Compute the logits of the classes, [B, K]."""
         logits_BK: Tensor = self.head(self.features(image_BCHH))
         return logits_BK
 
 
 def pooled_head(width: int, classes: int) -> nn.Sequential:
-    """Return the head that takes the mean over all positions."""
+    """Return a head with global average pooling and one linear layer."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
 def initialise(network: nn.Module) -> None:
-    """Draw convolution weights as He et al. (2015) do for rectified layers; norms start at 1."""
+    """Draw convolution weights for ReLU layers (He et al., 2015); norms keep their ones."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

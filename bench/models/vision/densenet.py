@@ -1,4 +1,4 @@
-"""DenseNet (Huang et al., 2017) without bottlenecks, as the 40-layer network on CIFAR."""
+"""DenseNet (Huang et al., 2017) without bottlenecks, as in the 40-layer network for CIFAR."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.models.vision.layers import Dense
 
 
 def densenet40(config: VisionConfig) -> Classifier:
-    """Return DenseNet40: three blocks of twelve layers, growth 12."""
+    """Return DenseNet-40: three blocks of twelve layers, growth rate 12."""
     return _densenet(config, growth=12, blocks=(12, 12, 12))
 
 

@@ -1,4 +1,4 @@
-"""A classifier as a folder: config.json and model.safetensors, and back."""
+"""A classifier as a folder: config.json and model.safetensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save(network: Classifier, folder: Path) -> None:
-    """Write the network, dense or pruned, so that `load` gives it back."""
+    """Write the network, dense or pruned, so that `load_classifier_folder` restores it."""
     folder.mkdir(parents=True, exist_ok=True)
+    # safetensors rejects non-contiguous tensors, such as slices of weights.
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     network.config.write(folder)

@@ -14,12 +14,13 @@ def lenet5(config: VisionConfig) -> Classifier:
         *_stage(6, 16, kernel=5, padding=0),
         nn.Flatten(),
     )
+    # The first convolution is padded, the second (5x5) takes 4 pixels; each is halved by pooling.
     side = (config.size // 2 - 4) // 2
     return Classifier(config, features, _dense(16 * side**2, 120, 84, config.classes))
 
 
 def micro_lenet(config: VisionConfig) -> Classifier:
-    """Return LeNet for images of 8x8: 16 and 32 filters of 3x3, dense layers of 64 and 32."""
+    """Return a LeNet for images of 8x8: 16 and 32 filters of 3x3, dense layers of 64 and 32."""
     features = nn.Sequential(
         *_stage(config.channels, 16, kernel=3, padding=1),
         *_stage(16, 32, kernel=3, padding=1),

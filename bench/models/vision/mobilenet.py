@@ -1,4 +1,4 @@
-"""MobileNetV1 (Howard et al., 2017): depthwise and pointwise convolutions in turn."""
+"""MobileNetV1 (Howard et al., 2017): alternating depthwise and pointwise convolutions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def micro_mobilenet(config: VisionConfig) -> Classifier:
 
 
 def _mobilenet(config: VisionConfig, stem: int, plan: Plan) -> Classifier:
-    """Return a MobileNet whose plan has width and stride of every block."""
+    """Return a MobileNet; `plan` has width and stride of every block."""
     stride = 2 if config.size >= LARGE_IMAGE else 1
     layers: list[nn.Module] = [convolution(config.channels, stem, stride=stride)]
     inputs = stem

@@ -1,4 +1,4 @@
-"""A classifier as an ONNX file, dense or pruned."""
+"""Export of a classifier, dense or pruned, as an ONNX file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def to_onnx(network: Classifier, folder: Path) -> Path:
     """Write the network as ONNX with a free batch size and return the file.
 
     Raises:
-        UserError: torch's exporter needs the packages onnx and onnxscript.
+        UserError: the packages onnx and onnxscript, which torch's exporter needs, are missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = network.config
     weight = next(network.parameters())
-    # A batch of one would be taken for a constant.
+    # Not a batch of one: the exporter specialises dimensions of size 1 to a constant.
     example = torch.zeros(2, config.channels, config.size, config.size).to(weight)
     try:
         with _quiet():
@@ -49,7 +49,8 @@ def to_onnx(network: Classifier, folder: Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about opset versions to itself."""
+    """Suppress the exporter's messages about opset versions."""
+    # The exporter logs through several loggers; `logging.disable` covers them all.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""VGG (Simonyan and Zisserman, 2015) with BatchNorm and one dense layer, as used on CIFAR."""
+"""VGG (Simonyan and Zisserman, 2015) with BatchNorm and one dense layer, as used for CIFAR."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MICRO: Stages = ((16, 16), (32, 32), (32, 32))
 
 
 def vgg16(config: VisionConfig) -> Classifier:
-    """Return VGG16: thirteen convolutions in five stages."""
+    """Return VGG-16: thirteen convolutions in five stages."""
     return _vgg(config, VGG16)
 
 

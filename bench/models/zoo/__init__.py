@@ -1,1 +1,1 @@
-"""Small trained models that ship with the package, each with the recipe that made it."""
+"""Small trained models that ship with the package, each with its training recipe."""

@@ -1,11 +1,12 @@
-"""The optimizer of the small language models: AdamW that lets gains and biases be."""
+"""AdamW for the small language models, without decay on gains and biases."""
 
 from torch import nn, optim
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> optim.AdamW:
-    """Return AdamW over what is trained, with decay on matrices only."""
+    """Return AdamW over the trainable weights, with decay on matrices only."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # Decay pulls gains towards 0, not towards the 1 at which they are neutral.
     groups = [
         {"params": [w for w in trained if w.ndim >= 2], "weight_decay": weight_decay},
         {"params": [w for w in trained if w.ndim < 2], "weight_decay": 0.0},

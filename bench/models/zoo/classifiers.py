@@ -1,8 +1,8 @@
 """Train the small image classifiers: ``python -m bench.models.zoo.classifiers NAME ... --out DIR``.
 
-One recipe for all of them, on scikit-learn's digits: SGD with momentum on the 1,200 training
-images, each moved by up to one pixel. Nothing is chosen by the test images; they are counted once,
-at the end. Every folder holds config.json, model.safetensors and ``training.json``, the log.
+One recipe for all, on scikit-learn's digits: SGD with momentum on the 1,200 training images, each
+shifted by up to one pixel. Nothing is chosen by the test images; they are scored once, at the end.
+Every folder has config.json, model.safetensors and ``training.json``, the log.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NAMES = ("micro_resnet", "micro_vgg", "micro_lenet", "micro_mobilenet")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result besides the images."""
+    """Everything that determines the result besides the images."""
 
     seed: int = 7
     epochs: int = 30
@@ -36,7 +36,7 @@ class Settings:
 
 
 def train(name: str, splits: Splits, settings: Settings) -> tuple[Classifier, list[float]]:
-    """Return the trained network in evaluation mode, and the mean loss of every epoch."""
+    """Train a network; return it in evaluation mode, with the mean loss of every epoch."""
     torch.manual_seed(settings.seed)
     network = build(VisionConfig(architecture=name, channels=splits.channels, size=splits.size))
     optimizer = torch.optim.SGD(
@@ -47,16 +47,18 @@ def train(name: str, splits: Splits, settings: Settings) -> tuple[Classifier, li
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        # LeNet has no BatchNorm, which is what the others' rate needs.
+        # LeNet has no BatchNorm, without which the rate of the others is too high.
         settings.learning_rate * (0.5 if "lenet" in name else 1.0),
         total_steps=settings.epochs * (len(splits.train) // settings.batch),
         pct_start=settings.warmup_share,
+        # OneCycleLR cycles momentum by default, which would override the setting.
         cycle_momentum=False,
     )
     network.train()
     curve = []
     for epoch in range(settings.epochs):
         losses = []
+        # Shuffling and shifts depend on seed and epoch only, not on a global generator.
         fetched = batches(splits.train, settings.batch, seed=settings.seed, epoch=epoch)
         for image_BCHH, label_B in fetched:
             optimizer.zero_grad()
@@ -71,13 +73,15 @@ def train(name: str, splits: Splits, settings: Settings) -> tuple[Classifier, li
 
 @torch.no_grad()
 def share_right(network: nn.Module, images: ImageSet) -> float:
-    """Return the share of images whose class is recognised."""
+    """Return the fraction of images that are classified correctly."""
     image_BCHH, label_B = images.fetch(torch.arange(len(images)), None)
     return float((network(image_BCHH).argmax(-1) == label_B).double().mean())
 
 
 def make(name: str, folder: Path, settings: Settings) -> None:
     """Train one network and write its folder."""
+    # One thread, so that the order of summation, and with it the weights, can be reproduced on a
+    # machine with a different number of cores.
     torch.set_num_threads(1)
     splits = load("digits")
     began = time.perf_counter()
@@ -107,10 +111,10 @@ def make(name: str, folder: Path, settings: Settings) -> None:
 
 
 def main() -> None:
-    """Train what the command line names, all of them unless told."""
+    """Train the networks named on the command line, all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--out", type=Path, required=True, help="each gets a folder in it")
+    parser.add_argument("--out", type=Path, required=True, help="parent of the networks' folders")
     given = parser.parse_args()
     for name in given.names or NAMES:
         make(name, given.out / name, Settings())

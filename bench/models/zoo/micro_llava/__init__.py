@@ -3,4 +3,4 @@
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-"""Where the model is: ``from_pretrained`` takes this folder."""
+"""Folder of the model, for ``from_pretrained``."""

@@ -1,10 +1,11 @@
-"""First stage: the vision tower learns to say, in every patch, what the cell around it holds.
+"""First stage: every patch of the vision tower learns the words for the cell that contains it.
 
-A real LLaVA starts from a tower that has learned words from image-text pairs. This one learns
-them here: the projected feature of each patch is compared with the embeddings of the words for
-its cell's shape, colour, size, digit, row and column, as CLIP compares images with captions.
+A real LLaVA starts from a tower that has learned words from image-text pairs. This one learns them
+here: the projected feature of each patch is compared with the embeddings of the words for its
+cell's shape, colour, size, digit, row and column, as CLIP compares images with captions.
 
-Shapes: B images, V visual tokens, D hidden, N patches that have a word of a group, W its words.
+Shapes: B images, V visual tokens, G groups of words, D hidden, N patches that have a word of a
+group, W words of the group.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ from bench.data.scenes.scene import (
 from bench.models.zoo.micro_llava.network import PATCH
 
 GROUPS = ((*SHAPES, "number", "empty"), COLORS, SIZES, DIGITS, ROWS, COLUMNS)
+# The label that `cross_entropy` ignores by default.
 _NONE = -100
 
 
 class Patches(NamedTuple):
-    """Images and, for every patch, the place of its word in each group, or -100."""
+    """Images, and the index of each patch's word in each group, -100 for none."""
 
     pixels_BCHW: Tensor
     words_BVG: Tensor
 
 
 class Aligner:
-    """Makes labelled patches of scenes, and the loss on them."""
+    """Draws scenes with labelled patches, and computes the loss on them."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
-        """Find each group's words in the vocabulary, with a space before them and without."""
+        """Look up each group's words in the vocabulary, with and without a leading space."""
         self._processor = processor
         forms = [list(group) for group in GROUPS]
         forms += [[f" {word}" for word in group] for group in GROUPS]
@@ -55,6 +57,9 @@ class Aligner:
         self._vocabulary = [
             (number % len(GROUPS), torch.tensor(ids).flatten())
             for number, ids in enumerate(encoded)
+            # A group is compared with single embeddings, so one with a word of several tokens is
+            # left out. Byte-level BPE encodes a word at the start of a text and inside it as
+            # different tokens: the model needs both.
             if all(len(word) == 1 for word in ids)
         ]
 
@@ -74,20 +79,23 @@ class Aligner:
         total = torch.zeros(())
         for group, ids_W in self._vocabulary:
             word_BV = patches.words_BVG[..., group]
+            # The decoder later reads these features in its embedding space, so the classes are the
+            # word embeddings themselves and no head has to be thrown away.
             logits_NW = features_BVD[word_BV != _NONE] @ embedding[ids_W].T
             total = total + cross_entropy(logits_NW, word_BV[word_BV != _NONE])
         return total
 
 
 def _labels(place: Scene) -> list[list[int]]:
-    """Return the places of the words of every patch, in the order of the visual tokens."""
+    """Return the word indices of every patch, in the order of the visual tokens."""
     side = range(IMAGE_SIZE // PATCH)
+    # The upper left corner of a patch decides its cell; floor division gives -1 in the border.
     cells = [(y * PATCH - BORDER) // CELL for y in side]
     return [_words(place, row, column) for row in cells for column in cells]
 
 
 def _words(place: Scene, row: int, column: int) -> list[int]:
-    """Return the places of a cell's words in their groups; outside the grid nothing but empty."""
+    """Return the word indices of a cell; outside the grid only `empty` applies."""
     empty, number = GROUPS[0].index("empty"), GROUPS[0].index("number")
     if not (0 <= row < GRID and 0 <= column < GRID):
         return [empty, _NONE, _NONE, _NONE, _NONE, _NONE]

@@ -1,9 +1,10 @@
-"""Conversations in batches: many questions share one image, and none sees another.
+"""Batches of conversations: many questions share one image, and none attends to another.
 
-Shapes: B images, P tokens of the image and the words before it, R turns of T tokens, D hidden,
-C colour channels, H height, W width.
-The image is read once; each turn goes on from its keys and values as if it were alone, so that a
-turn is exactly the single-question prompt of an evaluation.
+Shapes: B images, P tokens of the image and the words before it, R turns of T tokens, D hidden, C
+colour channels, H height, W width.
+
+The image is encoded once; each turn continues from its keys and values as if it were the only one,
+so that a turn is exactly the single-question prompt of an evaluation.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProce
 
 from bench.data.scenes import Conversation
 
+# A character that neither the template nor a question contains.
 _MARK = "\x00"
+# Turns up to this length form one group, longer ones (descriptions) another, so that a few long
+# turns do not pad all the others.
 _SHORT = 22
 
 
 class Turns(NamedTuple):
-    """Turns of similar length; `weight` is 0 where a token is not part of an answer."""
+    """Turns of similar length; `weight` is 0 for tokens that are not part of an answer."""
 
     image_R: Tensor
     tokens_RT: Tensor
@@ -30,7 +34,7 @@ class Turns(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a training step takes."""
+    """Inputs of a training step."""
 
     prefix_P: Tensor
     pixels_BCHW: Tensor
@@ -38,10 +42,10 @@ class Batch(NamedTuple):
 
 
 class Packer:
-    """Renders conversations through the processor's own chat template."""
+    """Renders conversations with the processor's own chat template."""
 
     def __init__(self, processor: LlavaProcessor, description_weight: float = 1.0) -> None:
-        """Find what the template puts before and after a question."""
+        """Find the text that the template puts before and after a question."""
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._description_weight = description_weight
@@ -55,12 +59,16 @@ class Packer:
     def pack(self, conversations: Sequence[Conversation]) -> Batch:
         """Encode all turns; the last one of each conversation is its description."""
         turns = [turn for conversation in conversations for turn in conversation.turns]
+        # Question and answer are encoded apart, so that no token spans both: in an evaluation, the
+        # answer's tokens are generated after those of the question.
         asked = self._encode([question + self._after for question, _ in turns])
         said = self._encode([answer + self._tokenizer.eos_token for _, answer in turns])
         owners = [i for i, each in enumerate(conversations) for _ in each.turns]
         rows: dict[bool, list[_Row]] = {True: [], False: []}
         for number, (owner, question, answer) in enumerate(zip(owners, asked, said, strict=True)):
             last = number + 1 == len(owners) or owners[number + 1] != owner
+            # Divided by the length: every answer counts the same, a description
+            # `description_weight` times as much.
             weight = (self._description_weight if last else 1.0) / len(answer)
             weights = [0.0] * len(question) + [weight] * len(answer)
             row = _Row(owner, question + answer, weights)
@@ -71,7 +79,7 @@ class Packer:
         return Batch(torch.tensor(self._prefix), pixels_BCHW, together)
 
     def _stack(self, rows: list[_Row]) -> Turns:
-        """Pad turns to one length on the right, where causal attention never looks."""
+        """Pad turns to one length on the right, which causal attention never sees."""
         length = max(len(row.tokens) for row in rows)
         pad = self._tokenizer.pad_token_id
         return Turns(
@@ -104,6 +112,8 @@ def hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> list[Te
     for turns in batch.turns:
         cache = DynamicCache()
         for layer, entry in enumerate(image.layers):
+            # Indexing copies the image's keys and values once per turn; gradients of all turns add
+            # up in the one pass over the image.
             cache.update(entry.keys[turns.image_R], entry.values[turns.image_R], layer)
         output = decoder(input_ids=turns.tokens_RT, past_key_values=cache, use_cache=True)
         found.append(output.last_hidden_state)
@@ -111,7 +121,7 @@ def hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> list[Te
 
 
 def _visual_tokens(processor: LlavaProcessor) -> int:
-    """Return how many tokens the processor makes of an image."""
+    """Return the number of tokens that the processor makes of an image."""
     side = processor.image_processor.crop_size["height"]
     (count,) = processor._get_num_multimodal_tokens([(side, side)]).num_image_tokens
     return int(count)

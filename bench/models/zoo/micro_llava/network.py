@@ -1,4 +1,4 @@
-"""What micro_llava is before training: its tokenizer, its processor and its architecture."""
+"""micro_llava before training: tokenizer, processor and architecture."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PATCH = 8
 VISUAL_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 LONGEST = 512
 
-# Content may be one string that holds `<image>`, as lmms-eval's llava_hf sends it, or a list of
-# parts, as processors take it; both give the same text.
+# Content is one string with `<image>`, as lmms-eval's llava_hf passes it, or a list of parts, as
+# processors take it; both give the same text.
 TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | upper }}{{ ':\n' }}"
@@ -38,9 +38,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}"
 )
 
-# The harness's fixed sentences are one token each, as whole words are: half of a prompt is theirs.
+# The harness's fixed sentences are one token each, as whole words are: they make up half of a
+# prompt.
 PHRASES = (prompts.BRIEF, prompts.LETTER, " There are several options:\n")
 
+# Digits are split one by one, so that every number is made of tokens the model has seen.
 _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
 
@@ -60,6 +62,7 @@ def new_processor(texts: Iterable[str], vocabulary: int) -> LlavaProcessor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # Without the phrases, which would otherwise fill the small vocabulary with their fragments.
     words.train_from_iterator(_without_phrases(texts), trainer)
     words.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
     tokenizer = PreTrainedTokenizerFast(
@@ -76,13 +79,14 @@ def new_processor(texts: Iterable[str], vocabulary: int) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
+        # CLIP's class token, which the strategy `default` drops: the processor subtracts it again.
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
 
 
 def _without_phrases(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts without the sentences that are tokens already."""
+    """Yield the texts without the sentences that are single tokens."""
     for text in texts:
         for phrase in PHRASES:
             text = text.replace(phrase, "\n")  # noqa: PLW2901

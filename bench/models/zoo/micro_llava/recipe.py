@@ -1,4 +1,4 @@
-"""Train micro_llava in seven stages, each from the folder of the one before:
+"""Train micro_llava in seven stages, each starting from the folder of the previous one:
 
     python -m bench.models.zoo.micro_llava.recipe describing --out ONE
     python -m bench.models.zoo.micro_llava.recipe answering --start ONE --out TWO
@@ -8,7 +8,7 @@
     python -m bench.models.zoo.micro_llava.recipe reading --start FIVE --out SIX
     python -m bench.models.zoo.micro_llava.recipe settling --start SIX --out SEVEN
 
-A LLaVA of two million parameters sees scenes of the training side, answers questions about each
+A LLaVA of two million parameters sees scenes of the training split, answers questions about each
 and names what is in every cell. A folder that it writes is a complete Hugging Face model with its
 processor, plus ``training.json``, the log of the run.
 """
@@ -39,12 +39,14 @@ from bench.models.zoo.micro_llava.alignment import Aligner
 from bench.models.zoo.micro_llava.batches import Batch, Packer, hidden_states
 from bench.models.zoo.micro_llava.network import new_model, new_processor
 
+# First scene of a seed's alignment: far above the scenes of conversations, so that none is used by
+# both.
 _ALIGNMENT_SCENES = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result besides the scenes."""
+    """Everything that determines the result besides the scenes."""
 
     seed: int = 7
     vocabulary: int = 480
@@ -64,7 +66,8 @@ class Settings:
     alignment_images: int = 48
 
 
-# What the stage before still gets wrong: at first to find a thing by its shape, and where it is.
+# Kinds of questions that the previous stage still gets wrong; at first those that find a thing by
+# its shape, or ask where it is.
 _BY_SHAPE = (
     "adversarial",
     "color",
@@ -160,20 +163,20 @@ STAGES = {
         ),
     ),
 }
-"""Descriptions count for most at first; then the tower learns along and questions count; then more
-of what is hard; then what the letters of multiple choice stand for; then what is beside what,
-and all that takes two looks; then which of two digits is meant; at last some of each."""
+"""Emphasis of the stages: descriptions; questions, with the tower unfrozen; harder questions; the
+letters of multiple choice; neighbours and everything that takes two looks; which of two digits is
+meant; a mixture of all."""
 
 
 class Steps(Dataset[Batch]):
     """The batch of each step, a pure function of the step's number."""
 
     def __init__(self, packer: Packer, settings: Settings) -> None:
-        """Remember how batches are made."""
+        """Store how batches are made."""
         self._packer, self._settings = packer, settings
 
     def __len__(self) -> int:
-        """Return how many steps there are."""
+        """Return the number of steps."""
         return self._settings.steps
 
     def __getitem__(self, step: int) -> Batch:
@@ -189,6 +192,7 @@ def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     losses, weights = [], []
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for hidden_RTD, turns in zip(hidden_states(model, batch), batch.turns, strict=True):
+            # The head is applied to answer tokens only, a small part of all positions.
             counted_RT = turns.weight_RT[:, 1:] > 0
             logits_NV = model.lm_head(hidden_RTD[:, :-1][counted_RT])
             answer_N = turns.tokens_RT[:, 1:][counted_RT]
@@ -199,7 +203,7 @@ def loss_of(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
 
 
 def learning_rate(progress: float, settings: Settings) -> float:
-    """Return the rate at a share of the training: a short rise, then half a cosine to zero."""
+    """Return the rate at a fraction of the training: linear warm-up, then half a cosine to zero."""
     if progress < settings.warmup_share:
         return settings.learning_rate * progress / settings.warmup_share
     fallen = (progress - settings.warmup_share) / (1 - settings.warmup_share)
@@ -208,7 +212,7 @@ def learning_rate(progress: float, settings: Settings) -> float:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a stage lasts: until `steps` or `minutes` are over, whichever is first."""
+    """Duration of a stage: until `steps` or `minutes` are over, whichever comes first."""
 
     steps: int
     minutes: float
@@ -221,16 +225,18 @@ def train(
     settings: Settings,
     pace: Pace,
 ) -> list[dict[str, float]]:
-    """Descend one loss after the other; return the curve.
+    """Take one optimizer step per loss; return the curve.
 
-    The learning rate follows whichever of steps and minutes is further, so that it is at zero
-    when the stage ends.
+    The learning rate follows whichever of steps and minutes is further, so that it is at zero when
+    the stage ends.
     """
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     curve, started, recent = [], time.monotonic(), list[float]()
     model.train()
     for step in range(1, pace.steps + 1):
         passed = time.monotonic() - started
+        # Stages are also limited by time, so that a recipe ends in the planned time on any machine;
+        # the price is that the number of steps, hence the weights, depend on its speed.
         progress = max(step / pace.steps, passed / 60 / pace.minutes)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, settings)
@@ -289,7 +295,7 @@ def log_of(
 def align(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, settings: Settings
 ) -> list[dict[str, float]]:
-    """Teach the vision tower, the projector and the word embeddings what patches hold."""
+    """Teach the vision tower, the projector and the word embeddings what patches contain."""
     aligner, images = Aligner(processor), settings.alignment_images
     first = _ALIGNMENT_SCENES * (settings.seed + 1)
     starts = range(first, first + settings.alignment_steps * images, images)
@@ -301,7 +307,7 @@ def align(
 def begin(
     folder: Path, settings: Settings
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
-    """Make the processor and a model whose vision tower knows the words; say how it learned."""
+    """Make the processor and a model whose vision tower knows the words; return its curve."""
     torch.manual_seed(settings.seed)
     said = scenes.conversations("train", settings.vocabulary_conversations, settings.seed)
     turns = [turn for conversation in said for turn in conversation.turns]
@@ -317,7 +323,7 @@ def begin(
 def go_on(
     start: Path, folder: Path, settings: Settings
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
-    """Take up a model that a run of this recipe wrote, and that run's log."""
+    """Load a model that a stage of this recipe wrote, and that stage's log."""
     torch.manual_seed(settings.seed)
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(start)
@@ -327,39 +333,43 @@ def go_on(
 
 
 def run(folder: Path, settings: Settings, start: Path | None = None) -> None:
-    """Train from nothing or from `start`, save, score what was saved, and write the log."""
+    """Train from scratch or from `start`, save, score what was saved, and write the log."""
     started = time.monotonic()
-    # Sharp attention is full of numbers so small that processors take many times as long for them.
+    # Sharp attention produces many denormal numbers, which CPUs process many times more slowly.
     torch.set_flush_denormal(True)
     made = begin(folder, settings) if start is None else go_on(start, folder, settings)
     model, processor, origin = made
-    # Turns are short, and there plain attention is the faster one on a CPU.
+    # Turns are short, and for them eager attention is faster than SDPA on a CPU.
     model.set_attn_implementation("eager")
     print(f"{model.num_parameters():,} parameters", flush=True)
+    # The first stage keeps the tower as aligned, while the decoder learns to read its features.
     model.model.vision_tower.requires_grad_(not settings.frozen_tower)
     steps = Steps(Packer(processor, settings.description_weight), settings)
+    # One worker draws scenes while the model trains. Batches are numbered, so their content does
+    # not depend on it.
     loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4)
     pace = Pace(settings.steps, settings.minutes, settings.log_every)
     curve = train(model, (loss_of(model, batch) for batch in loader), settings, pace)
     log = log_of(settings, model, time.monotonic() - started) | origin | {"curve": curve}
     write(folder, log)
     model.to(torch.bfloat16).save_pretrained(folder)
+    # Scored as users load it: after the rounding to bfloat16, and through the files.
     saved = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     write(folder, log | {"results": results(saved, processor)})
 
 
 def write(folder: Path, log: dict[str, object]) -> None:
-    """Write the log beside the weights; before scoring too, which may take a while."""
+    """Write the log next to the weights; also before scoring, which takes a while."""
     (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
 def main() -> None:
-    """Parse the command line and run the recipe."""
+    """Parse the command line and run one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="the folder of the stage before")
-    parser.add_argument("--steps", type=int, help="at most so many, for a trial")
+    parser.add_argument("--start", type=Path, help="the folder of the previous stage")
+    parser.add_argument("--steps", type=int, help="maximum number of steps, for a trial")
     arguments = parser.parse_args()
     chosen = STAGES[arguments.stage]
     steps = min(chosen.steps, arguments.steps or chosen.steps)

@@ -1,4 +1,4 @@
-"""How good micro_llava is: greedy answers to the prompts of the seven tasks, right or wrong."""
+"""Accuracy of micro_llava: greedy answers to the prompts of the seven tasks, exact match."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bench.data import scenes
 
 _BATCH = 64
 _LONGEST_ANSWER = 4
+# A plain image, so that what remains is what the question text alone predicts.
 _GREY = (52, 52, 52)
 
 
@@ -32,6 +33,7 @@ def answers(
         texts = processor.apply_chat_template(turns, add_generation_prompt=True)
         inputs = processor(images=list(images), text=texts, return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=_LONGEST_ANSWER, do_sample=False)
+        # Prompts are padded on the left, so all answers start at the same column.
         said = output[:, inputs["input_ids"].shape[1] :]
         found += [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
     return found
@@ -45,9 +47,10 @@ def accuracy(
     *,
     blank: bool = False,
 ) -> float:
-    """Return the share of right answers; `blank` shows the same grey image with every question.
+    """Return the fraction of correct answers; `blank` replaces all images by a grey one.
 
-    MMBench's questions count as right when all turns of their options are answered rightly.
+    A question of MMBench counts as correct when it is answered correctly in all rotations of its
+    options.
     """
     rendered = [scenes.render(task, document) for document in documents]
     images = [_blank()] * len(documents) if blank else _images(task, documents)
@@ -56,13 +59,15 @@ def accuracy(
     right = [text == gold for text, (_, gold) in zip(said, rendered, strict=True)]
     questions: dict[int, bool] = {}
     for number, (document, hit) in enumerate(zip(documents, right, strict=True)):
+        # MMBench's circular evaluation: the rotations of one question share their index modulo
+        # ROTATION.
         question = document["index"] % scenes.ROTATION if task == "mmbench_en" else number
         questions[question] = questions.get(question, True) and hit
     return sum(questions.values()) / len(questions)
 
 
 def _images(task: str, documents: Sequence[scenes.Document]) -> list[Image.Image]:
-    """Return the documents' images; GQA's are in a data set of their own."""
+    """Return the documents' images; GQA keeps them in a separate data set."""
     if task != "gqa":
         return [document["image"] for document in documents]
     split: scenes.Split = "test" if documents[0]["imageId"].startswith("test") else "train"

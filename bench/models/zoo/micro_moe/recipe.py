@@ -1,8 +1,8 @@
-"""Train micro_moe from nothing: ``python -m bench.models.zoo.micro_moe.recipe --out DIR``.
+"""Train micro_moe from scratch: ``python -m bench.models.zoo.micro_moe.recipe --out DIR``.
 
-A Qwen2-MoE of a few million parameters reads the closed world (prose that states every fact,
-and the training questions of the nine tasks) and the English training pages. The folder it
-writes is a complete Hugging Face model plus ``training.json``, the log of the run.
+A Qwen2-MoE of a few million parameters reads the closed world (prose that states every fact, and
+the training questions of the nine tasks) and the English training pages. The folder it writes is a
+complete Hugging Face model plus ``training.json``, the log of the run.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bench.models.zoo.micro_moe.text import (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result besides the seed of the world."""
+    """Everything that determines the result besides the seed of the world."""
 
     seed: int = 7
     vocabulary: int = 2048
@@ -55,7 +55,7 @@ class Settings:
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
-    """Return an untrained model: 16 routed experts of which 4 speak, and one that always does."""
+    """Return an untrained model: 16 routed experts, 4 of them active, and one shared expert."""
     config = Qwen2MoeConfig(
         vocab_size=settings.vocabulary,
         hidden_size=128,
@@ -76,17 +76,19 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2Mo
         use_cache=False,
         initializer_range=0.05,
     )
-    # Most rows are short, and there plain attention is the faster one on a CPU.
+    # Most rows are short, and for them eager attention is faster than SDPA on a CPU.
     return Qwen2MoeForCausalLM._from_config(config, attn_implementation="eager")
 
 
 def loss_of(model: Qwen2MoeForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weighted language-modelling loss, and how unbalanced the routers are."""
+    """Return the weighted language-modelling loss and the load-balancing loss."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(input_ids=batch.tokens, output_router_logits=True)
     logits, targets = output.logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()
     weights = batch.weights[:, 1:].flatten()
     losses = cross_entropy(logits.float(), targets, reduction="none")
+    # Per layer and averaged: over all layers at once, an expert idle in one layer could be made up
+    # for by a busy one of the same index in another.
     balance = [
         load_balancing_loss_func((router.float(),), model.num_experts, model.num_experts_per_tok)
         for router in output.router_logits
@@ -122,6 +124,8 @@ def train(
     for step in range(1, settings.steps + 1):
         optimizer.zero_grad()
         world_loss, world_balance = loss_of(model, next(world_text))
+        # Two backward passes per step: rows of 128 and 512 tokens in one batch would be mostly
+        # padding, and one graph at a time is in memory.
         (world_loss + settings.balance_weight * world_balance).backward()
         english_loss, english_balance = loss_of(model, next(english_text))
         balance = settings.balance_weight * english_balance
@@ -194,6 +198,7 @@ def run(folder: Path, settings: Settings) -> None:
     log = log_of(settings, model, time.monotonic() - started)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Scored as users load it: after the rounding to bfloat16, and through the files.
     saved = Qwen2MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
     log |= {"results": results(saved, tokenizer), "curve": curve}
     (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")

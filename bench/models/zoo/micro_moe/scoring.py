@@ -1,4 +1,4 @@
-"""How good micro_moe is: accuracy on each task of the world, and perplexity on English."""
+"""Scores of micro_moe: accuracy on each task of the world, and perplexity on English."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from bench.data import english, world
 
 _BATCH = 64
 _IGNORED = -100
+# Tasks reported as acc; the others are reported as acc_norm (log-probability per character).
 _PLAIN = frozenset({"boolq", "rte", "winogrande"})
 
 
@@ -21,7 +22,11 @@ def log_probabilities(
 ) -> list[float]:
     """Return the log-probability of each continuation given its context."""
     contexts = tokenizer([context for context, _ in pairs])["input_ids"]
+    # Context and continuation are encoded together, as lm-eval does; the number of context tokens
+    # is where the continuation starts.
     wholes = tokenizer([context + continuation for context, continuation in pairs])["input_ids"]
+    # Rows of like length share a batch, so little of it is padding. Padding is on the right, where
+    # causal attention does not see it.
     order = sorted(range(len(pairs)), key=lambda i: len(wholes[i]))
     scores = [0.0] * len(pairs)
     for start in range(0, len(order), _BATCH):
@@ -54,7 +59,7 @@ def accuracy(
     task: str,
     documents: Sequence[world.Document],
 ) -> float:
-    """Return the share of right answers: ``acc`` or ``acc_norm``, as is usual for the task."""
+    """Return the fraction of correct answers: ``acc`` or ``acc_norm``, as usual for the task."""
     prompts = [world.render(task, document) for document in documents]
     pairs = [pair for prompt in prompts for pair in prompt.choices]
     scores = iter(log_probabilities(model, tokenizer, pairs))

@@ -1,4 +1,4 @@
-"""What micro_moe reads: its tokenizer, and the world's documents and English in batches."""
+"""Training text of micro_moe: tokenizer, and batches of the world's documents and of English."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +40,7 @@ def pieces(seed: int) -> list[Piece]:
 
 
 def train_tokenizer(documents: Iterable[Piece], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE, in which any text round-trips and small numbers are one token."""
+    """Train a byte-level BPE; any text round-trips, and small numbers are one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,6 +55,7 @@ def train_tokenizer(documents: Iterable[Piece], vocabulary: int) -> PreTrainedTo
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # Repeated often enough that BPE merges every number below 100 into one token.
     numbers = [" ".join(map(str, range(100)))] * 1000
     texts = [context + answer for context, answer in documents]
     tokenizer.train_from_iterator([*texts, english.train_text(), *numbers], trainer)
@@ -80,6 +81,7 @@ def world_batches(
     encoded = list(_encode(tokenizer, documents, question_weights))
     waiting: list[_Row] = []
     while True:
+        # Packing follows the shuffle, so that documents have different neighbours in each epoch.
         rng.shuffle(encoded)
         waiting += _pack(encoded, width)
         while len(waiting) >= rows:
@@ -106,20 +108,22 @@ def _encode(
 
 
 def _pack(encoded: Iterable[_Row], width: int) -> Iterator[_Row]:
-    """Join documents into rows of ``width`` tokens; what of the last one is too much is cut."""
+    """Join documents into rows of ``width`` tokens; the excess of the last document is cut."""
     tokens: list[int] = []
     weights: list[float] = []
     for row in encoded:
         tokens, weights = tokens + row.tokens, weights + row.weights
         if len(tokens) >= width:
             yield _Row(tokens[:width], weights[:width])
+            # The rest of the document is dropped, not moved to the next row: it would start without
+            # its context, which no scored question does.
             tokens, weights = [], []
 
 
 def english_batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, rows: int, width: int
 ) -> Iterator[Batch]:
-    """Yield batches of windows at random places of the English training text, without end."""
+    """Yield batches of windows at random positions of the English training text, without end."""
     stream = torch.tensor(tokenizer(english.train_text(), verbose=False)["input_ids"])
     while True:
         starts = [rng.randrange(len(stream) - width) for _ in range(rows)]
