@@ -40,8 +40,8 @@ class Memory:
         self._journal = journal
         entries = journal.entries if journal else []
         own = [pair for batch in entries for pair in batch]
-        # Only the first process has the journal, but all of them must see the same requests as
-        # missing, because they partition that list among themselves without communicating.
+        # Every process has a journal of its own. They are merged, because all processes must see
+        # the same requests as missing: they partition that list without communicating.
         self._known: dict[str, Any] = dict(joined().together(own))
 
     def answers(self, keys: Sequence[str], score: Score, progress: Progress) -> list[Any]:
@@ -74,9 +74,9 @@ class Memory:
         """Return the responses to `items`, computed in their order in batches.
 
         In a distributed evaluation, processes partition the items by `sizes` and exchange responses
-        at the end. The responses of an interrupted run are a prefix of that order, so a resumed run
-        forms the batches that the interrupted one would have formed, and its numbers are
-        bit-identical.
+        at the end. In a single process, the responses of an interrupted run are a prefix of that
+        order, so a resumed run forms the batches that the interrupted one would have formed, and
+        its numbers are bit-identical.
         """
         from bench.evaluation.ranks import joined
 
@@ -88,10 +88,9 @@ class Memory:
                 yield [(place, answer) for answer, place in zip(answers, places, strict=False)]
 
         def score(missing: list[int]) -> Iterable[Answers]:
-            # With one process, the cached part is a whole number of batches. That guarantee ends
-            # where memory ran out (a resumed run starts again at the configured batch size) and
-            # with several processes, whose shares of the missing items depend on how many are
-            # missing.
+            # What is cached is a whole number of batches. That guarantee ends where memory ran out
+            # (a resumed run starts again at the configured batch size) and with several processes,
+            # whose shares of the missing items depend on how many are missing.
             return joined().spread(missing, [sizes[place] for place in missing], own)
 
         return self.answers(keys, score, progress)

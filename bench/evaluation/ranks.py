@@ -32,7 +32,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, of rank `number` among `count`."""
+    """This process: rank `number` of `count`."""
 
     number: int = 0
     count: int = 1
@@ -46,8 +46,8 @@ class Ranks:
         """Return the indices of this process's items: neighbours with an equal part of the work."""
         # Contiguous, because callers sort by length or by prefix: neighbours pad little in one
         # batch and share prefixes. An item belongs to the process in whose part its midpoint lies,
-        # which assigns every item exactly once without communication; rounding by its begin would
-        # favour the last process. `or 1` covers items that all have no work.
+        # which assigns every item exactly once without communication. `or 1` covers items that all
+        # have no work.
         ends = [0, *accumulate(work)]
         owner = [
             min(self.count - 1, (begin + end) * self.count // (2 * ends[-1] or 1))

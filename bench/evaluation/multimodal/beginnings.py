@@ -103,6 +103,6 @@ def turns_in_three(network: Any) -> bool:
 
 
 def put(texts: list[str], places: Sequence[int], answers: Sequence[str]) -> None:
-    """Write answers to their places."""
+    """Write answers into `texts` at the given places."""
     for place, answer in zip(places, answers, strict=True):
         texts[place] = answer

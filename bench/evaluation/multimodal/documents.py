@@ -96,7 +96,6 @@ def _images_of(defined: dict[str, Any]) -> str:
 
 
 def _both(documents: Source, images: Source) -> Source:
-    """Describe two files of one data set as one source."""
     joined = hashlib.sha256(f"{documents.fingerprint}{images.fingerprint}".encode()).hexdigest()
     return Source("file", documents.location, None, joined)
 

@@ -23,8 +23,8 @@ def _row(planned: PlannedTask, adapter: Adapter, sample: dict[str, Any]) -> dict
     return {
         "task": planned.name,
         "filter": "none",
-        # The harness counts the documents it was given; with a limit these are not the first ones
-        # of the data set, and records of different limits must pair by document.
+        # The harness counts the documents it was given; with a limit these need not be the first
+        # ones of the data set, and records of different limits must pair by document.
         "doc_id": planned.places[sample["doc_id"]],
         "doc_hash": _sha(json.dumps(sample["doc"], sort_keys=True, default=str)),
         "prompt_hash": _sha(asked.prompt),

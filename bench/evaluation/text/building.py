@@ -114,7 +114,6 @@ def _construct_local(defined: dict[str, Any], key: str) -> Any:
 
 
 def _construct(defined: dict[str, Any]) -> Any:
-    """Let the harness build one task from its definition."""
     # Without its default index, which takes seconds to build and is not needed for a full
     # definition.
     (task,) = TaskManager(include_defaults=False).load([defined])["tasks"].values()
@@ -148,7 +147,6 @@ def _refuse_unsupported(name: str, task: Any) -> None:
 
 
 def _offered(aggregated: Iterable[Any] | None, tasks: dict[str, Any]) -> list[str]:
-    """Return the metrics of a task or a group, in the harness's order."""
     if aggregated:
         return [metric.metric for metric in aggregated]
     return list(dict.fromkeys(metric for task in tasks.values() for metric in task.aggregation()))

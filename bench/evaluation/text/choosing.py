@@ -22,7 +22,6 @@ def scorer(model: Model, batches: Batches, progress: Progress, asked: Asked) -> 
 
 
 def _own(model: Model, batches: Batches, progress: Progress, asked: Asked) -> Scorer:
-    """Return the scorer of this process."""
     if asked.wanted == "plain":
         return PlainScorer(model, batches)
     from bench.evaluation.text.shared import fitness

@@ -134,7 +134,7 @@ def _cut(trie: Trie, limits: Limits, whole: tuple[int, int, Grove], groves: list
 
 
 def _joined(trie: Trie, rows: list[Row], limits: Limits, window: int | None) -> Iterator[Row]:
-    """Merge neighbours that are short together: they share a prefix, too."""
+    """Merge neighbours that are short together; tokens they share are then computed once."""
     waiting: Row | None = None
     for row in sorted(rows, key=lambda row: row.low):
         if waiting is None:

@@ -84,7 +84,8 @@ def _write(trie: Trie, row: Row, tokens_T: Ints, depths_T: Ints, ends_T: Ints) -
         branch = row.start if leaf == row.low else int(trie.shared[leaf])
         # Leaves come in depth-first order (an Euler tour of the trie). When the path leaves at
         # depth `branch`, the subtrees of all deeper tokens of the previous path end here, at the
-        # next free position: one assignment closes them all. Tokens above `branch` stay open.
+        # next free position: one assignment closes them all. Shallower tokens are ancestors of this
+        # leaf too and stay open.
         ends_T[path[branch:before]] = place
         after = place + length - branch
         path[branch:length] = np.arange(place, after)
