@@ -63,8 +63,8 @@ def starts(encoded: Sequence[Encoded], hashes: Sequence[str | None], config: Any
         for row in rows[1:]:
             differs = (row[:length] != rows[0][:length]).nonzero()
             length = int(differs[0]) if len(differs) else length
-        # All image tokens must lie in the prefix: what follows it is passed as token ids alone,
-        # without pixels or features.
+        # All image tokens must lie in the prefix: the rest of a prompt is passed as token ids
+        # alone, without pixels or features.
         shown = (rows[0] == config.image_token_id).nonzero()
         if len(alike) > 1 and len(shown) and int(shown[-1]) < length:
             found.append(Start(tuple(alike), length))

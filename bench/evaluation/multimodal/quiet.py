@@ -1,4 +1,4 @@
-"""Silence lmms-eval: what a user needs to see goes through `bench.ui`."""
+"""Silence lmms-eval: output for users goes through `bench.ui`."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class PlainScorer:
                 ids_BT, logits_to_keep=keep, use_cache=False
             ).logits
             return logits
-        # Networks with code of their own may lack the argument: all logits are computed, then cut.
+        # Remote code may lack the argument: all logits are computed, then cut.
         every: torch.Tensor = self._network(ids_BT, use_cache=False).logits
         return every[:, -keep:]
 

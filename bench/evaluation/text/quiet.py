@@ -1,4 +1,4 @@
-"""Silence lm-eval: what a user needs to see goes through `bench.ui`."""
+"""Silence lm-eval: output for users goes through `bench.ui`."""
 
 from __future__ import annotations
 

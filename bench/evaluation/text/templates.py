@@ -11,7 +11,7 @@ import lm_eval.utils
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """Cache compiled templates while the block runs; what they render does not change."""
+    """Cache compiled templates while the block runs; prompts do not change."""
     environment = lm_eval.utils.env
     # Safe, because a compiled template holds no state of a document, and the environment is a
     # module global that lives as long as lm-eval.

@@ -41,7 +41,7 @@ def unfit(model: Model) -> str | None:
 
 
 def _named(network: Any) -> str | None:
-    """Check what can be seen without a forward."""
+    """Check signature, output head, attention kernel and layer types, without a forward."""
     missing = set(NEEDED) - set(inspect.signature(network.forward).parameters)
     if missing:
         return f"the network's forward has no argument {min(missing)}"
@@ -68,8 +68,8 @@ def _tried(model: Model) -> str | None:
         wanted = _values(model, trie, alone)
         found = {"in a packed sequence": _values(model, trie, branches)}
         found["after a cached prefix"] = _values(model, trie, trunk)
-    # What a forward raises on an unexpected mask or cache. Out of memory is no verdict on the
-    # network.
+    # Errors of a forward on a mask or cache that it does not expect. Running out of memory is no
+    # verdict on the network.
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         if isinstance(error, RuntimeError) and is_exhausted(error):
             raise
