@@ -139,7 +139,9 @@ def test_a_network_without_a_head_that_can_be_cut_gives_the_same(model):
 
 def test_an_answer_longer_than_the_context_is_refused(short_model):
     adapter = Adapter(short_model, 4, Progress(quiet=True))
-    with pytest.raises(UserError, match="a continuation of 30 tokens cannot be scored: model tiny0"):
+    with pytest.raises(
+        UserError, match="a continuation of 30 tokens cannot be scored: model tiny0"
+    ):
         adapter._loglikelihood_tokens([(None, [1], [2] * 30)])
 
 

@@ -52,7 +52,9 @@ def test_gqa_without_images_says_what_is_missing(tmp_path):
         UserError, match=r"give a folder that contains testdev_balanced_images\.parquet"
     ):
         plan(config("gqa", data={"gqa": file}), offline=True)
-    with pytest.raises(UserError, match=r"the folder must contain testdev_balanced_images\.parquet"):
+    with pytest.raises(
+        UserError, match=r"the folder must contain testdev_balanced_images\.parquet"
+    ):
         plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True)
 
 
