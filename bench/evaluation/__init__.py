@@ -1,6 +1,6 @@
-"""Evaluation: plan a benchmark, then evaluate any number of models on it.
+"""Evaluation: plan a benchmark once, then evaluate any number of models on it.
 
-Importing this is light; torch and the harness are loaded by the first call.
+Importing this package is cheap; torch and the harnesses are imported on the first call.
 """
 
 from bench.evaluation.config import BenchmarkConfig, PerplexityConfig

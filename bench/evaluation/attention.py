@@ -1,11 +1,11 @@
-"""What a network's config says about how far its layers look."""
+"""Attention span (sliding window, layer types) from a model config."""
 
 from __future__ import annotations
 
 from typing import Any
 
 KNOWN = ("full_attention", "sliding_attention")
-"""Layers whose past is keys and values by token; other layers mix the past into a state."""
+"""Layer types whose past is one key and value per token; others fold the past into a state."""
 
 
 def text_config(network: Any) -> Any:
@@ -15,7 +15,10 @@ def text_config(network: Any) -> Any:
 
 
 def foreign_layers(network: Any) -> str | None:
-    """Return the first kind of layer that is not attention over tokens, None when all are."""
+    """Return the first kind of layer that is not attention over tokens, or None."""
+    # A recurrent or convolutional state has no mask that could hide one branch from another, so
+    # such layers rule out prefix sharing. `_is_stateful` is how transformers marks models without
+    # `layer_types` (Mamba and its kin).
     kinds = getattr(text_config(network), "layer_types", None) or ()
     others = sorted(set(kinds) - set(KNOWN))
     if others:
@@ -24,9 +27,11 @@ def foreign_layers(network: Any) -> str | None:
 
 
 def window(network: Any) -> int | None:
-    """Return how many tokens the narrowest sliding layer looks back, None when none slides."""
+    """Return the sliding window in tokens, or None if every layer sees the whole past."""
     config = text_config(network)
     size = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    # A config may carry `sliding_window` although no layer uses it: Qwen2 disables it by
+    # `use_sliding_window`, hybrid models by layer type.
     slides = kinds is None or "sliding_attention" in kinds
     return int(size) if size and slides and getattr(config, "use_sliding_window", True) else None

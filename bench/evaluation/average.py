@@ -1,4 +1,4 @@
-"""The one number that stands for a benchmark, where there is one."""
+"""The average of a benchmark: one number over the headline metrics of its tasks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Row = TypeVar("Row", Metric, "MetricPart")
 AVERAGE = "average"
 
 SHARES = {"mme_perception_score": "mme_perception_share"}
-"""Headlines that are sums of points, and the row of the same task that says them as a share."""
+"""Headline metrics that are sums of points, and the metric of the same task that scales them."""
 
 
 def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
-    """Return the unweighted mean of the tasks' headline metrics, if two or more can be averaged.
+    """Return the unweighted mean of the headline metrics as a list of one, or an empty list.
 
-    Perplexities stand beside it. A sum of points (MME's) is averaged as its share of the maximum,
-    because a score up to 2000 is not to be mixed with accuracies up to 1. Headlines of
-    which some are better low and some high have no mean that says anything.
+    Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
+    since it cannot be averaged with accuracies in [0, 1]. There is no average of fewer than two
+    headline metrics, nor of metrics of which some are better high and some better low.
     """
     shown = averaged(rows, benchmark.perplexity)
     if not shown:
@@ -41,6 +41,8 @@ def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
             shots=max(row.shots for row in shown),
             split=one_split({row.split for row in shown}),
             value=math.fsum(row.value for row in shown) / len(shown),
+            # Standard error of a mean of independent estimates: sqrt(sum of squares) / n. One
+            # unknown error makes the whole unknown; treating it as 0 would understate it.
             stderr=math.hypot(*errors) / len(shown) if known else None,
             n=len(shown),
             higher_is_better=shown[0].higher_is_better,
@@ -51,10 +53,10 @@ def average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
 
 
 def averaged(rows: Sequence[Row], perplexity: Container[str]) -> list[Row]:
-    """Return the rows whose mean is the average; none where there is no such mean.
+    """Return the metrics whose mean is the average; empty if no average is defined.
 
-    `perplexity` names the tasks that are perplexities. Rows are metrics fresh from a harness, or
-    those of a record, in which case an average that is there already is passed over.
+    `perplexity` holds the names of the perplexities. `rows` are metrics fresh from a harness, or
+    those of a record; an average that is already among them is skipped.
     """
     shown = [
         _comparable(row, rows)
@@ -66,7 +68,7 @@ def averaged(rows: Sequence[Row], perplexity: Container[str]) -> list[Row]:
 
 
 def _comparable(headline: Row, rows: Sequence[Row]) -> Row:
-    """Return the row that stands for a headline in the mean."""
+    """Return the metric that represents a headline in the mean: its share, if it has one."""
     share = SHARES.get(headline.metric)
     same = (row for row in rows if row.task == headline.task and row.metric == share)
     return next(same, headline)

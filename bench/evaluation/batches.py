@@ -1,4 +1,4 @@
-"""Working through items in batches that fit: one that does not is halved and tried again."""
+"""Batches that adapt to memory: one that does not fit is halved and retried."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ class Batches:
     def each(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Answer]]
     ) -> Iterator[list[Answer]]:
-        """Yield the answers to one batch after the other, in the order of the items."""
+        """Yield the results of one batch after the other, in the order of the items."""
         begin = 0
         while begin < len(items):
             batch = items[begin : begin + self.size]
+            # A batch is retried from its first item, so results keep the order of the items
+            # whatever the sizes. The size never grows back: memory that ran out once will run out
+            # again.
             done = self._attempt(batch, work)
             if done is None:
                 self._halve(len(batch))
@@ -42,7 +45,9 @@ class Batches:
     def _attempt(
         batch: Sequence[Item], work: Callable[[Sequence[Item]], list[Answer]]
     ) -> list[Answer] | None:
-        """Return None when memory ran out; the failed attempt's tensors die with this frame."""
+        """Return None if memory ran out."""
+        # A frame of its own, left before memory is released: as long as the exception is being
+        # handled, its traceback references the failed attempt's tensors, and nothing can be freed.
         try:
             return work(batch)
         except RuntimeError as error:
@@ -52,9 +57,9 @@ class Batches:
 
     def _halve(self, tried: int) -> None:
         if tried == 1:
-            raise UserError("benchmark.batch_size: not even one sample fits into memory")
+            raise UserError("benchmark.batch_size: a single sample does not fit into memory")
         self.size = tried // 2
         release(self._device)
         self._progress.console.print(
-            f"[yellow]out of memory with a batch of {tried}: going on with {self.size}[/yellow]"
+            f"[yellow]out of memory with a batch of {tried}: continuing with {self.size}[/yellow]"
         )

@@ -1,4 +1,4 @@
-"""What a benchmark config may say, checked once at the boundary."""
+"""Schema of the `benchmark` config group, validated at the boundary."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bench.evaluation.engine import Engine
 
 
 class PerplexityConfig(BaseModel):
-    """One perplexity: which text, cut into windows of how many tokens.
+    """One perplexity: the text, the windowing protocol and the window length in tokens.
 
-    `protocol` names how windows are drawn: `gptq_wikitext2` joins the test split and cuts it into
-    consecutive windows, `gptq_c4` draws 256 random windows with seed 0, `consecutive` is the
-    former for any text.
+    `gptq_wikitext2` joins the documents of the test split and cuts them into consecutive windows,
+    `gptq_c4` draws 256 random windows with seed 0, `consecutive` applies the first protocol to any
+    text. `path` replaces the text by a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,10 +26,11 @@ class PerplexityConfig(BaseModel):
 
 
 class ImagesConfig(BaseModel):
-    """Which labelled images: a data set of `bench.data.images`, where it is, which of them.
+    """The labelled images of a classification benchmark.
 
-    `download` lets torchvision fetch what `folder` lacks. `split` is `test`, or `validation` for
-    the training images that are held out for choosing knobs.
+    `data` is the name of a data set in `bench.data.images` and `folder` its location; `download`
+    lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for the part of
+    the training images that is held out for choosing hyperparameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,25 +44,26 @@ class ImagesConfig(BaseModel):
 class BenchmarkConfig(BaseModel):
     """One entry of the `benchmark` config group: harness tasks, perplexities, or both.
 
-    `harness` names who scores: `lm_eval`, or `images`, our own count of right classes, which
-    reads `images` and none of the keys about text.
-    `suite` says where the tasks' data come from: `real` (the harness's own data sets) or `micro`
-    (the embedded world, in the same schemas). `metrics` names the headline metric of each task,
-    as `METRIC` or `METRIC,FILTER`; a task it does not name has its first one. Their unweighted
-    mean is the benchmark's `average`. `data` points single tasks at local parquet or JSON-lines
-    files in the real data set's schema, or at a folder of such files, one per split; null stands
-    for no file. `num_fewshot` null leaves each task its own number.
+    `harness` selects the evaluator: `lm_eval` for text, `lmms_eval` for questions about images, or
+    `images` for our own top-1 accuracy of classifiers, which reads `images` and ignores the keys
+    about text. `suite` selects the data of the tasks: `real` (the harness's own data sets) or
+    `micro` (the embedded data, in the same schemas).
 
-    `engine` says what goes through the network: with `shared`, what requests have in common goes
-    once; `plain` is the harness's own protocol, every request a row of its own. Log-likelihoods and
-    answers are the same. A model that cannot be asked by the shared engine is asked plainly; the
-    record says which it was and why.
+    `metrics` maps a task to its headline metric, as `METRIC` or `METRIC,FILTER`; a task that is not
+    listed uses its first metric. The unweighted mean of the headline metrics is the benchmark's
+    `average`. `data` maps a task to a local parquet or JSON Lines file in the real data set's
+    schema, or to a folder with one such file per split; null means no file. `num_fewshot: null`
+    keeps each task's own number of shots.
 
-    `harness` says who asks and scores: `lm_eval` texts, `lmms_eval` questions about images. Only
-    the latter reads the last three settings. `system_prompt` goes before every question in place
-    of the model's own; an empty one is none. `ocr_tokens` gives TextVQA's OCR tokens, as LLaVA's
-    published numbers have it and lmms-eval by default has not. `image_cache_gib` bounds the memory
-    for encoded images, on the CPU; 0 encodes an image anew for every question.
+    `backend` selects how log-likelihoods and answers are computed: `prefix_sharing` runs tokens
+    that requests have in common through the network once; `padded` is the harness's own protocol
+    with one row per request. Results are the same. A model that does not support prefix sharing
+    falls back to the padded backend, and the record states the backend used and the reason.
+
+    Only `lmms_eval` reads the last three keys. `system_prompt` replaces the model's own system
+    prompt; an empty string removes it. `ocr_tokens` adds TextVQA's OCR tokens to the prompt, as in
+    LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the CPU
+    memory for encoded images; 0 encodes an image again for every question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,15 +87,15 @@ class BenchmarkConfig(BaseModel):
     @field_validator("data", mode="before")
     @classmethod
     def _without_blanks(cls, data: Any) -> Any:
-        """Drop the keys that a config file lists only so that they can be overridden."""
+        """Drop null entries: config files list them only to make them overridable."""
         if not isinstance(data, dict):
             return data
         return {task: path for task, path in data.items() if path is not None}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        """Refuse a text that is called like a task: metrics are told apart by that name."""
+        # Metrics of tasks, of perplexities and the average share one namespace: the name alone.
         both = {*self.tasks, "average"} & self.perplexity.keys()
         if both:
-            raise ValueError(f"benchmark.perplexity.{both.pop()} is the name of a task as well")
+            raise ValueError(f"benchmark.perplexity.{both.pop()}: a task has this name; rename it")
         return self

@@ -1,4 +1,4 @@
-"""Which engine asked a model, and why: what a record keeps about how its numbers were had."""
+"""Which scoring backend was used, and why; stored in the record."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 Engine = Literal["shared", "plain"]
 SPENT = ("tokens_per_batch", "halved", "given", "computed")
-"""What depends on the memory that was free, and on what a killed attempt had answered already."""
+"""Fields that depend on free memory and on what an interrupted attempt had already answered."""
 
 
 @dataclass
 class Asked:
-    """What was wanted and what was used; `reasons` say why it was not always what was wanted.
+    """The requested backend, the one used, and the `reasons` if they differ.
 
-    `tokens_per_batch` is the budget of the shared engine as it was found, `halved` how often
-    memory then ran out. `computed` tokens went through the network where the plain engine would
-    have sent `given`.
+    `tokens_per_batch` is the token budget of the prefix-sharing backend as first estimated,
+    `halved` the number of times memory then ran out. `computed` is the number of tokens that went
+    through the network, `given` the number that the padded backend would have sent.
     """
 
     wanted: Engine
@@ -28,12 +28,14 @@ class Asked:
     computed: int = 0
 
     def because(self, reason: str) -> None:
-        """Keep a reason, once."""
+        """Add a reason, unless it is already listed."""
         if reason not in self.reasons:
             self.reasons.append(reason)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON values; what this attempt spent is apart, under `spent`."""
+        """Return JSON values, with the fields of this attempt alone nested under `spent`."""
         values = asdict(self)
+        # The remaining fields are equal whenever a run is repeated or resumed; these are not, so
+        # they are kept apart.
         spent = {name: values.pop(name) for name in SPENT}
         return {**values, "spent": spent}

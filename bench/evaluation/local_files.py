@@ -14,7 +14,7 @@ from bench.errors import UserError
 from bench.evaluation.source import Source, file_source
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".gz")
-"""Formats that are read: a table, JSON lines or a JSON list, and the latter two compressed."""
+"""Supported formats: parquet, JSON Lines, a JSON list, and the latter two compressed."""
 
 COLUMNS = {
     "boolq": ("passage", "question", "label"),
@@ -27,11 +27,15 @@ COLUMNS = {
     "piqa": ("goal", "sol1", "sol2", "label"),
     "mathqa": ("Problem", "options", "correct"),
 }
-"""The columns of the real data sets that their tasks read."""
+"""Columns of the real data sets that each task reads."""
 
 
 def load(task: str, path: str, split: str) -> tuple[datasets.DatasetDict, Source]:
-    """Read a file as the split called `split`, or a folder's files as a split each."""
+    """Read a file as the split `split`, or a folder's files as one split each.
+
+    Raises:
+        UserError: the path does not exist, a file cannot be read, or a column is missing.
+    """
     key = f"benchmark.data.{task}={path}"
     files = _files(Path(path).expanduser(), key, split)
     splits = {name: read_rows(file, key) for name, file in files.items()}
@@ -47,20 +51,27 @@ def _files(path: Path, key: str, split: str) -> dict[str, Path]:
     if path.is_file():
         return {split: path}
     files = {
+        # Up to the first dot: `test.jsonl.gz` is the split `test`.
         file.name.partition(".")[0]: file
         for file in sorted(path.iterdir())
         if file.suffix in SUFFIXES
     }
     if split not in files:
-        raise UserError(f"{key}: the folder needs {split}.parquet, the split that is scored")
+        raise UserError(f"{key}: the folder must contain {split}.parquet, the split that is scored")
     return files
 
 
 def read_rows(file: Path, key: str) -> list[dict[str, Any]]:
-    """Read a table's rows; `key` names the user's setting in what is said when that fails."""
+    """Read the rows of a table; `key` names the user's setting in error messages.
+
+    Raises:
+        UserError: the format is not supported, the file cannot be read or has no rows.
+    """
     if file.suffix not in SUFFIXES:
-        raise UserError(f"{key}: {file.name} is none of {', '.join(SUFFIXES)}")
+        raise UserError(f"{key}: {file.name} must be one of {', '.join(SUFFIXES)}")
     try:
+        # ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors; BadGzipFile is an
+        # OSError.
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -89,6 +100,8 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
 
 def _check_columns(rows: list[dict[str, Any]], columns: tuple[str, ...], where: str) -> None:
     for number, row in enumerate(rows):
+        # None counts as missing: parquet and a list of dictionaries fill absent values with it, and
+        # a prompt template would render it as the word None.
         missing = [column for column in columns if row.get(column) is None]
         if missing:
             raise UserError(

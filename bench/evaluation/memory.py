@@ -1,9 +1,9 @@
-"""What a model has answered already, so that a killed run goes on where it stopped.
+"""Response cache that lets an interrupted evaluation resume; all harness adapters go through it.
 
-This is the one seam between the harnesses' adapters and whatever computes: an adapter names its
-requests by keys and says how those that are not known are scored; answers are kept batch by
-batch as they come. A memory belongs to one run and one state of the network's weights (its
-journal's identity), so a key only has to tell the requests of that run apart.
+An adapter names its requests by keys and supplies a function that computes the responses that are
+missing; responses are stored batch by batch as they arrive. A cache belongs to one run and one
+state of the weights (the identity of its journal), so a key need only distinguish the requests of
+that run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Answers = Iterable[tuple[int, Any]]
-"""Answers of one batch with the places of their requests; an answer is JSON and no tuple."""
+"""Responses of one batch with the indices of their requests; a response is JSON, not a tuple."""
 
 Score = Callable[[list[int]], Iterable[Answers]]
-"""Answers the requests at the given places, batch by batch, in any order."""
+"""Compute the responses to the requests at the given indices, batch by batch, in any order."""
 
 
 def key(*parts: Any) -> str:
-    """Return a name for a request: a hash of everything that tells it from others."""
+    """Return the name of a request: a hash of everything that distinguishes it from others."""
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
 
 class Memory:
-    """Answers by key: those of a journal, and those that are given from now on."""
+    """Responses by key: those read from a journal, and those computed since."""
 
     def __init__(self, journal: Journal | None = None) -> None:
         from bench.evaluation.ranks import joined
@@ -40,17 +40,22 @@ class Memory:
         self._journal = journal
         entries = journal.entries if journal else []
         own = [pair for batch in entries for pair in batch]
-        # All processes must miss the same, for they divide it among themselves.
+        # Every process has a journal of its own. They are merged, because all processes must see
+        # the same requests as missing: they partition that list without communicating.
         self._known: dict[str, Any] = dict(joined().together(own))
 
     def answers(self, keys: Sequence[str], score: Score, progress: Progress) -> list[Any]:
-        """Return the answer to every key; only those that are not known are scored, each once."""
+        """Return the response to every key; those that are not cached are computed, each once."""
+        # Reversed, so that of equal requests the index of the first one stays. Each distinct
+        # request is computed once, and `missing` keeps the caller's order, on which batching and
+        # prefix sharing rely.
         places = {name: place for place, name in reversed(list(enumerate(keys)))}
         missing = sorted(place for name, place in places.items() if name not in self._known)
         progress.total(len(places))
         progress.step(len(places) - len(missing))
         for batch in score(missing):
             given = [(keys[place], answer) for place, answer in batch]
+            # Written before the next batch is computed, so a kill costs at most one batch.
             if self._journal is not None and given:
                 self._journal.append(given)
             self._known.update(given)
@@ -66,20 +71,26 @@ class Memory:
         work: Callable[[Sequence[Item]], list[Any]],
         progress: Progress,
     ) -> list[Any]:
-        """Return `answers` to items that are worked through in their order.
+        """Return the responses to `items`, computed in their order in batches.
 
-        Processes that evaluate together divide them by `sizes`, and exchange answers at the end.
-        What a killed run left is a beginning of that order, so the batches of the one that goes on
-        are those that it would have had, down to the last bit.
+        In a distributed evaluation, processes partition the items by `sizes` and exchange responses
+        at the end. In a single process, the responses of an interrupted run are a prefix of that
+        order, so a resumed run forms the batches that the interrupted one would have formed, and
+        its numbers are bit-identical.
         """
         from bench.evaluation.ranks import joined
 
         def own(mine: list[int]) -> Iterator[list[tuple[int, Any]]]:
             places = iter(mine)
             for answers in batches.each([items[place] for place in mine], work):
+                # zip stops at the end of a batch without consuming the next index, since `answers`
+                # comes first.
                 yield [(place, answer) for answer, place in zip(answers, places, strict=False)]
 
         def score(missing: list[int]) -> Iterable[Answers]:
+            # What is cached is a whole number of batches. That guarantee ends where memory ran out
+            # (a resumed run starts again at the configured batch size) and with several processes,
+            # whose shares of the missing items depend on how many are missing.
             return joined().spread(missing, [sizes[place] for place in missing], own)
 
         return self.answers(keys, score, progress)

@@ -1,4 +1,4 @@
-"""Everything a benchmark needs, found before a model is loaded: tasks, data, fingerprints."""
+"""A planned benchmark: tasks, data and fingerprints, found before any model is loaded."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bench.models.config import ModelConfig
 
 
+# Names, not functions: resolving one imports its harness, and lmms-eval alone takes seconds.
 PLANNERS = {
     "lm_eval": "bench.evaluation.text.planning:plan_text",
     "lmms_eval": "bench.evaluation.multimodal.planning:plan_multimodal",
@@ -25,7 +26,7 @@ PLANNERS = {
 
 
 class Planner(Protocol):
-    """What finds the data of one harness's benchmarks."""
+    """Function that finds the data of one harness's benchmarks."""
 
     def __call__(self, benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
         """Return the benchmark, ready to score any model."""
@@ -33,75 +34,77 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """A benchmark whose data are all there; any number of models can be evaluated on it."""
+    """A benchmark whose data are loaded; any number of models can be evaluated on it."""
 
     benchmark: BenchmarkConfig
     scoring: Scoring
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Where each task's and each text's documents came from."""
+        """Where the documents of each task and each text came from."""
         return self.scoring.sources
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """A fingerprint of the documents per task and per text."""
+        """Fingerprint of the documents per task and per text."""
         return {name: source.fingerprint for name, source in self.sources.items()}
 
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
-        """What a record keeps of the sources: origin, location, revision and fingerprint."""
+        """Sources as stored in a record: origin, location, revision and fingerprint."""
         return {name: asdict(source) for name, source in self.sources.items()}
 
     def refuse_unfit(self, model: ModelConfig) -> None:
-        """Raise unless the benchmark's harness can ask a model of this kind."""
+        """Raise UserError unless the benchmark's harness supports this kind of model."""
         if model.kind not in self.scoring.kinds:
             raise UserError(
-                f"benchmark={self.benchmark.name} asks models of kind "
-                f"{' or '.join(self.scoring.kinds)}, but model={model.name} is of kind {model.kind}"
+                f"benchmark={self.benchmark.name} needs a model of kind "
+                f"{' or '.join(self.scoring.kinds)}; model={model.name} is {model.kind}"
             )
 
 
 def plan(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
-    """Find and load all data of a benchmark; what is missing is named at once, all of it.
+    """Find and load all data of a benchmark; everything that is missing is reported at once.
 
-    With no network, or with `offline`, the process stays off the hub from then on.
+    Without a network, or with `offline`, the process stays off the hub from then on.
 
     Raises:
-        MissingData: data are neither cached nor to be had from the hub.
-        UserError: a task, a metric, a file or a text is not what the config takes it for.
+        MissingData: data are neither cached nor reachable on the hub.
+        UserError: the config names a task, a metric, a file or a text that does not exist or fit.
     """
     return Plan(benchmark, _scoring(benchmark, offline=offline))
 
 
 def _scoring(benchmark: BenchmarkConfig, *, offline: bool) -> Scoring:
-    """Let the harness of a benchmark plan it; the others are not even imported."""
     planner: Planner = pkgutil.resolve_name(PLANNERS[benchmark.harness])
     return planner(benchmark, offline=offline)
 
 
 def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> Plan:
-    """Return `plan(...)`, kept from the last call as long as the local files are the same.
+    """Return `plan(...)`, reusing the last result while the local files are unchanged.
 
     The runs of a sweep share their benchmark, and building its tasks takes longer than many runs.
     """
     paths = [path for path in benchmark.data.values() if path]
     paths += [text.path for text in benchmark.perplexity.values() if text.path]
     files = [Path(path) for path in sorted(paths)]
+    # Only files can be stamped. A folder is planned once per process: replacing a file in it during
+    # a sweep goes unnoticed.
     stamps = [(f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+    # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
     return _kept(benchmark.model_dump_json(), tuple(stamps), offline)
 
 
 @functools.lru_cache(maxsize=4)
 def _kept(benchmark: str, stamps: tuple[tuple[int, int], ...], offline: bool) -> Plan:
-    """Build a plan; `stamps` only tells when a kept one is stale."""
+    """Build a plan; `stamps` only invalidates a stale one."""
     return plan(BenchmarkConfig.model_validate_json(benchmark), offline=offline)
 
 
 def prefetch(benchmark: BenchmarkConfig) -> list[str]:
-    """Download what a benchmark needs into the usual caches; return what is there afterwards.
+    """Download what a benchmark needs into the usual caches; return the data sets now present.
 
-    Each entry names a hub data set and the commit; data that need no network are not listed.
+    Each entry names a hub data set and its commit; data that need no network are not listed.
     """
     found = plan(benchmark, offline=False).sources.values()
     return sorted({f"{s.location}@{s.revision or 'main'}" for s in found if s.origin == "hub"})

@@ -1,8 +1,9 @@
-"""Several processes that evaluate copies of one model together, one per device.
+"""Distributed evaluation: several processes, one per device, each with a copy of the model.
 
-`accelerate launch -m bench.cli run ...` (or `torchrun`) starts them. Each asks the harness for all
-requests and answers a share of them; answers are exchanged, so that every process has all, and the
-first one writes. What is sent is Python objects, a few bytes an answer.
+They are started by `accelerate launch -m bench.cli run ...` or `torchrun`. Each process gets all
+requests from the harness and computes its share; responses are then exchanged, so that every
+process has all of them, and the first process writes. Python objects are exchanged, a few bytes per
+response.
 """
 
 from __future__ import annotations
@@ -18,29 +19,35 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 Answers = list[tuple[int, Any]]
-"""Answers with the places of what they answer."""
+"""Responses, each with the index of its request."""
 
+# torch's default is 10 minutes (NCCL) or 30 (Gloo), but processes meet only at the end of a task,
+# and their shares may differ by hours where estimates of the work are off.
 PATIENCE = timedelta(days=2)
-"""How long a process waits for the slowest one."""
+"""Timeout of collectives: how long a process waits for the slowest one."""
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-"""What the launchers say to a process about itself."""
+"""Environment variables by which launchers tell a process its place."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `number` of `count`."""
+    """This process: rank `number` of `count`."""
 
     number: int = 0
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes."""
         return self.number == 0
 
     def share(self, work: Sequence[int]) -> range:
-        """Return the places of this process's items: neighbours, with an equal part of the work."""
+        """Return the indices of this process's items: neighbours with an equal part of the work."""
+        # Contiguous, because callers sort by length or by prefix: neighbours pad little in one
+        # batch and share prefixes. An item belongs to the process in whose part its midpoint lies,
+        # which assigns every item exactly once without communication. `or 1` covers items that all
+        # have no work.
         ends = [0, *accumulate(work)]
         owner = [
             min(self.count - 1, (begin + end) * self.count // (2 * ends[-1] or 1))
@@ -55,22 +62,26 @@ class Ranks:
         work: Sequence[int],
         score: Callable[[list[int]], Iterable[Answers]],
     ) -> Iterator[Answers]:
-        """Yield answers to all places, batch by batch: this process's, then all others' at once.
+        """Yield the responses to all indices, batch by batch.
 
-        Places are divided in this `order`, each worth its `work`; `score` answers a share of them.
+        This process's own come first, then those of all others at once. Indices are partitioned in
+        the given `order`, each weighted by its `work`; `score` computes the responses to one part.
         """
         mine = [order[number] for number in self.share(work)]
         own: Answers = []
         for answers in score(mine):
             own += answers
             yield answers
+        # The exchange is a barrier: every process must reach it, even one with an empty share. If
+        # one raises before it, the others wait until the timeout, which the launcher cuts short by
+        # killing all processes when one exits.
         known = set(mine)
         others = [each for each in self.together(own) if each[0] not in known]
         if others:
             yield others
 
     def together(self, found: list[Value]) -> list[Value]:
-        """Return what all processes found, one process after the other."""
+        """Return the items of all processes, concatenated by rank."""
         if self.count == 1:
             return found
         from accelerate.utils import gather_object
@@ -79,13 +90,13 @@ class Ranks:
         return everything
 
     def as_the_first(self, value: Value) -> Value:
-        """Return the first process's value."""
+        """Return the first process's value on every process."""
         return self.together([value])[0]
 
 
 @cache
 def joined() -> Ranks:
-    """Return this process's place among those it was launched with, and connect to them."""
+    """Return this process's place in the group; the first call connects to the other processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     import torch
@@ -97,7 +108,7 @@ def joined() -> Ranks:
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Hide from a harness that there are others: it would divide the documents once more."""
+    """Hide the distributed environment from a harness, which would partition documents again."""
     before = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
     try:
         yield

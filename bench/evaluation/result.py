@@ -1,4 +1,4 @@
-"""What an evaluation produces: metrics for the record, samples for paired comparisons."""
+"""Result of an evaluation: metrics for the record, sample rows for paired comparisons."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """One number with everything that makes it comparable to another.
+    """One number with all that is needed to compare it with another.
 
-    `headline` marks the one metric per task that stands for it; `split` and `filter` are the
-    harness's names. In the row of task `average`, `n` counts the tasks averaged.
+    `headline` marks the single metric that represents its task; `split` and `filter` are the
+    harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
     """
 
     benchmark: str
@@ -30,9 +30,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All metrics of one model on one benchmark, and a row for every scored sample.
+    """All metrics of one model on one benchmark, and one row per scored sample.
 
-    `engine` says by which engine the model was asked, and why; None where there is no choice.
+    `engine` is the backend report as JSON, None for harnesses without a choice of backend.
     """
 
     metrics: tuple[Metric, ...]

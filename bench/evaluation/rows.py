@@ -1,4 +1,4 @@
-"""Scored samples as flat rows with the same columns for every task and harness."""
+"""Sample rows: one flat dictionary per scored sample, with the same columns for every harness."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COLUMNS: dict[str, Any] = {
     "response": None,
     "n_tokens": None,
 }
-"""Every row's first columns and what stands in them where a task has nothing to say."""
+"""First columns of every sample row, with the value used where a task has none."""
 
 METRICS = ("acc", "acc_norm", "exact_match")
-"""The metric columns that are there whatever was run; other metrics add theirs."""
+"""Metric columns that are always present; further metrics append theirs."""
 
 
 def aligned(found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
@@ -30,4 +30,5 @@ def aligned(found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     extra = dict.fromkeys(key for row in found for key in row if key not in COLUMNS)
     blank = {**COLUMNS, **dict.fromkeys(METRICS), **dict.fromkeys(extra)}
     whole = ({**blank, **row} for row in found)
+    # Blanks are tuples, and every row gets a list of its own: a shared list would alias all rows.
     return tuple({k: list(v) if v == () else v for k, v in row.items()} for row in whole)

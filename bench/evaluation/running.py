@@ -1,4 +1,4 @@
-"""Evaluating one model on one planned benchmark."""
+"""Evaluation of one model on one planned benchmark."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 def evaluate(
     model: Model, plan: Plan, progress: Progress = SILENT, memory: Memory | None = None
 ) -> Evaluation:
-    """Score the model on every task of the plan; `memory` holds what it answered before a kill.
+    """Score the model on every task of the plan.
 
-    Nothing is kept between models: a memory is one run's own.
+    `memory` is the response cache of this run, holding what an interrupted attempt had answered. A
+    cache is never shared between models.
     """
+    # Imported late: planning and `bench --help` import this package and must not load torch.
     from bench.device import seed_everything
     from bench.evaluation.average import average
     from bench.evaluation.memory import Memory
     from bench.evaluation.rows import aligned
 
     seed_everything(SEED)
+    # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
     metrics, rows, asked = plan.scoring.score(model, progress, memory or Memory())
     metrics += average(plan.benchmark, metrics)
     engine = None if asked is None else asked.plain()

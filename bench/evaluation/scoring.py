@@ -1,4 +1,4 @@
-"""What one harness brings to a plan: its data are there, and it can score any model."""
+"""Interface of a benchmark whose data are loaded and that can score any model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 class Scores(NamedTuple):
-    """The metrics of a model, a row for every scored sample, and by which engine it was asked."""
+    """The metrics of a model, one row per scored sample, and the backend report if there is one."""
 
     metrics: list[Metric]
     rows: Rows
@@ -28,18 +28,18 @@ class Scores(NamedTuple):
 
 
 class Scoring(Protocol):
-    """The tasks of one benchmark as the harness that scores them holds them."""
+    """The tasks of one benchmark, as held by the harness that scores them."""
 
     @property
     def kinds(self) -> Sequence[Kind]:
-        """The kinds of model that it can ask."""
+        """The kinds of model that the harness supports."""
 
     @property
     def sources(self) -> dict[str, Source]:
         """Where the documents of each task came from."""
 
     def pictures(self, task: str, document: int) -> Sequence[Image]:
-        """Return the images of a document by its place in the data set; none of one of text."""
+        """Return the images of a document, given its index in the data set; empty for text."""
 
     def score(self, model: Model, progress: Progress, memory: Memory) -> Scores:
-        """Ask a model everything that the memory does not have; answers go there as they come."""
+        """Score a model; requests found in the response cache are skipped, new ones added to it."""

@@ -1,4 +1,4 @@
-"""The seed of every evaluation, apart from a run's own."""
+"""Seed of every evaluation; independent of the run's own seed."""
 
 SEED = 1234
-"""The harnesses' own seed for few-shot examples, and ours for sampled generation."""
+"""Seed of few-shot examples (the harnesses' default) and of sampled generation."""

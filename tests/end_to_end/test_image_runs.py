@@ -123,7 +123,7 @@ def test_a_language_method_on_a_classifier(refused, method):
 
 
 def test_a_language_model_on_images(refused):
-    assert "asks models of kind image_classifier" in refused("benchmark=images")
+    assert "needs a model of kind image_classifier" in refused("benchmark=images")
 
 
 def test_slimming_without_batch_norm(refused):

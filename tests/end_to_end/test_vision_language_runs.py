@@ -136,7 +136,7 @@ def test_fine_tuning_under_a_strategy(bench):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("model=micro_moe", "method=dense", *FEW), "asks models of kind image_text"),
+        (("model=micro_moe", "method=dense", *FEW), "needs a model of kind image_text"),
         (("model=micro_moe", "method=fastv"), "not a vision-language model"),
         (("model=micro_llava", "method=camera_p", *FEW), "has none"),
         (

@@ -139,7 +139,9 @@ def test_a_network_without_a_head_that_can_be_cut_gives_the_same(model):
 
 def test_an_answer_longer_than_the_context_is_refused(short_model):
     adapter = Adapter(short_model, 4, Progress(quiet=True))
-    with pytest.raises(UserError, match="an answer of 30 tokens cannot be scored: model tiny0"):
+    with pytest.raises(
+        UserError, match="a continuation of 30 tokens cannot be scored: model tiny0"
+    ):
         adapter._loglikelihood_tokens([(None, [1], [2] * 30)])
 
 
@@ -164,7 +166,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_this_is_said(error):
 
     assert flat(batches.each(range(5), work)) == [0, 10, 20, 30, 40]
     assert tried == [5, 2, 2, 1]
-    assert "out of memory with a batch of 5: going on with 2" in said.getvalue()
+    assert "out of memory with a batch of 5: continuing with 2" in said.getvalue()
 
 
 @settings(max_examples=25, deadline=None)  # every halving collects garbage
@@ -183,7 +185,7 @@ def test_a_single_sample_that_does_not_fit_is_refused():
     def work(_):
         raise torch.OutOfMemoryError("CUDA")
 
-    with pytest.raises(UserError, match="not even one sample"):
+    with pytest.raises(UserError, match="a single sample does not fit"):
         flat(Batches(1, torch.device("cpu"), Progress(quiet=True)).each([1], work))
 
 

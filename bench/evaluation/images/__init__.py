@@ -1,1 +1,1 @@
-"""Image classification: how often the class of highest probability is the right one."""
+"""Image classification, scored by top-1 accuracy."""

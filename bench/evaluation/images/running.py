@@ -1,4 +1,4 @@
-"""Asking a classifier for the class of every image.
+"""Top-1 accuracy of a classifier.
 
 Shapes: B images, C channels, H height and width, K classes.
 """
@@ -28,10 +28,10 @@ METRIC = "acc"
 
 
 def score(model: Model, scoring: ImageScoring, progress: Progress, memory: Memory) -> Scores:
-    """Return the accuracy and a row for every image.
+    """Return the accuracy and one row per image.
 
     Raises:
-        UserError: the network is built for other images.
+        UserError: the network is built for images of a different shape or classes.
     """
     network = model.network
     assert isinstance(network, Classifier)
@@ -40,8 +40,11 @@ def score(model: Model, scoring: ImageScoring, progress: Progress, memory: Memor
 
     def work(places: Sequence[int]) -> Rows:
         image_BCHH, label_B = scoring.scored.fetch(torch.tensor(places), None)
+        # The weights set device and dtype, whatever a method did to the network.
         weight = next(network.parameters())
         with torch.inference_mode():
+            # Softmax in float32: in half precision, the probabilities of close classes would round
+            # to a tie.
             probability_BK = network(image_BCHH.to(weight)).float().softmax(-1).cpu()
         return _rows(scoring.splits.name, places, label_B, probability_BK)
 
@@ -54,7 +57,7 @@ def score(model: Model, scoring: ImageScoring, progress: Progress, memory: Memor
 
 
 def _rows(task: str, places: Sequence[int], label_B: Tensor, probability_BK: Tensor) -> Rows:
-    """Return what was answered, image by image; `probability` is that of the predicted class."""
+    """Return one row per image; `probability` is that of the predicted class."""
     highest_B, predicted_B = probability_BK.max(-1)
     right_B = (predicted_B == label_B).double()
     columns = (places, label_B.tolist(), predicted_B.tolist(), highest_B.tolist(), right_B.tolist())
@@ -66,7 +69,7 @@ def _rows(task: str, places: Sequence[int], label_B: Tensor, probability_BK: Ten
 
 
 def _accuracy(scoring: ImageScoring, right: list[float]) -> Metric:
-    """Return the share of right classes with the standard error of a mean of zeros and ones."""
+    """Return the accuracy with the standard error of a Bernoulli mean, n - 1 in its denominator."""
     count, share = len(right), sum(right) / len(right)
     return Metric(
         benchmark=scoring.benchmark.name,

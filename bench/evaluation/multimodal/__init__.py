@@ -1,1 +1,1 @@
-"""Questions about images as lmms-eval asks and scores them, around our loaded model."""
+"""Questions about images, asked and scored by lmms-eval with a loaded model."""

@@ -1,8 +1,8 @@
-"""An already loaded, possibly compressed vision-language model as lmms-eval's model.
+"""A loaded, possibly compressed vision-language model as lmms-eval's model.
 
-Prompts and answers are those of the harness's own adapters for single images. What differs is
-cost: real batches, rows that stop by themselves, images that are encoded once, and with the shared
-engine one prefill for all questions of a batch about an image.
+Prompts and answers are those of lmms-eval's own adapters for single images. Only the cost differs:
+real batches, rows that stop individually, images that are encoded once, and with prefix sharing one
+prefill for all questions of a batch about the same image.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from bench.progress import Progress
 
 
 class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
-    """Answers the harness's requests with a `Model`; `engine` says by which engine.
+    """Serves the harness's requests with a `Model`; `engine` is the backend report.
 
-    Questions about the same images are asked one after the other, so that their features are found
-    in a small memory and their prefill is shared. `asked` keeps the whole prompt and the answer by
-    task and document.
+    Questions about the same images are answered one after the other, so that a small cache holds
+    their features and their prefill is shared. `asked` maps (task, document) to the full prompt and
+    the answer.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
     ) -> None:
         super().__init__()
         if model.processor is None:
-            raise UserError(f"model {model.name} has no processor, which questions on images need")
+            raise UserError(
+                f"model {model.name} has no processor, which questions about images require"
+            )
         model.network.eval()
         system = benchmark.system_prompt
         self.asked: dict[tuple[str, int], Answer] = {}
@@ -60,7 +62,7 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         self._batches = Batches(benchmark.batch_size, model.device, progress)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return one answer per request; requests of equal settings share batches."""
+        """Return one answer per request; requests with equal settings share batches."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
@@ -85,22 +87,24 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         return texts
 
     def clean(self) -> None:
-        """Keep everything: the harness calls this after each task, and the run owns the model.
+        """Keep everything: the harness calls this after each task, but the run owns the model.
 
-        The harness's own would collect Python's garbage, a third of a second each time.
+        The base class collects Python's garbage, which takes a third of a second each time.
         """
 
     def _question(self, request: Instance) -> Question:
         text, _, doc_to_visual, document, task, split = request.args
+        # Images are opened late: the decoded images of a whole task may exceed the memory.
         return Question(text, partial(self._open, doc_to_visual, document, task, split))
 
     def _by_image(self, requests: list[Instance], numbers: list[int]) -> list[int]:
-        """Bring questions about the same images together, in the order of the first of them.
+        """Group questions about the same images, in the order of the first question of each group.
 
         This opens every image once more than answering does, and keeps none.
         """
         together: dict[str, list[int]] = defaultdict(list)
         for number in numbers:
+            # Equal pixels, not equal document ids: data sets repeat one image in many documents.
             together[image_hash(self._question(requests[number]).open_images())].append(number)
         return [number for alike in together.values() for number in alike]
 
@@ -108,32 +112,36 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         return list(doc_to_visual(self.task_dict[task][split][document]))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Refuse: planning lets only tasks of generated answers through."""
-        raise UserError(f"{requests[0].task_name} scores given answers, which is not supported")
+        """Raise: planning admits only generate_until tasks."""
+        raise UserError(
+            f"{requests[0].task_name} is a loglikelihood task; only generate_until is supported"
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Refuse: planning lets only tasks of one question through."""
-        raise UserError(f"{requests[0].task_name} asks in several rounds, which is not supported")
+        """Raise: planning admits only single-turn tasks."""
+        raise UserError(
+            f"{requests[0].task_name} is a multi-turn task; only single-turn tasks are supported"
+        )
 
 
 def _answer(generation: Generation, questions: Sequence[Question]) -> list[list[str | None]]:
-    """Return answers in the plain form that a memory keeps."""
+    """Return answers as JSON values, the form that the response cache stores."""
     return [list(astuple(answer)) for answer in generation.run(questions)]
 
 
 def _key(request: Instance) -> str:
-    """Name a request; which images a document has is said by the fingerprint of its data set."""
+    """Name a request; the fingerprint of its data set covers the images of the document."""
     text, options, _, document, task, split = request.args
     return key("question", task, split, document, text, options)
 
 
 def _engine(model: Model, wanted: Engine, progress: Progress) -> Asked:
-    """Return which engine a model is asked by: the one that is wanted, unless it cannot be."""
+    """Return the backend report for a model: the requested backend, unless it is not supported."""
     asked = Asked(wanted)
     reason = beginnings.unfit(model) if wanted == "shared" else None
     if reason is not None:
         asked.because(reason)
-        progress.console.print(f"[yellow]{model.name} is asked by the plain engine: {reason}[/]")
+        progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")
     elif wanted == "shared":
         asked.used = "shared"
     return asked

@@ -1,4 +1,4 @@
-"""Building the harness's task objects for the names that a benchmark lists."""
+"""lmms-eval's task objects for the names that a benchmark lists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from bench.evaluation.source import Source
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """One task with its documents; `places` are theirs in the data set, `headline` its metric."""
+    """One task with its documents.
+
+    `places` are the indices of its documents in the whole data set, `headline` is its metric.
+    """
 
     name: str
     task: LoadedTask
@@ -29,13 +32,18 @@ class PlannedTask:
     headline: str
 
     def pictures(self, number: int) -> list[Image]:
-        """Return what a model is shown with the document at a place of `places`."""
+        """Return the images shown with a document, given its index into `places`."""
         with quiet():
             return list(self.task.doc_to_visual(self.task.dataset[self.split][number]))
 
 
 def build(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
-    """Build one task; data that are not there raise `hub.Unreachable`."""
+    """Build one task.
+
+    Raises:
+        Unreachable: its data are neither cached nor reachable on the hub.
+        UserError: the task is not supported, or the user's rows or metric do not fit it.
+    """
     find = catalog.find_micro if benchmark.suite == "micro" else catalog.find
     with quiet():
         defined = definition.read(find(name), benchmark)
@@ -48,10 +56,11 @@ def build(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
 
 
 def _bound(defined: dict[str, Any], found: Documents) -> dict[str, Any]:
-    """Let a task look its images up where they are; its own function would ask the hub."""
+    """Point a task at its images; the harness's own function would load them from the hub."""
     bound = {**defined, "dataset_kwargs": None, "num_fewshot": 0}
     for key in ("test_split", "validation_split"):
         bound[key] = str(bound[key]).strip() if bound.get(key) else None
+    # Only the scored split is loaded, so the harness must not look for others.
     bound["training_split"] = bound["fewshot_split"] = None
     if found.album is not None:
         bound["doc_to_visual"] = found.album.doc_to_visual
@@ -70,8 +79,9 @@ def _task(
         return LoadedTask(defined, rows)
     try:
         task = LoadedTask(defined, rows)
+        # Tried on one row now: otherwise the first failure would come after the model is loaded.
         task.doc_to_visual(rows[0])
-    except Exception as error:  # whatever the task's functions raise on such rows
+    except Exception as error:  # task functions raise anything on such rows
         reason = f"{type(error).__name__} {error}"
         key = f"benchmark.data.{name}={benchmark.data[name]}"
         raise UserError(f"{key}: the rows do not fit {name}: {reason}") from error
@@ -79,7 +89,7 @@ def _task(
 
 
 def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> str:
-    """Return the metric that stands for a task: the one asked for, or the harness's first."""
+    """Return the metric that represents a task: the configured one, or the harness's first."""
     metrics = [*offered, *derived.offered(offered)]
     metric = benchmark.metrics.get(name, metrics[0])
     if metric not in metrics:

@@ -1,8 +1,9 @@
-"""Numbers that papers print and lmms-eval does not return, computed from its scored samples.
+"""Published metrics that lmms-eval does not return, computed from its scored samples.
 
-POPE: the accuracy on each of its three splits, and their mean. MME: each category's score, and the
-perception sum as a share of its maximum, which is 200 a category. MMBench: the harness's
-percentage as a share; a question is right if it is in all rotations of its options.
+POPE: the accuracy on each of its three splits, and their mean. MME: the score of each category, and
+the perception sum as a share of its maximum, 200 per category. MMBench: the harness's percentage as
+a share; a question counts as correct if it is answered correctly in all rotations of its options
+(CircularEval).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROTATION = 1_000_000
 
 
 class Derived(NamedTuple):
-    """One number with its standard error and how many things it is a mean over."""
+    """One number, its standard error, and the number of items that it is a mean of."""
 
     metric: str
     value: float
@@ -29,12 +30,12 @@ class Derived(NamedTuple):
 
 
 def offered(metrics: Iterable[str]) -> list[str]:
-    """Return the names of the numbers that a task with these metrics always has besides."""
+    """Return the names of the metrics that are always derived from the given ones."""
     return [name for metric in metrics for name in ALWAYS.get(metric, ())]
 
 
 def derive(samples: Sequence[Sample], scores: Scores) -> list[Derived]:
-    """Return every number that the samples of one task give, and the harness's own scores."""
+    """Return every metric that can be derived from the samples of one task and its scores."""
     return [*_pope(samples), *_mme(samples), *_mmbench(samples, scores)]
 
 
@@ -48,6 +49,8 @@ def _pope(samples: Sequence[Sample]) -> list[Derived]:
     ]
     if not splits:
         return []
+    # The mean of splits, not of samples, as papers report it; for its error, the splits are taken
+    # as independent.
     value = statistics.fmean(split.value for split in splits)
     mean = Derived("pope_accuracy_mean", value, _mean_error(splits), sum(s.n for s in splits))
     return [mean, *splits]
@@ -68,7 +71,9 @@ def _mme(samples: Sequence[Sample]) -> list[Derived]:
 
 
 def _mme_categories(samples: Sequence[Sample], metric: str) -> list[Derived]:
-    """Score each category: over images, the mean of both answers' accuracy and of both right."""
+    """Score each category: the mean over images of accuracy and of both answers correct."""
+    # MME asks two questions per image. The paper's score of a category is accuracy plus accuracy+,
+    # the share of images with both answers correct, each in percent: at most 200.
     images: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         result = sample[metric]
@@ -81,13 +86,14 @@ def _mme_categories(samples: Sequence[Sample], metric: str) -> list[Derived]:
 
 
 def _mmbench(samples: Sequence[Sample], scores: Scores) -> list[Derived]:
-    """Say the harness's percentage as a share of the questions, each one with all its rotations.
+    """Return the harness's percentage as a share of questions, each with all its rotations.
 
-    The standard error of the mean of zeros and ones follows from the mean alone.
+    For a mean of zeros and ones, the standard error follows from the mean alone.
     """
     asked = _with("gpt_eval_score", samples)
     if not asked:
         return []
+    # Rotations of a question differ in the index by multiples of a million.
     n = len({sample["doc"]["index"] % ROTATION for sample in asked})
     share = float(scores["gpt_eval_score,none"]) / 100
     error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None

@@ -1,4 +1,4 @@
-"""Loading the documents of one task, and its images: from files, the drawn scenes, or the hub."""
+"""Documents and images of one task: from files, the drawn scenes, or the hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bench.evaluation.multimodal.definition import evaluated_split
 from bench.evaluation.source import Source, hub_source
 
 INSTRUCTIONS, IMAGES = "_instructions", "_images"
-"""How the two configurations of a data set end whose documents only name their images (GQA)."""
+"""Suffixes of the two configurations of a data set whose documents only name images (GQA)."""
 
 
 @dataclass(frozen=True)
 class Album:
-    """Images by name, for documents that do not hold theirs; decoded when asked for."""
+    """Images by name, for documents that do not contain theirs; decoded on access."""
 
     rows: datasets.Dataset
 
@@ -31,13 +31,13 @@ class Album:
         return {name: place for place, name in enumerate(self.rows["id"])}
 
     def doc_to_visual(self, document: dict[str, Any]) -> list[Image.Image]:
-        """Return the image of a document, as the harness's function of this name does."""
+        """Return the image of a document, as lmms-eval's function of this name does."""
         return [self.rows[self._places[document["imageId"]]]["image"].convert("RGB")]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A task's scored documents; `album` has their images where they do not hold them."""
+    """A task's scored documents; `album` holds their images if they do not contain them."""
 
     rows: datasets.Dataset
     album: Album | None
@@ -76,11 +76,13 @@ def _from_hub(defined: dict[str, Any]) -> Documents:
     location = (defined["dataset_path"], defined.get("dataset_name"))
     split = evaluated_split(defined)
     options = dict(defined.get("dataset_kwargs") or {})
-    options.pop("token", None)  # the harness demands a login for data sets that are public
+    options.pop("token", None)  # task files demand a login even for public data sets
     data = hub.load(*location, **options)
     source = hub_source(hub.spell(*location), hub.commit_of(data), _content(data))
     if not _is_split_in_two(defined):
         return Documents(data[split], None, source)
+    # GQA stores questions and images as two configurations. The harness's own function would load
+    # the second one from the hub in the middle of the evaluation.
     images = hub.load(location[0], _images_of(defined), **options)
     return Documents(data[split], Album(images[split]), source)
 
@@ -94,7 +96,6 @@ def _images_of(defined: dict[str, Any]) -> str:
 
 
 def _both(documents: Source, images: Source) -> Source:
-    """Describe two files of one data set as one source."""
     joined = hashlib.sha256(f"{documents.fingerprint}{images.fingerprint}".encode()).hexdigest()
     return Source("file", documents.location, None, joined)
 

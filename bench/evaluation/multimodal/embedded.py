@@ -1,4 +1,4 @@
-"""The drawn scenes as the data sets that task files ask for."""
+"""Drawn scenes, as the data sets that task files ask for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from bench.evaluation.source import Source
 
 LOCATION = "scenes"
-"""What our task files have for `dataset_path`."""
+"""Value of `dataset_path` in our task files."""
 
 
 def rows(scenes: str) -> list[dict[str, Any]]:
-    """Return the documents of a task of the scenes, in the real data set's schema."""
+    """Return the documents of a task on scenes, in the real data set's schema."""
     from bench.data.scenes import documents
 
     found: list[dict[str, Any]] = documents(scenes)
@@ -19,7 +19,7 @@ def rows(scenes: str) -> list[dict[str, Any]]:
 
 
 def images(scenes: str) -> list[dict[str, Any]]:
-    """Return the images of a task whose documents only name theirs."""
+    """Return the images of a task whose documents only name them."""
     from bench.data.scenes import images
 
     found: list[dict[str, Any]] = images(scenes)

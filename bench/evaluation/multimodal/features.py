@@ -1,7 +1,7 @@
-"""Images turned into visual tokens once, however many questions are asked about them.
+"""Cache of vision features: images are encoded once, however many questions refer to them.
 
-Each question's images go through the vision part by themselves: what comes out then depends
-neither on the batch nor on whether it was kept from an earlier question.
+The images of a question are encoded apart from those of other questions, so the result depends
+neither on the batch nor on whether it came from the cache.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 from bench.models.model import Model
 
 KEPT = ("pooler_output", "deepstack_features")
-"""The fields of a vision part's output that language models read."""
+"""Fields of a vision encoder's output that language models read."""
 
 
 class Features:
-    """A vision part with a memory of `limit` bytes for what it made; the oldest goes first.
+    """A vision encoder with an LRU cache of `limit` bytes for its outputs.
 
-    Not `supported` where a network takes pixels only, or a method wants to see them in the call.
+    It is not `supported` if the network takes pixels only, or if a method must see them in the
+    call.
     """
 
     def __init__(self, model: Model, limit: int) -> None:
@@ -34,17 +35,20 @@ class Features:
         self._bytes = 0
         takes = inspect.signature(network.forward).parameters
         encoder = getattr(network, "get_image_features", None)
+        # `mm_encoder_outputs` is how transformers lets a forward skip its vision encoder.
         understood = encoder is not None and "mm_encoder_outputs" in takes
         self.supported = understood and not model.needs_pixels
         self._reads = set(inspect.signature(encoder).parameters) if encoder is not None else set()
 
     def of(self, key: str, inputs: Mapping[str, Tensor], device: torch.device) -> Any:
-        """Return the output for one question's images, `inputs` being what the processor made."""
+        """Return the output for one question's images; `inputs` is what the processor returned."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._moved(self._kept[key], device)
         given = {name: value.to(device) for name, value in inputs.items() if name in self._reads}
         output = self._network.get_image_features(**given, return_dict=True)
+        # On the CPU: features of many images would take the memory that batches need, and moving
+        # them back is cheap next to encoding.
         self._keep(key, self._moved(output, torch.device("cpu")))
         return self._moved(output, device)
 
@@ -61,18 +65,23 @@ class Features:
     @staticmethod
     def _moved(output: Any, device: torch.device) -> Any:
         """Return an output of the same class with only the fields that are read later."""
+        # The rest, such as the encoder's last hidden state, is read by nothing and would fill the
+        # cache. The output is rebuilt as its own class, since networks access its fields by name.
         fields = {name: getattr(output, name, None) for name in KEPT}
         return type(output)(**{n: _to(v, device) for n, v in fields.items() if v is not None})
 
 
 def join(outputs: Sequence[Any]) -> Any:
-    """Return the output that the images of several questions have together, in order."""
+    """Concatenate the outputs for several questions, in order."""
     fields: dict[str, Any] = {}
     pooled = [output.pooler_output for output in outputs]
+    # One tensor for all images of a question, or a list with one per image where their numbers of
+    # tokens differ; both forms occur in transformers.
     if isinstance(pooled[0], Tensor):
         fields["pooler_output"] = torch.cat(pooled)
     else:
         fields["pooler_output"] = [image for images in pooled for image in images]
+    # DeepStack (Qwen3-VL): one tensor per decoder layer that receives visual features.
     layers = [output["deepstack_features"] for output in outputs if "deepstack_features" in output]
     if layers:
         fields["deepstack_features"] = [torch.cat(layer) for layer in zip(*layers, strict=True)]

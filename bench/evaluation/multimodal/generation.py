@@ -1,4 +1,4 @@
-"""Greedy answers to questions with images, in real batches.
+"""Greedy answers to questions about images, in real batches.
 
 Suffixes: B batch, T padded length.
 """
@@ -30,12 +30,12 @@ from bench.evaluation.multimodal.prompts import Prompts, image_hash
 from bench.models.model import Model
 
 LONGEST_ANSWER = 1024
-"""Tokens of an answer whose task does not say how many, as in the harness's own adapters."""
+"""Default of `max_new_tokens`, as in lmms-eval's own adapters."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A task's text for one document, and its images, opened when they are needed."""
+    """A task's text for one document, and its images, opened on demand."""
 
     text: str
     open_images: Callable[[], list[Image.Image]]
@@ -43,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered, to which whole prompt, about which images."""
+    """An answer, the full prompt, and the hash of the images."""
 
     text: str
     prompt: str
@@ -51,9 +51,9 @@ class Answer:
 
 
 class Generation:
-    """One set of a task's generation settings, ready to run on batches of questions.
+    """One set of generation settings, ready to run on batches of questions.
 
-    With `share`, what questions about the same images begin with is computed once.
+    With `share`, the prefix of questions about the same images is computed once.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class Generation:
         until = options.get("until") or []
         self._until: list[str] = [until] if isinstance(until, str) else [u for u in until if u]
         self._longest = int(options.get("max_new_tokens") or LONGEST_ANSWER)
+        # The generation config comes first: chat models end a turn with a token that is not the
+        # tokenizer's EOS, and may list several.
         own = network.generation_config.eos_token_id
         ends = model.tokenizer.eos_token_id if own is None else own
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
@@ -96,7 +98,8 @@ class Generation:
         return [Answer(*each) for each in zip(texts, written, hashes, strict=True)]
 
     def _answer(self, encoded: list[Encoded], hashes: list[str | None]) -> list[str]:
-        """Answer prompts: together where they begin alike, those without a like by themselves."""
+        """Answer prompts: in one batch where they share a prefix, in another where they do not."""
+        # Two batches, because only one of them has a cache to start from.
         alike = starts(encoded, hashes, self._network.config) if self._share else []
         rooms = [self._room(row["input_ids"].shape[1]) for row in encoded]
         texts = [""] * len(encoded)
@@ -114,7 +117,7 @@ class Generation:
     def _begun(
         self, alike: Sequence[Start], encoded: list[Encoded], hashes: list[str | None]
     ) -> dict[str, Any]:
-        """Compute each beginning once; return the whole prompts and their beginnings' cache."""
+        """Compute each prefix once; return the full prompts and a cache of their prefixes."""
         firsts = [encoded[start.places[0]] for start in alike]
         heads = [part(row, 0, s.length) for row, s in zip(firsts, alike, strict=True)]
         head = self._padded(heads)
@@ -125,23 +128,27 @@ class Generation:
         spread(self._network, cache, owner_B)
         tails = [part(encoded[p], start.length, None) for start in alike for p in start.places]
         tail = self._padded(tails)
+        # The full prompt is passed although its prefix is in the cache: `generate` feeds only the
+        # tokens beyond the cache's length, and needs the mask of all of them. Padding stands before
+        # the prefix and between prefix and rest; the mask hides both, and positions are counted
+        # from it.
         return {"past_key_values": cache} | {
             name: torch.cat([head[name][owner_B], tail[name]], dim=1)
             for name in ("input_ids", "attention_mask")
         }
 
     def _room(self, length: int) -> int:
-        """Return how many tokens an answer may have after a prompt of this length."""
+        """Return the maximal length of an answer to a prompt of this length."""
         room = self._model.max_length - length
         if room < 1:
             raise UserError(
-                f"a question of {length} tokens leaves no room for an answer: "
-                f"model {self._model.name} takes {self._model.max_length}"
+                f"a prompt of {length} tokens leaves none for an answer: "
+                f"model {self._model.name} takes {self._model.max_length} in total"
             )
         return min(self._longest, room)
 
     def _padded(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Bring all that the processor says per token to one length."""
+        """Pad all per-token outputs of the processor to one length."""
         width = max(row["input_ids"].shape[1] for row in encoded)
         names = [name for name in PER_TOKEN if name in encoded[0]]
         fills = {"input_ids": self._fill}
@@ -153,7 +160,7 @@ class Generation:
         }
 
     def _visual(self, encoded: Sequence[Encoded], hashes: Sequence[str | None]) -> dict[str, Any]:
-        """Return the images as features or, where the network takes none, as pixels."""
+        """Return the images as features, or as pixels if the network takes no features."""
         device, dtype = self._model.device, self._network.dtype
         per_row = [
             {
@@ -173,12 +180,15 @@ class Generation:
         outputs = [
             self._features.of(key, row, device) for key, row in zip(keys, per_row, strict=True)
         ]
+        # Grids stay, as M-RoPE positions are computed from them; pixels would be encoded again.
         grids = {n: value for n, value in together.items() if not n.startswith("pixel_values")}
         return grids | {"mm_encoder_outputs": {"image": join(outputs)}}
 
     def _continue(self, inputs: dict[str, Any], rooms: list[int]) -> list[str]:
         width = inputs["input_ids"].shape[1]
         stop = StopRows(self._model.tokenizer, self._until, rooms, width)
+        # Every setting is given: a model's generation config may ask for sampling, with a
+        # temperature that greedy decoding would warn about.
         made_BT = self._network.generate(
             **inputs,
             max_new_tokens=max(rooms),
@@ -193,10 +203,11 @@ class Generation:
             use_cache=True,
         )
         rows = zip(made_BT[:, width:].tolist(), rooms, strict=True)
+        # A row keeps generating padding until the whole batch is done, hence the cut per row.
         return [self._text(tokens[:room]) for tokens, room in rows]
 
     def _text(self, tokens: list[int]) -> str:
-        """Decode an answer up to its end and its first stop string."""
+        """Decode an answer up to its end token and its first stop string."""
         end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
         text: str = self._model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         for stop in self._until:
@@ -205,14 +216,15 @@ class Generation:
 
 
 class StopRows(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
-    """Ends each row of a batch by itself: at a stop string in its answer, or when it is full."""
+    """Stops each row of a batch individually: at a stop string, or at its maximal length."""
 
     def __init__(self, tokenizer: Any, until: list[str], rooms: list[int], width: int) -> None:
         self._tokenizer = tokenizer
         self._until = until
         self._rooms_B = torch.tensor(rooms)
         self._width = width
-        # A stop string of n characters is in the last n tokens if it ends in the last one.
+        # If each token has a character, a stop string of n characters that ends in the last token
+        # lies in the last n tokens. A miss costs time only: `_text` cuts the answer anyway.
         self._tail = max(map(len, until), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:

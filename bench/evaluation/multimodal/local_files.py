@@ -1,4 +1,4 @@
-"""A user's own parquet files in place of a task's data set: read, memory-mapped, and checked."""
+"""A user's own parquet files in place of a task's data set: memory-mapped and checked."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ COLUMNS = {
         "image", "source", "split",
     ),
 }  # fmt: skip
-"""The columns of the real data sets that their tasks read."""
+"""Columns of the real data sets that each task reads."""
 
 IMAGE_COLUMNS = ("id", "image")
-"""The columns of a file that holds the images of documents which only name theirs."""
+"""Columns of a file with the images of documents that only name them."""
 
 
 def read(name: str, path: str, part: str | None, split: str) -> tuple[datasets.Dataset, Source]:
-    """Read one file, or those of a folder that hold `split` (or are called like the `part`)."""
+    """Read one file, or the files of a folder for `split` (or named after `part`).
+
+    Raises:
+        UserError: the path does not exist, a file cannot be read, or a column is missing.
+    """
     key = f"benchmark.data.{name}={path}"
     files = _files(Path(path).expanduser(), key, part, split)
     rows = _table(files, key)
@@ -38,11 +42,17 @@ def read(name: str, path: str, part: str | None, split: str) -> tuple[datasets.D
 
 
 def read_images(name: str, path: str, part: str, split: str) -> tuple[datasets.Dataset, Source]:
-    """Read the images that lie beside a task's documents, in a folder with both."""
+    """Read the images of documents that only name them, from a folder that holds both.
+
+    Raises:
+        UserError: the path is no folder, a file cannot be read, or a column is missing.
+    """
     key = f"benchmark.data.{name}={path}"
     folder = Path(path).expanduser()
     if folder.is_file():
-        raise UserError(f"{key}: the rows have no image; give a folder that holds {part}.parquet")
+        raise UserError(
+            f"{key}: the rows have no column 'image'; give a folder that contains {part}.parquet"
+        )
     files = _files(folder, key, part, split)
     rows = _table(files, key)
     _check(rows, IMAGE_COLUMNS, f"{key}: {files[0].name}")
@@ -58,21 +68,24 @@ def _files(path: Path, key: str, part: str | None, split: str) -> list[Path]:
     patterns = [f"{split}.parquet", f"{split}-*.parquet"]
     if part is not None:
         patterns = [f"{part}.parquet", *(f"{part}/{each}" for each in patterns), *patterns]
+    # The first pattern that matches wins: a folder may hold several configurations of a data set,
+    # and the more specific names come first.
     for pattern in patterns:
         found = sorted(path.glob(pattern))
         if found:
             return found
     wanted = f"{part}.parquet or {split}.parquet" if part else f"{split}.parquet"
-    raise UserError(f"{key}: the folder needs {wanted}")
+    raise UserError(f"{key}: the folder must contain {wanted}")
 
 
 def _table(files: list[Path], key: str) -> datasets.Dataset:
-    """Read parquet; images are decoded when they are looked at."""
+    """Read parquet; images are decoded on access."""
     try:
         tables = [pyarrow.parquet.read_table(file, memory_map=True) for file in files]
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{key}: {files[0].name} cannot be read as parquet: {reason}") from error
+    # Wraps the memory-mapped tables; `load_dataset("parquet")` would copy them into its own cache.
     rows = datasets.Dataset(pyarrow.concat_tables(tables))
     if not len(rows):
         raise UserError(f"{key}: {files[0].name} has no rows")
@@ -81,7 +94,7 @@ def _table(files: list[Path], key: str) -> datasets.Dataset:
             rows = rows.cast_column("image", datasets.Image())
         except (TypeError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(
-                f"{key}: column 'image' must hold bytes and path of an image, as hub data sets do"
+                f"{key}: column 'image' must hold an image's bytes and path, as hub data sets do"
             ) from error
     return rows
 

@@ -1,4 +1,4 @@
-"""A benchmark of questions about images whose data are all there: lmms-eval's tasks."""
+"""A benchmark of questions about images: resolve lmms-eval's tasks, with their data."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class MultimodalScoring:
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Where each task's documents came from."""
+        """Where the documents of each task came from."""
         return {task.name: task.source for task in self.tasks}
 
     def pictures(self, task: str, document: int) -> list[Image]:
-        """Return the images of a document by its place in the whole data set."""
+        """Return the images of a document, given its index in the whole data set."""
         (planned,) = (each for each in self.tasks if each.name == task)
         return planned.pictures(planned.places.index(document))
 
@@ -51,20 +51,23 @@ def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalS
     """Find and load all tasks of a benchmark.
 
     Raises:
-        MissingData: data are neither cached nor to be had from the hub.
-        UserError: a task, a metric or a file is not what the config takes it for.
+        MissingData: data are neither cached nor reachable on the hub.
+        UserError: the config names a task, a metric or a file that does not exist or fit.
     """
     for name in benchmark.data:
         if name not in benchmark.tasks:
             raise unknown("task in benchmark.data", name, benchmark.tasks)
     if benchmark.perplexity:
-        raise UserError("benchmark.perplexity needs benchmark.harness=lm_eval: it is one of texts")
+        raise UserError(
+            "benchmark.perplexity needs benchmark.harness=lm_eval: it is measured on text"
+        )
     if benchmark.num_fewshot:
-        raise UserError(f"benchmark.num_fewshot={benchmark.num_fewshot}: lmms_eval takes 0 only")
+        raise UserError(f"benchmark.num_fewshot={benchmark.num_fewshot}: lmms_eval supports 0 only")
     asks_hub = benchmark.suite == "real" and set(benchmark.tasks) - set(benchmark.data)
     if offline or (asks_hub and not hub.is_reachable()):
         hub.go_offline()
-    # Only now: the harness takes seconds to import, and its hub switches are read on import.
+    # Imported here, since lmms-eval takes seconds to import and reads the hub's offline switches on
+    # import, which `go_offline` must have set by then.
     from bench.evaluation.multimodal import building
 
     tasks: list[PlannedTask] = []

@@ -1,4 +1,4 @@
-"""Keeping the harness quiet: what a user needs to see goes through `bench.progress`."""
+"""Silence lmms-eval: output for users goes through `bench.ui`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loguru import logger
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the harness's logs, bars and prints, and those of `datasets`."""
+    """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    logger.disable("")  # the harness's task modules log under names of their own
+    logger.disable("")  # all names: task modules log under their own
     bar = lmms_eval.api.task.tqdm
 
     def hidden(*args: Any, **options: Any) -> Any:
-        # One of the harness's bars is asked for with a setting of its own, which is not to win.
+        # One bar sets `disable` explicitly; ours must win, so functools.partial is not enough.
         return bar(*args, **{**options, "disable": True})
 
     for module in (lmms_eval.api.task, lmms_eval.evaluator):

@@ -1,4 +1,4 @@
-"""Letting lmms-eval score a loaded model on planned tasks."""
+"""Image-question benchmarks run through lmms-eval."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def score(
     progress: Progress,
     memory: Memory,
 ) -> Scores:
-    """Score the model on every task. Images are encoded once for all of them."""
+    """Score the model on every task; images are encoded once for all of them."""
     adapter = Adapter(model, benchmark, progress, memory)
     metrics: list[Metric] = []
     rows: Rows = []
@@ -40,14 +40,14 @@ def score(
 
 
 def _run(adapter: Adapter, planned: PlannedTask) -> dict[str, Any]:
-    """Let the harness ask, collect and aggregate; files that it writes besides are dropped.
-
-    Its `torchrun` backend is the one that sets nothing up in a single process.
-    """
+    """Let lmms-eval build requests, collect responses and aggregate."""
     from lmms_eval.evaluator import evaluate as harness
 
+    # The adapter looks up the images of a request here.
     adapter.task_dict[planned.name] = planned.task.dataset
     with quiet(), unseen(), tempfile.TemporaryDirectory() as folder:
+        # The harness insists on writing files next to its results; they go to a folder that is
+        # dropped. `torchrun` is the executor backend that sets up nothing in a single process.
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: dict[str, Any] = harness(
             adapter,

@@ -1,4 +1,4 @@
-"""The harness's logged samples as flat rows."""
+"""lmms-eval's logged samples as sample rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.evaluation.multimodal.selection import together
 
 
 def rows(planned: PlannedTask, adapter: Adapter, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per scored document; `doc_id` is its place in the whole data set."""
+    """Return one row per scored document; `doc_id` is its index in the whole data set."""
     return [_row(planned, adapter, sample) for sample in result["samples"][planned.name]]
 
 
@@ -23,6 +23,8 @@ def _row(planned: PlannedTask, adapter: Adapter, sample: dict[str, Any]) -> dict
     return {
         "task": planned.name,
         "filter": "none",
+        # The harness counts the documents it was given; with a limit these need not be the first
+        # ones of the data set, and records of different limits must pair by document.
         "doc_id": planned.places[sample["doc_id"]],
         "doc_hash": _sha(json.dumps(sample["doc"], sort_keys=True, default=str)),
         "prompt_hash": _sha(asked.prompt),
@@ -37,9 +39,9 @@ def _row(planned: PlannedTask, adapter: Adapter, sample: dict[str, Any]) -> dict
 
 
 def _target(sample: dict[str, Any]) -> str:
-    """Return the right answer; of ten people's answers the most frequent one.
+    """Return the reference answer; of ten annotators' answers the most frequent one.
 
-    The harness itself then says `answer`, the name of a column that these data sets do not have.
+    lmms-eval logs the word `answer` in that case, the name of a column that these data sets lack.
     """
     answers = sample["doc"].get("answers")
     if not answers:
@@ -49,7 +51,7 @@ def _target(sample: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """Return a sample's own score; what only makes sense over several samples is not a number."""
+    """Return a sample's own score, or None if it is defined over several samples only."""
     if isinstance(value, dict):
         value = value.get("score")
     return float(value) if isinstance(value, int | float) else None

@@ -1,4 +1,4 @@
-"""The harness's results, and what is derived from its samples, as rows of metrics."""
+"""lmms-eval's results, and the metrics derived from its samples, as metrics."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bench.evaluation.multimodal.building import PlannedTask
 from bench.evaluation.result import Metric
 
 ACCURACIES = frozenset({"pope_accuracy"})
-"""Metrics that are the plain mean of a score per sample, though the harness sees a function."""
+"""Metrics that are the mean of a score per sample, although their samples are not numbers."""
 
 
 def metrics(
     benchmark: BenchmarkConfig, planned: PlannedTask, result: dict[str, Any]
 ) -> list[Metric]:
-    """Return every number there is for a task, the harness's own first."""
+    """Return every metric of a task, those of the harness first."""
     samples = result["samples"][planned.name]
     row = partial(_metric, benchmark, planned)
     scored = result["results"][planned.name]
@@ -42,6 +42,8 @@ def _harness(
         for key in keys:
             through = key.partition(",")[2]
             answered = [sample[metric] for sample in samples if metric in sample]
+            # The harness's CLT standard error holds for a mean of per-sample scores; for any other
+            # aggregate it would be the error of something else, so it is dropped.
             is_mean = metric in ACCURACIES or all(isinstance(a, int | float) for a in answered)
             error = scores.get(f"{metric}_stderr_clt,{through}") if is_mean else None
             stderr = None if isinstance(error, str | None) else float(error)
@@ -75,7 +77,7 @@ def _metric(
 
 
 def _version(metadata: Any) -> str | None:
-    """Read a task's version, which its file gives as a mapping or as a list of mappings."""
+    """Return a task's version; its file holds a mapping or a list of mappings."""
     parts = metadata if isinstance(metadata, list) else [metadata or {}]
     versions = [str(part["version"]) for part in parts if "version" in part]
     return versions[0] if versions else None

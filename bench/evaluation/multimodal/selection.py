@@ -1,4 +1,4 @@
-"""Which documents a limit leaves: the first ones, and with them what is only scored together."""
+"""Documents left by a limit: the first ones, and those that are only scored together with them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import datasets
 Rule = tuple[tuple[str, ...], Callable[..., Any]]
 
 TOGETHER: dict[str, Rule] = {
-    # Two questions about an image, of which both must be right for the second half of the score.
+    # Two questions about an image; the second half of the score counts images with both correct.
     "mme": (("category", "question_id"), lambda category, question: (category, question)),
-    # A question and its copies with the options moved on, whose numbers are a million apart.
+    # A question and its copies with rotated options, whose indices are a million apart.
     "mmbench": (("index",), lambda index: index % 1_000_000),
 }
 
 
 def select(name: str, rows: datasets.Dataset, limit: int | None) -> list[int]:
-    """Return the places of the documents to score, in order.
+    """Return the indices of the documents to score, in order.
 
-    Documents that belong together are all in or all out, so a limit may be exceeded by a few.
+    Documents that are scored together are all in or all out, so a limit may be exceeded by a few.
     """
     if limit is None or limit >= len(rows):
         return list(range(len(rows)))
@@ -34,7 +34,7 @@ def select(name: str, rows: datasets.Dataset, limit: int | None) -> list[int]:
 
 
 def together(name: str, document: dict[str, Any]) -> str | None:
-    """Return the name of what a document is scored together with, None where it stands alone."""
+    """Return the name of the unit a document is scored in, or None if it is scored alone."""
     rule = _rule(name)
     if rule is None:
         return None
@@ -43,7 +43,7 @@ def together(name: str, document: dict[str, Any]) -> str | None:
 
 
 def _rule(name: str) -> Rule | None:
-    """Return the columns that say what belongs together in a task, and how."""
+    """Return the columns and the function that define the units of a task, if it has any."""
     families = (key for key in TOGETHER if name == key or name.startswith(f"{key}_"))
     family = next(families, None)
     return None if family is None else TOGETHER[family]

@@ -1,4 +1,4 @@
-"""The harness's task object around documents that are loaded already."""
+"""lmms-eval's task object around documents that are already loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no 
     """A task of lmms-eval in everything but the download of its data."""
 
     def __init__(self, defined: dict[str, Any], rows: datasets.Dataset) -> None:
+        # Before the base class, whose constructor calls `download`.
         self._rows = rows
         super().__init__(config=defined)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
-        """Take the documents as they are, and a copy without images for what reads only text."""
+        """Install the documents, and a copy without images for code that reads text only."""
         split = evaluated_split(dict(vars(self.config)))
         images = [n for n, kind in self._rows.features.items() if isinstance(kind, datasets.Image)]
         self.dataset = datasets.DatasetDict({split: self._rows})

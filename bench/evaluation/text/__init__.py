@@ -1,1 +1,1 @@
-"""Language tasks as lm-eval has them, and perplexities."""
+"""Text benchmarks: lm-eval tasks and perplexities."""

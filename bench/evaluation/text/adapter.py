@@ -1,7 +1,8 @@
-"""An already loaded, possibly compressed model as the harness's language model.
+"""A loaded, possibly compressed model as lm-eval's language model.
 
-Tokens, truncation and log-likelihoods are those of the harness's own `hf` model. What differs is
-cost: texts are encoded once and together, and a scorer decides what goes through the network.
+Tokenization, truncation and log-likelihoods are those of lm-eval's own `hf` model. Only the cost
+differs: all texts are tokenized in one call, each once, and a scorer decides what goes through the
+network.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from bench.progress import Progress
 
 
 class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """Answers the harness's requests with a `Model`; `asked` says by which engine.
+    """Serves the harness's requests with a `Model` and reports the backend used.
 
-    `scorer` is what log-likelihoods come from, as far as `memory` does not have them.
+    `scorer` computes the log-likelihoods that the response cache does not hold.
     """
 
     def __init__(
@@ -56,22 +57,25 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context: BOS where there is one."""
+        """The token that stands for an empty context: BOS if the tokenizer has one, else EOS."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Encode text; a BOS is added as the model's config or its tokenizer says, never twice."""
+        """Tokenize text; BOS is added as the model config or the tokenizer says, never twice."""
         if add_special_tokens is None:
+            # The harness encodes context and whole text of every request one by one; the lookup
+            # lets a fast tokenizer do all of them in parallel instead.
             known = self._encoded.get(string)
             return self._encode([string])[0] if known is None else known
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts that either all begin with a BOS of their own or all do not."""
+        """Tokenize texts, which must all start with the BOS text or all not."""
         special = self._model.config.add_bos
+        # lm-eval's rule: a chat template that wrote BOS itself must not get a second one.
         if texts[0].startswith(self._prefix_text):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
@@ -79,12 +83,13 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def _encode_once(self, texts: Iterable[str]) -> None:
-        """Encode texts together, each once, for `tok_encode` to look up."""
+        """Tokenize distinct texts together for `tok_encode` to look up."""
         self._encoded = {}
         distinct = dict.fromkeys(texts)
         for begun in (True, False):
             alike = [text for text in distinct if text.startswith(self._prefix_text) == begun]
             if alike:
+                # One call takes one value of `add_special_tokens`, hence two calls at most.
                 self._encoded |= zip(alike, self._encode(alike), strict=True)
 
     def loglikelihood(
@@ -92,6 +97,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""
         self._encode_once(text for pair in (r.args for r in requests) for text in _texts(*pair))
+        # The base class splits context from continuation, with its rule for trailing spaces, and
+        # calls `_loglikelihood_tokens`.
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         self._encoded = {}
         return scored
@@ -107,6 +114,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 self.tok_encode(request.args[0]), self.prefix_token_id, self._model.max_length, 1
             )
             windows += [(None, *make_disjoint_window(pair)) for pair in rolled]
+            # The windows of all texts are scored together, so short texts fill batches too.
             owners += [number] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -132,11 +140,14 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return [(value, greedy) for value, greedy in answers]
 
     def _score(self, numbers: Sequence[int], questions: Sequence[Question]) -> Iterator[Answers]:
-        """Yield the answers of each batch with the numbers that the questions have here."""
+        """Yield the responses of each batch, with indices into the full list of requests."""
         for batch in self.scorer.score(questions):
+            # A list, because the journal is JSON: a resumed run must see what a fresh one sees.
             yield [(numbers[place], list(answer)) for place, answer in batch]
 
 
 def _texts(context: str, continuation: str) -> tuple[str, ...]:
-    """Return what the harness encodes for a request: the context, and all of it."""
+    """Return the strings that lm-eval tokenizes for a request: the context, and all of it."""
+    # `TemplateLM._encode_pair` moves trailing spaces of the context to the continuation before it
+    # tokenizes. An empty context takes another path, which is not worth preparing.
     return (context.rstrip(), context + continuation) if context else ()

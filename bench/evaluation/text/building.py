@@ -1,4 +1,4 @@
-"""Building the harness's task objects for the names that a benchmark lists."""
+"""The harness's task objects for the names that a benchmark lists."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from bench.evaluation.text.quiet import quiet
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """One scored name: a task, or a group of them whose scores the harness aggregates.
+    """One scored name: a task, or a group of tasks whose scores the harness aggregates.
 
-    `tasks` and `groups` are the harness's objects; `headline` is the metric that stands for the
-    name, with the filter it is read through, None meaning the task's first.
+    `tasks` and `groups` are the harness's objects. `headline` is the metric that represents the
+    name and the filter through which it is read; filter None means the first one.
     """
 
     name: str
@@ -32,7 +32,7 @@ class PlannedTask:
 
 
 def names(benchmark: BenchmarkConfig) -> list[str]:
-    """Return the names that are scored: those of `tasks`, with every tag as its tasks."""
+    """Return the names to score: those of `tasks`, with each tag expanded to its tasks."""
     if benchmark.suite == "micro":
         return list(benchmark.tasks)
     with quiet():
@@ -41,7 +41,12 @@ def names(benchmark: BenchmarkConfig) -> list[str]:
 
 
 def build(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
-    """Build one task, or one group of them; data that are not there raise `hub.Unreachable`."""
+    """Build one task or one group of tasks.
+
+    Raises:
+        Unreachable: its data are neither cached nor reachable on the hub.
+        UserError: the task is not supported, or the user's rows or metric do not fit it.
+    """
     find = catalog.find_micro if benchmark.suite == "micro" else catalog.find
     file = find(name)
     with quiet():
@@ -53,10 +58,10 @@ def build(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
 
 def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
     if name in benchmark.data:
-        raise UserError(f"benchmark.data.{name}: {name} is a group; list its tasks one by one")
+        raise UserError(f"benchmark.data.{name}: {name} is a group; list its tasks instead")
     try:
         loaded = groups.load(name)
-    except (OSError, ValueError) as error:  # what the harness lets through when data are missing
+    except (OSError, ValueError) as error:  # raised by `datasets` when data are missing
         raise hub.unreachable(", ".join(groups.data_sets(name)), error) from error
     sources = {leaf: _source_of(task) for leaf, task in loaded["tasks"].items()}
     return _planned(name, loaded["tasks"], loaded["groups"], sources, benchmark)
@@ -67,11 +72,12 @@ def _build_one(
 ) -> tuple[Any, Source]:
     if "class" in defined:
         if name in benchmark.data:
-            raise UserError(f"benchmark.data.{name}: {name} reads data in Python code of its own")
+            raise UserError(f"benchmark.data.{name}: {name} loads its data in Python code")
         return _build_python(defined)
     defined["num_fewshot"] = definition.shots(defined, benchmark.num_fewshot)
     data, source = documents.load(name, defined, benchmark)
-    # Without examples the harness need not read through a training split of any size.
+    # With zero shots only the scored split is kept: the harness would process every document of
+    # a training split, however large, before it scores the first question.
     present = set(data) if defined["num_fewshot"] else {definition.evaluated_split(defined)}
     fitted = definition.restrict(defined, present) | {"custom_dataset": lambda **_: data}
     if name not in benchmark.data:
@@ -80,7 +86,7 @@ def _build_one(
 
 
 def _build_python(defined: dict[str, Any]) -> tuple[Any, Source]:
-    """Build a task that is a class of the harness and loads its data itself."""
+    """Build a task that is a Python class of the harness and loads its data itself."""
     try:
         task = _construct(defined)
     except (OSError, ValueError) as error:  # as in `_build_group`
@@ -92,6 +98,8 @@ def _source_of(task: Any) -> Source:
     """Describe the data of a task that the harness loaded itself."""
     data = getattr(task, "dataset", None)
     location = hub.spell(task.DATASET_PATH or "", task.DATASET_NAME)
+    # No data set of `datasets`, for instance documents made in code: the task's name must identify
+    # it.
     if not isinstance(data, dict):
         return Source("harness", location, None, task.task_name)
     return hub_source(location, hub.commit_of(data), documents.content(data))
@@ -100,13 +108,14 @@ def _source_of(task: Any) -> Source:
 def _construct_local(defined: dict[str, Any], key: str) -> Any:
     try:
         return _construct(defined)
-    except Exception as error:  # whatever the task's templates and functions raise on such rows
+    except Exception as error:  # templates and task functions raise anything on such rows
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{key}: the rows do not fit {defined['task']}: {reason}") from error
 
 
 def _construct(defined: dict[str, Any]) -> Any:
-    """Let the harness build one task from a definition; its index is not needed for that."""
+    # Without its default index, which takes seconds to build and is not needed for a full
+    # definition.
     (task,) = TaskManager(include_defaults=False).load([defined])["tasks"].values()
     return task
 
@@ -120,6 +129,8 @@ def _planned(
 ) -> PlannedTask:
     for leaf, task in tasks.items():
         _refuse_unsupported(leaf, task)
+        # Set on the built task, since members of a group and Python classes never pass through
+        # `_build_one`.
         wanted = definition.shots(
             {"num_fewshot": task.get_config("num_fewshot")}, benchmark.num_fewshot
         )
@@ -130,20 +141,19 @@ def _planned(
 
 def _refuse_unsupported(name: str, task: Any) -> None:
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"task {name!r} needs images or sound, which a text model does not take")
+        raise UserError(f"task {name!r} needs images or audio; lm_eval benchmarks are text only")
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"task {name!r} runs code that the model wrote; bench does not do that")
+        raise UserError(f"task {name!r} executes generated code, which slimbench refuses")
 
 
 def _offered(aggregated: Iterable[Any] | None, tasks: dict[str, Any]) -> list[str]:
-    """Return the metrics that a name offers, in the harness's order."""
     if aggregated:
         return [metric.metric for metric in aggregated]
     return list(dict.fromkeys(metric for task in tasks.values() for metric in task.aggregation()))
 
 
 def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> tuple[str, str | None]:
-    """Split `METRIC` or `METRIC,FILTER`, the harness's own notation; default: the first metric."""
+    """Split `METRIC` or `METRIC,FILTER`, the harness's notation; default: the first metric."""
     metric, _, chosen = benchmark.metrics.get(name, offered[0]).partition(",")
     if metric not in offered:
         raise unknown(f"metric benchmark.metrics.{name}", metric, offered)

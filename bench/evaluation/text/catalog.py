@@ -1,4 +1,4 @@
-"""Finding the harness's task files by name without indexing all fourteen thousand of them."""
+"""lm-eval's task files, found by name without building its index of about 14,000 tasks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 from bench.errors import UserError, nearest, unknown
 
 MICRO = Path(__file__).parent / "tasks" / "micro"
-"""Our task files: each includes one of the harness's and changes where its data come from."""
+"""Our task files; each includes one of the harness's and replaces the source of its data."""
 
 
 def micro_names() -> tuple[str, ...]:
-    """Return the names of the tasks that have embedded data."""
+    """Return the names of the tasks with embedded data."""
     return tuple(sorted(file.stem for file in MICRO.glob("*.yaml")))
 
 
 @cache
 def harness_folder() -> Path:
-    """Return lm-eval's folder of task files, wherever it is installed; lm-eval is not imported."""
+    """Return the folder of lm-eval's task files, wherever it is installed."""
+    # Finding a spec does not import lm-eval, which takes seconds.
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise UserError("lm-eval is not installed: `pip install lm-eval`")
@@ -29,19 +30,27 @@ def harness_folder() -> Path:
 
 @cache
 def find(name: str) -> Path | None:
-    """Return a task's file, None for a group or a tag; a name nobody knows is refused."""
+    """Return the file of a task, or None for a group or a tag.
+
+    Raises:
+        UserError: no task, group or tag has this name.
+    """
     return _known_file(name) or _search(name)
 
 
 def find_micro(name: str) -> Path:
-    """Return our task file for `name`; a task without embedded data is refused."""
+    """Return our task file for `name`.
+
+    Raises:
+        UserError: the task has no embedded data.
+    """
     if name not in micro_names():
         raise unknown("task of benchmark.suite=micro", name, micro_names())
     return MICRO / f"{name}.yaml"
 
 
 def _known_file(name: str) -> Path | None:
-    """Look a task up where our own file for it includes the harness's."""
+    """Find a task through our own file for it, which includes the harness's: no search needed."""
     ours = MICRO / f"{name}.yaml"
     if not ours.is_file():
         return None
@@ -50,13 +59,16 @@ def _known_file(name: str) -> Path | None:
 
 
 def included(file: Path) -> str:
-    """Return what one of our task files includes, relative to the harness's folder."""
+    """Return the path that one of our task files includes, relative to the harness's folder."""
+    # Read by a pattern: the files contain `!function` tags, which a plain YAML loader rejects.
     (line,) = re.findall(r"^include: *(\S+)", file.read_text(), re.MULTILINE)
     return str(line)
 
 
 def _search(name: str) -> Path | None:
-    """Read every task file once, which takes half a second; the index proper takes five."""
+    """Search all task files for a name."""
+    # Scanning bytes for a pattern takes half a second, the harness's index five: it parses every
+    # file as YAML. A file with both `task:` and `group:` of this name defines a group.
     task, mention, group = _line(["task"], name), _line(["group", "tag"], name), _line(["group"])
     member = re.compile(rb"^[ \t]*-[ \t]*[\"']?" + re.escape(name).encode() + rb"\b", re.MULTILINE)
     any_name = _line(["task", "group"])
@@ -66,6 +78,8 @@ def _search(name: str) -> Path | None:
         content = file.read_bytes()
         if task.search(content) and not group.search(content):
             return file
+        # A name that only ever occurs as a group, a tag or a member of one has no file of its own;
+        # the harness's index must resolve it.
         is_several = is_several or bool(mention.search(content) or member.search(content))
         named.update(any_name.findall(content))
     if is_several:
@@ -82,7 +96,7 @@ def _line(keys: list[str], name: str | None = None) -> re.Pattern[bytes]:
 
 
 def unknown_task(name: str, names: list[str]) -> UserError:
-    """Build the error for a task of the harness that does not exist, with the nearest one."""
+    """Build the error for a task that does not exist, with the nearest name as a hint."""
     close = nearest(name, names)
     hint = f"did you mean {close!r}?" if close else "`lm-eval ls tasks` lists them"
     return UserError(f"unknown task {name!r} in benchmark.tasks: {hint}")

@@ -1,4 +1,4 @@
-"""Which scorer a model gets: the one that was asked for, or the plain one and the reason."""
+"""Selection of a model's scorer: the requested one, or the padded one and the reason."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from bench.progress import Progress
 
 
 def scorer(model: Model, batches: Batches, progress: Progress, asked: Asked) -> Scorer:
-    """Return a scorer for a model and note in `asked` which one it is."""
+    """Return a scorer for a model, and enter it in the backend report `asked`."""
     ranks = joined()
     own = _own(model, batches, progress, asked)
     return own if ranks.count == 1 else SpreadScorer(own, ranks)
 
 
 def _own(model: Model, batches: Batches, progress: Progress, asked: Asked) -> Scorer:
-    """Return the scorer of this process."""
     if asked.wanted == "plain":
         return PlainScorer(model, batches)
     from bench.evaluation.text.shared import fitness
@@ -32,7 +31,7 @@ def _own(model: Model, batches: Batches, progress: Progress, asked: Asked) -> Sc
     reason = fitness.unfit(model)
     if reason is not None:
         asked.because(reason)
-        progress.console.print(f"[yellow]{model.name} is asked by the plain engine: {reason}[/]")
+        progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")
         return PlainScorer(model, batches)
     found = budget.find(model.network, model.device, progress)
     asked.used, asked.tokens_per_batch = "shared", found.tokens

@@ -1,4 +1,4 @@
-"""Task definitions: reading the harness's or ours, and restricting one to the splits there are."""
+"""Task definitions: read from the harness's files or ours, restricted to the splits at hand."""
 
 from __future__ import annotations
 
@@ -16,46 +16,50 @@ def read(file: Path) -> dict[str, Any]:
     """Return a definition with its includes merged and its functions imported.
 
     Raises:
-        UserError: the task runs code that the model wrote, or needs a package that is not here.
-        Unreachable: its functions load something from the hub when they are imported.
+        UserError: the task executes generated code, or needs a package that is not installed.
+        Unreachable: its functions load data from the hub on import.
     """
     if file.parent == MICRO:
         return _read_ours(file)
+    # Checked before functions are resolved: resolving imports the task's Python modules.
     if load_yaml(file, resolve_func=False).get("unsafe_code"):
-        raise UserError(f"{file.stem} runs code that the model wrote; bench does not do that")
+        raise UserError(f"{file.stem} executes generated code, which slimbench refuses")
     try:
         defined: dict[str, Any] = load_yaml(file)
     except ImportError as error:
-        raise UserError(f"the harness's {file.name} needs a package: {error}") from error
+        raise UserError(f"lm-eval's {file.name} needs a missing package: {error}") from error
     except OSError as error:
-        raise unreachable(f"what {file.name} loads", error) from error
+        raise unreachable(f"data loaded by {file.name}", error) from error
     return defined
 
 
 def _read_ours(file: Path) -> dict[str, Any]:
-    """Resolve the include against the harness's folder, which is known at run time only."""
+    """Read one of our files; its include is relative to the harness's folder."""
+    # lm-eval resolves includes relative to the including file, and where lm-eval is installed is
+    # known at run time only; so the include is taken out and merged here.
     ours: dict[str, Any] = load_yaml(file, recursive=False)
     theirs: dict[str, Any] = load_yaml(harness_folder() / ours.pop("include"))
     return {**theirs, **ours}
 
 
 def shots(defined: dict[str, Any], wanted: int | None) -> int:
-    """Return a task's number of shots as the harness decides it: its own 0 cannot be changed."""
+    """Return a task's number of shots by the harness's rule."""
+    # A task that declares 0 shots stays at 0, as in lm-eval: its prompt is written for zero shots.
     own = defined.get("num_fewshot")
     return int(own or 0) if own == 0 or wanted is None else wanted
 
 
 def evaluated_split(defined: dict[str, Any]) -> str:
-    """Return the split that the harness scores: test if there is one, else validation."""
+    """Return the split that the harness scores: test if the task has one, else validation."""
     return str(defined.get("test_split") or defined.get("validation_split"))
 
 
 def restrict(defined: dict[str, Any], present: set[str]) -> dict[str, Any]:
-    """Return the definition with only the splits that are there.
+    """Return the definition with only the splits in `present`.
 
-    With nothing else to draw few-shot examples from, they come from the scored split. It is then
-    declared as the test split, because only there does the harness leave the scored question
-    itself out of its own examples.
+    If nothing else is left to draw few-shot examples from, they come from the scored split. It is
+    then declared as the test split, because only there does the harness exclude the scored document
+    from its own examples.
     """
     scored = evaluated_split(defined)
     keys = ("training_split", "validation_split", "test_split", "fewshot_split")

@@ -1,4 +1,4 @@
-"""Loading the documents of one task: from a user's file, its own function, or the hub."""
+"""Documents of one task: from a user's file, the task's own function, or the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.evaluation.text import embedded
 from bench.evaluation.text.definition import evaluated_split
 
 Splits = dict[str, Any]
-"""Data sets by split name."""
+"""Data sets by name of split."""
 
 
 def load(name: str, defined: dict[str, Any], benchmark: BenchmarkConfig) -> tuple[Splits, Source]:
@@ -29,7 +29,7 @@ def load(name: str, defined: dict[str, Any], benchmark: BenchmarkConfig) -> tupl
 
 
 def _only(defined: dict[str, Any]) -> str | None:
-    """Name the one split that a task without few-shot examples needs."""
+    """Return the single split needed by a task without few-shot examples, else None."""
     return None if defined.get("num_fewshot") else evaluated_split(defined)
 
 
@@ -41,14 +41,16 @@ def _from_function(defined: dict[str, Any], **options: Any) -> Splits:
 
 def _from_hub(defined: dict[str, Any]) -> tuple[Splits, Source]:
     options = dict(defined.get("dataset_kwargs") or {})
-    options.pop("trust_remote_code", None)  # an option of old; scripts are not run any more
+    options.pop("trust_remote_code", None)  # `datasets` rejects it by now
     location = (defined["dataset_path"], defined.get("dataset_name"))
     data = hub.load(*location, **options)
     return data, hub_source(hub.spell(*location), hub.commit_of(data), content(data))
 
 
 def content(data: Splits) -> str:
-    """Return an identity of loaded documents: the library's own hash of how they came to be."""
+    """Return the identity of loaded documents."""
+    # The library's own hash of how the data came to be. It is there already, whereas hashing the
+    # rows could mean reading gigabytes.
     return "-".join(
         str(getattr(split, "_fingerprint", name)) for name, split in sorted(data.items())
     )

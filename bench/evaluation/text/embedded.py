@@ -1,4 +1,4 @@
-"""The embedded world's documents as the data sets that task files ask for."""
+"""Documents of the synthetic world, as the data sets that task files ask for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bench.evaluation.source import Source
 
 
 def splits(*, world: str, only: str | None = None, **_: Any) -> datasets.DatasetDict:
-    """Return the splits of a task of the world; task files name this as their `custom_dataset`.
+    """Return the splits of one task of the world; our task files name this as `custom_dataset`.
 
-    `only` names the scored split when no other is wanted: its documents then are all that is
-    generated. A task's metadata, which the harness passes along, are ignored.
+    `only` restricts the result to the scored split, so that nothing else is generated. Further
+    arguments are metadata of the task, which the harness passes along; they are ignored.
     """
     rows = {only: documents(world, "test")} if only else world_splits(world)
     return datasets.DatasetDict(

@@ -1,4 +1,4 @@
-"""Free generation up to stop strings, batched by settings and length, as the harness's `hf` does.
+"""Generation up to stop strings, batched by settings and length as in lm-eval's `hf` model.
 
 Suffixes: B batch, T padded length.
 """
@@ -26,22 +26,23 @@ from bench.models.model import Model
 from bench.progress import Progress
 
 Asked: TypeAlias = tuple[list[int], dict[str, Any]]
-"""A context's tokens and the harness's generation settings for it."""
+"""Tokens of a context, and the harness's generation settings for it."""
 
 
 def generate(
     model: Model, asked: Sequence[Asked], batches: Batches, memory: Memory, progress: Progress
 ) -> list[str]:
-    """Return one continuation per context; contexts of equal settings share batches.
+    """Return one continuation per context; contexts with equal settings share batches.
 
-    A task that asks for several answers repeats its request, and each repetition has a draw of
-    its own.
+    A task that samples several answers repeats its request, and each repetition is drawn
+    independently.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for number, (_, options) in enumerate(asked):
         groups[json.dumps(options, sort_keys=True, default=str)].append(number)
     texts = [""] * len(asked)
     for numbers in groups.values():
+        # Longest first: padding stays small, and a batch that does not fit fails at the start.
         numbers.sort(key=lambda number: -len(asked[number][0]))
         settings = Settings(model, asked[numbers[0]][1])
         contexts = [asked[number][0] for number in numbers]
@@ -55,10 +56,12 @@ def generate(
 
 
 def _keys(contexts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
-    """Name every request by its context, its settings and how often it was there before."""
+    """Name each request by its context, its settings and the number of equal requests before it."""
     before: Counter[tuple[int, ...]] = Counter()
     keys = []
     for context in contexts:
+        # Without the count, repetitions would be one request to the response cache, and a task that
+        # takes several samples would get one sample several times.
         keys.append(key("generation", context, options, before[tuple(context)]))
         before[tuple(context)] += 1
     return keys
@@ -73,25 +76,33 @@ class Settings:
         end = model.tokenizer.decode(model.tokenizer.eos_token_id, skip_special_tokens=False)
         self._stop: list[str] = handle_stop_sequences(self._options.pop("until", None), eos=end)
         self._new = int(self._options.pop("max_gen_toks"))
+        # Replaced in `run`: the limit there counts from the padded width, as in lm-eval's `hf`
+        # model.
         self._options.pop("max_length", None)
+        # transformers warns about a temperature that greedy decoding does not read.
         if not self._options.get("do_sample"):
             self._options.pop("temperature", None)
         self._longest = model.max_length - self._new
         if self._longest < 1:
             raise UserError(
-                f"the task generates {self._new} tokens, which leaves no room for a context: "
-                f"model {model.name} takes {model.max_length} in all"
+                f"the task generates {self._new} tokens, which leaves none for a context: "
+                f"model {model.name} takes {model.max_length} in total"
             )
 
     @torch.no_grad()
     def run(self, named: Sequence[tuple[str, list[int]]]) -> list[str]:
-        """Continue named contexts of any length: cut and padded on the left.
+        """Continue (key, context) pairs of any length, truncated and padded on the left.
 
-        What is drawn depends on the batch and not on what was drawn before it.
+        Sampling depends on the batch and not on what was drawn before it.
         """
         contexts = [context for _, context in named]
         if self._options.get("do_sample"):
+            # The seed is a hash of the batch's keys: a resumed run must draw for a batch what the
+            # interrupted run would have drawn, although it did not draw for the batches before. 15
+            # hexadecimal digits, since torch takes a signed 64-bit seed.
             torch.manual_seed(int(key(SEED, *(name for name, _ in named))[:15], 16))
+        # On the left a context is truncated, as lm-eval does, and padded, so that all rows end at
+        # one column and `generate` appends there.
         ids_BT, mask_BT = self._pad([context[-self._longest :] for context in contexts])
         width = ids_BT.shape[1]
         tokenizer = self._model.tokenizer

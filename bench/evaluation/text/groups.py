@@ -1,4 +1,4 @@
-"""Groups and tags, which only the harness's full index knows; building it takes seconds."""
+"""Groups and tags of tasks, resolved by lm-eval's full index, which takes seconds to build."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def _manager() -> TaskManager:
 
 
 def expand(name: str) -> list[str]:
-    """Return the tasks that carry a tag; a task and a group stand for themselves."""
+    """Return the tasks that carry a tag; a task or a group is returned as it is."""
+    # Checked first, so that a benchmark of plain tasks never builds the index.
     if catalog.find(name) is not None:
         return [name]
     manager = _manager()

@@ -26,10 +26,10 @@ from bench.models.model import Model
 from bench.progress import Progress
 
 _TOKENS_PER_BATCH = 8192
-"""Every position meets the head here, so logits and not activations bound the batch."""
+"""Every position meets the output head, so logits rather than activations bound the batch."""
 
 _ON_A_PROCESSOR = budget.MOST["cpu"]
-"""More tokens than a processor's caches hold are no faster there."""
+"""On a CPU, more tokens than its caches hold are no faster."""
 
 
 def measure(
@@ -39,7 +39,7 @@ def measure(
     progress: Progress,
     memory: Memory,
 ) -> tuple[Metric, list[dict[str, Any]]]:
-    """Return the perplexity of a text and a sample row for each of its windows."""
+    """Return the perplexity of a text, and one sample row per window."""
     windows = cut(model, text, benchmark.limit)
     tokens = _ON_A_PROCESSOR if model.device.type == "cpu" else _TOKENS_PER_BATCH
     size = max(1, min(benchmark.batch_size, tokens // text.config.window))
@@ -54,17 +54,21 @@ def measure(
     )
     metric = _metric(benchmark, text, losses)
     if not math.isfinite(metric.value):
-        progress.console.print(f"[red]{text.name}: the perplexity is {metric.value}[/red]")
+        progress.console.print(f"[red]{text.name}: perplexity is {metric.value}[/red]")
     return metric, _samples(text, windows, losses)
 
 
 def cut(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
-    """Cut the text into the windows of its protocol, the first `limit` of them."""
+    """Cut the text into the windows of its protocol; keep the first `limit`.
+
+    Raises:
+        UserError: the window exceeds the model's length, or no document fills one.
+    """
     window = text.config.window
     if window > model.max_length:
         raise UserError(
             f"benchmark.perplexity.{text.name}.window={window}: "
-            f"model {model.name} takes {model.max_length} tokens"
+            f"model {model.name} takes at most {model.max_length} tokens"
         )
 
     def encode(string: str) -> list[int]:
@@ -82,8 +86,9 @@ def cut(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
 
 @torch.no_grad()
 def window_losses(network: Any, ids_BT: torch.Tensor) -> list[float]:
-    """Return each window's mean cross-entropy over its T - 1 predictions, in fp32."""
+    """Return each window's mean cross-entropy over its T - 1 predictions, in float32."""
     logits_BTV = network(ids_BT, use_cache=False).logits
+    # Window by window: float32 logits of the whole batch would dominate the peak memory.
     losses = [
         functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:])
         for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)
@@ -97,6 +102,7 @@ def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
     try:
         value = math.exp(mean)
     except OverflowError:
+        # A network ruined by compression has losses beyond 709; its perplexity is inf, not a crash.
         value = math.inf
     if len(losses) < 2 or not math.isfinite(value):
         return value, None

@@ -1,4 +1,4 @@
-"""The plain engine: every distinct input is a padded row of its own, as in the harness's `hf`.
+"""The padded backend: one padded row per distinct input, as in lm-eval's `hf` model.
 
 Suffixes: B batch, T padded length, K kept positions, V vocabulary.
 """
@@ -18,13 +18,13 @@ from bench.evaluation.text.question import Answers, Question, Scored, Tokens
 from bench.models.model import Model
 
 Input: TypeAlias = tuple[tuple[int, ...], list[tuple[int, Tokens]]]
-"""One input of the network, and the continuations (question number, tokens) that it answers."""
+"""One input of the network, and the (request index, tokens) continuations that it scores."""
 
 
 class PlainScorer:
-    """Scores inputs in batches sorted by length; only the continuations' positions meet the head.
+    """Scores inputs in batches sorted by length; only positions of continuations meet the head.
 
-    Softmax is in fp32 whatever the model's dtype.
+    Softmax is in float32 whatever the model's dtype.
     """
 
     def __init__(self, model: Model, batches: Batches) -> None:
@@ -34,16 +34,21 @@ class PlainScorer:
         self._cuts_head = "logits_to_keep" in inspect.signature(self._network.forward).parameters
 
     def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
-        """Yield the answers of each batch, longest inputs first."""
+        """Yield the responses of each batch, longest inputs first."""
         for batch in self._batches.each(_inputs(questions), self._score):
             yield [answer for answers in batch for answer in answers]
 
     @torch.no_grad()
     def _score(self, batch: Sequence[Input]) -> list[Answers]:
-        """Score one padded batch; padding is on the right, where causal attention ignores it."""
+        """Score one batch, padded on the right."""
         width = len(batch[0][0])
+        # Padding on the right needs no attention mask: under causal attention no token sees what
+        # follows it. Positions count from 0 in every row, as without padding.
         ids_BT = torch.tensor([[*inputs, *[0] * (width - len(inputs))] for inputs, _ in batch])
         longest = [max(len(tokens) for _, tokens in asked) for _, asked in batch]
+        # The smallest position that any row of the batch scores; from there on logits are computed.
+        # The head then meets few positions, which matters because V is far larger than the hidden
+        # width.
         first = min(len(inputs) - n for (inputs, _), n in zip(batch, longest, strict=True))
         logits_BKV = self._logits(ids_BT.to(self._model.device), width - first)
         read: list[torch.Tensor] = []
@@ -51,7 +56,8 @@ class PlainScorer:
             end = len(inputs) - first
             logp_KV = logits_KV[end - n : end].float().log_softmax(-1)
             read += [_read(logp_KV, tokens) for _, tokens in asked]
-        pairs = iter(torch.stack(read).tolist())  # one transfer from the device per batch
+        # One transfer from the device per batch; a transfer per continuation would synchronize it.
+        pairs = iter(torch.stack(read).tolist())
         return [
             [
                 (number, Scored(value, bool(greedy)))
@@ -69,22 +75,25 @@ class PlainScorer:
                 ids_BT, logits_to_keep=keep, use_cache=False
             ).logits
             return logits
+        # Remote code may lack the argument: all logits are computed, then cut.
         every: torch.Tensor = self._network(ids_BT, use_cache=False).logits
         return every[:, -keep:]
 
 
 def _inputs(questions: Sequence[Question]) -> list[Input]:
-    """Group continuations by network input, longest first: choices of one token share theirs."""
+    """Group continuations by network input, longest first."""
     grouped: dict[tuple[int, ...], list[tuple[int, Tokens]]] = defaultdict(list)
     for number, (inputs, targets) in enumerate(questions):
+        # The last token of a continuation is no input, so choices of one token have the same input,
+        # as in lm-eval's single-token shortcut.
         grouped[tuple(inputs)].append((number, targets))
     return sorted(grouped.items(), key=lambda each: (-len(each[0]), each[0]))
 
 
 def _read(logp_KV: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """Return a continuation's log-likelihood and whether it is greedy, as two numbers.
+    """Return a continuation's log-likelihood and whether it is greedy, as a tensor of two.
 
-    It ends where the input's last token predicts, that is in the last row.
+    Its last token is predicted at the input's last token, so its rows are the last ones.
     """
     target_K = torch.tensor(tokens, device=logp_KV.device)
     rows_KV = logp_KV[-len(tokens) :]

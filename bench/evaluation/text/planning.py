@@ -1,4 +1,4 @@
-"""A text benchmark whose data are all there: lm-eval's tasks, and texts for perplexity."""
+"""A text benchmark: resolve lm-eval's tasks and the texts for perplexity, with their data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TextScoring:
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Where each task's and each text's documents came from."""
+        """Where the documents of each task and each text came from."""
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
@@ -51,17 +51,20 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextScoring:
     """Find and load all tasks and texts of a benchmark.
 
     Raises:
-        MissingData: data are neither cached nor to be had from the hub.
-        UserError: a task, a metric, a file or a text is not what the config takes it for.
+        MissingData: data are neither cached nor reachable on the hub.
+        UserError: the config names a task, a metric, a file or a text that does not exist or fit.
     """
     scored = building.names(benchmark)
     for name in benchmark.data:
         if name not in scored:
             raise unknown("task in benchmark.data", name, scored)
+    # Decided once for the process: without this, every data set would wait for its own timeout.
     if offline or (_asks_hub(benchmark) and not hub.is_reachable()):
         hub.go_offline()
     tasks: list[PlannedTask] = []
     loaded: list[PlannedText] = []
+    # All failures are collected before any is reported: a user should not have to fix them one run
+    # at a time.
     missing: list[str] = []
     for name in scored:
         try:

@@ -1,4 +1,4 @@
-"""What a scorer is asked and what it answers; the harness's rule for prompts that are too long."""
+"""Loglikelihood requests, their results, the scorer protocol, and truncation as in lm-eval."""
 
 from __future__ import annotations
 
@@ -26,25 +26,30 @@ class Question(NamedTuple):
 
 
 Answers: TypeAlias = list[tuple[int, Scored]]
-"""Answers to some questions, by their numbers."""
+"""Log-likelihoods by index of request."""
 
 
 class Scorer(Protocol):
-    """Answers questions batch by batch, in an order of its own."""
+    """Scores requests batch by batch, in an order of its choice."""
 
     def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
-        """Yield the answers of each batch as soon as there are any; every number once."""
+        """Yield the responses of each batch as soon as they are there; every index exactly once."""
 
 
 def question(model: Model, context: Tokens, continuation: Tokens) -> Question:
-    """Return a request as the network sees it: its end, if it is longer than the model allows.
+    """Return a request as the network sees it, truncated on the left to the model's length.
 
-    The last token of a continuation is never an input.
+    Raises:
+        UserError: the continuation is empty or longer than the model's length.
     """
     longest = model.max_length
     if not 0 < len(continuation) <= longest:
         raise UserError(
-            f"an answer of {len(continuation)} tokens cannot be scored: "
+            f"a continuation of {len(continuation)} tokens cannot be scored: "
             f"model {model.name} takes 1 to {longest}"
         )
+    # The rule of lm-eval's `hf` model, which must be matched to the token: keep the last max_length
+    # + 1 tokens, then drop the last one. That one is only ever predicted, never an input, which is
+    # why one token more than the network takes still fits; the left end goes, so the continuation
+    # stays whole.
     return Question((context + continuation)[-(longest + 1) : -1], continuation)

@@ -1,4 +1,4 @@
-"""Keeping the harness quiet: what a user needs to see goes through `bench.progress`."""
+"""Silence lm-eval: output for users goes through `bench.ui`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import lm_eval.api.task
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the logs and the progress bars of the harness and of `datasets`."""
+    """Suppress the logs and progress bars of lm-eval and of `datasets`."""
     logger = logging.getLogger("lm_eval")
     level, verbosity = logger.level, datasets.utils.logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
@@ -21,7 +21,7 @@ def quiet() -> Iterator[None]:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     bar = lm_eval.api.task.tqdm
-    # The harness shows this bar whatever it is asked, and reads no setting to turn it off.
+    # This bar has no switch, neither an argument nor a setting, so the name is patched.
     lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Letting lm-eval score a loaded model on planned tasks, and measuring perplexities beside it."""
+"""Text benchmarks run through lm-eval, and perplexities measured alongside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.models.model import Model
 from bench.progress import Progress
 
 _BOOTSTRAP = 1000
-"""Resamples for a metric without a closed-form standard error; others do not look at it."""
+"""Resamples for metrics without a closed-form standard error; others ignore it."""
 
 
 def score(
@@ -32,7 +32,9 @@ def score(
     progress: Progress,
     memory: Memory,
 ) -> Scores:
-    """Score the model on every task and text, as far as the memory does not have it."""
+    """Score the model on every task and text; requests in the response cache are skipped."""
+    # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
+    # memory.
     adapter = Adapter(model, benchmark.batch_size, progress, benchmark.engine, memory)
     metrics: list[Metric] = []
     rows: Rows = []
@@ -50,11 +52,9 @@ def score(
 
 
 def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:
-    """Let the harness ask, collect and aggregate.
-
-    Its bootstrap talks to standard output, which belongs to our caller, and would fork this
-    process, which holds a device.
-    """
+    """Let lm-eval build requests, collect responses and aggregate."""
+    # lm-eval's bootstrap would fork this process, which holds a device and threads. The variable
+    # stays set for the rest of the process.
     os.environ["DISABLE_MULTIPROC"] = "1"
     from lm_eval.evaluator import evaluate as harness
 
@@ -62,6 +62,7 @@ def _run(adapter: Adapter, planned: PlannedTask, limit: int | None) -> dict[str,
 
     for task in planned.tasks.values():
         task.set_fewshot_seed(SEED)
+    # The bootstrap also prints, and standard output belongs to our caller (`--json`).
     with quiet(), redirect_stdout(io.StringIO()):
         result: dict[str, Any] = harness(
             adapter,

@@ -1,4 +1,4 @@
-"""The harness's logged samples as flat rows."""
+"""lm-eval's logged samples as sample rows."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ def _choices(task: Any, sample: dict[str, Any]) -> list[str]:
 
 
 def _answers(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Read the model's raw answers, before any filter: scores of choices, or a text."""
+    """Return the model's raw responses, before any filter: scores of choices, or a text."""
     answers = [responses[0] for responses in sample["resps"]]
     if task.OUTPUT_TYPE == "generate_until":
+        # The exception: a generated text is shown as its filter left it, since that is what was
+        # scored.
         filtered = sample["filtered_resps"][0]
         return {"response": filtered if isinstance(filtered, str) else answers[0]}
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -55,5 +57,6 @@ def _answers(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a sample's metric; one that only makes sense over many samples is not a number."""
+    """Return a sample's metric, or None if it is defined over many samples only."""
+    # Corpus metrics (BLEU, F1 and the like) log a tuple of references and predictions per sample.
     return float(value) if isinstance(value, int | float) else None

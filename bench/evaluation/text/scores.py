@@ -1,4 +1,4 @@
-"""The harness's results as rows of metrics."""
+"""lm-eval's results as metrics."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from bench.evaluation.text.definition import evaluated_split
 def metrics(
     benchmark: BenchmarkConfig, planned: PlannedTask, result: dict[str, Any]
 ) -> list[Metric]:
-    """Return every metric that the harness gives for a task, or for a group and its tasks."""
+    """Return every metric that the harness reports for a task, or for a group and its tasks."""
     rows: list[Metric] = []
     for name, scores in result["results"].items():
+        # Results are keyed `METRIC,FILTER`; standard errors stand among them as
+        # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
         keys = [key for key in scores if "," in key and "_stderr," not in key]
         shown = _headline_key(planned, keys) if name == planned.name else None
         rows += [
@@ -43,6 +45,7 @@ def _metric(
 ) -> Metric:
     metric, _, through = key.partition(",")
     scores = result["results"][name]
+    # The value is "N/A" where the harness computed none.
     error = scores.get(f"{metric}_stderr,{through}")
     better = result["higher_is_better"].get(name, {}).get(metric)
     version = result["versions"].get(name)
@@ -64,7 +67,7 @@ def _metric(
 
 
 def _leaves(planned: PlannedTask, name: str) -> list[str]:
-    """Return the tasks that a row is about: itself, or those below a group."""
+    """Return the tasks that a row covers: itself, or the tasks below a group."""
     if name in planned.tasks:
         return [name]
     return [task.task_name for task in planned.groups[name].get_all_tasks()]

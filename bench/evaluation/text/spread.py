@@ -1,4 +1,4 @@
-"""A scorer whose questions are spread over processes."""
+"""Scorer that partitions its requests among processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from bench.evaluation.text.question import Answers, Question, Scorer
 
 
 class SpreadScorer:
-    """Answers a share of the questions with its own scorer, and then has the others' answers.
-
-    Questions are divided in sorted order, so that what they share stays together.
-    """
+    """Scores a share of the requests with its own scorer, then receives the others' responses."""
 
     def __init__(self, scorer: Scorer, ranks: Ranks) -> None:
         self._scorer = scorer
         self._ranks = ranks
 
     def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
-        """Yield the answers of each batch, the other processes' last."""
+        """Yield the responses of each batch, those of other processes last."""
+        # Sorted by tokens, so that a contiguous share keeps requests with a common prefix together:
+        # a prefix cut by a border is computed twice, all others once.
         order = sorted(range(len(questions)), key=lambda number: questions[number].inputs)
 
         def own(mine: list[int]) -> Iterator[Answers]:

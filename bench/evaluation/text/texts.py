@@ -1,4 +1,4 @@
-"""The texts that perplexity is measured on, found before any model is loaded."""
+"""Texts for perplexity, found before any model is loaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from bench.evaluation.local_files import SUFFIXES, read_rows
 from bench.evaluation.source import Source, file_source, hub_source
 
 _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+# C4 is measured on the first validation shard alone, as in GPTQ's scripts: the published numbers
+# depend on it.
 _C4_SHARD = ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz")
 
 
 @dataclass(frozen=True)
 class PlannedText:
-    """A text as documents, in order, with what is measured on it."""
+    """A text as a sequence of documents, with the perplexity to be measured on it."""
 
     name: str
     config: PerplexityConfig
@@ -28,7 +30,7 @@ class PlannedText:
 
 
 def load(name: str, config: PerplexityConfig) -> PlannedText:
-    """Read the text that a perplexity names, or the file in its place."""
+    """Read the text that a perplexity names, or the file that replaces it."""
     split = "validation" if config.text == "c4" else "test"
     if config.path is not None:
         documents, source = _local(f"benchmark.perplexity.{name}.path={config.path}", config.path)
@@ -52,14 +54,14 @@ def _from_hub(config: PerplexityConfig, split: str) -> tuple[Sequence[str], Sour
 
 
 def _local(key: str, path: str) -> tuple[Sequence[str], Source]:
-    """Read a table's column `text`, or any other file as one document of plain text."""
+    """Read the column `text` of a table, or any other file as one document of plain text."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{key}: no such file")
     if file.suffix in SUFFIXES:
         rows = read_rows(file, key)
         if not all(isinstance(row.get("text"), str) for row in rows):
-            raise UserError(f"{key}: {file.name} has no column 'text' of strings")
+            raise UserError(f"{key}: {file.name} needs a column 'text' of strings")
         return [row["text"] for row in rows], file_source([file])
     try:
         return [file.read_text(encoding="utf-8")], file_source([file])

@@ -134,7 +134,7 @@ def test_a_question_without_room_for_an_answer_is_refused(mllms):
 
     short = replace(mllms["llava"])
     short.config = short.config.model_copy(update={"max_length": 30})
-    with pytest.raises(UserError, match="leaves no room for an answer: model llava0 takes 30"):
+    with pytest.raises(UserError, match="leaves none for an answer: model llava0 takes 30"):
         answer(short, questions()[:1], 1)
 
 

@@ -146,7 +146,7 @@ def test_a_method_that_looks_at_whole_prompts_is_asked_plainly(micro_llava, meth
     model = applied(micro_llava, method())
     found = evaluate(model, micro("shared", tasks=("pope",), limit=6))
     assert found.engine["used"] == "plain"
-    assert found.engine["reasons"] == ["a method looks at whole prompts"]
+    assert found.engine["reasons"] == ["a method needs whole prompts"]
     assert found.samples == evaluate(model, micro("plain", tasks=("pope",), limit=6)).samples
 
 
@@ -155,5 +155,5 @@ def test_a_window_shorter_than_the_prompts_is_asked_plainly(llava):
     config = type(llava.network.config)(**llava.network.config.to_dict())
     config.get_text_config().sliding_window = 64
     slides.network = type("Network", (), {"config": config})
-    assert beginnings.unfit(slides) == "the network has layers that look back 64 tokens only"
+    assert beginnings.unfit(slides) == "the network has sliding attention over 64 tokens"
     assert beginnings.unfit(llava) is None

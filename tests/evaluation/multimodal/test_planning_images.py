@@ -49,10 +49,12 @@ def test_gqa_takes_a_folder_of_instructions_and_images(tmp_path):
 def test_gqa_without_images_says_what_is_missing(tmp_path):
     file = write(documents("gqa")[:2], tmp_path / "testdev_balanced_instructions.parquet")
     with pytest.raises(
-        UserError, match=r"give a folder that holds testdev_balanced_images\.parquet"
+        UserError, match=r"give a folder that contains testdev_balanced_images\.parquet"
     ):
         plan(config("gqa", data={"gqa": file}), offline=True)
-    with pytest.raises(UserError, match=r"the folder needs testdev_balanced_images\.parquet"):
+    with pytest.raises(
+        UserError, match=r"the folder must contain testdev_balanced_images\.parquet"
+    ):
         plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True)
 
 
@@ -60,7 +62,7 @@ def test_gqa_without_images_says_what_is_missing(tmp_path):
     ("change", "reason"),
     [
         (lambda row: {k: v for k, v in row.items() if k != "category"}, "has no column 'category'"),
-        (lambda row: row | {"image": 3}, "column 'image' must hold bytes and path"),
+        (lambda row: row | {"image": 3}, "column 'image' must hold an image's bytes and path"),
         (lambda row: row | {"image": "a.png"}, "the rows do not fit pope: FileNotFoundError"),
     ],
 )
@@ -100,9 +102,9 @@ def test_everything_missing_is_named_at_once(pope, monkeypatch):
     [
         (config("poep"), "unknown task 'poep' in benchmark.tasks: did you mean 'pope'"),
         (config("pope_full"), "pope_full is a group of lmms-eval; list its tasks"),
-        (config("vqav2_test"), "only writes a file for a server"),
+        (config("vqav2_test"), "only writes a submission file"),
         (config("seedbench", suite="micro"), "task of benchmark.suite=micro"),
-        (config("pope", num_fewshot=2), "benchmark.num_fewshot=2: lmms_eval takes 0 only"),
+        (config("pope", num_fewshot=2), "benchmark.num_fewshot=2: lmms_eval supports 0 only"),
         (config("pope", suite="micro", metrics={"pope": "acc"}), "metric benchmark.metrics.pope"),
         (config("pope", data={"gqa": "x"}), "task in benchmark.data"),
     ],
@@ -114,7 +116,7 @@ def test_wrong_input_is_one_sentence(asked, reason):
 
 def test_a_text_model_is_refused_before_it_is_loaded():
     scoring = plan(config("pope", suite="micro", limit=1), offline=True)
-    with pytest.raises(UserError, match="asks models of kind image_text"):
+    with pytest.raises(UserError, match="needs a model of kind image_text"):
         scoring.refuse_unfit(ModelConfig(name="m", source="zoo:m"))
 
 

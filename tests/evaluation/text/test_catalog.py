@@ -60,7 +60,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_code_of_a_model_is_never_run():
-    with pytest.raises(UserError, match="humaneval runs code"):
+    with pytest.raises(UserError, match="humaneval executes generated code"):
         definition.read(catalog.find("humaneval"))
 
 

@@ -102,9 +102,9 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
     other.write_text("goal,sol1")
     assert "no such file" in refusal("piqa", tmp_path / "nowhere.parquet")
     assert "cannot be read as .parquet" in refusal("piqa", broken)
-    assert "is none of .parquet, .jsonl" in refusal("piqa", other)
+    assert "must be one of .parquet, .jsonl" in refusal("piqa", other)
     assert "has no rows" in refusal("piqa", write(tmp_path / "empty.jsonl", []))
-    assert "needs validation.parquet" in refusal("piqa", tmp_path)
+    assert "must contain validation.parquet" in refusal("piqa", tmp_path)
     assert "cannot be read" in refusal("piqa", write(tmp_path / "list.json", [1, 2]))
 
 

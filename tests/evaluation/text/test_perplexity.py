@@ -109,7 +109,7 @@ def test_a_table_of_documents_stands_in_for_c4(model, tmp_path):
 
 
 def test_a_window_longer_than_the_model_takes_is_refused(model):
-    with pytest.raises(UserError, match="window=1024: model tiny0 takes 512"):
+    with pytest.raises(UserError, match="window=1024: model tiny0 takes at most 512"):
         measured(model, PerplexityConfig(text="english", window=1024))
 
 

@@ -1,8 +1,8 @@
-"""Scoring requests that begin alike: what they share goes through the network once.
+"""Prefix-sharing backend: tokens that requests have in common go through the network once.
 
-Inputs of a task form a trie of tokens (`trie`). It is cut into rows, each a piece of the trie
-written out depth first, and into trunks, long beginnings of many rows whose keys and values are
-kept (`groves`, `trunk`). A mask lets every token see its own path only (`rows`, `mask`). Rows of
-like width go through the network together, and only the positions that are asked about meet the
-head (`forward`, `reading`). `scoring` does it; `fitness` says which networks cannot be asked so.
+The inputs of a task form a trie of tokens (`trie`). It is cut into packed sequences, each a part of
+the trie written depth first, and into shared prefixes, long common beginnings of many sequences
+whose keys and values are cached (`packing`). A tree attention mask lets every token see only its
+own path (`forward`). Sequences of similar length form a batch, and only scored positions meet the
+output head. `scorer` drives it; `support` checks which networks it works for.
 """

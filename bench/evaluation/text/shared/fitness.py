@@ -1,4 +1,4 @@
-"""Which networks can be asked by shared beginnings: named refusals, then a try on a few tokens."""
+"""Check whether a model supports prefix sharing: static checks, then a numerical probe."""
 
 from __future__ import annotations
 
@@ -24,72 +24,85 @@ from bench.progress import SILENT
 NEEDED = ("attention_mask", "position_ids", "past_key_values")
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 STEM, BRANCH = 6, 8
-"""Tokens of the probe: what its two paths share, and what each has for itself."""
+"""Tokens of the probe: in the prefix that its two paths share, and in each branch."""
 
+# In float32 only the order of summation differs between layouts. Half precision rounds activations
+# in every layer, and kernels for masked and unmasked attention round differently; 2 % of a sum of
+# nine log-probabilities covers that. A branch that sees another branch's tokens, or positions that
+# are off by a branch, change the predictions themselves, by far more than that on random tokens.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 HALF_TOLERANCE = 0.02
-"""How far the probe's sums may differ, relative to themselves; a wrong mask moves them by more."""
+"""Allowed relative difference of the probe's log-likelihoods; a wrong mask moves them by more."""
 
 
 def unfit(model: Model) -> str | None:
-    """Return why a network must be asked plainly, or None when it need not be."""
+    """Return why a network needs the padded backend, or None if it supports prefix sharing."""
     return _named(model.network) or _tried(model)
 
 
 def _named(network: Any) -> str | None:
-    """Refuse what can be seen without a forward."""
+    """Check signature, output head, attention kernel and layer types, without a forward."""
     missing = set(NEEDED) - set(inspect.signature(network.forward).parameters)
     if missing:
-        return f"the network's forward takes no {min(missing)}"
+        return f"the network's forward has no argument {min(missing)}"
     if getattr(network, "get_output_embeddings", lambda: None)() is None:
-        return "the network has no head that could be given chosen positions only"
+        return "the network has no output head that could be restricted to scored positions"
+    # FlashAttention takes causal and padding masks only.
     attention = network.config._attn_implementation
     if attention not in ATTENTIONS:
-        return f"model.attention={attention} takes no mask for branches"
+        return f"model.attention={attention} supports no tree attention mask"
     foreign = foreign_layers(network)
-    return None if foreign is None else f"the network has layers of {foreign}"
+    return None if foreign is None else f"the network has {foreign} layers"
 
 
 def _tried(model: Model) -> str | None:
-    """Score two paths apart, as branches of one row, and on a trunk; all must agree."""
+    """Score two paths apart, in one packed sequence, and after a cached prefix; all must agree."""
+    # A probe rather than a list of architectures: whether a mask and positions are honoured depends
+    # on the version of transformers, on remote code, on the attention kernel and on what a method
+    # has done to the network, and a network that ignores them gives wrong numbers without an error.
     trie = _probe(model)
     alone = Grove(None, [_row(trie, 0, 1, 0), _row(trie, 1, 2, 0)])
     branches = Grove(None, [_row(trie, 0, 2, 0)])
     trunk = Grove(Trunk(None, 0, 2, 0, STEM), [_row(trie, 0, 2, STEM)])
     try:
         wanted = _values(model, trie, alone)
-        found = {"in one row": _values(model, trie, branches)}
-        found["on a kept beginning"] = _values(model, trie, trunk)
+        found = {"in a packed sequence": _values(model, trie, branches)}
+        found["after a cached prefix"] = _values(model, trie, trunk)
+    # Errors of a forward on a mask or cache that it does not expect. Running out of memory is no
+    # verdict on the network.
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         if isinstance(error, RuntimeError) and is_exhausted(error):
             raise
         reason = str(error).partition("\n")[0]
-        return f"the network does not take branches: {type(error).__name__} {reason}"
+        return f"the network fails on packed sequences: {type(error).__name__} {reason}"
     network: Any = model.network
     allowed = TOLERANCE.get(network.dtype, HALF_TOLERANCE)
     for how, values in found.items():
         off = float(np.abs(values / wanted - 1).max())
-        if not off <= allowed:  # also when it is not a number
-            return f"the network answers otherwise {how}: by {off:.2g} of a log-likelihood"
+        if not off <= allowed:  # true for NaN as well
+            return f"log-likelihoods differ {how}, by a relative {off:.2g}"
     return None
 
 
 def _probe(model: Model) -> Trie:
-    """Make two paths that share their beginning, of tokens drawn from the vocabulary."""
+    """Make two paths with a common prefix, of random tokens of the vocabulary."""
     draw = np.random.default_rng(0)
     vocabulary = int(text_config(model.network).vocab_size)
     stem = draw.integers(vocabulary, size=STEM).tolist()
     questions = []
     for first in range(2):
+        # The branches begin with tokens 0 and 1, so that they part exactly there; the rest is
+        # random, so that no mistake cancels out.
         branch = [first, *draw.integers(vocabulary, size=BRANCH).tolist()]
         questions.append(Question(stem + branch[:-1], branch))
     return Trie(questions)
 
 
 def _values(model: Model, trie: Trie, grove: Grove) -> Any:
-    """Return the log-likelihoods of the probe's two paths, computed in a certain way."""
+    """Return the log-likelihoods of the probe's two paths, computed in one of the three layouts."""
     budget = TokenBudget(4096, model.device, SILENT)
     scorer = SharedScorer(Forward(model.network, model.device), budget, Asked("shared"))
+    # Only the number of targets matters here: the accumulator counts what is still missing.
     questions = [Question([], [0] * (BRANCH + 1)) for _ in trie.leaves]
     answers = dict(a for batch in scorer.walk(trie, [grove], Tally(questions)) for a in batch)
     return np.array([answers[number].value for number in sorted(answers)])

@@ -1,6 +1,6 @@
-"""One forward of laid rows, of which only the positions that are asked about meet the head.
+"""One forward of a packed batch, in which only scored positions meet the output head.
 
-Suffixes: B rows, T places, R positions read, D d_model, V vocabulary.
+Suffixes: B sequences, T positions, R positions read, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.evaluation.text.shared.rows import Laid
 
 
 class Forward:
-    """A network that is given rows of paths and returns logits at chosen places."""
+    """A network that takes packed sequences and returns logits at chosen positions."""
 
     def __init__(self, network: Any, device: torch.device) -> None:
         self._network = network
@@ -24,11 +24,14 @@ class Forward:
         self._head = network.get_output_embeddings()
 
     def __call__(self, laid: Laid, read_R: Tensor, cache: Cache | None) -> Tensor:
-        """Return the logits [R, V] at places that count through the batch; grows a cache.
+        """Return the logits [R, V] at `read_R`, indices into the flattened batch; extend the cache.
 
-        Whatever the network does to its logits after the head (a scale, a soft cap) is done.
+        Scaling or soft-capping that the network applies after its head is included.
         """
         trunk = 0 if cache is None else int(cache.get_seq_length())
+        # Without branches the network's own causal mask and positions are right, and attention may
+        # take a causal kernel, which is faster than one with an explicit mask. Padding is on the
+        # right, where nothing looks.
         inputs: dict[str, Any] = {"use_cache": False}
         if laid.ends_BT is not None:
             ends_BT = torch.from_numpy(laid.ends_BT).to(self._device)
@@ -38,6 +41,8 @@ class Forward:
             inputs |= {"past_key_values": cache, "use_cache": True}
         ids_BT = torch.from_numpy(laid.tokens_BT).to(self._device)
 
+        # `logits_to_keep` takes one range or index for all rows, but every row is read elsewhere,
+        # so the hidden states are cut in front of the head. The head still gets three dimensions.
         def cut(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden_BTD, *others = args
             return hidden_BTD.flatten(0, 1)[read_R.to(hidden_BTD.device)][None], *others

@@ -1,6 +1,6 @@
-"""From logits to answers: how likely each target is, and whether it is the most likely one.
+"""From logits to log-likelihoods of targets, accumulated over batches.
 
-Suffixes: R positions read, V vocabulary, K targets, several of which may be at one position.
+Suffixes: R positions read, V vocabulary, K targets, several of which may share a position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ CHUNK = 512
 
 
 def targets_read(logits_RV: Tensor, row_K: Tensor, target_K: Tensor) -> NDArray[np.float64]:
-    """Return log-probabilities and greedy flags, [2, K]; `row_K` is sorted."""
+    """Return log-probabilities and greedy flags, [2, K]; `row_K` must be sorted."""
+    # Since `row_K` is sorted, the targets of a chunk of positions are one slice. Chunks bound the
+    # float32 copy of the logits, which would otherwise be the largest tensor of the forward.
     found: list[Tensor] = [torch.empty(2, 0, device=logits_RV.device)]
     bounds = torch.searchsorted(row_K, torch.arange(0, len(logits_RV) + CHUNK, CHUNK)).tolist()
     parts = logits_RV.split(CHUNK)
@@ -35,7 +37,7 @@ def targets_read(logits_RV: Tensor, row_K: Tensor, target_K: Tensor) -> NDArray[
 
 
 class Tally:
-    """Adds up what batches say about parts of questions until a question is whole."""
+    """Adds up the parts of each request's log-likelihood until the request is complete."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         self._left = np.array([len(targets) for _, targets in questions])
@@ -43,7 +45,7 @@ class Tally:
         self._greedy = np.ones(len(questions), dtype=bool)
 
     def add(self, asked: Sequence[Place], values_2K: NDArray[np.float64]) -> Answers:
-        """Add the targets of some places, in their order; return the answers that are whole now."""
+        """Add the targets of some reads, in their order; return the requests now complete."""
         if not asked:
             return []
         counts = np.array([len(place.targets) for place in asked])
@@ -51,7 +53,8 @@ class Tally:
         value = np.add.reduceat(values_2K[0], first)
         greedy = np.logical_and.reduceat(values_2K[1] > 0, first)
         numbers = np.array([place.number for place in asked])
-        # A number comes once in a batch: its path is in one row, and a trunk is a batch.
+        # `+=` with an index array drops repetitions, but there are none: the path of a request is
+        # in one sequence of a batch, and a prefix is a batch of its own.
         self._value[numbers] += value
         self._greedy[numbers] &= greedy
         self._left[numbers] -= counts

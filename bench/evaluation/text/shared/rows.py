@@ -1,9 +1,10 @@
-"""Rows written out: which token is where, what it may see, and where the reads are.
+"""Packed sequences as arrays: tokens, depths, subtree ends, and the positions to read.
 
-Depth first, a token's descendants follow it directly. So a token is seen by all that come after it
-and before its `end`, which is one comparison instead of a walk through the trie.
+Tokens are written depth first, so the descendants of a token follow it directly. A token is thus
+visible to the positions after it and before its `subtree_end`: one comparison instead of a walk
+through the trie.
 
-Suffixes: B rows of a batch, T places of the widest row.
+Suffixes: B sequences of a batch, T positions of the longest sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bench.evaluation.text.shared.trie import Ints, Read, Trie
 
 
 class Place(NamedTuple):
-    """A part of a question: the targets after the tokens at some places of a row or a batch."""
+    """A part of a request: targets, and the positions of a sequence or batch that predict them."""
 
     number: int
     places: Ints
@@ -26,9 +27,10 @@ class Place(NamedTuple):
 
 
 class Laid(NamedTuple):
-    """Rows side by side. `ends_BT` is None where no row branches; places count through the batch.
+    """Packed sequences side by side; positions of reads count through the flattened batch.
 
-    Padding is at the end of a row, where it sees itself and nobody sees it.
+    `ends_BT` is None if no sequence branches. Padding is on the right, where it sees itself only
+    and is seen by nothing.
     """
 
     tokens_BT: Ints
@@ -38,12 +40,14 @@ class Laid(NamedTuple):
 
 
 def lay(trie: Trie, rows: Sequence[Row]) -> Laid:
-    """Write rows that stand on one trunk side by side."""
+    """Pack sequences that follow one prefix into a batch."""
     width = max(row.size for row in rows)
     start = rows[0].start
     shape = (len(rows), width)
     tokens_BT = np.zeros(shape, dtype=np.int64)
     depths_BT = np.broadcast_to(start + np.arange(width), shape).copy()
+    # Padding keeps this default, its own position + 1: it sees itself, since a softmax over nothing
+    # would be NaN.
     ends_BT = np.broadcast_to(1 + np.arange(width), shape).copy()
     asked: list[Place] = []
     for number, row in enumerate(rows):
@@ -57,7 +61,7 @@ def lay(trie: Trie, rows: Sequence[Row]) -> Laid:
 
 
 def lay_trunk(trie: Trie, trunk: Trunk) -> Laid:
-    """Write a trunk's tokens as one row, with the reads that all its leaves have in it."""
+    """Pack the tokens of a prefix as one sequence, with all reads that its leaves have in it."""
     tokens_1T = trie.leaves[trunk.low][None, trunk.start : trunk.stop]
     depths_1T = np.arange(trunk.start, trunk.stop)[None]
     path = np.arange(-trunk.start, trunk.stop - trunk.start)
@@ -71,13 +75,17 @@ def lay_trunk(trie: Trie, trunk: Trunk) -> Laid:
 
 
 def _write(trie: Trie, row: Row, tokens_T: Ints, depths_T: Ints, ends_T: Ints) -> Iterator[Place]:
-    """Write one row's tokens into its places and yield its reads."""
-    # Where the token of each depth is on the path that is being written.
+    """Write one sequence into its arrays and yield its reads."""
+    # Position of the token at each depth, along the path that is being written.
     path = np.empty(int(trie.lengths[row.low : row.high].max()), dtype=np.int64)
     place, before = 0, row.start
     for leaf in range(row.low, row.high):
         length = int(trie.lengths[leaf])
         branch = row.start if leaf == row.low else int(trie.shared[leaf])
+        # Leaves come in depth-first order (an Euler tour of the trie). When the path leaves at
+        # depth `branch`, the subtrees of all deeper tokens of the previous path end here, at the
+        # next free position: one assignment closes them all. Shallower tokens are ancestors of this
+        # leaf too and stay open.
         ends_T[path[branch:before]] = place
         after = place + length - branch
         path[branch:length] = np.arange(place, after)
@@ -86,11 +94,12 @@ def _write(trie: Trie, row: Row, tokens_T: Ints, depths_T: Ints, ends_T: Ints) -
         place, before = after, length
         for read in trie.reads[leaf]:
             yield from _between(read, path, row.start, length)
+    # The last path closes everything that is still open.
     ends_T[path[row.start : before]] = place
 
 
 def _between(read: Read, path: Ints, start: int, stop: int) -> Iterator[Place]:
-    """Yield the part of a read that lies between two depths, if there is one."""
+    """Yield the part of a read that lies between two depths, if any."""
     first, last = max(read.start, start), min(read.start + len(read.targets), stop)
     if first < last:
         targets = read.targets[first - read.start : last - read.start]

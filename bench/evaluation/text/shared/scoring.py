@@ -1,4 +1,4 @@
-"""Scoring questions by their shared beginnings, batch by batch.
+"""The prefix-sharing scorer: packed batches through the network, log-likelihoods out.
 
 Suffixes: R positions read, K targets.
 """
@@ -25,13 +25,13 @@ from bench.evaluation.text.shared.trie import Trie
 from bench.evaluation.text.shared.trunk import growing, lent
 
 LIKE = 0.75
-"""A row narrower than this share of the widest is left for another batch: padding costs."""
+"""Sequences narrower than this share of the widest wait for another batch: padding costs."""
 
 
 class SharedScorer:
-    """Answers questions with a network in which all that they share is computed once.
+    """Scores requests with a network in which everything they share is computed once.
 
-    `window` is how far the network's narrowest layer looks back, None for everything.
+    `window` is the span of the network's narrowest sliding layer, None if there is none.
     """
 
     def __init__(
@@ -49,25 +49,29 @@ class SharedScorer:
         self._limits = limits
 
     def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
-        """Yield the answers of each batch; the widest batches of a trunk come first."""
+        """Yield the responses of each batch; the widest batches of a prefix group come first."""
         if not questions:
             return
         trie = Trie(questions)
         self._asked.given += sum(len(inputs) for inputs, _ in questions)
         groves = cut(trie, self._limits, self._window)
-        # A trunk by itself may answer nothing.
+        # A prefix alone may complete no request.
         yield from filter(None, self.walk(trie, groves, Tally(questions)))
 
     @torch.no_grad()
     def walk(self, trie: Trie, groves: Sequence[Grove], tally: Tally) -> Iterator[Answers]:
-        """Send groves through the network; a trunk is kept while anything may stand on it."""
+        """Send prefix groups through the network; a prefix is kept while a group may extend it."""
         trunks: dict[Trunk | None, Cache | None] = {None: None}
         for grove in groves:
             trunk = grove.trunk
             if trunk is not None:
+                # Groups come depth first, parents before children, so whatever is still to come
+                # extends this prefix or one of its ancestors. Everything else can go: memory is
+                # bounded by the depth of nesting, not by the number of prefixes.
                 trunks = {kept: trunks[kept] for kept in _ancestors(trunk)}
                 laid, cache = lay_trunk(trie, trunk), growing(trunks[trunk.parent])
                 values = self._attempt(laid, cache)
+                # A prefix is one path in one row; there is nothing left to split.
                 if values is None:
                     raise self._budget.refuse(trunk.stop)
                 yield tally.add(laid.asked, values)
@@ -77,7 +81,7 @@ class SharedScorer:
     def _rows(
         self, trie: Trie, rows: Sequence[Row], cache: Cache | None, tally: Tally
     ) -> Iterator[Answers]:
-        """Answer rows that stand on one trunk. Paths go apart: they need no mask of ours."""
+        """Score sequences that follow one prefix; paths alone form batches without a tree mask."""
         for is_path in (True, False):
             waiting = deque(row for row in rows if row.is_path == is_path)
             while waiting:
@@ -90,10 +94,11 @@ class SharedScorer:
                     yield tally.add(laid.asked, values)
 
     def _next(self, trie: Trie, waiting: deque[Row]) -> list[Row]:
-        """Take as many rows of like width as the budget allows; the first is the widest.
+        """Take as many sequences of similar width as the budget allows, the widest first.
 
-        Once memory has run out, rows that are wider than what is left of the budget are split.
+        Once memory has run out, sequences wider than the remaining budget are split.
         """
+        # Not before: the budget is an estimate, and splitting repeats shared tokens.
         while self._asked.halved and waiting[0].size > self._budget.tokens:
             halves = split(trie, waiting[0])
             if halves is None:
@@ -109,7 +114,7 @@ class SharedScorer:
         return batch
 
     def _smaller(self, batch: list[Row]) -> list[Row]:
-        """Halve the budget and return the rows to try again; a single path cannot be."""
+        """Halve the budget and return the sequences to retry; a single path cannot be split."""
         tried = len(batch) * batch[0].size
         if len(batch) == 1 and batch[0].is_path:
             raise self._budget.refuse(tried)
@@ -118,7 +123,9 @@ class SharedScorer:
         return batch
 
     def _attempt(self, laid: Laid, cache: Cache | None) -> NDArray[np.float64] | None:
-        """Return None when memory ran out; the failed attempt's tensors die with its frame."""
+        """Return None if memory ran out."""
+        # A frame of its own, as in `bench.evaluation.batching`: the traceback must be gone before
+        # memory is released.
         try:
             return self._read(laid, cache)
         except RuntimeError as error:
@@ -127,10 +134,14 @@ class SharedScorer:
             return None
 
     def _read(self, laid: Laid, cache: Cache | None) -> NDArray[np.float64]:
-        """Return log-probabilities and greedy flags of all targets, [2, K], in their order."""
-        none = [np.empty(0, dtype=np.int64)]  # of a trunk only its keys and values may be wanted
+        """Return log-probabilities and greedy flags of all targets, [2, K], ordered as read."""
+        none = [np.empty(0, dtype=np.int64)]  # a prefix may be computed for its cache alone
         places = [place.places for place in laid.asked] or none
         targets = [place.targets for place in laid.asked] or none
+        # One row of logits per position, although many targets may read it: all choices of a
+        # question are predicted from the same last token. `order_K` sorts targets by position, as
+        # `target_logprobs` requires; assigning through it at the end is the inverse and restores
+        # the order of the reads.
         read_R, back_K = np.unique(np.concatenate(places), return_inverse=True)
         order_K = np.argsort(back_K, kind="stable")
         logits_RV = self._forward(laid, torch.from_numpy(read_R), cache)
@@ -146,7 +157,7 @@ class SharedScorer:
 
 
 def _ancestors(trunk: Trunk) -> list[Trunk | None]:
-    """Return a trunk's parent, that one's parent, and so on, down to none."""
+    """Return the parent of a prefix, its parent, and so on, ending with None."""
     found: list[Trunk | None] = []
     parent = trunk.parent
     while parent is not None:

@@ -1,7 +1,7 @@
-"""The inputs of many questions as a trie, written as its leaves in sorted order.
+"""Inputs of many requests as a trie of tokens, stored as its leaves in sorted order.
 
-In that order a subtree is a range of neighbours, and how far two neighbours agree is all that
-there is to know about the branches between them.
+In that order a subtree is a range of leaves, and the lengths of the common prefixes of neighbours
+describe all branches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ints: TypeAlias = NDArray[np.int64]
 
 
 class Read(NamedTuple):
-    """Question `number` asks how likely the targets are after the tokens from `start` on."""
+    """Request `number` reads how likely the targets are after the tokens from `start` on."""
 
     number: int
     start: int
@@ -28,9 +28,9 @@ class Read(NamedTuple):
 
 
 class Trie:
-    """Distinct inputs, none the beginning of another, each with the reads along its path.
+    """Distinct inputs; none is a prefix of another. Each has the reads along its path.
 
-    `shared[i]` is how many tokens leaf i has in common with leaf i - 1.
+    `shared[i]` is the number of tokens that leaf i has in common with leaf i - 1.
     """
 
     def __init__(self, questions: Sequence[Question]) -> None:
@@ -42,6 +42,7 @@ class Trie:
         common = [_agreement(left, right) for left, right in pairwise(self.leaves)]
         self.shared: Ints = np.array([0, *common][: len(self.leaves)], dtype=np.int64)
         self.lengths: Ints = np.array([len(leaf) for leaf in self.leaves], dtype=np.int64)
+        # Tokens that each leaf adds to the one before it, summed: `size` is then two look-ups.
         self._own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
 
     def __len__(self) -> int:
@@ -49,15 +50,19 @@ class Trie:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has, each shared one counted once."""
+        """Number of tokens, each shared one counted once."""
         return int(self._own[-1])
 
     def size(self, low: int, high: int, depth: int) -> int:
-        """Return how many tokens leaves `low` to `high` have below a depth that they share."""
+        """Return the number of tokens of leaves `low` to `high` below a depth that they share."""
+        # From `_own[low + 1]`, not `_own[low]`: the first leaf counts in full below `depth`, since
+        # what it shares with the leaf before it is not in this range. Only the later leaves count
+        # what they add.
         return int(self.lengths[low] - depth + self._own[high] - self._own[low + 1])
 
     def common(self, low: int, high: int) -> int:
         """Return the depth down to which leaves `low` to `high` are one path."""
+        # In sorted order the first and the last leaf agree as far as the least agreeing neighbours.
         return int(self.shared[low + 1 : high].min() if high - low > 1 else self.lengths[low])
 
     def branches(self, low: int, high: int, depth: int) -> list[tuple[int, int]]:
@@ -67,7 +72,7 @@ class Trie:
 
 
 def _distinct(questions: Sequence[Question]) -> list[tuple[Ints, list[Read]]]:
-    """Sort inputs; one that another begins with is a part of that one's path."""
+    """Sort inputs and drop those that are prefixes of others."""
     asked: dict[bytes, list[Read]] = defaultdict(list)
     for number, (inputs, targets) in enumerate(questions):
         # Big-endian words sort as bytes like the tokens themselves, and bytes compare fast.
@@ -78,6 +83,9 @@ def _distinct(questions: Sequence[Question]) -> list[tuple[Ints, list[Read]]]:
     found: list[tuple[Ints, list[Read]]] = []
     waiting: list[Read] = []
     for key, following in zip(keys, [*keys[1:], b""], strict=True):
+        # The reads of a dropped prefix are kept for the leaf that extends it. In sorted order a
+        # prefix stands directly before what it begins, so comparing with the next key is enough,
+        # and reads wait until a key is not extended by its successor.
         waiting += asked[key]
         if not following.startswith(key):
             found.append((np.frombuffer(key, dtype=">u4").astype(np.int64), waiting))
@@ -86,6 +94,7 @@ def _distinct(questions: Sequence[Question]) -> list[tuple[Ints, list[Read]]]:
 
 
 def _agreement(left: Ints, right: Ints) -> int:
-    """Return how many tokens two inputs begin with alike; neither is the beginning of the other."""
+    """Return the length of the common prefix of two inputs; neither is a prefix of the other."""
     short: Any = min(len(left), len(right))
+    # argmax of booleans is the first True, which exists because the inputs differ.
     return int(np.argmax(left[:short] != right[:short]))

@@ -176,7 +176,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room
 
 def test_one_path_that_does_not_fit_is_refused(llama):
     scorer = SharedScorer(Full(llama, CPU), TokenBudget(64, CPU, SILENT), Asked("shared"))
-    with pytest.raises(UserError, match="one prompt of 2 tokens does not fit"):
+    with pytest.raises(UserError, match="a single prompt of 2 tokens does not fit"):
         list(scorer.score([Question([1, 2], [3])]))
 
 
