@@ -97,14 +97,14 @@ def test_amounts_are_numbers_shares_or_everything():
 
 def test_one_budget_at_a_time():
     for knobs in ({"average": 5}, {"keep": None}):
-        with pytest.raises(UserError, match="set one and leave the other null"):
+        with pytest.raises(UserError, match="set exactly one, the other to null"):
             FastV(**knobs).check(loaded("llava_llama").anatomy)
 
 
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
         FastV(after=9, keep=3, average=None).check(loaded("llava_llama").anatomy)
-    with pytest.raises(UserError, match="form=official: pruned tokens are really gone"):
+    with pytest.raises(UserError, match="form=official: token pruning removes tokens"):
         DivPrune(form="official").check(loaded("llava_llama").anatomy)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").anatomy)
