@@ -103,9 +103,7 @@ class Official:
         return lost_H
 
     def _allowed(self, mask: Tensor | None, new: int) -> Tensor:
-        """Return the attention mask, [B or 1, 1, Q, K]: causal, with windows between images'
-        tokens.
-        """
+        """Return the attention mask, [B or 1, 1, Q, K]: causal, plus windows of visual tokens."""
         seen_BK = cast(Tensor, self._seen_BK)
         length = seen_BK.shape[1]
         if mask is None:

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_said():
         DivPrune(form="official").check(loaded("llava_llama").anatomy)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").anatomy)
-    with pytest.raises(UserError, match="fastv reads what layer 1 attended to, but dart has alr"):
+    with pytest.raises(UserError, match="fastv reads the attention of layer 1, but dart already"):
         applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
     with pytest.raises(UserError, match="downsample needs whole images"):
