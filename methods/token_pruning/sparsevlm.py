@@ -93,7 +93,7 @@ class SparseVLM(TokenPruning):
         return raters(door.visual_BND, door.visual_valid_BN, door.text_BTD, sight.asked())
 
     def _recycled(self, sight: Sight, score_IM: Tensor, kept_IM: Tensor) -> Choice:
-        """Add the clusters of the best removed tokens to the selection."""
+        """Add the clusters of the best removed tokens to the kept ones."""
         gone_IM = sight.valid & ~kept_IM
         gone_I = gone_IM.sum(dim=1)
         # Must equal Quota.merged, from which costs are counted. The 1e-9 keeps a product that is a

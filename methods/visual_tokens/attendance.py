@@ -160,7 +160,7 @@ def _windows(cells: Cells, window: Window, before: Tensor, first_key: int) -> tu
     """
     alike, (batch, count) = cells.alike(), cells.frame_N.shape
     samples = [EVERY] if alike else [slice(b, b + 1) for b in range(batch)]
-    # One block with all keys: for few rows, and where `bands` finds no whole frames in raster
+    # One block with all keys: for few rows, and where the rows are not whole frames in raster
     # order, as after token pruning.
     whole = (slice(0, count), slice(0, count))
     blocks = []

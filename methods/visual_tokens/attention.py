@@ -93,7 +93,7 @@ def text_attention(
         )
         parts.append(attend(pick(q_BHTd, heads.kept), k, v, who.mixed_BTK, scaling))
     # If there are no visual keys, or no head is kept, all heads attend to text only. (kept,
-    # dropped) is the order that `restored` expects.
+    # dropped) is the order that `restore_head_order` expects.
     alone = heads.dropped if parts else (*heads.kept, *heads.dropped)
     if alone:
         k = read_by(text.k, alone, heads.per_group)

@@ -2,7 +2,7 @@
 
 The harm of a layer cut, of fewer heads and of fewer neurons is measured separately for each, as the
 KL divergence in nats from the dense answer with nothing else changed; the three are assumed to add
-up (as operation pruning does, arXiv 2507.02909). The cost is `cost.visual_share`, linear in heads.
+up (as operation pruning does, arXiv 2507.02909). The cost is `visual_share`, linear in heads.
 """
 
 from __future__ import annotations

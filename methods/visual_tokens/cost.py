@@ -1,8 +1,8 @@
 """Share of visual work that settings leave, in closed form: the quantity that a budget limits.
 
 A search tries thousands of settings, so this is arithmetic on shapes alone, linear in heads, with
-windows by their mean size; `products` counts a concrete plan exactly. Vision tower and projector,
-which no strategy changes, are not included.
+windows by their mean size; `VisualFlops` counts a concrete plan exactly. Vision tower and
+projector, which no strategy changes, are not included.
 
 Symbols: L layers, D d_model, H query heads, G key-value heads, d a head's width, F the width of all
 feed-forward neurons that one token is multiplied with, n visual tokens, s text tokens before them,

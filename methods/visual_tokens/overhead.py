@@ -16,7 +16,7 @@ from bench.device import synchronize
 class Overhead:
     """Seconds spent in pruning steps, and their number, since the last `reset`.
 
-    Exact only if `synchronised`: otherwise a GPU may still be working when the clock stops.
+    Exact only if `synchronized`: otherwise a GPU may still be working when the clock stops.
     """
 
     seconds: float = 0.0

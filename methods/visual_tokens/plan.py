@@ -157,7 +157,7 @@ class VisualPlan:
                 f"{selection.name} selects after {selection.after} layers, but the decoder has "
                 f"{len(self.layers)}: allowed are 0 to {len(self.layers) - 1}"
             )
-        # Python's sort is stable, which is what keeps the order of steps after the same layer.
+        # Python's sort is stable, which preserves the order of steps after the same layer.
         self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
         self.revision += 1
         for first, then in pairwise(self.selections):

@@ -104,7 +104,7 @@ class Prepared:
 def _versions(layer: DecoderLayer) -> Version:
     """Return numbers that change if a weight of the layer is replaced or written to."""
     # Both are needed: `id` changes if a weight is replaced by another tensor, `_version` if it is
-    # changed in place. Writes through `.data` raise neither, so who does that must call
+    # changed in place. Writes through `.data` change neither, so code that makes them must call
     # `increment_version`.
     weights = layer.module.parameters()
     return tuple(number for weight in weights for number in (id(weight), weight._version))

@@ -1,4 +1,4 @@
-"""Exact multiply-adds of the engine for a prompt: every matmul of `layers` and `attention`.
+"""Exact multiply-adds of the engine for a prompt: every matmul of its decoder layers.
 
 The count uses the same `AttentionMasks` as the engine itself, and the same slices of the weights,
 so it holds for any plan and for later changes to the weights. Which tokens a pruning step keeps is
@@ -158,8 +158,8 @@ class Told:
         kept, dropped = self._kept(stage), len(stage.weights.heads.dropped)
         if not kept:
             yield _text_alone(stage, stage.weights.view.heads)
-        # The branches mirror `layers.two_streams` and `layers._attention`; a case added there must
-        # be added here.
+        # The branches mirror `two_stream_layer` and `_attend_streams`; a case added there must be
+        # added here.
         elif stage.who.order is not None and not last:
             yield from _jointly(stage, kept)
         else:
@@ -262,7 +262,7 @@ def _blocks(stage: Stage, heads: int) -> Iterator[Product]:
 def _visual_to_text(stage: Stage, heads: int) -> Product:
     """Count what dropped heads of visual rows attend to under `dropped=text`.
 
-    Rows before all text get all of it, and their result is discarded, as in `text_only`.
+    Rows before all text get all of it, and their result is discarded, as in `text_only_attention`.
     """
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * visual * text

@@ -47,15 +47,16 @@ class VisualStrategy(Method):
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Add the settings; from now on the network follows the whole plan.
 
-        FLOPs and bytes of the plan can be computed by `cost` from the report's `shape` and `work`.
+        The report's `shape` and `work` are the inputs of the closed-form FLOPs and bytes of the
+        plan.
         """
         engine = engine_of(model.network)
         engine.plan.agree(self.form)
         # On the network, not in the report: it then reflects every later change of the plan, and is
         # copied with the network.
         setattr(model.network, ATTRIBUTE, Told(engine))
-        # Masked mode keeps its marks of visual tokens as an attribute of the cache, which a cache
-        # rebuilt from a shared prefix does not carry.
+        # Masked mode keeps its marks of visual tokens as an attribute of the cache, which does not
+        # follow when the rows of a shared prefix are distributed to several prompts.
         model.needs_prompt = model.needs_prompt or self.form == "official"
         details = self._set(engine, model, context)
         details |= {

@@ -87,7 +87,7 @@ class GatedSlice:
 
 @dataclass(frozen=True)
 class Repair:
-    """Columns of one layer's projections, refitted for visual rows (`repair`).
+    """Columns of one layer's projections, refitted for visual rows by least squares.
 
     `o` [D, h·d] are those of the kept heads at the positions `heads`, `down` [D, f] those of a
     dense feed-forward's neurons at the positions `neurons`; None if not refitted.
@@ -129,8 +129,8 @@ def cut_out(
     chosen = set(range(view.heads) if plan.heads is None else plan.heads)
     kept = [place for place, head in enumerate(order) if head in chosen]
     heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
-    # Kept heads first, in one projection: `layers` passes the first h heads to visual_attention and
-    # the rest to text_only.
+    # Kept heads first, in one projection: the first h heads of its output go to visual attention,
+    # the rest to attention over text alone.
     queries = (*heads.kept, *heads.dropped) if dropped == "text" else heads.kept
     if repair is not None and not repair.fits(heads.kept, places):
         raise UserError(
