@@ -181,7 +181,7 @@ class Search:
         depth, harm = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
         tried = [("heads", share) for share in HEAD_SHARES[1:]]
         tried += [("neurons", share) for share in NEURON_SHARES[1:]]
-        for what, share in progress.track(tried, "measuring what cuts cost"):
+        for what, share in progress.track(tried, "measuring the harm of cuts"):
             heads = self._total(depth, share if what == "heads" else 1.0)
             self._share(Settings(depth, heads, share if what == "neurons" else 1.0))
             answers = self._answers(dense=False)

@@ -95,8 +95,7 @@ class HeadPruning(VisualStrategy):
         heads = engine.decoder.layers[0].attention_view().heads
         shape = (len(engine.decoder.layers), heads)
         if self.choose == "first":
-            # Falling scores make every rule below take the first heads; `first` needs no code of
-            # its own.
+            # Descending scores make every ranking below take the first heads.
             return -torch.arange(heads, dtype=torch.float32).expand(shape), "first"
         if self.choose == "random":
             generator = torch.Generator().manual_seed(context.seed)

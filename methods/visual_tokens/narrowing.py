@@ -34,8 +34,8 @@ def _twin(module: nn.Module) -> nn.Module:
     """Copy a module so that its children can be exchanged; the children themselves are shared."""
     # `copy.copy` shares the dictionaries of modules, parameters and hooks with the original, so an
     # exchanged child would appear in both. The twin gets dictionaries of its own: it shares
-    # weights, not structure. Its hooks start empty, since an observer of the block must not take
-    # the narrowed pass for one of the block's.
+    # weights, not structure. Its hooks start empty, since an observer of the block must not count
+    # the narrowed pass.
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)
     twin.__dict__["_parameters"] = dict(module._parameters)

@@ -59,7 +59,7 @@ class NeuronOrder:
         found = [numbers.get(tuple(row)) for row in rows_NP]
         if None in found:
             raise UserError(
-                "a method changed a feed-forward that visual tokens use only in part, in a way "
-                "that cannot be followed: put that method before the visual token strategies"
+                "a method changed a feed-forward of which visual tokens use a part, in a way that "
+                "cannot be followed: list that method before the visual token strategies"
             )
         return torch.tensor(found, dtype=torch.int64)

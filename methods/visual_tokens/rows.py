@@ -40,8 +40,8 @@ class Rows:
     def take(self, x_BSD: Tensor) -> Tensor:
         """Return the stream's rows of a tensor, [B, R, D]; padding holds copies of other rows."""
         if self.valid_BR is None:
-            # Equal positions in all samples need one index, not a gather with an index of B x R x
-            # D.
+            # With equal positions in all samples one index of R rows suffices, where `gather` needs
+            # one of the size of the result.
             return x_BSD.index_select(1, self.index_BR[0])
         index_BR1 = self.index_BR[..., None]
         wide = x_BSD.expand(self.index_BR.shape[0], -1, -1)
