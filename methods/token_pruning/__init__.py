@@ -1,1 +1,1 @@
-"""Training-free pruning of visual tokens, on the engine of the visual token strategies."""
+"""Training-free pruning of visual tokens, built on the visual engine."""

@@ -1,4 +1,4 @@
-"""DART (Wen et al., EMNLP 2025): tokens that duplicate a few pivots leave."""
+"""DART (Wen et al., EMNLP 2025): tokens that duplicate a few pivots are removed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from methods.visual_tokens.sizes import Sizes
 
 
 class DART(InDecoder):
-    """After `after` layers keep the tokens that are least like the pivots.
+    """After `after` layers keep the tokens that are least similar to the pivots.
 
-    Pivots are the visual tokens and the words after the image whose keys in the last layer that
-    ran have the largest L1 norm; likeness is the cosine of hidden states. It needs no attention.
+    Pivots are the visual tokens and the words after the image whose keys in the preceding layer
+    have the largest L1 norm; similarity is the cosine of hidden states. No attention weights are
+    needed.
     """
 
     after: int = Field(default=2, ge=1)
@@ -34,6 +35,7 @@ class DART(InDecoder):
         sample_I, question_BT = sight.frames.sample_I, sight.question()
         most_I = keep_I.clamp(max=self.visual_pivots)
         chosen_IM = pivots(visual_IME, sight.valid, most_I)
+        # With fewer words than `text_pivots`, all of them become pivots.
         words_B = torch.full_like(question_BT.sum(dim=1), self.text_pivots)
         words_BT = pivots(text_BTE, question_BT, words_B)
         return Choice(
@@ -48,6 +50,6 @@ class DART(InDecoder):
         )
 
     def _macs(self, sizes: Sizes) -> float:
-        # As if the question had at least as many words as there are pivots among them.
+        # An upper bound: the question is taken to have at least `text_pivots` words.
         turns = min(max(sizes.kept), self.visual_pivots) + self.text_pivots
         return turns * len(sizes.counts) * max(sizes.counts) * sizes.width

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from methods.token_pruning.ranking import cosine
 
-# What keeps a pivot positive when the chosen tokens already span a token.
+# Lower bound of a squared pivot. It is 0, or negative by rounding, once the chosen tokens span
+# the remaining ones, which happens as soon as more tokens are kept than the width allows.
 LEAST = 1e-10
 
 
 def relevance(similarity_IM: Tensor, valid_IM: Tensor) -> Tensor:
-    """Return similarities stretched to 0 to 1 over each frame, [I, M]; 1 where all are equal."""
+    """Rescale similarities to [0, 1] over each frame, [I, M]; 1 where all are equal."""
     low_I1 = similarity_IM.masked_fill(~valid_IM, torch.inf).amin(dim=1, keepdim=True)
     high_I1 = similarity_IM.masked_fill(~valid_IM, -torch.inf).amax(dim=1, keepdim=True)
     span_I1 = high_I1 - low_I1
@@ -21,11 +22,11 @@ def relevance(similarity_IM: Tensor, valid_IM: Tensor) -> Tensor:
 
 
 def most_likely(x_IMD: Tensor, relevance_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Return the tokens that a DPP with kernel diag(r) cos diag(r) finds likely, bool [I, M].
+    """Choose the tokens that a DPP with kernel diag(r) cos diag(r) makes likely, bool [I, M].
 
-    Greedy: the next token raises the determinant of the chosen ones' kernel most. Its gain is the
-    square of the Cholesky pivot, which is updated for all tokens at every step (Chen et al.,
-    NeurIPS 2018), O(k² M) in all.
+    Greedy: the next token raises the determinant of the kernel of the chosen ones most. Its gain is
+    the square of the Cholesky pivot, which is updated for all tokens at every step (Chen et al.,
+    NeurIPS 2018), O(k² M) in total.
     """
     kernel_IMM = relevance_IM[:, :, None] * cosine(x_IMD) * relevance_IM[:, None, :]
     gain_IM = kernel_IMM.diagonal(dim1=1, dim2=2).clone()
@@ -37,6 +38,8 @@ def most_likely(x_IMD: Tensor, relevance_IM: Tensor, valid_IM: Tensor, keep_I: T
         open_IM = gain_IM.masked_fill(~valid_IM | chosen_IM, -torch.inf)
         next_I = open_IM.argmax(dim=1)
         pivot_I1 = gain_IM[frame_I, next_I].clamp_min(LEAST).sqrt()[:, None]
+        # One step of an incremental Cholesky factorisation: row = (L[next] - Σ earlier rows) /
+        # pivot. Subtracting its square leaves, for every token, the gain of choosing it next.
         known_IS = factor_ISM[frame_I, :step, next_I]
         seen_IM = torch.einsum("is,ism->im", known_IS, factor_ISM[:, :step])
         row_IM = (kernel_IMM[frame_I, next_I] - seen_IM) / pivot_I1

@@ -1,4 +1,4 @@
-"""DivPrune (Alvar et al., CVPR 2025): the tokens that are farthest from each other stay."""
+"""DivPrune (Alvar et al., CVPR 2025): keep the tokens that are farthest from each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downsampling: a coarser grid of tokens, the control that many methods do not beat."""
+"""Downsampling to a coarser grid of tokens, a control that many methods do not beat."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ class Downsample(BeforeDecoder):
 
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
         if sight.frames.counts != sight.whole:
-            raise UserError("downsample needs whole images: name it before other token pruning")
+            raise UserError("downsample needs whole images: list it before other token pruning")
         keep_IM = torch.zeros_like(sight.valid)
         for number, (count, keep) in enumerate(
             zip(sight.frames.counts, keep_I.tolist(), strict=True)
         ):
+            # Frames are packed in raster order, so the width of a whole frame follows from its last
+            # column and cell (row, column) has index row · columns + column. After other token
+            # pruning neither holds, which is why partial frames are refused above.
             columns = int(sight.cells.column_N[number, :count].max()) + 1
             cells = subsampled(count // columns, columns, keep)
             keep_IM[number, [row * columns + column for row, column in cells]] = True

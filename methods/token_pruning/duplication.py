@@ -13,7 +13,7 @@ from methods.token_pruning.ranking import best
 
 
 def pivots(keys_IRE: Tensor, allowed_IR: Tensor, most_I: Tensor) -> Tensor:
-    """Return the rows whose keys have the largest L1 norm, at most `most` a frame, bool [I, R]."""
+    """Mark the `most` rows of each frame whose keys have the largest L1 norm, bool [I, R]."""
     return best(keys_IRE.float().abs().sum(dim=-1), allowed_IR, most_I)
 
 
@@ -25,11 +25,11 @@ def least_alike(
     text_pivots_IT: Tensor,
     keep_I: Tensor,
 ) -> Tensor:
-    """Return the visual pivots and the tokens least like each pivot, bool [I, M].
+    """Choose the visual pivots and the tokens least similar to each pivot, bool [I, M].
 
-    Pivots take turns, visual ones first and each kind in order. Each takes an equal part of what
-    `keep` leaves beside the visual pivots (the first ones one more where it does not divide): the
-    tokens not yet taken whose cosine with it is lowest.
+    Pivots take turns, visual ones first, each kind in order. Each takes an equal part of what
+    `keep` leaves after the visual pivots (the first ones take one more if it does not divide): the
+    tokens not yet taken that have the lowest cosine with it.
     """
     pivot_IP = torch.cat([visual_pivots_IM, text_pivots_IT], dim=1)
     state_IPD = functional.normalize(torch.cat([x_IMD, text_ITD], dim=1).float(), dim=-1)
@@ -38,6 +38,8 @@ def least_alike(
     rest_I = (keep_I - visual_pivots_IM.sum(dim=1)).clamp(min=0)
     chosen_IM = visual_pivots_IM.clone()
     for turn in range(int(count_I.max())):
+        # `argmax` of marks is the first marked position. A frame with fewer pivots than turns has
+        # no mark and gets position 0, which is harmless: its part is 0 then.
         place_I = (pivot_IP & (number_IP == turn)).float().argmax(dim=1)
         pivot_ID1 = state_IPD[torch.arange(len(x_IMD), device=x_IMD.device), place_I][..., None]
         alike_IM = (state_IPD[:, : x_IMD.shape[1]] @ pivot_ID1)[..., 0]

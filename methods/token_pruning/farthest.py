@@ -9,10 +9,10 @@ from methods.token_pruning.ranking import cosine
 
 
 def farthest_points(x_IMD: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Return tokens that are far from each other by d = 1 - cos, bool [I, M].
+    """Choose tokens that are far from each other by d = 1 - cos, bool [I, M].
 
-    The first is the token whose nearest other token is farthest away; each further one is the
-    token whose nearest chosen token is.
+    The first is the token whose nearest other token is farthest away; each further one is the token
+    whose nearest chosen token is farthest away.
     """
     distance_IMM = 1 - cosine(x_IMD)
     pair_IMM = valid_IM[:, :, None] & valid_IM[:, None, :]
@@ -26,5 +26,7 @@ def farthest_points(x_IMD: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
         next_I = nearest_IM.masked_fill(~free_IM, -torch.inf).argmax(dim=1)
         chosen_IM[frame_I, next_I] |= step < keep_I
         found_IM = distance_IMM[frame_I, next_I]
+        # Before the first choice `nearest` is the distance to any other token, afterwards to a
+        # chosen one, so the first update replaces it instead of taking the minimum.
         nearest_IM = found_IM if step == 0 else torch.minimum(nearest_IM, found_IM)
     return chosen_IM

@@ -1,4 +1,4 @@
-"""FastV (Chen et al., ECCV 2024): what the last word of the prompt hardly looks at, leaves."""
+"""FastV (Chen et al., ECCV 2024): remove tokens to which the last prompt token hardly attends."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from methods.visual_tokens.sizes import Sizes
 class FastV(InDecoder):
     """Run `after` layers (K), then keep the tokens to which the last prompt token attends most.
 
-    The score is the mean over heads of its attention in layer K - 1. With `average` the tokens
-    that stay are k = (average L - K n) / (L - K).
+    The score is the mean over heads of its attention in layer K - 1. With `average`, the number of
+    tokens that stay is k = (average L - K n) / (L - K).
     """
 
     after: int = Field(default=2, ge=1)

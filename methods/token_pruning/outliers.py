@@ -1,4 +1,4 @@
-"""Outliers of attention and what they absorb (PruMerge, ICCV 2025).
+"""Attention outliers and token merging (PruMerge, ICCV 2025).
 
 Shapes: I frames, M tokens of a frame, D width, E width of keys.
 """
@@ -14,7 +14,8 @@ from methods.token_pruning.ranking import best
 
 
 def outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
-    """Return how many tokens of each frame get more than Q3 + 1.5 (Q3 - Q1), at least 1, [I]."""
+    """Count the tokens of each frame with attention above Q3 + 1.5 (Q3 - Q1), at least 1, [I]."""
+    # Padding becomes NaN so that `nanquantile` takes quartiles over the real tokens only.
     known_IM = attention_IM.float().masked_fill(~valid_IM, torch.nan)
     quarters = torch.tensor([0.25, 0.75], device=known_IM.device)
     low_I, high_I = torch.nanquantile(known_IM, quarters, dim=1)
@@ -24,7 +25,8 @@ def outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
 
 
 def with_uniform(attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Return the outliers and, up to `keep`, tokens at even distances among the rest, [I, M]."""
+    """Mark the outliers and, up to `keep`, evenly spaced tokens among the rest, [I, M]."""
+    # With more outliers than `keep`, those with the most attention stay: budgets are exact.
     first_I = torch.minimum(outliers(attention_IM, valid_IM), keep_I)
     salient_IM = best(attention_IM, valid_IM, first_I)
     return salient_IM | spaced(valid_IM & ~salient_IM, keep_I - first_I)
@@ -33,7 +35,7 @@ def with_uniform(attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tens
 def absorbing(
     x_IMD: Tensor, keys_IME: Tensor, attention_IM: Tensor, valid_IM: Tensor, neighbours: int
 ) -> Tensor:
-    """Return every token with the sum of its nearest others, each weighted by attention, [I, M, D].
+    """Add to every token its nearest others, each weighted by attention, [I, M, D].
 
     Nearest are the `neighbours` other tokens whose keys have the highest cosine with its own.
     """

@@ -1,4 +1,4 @@
-"""PruMerge+ (Shang et al., ICCV 2025): outliers of attention and evenly spaced tokens, merged."""
+"""PruMerge+ (Shang et al., ICCV 2025): attention outliers and evenly spaced tokens, merged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from methods.visual_tokens.sizes import Sizes
 class PruMergePlus(BeforeDecoder):
     """Keep the outliers of the class token's attention and fill `keep` up with even spacing.
 
-    Outliers get more than Q3 + 1.5 (Q3 - Q1). Each token that stays then absorbs its `neighbours`
-    nearest others by keys, weighted by attention, before the projector. The paper lets the number
-    of outliers decide how many tokens are added, about 25 % of all in the end; here `keep` decides,
-    so that costs are known, and the one token that its release appends for all that were pruned,
-    which has no place in the image, is left out. Without a class token (Qwen) attention is what a
-    token receives from all patches on average.
+    Outliers get more attention than Q3 + 1.5 (Q3 - Q1). Each token that stays then absorbs its
+    `neighbours` nearest others by keys, weighted by attention, before the projector. Two
+    differences from the paper: it derives the number of added tokens from the number of outliers,
+    about 25 % of all in the end, while here `keep` decides, so that costs are known in advance; and
+    the one token that its release appends for all pruned ones is left out, since it has no position
+    in the image. Without a class token (Qwen), a token's attention is what it receives from all
+    patches on average.
     """
 
     reads_tower: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""What the pruning methods share: budgets, where they select, what they report."""
+"""Base classes of token pruning methods: budgets, pruning points, reports."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ Amount = (
 
 
 class TokenPruning(VisualStrategy):
-    """A method by which visual tokens leave the sequence for good; the strategies compose with it.
+    """A method that removes visual tokens from the sequence for good; strategies compose with it.
 
-    Tokens that stay keep their positions and their places in the image, so that windows still
-    hold. A frame is an image, a tile of it or a time step of a video, and budgets are per frame.
-    An amount is a number of tokens (an integer), a share of the frame's tokens (a fraction; 1.0 is
-    all of them, 1 is one token), or `all`.
+    Tokens that stay keep their position ids and their cells in the image, so windows still hold. A
+    frame is an image, a tile of an image or a time step of a video; budgets are per frame. An
+    amount is a number of tokens (an integer), a share of the frame's tokens (a float; 1.0 is all of
+    them, 1 is one token), or `all`.
     """
 
     reads_tower: ClassVar[bool] = False
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse also the official form, and budgets and layers that cannot be.
+        """Also refuse the masked execution, impossible budgets and impossible layers.
 
-        A tower that is not understood is refused when the model is there.
+        An unsupported vision tower is refused later, in `apply`: it needs the loaded network.
         """
         super().check(anatomy)
         if self.form != "skip":
-            raise UserError(f"form={self.form}: pruned tokens are really gone, so it must be skip")
+            raise UserError(f"form={self.form}: token pruning removes tokens; use form=skip")
+        # Dry run on an empty plan: `select` does the validation, so a run fails here, before any
+        # weights are loaded, with the message it would fail with later.
         plan = VisualPlan.dense(len(anatomy.layers))
         for selection in self._selections(len(anatomy.layers), Context(seed=0)):
             plan.select(selection)
@@ -60,7 +62,9 @@ class TokenPruning(VisualStrategy):
         for selection in added:
             engine.plan.select(selection)
         model.overhead = engine.overhead.measured
-        model.needs_prompt = True  # many choose by the question, which comes after the image
+        # Many methods choose by the question, which comes after the image: an image prefix alone
+        # cannot be computed once and shared.
+        model.needs_prompt = True
         return {
             "selections": [{"after": s.after, **asdict(s.quota)} for s in added],
             **tokens_of(engine),
@@ -68,16 +72,17 @@ class TokenPruning(VisualStrategy):
 
     @abstractmethod
     def _selections(self, depth: int, context: Context) -> list[Selection]:
-        """Return where tokens leave a decoder of `depth` layers, and how they are chosen."""
+        """Return the pruning steps of a decoder of `depth` layers."""
 
 
 class BeforeDecoder(TokenPruning):
-    """A method that chooses once, before the decoder; `keep` is also the average over layers."""
+    """A method that prunes once, before the decoder; `keep` is thus the average over layers."""
 
     keep: Amount = 0.25
 
     def _selections(self, depth: int, context: Context) -> list[Selection]:
-        # A module is called as the method's config is, and has one method.
+        # The name in messages and reports is the module's name, which equals the name of the
+        # method's config only as long as each module defines one method.
         name = type(self).__module__.rpartition(".")[2]
         quota, chooser = Quota.of(self.keep), self._chooser(context)
         return [Selection(name, 0, quota, chooser, macs=self._macs)]
@@ -87,27 +92,26 @@ class BeforeDecoder(TokenPruning):
 
     @abstractmethod
     def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
-        """Return `keep` tokens of every frame."""
+        """Choose `keep` tokens of every frame."""
 
     @abstractmethod
     def _macs(self, sizes: Sizes) -> float:
-        """Return the multiply-adds of choosing."""
+        """Return the multiply-adds of the choice itself."""
 
 
 class InDecoder(TokenPruning):
-    """A method that chooses once, after some layers.
+    """A method that prunes once, after some layers.
 
-    Either `keep` is what stays from there on, or `average` is the mean over all layers.
+    Set either `keep`, the amount that stays from there on, or `average`, the mean over all layers.
     """
 
     keep: Amount | None = 0.25
     average: Amount | None = None
 
     def _quota(self, after: int, depth: int) -> Quota:
-        """Return what stays after `after` of `depth` layers."""
         if (self.keep is None) == (self.average is None):
             raise UserError(
-                f"keep={self.keep} and average={self.average}: set one and leave the other null"
+                f"keep={self.keep} and average={self.average}: set exactly one, the other to null"
             )
         if self.keep is not None:
             return Quota.of(self.keep)
@@ -116,9 +120,10 @@ class InDecoder(TokenPruning):
 
 
 def tokens_of(engine: Engine) -> dict[str, Any]:
-    """Return the tokens of a frame by stage of the whole plan and their average over layers.
+    """Report a frame's tokens by stage of the whole plan, and their average over layers.
 
-    Both are None where images are of free size; `cost` counts any size from the report's `work`.
+    All are None for models without a fixed image size; a cost for any size can be computed from the
+    report's `work`.
     """
     size = frame_size(engine.network.config)
     if size is None:

@@ -1,4 +1,4 @@
-"""Random tokens: the control that any way of choosing must beat."""
+"""Random tokens: the control that any choice of tokens must beat."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from methods.visual_tokens.sizes import Sizes
 
 
 class RandomTokens(BeforeDecoder):
-    """Keep random tokens, the same ones in all images of a size, drawn from the run's seed.
+    """Keep random tokens, the same ones in all images of one size, drawn from the run's seed.
 
-    A sample's tokens thus depend neither on the batch nor on the order of evaluation; several
-    seeds average over the draw.
+    A sample's tokens therefore depend neither on the batch nor on the order of evaluation; average
+    over the draw by running several seeds.
     """
 
     def _chooser(self, context: Context) -> Any:
@@ -34,6 +34,8 @@ class RandomTokens(BeforeDecoder):
     def _drawn(self, sight: Sight, keep_I: Tensor, seed: int) -> Choice:
         score_IM = torch.zeros(sight.valid.shape)
         for number, count in enumerate(sight.frames.counts):
+            # A new generator per frame, on the CPU: the draw depends on seed and frame size alone,
+            # not on the frame's number in the batch or on the device.
             generator = torch.Generator().manual_seed(seed)
             score_IM[number, :count] = torch.rand(count, generator=generator)
         return Choice(best(score_IM.to(keep_I.device), sight.valid, keep_I))

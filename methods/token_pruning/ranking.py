@@ -1,4 +1,4 @@
-"""The best tokens of each frame. Shapes: I frames, M tokens of a frame."""
+"""Top tokens of each frame, and their pairwise cosine. Shapes: I frames, M tokens of a frame."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor
 
 
 def best(score_IM: Tensor, allowed_IM: Tensor, keep_I: Tensor) -> Tensor:
-    """Return the `keep` highest of the allowed scores of each frame, bool [I, M].
+    """Mark the `keep` highest of the allowed scores of each frame, bool [I, M].
 
-    Of equal scores the earlier tokens are taken.
+    Ties go to the earlier token.
     """
     score_IM = score_IM.masked_fill(~allowed_IM, -torch.inf)
+    # `topk` takes one k for all rows, but budgets differ between frames; the argsort of an argsort
+    # is each token's rank, which is compared with the frame's own budget.
     rank_IM = score_IM.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (rank_IM < keep_I[:, None]) & allowed_IM
 

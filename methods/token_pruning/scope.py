@@ -1,4 +1,4 @@
-"""SCOPE (NeurIPS 2025): tokens that are salient and cover what the others do not."""
+"""SCOPE (NeurIPS 2025): salient tokens that cover what the chosen ones do not cover yet."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from methods.visual_tokens.sizes import Sizes
 class Scope(BeforeDecoder):
     """Choose tokens greedily by saliency to the power `alpha` times the coverage that they add.
 
-    Saliency is the class token's attention (Qwen: what a token receives from all patches on
-    average), coverage is by cosine of the features before the projector.
+    Saliency is the class token's attention (Qwen: the attention a token receives from all patches
+    on average); coverage is measured by the cosine of the features before the projector.
     """
 
     reads_tower: ClassVar[bool] = True

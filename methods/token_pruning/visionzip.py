@@ -1,4 +1,4 @@
-"""VisionZip (Yang et al., CVPR 2025): dominant tokens stay, the rest become a few means."""
+"""VisionZip (Yang et al., CVPR 2025): keep dominant tokens, merge the rest into a few means."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from methods.visual_tokens.sizes import Sizes
 class VisionZip(BeforeDecoder):
     """Keep the tokens that the class token attends to most, and merge the others into a few.
 
-    A part `contextual` of `keep` (10 of 64 in the paper) are targets at even distances among the
-    tokens that are not dominant; every other one joins the target whose key, heads averaged, is
-    nearest to its own, and the mean of each group before the projector takes the target's place.
-    Qwen's towers have no class token; there, as in ports to Qwen2.5-VL, a token's attention is
-    what it receives from all patches on average.
+    A fraction `contextual` of `keep` (10 of 64 in the paper) are targets, evenly spaced among the
+    tokens that are not dominant; every other token joins the target whose key, averaged over heads,
+    is nearest to its own. The mean of each group, taken before the projector, replaces the target.
+    Qwen's towers have no class token; as in ports to Qwen2.5-VL, a token's attention is then what
+    it receives from all patches on average.
     """
 
     reads_tower: ClassVar[bool] = True
@@ -38,9 +38,13 @@ class VisionZip(BeforeDecoder):
         target_IM = spaced(rest_IM, targets_I)
         if not bool(target_IM.any()):
             return Choice(dominant_IM)
+        # A frame too small to have a target keeps its rest as neither target nor source; it has
+        # nothing to merge into.
         source_IM = torch.where((targets_I > 0)[:, None], rest_IM & ~target_IM, False)
         keys_IMd = tower.keys_VHd.mean(dim=2)
         mean_IMF = merged(tower.features_VF, keys_IMd, target_IM, source_IM)
+        # Only targets change: their means are projected again, which is the cost `targets *
+        # project`.
         states_IMD = sight.states_IMD.clone()
         states_IMD[target_IM] = tower.project(mean_IMF[target_IM]).to(states_IMD.dtype)
         return Choice(dominant_IM | target_IM, target_IM, states_IMD)

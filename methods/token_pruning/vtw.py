@@ -1,4 +1,4 @@
-"""VTW, visual tokens withdrawal (Lin et al., AAAI 2025): all of them leave at one layer."""
+"""VTW, visual tokens withdrawal (Lin et al., AAAI 2025): remove all visual tokens at one layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from methods.visual_tokens.layer_drop import LayerDrop
 class VTW(LayerDrop):
     """Drop all visual tokens after `layers` layers (K), or after a `share` of them.
 
-    It is the strategy layer_drop alone, without anything else of YOPO and without training: with
-    `max_kl`, K is the earliest layer at which the answers' distribution stays within so many nats,
-    the paper's criterion. The paper's K are 16 of 32 and 20 of 40 layers.
+    Equals `layer_drop` alone, without the rest of YOPO and without training. With `max_kl`, the
+    paper's criterion, K is the earliest layer at which the distribution of the answers stays within
+    this many nats of the dense one. The paper's K are 16 of 32 and 20 of 40 layers.
     """
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Visual token strategies (arXiv 2410.06169): less work for the image's tokens in the decoder."""
+"""Visual token strategies of YOPO (arXiv 2410.06169) and the engine that carries them out."""

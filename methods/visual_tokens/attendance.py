@@ -1,9 +1,9 @@
-"""What each stream may look at in one call: masks, computed once and used by every layer.
+"""Attention masks of text rows and visual rows, computed once per call and used by every layer.
 
-Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens.
-Text keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both, and
-where both stand together visual keys come first. Masks are bool with True for "sees",
-[B or 1, 1, queries, keys]; None means that every query sees every key.
+Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens. Text
+keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both. Where
+both are concatenated, visual keys come first. Masks are bool with True for "may attend", [B or 1,
+1, queries, keys]; None means that every query attends to every key.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from methods.visual_tokens.plan import Window
 from methods.visual_tokens.rows import Rows
 from methods.visual_tokens.windows import Cells, bands, neighbours
 
-# From so many visual rows on, windows are computed in bands instead of under one dense mask.
+# Number of visual rows from which windows are computed in bands instead of under one dense mask.
+# On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2) both break even between 100 and 150
+# rows: below, another kernel call costs more than the skipped keys; at 256 bands take 0.56 of the
+# time. Another value costs time only, never exactness.
 BANDED_FROM = 128
 EVERY = slice(None)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Visual queries that attend together: which samples and rows, to which keys.
+    """Visual queries that attend to the same range of keys, under one mask.
 
-    `keys` are places among the visual keys; the first `text_keys` text keys follow them.
+    `keys` are positions among the visual keys; the first `text_keys` text keys follow them.
     """
 
     samples: slice
@@ -39,12 +42,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Attendance:
-    """Everything about one call that decides who sees whom.
+    """All attention masks of one call.
 
-    `causal` says that text rows see text in plain causal order, so that no mask is needed;
-    otherwise `text_BTK` is the mask over text keys. `mixed_BTK` is that of text rows over visual
-    and text keys, `blocks` cover all visual rows. `order` [T + N] sorts [text | visual] rows into
-    the call's order where visual rows, too, are in plain causal order; then `blocks` is empty.
+    `causal`: text rows attend to text in plain causal order, so no mask is needed; otherwise
+    `text_BTK` is the mask over text keys. `mixed_BTK` is the mask of text rows over visual and text
+    keys. `blocks` cover all visual rows, unless visual rows, too, are in plain causal order: then
+    `blocks` is empty and `order` [T + N] sorts [text | visual] rows into the call's order.
     `before_BNK` is the mask of visual rows over text keys alone.
     """
 
@@ -58,19 +61,21 @@ class Attendance:
 
 @dataclass(frozen=True)
 class Stream:
-    """Places of one kind of tokens: those of the call's queries and of all keys so far."""
+    """Positions of one kind of tokens: those of the call's queries and those of all keys so far."""
 
     query: Tensor
     key: Tensor
     key_valid: Tensor
 
     def sees(self, other: Stream) -> Tensor:
-        """Return which of `other`'s keys come before or at this one's queries, [B, 1, Q, K]."""
+        """Mark the keys of `other` at or before each query of this stream, [B, 1, Q, K]."""
         earlier = self.query[:, :, None] >= other.key[:, None, :]
         return (earlier & other.key_valid[:, None, :])[:, None]
 
     def sees_itself(self) -> Tensor:
-        """Return which of its own keys a stream's queries see; padding sees at least itself."""
+        """Mark the keys of this stream that its own queries attend to, [B, 1, Q, K]."""
+        # Padding rows are queries like any other. Each attends at least to itself: a softmax over
+        # nothing is NaN in some kernels, and NaN times 0 stays NaN.
         new = self.query.shape[1]
         own = torch.eye(new, dtype=torch.bool, device=self.query.device)
         past = torch.zeros(new, self.key.shape[1] - new, dtype=torch.bool, device=own.device)
@@ -93,15 +98,20 @@ def attendance(
     past: Past | None,
     offset: int,
 ) -> Attendance:
-    """Work out one call that begins `offset` tokens into its sequences.
+    """Compute the masks of one call that starts `offset` tokens into its sequences.
 
     `visual` and `cells` [B, N] are None in a call without images, `past` in a first call.
     """
     places = _stream(text, offset, past.text if past else None)
     seen = _visual_stream(visual, offset, past, places)
+    # Four properties decide what can be left out. `alike`: no padding, and every sample has text at
+    # the same positions; one row of masks then serves the whole batch. `full`: no padding, wherever
+    # the text is. `alone`: one text row after everything else, as in generation; it attends to all
+    # keys and needs no mask, and `full` is enough for that. `causal`: `alike` in a first call; the
+    # kernel's own causal flag then replaces the text mask. It does not with a past, because SDPA
+    # aligns the flag's triangle with the first key, not with the last.
     alike = text.valid_BR is None and (past is None or (past.text.alike and past.visual.alike))
     full = text.full and (past is None or (past.text.full and past.visual.full))
-    # One text row that comes after everything else sees everything.
     alone = full and text.count == 1 and visual is None
     causal = alike and offset == 0
     text_mask = None if causal or alone else places.sees_itself()
@@ -110,9 +120,10 @@ def attendance(
         return Attendance(causal, text_mask, mixed, None, (), None)
     before = seen.sees(places)
     if alike and visual.valid_BR is None:
-        # One mask serves the whole batch where all its samples are alike.
         mixed, before = None if mixed is None else mixed[:1], before[:1]
     if window is None and causal and visual.valid_BR is None:
+        # Without a window, visual rows are causal as well. Both streams in the order of the call
+        # are then one plain causal attention, which runs without any mask.
         order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()
         return Attendance(causal, text_mask, mixed, before, (), order)
     if window is None:
@@ -124,7 +135,6 @@ def attendance(
 
 
 def _stream(rows: Rows, offset: int, past: Places | None) -> Stream:
-    """Put the places of past and new rows of one stream together."""
     if past is None:
         query = rows.index_BR + offset
         return Stream(query, query, rows.validity)
@@ -133,7 +143,7 @@ def _stream(rows: Rows, offset: int, past: Places | None) -> Stream:
 
 
 def _visual_stream(visual: Rows | None, offset: int, past: Past | None, text: Stream) -> Stream:
-    """Return the places of visual tokens; in a call without images only past ones."""
+    """Return the positions of visual tokens; in a call without images only past ones."""
     if visual is not None:
         return _stream(visual, offset, past.visual if past else None)
     none = text.query[:, :0]
@@ -145,11 +155,13 @@ def _visual_stream(visual: Rows | None, offset: int, past: Past | None, text: St
 def _windows(cells: Cells, window: Window, before: Tensor, first_key: int) -> tuple[Block, ...]:
     """Cut the visual rows into blocks whose windows are computed at once.
 
-    Few rows go under one dense mask; many are cut into bands of grid rows, all samples together
-    where they are alike and each on its own otherwise.
+    A few rows share one dense mask; many are cut into bands of grid rows, for all samples together
+    if their grids are equal and for each sample alone otherwise.
     """
     alike, (batch, count) = cells.alike(), cells.frame_N.shape
     samples = [EVERY] if alike else [slice(b, b + 1) for b in range(batch)]
+    # One block with all keys: for few rows, and where the rows are not whole frames in raster
+    # order, as after token pruning.
     whole = (slice(0, count), slice(0, count))
     blocks = []
     for chosen in samples if count >= BANDED_FROM else [EVERY]:
@@ -164,7 +176,11 @@ def _windows(cells: Cells, window: Window, before: Tensor, first_key: int) -> tu
 
 
 def _block(samples: slice, queries: slice, keys: slice, near: Tensor, before: Tensor) -> Block:
-    """Join the masks over visual and text keys, leaving out text that nobody in the block sees."""
+    """Join the masks over visual and text keys."""
+    # Visual rows never attend to text after their image, so the text keys behind the last one that
+    # is used are cut off, which saves the product with the whole question. Unused keys in front or
+    # between stay: keys must remain one slice, since gathering them would copy all of them per
+    # layer.
     used = before.flatten(0, -2).any(dim=0).nonzero()
     text_keys = int(used[-1]) + 1 if len(used) else 0
     batch = max(near.shape[0], before.shape[0])

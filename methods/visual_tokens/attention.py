@@ -1,12 +1,12 @@
-"""Attention of text rows and visual rows apart, in one layer (spec 6.3).
+"""Attention of text rows and visual rows computed separately, in one layer.
 
 Shapes: B samples, T text rows and N visual rows of the call, P and M text and visual tokens of
-earlier calls, D d_model, H query heads, h kept, G key-value heads, V read by kept heads, d a
-head's width, R rows of any stream.
+earlier calls, D d_model, H query heads, h kept, G key-value heads, V read by kept heads, d a head's
+width, R rows of any stream.
 
-Text queries of dropped heads see text only; those of kept heads see visual and text keys. Visual
-queries exist for kept heads only. Everything is a softmax over what is really seen, so nothing
-that is left out has to be computed.
+Text queries of dropped heads attend to text only; those of kept heads attend to visual and text
+keys. Visual queries exist for kept heads only. Each softmax runs over attended keys only; masked
+keys are never computed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, each [B, R, up to d]
 
 @dataclass(frozen=True)
 class Projected:
-    """Queries, keys and values of one stream, [B, heads, rows, d] each; `q` may be left out."""
+    """Queries, keys and values of one stream, [B, heads, rows, d] each; `q` may be absent."""
 
     q: Tensor | None
     k: Tensor
@@ -36,14 +36,19 @@ class Projected:
 
 
 def heads_of(x_BRE: Tensor, width: int) -> Tensor:
-    """Return rows as heads, [B, heads, R, d]."""
+    """Split rows into heads, [B, heads, R, d]."""
     x_BRHd: Tensor = x_BRE.unflatten(-1, (-1, width))
     return x_BRHd.transpose(1, 2)
 
 
 def rotated(x_BHRd: Tensor, rotary: Rotary) -> Tensor:
-    """Turn halves of each head by its row's angles; components beyond the angles stay."""
+    """Apply rotary embeddings to the two halves of each head.
+
+    Components beyond the width of the angles are not rotated.
+    """
     cos, sin = (part[:, None] for part in rotary)
+    # Partial rotary embeddings (Phi-3 family) give angles narrower than a head; the remaining
+    # components carry no position.
     turned, kept = x_BHRd.split([cos.shape[-1], x_BHRd.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
@@ -53,7 +58,7 @@ def rotated(x_BHRd: Tensor, rotary: Rotary) -> Tensor:
 def normed_and_rotated(
     x_BRE: Tensor, view: AttentionView, norm: torch.nn.Module | None, rotary: Rotary
 ) -> Tensor:
-    """Return projected queries or keys ready for their product, [B, heads, R, d]."""
+    """Prepare projected queries or keys for their product: norm and rotate, [B, heads, R, d]."""
     x_BRHd = x_BRE.unflatten(-1, (-1, view.head_dim))
     if norm is not None:
         x_BRHd = norm(x_BRHd)
@@ -63,7 +68,7 @@ def normed_and_rotated(
 def attend(
     q_BHQd: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, causal: bool = False
 ) -> Tensor:
-    """Return softmax(q kᵀ · scaling + mask) v by PyTorch's fused kernel, [B, H, Q, d]."""
+    """Compute softmax(q kᵀ · scaling + mask) v with PyTorch's fused kernel, [B, H, Q, d]."""
     return functional.scaled_dot_product_attention(
         q_BHQd, k, v, attn_mask=mask, is_causal=causal, scale=scaling
     )
@@ -72,9 +77,9 @@ def attend(
 def text_attention(
     text: Projected, visual: tuple[Tensor, Tensor] | None, weights: VisualWeights, who: Attendance
 ) -> Tensor:
-    """Return what text rows attend to, [B, H, T, d], heads in the network's order.
+    """Compute the attention of text rows, [B, H, T, d], with heads in the network's order.
 
-    `visual` are keys and values of all visual tokens so far, [B, V, M + N, d], or None.
+    `visual` holds keys and values of all visual tokens so far, [B, V, M + N, d], or None.
     """
     heads, scaling = weights.heads, weights.view.scaling
     q_BHTd = cast(Tensor, text.q)
@@ -87,6 +92,8 @@ def text_attention(
             [pick(visual[1], heads.reads), read_by(text.v, heads.kept, heads.per_group)], 2
         )
         parts.append(attend(pick(q_BHTd, heads.kept), k, v, who.mixed_BTK, scaling))
+    # If there are no visual keys, or no head is kept, all heads attend to text only. (kept,
+    # dropped) is the order that `restore_head_order` expects.
     alone = heads.dropped if parts else (*heads.kept, *heads.dropped)
     if alone:
         k = read_by(text.k, alone, heads.per_group)
@@ -98,7 +105,7 @@ def text_attention(
 def visual_attention(
     text: Projected, visual: Projected, weights: VisualWeights, who: Attendance
 ) -> Tensor:
-    """Return what visual rows attend to in kept heads, [B, h, N, d].
+    """Compute the attention of visual rows in kept heads, [B, h, N, d].
 
     `visual` has the call's own queries and the keys and values of all visual tokens so far.
     """
@@ -113,6 +120,7 @@ def visual_attention(
         k = torch.cat([k_visual[own, :, block.keys], k_text[own, :, :seen]], dim=2)
         v = torch.cat([v_visual[own, :, block.keys], v_text[own, :, :seen]], dim=2)
         found.append(attend(q_BhNd[own, :, block.queries], k, v, block.mask, scaling))
+    # The usual case without a window or with few rows: one block covers everything, so no copy.
     if len(found) == 1 and found[0].shape == q_BhNd.shape:
         return found[0]
     out_BhNd = torch.zeros_like(q_BhNd)
@@ -124,7 +132,7 @@ def visual_attention(
 def joint_attention(
     text: Projected, visual: Projected, weights: VisualWeights, who: Attendance
 ) -> tuple[Tensor, Tensor]:
-    """Return both streams' attention where kept heads see everything in plain causal order.
+    """Compute both streams' attention where kept heads attend in plain causal order.
 
     One causal product over [text | visual] rows in the call's order, which needs no mask.
     """
@@ -136,6 +144,8 @@ def joint_attention(
         (read_by(text.k, heads.kept, heads.per_group), pick(visual.k, heads.reads)),
         (read_by(text.v, heads.kept, heads.per_group), pick(visual.v, heads.reads)),
     )
+    # Sorting copies the rows once, which is cheaper than a mask: with a mask, SDPA computes the
+    # pairs above the diagonal as well and on a GPU cannot use its flash kernel.
     q, k, v = (torch.cat(pair, dim=2).index_select(2, order) for pair in streams)
     joint = attend(q, k, v, None, scaling, causal=True).index_select(2, order.argsort())
     rows = q_text.shape[2]
@@ -148,12 +158,14 @@ def joint_attention(
 
 
 def text_only(text: Projected, q_BHNd: Tensor, weights: VisualWeights, who: Attendance) -> Tensor:
-    """Return what dropped heads of visual rows attend to under `dropped=text`, [B, H - h, N, d].
+    """Compute the attention of dropped heads of visual rows under `dropped=text`, [B, H - h, N, d].
 
-    Rows with no text before them attend to nothing and get zero.
+    Rows with no text before them get zero.
     """
     heads = weights.heads
     before = cast(Tensor, who.before_BNK)
+    # A softmax over nothing is NaN in some kernels, which multiplying by 0 does not remove. Rows
+    # without text before them therefore get a full mask first and are zeroed afterwards.
     any_text = before.any(dim=-1, keepdim=True)
     k = read_by(text.k, heads.dropped, heads.per_group)
     v = read_by(text.v, heads.dropped, heads.per_group)
@@ -161,13 +173,15 @@ def text_only(text: Projected, q_BHNd: Tensor, weights: VisualWeights, who: Atte
 
 
 def restored(parts: Sequence[Tensor], restore: Tensor | None) -> Tensor:
-    """Return heads that were computed as (kept, dropped) in the network's order."""
+    """Put heads that were computed as (kept, dropped) into the network's order."""
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
     return whole if restore is None else whole.index_select(1, restore)
 
 
 def pick(x_BHRd: Tensor, heads: Sequence[int]) -> Tensor:
-    """Return some heads, repeated as often as they are named; a view if they are a run."""
+    """Select heads, each as often as it is named; a view if they are consecutive."""
+    # After the weights have been reordered kept heads are consecutive, so the usual case costs no
+    # copy of keys and values.
     count = len(heads)
     if count and tuple(heads) == tuple(range(heads[0], heads[0] + count)):
         return x_BHRd[:, heads[0] : heads[0] + count]
@@ -175,5 +189,5 @@ def pick(x_BHRd: Tensor, heads: Sequence[int]) -> Tensor:
 
 
 def read_by(x_BGRd: Tensor, heads: Sequence[int], per_group: int) -> Tensor:
-    """Return the key-value heads that some query heads read."""
+    """Select the key-value head that each of these query heads reads (grouped-query attention)."""
     return pick(x_BGRd, [head // per_group for head in heads])

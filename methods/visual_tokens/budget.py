@@ -1,8 +1,8 @@
-"""Finding settings whose cost meets a budget, with the least harm that calibration can foresee.
+"""Search for settings that meet a cost budget with the least harm predicted from calibration.
 
-The harm of a layer cut, of fewer heads and of fewer neurons is each the KL divergence in nats from
-the dense answer when nothing else is changed; together they are taken to add up (as operation
-pruning does, arXiv 2507.02909). The cost is `cost.visual_share`, linear in heads.
+The harm of a layer cut, of fewer heads and of fewer neurons is measured separately for each, as the
+KL divergence in nats from the dense answer with nothing else changed; the three are assumed to add
+up (as operation pruning does, arXiv 2507.02909). The cost is `visual_share`, linear in heads.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from methods.visual_tokens.work import shape_of, work_of
 HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 READINGS = 24
-"""How many settings are timed at most."""
+"""Maximum number of settings that are timed."""
 WORTH_A_READING = 1.1
-"""Estimates this much above a budget of time are still measured."""
+"""Estimates up to this factor above a time budget are still measured."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A candidate: layers that visual tokens reach, heads kept in all, share of neurons kept."""
+    """A candidate: layers that visual tokens reach, total heads kept, share of neurons kept."""
 
     cut: int
     heads: int
@@ -44,9 +44,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was found: the settings, their share of visual FLOPs, and the foreseen harm in nats.
+    """Result of a search: settings, share of visual FLOPs, predicted harm in nats.
 
-    `seconds` is the measured share of the dense prefill's time, where the budget is one of time.
+    `seconds` is the measured share of the dense prefill's time, if the budget is one of time.
     """
 
     settings: Settings
@@ -56,7 +56,7 @@ class Fitted:
 
 
 class Search:
-    """One search on one network; the engine's plan is what is being tried."""
+    """One search on one network. Candidates are tried by setting the engine's plan."""
 
     def __init__(
         self, engine: Engine, findings: Findings, samples: Samples, whole_layers: int
@@ -64,42 +64,47 @@ class Search:
         self.engine, self.findings, self.samples = engine, findings, samples
         self.shape: Shape = shape_of(engine)
         self.whole_layers = min(whole_layers, self.shape.depth)
+        # 0.4 of the samples is the paper's vote (more than 40 of 100), the default of head_pruning.
         self.score_LH = findings.head_statistic(votes=0.4)
         self.prompt = _windowed(findings.prompt, engine.plan)
 
     @torch.no_grad()
     def fit(self, budget: float, progress: Progress) -> Fitted:
-        """Leave the engine with the best settings that cost at most `budget`, and return them.
+        """Leave the engine with the least harmful settings that cost at most `budget`; return them.
 
         Raises:
-            UserError: even the least settings cost more.
+            UserError: even the cheapest settings cost more.
         """
         candidates = self._candidates(progress)
         meeting = [found for found in candidates if found.share <= budget]
         if not meeting:
             least = min(found.share for found in candidates)
             raise UserError(
-                f"budget={budget} cannot be met: the least that settings can leave is {least:.4f} "
-                "of the visual computation; raise it or lower whole_layers"
+                f"budget={budget} cannot be met: the least that any settings leave is {least:.4f} "
+                "of the visual computation; raise budget or lower whole_layers"
             )
+        # The grid of head shares is coarse, so the winner usually leaves part of the budget unused:
+        # it is spent on more heads.
         settings = self._filled(meeting[0].settings, budget)
         return Fitted(settings, self._share(settings), meeting[0].harm)
 
     @torch.no_grad()
     def fit_seconds(self, budget: float, progress: Progress) -> Fitted:
-        """The same, where `budget` is a share of the dense prefill's measured time.
+        """Like `fit`, but `budget` is a share of the dense prefill's measured time.
 
-        Candidates are measured from the least harm on. Those that a running estimate (time is
-        linear in visual FLOPs, and the last reading says how far off that is) puts well above the
-        budget are passed over.
+        Candidates are measured in order of predicted harm. Those that a running estimate puts well
+        above the budget are skipped; the estimate takes time to be linear in visual FLOPs and is
+        corrected by the last measurement.
 
         Raises:
-            UserError: none of the settings that were measured is fast enough.
+            UserError: none of the measured settings is fast enough.
         """
         watch = Stopwatch(self.engine, self.samples)
         text = self.prompt.text / (self.prompt.text + self.prompt.visual)
         correction, fastest = 1.0, float("inf")
         for found in self._candidates(progress):
+            # Text rows are always computed in full, so only the visual fraction of the prompt
+            # shrinks.
             estimate = text + (1 - text) * found.share
             if correction * estimate > WORTH_A_READING * budget:
                 continue
@@ -111,16 +116,16 @@ class Search:
             if watch.readings == READINGS:
                 break
             correction = measured / estimate
-        tried = f"{watch.readings} settings, the fastest of which takes {fastest:.3f}"
+        tried = f"{watch.readings} settings were timed, the fastest takes {fastest:.3f}"
         if not watch.readings:
-            tried = "none, since even the least would take more"
+            tried = "none was timed, since even the cheapest is estimated to take more"
         raise UserError(
-            f"budget={budget} of the dense prefill's time cannot be met: measured were {tried}; "
-            "raise it or lower whole_layers"
+            f"budget={budget} of the dense prefill's time cannot be met: {tried}; "
+            "raise budget or lower whole_layers"
         )
 
     def _candidates(self, progress: Progress) -> list[Fitted]:
-        """Return all settings by their foreseen harm, the least first."""
+        """Return all settings, the least predicted harm first."""
         harm = self._harm(progress)
         found = []
         for cut, heads, neurons in product(range(1, self.shape.depth + 1), *self._levels()):
@@ -133,12 +138,13 @@ class Search:
         return HEAD_SHARES, NEURON_SHARES
 
     def _total(self, cut: int, share: float) -> int:
-        """Return how many heads are kept when layers past the whole ones keep this share."""
+        """Return the number of heads kept if layers after the whole ones keep this share."""
         whole, heads = min(self.whole_layers, cut), self.shape.heads
         return whole * heads + round(share * (cut - whole) * heads)
 
     def _filled(self, settings: Settings, budget: float) -> Settings:
-        """Return the settings with as many heads as the budget has room for."""
+        """Raise the number of heads as far as the budget allows."""
+        # Bisection is exact here: cost is linear, hence monotonic, in the number of heads.
         low, high = settings.heads, settings.cut * self.shape.heads
         while low < high:
             middle = (low + high + 1) // 2
@@ -147,7 +153,7 @@ class Search:
         return replace(settings, heads=low)
 
     def _share(self, settings: Settings) -> float:
-        """Put settings into the plan and return their share of visual FLOPs."""
+        """Set the plan to these settings and return their share of visual FLOPs."""
         plan = self.engine.plan
         plan.cut_at(settings.cut)
         plan.keep_heads(self._kept(settings))
@@ -159,7 +165,6 @@ class Search:
         return best_total(self.score_LH, settings.heads, whole, settings.cut)
 
     def _neurons(self, share: float) -> list[tuple[Tensor, ...]]:
-        """Return the best neurons of every feed-forward."""
         return [
             tuple(best_neurons(score_F, share) for score_F in units)
             for units in self.findings.neurons
@@ -169,12 +174,14 @@ class Search:
         return self.findings.cut_kl[cut - 1]
 
     def _harm(self, progress: Progress) -> dict[tuple[str, float], float]:
-        """Measure fewer heads and fewer neurons, each with everything else left whole."""
+        """Measure fewer heads and fewer neurons, each with everything else kept."""
         dense = list(self._answers(dense=True))
+        # Ten measurements, one per share and kind, instead of one per combination of layers, heads
+        # and neurons, which would be thousands. The price is the assumption that harms add up.
         depth, harm = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
         tried = [("heads", share) for share in HEAD_SHARES[1:]]
         tried += [("neurons", share) for share in NEURON_SHARES[1:]]
-        for what, share in progress.track(tried, "measuring what cuts cost"):
+        for what, share in progress.track(tried, "measuring the harm of cuts"):
             heads = self._total(depth, share if what == "heads" else 1.0)
             self._share(Settings(depth, heads, share if what == "neurons" else 1.0))
             answers = self._answers(dense=False)
@@ -194,7 +201,7 @@ class Search:
 
 
 def _windowed(prompt: Prompt, plan: VisualPlan) -> Prompt:
-    """Return the prompt with the visual keys that a window leaves, on a square grid."""
+    """Set the mean number of visual keys that a window leaves, assuming a square grid."""
     if plan.window is None:
         return prompt
     side = max(1, round(prompt.visual**0.5))

@@ -1,9 +1,9 @@
-"""A key-value cache whose visual part is apart: fewer heads, fewer layers, written once an image.
+"""A KV cache with a separate visual part: fewer heads, fewer layers, written once per image.
 
 Shapes: B samples, G key-value heads, V key-value heads kept for visual tokens, T cached text
 tokens, N cached visual tokens, d a head's width.
 
-The text part grows as in transformers' DynamicLayer. The length that a layer tells is logical,
+The text part grows as in transformers' DynamicLayer. The length that a layer reports is logical,
 text and visual tokens together, because positions of new tokens are counted from it.
 """
 
@@ -23,10 +23,9 @@ from methods.visual_tokens.rows import Rows
 
 @dataclass(frozen=True)
 class Places:
-    """Where cached tokens of one kind are in their sequences, int64 [B, R], and which are real.
+    """Positions of cached tokens of one kind in their sequences, int64 [B, R], and which are real.
 
-    `alike` says that every sample has them at the same places and that all are real, `full` only
-    that all are real.
+    `alike`: every sample has them at the same positions and all are real; `full`: all are real.
     """
 
     index_BR: Tensor
@@ -36,12 +35,12 @@ class Places:
 
     @staticmethod
     def none(batch: int, device: torch.device) -> Places:
-        """Return no places at all."""
+        """Return an empty set of positions."""
         index_BR = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         return Places(index_BR, index_BR.bool())
 
     def followed_by(self, rows: Rows, offset: int) -> Places:
-        """Return these places and after them those of a call `offset` tokens into its sequences."""
+        """Append the rows of a call that starts `offset` tokens into its sequences."""
         return Places(
             torch.cat([self.index_BR, rows.index_BR + offset], dim=1),
             torch.cat([self.valid_BR, rows.validity], dim=1),
@@ -50,27 +49,27 @@ class Places:
         )
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Places:
-        """Return both tensors changed alike: reordering, repeating or selecting samples."""
+        """Apply one change to both tensors: reordering, repeating or selecting samples."""
         return replace(self, index_BR=change(self.index_BR), valid_BR=change(self.valid_BR))
 
 
 @dataclass
 class Ledger:
-    """What is in a cache: text, and the visual tokens that are left in each stage of the plan."""
+    """Positions of cached text, and of the visual tokens left in each stage of the plan."""
 
     text: Places
     visual: list[Places]
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change all places alike."""
+        """Apply one change to all positions."""
         self.text = self.text.changed(change)
         self.visual = [stage.changed(change) for stage in self.visual]
 
 
 class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] beside it.
+    """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] apart.
 
-    The first layer of a cache also keeps its ledger.
+    The first layer of a cache also holds the positions of all cached tokens.
     """
 
     def __init__(self, ledger: Ledger | None) -> None:
@@ -81,7 +80,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         self.length = 0
 
     def add_visual(self, keys_BVNd: Tensor, values_BVNd: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep an image's keys and values after those of earlier images; return all of them."""
+        """Append an image's keys and values to those of earlier images; return all of them."""
         if self.visual_keys is not None:
             keys_BVNd = torch.cat([self.visual_keys, keys_BVNd], dim=2)
             values_BVNd = torch.cat([cast(Tensor, self.visual_values), values_BVNd], dim=2)
@@ -89,7 +88,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         return keys_BVNd, values_BVNd
 
     def get_seq_length(self) -> int:
-        """Return how many tokens came before, visual ones included."""
+        """Return the number of cached tokens, visual ones included."""
         return self.length
 
     def bytes(self) -> int:
@@ -98,17 +97,21 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         return sum(part.numel() * part.element_size() for part in held if part is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, which must be text."""
+        """Remove the last tokens, which must be text.
+
+        Raises:
+            UserError: an image is among them.
+        """
         count = abs(tokens_to_remove)
         if count > self.keys.shape[-2]:
-            raise UserError(f"cannot forget the last {count} tokens: an image is among them")
+            raise UserError(f"cannot crop the cache by {count} tokens: the range contains an image")
         super().crop(tokens_to_remove)
         self.length -= count
         if self.ledger is not None and count:
             self.ledger.text = self.ledger.text.changed(lambda part: part[:, :-count])
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the layer."""
         super().reset()
         self.visual_keys = self.visual_values = None
         self.length = 0
@@ -116,11 +119,11 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
             self.ledger.apply(lambda part: part[:, :0])
 
     def offload(self) -> None:
-        """Refuse: the visual part would stay behind."""
+        """Refuse: transformers would offload the text part only."""
         raise UserError("visual token strategies do not work with an offloaded cache")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow a beam search."""
+        """Reorder samples as a beam search does."""
         self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -128,11 +131,10 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         self._change(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples."""
+        """Keep the selected samples."""
         self._change(lambda part: part[indices])
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor along the batch alike."""
         for name in ("keys", "values", "visual_keys", "visual_values"):
             part = getattr(self, name)
             if part is not None:
@@ -142,21 +144,23 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
 
 
 def is_split(cache: Any) -> bool:
-    """Whether a cache has its visual part apart."""
+    """Whether a cache has a separate visual part."""
     return bool(cache is not None and cache.layers and isinstance(cache.layers[0], SplitLayer))
 
 
 def split(
     cache: Any, depth: int, stages: int, batch: int, mask_BP: Tensor | None, device: torch.device
 ) -> None:
-    """Turn a cache in place into one with a visual part; text that it holds already stays.
+    """Turn a cache in place into one with a separate visual part; text that it holds stays.
 
-    `stages` is the number of stages of the plan, `mask_BP` says which of the cached tokens are
-    real, None that all are.
+    `stages` is the number of stages of the plan. `mask_BP` marks the cached tokens that are real;
+    None means all.
 
     Raises:
         UserError: it is not a growing cache of full attention.
     """
+    # In place, because `generate` created the cache and keeps its own reference: it would pass the
+    # old object to every later call.
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = type(cache).__name__
         raise UserError(f"visual token strategies need a DynamicCache on the device, not {kind}")
@@ -167,6 +171,8 @@ def split(
     real_BP = torch.ones_like(places_BP, dtype=torch.bool) if mask_BP is None else mask_BP.bool()
     whole = mask_BP is None or bool(real_BP.all())
     text = Places(places_BP, real_BP, whole, whole)
+    # transformers applies crop, reset and reordering layer by layer. All layers share the same
+    # positions, so only the first one holds them: each operation then changes them exactly once.
     ledger = Ledger(text, [Places.none(batch, device)] * stages)
     before = cache.layers
     cache.layers = [SplitLayer(ledger if index == 0 else None) for index in range(depth)]

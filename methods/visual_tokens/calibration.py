@@ -1,4 +1,4 @@
-"""Measuring heads, neurons and layers on a few prompts, in one dense pass each (spec 6.5).
+"""Scores of heads, neurons and layers, measured on a few prompts in one dense pass each.
 
 Shapes: B samples, S tokens, T text rows, N visual rows, R query rows, H query heads, G key-value
 heads, L layers, D d_model, F a feed-forward's width, d a head's width, C layer cuts.
@@ -30,7 +30,7 @@ NAME = "slimbench_visual_watched"
 
 @torch.no_grad()
 def measure(engine: Engine, samples: Samples, progress: Progress) -> Findings:
-    """Return what the prompts say about every head, neuron and layer of the dense network.
+    """Score every head, neuron and layer cut of the dense network on the given prompts.
 
     Raises:
         UserError: a prompt has no image.
@@ -62,7 +62,7 @@ def measure(engine: Engine, samples: Samples, progress: Progress) -> Findings:
 
 
 class Watch:
-    """One prompt's pass through the dense decoder: attention sums and text rows at every layer."""
+    """Recorder of one dense pass: attention sums, and text rows at the input of every layer."""
 
     def __init__(self, engine: Engine, tokens: VisualTokens, call: Inputs) -> None:
         self.engine, self.tokens = engine, tokens
@@ -75,11 +75,14 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the network's next forward."""
+        """Record the network's next forward."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         network, decoder = cast(Any, self.engine.network), self.engine.decoder
+        # Hooks cannot see queries and keys after rotation. Registering an attention function of our
+        # own is the interface of transformers that passes them, for every architecture alike; its
+        # mask function must be registered under the same name, or no padding mask is made.
         before = decoder.config._attn_implementation
         ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
@@ -102,13 +105,16 @@ class Watch:
     def cut_divergence(self, dense_BV: Tensor) -> Tensor:
         """Return the KL divergence from the dense answer for cuts 1 to L - 1, [L - 1] nats.
 
-        Layers before a cut are as in the dense pass, so only text rows after it are computed;
-        every layer takes the rows of all cuts before it at once.
+        Layers before a cut equal the dense pass, so only text rows after it are computed. Each
+        layer processes the rows of all earlier cuts in one batch.
         """
         layers, rotary = self.engine.decoder.layers, cast(Rotary, self._rotary)
         who = attendance(self.text, None, None, None, None, 0)
         streams = self._states[0][:0]
         for layer in layers[1:]:
+            # The batch grows by one cut per layer: entry c holds the text rows that lost their
+            # visual tokens before layer c. L (L - 1) / 2 layer passes over text rows give all cuts,
+            # where a full pass per cut would repeat the visual rows each time.
             streams = torch.cat([streams, self._states[layer.index]])
             repeats = len(streams) // len(dense_BV)
             angles = tuple(
@@ -124,7 +130,6 @@ class Watch:
         return distance.sum(dim=-1).mean(dim=1)
 
     def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the text rows at a layer's door, and the rotations of the first."""
         hidden_BSD = args[0] if args else kwargs["hidden_states"]
         self._states.append(self.text.take(hidden_BSD))
         if self._rotary is None:
@@ -134,7 +139,7 @@ class Watch:
     def _attention(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **rest: Any
     ) -> tuple[Tensor, None]:
-        """Attend as ever and add up attention over visual and over text keys, row by row."""
+        """Attend as SDPA does, and add up attention over visual and over text keys per row."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         every = self.text.index_BR
@@ -146,7 +151,7 @@ class Watch:
     def _ratio(self, q_BHSd: Tensor, k_BGSd: Tensor, rows_BR: Tensor, scaling: float) -> Tensor:
         """Return visual over text attention mass of some query rows, [B, H].
 
-        Their softmax rows [R, S] are all that is ever made of the S x S matrix.
+        Their softmax rows [R, S] are the only part of the S x S matrix that is ever materialised.
         """
         k_BHSd = k_BGSd.repeat_interleave(q_BHSd.shape[1] // k_BGSd.shape[1], dim=1)
         index_BHRd = rows_BR[:, None, :, None].expand(-1, q_BHSd.shape[1], -1, q_BHSd.shape[3])
@@ -154,6 +159,8 @@ class Watch:
         places_S = torch.arange(k_BHSd.shape[2], device=rows_BR.device)
         seen_BRS = (places_S <= rows_BR[..., None]) & self.real_BS[:, None]
         weight = scores.masked_fill(~seen_BRS[:, None], -torch.inf).softmax(dim=-1)
+        # Rows are the last R text rows, so their validity is the end of that of all. Padded rows
+        # have no attention mass to count.
         real_BR = self.text.validity[:, -rows_BR.shape[1] :]
         mass_BHS = torch.where(real_BR[:, None, :, None], weight, 0).sum(dim=2)
         visual_BH = (mass_BHS * self.tokens.mask[:, None]).sum(dim=-1)
@@ -161,7 +168,7 @@ class Watch:
 
 
 def _renumbered(ratio_ILH: Tensor, engine: Engine) -> Tensor:
-    """Return scores of heads by their numbers in the loaded network."""
+    """Order scores of heads by their numbers in the loaded network."""
     order_LH = torch.tensor(engine.prepared.head_order()).expand_as(ratio_ILH)
     return torch.zeros_like(ratio_ILH).scatter(2, order_LH, ratio_ILH)
 
@@ -176,6 +183,5 @@ def _lengths(tokens: VisualTokens, text: Rows) -> Tensor:
 
 
 def _mean_prompt(lengths: list[Tensor]) -> Prompt:
-    """Return the mean prompt in whole tokens, without a window."""
     visual, before, text = (round(x) for x in torch.stack(lengths).mean(dim=0).tolist())
     return Prompt(visual, before, text, float(visual))

@@ -1,10 +1,11 @@
-"""Running a vision-language model with less work for its visual tokens, in its own `generate`.
+"""The engine: a vision-language model run with less work for its visual tokens.
 
 Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model.
 
-The engine replaces the text decoder's forward. A call without images, and without an image in its
-cache, goes to the decoder as it is. Any other call runs here, top to bottom in `_run`. Selections
-cut the decoder into stages; from one to the next visual tokens leave for good.
+The engine replaces the text decoder's forward, so the model's own `generate` works unchanged. A
+call without images, and with no image in its cache, is passed to the original decoder. Any other
+call runs here, top to bottom in `_run`. Pruning steps divide the decoder into stages; from one
+stage to the next visual tokens are removed for good.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ATTRIBUTE = "slimbench_visual_engine"
 
 
 class Engine:
-    """Carries out a `VisualPlan` in one network, from the moment it is made."""
+    """Runs one network under its `VisualPlan`, from the moment it is created."""
 
     def __init__(self, network: nn.Module, anatomy: Anatomy) -> None:
         self.network = network
@@ -63,7 +64,7 @@ class Engine:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Run the network as if there were no plan, while the block lasts."""
+        """Run the network without any plan inside the block."""
         before, self._bypassed = self._bypassed, True
         try:
             yield
@@ -71,33 +72,43 @@ class Engine:
             self._bypassed = before
 
     def watch_tower(self) -> None:
-        """Have what the vision tower computes read for selections, from now on."""
+        """Record what the vision tower computes, for pruning steps that read it."""
         if self.tower is None:
             self.tower = Tower(self.network)
 
     def _note(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember where the visual tokens are of the call that is about to reach the decoder."""
+        """Locate the visual tokens of the call that is about to reach the decoder."""
+        # Only the inner model sees token ids and pixels; the decoder below it gets embeddings. What
+        # the hook finds is kept until the decoder's forward takes it.
         call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
         self._tokens = locate(self.network, call | call.pop("kwargs", {}))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the text decoder's forward."""
+        """Run one call: by the original decoder, in masked mode, or on two streams."""
+        # Taken before any test below, together with the tower's recordings: a call that returns
+        # early must not leave them for the next one, whose images they are not.
         tokens, self._tokens = self._tokens, None
         encoded = self._encoded(tokens)
         cache = kwargs.get("past_key_values")
         if self._bypassed or self.plan.form is None:
             return self._stock(*args, **kwargs)
+        # Masked mode decides for itself about text-only calls: it keeps its marks on the cache, not
+        # in a split cache.
         if self.plan.form == "official":
             return self.official.run(self._stock, tokens, *args, **kwargs)
+        # A text-only call still has to run here if images are in its cache: only the engine knows
+        # how to read the visual part.
         if tokens is None and not is_split(cache):
             return self._stock(*args, **kwargs)
         return self._run(tokens, encoded, **kwargs)
 
     def _encoded(self, tokens: VisualTokens | None) -> Callable[[], Encoded | None]:
-        """Return how to read what the vision tower said about the call's images."""
+        """Return a lazy reader for vision-tower outputs of this call."""
         tower = self.tower
         runs = [] if tower is None else tower.take()
 
+        # Reading recomputes a layer's attention in the tower: not at all in a call that prunes
+        # nothing, once if several steps prune.
         @remembered
         def read() -> Encoded | None:
             if tower is None or tokens is None or not runs:
@@ -118,7 +129,7 @@ class Engine:
         deepstack_visual_embeds: list[Tensor] | None = None,
         **_: Any,
     ) -> MoeModelOutputWithPast:
-        """Split the call into streams, send them through all layers, put text rows back."""
+        """Split the call into two streams, run them through all layers, put text rows back."""
         config = self.decoder.config
         cache = past_key_values
         if cache is None and (config.use_cache if use_cache is None else use_cache):
@@ -147,15 +158,20 @@ class Engine:
         x_BTD = self._through_layers(streams, passage, encoded)
         passage.write_down(inputs_embeds.shape[1])
         norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
+        # Visual rows of the output stay zero: after the last layer only text rows are read, for
+        # logits.
         whole_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
         return MoeModelOutputWithPast(last_hidden_state=whole_BSD, past_key_values=cache)
 
     def _through_layers(
         self, streams: Streams, passage: Passage, encoded: Callable[[], Encoded | None]
     ) -> Tensor:
-        """Return the text rows after the last layer; visual rows are gone after the cut."""
+        """Return the text rows after the last layer; visual rows end at the cut."""
         cut, selections, stage = self.plan.cut, self.plan.selections, 0
         for layer in self.decoder.layers:
+            # Several steps may follow the same layer. `stage` counts the steps passed, also in
+            # calls without visual rows, because it selects the cached positions that the layer can
+            # see.
             for selection in selections[stage:] if layer.index < cut else ():
                 if selection.after > layer.index:
                     break
@@ -181,6 +197,8 @@ class Engine:
                     past_key_values=call.cache,
                     use_cache=call.cache is not None,
                 )
+            # DeepStack (Qwen3-VL) adds tower features after each of the first layers, to visual
+            # rows only. They are narrowed by each pruning step together with the rows.
             stacked = [] if passage.visual is None else passage.visual.stacked
             if streams.visual_BND is not None and layer.index < len(stacked):
                 streams.visual_BND = streams.visual_BND + stacked[layer.index]
@@ -191,8 +209,8 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """Return cos and sin of every token's rotation, [B or 1, S, up to d].
 
-        Positions may come as [B, S], as [3, B, S] (M-RoPE) or as [4, B, S], whose first part is
-        for packed text only.
+        Positions may be [B, S], [3, B, S] (M-RoPE) or [4, B, S], whose first part is for packed
+        text only.
         """
         rotary = cast(Any, self.decoder.module.rotary_emb)
         if positions is None:
@@ -206,7 +224,7 @@ class Engine:
 
 
 def engine_of(network: nn.Module) -> Engine:
-    """Return the network's engine, made at the first call."""
+    """Return the network's engine, created at the first call."""
     known = getattr(network, ATTRIBUTE, None)
     return known if isinstance(known, Engine) else Engine(network, dissect(network))
 
@@ -214,10 +232,16 @@ def engine_of(network: nn.Module) -> Engine:
 def streams_of(
     x_BSD: Tensor, tokens: VisualTokens | None, mask: Tensor | None
 ) -> tuple[Rows, Rows | None]:
-    """Return which rows are text and which are visual; padding belongs to neither."""
+    """Separate text rows and visual rows; padding belongs to neither.
+
+    Raises:
+        UserError: the attention mask is not a padding mask of two dimensions.
+    """
     if mask is not None and mask.ndim != 2:
-        raise UserError("visual token strategies take a padding mask of two dimensions only")
+        raise UserError("visual token strategies need a padding mask of two dimensions")
     batch, length = x_BSD.shape[:2]
+    # Generation: one text row per sample, real in every sample, so that the mask need not be read,
+    # which on a GPU would be a synchronisation per token.
     if length == 1 and tokens is None:
         return Rows(torch.zeros(batch, 1, dtype=torch.int64, device=x_BSD.device), None), None
     every = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
@@ -228,7 +252,6 @@ def streams_of(
 
 
 def _both(rows: Rows, angles: Rotary) -> Rotary:
-    """Return cos and sin of one stream's rows."""
     return rows.take(angles[0]), rows.take(angles[1])
 
 
@@ -238,5 +261,7 @@ def _stacked(
     """Return what DeepStack adds to visual rows after each of the first layers, [B, N, D] each."""
     if not embeds:
         return []
+    # The embeddings come flat over the batch, in the order of visual tokens. Scattering them into
+    # zeros restores their positions in the sequence, from which each sample takes its own rows.
     empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
     return [visual.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]

@@ -1,4 +1,4 @@
-"""What a calibration found out about a network, and how it is kept.
+"""Calibration statistics of a network, and how they are stored.
 
 Shapes: I samples, L layers, H query heads, F a feed-forward's width. Heads and neurons are numbered
 as in the loaded network.
@@ -29,13 +29,13 @@ Queries = Literal["last", "text"]
 
 @dataclass(frozen=True)
 class Findings:
-    """The scores of one calibration.
+    """Scores from one calibration.
 
-    `last` and `text` [I, L, H] are visual over text attention mass of the last prompt token, and
-    of all text tokens together. `neurons` holds a score [F] for each feed-forward of each layer.
-    `cut_kl[l - 1]` is the mean KL divergence in nats from the dense answer when visual tokens
-    leave after l layers; its last entry, nothing left out, is 0. `samples` is the fingerprint of
-    the prompts, `prompt` their mean lengths.
+    `last` and `text` [I, L, H] are visual over text attention mass of the last prompt token, and of
+    all text tokens together. `neurons` holds a score [F] for each feed-forward of each layer.
+    `cut_kl[l - 1]` is the mean KL divergence in nats from the dense answer when visual tokens are
+    removed after l layers; its last entry, where nothing is removed, is 0. `samples` is the
+    fingerprint of the prompts, `prompt` their mean lengths.
     """
 
     last: Tensor
@@ -46,19 +46,21 @@ class Findings:
     samples: str
 
     def head_statistic(self, votes: float, queries: Queries = "last") -> Tensor:
-        """Return the number [L, H] that beats a threshold when enough samples' ratios do.
+        """Return the number [L, H] that exceeds a threshold exactly if enough samples' ratios do.
 
-        More than `votes` of I samples lie above tau exactly if the k-th largest does, with k the
-        whole part of votes · I, plus one (spec 1.2: more than 40 of 100).
+        More than `votes` of I samples lie above tau exactly if the k-th largest does, with k =
+        ⌊votes · I⌋ + 1 (the paper: more than 40 of 100).
         """
+        # One number per head replaces the vote, so that any threshold, and a ranking for a share of
+        # heads, can be applied later without the samples.
         ratio_ILH = self.last if queries == "last" else self.text
-        # Whole samples: 0.4 of 100 is 40, whatever floating point makes of it.
+        # The 1e-9 makes 0.4 of 100 samples exactly 40, however the product is rounded.
         needed = math.floor(votes * len(ratio_ILH) + 1e-9) + 1
         return ratio_ILH.sort(dim=0, descending=True).values[needed - 1]
 
     @property
     def origin(self) -> str:
-        """A SHA-256 over everything that was found."""
+        """SHA-256 over all statistics."""
         digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(name.encode())
@@ -66,7 +68,7 @@ class Findings:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write tensors as safetensors and the rest as JSON beside them."""
+        """Write tensors as safetensors and the rest as JSON to a folder."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,6 @@ class Findings:
         (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return everything that is a tensor, by name."""
         neurons = {
             f"neurons.{layer}.{unit}": score_F
             for layer, units in enumerate(self.neurons)
@@ -85,7 +86,6 @@ class Findings:
         return {"last": self.last, "text": self.text} | neurons
 
     def _facts(self) -> dict[str, Any]:
-        """Return everything else as JSON values."""
         return {
             "cut_kl": self.cut_kl,
             "prompt": asdict(self.prompt),
@@ -95,11 +95,11 @@ class Findings:
 
 
 def load(folder: Path) -> Findings:
-    """Read what `Findings.save` wrote.
+    """Read what `CalibrationStats.save` wrote.
 
     Raises:
         MissingData: the folder has no calibration.
-        UserError: its content is not what it was when it was written.
+        UserError: its content has changed since it was written.
     """
     from safetensors.torch import load_file
 
@@ -122,17 +122,17 @@ def load(folder: Path) -> Findings:
         samples=facts["samples"],
     )
     if found.origin != facts["origin"]:
-        raise UserError(f"settings={folder} was changed after it was written: calibrate again")
+        raise UserError(f"settings={folder} was changed after it was written: recalibrate")
     return found
 
 
 def findings_for(settings: str | None, engine: Engine, context: Context) -> Findings:
-    """Return findings read from a folder, or made from the images that the run lends.
+    """Return statistics read from a folder, or measured on the run's calibration prompts.
 
-    Made once for all strategies of a run.
+    Measured once for all strategies of a run.
 
     Raises:
-        UserError: the folder belongs to another model, or there are no images to calibrate on.
+        UserError: the folder belongs to a different model, or the run has no calibration prompts.
     """
     from methods.visual_tokens.calibration import measure
 
@@ -141,24 +141,30 @@ def findings_for(settings: str | None, engine: Engine, context: Context) -> Find
         _refuse_misfit(found, engine, settings)
         return found
     samples = samples_of(context)
+    # Kept on the engine, so that several strategies of one run share one calibration of the dense
+    # network.
     if samples.fingerprint not in engine.findings:
         engine.findings[samples.fingerprint] = measure(engine, samples, context.progress)
     return engine.findings[samples.fingerprint]
 
 
 def samples_of(context: Context) -> Samples:
-    """Return the prompts with images that a run lends to its methods."""
+    """Return the run's calibration prompts.
+
+    Raises:
+        UserError: the run has none.
+    """
     given = context.prompts
     if given is None or not given.inputs:
         raise UserError(
             "visual token strategies are calibrated on prompts with images, and this run has none: "
-            "give settings=FOLDER of a saved calibration, or choose=first or random"
+            "set prompts=, settings=FOLDER of a saved calibration, or choose=first or random"
         )
     return given
 
 
 def _refuse_misfit(found: Findings, engine: Engine, settings: str) -> None:
-    """Raise when findings are about a network of other sizes."""
+    """Raise if the statistics belong to a network of different sizes."""
     heads = engine.decoder.layers[0].attention_view().heads
     mine = (len(engine.decoder.layers), heads)
     theirs = tuple(found.last.shape[1:])
@@ -166,6 +172,6 @@ def _refuse_misfit(found: Findings, engine: Engine, settings: str) -> None:
     same = widths == [[len(score_F) for score_F in units] for units in found.neurons]
     if mine != theirs or not same:
         raise UserError(
-            f"settings={settings} is about {theirs[0]} layers of {theirs[1]} heads, but the model "
-            f"has {mine[0]} of {mine[1]}, or feed-forwards of another width"
+            f"settings={settings} was measured on {theirs[0]} layers of {theirs[1]} heads; the "
+            f"model has {mine[0]} of {mine[1]}, or feed-forwards of another width"
         )

@@ -1,7 +1,7 @@
-"""The visual rows of a call packed by frame, so that every image is chosen from on its own.
+"""Visual rows of a call packed by frame, so that each image is pruned separately.
 
 Shapes: B samples, N visual rows, I frames of the call in the order of their numbers, M rows of a
-frame (the most that any has), D width. Shorter frames are filled up at the end.
+frame (the maximum over frames), D width. Shorter frames are padded at the end.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from methods.visual_tokens.windows import Cells
 
 @dataclass(frozen=True)
 class Frames:
-    """Where the rows of each frame are, in raster order.
+    """Positions of each frame's rows, in raster order.
 
-    `index_IM` are places among the B · N visual rows of the batch, `valid_IM` says which are real,
-    `sample_I` which sample a frame belongs to, and `counts` how many rows each has.
+    `index_IM` are positions among the B · N visual rows of the batch, `valid_IM` marks the real
+    ones, `sample_I` is the sample of each frame, and `counts` the number of its rows.
     """
 
     index_IM: Tensor
@@ -30,15 +30,18 @@ class Frames:
 
     @staticmethod
     def of(cells: Cells) -> Frames:
-        """Sort the visual rows [B, N] of a batch by their frames."""
+        """Sort the visual rows [B, N] of a batch by frame."""
         frame_R = cells.frame_N.flatten()
         real_R = (frame_R >= 0).nonzero()[:, 0]
+        # The stable sort keeps rows of a frame in sequence order, which is raster order. Frame
+        # numbers are unique over the batch, so no frame mixes samples.
         real_R = real_R[frame_R[real_R].argsort(stable=True)]
         _, counts_I = torch.unique_consecutive(frame_R[real_R], return_counts=True)
         counts = tuple(counts_I.tolist())
         place_M = torch.arange(max(counts), device=frame_R.device)
         valid_IM = place_M < counts_I[:, None]
         start_I = counts_I.cumsum(0) - counts_I
+        # Padding repeats row 0 of the batch: any valid index does, since `valid_IM` excludes it.
         index_IM = real_R[torch.where(valid_IM, start_I[:, None] + place_M, 0)]
         sample_I = index_IM[:, 0] // cells.frame_N.shape[1]
         return Frames(index_IM, valid_IM, sample_I, counts, cells.frame_N.shape)
@@ -48,13 +51,13 @@ class Frames:
         return x_BN.flatten(0, 1)[self.index_IM]
 
     def spread(self, chosen_IM: Tensor) -> Tensor:
-        """Return which visual rows are marked, bool [B, N]."""
+        """Turn marks per frame into marks of visual rows, bool [B, N]."""
         marks_R = torch.zeros(self.shape.numel(), dtype=torch.bool, device=chosen_IM.device)
         marks_R[self.index_IM[chosen_IM & self.valid_IM]] = True
         return marks_R.view(self.shape)
 
     def put(self, x_BND: Tensor, changed_IM: Tensor, states_IMD: Tensor) -> Tensor:
-        """Return visual rows with the marked ones of each frame replaced, [B, N, D]."""
+        """Replace the marked rows of each frame, [B, N, D]."""
         marked_IM = changed_IM & self.valid_IM
         flat_RD = x_BND.flatten(0, 1).clone()
         flat_RD[self.index_IM[marked_IM]] = states_IMD[marked_IM].to(x_BND.dtype)

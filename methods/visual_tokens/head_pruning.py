@@ -1,4 +1,4 @@
-"""Dropping inactive visual heads (arXiv 2410.06169): most heads never look at the image."""
+"""Pruning of inactive visual heads (arXiv 2410.06169): most heads never attend to the image."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Kept = list[tuple[int, ...]]
 
 
 class HeadPruning(VisualStrategy):
-    """Keep the query heads that look at the image and drop the others from visual computation.
+    """Keep the query heads that attend to the image; drop the others from visual computation.
 
-    How many stay is said in one of three ways: `counts`, heads for every layer or the name of one
-    of the released masks' counts; `threshold`, the paper's tau on visual over text attention; or
-    `keep`, a share of all heads, for which the threshold is found. A head stays if its ratio beats
-    the threshold in more than `votes` of the samples, where the ratio is that of the prompt's
-    `last` token or of all its `text` (`queries`); the first `whole_layers` layers stay whole.
-    `keep` is taken over all layers, as in the release (`over=all`), or over those that visual
-    tokens reach (`over=visual`; then layer_drop must come first).
+    The number of heads is set in one of three ways: `counts`, heads for every layer or the name of
+    a released mask whose counts are used; `threshold`, the paper's tau on visual over text
+    attention; or `keep`, a share of all heads, for which the threshold is derived. A head stays if
+    its ratio exceeds the threshold in more than `votes` of the samples, where the ratio is that of
+    the prompt's `last` token or of all its `text` (`queries`); the first `whole_layers` layers stay
+    whole. `keep` is taken over all layers, as in the release (`over=all`), or over those that
+    visual tokens reach (`over=visual`; then layer_drop must come first).
 
     `choose` ranks heads by their scores, or takes the first or random ones (controls). `dropped`
-    says whether visual rows get nothing from a dropped head (`silent`, the release) or its
-    attention to text (`text`). With `reorder` the weights are permuted, exactly, so that kept
-    heads need no copies. `settings` is the folder of a saved calibration.
+    sets what visual rows get from a dropped head: nothing (`silent`, as in the release) or its
+    attention to text (`text`). With `reorder` the weights are permuted, exactly, so that kept heads
+    need no copies. `settings` is the folder of a saved calibration.
     """
 
     keep: float = Field(default=0.5, ge=0, le=1)
@@ -55,29 +55,28 @@ class HeadPruning(VisualStrategy):
         if self.counts is not None and self.threshold is not None:
             raise ValueError("give counts or threshold, not both")
         if self.threshold is not None and self.choose != "scored":
-            raise ValueError("a threshold is about scores: it needs choose=scored")
+            raise ValueError("threshold applies to scores: it needs choose=scored")
         if isinstance(self.counts, str) and self.counts not in OFFICIAL_COUNTS:
             known = ", ".join(OFFICIAL_COUNTS)
-            raise ValueError(f"counts is a list of numbers or one of {known}")
+            raise ValueError(f"counts={self.counts}: give a list of numbers or one of {known}")
         return self
 
     @property
     def uses_prompts(self) -> bool:
-        """Heads are scored on prompts, unless their scores lie in a folder or are not asked for."""
+        """Whether heads are scored on prompts: not with `settings`, `first` or `random`."""
         return self.choose == "scored" and self.settings is None
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse also counts that are not one for every layer."""
+        """Also refuse counts that are not one per layer."""
         super().check(anatomy)
         counts = self._counts()
         if counts is not None and len(counts) != len(anatomy.layers):
             raise UserError(
-                f"counts names {len(counts)} layers, but {anatomy.architecture} has "
-                f"{len(anatomy.layers)}"
+                f"counts has {len(counts)} entries, but {anatomy.architecture} has "
+                f"{len(anatomy.layers)} layers"
             )
 
     def _counts(self) -> list[int] | None:
-        """Return the heads to keep in every layer, if they were given."""
         return OFFICIAL_COUNTS[self.counts] if isinstance(self.counts, str) else self.counts
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
@@ -92,10 +91,11 @@ class HeadPruning(VisualStrategy):
         return {"heads": heads, "kept": total, "of": score_LH.numel(), "scores": origin}
 
     def _scores(self, engine: Engine, context: Context) -> tuple[torch.Tensor, str]:
-        """Return a score for every head, [L, H], and where it came from."""
+        """Return a score for every head, [L, H], and its origin."""
         heads = engine.decoder.layers[0].attention_view().heads
         shape = (len(engine.decoder.layers), heads)
         if self.choose == "first":
+            # Descending scores make every ranking below take the first heads.
             return -torch.arange(heads, dtype=torch.float32).expand(shape), "first"
         if self.choose == "random":
             generator = torch.Generator().manual_seed(context.seed)
@@ -104,7 +104,6 @@ class HeadPruning(VisualStrategy):
         return findings.head_statistic(self.votes, self.queries), findings.origin
 
     def _choose(self, score_LH: torch.Tensor, cut: int) -> Kept:
-        """Return the heads that stay in each layer."""
         counts = self._counts()
         if counts is not None:
             return best_by_count(score_LH, counts)

@@ -1,4 +1,4 @@
-"""Visual layer drop (arXiv 2410.06169): an image's tokens leave the decoder part of the way."""
+"""Visual layer drop (arXiv 2410.06169): visual tokens leave the decoder after some layers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from methods.visual_tokens.strategy import VisualStrategy
 
 
 class LayerDrop(VisualStrategy):
-    """Compute the first `layers` layers for visual tokens and only text in the others.
+    """Process visual tokens in the first `layers` layers only; later layers process text alone.
 
-    `share` says the same as a share of the model's layers, where `layers` is not given. With
-    `max_kl` the earliest layer is taken after which the answer's distribution is at most so many
-    nats from the dense model's, averaged over the calibration images (VTW's criterion); findings
-    are read from `settings`, the folder of a calibration, or made from the run's images.
+    `share` sets the same as a fraction of the model's layers and is used if `layers` is not given.
+    With `max_kl`, the cut is the earliest layer after which the answer's distribution is at most
+    this many nats from the dense model's, averaged over the calibration images (VTW's criterion);
+    statistics are read from `settings`, the folder of a calibration, or measured on the run's
+    images.
     """
 
     layers: int | None = Field(default=None, ge=1)
@@ -32,11 +33,11 @@ class LayerDrop(VisualStrategy):
 
     @property
     def uses_prompts(self) -> bool:
-        """The harm of a cut is measured on prompts, unless it lies in a folder or sets nothing."""
+        """Whether the harm of a cut is measured on the run's prompts."""
         return self.max_kl is not None and self.settings is None
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse also a number of layers that the decoder does not have."""
+        """Also refuse more layers than the decoder has."""
         super().check(anatomy)
         if self.layers is not None and self.layers > len(anatomy.layers):
             raise UserError(

@@ -1,4 +1,4 @@
-"""One decoder layer on two streams: everything for text rows, little for visual rows (spec 6.3).
+"""One decoder layer on two streams: all work for text rows, reduced work for visual rows.
 
 Shapes: B samples, T text rows, N visual rows, D d_model, h kept heads, V key-value heads that they
 read, d a head's width.
@@ -31,7 +31,7 @@ from methods.visual_tokens.weights import VisualWeights, project
 
 @dataclass(frozen=True)
 class Call:
-    """What all layers of one call share: who sees whom, angles of both streams, the cache."""
+    """Shared inputs of all layers of one call: masks, angles of both streams, the cache."""
 
     who: Attendance
     text_rotary: Rotary
@@ -39,15 +39,15 @@ class Call:
     cache: Any | None
 
     def layer(self, index: int) -> SplitLayer | None:
-        """Return one layer's cache, if there is one."""
+        """Return one layer's cache, if there is a cache."""
         return None if self.cache is None else cast(SplitLayer, self.cache.layers[index])
 
 
 @dataclass
 class Streams:
-    """The hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once gone.
+    """Hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once removed.
 
-    `ran` are the queries and keys of the layer that ran last, where a selection will read them.
+    `ran` holds the queries and keys of the preceding layer if a pruning step will read them.
     """
 
     text_BTD: Tensor
@@ -64,10 +64,11 @@ def two_streams(
     last: bool,
     watched: bool = False,
 ) -> Streams:
-    """Send both streams through one layer.
+    """Run both streams through one layer.
 
-    In the `last` layer that visual rows reach, only their keys and values are made: nobody reads
-    anything else of them. A `watched` layer's queries and keys are kept for the selection after it.
+    In the `last` layer that visual rows reach, only their keys and values are computed, since
+    nothing else of them is read. A `watched` layer's queries and keys are kept for the pruning step
+    after it.
     """
     visual = streams.visual_BND
     text_in = layer.attention_norm(streams.text_BTD)
@@ -90,7 +91,6 @@ def two_streams(
 
 
 def _project_text(x_BTD: Tensor, weights: VisualWeights, call: Call, index: int) -> Projected:
-    """Return queries, keys and values of text rows; keys and values with those cached before."""
     view = weights.view
     q = normed_and_rotated(project(x_BTD, view.q), view, view.q_norm, call.text_rotary)
     k = normed_and_rotated(project(x_BTD, view.k), view, view.k_norm, call.text_rotary)
@@ -101,9 +101,11 @@ def _project_text(x_BTD: Tensor, weights: VisualWeights, call: Call, index: int)
 
 
 def _project_visual(x_BND: Tensor, weights: VisualWeights, call: Call, last: bool) -> Projected:
-    """Return what kept heads need of visual rows; no queries in the last layer."""
+    """Project visual rows for the kept heads; no queries in the last layer."""
     view, rotary = weights.view, cast(Rotary, call.visual_rotary)
     q = None
+    # A layer without kept heads has a projection of no rows under `dropped=silent`: nothing to
+    # compute, and no shape to split into heads.
     if not last and weights.q.weight.shape[0]:
         q = normed_and_rotated(project(x_BND, weights.q), view, view.q_norm, rotary)
     k = normed_and_rotated(project(x_BND, weights.k), view, view.k_norm, rotary)
@@ -112,12 +114,11 @@ def _project_visual(x_BND: Tensor, weights: VisualWeights, call: Call, last: boo
 
 
 def _remember(own: Projected, cache: SplitLayer | None) -> tuple[Tensor, Tensor]:
-    """Return keys and values of all visual tokens so far, and keep the new ones."""
+    """Append the new visual keys and values to the cache; return all so far."""
     return (own.k, own.v) if cache is None else cache.add_visual(own.k, own.v)
 
 
 def _cached(cache: SplitLayer | None) -> tuple[Tensor, Tensor] | None:
-    """Return the visual keys and values of earlier calls."""
     if cache is None or cache.visual_keys is None:
         return None
     return cache.visual_keys, cast(Tensor, cache.visual_values)
@@ -130,9 +131,9 @@ def _attention(
     weights: VisualWeights,
     who: Attendance,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention of text rows, and that of visual rows for the heads in `weights.q`.
+    """Compute the attention of text rows, and of visual rows for the heads in `weights.q`.
 
-    `seen` are keys and values of all visual tokens so far; None where no head is kept.
+    `seen` holds keys and values of all visual tokens so far; None if no head is kept.
     """
     kept, parts = len(weights.heads.kept), []
     if seen is None:
@@ -140,6 +141,7 @@ def _attention(
     else:
         q_BhNd = cast(Tensor, own.q)[:, :kept]
         if who.order is not None:
+            # `order` exists only in a first call, where the call's own keys are all there are.
             new = Projected(q_BhNd, own.k, own.v)
             out_BHTd, out_BhNd = joint_attention(text, new, weights, who)
         else:
@@ -152,14 +154,16 @@ def _attention(
 
 
 def _output(out_BhNd: Tensor | None, weights: VisualWeights, visual: Tensor) -> Tensor:
-    """Return what attention adds to visual rows, [B, N, D]; a bias is added without heads, too."""
+    """Return what attention adds to visual rows, [B, N, D]."""
     if out_BhNd is not None:
         return project(out_BhNd.transpose(1, 2).flatten(2), weights.o)
+    # Without heads the projection of nothing is its bias, which the masked reference adds as well.
     return torch.zeros_like(visual) if weights.o.bias is None else weights.o.bias.expand_as(visual)
 
 
 def _finish_text(x_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer) -> Tensor:
-    """Add attention and feed-forward to text rows, [B, T, D]; a call may consist of images only."""
+    """Add attention and feed-forward to text rows, [B, T, D]."""
+    # A call may consist of images only.
     if not x_BTD.shape[1]:
         return x_BTD
     view = layer.attention_view()

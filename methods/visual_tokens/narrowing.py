@@ -1,6 +1,6 @@
-"""A mixture-of-experts block with fewer neurons in each expert, sharing everything else.
+"""A mixture-of-experts block with fewer neurons per expert that shares everything else.
 
-Experts may keep different numbers of neurons, as they do once other methods have removed some.
+Experts may keep different numbers of neurons, as they do after other methods have removed some.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def narrowed(block: MoEBlock, places: Sequence[Tensor]) -> nn.Module:
-    """Return the block with the neurons at `places` of each expert, routed ones first.
+    """Return the block with the neurons at `places` of each expert, routed experts first.
 
     Router and gates are the block's own modules; expert weights are copies of what is kept.
     """
@@ -31,7 +31,11 @@ def narrowed(block: MoEBlock, places: Sequence[Tensor]) -> nn.Module:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Return a module of the same kind with the same parts, whose parts can be exchanged."""
+    """Copy a module so that its children can be exchanged; the children themselves are shared."""
+    # `copy.copy` shares the dictionaries of modules, parameters and hooks with the original, so an
+    # exchanged child would appear in both. The twin gets dictionaries of its own: it shares
+    # weights, not structure. Its hooks start empty, since an observer of the block must not count
+    # the narrowed pass.
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)
     twin.__dict__["_parameters"] = dict(module._parameters)
@@ -41,13 +45,12 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _exchange(twin: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module in the place of another."""
     name = next(name for name, part in twin._modules.items() if part is old)
     twin._modules[name] = new
 
 
 def _routed(block: MoEBlock, places: Sequence[Tensor]) -> RaggedExperts:
-    """Return the routed experts with their kept neurons, whatever form they are stored in."""
+    """Return the routed experts with their kept neurons, however they are stored."""
     old = [block.expert(index) for index in range(block.num_experts)]
     widths = [len(kept) for kept in places]
     like = next(block.experts.parameters())
@@ -63,7 +66,6 @@ def _routed(block: MoEBlock, places: Sequence[Tensor]) -> RaggedExperts:
 
 
 def _gated(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return one gated feed-forward module with some neurons."""
     twin = _twin(module)
     names = next(names for names in PROJECTIONS if hasattr(module, names[0]))
     for name, dim in zip(names, (0, 0, 1), strict=True):
@@ -73,7 +75,8 @@ def _gated(module: nn.Module, kept: Tensor) -> nn.Module:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """Return a linear layer without bias around a weight."""
+    # Created on the meta device: no memory is allocated or initialised for a weight that is
+    # replaced at once.
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

@@ -1,4 +1,4 @@
-"""Neighbour-aware visual attention (arXiv 2410.06169): an image's tokens see their neighbours."""
+"""Neighbour-aware visual attention (arXiv 2410.06169): visual tokens attend to neighbours."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from methods.visual_tokens.strategy import VisualStrategy
 
 
 class NeighborAttention(VisualStrategy):
-    """Let a visual token see visual tokens in a `window` x `window` square around it only.
+    """Let a visual token attend only to visual tokens in a `window` x `window` square around it.
 
-    Text is seen as before. Tokens of other images, tiles or time steps are not seen. The released
-    code lets a token see later neighbours, too; `causal` does not, as the paper's figure.
+    Attention to text is unchanged. Tokens of other images, tiles or time steps are never attended
+    to. The released code includes neighbours that come later in the sequence; `causal` excludes
+    them, as the paper's figure does.
     """
 
     window: int = Field(default=5, ge=1)
@@ -27,7 +28,7 @@ class NeighborAttention(VisualStrategy):
     @classmethod
     def _has_a_centre(cls, window: int) -> int:
         if window % 2 == 0:
-            raise ValueError("the window has a token in its centre, so it is an odd number")
+            raise ValueError(f"window must be odd, with the token in its centre, got {window}")
         return window
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:

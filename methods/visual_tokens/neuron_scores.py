@@ -1,4 +1,4 @@
-"""How much each feed-forward neuron does for visual rows: E|a_j| · ‖Wdown[:, j]‖ (spec 6.5).
+"""Contribution of each feed-forward neuron to visual rows: E|a_j| · ‖Wdown[:, j]‖.
 
 Shapes: B samples, S tokens, X visual tokens of a call, D d_model, F a feed-forward's width, Y
 tokens of one expert. Neuron j adds a_j · Wdown[:, j] to a row, with a = act(Wgate x) ⊙ Wup x, times
@@ -29,7 +29,7 @@ class NeuronScores:
 
     @contextmanager
     def watching(self, visual_BS: Tensor) -> Iterator[None]:
-        """Watch the network's next forward; `visual` marks the visual tokens of the call."""
+        """Record the network's next forward; `visual` marks the visual tokens of the call."""
         with ExitStack() as stack:
             for layer in self.layers:
                 sums = self._sums[layer.index]
@@ -48,6 +48,8 @@ class NeuronScores:
         """Return E|a_j| · ‖Wdown[:, j]‖ of every neuron, [F] for each feed-forward."""
         return [
             [
+                # Experts, too, are divided by all visual tokens, not by those routed to them: a
+                # rarely used expert contributes less.
                 total_F / max(1, self._tokens) * unit.down.detach().float().norm(dim=0).cpu()
                 for total_F, unit in zip(sums, layer.units(), strict=True)
             ]
@@ -56,7 +58,7 @@ class NeuronScores:
 
 
 def _dense(sum_F: Tensor, visual_BS: Tensor) -> Callable[..., None]:
-    """Return a hook on a down projection that adds up what enters it on visual rows."""
+    """Return a hook on a down projection that accumulates its input on visual rows."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         sum_F.add_(args[0][visual_BS].abs().float().sum(dim=0).cpu())
@@ -65,25 +67,26 @@ def _dense(sum_F: Tensor, visual_BS: Tensor) -> Callable[..., None]:
 
 
 class _Adder:
-    """Adds up what the experts of one block compute, times the router's weight."""
+    """Accumulator of expert activations in one block, times the router's weight."""
 
     def __init__(self, sums: list[Tensor], routed: int) -> None:
         self.sums, self.number = sums, routed
 
     def routed(self, expert: int, x_YD: Tensor, hidden_YF: Tensor, weight_Y: Tensor) -> None:
-        """Add one routed expert's tokens."""
         self.sums[expert].add_((hidden_YF * weight_Y[:, None]).abs().float().sum(dim=0).cpu())
 
     def shared(self, x_YD: Tensor, hidden_YF: Tensor, weight_Y: Tensor) -> None:
-        """Add the shared experts' tokens."""
         self.routed(self.number, x_YD, hidden_YF, weight_Y)
 
     def output(self, y_YD: Tensor) -> None:
-        """The block's output is not needed."""
+        """Ignore the block's output."""
 
 
 def _experts(block: MoEBlock, sums: list[Tensor], visual_BS: Tensor) -> Callable[..., None]:
-    """Return a hook on a block that shows the experts its visual rows once more, alone."""
+    """Return a hook on a block that runs its experts again on the visual rows alone."""
+    # Observers of experts see tokens grouped by expert and cannot tell which are visual, so the
+    # block runs a second time on visual rows only. That call triggers this hook again: the flag
+    # stops the recursion.
     inside = False
 
     def after(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:

@@ -1,9 +1,9 @@
-"""The official form: everything is computed, and attention weights are zeroed after the softmax.
+"""Masked mode: everything is computed, and attention weights are zeroed after the softmax.
 
-What the paper's released LLaVA code does (spec 1.1 to 1.4), for its released checkpoints and for
-comparison; nothing is saved. A weight that is zeroed after the softmax is a value that is zero,
-so PyTorch's fused kernel does it. Differences from the release, both faults there: a text-only
-prompt is left alone, and all samples of a batch are treated alike while generating.
+Reproduces the paper's released LLaVA code, for its released checkpoints and for comparison; no work
+is saved. Zeroing a weight after the softmax equals zeroing the value, which PyTorch's fused kernel
+supports. Two faults of the release are not reproduced: a text-only prompt is left unchanged here,
+and samples of a batch are handled separately during generation.
 
 Shapes: B samples, Q new tokens, K all tokens so far, H query heads, G key-value heads, d a head's
 width, F a feed-forward's width.
@@ -23,12 +23,13 @@ from methods.visual_tokens.plan import LayerPlan, VisualPlan
 from methods.visual_tokens.windows import Cells, neighbours
 
 NAME = "slimbench_visual_official"
-# Where a cache keeps which of its tokens are visual, and a module its owner.
+# Attribute of a cache that marks its visual tokens, and of an attention module that names its
+# owner. Attributes, so that they are copied with a cache or a network.
 SEEN, OWNER = "slimbench_visual_seen", "slimbench_visual_owner"
 
 
 class Official:
-    """Carries out a plan in the official form on the network's own layers."""
+    """Carries out a plan in masked mode on the network's own layers."""
 
     def __init__(self, network: nn.Module, decoder: Decoder, plan: VisualPlan) -> None:
         self.network, self.decoder, self.plan = network, decoder, plan
@@ -57,7 +58,7 @@ class Official:
         return output
 
     def _install(self) -> None:
-        """Put this form's attention and feed-forward into the network, once."""
+        """Install masked attention and feed-forward hooks in the network, once."""
         if self._installed:
             return
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -75,7 +76,7 @@ class Official:
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """Return attention of one layer, [B, H, Q, d], by the plan if the call has visual keys."""
+        """Return attention of one layer, [B, H, Q, d], masked by the plan."""
         heads = q.shape[1]
         k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
         if self._seen_BK is None:
@@ -85,6 +86,8 @@ class Official:
             )
         index, seen_BK = module.layer_idx, self._seen_BK
         lost_H = self._lost(self.plan.layers[index], heads, q.device)
+        # Past the cut every head loses its visual values. The outputs of visual rows need no
+        # zeroing there, since no text row reads them any more.
         gone_H = torch.ones_like(lost_H) if index >= self.plan.cut else lost_H
         v = v.masked_fill((gone_H[:, None] & seen_BK[:, None, :])[..., None], 0)
         allowed = self._allowed(mask, q.shape[2])
@@ -93,14 +96,14 @@ class Official:
         return out.masked_fill((lost_H[:, None] & new_BQ[:, None, :])[..., None], 0)
 
     def _lost(self, plan: LayerPlan, heads: int, device: torch.device) -> Tensor:
-        """Return which heads a layer drops, bool [H]."""
+        """Mark the heads that a layer drops, bool [H]."""
         lost_H = torch.zeros(heads, dtype=torch.bool, device=device)
         if plan.heads is not None:
             lost_H[[head for head in range(heads) if head not in set(plan.heads)]] = True
         return lost_H
 
     def _allowed(self, mask: Tensor | None, new: int) -> Tensor:
-        """Return who sees whom, [B or 1, 1, Q, K]: causal, with windows between visual tokens."""
+        """Return the attention mask, [B or 1, 1, Q, K]: causal, plus windows of visual tokens."""
         seen_BK = cast(Tensor, self._seen_BK)
         length = seen_BK.shape[1]
         if mask is None:
@@ -112,12 +115,15 @@ class Official:
         cells = Cells(tokens.frame_BS, tokens.row_BS, tokens.column_BS)
         near_BQQ = neighbours(cells, cells, window)
         visual_BQ = tokens.mask
+        # Columns of earlier calls are False for pairs of visual tokens: frames are numbered per
+        # call, so the same number would be a different image, and a window never extends beyond its
+        # own frame. With a window, visual rows therefore attend to no image of an earlier call.
         past = torch.zeros_like(near_BQQ[..., :1]).expand(-1, -1, length - new)
         pairs = visual_BQ[:, :, None] & seen_BK[:, None, :]
         return torch.where(pairs, torch.cat([past, near_BQQ], dim=-1), mask[:, 0])[:, None]
 
     def silence(self, layer: DecoderLayer, hidden_BQF: Tensor) -> Tensor:
-        """Return a feed-forward's activations with dropped neurons of visual rows at zero."""
+        """Zero the activations of dropped neurons on visual rows of a feed-forward."""
         kept = self.plan.layers[layer.index].neurons
         if kept is None or self._tokens is None:
             return hidden_BQF
@@ -127,32 +133,35 @@ class Official:
 
 
 class _Silencer:
-    """A hook on a down projection; an object, so that copies of a network own their hooks."""
+    """Hook on a down projection; an object, so that a copied network gets its own."""
 
     def __init__(self, owner: Official, layer: DecoderLayer) -> None:
         self.owner, self.layer = owner, layer
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # A deep copy of the network copies this object with its owner; a closure would keep
+        # pointing to the original network's plan.
         return (self.owner.silence(self.layer, args[0]),)
 
 
 def _attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Hand a layer's attention to the form that owns the layer."""
+    """Forward a layer's attention to the owner of the layer."""
     owner: Official = getattr(module, OWNER)
     return owner.attend(module, q, k, v, mask, scaling).transpose(1, 2).contiguous(), None
 
 
 def _marks(tokens: VisualTokens | None, x_BQD: Tensor) -> Tensor:
-    """Return which of a call's tokens are visual, [B, Q]."""
     if tokens is not None:
         return tokens.mask
     return torch.zeros(x_BQD.shape[:2], dtype=torch.bool, device=x_BQD.device)
 
 
 def _past(past_BP: Tensor | None, cache: Any, new_BQ: Tensor) -> Tensor:
-    """Return which cached tokens are visual, [B, P]; text after the last image is filled in."""
+    """Mark the cached tokens that are visual, [B, P]."""
     length = 0 if cache is None else cache.get_seq_length()
     known = new_BQ[:, :0] if past_BP is None else past_BP
+    # Calls before the first image leave no marks; their tokens are text, hence False. After a crop
+    # the padding is negative and cuts the marks.
     return functional.pad(known, (0, length - known.shape[1]))

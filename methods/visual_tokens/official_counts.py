@@ -1,7 +1,7 @@
-"""How many heads the released LLaVA-1.5-7B masks keep in each layer (spec 1.2).
+"""Heads kept per layer by the released LLaVA-1.5-7B masks.
 
-Counted from the three boolean masks that the paper's repository ships; which heads they are is
-not repeated here. Of the 13B masks only a part of the counts is known, so they are left out.
+Counted from the three boolean masks in the paper's repository; which heads they keep is not
+reproduced here. The counts of the 13B masks are only partly known, so they are left out.
 """
 
 # fmt: off

@@ -1,4 +1,4 @@
-"""What choosing among visual tokens itself costs, as its own line of a measurement."""
+"""Time spent on choosing visual tokens, reported separately in a measurement."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bench.device import synchronize
 
 @dataclass
 class Overhead:
-    """Seconds spent in selections, and how many there were, since the last `reset`.
+    """Seconds spent in pruning steps, and their number, since the last `reset`.
 
-    Exact only where `synchronised`: otherwise a GPU may still be at work when the clock stops.
+    Exact only if `synchronized`: otherwise a GPU may still be working when the clock stops.
     """
 
     seconds: float = 0.0
@@ -24,12 +24,12 @@ class Overhead:
     synchronised: bool = False
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set both to zero."""
         self.seconds, self.selections = 0.0, 0
 
     @contextmanager
     def measured(self) -> Iterator[Overhead]:
-        """Begin anew and wait for the device around every selection, while the block lasts."""
+        """Reset, and synchronise with the device around every pruning step inside the block."""
         self.reset()
         before, self.synchronised = self.synchronised, True
         try:
@@ -39,7 +39,7 @@ class Overhead:
 
     @contextmanager
     def clocked(self, device: torch.device) -> Iterator[None]:
-        """Add the time of the block, one selection."""
+        """Add the time of the block as one pruning step."""
         self._wait(device)
         start = time.perf_counter()
         yield
@@ -48,5 +48,7 @@ class Overhead:
         self.selections += 1
 
     def _wait(self, device: torch.device) -> None:
+        # Off by default: waiting for the device at every step would slow down the prefill that is
+        # being measured.
         if self.synchronised:
             synchronize(device)

@@ -1,4 +1,4 @@
-"""One call on its way through the decoder: which visual tokens are still there, who sees whom.
+"""State of one call on its way through the decoder: visual tokens that are left, and masks.
 
 Shapes: B samples, S tokens of the call, T text rows, N visual rows that are left, D d_model, I
 frames, V visual tokens of the call in the order in which they were encoded.
@@ -29,7 +29,7 @@ from methods.visual_tokens.windows import Cells
 
 @dataclass(frozen=True)
 class Present:
-    """The visual tokens that are left: rows of the call, their places in frames, their angles.
+    """The visual tokens that are left: rows of the call, cells in their frames, angles.
 
     `stacked` is what DeepStack adds after each of the first layers, [B, N, D] each.
     """
@@ -40,11 +40,11 @@ class Present:
     stacked: list[Tensor]
 
     def among(self, chosen: Rows) -> Present:
-        """Return those that `chosen`, places among them, names."""
+        """Keep those at the positions that `chosen` gives, counted among the present ones."""
         rows, index_BN = self.rows.among(chosen), chosen.index_BR
         parts = (self.cells.frame_N, self.cells.row_N, self.cells.column_N)
         frame_BN, row_BN, column_BN = (part.gather(1, index_BN) for part in parts)
-        # Rows that only fill up belong to no frame, whatever they are copies of.
+        # Padding rows are copies of real ones; frame -1 keeps them out of frames and windows.
         frame_BN = frame_BN.masked_fill(~rows.validity, -1)
         return Present(
             rows=rows,
@@ -55,9 +55,9 @@ class Present:
 
 
 class Passage:
-    """What all layers of one call share, stage by stage; a selection ends a stage.
+    """State that all layers of one call share, stage by stage; a pruning step ends a stage.
 
-    `tokens` and `visual` are None in a call without images; `streams` are as they come in.
+    `tokens` and `visual` are None in a call without images; `streams` are the decoder's inputs.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Passage:
         self._known: tuple[int, Call] | None = None
 
     def call(self, stage: int) -> Call:
-        """Return what the layers of a stage share; stages come in order."""
+        """Return the shared inputs of a stage's layers; stages come in order."""
         if self._known is None or self._known[0] != stage:
             self._known = stage, self._of_stage(stage)
         return self._known[1]
@@ -103,9 +103,9 @@ class Passage:
     def select(
         self, selection: Selection, streams: Streams, encoded: Callable[[], Encoded | None]
     ) -> Streams:
-        """Let a selection choose which visual tokens go on, and return the streams without others.
+        """Carry out a pruning step and return the streams without the removed tokens.
 
-        `encoded` reads what the vision tower said.
+        `encoded` reads the outputs of the vision tower.
         """
         if self.visual is None or streams.visual_BND is None:
             return streams
@@ -113,6 +113,8 @@ class Passage:
             self.frames = Frames.of(self.visual.cells)
             self.whole = self.frames.counts
         frames, states_BND = self.frames, streams.visual_BND
+        # Quotas are of the number of tokens a frame came with, also after earlier steps. A frame
+        # that has no more than its quota is left unchanged, whatever `choose` returns for it.
         counts = zip(self.whole, frames.counts, strict=True)
         kept = [selection.quota.kept(n, m) for n, m in counts]
         untouched = [k >= m for k, m in zip(kept, frames.counts, strict=True)]
@@ -128,18 +130,22 @@ class Passage:
             self.visual = self.visual.among(chosen)
             self.frames = Frames.of(self.visual.cells)
         self.stages.append(self.visual.rows)
+        # The kept queries and keys belong to the rows before this step. A second step after the
+        # same layer must not index them with the new rows; VisualPlan.select refuses such plans.
         return replace(streams, visual_BND=states_BND, ran=None)
 
     def _sight(
         self, selection: Selection, streams: Streams, frames: Frames, encoded: Encoded | None
     ) -> Sight:
-        """Return what the selection may look at."""
+        """Collect the inputs of a pruning step."""
         visual, states_BND = self.visual, streams.visual_BND
         assert visual is not None and states_BND is not None and self.entered is not None
         parts = (visual.cells.frame_N, visual.cells.row_N, visual.cells.column_N)
         packed = None
         if encoded is not None and self.tokens is not None:
             order_BS = _encoding_order(self.tokens)
+            # Tower outputs come in encoding order, and earlier steps have removed rows: the
+            # position of a row in the call leads to its encoding number.
             index_IM = frames.pack(order_BS.gather(1, visual.rows.index_BR))
             packed = replace(
                 encoded,
@@ -162,10 +168,12 @@ class Passage:
         )
 
     def write_down(self, length: int) -> None:
-        """Enter the call's tokens, of which there were `length`, into the cache's ledger."""
+        """Record the call's `length` tokens in the cache."""
         if self.ledger is None or self.cache is None:
             return
         self.ledger.text = self.ledger.text.followed_by(self.text, self.offset)
+        # Per stage, since each layer's cache holds only the visual tokens that reached it. `length`
+        # is logical: it includes removed tokens, whose positions later tokens still count.
         for stage, rows in enumerate(self.stages):
             self.ledger.visual[stage] = self.ledger.visual[stage].followed_by(rows, self.offset)
         for layer in self.cache.layers:
@@ -173,7 +181,7 @@ class Passage:
 
 
 def present(tokens: VisualTokens, rows: Rows, rotary: Rotary, stacked: list[Tensor]) -> Present:
-    """Return all visual tokens of a call."""
+    """Return the state before any pruning."""
     parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
     return Present(rows, Cells(*(part.gather(1, rows.index_BR) for part in parts)), rotary, stacked)
 
@@ -183,29 +191,37 @@ def _encoding_order(tokens: VisualTokens) -> Tensor:
 
     Frames are numbered as they were encoded: images in reading order, then videos.
     """
+    # The argsort of an argsort is each element's rank. The tower encodes all images before all
+    # videos, whatever their order in the text, so the order of the tokens in the prompt is not that
+    # of its outputs; frame numbers are.
     number_V = tokens.frame_BS[tokens.mask].argsort(stable=True).argsort()
     return torch.zeros_like(tokens.frame_BS).masked_scatter(tokens.mask, number_V)
 
 
 def matched(encoded: Encoded, tokens: VisualTokens) -> Encoded:
-    """Return what the tower said in the order of a call's tokens, which beams may have repeated.
+    """Bring the tower's outputs into the order of a call's tokens, repeating them for beams.
 
     Raises:
-        UserError: the tower encoded other images than the call's.
+        UserError: the tower encoded different images than the call's.
     """
     counts = tokens.mask.sum(dim=1).tolist()
     found, wanted = len(encoded.received_V), sum(counts)
     if found == wanted:
         return encoded
+    # Beam search repeats each sample next to itself, but its images are encoded once. Repeating per
+    # sample gives the encoding order only while frame numbers increase along the batch; with images
+    # and videos they do not, since all images are encoded first.
     beams = wanted // max(found, 1)
     if bool((tokens.frame_BS[tokens.mask].diff() < 0).any()):
-        raise UserError("a beam search over images and videos together cannot follow the tower")
+        raise UserError(
+            "a method that reads the vision tower cannot follow beams over both images and videos"
+        )
     if beams * found != wanted or any(
         len(set(counts[b : b + beams])) > 1 for b in range(0, len(counts), beams)
     ):
         raise UserError(
-            f"the vision tower encoded {found} visual tokens, but the call has {wanted}: pass a "
-            "call's pixels together with it"
+            f"the vision tower encoded {found} visual tokens, but the call has {wanted}: pass the "
+            "pixels in the same call"
         )
     index, start = [], 0
     for count in counts[::beams]:

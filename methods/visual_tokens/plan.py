@@ -1,7 +1,7 @@
-"""What is computed for visual tokens and what is not: the one object that strategies add to.
+"""VisualPlan: what is computed for visual tokens; the one object that strategies add to.
 
-Head and neuron numbers are always those of the network as it was loaded, also after its weights
-have been reordered. Numbers of layers, heads and neurons start at 0.
+Head and neuron numbers always refer to the network as it was loaded, even after its weights have
+been reordered. Numbers of layers, heads and neurons start at 0.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Dropped = Literal["silent", "text"]
 
 @dataclass(frozen=True)
 class Window:
-    """Which visual tokens of the same frame a visual token sees: at most `radius` rows and columns.
+    """Square of visual tokens in one frame that a visual token attends to.
 
-    `causal` leaves out the cells that come later in raster order.
+    It extends `radius` rows and columns to each side; `causal` excludes cells that come later in
+    raster order.
     """
 
     radius: int
@@ -38,10 +39,10 @@ class Window:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's settings; None is everything.
+    """One layer's settings; None means everything.
 
-    `heads` are the query heads that take part in visual computation, `neurons` one index tensor
-    [kept] for each gated feed-forward of the layer (`DecoderLayer.units`).
+    `heads` are the query heads used for visual tokens, `neurons` one index tensor [kept] for each
+    gated feed-forward of the layer (`DecoderLayer.units`).
     """
 
     heads: tuple[int, ...] | None = None
@@ -50,12 +51,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Selection:
-    """One point of the plan at which visual tokens leave for good; the rest go on.
+    """One point of the plan at which visual tokens are removed for good.
 
-    It happens when `after` layers have run, 0 being before the decoder. Every frame keeps as many
-    tokens as `quota` says, or fewer, and `choose` says which; a frame that has no more than its
-    quota is left as it is. `attention` asks for the queries and keys of the layer that ran last,
-    `name` is for messages. `macs` says what choosing itself multiplies; None is not known.
+    It is carried out when `after` layers have run, 0 being before the decoder. Every frame keeps
+    `quota` tokens or fewer, chosen by `choose`; a frame that has no more than its quota is left
+    unchanged. `attention` requests the queries and keys of the preceding layer; `name` is for
+    messages. `macs` counts the multiply-adds of the choice itself; None means unknown.
     """
 
     name: str
@@ -70,12 +71,12 @@ class Selection:
 class VisualPlan:
     """The settings of all layers of one network.
 
-    Layers from `cut` on compute nothing for visual tokens. `dropped` says what a dropped head
-    gives to visual rows: nothing (`silent`, the official LLaVA code), or attention to text alone
-    (`text`). `selections` are in the order in which they happen, so that stage s of the decoder is
-    what runs after s of them. `repairs` are refitted projections by layer, forgotten when other
-    heads or neurons are kept. `revision` grows with every change, so that whatever was prepared
-    can be renewed.
+    Layers from `cut` on compute nothing for visual tokens. `dropped` sets what a dropped head
+    contributes to visual rows: nothing (`silent`, as in the official LLaVA code), or attention to
+    text alone (`text`). `selections` are sorted by when they happen, so stage s of the decoder is
+    what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
+    when other heads or neurons are kept. `revision` grows with every change, so that cached weights
+    can be refreshed.
     """
 
     layers: list[LayerPlan]
@@ -85,15 +86,20 @@ class VisualPlan:
     form: Form | None = None
     selections: list[Selection] = field(default_factory=list)
     repairs: dict[int, Repair] = field(default_factory=dict)
+    # Not compared: two plans with the same settings are equal, however often they were changed.
     revision: int = field(default=0, compare=False)
 
     @staticmethod
     def dense(depth: int) -> VisualPlan:
-        """Return the plan of a network whose visual tokens are treated as text."""
+        """Return the plan of a network that treats visual tokens as text."""
         return VisualPlan([LayerPlan()] * depth, cut=depth)
 
     def agree(self, form: Form) -> None:
-        """Settle how the plan is carried out; all strategies of a run must want the same."""
+        """Set how the plan is carried out; all strategies of a run must agree.
+
+        Raises:
+            UserError: an earlier strategy chose differently.
+        """
         if self.form not in (None, form):
             raise UserError(f"form={form} cannot be combined with form={self.form}: choose one")
         self.form = form
@@ -105,6 +111,7 @@ class VisualPlan:
             LayerPlan(tuple(sorted(kept)), layer.neurons)
             for kept, layer in zip(heads, self.layers, strict=True)
         ]
+        # Refitted columns compensate for exactly the heads and neurons that were dropped then.
         self.repair({})
 
     def keep_neurons(self, neurons: list[tuple[Tensor, ...]]) -> None:
@@ -126,7 +133,11 @@ class VisualPlan:
         self.revision += 1
 
     def cut_at(self, cut: int) -> None:
-        """Let visual tokens leave before layer `cut`; every layer has them at `cut` = depth."""
+        """Remove visual tokens before layer `cut`; with `cut` = depth every layer has them.
+
+        Raises:
+            UserError: `cut` is out of range.
+        """
         if not 1 <= cut <= len(self.layers):
             raise UserError(
                 f"visual tokens can leave after 1 to {len(self.layers)} layers, not {cut}"
@@ -135,25 +146,33 @@ class VisualPlan:
         self.revision += 1
 
     def select(self, selection: Selection) -> None:
-        """Add a selection; those after the same layer happen in the order in which they came."""
+        """Add a pruning step; steps after the same layer run in the order in which they were added.
+
+        Raises:
+            UserError: the layer does not exist, or the step reads attention that an earlier step
+                after the same layer has invalidated.
+        """
         if not 0 <= selection.after < len(self.layers):
             raise UserError(
                 f"{selection.name} selects after {selection.after} layers, but the decoder has "
-                f"{len(self.layers)}: 0 to {len(self.layers) - 1} are possible"
+                f"{len(self.layers)}: allowed are 0 to {len(self.layers) - 1}"
             )
+        # Python's sort is stable, which preserves the order of steps after the same layer.
         self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
         self.revision += 1
         for first, then in pairwise(self.selections):
+            # The first step removes rows, so the queries and keys of the preceding layer no longer
+            # match the rows that the second one would score.
             if then.attention and first.after == then.after:
                 raise UserError(
-                    f"{then.name} reads what layer {then.after - 1} attended to, but {first.name} "
-                    "has already chosen there: let one of them select after another layer"
+                    f"{then.name} reads the attention of layer {then.after - 1}, but {first.name} "
+                    "already prunes there: set another `after` for one of them"
                 )
 
     def reaching(self, layer: int) -> list[Selection]:
-        """Return the selections that happen before a layer runs."""
+        """Return the pruning steps carried out before a layer runs."""
         return [selection for selection in self.selections if selection.after <= layer]
 
     def watches(self, layer: int) -> bool:
-        """Whether a selection reads the queries and keys of a layer."""
+        """Whether a pruning step reads the queries and keys of a layer."""
         return any(s.attention and s.after == layer + 1 < self.cut for s in self.selections)

@@ -1,4 +1,4 @@
-"""Weights for visual rows, cut out once a layer and renewed when plan or network change.
+"""Weight slices for visual rows, cut once per layer and refreshed when plan or network change.
 
 Shapes: H query heads, F a feed-forward's width.
 """
@@ -20,7 +20,7 @@ Version = tuple[int, ...]
 
 
 class Prepared:
-    """The slices of all layers, and where each head and neuron of the loaded network is now."""
+    """Cached per-layer weight slices and the current position of each original head and neuron."""
 
     def __init__(self, decoder: Decoder, plan: VisualPlan) -> None:
         self.decoder = decoder
@@ -32,7 +32,7 @@ class Prepared:
     def layer(self, index: int) -> VisualWeights:
         """Return one layer's weights for visual rows.
 
-        They are cut out anew when the plan or a weight has changed since, and every time while
+        They are cut again if the plan or a weight has changed since, and at every call while
         weights are being trained, so that gradients reach the network.
         """
         layer = self.decoder.layers[index]
@@ -48,16 +48,18 @@ class Prepared:
             self.plan.dropped,
             self.plan.repairs.get(index),
         )
+        # Slices of trained weights belong to one autograd graph, which backward frees: a cached
+        # slice would fail in the next backward.
         if not torch.is_grad_enabled() or not _trained(layer):
             self._kept[index] = (version, weights)
         return weights
 
     def head_order(self) -> list[list[int]]:
-        """Return which head of the loaded network is at each place, for every layer."""
+        """Return the number of the head at each position, for every layer."""
         return [list(order) for order in self._heads]
 
     def numbered(self, layer: int, unit: int, value_F: Tensor) -> Tensor:
-        """Return values of a feed-forward's neurons by their numbers in the loaded network."""
+        """Order values of a feed-forward's neurons by their numbers in the loaded network."""
         order = self._neurons[layer][unit]
         return torch.zeros(order.width).scatter(0, order.now(len(value_F)), value_F)
 
@@ -70,7 +72,6 @@ class Prepared:
                 self._front_neurons(layer, plan.neurons)
 
     def _front_heads(self, layer: DecoderLayer, kept: set[int]) -> None:
-        """Move one layer's kept heads to the front."""
         view, order = layer.attention_view(), self._heads[layer.index]
         places = front_heads(kept, order, view.heads // view.groups)
         if places != list(range(view.heads)):
@@ -78,17 +79,18 @@ class Prepared:
             self._heads[layer.index] = [order[place] for place in places]
 
     def _front_neurons(self, layer: DecoderLayer, kept: Sequence[Tensor]) -> None:
-        """Move one layer's kept neurons to the front of each feed-forward."""
         orders = self._neurons[layer.index]
         for unit, order, chosen in zip(layer.units(), orders, kept, strict=True):
             now_F = order.follow(unit)
+            # A stable sort of 0 (kept) and 1 (dropped): kept neurons come first, both kinds in
+            # their present order, so a second call with the same plan moves nothing.
             moved_F = (~torch.isin(now_F, chosen.cpu())).to(torch.uint8).argsort(stable=True)
             if bool((moved_F[1:] < moved_F[:-1]).any()):
                 move_neurons(unit, moved_F)
                 order.moved(moved_F)
 
     def places(self, layer: DecoderLayer) -> tuple[Tensor, ...] | None:
-        """Return where the kept neurons of each feed-forward are now; None for all of them."""
+        """Return the present positions of each feed-forward's kept neurons; None for all."""
         kept = self.plan.layers[layer.index].neurons
         if kept is None:
             return None
@@ -100,11 +102,13 @@ class Prepared:
 
 
 def _versions(layer: DecoderLayer) -> Version:
-    """Return what changes when a weight of the layer is written to or replaced."""
+    """Return numbers that change if a weight of the layer is replaced or written to."""
+    # Both are needed: `id` changes if a weight is replaced by another tensor, `_version` if it is
+    # changed in place. Writes through `.data` change neither, so code that makes them must call
+    # `increment_version`.
     weights = layer.module.parameters()
     return tuple(number for weight in weights for number in (id(weight), weight._version))
 
 
 def _trained(layer: DecoderLayer) -> bool:
-    """Whether a weight of the layer gets gradients."""
     return any(weight.requires_grad for weight in layer.module.parameters())

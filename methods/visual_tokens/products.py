@@ -1,9 +1,8 @@
-"""What the engine multiplies for a prompt: every product of `layers` and `attention`, named.
+"""Exact multiply-adds of the engine for a prompt: every matmul of its decoder layers.
 
-The account follows the same `Attendance` by which the engine decides who attends to whom, and the
-same slices of the weights, so it holds for any plan, and for whatever was done to the weights
-since. Which tokens a selection keeps is not known without running it: the first ones of each frame
-stand for them, which matters only to windows.
+The count uses the same `AttentionMasks` as the engine itself, and the same slices of the weights,
+so it holds for any plan and for later changes to the weights. Which tokens a pruning step keeps is
+unknown without running it: the first ones of each frame stand for them, which affects windows only.
 
 Shapes: B samples, T text rows, N visual rows, K keys, H query heads.
 """
@@ -32,7 +31,7 @@ from methods.visual_tokens.weights import GatedSlice, VisualWeights
 
 @dataclass(frozen=True)
 class Stage:
-    """One layer of a call: the rows that are in it, who sees whom, what was chosen before it."""
+    """One layer of a call: its rows, its masks, and the cost of pruning steps before it."""
 
     layer: DecoderLayer
     weights: VisualWeights
@@ -43,7 +42,7 @@ class Stage:
 
     @property
     def samples(self) -> int:
-        """How many samples the call has, B."""
+        """Number of samples of the call, B."""
         return self.text.index_BR.shape[0]
 
     @property
@@ -53,19 +52,19 @@ class Stage:
 
 
 class Told:
-    """The account of one engine, `Planned`."""
+    """The FLOPs of one engine; implements `FlopsProvider`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     @property
     def untold(self) -> tuple[str, ...]:
-        """Name the selections that do not say what choosing costs."""
+        """Names of the pruning steps that do not report the cost of choosing."""
         quiet = (each.name for each in self.engine.plan.selections if each.macs is None)
         return tuple(dict.fromkeys(quiet))
 
     def prefill(self, inputs: Inputs) -> list[Product] | None:
-        """Return the decoder's products for a prompt; None where it runs as it is."""
+        """Return the decoder's matmuls for a prompt; None if the original decoder runs."""
         if self.engine.plan.form != "skip" or locate(self.engine.network, inputs) is None:
             return None
         products: list[Product] = []
@@ -76,7 +75,7 @@ class Told:
         return products
 
     def token(self, inputs: Inputs) -> list[Product] | None:
-        """Return the products of the first generated token."""
+        """Return the matmuls of the first generated token; None if the original decoder runs."""
         if self.engine.plan.form != "skip" or locate(self.engine.network, inputs) is None:
             return None
         products: list[Product] = []
@@ -86,13 +85,15 @@ class Told:
             kept = self._kept(stage)
             heads = stage.weights.view.heads
             products += self._text_rows(stage.layer, batch)
+            # The kernel multiplies with padded visual rows as well, which `pairs` counts; `real`
+            # counts the keys that are attended to.
             pairs = batch * (heads * (text + 1) + kept * visual)
             real = batch * (heads * (text + 1) + kept * float(seen))
             products.append(attended("text", pairs, real, _width(stage)))
         return products
 
     def layers(self, inputs: Inputs) -> list[VisualLayer]:
-        """Return tokens and kept shares of every layer."""
+        """Return visual tokens and kept shares of every layer."""
         found = []
         for stage in self._stages(inputs):
             plan, total = self.engine.plan.layers[stage.layer.index], stage.weights.view.heads
@@ -108,13 +109,15 @@ class Told:
         return found
 
     def _stages(self, inputs: Inputs) -> Iterator[Stage]:
-        """Yield every layer with the rows that reach it, as `Engine._through_layers` runs them."""
+        """Yield every layer with its rows, in the order of `VisualEngine._through_layers`."""
         engine, plan = self.engine, self.engine.plan
         tokens = locate(engine.network, inputs)
         ids_BS: Tensor = inputs["input_ids"]
         text, visual = streams_of(ids_BS[..., None], tokens, inputs.get("attention_mask"))
         if tokens is None or visual is None:
             return
+        # Angles and DeepStack rows do not affect any count, so zero-width tensors stand in for
+        # them.
         nothing = torch.zeros(*visual.index_BR.shape, 0, device=ids_BS.device)
         here = present(tokens, visual, (nothing, nothing), [])
         whole = Frames.of(here.cells).counts
@@ -133,19 +136,19 @@ class Told:
     def _choosing(
         self, selection: Selection, text: Rows, here: Present, whole: tuple[int, ...]
     ) -> list[Product]:
-        """Return what choosing costs, where the method says it and something is chosen."""
+        """Return the cost of choosing, if the method reports it and something is chosen."""
         sizes = sizes_of(self.engine, selection, text, here, whole)
         if selection.macs is None or sizes.kept == sizes.counts:
             return []
         return [Product("method", selection.macs(sizes), "visual")]
 
     def _text_rows(self, layer: DecoderLayer, rows: int) -> list[Product]:
-        """Return the linear products of text rows, which meet the stock layer."""
+        """Return the linear layers of text rows, which run through the original layer."""
         own = Product("rows", rows * weights(layer.attention))
         return [own, *feed_forward(layer.feed_forward, rows, "text", self._top_k)]
 
     def _layer(self, stage: Stage) -> Iterator[Product]:
-        """Yield the attention of text rows and everything of visual rows in one layer."""
+        """Yield attention of text rows and all matmuls of visual rows in one layer."""
         cut, index = self.engine.plan.cut, stage.layer.index
         if index >= cut:
             yield _text_alone(stage, stage.weights.view.heads)
@@ -155,6 +158,8 @@ class Told:
         kept, dropped = self._kept(stage), len(stage.weights.heads.dropped)
         if not kept:
             yield _text_alone(stage, stage.weights.view.heads)
+        # The branches mirror `two_stream_layer` and `_attend_streams`; a case added there must be
+        # added here.
         elif stage.who.order is not None and not last:
             yield from _jointly(stage, kept)
         else:
@@ -167,7 +172,7 @@ class Told:
             yield _visual_to_text(stage, dropped)
 
     def _visual_rows(self, stage: Stage, *, last: bool) -> Iterator[Product]:
-        """Yield the linear products of visual rows; only keys and values in their last layer."""
+        """Yield the linear layers of visual rows; in their last layer only keys and values."""
         ready, rows = stage.weights, stage.samples * stage.visual.rows.count
         yield Product("rows", rows * matrices(ready.k.weight, ready.v.weight), "visual")
         if last:
@@ -180,7 +185,7 @@ class Told:
             yield from feed_forward(ready.feed_forward, rows, "visual", self._top_k)
 
     def _kept(self, stage: Stage) -> int:
-        """Return how many heads see visual tokens in a layer."""
+        """Return the number of heads that attend to visual tokens in a layer."""
         return len(stage.weights.heads.kept) if stage.layer.index < self.engine.plan.cut else 0
 
     @property
@@ -189,7 +194,7 @@ class Told:
 
 
 def _after(selection: Selection, here: Present, whole: tuple[int, ...]) -> Present:
-    """Return what a selection leaves, the first tokens of each frame standing for the chosen."""
+    """Return what a pruning step leaves; the first tokens of each frame stand for the chosen."""
     frames = Frames.of(here.cells)
     left = [
         selection.quota.left(n, m) if selection.quota.kept(n, m) < m else m
@@ -201,19 +206,19 @@ def _after(selection: Selection, here: Present, whole: tuple[int, ...]) -> Prese
 
 
 def _width(stage: Stage) -> int:
-    """Return the multiply-adds of a pair in one head."""
+    """Return the multiply-adds per query-key pair in one head: q·k and weight·v."""
     return 2 * stage.weights.view.head_dim
 
 
 def _seen(mask: Tensor | None, samples: int, pairs: int) -> float:
-    """Return how many of the pairs of all samples a mask leaves; it may serve several of them."""
+    """Count the pairs that a mask leaves, over all samples."""
     if mask is None:
         return float(pairs)
+    # A mask may have one row for the whole batch.
     return float(mask.sum()) * samples / mask.shape[0]
 
 
 def _text_alone(stage: Stage, heads: int) -> Product:
-    """Return text rows over text keys."""
     batch, (text, _) = stage.samples, stage.rows
     pairs = batch * text * text
     causal = batch * text * (text + 1) / 2
@@ -222,7 +227,7 @@ def _text_alone(stage: Stage, heads: int) -> Product:
 
 
 def _text_to_all(stage: Stage, heads: int) -> Product:
-    """Return text rows over visual and text keys under a mask."""
+    """Count text rows over visual and text keys under a mask."""
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * text * (text + visual)
     seen = _seen(stage.who.mixed_BTK, batch, pairs)
@@ -233,7 +238,8 @@ def _jointly(stage: Stage, heads: int) -> Iterator[Product]:
     """Yield both streams over both, in plain causal order without a mask."""
     batch, (text, visual) = stage.samples, stage.rows
     order = cast(Tensor, stage.who.order)
-    rank = order.argsort() + 1  # as many keys as come before a row, and itself
+    # In causal order a row attends to all rows before it and to itself.
+    rank = order.argsort() + 1
     parts: tuple[tuple[Any, int, Tensor], ...] = (
         ("text", text, rank[:text]),
         ("visual", visual, rank[text:]),
@@ -254,9 +260,9 @@ def _blocks(stage: Stage, heads: int) -> Iterator[Product]:
 
 
 def _visual_to_text(stage: Stage, heads: int) -> Product:
-    """Return what dropped heads of visual rows attend to under `dropped=text`.
+    """Count what dropped heads of visual rows attend to under `dropped=text`.
 
-    Rows before all text are given all of it, and their result is thrown away.
+    Rows before all text get all of it, and their result is discarded, as in `text_only_attention`.
     """
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * visual * text

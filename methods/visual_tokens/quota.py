@@ -1,4 +1,4 @@
-"""How many visual tokens of a frame stay after a selection.
+"""Number of visual tokens of a frame that stay after a pruning step.
 
 n is the number of tokens that the frame came with, m the number that it has left.
 """
@@ -15,8 +15,7 @@ from bench.errors import UserError
 class Quota:
     """`share` · n + `count` tokens of a frame stay, rounded, and at least one.
 
-    Of those that go, `recycled` · (m - kept), rounded down, and one more come back as merged
-    tokens, if `recycled` is not 0.
+    Unless `recycled` is 0, the removed ones return as ⌊`recycled` · (m - kept)⌋ + 1 merged tokens.
     """
 
     share: float = 0.0
@@ -25,56 +24,58 @@ class Quota:
 
     @staticmethod
     def of(keep: float | str) -> Quota:
-        """Return a number of tokens (an int), a share of a frame's tokens (a float), or "all"."""
+        """Return the quota of a number (int) or share (float) of a frame's tokens, or of "all"."""
         if isinstance(keep, str):
             return Quota(share=1.0)
         return Quota(count=keep) if isinstance(keep, int) else Quota(share=keep)
 
     @staticmethod
     def averaging(average: float | str, after: int, depth: int) -> Quota:
-        """Return what must stay for a frame to average so many tokens over all layers.
+        """Return the quota that makes a frame average this many tokens over all layers.
 
-        With K = `after` layers of all n tokens and L - K of k, the average is
-        (K n + (L - K) k) / L (FastV), which is solved for k.
+        With K = `after` layers of all n tokens and L - K layers of k, the average is (K n + (L - K)
+        k) / L (FastV), which is solved for k.
 
         Raises:
-            UserError: a share that the first K layers exceed alone.
+            UserError: the first K layers alone exceed the given share.
         """
         want, rest = Quota.of(average), depth - after
         quota = Quota((depth * want.share - after) / rest, depth * want.count / rest)
+        # A share can be judged without a frame; a number of tokens depends on n and is judged in
+        # `kept`.
         if quota.count == 0 and quota.share <= 0:
             raise UserError(
-                f"average={average} cannot be met: {after} of {depth} layers with all tokens are "
-                f"{after / depth:.3g} of them already"
+                f"average={average} cannot be met: {after} of {depth} layers with all tokens make "
+                f"{after / depth:.3g} already; raise average= or prune earlier"
             )
         return quota
 
     def kept(self, n: int, m: int) -> int:
-        """Return how many of a frame's m tokens stay.
+        """Return the number of a frame's m tokens that stay.
 
         Raises:
-            UserError: an average number of tokens that the first layers exceed alone.
+            UserError: the first layers alone exceed the given average number of tokens.
         """
         wanted = self.share * n + self.count
         if wanted <= 0:
             raise UserError(
                 f"the average number of tokens cannot be met on an image of {n} tokens: its first "
-                "layers, with all of them, exceed it; raise average= or select earlier"
+                "layers, with all of them, exceed it; raise average= or prune earlier"
             )
         return min(m, max(1, round(wanted)))
 
     def left(self, n: int, m: int) -> int:
-        """Return how many tokens a frame has afterwards, merged ones included."""
+        """Return the number of a frame's tokens afterwards, merged ones included."""
         kept = self.kept(n, m)
         return kept + self.merged(m - kept)
 
     def merged(self, gone: int) -> int:
-        """Return how many merged tokens come back of so many that go."""
+        """Return how many merged tokens replace `gone` removed ones."""
         return int(self.recycled * gone + 1e-9) + 1 if self.recycled and gone else 0
 
 
 def left_after(quotas: Sequence[Quota], n: int) -> int:
-    """Return how many tokens are left of a frame of n after several selections."""
+    """Return the number of tokens left of a frame of n after several pruning steps."""
     m = n
     for quota in quotas if n else ():
         m = quota.left(n, m)

@@ -1,8 +1,8 @@
-"""The skip form by masks alone: every row computed in full, and whatever is skipped masked away.
+"""Reference for two-stream execution: every row computed in full under masks.
 
-Slow and direct, for tests. Attention sees masks before the softmax, feed-forwards of visual rows
-run on copies whose unwanted neurons are zero. Shapes: B samples, Q new tokens, K all tokens so
-far, H heads, d a head's width.
+Slow and direct, for tests. Attention is masked before the softmax; feed-forwards of visual rows run
+on copies whose dropped neurons are zero. Shapes: B samples, Q new tokens, K all tokens so far, H
+heads, d a head's width.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ NAME = "slimbench_visual_masked"
 
 @dataclass(frozen=True)
 class Removal:
-    """Tokens [B, S] of the first call that nobody else sees from layer `after` on.
+    """Tokens [B, S] of the first call that are hidden from all other tokens from layer `after` on.
 
-    `states_BSD` replaces hidden states at that layer's door where they are not NaN.
+    `states_BSD` replaces hidden states at the input of that layer where they are not NaN.
     """
 
     after: int
@@ -37,9 +37,9 @@ class Removal:
 
 
 class Masked:
-    """One conversation: remembers where visual tokens are from its first call to its last.
+    """Masked run of one conversation; keeps the positions of visual tokens over all its calls.
 
-    The plan's own selections are not carried out; what they would remove is told by `removals`.
+    The plan's own pruning steps are not carried out; `removals` gives what they would remove.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class Masked:
         self.new = 0
 
     def _thinned(self, layer: DecoderLayer) -> nn.Module:
-        """Return a copy of a layer's feed-forward without the neurons that visual rows skip."""
+        """Copy a layer's feed-forward without the neurons that visual rows skip."""
         kept = self.plan.layers[layer.index].neurons
         units = () if kept is None else layer.units()
+        # Units are views of the network's weights in any storage format, and a copy's are not
+        # reachable the same way: the network is changed, copied and restored.
         gates = [unit.gate.detach().clone() for unit in units]
         for unit, indices in zip(units, kept or (), strict=True):
             lost = torch.ones(unit.width, dtype=torch.bool)
@@ -85,16 +87,17 @@ class Masked:
     def attention(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
-        """Attend as the plan says, from a mask of every head over every pair of tokens."""
+        """Attend under a mask of every head over every pair of tokens."""
         allowed_BHQK, silent_BHQ = self._rule(module.layer_idx, q.shape[1])
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         scores = (q @ k.transpose(2, 3) * scaling).masked_fill(~allowed_BHQK, -torch.inf)
+        # A row without any allowed key, such as padding, is NaN, which becomes 0.
         out_BHQd = scores.softmax(-1).nan_to_num(0) @ v
         return out_BHQd.masked_fill(silent_BHQ[..., None], 0).transpose(1, 2), None
 
     def _rule(self, index: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Return which keys each query of each head sees, and which queries give nothing."""
+        """Return the keys each query of each head attends to, and the queries that output zero."""
         tokens, real_BK = cast(VisualTokens, self.tokens), cast(Tensor, self.real_BK)
         plan, length = self.plan, tokens.frame_BS.shape[1]
         kept = plan.layers[index].heads
@@ -112,15 +115,19 @@ class Masked:
             if plan.dropped == "silent":
                 silent[:, head] |= vq[..., 0]
         if index >= plan.cut:
+            # After the cut only text rows are read, and they must not attend to visual keys; visual
+            # rows keep each other, or their softmax would be empty.
             allowed &= ~(vk & ~vq)[:, None]
         for removal in self.removals:
             if index >= removal.after:
                 gone = functional.pad(removal.gone_BS, (0, length - removal.gone_BS.shape[1]))
+                # A removed token still attends to itself, so its row stays finite; nothing reads
+                # it.
                 allowed &= (~gone[:, None] | (query[:, None] == key))[:, None]
         return allowed, silent
 
     def _near(self, tokens: VisualTokens, query: Tensor, key: Tensor) -> Tensor:
-        """Return which visual pairs are neighbours of one frame."""
+        """Mark visual pairs that are neighbours in one frame."""
         window = self.plan.window
         assert window is not None
         apart = [
@@ -132,7 +139,7 @@ class Masked:
         return near & (query[:, None] >= key[None, :]) if window.causal else near
 
     def enter(self, index: int) -> Callable[..., Any]:
-        """Return a hook that gives tokens into which others were merged their new states."""
+        """Return a hook that sets the states of tokens into which others were merged."""
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states_BSD = args[0]
@@ -145,11 +152,10 @@ class Masked:
         return before
 
     def _is_first(self) -> bool:
-        """Whether the call is the conversation's first."""
         return self.new == cast(VisualTokens, self.tokens).frame_BS.shape[1]
 
     def feed_forward(self, index: int) -> Callable[..., Tensor]:
-        """Return a hook that gives visual rows the output of the thinned copy."""
+        """Return a hook that gives visual rows the output of the reduced copy."""
 
         def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             tokens = cast(VisualTokens, self.tokens)
@@ -161,7 +167,7 @@ class Masked:
 
 @contextmanager
 def masked(network: Any, plan: VisualPlan, removals: Sequence[Removal] = ()) -> Iterator[None]:
-    """Run the network's own layers under the masks of a plan, while the block lasts."""
+    """Run the network's own layers under the masks of a plan inside the block."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -187,7 +193,7 @@ def masked(network: Any, plan: VisualPlan, removals: Sequence[Removal] = ()) -> 
 
 
 def _after(first: VisualTokens, then: VisualTokens) -> VisualTokens:
-    """Return a conversation that goes on; frames of different calls keep different numbers."""
+    """Append a call to a conversation; frames of different calls get different numbers."""
     moved = torch.where(then.mask, then.frame_BS + 1 + first.frame_BS.max(), then.frame_BS)
     return VisualTokens(
         torch.cat([first.frame_BS, moved], 1),

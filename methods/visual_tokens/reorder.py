@@ -1,4 +1,4 @@
-"""Moving kept heads and neurons to the front, so that slices of weights are views, not copies.
+"""Permutations that move kept heads and neurons to the front, so weight slices are views.
 
 An exact change of parameters: the network computes the same function. Shapes: D d_model, H query
 heads, G key-value heads, d a head's width, F a feed-forward's width.
@@ -16,14 +16,15 @@ from bench.models.multimodal.decoder import AttentionView, Projection
 
 
 def front_heads(kept: Collection[int], order: Sequence[int], per_group: int) -> list[int]:
-    """Return places of heads with the kept ones first, as far as key-value groups allow.
+    """Return positions of heads with kept ones first, as far as key-value groups allow.
 
-    `order` says which head is at each place; `kept` are heads. Groups stay together: those with a
-    kept head come first, and inside a group its kept heads do.
+    `order` is the head at each position; `kept` are heads. Groups stay together: those with a kept
+    head come first, and in each group its kept heads do.
     """
-    groups = [
-        range(first, first + per_group) for first in range(0, len(order), per_group)
-    ]  # places of each group
+    # Groups stay whole because query head i reads key-value head i // per_group: moved alone, it
+    # would read different keys. K and V are therefore sliced by group, all groups with a kept head,
+    # and kept query heads are contiguous only within their groups.
+    groups = [range(first, first + per_group) for first in range(0, len(order), per_group)]
     inside = [sorted(group, key=lambda place: order[place] not in kept) for group in groups]
     inside.sort(key=lambda group: order[group[0]] not in kept)
     return [place for group in inside for place in group]
@@ -31,8 +32,9 @@ def front_heads(kept: Collection[int], order: Sequence[int], per_group: int) -> 
 
 @torch.no_grad()
 def move_heads(view: AttentionView, places: Sequence[int]) -> None:
-    """Rearrange a layer's heads in place; `places` [H] are the old places in their new order."""
+    """Permute a layer's heads in place; `places` [H] are the old positions in new order."""
     per_group = view.heads // view.groups
+    # Query heads of a group stay adjacent, so the first one of each gives the group's new place.
     groups = [places[first] // per_group for first in range(0, view.heads, per_group)]
     for projection, moved in ((view.q, places), (view.k, groups), (view.v, groups)):
         _rearrange(projection, _components(moved, view.head_dim))
@@ -42,7 +44,7 @@ def move_heads(view: AttentionView, places: Sequence[int]) -> None:
 
 @torch.no_grad()
 def move_neurons(unit: ExpertView, places_F: Tensor) -> None:
-    """Rearrange the neurons of a gated feed-forward in place."""
+    """Permute the neurons of a gated feed-forward in place."""
     places_F = places_F.to(unit.gate.device)
     unit.gate.copy_(unit.gate[places_F])
     unit.up.copy_(unit.up[places_F])
@@ -50,12 +52,11 @@ def move_neurons(unit: ExpertView, places_F: Tensor) -> None:
 
 
 def _rearrange(projection: Projection, rows: Tensor) -> None:
-    """Rearrange the outputs of a projection."""
     for part in (projection.weight, projection.bias):
         if part is not None:
             part.copy_(part[rows.to(part.device)])
 
 
 def _components(heads: Sequence[int], width: int) -> Tensor:
-    """Return the indices of all components of some heads."""
+    """Return the channel indices of some heads."""
     return (torch.tensor(heads)[:, None] * width + torch.arange(width)).flatten()

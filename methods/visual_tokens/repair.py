@@ -1,10 +1,10 @@
-"""Least-squares repair: what visual rows still compute stands in for what they do not.
+"""Least-squares repair: the kept columns of visual rows compensate for the dropped ones.
 
-In a layer where visual rows keep some heads, or some neurons, the columns of the output and down
-projections that stay are refitted on calibration images, so that their product with the dense
-network's own activations of visual rows comes as near as possible to that of all columns. The
-solver is that of CAMERA-P's refit, whose damping makes sure that the error does not grow. Text rows
-go on with the weights as they are. Not part of the paper; windows are not foreseen.
+In a layer where visual rows keep some heads or some neurons, the remaining columns of the output
+and down projections are refitted on calibration images, so that their product with the dense
+network's own activations of visual rows is as close as possible to that of all columns. The solver
+is the refit of CAMERA-P, whose damping guarantees that the error does not grow. Text rows continue
+to use the original weights. Not part of the paper; windows are not taken into account.
 
 Shapes: R visual rows of all calibration prompts, F columns of a projection, K kept, D d_model.
 """
@@ -25,7 +25,8 @@ from methods.input_grams import gathering
 from methods.visual_tokens.engine import Engine
 from methods.visual_tokens.weights import Repair, spans
 
-# Gram matrices are wide and float64, so that not all layers' are held at once.
+# Layers whose Gram matrices are held at once. They are F x F in float64, 1 GB for each
+# feed-forward of a 7B model, so not all fit; each group costs one more pass over the prompts.
 LAYERS_AT_ONCE = 4
 
 
@@ -33,11 +34,15 @@ LAYERS_AT_ONCE = 4
 def repair(
     engine: Engine, samples: Samples, damping: float, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Refit the projections of every layer that visual rows reach, and say what it changed.
+    """Refit the projections of every layer that visual rows reach, and report the errors.
 
-    Errors are squared, relative to the projection's own output: before and after, by projection.
-    Experts are left as they are: each token meets others.
+    Errors are squared and relative to the projection's own output: before and after, by projection.
+    Experts are left unchanged, since each sees different tokens.
+
+    Raises:
+        UserError: a calibration prompt has no image.
     """
+    # The last layer before the cut computes only keys and values, so it has nothing to refit.
     reached = engine.decoder.layers[: engine.plan.cut - 1]
     repairs: dict[int, Repair] = {}
     told = []
@@ -55,7 +60,6 @@ def repair(
 def _layer(
     engine: Engine, layer: DecoderLayer, grams: dict[nn.Module, Tensor], damping: float
 ) -> tuple[Repair, dict[str, list[float]]]:
-    """Refit one layer."""
     weights, errors = engine.prepared.layer(layer.index), dict[str, list[float]]()
     view, kept = weights.view, weights.heads.kept
     o_DK, down_DK, places_K = None, None, engine.prepared.places(layer)
@@ -79,6 +83,8 @@ def _refit(
     whole = _energy(gram_FF, weight_DF.double())
     errors = []
     for columns_DK in (weight_DF[:, kept_K].double(), new_DK):
+        # The error in terms of weights: all columns minus those that replace them, at their
+        # positions.
         left_DF = weight_DF.double().index_add(1, kept_K, -columns_DK)
         errors.append(_energy(gram_FF, left_DF) / whole if whole else 0.0)
     return new_DK.to(weight_DF.dtype), errors
@@ -92,7 +98,7 @@ def _energy(gram_FF: Tensor, weight_DF: Tensor) -> float:
 def _grams(
     engine: Engine, layers: Sequence[DecoderLayer], samples: Samples
 ) -> dict[nn.Module, Tensor]:
-    """Return ΦᵀΦ of the inputs that visual rows give some layers' projections, float64 [F, F]."""
+    """Return ΦᵀΦ of the inputs of the layers' projections on visual rows, float64 [F, F]."""
     modules = [_output(layer) for layer in layers]
     modules += [_down(layer) for layer in layers if layer.moe is None]
     found: dict[nn.Module, Tensor] = {}
@@ -106,10 +112,8 @@ def _grams(
 
 
 def _output(layer: DecoderLayer) -> nn.Module:
-    """Return a layer's output projection."""
     return cast(nn.Module, layer.attention.o_proj)
 
 
 def _down(layer: DecoderLayer) -> nn.Module:
-    """Return a dense layer's down projection."""
     return cast(nn.Module, layer.feed_forward.down_proj)

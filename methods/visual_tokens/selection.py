@@ -1,4 +1,4 @@
-"""Choosing heads, neurons and the layer cut from findings.
+"""Choice of heads, neurons and the layer cut from calibration statistics.
 
 Shapes: L layers, H query heads, F neurons of one feed-forward.
 """
@@ -17,18 +17,22 @@ Kept = list[tuple[int, ...]]
 
 
 def above(score_LH: Tensor, threshold: float, whole_layers: int) -> Kept:
-    """Keep the heads whose score beats the threshold, and all heads of the first layers."""
+    """Keep the heads whose score exceeds the threshold, and all heads of the first layers."""
     keep_LH = score_LH > threshold
     keep_LH[:whole_layers] = True
     return _names(keep_LH)
 
 
 def best_by_count(score_LH: Tensor, counts: Sequence[int]) -> Kept:
-    """Keep the given number of best heads in every layer."""
+    """Keep the given number of top-scoring heads in every layer.
+
+    Raises:
+        UserError: a layer has fewer heads.
+    """
     heads = score_LH.shape[1]
     wrong = [count for count in counts if not 0 <= count <= heads]
     if wrong:
-        raise UserError(f"counts has {wrong[0]}, but a layer has 0 to {heads} heads")
+        raise UserError(f"counts has {wrong[0]}, but a layer can keep 0 to {heads} heads")
     keep_LH = torch.zeros_like(score_LH, dtype=torch.bool)
     for layer, count in enumerate(counts):
         keep_LH[layer, score_LH[layer].topk(count).indices] = True
@@ -36,7 +40,7 @@ def best_by_count(score_LH: Tensor, counts: Sequence[int]) -> Kept:
 
 
 def best(score_LH: Tensor, share: float, whole_layers: int, reached: int) -> Kept:
-    """Keep the share of the best heads among the first `reached` layers, one threshold for all.
+    """Keep the top share of heads among the first `reached` layers, under one threshold for all.
 
     Raises:
         UserError: the layers that stay whole have more heads already.
@@ -46,7 +50,11 @@ def best(score_LH: Tensor, share: float, whole_layers: int, reached: int) -> Kep
 
 
 def best_total(score_LH: Tensor, total: int, whole_layers: int, reached: int) -> Kept:
-    """Keep `total` best heads among the first `reached` layers; see `best`."""
+    """Keep the `total` top heads among the first `reached` layers, the first ones whole.
+
+    Raises:
+        UserError: the layers that stay whole have more heads already.
+    """
     heads = score_LH.shape[1]
     whole = min(whole_layers, reached)
     rest = total - whole * heads
@@ -57,22 +65,23 @@ def best_total(score_LH: Tensor, total: int, whole_layers: int, reached: int) ->
         )
     keep_LH = torch.zeros_like(score_LH, dtype=torch.bool)
     keep_LH[:whole] = True
+    # One ranking over all layers, as one threshold would give; `topk` on the flattened scores hits
+    # the exact total where a threshold could leave ties.
     keep_LH[whole:reached].view(-1)[score_LH[whole:reached].flatten().topk(rest).indices] = True
     return _names(keep_LH)
 
 
 def best_neurons(score_F: Tensor, share: float) -> Tensor:
-    """Return the share of a feed-forward's neurons with the best scores, at least one if any."""
+    """Return the top share of a feed-forward's neurons, at least one if there are any."""
     return score_F.topk(min(len(score_F), max(1, int(share * len(score_F))))).indices
 
 
 def earliest_cut(findings: Findings, max_kl: float) -> int:
-    """Return the fewest layers after which dropping visual tokens costs at most `max_kl` nats."""
+    """Return the smallest cut at which removing visual tokens costs at most `max_kl` nats."""
     depth = len(findings.cut_kl)
     fitting = [cut for cut in range(1, depth + 1) if findings.cut_kl[cut - 1] <= max_kl]
     return fitting[0] if fitting else depth
 
 
 def _names(keep_LH: Tensor) -> Kept:
-    """Return the numbers of the heads that are marked in each layer."""
     return [tuple(layer_H.nonzero()[:, 0].tolist()) for layer_H in keep_LH]

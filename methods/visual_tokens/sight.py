@@ -1,8 +1,8 @@
-"""What a selection may look at when it chooses among visual tokens.
+"""Inputs of a pruning step that chooses among visual tokens, and its result.
 
 Shapes: B samples, I frames, M visual tokens of a frame, T text rows, R some of them, N visual rows
-of the call, D d_model, h query heads that see visual tokens, K visual and text keys, d a head's
-width.
+of the call, D d_model, h query heads that attend to visual tokens, K visual and text keys, d a
+head's width.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from methods.visual_tokens.windows import Cells
 
 @dataclass(frozen=True)
 class Choice:
-    """Which tokens of each frame go on, bool [I, M], and new states for some of them.
+    """Tokens of each frame that stay, bool [I, M], and new states for some of them.
 
-    `states_IMD` are taken where `changed_IM` says so: tokens into which others were merged.
+    `states_IMD` replaces the states marked by `changed_IM`: tokens into which others were merged.
     """
 
     keep_IM: Tensor
@@ -37,10 +37,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ran:
-    """The queries and keys of the layer that ran last.
+    """Queries and keys of the preceding layer.
 
-    `visual_k` are the keys of all visual tokens so far for the heads kept in that layer, the
-    call's own last.
+    `visual_k` are the keys of all visual tokens so far for the heads kept in that layer, the call's
+    own last.
     """
 
     layer: int
@@ -52,7 +52,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Entered:
-    """Both streams at the door of the decoder: embeddings [B, T, D] and [B, N, D], real rows."""
+    """Input embeddings of both streams, [B, T, D] and [B, N, D], and the real visual rows."""
 
     text_BTD: Tensor
     visual_BND: Tensor
@@ -61,13 +61,13 @@ class Entered:
 
 @dataclass(frozen=True)
 class Sight:
-    """One call at one point of the decoder.
+    """Inputs of a pruning step: one call at one point of the decoder.
 
-    `states_IMD` are the visual tokens' hidden states, before the decoder their embeddings;
-    `cells` their places in their frames [I, M]; `whole` how many tokens each frame came with.
-    `text_BTD` are the text rows' states, `text` their places. `entered` are both streams as they
-    came into the decoder, visual rows as many as there were. `ran` is None before the first layer,
-    `encoded` what the vision tower said by frame, V being [I, M], None unless it is watched.
+    `states_IMD` are the visual tokens' hidden states, or their embeddings before the decoder;
+    `cells` their cells in their frames [I, M]; `whole` the number of tokens each frame came with.
+    `text_BTD` are the text rows' states, `text` their positions. `entered` are both streams as they
+    entered the decoder, with all visual rows. `ran` is None before the first layer; `encoded` holds
+    the vision tower's outputs by frame, V being [I, M], and is None unless the tower is recorded.
     """
 
     name: str
@@ -84,15 +84,15 @@ class Sight:
 
     @property
     def valid(self) -> Tensor:
-        """Which tokens of each frame are real, bool [I, M]."""
+        """Real tokens of each frame, bool [I, M]."""
         return self.frames.valid_IM
 
     def question(self) -> Tensor:
-        """Return which text rows come after the last image of their sample, bool [B, T]."""
+        """Mark the text rows after the last image of their sample, bool [B, T]."""
         return after_images(self.text, self.visual)
 
     def asked(self) -> Tensor:
-        """Return the same, which must not be empty in a sample with an image.
+        """Like `question_rows`, but raise if a sample with an image has no text after it.
 
         Raises:
             UserError: an image ends its prompt.
@@ -101,41 +101,49 @@ class Sight:
         if not bool(question_BT.any(dim=1)[self.frames.sample_I].all()):
             raise UserError(
                 f"{self.name} chooses an image's tokens by the text after them, but a prompt of "
-                "this call ends with its image"
+                "this call ends with its image: put the question after the image"
             )
         return question_BT
 
     def last_text(self) -> Rows:
-        """Return the last text row of every sample, which must come after its images."""
+        """Return the last text row of every sample, which must come after its images.
+
+        Raises:
+            UserError: an image ends its prompt.
+        """
         self.asked()
+        # Rows are aligned at the right, so the last text row has the same index in every sample.
         places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
         return Rows(places_B1, None)
 
     def attention(self, rows: Rows) -> Tensor:
-        """Return how much each chosen text row attends to each visual token, [I, R, M].
+        """Return the attention of each given text row to each visual token, [I, R, M].
 
-        The softmax is over all keys that a row sees, visual and text, in float32, and the mean is
-        over the heads that see visual tokens. `rows` are places among the text rows.
+        The softmax is over all keys that a row attends to, visual and text, in float32; the mean is
+        over the heads that attend to visual tokens. `rows` are positions among the text rows.
         """
         ran = self._attended()
         scores_BhRK = self._scores(rows, ran)
+        # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
+        # where the layer itself ran in plain causal order without it.
         mask = cast(Tensor, ran.who.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
         index = rows.index_BR[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
         weight = scores_BhRK.masked_fill(~mask.gather(2, index), -torch.inf).softmax(dim=-1)
         return self._own(weight, ran).transpose(1, 2)
 
     def products(self, rows: Rows) -> Tensor:
-        """Return the scaled products of chosen text rows' queries with visual keys, [I, R, M]."""
+        """Return the scaled q · k of given text rows with visual keys, [I, R, M]."""
         ran = self._attended()
         return self._own(self._scores(rows, ran), ran).transpose(1, 2)
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
 
-        Both of the key-value heads that visual tokens have, after rotation.
+        Both for the key-value heads that visual tokens have, after rotation.
         """
         ran = self._attended()
         groups = ran.weights.heads.groups
+        # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
         visual = cast(Tensor, ran.visual_k)[:, :, -self.visual.count :]
         text = pick(ran.text.k, groups)[:, :, -self.text.count :]
         return (
@@ -144,30 +152,30 @@ class Sight:
         )
 
     def tower(self) -> Encoded:
-        """Return what the vision tower said.
+        """Return the vision tower's outputs.
 
         Raises:
-            UserError: the call's images were encoded before the tower was watched.
+            UserError: the call's images were encoded before the tower was recorded.
         """
         if self.encoded is None:
             raise UserError(
-                f"{self.name} looks into the vision tower, but the images of this call were "
-                "encoded elsewhere: call the model with their pixels"
+                f"{self.name} reads the vision tower, but the images of this call were encoded "
+                "elsewhere: call the model with their pixels"
             )
         return self.encoded
 
     def _attended(self) -> Ran:
-        """Return the layer that ran last, in which some head must see visual tokens."""
+        """Return the preceding layer, in which some head must attend to visual tokens."""
         ran = cast(Ran, self.ran)
         if ran.visual_k is None:
             raise UserError(
-                f"{self.name} reads the attention of layer {ran.layer}, in which no head sees "
-                "visual tokens: keep some there or select after another layer"
+                f"{self.name} reads the attention of layer {ran.layer}, in which no head attends "
+                "to visual tokens: keep some there or set another `after`"
             )
         return ran
 
     def _scores(self, rows: Rows, ran: Ran) -> Tensor:
-        """Return scaled products of chosen text queries with visual and text keys, [B, h, R, K]."""
+        """Return scaled q · k of given text rows with visual and text keys, [B, h, R, K]."""
         heads = ran.weights.heads
         q_BhTd = pick(cast(Tensor, ran.text.q), heads.kept).float()
         index = rows.index_BR[:, None, :, None].expand(-1, q_BhTd.shape[1], -1, q_BhTd.shape[3])

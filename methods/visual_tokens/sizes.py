@@ -1,4 +1,4 @@
-"""The numbers from which a selection says what choosing itself multiplies."""
+"""Sizes from which a pruning step computes the multiply-adds of its choice."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from methods.visual_tokens.rows import Rows, after_images
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a selection works on: `counts` tokens of each frame, of which `kept` stay.
+    """Input sizes of a pruning step: `counts` tokens of each frame, of which `kept` stay.
 
-    A text row of one of the `samples` has `keys` text and visual rows before and beside it, `text`
-    of them text; `asked` text rows come after the last image, `entered` visual rows came into the
-    decoder, of the sample that has most. `heads` heads of width `head_dim` see visual tokens in
-    the layer that ran last; `width` is d_model. `tower` is None unless the vision tower is watched.
+    A text row of one of the `samples` has `keys` text and visual rows to attend to, `text` of them
+    text. `asked` is the number of text rows after the last image, `entered` that of visual rows
+    that entered the decoder, both of the sample that has most. `heads` heads of width `head_dim`
+    attend to visual tokens in the preceding layer; `width` is d_model. `tower` is None unless the
+    vision tower is recorded.
     """
 
     counts: tuple[int, ...]
@@ -39,23 +40,25 @@ class Sizes:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of tokens there are in frames that are packed to one length."""
+        """Number of token pairs in frames padded to one length."""
         return len(self.counts) * max(self.counts) ** 2
 
     @property
     def row_macs(self) -> int:
-        """What one text row of every sample costs against all keys, in all heads: q · k alone."""
+        """Multiply-adds of q · k for one text row per sample against all keys, in all heads."""
         return self.samples * self.heads * self.keys * self.head_dim
 
 
 def sizes_of(
     engine: Engine, selection: Selection, text: Rows, here: Present, whole: tuple[int, ...]
 ) -> Sizes:
-    """Return what a selection works on before it chooses; `whole` are its frames' own tokens."""
+    """Return the sizes before a pruning step; `whole` are the frames' original token counts."""
     frames = Frames.of(here.cells)
     counts, samples = frames.counts, here.rows.index_BR.shape[0]
     entered_B = torch.zeros(samples, dtype=torch.int64)
     entered_B.index_add_(0, frames.sample_I.cpu(), torch.tensor(whole))
+    # A step before the decoder has no preceding layer; it reads no attention either, so layer 0
+    # only fills the fields.
     ran = engine.prepared.layer(max(selection.after - 1, 0))
     return Sizes(
         counts=counts,

@@ -1,4 +1,4 @@
-"""Sparse visual projection in the feed-forward (arXiv 2410.06169): few neurons for the image."""
+"""Sparse visual projection in the feed-forward (arXiv 2410.06169): few neurons for visual rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Neurons = list[tuple[torch.Tensor, ...]]
 
 
 class SparseFFN(VisualStrategy):
-    """Give visual rows the share `keep` of each feed-forward's neurons; text rows have them all.
+    """Give visual rows a share `keep` of each feed-forward's neurons; text rows keep them all.
 
     `choose=scored` keeps the neurons with the largest mean |activation| on visual rows times the
     norm of their output column; `first` the first ones, as the release does, which relies on
-    fine-tuning; `random` is a control. In a mixture of experts every expert keeps that share.
-    With `reorder` neurons are permuted, exactly, so that kept ones need no copies.
+    fine-tuning; `random` is a control. In a mixture of experts every expert keeps that share. With
+    `reorder` neurons are permuted, exactly, so that kept ones need no copies.
     """
 
     keep: float = Field(default=0.25, gt=0, le=1)
@@ -33,7 +33,7 @@ class SparseFFN(VisualStrategy):
 
     @property
     def uses_prompts(self) -> bool:
-        """Neurons are scored on prompts, unless their scores lie in a folder or are not wanted."""
+        """Whether neurons are scored on prompts: not with `settings`, `first` or `random`."""
         return self.choose == "scored" and self.settings is None
 
     def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:

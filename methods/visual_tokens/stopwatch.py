@@ -1,4 +1,4 @@
-"""How long a prefill takes under the engine's plan, as a share of the dense one's time."""
+"""Prefill time under the engine's plan, as a share of the dense prefill's time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDS = 5
 
 
 class Stopwatch:
-    """Times one prompt's prefill, dense and planned in turn, so that both meet the same machine."""
+    """Times one prompt's prefill, dense and planned in turn."""
 
     def __init__(self, engine: Engine, samples: Samples) -> None:
         self._engine = engine
@@ -24,14 +24,17 @@ class Stopwatch:
 
     @torch.no_grad()
     def share(self) -> float:
-        """Return the median time of the plan over the median time of the dense network."""
+        """Return the median time of the plan divided by that of the dense network."""
         self.readings += 1
         planned, dense = [], []
         for number in range(ROUNDS + 1):
+            # Alternating runs see the same machine: a clock that changes or a neighbour's load hits
+            # both, and medians discard the runs it hits alone.
             took = self._seconds()
             with self._engine.dense():
                 whole = self._seconds()
-            if number:  # the first round pays for what is prepared once
+            # The first round pays for weight slices, kernel selection and allocation.
+            if number:
                 planned.append(took)
                 dense.append(whole)
         return statistics.median(planned) / statistics.median(dense)

@@ -1,4 +1,4 @@
-"""What the four strategies share: which models they fit, how they reach the network's plan."""
+"""Base class of visual strategies: supported models, and access to the network's plan."""
 
 from __future__ import annotations
 
@@ -19,35 +19,44 @@ from methods.visual_tokens.work import shape_of, work_of
 
 
 class VisualStrategy(Method):
-    """A method that adds its settings to the network's one plan; several compose in any order.
+    """A method that adds its settings to the network's plan; several compose in any order.
 
-    `form` says how the plan is carried out, and must be the same for all strategies of a run.
-    `skip`, the product, computes nothing that nobody reads and normalises over what is left.
-    `official` computes everything and zeroes attention weights after the softmax, as the paper's
-    released LLaVA code does: for its released checkpoints and for comparison; it saves nothing.
+    `form` sets how the plan is carried out, and must be the same for all strategies of a run.
+    `skip` computes only what is read and normalises over the remaining keys. `official` computes
+    everything and zeroes attention weights after the softmax, as the paper's released LLaVA code
+    does: for its released checkpoints and for comparison; it saves no work.
     """
 
     form: Form = "skip"
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a model that sees no images or whose decoder is not understood."""
+        """Refuse a model without images or with an unsupported decoder.
+
+        Raises:
+            UserError: the model does not fit the strategy.
+        """
         if anatomy.model_type not in FAMILIES:
             raise UserError(
-                f"{type(self).__name__} is about an image's tokens, but {anatomy.architecture} is "
-                f"not a vision-language model that is known: {', '.join(sorted(FAMILIES))}"
+                f"{type(self).__name__} needs visual tokens, but {anatomy.architecture} is not a "
+                f"vision-language model that is supported: {', '.join(sorted(FAMILIES))}"
             )
         decoder_layers(anatomy)
         if self.form == "official" and anatomy.moe:
-            raise UserError("form=official is the paper's LLaVA code, which knows no experts")
+            raise UserError("form=official does not support MoE models")
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Add the settings; what is computed from now on follows the whole plan.
+        """Add the settings; from now on the network follows the whole plan.
 
-        The report's `shape` and `work` are what `cost` counts the plan's FLOPs and bytes from.
+        The report's `shape` and `work` are the inputs of the closed-form FLOPs and bytes of the
+        plan.
         """
         engine = engine_of(model.network)
         engine.plan.agree(self.form)
+        # On the network, not in the report: it then reflects every later change of the plan, and is
+        # copied with the network.
         setattr(model.network, ATTRIBUTE, Told(engine))
+        # Masked mode keeps its marks of visual tokens as an attribute of the cache, which does not
+        # follow when the rows of a shared prefix are distributed to several prompts.
         model.needs_prompt = model.needs_prompt or self.form == "official"
         details = self._set(engine, model, context)
         details |= {

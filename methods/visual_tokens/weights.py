@@ -1,9 +1,9 @@
-"""The weights that visual rows need in one layer, cut out once and used by every call.
+"""Weights that visual rows need in one layer, sliced once and used by every call.
 
-Shapes: D d_model, H query heads, h kept of them, G key-value heads, V those that kept heads read,
-d a head's width, F a feed-forward's width, f kept of its neurons.
+Shapes: D d_model, H query heads, h kept of them, G key-value heads, V those that kept heads read, d
+a head's width, F a feed-forward's width, f kept of its neurons.
 
-Where kept heads or neurons are the first ones, slices are views of the network's own memory.
+If kept heads or neurons come first, slices are views of the network's own memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from methods.visual_tokens.plan import Dropped, LayerPlan
 
 @dataclass(frozen=True)
 class Heads:
-    """Which heads take part in visual computation, as places in the weights as they are now.
+    """Heads used for visual tokens, as positions in the weights as they are now.
 
     `kept` [h] and `dropped` [H - h] are query heads, `groups` [V] the key-value heads that kept
-    ones read; `reads` [h] and `text_reads` [H] say which of `groups`, or of all key-value heads,
-    each kept, or each, query head reads; `restore` [H] undoes the order (kept, dropped).
+    ones read; `reads` [h] is the index in `groups` that each kept head reads; `restore` [H] undoes
+    the order (kept, dropped), None if it is the network's own; `per_group` is H / G.
     """
 
     kept: tuple[int, ...]
@@ -40,7 +40,7 @@ class Heads:
 
     @staticmethod
     def of(kept: Sequence[int], heads: int, groups: int, device: torch.device) -> Heads:
-        """Work out the rest from the places of the kept heads."""
+        """Derive all fields from the positions of the kept heads."""
         per_group, chosen = heads // groups, set(kept)
         dropped = tuple(head for head in range(heads) if head not in chosen)
         needed = tuple(sorted({head // per_group for head in kept}))
@@ -58,11 +58,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class VisualWeights:
-    """What visual rows are multiplied with in one layer.
+    """Weights of one layer for visual rows.
 
-    `q` [h·d, D] makes the kept heads' queries, followed by the dropped heads' where those still
-    attend to text; `k` and `v` are [V·d, D], and `o` has the columns of the heads in `q`.
-    `feed_forward` maps [..., D] to [..., D].
+    `q` [h·d, D] makes the kept heads' queries, followed by the dropped heads' if those still attend
+    to text; `k` and `v` are [V·d, D], and `o` has the columns of the heads in `q`. `feed_forward`
+    maps [..., D] to [..., D].
     """
 
     view: AttentionView
@@ -87,10 +87,10 @@ class GatedSlice:
 
 @dataclass(frozen=True)
 class Repair:
-    """Columns of one layer's projections, refitted for visual rows (`repair`).
+    """Columns of one layer's projections, refitted for visual rows by least squares.
 
-    `o` [D, h·d] are those of the kept heads at the places `heads`, `down` [D, f] those of a dense
-    feed-forward's neurons at the places `neurons`; None where nothing was refitted.
+    `o` [D, h·d] are those of the kept heads at the positions `heads`, `down` [D, f] those of a
+    dense feed-forward's neurons at the positions `neurons`; None if not refitted.
     """
 
     heads: tuple[int, ...]
@@ -99,7 +99,9 @@ class Repair:
     down: Tensor | None
 
     def fits(self, heads: tuple[int, ...], places: tuple[Tensor, ...] | None) -> bool:
-        """Whether what is kept is where it was when the columns were refitted."""
+        """Whether the kept heads and neurons are still where the columns were refitted."""
+        # Positions, not numbers: the columns are stored in the order of the weights, which
+        # reordering or removing neurons afterwards would change.
         if self.down is None:
             return self.o is None or heads == self.heads
         assert self.neurons is not None
@@ -115,10 +117,10 @@ def cut_out(
     dropped: Dropped,
     repair: Repair | None = None,
 ) -> VisualWeights:
-    """Return the weights of one layer for visual rows.
+    """Slice the weights of one layer for visual rows.
 
-    `order` says which head of the loaded network is at each place now, `places` where the kept
-    neurons of each feed-forward are now; None keeps the whole feed-forward.
+    `order` is the head of the loaded network at each position, `places` the present positions of
+    each feed-forward's kept neurons; None keeps the whole feed-forward.
 
     Raises:
         UserError: heads or neurons are no longer where they were when `repair` was made.
@@ -127,11 +129,13 @@ def cut_out(
     chosen = set(range(view.heads) if plan.heads is None else plan.heads)
     kept = [place for place, head in enumerate(order) if head in chosen]
     heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
+    # Kept heads first, in one projection: the first h heads of its output go to visual attention,
+    # the rest to attention over text alone.
     queries = (*heads.kept, *heads.dropped) if dropped == "text" else heads.kept
     if repair is not None and not repair.fits(heads.kept, places):
         raise UserError(
             f"layer {layer.index} was changed after its projections were repaired for visual "
-            "tokens: put the method with repair=true last"
+            "tokens: list the method with repair=true last"
         )
     o = _columns(view.o.weight, queries, view.head_dim)
     if repair is not None and repair.o is not None:
@@ -150,7 +154,6 @@ def cut_out(
 def _neurons(
     layer: DecoderLayer, places: tuple[Tensor, ...], repair: Repair | None
 ) -> nn.Module | GatedSlice:
-    """Return the layer's feed-forward with some neurons only."""
     if layer.moe is not None:
         return narrowed(layer.moe, places)
     (unit,) = layer.units()
@@ -162,31 +165,31 @@ def _neurons(
 
 
 def pick(weight: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Return rows or columns of a matrix: a view if they are the first ones, a copy otherwise."""
+    """Select rows or columns of a matrix: a view if they come first, a copy otherwise."""
     count = len(index)
+    # `narrow` shares memory with the network, so the slice costs none and follows later in-place
+    # changes; after `reorder` every slice takes this path, up to groups that are kept in part.
     if torch.equal(index.cpu(), torch.arange(count)):
         return weight.narrow(dim, 0, count)
     return weight.index_select(dim, index.to(weight.device))
 
 
 def project(x_BRD: Tensor, projection: Projection) -> Tensor:
-    """Return x Wᵀ + b."""
+    """Compute x Wᵀ + b."""
     return functional.linear(x_BRD, projection.weight, projection.bias)
 
 
 def spans(heads: Sequence[int], width: int) -> Tensor:
-    """Return the indices of all components of some heads."""
+    """Return the channel indices of some heads."""
     first = torch.tensor(heads, dtype=torch.int64) * width
     return (first[:, None] + torch.arange(width)).flatten()
 
 
 def _outputs(projection: Projection, heads: Sequence[int], width: int) -> Projection:
-    """Return the rows of a projection that make some heads."""
     index = spans(heads, width)
     bias = None if projection.bias is None else pick(projection.bias, index, 0)
     return Projection(pick(projection.weight, index, 0), bias)
 
 
 def _columns(weight: Tensor, heads: Sequence[int], width: int) -> Tensor:
-    """Return the columns of an output projection that read some heads."""
     return pick(weight, spans(heads, width), 1)

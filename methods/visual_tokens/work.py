@@ -1,4 +1,4 @@
-"""From a network and its plan to the shapes that cost is counted from."""
+"""Decoder shapes and per-layer costs, derived from a network and its plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shape_of(engine: Engine) -> Shape:
 
 
 def work_of(engine: Engine) -> list[LayerWork]:
-    """Return what the engine's plan leaves each layer to do for visual rows."""
+    """Return each layer's remaining work for visual rows under the engine's plan."""
     plan, work = engine.plan, []
     for layer, settings in zip(engine.decoder.layers, plan.layers, strict=True):
         full = _layer(engine, layer, settings, everywhere=plan.dropped == "text")
@@ -35,7 +35,7 @@ def work_of(engine: Engine) -> list[LayerWork]:
 
 
 def stages_of(engine: Engine, n: int) -> list[dict[str, int]]:
-    """Return how many tokens of a frame of n each run of layers has: first, until, tokens."""
+    """Return the tokens of a frame of n by runs of layers, each with first, until and tokens."""
     plan, stages = engine.plan, list[dict[str, int]]()
     for layer in range(len(plan.layers)):
         quotas = [selection.quota for selection in plan.reaching(layer)]
@@ -54,7 +54,7 @@ def average_tokens(stages: list[dict[str, int]]) -> float:
 
 
 def _layer(engine: Engine, layer: DecoderLayer, plan: LayerPlan, *, everywhere: bool) -> LayerWork:
-    """Return one layer's work; `everywhere` says that dropped heads still have queries."""
+    """Return one layer's work; with `everywhere`, dropped heads still have queries."""
     view = layer.attention_view()
     heads = range(view.heads) if plan.heads is None else plan.heads
     per_group = view.heads // view.groups
@@ -68,19 +68,21 @@ def _layer(engine: Engine, layer: DecoderLayer, plan: LayerPlan, *, everywhere: 
 
 
 def _neurons(engine: Engine, layer: DecoderLayer) -> float:
-    """Return how many neurons one visual row meets; for experts, on average over the routed."""
+    """Return the neurons one visual row is multiplied with, for experts the mean over routed."""
     places = engine.prepared.places(layer)
     return _width(layer) if places is None else _met(layer.moe, [len(unit) for unit in places])
 
 
 def _width(layer: DecoderLayer) -> float:
-    """Return how many neurons one text row meets."""
+    """Return the neurons that one text row is multiplied with."""
     return _met(layer.moe, [unit.width for unit in layer.units()])
 
 
 def _met(moe: MoEBlock | None, widths: list[int]) -> float:
-    """Return all neurons of a dense layer, or those of top-k mean experts and the shared ones."""
+    """Return the neurons of a dense layer, or of top-k average experts and the shared ones."""
     if moe is None:
         return widths[0]
+    # Experts may differ in width after pruning; uniform routing is assumed, so a token meets the
+    # mean width top-k times.
     routed = widths[: moe.num_experts]
     return moe.top_k * sum(routed) / len(routed) + sum(widths[moe.num_experts :])

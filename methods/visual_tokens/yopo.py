@@ -1,4 +1,4 @@
-"""The paper's configurations as one method (arXiv 2410.06169; spec 1.5): all four strategies."""
+"""The paper's configurations (arXiv 2410.06169) as one method: all four strategies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from methods.visual_tokens.strategy import VisualStrategy
 
 
 class Shares(BaseModel):
-    """One row of the paper's table: what stays, as shares, and the label printed for it.
+    """One row of the paper's table: what is kept, as shares, and the label printed for it.
 
     `window` 0 is no window; `heads` is taken over all layers, as in the release.
     """
@@ -40,13 +40,13 @@ class Yopo(VisualStrategy):
     """Apply the four strategies together.
 
     `shares` is the row for any model, `models` the rows of architectures for which the paper has
-    one of their own. With `budget`, a share of the visual FLOPs of the network as it is (linear in
-    heads; the paper's labels are not), layers, heads and neurons are searched for instead, and
-    only the window is taken from the row; with `budget_of=seconds` the budget is a share of the
-    dense prefill's time, measured on this machine. With `repair`, which is not part of the paper,
-    output and down projections of visual rows are refitted by least squares on the calibration
-    images, with `refit_damping` relative to the mean of the Gram matrix's diagonal. The other
-    fields are those of the single strategies.
+    one of their own. With `budget`, a share of the visual FLOPs of the unchanged network (linear in
+    heads, unlike the paper's labels), layers, heads and neurons are searched for instead, and only
+    the window is taken from the row; with `budget_of=seconds` the budget is a share of the dense
+    prefill's time, measured on this machine. With `repair`, which is not part of the paper, output
+    and down projections of visual rows are refitted by least squares on the calibration images,
+    with `refit_damping` relative to the mean of the Gram matrix's diagonal. The remaining fields
+    are those of the single strategies.
     """
 
     shares: Shares
@@ -64,7 +64,7 @@ class Yopo(VisualStrategy):
 
     @property
     def uses_prompts(self) -> bool:
-        """Budgets and repairs are found on prompts, and so are scores that no folder holds."""
+        """Whether a budget, a repair or scores without a saved calibration need prompts."""
         scored = self.settings is None and "scored" in (self.heads, self.neurons)
         return scored or self.repair or self.budget is not None
 
@@ -81,7 +81,7 @@ class Yopo(VisualStrategy):
                 found[name] = part._set(engine, model, context)
         if self.repair:
             if self.form != "skip" or self.dropped != "silent":
-                raise UserError("repair=true refits what is skipped: form=skip and dropped=silent")
+                raise UserError("repair=true requires form=skip and dropped=silent")
             samples = samples_of(context)
             found["repair"] = repair(engine, samples, self.refit_damping, context.progress)
         return {"label": row.label, "row": row.model_dump(), **found}
@@ -116,9 +116,9 @@ class Yopo(VisualStrategy):
         return {name: part for name, (share, part) in parts.items() if share < 1}
 
     def _search(self, engine: Engine, context: Context) -> dict[str, Any]:
-        """Find and set layers, heads and neurons for the budget."""
+        """Find and set layers, heads and neurons that meet the budget."""
         if self.form != "skip" or self.budget is None:
-            raise UserError("budget= is about work that is saved, which needs form=skip")
+            raise UserError("budget requires form=skip")
         engine.plan.dropped = self.dropped
         findings = findings_for(self.settings, engine, context)
         search = Search(engine, findings, samples_of(context), self.whole_layers)

@@ -1,4 +1,4 @@
-"""From conversations to the tensors of a training step, through the model's own chat template.
+"""Training tensors from conversations, through the model's own chat template.
 
 Shapes: B conversations, S tokens of the longest.
 """
@@ -15,11 +15,11 @@ from bench.data.conversations import Conversation
 from bench.data.prompts import chat
 from bench.errors import UserError
 
-IGNORED = -100  # what torch's cross-entropy leaves out
+IGNORED = -100  # ignored by torch's cross-entropy
 
 
 class Examples:
-    """Renders conversations for one processor; the loss is on answers and what ends them."""
+    """Renders conversations for one processor; the loss covers answers and their end tokens."""
 
     def __init__(self, processor: Any, longest: int, system: str | None = None) -> None:
         self._processor = processor
@@ -28,9 +28,17 @@ class Examples:
         self._system = system
 
     def batch(self, talks: Sequence[Conversation]) -> dict[str, Tensor]:
-        """Return the network's inputs with `labels` [B, S], filled up on the right."""
+        """Return the network's inputs with `labels` [B, S], padded on the right.
+
+        Raises:
+            UserError: a conversation is longer than `longest`, or the chat template is not
+                supported.
+        """
         asked = [self._rendered(talk, 0, answered=False) for talk in talks]
         images = [[talk.image] for talk in talks]
+        # Only the prompt up to the first answer goes through the processor, which expands the image
+        # into its tokens; everything after it is text and is tokenised piece by piece, so that the
+        # borders between answers and prompts are exact token borders.
         first = chat.encode(self._processor, asked, images, padding=True)
         rows, labels = [], []
         for number, talk in enumerate(talks):
@@ -44,8 +52,8 @@ class Examples:
         width = max(map(len, rows))
         if width > self._longest:
             raise UserError(
-                f"a conversation has {width} tokens, and longest={self._longest}: raise it, or "
-                "leave long conversations out of the file"
+                f"a conversation has {width} tokens, but longest={self._longest}: raise it or "
+                "remove long conversations from the file"
             )
         padded = [self._tokenizer.pad_token_id] * width
         made = {name: value for name, value in first.items() if isinstance(value, Tensor)}
@@ -55,6 +63,8 @@ class Examples:
         )
         made["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
         if "mm_token_type_ids" in made:
+            # `mm_token_type_ids` gives the modality of each token, 0 for the added text. The
+            # processor may have padded on the left, hence the detour over the mask.
             types = made["mm_token_type_ids"]
             widened = torch.zeros(len(rows), width, dtype=types.dtype)
             for number, mask in enumerate(first["attention_mask"].bool()):
@@ -64,16 +74,18 @@ class Examples:
         return made
 
     def _rest(self, talk: Conversation) -> list[tuple[list[int], bool]]:
-        """Return the tokens after the first prompt, piece by piece, and which are an answer's."""
+        """Return the tokens after the first prompt in pieces, each marked if it is an answer's."""
         pieces: list[tuple[list[int], bool]] = []
         for turn, (_, answer) in enumerate(talk.turns):
             asked = self._rendered(talk, turn, answered=False)
             whole = self._rendered(talk, turn, answered=True)
             if not whole.startswith(asked + answer):
                 raise UserError(
-                    "the chat template of this model does not put an answer right after the "
-                    "prompt for it, so what to train on cannot be told"
+                    "the chat template of this model does not place an answer directly after its "
+                    "prompt, so the training labels cannot be determined"
                 )
+            # The end token is learned, so that generation stops; the line break that templates add
+            # after it is not generated and belongs to the next prompt.
             end = whole[len(asked) + len(answer) :]
             pieces.append((self._encode(answer + end.rstrip("\n")), True))
             if turn + 1 < len(talk.turns):
@@ -83,7 +95,7 @@ class Examples:
         return pieces
 
     def _rendered(self, talk: Conversation, turn: int, *, answered: bool) -> str:
-        """Return the conversation up to the answer of a turn, or to its end."""
+        """Return the conversation up to the answer of a turn, or up to its end."""
         last = talk.turns[turn]
         turns = [*talk.turns[:turn], last if answered else (last[0], None)]
         return chat.render(self._processor, turns, images=1, system=self._system)

@@ -1,4 +1,4 @@
-"""Fine-tuning as a method: whatever the run has changed before it is trained as it then runs."""
+"""Fine-tuning as a method: the network is trained with all earlier methods of the run active."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from methods.visual_tokens.fine_tuning.state import State
 
 
 class VisualFineTuning(Method):
-    """Train projector and language model on conversations about images; the tower stays.
+    """Train projector and language model on conversations about images; the tower stays frozen.
 
     The defaults are LLaVA-1.5's second stage, which the paper runs with all its strategies active
-    (spec 1.5 of its release: one epoch, 2e-5 with a cosine and 3 % of warm-up, no weight decay,
-    128 conversations a step). `data=llava` reads `path`, a JSON file in LLaVA's layout, and its
-    images below `images`; `embedded` draws `count` scenes. `batch` conversations meet the network
-    at a time, and `batch` times `accumulate` make a step. `steps` ends it earlier.
+    (one epoch, 2e-5 with a cosine and 3 % of warm-up, no weight decay, 128 conversations per step).
+    `data=llava` reads `path`, a JSON file in LLaVA's layout, and its images below `images`;
+    `embedded` draws `count` scenes. `batch` conversations are processed at a time, and `batch`
+    times `accumulate` make a step. `steps` limits the number of steps.
 
-    Master weights, gradients and AdamW's two moments are float32 on one device: 16 bytes a
+    Master weights, gradients and AdamW's two moments are float32 on one device: 16 bytes per
     trained weight, 112 GB for seven billion, and three quarters of that in a checkpoint, from which
-    a killed run goes on. It is not sharded.
+    an interrupted run resumes. Nothing is sharded.
     """
 
     data: Literal["llava", "embedded"] = "llava"
@@ -57,21 +57,25 @@ class VisualFineTuning(Method):
         return self
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse a model that sees no images."""
+        """Refuse a model without images."""
         if anatomy.model_type not in FAMILIES:
             raise UserError(
                 f"visual_finetune trains on images, but {anatomy.architecture} is not a "
-                f"vision-language model that is known: {', '.join(sorted(FAMILIES))}"
+                f"vision-language model that is supported: {', '.join(sorted(FAMILIES))}"
             )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Train; the report has the loss of every step and what was trained on."""
+        """Train; the report has the loss of every step and the fingerprint of the data.
+
+        Raises:
+            UserError: there are too few conversations, or the loss diverges.
+        """
         talks = self._talks(context.seed)
         total = min(self.steps or 10**9, self.epochs * (len(talks) // self._a_step))
         if total == 0:
             raise UserError(
                 f"visual_finetune: {len(talks)} conversations are fewer than the "
-                f"{self._a_step} of one step: lower batch or accumulate"
+                f"{self._a_step} of one step; lower batch or accumulate"
             )
         trained = trainable(model.network)
         with torch.enable_grad():
@@ -110,6 +114,8 @@ class VisualFineTuning(Method):
 
         dtype = trained[0].dtype
         for weight in trained:
+            # Steps of 2e-5 vanish in bfloat16, so weights are trained in float32. Assigning `.data`
+            # does not raise `_version`, by which cached slices notice a change.
             weight.data = weight.data.float()
             torch.autograd.graph.increment_version(weight)
             weight.requires_grad_(True)
@@ -123,6 +129,8 @@ class VisualFineTuning(Method):
         if (saved := keeper.last()) is not None:
             state.go_on(saved)
         done = len(state.losses)
+        # The order of batches depends on the seed alone, so a resumed run skips what was used and
+        # sees the same batches as an uninterrupted one.
         batches = islice(self._batches(talks, context.seed), done * self.accumulate, None)
         for _ in context.progress.track(range(done, total), "fine-tuning"):
             loss = 0.0
@@ -131,20 +139,19 @@ class VisualFineTuning(Method):
                 part = self._loss(model, call, dtype) / self.accumulate
                 part.backward()
                 loss += float(part.detach())
+            # 1.0 is the default of the Hugging Face trainer that LLaVA uses.
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             if not math.isfinite(loss):
-                raise UserError(
-                    "visual_finetune: the loss is no number any more: lower learning_rate"
-                )
+                raise UserError("visual_finetune: the loss is not finite; lower learning_rate")
             state.losses.append(loss)
             keeper.keep_if_due(state.checkpoint)
         keeper.keep(state.checkpoint)
         for weight in trained:
             weight.data = weight.data.to(dtype)
-            # Slices that were cut out of it before are out of date now.
+            # Weight slices cached before this change must be refreshed.
             torch.autograd.graph.increment_version(weight)
         return state.losses
 
@@ -157,7 +164,7 @@ class VisualFineTuning(Method):
         return loss
 
     def _batches(self, talks: Conversations, seed: int) -> Iterator[list[int]]:
-        """Yield the numbers of one batch after the other, in an order that the seed fixes."""
+        """Yield the numbers of each batch, in an order determined by the seed."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(talks), generator=generator)
@@ -166,11 +173,12 @@ class VisualFineTuning(Method):
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of projector, language model and head, each once; not the tower's."""
+    """Return the weights of projector, language model and head, each once."""
     inner = cast(Any, network).model
     parts = [inner.language_model, cast(Any, network).lm_head]
     if hasattr(inner, "multi_modal_projector"):
         parts.append(inner.multi_modal_projector)
     elif hasattr(inner.visual, "merger"):
         parts.append(inner.visual.merger)
+    # By identity: a head tied to the embeddings is one weight, and AdamW refuses duplicates.
     return list({id(weight): weight for part in parts for weight in part.parameters()}.values())

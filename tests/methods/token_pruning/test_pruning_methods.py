@@ -97,18 +97,18 @@ def test_amounts_are_numbers_shares_or_everything():
 
 def test_one_budget_at_a_time():
     for knobs in ({"average": 5}, {"keep": None}):
-        with pytest.raises(UserError, match="set one and leave the other null"):
+        with pytest.raises(UserError, match="set exactly one, the other to null"):
             FastV(**knobs).check(loaded("llava_llama").anatomy)
 
 
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
         FastV(after=9, keep=3, average=None).check(loaded("llava_llama").anatomy)
-    with pytest.raises(UserError, match="form=official: pruned tokens are really gone"):
+    with pytest.raises(UserError, match="form=official: token pruning removes tokens"):
         DivPrune(form="official").check(loaded("llava_llama").anatomy)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").anatomy)
-    with pytest.raises(UserError, match="fastv reads what layer 1 attended to, but dart has alr"):
+    with pytest.raises(UserError, match="fastv reads the attention of layer 1, but dart already"):
         applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
     with pytest.raises(UserError, match="downsample needs whole images"):

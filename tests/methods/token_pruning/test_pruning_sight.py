@@ -158,7 +158,7 @@ def test_a_tower_that_was_not_seen_is_missed():
     call = prompt("llava_llama", [3, (5, 5), 4])
     encoded = model.network.get_image_features(call.pop("pixel_values"), return_dict=True)
     VisionZip(keep=6).apply(model, None)
-    with pytest.raises(UserError, match="visionzip looks into the vision tower"):
+    with pytest.raises(UserError, match="visionzip reads the vision tower"):
         model.network(**call, mm_encoder_outputs={"image": encoded})
 
 

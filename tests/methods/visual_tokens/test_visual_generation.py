@@ -127,7 +127,7 @@ def test_cropping_forgets_text_and_never_images():
     step = {"attention_mask": torch.ones(1, 37)}
     again = network(torch.tensor([[7]]), past_key_values=longer, **step).logits
     assert torch.allclose(again, expected, atol=1e-6)
-    with pytest.raises(UserError, match="an image is among them"):
+    with pytest.raises(UserError, match="the range contains an image"):
         longer.crop(-20)
 
 

@@ -105,11 +105,11 @@ def test_what_was_moved_since_is_noticed():
     model, _, _ = repaired("llava_llama", reorder=False)
     engine = engine_of(model.network)
     engine.prepared.reorder()
-    with pytest.raises(UserError, match="put the method with repair=true last"):
+    with pytest.raises(UserError, match="list the method with repair=true last"):
         model.network(**prompt("llava_llama", [4, (5, 5), 5]))
 
 
 def test_only_what_is_skipped_can_be_repaired():
     strategy = Yopo(shares=SHARES, whole_layers=1, repair=True, dropped="text")
-    with pytest.raises(UserError, match="repair=true refits what is skipped"):
+    with pytest.raises(UserError, match="repair=true requires form=skip"):
         strategy.apply(loaded("llava_llama"), context("llava_llama"))
