@@ -111,7 +111,6 @@ def _keep_rows(module: nn.Module, name: str, kept: Sequence[int]) -> None:
 
 
 def _recount(owner: object, before: int, after: int) -> None:
-    """Update every attribute that counts experts."""
     for name in COUNTS:
         if getattr(owner, name, None) == before:
             setattr(owner, name, after)

@@ -66,7 +66,6 @@ class ColumnPlanner(BlockEnergies):
         return {}
 
     def _plan(self, expert: int, energy_F: Tensor) -> ExpertPlan:
-        """Plan one expert."""
         found = self.block.expert(expert)
         order_F = by_energy(energy_F)
         # The columns of down are the micro-experts, stored in order of energy anyway; gate and up
@@ -76,7 +75,6 @@ class ColumnPlanner(BlockEnergies):
         return ExpertPlan(order_F, gate, up, down)
 
     def _matrix(self, expert: int, weight_FD: Tensor) -> MatrixPlan:
-        """Plan gate or up by the energies of its columns."""
         norms_D, alpha = column_norms(weight_FD), self._method.peak
         tokens = self.tokens if self._method.normalised else None
         energy_D = energy(self._inputs[expert], norms_D, alpha, tokens)

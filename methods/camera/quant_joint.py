@@ -88,8 +88,6 @@ class CameraPQ(MoEQuantization):
         return lambda block: decided[block.name]
 
     def _measure(self, model: Model, context: Context) -> list[Replacement]:
-        """Measure all blocks of the unmodified model."""
-
         def start(block: MoEBlock) -> Replacement:
             return Replacement(block, self.options(block))
 
@@ -148,7 +146,6 @@ class Decided(Blind):
         }
 
     def _plan(self, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:
-        """Plan one expert from its blocks and their bits."""
         options, block = self._measured.options, self._measured.block
         # A stable sort keeps blocks of equal bits in order of energy, so that each level is
         # contiguous.

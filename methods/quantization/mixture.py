@@ -45,7 +45,7 @@ class Mc(MoEQuantization):
     def _within(cls, mean: float, others: ValidationInfo) -> float:
         bits = others.data.get("bits", (8, 1))
         if not bits[-1] <= mean <= bits[0]:
-            raise ValueError(f"bits from {bits[-1]} to {bits[0]} cannot give this mean")
+            raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
         return mean
 
     def check(self, anatomy: Anatomy) -> None:
