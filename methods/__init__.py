@@ -1,1 +1,1 @@
-"""Compression methods: one folder a family, the maths apart from the adapter."""
+"""Compression methods: one package per family, algorithms separate from the harness adapter."""

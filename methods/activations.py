@@ -1,4 +1,4 @@
-"""How strongly calibration text drives every micro-expert of a block.
+"""Squared activations of every micro-expert of a MoE block on calibration text.
 
 Shapes: N micro-experts of a layer (shared ones first), S tokens of one expert, T tokens, D d_model,
 F an expert's width.
@@ -14,10 +14,12 @@ from methods.micro_experts import SHARED, spans, view
 
 
 class Activations:
-    """Observes Σ_t φ² of every micro-expert of a block, the router's weight included."""
+    """Observer that sums φ² over tokens per micro-expert, φ including the router weight."""
 
     def __init__(self, block: MoEBlock) -> None:
         self._places = dict(spans(block))
+        # On the device of the first routed expert: no decoder layer is split over devices, so the
+        # sums live where their terms are computed.
         self._moments = Moments(block.micro_experts, view(block, 0).down.device)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -29,7 +31,7 @@ class Activations:
         self._moments.add(self._places[SHARED], hidden_TF, weight_T)
 
     def output(self, y_TD: Tensor) -> None:
-        """The block's output does not matter."""
+        """Ignore the block output."""
 
     def square_sum(self) -> Tensor:
         """Return Σ_t φ², float64 [N]."""

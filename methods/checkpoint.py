@@ -1,8 +1,9 @@
-"""What a training leaves so that it can go on after a kill: safetensors and JSON, no pickle.
+"""Training checkpoints: safetensors and JSON, no pickle.
 
-A checkpoint is a folder that appears whole or not at all, by a rename. The run that goes on from
-it ends in the same weights as one that was never stopped. One that is damaged or of another
-program is set aside, with a word, and the training begins anew.
+A checkpoint is a folder that is written elsewhere and renamed into place, so it exists completely
+or not at all. A training that resumes from one ends in the same weights as an uninterrupted run. A
+damaged or incompatible checkpoint is moved aside with a warning; the next older one is tried, and
+without any the training starts from scratch.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from bench.progress import SILENT, Progress
 
 FORMAT = 1
 SECONDS = 60.0
-"""How much work a kill may cost, unless writing takes so long that it must be rarer."""
+"""Minimum time between checkpoints: the work that a kill may cost, unless writing is slow."""
 SHARE = 0.05
-"""The most of the time that goes into writing."""
+"""Maximum fraction of the time spent writing checkpoints."""
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -37,21 +38,24 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a run by name, and all else as JSON values."""
+    """State of a training at one step: named tensors, and JSON values for everything else."""
 
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with `name/`, without that."""
+        """Return the tensors named `name/...`, with that prefix stripped."""
         start = f"{name}/"
         found = {k: t for k, t in self.tensors.items() if k.startswith(start)}
         return {key.removeprefix(start): tensor for key, tensor in found.items()}
 
 
 class Keeper:
-    """The checkpoints of one training; without a folder there are none."""
+    """Reads and writes the checkpoints of one training.
+
+    Without a folder nothing is read or written.
+    """
 
     def __init__(self, folder: Path | None, progress: Progress = SILENT) -> None:
         self._folder = folder
@@ -59,85 +63,106 @@ class Keeper:
         self._due = time.monotonic() + SECONDS
 
     def last(self) -> Checkpoint | None:
-        """Return where a killed training was, None when there was none."""
+        """Return the latest readable checkpoint, or None."""
         found = read(self._folder, self._progress.warn) if self._folder else None
         if found is not None:
-            self._progress.say(f"going on with the training from its step {found.step}")
+            self._progress.say(f"resuming training from step {found.step}")
         return found
 
     def keep(self, make: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint; a disk that takes none costs a word and not the training."""
+        """Write a checkpoint. A failed write is logged as a warning; training continues."""
         if self._folder is None:
             return
         began = time.monotonic()
         try:
             write(self._folder, make())
         except (OSError, SafetensorError) as error:
-            self._progress.warn(f"no checkpoint could be written to {self._folder}: {error}")
+            self._progress.warn(f"could not write a checkpoint to {self._folder}: {error}")
         took = time.monotonic() - began
+        # Waiting took / SHARE after a write that took `took` seconds bounds the share of time spent
+        # writing, however slow the disk or large the model.
         self._due = time.monotonic() + max(SECONDS, took / SHARE)
 
     def keep_if_due(self, make: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint if the last one is old."""
+        """Write a checkpoint if the last one is old enough."""
         if time.monotonic() >= self._due:
             self.keep(make)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint into its own sub-folder and remove the older ones."""
+    """Write a checkpoint into a subfolder of `folder`, then delete the older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:09d}"
     temporary = folder / f"{final.name}.tmp{os.getpid()}"
     temporary.mkdir()
     try:
         _fill(temporary, checkpoint)
+    # BaseException: Ctrl-C and SystemExit must not leave a partial folder behind either.
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # The same step is written twice if a due checkpoint is followed by the final one. rename() does
+    # not replace a non-empty folder, so the old one goes first; a kill right here loses it.
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
+    # Only now, after the rename: until then the older checkpoint is what a killed run resumes from.
+    # The pattern also matches `.tmp<pid>` folders of killed writers, which are cleaned up here.
     for older in folder.glob("step-*"):
         if older != final:
             shutil.rmtree(older)
 
 
 def read(folder: Path, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
-    """Return the latest checkpoint of a folder, None when there is none that can be read."""
+    """Return the latest readable checkpoint of a folder, or None.
+
+    Unreadable ones are renamed to `aside<n>-<name>` and reported through `warn`.
+    """
+    # `.tmp` marks a folder whose writer was killed before the rename.
     complete = sorted(path for path in folder.glob("step-*") if ".tmp" not in path.name)
     for path in reversed(complete):
         try:
             return _read(path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
+            # Moved aside, not deleted: hours of training may be recoverable by hand. The counter
+            # avoids overwriting an earlier one.
             names = (folder / f"aside{n}-{path.name}" for n in count(1))
             free = next(name for name in names if not name.exists())
             path.rename(free)
             if warn is not None:
-                warn(f"checkpoint {path} cannot be read ({error}): it is set aside as {free.name}")
+                warn(f"cannot read checkpoint {path} ({error}): moved aside to {free.name}")
     return None
 
 
 def _fill(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     save_file(tensors, folder / _TENSORS)
+    # The state is embedded as a string, not as an object, so that the checksum covers exact bytes
+    # and does not depend on how JSON is serialized again on reading.
     text = json.dumps({"step": checkpoint.step, **checkpoint.state})
     sums = {"tensors": _digest(folder / _TENSORS), "text": _of(text)}
     about = json.dumps({"format": FORMAT, "sums": sums, "text": text})
     (folder / _STATE).write_text(about, encoding="utf-8")
+    # Flush before the rename: otherwise a power failure can leave a folder with its final name and
+    # empty files.
     for name in (_TENSORS, _STATE):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
 
 
 def _read(folder: Path) -> Checkpoint:
-    """Read a checkpoint; a `ValueError` says why that is not possible."""
+    """Read and verify one checkpoint.
+
+    Raises:
+        ValueError: the format is unknown or a checksum does not match.
+    """
     about = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
-        raise ValueError(f"its format is {found}, this program reads {FORMAT}")
+        raise ValueError(f"its format is {found}, expected {FORMAT}")
     sums = {"tensors": _digest(folder / _TENSORS), "text": _of(about["text"])}
     if about["sums"] != sums:
-        raise ValueError("it is not what was written: its checksum does not match")
+        raise ValueError("corrupt: its checksum does not match")
     state = json.loads(about["text"])
     return Checkpoint(state.pop("step"), load_file(folder / _TENSORS), state)
 
@@ -152,9 +177,14 @@ def _of(text: str) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state by parameter index and name; it holds tensors only."""
+    """Return the optimizer state as tensors named `<parameter index>.<state name>`.
+
+    Hyperparameters (`param_groups`) are not included.
+    """
     state = optimizer.state_dict()["state"]
     return {
+        # Some optimizers keep Python numbers (a step count) and None (SGD's momentum buffer without
+        # momentum); the first become tensors, the second are left out.
         f"{index}.{name}": torch.as_tensor(value)
         for index, values in state.items()
         for name, value in values.items()
@@ -163,7 +193,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` of another returned."""
+    """Restore a state returned by `optimizer_tensors`.
+
+    The optimizer keeps its own hyperparameters.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -172,5 +205,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def named(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of several parts under `part/name`."""
+    """Merge several groups of tensors into one dict with keys `group/name`."""
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

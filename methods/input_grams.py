@@ -1,4 +1,4 @@
-"""Gram matrices of what linear layers read, gathered while a network runs.
+"""Gram matrices of the inputs of linear layers, accumulated by hooks while a network runs.
 
 Shapes: B rows, S tokens, T marked tokens, F inputs of a layer.
 """
@@ -18,10 +18,12 @@ def gathering(
 ) -> Iterator[None]:
     """Add ΦᵀΦ of the modules' inputs at the marked tokens to `found`, float64 [F, F].
 
-    Hooks are there while the block lasts.
+    `found` accumulates over calls. The hooks exist only inside the `with` block.
     """
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # float64: a Gram matrix squares the condition number of Φ, and a least-squares solve
+        # follows.
         phi_TF = args[0][marked_BS.to(args[0].device)].double()
         gram_FF = phi_TF.T @ phi_TF
         found[module] = found[module] + gram_FF if module in found else gram_FF

@@ -1,7 +1,8 @@
-"""The micro-experts of a MoE block in one flat order: shared ones first, then expert by expert.
+"""Micro-experts of a MoE block in one flat order, and their removal.
 
-It is the order of the official CAMERA code; N micro-experts a block. Every micro-expert has the
-same 3·D weights, so shares of micro-experts are shares of parameters.
+The order is that of the official CAMERA code: shared experts first, then expert by expert; N
+micro-experts per block. Every micro-expert has the same 3·D weights, so shares of micro-experts are
+shares of parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SHARED = -1
 
 
 def spans(block: MoEBlock) -> list[tuple[int, slice]]:
-    """Return (expert, its place in the flat order) for all experts; shared ones are `SHARED`."""
+    """Return (expert, its slice of the flat order) for every expert; shared ones are `SHARED`."""
     owners = [SHARED] if block.shared is not None else []
     widths = [block.d_shared] if block.shared is not None else []
     owners += range(block.num_experts)
@@ -32,14 +33,16 @@ def spans(block: MoEBlock) -> list[tuple[int, slice]]:
 
 
 def view(block: MoEBlock, expert: int) -> ExpertView:
-    """Return a routed expert, or all shared ones together for `SHARED`."""
+    """Return a routed expert, or for `SHARED` all shared experts as one."""
     found = block.shared_view() if expert == SHARED else block.expert(expert)
     assert found is not None
     return found
 
 
 def per_expert(block: MoEBlock, indices: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Translate flat indices to (expert, channels within it), leaving out untouched experts."""
+    """Translate flat indices to (expert, channels within it); untouched experts are left out."""
+    # A mask, not a search per index: indices may come in any order and may be hundreds of
+    # thousands.
     chosen_N = torch.zeros(block.micro_experts, dtype=torch.bool, device=indices.device)
     chosen_N[indices] = True
     for expert, place in spans(block):
@@ -49,9 +52,13 @@ def per_expert(block: MoEBlock, indices: Tensor) -> Iterator[tuple[int, Tensor]]
 
 
 def census(block: MoEBlock, indices: Tensor) -> dict[str, list[Any]]:
-    """Return for a report, expert by expert, how wide each is and how much of it is chosen."""
+    """Return the width of each expert and the number of chosen micro-experts, for a report.
+
+    Experts that lose nothing are listed with 0.
+    """
     width = {expert: place.stop - place.start for expert, place in spans(block)}
     lost = dict.fromkeys(width, 0)
+    # Starting from zeros keeps experts that lose nothing in the report.
     lost |= {expert: len(channels) for expert, channels in per_expert(block, indices)}
     return {
         "experts": ["shared" if expert == SHARED else expert for expert in width],
@@ -61,20 +68,22 @@ def census(block: MoEBlock, indices: Tensor) -> dict[str, list[Any]]:
 
 
 def zero(block: MoEBlock, indices: Tensor) -> None:
-    """Set the micro-experts at flat indices to zero; shapes and the router stay as they are."""
+    """Set the micro-experts at flat indices to zero; shapes and router are unchanged."""
     for expert, channels in per_expert(block, indices):
         found = view(block, expert)
         found.zero(channels.to(found.gate.device))
 
 
 def remove(block: MoEBlock, indices: Tensor, align: int) -> int:
-    """Take the micro-experts at flat indices out of the network; return the padding that is stored.
+    """Remove the micro-experts at flat indices from the network; return the stored padding.
 
-    What stays lies in buckets of experts whose widths round up to the same multiple of `align`;
-    padding counts the micro-experts of zeros that fill them up. The block's description is out of
-    date afterwards: call `restructured` on the model.
+    Experts whose remaining widths round up to the same multiple of `align` share a bucket; the
+    padding counts the zero micro-experts that fill the buckets up. `block` is stale afterwards:
+    call `Model.invalidate_structure()`.
     """
     gone = dict(per_expert(block, indices))
+    # Shared experts are one dense gated module and are simply narrowed; only routed experts, whose
+    # widths then differ, need ragged storage with padding.
     if SHARED in gone:
         keep_shared(block, _others(gone.pop(SHARED), block.d_shared))
     if not gone:
@@ -84,12 +93,13 @@ def remove(block: MoEBlock, indices: Tensor, align: int) -> int:
 
 
 def restructured(model: Model) -> None:
-    """Let the model look at its network anew, after modules of it were replaced."""
+    """Drop the model's cached structure; call it after replacing modules."""
+    # `Model.anatomy` is a cached_property: its value lives in the instance dict.
     model.__dict__.pop("anatomy", None)
 
 
 def _others(channels: Tensor, width: int) -> Tensor:
-    """Return the channels of an expert that are not among these, ascending."""
+    # nonzero() returns ascending indices, which keeps the channel order of the original weights.
     stays = torch.ones(width, dtype=torch.bool, device=channels.device)
     stays[channels] = False
     return stays.nonzero().flatten()

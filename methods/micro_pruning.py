@@ -1,4 +1,4 @@
-"""What methods share that choose single micro-experts: what becomes of them, and the report."""
+"""Base class of methods that remove individual micro-experts."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from methods.moe_pruning import MoEPruning, achieved
 
 
 class MicroPruning(MoEPruning):
-    """A method that takes chosen micro-experts out of every block.
+    """A method that removes selected micro-experts from every block.
 
-    `state` is what becomes of them: `zeroed` as in CAMERA's paper, or `removed`, which computes
-    the same with weights that are really gone; widths are then stored as multiples of `align`.
+    `state` says how: `zeroed` as in the CAMERA paper, or `removed`, which computes the same
+    function without storing the weights; widths are then stored as multiples of `align`.
     """
 
     state: Literal["zeroed", "removed"] = "zeroed"
     align: int = Field(default=16, ge=1)
 
     def take_out(self, block: MoEBlock, indices: Tensor) -> dict[str, Any]:
-        """Take the micro-experts at flat indices out of one block and say how many of which."""
+        """Remove the micro-experts at flat indices from one block; return its report entry."""
+        # Counted first: after removal the block no longer describes the network.
         layer = {"layer": block.layer, "removed": len(indices), **census(block, indices)}
         if self.state == "zeroed":
             zero(block, indices)
+        # With nothing to remove the block stays in its published layout, not a ragged one.
         elif len(indices):
             layer["padding_micro_experts"] = remove(block, indices, self.align)
         return layer
@@ -36,7 +38,10 @@ class MicroPruning(MoEPruning):
     def conclude(
         self, model: Model, anatomy: Anatomy, layers: list[dict[str, Any]], **more: Any
     ) -> MethodReport:
-        """Return the report of all blocks, given the anatomy that the model had before."""
+        """Build the report of all blocks.
+
+        `anatomy` is the structure before removal: ratios refer to that model.
+        """
         if self.state == "removed":
             restructured(model)
         removed = [layer["removed"] for layer in layers]

@@ -1,6 +1,6 @@
-"""Walking calibration text through a model, one layer at a time, with its MoE blocks watched.
+"""Calibration walk: text passes through a model layer by layer while its MoE blocks are observed.
 
-Shapes: B rows, L tokens a row.
+Shapes: B rows, L tokens per row.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Watching = Callable[[dict[MoEBlock, Seen]], AbstractContextManager[None]]
 
 
 class Walker(MoEPruning):
-    """A pruning method that watches calibration text on its way through the model.
+    """A pruning method that observes calibration text as it passes through the model.
 
-    With `sequential` a layer is changed before the next one is watched, which then sees the
-    change. `batch` rows go through a layer together and at most `chunk` tokens through an expert;
-    neither changes the result.
+    With `sequential` each layer is pruned before the next one is observed, which then sees the
+    change. `batch` rows pass through a layer together, and an expert sees at most `chunk` tokens at
+    a time; neither changes the result.
     """
 
     sequential: bool = True
@@ -40,7 +40,7 @@ class Walker(MoEPruning):
     def watch(
         self, model: Model, tokens_BL: Tensor, observer: Callable[[MoEBlock], Shown], told: Progress
     ) -> Iterator[tuple[MoEBlock, Shown]]:
-        """Yield every block with its observer in layer order; the consumer may change the block."""
+        """Yield every block with its observer in layer order; the caller may modify the block."""
 
         def watching(seen: dict[MoEBlock, Shown]) -> AbstractContextManager[None]:
             return observing(seen, self.chunk)
@@ -57,29 +57,41 @@ def walk(
     sequential: bool,
     told: Progress,
 ) -> Iterator[tuple[MoEBlock, Seen]]:
-    """Yield (block, what was seen) in layer order; a layer runs again, changed, if `sequential`.
+    """Yield (block, observer) in layer order.
 
-    A block may be changed as soon as it is yielded: without `sequential` its layer has already
-    passed on the outputs that it had before.
+    `start` makes the observer of a block, and `watching` attaches observers to their blocks for one
+    pass. The caller may modify or replace the experts of a block as soon as it is yielded. With
+    `sequential` later blocks are observed on the outputs of the modified layer, otherwise on those
+    of the unmodified one.
     """
     anatomy = model.anatomy
     last = anatomy.moe[-1].layer
     with LayerStream(model.network, anatomy.layers, tokens_BL, batch) as stream:
-        for index in told.track(range(last + 1), "watching experts"):
+        # Layers after the last MoE block are never run: nothing is observed there.
+        for index in told.track(range(last + 1), "observing experts"):
+            # Onload first: observers allocate on the device of the weights, and the weights must
+            # stay there until the caller, which runs between yields, has modified them.
             stream.stay_in(index)
             seen = {block: start(block) for block in anatomy.moe if block.layer == index}
+            # With `sequential` a layer runs twice: once as it was, for the observers, without
+            # advancing the hidden states, and once more after the caller modified it, to produce
+            # the inputs of the next layer. The last MoE layer runs once, since nothing reads its
+            # output. Without `sequential` the first run already advances, so a later change cannot
+            # reach the next layer.
             again = sequential and bool(seen) and index < last
             with watching(seen):
                 stream.run(index, advance=not again)
+            # The hooks are gone here, so the caller may replace whole modules. A change made after
+            # the iterator was advanced past this layer's last block is not seen by the next layer.
             yield from seen.items()
             if again:
                 stream.run(index, advance=True)
 
 
 def refuse_nan(block: MoEBlock, *scores: Tensor) -> None:
-    """Raise when what calibration gave for a block is NaN or infinite."""
+    """Raise if a calibration statistic of a block is NaN or infinite."""
     if not all(bool(score.isfinite().all()) for score in scores):
         raise UserError(
-            f"calibration made activations of {block.name} that are NaN or infinite: try "
-            "model.dtype=float32 or another calibration text"
+            f"calibration produced NaN or infinite activations of {block.name}: try "
+            "model.dtype=float32 or a different calibration text"
         )

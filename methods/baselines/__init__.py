@@ -1,1 +1,1 @@
-"""Methods to compare with: controls without calibration, and published competitors."""
+"""Baselines for the MoE methods: controls without calibration, and published competitors."""

@@ -1,4 +1,4 @@
-"""Drop the experts that the fewest calibration tokens are routed to.
+"""Expert frequency: drop the experts that the fewest calibration tokens are routed to.
 
 Shapes: E routed experts, S tokens of one expert, D d_model, F an expert's width.
 """
@@ -13,9 +13,10 @@ from methods.baselines.scored_experts import ScoredExperts
 
 
 class Frequency:
-    """N_e: how many tokens have expert e among their top k."""
+    """N_e: number of tokens that have expert e among their top k."""
 
     def __init__(self, block: MoEBlock) -> None:
+        # On the CPU: counts are Python integers, and no device transfer is needed per chunk.
         self._tokens_E = torch.zeros(block.num_experts, dtype=torch.float64)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -23,10 +24,10 @@ class Frequency:
         self._tokens_E[expert] += len(weight_S)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Shared experts meet every token."""
+        """Ignore the shared experts: every token reaches them."""
 
     def output(self, y_TD: Tensor) -> None:
-        """The block's output does not matter."""
+        """Ignore the block output."""
 
     def scores(self) -> Tensor:
         """Return N, float64 [E]."""
@@ -34,7 +35,7 @@ class Frequency:
 
 
 class ExpertFrequency(ScoredExperts):
-    """Remove whole experts by how rarely they are used."""
+    """Remove the experts that are used least often."""
 
     def observer(self, block: MoEBlock) -> Frequency:
         """Return a fresh observer of a block."""

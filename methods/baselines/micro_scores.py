@@ -1,4 +1,4 @@
-"""Baselines that rank micro-experts by one half of CAMERA's energy.
+"""Controls that rank micro-experts by one factor of CAMERA's energy.
 
 Shapes: N micro-experts of a layer (shared ones first).
 
@@ -26,7 +26,7 @@ from methods.walking import Walker, refuse_nan
 
 
 class Magnitude(MicroPruning):
-    """Take out the micro-experts with the smallest norm ‖w‖₂ of their down column."""
+    """Remove the micro-experts whose down column has the smallest norm ‖w‖₂."""
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Rank within every layer; no calibration."""
@@ -40,7 +40,7 @@ class Magnitude(MicroPruning):
 
 
 class ActivationOnly(MicroPruning, Walker):
-    """Take out the micro-experts of least ‖φ‖₂², whatever their down column."""
+    """Remove the micro-experts of least ‖φ‖₂², regardless of their down column."""
 
     uses_calibration: ClassVar[bool] = True
 
@@ -61,4 +61,5 @@ class ActivationOnly(MicroPruning, Walker):
 
 def magnitudes(block: MoEBlock) -> Tensor:
     """Return ‖w‖₂² of every micro-expert of a block, float64 [N]."""
+    # Squared, which ranks like the norm itself and saves a root.
     return torch.cat([column_norms(view(block, expert).down) for expert, _ in spans(block)])

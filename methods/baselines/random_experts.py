@@ -1,4 +1,4 @@
-"""Controls that remove as much as CAMERA-P but choose at random, without calibration."""
+"""Random controls: remove as much as CAMERA-P, chosen at random, without calibration."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from methods.moe_pruning import refuse_offloaded
 
 
 class RandomExperts(WholeExperts):
-    """Remove whole routed experts, chosen at random in every layer; shared experts stay."""
+    """Remove routed experts at random in every layer; shared experts stay."""
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Remove experts and say which; no calibration."""
+        """Remove random experts; the report lists them."""
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
         layers = []
         for block, budget in zip(anatomy.moe, self.budgets(anatomy), strict=True):
-            # Of one block, independent of which other blocks there are.
+            # Seeded per block by name, so that a block's draw does not depend on which other blocks
+            # there are. `:order` keeps it apart from the draw of the partial expert in the block.
             rng = random.Random(f"{context.seed}:{block.name}:order")
             order = rng.sample(range(block.num_experts), block.num_experts)
             chosen = cut(block.widths, order, budget)
@@ -32,15 +33,16 @@ class RandomExperts(WholeExperts):
 
 
 class RandomMicroExperts(MicroPruning):
-    """Take out random micro-experts, shared and routed pooled: CAMERA-P with a random ranking."""
+    """Remove random micro-experts, shared and routed pooled: CAMERA-P with a random ranking."""
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Choose micro-experts, take them out and say how many."""
+        """Remove random micro-experts; the report counts them per expert."""
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
         layers = []
         for block, budget in zip(anatomy.moe, self.budgets(anatomy), strict=True):
-            # Of one block, independent of which other blocks there are.
+            # Seeded per block by name, so that a block's draw does not depend on which other blocks
+            # there are.
             rng = random.Random(f"{context.seed}:{block.name}")
             score_N = torch.tensor([rng.random() for _ in range(block.micro_experts)])
             layers.append(self.take_out(block, lowest(score_N, budget)))

@@ -1,4 +1,4 @@
-"""REAP (arXiv 2510.13999): drop the experts that add least to the tokens that reach them.
+"""REAP (arXiv 2510.13999): drop the experts that contribute least to the tokens routed to them.
 
 Shapes: E routed experts, S tokens of one expert, D d_model, F an expert's width.
 """
@@ -15,9 +15,9 @@ from methods.micro_experts import view
 
 
 class Saliency:
-    """S_e = mean over the tokens t routed to e of A_te · ‖f_e(x_t)‖₂ (REAP's router-weighted norm).
+    """S_e = mean over the tokens t routed to e of A_te · ‖f_e(x_t)‖₂ (router-weighted norm).
 
-    A is the weight that the model's router applies, f_e the expert without it. An expert that no
+    A is the weight that the model's router applies, f_e the unweighted expert. An expert that no
     token reached has S_e = 0.
     """
 
@@ -30,26 +30,29 @@ class Saliency:
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one expert."""
         output_SD = self._block.expert(expert).combine(hidden_SF)
+        # The norm accumulates D squares, which overflows or loses digits in half precision.
         norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
         self._sum_E[expert] += (norm_S * weight_S.float()).sum(dtype=torch.float64)
         self._tokens_E[expert] += len(weight_S)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Shared experts have no score."""
+        """Ignore the shared experts: they are not scored."""
 
     def output(self, y_TD: Tensor) -> None:
-        """The block's output does not matter."""
+        """Ignore the block output."""
 
     def scores(self) -> Tensor:
         """Return S, float64 [E]."""
+        # The mean is over routed tokens only, not over all tokens: frequency is deliberately not a
+        # part of REAP's score.
         return self._sum_E / self._tokens_E.clamp_min(1)
 
 
 class Reap(ScoredExperts):
-    """Drop whole experts of lowest saliency, measured on the model as it was.
+    """Remove the experts of lowest saliency, measured on the unpruned model.
 
-    As published the router forgets them (`form=dropped`) and all layers are measured before any
-    is changed (`sequential=false`).
+    As published, the router no longer selects them (`form=dropped`), and all layers are measured
+    before any is changed (`sequential=false`).
     """
 
     form: Form = "dropped"

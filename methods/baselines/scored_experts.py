@@ -1,4 +1,4 @@
-"""Baselines that give every routed expert one score from calibration and drop the lowest."""
+"""Base class of baselines that score every routed expert and drop the lowest."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from methods.walking import Walker, refuse_nan
 
 
 class ExpertScores(Observer, Protocol):
-    """An observer of one block that ends with one number an expert."""
+    """An observer of one block that yields one score per expert."""
 
     def scores(self) -> Tensor:
-        """Return the score of every routed expert, float64 [E]; the lowest go."""
+        """Return the score of every routed expert, float64 [E]; the lowest are removed."""
 
 
 class ScoredExperts(WholeExperts, Walker):
-    """A method that removes the experts of lowest score; ties go by index."""
+    """A method that removes the experts of lowest score; ties are broken by index."""
 
     uses_calibration: ClassVar[bool] = True
 
@@ -43,6 +43,8 @@ class ScoredExperts(WholeExperts, Walker):
         for (block, observer), budget in zip(seen, self.budgets(anatomy), strict=True):
             score_E = observer.scores()
             refuse_nan(block, score_E)
+            # Stable: equal scores, such as the zeros of experts that were never reached, keep their
+            # index order on every device.
             order = torch.argsort(score_E, stable=True).tolist()
             chosen = cut(block.widths, order, budget)
             layer = self.carry_out(block, chosen, anatomy, context.seed)

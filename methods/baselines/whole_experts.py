@@ -1,4 +1,4 @@
-"""What all baselines share that remove whole routed experts and leave shared ones alone."""
+"""Base class of baselines that remove whole routed experts; shared experts stay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Form = Literal["zeroed", "removed", "dropped"]
 
 @dataclass(frozen=True)
 class Cut:
-    """What one block loses: experts as a whole, and `rest` micro-experts of one further expert."""
+    """What one block loses: `whole` experts, and `rest` micro-experts of the expert `further`."""
 
     whole: tuple[int, ...]
     further: int | None = None
@@ -34,12 +34,15 @@ class Cut:
 
 
 def cut(widths: Sequence[int], order: Sequence[int], budget: int) -> Cut:
-    """Spend `budget` micro-experts on experts in the given order.
+    """Spend a budget of micro-experts on experts in the given order.
 
-    An expert that is wider than what is left is the one that loses the rest, and ends the visit.
+    The first expert that is wider than the remaining budget loses just that many micro-experts, and
+    no later expert is considered.
     """
     whole: list[int] = []
     for expert in order:
+        # Stopping here, instead of looking for a narrower expert further on, keeps the order that
+        # the method chose. All of the budget is spent, so methods compare at equal size.
         if widths[expert] > budget:
             return Cut(tuple(whole), expert if budget else None, budget)
         whole.append(expert)
@@ -48,51 +51,54 @@ def cut(widths: Sequence[int], order: Sequence[int], budget: int) -> Cut:
 
 
 class WholeExperts(MoEPruning):
-    """A method that takes whole routed experts out of every block.
+    """A method that removes whole routed experts from every block.
 
-    A block loses exactly as many micro-experts as CAMERA-P takes at the same ratio: whole experts
+    A block loses exactly as many micro-experts as CAMERA-P removes at the same ratio: whole experts
     as long as they fit, and random micro-experts of one further expert for the rest.
 
-    `form` is what becomes of a whole expert. `zeroed`: the router still sends tokens to it and it
-    adds nothing to them, as in CAMERA-P. `removed`: the same outputs, with weights that are really
-    gone; widths are then stored as multiples of `align`. `dropped`: the router no longer knows it,
-    other experts take its tokens by the model's own rule, and its weights are really gone; only
-    the rest is zeros that are still stored.
+    `form` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
+    it contributes nothing, as in CAMERA-P. `removed`: the same outputs without storing its weights;
+    widths are then stored as multiples of `align`. `dropped`: the router no longer selects it,
+    tokens are routed to the remaining experts by the model's own rule, and its weights are not
+    stored; only the micro-experts of the partial expert are stored zeros.
     """
 
     form: Form = "zeroed"
     align: int = Field(default=16, ge=1)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, too, a ratio that routed experts alone cannot give."""
+        """Also refuse a ratio that routed experts alone cannot reach."""
         super().check(anatomy)
         budgets = (math.floor(self.share(anatomy) * b.micro_experts) for b in anatomy.moe)
         for block, budget in zip(anatomy.moe, budgets, strict=True):
             if budget > sum(block.widths):
                 raise UserError(
-                    f"ratio={self.ratio} asks {budget} micro-experts of {block.name}, but its "
-                    f"routed experts have {sum(block.widths)}"
+                    f"ratio={self.ratio} removes {budget} micro-experts of {block.name}, but its "
+                    f"routed experts have {sum(block.widths)}: use a lower ratio"
                 )
             if self.form == "dropped":
                 check_router(block)
                 self._check_enough_stay(block, budget)
 
     def _check_enough_stay(self, block: MoEBlock, budget: int) -> None:
-        """Refuse to leave fewer experts than a token goes to; no choice may do that."""
+        """Refuse a budget with which some choice leaves fewer than top-k experts."""
+        # The worst case: removing the narrowest experts first removes the largest number. Checked
+        # up front because the scores that decide are known only after calibration.
         narrow_first = sorted(range(block.num_experts), key=lambda expert: block.widths[expert])
         left = block.num_experts - len(cut(block.widths, narrow_first, budget).whole)
         if left < block.top_k:
             raise UserError(
                 f"ratio={self.ratio} leaves {left} of {block.num_experts} experts in {block.name}, "
-                f"but a token goes to {block.top_k}: use a lower ratio or form=zeroed"
+                f"but a token is routed to {block.top_k}: use a lower ratio or form=zeroed"
             )
 
     def carry_out(
         self, block: MoEBlock, chosen: Cut, anatomy: Anatomy, seed: int
     ) -> dict[str, Any]:
-        """Take out of one block what was chosen and say what that was."""
+        """Remove the chosen experts from one block; return its report entry."""
         whole, rest = _places(block, chosen.whole), _some(block, chosen, seed)
         further = {"expert": chosen.further, "removed": chosen.rest}
+        # Counted before anything changes: `block` describes the block as it was.
         layer: dict[str, Any] = {
             "layer": block.layer,
             "removed": len(whole) + len(rest),
@@ -101,6 +107,7 @@ class WholeExperts(MoEPruning):
             "partial_expert": further if rest else None,
         }
         if self.form == "dropped":
+            # Before the drop, while flat indices still address the block's original experts.
             zero(block, _indices(rest))
             if whole:
                 check_router(block)
@@ -117,10 +124,14 @@ class WholeExperts(MoEPruning):
     def report(
         self, model: Model, anatomy: Anatomy, layers: list[dict[str, Any]], **more: Any
     ) -> MethodReport:
-        """Return the report of all blocks, given the anatomy that the model had before."""
+        """Build the report of all blocks.
+
+        `anatomy` is the structure before removal: ratios refer to that model.
+        """
         removed = [layer["removed"] for layer in layers]
         zeroed = [layer.get("zeroed_micro_experts", 0) for layer in layers]
         if self.form == "dropped":
+            # Only when all blocks are done: the config holds one expert count for all layers.
             settle(model, router_form(anatomy))
         elif self.form == "removed":
             restructured(model)
@@ -134,6 +145,7 @@ class WholeExperts(MoEPruning):
         }
         if not sum(removed):
             return MethodReport("none", details)
+        # A report of `removed` needs at least one weight that is no longer stored.
         return MethodReport("zeroed" if removed == zeroed else "removed", details)
 
 
@@ -148,7 +160,7 @@ def _places(block: MoEBlock, experts: Sequence[int]) -> list[int]:
 
 
 def _some(block: MoEBlock, chosen: Cut, seed: int) -> list[int]:
-    """Draw the micro-experts that the further expert loses; other blocks do not matter."""
+    """Draw the micro-experts that the partial expert loses, independently of other blocks."""
     if chosen.further is None:
         return []
     rng = random.Random(f"{seed}:{block.name}")

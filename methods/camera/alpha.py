@@ -1,4 +1,4 @@
-"""The weight of the peak term in CAMERA's energy, model by model, as the sources have it.
+"""Weight of the peak term in CAMERA's energy, per model, according to the sources.
 
 The paper's values are known only second-hand. Its code multiplies the peak by 0.90 or 0.95 for
 DeepSeek-MoE and by 1.0 by default, which is what Qwen3 was run with (`paper`). A note gives 0.05,
@@ -19,8 +19,9 @@ _ELSEWHERE = 0.95
 
 
 def weight_of_peak(alpha: Alpha, model_type: str) -> float:
-    """Return α for a model: the number that was given, or what a reading has for its type."""
+    """Return α for a model: the given number, or the value of a named reading for its type."""
     if not isinstance(alpha, str):
         return alpha
     peak = _PEAK.get(model_type, _ELSEWHERE)
+    # Rounded, so that 1 - 0.95 is 0.05 in the record and not 0.050000000000000044.
     return peak if alpha == "paper" else round(1 - peak, 12)

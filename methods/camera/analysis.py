@@ -1,9 +1,9 @@
-"""Measuring the energies of all micro-experts while calibration text passes through the model.
+"""Energies of all micro-experts, measured on calibration text.
 
 One walk over the decoder: a layer runs once with its experts observed, and once more if it was
-changed, so that later layers are measured on what the changed ones produce (the official code's
-order). Shapes: B rows, L tokens a row, T tokens, S tokens of one expert, D d_model, F an expert's
-width, N micro-experts of a layer, E routed experts.
+changed, so that later layers are measured on the outputs of the changed ones (the order of the
+official code). Shapes: B rows, L tokens per row, T tokens, S tokens of one expert, D d_model, F an
+expert's width, N micro-experts of a layer, E routed experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from methods.walking import refuse_nan, walk
 
 @dataclass(frozen=True)
 class Walk:
-    """How calibration text passes: rows at a time, tokens shown at a time, again after a change.
+    """Options of a calibration walk: `batch` rows and `chunk` tokens at a time.
 
     With `sequential` a layer that was changed runs again before the next one is measured.
     """
@@ -37,15 +37,16 @@ class Walk:
 
 
 class BlockEnergies:
-    """Gathers, as an observer of one block, what its micro-experts' energies need.
+    """Observer of one block that accumulates the statistics for its micro-experts' energies.
 
-    `tokens` counts all tokens that passed, `visits` [E] those of each routed expert;
-    `output_power` is Σ_t ‖y_t‖² of the block's output. `beside` sees all that this one sees.
+    `tokens` counts all tokens, `visits` [E] those of each routed expert; `output_power` is Σ_t
+    ‖y_t‖² of the block output. A second observer, `beside`, receives everything that this one does.
     """
 
     def __init__(self, block: MoEBlock, beside: Observer | None = None) -> None:
         device = view(block, 0).down.device
         self.block = block
+        # A second observer instead of a second pass: the walk is the expensive part.
         self.beside = beside
         self.tokens = 0
         self.visits = [0] * block.num_experts
@@ -67,18 +68,19 @@ class BlockEnergies:
             self.beside.shared(x_TD, hidden_TF, weight_T)
 
     def output(self, y_TD: Tensor) -> None:
-        """Add the block's output to its power."""
+        """Add the power of the block output."""
         self.tokens += len(y_TD)
         self.output_power += float(y_TD.float().square().sum(dtype=torch.float64))
         if self.beside is not None:
             self.beside.output(y_TD)
 
     def energies(self, alpha: float, *, normalised: bool) -> Tensor:
-        """Return the energies in flat order, float64 [N], of the weights as they are now.
+        """Return the energies in flat order, float64 [N], using the current weights.
 
         Raises:
             UserError: an activation was NaN or infinite.
         """
+        # `_places` is in flat order, so concatenated norms line up with the moments.
         norms = [column_norms(view(self.block, expert).down) for expert in self._places]
         tokens = self.tokens if normalised else None
         energy_N = energy(self._moments, torch.cat(norms), alpha, tokens)
@@ -93,10 +95,10 @@ def measure(
     progress: Progress,
     observer: Callable[[MoEBlock], BlockEnergies] = BlockEnergies,
 ) -> Iterator[BlockEnergies]:
-    """Yield every MoE block's measurements in layer order.
+    """Yield the measurements of every MoE block in layer order.
 
-    The consumer may change a block before it asks for the next one; with `how.sequential` the
-    next ones then see the change.
+    The caller may modify a block before it requests the next one; with `how.sequential` later
+    blocks then see the change.
     """
 
     def watching(seen: dict[MoEBlock, BlockEnergies]) -> AbstractContextManager[None]:

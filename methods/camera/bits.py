@@ -1,10 +1,10 @@
-"""CAMERA-Q's share-out: micro-experts of more energy get more bits, the layer's mean exactly kept.
+"""Allocation of bits in CAMERA-Q: more bits for more energy, at an exact mean per layer.
 
 Shapes: F an expert's width.
 
-An expert's micro-experts are ordered by energy and cut into blocks, the unit of the share-out, so
-that bits change where a group of the down matrix ends anyway. Only where a level's total is not a
-whole number of blocks is one block divided.
+The micro-experts of an expert are ordered by energy and cut into blocks, the unit of allocation, so
+that bits change only where a group of the down matrix ends anyway. A block is divided only where
+the size of a level is not a whole number of blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCKS_PER_EXPERT = 8
 
 @dataclass(frozen=True)
 class Unit:
-    """A block of micro-experts of one expert, consecutive in its order; it is ranked by `key`."""
+    """A block of consecutive micro-experts of one expert, in order of energy; ranked by `key`."""
 
     expert: int
     size: int
@@ -32,16 +32,17 @@ class Unit:
 
 
 def by_energy(energy_F: Tensor) -> Tensor:
-    """Return the order of falling energy; equal ones keep their order."""
+    """Return the order of falling energy; ties keep their order."""
     return torch.argsort(energy_F, descending=True, stable=True)
 
 
 def block_size(widths: Sequence[int], group: int) -> int:
-    """Return how many micro-experts change their bits together unless a config says so.
+    """Return the default number of micro-experts that change their bits together.
 
-    A group, or an eighth of the narrowest expert if that is less, so that every expert can hold
-    several levels.
+    One group, or an eighth of the narrowest expert if that is less, so that every expert can
+    contain several levels.
     """
+    # Experts of width 0 hold nothing and must not set the block size.
     narrowest = min((width for width in widths if width), default=1)
     return min(group, max(1, narrowest // BLOCKS_PER_EXPERT))
 
@@ -52,17 +53,18 @@ def cut(size: int, block: int) -> list[int]:
 
 
 def units(energies: Sequence[Tensor], block: int, scope: Scope) -> list[Unit]:
-    """Return all experts' blocks, first the one that deserves most bits.
+    """Return the blocks of all experts, the one that deserves most bits first.
 
-    Within a `layer` blocks are compared by their mean energy. With scope `expert` every expert
-    gets its share of each level: blocks are compared by their place in their own expert, and by
-    energy only among equal places.
+    With scope `layer`, blocks compare by their mean energy. With scope `expert`, every expert gets
+    its share of each level: blocks compare by their relative rank within their own expert, and by
+    energy only among equal ranks.
     """
     found = []
     for expert, energy_F in enumerate(energies):
         sizes = cut(len(energy_F), block)
         ordered_F = energy_F.sort(descending=True, stable=True).values
         for place, part in enumerate(torch.split(ordered_F, sizes) if sizes else ()):
+            # The mean, not the sum: the last block of an expert may be smaller.
             mean = float(part.mean())
             rank = place / len(sizes) if scope == "expert" else 0.0
             found.append(Unit(expert, len(part), (rank, -mean)))
@@ -70,11 +72,12 @@ def units(energies: Sequence[Tensor], block: int, scope: Scope) -> list[Unit]:
 
 
 def share_out(ranked: Sequence[Unit], levels: Sequence[Level], experts: int) -> list[list[Level]]:
-    """Deal the levels, most bits first, to blocks in their order; return each expert's levels.
+    """Assign the levels, most bits first, to blocks in order; return each expert's levels.
 
-    The sizes of the levels together are those of the blocks. An expert's first block comes before
-    its second, so its levels run over its micro-experts in order of energy.
+    The sizes of the levels sum to those of the blocks. An expert's first block precedes its second,
+    so its levels follow its micro-experts in order of energy.
     """
+    # Insertion order is the order of `levels`, so each expert's levels come out with falling bits.
     sizes = [dict.fromkeys((level.bits for level in levels), 0) for _ in range(experts)]
     for unit, bits, taken in _dealt(ranked, levels):
         sizes[unit.expert][bits] += taken
@@ -82,10 +85,12 @@ def share_out(ranked: Sequence[Unit], levels: Sequence[Level], experts: int) -> 
 
 
 def _dealt(ranked: Sequence[Unit], levels: Sequence[Level]) -> Iterator[tuple[Unit, int, int]]:
-    """Yield (unit, bits, how many of its micro-experts get them)."""
+    """Yield (block, bits, number of its micro-experts that get them)."""
     left = [list(level) for level in levels]
     for unit in ranked:
         missing = unit.size
+        # A block crosses into the next level when the current one is used up: at most one block per
+        # boundary between levels is divided.
         while missing:
             while not left[0][1]:
                 left.pop(0)

@@ -1,18 +1,18 @@
-"""Energy that asks what the loss feels of an error in a block's output, not how large it is.
+"""Loss-aware energy: weighs an error in a block's output by its effect on the loss.
 
 Not in the CAMERA paper; the idea is HEAPr's (arXiv 2509.22299).
 
-Shapes: B rows, L tokens a row, T tokens, D d_model, F an expert's width, N micro-experts of a
+Shapes: B rows, L tokens per row, T tokens, D d_model, F an expert's width, N micro-experts of a
 layer (shared ones first).
 
 Without micro-expert i the block's output changes by -φ_ti w_i on token t, and the loss, to second
-order with the Fisher matrix for its Hessian, by ½ (φ_ti g_tᵀ w_i)², where g_t = ∂L/∂y_t. With the
-coefficients taken as independent of the gradients, and the factor ½ left out, this adds up to
+order with the Fisher matrix as its Hessian, by ½ (φ_ti g_tᵀ w_i)², where g_t = ∂L/∂y_t. With the
+coefficients taken as independent of the gradients, and the factor ½ omitted, this sums to
 
     E_i = ‖φ_i‖₂² · w_iᵀ G w_i,   G = mean over t of g_t g_tᵀ
 
-in squared nats. With G = I it is CAMERA's energy at α = 0. Being in units of the loss, energies of
-different layers compare.
+in squared nats. With G = I it is CAMERA's energy at α = 0. Since it is in units of the loss,
+energies of different layers are comparable.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from methods.walking import refuse_nan, walk
 def sensitivity(down_DF: Tensor, metric_DD: Tensor) -> Tensor:
     """Return wᵀ G w for every column w of a down matrix, float64 [F]."""
     down_DF = down_DF.double()
+    # Σ over rows of w ⊙ (G w): the diagonal of Wᵀ G W without forming it.
     return (down_DF * (metric_DD.double() @ down_DF)).sum(0)
 
 
@@ -52,7 +53,7 @@ def loss_aware_energy(block: MoEBlock, square_sum_N: Tensor, metric_DD: Tensor) 
 
 
 class OutputMetric:
-    """Gathers G = mean over tokens of g gᵀ, g the gradient of the loss at a block's output."""
+    """Accumulates G = mean over tokens of g gᵀ, g the loss gradient at a block's output."""
 
     def __init__(self, block: MoEBlock) -> None:
         shape = (block.d_model, block.d_model)
@@ -74,18 +75,19 @@ class OutputMetric:
 def output_metrics(model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEBlock, Tensor]:
     """Return G of every block from one forward and backward pass; no weight gets a gradient.
 
-    Rows go one at a time, since all of a row's activations are kept until its loss comes back.
+    Rows are processed one at a time, since all activations of a row are kept until its backward
+    pass.
     """
     gathered = {block: OutputMetric(block) for block in model.anatomy.moe}
     with differentiable(model.network), _catching(gathered):
-        for row_1L in told.track(tokens_BL.split(1), "sending the loss backward"):
+        for row_1L in told.track(tokens_BL.split(1), "computing gradients of the loss"):
             backward(model.network, row_1L)
     return {block: found.metric() for block, found in gathered.items()}
 
 
 @contextmanager
 def _catching(gathered: dict[MoEBlock, OutputMetric]) -> Iterator[None]:
-    """Show the gradients that arrive at the blocks' outputs inside the `with`."""
+    """Accumulate the gradients at the block outputs inside the `with` block."""
     with ExitStack() as stack:
         for block, found in gathered.items():
             handle = block.block.register_forward_hook(_catcher(found))
@@ -95,13 +97,15 @@ def _catching(gathered: dict[MoEBlock, OutputMetric]) -> Iterator[None]:
 
 def _catcher(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], None]:
     def after(_: nn.Module, __: Any, output_BLD: Tensor) -> None:
+        # A hook on the tensor, not a module backward hook: no autograd function is wrapped around
+        # the block, and the gradient is complete when the hook runs.
         output_BLD.register_hook(found.add)
 
     return after
 
 
 class CameraLossAware(MicroPruning):
-    """Take out the micro-experts of least loss-aware energy, measured on the model as it was.
+    """Remove the micro-experts of least loss-aware energy, measured on the unpruned model.
 
     `scope` ranks within a `layer`, as CAMERA-P does, or over the whole model (`global`).
     """
@@ -113,10 +117,12 @@ class CameraLossAware(MicroPruning):
     chunk: int = Field(default=4096, ge=1)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Send the loss backward once, measure activations once, rank and take out."""
+        """Run one backward pass per row, measure activations once, rank and remove."""
         calibration = calibration_of(context)
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
+        # Everything is measured before anything is removed: G comes from the unpruned model, and
+        # activations have to match it.
         energies = self._energies(model, calibration.tokens, context.progress)
         chosen = self._choose(energies, self.budgets(anatomy))
         layers = []
@@ -134,8 +140,9 @@ class CameraLossAware(MicroPruning):
         )
 
     def _choose(self, energies: list[Tensor], budgets: list[int]) -> list[Tensor]:
-        """Return the flat indices that go from every block."""
+        """Return the flat indices to remove from every block."""
         if self.scope == "global":
+            # No normalisation by output power, unlike CAMERA-P: units of the loss compare already.
             return lowest_overall(energies, sum(budgets))
         return [lowest(energy_N, n) for energy_N, n in zip(energies, budgets, strict=True)]
 
@@ -155,6 +162,5 @@ class CameraLossAware(MicroPruning):
 
 
 def _share(energy_N: Tensor, indices: Tensor) -> float:
-    """Return what share of a block's energy some micro-experts have."""
     total = float(energy_N.sum())
     return float(energy_N[indices].sum()) / total if total else 0.0

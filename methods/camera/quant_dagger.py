@@ -1,11 +1,11 @@
-"""CAMERA-Q-dagger, the paper's ablation: bits split along the input of every single matrix.
+"""CAMERA-Q-dagger, the paper's ablation: bits allocated over the input columns of each matrix.
 
 Shapes: D d_model, F an expert's width, S tokens of one expert.
 
-No micro-expert has bits of its own here. An input column j of a matrix W is ranked by what it
-contributes to the matrix's output, [(1 - α) ‖x_j‖₂² + α ‖x_j‖∞²] · ‖W_:j‖₂², which is CAMERA's
-energy with the columns of W for micro-experts. Only the fact of the split is known of the
-paper's ablation; this ranking is ours.
+Here a micro-expert has no bits of its own. An input column j of a matrix W is ranked by its
+contribution to the output of the matrix, [(1 - α) ‖x_j‖₂² + α ‖x_j‖∞²] · ‖W_:j‖₂², which is
+CAMERA's energy with the columns of W as micro-experts. Of the paper's ablation only the split
+itself is known; this ranking is ours.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from methods.quantization.plan import ExpertPlan, MatrixPlan
 
 
 class CameraQDagger(MixedBits):
-    """Share bits out over the input columns of gate, up and down, each matrix on its own."""
+    """Allocate bits over the input columns of gate, up and down, each matrix separately."""
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, too, a mean that these bits cannot give in some matrix."""
+        """Also refuse a mean that these bits cannot produce in some matrix."""
         super().check(anatomy)
         for size in {n for block in anatomy.moe for n in (block.d_model, *block.widths)}:
             self.levels(size)
 
     def planner(self, block: MoEBlock) -> Planner:
-        """Return what measures the columns of a block's matrices."""
+        """Return the observer that measures the columns of a block's matrices."""
         return ColumnPlanner(self, block)
 
 
 class ColumnPlanner(BlockEnergies):
-    """Measures, beside the micro-experts, every expert's inputs."""
+    """Measures every expert's inputs in addition to its micro-experts."""
 
     def __init__(self, method: CameraQDagger, block: MoEBlock) -> None:
         super().__init__(block)
@@ -52,28 +52,29 @@ class ColumnPlanner(BlockEnergies):
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert."""
         super().routed(expert, x_SD, hidden_SF, weight_S)
+        # Weight 1: gate and up see their inputs before the router weight is applied.
         self._inputs[expert].add(slice(None), x_SD, torch.ones_like(weight_S))
 
     def plans(self) -> list[ExpertPlan]:
-        """Return a plan for every routed expert; down's order is that of its micro-experts."""
+        """Return a plan for every routed expert; the order of down is that of its micro-experts."""
         energy_N = self.energies(self._method.peak, normalised=self._method.normalised)
         places = {expert: place for expert, place in spans(self.block) if expert != SHARED}
         return [self._plan(expert, energy_N[place]) for expert, place in places.items()]
 
     def details(self) -> dict[str, Any]:
-        """Nothing beyond what the shapes say."""
+        """Return nothing: the shapes say it all."""
         return {}
 
     def _plan(self, expert: int, energy_F: Tensor) -> ExpertPlan:
-        """Return one expert's plan."""
         found = self.block.expert(expert)
         order_F = by_energy(energy_F)
+        # The columns of down are the micro-experts, stored in order of energy anyway; gate and up
+        # need a stored permutation of their own, since the order of their inputs is the model's.
         down = MatrixPlan(self._shape(self.block.d_model, len(order_F), permuted=False))
         gate, up = (self._matrix(expert, weight_FD) for weight_FD in (found.gate, found.up))
         return ExpertPlan(order_F, gate, up, down)
 
     def _matrix(self, expert: int, weight_FD: Tensor) -> MatrixPlan:
-        """Return the plan of gate or up by the energies of its columns."""
         norms_D, alpha = column_norms(weight_FD), self._method.peak
         tokens = self.tokens if self._method.normalised else None
         energy_D = energy(self._inputs[expert], norms_D, alpha, tokens)
@@ -81,6 +82,5 @@ class ColumnPlanner(BlockEnergies):
         return MatrixPlan(shape, by_energy(energy_D))
 
     def _shape(self, rows: int, columns: int, *, permuted: bool) -> PackedShape:
-        """Return the shape of a matrix whose levels run over its columns."""
         levels = tuple(level for level in self._method.levels(columns) if level.size)
         return PackedShape(rows, columns, levels, "columns", self._method.group, permuted)

@@ -1,6 +1,6 @@
-"""Pruning and quantization in one decision: every block of micro-experts gets 0 to 8 bits.
+"""CAMERA-PQ: pruning and quantization in one decision, 0 to 8 bits per block of micro-experts.
 
-Not in the paper, whose fixed groups can neither drop a micro-expert nor trade bits for that.
+Not in the paper, whose fixed groups can neither drop a micro-expert nor trade its bits for others.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ChoicesOrNone = Annotated[tuple[BitsOrNone, ...], Field(min_length=1), AfterVali
 
 
 class CameraPQ(MoEQuantization):
-    """Choose bits per block of micro-experts, 0 for none, under a byte budget, exactly.
+    """Choose bits per block of micro-experts, 0 meaning removal, under a byte budget, exactly.
 
-    The choice has the least summed error of replacing each micro-expert alone, which at 0 bits is
-    its energy at α = 0. `budget_bits` is what every routed weight may take in the mean, scales and
-    offsets included; so many bytes are the budget of every `layer`, measured on what the quantized
-    layers before it produce, or with scope `model` of all layers together, measured in one pass
-    before anything is changed. `block` is as for CAMERA-Q.
+    The choice minimises the summed error of replacing each micro-expert alone, which at 0 bits is
+    its energy at α = 0. `budget_bits` is the mean bits per routed weight, scales and offsets
+    included. The budget holds per `layer`, each measured on the outputs of the quantized layers
+    before it, or with scope `model` over all layers together, measured in one pass before anything
+    changes. `block` is as in CAMERA-Q.
     """
 
     bits: ChoicesOrNone = (4, 3, 2, 1, 0)
@@ -50,32 +50,34 @@ class CameraPQ(MoEQuantization):
     block: int | None = Field(default=None, ge=1)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, too, a budget that the fewest bits exceed."""
+        """Also refuse a budget below the cost of the fewest bits."""
         super().check(anatomy)
         for block in anatomy.moe:
+            # Per block the cheapest option, which is the fewest bits: 0 costs nothing, not even a
+            # grid.
             least = int(self.options(block).costs(block).amin(1).sum())
             if least > self.budget(block):
                 need = least / (3 * block.d_model * sum(block.widths))
                 raise UserError(
-                    f"budget_bits={self.budget_bits} is too little for {block.name}: with scales "
-                    f"and offsets, bits={list(self.bits)} need {need:.3g} at least"
+                    f"budget_bits={self.budget_bits} is too low for {block.name}: with scales and "
+                    f"offsets, bits={list(self.bits)} need {need:.3g} at least"
                 )
 
     def options(self, block: MoEBlock) -> Options:
-        """Return what there is to choose from in a block."""
+        """Return the options of a block."""
         size = self.block or block_size(block.widths, self.group)
         return Options(self.bits, self.group, size, self.clip)
 
     def budget(self, block: MoEBlock) -> int:
-        """Return how many bits a block's routed experts may take."""
+        """Return the budget in bits of a block's routed experts."""
         return math.floor(exact(self.budget_bits) * 3 * block.d_model * sum(block.widths))
 
     def planner(self, block: MoEBlock) -> Planner:
-        """Return what measures a block and solves for its own budget."""
+        """Return the planner that measures a block and solves for its own budget."""
         return Solving(self, block)
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """With scope `model`, measure and solve for all blocks before anything is changed."""
+        """With scope `model`, measure and solve for all blocks before anything changes."""
         if self.scope == "layer":
             return self.planner
         measured = self._measure(model, context)
@@ -86,8 +88,6 @@ class CameraPQ(MoEQuantization):
         return lambda block: decided[block.name]
 
     def _measure(self, model: Model, context: Context) -> list[Replacement]:
-        """Show the unchanged model's blocks the calibration text."""
-
         def start(block: MoEBlock) -> Replacement:
             return Replacement(block, self.options(block))
 
@@ -96,6 +96,7 @@ class CameraPQ(MoEQuantization):
 
         tokens_BL = calibration_of(context).tokens
         found = walk(model, tokens_BL, start, watching, self.batch, False, context.progress)
+        # Errors need the original weights, which the walk offloads or the caller quantizes later.
         return [measured.settled() for _, measured in found]
 
 
@@ -108,30 +109,31 @@ class Solving(Replacement):
         self._decided: Decided
 
     def plans(self) -> list[ExpertPlan]:
-        """Solve and return a plan for every expert."""
+        """Solve, and return a plan for every expert."""
         (chosen_I,) = solve([self], self._budget)
         self._decided = Decided(self, chosen_I)
         return self._decided.plans()
 
     def details(self) -> dict[str, Any]:
-        """Return what was removed, and the error that was foreseen."""
+        """Return what was removed, and the predicted error."""
         return self._decided.details()
 
 
 class Decided(Blind):
-    """Plans a choice that has been made: the option of every block of micro-experts."""
+    """Plans a choice already made: an option for every block of micro-experts."""
 
     def __init__(self, measured: Replacement, chosen_I: list[int]) -> None:
         self._measured, self._chosen_I = measured, chosen_I
         self._bits_I = [measured.options.bits[option] for option in chosen_I]
 
     def plans(self) -> list[ExpertPlan]:
-        """Return a plan for every expert: falling bits, and blocks in order of energy."""
+        """Return a plan for every expert: falling bits, then falling energy."""
+        # The choices are one flat list over experts; each expert consumes as many as it has blocks.
         remaining = iter(self._bits_I)
         return [self._plan([(next(remaining), p) for p in own]) for own in self._measured.blocks]
 
     def details(self) -> dict[str, Any]:
-        """Return what was removed, and the error that was foreseen."""
+        """Return what was removed, and the predicted error."""
         measured = self._measured
         parts = [part for own in measured.blocks for part in own]
         removed = [len(p) for p, bits in zip(parts, self._bits_I, strict=True) if not bits]
@@ -144,19 +146,22 @@ class Decided(Blind):
         }
 
     def _plan(self, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:
-        """Return the plan of one expert from its blocks and their bits."""
         options, block = self._measured.options, self._measured.block
+        # A stable sort keeps blocks of equal bits in order of energy, so that each level is
+        # contiguous.
         kept = sorted((part for part in parts if part[0]), key=lambda part: -part[0])
         order_f = torch.cat([chosen_n for _, chosen_n in kept] or [torch.zeros(0).long()])
+        # The group size of down is the block size: one grid per row and block, as `Options.costs`
+        # counts. Only an expert's last block is smaller, and it comes last in its level.
         levels = [Level(b, sum(len(p) for own, p in kept if own == b)) for b in options.bits if b]
         return tied(order_f, levels, block.d_model, options.group, options.block)
 
 
 def solve(measured: Sequence[Replacement], budget: int) -> list[list[int]]:
-    """Return every layer's choices with the least error in all under one budget in bits.
+    """Return the choices of every layer with the least total error under one budget in bits.
 
-    An error counts relative to its layer's energy, so that a layer whose outputs are large does
-    not take all; for one layer alone that changes nothing.
+    Errors count relative to the energy of their layer, so that a layer with large outputs does not
+    take the whole budget. For a single layer this changes nothing.
     """
     losses = [found.losses / (found.energy or 1.0) for found in measured]
     costs = [found.options.costs(found.block) for found in measured]

@@ -1,4 +1,4 @@
-"""The knobs that CAMERA-Q and its ablation have in common: bits, their shares, an exact mean."""
+"""Options shared by CAMERA-Q and its ablation: bits, their shares, an exact mean."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from methods.quantization.observers import Planner
 class MixedBits(MoEQuantization):
     """A method with several bit widths and an exact mean.
 
-    `shares` are the proportions in which the parts get each of `bits`; without them the
-    proportions are as even as `mean_bits` allows. With both, they must agree. The default, 2 bits
-    in the mean and 2.25 with the grids of groups of 128, has the shares that a later comparison
-    used for CAMERA-Q (DartMoQP); the paper's are not known.
+    `shares` are the proportions of the parts that get each of `bits`; without them the proportions
+    are as even as `mean_bits` allows. If both are given they must agree. The default, a mean of 2
+    bits, or 2.25 with the grids of groups of 128, has the shares that a later comparison used for
+    CAMERA-Q (DartMoQP); the paper's are not known.
 
-    `alpha` weighs the peak in the energy, and `normalised` takes the mean over tokens for the
-    sum, both as in CAMERA-P.
+    `alpha` weighs the peak term of the energy, and `normalised` replaces the sum over tokens by
+    their mean, both as in CAMERA-P.
     """
 
     bits: Choices = (3, 2, 1)
@@ -42,41 +42,44 @@ class MixedBits(MoEQuantization):
     ) -> tuple[float, ...] | None:
         if shares is not None:
             if len(shares) != len(others.data.get("bits", shares)):
-                raise ValueError("give one share for each of bits")
+                raise ValueError("give as many shares as bits")
             if not all(0 <= share < float("inf") for share in shares) or not any(shares):
-                raise ValueError("shares are not negative, and not all zero")
+                raise ValueError("shares must be finite, not negative, and not all zero")
         return shares
 
     @field_validator("mean_bits")
     @classmethod
     def _can_be_given(cls, mean: float | None, others: ValidationInfo) -> float | None:
+        # Fields that failed validation are missing here; their own errors are reported instead.
         if not {"bits", "shares"} <= others.data.keys():
             return mean
         bits, shares = others.data["bits"], others.data["shares"]
         if mean is None:
             if shares is None:
-                raise ValueError("give shares or mean_bits")
+                raise ValueError("set shares or mean_bits")
         elif not bits[-1] <= mean <= bits[0]:
-            raise ValueError(f"bits from {bits[-1]} to {bits[0]} cannot give this mean")
+            raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
+        # Compared as fractions: float means of the same decimals need not be equal.
         elif shares is not None and mean_of(bits, shares) != exact(mean):
             implied = float(mean_of(bits, shares))
-            raise ValueError(f"bits={list(bits)} in shares={list(shares)} have a mean of {implied}")
+            raise ValueError(f"bits={list(bits)} with shares={list(shares)} have mean {implied}")
         return mean
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """Return what makes planners, with α as it is for this model."""
+        """Return the factory of planners, with α resolved for this model."""
+        # On a copy: this object is the user's config and keeps the name given there.
         alpha = weight_of_peak(self.alpha, model.anatomy.model_type)
         return self.model_copy(update={"alpha": alpha}).planner
 
     @property
     def peak(self) -> float:
-        """The number that α is for the model at hand."""
+        """The resolved number α."""
         assert not isinstance(self.alpha, str)
         return self.alpha
 
     @property
     def mean(self) -> Fraction:
-        """The exact mean that was asked for."""
+        """The exact mean of the bits."""
         if self.mean_bits is not None:
             return exact(self.mean_bits)
         assert self.shares is not None

@@ -1,10 +1,10 @@
-"""What replacing a micro-expert by a rounded one, or by none, does to its layer's output.
+"""Error in a layer's output when a micro-expert is rounded or removed.
 
-Shapes: S tokens of one expert, F its width, N routed micro-experts of a layer, D d_model, O
-choices of bits, I blocks of micro-experts, n micro-experts of one block.
+Shapes: S tokens of one expert, F its width, N routed micro-experts of a layer, D d_model, O bit
+options, I blocks of micro-experts, n micro-experts of one block.
 
-A micro-expert adds φ_t w to token t's output. Rounded to b bits it adds φ̂_t ŵ; replacing it alone
-makes, summed over tokens, the squared error
+A micro-expert adds φ_t w to the output of token t. Rounded to b bits it adds φ̂_t ŵ; replacing it
+alone causes, summed over tokens, the squared error
 
     e(b) = Σ_t ‖φ_t w - φ̂_t ŵ‖² = ‖φ‖²‖w‖² - 2 ⟨φ, φ̂⟩⟨w, ŵ⟩ + ‖φ̂‖²‖ŵ‖²
 
@@ -31,7 +31,7 @@ from methods.walking import refuse_nan
 
 @dataclass(frozen=True)
 class Options:
-    """The bits to choose from, and how weights are rounded: groups of inputs, blocks of columns."""
+    """Bit options, group sizes of inputs (`group`) and of down columns (`block`), clipping."""
 
     bits: tuple[int, ...]
     group: int
@@ -41,18 +41,19 @@ class Options:
     def costs(self, block: MoEBlock) -> Tensor:
         """Return the bits that every block of micro-experts takes, grids included, int64 [I, O].
 
-        Each of n micro-experts has two rows with a grid for every group of inputs; the down matrix
-        has a grid for every row of the block's columns.
+        Each of n micro-experts has two rows (gate, up) with a grid per group of inputs; the down
+        matrix has a grid per row for the columns of the block.
         """
         sizes = [n for width in block.widths for n in cut(width, self.block)]
         size_I1 = torch.tensor(sizes, dtype=torch.int64)[:, None]
+        # -(-a // b) is the ceiling. Dropped blocks (0 bits) store no grid.
         grids_I1 = 2 * size_I1 * -(-block.d_model // self.group) + block.d_model
         bits_O = torch.tensor(self.bits)
         return 3 * block.d_model * size_I1 * bits_O + GRID_BITS * grids_I1 * (bits_O > 0)
 
 
 class Overlaps:
-    """‖φ‖², ⟨φ, φ̂⟩ and ‖φ̂‖² of one expert's micro-experts, the latter at every choice of bits."""
+    """‖φ‖², and for every bit option ⟨φ, φ̂⟩ and ‖φ̂‖², of one expert's micro-experts."""
 
     def __init__(self, width: int, options: int, device: torch.device) -> None:
         self.square_F = torch.zeros(width, dtype=torch.float64, device=device)
@@ -69,20 +70,22 @@ class Replacement(Blind):
         self._overlaps = [Overlaps(width, len(options.bits), device) for width in block.widths]
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Add the tokens of one routed expert, computed once more for every choice."""
+        """Add the tokens of one routed expert, recomputed for every bit option."""
         view, seen = self.block.expert(expert), self._overlaps[expert]
         weight_S1 = weight_S.float()[:, None]
         phi_SF = hidden_SF.float() * weight_S1
         seen.square_F += phi_SF.square().sum(0, dtype=torch.float64)
         for option, bits in enumerate(self.options.bits):
             if bits:
+                # Gate and up rounded, down not: φ̂ is the coefficient only. The rounding of the
+                # down column enters through ⟨w, ŵ⟩ and ‖ŵ‖², which need no tokens.
                 hat_SF = self._rounded(view, bits).hidden(x_SD.float()) * weight_S1
                 seen.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
                 seen.rounded_OF[option] += hat_SF.square().sum(0, dtype=torch.float64)
 
     @cached_property
     def blocks(self) -> list[tuple[Tensor, ...]]:
-        """For every expert, its micro-experts' indices by falling energy, in blocks."""
+        """Per expert, its micro-experts' indices by falling energy, split into blocks."""
         found = []
         for expert, seen in enumerate(self._overlaps):
             order_F = by_energy(seen.square_F * column_norms(self.block.expert(expert).down))
@@ -92,7 +95,7 @@ class Replacement(Blind):
 
     @cached_property
     def losses(self) -> Tensor:
-        """The summed error of every block at every choice, float64 [I, O] on the CPU."""
+        """The summed error of every block at every bit option, float64 [I, O] on the CPU."""
         rows = [
             self._losses(expert, chosen_n)
             for expert, parts in enumerate(self.blocks)
@@ -111,7 +114,8 @@ class Replacement(Blind):
         )
 
     def settled(self) -> Replacement:
-        """Return this after computing all that needs the block's weights, which may go away."""
+        """Compute everything that needs the block's weights, and return self."""
+        # Cached properties: reading them stores their values.
         _ = self.blocks, self.losses, self.energy
         return self
 
@@ -124,6 +128,8 @@ class Replacement(Blind):
         for option, bits in enumerate(self.options.bits):
             loss_n = energy_n
             if bits:
+                # Rounded as one group, since the block is one group of the stored down matrix: the
+                # error depends on which micro-experts share the grid.
                 hat_Dn = rounded(down_Dn, bits, group, self.options.clip)
                 inner_n = (down_Dn * hat_Dn).sum(0, dtype=torch.float64)
                 cross_n = seen.cross_OF[option, chosen_n] * inner_n
@@ -133,7 +139,6 @@ class Replacement(Blind):
         return torch.stack(losses)
 
     def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
-        """Return an expert whose gate and up are rounded to nearest."""
         group, clip = self.options.group, self.options.clip
         gate, up = (rounded(weight, bits, group, clip) for weight in (view.gate, view.up))
         return ExpertView(gate, up, view.down, view.act)

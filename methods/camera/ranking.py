@@ -1,7 +1,7 @@
-"""Which micro-experts go: those of least energy, within a layer, an expert, or the whole model.
+"""Ranking of micro-experts by score: within a layer, an expert, or the whole model.
 
-Pure functions on energies [N] in flat order. Equal energies go in index order, so that a ranking
-is the same on every device and in every run.
+Pure functions on energies [N] in flat order. Ties are broken by index, so that a ranking is the
+same on every device and in every run.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 def lowest(energy_N: Tensor, count: int) -> Tensor:
-    """Return the flat indices of the `count` lowest energies, ascending by index."""
+    """Return the flat indices of the `count` lowest energies, in ascending order of index."""
     order_N = torch.argsort(energy_N, stable=True)
     return order_N[:count].sort().values
 
 
 def lowest_per_expert(energy_N: Tensor, spans: Sequence[slice], count: int) -> Tensor:
-    """Return `count` indices, each expert losing the same share of its micro-experts.
+    """Return `count` indices such that each expert loses the same share of its micro-experts.
 
-    Shares that are not whole are rounded down and the rest is dealt by largest remainder, so that
-    as many go as in a ranking over the whole layer.
+    Fractional shares are rounded by largest remainder, so as many are removed as in a ranking over
+    the whole layer.
     """
     widths = [span.stop - span.start for span in spans]
     shares = apportion(widths, count)
@@ -34,16 +34,18 @@ def lowest_per_expert(energy_N: Tensor, spans: Sequence[slice], count: int) -> T
 
 
 def lowest_overall(energies: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return the indices that go from each layer when all layers are ranked together."""
+    """Return the indices to remove from each layer when all layers are ranked together."""
     sizes = [len(energy_N) for energy_N in energies]
     chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    # On the CPU: the layers of a device map are on different devices.
     chosen[lowest(torch.cat([energy_N.cpu() for energy_N in energies]), count)] = True
     return [part.nonzero().flatten() for part in torch.split(chosen, sizes)]
 
 
 def apportion(sizes: Sequence[int], count: int) -> list[int]:
-    """Divide `count` in proportion to `sizes`, exactly, by largest remainder; ties by index."""
+    """Divide `count` in proportion to `sizes`, by largest remainder; ties by index."""
     total = sum(sizes)
+    # Integers throughout: floats would decide ties by rounding.
     shares = [size * count // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * count % total))
     for place in by_remainder[: count - sum(shares)]:

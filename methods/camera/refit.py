@@ -1,15 +1,16 @@
-"""Least-squares refit of the down columns that stay, so that they stand in for those that go.
+"""Least-squares refit of the kept down columns, to compensate for the removed ones.
 
-Shapes: S tokens of one expert, F its width, K the micro-experts kept, R those removed, D d_model.
+Shapes: S tokens of one expert, F its width, K the kept micro-experts, R the removed ones, D
+d_model.
 
-Removing micro-experts R of an expert leaves, with φ including the router's weight,
+Removing the micro-experts R of an expert leaves, with φ including the router weight,
 
     min_V ‖Φ_R W_R + Φ_K (W_K - V)‖²   =>   V = W_K + (Φ_KᵀΦ_K)⁻¹ Φ_KᵀΦ_R W_R
 
-where a row of W is a down column. All that calibration must give is the Gram matrix ΦᵀΦ, [F, F].
-Damping pulls V towards W_K instead of towards zero: V minimises the error plus λ‖V - W_K‖², so its
-error is never above that of W_K, and an expert that calibration never visited stays as it was. At
-λ → 0 it is ordinary least squares. CAMERA itself does not refit.
+where a row of W is a down column. The only statistic needed is the Gram matrix ΦᵀΦ, [F, F]. Damping
+pulls V towards W_K, not towards zero: V minimises the error plus λ‖V - W_K‖². Its error is
+therefore never above that of W_K, and an expert that calibration never reached is unchanged. For λ
+→ 0 it is ordinary least squares. CAMERA itself does not refit.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from methods.micro_experts import SHARED, spans, view
 
 
 class Grams:
-    """Gathers ΦᵀΦ of every expert of a block, as an observer of it.
+    """Observer that accumulates ΦᵀΦ of every expert of a block.
 
-    Products and sums are float64: the sum over tokens squares the condition of Φ.
+    Products and sums are float64, since ΦᵀΦ has the squared condition number of Φ.
     """
 
     def __init__(self, block: MoEBlock) -> None:
@@ -46,11 +47,11 @@ class Grams:
         self.routed(SHARED, x_TD, hidden_TF, weight_T)
 
     def output(self, y_TD: Tensor) -> None:
-        """Need nothing of the block's output."""
+        """Ignore the block output."""
 
 
 def refitted(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: float) -> Tensor:
-    """Return the down columns that stay, refitted: float64 [D, K].
+    """Return the refitted kept down columns, float64 [D, K].
 
     `damping` is λ relative to the mean of the diagonal of Φ_KᵀΦ_K.
     """
@@ -60,19 +61,24 @@ def refitted(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: float) -
     wide_RD = down_DF.double()[:, removed].T
     kept_KD = down_DF.double()[:, kept_K].T
     scale = float(gram_KK.diagonal().mean()) if len(kept_K) else 0.0
+    # No text reached this expert, or nothing of it is kept: there is nothing to fit.
     if not scale:
         return kept_KD.T
+    # The solve below gives the update V - W_K, so the ridge penalises the change and not the
+    # columns themselves.
     ridge_KK = gram_KK + damping * scale * torch.eye(
         len(kept_K), dtype=gram_KK.dtype, device=gram_KK.device
     )
+    # Reported instead of raised, to name the option that cures it.
     factor, failed = torch.linalg.cholesky_ex(ridge_KK)
     if bool(failed):
-        raise UserError(f"refit_damping={damping} is too small for this calibration text")
+        raise UserError(f"refit_damping={damping} is too small for this calibration text: raise it")
     return (kept_KD + torch.cholesky_solve(gram_KR @ wide_RD, factor)).T
 
 
 def error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Tensor) -> float:
-    """Return ‖Φ W - Φ_K V‖², summed over tokens, of columns V that stand for all of W."""
+    """Return ‖Φ W - Φ_K V‖², summed over tokens, where columns V replace all of W."""
+    # Tr(Δ G Δᵀ) with Δ = W - V on kept columns and W on removed ones: no pass over tokens.
     difference_DF = down_DF.double().clone()
     difference_DF[:, kept_K] -= columns_DK.double()
     return float((difference_DF @ gram_FF * difference_DF).sum())
@@ -80,11 +86,11 @@ def error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Tensor) 
 
 @torch.no_grad()
 def refit(grams: Grams, removed: dict[int, Tensor], damping: float) -> dict[str, float]:
-    """Refit every expert that loses micro-experts, in place, and return both summed errors.
+    """Refit every expert that loses micro-experts, in place; return both summed errors.
 
-    `removed` maps an expert to the micro-experts it loses; their own columns are left as they
-    are. The errors, before and after, are those of the experts one by one, without what
-    different experts' errors cancel or add up to on a token.
+    `removed` maps an expert to the micro-experts it loses, whose own columns are left unchanged.
+    The errors before and after are sums over experts; cancellation between experts on a token is
+    ignored.
     """
     before = after = 0.0
     for expert, gone in removed.items():
@@ -92,6 +98,7 @@ def refit(grams: Grams, removed: dict[int, Tensor], damping: float) -> dict[str,
         stays = torch.ones(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
         stays[gone.to(down_DF.device)] = False
         kept_K = stays.nonzero().flatten()
+        # Rounded to the stored dtype first, so that the reported error is that of what is stored.
         columns_DK = refitted(gram_FF, down_DF, kept_K, damping).to(down_DF.dtype)
         before += error(gram_FF, down_DF, kept_K, down_DF[:, kept_K])
         after += error(gram_FF, down_DF, kept_K, columns_DK)

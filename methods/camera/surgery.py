@@ -1,4 +1,4 @@
-"""Carrying out what was chosen in one block: refit, then zero or remove, and what to report.
+"""Removal of selected micro-experts from one block, and its report.
 
 Shapes: N micro-experts of a layer, E routed experts.
 """
@@ -21,17 +21,19 @@ QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Surgery:
-    """How chosen micro-experts go: their state, the alignment of what stays, damping of a refit."""
+    """How micro-experts are removed: resulting state, alignment of widths, damping of the refit."""
 
     state: State
     align: int
     damping: float
 
     def perform(self, found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
-        """Change one block and say what went, shared experts first, and with how much energy."""
+        """Refit and prune one block; return its report entry."""
         block = found.block
+        # Before the change: energies and widths describe the block as it was.
         report = _report(found, energy_N, indices)
         if isinstance(found.beside, Grams):
+            # Refit before removal, while channels still have their original indices.
             report |= {"refit": refit(found.beside, dict(per_expert(block, indices)), self.damping)}
         if self.state == "zeroed":
             zero(block, indices)
@@ -41,7 +43,7 @@ class Surgery:
 
 
 def _report(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
-    """Say what goes from a block, as it is before."""
+    """Build a block's report entry before it changes."""
     block = found.block
     counted = census(block, indices)
     widths, lost = counted["width_per_expert"], counted["removed_per_expert"]
@@ -62,16 +64,18 @@ def _report(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str
 
 
 def _kept_work(block: MoEBlock, visits: list[int], lost: dict[int, int]) -> float:
-    """Return the share of routed multiply-adds that remain for the calibration text's routing.
+    """Return the fraction of routed multiply-adds that remain, at the calibration text's routing.
 
-    Experts that are chosen often lose less, so more work remains than weights.
+    Experts that are selected often tend to lose less, so more work than weights remains.
     """
     before = sum(n * width for n, width in zip(visits, block.widths, strict=True))
+    # Only routed experts: shared ones run on every token whatever the routing.
     gone = sum(visits[expert] * count for expert, count in lost.items() if expert != SHARED)
     return 1 - gone / before if before else 1.0
 
 
 def _quantiles(energy_N: Tensor) -> dict[str, float]:
-    """Return quantiles by nearest rank; torch.quantile takes no more than 2^24 values."""
+    """Return quantiles by nearest rank."""
+    # torch.quantile accepts at most 2^24 values.
     ordered = energy_N.sort().values.tolist()
     return {str(q): ordered[round(q * (len(ordered) - 1))] for q in QUANTILES}

@@ -1,1 +1,1 @@
-"""Weights of a few bits: grids, rounding, GPTQ, and how bits are shared out."""
+"""Low-bit weights: quantization grids, rounding, GPTQ, and the allocation of bits."""

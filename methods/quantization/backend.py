@@ -1,6 +1,6 @@
-"""How matrices are rounded: to nearest, or by GPTQ where there is enough calibration text for it.
+"""Rounding of matrices and experts: to nearest, or by GPTQ given enough calibration tokens.
 
-Shapes: R rows, C columns, D d_model, F an expert's width, f the micro-experts that are kept.
+Shapes: R rows, C columns, D d_model, F an expert's width, f the kept micro-experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from methods.quantization.rtn import round_to_nearest
 
 @dataclass(frozen=True)
 class ExpertHessians:
-    """The second moments of an expert's inputs [D, D] and of its hidden states [F, F]."""
+    """Second moments of an expert's inputs [D, D] and of its hidden states [F, F]."""
 
     inputs: Hessian
     hidden: Hessian
@@ -32,10 +32,10 @@ class ExpertHessians:
 
 @dataclass
 class Backend:
-    """Rounds matrices and counts in `used` how: `gptq`, `damped` (more than asked) or `rtn`.
+    """Rounds matrices, and counts in `used` how: `gptq`, `damped` or `rtn`.
 
-    GPTQ needs `min_tokens` calibration tokens; with fewer, or a Hessian that cannot be inverted,
-    a matrix is rounded to nearest.
+    `damped` is GPTQ with more damping than configured. A matrix with fewer than `min_tokens`
+    calibration tokens, or whose Hessian cannot be inverted, is rounded to nearest.
     """
 
     kind: Literal["rtn", "gptq"]
@@ -47,7 +47,10 @@ class Backend:
     def expert(
         self, view: ExpertView, plan: ExpertPlan, seen: ExpertHessians | None
     ) -> PackedExpert:
-        """Return an expert packed as planned."""
+        """Pack an expert according to its plan."""
+        # Rows of gate and up and columns of down are permuted (or dropped) alike, which leaves the
+        # expert's function unchanged; only the down Hessian has micro-experts as columns and must
+        # follow.
         order_f, inputs, hidden = plan.order_f, None, None
         if seen is not None:
             inputs, hidden = seen.inputs, seen.hidden.ordered(order_f)
@@ -56,13 +59,13 @@ class Backend:
         return PackedExpert(gate, up, down, view.act)
 
     def linear(self, linear: nn.Linear, shape: PackedShape, seen: Hessian | None) -> PackedLinear:
-        """Return a linear layer packed, its bias as it was."""
+        """Pack a linear layer; its bias is kept as it is."""
         packed = self.matrix(linear.weight.detach(), MatrixPlan(shape), seen)
         packed.bias = linear.bias
         return packed
 
     def matrix(self, weight_RC: Tensor, plan: MatrixPlan, seen: Hessian | None) -> PackedLinear:
-        """Return one matrix packed as planned."""
+        """Pack one matrix according to its plan."""
         if plan.order_C is not None:
             weight_RC = weight_RC[:, plan.order_C]
             seen = seen.ordered(plan.order_C) if seen is not None else None
@@ -72,7 +75,9 @@ class Backend:
     def _pair(
         self, gate_fD: Tensor, up_fD: Tensor, plan: ExpertPlan, inputs: Hessian | None
     ) -> tuple[PackedLinear, PackedLinear]:
-        """Round gate and up together when they see their inputs in one order: one inversion."""
+        # `tied` plans use one object for both: same columns, same order, same bits. GPTQ treats
+        # rows independently, so stacking the matrices gives the same codes as two calls, with one
+        # inversion and one pass over the columns.
         if plan.gate is not plan.up:
             return self.matrix(gate_fD, plan.gate, inputs), self.matrix(up_fD, plan.up, inputs)
         shape, width = plan.gate.shape, len(gate_fD)
@@ -85,21 +90,25 @@ class Backend:
     def _round(
         self, weight_RC: Tensor, shape: PackedShape, bits_RG: Tensor, seen: Hessian | None
     ) -> Quantized:
-        """Choose the codes, by GPTQ where that is asked for and possible."""
         if self.kind == "gptq" and seen is not None and seen.tokens >= self.min_tokens:
             found = inverse_factor(seen, self.damping)
             if found is not None:
                 factor_CC, damping = found
                 self.used["gptq" if damping == self.damping else "damped"] += 1
+                # Inverted in float64, where conditioning matters; the loop over columns runs in
+                # float32.
                 return gptq(weight_RC, factor_CC.float(), shape.groups(), bits_RG, self.clip)
         self.used["rtn"] += 1
         return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip)
 
 
 def _packed(weight_RC: Tensor, plan: MatrixPlan, quantized: Quantized) -> PackedLinear:
-    """Return a module with these codes, on the weights' device and in their type."""
+    """Build the packed module, on the device and in the dtype of the weights."""
+    # Scales are stored as float16, whose largest value is 65504.
     if not bool(quantized.scale.isfinite().all() & quantized.offset.isfinite().all()):
-        raise UserError("weights are too large for scales in half precision, or not finite")
+        raise UserError(
+            "cannot quantize weights that are not finite or exceed the range of float16 scales"
+        )
     packed = PackedLinear(plan.shape, weight_RC.dtype, device=weight_RC.device)
     packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
     return packed

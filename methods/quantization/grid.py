@@ -1,8 +1,8 @@
-"""Grids of equally spaced values, one for every row of a group of weights.
+"""Quantization grids: equally spaced values, one grid per row of a group of weights.
 
-Shapes: R rows, C columns of a matrix, c columns of one group, G groups. A weight is
-offset + scale · code with code 0 … 2^bits - 1. Scale and offset are rounded to half precision
-before any code is chosen, since that is how they are stored.
+Shapes: R rows, C columns of a matrix, c columns of one group, G groups. A weight is offset + scale
+· code with code 0 … 2^bits - 1. Scale and offset are rounded to float16 before any code is chosen,
+because that is how they are stored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.models.packed import PackedShape
 
 Clip = Literal["minmax", "mse"]
-# Shares of the range tried by clip="mse".
+# Fractions of the range that clip="mse" tries, from 1.0 down to 0.3.
 SHRINKS = tuple(step / 20 for step in range(20, 5, -1))
 
 
@@ -30,13 +30,16 @@ class Grid:
     top: Tensor
 
     def codes(self, weight_Rc: Tensor) -> Tensor:
-        """Return the nearest codes, as floating-point numbers; a row of scale 0 has code 0."""
+        """Return the nearest codes as floats; a row of scale 0 gets code 0."""
+        # A row of equal weights, or of a range that underflows in float16, has scale 0 and its
+        # value in the offset. Dividing by 1 instead avoids 0 / 0 = NaN, and the product below
+        # forces code 0.
         step = torch.where(self.scale > 0, self.scale, 1)
         codes_Rc = torch.round((weight_Rc - self.offset) / step).clamp(min=0)
         return torch.minimum(codes_Rc, self.top) * (self.scale > 0)
 
     def values(self, codes_Rc: Tensor) -> Tensor:
-        """Return what the codes stand for."""
+        """Return the weights that the codes represent."""
         return self.offset + self.scale * codes_Rc
 
 
@@ -49,11 +52,11 @@ class Quantized:
     offset: Tensor
 
     def rows(self, place: slice) -> Quantized:
-        """Return some of the rows."""
+        """Return a slice of the rows."""
         return Quantized(self.codes[place], self.scale[place], self.offset[place])
 
     def values(self, groups: Sequence[slice]) -> Tensor:
-        """Return the weights as float32 numbers, [R, C]."""
+        """Return the dequantized weights, float32 [R, C]."""
         widths = torch.tensor([g.stop - g.start for g in groups], device=self.codes.device)
         scale_RC, offset_RC = (
             grid_RG.float().repeat_interleave(widths, dim=1)
@@ -71,11 +74,11 @@ def row_bits(shape: PackedShape, device: torch.device) -> Tensor:
 
 
 def fit(weight_Rc: Tensor, bits_R: Tensor, clip: Clip = "minmax") -> Grid:
-    """Return the grid of every row of one group.
+    """Fit a grid to every row of one group.
 
-    From the least to the greatest weight; with `mse`, from that range shrunk about its middle to
-    the share with the least squared error. One bit is binary: mean ± mean absolute deviation, the
-    pair of least squared error among those that lie evenly about the mean.
+    `minmax` spans the least to the greatest weight; `mse` shrinks that range about its middle to
+    the fraction of least squared error. One bit is binary quantization: mean ± mean absolute
+    deviation, which has the least squared error of all pairs that are symmetric about the mean.
     """
     low_R1, high_R1 = weight_Rc.amin(1, keepdim=True), weight_Rc.amax(1, keepdim=True)
     top_R1 = (2**bits_R - 1).to(weight_Rc)[:, None]
@@ -84,20 +87,25 @@ def fit(weight_Rc: Tensor, bits_R: Tensor, clip: Clip = "minmax") -> Grid:
         grid = _least_error(weight_Rc, low_R1, high_R1, top_R1)
     mean_R1 = weight_Rc.mean(1, keepdim=True)
     spread_R1 = (weight_Rc - mean_R1).abs().mean(1, keepdim=True)
+    # Computed for all rows, since one group may mix rows of different bits. For these rows the
+    # largest code is 1, so the two values of the grid are the two ends.
     binary = _between(mean_R1 - spread_R1, mean_R1 + spread_R1, top_R1)
     return _where(bits_R[:, None] == 1, binary, grid)
 
 
 def _between(low_R1: Tensor, high_R1: Tensor, top_R1: Tensor) -> Grid:
-    """Return the grids from `low` to `high`, rounded as they are stored."""
+    # Rounded to float16 here, so that codes are chosen for the grid that is stored, not for one
+    # that is slightly off.
     scale_R1, offset_R1 = (high_R1 - low_R1) / top_R1, low_R1
     return Grid(scale_R1.half().to(low_R1), offset_R1.half().to(low_R1), top_R1)
 
 
 def _least_error(weight_Rc: Tensor, low_R1: Tensor, high_R1: Tensor, top_R1: Tensor) -> Grid:
-    """Return, row by row, the grid over the share of the range with the least squared error."""
+    """Return, row by row, the grid over the fraction of the range with the least squared error."""
     middle_R1, half_R1 = (high_R1 + low_R1) / 2, (high_R1 - low_R1) / 2
     best, least_R1 = _between(low_R1, high_R1, top_R1), torch.full_like(low_R1, torch.inf)
+    # A search instead of a formula: the error of rounding is not convex in the range, and 15
+    # candidates are cheap. Ties keep the wider range, which is tried first.
     for share in SHRINKS:
         grid = _between(middle_R1 - share * half_R1, middle_R1 + share * half_R1, top_R1)
         error_Rc = weight_Rc - grid.values(grid.codes(weight_Rc))
@@ -108,8 +116,8 @@ def _least_error(weight_Rc: Tensor, low_R1: Tensor, high_R1: Tensor, top_R1: Ten
 
 
 def _where(choose_R1: Tensor, one: Grid, other: Grid) -> Grid:
-    """Return rows of one grid where chosen, of the other elsewhere."""
     return Grid(
+        # `top` depends on the bits only and is the same in both.
         torch.where(choose_R1, one.scale, other.scale),
         torch.where(choose_R1, one.offset, other.offset),
         one.top,

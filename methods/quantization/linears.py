@@ -1,4 +1,4 @@
-"""The linear layers outside the routed experts: which there are, and what they see.
+"""Linear layers outside the routed experts, and Hessians of their inputs.
 
 Shapes: S tokens, C input columns.
 """
@@ -21,7 +21,7 @@ Kind = Literal["attention", "dense", "shared", "head"]
 
 @dataclass(frozen=True)
 class Place:
-    """A linear layer: what it belongs to, and its name below `owner`."""
+    """A linear layer, its role, and its name relative to `owner`."""
 
     kind: Kind
     owner: nn.Module
@@ -29,17 +29,21 @@ class Place:
     linear: nn.Linear
 
     def put(self, other: nn.Module) -> None:
-        """Replace it."""
+        """Replace the layer."""
         self.owner.set_submodule(self.name, other)
 
 
 def linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[Place]:
-    """Return the linear layers of a decoder layer, those of routers and routed experts left out.
+    """Return the linear layers of a decoder layer except routers and routed experts.
 
-    A gated feed-forward part is `dense`, or `shared` in a MoE block; all others are `attention`.
+    The role of a gated feed-forward layer is `dense`, or `shared` in a MoE block; all others are
+    `attention`.
     """
     shared = {m for b in blocks if b.shared is not None for m in b.shared.modules()}
+    # Everything in a MoE block but the shared experts: routed experts have their own plans, and
+    # routers and the gate of the shared experts are small, sensitive, and never quantized.
     routing = {m for b in blocks for m in b.block.modules()} - shared
+    # Recognised by structure and not by name, so this holds for all architectures.
     gated = {part for module in layer.modules() for part in projections(module) or ()}
     found = []
     for name, module in layer.named_modules():
@@ -51,7 +55,7 @@ def linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[Place]:
 
 @contextmanager
 def watching(seen: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
-    """Add what the layers receive inside the `with` to their Hessians."""
+    """Add the inputs of the layers to their Hessians inside the `with` block."""
     with ExitStack() as stack:
         for linear, hessian in seen.items():
             stack.callback(linear.register_forward_pre_hook(_adding(hessian)).remove)
@@ -59,8 +63,6 @@ def watching(seen: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
 
 
 def _adding(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Return a hook that adds a layer's input to a Hessian."""
-
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         hessian.add(args[0].flatten(0, -2))
 

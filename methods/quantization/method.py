@@ -1,4 +1,4 @@
-"""What all methods share that quantize a MoE model: knobs, the walk, the report."""
+"""Base class of methods that quantize a MoE model: options, layer walk, report."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Bits = Annotated[int, Field(ge=1, le=8)]
 
 
 def falling(bits: tuple[int, ...]) -> tuple[int, ...]:
-    """Refuse bits that are not falling, which is how they are dealt out."""
+    """Require strictly falling bits: levels are assigned in this order."""
     if list(bits) != sorted(set(bits), reverse=True):
-        raise ValueError("give each number of bits once, the largest first")
+        raise ValueError("list each bit width once, in falling order")
     return bits
 
 
@@ -36,14 +36,14 @@ EitherBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
 
 
 class MoEQuantization(Method):
-    """A method that packs the routed experts; how many bits go where is the subclass's `planner`.
+    """A method that packs the routed experts; a subclass's `planner` allocates their bits.
 
-    Attention, shared experts, dense feed-forward layers and the head have one width each, 16
-    leaves them as they are; routers and embeddings always stay. The papers do not say what they
-    used; 8 for attention and shared experts is what a later comparison gave to all its rows
+    Attention, shared experts, dense feed-forward layers and the head have one bit width each, where
+    16 means unquantized; routers and embeddings are never quantized. The papers do not state
+    theirs; 8 for attention and shared experts is what a later comparison used for all its rows
     (DartMoQP). The head is rounded to nearest.
 
-    Every row has a grid for each `group` input columns, from least to greatest weight or, with
+    Every row has one grid per `group` input columns, from least to greatest weight or, with
     `clip=mse`, of least squared error. GPTQ adds `damping` times the mean diagonal to a Hessian;
     experts with fewer than `min_tokens` calibration tokens are rounded to nearest.
     """
@@ -64,10 +64,13 @@ class MoEQuantization(Method):
 
     @abstractmethod
     def planner(self, block: MoEBlock) -> Planner:
-        """Return what watches one block and then plans its experts' bits."""
+        """Return the observer of one block that then plans the bits of its experts."""
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """Return what makes planners; a subclass may look at the whole model before that."""
+        """Return the factory of planners.
+
+        A subclass may override it to inspect the whole model first.
+        """
         return self.planner
 
     def check(self, anatomy: Anatomy) -> None:
@@ -79,12 +82,14 @@ class MoEQuantization(Method):
             )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Quantize layer by layer; the report says where how many bits went."""
+        """Quantize layer by layer; the report holds the bits of every block."""
+        # Packed weights cannot be quantized again. Offloaded ones are fine: the walk onloads them.
         refuse_packed(model.anatomy.moe)
         started, before = time.perf_counter(), stored_bytes(model.network)
         calibration = calibration_of(context) if self.uses_calibration else None
         quantizer = self._quantizer(self.planners(model, context))
         tokens_BL = None if calibration is None else calibration.tokens
+        # Exhausted here: the generator quantizes as it is consumed.
         layers = list(quantizer.run(model, tokens_BL, context.progress))
         restructured(model)
         details: dict[str, Any] = {
@@ -100,7 +105,6 @@ class MoEQuantization(Method):
         return MethodReport("quantized", details)
 
     def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
-        """Return the walk that these knobs describe."""
         return Quantizer(
             backend=Backend(self.backend, self.clip, self.damping, self.min_tokens),
             planner=planner,

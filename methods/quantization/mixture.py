@@ -2,11 +2,11 @@
 
 Shapes: E experts, B bit widths, S tokens of one expert.
 
-In every layer the bits b_e minimise Σ_e freq_e^α · weight_e^β · ε_e(b_e), where freq_e is the
-share of routed tokens that expert e gets, weight_e the mean router weight that it has on them,
-and ε_e(b) the Frobenius norm of the error in its outputs when it is rounded to b bits. Together
-they keep the budget, and each width but the smallest goes to at least one expert. The official
-code solves it with Gurobi; ε is measured with rounding to nearest here.
+In every layer the bits b_e minimise Σ_e freq_e^α · weight_e^β · ε_e(b_e), where freq_e is the share
+of routed tokens that reach expert e, weight_e their mean router weight, and ε_e(b) the Frobenius
+norm of the error in its outputs when it is rounded to b bits. The total stays within the budget,
+and each bit width but the smallest is used by at least one expert. The official code solves the
+program with Gurobi; here ε is measured with rounding to nearest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from methods.walking import refuse_nan
 
 
 class Mc(MoEQuantization):
-    """Bits per expert by frequency, router weight and rounding error; then GPTQ.
+    """Allocate bits per expert by frequency, router weight and rounding error; then run GPTQ.
 
     `alpha` and `beta` are the exponents of frequency and router weight.
     """
@@ -45,34 +45,36 @@ class Mc(MoEQuantization):
     def _within(cls, mean: float, others: ValidationInfo) -> float:
         bits = others.data.get("bits", (8, 1))
         if not bits[-1] <= mean <= bits[0]:
-            raise ValueError(f"bits from {bits[-1]} to {bits[0]} cannot give this mean")
+            raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
         return mean
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, too, a layer with so few experts that not every width finds one."""
+        """Also refuse a budget that cannot give every bit width but the smallest to an expert."""
         super().check(anatomy)
         for block in anatomy.moe:
             *most, lowest = self.bits
+            # The cheapest admissible choice: the narrowest experts take the larger bit widths once
+            # each, every other expert the smallest. If that exceeds the budget, nothing fits.
             narrowest = sorted(block.widths)[: len(most)]
             least = lowest * sum(block.widths)
             least += sum((b - lowest) * w for b, w in zip(most, narrowest, strict=False))
             if len(narrowest) < len(most) or least > self.budget(block):
                 raise UserError(
-                    f"mean_bits={self.mean_bits} is too little for {block.name}: an expert with "
-                    f"each of bits={list(self.bits)}, all others with {lowest}, is more"
+                    f"mean_bits={self.mean_bits} is too low for {block.name}: one expert at each "
+                    f"of bits={list(self.bits)} and the rest at {lowest} exceed it; raise mean_bits"
                 )
 
     def budget(self, block: MoEBlock) -> int:
-        """Return how many bits there are for one weight of every micro-expert of a block."""
+        """Return the budget in bits for one weight per micro-expert of a block."""
         return math.floor(exact(self.mean_bits) * sum(block.widths))
 
     def planner(self, block: MoEBlock) -> Planner:
-        """Return what measures the three factors of a block's experts."""
+        """Return the observer that measures the three factors of each expert."""
         return ExpertPlanner(self, block)
 
 
 class ExpertPlanner(Blind):
-    """Measures frequency, router weight and rounding error of a block's experts."""
+    """Measures frequency, router weight and rounding error of the experts of a block."""
 
     def __init__(self, method: Mc, block: MoEBlock) -> None:
         self._method, self._block = method, block
@@ -84,13 +86,14 @@ class ExpertPlanner(Blind):
         self._bits: list[int] = []
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Add the tokens of one routed expert, computed once more with each width."""
+        """Add the tokens of one routed expert, recomputed at every bit width."""
         view = self._block.expert(expert)
         y_SD = view.combine(hidden_SF).float()
         self.tokens_E[expert] += len(x_SD)
         self.weight_E[expert] += weight_S.sum(dtype=torch.float64)
         for place, bits in enumerate(self._method.bits):
             other = self._rounded(view, bits)
+            # Without the router weight, which enters the loss as a factor of its own.
             error_SD = y_SD - other.combine(other.hidden(x_SD.float()))
             self.error_EB[expert, place] += error_SD.square().sum(dtype=torch.float64)
 
@@ -99,6 +102,8 @@ class ExpertPlanner(Blind):
         loss_EB = self.losses()
         refuse_nan(self._block, loss_EB)
         bits_B = torch.tensor(self._method.bits)
+        # Bits per weight times width: after pruning experts may differ in width, and the common
+        # factor 3·D of all weights drops out of the program.
         cost_EB = torch.tensor(self._block.widths)[:, None] * bits_B
         one_each = dict.fromkeys(range(len(self._method.bits) - 1), 1)
         chosen_E = choose(
@@ -111,19 +116,20 @@ class ExpertPlanner(Blind):
         ]
 
     def losses(self) -> Tensor:
-        """Return freq^α · weight^β · ε for every expert and width, float64 [E, B]."""
+        """Return freq^α · weight^β · ε for every expert and bit width, float64 [E, B]."""
         frequency_E = self.tokens_E / self.tokens_E.sum()
+        # An expert that no token reached has no error and hence loss 0; the clamp only keeps 0 / 0
+        # out.
         mean_weight_E = self.weight_E / self.tokens_E.clamp(min=1)
         alpha, beta = self._method.alpha, self._method.beta
         importance_E = frequency_E.pow(alpha) * mean_weight_E.pow(beta)
         return importance_E[:, None] * self.error_EB.sqrt()
 
     def details(self) -> dict[str, Any]:
-        """Return each expert's bits and tokens."""
+        """Return each expert's bits and token count."""
         return {"bits_per_expert": self._bits, "tokens_per_expert": self.tokens_E.int().tolist()}
 
     def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
-        """Return an expert with all weights rounded to nearest."""
         group, clip = self._method.group, self._method.clip
         gate, up, down = (rounded(w, bits, group, clip) for w in (view.gate, view.up, view.down))
         return ExpertView(gate, up, down, view.act)

@@ -1,4 +1,4 @@
-"""What is gathered about a block's experts while calibration text passes.
+"""Observers of a block's experts on calibration text, and planners of their bits.
 
 Shapes: T tokens, S tokens of one expert, D d_model, F an expert's width.
 """
@@ -19,17 +19,17 @@ from methods.walking import refuse_nan
 
 
 class Planner(Observer, Protocol):
-    """Sees a block compute, then says how each of its routed experts is to be packed."""
+    """An observer of a block that then plans how each of its routed experts is packed."""
 
     def plans(self) -> list[ExpertPlan]:
-        """Return a plan for every routed expert in order."""
+        """Return a plan for every routed expert, in order."""
 
     def details(self) -> dict[str, Any]:
-        """Return what the record should keep about the choice, as JSON values."""
+        """Return JSON values about the choice, for the record."""
 
 
 class Blind:
-    """An observer that takes no notice; others override what they need."""
+    """An observer that ignores everything; subclasses override what they need."""
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Ignore the tokens of one routed expert."""
@@ -53,12 +53,12 @@ class Uniform(Blind):
         return [uniform(self._block.expert(e), self._bits, self._group) for e in experts]
 
     def details(self) -> dict[str, Any]:
-        """Nothing was chosen."""
+        """Return nothing: there was no choice."""
         return {}
 
 
 class BlockHessians(Blind):
-    """The Hessians of every routed expert: E · (D² + F²) float32 numbers."""
+    """Hessians of every routed expert: E · (D² + F²) float32 values."""
 
     def __init__(self, block: MoEBlock) -> None:
         self._block = block
@@ -71,32 +71,34 @@ class BlockHessians(Blind):
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert."""
         self.experts[expert].inputs.add(x_SD)
+        # Without router weights: H is that of the expert's own output, before it is scaled.
         self.experts[expert].hidden.add(hidden_SF)
 
     def refuse_not_finite(self) -> None:
-        """Raise when an activation was NaN or infinite."""
+        """Raise if an activation was NaN or infinite."""
         for expert in self.experts:
             for hessian in (expert.inputs, expert.hidden):
+                # The diagonal suffices: it sums squares, so one bad value stays visible in it.
                 refuse_nan(self._block, hessian.sum_CC.diagonal())
 
 
 class Several:
-    """Shows everything to several observers."""
+    """Forwards everything to several observers."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Show the tokens of one routed expert."""
+        """Forward the tokens of one routed expert."""
         for observer in self._observers:
             observer.routed(expert, x_SD, hidden_SF, weight_S)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Show all tokens of the shared experts."""
+        """Forward all tokens of the shared experts."""
         for observer in self._observers:
             observer.shared(x_TD, hidden_TF, weight_T)
 
     def output(self, y_TD: Tensor) -> None:
-        """Show the block's output."""
+        """Forward the block output."""
         for observer in self._observers:
             observer.output(y_TD)

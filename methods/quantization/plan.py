@@ -1,6 +1,6 @@
-"""What is to be done to one expert: which micro-experts are stored in which order with which bits.
+"""Plan of a packed expert: the micro-experts stored, their order and their bits.
 
-Shapes: D d_model, F the expert's width, f the micro-experts that are kept.
+Shapes: D d_model, F the expert's width, f the kept micro-experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.models.packed import Level, PackedShape
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """A matrix's packed shape, and the order in which its input columns are stored, if any."""
+    """Packed shape of a matrix, and the storage order of its input columns if permuted."""
 
     shape: PackedShape
     order_C: Tensor | None = None
@@ -25,7 +25,7 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The kept micro-experts of an expert in the order of storage, [f], and its matrices."""
+    """An expert's kept micro-experts in storage order, [f], and the plans of its matrices."""
 
     order_f: Tensor
     gate: MatrixPlan
@@ -41,20 +41,21 @@ class ExpertPlan:
 def tied(
     order_f: Tensor, levels: Sequence[Level], d_model: int, group: int, down_group: int
 ) -> ExpertPlan:
-    """Return the plan that gives a micro-expert's gate row, up row and down column equal bits.
+    """Plan an expert in which all weights of a micro-expert get the same bits.
 
-    `levels` run over micro-experts in the order of storage. So bits vary over the rows of gate
-    and up, and over the columns of down.
+    `levels` cover the micro-experts in storage order, so bits vary over the rows of gate and up and
+    over the columns of down.
     """
     kept = tuple(level for level in levels if level.size)
     width = len(order_f)
+    # One object for gate and up: the rounder detects it and inverts their Hessian once.
     rows = MatrixPlan(PackedShape(width, d_model, kept, "rows", group))
     down = MatrixPlan(PackedShape(d_model, width, kept, "columns", down_group))
     return ExpertPlan(order_f, rows, rows, down)
 
 
 def uniform(view: ExpertView, bits: int, group: int) -> ExpertPlan:
-    """Return the plan that gives all weights of an expert equal bits and keeps its order."""
+    """Plan an expert with the same bits for all weights, in its original order."""
     width, d_model = view.gate.shape
     order_f = torch.arange(width, device=view.gate.device)
     return tied(order_f, [Level(bits, width)], d_model, group, group)

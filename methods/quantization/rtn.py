@@ -1,4 +1,4 @@
-"""Rounding every weight to the nearest value of its grid: the baseline without calibration.
+"""Rounding to nearest: every weight to the nearest value of its grid, without calibration.
 
 Shapes: R rows, C columns, G groups of columns.
 """
@@ -14,7 +14,7 @@ from methods.quantization.grid import Clip, Quantized, fit
 def round_to_nearest(
     weight_RC: Tensor, groups: list[slice], bits_RG: Tensor, clip: Clip = "minmax"
 ) -> Quantized:
-    """Return the quantized matrix: every group of columns [R, c] on grids of its own."""
+    """Return the quantized matrix; each group of columns has its own grids."""
     weight_RC = weight_RC.float()
     codes_RC = torch.zeros_like(weight_RC, dtype=torch.uint8)
     scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
@@ -28,7 +28,7 @@ def round_to_nearest(
 
 
 def rounded(weight_RC: Tensor, bits: int, group: int, clip: Clip = "minmax") -> Tensor:
-    """Return the weights rounded to `bits` each, as float32 numbers."""
+    """Quantize weights to `bits` and return the dequantized values, float32."""
     columns = weight_RC.shape[1]
     groups = [slice(start, min(start + group, columns)) for start in range(0, columns, group)]
     bits_RG = torch.full((len(weight_RC), len(groups)), bits, device=weight_RC.device)

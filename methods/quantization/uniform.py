@@ -1,4 +1,4 @@
-"""Baselines that give all experts the same bits: rounding to nearest, and GPTQ."""
+"""Baselines with the same bits for all experts: rounding to nearest, and GPTQ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Gptq(MoEQuantization):
     bits: Bits = 2
 
     def planner(self, block: MoEBlock) -> Planner:
-        """Return a planner that has nothing to choose."""
+        """Return a planner without a choice."""
         return Uniform(block, self.bits, self.group)
 
 

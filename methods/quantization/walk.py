@@ -1,4 +1,4 @@
-"""Quantizing a network layer by layer, each on what the quantized layers before it produce."""
+"""Layer-by-layer quantization: each layer is calibrated on the quantized layers before it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ UNTOUCHED = 16
 
 @dataclass
 class Quantizer:
-    """How to quantize; `tallies` counts what was done, by kind of weight.
+    """Quantizes a network; `tallies` accumulates the bits used, by kind of weight.
 
-    `bits` are those of everything but the routed experts, whose plans `planner` makes; 16 leaves
-    weights as they are. `batch` rows go through a layer together, at most `chunk` tokens are
-    shown at once.
+    `bits` are the bit widths of everything but the routed experts, whose plans `planner` makes; 16
+    leaves weights unquantized. `batch` rows pass through a layer together, and observers see at
+    most `chunk` tokens at a time.
     """
 
     backend: Backend
@@ -46,14 +46,15 @@ class Quantizer:
     def run(
         self, model: Model, tokens_BL: Tensor | None, progress: Progress
     ) -> Iterator[dict[str, Any]]:
-        """Quantize all layers and the head; yield what the record keeps of each MoE block.
+        """Quantize all layers and the head; yield the record entry of each MoE block.
 
-        Without tokens nothing is measured: the planner and the backend must not need it.
+        Without tokens nothing is observed: planner and rounder must then work without calibration.
 
         Raises:
-            UserError: the head is to be quantized but has the embeddings' weights, or calibration
-                made activations that are not finite.
+            UserError: the head is to be quantized but is tied to the embeddings, or
+                calibration produced activations that are not finite.
         """
+        # Checked first: a tied head has to fail before hours of quantization, not after.
         head = self._head(model.network)
         anatomy, stream = model.anatomy, None
         with ExitStack() as stack:
@@ -62,23 +63,29 @@ class Quantizer:
                 stack.enter_context(stream)
             for index, layer in enumerate(progress.track(anatomy.layers, "quantizing layers")):
                 blocks = [block for block in anatomy.moe if block.layer == index]
+                # A stream owns the onloading of its layers; without one each layer is onloaded
+                # here.
                 with resident(layer) if stream is None else _staying(stream, index):
                     yield from self._layer(index, layer, blocks, stream)
         if head is not None:
             with resident(head.linear):
+                # No Hessian: the stream ends at the last layer, before the final norm and the head.
                 self._linear(head, None)
 
     def _layer(
         self, index: int, layer: nn.Module, blocks: list[MoEBlock], stream: LayerStream | None
     ) -> Iterator[dict[str, Any]]:
-        """Show a layer what calibration brings, quantize it, and send the text on through it."""
+        """Observe a layer, quantize it, and advance the calibration text through it."""
         places = [p for p in linears(layer, blocks) if self.bits[p.kind] != UNTOUCHED]
         planners = {block: self.planner(block) for block in blocks}
         seen = _Seen({}, {})
         if stream is not None:
+            # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
             if self.backend.kind == "gptq":
                 inputs = {place.linear: _hessian(place.linear) for place in places}
                 seen = _Seen({block: BlockHessians(block) for block in blocks}, inputs)
+            # A layer runs twice. Once with its original weights, to measure its true inputs and
+            # hidden states; the hidden states between layers do not advance.
             with observing(seen.beside(planners), self.chunk), watching(seen.inputs):
                 stream.run(index, advance=False)
         for block, planner in planners.items():
@@ -86,12 +93,14 @@ class Quantizer:
         for place in places:
             self._linear(place, seen.inputs.get(place.linear))
         if stream is not None:
+            # Once more, quantized: the next layer is calibrated on inputs that contain the errors
+            # made so far, as in GPTQ, so it can compensate for them.
             stream.run(index, advance=True)
 
     def _block(
         self, block: MoEBlock, planner: Planner, seen: BlockHessians | None
     ) -> dict[str, Any]:
-        """Put packed experts in the place of a block's own and say what they are."""
+        """Replace a block's experts by packed ones; return its record entry."""
         if seen is not None:
             seen.refuse_not_finite()
         plans, packed = planner.plans(), []
@@ -100,6 +109,7 @@ class Quantizer:
             hessians = None if seen is None else seen.experts[expert]
             packed.append(self.backend.expert(block.expert(expert), plan, hessians))
         block.block.experts = PackedExperts(packed)
+        # Bits are relative to the weights before: removed micro-experts count as 0 bits.
         shapes = [shape for plan in plans for shape in plan.shapes]
         here = Tally()
         for tally in (here, self.tallies.setdefault("experts", Tally())):
@@ -109,12 +119,12 @@ class Quantizer:
             "name": block.name,
             **here.summary(),
             "weights_by_bits": spread(shapes),
+            # Counter subtraction: only what this block added.
             "rounding": dict(self.backend.used - before),
             **planner.details(),
         }
 
     def _linear(self, place: Place, seen: Hessian | None) -> None:
-        """Replace a linear layer by a packed one."""
         rows, columns = place.linear.weight.shape
         level = Level(self.bits[place.kind], rows)
         shape = PackedShape(rows, columns, (level,), group=self.group)
@@ -122,32 +132,35 @@ class Quantizer:
         self.tallies.setdefault(place.kind, Tally()).add(rows * columns, [shape])
 
     def _head(self, network: Any) -> Place | None:
-        """Return the head if it is to be quantized; it is rounded to nearest."""
+        """Return the head if it is to be quantized. It is rounded to nearest."""
         head = network.get_output_embeddings()
         if self.bits["head"] == UNTOUCHED or head is None:
             return None
+        # Packing a tied head would either break the tie or change the embeddings.
         if head.weight is network.get_input_embeddings().weight:
-            raise UserError("the head's weights are those of the embeddings: set head_bits=16")
+            raise UserError(
+                "cannot quantize lm_head, which is tied to the embeddings: set head_bits=16"
+            )
         name = next(name for name, module in network.named_modules() if module is head)
         return Place("head", network, name, head)
 
 
 @contextmanager
 def _staying(stream: LayerStream, index: int) -> Iterator[None]:
-    """Bring a layer's weights, which stay until the stream goes on."""
+    """Onload a layer; its weights stay until the stream moves to the next one."""
     stream.stay_in(index)
     yield
 
 
 @dataclass
 class _Seen:
-    """The Hessians of a layer: those of its MoE blocks, and those of its other linear layers."""
+    """Hessians of one layer: those of its MoE blocks and those of its other linear layers."""
 
     experts: dict[MoEBlock, BlockHessians]
     inputs: dict[nn.Linear, Hessian]
 
     def beside(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, Observer]:
-        """Return, for every block, its planner and its Hessians as one observer."""
+        """Combine the planner and the Hessians of every block into one observer."""
         return {
             block: Several([o for o in (planner, self.experts.get(block)) if o is not None])
             for block, planner in planners.items()
@@ -155,5 +168,4 @@ class _Seen:
 
 
 def _hessian(linear: nn.Linear) -> Hessian:
-    """Return an empty Hessian for a layer's inputs."""
     return Hessian(linear.in_features, linear.weight.device)

@@ -36,7 +36,7 @@ def test_no_other_way_to_share_the_budget_costs_less(values, limit, data):
 
 
 def test_says_when_the_limit_is_below_the_budget():
-    with pytest.raises(UserError, match=r"layer_limit=0.5 lets 3 .* asks 4"):
+    with pytest.raises(UserError, match=r"layer_limit=0.5 allows removing 3 .* needs 4"):
         allocate([torch.ones(3), torch.ones(4)], 4, 0.5)
 
 

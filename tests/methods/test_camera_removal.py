@@ -91,10 +91,10 @@ def _visits(network, layer):
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
-        ({"scope": "global", "sequential": False, "refit": True}, "not with scope=global"),
+        ({"scope": "global", "sequential": False, "refit": True}, "does not support scope=global"),
         (
             {"scope": "global", "sequential": False, "allocation": "least_error"},
-            "shares the budget out over layers itself",
+            "divides the budget among layers itself",
         ),
         ({"align": 0}, "greater than or equal to 1"),
         ({"refit_damping": 0}, "greater than 0"),

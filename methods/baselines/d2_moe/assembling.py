@@ -1,4 +1,4 @@
-"""From statistics to experts in the shared form: one base and each expert's factors.
+"""Assembly of shared-base experts from calibration statistics.
 
 Shapes: E routed experts, S tokens of one expert, T tokens, D d_model, F an expert's width, O
 outputs and I inputs of a matrix.
@@ -19,7 +19,7 @@ from methods.walking import refuse_nan
 
 
 class Inputs:
-    """Observes Xᵀ X of what the routed experts of a block are given: [D, D] and [F, F] each."""
+    """Observer of Xᵀ X of each routed expert: inputs [D, D] and hidden states [F, F]."""
 
     def __init__(self, block: MoEBlock) -> None:
         down = block.expert(0).down
@@ -30,30 +30,32 @@ class Inputs:
         )
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Add the tokens of one expert; the router's weight comes after them."""
+        """Add the tokens of one expert, without router weights."""
         self.of_block_EDD[expert] += x_SD.float().mT @ x_SD.float()
         self.of_down_EFF[expert] += hidden_SF.float().mT @ hidden_SF.float()
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Shared experts stay as they are."""
+        """Ignore the shared experts: they are not compressed."""
 
     def output(self, y_TD: Tensor) -> None:
-        """The block's output does not matter."""
+        """Ignore the block output."""
 
 
 def assemble(
     block: MoEBlock, base: Matrices, inputs: Inputs, ranks: Sequence[int], damping: float
 ) -> SharedBaseExperts:
-    """Return experts in the shared form, in the model's dtype.
+    """Build the shared-base experts of a block, in the dtype of the model.
 
-    `ranks` names each expert's gate, up and down rank, in this order.
+    `ranks` lists gate, up and down rank expert by expert.
 
     Raises:
         UserError: an activation was NaN or infinite.
     """
     refuse_nan(block, inputs.of_block_EDD, inputs.of_down_EFF)
+    # Gate and up read the same inputs.
     grams = (inputs.of_block_EDD, inputs.of_block_EDD, inputs.of_down_EFF)
     matrices = {
+        # ranks[place::3] picks one matrix out of (gate, up, down) per expert.
         name: _matrix(block, name, base_OI, gram_EII, ranks[place::3], damping)
         for place, (name, base_OI, gram_EII) in enumerate(zip(MATRICES, base, grams, strict=True))
     }
@@ -68,9 +70,9 @@ def _matrix(
     ranks: Sequence[int],
     damping: float,
 ) -> SharedMatrix:
-    """Return one of the three matrices of all experts in its shared form."""
     weights = [getattr(block.expert(expert), name) for expert in range(block.num_experts)]
-    # Differences are taken from the base as it is stored, so that its rounding is made good.
+    # Relative to the base as stored, in half precision perhaps: the factors then also correct its
+    # rounding error.
     base_OI = base_OI.to(weights[0].dtype)
     factors = [
         factorise(weight_OI.double() - base_OI.double(), gram_II, rank, damping)

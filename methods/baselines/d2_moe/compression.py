@@ -1,6 +1,6 @@
-"""The D2-MoE baseline: replace a block's experts by one base and low-rank differences.
+"""The D2-MoE baseline: replace the experts of a block by one base and low-rank differences.
 
-Shapes: B rows, L tokens a row.
+Shapes: B rows, L tokens per row.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from methods.walking import walk
 
 
 class D2Moe(MoEPruning):
-    """Merge a block's routed experts into a base, keep their differences as low-rank factors.
+    """Merge the routed experts of a block into a base plus low-rank differences.
 
-    Ranks are solved for the budget: a block keeps at most the weights that CAMERA-P leaves it at
-    the same ratio, and fewer than one rank's less. Shared experts and routers stay. All
-    statistics are the unchanged model's. `damping` is relative to the mean of each Gram diagonal.
-    Not done: the published code can also prune the base at run time (`pp_ratio`); here its share
-    is zero, so the differences carry all of the compression.
+    Ranks follow from the budget: a block keeps at most as many weights as CAMERA-P leaves it at the
+    same ratio, falling short by fewer weights than one rank takes. Shared experts and routers stay.
+    All statistics are those of the unmodified model. `damping` is relative to the mean diagonal of
+    each Gram matrix. Not implemented: the published code can also prune the base at run time
+    (`pp_ratio`); here that share is zero, so all compression comes from the differences.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -44,18 +44,19 @@ class D2Moe(MoEPruning):
     damping: float = Field(default=1e-4, gt=0)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, too, experts of unlike shapes and a ratio that not even the base fits."""
+        """Also refuse experts of different shapes, and a ratio that leaves no room for the base."""
         super().check(anatomy)
         for block, budget in zip(anatomy.moe, self.budgets(anatomy), strict=True):
             if len(set(block.widths)) > 1:
                 raise UserError(
                     f"the experts of {block.name} have different widths and cannot be merged: "
-                    "apply D2-MoE to the model as published"
+                    "apply D2-MoE to the unpruned model"
                 )
             if self._ranks(block, budget) is None:
                 raise UserError(
                     f"ratio={self.ratio} leaves {block.name} fewer weights than one of its "
-                    f"{block.num_experts} experts has, and D2-MoE needs one as its base"
+                    f"{block.num_experts} experts has, but D2-MoE needs one as its base: use a "
+                    "lower ratio"
                 )
 
     def _ranks(self, block: MoEBlock, budget: int) -> list[int] | None:
@@ -63,7 +64,7 @@ class D2Moe(MoEPruning):
         return ranks(block.num_experts, block.d_model, block.d_ff, kept)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Measure, merge and factorise; the report counts the weights that are left."""
+        """Measure, merge and factorize; the report counts the remaining weights."""
         calibration = calibration_of(context)
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
@@ -83,12 +84,14 @@ class D2Moe(MoEPruning):
         return MethodReport("removed" if removed else "none", details)
 
     def _compress(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[dict[str, Any]]:
-        """Replace every block's experts, all measured on the unchanged model, and report each."""
+        """Replace the experts of every block, all measured on the unmodified model."""
+        # Before the walk below, which replaces experts as it goes.
         bases = self._bases(model, tokens_BL, told)
         seen = walk(
             model, tokens_BL, Inputs, self._watching, self.batch, sequential=False, told=told
         )
         layers = [
+            # pop: a base is three float64 matrices, freed as soon as its block is built.
             self._replace(block, bases.pop(block), inputs, budget)
             for (block, inputs), budget in zip(seen, self.budgets(model.anatomy), strict=True)
         ]
@@ -99,7 +102,7 @@ class D2Moe(MoEPruning):
         return observing(seen, self.chunk)
 
     def _bases(self, model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEBlock, Matrices]:
-        """Return the Fisher-weighted mean of every block, from one backward pass a row."""
+        """Return the Fisher-weighted mean of every block, from one backward pass per row."""
         counted = walk(
             model, tokens_BL, Frequency, self._watching, self.batch, sequential=False, told=told
         )
@@ -108,6 +111,8 @@ class D2Moe(MoEPruning):
         with differentiable(model.network, weights), ExitStack() as stack:
             for mean in means.values():
                 stack.enter_context(mean.listening())
+            # One row per backward pass: Fisher information is a mean of squared per-row gradients,
+            # and a batch would give the square of their sum.
             for row_1L in told.track(tokens_BL.split(1), "gathering Fisher information"):
                 backward(model.network, row_1L)
         return {block: mean.base() for block, mean in means.items()}
@@ -115,8 +120,9 @@ class D2Moe(MoEPruning):
     def _replace(
         self, block: MoEBlock, base: Matrices, inputs: Inputs, budget: int
     ) -> dict[str, Any]:
-        """Put the shared form in the place of a block's experts and count what it saves."""
+        """Replace the experts of one block; return its report entry."""
         of_each = self._ranks(block, budget)
+        # Without a budget the block stays as published: a base would only add weights.
         if of_each is None or not budget:
             return {"layer": block.layer, "removed_parameters": 0}
         before = _numel(block.experts)

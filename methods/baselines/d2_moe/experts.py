@@ -1,6 +1,6 @@
-"""Experts that share one base and differ by low-rank factors, in the form in which they run.
+"""Routed experts with one shared base and low-rank differences, as they run.
 
-Shapes: T tokens, K experts a token, S tokens of one expert, D d_model, F an expert's width, O
+Shapes: T tokens, K experts per token, S tokens of one expert, D d_model, F an expert's width, O
 outputs and I inputs of a matrix, R the ranks of all experts together.
 """
 
@@ -25,8 +25,8 @@ MATRICES = ("gate", "up", "down")
 class SharedMatrix:
     """One matrix of every expert: W_e = base + left_e right_e.
 
-    The factors of all experts lie side by side in `left_OR` and `right_RI`; `ranks` says how many
-    are whose, and may be zero.
+    The factors of all experts are concatenated in `left_OR` and `right_RI`; `ranks` holds the rank
+    of each expert, which may be zero.
     """
 
     base_OI: Tensor
@@ -35,11 +35,11 @@ class SharedMatrix:
     ranks: Sequence[int]
 
     def shared(self, x_TI: Tensor) -> Tensor:
-        """Return what the base gives, [T, O], the same for every expert."""
+        """Return the output of the base, [T, O], the same for every expert."""
         return linear(x_TI, self.base_OI)
 
     def own(self, x_SI: Tensor, expert: int) -> Tensor:
-        """Return what an expert's factors add, [S, O]."""
+        """Return the output of an expert's factors, [S, O]."""
         place = self._place(expert)
         return linear(linear(x_SI, self.right_RI[place]), self.left_OR[:, place])
 
@@ -56,8 +56,8 @@ class SharedMatrix:
 class SharedBaseExperts(OwnModule):
     """Routed experts y = Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x) with shared base matrices.
 
-    A token meets each base matrix once, not once an expert: the down base is applied to the
-    weighted sum of its experts' hidden states.
+    Each base matrix is applied once per token, not once per selected expert: the down base is
+    applied to the weighted sum of the hidden states of its experts.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class SharedBaseExperts(OwnModule):
         self.act_fn = act_fn
         self.ranks = {name: tuple(matrices[name].ranks) for name in MATRICES}
         self.num_experts = len(self.ranks["gate"])
-        # Held by this module itself: accelerate moves the weights of a module when its own
-        # forward is called.
+        # Registered on this module itself, not on submodules: accelerate onloads the weights of a
+        # module when its own forward is called, and no submodule's forward ever is.
         for name, matrix in matrices.items():
             tensors = {"base": matrix.base_OI, "left": matrix.left_OR, "right": matrix.right_RI}
             for part, tensor in tensors.items():
@@ -76,12 +76,12 @@ class SharedBaseExperts(OwnModule):
                 self.register_parameter(f"{name}_{part}", weight)
 
     def matrix(self, name: str) -> SharedMatrix:
-        """Return the gate, up or down matrix of all experts, sharing memory with this module."""
+        """Return the gate, up or down matrix of all experts; tensors are shared, not copied."""
         base, left, right = (getattr(self, f"{name}_{part}") for part in ("base", "left", "right"))
         return SharedMatrix(base, left, right, self.ranks[name])
 
     def routed(self) -> tuple[int, int]:
-        """Return the size of all factors: a token meets those of its experts and every base."""
+        """Return (parameters of all factors, E); the bases belong to no single expert."""
         matrices = [self.matrix(name) for name in MATRICES]
         factors = sum(m.left_OR.numel() + m.right_RI.numel() for m in matrices)
         return factors, self.num_experts
@@ -94,7 +94,7 @@ class SharedBaseExperts(OwnModule):
 
     @classmethod
     def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
-        """Build it with zeros, on the current default device and in the default dtype."""
+        """Build with zeros, on the current default device and in the default dtype."""
         inner, outer = int(structure["width"]), int(structure["d_model"])
         shapes = {"gate": (inner, outer), "up": (inner, outer), "down": (outer, inner)}
         matrices = {}
@@ -108,7 +108,9 @@ class SharedBaseExperts(OwnModule):
         """Return the weighted sum of each token's experts, [T, D]."""
         x_TD, weight_S = hidden_states, top_k_weights.flatten()
         gate, up, down = (self.matrix(name) for name in MATRICES)
+        # Gate and up act on the token itself, so their base part is the same for all K experts.
         gate_TF, up_TF = gate.shared(x_TD), up.shared(x_TD)
+        # float32 sums: up to K terms per token, which would each be rounded in half precision.
         sum_TF = torch.zeros_like(gate_TF, dtype=torch.float32)
         own_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for expert, slot_S in enumerate(_slots(top_k_index, self.num_experts)):
@@ -118,6 +120,8 @@ class SharedBaseExperts(OwnModule):
             x_SD = x_TD[token_S]
             gate_SF = gate_TF[token_S] + gate.own(x_SD, expert)
             up_SF = up_TF[token_S] + up.own(x_SD, expert)
+            # The router weight is applied before the down projection, which is linear: only then
+            # can hidden states of different experts be summed for one product with the down base.
             hidden_SF = self.act_fn(gate_SF) * up_SF * weight_S[slot_S, None]
             hidden_SF = hidden_SF.to(x_TD.dtype)
             sum_TF.index_add_(0, token_S, hidden_SF.float())
@@ -126,13 +130,14 @@ class SharedBaseExperts(OwnModule):
 
 
 def _slots(index_TK: Tensor, experts: int) -> Sequence[Tensor]:
-    """Return, for each expert, the places in the flat choice [T·K] that name it.
+    """Return, for each expert, the indices in the flat selection [T·K] that name it.
 
-    On the meta device, where costs are counted, no choice is known: all experts are taken to be
-    used alike.
+    On the meta device, where only FLOPs are counted, no selection is known: even routing is
+    assumed.
     """
     flat = index_TK.flatten()
     if flat.is_meta:
         return torch.arange(len(flat), device="meta").tensor_split(experts)
+    # A stable sort groups the slots of an expert in token order, on every device.
     counts = torch.bincount(flat, minlength=experts).tolist()
     return torch.split(torch.argsort(flat, stable=True), counts)

@@ -1,14 +1,14 @@
-"""The base expert of a block: the mean of its experts, weighted by Fisher information.
+"""Base expert of a block: the mean of its experts, weighted by Fisher information.
 
 Shapes: E routed experts, O outputs and I inputs of a matrix.
 
-For each matrix and elementwise, with F_e = mean over calibration rows of (∂L/∂W_e)² and f_e the
-number of tokens routed to e,
+Elementwise for each matrix, with F_e = mean over calibration rows of (∂L/∂W_e)² and f_e the number
+of tokens routed to e,
 
     W_base = Σ_e f_e F_e W_e / Σ_e f_e F_e
 
-The factor f_e is the released code's. Both sums are linear in the squared gradients, so they are
-added up row by row and no expert's F_e is ever kept.
+The factor f_e is taken from the released code. Both sums are linear in the squared gradients, so
+they are accumulated row by row and no expert's F_e is ever stored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Matrices = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter that holds one matrix of some experts: which experts, and which matrix."""
+    """A parameter that holds one matrix (`matrix`) of some experts."""
 
     weight: nn.Parameter
     experts: tuple[int, ...]
@@ -41,7 +41,7 @@ class Source:
 
 
 def sources(block: MoEBlock) -> list[Source]:
-    """Return the parameters of a block's routed experts; fused gate and up are one matrix."""
+    """Return the parameters of the routed experts of a block; fused gate and up are one matrix."""
     if block.layout == "fused":
         everyone = tuple(range(block.num_experts))
         names = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -56,7 +56,7 @@ def sources(block: MoEBlock) -> list[Source]:
 
 
 class FisherMean:
-    """Adds up both sums of one block while gradients of one row after the other arrive."""
+    """Accumulates both sums of one block from the gradients of one row after another."""
 
     def __init__(self, block: MoEBlock, frequency_E: Tensor) -> None:
         self.sources = sources(block)
@@ -66,22 +66,25 @@ class FisherMean:
         for source in self.sources:
             for _, weight_OI in source.per_expert(source.weight):
                 zeros = torch.zeros_like(weight_OI, dtype=torch.float64, requires_grad=False)
+                # One sum per kind of matrix, shared by all experts of the block.
                 self._weighted.setdefault(source.matrix, zeros)
                 self._total.setdefault(source.matrix, zeros.clone())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take gradients as they arrive, and free them."""
+        """Accumulate gradients as they arrive, and free them."""
         with ExitStack() as stack:
             for source in self.sources:
+                # The hook runs inside the backward pass as soon as one parameter's gradient is
+                # complete, so at no time are the gradients of all experts in memory.
                 handle = source.weight.register_post_accumulate_grad_hook(self._taker(source))
                 stack.callback(handle.remove)
             yield
 
     def _taker(self, source: Source) -> Callable[[Tensor], None]:
-        """Return a hook that adds one row's gradient of a parameter to the sums."""
-
         def take(weight: Tensor) -> None:
+            # Freed at once. It also makes the next row start from zero: squares of single rows are
+            # summed, not the square of the sum.
             gradient, weight.grad = cast(Tensor, weight.grad), None
             pairs = zip(
                 source.per_expert(gradient), source.per_expert(weight.detach()), strict=True
@@ -96,7 +99,7 @@ class FisherMean:
     def base(self) -> Matrices:
         """Return (gate, up, down) of the base expert, float64.
 
-        Where no row gave any expert a gradient, it is the plain mean.
+        Elements for which no row gave any expert a gradient are the plain mean.
         """
         merged = {name: self._merged(name) for name in self._total}
         if "gate_up" in merged:
@@ -109,4 +112,5 @@ class FisherMean:
         parts = [part for s in mine for _, part in s.per_expert(s.weight.detach())]
         mean_OI = torch.stack(parts).mean(0, dtype=torch.float64)
         total_OI = self._total[matrix]
+        # torch.where discards the NaN of 0 / 0.
         return torch.where(total_OI > 0, self._weighted[matrix] / total_OI, mean_OI)

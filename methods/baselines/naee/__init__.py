@@ -1,1 +1,1 @@
-"""NAEE (arXiv 2402.14800): the set of experts whose absence changes a block's output least."""
+"""NAEE (arXiv 2402.14800): remove the set of experts that changes the block output least."""

@@ -1,15 +1,15 @@
-"""What the error of a block without some experts is, from a few numbers a token.
+"""Output error of a block without some experts, from a few statistics per token.
 
 Shapes: B rows, P tokens kept of each row, T = B·P tokens, E routed experts, D d_model.
 
-With f_e(x) the output of expert e, A the router's weights, A^S those without the experts in S, and
-δ = A - A^S, the block without S puts out y - Σ_e δ_e f_e(x). Against a target z, NAEE's error is
+With f_e(x) the output of expert e, A the router weights, A^S those without the experts in S, and δ
+= A - A^S, the block without S outputs y - Σ_e δ_e f_e(x). Against a target z, NAEE's error is
 
     Σ_rows √( Σ_t ‖ z_t - y_t + Σ_e δ_te f_e(x_t) ‖₂² )
 
-(a Frobenius norm a calibration sample, summed over samples). So all that a token needs to keep is
-‖z - y‖², the products f_e · (z - y) and f_e · f_e'; D is gone, and a set of experts costs E²
-multiplications a token instead of a pass through the block.
+(one Frobenius norm per calibration sample, summed over samples). So a token only needs ‖z - y‖²,
+the products f_e · (z - y) and the products f_e · f_e'. D drops out, and evaluating a set of experts
+costs E² multiplications per token instead of a forward pass of the block.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from methods.baselines.routing import dense, route
 from methods.baselines.whole_experts import Form
 from methods.walking import refuse_nan
 
-# Tokens that all experts are run on at once.
+# Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.
 CHUNK = 256
 
 
 class Evidence:
-    """The error of one block as a function of the experts that are gone."""
+    """Error of one block as a function of the set of removed experts."""
 
     @torch.no_grad()
     def __init__(
@@ -51,14 +51,16 @@ class Evidence:
     def error(self, dropped: Collection[int]) -> float:
         """Return NAEE's error of the block without some experts, computed in float64."""
         delta_TE = self._weight_TE - self._without(sorted(dropped))
+        # ‖m + Σ δ f‖² = ‖m‖² + δ·(2 f·m + (f·f') δ) with m = z - y.
         change_TE = (self._gram_TEE @ delta_TE[:, :, None]).squeeze(2) + 2 * self._cross_TE
         square_T = self._offset_T + (delta_TE * change_TE).sum(1)
         square_B = square_T.view(self._rows, -1).sum(1)
-        # Rounding can leave a sum that should be zero a little below it.
+        # Rounding can leave a sum that should be zero slightly negative.
         return float(square_B.clamp_min(0).sqrt().sum())
 
     def _without(self, dropped: list[int]) -> Tensor:
-        """Return the router's weights [T, E] in a block without some experts."""
+        """Return the router weights [T, E] of the block without some experts."""
+        # Zeroed experts keep their tokens: nothing is rerouted, their term is just missing.
         if self._form != "dropped":
             weight_TE = self._weight_TE.clone()
             weight_TE[:, dropped] = 0
@@ -75,6 +77,8 @@ def _chunks(x_TD: Tensor, missing_TD: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 def _products(block: MoEBlock, x_TD: Tensor, missing_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Return f_e · (z - y) [T, E] and f_e · f_e' [T, E, E] of some tokens, float64."""
     views = (block.expert(expert) for expert in range(block.num_experts))
+    # All experts on all tokens, not only on those routed to them: after a drop a token may reach
+    # any expert.
     outputs = [view.combine(view.hidden(x_TD)) for view in views]
     output_TED = torch.stack(outputs, dim=1).double()
     cross_TE = (output_TED @ missing_TD[:, :, None]).squeeze(2)

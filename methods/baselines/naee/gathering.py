@@ -1,6 +1,6 @@
-"""What goes into the MoE blocks and comes out of them while calibration text passes.
+"""Inputs and outputs of MoE blocks on calibration text.
 
-Shapes: B rows, L tokens a row, P of them kept, D d_model.
+Shapes: B rows, L tokens per row, P of them kept, D d_model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from methods.baselines.whole_experts import Form
 
 @dataclass(frozen=True)
 class Passed:
-    """What some tokens of every row were in a block: inputs and outputs."""
+    """Inputs and outputs of a block for some tokens of every row."""
 
     x_BPD: Tensor
     y_BPD: Tensor
@@ -38,11 +38,11 @@ def gather(
     form: Form,
     told: Progress,
 ) -> Iterator[tuple[MoEBlock, Evidence]]:
-    """Yield every block's evidence in layer order; the consumer may change the block.
+    """Yield the error model of every block in layer order; the caller may modify the block.
 
-    `kept` tokens of each row are used, evenly spaced. With `progressive` the inputs are those
-    that the changed layers before give, and the target is still the unchanged model's output, for
-    which a second set of hidden states travels along.
+    `kept` tokens of each row are used, evenly spaced. With `progressive` inputs come from the
+    already pruned earlier layers, while the target is still the output of the unpruned model, for
+    which a second set of hidden states is advanced in parallel.
     """
     anatomy = model.anatomy
     last = anatomy.moe[-1].layer
@@ -52,7 +52,11 @@ def gather(
     with LayerStream(model.network, anatomy.layers, tokens_BL, batch) as stream:
         for index in told.track(range(last + 1), "searching for experts to drop"):
             blocks = [block for block in anatomy.moe if block.layer == index]
+            # As in the calibration walk: the layer runs again after pruning, unless nothing
+            # follows.
             again = progressive and bool(blocks) and index < last
+            # Both streams share the network. The layer is still unpruned when the reference stream
+            # passes it, so it must advance here, before the caller prunes the layer.
             targets = _run(unchanged, index, blocks, kept, advance=True) if unchanged else {}
             passed = _run(stream, index, blocks, kept, advance=not again)
             for block in blocks:
@@ -66,7 +70,7 @@ def gather(
 def _run(
     stream: LayerStream, index: int, blocks: list[MoEBlock], kept: int, *, advance: bool
 ) -> dict[MoEBlock, Passed]:
-    """Send all rows through a layer and return what its blocks took in and put out."""
+    """Run all rows through a layer; return the inputs and outputs of its blocks."""
     with _listening(blocks, kept) as heard:
         stream.run(index, advance=advance)
     return {block: _joined(pieces) for block, pieces in heard.items()}
@@ -79,18 +83,19 @@ def _joined(pieces: list[Passed]) -> Passed:
 
 @contextmanager
 def _listening(blocks: list[MoEBlock], kept: int) -> Iterator[dict[MoEBlock, list[Passed]]]:
-    """Keep evenly spaced tokens of what enters and leaves some blocks inside the `with`."""
+    """Record evenly spaced tokens at the input and output of some blocks."""
     heard: dict[MoEBlock, list[Passed]] = {block: [] for block in blocks}
     entered: dict[MoEBlock, Tensor] = {}
 
     def thinned(state_BLD: Tensor) -> Tensor:
         length = state_BLD.shape[1]
+        # Integer arithmetic: evenly spaced, distinct, and the same on every device.
         place_P = torch.arange(kept, device=state_BLD.device) * length // kept
         return state_BLD[:, place_P] if kept < length else state_BLD
 
     with ExitStack() as stack:
         for block in blocks:
-
+            # `block=block` binds the current block; a closure would see the last one of the loop.
             def enter(_: nn.Module, args: tuple[Tensor, ...], block: MoEBlock = block) -> None:
                 entered[block] = thinned(args[0])
 

@@ -1,4 +1,4 @@
-"""The NAEE baseline: drop whole experts by the error that their absence makes in their block."""
+"""The NAEE baseline: drop the experts whose absence causes the least error in their block."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from methods.moe_pruning import calibration_of, refuse_offloaded
 
 
 class Naee(WholeExperts):
-    """Drop the routed experts without which each block's output changes least.
+    """Drop the routed experts whose removal changes the output of each block least.
 
     As published every subset is tried; where there are more than `exhaustive_limit`, greedy
-    elimination takes over and the report says so. `progressive` shows later layers the pruned
-    earlier ones, the target being the unpruned model's output. The search uses about `tokens`
-    calibration tokens, evenly spaced in all rows (the paper's: all of them); errors are summed
-    over rows. `form=zeroed` searches, too, for what is then done: no other expert steps in.
+    elimination is used and the report says so. `progressive` searches later layers on the outputs
+    of the pruned earlier ones, against the unpruned model's output. The search uses about `tokens`
+    calibration tokens, evenly spaced in all rows (the paper uses all); errors are summed over rows.
+    With `form=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -36,21 +36,22 @@ class Naee(WholeExperts):
     batch: int = Field(default=8, ge=1)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, too, experts of different sizes: subsets of one size would not compare."""
+        """Also refuse experts of different widths: subsets would differ in size."""
         super().check(anatomy)
         for block in anatomy.moe:
             if len(set(block.widths)) > 1:
                 raise UserError(
-                    f"the experts of {block.name} have different widths, and NAEE chooses among "
-                    "equal ones: apply it to the model as published"
+                    f"the experts of {block.name} have different widths, but NAEE needs equal "
+                    "ones: apply it to the unpruned model"
                 )
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Search and drop, block by block; the report says how each was searched."""
+        """Search and drop, block by block; the report says how each block was searched."""
         calibration = calibration_of(context)
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
         rows, length = calibration.tokens.shape
+        # At least one token per row: every row is a term of the error.
         kept = min(length, max(1, self.tokens // rows))
         found = gather(
             model,
@@ -77,7 +78,7 @@ class Naee(WholeExperts):
     def _choose(
         self, block: MoEBlock, evidence: Evidence, budget: int
     ) -> tuple[Cut, dict[str, Any]]:
-        """Return what a block loses; the rest comes from the expert that would be next to go."""
+        """Return what a block loses. A partial expert is the one that would be dropped next."""
         count, rest = divmod(budget, block.d_ff)
         found = search(block.num_experts, count, evidence.error, self.exhaustive_limit)
         further = None

@@ -1,4 +1,4 @@
-"""Which experts to drop: all subsets where that is affordable, else one after the other."""
+"""Search for the experts to drop: all subsets if affordable, otherwise greedy elimination."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Error = Callable[[tuple[int, ...]], float]
 
 @dataclass(frozen=True)
 class Found:
-    """The experts to drop, the error without them, and how many subsets were tried."""
+    """Experts to drop, the error without them, and the number of subsets tried."""
 
     dropped: tuple[int, ...]
     error: float
@@ -24,10 +24,10 @@ class Found:
 def search(experts: int, count: int, error: Error, limit: int) -> Found:
     """Return `count` of `experts` experts to drop.
 
-    With at most `limit` subsets every one is tried, as NAEE does. Otherwise greedy elimination,
-    which is not in the paper: the expert whose loss adds least error goes, then the next one given
-    that the first is gone, and so on; count · (experts - (count - 1) / 2) subsets are tried. The
-    first of equals wins in both.
+    If there are at most `limit` subsets, all are tried, as in NAEE. Otherwise greedy elimination,
+    which is not in the paper: the expert whose removal adds the least error is removed first, then
+    the next one given the first, and so on; count · (experts - (count - 1) / 2) subsets are tried.
+    Ties go to the first candidate in both.
     """
     if math.comb(experts, count) <= limit:
         errors = {subset: error(subset) for subset in combinations(range(experts), count)}
@@ -43,7 +43,7 @@ def search(experts: int, count: int, error: Error, limit: int) -> Found:
 
 
 def next_to_go(experts: int, dropped: tuple[int, ...], error: Error) -> tuple[int, float]:
-    """Return the expert whose loss, on top of `dropped`, adds least error, and that error."""
+    """Return the expert whose removal on top of `dropped` adds the least error, and that error."""
     left = [expert for expert in range(experts) if expert not in dropped]
     errors = {expert: error((*dropped, expert)) for expert in left}
     best = min(errors, key=errors.__getitem__)

@@ -120,5 +120,5 @@ def test_costs_are_counted_on_what_is_left(name, form):
 def test_refuses_a_router_without_rows():
     block = dissect(build("mixtral")).moe[0]
     block.router.weight = torch.nn.Parameter(torch.zeros(5, 16))
-    with pytest.raises(UserError, match="no weight of one row an expert"):
+    with pytest.raises(UserError, match="no weight with one row per expert"):
         check_router(block)

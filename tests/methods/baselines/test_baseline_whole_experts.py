@@ -132,5 +132,5 @@ def test_a_wrapped_router_is_refused_a_second_time():
     network = build("deepseek_v3")
     model = model_of(network)
     RandomExperts(ratio=0.2, form="dropped").apply(model, context())
-    with pytest.raises(UserError, match="no weight of one row an expert"):
+    with pytest.raises(UserError, match="no weight with one row per expert"):
         RandomExperts(ratio=0.2, form="dropped").apply(model, context())
