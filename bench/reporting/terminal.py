@@ -30,7 +30,7 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str | None = None) -> None
         return
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for key in rows[0]:
-        # One missing value (None) makes a column left-aligned: alignment is per column in rich.
+        # rich aligns whole columns: one missing value (None) makes a column left-aligned.
         numeric = all(isinstance(row[key], int | float) for row in rows)
         table.add_column(key, justify="right" if numeric else "left", overflow="fold")
     for row in rows:

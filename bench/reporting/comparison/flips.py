@@ -99,8 +99,7 @@ def _text(row: pd.Series[Any], column: str) -> str | None:
 def _target(row: pd.Series[Any]) -> str | None:
     """Return the correct answer; if the target is the index of a choice, return that choice."""
     target, choices = _text(row, "target"), list(row["choices"])
-    # lm-eval stores the index as text. A target beyond the choices is itself a number, the answer
-    # to a question of arithmetic for instance.
+    # lm-eval stores the index as text. A number that is no index of a choice is the answer itself.
     if choices and target is not None and target.isdecimal() and int(target) < len(choices):
         return str(choices[int(target)])
     return target

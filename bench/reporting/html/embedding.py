@@ -42,8 +42,8 @@ def policy(scripts: Sequence[str]) -> str:
     """Return the content security policy that allows exactly these inline scripts."""
     digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    # Styles may be inline because Preact and Observable Plot set style attributes, for which no
-    # hash can be given in advance. Everything not named here is denied by the first rule.
+    # Inline styles are allowed for the style sheet in the head and for the style attributes that
+    # plots set. Whatever is not named here is denied by the first rule.
     rules = (
         "default-src 'none'",
         f"script-src {allowed}",

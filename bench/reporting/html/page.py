@@ -30,8 +30,8 @@ def render(
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    # The policy holds hashes of exactly the texts that the template inserts: a script must not be
-    # changed, not even by white space, between these two lines.
+    # The policy holds the hashes of exactly the texts that the template inserts: a script must not
+    # change, not even by white space, once the policy is built.
     scripts = [*vendored(), application()]
     return environment.from_string(_text("page.html.jinja")).render(
         title="slimbench report",

@@ -113,7 +113,7 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
         "prompt": row.get("prompt"),
         "target": _text(row.get("target")),
         "choices": row.get("choices") or [],
-        # Three digits are shown at most, and shorter numbers compress better.
+        # The page shows fewer digits than that, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
         "answer": _text(row.get("prediction") if answer is None else answer),
         "sure": row.get("probability"),

@@ -83,11 +83,11 @@ class Cell(Protocol):
 
 
 class Line(Protocol):
-    """One method under one setting of one block."""
+    """One method in one variant and section."""
 
     @property
     def block(self) -> str:
-        """The part of the table, usually a model."""
+        """The section of the table, usually a model."""
 
     @property
     def setting(self) -> str:
@@ -123,7 +123,7 @@ class PaperTable(Protocol):
 
     @property
     def lines(self) -> Sequence[Line]:
-        """The rows, block by block."""
+        """The rows, section by section."""
 
     @property
     def notes(self) -> Sequence[str]:

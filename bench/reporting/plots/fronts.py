@@ -53,7 +53,7 @@ def _panel(axes: Axes, group: pd.DataFrame, families: dict[str, Look]) -> None:
             markerfacecolor="white" if row["unreal"] else look.colour,
             elinewidth=0.8,
         )
-        # Zeroed twins of removed runs lie close to them; their labels would overlap.
+        # Hollow points carry no label: their cost is not real, and more labels would overlap.
         if not pd.isna(row["amount"]) and not row["unreal"]:
             axes.annotate(
                 f"{row['amount']:g}",

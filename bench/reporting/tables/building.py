@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bench.reporting.published import Published
 
 Cells = Mapping[tuple[str, str, str, str], "Published"]
-"""Published cells of a block by model, row, setting and column."""
+"""Published cells of a section by model, row, variant (the file's `setting`) and column."""
 
 
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
@@ -95,7 +95,7 @@ def _cell(
 def _theirs(
     config: TableConfig, block: str, row: str, setting: str, column: str, theirs: Cells
 ) -> Published | None:
-    """Return the published cell of a block's first model."""
+    """Return the published cell of a section's first model."""
     model = (config.blocks[block].published or (block,))[0]
     return _published(config, model, row, setting, column, theirs)
 
@@ -134,10 +134,11 @@ def _notes(config: TableConfig, theirs: Mapping[str, Cells]) -> Iterator[str]:
 def _agreements(
     config: TableConfig, lines: Sequence[Line], theirs: Mapping[str, Cells]
 ) -> Iterator[Agreement]:
-    """Compare the order of methods with each published model, setting by setting."""
+    """Compare the order of methods with each published model, variant by variant."""
     settings = list(config.settings) or [""]
     for block, part in config.blocks.items():
-        # A stand-in may stand for several models of the source: each gives an order of its own.
+        # A section may stand for several models of the source; each of them gives an order of its
+        # own.
         for model in part.published or (block,):
             for setting in settings:
                 same = [ln for ln in lines if (ln.block, ln.setting) == (block, setting)]
@@ -220,8 +221,8 @@ def _newest(run: Overrides, likely: Sequence[Record]) -> Record | None:
     from bench.config import identity_of
 
     for record in likely:
-        # Whether calibration data or prompts were used is known only after a run. Where they were
-        # not, their settings have no influence and are left out of the identity.
+        # The provenance shows whether the run read calibration text or prompts. Settings that no
+        # method read have no influence and are left out of the identity.
         calibrated = record.provenance.get("calibration") is not None
         prompted = record.provenance.get("prompts") is not None
         found = identity_of(record.config, calibrated=calibrated, prompted=prompted)

@@ -26,10 +26,10 @@ class PublishedIn(_Part):
 
 
 class Block(_Part):
-    """Lines that share a model; `run` is None if slimbench has no such model.
+    """A section: lines that share a model; `run` is None if slimbench has no such model.
 
-    `published` names the source's models that the block stands for, `tables` the tables they are in
-    if not in the table's own.
+    `published` names the source's models that the section stands for, `tables` the tables they are
+    in if not in the table's own.
     """
 
     run: tuple[str, ...] | None = ()
@@ -39,9 +39,9 @@ class Block(_Part):
 
 
 class Row(_Part):
-    """A method, once per setting, or once only with `settings: false`.
+    """A method, once per variant, or once only with `settings: false`.
 
-    A list of settings restricts where the method can be run; in the others only the published
+    A list of variants restricts where the method can be run; in the others only the published
     number is shown. `run` holds its overrides, None if slimbench has no such method. `published` is
     its name in the source. `differs` explains why its numbers are not those of the source's row.
     """
@@ -57,7 +57,7 @@ class Column(_Part):
 
     `of` is the number of tasks in an average. `published` is the column's name in the source;
     `differs` explains why the source's numbers are different ones. `$NAME` in `task` is a variable
-    of the block.
+    of the section.
     """
 
     task: str | None = None
@@ -78,7 +78,7 @@ class Column(_Part):
 class TableConfig(_Part):
     """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
 
-    `settings` maps a setting to the values of the variables `$NAME` in the rows' overrides. A
+    `settings` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
     `stand_in` runs on different models than the source's and is never subtracted from it.
     """
 
@@ -105,10 +105,10 @@ def load(name: str, scale: str | None = None, chosen: dict[str, list[str]] | Non
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
     The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
-    `chosen` restricts the table to some blocks, rows, settings or columns.
+    `chosen` restricts the table to some sections, rows, variants or columns.
 
     Raises:
-        UserError: there is no such table, scale, block, row, setting or column.
+        UserError: there is no such table, scale, section, row, variant or column.
     """
     from hydra import compose
     from omegaconf import OmegaConf
@@ -149,7 +149,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_nulls(plain: dict[str, Any]) -> dict[str, Any]:
-    """Drop blocks, rows, settings and columns that are null."""
+    """Drop sections, rows, variants and columns that are null."""
     for part in PARTS:
         plain[part] = {k: v for k, v in plain.get(part, {}).items() if v is not None}
     return plain

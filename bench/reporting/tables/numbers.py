@@ -70,7 +70,8 @@ def _value(column: Column, record: Record) -> tuple[float, float | None] | None:
     """Return a number of one record and its standard error, in the column's unit."""
     factor = FACTORS[column.unit][1]
     if column.quantity == "method_seconds":
-        # The time of applying all methods, which no cost row holds.
+        # Here the time of applying all methods, from their reports; the cost of the same name is
+        # the time spent in methods during a forward pass.
         return math.fsum(method.seconds for method in record.methods) / factor, None
     if column.quantity is not None:
         costs = [c for c in record.costs if c.quantity == column.quantity]
@@ -122,7 +123,7 @@ def _strays(column: Column, record: Record) -> str | None:
     if metric is None:
         return None
     benchmark = record.config["benchmark"]
-    # A limited run is a smoke test: its tasks are right but its numbers are not the paper's.
+    # Not comparable even where the identity matches: a limit is not part of the published one.
     if benchmark["limit"] is not None:
         return f"ours covers only the first {benchmark['limit']} samples"
     if column.of is not None and metric.n != column.of:

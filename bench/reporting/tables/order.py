@@ -33,8 +33,8 @@ def pairs(rated: Sequence[Rated]) -> Pairs:
     for one, two in combinations(rated, 2):
         here, there = one.ours.value - two.ours.value, one.theirs - two.theirs
         error = math.hypot(one.ours.stderr or 0.0, two.ours.stderr or 0.0)
-        # Errors of the two runs are taken as independent. They share their samples, so the true
-        # error of the difference is smaller: the count of close pairs is an upper bound.
+        # The errors of the two methods are treated as independent. Both are scored on the same
+        # samples, so the error of the difference is usually smaller and some close pairs are not.
         if abs(here) <= NORMAL * error or here * there == 0:
             close += 1
         elif here * there > 0:

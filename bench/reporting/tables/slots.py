@@ -22,7 +22,7 @@ class Slot:
 
 
 def slots(config: TableConfig) -> list[Slot]:
-    """Return every line of a table: per block first rows without a setting, then by setting."""
+    """Return every line of a table: per section first rows without a variant, then by variant."""
     return [
         Slot(block, row, setting, tuple(_runs(config, block, row, setting)))
         for block in config.blocks
@@ -31,9 +31,9 @@ def slots(config: TableConfig) -> list[Slot]:
 
 
 def _order(config: TableConfig) -> Iterator[tuple[str, str]]:
-    """Yield rows with their settings; an empty string means no setting."""
+    """Yield rows with their variants; an empty string means no variant."""
     fixed = [name for name, row in config.rows.items() if not row.settings or not config.settings]
-    # The dense baseline has no setting, so it opens every block.
+    # The dense baseline has no variant, so it opens every section.
     yield from ((name, "") for name in fixed)
     for setting in config.settings:
         yield from ((name, setting) for name in config.rows if name not in fixed)
@@ -54,6 +54,7 @@ def _runs(config: TableConfig, block: str, row: str, setting: str) -> Iterator[O
 
 def latest(run: Overrides, given: Overrides) -> Overrides:
     """Return a run's overrides with `given` appended; `given` wins where both set a key."""
-    # Not left to Hydra: equal runs have to have equal overrides, by which they are found again.
+    # An override that loses is dropped, so that every reader of the overrides finds one value per
+    # key.
     keys = {override.split("=")[0] for override in given}
     return (*(override for override in run if override.split("=")[0] not in keys), *given)

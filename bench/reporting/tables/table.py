@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One method under one setting of one block; `runs` are the ids of its records."""
+    """One method in one variant and section; `runs` are the ids of its records."""
 
     block: str
     setting: str

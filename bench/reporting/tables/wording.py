@@ -36,7 +36,7 @@ def head(head: Head) -> str:
 
 
 def label(line: Line) -> str:
-    """Return a method and its setting."""
+    """Return a method and its variant."""
     return f"{line.name} {line.setting}".strip()
 
 
@@ -105,6 +105,6 @@ def footnotes(table: Table) -> list[str]:
 
 
 def blocks(table: Table) -> list[tuple[str, list[Line]]]:
-    """Return the lines by block, in order."""
+    """Return the lines by section, in order."""
     names = dict.fromkeys(line.block for line in table.lines)
     return [(name, [line for line in table.lines if line.block == name]) for name in names]

@@ -73,7 +73,7 @@ def _values(cell: Cell) -> dict[str, object]:
 
 
 def as_markdown(table: Table) -> str:
-    """Return one pipe table per block; our numbers link to their records."""
+    """Return one pipe table per section; our numbers link to their records."""
     parts = [f"# {wording.heading(table)}", ""]
     for block, lines in wording.blocks(table):
         heads = ["", "", *map(wording.head, table.heads)]
@@ -107,8 +107,9 @@ def _linked(table: Table, line: Line, kind: str) -> list[str]:
     return texts
 
 
-# Square brackets are wrapped in braces: a line of a tabular ends in `\\`, and a bracket after it
-# would be read as its optional argument. `<` and `>` are other glyphs in LaTeX's text fonts.
+# Square brackets are wrapped in braces: a row of a tabular ends in `\\`, and a bracket after it
+# would be read as its optional argument. `<` and `>` are different glyphs in the default text font
+# encoding of LaTeX.
 LATEX = {
     "\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
