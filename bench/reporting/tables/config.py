@@ -118,7 +118,7 @@ def load(name: str, scale: str | None = None, chosen: dict[str, list[str]] | Non
     if name not in names():
         raise unknown("table", name, names())
     if scale not in (None, MICRO):
-        raise UserError(f"scale={scale}: the only scale is {MICRO}; omit it for the real table")
+        raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
     with hydra_tree():
         composed = compose(f"{GROUP}/{name}")
     plain: Any = OmegaConf.to_container(composed[GROUP], resolve=True)

@@ -236,7 +236,7 @@ def test_the_command_prints_a_table_and_flips(stored, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "prune against dense: tiny on exam" in out
     assert "+2 / -10" in out and "-20.0 [" in out
-    assert "u: a difference under" in out
+    assert "u: a difference below" in out
     assert "lost: t document 20" in out and "gained: t document 38" in out
 
 
@@ -249,4 +249,4 @@ def test_the_command_prints_json(stored, capsys):
 
 def test_one_run_alone_is_refused(stored, capsys):
     assert main(["compare", "a", "--results-dir", str(stored)]) == 2
-    assert "name two or more" in capsys.readouterr().err
+    assert "name at least two" in capsys.readouterr().err
