@@ -75,7 +75,7 @@ def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
 
 def test_a_length_that_cannot_be_counted_is_named_and_no_number_stands_for_it(record):
     made, out = record("costs.measure=[]", "costs.length=5000")
-    assert "no flops of forward 1x5000, token after 1x5000: micro_moe takes 1024 positions" in out
+    assert "no flops for forward 1x5000, token after 1x5000: micro_moe takes 1024 positions" in out
     assert not [cost for cost in made["costs"] if "flops" in cost["quantity"]]
 
 

@@ -92,6 +92,7 @@ class _OnePair:
     def __init__(self, baseline: Run, candidate: Run) -> None:
         self.baseline, self.candidate = baseline, candidate
         self.refused: list[str] = []
+        # A generator per candidate: naming one more leaves the intervals of the others as they are.
         self._generator = np.random.default_rng(SEED)
         self._paired: dict[tuple[str, str], Paired | None] = {}
 
