@@ -1,1 +1,1 @@
-"""What people look at. Everything here reads records only and never touches a model."""
+"""Output for readers. Modules here read records only and never touch a model."""

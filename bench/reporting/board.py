@@ -1,8 +1,9 @@
-"""Runs side by side: what is comparable with what, and each run against its dense model.
+"""Leaderboard: groups of comparable runs, each run compared with its dense model.
 
-A setting is what must be equal for two runs to be compared: the weights, their dtype, the seed
-they were trained from and the benchmark with its limits. Each run is held against the dense run
-of its own setting, number by number, and only where the identity of the number is the same.
+A setting is everything that must be equal for two runs to be compared: the weights, their dtype,
+the seed they were trained from, and the benchmark with its limits. Each run is compared with the
+dense run of its own setting, number by number, and only where the identity of the numbers is the
+same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from bench.reporting.summary import PERCENT_METRICS
 AVERAGE = "average"
 LOADED = ("dtype", "max_length", "seed")
 ASKED = ("tasks", "perplexity", "num_fewshot", "limit")
-"""Keys of the model's and the benchmark's config that decide which questions are put to what."""
+"""Keys of the benchmark config that decide which questions are evaluated. With the keys of LOADED,
+which decide the model, they identify a setting."""
 LONGEST_DIFFERENCE = 24
 
 
@@ -35,7 +37,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One cost that the runs of a setting have."""
+    """One cost that runs of a setting report."""
 
     scope: str
     quantity: str
@@ -44,7 +46,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that may be compared: one model on one benchmark, asked in one way."""
+    """A group of comparable runs: one model on one benchmark, evaluated in the same way."""
 
     name: str
     model: str
@@ -55,7 +57,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One run on the board: its numbers in the order of its setting's tasks and costs."""
+    """One run: its numbers in the order of its setting's tasks and costs.
+
+    `dense` is the id of the setting's dense run. `values` holds pairs of value and standard error.
+    `retention` is the fraction of the dense score that is left.
+    """
 
     record: Record
     setting: int
@@ -66,18 +72,18 @@ class Row:
 
     @property
     def family(self) -> str:
-        """The methods' names without their ratios; `dense` when there are none."""
+        """The methods' names without their ratios; `dense` if there are none."""
         return " + ".join(method.name for method in self.record.methods) or "dense"
 
     @property
     def saving(self) -> str:
-        """What became of the weights or of the work: removed, zeroed, packed, skipped."""
+        """The effect on weights or computation: removed, zeroed, packed, skipped."""
         kinds = dict.fromkeys(m.saving for m in self.record.methods if m.saving != "none")
         return "+".join(kinds) or "none"
 
     @property
     def real(self) -> bool:
-        """Whether costs may have fallen: false when weights are only zeroed or masked."""
+        """Whether costs can have fallen: false if weights are only zeroed or masked."""
         return unreal(self.record.methods) is None
 
 
@@ -90,9 +96,11 @@ class Board:
 
 
 def board(records: Iterable[Record]) -> Board:
-    """Put records side by side."""
+    """Group records into settings and compare each with the dense run of its setting."""
     groups: dict[str, list[Record]] = defaultdict(list)
     keys: dict[str, dict[str, str]] = {}
+    # Newest first: `next` below then takes the newest dense run of a setting as its reference. The
+    # key is serialized because a dictionary cannot be hashed.
     for record in sorted(records, key=lambda r: r.started, reverse=True):
         key = _setting_key(record)
         keys[text := json.dumps(key, sort_keys=True)] = key
@@ -110,7 +118,7 @@ def board(records: Iterable[Record]) -> Board:
 
 
 def comparable(one: MetricPart, other: MetricPart) -> bool:
-    """Say whether two numbers have the same identity, so that they may be subtracted."""
+    """Return whether two numbers have the same identity, so that they may be subtracted."""
     return _identity(one) == _identity(other)
 
 
@@ -120,9 +128,11 @@ def _identity(metric: MetricPart) -> tuple[object, ...]:
 
 
 def _setting_key(record: Record) -> dict[str, str]:
-    """Return what two runs must share, by name; what is not set is not there."""
+    """Return everything two comparable runs must share, by name, without unset entries."""
     asked, model = record.config["benchmark"], record.config.get("model", {})
     data = record.provenance.get("data", {})
+    # One hash over the fingerprints of all tasks: a setting may have dozens of them, and a key has
+    # to stay short enough to name the setting by.
     prints = [data[task].get("fingerprint") for task in sorted(data)]
     said = {
         "model": record.model.name,
@@ -133,6 +143,8 @@ def _setting_key(record: Record) -> dict[str, str]:
         **{name: asked.get(name) for name in ASKED},
     }
     return {
+        # Unset entries are dropped, so that a record written before a key existed falls into the
+        # same setting as one where the key has its empty default.
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for name, value in said.items()
         if value not in (None, {}, [])
@@ -140,7 +152,7 @@ def _setting_key(record: Record) -> dict[str, str]:
 
 
 def _names(keys: Sequence[dict[str, str]]) -> list[str]:
-    """Name each setting by model and benchmark, and by what differs where that is not enough."""
+    """Name each setting by model and benchmark, plus the entries that differ between namesakes."""
     plain = [f"{key['model']} on {key['benchmark']}" for key in keys]
     names = []
     for name, key in zip(plain, keys, strict=True):
@@ -152,12 +164,15 @@ def _names(keys: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _setting(name: str, group: Sequence[Record]) -> Setting:
+    # Oldest first: where records disagree about a task, the newest one wins. The average moves to
+    # the front, since the first task is the setting's score.
     tasks = {m.task: _task(m) for record in reversed(group) for m in record.metrics if m.headline}
     first = {AVERAGE: tasks[AVERAGE]} if AVERAGE in tasks else {}
     costs = {
         (c.scope, c.quantity): Quantity(c.scope, c.quantity, c.unit)
         for record in group
         for c in record.costs
+        # Phases split the wall time of the run itself; they say nothing about the model.
         if not c.scope.startswith("phase ")
     }
     return Setting(
@@ -198,10 +213,11 @@ def _cost(cost: CostPart | None) -> float | None:
 
 
 def _retention(metric: MetricPart | None, dense: Record | None) -> float | None:
-    """Return the share of the dense model's score that is left, for scores better high."""
+    """Return the fraction of the dense score that is left; None where lower is better."""
     before = dense.metric(metric.task) if dense and metric else None
     if metric is None or before is None or not metric.value or not before.value:
         return None
+    # Where lower is better the ratio would read upside down; `bench compare` inverts it instead.
     if not comparable(metric, before) or not metric.higher_is_better:
         return None
     return metric.value / before.value

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to load it, how it was made."""
+"""README.md of an exported model: what it is, how to load it, how it was made."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Loads in transformers:
     AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 """
 PADDED = """\
-Experts of different widths are filled up with zeros to the widest, so this folder and the model in
-memory are larger than the weights that are left; the outputs are the same.
+Experts of different widths are padded with zeros to the widest one, so this folder and the loaded
+model are larger than the remaining weights. The outputs are the same.
 """
 OWN = """\
 Loads with slimbench; stock transformers cannot build it:
@@ -24,23 +24,23 @@ Loads with slimbench; stock transformers cannot build it:
 or in a run: `bench run model=local model.path=THIS_FOLDER`. {why}
 """
 CLASSIFIER = """\
-An image classifier of slimbench's own; `config.json` has the shapes of its layers:
+An image classifier in slimbench's own format; `config.json` holds the shapes of its layers:
 
     from bench.models.vision import load
     network = load(Path("THIS_FOLDER"))         # images [B, C, H, H] to logits [B, K]
 
 or in a run: `bench run model=local model.kind=image_classifier model.path=THIS_FOLDER
-benchmark=images`. Images must be normalised as `bench.data.images` does. `model.onnx`, if it is
-here, computes the same.
+benchmark=images`. Images must be normalised as `bench.data.images` does. `model.onnx`, if
+present, computes the same function.
 """
-SHAPES = "`slimbench.json` says which modules have a shape or a form of their own."
+SHAPES = "`slimbench.json` lists the modules that were replaced or reshaped."
 CLASS = "Its architecture is not in transformers."
 
 
 def card(record: Record, form: str, *, stock: bool) -> str:
-    """Return the card of a run's model written in a form of `bench.models.saving`.
+    """Return the model card of a run exported in a format of `bench.models.saving`.
 
-    `stock` says whether transformers has the network's class.
+    `stock` tells whether transformers has the network's class.
     """
     parts = [
         _front_matter(record),
@@ -52,17 +52,19 @@ def card(record: Record, form: str, *, stock: bool) -> str:
 
 
 def _front_matter(record: Record) -> str:
-    """Return the block that the hub reads."""
+    """Return the YAML block that the Hugging Face hub reads."""
     lines = ["---", "library_name: transformers", "tags: [slimbench, model-compression]"]
+    # Only `owner/name` is a model on the hub; a local path must not be given as a base model.
     if "/" in record.model.source:
         lines.append(f"base_model: {record.model.source}")
     return "\n".join([*lines, "---", ""])
 
 
 def _loading(form: str, stock: bool) -> str:
-    """Say who can load the folder."""
     if form == "classifier":
         return CLASSIFIER
+    # Replaced modules need slimbench even where transformers has the network's class, so the format
+    # is checked before `stock`.
     if form == "slimbench":
         return OWN.format(why=SHAPES)
     loading = STOCK if stock else OWN.format(why=CLASS)
@@ -70,7 +72,7 @@ def _loading(form: str, stock: bool) -> str:
 
 
 def _making(record: Record) -> str:
-    """Say what was done to which weights, so that it can be done again."""
+    """Describe what was done to which weights, in enough detail to repeat it."""
     model = record.model
     revision = f" at {model.revision}" if model.revision else ""
     lines = [
@@ -89,5 +91,5 @@ def _making(record: Record) -> str:
         lines += ["", f"### {method.name}: weights {method.saving}", "", "```json", knobs, "```"]
     left = record.cost("parameters")
     if left is not None:
-        lines += ["", f"What is stored in memory: {int(left.value):,} parameters."]
+        lines += ["", f"Parameters in memory: {int(left.value):,}."]
     return "\n".join([*lines, ""])

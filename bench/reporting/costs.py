@@ -1,4 +1,4 @@
-"""What a run costs at work, as one table: a line for every stage and shape."""
+"""Table of measured costs of one run, with one row per stage and shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICE = {"matrix_rate": ("matrix product", "FLOP/s"), "copy_bandwidth": ("copy"
 
 
 def print_costs(record: Record) -> None:
-    """Print what was measured of a run, what was not and why, and what to beware of."""
+    """Print the measured costs of a run, what is missing and why, and caveats."""
     scopes = measured(record)
     out = console()
     if not scopes:
@@ -30,6 +30,8 @@ def print_costs(record: Record) -> None:
     threads = record.environment.get("threads")
     title = f"costs of {record.label}: {record.model.name}, run {record.id[:8]}, threads: {threads}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
+    # A column without a single value (energy without a meter, for instance) is left out, so that
+    # the table stays within the width of a terminal.
     columns = {heading: cell for heading, cell in COLUMNS.items() if _any(record, scopes, cell)}
     table.add_column("", overflow="fold")
     for heading in columns:
@@ -37,12 +39,15 @@ def print_costs(record: Record) -> None:
     for scope in scopes:
         table.add_row(scope, *(cell(record, scope) for cell in columns.values()))
     out.print(table)
+    # soft_wrap: reasons are sentences, and rich would otherwise break them at the console width.
     for line in (*_held(record), *_notes(record), *_gaps(record)):
         out.print(line, soft_wrap=True)
 
 
 def measured(record: Record) -> list[str]:
-    """Return the scopes of a record that tell of a call at work, in order of appearance."""
+    """Return the scopes of measured calls in a record, in order of appearance."""
+    # A scope is a stage followed by its shapes (`prefill 1x512`). The trailing space excludes
+    # scopes that are a stage alone or merely begin with the same letters.
     stages = tuple(f"{stage} " for stage in STAGES)
     quantities = ("latency", "peak_bytes", "energy")
     found = (c.scope for c in record.costs if c.quantity in quantities)
@@ -50,7 +55,7 @@ def measured(record: Record) -> list[str]:
 
 
 def gain(record: Record, scope: str) -> str:
-    """Write a speed-up with the share of the theoretical gain that it is: `1.31 (62 %)`."""
+    """Format a speed-up with its share of the theoretical one: `1.31 (62 %)`."""
     missing = record.gap("speedup", scope)
     found = record.cost("speedup", scope)
     if found is None:
@@ -61,13 +66,13 @@ def gain(record: Record, scope: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time with three digits: 31.2 ms."""
+    """Format a time with three significant digits: 31.2 ms."""
     factor, unit = _unit(seconds)
     return f"{seconds / factor:.3g} {unit}"
 
 
 def _unit(seconds: float) -> tuple[float, str]:
-    """Return the unit in which a time is best read, and how many seconds it is."""
+    """Return the number of seconds and the name of the unit that suits a time."""
     return next(((f, u) for f, u in ((1.0, "s"), (1e-3, "ms")) if seconds >= f), (1e-6, "us"))
 
 
@@ -85,7 +90,9 @@ def _dense(record: Record, scope: str) -> str:
 
 
 def _spread(cost: CostPart, prefix: str) -> str:
-    """Write a median with the tenth and the ninetieth percentile: 31.2 (30.9 to 33) ms."""
+    """Format the median with the 10th and 90th percentiles: 31.2 (30.9 to 33) ms."""
+    # The median chooses the unit for all three, so that the percentiles can be compared at a
+    # glance.
     factor, unit = _unit(cost.parts[f"{prefix}p50"])
     low, middle, high = (cost.parts[f"{prefix}{name}"] / factor for name in ("p10", "p50", "p90"))
     return f"{middle:.3g} ({low:.3g} to {high:.3g}) {unit}"
@@ -110,7 +117,6 @@ def _realised(record: Record, scope: str) -> str:
 
 
 def _missing(record: Record, quantity: str, scope: str) -> str:
-    """Say why a number is not there, if the record does."""
     gap = record.gap(quantity, scope)
     return gap.reason if gap else "-"
 
@@ -136,6 +142,7 @@ def _energy(record: Record, scope: str) -> str:
 
 
 Cell = Callable[["Record", str], str]
+# Headings in the order of the table. Stands below the functions because it names them.
 COLUMNS: dict[str, Cell] = {
     "median (p10 to p90)": _latency,
     "dense": _dense,
@@ -150,12 +157,11 @@ COLUMNS: dict[str, Cell] = {
 
 
 def _any(record: Record, scopes: list[str], cell: Cell) -> bool:
-    """Whether a column says anything about this record."""
     return any(cell(record, scope) != "-" for scope in scopes)
 
 
 def _held(record: Record) -> Iterator[str]:
-    """Say what is held in memory and on disk, and what the device can do."""
+    """Yield one line about memory and disk, and one about the device's measured peak rates."""
     model = {name: record.cost(key) for key, name in MODEL.items()}
     said = [f"{name} {quantity(cost.value)}B" for name, cost in model.items() if cost]
     each = next((c for c in record.costs if c.quantity == "cache_bytes_per_token"), None)
@@ -166,23 +172,25 @@ def _held(record: Record) -> Iterator[str]:
     rates = {key: record.cost(key, "device") for key in DEVICE}
     can = [f"{DEVICE[k][0]} {quantity(c.value)}{DEVICE[k][1]}" for k, c in rates.items() if c]
     if can:
-        yield f"this device at its best: {'; '.join(can)}"
+        yield f"measured peak rates of this device: {'; '.join(can)}"
 
 
 def _notes(record: Record) -> Iterator[str]:
-    """Say once what the marks mean."""
+    """Yield the explanation of each mark once."""
     noted = (c for c in record.costs if c.quantity in ("latency", "speedup"))
+    # A cost may carry several notes joined by "; ", and scopes share most of them.
     notes = (note for c in noted if c.note for note in c.note.split("; "))
     for note in dict.fromkeys(notes):
         yield f"{MARKED.strip()} {note}"
 
 
 def _gaps(record: Record) -> Iterator[str]:
-    """Say what is missing and why, one line a reason; gains have their reason in the table."""
+    """Yield one line per reason with everything that is missing for it."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for gap in record.gaps:
+        # The table shows the reason of a missing speed-up in its own cell.
         if gap.quantity not in ("speedup", "realised"):
             missing = " ".join(filter(None, (gap.how, gap.quantity.replace("_", " "))))
             by_reason.setdefault((missing, gap.reason), []).append(gap.scope)
     for (missing, reason), scopes in by_reason.items():
-        yield f"no {missing} of {', '.join(scopes)}: {reason}"
+        yield f"no {missing} for {', '.join(scopes)}: {reason}"

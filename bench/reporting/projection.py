@@ -1,4 +1,4 @@
-"""A project of W&B rebuilt from records: each record as a run, and one overview of all of them."""
+"""Rebuild a W&B project from records: one W&B run per record and one overview of all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rebuild(
     page: Path,
     tables: Sequence[PaperTable] = (),
 ) -> Iterator[tuple[str, str | None]]:
-    """Send all records and an overview per project; yield what was sent and what went wrong."""
+    """Send all records and one overview per project; yield each name and its error, if any."""
     yield from resend(store, records)
     projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
     for record in records:
@@ -31,18 +31,19 @@ def rebuild(
 
 
 def resend(store: Store, records: Sequence[Record]) -> Iterator[tuple[str, str | None]]:
-    """Send records; yield each id and, where that went wrong, one sentence."""
+    """Send records; yield each id with one sentence if sending failed."""
     for record in records:
         yield record.id, track(record, store, tracker_of(record))
 
 
 def tracker_of(record: Record) -> TrackerConfig:
-    """Return where a record goes; one that was run with no tracker goes to W&B as well."""
+    """Return where a record is sent: its own tracker settings, always with kind `wandb`."""
+    # A run without a tracker is sent as well: the user asked for all records to be in W&B.
     return TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
 
 
 def overview(runs: Board, page: Path | None, tables: Sequence[PaperTable] = ()) -> Overview:
-    """Return the leaderboard, a Pareto plot per setting, and the papers' tables as plain rows."""
+    """Return the leaderboard, one Pareto plot per setting, and the papers' tables as plain rows."""
     plots = (_scatter(runs, index) for index in range(len(runs.settings)))
     return Overview(
         leaderboard=_leaderboard(runs),
@@ -53,7 +54,9 @@ def overview(runs: Board, page: Path | None, tables: Sequence[PaperTable] = ()) 
 
 
 def _leaderboard(runs: Board) -> Rows:
-    """One row a run; a column for every task and cost that any setting has."""
+    """Return one row per run, with a column for every task and cost of any setting."""
+    # Settings differ in tasks and costs, and W&B wants one rectangular table: the columns are the
+    # union in order of appearance, and cells a setting does not have stay empty.
     tasks = dict.fromkeys(task.task for setting in runs.settings for task in setting.tasks)
     costs = dict.fromkeys(
         f"{cost.quantity} of {cost.scope}" for setting in runs.settings for cost in setting.costs
@@ -81,7 +84,7 @@ def _number(value: tuple[float, float | None] | None) -> float | None:
 
 
 def _scatter(runs: Board, index: int) -> Scatter | None:
-    """Return the score against the counted operations, or the first cost there is."""
+    """Return score against FLOPs, or against the first cost if FLOPs were not counted."""
     setting = runs.settings[index]
     if not setting.tasks or not setting.costs:
         return None
@@ -100,7 +103,7 @@ def _scatter(runs: Board, index: int) -> Scatter | None:
 
 
 def _rows(table: PaperTable) -> Rows:
-    """One row a cell, so that W&B can filter and group by any of its columns."""
+    """Return one row per cell, so that W&B can filter and group by any column."""
     rows = [
         [line.block, f"{line.name} {line.setting}".strip(), head.name, head.unit, *_beside(cell)]
         for line in table.lines

@@ -1,7 +1,7 @@
-"""The papers' numbers as data: one row a cell, each with its source and how far to trust it.
+"""Published numbers of papers as data: one row per cell, with its source and its trust level.
 
-The files are `results/published/*.csv`. An empty field means that the source does not say; a cell
-that nobody has is not there at all. Values keep the digits that were printed.
+The files are `results/published/*.csv`. An empty field means that the source does not state it; a
+cell that no source reports has no row. Values keep the printed digits.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 PACKAGE, SOURCES, SUMS = "results.published", "sources.csv", "SHA256SUMS"
 Trust = Literal["paper", "authors_code", "secondary", "third_party"]
 TRUST: dict[Trust, int] = {"paper": 0, "authors_code": 1, "secondary": 2, "third_party": 3}
-"""From the most to the least trusted: the paper or its own picture, the authors' repository, a
-note about the paper, somebody else's run or reprint."""
+"""From the most to the least trusted: the paper or its own figure, the authors' repository, a note
+about the paper, a third party's run or reprint."""
 
 
 class Published(BaseModel):
     """One published cell.
 
-    `model`, `row`, `setting` and `column` say where it stands; `metric`, `filter`, `shots`, `split`
-    and `harness` what it measures, as far as the source says. `relation` is `<` or `>` where the
-    source gives a bound. `flag` says what is suspicious about it.
+    `model`, `row`, `setting` and `column` locate it in its table; `metric`, `filter`, `shots`,
+    `split` and `harness` identify what it measures, as far as the source states it. `relation` is
+    `<` or `>` if the source gives a bound. `flag` explains why the number is suspicious.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +51,7 @@ class Published(BaseModel):
     harness: str
     unit: str
     relation: Literal["=", "<", ">"]
+    # Decimal keeps trailing zeros: 71.20 must not be reprinted as 71.2.
     value: Decimal
     source: str
     trust: Trust
@@ -58,17 +59,17 @@ class Published(BaseModel):
 
     @property
     def place(self) -> tuple[str, str, str, str]:
-        """Where in its table the cell stands."""
+        """The position of the cell in its table."""
         return (self.model, self.row, self.setting, self.column)
 
     @property
     def text(self) -> str:
-        """The number as it was printed, with a bound's sign."""
+        """The number as printed, with the sign of a bound."""
         return f"{'' if self.relation == '=' else self.relation + ' '}{self.value}"
 
 
 def names() -> list[str]:
-    """Return the names of the files, which `read` takes."""
+    """Return the names of the files that `read` accepts."""
     files = (file.name for file in _folder().iterdir())
     return sorted(
         name.removesuffix(".csv") for name in files if name.endswith(".csv") and name != SOURCES
@@ -80,7 +81,7 @@ def read(name: str) -> tuple[Published, ...]:
     """Return all cells of one file.
 
     Raises:
-        UserError: there is no such file, or it is not as it was shipped.
+        UserError: there is no such file, or it was modified after release.
     """
     if name not in names():
         raise unknown("published file", name, names())
@@ -92,37 +93,41 @@ def read(name: str) -> tuple[Published, ...]:
 
 
 def cells(name: str, tables: Sequence[str]) -> dict[tuple[str, str, str, str], Published]:
-    """Return the cells of some tables of a file by their place.
+    """Return the cells of some tables of a file by position.
 
-    Where several sources give a cell, the most trusted one stands; among equals the first table
-    named, then the first in the file.
+    If several sources report a cell, the most trusted one wins; among equals the table named first,
+    then the first row in the file.
     """
     rows = [cell for cell in read(name) if cell.table in tables]
     rows.sort(key=lambda cell: (TRUST[cell.trust], tables.index(cell.table)))
     found: dict[tuple[str, str, str, str], Published] = {}
+    # The sort is stable and `setdefault` keeps the first cell of a position, which together give
+    # the order of precedence above.
     for cell in rows:
         found.setdefault(cell.place, cell)
     return found
 
 
 def sources() -> dict[str, str]:
-    """Return what every source tag stands for."""
+    """Return the description of each source tag."""
     rows = csv.DictReader(_content(SOURCES).splitlines())
     return {row["source"]: row["about"] for row in rows}
 
 
 def checksums() -> Iterator[tuple[str, str, str]]:
-    """Yield name, SHA-256 as shipped, and SHA-256 as found, of every file."""
+    """Yield the name, the released SHA-256 and the actual SHA-256 of every file."""
     for line in (_folder() / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         yield name, digest, hashlib.sha256((_folder() / name).read_bytes()).hexdigest()
 
 
 def _content(file: str) -> str:
-    """Return a file's text; a published number that was edited is no published number."""
+    """Return the text of a file after checking it against its released checksum."""
     for name, shipped, found in checksums():
+        # An edited number is no longer a published one, and every comparison with it would be wrong
+        # without a sign of it.
         if name == file and shipped != found:
-            raise UserError(f"{PACKAGE}/{name} is not as it was shipped (SHA-256 {found[:12]})")
+            raise UserError(f"{PACKAGE}/{name} was modified (SHA-256 {found[:12]}): restore it")
     return (_folder() / file).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What a search found: the trials that no other beats, as a table, a CSV file and a plot."""
+"""Result of a hyperparameter search: its Pareto set as a table, a CSV file and a plot."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bench.reporting.terminal import console, print_rows
 
 
 def print_search(folder: Path) -> None:
-    """Print the Pareto set of a search and leave `pareto.csv` and `pareto.svg` beside its jobs."""
+    """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` next to its jobs."""
     study = json.loads((folder / STUDY).read_text())
     rows = front(study)
-    print_rows(rows, title=f"study {study['study']}: no trial beats these")
+    print_rows(rows, title=f"study {study['study']}: Pareto-optimal trials")
     _write_csv(folder / "pareto.csv", rows)
     drawn = plot(study, folder / "pareto.svg")
     states = [trial["state"] for trial in study["trials"]]
@@ -28,8 +28,9 @@ def print_search(folder: Path) -> None:
 
 
 def front(study: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row per trial that no other beats, best in the first objective first."""
+    """Return one row per Pareto-optimal trial, the best in the first objective first."""
     best = [trial for trial in study["trials"] if trial["front"]]
+    # Optuna keeps each objective in its own direction; the sign makes ascending order best first.
     sign = -1.0 if next(iter(study["objectives"].values())) == "maximize" else 1.0
     best.sort(key=lambda trial: sign * float(trial["values"][0]))
     return [
@@ -43,12 +44,13 @@ def front(study: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot(study: dict[str, Any], path: Path) -> bool:
-    """Draw the first objective over the second, the front as a line; False with only one."""
+    """Plot the first objective against the second; return False if there is only one."""
     if len(study["objectives"]) < 2:
         return False
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    # Not pyplot, which would choose a GUI backend and keep the figure in global state.
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""One record, readable."""
+"""Print one record for reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_record(record: Record) -> None:
-    """Print what a run was, what it reached and what it cost."""
+    """Print the model, methods, metrics and costs of a run."""
     out = console()
     model = record.model
     out.print(f"[bold]{record.id}[/bold]  {model.name}  {record.label}")
@@ -27,6 +27,7 @@ def print_record(record: Record) -> None:
             f"method {method.name}: weights {method.saving}, {method.seconds:.2f} s ({knobs})"
         )
     print_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
+    # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.
     rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]
     print_rows(rows, "all costs")
     print_costs(record)

@@ -1,4 +1,4 @@
-"""The table that ends a run or a sweep: one column per run, the dense model first."""
+"""Table printed at the end of a run or a sweep: one column per run, the dense model first."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bench.reporting.terminal import console, quantity
 if TYPE_CHECKING:
     from bench.records import CostPart, MetricPart, Record
 
+# Most columns per table; wider tables are hard to read even where the terminal is wide enough.
 RUNS_A_TABLE = 7
 UNBOUNDED = 100_000
 PERCENT_METRICS = frozenset(
@@ -32,18 +33,18 @@ WORK = {
     "seconds": "s",
     "method_seconds": "s in the method",
 }
-"""Costs of one forward or prefill, which has its shapes in its scope, and their units."""
+"""Costs of one forward or prefill, with their units; the scope of such a cost holds its shapes."""
 HEADLINES = (FORWARD, PREFILL, DECODE)
-"""Stages whose speed-up belongs in the summary; the table of costs has all of them."""
+"""Stages whose speed-up is shown in the summary; the table of costs has all of them."""
 
 
 def print_summary(records: Sequence[Record], reused: int = 0) -> None:
-    """Print accuracies in % with their standard errors, perplexities, parameters and work.
+    """Print scores in % with standard errors, perplexities, parameters and work.
 
-    A table of costs follows for each run in which they were measured.
+    A table of costs follows for each run in which costs were measured.
 
-    Runs of one model on one benchmark share a table; what exceeds seven runs, or the width of the
-    terminal, goes on in further ones, so that no number is cut.
+    Runs of one model on one benchmark share a table. Runs beyond the seventh, or beyond the width
+    of the terminal, continue in further tables, so that no number is cut.
     """
     if not records:
         return
@@ -71,7 +72,9 @@ def _dense_first(record: Record) -> tuple[bool, str]:
 
 
 def _widest(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
-    """Return the table of the first records that fit the console, at least one, and how many."""
+    """Return a table of as many leading records as fit, at least one, and their number."""
+    # rich clamps a measurement to the console's width, so that every table would seem to fit;
+    # measured without a bound, the width is the one the table really needs.
     unbounded = out.options.update(max_width=UNBOUNDED)
     for shown in range(min(len(records), RUNS_A_TABLE), 1, -1):
         table = _table(title, records[:shown])
@@ -84,6 +87,7 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
     table.add_column("", overflow="fold")
     for record in records:
+        # The ratio goes onto a second line of the heading, which keeps columns narrow.
         table.add_column("\n".join(record.label.rsplit(" ", 1)), justify="right", overflow="fold")
     for task, unit in _tasks(records).items():
         cells = (_cell(record.metric(task)) for record in records)
@@ -96,7 +100,7 @@ def _table(title: str, records: Sequence[Record]) -> Table:
         table.add_row(f"{scope} {unit}", *cells)
     for scope in _headlines(records):
         table.add_row(f"{scope} speed-up (of theory)", *(gain(record, scope) for record in records))
-    table.add_row("weights are", *(_saving(record) for record in records))
+    table.add_row("weights", *(_saving(record) for record in records))
     table.add_row("run", *(record.id[:8] for record in records))
     return table
 
@@ -124,7 +128,7 @@ def _count(record: Record, name: str) -> str:
 
 
 def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
-    """Return scope and quantity of the work that any of the runs has, with its unit."""
+    """Return scope and quantity of every work cost that any run has, with its unit."""
     return {
         (cost.scope, cost.quantity): WORK[cost.quantity]
         for record in records
@@ -134,20 +138,22 @@ def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
 
 
 def _is_quick(cost: CostPart, record: Record) -> bool:
-    """Whether a time was taken along with a count, and measured with more care besides."""
+    """Whether a quick time taken while counting is superseded by a careful latency measurement."""
     return cost.quantity.endswith("seconds") and bool(record.cost("latency", cost.scope))
 
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
-    """Write one cost; a time that only masks or zeros could have changed is not a gain."""
+    """Format one cost; a time is not shown for runs whose weights are only masked or zeroed."""
     cost = record.cost(name, scope)
     if cost is not None and name.endswith("seconds"):
+        # Masked or zeroed weights are still multiplied, so a shorter time would be noise and would
+        # read as a speed-up.
         return unreal(record.methods) or f"{cost.value:.4f}"
     return quantity(cost.value if cost else None)
 
 
 def _headlines(records: Sequence[Record]) -> list[str]:
-    """Return the scopes whose gain belongs in this table: the first shape of three stages."""
+    """Return the scopes whose speed-up is shown: the first shape of each headline stage."""
     scopes = list(dict.fromkeys(scope for record in records for scope in measured(record)))
     found = (next((s for s in scopes if s.startswith(stage)), None) for stage in HEADLINES)
     return [scope for scope in found if scope is not None]
@@ -155,4 +161,4 @@ def _headlines(records: Sequence[Record]) -> list[str]:
 
 def _saving(record: Record) -> str:
     savings = dict.fromkeys(m.saving for m in record.methods if m.saving != "none")
-    return "+".join(savings) or "all there"
+    return "+".join(savings) or "unchanged"

@@ -1,4 +1,4 @@
-"""Tables on a terminal."""
+"""Tables and number formatting for the terminal."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ PIPE_WIDTH = 200
 
 
 def console() -> Console:
-    """Return a console for results; a pipe gets room enough that no number is cut."""
+    """Return a console for results, wide enough in a pipe that no number is folded."""
+    # rich assumes 80 columns when stdout is not a terminal and would fold wide tables. COLUMNS,
+    # where it is set, is the user's own choice and wins.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(width=width, highlight=False)
 
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str | None = None) -> None:
-    """Print dictionaries of equal keys as one table; numbers stand right."""
+    """Print dictionaries with the same keys as one table; numeric columns are right-aligned."""
     if not rows:
         console().print("nothing to list")
         return
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for key in rows[0]:
+        # rich aligns whole columns: one missing value (None) makes a column left-aligned.
         numeric = all(isinstance(row[key], int | float) for row in rows)
         table.add_column(key, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
@@ -40,11 +43,12 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
+    # Commands and lists contain square brackets, which rich would parse as markup and drop.
     return escape(str(value))
 
 
 def quantity(value: float | None) -> str:
-    """Write a count with a decimal prefix: 2.14 M."""
+    """Format a count with a decimal prefix: 2.14 M."""
     if value is None:
         return "-"
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -1,4 +1,4 @@
-"""What `bench verify` found, and how it is said."""
+"""Verdict of `bench verify`, and its output."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bench.reporting.terminal import console
 
 @dataclass(frozen=True)
 class Verdict:
-    """A part of a run, repeated: how many samples, and which numbers are others now.
+    """Result of repeating a part of a run: samples per task, and which numbers differ.
 
-    `worst` is the largest relative difference of a number. `faults` says in a sentence each what
-    differs by more than `tolerance`; `changed` lists versions and devices that are others now,
-    which is no fault by itself.
+    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
+    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
+    run's, which is not a fault by itself.
     """
 
     run: str
@@ -39,18 +39,22 @@ SHOWN = 5
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """Say whether the run agrees, within which tolerance, and where it does not."""
+    """Print whether the run agrees, within which tolerance, and where it does not."""
     out = console()
     samples = ", ".join(f"{task} {count}" for task, count in verdict.tasks.items())
-    out.print(f"run {verdict.run}, samples again: {samples}")
+    out.print(f"run {verdict.run}, samples repeated: {samples}")
     for change in verdict.changed:
-        out.print(f"since the run: {change}", markup=False)
+        # Texts from records and models may contain square brackets, which rich would take for
+        # markup.
+        out.print(f"changed since the run: {change}", markup=False)
     for fault in verdict.faults[:SHOWN]:
+        # A broken environment makes every number differ; a few faults are enough to see the
+        # pattern.
         out.print(f"differs: {fault}", markup=False)
     if len(verdict.faults) > SHOWN:
         out.print(f"and {len(verdict.faults) - SHOWN} more")
     said = "[bold]agrees[/bold]" if verdict.agrees else "[bold]does not agree[/bold]"
     out.print(
-        f"{said}: {verdict.numbers} numbers, tolerance {verdict.tolerance:g} of a number (of 1 at "
-        f"least), largest difference {verdict.worst:.2g}"
+        f"{said}: {verdict.numbers} numbers, relative tolerance {verdict.tolerance:g} (absolute "
+        f"below 1), largest difference {verdict.worst:.2g}"
     )

@@ -70,12 +70,12 @@ def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
     made, out = record("costs.measure=[memory]", "costs.timing.lengths=[24,5000]")
     reason = "micro_moe takes 1024 positions, not 5000 and an answer of 2"
     assert {"scope": "1x5000", "quantity": "latency", "reason": reason, "how": None} in made["gaps"]
-    assert f"no latency of 1x5000: {reason}" in out
+    assert f"no latency for 1x5000: {reason}" in out
 
 
 def test_a_length_that_cannot_be_counted_is_named_and_no_number_stands_for_it(record):
     made, out = record("costs.measure=[]", "costs.length=5000")
-    assert "no flops of forward 1x5000, token after 1x5000: micro_moe takes 1024 positions" in out
+    assert "no flops for forward 1x5000, token after 1x5000: micro_moe takes 1024 positions" in out
     assert not [cost for cost in made["costs"] if "flops" in cost["quantity"]]
 
 
@@ -85,7 +85,7 @@ def test_a_device_without_a_counter_has_no_energy_and_says_why(record, monkeypat
 
     monkeypatch.setattr(energy, "meter", none)
     made, out = record("costs.measure=[energy]")
-    assert "no energy of 1x24: this GPU has no energy counter" in out
+    assert "no energy for 1x24: this GPU has no energy counter" in out
     assert not [cost for cost in made["costs"] if cost["quantity"].startswith("energy")]
 
 

@@ -84,7 +84,7 @@ def test_gaps_have_their_reasons_and_a_loaded_machine_a_mark(capsys):
     assert "masked" in line(out, PREFILL)
     assert "22) ms *" in line(out, PREFILL)
     assert f"* {note}" in out
-    assert "no energy of 1x512, 8x512: this GPU has no energy counter" in out
+    assert "no energy for 1x512, 8x512: this GPU has no energy counter" in out
     print_summary([record])
     assert "masked" in line(capsys.readouterr().out, f"{PREFILL} speed-up (of theory)")
 
@@ -99,7 +99,7 @@ def test_what_could_not_be_counted_is_said_also_where_nothing_was_measured(capsy
         scope="forward 1x9", quantity="flops", reason="no formula for aten.addr", how="counted"
     )
     print_costs(recorded(gaps=(gap,)))
-    assert capsys.readouterr().out == "no counted flops of forward 1x9: no formula for aten.addr\n"
+    assert capsys.readouterr().out == "no counted flops for forward 1x9: no formula for aten.addr\n"
 
 
 def test_a_wide_interval_has_its_own_mark(capsys):

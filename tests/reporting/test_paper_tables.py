@@ -98,7 +98,7 @@ def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (recorded(1, mean_of_nine(0.59), limit=6), "ours is of the first 6 samples only"),
+        (recorded(1, mean_of_nine(0.59), limit=6), "ours covers only the first 6 samples"),
         (recorded(1, mean_of_nine(0.59, n=2)), "ours is the mean of 2 tasks, not of 9"),
         (recorded(1, mean_of_nine(0.59, shots=5)), "shots: ours 5, the table's 0"),
         (recorded(1, mean_of_nine(0.59), harness="other"), "harness: ours other, the table's"),
@@ -340,7 +340,7 @@ def test_markdown_links_cells_to_their_runs():
     assert "58.58ˢ" in text
     assert "+0.42 in" in text
     assert "not subtracted [1]" in text
-    assert "[1] avg: ours is of the first 4 samples only" in text
+    assert "[1] avg: ours covers only the first 4 samples" in text
     assert f"- {table.notes[0]}" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in rows}) == 1

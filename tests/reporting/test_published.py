@@ -30,7 +30,7 @@ def test_a_file_that_was_edited_is_refused(tmp_path, monkeypatch):
     with (tmp_path / "yopo.csv").open("a") as file:
         file.write("\n")
     monkeypatch.setattr(published, "_folder", lambda: tmp_path)
-    with pytest.raises(UserError, match=r"yopo\.csv is not as it was shipped"):
+    with pytest.raises(UserError, match=r"yopo\.csv was modified"):
         published._content("yopo.csv")
     assert published._content("camera.csv").startswith("paper,")
 

@@ -1,4 +1,4 @@
-"""Paired comparisons of runs, sample by sample."""
+"""Paired comparison of runs, sample by sample."""
 
 from bench.reporting.comparison.comparing import Comparison, Run, baseline_of, compare
 from bench.reporting.comparison.contrast import Contrast

@@ -1,4 +1,4 @@
-"""`bench compare`: from the runs that a user names to what is printed."""
+"""Handler of `bench compare`: from the named runs to objects, JSON and images."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ __all__ = ["compare_runs", "pictures_of", "plain", "print_comparison"]
 def compare_runs(
     runs: Sequence[str], baseline: str | None, results_dir: Path, *, flips: int = 0
 ) -> tuple[Comparison, list[Flip]]:
-    """Compare runs by their ids or the beginnings of them, and collect flips of every task.
+    """Compare runs named by their ids or id prefixes, and collect up to `flips` flips per task.
 
     Raises:
-        UserError: a run is unknown, there are not two, or the baseline is not clear.
+        UserError: a run is unknown, only one is named, or the baseline is ambiguous.
     """
     store = Store(results_dir)
+    # Two prefixes may name the same run; by id it is compared once.
     records = list({record.id: record for record in map(store.get, runs)}.values())
     against = store.get(baseline) if baseline is not None else baseline_of(records)
     candidates = [record for record in records if record.id != against.id]
     if not candidates:
-        raise UserError(f"run {against.id[:8]} is the only one named: name two or more to compare")
+        raise UserError(f"only run {against.id[:8]} is named: name at least two runs to compare")
     ours, *theirs = (Run(r, samples(r.id, results_dir)) for r in (against, *candidates))
     comparison = compare(ours, theirs)
     return comparison, [flip for run in theirs for flip in _flips(comparison, ours, run, flips)]
 
 
 def _flips(comparison: Comparison, ours: Run, theirs: Run, limit: int) -> list[Flip]:
-    """Return the flips of every task that was compared."""
+    """Return the flips of every compared task."""
     if limit < 1:
         return []
+    # Only compared tasks: a refused one scored different questions, where a flip means nothing.
     tasks = [c.task for c in comparison.contrasts if c.run == theirs.record.id]
     metrics = [m for m in map(ours.record.metric, tasks) if m is not None]
     return [flip for metric in metrics for flip in flips_of(ours, theirs, metric, limit)]
@@ -49,17 +51,19 @@ def _flips(comparison: Comparison, ours: Run, theirs: Run, limit: int) -> list[F
 def pictures_of(
     comparison: Comparison, flipped: Sequence[Flip], results_dir: Path
 ) -> tuple[dict[str, list[Path]], str | None]:
-    """Write the images of flips; return the files by hash, or none and why there are none."""
+    """Write the images of flips; return the files by hash, or the reason why there are none."""
     try:
         return pictures.show(flipped, comparison.baseline, results_dir), None
+    # The data may be gone from this machine. A comparison is worth printing without images, so the
+    # reason is reported and not raised.
     except UserError as error:
-        return {}, f"no image of a flip is shown: {error}"
+        return {}, f"images of flips are not shown: {error}"
 
 
 def plain(
     comparison: Comparison, flipped: Sequence[Flip], written: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
-    """Return a comparison as JSON values; `written` are the files of the flips' images."""
+    """Return a comparison as JSON values; `written` maps image hashes to the written files."""
     return {
         "baseline": _run(comparison.baseline),
         "candidates": [_run(record) for record in comparison.candidates],

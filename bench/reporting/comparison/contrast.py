@@ -1,4 +1,4 @@
-"""One number of a candidate beside the baseline's, with what can be said about the difference."""
+"""Contrast of one number of a candidate with the baseline's: difference, interval, test, power."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bench.reporting.statistics import (
 
 @dataclass(frozen=True)
 class Contrast:
-    """One metric of two runs; what was not computed is None, and `note` then says why.
+    """One metric of two runs; a field that was not computed is None, and `note` gives the reason.
 
-    `low` and `high` bound the difference at 95 %. `p` is the exact McNemar test's where units are
-    right or wrong, else the bootstrap's; `p_holm` is corrected over its family: all tasks of all
-    candidates, or all candidates' averages. `detectable` is the difference that so many units find
-    in four cases of five. `retention` is the share in % of the baseline that is left.
+    `low` and `high` bound the difference at 95 %. `p` is from the exact McNemar test if units are
+    either right or wrong, else from the bootstrap; `p_holm` is corrected over its family: all tasks
+    of all candidates, or all candidates' averages. `detectable` is the difference that `n` units
+    detect with 80 % power. `retention` is the percentage of the baseline that is left.
     """
 
     run: str
@@ -51,12 +51,15 @@ class Contrast:
 
 
 def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
-    """Say what the pairs of one metric show."""
+    """Compute interval, test, detectable difference and retention of one metric's pairs."""
     low, high = percentile_interval(paired.differences)
+    # The spread of a statistic over bootstrap resamples estimates its standard error.
     error = float(paired.differences.std(ddof=1))
     retained, retained_low, retained_high = _retention(paired, metric.higher_is_better)
     if paired.gained is not None and paired.lost is not None:
         tested = mcnemar(paired.gained, paired.lost)
+        # The normal approximation can promise more than the exact test can deliver: with fewer
+        # flips than this no p-value reaches the level, so the larger bound counts.
         p, mid, visible = tested.exact, tested.mid, fewest_flips() / paired.units
     else:
         p, mid, visible = bootstrap_p(paired.differences), None, 0.0
@@ -69,6 +72,7 @@ def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
         lost=paired.lost,
         p=p,
         p_mid=mid,
+        # 0 if the two runs never differ: then nothing is known about what could be seen.
         detectable=max(detectable(error), visible) or None,
         retention=retained,
         retention_low=retained_low,
@@ -77,10 +81,10 @@ def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
 
 
 def unpaired(run: str, metric: MetricPart, baseline: float, candidate: float) -> Contrast:
-    """Put two numbers side by side whose samples do not give them again."""
+    """Contrast two numbers that the samples do not reproduce, without interval and test."""
     return replace(
         _side_by_side(run, metric, metric.n, baseline, candidate),
-        note="the samples on record do not give this number again, so nothing can be paired",
+        note="the recorded samples do not reproduce this number, so there is no paired test",
     )
 
 
@@ -103,14 +107,15 @@ def _side_by_side(
 def _retention(
     paired: Paired, higher_is_better: bool
 ) -> tuple[float, float, float] | tuple[None, None, None]:
-    """Return what is left of the baseline in %, with its interval; of a loss, the inverse.
+    """Return the percentage of the baseline that is left, with its interval.
 
-    A ratio to something that may be zero says nothing.
+    If lower is better the ratio is inverted, so that less than 100 is a loss in either case.
     """
     first_R, second_R = paired.draws.T
     over, under = (paired.candidate, paired.baseline)
     if not higher_is_better:
         first_R, second_R, over, under = second_R, first_R, under, over
+    # A ratio to zero is undefined, and one to a value of changing sign has no meaning.
     if under <= 0 or (first_R <= 0).any():
         return None, None, None
     low, high = percentile_interval(100 * second_R / first_R)

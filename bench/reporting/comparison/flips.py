@@ -1,4 +1,4 @@
-"""The samples on which two runs differ, with what was asked and what each of them said."""
+"""Flips: samples on which two runs score differently, with the question and both answers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from bench.reporting.comparison.comparing import Run
 from bench.reporting.comparison.scores import rows_of
 
 PER_CHARACTER = "acc_norm"
-"""The metric of lm-eval by which a choice's log-likelihood is divided by its length."""
+"""lm-eval's metric that divides the log-likelihood of a choice by its length in characters."""
 
 
 @dataclass(frozen=True)
 class Flip:
-    """One sample on which the candidate scores otherwise than the baseline.
+    """One sample whose score differs between the candidate and the baseline.
 
-    `image` is the SHA-256 of the image where there is one, `source` where the document came from.
+    `image` is the SHA-256 of the sample's image, if any; `source` locates the data set of the
+    document.
     """
 
     run: str
@@ -37,19 +38,21 @@ class Flip:
 
     @property
     def lost(self) -> bool:
-        """Whether the candidate scores less."""
+        """Whether the candidate scores lower."""
         return self.candidate_score < self.baseline_score
 
 
 def flips(baseline: Run, candidate: Run, metric: MetricPart, limit: int) -> list[Flip]:
     """Return up to `limit` samples that the candidate lost, and as many that it gained.
 
-    The largest changes come first. A number that has no score per sample has no flips.
+    The largest changes come first. A metric without a score per sample has no flips.
     """
     mine, its = (_scored(run.samples, metric) for run in (baseline, candidate))
     if mine is None or its is None or not mine.index.equals(its.index):
         return []
     change = its["score"] - mine["score"]
+    # A stable sort keeps equal changes in document order, so that the choice is reproducible; for
+    # accuracies all changes are equal.
     order = change.abs().sort_values(ascending=False, kind="stable").index
     lost = [place for place in order if change[place] < 0][:limit]
     gained = [place for place in order if change[place] > 0][:limit]
@@ -61,8 +64,9 @@ def flips(baseline: Run, candidate: Run, metric: MetricPart, limit: int) -> list
 def _scored(samples: pd.DataFrame, metric: MetricPart) -> pd.DataFrame | None:
     """Return a metric's samples by task and document with their `score`, if each has one."""
     rows = rows_of(samples, metric)
-    # A mean of POPE's splits and MME's points are made of the single answers' scores.
+    # `X_mean` (POPE's mean over splits) is computed from the per-answer scores of `X`.
     single = metric.metric.removesuffix("_mean")
+    # A document with several rows has no single score that could flip.
     if single not in rows or rows.duplicated(["task", "doc_id"]).any():
         return None
     scored = rows.assign(score=rows[single].astype(float)).dropna(subset=["score"])
@@ -93,15 +97,16 @@ def _text(row: pd.Series[Any], column: str) -> str | None:
 
 
 def _target(row: pd.Series[Any]) -> str | None:
-    """Return the right answer; where it is the number of a choice, that choice."""
+    """Return the correct answer; if the target is the index of a choice, return that choice."""
     target, choices = _text(row, "target"), list(row["choices"])
+    # lm-eval stores the index as text. A number that is no index of a choice is the answer itself.
     if choices and target is not None and target.isdecimal() and int(target) < len(choices):
         return str(choices[int(target)])
     return target
 
 
 def _said(row: pd.Series[Any], metric: str) -> str | None:
-    """Return the choice that scores highest, or the text or class that was answered."""
+    """Return the choice with the highest log-likelihood, or the generated text or class."""
     choices = [str(choice) for choice in row["choices"]]
     likelihood_C = np.asarray(row["loglikelihoods"], dtype=float)
     if choices and len(choices) == len(likelihood_C):

@@ -1,4 +1,4 @@
-"""Which numbers may be subtracted: those that answer the same question."""
+"""Identity of a number: which numbers may be subtracted from each other."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bench.records import MetricPart, Record
 from bench.reporting.comparison.scores import rows_of
 
 LIBRARIES = {"lm_eval": "lm-eval", "lmms_eval": "lmms-eval", "images": "slimbench"}
-"""The library whose version belongs to a harness's numbers."""
+"""The library whose version is part of the identity, by harness."""
 
 HASHES = {"doc_hash": "document", "prompt_hash": "prompt"}
 
 
 def identity(record: Record, metric: MetricPart) -> dict[str, Any]:
-    """Return all that makes one number comparable to another, by the name that users know."""
+    """Return everything that two comparable numbers must share, under the names users know."""
     library = LIBRARIES[record.config["benchmark"]["harness"]]
     source = record.provenance.get("data", {}).get(metric.task) or {}
     return {
@@ -33,7 +33,7 @@ def identity(record: Record, metric: MetricPart) -> dict[str, Any]:
 
 
 def mismatch(ours: tuple[Record, MetricPart], theirs: tuple[Record, MetricPart]) -> str | None:
-    """Say in one sentence what differs between two numbers' identities, None if nothing does."""
+    """Return one sentence on the first difference between two identities, or None."""
     record, metric = ours
     other_record, other = theirs
     mine, its = identity(record, metric), identity(other_record, other)
@@ -47,19 +47,22 @@ def mismatch(ours: tuple[Record, MetricPart], theirs: tuple[Record, MetricPart])
 
 
 def unlike_samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: MetricPart) -> str | None:
-    """Say in one sentence which samples of two runs are not the same, None if all are."""
+    """Return one sentence on the first difference between two runs' samples, or None."""
     if ours.empty or theirs.empty:
-        return f"{metric.task} is not compared: one of the runs has no samples on record"
+        return f"{metric.task} is not compared: one of the runs has no recorded samples"
     mine, its = _keyed(ours, metric), _keyed(theirs, metric)
     if not mine.index.equals(its.index):
-        return f"{metric.task} is not compared: the runs scored different documents of it"
+        return f"{metric.task} is not compared: the runs scored different documents"
     for column, noun in _shared(mine, its):
+        # Equal task versions and data fingerprints do not guarantee equal prompts (a chat template
+        # may have changed), so the questions themselves are compared. NaN differs from itself,
+        # hence `fillna`.
         unlike = mine[column].fillna("") != its[column].fillna("")
         if unlike.any():
             task, number = unlike.index[int(unlike.to_numpy().argmax())]
             return (
-                f"{metric.task} is not compared: the {noun} of {task} number {number} is not the "
-                f"same in both runs, nor are {int(unlike.sum()) - 1} others"
+                f"{metric.task} is not compared: the {noun} of {task} document {number} differs "
+                f"between the runs, as do {int(unlike.sum()) - 1} more"
             )
     return None
 
@@ -69,6 +72,7 @@ def _keyed(samples: pd.DataFrame, metric: MetricPart) -> pd.DataFrame:
 
 
 def _shared(mine: pd.DataFrame, its: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    # A hash that only one of the runs recorded cannot be compared.
     return ((c, noun) for c, noun in HASHES.items() if c in mine and c in its)
 
 

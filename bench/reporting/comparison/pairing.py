@@ -1,4 +1,4 @@
-"""Two runs' scores on the same units, and what resampling the units says.
+"""Scores of two runs paired by unit, and their bootstrap.
 
 Shapes: N units, S strata, R resamples; the two runs are columns, the baseline first.
 """
@@ -18,9 +18,9 @@ from bench.reporting.statistics.resampling import Floats
 class Paired:
     """One metric of a baseline and a candidate.
 
-    `draws` [R, 2] are the metric's values over resamples. `gained` and `lost` count the units
-    that only one of the two has right; None where units are not simply right or wrong. `units`
-    counts what is resampled.
+    `draws` [R, 2] holds the metric's values over resamples. `gained` and `lost` count the units
+    that only one of the two has right; None if units are not simply right or wrong. `units` counts
+    the resampled units.
     """
 
     baseline: float
@@ -32,7 +32,7 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """The candidate's value less the baseline's."""
+        """Candidate minus baseline."""
         return self.candidate - self.baseline
 
     @property
@@ -43,10 +43,13 @@ class Paired:
 
 
 def pair(baseline: Scores, candidate: Scores, generator: np.random.Generator) -> Paired:
-    """Pair two runs by unit and resample every stratum on its own."""
+    """Pair two runs by unit and resample each stratum independently."""
     both = baseline.units.merge(candidate.units, on=["unit", "stratum"], validate="1:1")
+    # `unlike_samples` has made sure that both runs scored the same documents.
     assert len(both) == len(baseline.units) == len(candidate.units)
     drawn = [
+        # Resampling within a stratum keeps its size, as the metric's definition does: POPE's splits
+        # and MME's categories have a fixed number of questions.
         resampled_means(group[["score_x", "score_y"]].to_numpy(), generator)
         for _, group in both.groupby("stratum")
     ]
@@ -62,10 +65,12 @@ def pair(baseline: Scores, candidate: Scores, generator: np.random.Generator) ->
 
 
 def mean_of(parts: list[Paired]) -> Paired:
-    """Return the unweighted mean of several metrics, each resampled on its own."""
+    """Return the unweighted mean of several metrics, each resampled independently."""
     return Paired(
         baseline=float(np.mean([part.baseline for part in parts])),
         candidate=float(np.mean([part.candidate for part in parts])),
+        # The draws of the tasks are independent, so averaging them draw by draw gives the
+        # distribution of the mean.
         draws=np.mean([part.draws for part in parts], axis=0),
         units=sum(part.units for part in parts),
     )

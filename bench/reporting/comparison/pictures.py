@@ -1,4 +1,4 @@
-"""The images of flips: records hold their hashes, so they are looked up in the benchmark again."""
+"""Images of flips: records keep only hashes, so images are read from the benchmark again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ FOLDER = "pictures"
 
 
 def show(flipped: Sequence[Flip], record: Record, results_dir: Path) -> dict[str, list[Path]]:
-    """Write the images of flips as PNG files; return the files by the hash that a flip names.
+    """Write the images of flips as PNG files; return the files by image hash.
 
-    The benchmark is the one of `record`. Files are named by the hash, and one that is there is not
-    written again.
+    The benchmark is that of `record`. Files are named by the hash; an existing file is kept.
 
     Raises:
-        MissingData: the benchmark's data are not on this machine and not to be had.
-        UserError: a document has other images than when it was asked.
+        MissingData: the benchmark's data are not on this machine and cannot be downloaded.
+        UserError: the images of a document differ from those of the run.
     """
     from bench.evaluation.multimodal.prompts import image_hash
 
@@ -35,9 +34,10 @@ def show(flipped: Sequence[Flip], record: Record, results_dir: Path) -> dict[str
         images = plan.scoring.pictures(flip.task, flip.document)
         if image_hash(images) != name:
             raise UserError(
-                f"the images of {flip.task} document {flip.document} are not those that were asked "
-                "about: the data have changed since the run"
+                f"the images of {flip.task} document {flip.document} differ from the run's: the "
+                "data have changed since the run"
             )
+        # 64 bits of the hash are enough to tell the images of one results folder apart.
         stem = results_dir / FOLDER / name[:16]
         stem.parent.mkdir(parents=True, exist_ok=True)
         written[name] = [Path(f"{stem}-{place}.png") for place in range(len(images))]

@@ -1,4 +1,4 @@
-"""A comparison on a terminal: one table for each candidate, and what is to be known beside it."""
+"""Print a comparison: one table per candidate, then power, refusals and flips."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from bench.reporting.comparison.flips import Flip
 from bench.reporting.summary import PERCENT_METRICS
 from bench.reporting.terminal import console
 
-COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "seen from", "left %")
+COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "detectable", "retained %")
 PROMPT_END = 700
-"""Characters of a prompt that are shown, from its end, where the question is."""
+"""Characters shown of a prompt, taken from its end, where the question is."""
 CERTAIN = 0.05
 
 
 def print_comparison(
     comparison: Comparison,
     flipped: Sequence[Flip] = (),
+    # Immutable, since a default value is shared by all calls.
     pictures: Mapping[str, Sequence[Path]] = MappingProxyType({}),
 ) -> None:
-    """Print every candidate's table, what could not be seen, what was refused, and flips.
+    """Print every candidate's table, the power, what was refused, and flips.
 
-    `pictures` are the files of the flips' images, by hash.
+    `pictures` maps image hashes to the files of the flips' images.
     """
     out = console()
     for record in comparison.candidates:
@@ -51,15 +52,18 @@ def print_comparison(
 
 
 def power(comparison: Comparison) -> list[str]:
-    """Say of every candidate which difference was too small to be seen where none was found.
+    """Return, for every candidate, the smallest difference that could have been detected.
 
-    Of the tasks without a difference it names the one that tells least, each unit on its own.
+    Only contrasts without a significant difference count; of the tasks of one unit, the one with
+    the least power is named.
     """
     said = []
     for record in comparison.candidates:
         worst: dict[tuple[bool, str], Contrast] = {}
         for row in comparison.contrasts:
             if row.run == record.id and row.detectable and (row.p or 0.0) > CERTAIN:
+                # Points and perplexities cannot be ranked against each other, and an average
+                # usually has more power than its tasks.
                 kind = (row.task == AVERAGE, _unit(row))
                 worst[kind] = max(worst.get(kind, row), row, key=lambda c: c.detectable or 0.0)
         said += [_too_small(record, row) for row in worst.values()]
@@ -69,9 +73,9 @@ def power(comparison: Comparison) -> list[str]:
 def _too_small(record: Record, row: Contrast) -> str:
     assert row.detectable is not None
     return (
-        f"{record.label} ({record.id[:8]}), {row.task}: a difference under "
-        f"{_number(row, row.detectable)}{_unit(row)} cannot be seen with {row.n} samples "
-        "(found in fewer than 4 of 5 repetitions, at the 5 % level)"
+        f"{record.label} ({record.id[:8]}), {row.task}: a difference below "
+        f"{_number(row, row.detectable)}{_unit(row)} cannot be detected with {row.n} samples "
+        "(power below 80 % at the 5 % level)"
     )
 
 
@@ -117,7 +121,8 @@ def _left(row: Contrast) -> str:
 
 
 def _coloured(row: Contrast, text: str) -> str:
-    """Colour a difference that is certain; in square brackets, rich would read a style."""
+    """Colour a significant difference green if it is better, red if it is worse."""
+    # An interval is written in square brackets, which rich would read as a style.
     safe = escape(text)
     if row.p_holm is None or row.p_holm > CERTAIN:
         return safe
@@ -130,7 +135,6 @@ def _p(value: float) -> str:
 
 
 def _scale(row: Contrast) -> tuple[float, int]:
-    """Return the factor for the terminal, and the digits: shares as %, everything else as is."""
     return (100.0, 1) if row.metric in PERCENT_METRICS else (1.0, 2)
 
 
@@ -160,6 +164,6 @@ def _print_flip(out: Console, flip: Flip, pictures: Sequence[Path]) -> None:
         cut = "… " if len(flip.prompt) > PROMPT_END else ""
         out.print(cut + flip.prompt[-PROMPT_END:], markup=False)
     scores = (flip.baseline_score, flip.candidate_score)
-    out.print(f"right answer  {flip.target}", markup=False)
+    out.print(f"target        {flip.target}", markup=False)
     out.print(f"baseline      {flip.baseline_said}  ({scores[0]:g})", markup=False)
     out.print(f"candidate     {flip.candidate_said}  ({scores[1]:g})", markup=False)

@@ -1,4 +1,4 @@
-"""What the page of one run shows: the record, without what is too long to read."""
+"""Details of one run for its page: the record with long lists shortened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from bench.records import Record
 
 LONGEST_LIST = 100
-"""Entries of a list in a method's report that are shown; `record.json` has all of them."""
+"""List entries shown of a method's report; `record.json` has all of them."""
 
 
 def details(record: Record) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def details(record: Record) -> dict[str, Any]:
 
 
 def shortened(value: Any) -> Any:
-    """Cut lists that nobody reads to the end, and say how much was cut."""
+    """Cut long lists and append how many entries were cut."""
     if isinstance(value, dict):
         return {key: shortened(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""`bench report`, top to bottom: records -> board -> details and samples -> page -> file."""
+"""HTML report from top to bottom: records -> leaderboard -> details and samples -> page -> file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from bench.reporting.html.samples import Share
 from bench.reporting.html.tables import PaperTable, described
 from bench.reporting.tables.building import tables_of
 
+# Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
+# small to open fast and large to compress well.
 RUNS_A_CHUNK = 50
 
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_report` wrote."""
+    """The written report: its file and contents."""
 
     path: Path
     runs: int
@@ -32,7 +34,7 @@ class Written:
     bytes: int
 
     def __str__(self) -> str:
-        """Say in one line what is in the file."""
+        """Describe the file in one line."""
         runs = f"{self.runs} run{'' if self.runs == 1 else 's'}"
         return f"{runs}, {self.runs_with_samples} with samples, {self.bytes / 1e6:.1f} MB"
 
@@ -43,13 +45,13 @@ def write_report(
     share: Share | None = None,
     tables: Callable[[Sequence[Record]], Iterable[PaperTable]] = tables_of,
 ) -> Written:
-    """Write one HTML file over all records of a results folder, whole or not at all.
+    """Write one HTML file over all records of a results folder, atomically.
 
-    `out` defaults to `report.html` in the folder; `share` says how many samples come along;
-    `tables` builds the papers' tables from the records.
+    `out` defaults to `report.html` in the folder; `share` limits the embedded samples; `tables`
+    builds the papers' tables from the records.
 
     Raises:
-        UserError: the folder is not there, or the file cannot be written.
+        UserError: the folder does not exist, or the file cannot be written.
     """
     if not results_dir.is_dir():
         raise UserError(f"results_dir={results_dir}: no such folder, so there are no records")
@@ -65,6 +67,8 @@ def write_report(
     path = out or results_dir / "report.html"
     try:
         write_bytes(path, content)
+        # The atomic write goes through a temporary file that only its owner may read; a report is
+        # there to be shared.
         path.chmod(0o644)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -74,7 +78,7 @@ def write_report(
 
 
 def _chunks(runs: Board) -> list[list[Record]]:
-    """Return the records in the order of the board, a few at a time."""
+    """Return the records in the order of the leaderboard, in chunks."""
     records = [row.record for row in runs.rows]
     return [records[at : at + RUNS_A_CHUNK] for at in range(0, len(records), RUNS_A_CHUNK)]
 
@@ -86,7 +90,8 @@ def _index(
     asked: Sequence[dict[str, Any]],
     tables: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return what the page needs at once; the rest is unpacked when it is looked at."""
+    """Return the data the page needs at once; everything else is unpacked when it is opened."""
+    # Samples are chunked by setting and details by position, so a run has two chunk numbers.
     place = {run: at for at, chunk in enumerate(asked) for run in chunk["runs"]}
     return {
         "generated": datetime.now(UTC).isoformat(timespec="seconds"),

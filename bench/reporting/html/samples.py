@@ -1,8 +1,9 @@
-"""Which scored samples a report carries, and how little room they take.
+"""Choose the scored samples that a report carries, and store them compactly.
 
 Per run and task the same evenly spaced questions are shown, whatever the answers were: a choice
-that looks at the answers would show a method better or worse than it is. So runs of one setting
-have the same questions, their texts are stored once, and each answer stands beside the dense one.
+that depends on the answers would make a method look better or worse than it is. So runs of one
+setting share their questions, whose texts are stored once, and each answer can be shown next to the
+dense model's.
 """
 
 from __future__ import annotations
@@ -22,24 +23,26 @@ ANSWERED = ("loglikelihoods", "response", "prediction", "probability")
 NO_SCORE = frozenset({*ASKED, *ANSWERED, "doc_hash", "prompt_hash", "image_hash"})
 RUNS_A_CHUNK = 25
 LONGEST_TEXT = 4000
-"""Characters of a prompt or an answer that are shown; perplexity windows are longer."""
+"""Characters shown of a prompt or an answer; windows of perplexity tasks are longer."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How much of the samples is embedded: `per_run` samples of each of the newest `runs` runs."""
+    """Embedded samples: `per_run` samples of each of the `runs` newest runs."""
 
     per_run: int = 40
     runs: int = 200
 
 
 def chunks(board: Board, store: Store, share: Share) -> Iterator[dict[str, Any]]:
-    """Yield chunks of `{texts, runs}`; a run's samples name their texts by position.
+    """Yield chunks of `{texts, runs}`; samples refer to texts by position.
 
-    Dense runs come along even when they are old, since every other run is read against them.
+    Dense runs are included even if they are old, since all other runs are compared with them.
     """
     newest = board.rows[: share.runs] if share.per_run else ()
     wanted = {row.record.id for row in newest} | {row.dense for row in newest}
+    # By setting, because only runs of one setting share texts; the stable sort keeps the newest
+    # first within a setting.
     rows = sorted((r for r in board.rows if r.record.id in wanted), key=lambda r: r.setting)
     for _, group in groupby(rows, key=lambda row: row.setting):
         for few in _batched(group, RUNS_A_CHUNK):
@@ -47,8 +50,9 @@ def chunks(board: Board, store: Store, share: Share) -> Iterator[dict[str, Any]]
 
 
 def _batched(rows: Iterable[Row], size: int) -> Iterator[tuple[Row, ...]]:
-    """Yield the rows in groups of `size`, the last one shorter."""
+    """Yield tuples of `size` rows; the last one may be shorter."""
     left = iter(rows)
+    # itertools.batched exists from Python 3.12 on.
     while few := tuple(islice(left, size)):
         yield few
 
@@ -70,7 +74,7 @@ def _chunk(rows: Iterable[Row], store: Store, per_run: int) -> dict[str, Any]:
 
 
 def read_some(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
-    """Return how many samples a run has, and about `per_run` of them spaced evenly in each task."""
+    """Return the number of a run's samples, and about `per_run` of them, evenly spaced per task."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,10 +84,13 @@ def read_some(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
         return 0, []
     if not file.metadata.num_rows:
         return 0, []
+    # Two small columns decide which rows are kept; their positions are taken from the order in the
+    # file, which is that of the documents and so the same in every run of a setting.
     kinds = file.read(columns=[c for c in ("task", "filter") if c in file.schema_arrow.names])
     positions: dict[tuple[Any, ...], list[int]] = {}
     for position, kind in enumerate(zip(*kinds.to_pydict().values(), strict=True)):
         positions.setdefault(kind, []).append(position)
+    # At least one sample of every task, even where that exceeds `per_run`.
     each = max(1, per_run // len(positions))
     chosen = [p for place in positions.values() for p in spaced(place, each)]
     rows = file.read().take(chosen).to_pylist()
@@ -91,13 +98,13 @@ def read_some(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
 
 
 def spaced(positions: list[int], count: int) -> list[int]:
-    """Return `count` of the positions, evenly spaced from the first on."""
+    """Return `count` of the positions, evenly spaced and starting with the first."""
     total = len(positions)
     return [positions[i * total // count] for i in range(count)] if total > count else positions
 
 
 def _compact(row: dict[str, Any]) -> dict[str, Any]:
-    """Keep what was asked, what was answered and how it was scored."""
+    """Keep the question, the answer and the scores of a sample."""
     answer = row.get("response")
     return {
         "task": row["task"],
@@ -106,6 +113,7 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
         "prompt": row.get("prompt"),
         "target": _text(row.get("target")),
         "choices": row.get("choices") or [],
+        # The page shows fewer digits than that, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
         "answer": _text(row.get("prediction") if answer is None else answer),
         "sure": row.get("probability"),

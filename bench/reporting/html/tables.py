@@ -1,7 +1,7 @@
-"""What a report needs to know of a paper's table to show it beside the runs.
+"""A paper's table as the report shows it next to the runs.
 
-A protocol, so that the page depends on the shape of a table and not on how tables are built.
-Numbers are in their column's unit.
+The protocols describe the part of a table that the page depends on. Numbers are in their column's
+unit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ class Head(Protocol):
 
     @property
     def name(self) -> str:
-        """What is measured."""
+        """The measured quantity."""
 
     @property
     def unit(self) -> str:
-        """The unit, `%` for shares of a hundred."""
+        """The unit; `%` for percentages."""
 
 
 class Ours(Protocol):
-    """Our number and the runs that it comes from."""
+    """Our number and the runs it comes from."""
 
     @property
     def value(self) -> float:
@@ -31,7 +31,7 @@ class Ours(Protocol):
 
     @property
     def stderr(self) -> float | None:
-        """Its standard error, where it has one."""
+        """Its standard error, if it has one."""
 
     @property
     def runs(self) -> Sequence[str]:
@@ -51,31 +51,31 @@ class Theirs(Protocol):
 
     @property
     def trust(self) -> str:
-        """Who says so: the paper, its authors' code, others."""
+        """The kind of source: the paper, its authors' code, third parties."""
 
     @property
     def flag(self) -> str:
-        """Why the number is suspicious; empty when it is not."""
+        """Why the number is suspicious; empty if it is not."""
 
 
 class Cell(Protocol):
-    """Our number, theirs, and their difference, or the reason why there is none."""
+    """Our number, the published one, and their difference or the reason why there is none."""
 
     @property
     def ours(self) -> Ours | None:
-        """Ours; None when the run is missing."""
+        """Our number; None if the run is missing."""
 
     @property
     def theirs(self) -> Theirs | None:
-        """Theirs; None when it was not published."""
+        """The published number; None if there is none."""
 
     @property
     def difference(self) -> float | None:
-        """Ours less theirs, for numbers of the same identity."""
+        """Ours minus theirs, for numbers of the same identity."""
 
     @property
     def inside(self) -> bool | None:
-        """Whether theirs lies in our interval."""
+        """Whether the published number lies in our interval."""
 
     @property
     def refusal(self) -> str | None:
@@ -83,15 +83,15 @@ class Cell(Protocol):
 
 
 class Line(Protocol):
-    """One method under one setting of one block."""
+    """One method in one variant and section."""
 
     @property
     def block(self) -> str:
-        """The part of the table, such as its model."""
+        """The section of the table, usually a model."""
 
     @property
     def setting(self) -> str:
-        """Such as a ratio."""
+        """The variant, a ratio for instance; may be empty."""
 
     @property
     def name(self) -> str:
@@ -99,11 +99,11 @@ class Line(Protocol):
 
     @property
     def cells(self) -> Sequence[Cell]:
-        """One a column."""
+        """One cell per column."""
 
 
 class PaperTable(Protocol):
-    """A paper's table, rebuilt."""
+    """A paper's table, reproduced."""
 
     @property
     def file(self) -> str:
@@ -111,7 +111,7 @@ class PaperTable(Protocol):
 
     @property
     def title(self) -> str:
-        """What it shows."""
+        """The title."""
 
     @property
     def stand_in(self) -> bool:
@@ -123,11 +123,11 @@ class PaperTable(Protocol):
 
     @property
     def lines(self) -> Sequence[Line]:
-        """The rows, by block."""
+        """The rows, section by section."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sources and caveats, a sentence each."""
+        """Sources and caveats, one sentence each."""
 
 
 def described(table: PaperTable) -> dict[str, Any]:

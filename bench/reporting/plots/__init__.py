@@ -1,1 +1,1 @@
-"""Figures of records for papers: PNG, SVG and PDF, readable in grey and by the colour-blind."""
+"""Figures for papers: PNG, SVG and PDF, readable in greyscale and with colour blindness."""

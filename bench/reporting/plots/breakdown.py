@@ -1,4 +1,4 @@
-"""Bars of what a cost is made of, one for each run."""
+"""Stacked bars of a cost's parts, one bar per run."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from bench.reporting.plots.style import COLOURS, HATCHES, INK, tint
 WALL = "wall"
 METHODS = "methods, the rest"
 OUTER = frozenset({METHODS, "scoring", "loading the model", "counting costs"})
-"""Phases of every run; all others are parts of a method."""
+"""Phases of every run; all other phases are parts of a method."""
 BAR, FRAME = 0.32, 1.1
-"""Inches of a bar, and of what stands around the bars."""
+"""Inches: the height of a bar and of everything around the bars."""
 
 
 class Fill(NamedTuple):
-    """How a part is filled."""
+    """Fill of a part: colour and hatch."""
 
     colour: tuple[float, float, float]
     hatch: str
 
 
 def parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.DataFrame:
-    """Return a row for each run and each part of one of its costs.
+    """Return one row per run and per part of one of its costs.
 
-    Parts must add up to the whole: the spread of a measured time is none. The parts of `wall` are
-    the phases of the run itself.
+    The parts must add up to the whole, which excludes the percentiles of a measured time. The parts
+    of `wall` are the phases of the run itself.
 
     Raises:
-        UserError: no run knows the parts of such a cost.
+        UserError: no run records parts of this cost.
     """
     rows = [
         {
@@ -59,12 +59,12 @@ def parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.
     if not rows:
         known = {c.quantity for r in records for c in r.costs if _adds_up(c)} | {WALL}
         listed = ", ".join(sorted(known))
-        raise UserError(f"--cost {cost}: no run knows its parts; there are {listed}")
+        raise UserError(f"--cost {cost}: no run records parts of it; choose one of {listed}")
     return pd.DataFrame(rows)
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Draw the parts of every run on top of each other; parts differ in colour and hatch."""
+    """Draw one stacked bar per run; parts differ in colour and hatch."""
     shown = list(panels(frame))
     figure, axes = side_by_side([name for name, _ in shown])
     most = max(group["run"].nunique() for _, group in shown)
@@ -76,6 +76,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     }
     for each, (_, group) in zip(axes, shown, strict=True):
         _bars(each, group, fills)
+        # The limits of the fullest panel hold for all: bars are equally thick everywhere. Upper and
+        # lower are swapped so that the first run is on top.
         each.set_ylim(most - 0.5, -0.5)
     handles = [
         Patch(facecolor=fill.colour, hatch=fill.hatch, edgecolor=INK, linewidth=0.4, label=name)
@@ -103,12 +105,13 @@ def _bars(axes: Axes, group: pd.DataFrame, fills: dict[str, Fill]) -> None:
 def _parts(
     record: Record, quantity: str, scope: str | None
 ) -> Iterator[tuple[str, str, str, float]]:
-    """Yield the cost's name, unit, part and value."""
+    """Yield name of the cost, unit, part and value."""
     if quantity == WALL:
         for part, seconds in _phases(record).items():
             yield "time of the run", "s", part, seconds
         return
     fitting = (c for c in record.costs if c.quantity == quantity and scope in (None, c.scope))
+    # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
     found = next(filter(_adds_up, fitting), None)
     if found is not None:
         name = f"{found.quantity.replace('_', ' ')}, {found.scope}"
@@ -117,13 +120,14 @@ def _parts(
 
 
 def _adds_up(cost: CostPart) -> bool:
+    # 1 % for parts that were rounded or timed one by one.
     return bool(cost.parts) and math.isclose(sum(cost.parts.values()), cost.value, rel_tol=0.01)
 
 
 def _phases(record: Record) -> dict[str, float]:
-    """Return the seconds of a run's phases, which add up: those within a method are not its rest.
+    """Return the seconds of a run's disjoint phases.
 
-    Phases of single tasks and of single methods go by one name each.
+    Phases of single tasks are summed under one name, as are those of single methods.
     """
     found: dict[str, float] = defaultdict(float)
     for cost in record.costs:
@@ -132,6 +136,8 @@ def _phases(record: Record) -> dict[str, float]:
             scoring = name.startswith(f"{record.model.name} on ")
             applying = name.startswith("applying ")
             found["scoring" if scoring else METHODS if applying else name] += cost.value
+    # Phases inside a method are timed within the method's own phase as well: they are subtracted
+    # from it, or their time would be counted twice.
     within = sum(value for name, value in found.items() if name not in OUTER)
     if METHODS in found:
         found[METHODS] = max(0.0, found[METHODS] - within)

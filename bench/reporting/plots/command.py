@@ -1,4 +1,4 @@
-"""`bench plot`: from the runs that a user names to figures in files."""
+"""Handler of `bench plot`: from the named runs to figures in files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.reporting.plots.style import FORMATS, drawing, save
 
 @dataclass(frozen=True)
 class Asked:
-    """What a figure is about besides its runs; a kind reads what concerns it."""
+    """Options of a figure; each kind of plot reads those that concern it."""
 
     results_dir: Path
     task: str = "average"
@@ -34,41 +34,46 @@ class Asked:
 
 @dataclass(frozen=True)
 class Drawing:
-    """The numbers of a figure, and what draws them."""
+    """The data of a figure and the function that draws it."""
 
     data: pd.DataFrame
     draw: Callable[[], Figure]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The numbers as JSON values."""
+        """Return the data as JSON values."""
+        # Through pandas' own JSON, which turns NaN into null and numpy numbers into plain ones.
         found: list[dict[str, Any]] = json.loads(self.data.to_json(orient="records"))
         return found
 
 
 def plot(kind: str, runs: Sequence[str], asked: Asked) -> Drawing:
-    """Prepare a figure of some runs, or of all that are recorded.
+    """Prepare a figure of the named runs, or of all recorded runs.
 
     Raises:
-        UserError: the kind or a run is unknown, or the runs have nothing of this kind to show.
+        UserError: the kind or a run is unknown, or the runs have no data for this kind.
     """
     if kind not in KINDS:
         raise unknown("kind of plot", kind, KINDS)
     store = Store(asked.results_dir)
     records = list(map(store.get, runs)) if runs else store.all()
     if not records:
-        raise UserError(f"there is nothing to plot: no run in {store.runs}")
+        raise UserError(f"nothing to plot: there are no runs in {store.runs}")
     return KINDS[kind](sorted(records, key=_order), asked)
 
 
 def _order(record: Record) -> tuple[str, str, bool, str]:
-    """Order runs by panel, the dense model first: neighbours get the colours that differ most."""
+    """Order runs by panel, the dense model first, then by label."""
+    # Styles are assigned in this order, and consecutive ones differ most, so that neighbours in a
+    # legend do not look alike.
     benchmark = str(record.config["benchmark"]["name"])
     return record.model.name, benchmark, bool(record.methods), record.label
 
 
 def write(drawing_of: Drawing, kind: str, outputs: Sequence[Path], results_dir: Path) -> list[Path]:
-    """Write a figure to the files asked for, or in every format to `RESULTS/plots/KIND.*`."""
+    """Write a figure to the given files, or in every format to `RESULTS/plots/KIND.*`."""
     paths = list(outputs) or [results_dir / "plots" / f"{kind}.{suffix}" for suffix in FORMATS]
+    # matplotlib applies its settings when artists are created, so the figure is drawn, and not only
+    # saved, within the context.
     with drawing():
         figure = drawing_of.draw()
         for path in paths:
@@ -90,7 +95,7 @@ def _curves(records: list[Record], asked: Asked) -> Drawing:
 def _allocation(records: list[Record], asked: Asked) -> Drawing:
     found = where.grids(records)
     if not found:
-        raise UserError("none of the runs has a method that reports what it left layer by layer")
+        raise UserError("none of the runs has a method that reports per-layer results")
     cells = [
         {"title": grid.title, "quantity": grid.quantity, "row": row, "column": column, "value": v}
         for grid in found

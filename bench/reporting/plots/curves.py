@@ -1,4 +1,4 @@
-"""Curves: what a run reaches against a knob, one line for each family."""
+"""Curves of a metric against a knob, one line per family."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from bench.reporting.plots.style import DENSE, Look, looks
 
 
 def summarised(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each family and amount: the mean of its runs, and a bar.
+    """Return one row per family and amount: the mean of its runs and an error bar.
 
-    Of one run the bar is its 95 % interval; of several (seeds) it reaches from the least to the
-    most of them, and `runs` says how many there are.
+    The bar of a single run is its 95 % interval; that of several runs (seeds) spans their minimum
+    and maximum, and `runs` holds their number.
     """
     rows = []
     keys = ["model", "benchmark", "family", "amount"]
+    # dropna=False: the dense model has no amount, and pandas would drop its group.
     for key, group in frame.groupby(keys, sort=False, dropna=False):
         mean, low, high = group["value"].mean(), group["value"].min(), group["value"].max()
         error = group["error"].iloc[0]
@@ -32,9 +33,10 @@ def summarised(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, knob: str) -> Figure:
-    """Draw what `summarised` returns; the dense model is a line across with its interval."""
+    """Draw the rows of `summarised`; the dense model is a horizontal line with its interval."""
     shown = list(panels(frame))
     figure, axes = side_by_side([name for name, _ in shown])
+    # Families without a value of the knob are not drawn and must use up no style.
     with_amount = frame[frame["amount"].notna() | (frame["family"] == "dense")]
     families = looks(with_amount["family"])
     for each, (_, group) in zip(axes, shown, strict=True):

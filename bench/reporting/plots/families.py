@@ -1,4 +1,4 @@
-"""Which runs belong together: those of the same methods that differ only in how much."""
+"""Families of runs: the same methods, differing only in the amount of compression."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from bench.errors import UserError
 from bench.records import MethodPart, Record
 
 AMOUNTS = frozenset({"ratio", "keep", "k", "average", "budget", "bits", "threshold", "layers"})
-"""Knobs that say how much is compressed; along them a family is one line."""
+"""Knobs for the amount of compression; along them a family is one line."""
 
 
 def families(records: Sequence[Record], along: str = "ratio") -> dict[str, str]:
-    """Return the family of each run by its id: its methods, and the knobs in which they differ.
+    """Return each run's family by run id: its methods, and the knobs in which families differ.
 
-    `along` names one more knob that does not tell families apart.
+    `along` names one more knob that does not separate families.
     """
+    # Knobs are compared among runs of the same methods only, and a name mentions just those that
+    # differ: with every knob in it, a legend would be unreadable.
     alike: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
         alike[tuple(method.name for method in record.methods)].append(record)
@@ -32,7 +34,7 @@ def families(records: Sequence[Record], along: str = "ratio") -> dict[str, str]:
 
 
 def _knobs(record: Record, along: str) -> dict[tuple[str, ...], Any]:
-    """Return what tells families apart: every knob of every method that is not an amount."""
+    """Return every knob of every method that is not an amount."""
     skipped = AMOUNTS | {along}
     return {
         (method.name, key): value
@@ -46,7 +48,7 @@ def amount(record: Record, knob: str) -> float | None:
     """Return the value of a knob of the first method that has it.
 
     A dotted name is a path through methods and config: `camera_p.alpha`, `calibration.rows`. None
-    for a dense run, which has no amount, and where there is no such knob or it is no number.
+    for a dense run, which has no amount, and if the knob is missing or not a number.
     """
     if not record.methods:
         return None
@@ -54,11 +56,11 @@ def amount(record: Record, knob: str) -> float | None:
         value = _follow(record, knob)
     else:
         value = next((m.config[knob] for m in record.methods if knob in m.config), None)
+    # Not isinstance: True is an int, and a switch is no amount.
     return float(value) if type(value) in (int, float) else None
 
 
 def _follow(record: Record, path: str) -> Any:
-    """Follow a dotted path through the methods' knobs or the config."""
     found: Any = {**record.config, **{method.name: method.config for method in record.methods}}
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
@@ -66,11 +68,11 @@ def _follow(record: Record, path: str) -> Any:
 
 
 def refuse_without(records: Sequence[Record], knob: str) -> None:
-    """Raise unless some run has a value of the knob."""
+    """Raise unless some run has a numeric value of the knob."""
     if all(amount(record, knob) is None for record in records):
         known = sorted({key for r in records for m in r.methods for key in _numbers(m)})
         raise UserError(
-            f"--knob {knob}: none of the runs has it as a number; their methods have: "
+            f"--knob {knob}: no run has a numeric value of it; numeric knobs of these methods: "
             f"{', '.join(known) or 'none'}"
         )
 

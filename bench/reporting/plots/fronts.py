@@ -1,4 +1,4 @@
-"""Pareto fronts: what a run reaches against what it costs."""
+"""Pareto fronts: a metric against a cost."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from bench.reporting.plots.style import PALE, Look, looks
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Draw the points of `points(cost=...)`; a grey line joins those that nothing dominates.
+    """Draw the rows of `points(cost=...)`; a grey line joins the Pareto-optimal ones.
 
-    Bars are 95 % intervals of the headline, and the spread of a cost that was measured.
+    Bars are 95 % intervals of the metric, and the spread of a measured cost.
     """
     shown = list(panels(frame))
     figure, axes = side_by_side([name for name, _ in shown])
@@ -37,6 +37,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 def _panel(axes: Axes, group: pd.DataFrame, families: dict[str, Look]) -> None:
     first = group.iloc[0]
     front = pareto(group, higher_is_better=bool(first["higher_is_better"]))
+    # Below everything else and pale: the line is a guide to the eye, not a measurement.
     axes.plot(front["cost"], front["value"], color=PALE, linewidth=3, alpha=0.5, zorder=1)
     for _, row in group.iterrows():
         look = families[row["family"]]
@@ -47,10 +48,12 @@ def _panel(axes: Axes, group: pd.DataFrame, families: dict[str, Look]) -> None:
             xerr=[[row["cost"] - row["cost_low"]], [row["cost_high"] - row["cost"]]],
             color=look.colour,
             marker=look.marker,
+            # A star of the common size looks much smaller than the other markers.
             markersize=11 if look.marker == "*" else None,
             markerfacecolor="white" if row["unreal"] else look.colour,
             elinewidth=0.8,
         )
+        # Hollow points carry no label: their cost is not real, and more labels would overlap.
         if not pd.isna(row["amount"]) and not row["unreal"]:
             axes.annotate(
                 f"{row['amount']:g}",

@@ -1,4 +1,4 @@
-"""Heat maps of what methods left where."""
+"""Heat maps of per-layer allocation."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from bench.reporting.allocation import Grid
 from bench.reporting.plots.style import HEAT
 
 CELL, FRAME = 0.3, 0.95
-"""Inches of a row, and of what stands around the rows."""
+"""Inches: the height of a row and of everything around the rows."""
 WIDTH = 7.0
 WRITTEN = 24
-"""Columns up to which numbers are written into the cells."""
+"""The largest number of columns with numbers written into the cells."""
 MOST = 16
 
 
 def draw(grids: Sequence[Grid]) -> Figure:
-    """Draw grids below each other, each with its scale; lighter is more, in grey as well.
+    """Draw grids below each other, each with its own scale; lighter is more, in greyscale as well.
 
     Raises:
-        UserError: there are more grids than a page takes.
+        UserError: there are more grids than fit on a page.
     """
     if len(grids) > MOST:
-        raise UserError(f"{len(grids)} heat maps do not fit on a page of {MOST}: name fewer runs")
+        raise UserError(f"at most {MOST} heat maps per page, got {len(grids)}: select fewer runs")
+    # Rows have the same height in all maps, whatever the number of layers.
     heights = [len(grid.rows) * CELL + FRAME for grid in grids]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     axes = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)
@@ -54,9 +55,9 @@ def _map(figure: Figure, axes: Axes, grid: Grid) -> None:
 
 
 def _write(axes: Axes, grid: Grid, most: float) -> None:
-    """Write every number in the ink that its cell leaves readable."""
     for (row, column), value in np.ndenumerate(grid.values):
         if not np.isnan(value):
+            # The upper part of cividis is too light for white text, the lower too dark for black.
             ink = "black" if value > 0.55 * most else "white"
             text = f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.3g}"
             axes.text(

@@ -1,4 +1,4 @@
-"""Runs as points: one row each, with a headline, its error, and a cost."""
+"""Runs as points: one row per run with a metric, its error and a cost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bench.reporting.plots.families import amount, families
 from bench.reporting.summary import PERCENT_METRICS
 
 Z = 1.96
-"""Standard errors on each side of a 95 % interval of a mean."""
+"""Half the width of a 95 % interval of a mean, in standard errors."""
 SPREADS = (("least", "most"), ("p10", "p90"))
-"""What the parts of a measured cost call the ends of its spread."""
+"""Names that costs give to the ends of a measured spread."""
 
 
 def points(
@@ -26,14 +26,14 @@ def points(
     scope: str | None = None,
     knob: str = "ratio",
 ) -> pd.DataFrame:
-    """Return one row for each run that has the task, and the cost if one is asked for.
+    """Return one row per run that has the task, and the cost if one is requested.
 
-    `value` and `error` (half of a 95 % interval) are in % where the metric is a share. A run of
-    one task has no average and is represented by that task. Times of runs whose weights are only
-    zeroed or masked are left out: they gain none.
+    `value` and `error` (half of a 95 % interval) are in % if the metric is a fraction. A run of one
+    task has no average and is represented by that task. Times of runs whose weights are only zeroed
+    or masked are left out, since these gain no time.
 
     Raises:
-        UserError: no run has such a task, or such a cost.
+        UserError: no run has this task, or this cost.
     """
     named = families(records, knob)
     metrics = {record.id: _headline(record, task) for record in records}
@@ -47,6 +47,7 @@ def points(
         row = _row(record, metric, named[record.id], amount(record, knob))
         if cost is not None:
             found = _cost(record, cost, scope)
+            # Every unit of time is stored in seconds, so "s" marks all measured times.
             if found is None or (found.unit == "s" and row["unreal"]):
                 continue
             row |= _costs(found)
@@ -57,7 +58,7 @@ def points(
 
 
 def panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the runs of each model on each benchmark, the only ones that share axes."""
+    """Yield the runs of each model on each benchmark, since only these share axes."""
     for (model, benchmark), group in frame.groupby(["model", "benchmark"], sort=False):
         yield f"{model} on {benchmark}", group
 

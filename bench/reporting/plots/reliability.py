@@ -1,4 +1,4 @@
-"""Calibration curves: how often an answer is right that the model is so sure of."""
+"""Calibration curves: accuracy by confidence."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ BINS = 10
 def confidences(samples: pd.DataFrame) -> pd.DataFrame:
     """Return `confidence` and `right` of every sample whose answer is one of several.
 
-    A choice's probability is its likelihood's share among the choices; a class's is the one that
-    the classifier gave. Generated answers have none. Right is what the task's accuracy counts.
+    The confidence in a choice is the softmax of the choices' log-likelihoods; the confidence in a
+    class is the classifier's probability. Generated answers have none. `right` is what the task's
+    accuracy counts.
     """
     if samples.empty:
         return pd.DataFrame(columns=["confidence", "right"])
     graded = samples[samples["acc"].notna()].astype({"acc": float})
+    # A single log-likelihood is that of a text, not of a choice: its softmax is always 1.
     scores = graded["loglikelihoods"].map(len) > 1
     chosen = graded[scores]["loglikelihoods"].map(_highest_share)
     found = [pd.DataFrame({"confidence": chosen, "right": graded[scores]["acc"]})]
@@ -41,11 +43,13 @@ def confidences(samples: pd.DataFrame) -> pd.DataFrame:
 def _highest_share(loglikelihoods: np.ndarray) -> float:
     """Return the softmax of the largest entry."""
     value_C = np.asarray(loglikelihoods, dtype=float)
+    # Shifted by the maximum against underflow, the largest term is exp(0) = 1.
     return float(1 / np.exp(value_C - value_C.max()).sum())
 
 
 def binned(answers: pd.DataFrame) -> pd.DataFrame:
-    """Return for each bin of equal width its mean confidence, share of right answers and size."""
+    """Return mean confidence, accuracy and size of each bin of equal width."""
+    # A confidence of exactly 1 belongs to the last bin, not to one of its own.
     place = np.minimum((answers["confidence"] * BINS).astype(int), BINS - 1)
     grouped = answers.groupby(place)
     means = grouped.mean().rename(columns={"right": "accuracy"})
@@ -53,7 +57,7 @@ def binned(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def expected_error(bins: pd.DataFrame) -> float:
-    """Return the expected calibration error: the mean gap, weighted by answers.
+    """Return the expected calibration error: the mean gap of the bins, weighted by size.
 
     Source: Naeini, Cooper and Hauskrecht (AAAI 2015); Guo et al., arXiv 1706.04599, equation 3.
     """
@@ -83,12 +87,12 @@ def curves(runs: Sequence[Run]) -> pd.DataFrame:
             )
         )
     if not frames:
-        raise UserError("none of the runs chose among answers: generated text has no probability")
+        raise UserError("none of the runs scores choices or classes: no answer has a probability")
     return pd.concat(frames, ignore_index=True)
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Draw the curves of `curves`; on the diagonal, answers are right as often as they are sure."""
+    """Draw the rows of `curves`; on the diagonal, accuracy equals confidence."""
     shown = list(panels(frame))
     figure, axes = side_by_side([name for name, _ in shown])
     figure.set_figheight(4)
@@ -108,7 +112,7 @@ def _panel(axes: Axes, group: pd.DataFrame, styles: dict[str, Look]) -> None:
             line["confidence"], line["accuracy"], color=look.colour, marker=look.marker,
             linestyle=look.line, label=f"{name}: {line['expected_error'].iloc[0]:.3f}",
         )  # fmt: skip
-    axes.set_xlabel("probability of the answer")
-    axes.set_ylabel("share of right answers")
+    axes.set_xlabel("confidence (probability of the answer)")
+    axes.set_ylabel("accuracy")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(-0.02, 1.02)

@@ -1,8 +1,8 @@
-"""How figures look: colours that colour-blind people can tell apart, and never colour alone.
+"""Style of figures: colours that colour-blind readers can tell apart, and never colour alone.
 
-A family of runs has a colour, a marker, a line and a hatch of its own, so that a figure says the
-same in grey. Colours: Okabe and Ito, Color Universal Design (2008), without the yellow, which is
-too light for lines on white. Heat maps are in cividis, whose lightness grows with the value.
+A family of runs has its own colour, marker, line and hatch, so that a figure says the same in
+greyscale. Colours: Okabe and Ito, Color Universal Design (2008), without the yellow, which is too
+light for lines on white. Heat maps use cividis, whose lightness grows with the value.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slimbench",
 }
-"""Text stays text in SVG and PDF; the salt makes equal figures equal files."""
+"""Text remains text in SVG and PDF (font type 42, no outlines), and the fixed salt for SVG ids
+makes equal figures equal files."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one family is drawn."""
+    """Style of one family."""
 
     colour: str
     marker: str
@@ -61,15 +62,14 @@ class Look:
 
 
 DENSE = Look(INK, "*", "-", "")
-"""The dense model is black everywhere and has a star."""
+"""The dense model is black and has a star everywhere."""
 
 
 def looks(families: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each family in order of appearance; the dense model has its own.
-
-    The cycles have different lengths, so that families with one colour differ in the rest.
-    """
+    """Return a style per family in order of appearance; the dense model has its own."""
     named = dict.fromkeys(families)
+    # The cycles of colours, markers, lines and hatches have different lengths, so families that
+    # share a colour differ in the rest.
     others = [name for name in named if name != "dense"]
     found = dict(zip(others, islice(_cycle(), len(others)), strict=True))
     return {"dense": DENSE, **found} if "dense" in named else found
@@ -84,27 +84,29 @@ def _cycle() -> Iterator[Look]:
 
 
 def tint(colour: str) -> tuple[float, float, float]:
-    """Return a colour half way to white: a hatch on it stays visible, in grey as well."""
+    """Return a colour half-way to white: a hatch on it stays visible, in greyscale as well."""
     red, green, blue = to_rgb(colour)
     return (1 + red) / 2, (1 + green) / 2, (1 + blue) / 2
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw with our settings, and leave those of the process alone."""
+    """Apply our settings within the context and restore the process's settings afterwards."""
     with mpl.rc_context(SETTINGS):
         yield
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the file's name ends in; equal figures, equal files.
+    """Write a figure in the format of the file's suffix; equal figures give equal files.
 
     Raises:
-        UserError: it is none of the three, or the file cannot be written.
+        UserError: the format is none of the three, or the file cannot be written.
     """
     suffix = path.suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
-        raise UserError(f"--output {path}: figures are written as {', '.join(FORMATS)}")
+        raise UserError(f"--output {path}: the name must end in {', '.join(FORMATS)}")
+    # matplotlib writes its version into PNG and the time into SVG and PDF, which would make every
+    # file differ.
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Training curves of methods that train: what their reports keep of every epoch or step."""
+"""Training curves of methods that train, from the history in their reports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bench.reporting.plots.style import looks
 
 STEPS = ("epoch", "step")
 SHOWN = ("loss", "accuracy", "alive")
-"""What is drawn, in this order, where a history has it."""
+"""Drawn quantities, in this order, if a history has them."""
 
 
 def histories(records: Sequence[Record]) -> pd.DataFrame:
-    """Return a row for each run, step and number that a method reports while it trains.
+    """Return one row per run, step and quantity reported during training.
 
     Raises:
         UserError: none of the runs has trained anything.
@@ -41,12 +41,13 @@ def _lines(record: Record) -> Iterator[dict[str, Any]]:
             for name in SHOWN:
                 if time is not None and line.get(name) is not None:
                     yield {"quantity": name, "time": time, "at": line[time], "value": line[name]}
+        # Short fine-tunings report a bare list with one loss per step.
         for step, loss in enumerate(method.report.get("losses", []), start=1):
             yield {"quantity": "loss", "time": "step", "at": step, "value": loss}
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Draw one panel for each quantity, and one line for each run."""
+    """Draw one panel per quantity and one line per run."""
     quantities = [name for name in SHOWN if (frame["quantity"] == name).any()]
     figure = Figure(figsize=(WIDTH * len(quantities), HEIGHT), layout="constrained")
     styles = looks(frame["label"])
@@ -57,6 +58,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             look = styles[str(label)]
             axes.plot(
                 line["at"], line["value"], color=look.colour, linestyle=look.line,
+                # About eight markers per line identify it in greyscale without hiding it.
                 marker=look.marker, markevery=max(1, len(line) // 8), markersize=4, label=label,
             )  # fmt: skip
         axes.set_xlabel(str(shown["time"].iloc[0]))

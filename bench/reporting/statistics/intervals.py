@@ -1,4 +1,4 @@
-"""What a bootstrap distribution says: an interval, and how far it is from a hypothesis.
+"""Intervals and p-values from a bootstrap distribution.
 
 Shapes: R resamples.
 """
@@ -13,10 +13,10 @@ CONFIDENCE = 0.95
 
 
 def percentile_interval(draw_R: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the interval that leaves out equal tails of a bootstrap distribution.
+    """Return the interval that cuts equal tails off a bootstrap distribution.
 
-    Source: Efron and Tibshirani (1993), chapter 13. It is the interval of whatever monotone
-    function of the statistic is drawn, and narrow by about 1/(2N) for N samples.
+    Source: Efron and Tibshirani (1993), chapter 13. It is invariant under monotone functions of the
+    statistic, and too narrow by about 1/(2N) for N samples.
     """
     tail = (1 - confidence) / 2
     low, high = np.quantile(draw_R, [tail, 1 - tail])
@@ -24,14 +24,16 @@ def percentile_interval(draw_R: Floats, confidence: float = CONFIDENCE) -> tuple
 
 
 def bootstrap_p(draw_R: Floats, hypothesis: float = 0.0) -> float:
-    """Return the two-sided p-value: the level at which the percentile interval meets a value.
+    """Return the two-sided p-value: the level at which the percentile interval reaches a value.
 
-    Twice the smaller tail beyond the hypothesis, each with one more draw counted so that no
-    p-value is zero: with 10,000 resamples the least is 0.0002.
+    It is twice the smaller tail beyond the hypothesis, with one draw added to each count so that no
+    p-value is zero: the least with 10,000 resamples is 0.0002.
 
     Source: Efron and Tibshirani (1993), section 15.4; the added draw as in Davison and Hinkley,
     Bootstrap Methods and their Application (1997), section 4.2.
     """
+    # Draws equal to the hypothesis count in both tails: accuracies are discrete and ties are
+    # common, and this errs on the side of a larger p-value.
     below = int((draw_R <= hypothesis).sum())
     above = int((draw_R >= hypothesis).sum())
     return min(1.0, 2 * (1 + min(below, above)) / (1 + len(draw_R)))

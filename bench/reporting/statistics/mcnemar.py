@@ -1,4 +1,4 @@
-"""McNemar's test: did as many samples become right as became wrong?"""
+"""McNemar's test of whether gains and losses are balanced."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from scipy.stats import binom
 
 
 class McNemar(NamedTuple):
-    """Two-sided p-values: the exact one, which never errs too often, and the mid-p.
+    """Two-sided p-values: exact (never exceeds its nominal error rate) and mid-p.
 
-    The mid-p counts outcomes as likely as the one at hand half. It is less conservative where few
-    samples differ, and can exceed its nominal level, though rarely and slightly.
+    The mid-p counts the observed outcome half. It is less conservative where few samples differ,
+    and can exceed its nominal level, though rarely and slightly.
     """
 
     exact: float
@@ -20,10 +20,11 @@ class McNemar(NamedTuple):
 
 
 def mcnemar(gained: int, lost: int) -> McNemar:
-    """Test `gained` against `lost`, the samples on which two models disagree.
+    """Test `gained` against `lost`, the numbers of samples on which two models disagree.
 
-    Under the hypothesis, each such sample is a fair coin: gained ~ Binomial(gained + lost, 1/2).
-    Samples on which both are right or both wrong say nothing about the difference.
+    Under the null hypothesis each such sample is a fair coin: gained ~ Binomial(gained + lost,
+    1/2). Samples on which both are right or both are wrong carry no information about the
+    difference.
 
     Source: McNemar, Psychometrika 12 (1947) 153; exact and mid-p forms as in Fagerland, Lydersen
     and Laake, BMC Medical Research Methodology 13 (2013) 91.
@@ -33,6 +34,8 @@ def mcnemar(gained: int, lost: int) -> McNemar:
         return McNemar(1.0, 1.0)
     point = float(binom.pmf(fewer, flips, 0.5))
     if gained == lost:
+        # Doubling the tail would count the central outcome twice and exceed 1.
         return McNemar(1.0, 1.0 - point / 2)
+    # bdtr is the binomial distribution function, without the overhead of scipy.stats objects.
     exact = 2 * float(bdtr(fewer, flips, 0.5))
     return McNemar(exact, exact - point)

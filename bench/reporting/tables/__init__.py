@@ -1,4 +1,4 @@
-"""Papers' tables: our numbers beside the published ones, from records alone."""
+"""Papers' tables: our numbers next to the published ones, from records alone."""
 
 from bench.reporting.tables.building import build, table_of, tables_of
 from bench.reporting.tables.config import TableConfig, load, names

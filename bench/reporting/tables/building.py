@@ -1,4 +1,4 @@
-"""From records to a table. No model is touched and nothing is run."""
+"""Build a table from records and published cells; nothing is run and no model is touched."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from bench.reporting.published import Published
 
 Cells = Mapping[tuple[str, str, str, str], "Published"]
-"""A block's published cells by model, row, setting and column."""
+"""Published cells of a section by model, row, variant (the file's `setting`) and column."""
 
 
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
-    """Return a table with what the records have of it; the newest record of a run counts."""
+    """Return a table filled from records; among records of one run the newest counts."""
     config = load(name, scale)
     return build(config, _matched(slots(config), records))
 
 
 def tables_of(records: Sequence[Record]) -> Iterator[Table]:
-    """Yield every table, real and standing in, of which at least one line has a record."""
+    """Yield every table, real or stand-in, of which at least one line has a record."""
     for name in names():
         for scale in (None, MICRO):
             table = table_of(name, records, scale)
@@ -36,7 +36,7 @@ def tables_of(records: Sequence[Record]) -> Iterator[Table]:
 
 
 def build(config: TableConfig, found: Mapping[Slot, Sequence[Record]]) -> Table:
-    """Put the records of each line beside the published cells."""
+    """Put the records of each line next to the published cells."""
     theirs = {name: _cells(config, name) for name in config.blocks}
     lines = [_line(config, slot, found.get(slot, ()), theirs[slot.block]) for slot in slots(config)]
     columns = config.columns.items()
@@ -45,6 +45,8 @@ def build(config: TableConfig, found: Mapping[Slot, Sequence[Record]]) -> Table:
         title=config.title,
         stand_in=config.stand_in,
         heads=tuple(Head(name, c.unit, c.lower_is_better) for name, c in columns),
+        # A line with neither our number nor a published one is left out; one with either stays,
+        # since a gap in the reproduction has to be visible.
         lines=tuple(line for line in lines if line.runs or any(c.theirs for c in line.cells)),
         notes=tuple(_notes(config, theirs)),
         agreements=tuple(_agreements(config, lines, theirs)),
@@ -57,6 +59,7 @@ def _cells(config: TableConfig, block: str) -> Cells:
 
 
 def _line(config: TableConfig, slot: Slot, records: Sequence[Record], theirs: Cells) -> Line:
+    # A mean over some of the seeds would change when the rest arrives: all or nothing.
     whole = records if len(records) == len(slot.runs) else ()
     cells = [_cell(config, slot, name, whole, theirs) for name in config.columns]
     ids = tuple(record.id for record in whole)
@@ -66,7 +69,7 @@ def _line(config: TableConfig, slot: Slot, records: Sequence[Record], theirs: Ce
 def _cell(
     config: TableConfig, slot: Slot, name: str, records: Sequence[Record], theirs: Cells
 ) -> Cell:
-    """Fill one cell; a stand-in shows our number alone."""
+    """Fill one cell; a stand-in shows our number only."""
     column = numbers.named(config.columns[name], config.blocks[slot.block].variables)
     ours = numbers.ours(column, records) if records else None
     if config.stand_in:
@@ -74,10 +77,12 @@ def _cell(
     cell = _theirs(config, slot.block, slot.row, slot.setting, name, theirs)
     if ours is None or cell is None:
         return Cell(ours, cell)
+    # The reason with the widest scope wins: what the table's author knows about a row, then about a
+    # column, then what the identities say.
     reason = config.rows[slot.row].differs or column.differs
     reason = reason or numbers.clash(column, records, cell)
     if reason is None and cell.relation != "=":
-        reason = f"theirs is a bound: {cell.text}"
+        reason = f"the published number is a bound: {cell.text}"
     if reason is not None:
         return Cell(ours, cell, refusal=f"{name}: {reason}")
     value = numbers.converted(cell, column.unit)
@@ -90,7 +95,7 @@ def _cell(
 def _theirs(
     config: TableConfig, block: str, row: str, setting: str, column: str, theirs: Cells
 ) -> Published | None:
-    """Return the published cell of a block's (first) model."""
+    """Return the published cell of a section's first model."""
     model = (config.blocks[block].published or (block,))[0]
     return _published(config, model, row, setting, column, theirs)
 
@@ -103,7 +108,7 @@ def _published(
 
 
 def _notes(config: TableConfig, theirs: Mapping[str, Cells]) -> Iterator[str]:
-    """Say what the source leaves open and what is suspicious in it."""
+    """Yield what the source leaves open and what is suspicious in it."""
     if config.stand_in:
         return
     rows = {row.published or name for name, row in config.rows.items()}
@@ -119,7 +124,7 @@ def _notes(config: TableConfig, theirs: Mapping[str, Cells]) -> Iterator[str]:
         if cells and column.differs is None:
             open_parts = dict.fromkeys(part for c in cells for part in numbers.assumed(column, c))
             if open_parts:
-                yield f"{name}: not stated by the source and taken as ours: {', '.join(open_parts)}"
+                yield f"{name}: not stated by the source, assumed as ours: {', '.join(open_parts)}"
         for cell in cells:
             if cell.flag:
                 where = " ".join(filter(None, (cell.model, cell.row, cell.setting, name)))
@@ -129,9 +134,11 @@ def _notes(config: TableConfig, theirs: Mapping[str, Cells]) -> Iterator[str]:
 def _agreements(
     config: TableConfig, lines: Sequence[Line], theirs: Mapping[str, Cells]
 ) -> Iterator[Agreement]:
-    """Compare the order of methods with each published model, setting by setting."""
+    """Compare the order of methods with each published model, variant by variant."""
     settings = list(config.settings) or [""]
     for block, part in config.blocks.items():
+        # A section may stand for several models of the source; each of them gives an order of its
+        # own.
         for model in part.published or (block,):
             for setting in settings:
                 same = [ln for ln in lines if (ln.block, ln.setting) == (block, setting)]
@@ -144,10 +151,11 @@ def _agreements(
 def _rated(
     config: TableConfig, model: str, lines: Sequence[Line], place: int, name: str, theirs: Cells
 ) -> Iterator[order.Rated]:
-    """Yield the methods of which both numbers are known; a bound has no place in an order."""
+    """Yield the methods for which both numbers are known."""
     for line in lines:
         ours = line.cells[place].ours
         cell = _published(config, model, line.name, line.setting, name, theirs)
+        # A bound cannot be ranked: the number behind it is unknown.
         if ours is not None and cell is not None and cell.relation == "=":
             factor = numbers.FACTORS[cell.unit][1]
             yield order.Rated(line.name, ours, float(cell.value) * factor)
@@ -173,7 +181,9 @@ def _agreement(
 
 
 def _matched(lines: Sequence[Slot], records: Sequence[Record]) -> dict[Slot, list[Record]]:
-    """Find the records of each line by what decides a result; the device may be any."""
+    """Find the records of each line by everything that determines a result, except the device."""
+    # Identities are exact but need a run to be composed by Hydra, which is slow. The choices of
+    # config groups can be read from the overrides and rule out nearly all records first.
     named: dict[_Names, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.started, reverse=True):
         named.setdefault(_names_of(record), []).append(record)
@@ -201,15 +211,18 @@ def _names_of(record: Record) -> _Names:
 def _names_in(run: Overrides) -> _Names:
     chosen = dict(override.split("=", 1) for override in run)
     methods = chosen.get("method", "").strip("[]").split(",")
+    # `method=dense` and no method at all are the same run.
     named = tuple(name for name in methods if name not in ("", "dense"))
     return _Names(chosen.get("model", ""), chosen.get("benchmark", ""), named)
 
 
 def _newest(run: Overrides, likely: Sequence[Record]) -> Record | None:
-    """Return the first of the records, newest first, that is this very run."""
+    """Return the first of the records (newest first) whose identity equals the run's."""
     from bench.config import identity_of
 
     for record in likely:
+        # The provenance shows whether the run read calibration text or prompts. Settings that no
+        # method read have no influence and are left out of the identity.
         calibrated = record.provenance.get("calibration") is not None
         prompted = record.provenance.get("prompts") is not None
         found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
@@ -220,7 +233,7 @@ def _newest(run: Overrides, likely: Sequence[Record]) -> Record | None:
 
 @functools.lru_cache(maxsize=1024)
 def _identity(run: Overrides) -> dict[str, Any]:
-    """Compose a run and return what decides its result; kept, for composing is slow."""
+    """Compose a run and return its identity; cached, because composing is slow."""
     from bench.compose import run_config
 
     return run_config(list(run)).identity()

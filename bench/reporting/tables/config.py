@@ -1,4 +1,4 @@
-"""What `conf/table/NAME.yaml` says: rows, columns, runs, and the identity of each number."""
+"""Schema of `conf/table/NAME.yaml`: rows, columns, runs, and the identity of each number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.errors import UserError, unknown
 GROUP, MICRO = "table", "micro"
 Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
 PARTS = ("blocks", "rows", "settings", "columns")
-"""What of a table can be chosen on the command line: `rows=[Camera-P,NAEE]`."""
+"""The parts of a table that can be selected on the command line: `rows=[Camera-P,NAEE]`."""
 
 
 class _Part(BaseModel):
@@ -19,17 +19,17 @@ class _Part(BaseModel):
 
 
 class PublishedIn(_Part):
-    """Where the published cells are: a file of `bench.reporting.published` and tables in it."""
+    """Source of the published cells: a file of `bench.reporting.published` and tables in it."""
 
     file: str
     tables: tuple[str, ...]
 
 
 class Block(_Part):
-    """Lines that share a model; `run` is None where slimbench has no such model.
+    """A section: lines that share a model; `run` is None if slimbench has no such model.
 
-    `published` names the models of the source that it stands for, `tables` where they are if not
-    in the table's own.
+    `published` names the source's models that the section stands for, `tables` the tables they are
+    in if not in the table's own.
     """
 
     run: tuple[str, ...] | None = ()
@@ -39,11 +39,11 @@ class Block(_Part):
 
 
 class Row(_Part):
-    """A method, once per setting, or once with `settings: false`.
+    """A method, once per variant, or once only with `settings: false`.
 
-    A list of settings says where it can be run; in the others stands the published number alone.
-    `run` holds its overrides, None where slimbench has no such method. `published` is its name in
-    the source. `differs` says why its numbers are not those of the source's row.
+    A list of variants restricts where the method can be run; in the others only the published
+    number is shown. `run` holds its overrides, None if slimbench has no such method. `published` is
+    its name in the source. `differs` explains why its numbers are not those of the source's row.
     """
 
     run: tuple[str, ...] | None = None
@@ -53,10 +53,11 @@ class Row(_Part):
 
 
 class Column(_Part):
-    """A number's identity: of a task (`task`, `metric`, ...), or of a cost (`quantity`, `scope`).
+    """Identity of a number: of a task (`task`, `metric`, ...) or of a cost (`quantity`, `scope`).
 
     `of` is the number of tasks in an average. `published` is the column's name in the source;
-    `differs` says why the source's numbers are others. `$NAME` in `task` is a block's variable.
+    `differs` explains why the source's numbers are different ones. `$NAME` in `task` is a variable
+    of the section.
     """
 
     task: str | None = None
@@ -77,8 +78,8 @@ class Column(_Part):
 class TableConfig(_Part):
     """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
 
-    `settings` maps a setting to the variables that `$NAME` stands for in the rows' overrides.
-    A `stand_in` runs on other models than the source's and is never subtracted from it.
+    `settings` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
+    `stand_in` runs on different models than the source's and is never subtracted from it.
     """
 
     name: str
@@ -94,20 +95,20 @@ class TableConfig(_Part):
 
 
 def names() -> list[str]:
-    """Return the names of all tables, third parties' included."""
+    """Return the names of all tables, third-party ones included."""
     from bench.compose import options
 
     return options(GROUP)
 
 
 def load(name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None) -> Any:
-    """Return one table's config; with `scale="micro"`, what stands in for it.
+    """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
-    What `micro` says is laid over the rest: mappings merge, lists are replaced, null removes.
-    `chosen` keeps some blocks, rows, settings or columns only.
+    The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
+    `chosen` restricts the table to some sections, rows, variants or columns.
 
     Raises:
-        UserError: there is no such table, scale, block, row, setting or column.
+        UserError: there is no such table, scale, section, row, variant or column.
     """
     from hydra import compose
     from omegaconf import OmegaConf
@@ -117,25 +118,29 @@ def load(name: str, scale: str | None = None, chosen: dict[str, list[str]] | Non
     if name not in names():
         raise unknown("table", name, names())
     if scale not in (None, MICRO):
-        raise UserError(f"scale={scale}: leave it out or give scale={MICRO}")
+        raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
     with hydra_tree():
         composed = compose(f"{GROUP}/{name}")
     plain: Any = OmegaConf.to_container(composed[GROUP], resolve=True)
     micro = plain.pop(MICRO, None)
     if scale == MICRO:
+        # `stand_in` is set here and not in the file, so that no stand-in can pass for the real
+        # table.
         plain = _without_nulls(_laid_over(plain, {**(micro or {}), "stand_in": True}))
+    # After the merge: names that only the stand-in has can be chosen as well.
     for part, kept in (chosen or {}).items():
         plain[part] = _only(part, plain.get(part, {}), kept)
     try:
         return TableConfig(name=name, **plain)
     except ValidationError as error:
+        # The first fault is enough; later ones often follow from it.
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         raise UserError(f"table {name}: {key}: {fault['msg'].lower()}") from None
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings key by key; everything else of `above` replaces what is below."""
+    """Merge mappings key by key; all other values of `above` replace those of `below`."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -144,7 +149,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_nulls(plain: dict[str, Any]) -> dict[str, Any]:
-    """Drop the blocks, rows, settings and columns that are null."""
+    """Drop sections, rows, variants and columns that are null."""
     for part in PARTS:
         plain[part] = {k: v for k, v in plain.get(part, {}).items() if v is not None}
     return plain

@@ -1,4 +1,4 @@
-"""Our numbers as a table's columns ask for them, and whether theirs may be subtracted."""
+"""Our numbers for a table's columns, and whether the published ones may be subtracted from them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ FACTORS = {
     "points": ("points", 1.0), "ms": ("time", 1e-3), "s": ("time", 1.0), "min": ("time", 60.0),
     "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
 }  # fmt: skip
-"""What a unit measures and how many of the basic unit it is."""
+"""The quantity that a unit measures, and its size in that quantity's basic unit."""
 NORMAL = 1.959963984540054
-"""The 97.5 % quantile of the standard normal distribution."""
+"""The 97.5 % quantile of the standard normal distribution, as a constant so that building a table
+needs no scipy."""
 FIELDS = ("metric", "filter", "shots", "split", "harness")
-"""With the task, all that makes two numbers the same number."""
+"""Together with the task, the full identity of a number."""
 
 
 def named(column: Column, variables: dict[str, str]) -> Column:
-    """Return the column with its task's `$NAME` filled in."""
+    """Return the column with `$NAME` in its task substituted."""
     if column.task is None:
         return column
     return column.model_copy(update={"task": Template(column.task).safe_substitute(variables)})
@@ -37,8 +38,8 @@ def named(column: Column, variables: dict[str, str]) -> Column:
 def ours(column: Column, records: Sequence[Record]) -> Ours | None:
     """Return a column's number over the runs of a line, or None if one of them lacks it.
 
-    One run has the standard error of its samples; several (seeds) have that of their mean, with
-    Student's t for the interval.
+    A single run has the standard error over its samples; several runs (seeds) have the standard
+    error of their mean, with Student's t for the interval.
     """
     found = [_value(column, record) for record in records]
     values = [value for value, _ in filter(None, found)]
@@ -47,6 +48,8 @@ def ours(column: Column, records: Sequence[Record]) -> Ours | None:
     ids = tuple(record.id for record in records)
     if len(values) > 1:
         stderr: float | None = statistics.stdev(values) / math.sqrt(len(values))
+        # With two or three seeds a normal interval would be far too narrow: t is 12.7 and 4.3 where
+        # the normal quantile is 1.96.
         reach = _student(len(values) - 1)
     else:
         stderr, reach = next(error for _, error in filter(None, found)), NORMAL
@@ -57,19 +60,23 @@ def ours(column: Column, records: Sequence[Record]) -> Ours | None:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t."""
+    """Return the 97.5 % quantile of Student's t."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, freedom))
 
 
 def _value(column: Column, record: Record) -> tuple[float, float | None] | None:
-    """Return a number of one record and its standard error in the column's unit."""
+    """Return a number of one record and its standard error, in the column's unit."""
     factor = FACTORS[column.unit][1]
     if column.quantity == "method_seconds":
+        # Here the time of applying all methods, from their reports; the cost of the same name is
+        # the time spent in methods during a forward pass.
         return math.fsum(method.seconds for method in record.methods) / factor, None
     if column.quantity is not None:
         costs = [c for c in record.costs if c.quantity == column.quantity]
+        # A scope is a stage followed by its shapes: the table names the stage, and the first shape
+        # counts.
         same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
         return (same[0].value / factor, None) if same else None
     metric = metric_of(column, record)
@@ -91,15 +98,16 @@ def metric_of(column: Column, record: Record) -> MetricPart | None:
 
 
 def clash(column: Column, records: Sequence[Record], theirs: Published) -> str | None:
-    """Say why our number and theirs are not the same number, or None if they may be subtracted.
+    """Return why our number and the published one differ in identity, or None if they do not.
 
-    What the source does not say is no difference; `assumed` says what was taken for granted.
+    Parts of the identity that the source does not state are no difference; `assumed` lists them.
     """
     kind = FACTORS[column.unit][0]
     if FACTORS.get(theirs.unit, ("", 0))[0] != kind:
         return f"unit: ours {column.unit}, theirs {theirs.unit or 'not stated'}"
     for field in FIELDS:
         wanted, given = getattr(column, field), getattr(theirs, field)
+        # 0 shots is a statement, so only an empty field and None count as not stated.
         if given not in ("", None) and given != wanted:
             return f"{field}: ours {wanted}, theirs {given}"
     for record in records:
@@ -110,13 +118,14 @@ def clash(column: Column, records: Sequence[Record], theirs: Published) -> str |
 
 
 def _strays(column: Column, record: Record) -> str | None:
-    """Say how a record's number differs from the one that the table means."""
+    """Return how a record's number deviates from the one that the table asks for."""
     metric = metric_of(column, record)
     if metric is None:
         return None
     benchmark = record.config["benchmark"]
+    # Not comparable even where the identity matches: a limit is not part of the published one.
     if benchmark["limit"] is not None:
-        return f"ours is of the first {benchmark['limit']} samples only"
+        return f"ours covers only the first {benchmark['limit']} samples"
     if column.of is not None and metric.n != column.of:
         return f"ours is the mean of {metric.n} tasks, not of {column.of}"
     given = {"shots": metric.shots, "split": metric.split, "harness": benchmark["harness"]}
@@ -128,11 +137,11 @@ def _strays(column: Column, record: Record) -> str | None:
 
 
 def assumed(column: Column, theirs: Published) -> list[str]:
-    """Return the parts of the identity that the source does not state and the table has."""
+    """Return the parts of the identity that the table states and the source does not."""
     unstated = [field for field in FIELDS if getattr(theirs, field) in ("", None)]
     return [f"{f} {getattr(column, f)}" for f in unstated if getattr(column, f) not in ("", None)]
 
 
 def converted(theirs: Published, unit: str) -> float:
-    """Return their number in another unit of the same kind."""
+    """Return the published number in a different unit of the same quantity."""
     return float(theirs.value) * FACTORS[theirs.unit][1] / FACTORS[unit][1]

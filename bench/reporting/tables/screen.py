@@ -1,4 +1,4 @@
-"""A paper table on a terminal: what exceeds its width goes on in a further part."""
+"""A paper's table on the terminal; columns beyond its width continue in further parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def print_table(table: Table) -> None:
 
 
 def _widest(table: Table, places: Sequence[int], out: Console) -> tuple[Rich, int]:
-    """Return a part with as many of the columns as fit, at least one, and how many."""
+    """Return a part with as many columns as fit, at least one, and their number."""
+    # Without a bound: rich clamps a measurement to the console's width, and all would seem to fit.
     unbounded = out.options.update(max_width=UNBOUNDED)
     for shown in range(len(places), 1, -1):
         part = _part(table, places[:shown])
@@ -60,6 +61,7 @@ def _part(table: Table, places: Sequence[int]) -> Rich:
                 first = kind == wording.kinds(table, line)[0]
                 cells = [text[wording.KINDS.index(kind)] for text in texts]
                 runs = ", ".join(run[:8] for run in line.runs) if kind == "ours" else ""
+                # References to footnotes such as `[1]` are no rich markup.
                 shown = [cell.replace("[", r"\[") for cell in cells]
                 part.add_row(wording.label(line) if first else "", kind, *shown, runs)
         part.add_section()

@@ -1,4 +1,4 @@
-"""A finished table: what every form of it (terminal, CSV, Markdown, LaTeX, HTML) is written from.
+"""A finished table, from which every format (terminal, CSV, Markdown, LaTeX, HTML) is written.
 
 Values are in their column's unit.
 """
@@ -12,7 +12,7 @@ from bench.reporting.published import Published
 
 @dataclass(frozen=True)
 class Head:
-    """A column: its name, the unit of its numbers, which way is better."""
+    """A column: its name, the unit of its numbers, and whether lower is better."""
 
     name: str
     unit: str
@@ -21,7 +21,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Ours:
-    """Our number: one run's, or the mean over seeds, with its 95 % interval where it has one."""
+    """Our number: one run's, or the mean over seeds, with its 95 % interval if it has one."""
 
     value: float
     stderr: float | None
@@ -32,9 +32,10 @@ class Ours:
 
 @dataclass(frozen=True)
 class Cell:
-    """Our number, theirs, and their difference, or the reason why there is none.
+    """Our number, the published one, and their difference or the reason why there is none.
 
-    `inside` says whether their number lies in our interval. `theirs` is in the source's own unit.
+    `inside` states whether the published number lies in our interval. `theirs` is in the source's
+    own unit.
     """
 
     ours: Ours | None = None
@@ -46,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One method under one setting of one block; `runs` are the ids of its records."""
+    """One method in one variant and section; `runs` are the ids of its records."""
 
     block: str
     setting: str
@@ -57,10 +58,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether methods come in the source's order: pairs of methods in the same order, in the other.
+    """Agreement with the source's order of methods: pairs in the same and in reversed order.
 
-    `close` pairs are too close to call: zero lies in the 95 % interval of our difference.
-    `tau` is Kendall's tau-b over all methods, None for fewer than three.
+    `close` pairs are too close to call: zero lies in the 95 % interval of our difference. `tau` is
+    Kendall's tau-b over all methods, None for fewer than three.
     """
 
     block: str
@@ -77,7 +78,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines by columns, notes about single columns and lines, and the order of the methods."""
+    """A table of lines by columns, with notes and the agreement on the order of methods."""
 
     name: str
     title: str
@@ -89,11 +90,11 @@ class Table:
 
     @property
     def file(self) -> str:
-        """The name of its files, without an ending: a stand-in never replaces the real table."""
+        """The name of its files without a suffix; a stand-in never replaces the real table."""
         return f"{self.name}_micro" if self.stand_in else self.name
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """Why numbers were not subtracted, each reason once, in order of appearance."""
+        """Why numbers were not subtracted: each reason once, in order of appearance."""
         reasons = (cell.refusal for line in self.lines for cell in line.cells)
         return tuple(dict.fromkeys(reason for reason in reasons if reason))

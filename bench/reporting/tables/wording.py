@@ -1,4 +1,4 @@
-"""How a cell reads, the same words in every form of a table."""
+"""Text of cells, headings and notes, the same in every format of a table."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ STAND_IN = (
 LEGEND = (
     "theirs: unmarked from the paper, ᶜ from its authors' repository, ˢ from a note about the "
     "paper, ᵗ run or reprinted by others, ! suspicious. ± is one standard error; in, out: theirs "
-    "lies in, out of our 95 % interval"
+    "lies inside, outside our 95 % interval"
 )
 KINDS = ("ours", "theirs", "difference")
 
 
 def heading(table: Table) -> str:
-    """The title; a stand-in says so first."""
+    """Return the title; that of a stand-in says so."""
     return f"{table.title}: {STAND_IN}" if table.stand_in else table.title
 
 
 def head(head: Head) -> str:
-    """A column's name and unit."""
+    """Return a column's name and unit."""
+    # A unit that repeats the name, as in "Perplexity perplexity", is left out.
     told = {"count", head.name, head.name.rstrip("s")}
     return head.name if head.unit in told else f"{head.name} {head.unit}"
 
 
 def label(line: Line) -> str:
-    """A method and its setting."""
+    """Return a method and its variant."""
     return f"{line.name} {line.setting}".strip()
 
 
 def ours(number: Ours | None, unit: str) -> str:
-    """Our number with its standard error."""
+    """Return our number with its standard error."""
     if number is None:
         return EMPTY
     if unit in ("count", "FLOP"):
@@ -51,7 +52,7 @@ def ours(number: Ours | None, unit: str) -> str:
 
 
 def theirs(cell: Cell, unit: str) -> str:
-    """Their number as printed, in its own unit where that is another, with its marks."""
+    """Return the published number as printed, with its marks, and its unit if it is not `unit`."""
     if cell.theirs is None:
         return EMPTY
     own = "" if cell.theirs.unit == unit else f" {cell.theirs.unit}"
@@ -60,7 +61,7 @@ def theirs(cell: Cell, unit: str) -> str:
 
 
 def difference(cell: Cell, unit: str, refusals: Sequence[str]) -> str:
-    """Ours less theirs and whether theirs is in our interval, or the number of the reason."""
+    """Return ours minus theirs and whether theirs is in our interval, or the reason's number."""
     if cell.refusal is not None:
         return f"not subtracted [{refusals.index(cell.refusal) + 1}]"
     if cell.difference is None:
@@ -70,38 +71,40 @@ def difference(cell: Cell, unit: str, refusals: Sequence[str]) -> str:
 
 
 def words(table: Table, cell: Cell, unit: str) -> tuple[str, str, str]:
-    """A cell's three texts, in the order of `KINDS`."""
+    """Return a cell's three texts in the order of `KINDS`."""
     refused = difference(cell, unit, table.refusals)
     return ours(cell.ours, unit), theirs(cell, unit), refused
 
 
 def kinds(table: Table, line: Line) -> tuple[str, ...]:
-    """The kinds of number that a line has something to say about; our own at least."""
+    """Return the kinds of number that a line has; at least our own."""
     texts = [words(table, c, h.unit) for c, h in zip(line.cells, table.heads, strict=True)]
     said = [kind for i, kind in enumerate(KINDS) if any(text[i] != EMPTY for text in texts)]
+    # A line without any number still shows its name and an empty cell.
     return tuple(said) or ("ours",)
 
 
 def agreement(found: Agreement) -> str:
-    """One sentence about the order of methods."""
+    """Return one sentence on the order of methods."""
     where = " ".join(filter(None, (found.block, found.setting, found.column)))
     whose = "" if found.model == found.block else f" of {found.model}"
     pairs = found.same + found.other + found.close
     said = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
-    said += f", {found.other} in the other, {found.close} too close to call"
+    said += f", {found.other} reversed, {found.close} too close to call"
     if found.tau is not None:
         said += f"; Kendall's tau {found.tau:+.2f}"
     return f"{said}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
 
 
 def footnotes(table: Table) -> list[str]:
-    """All that stands below a table, in order."""
+    """Return everything below a table, in order."""
     shown = [] if table.stand_in else [LEGEND]
+    # Numbered by their place in `refusals`, to which the cells refer.
     shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
     return [*shown, *table.notes]
 
 
 def blocks(table: Table) -> list[tuple[str, list[Line]]]:
-    """The lines by block, in order."""
+    """Return the lines by section, in order."""
     names = dict.fromkeys(line.block for line in table.lines)
     return [(name, [line for line in table.lines if line.block == name]) for name in names]

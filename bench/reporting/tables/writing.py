@@ -1,4 +1,4 @@
-"""A paper table as files: CSV for programs, Markdown, LaTeX (booktabs) and HTML for people."""
+"""A paper's table as files: CSV for programs; Markdown, LaTeX (booktabs) and HTML for readers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench.reporting.tables import wording
 from bench.reporting.tables.table import Cell, Line, Table
 
 RECORD = "../runs/{run}/record.json"
-"""Where a cell's link leads, seen from `results/tables`."""
+"""The target of a cell's link, relative to `results/tables`."""
 
 
 def write(table: Table, results_dir: Path) -> list[Path]:
-    """Write a table below `results_dir/tables` in every form and return the files."""
+    """Write a table to `results_dir/tables` in every format and return the files."""
     folder = results_dir / "tables"
     paths = []
     for ending, form in FORMS.items():
@@ -28,12 +28,13 @@ def write(table: Table, results_dir: Path) -> list[Path]:
 
 
 def rows(table: Table) -> list[dict[str, object]]:
-    """One row per cell, with its number, theirs, the source and the runs; absent is None."""
+    """Return one row per cell: our number, the published one, source and runs; absent is None."""
     found: list[dict[str, object]] = []
     for line in table.lines:
         for head, cell in zip(table.heads, line.cells, strict=True):
             place = {"block": line.block, "setting": line.setting, "row": line.name}
             about = {"table": table.name, "stand_in": table.stand_in, **place}
+            # Every row has every key, as a CSV file and a frame need it.
             values = {**dict.fromkeys(VALUES), **_values(cell)}
             found.append({**about, "column": head.name, "unit": head.unit, **values})
     return found
@@ -46,7 +47,7 @@ VALUES = (
 
 
 def as_csv(table: Table) -> str:
-    """`rows` as a file."""
+    """Return the rows of `rows` as CSV."""
     out = io.StringIO()
     names = ("table", "stand_in", "block", "setting", "row", "column", "unit", *VALUES)
     writer = csv.DictWriter(out, names, lineterminator="\n")
@@ -56,7 +57,6 @@ def as_csv(table: Table) -> str:
 
 
 def _values(cell: Cell) -> dict[str, object]:
-    """Return what a cell holds."""
     values: dict[str, object] = {
         "difference": cell.difference,
         "inside": cell.inside,
@@ -73,7 +73,7 @@ def _values(cell: Cell) -> dict[str, object]:
 
 
 def as_markdown(table: Table) -> str:
-    """A pipe table per block; our numbers link to their records."""
+    """Return one pipe table per section; our numbers link to their records."""
     parts = [f"# {wording.heading(table)}", ""]
     for block, lines in wording.blocks(table):
         heads = ["", "", *map(wording.head, table.heads)]
@@ -96,16 +96,20 @@ def _piped(cells: list[str]) -> str:
 
 
 def _linked(table: Table, line: Line, kind: str) -> list[str]:
-    """Return a line's texts of one kind; ours is a link to the (first) run's record."""
+    """Return a line's texts of one kind; our numbers link to the first run's record."""
     texts = []
     for head, cell in zip(table.heads, line.cells, strict=True):
         text = wording.words(table, cell, head.unit)[wording.KINDS.index(kind)]
         if kind == "ours" and cell.ours is not None:
             text = f"[{text}]({RECORD.format(run=cell.ours.runs[0])})"
+        # A bare pipe would end the cell.
         texts.append(text.replace("|", r"\|"))
     return texts
 
 
+# Square brackets are wrapped in braces: a row of a tabular ends in `\\`, and a bracket after it
+# would be read as its optional argument. `<` and `>` are different glyphs in the default text font
+# encoding of LaTeX.
 LATEX = {
     "\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -115,7 +119,7 @@ LATEX = {
 
 
 def as_latex(table: Table) -> str:
-    r"""A booktabs table: needs `\usepackage{booktabs}`."""
+    r"""Return a booktabs table, which needs `\usepackage{booktabs}`."""
     columns = "ll" + "r" * len(table.heads)
     heads = " & ".join(_tex(wording.head(head)) for head in table.heads)
     body = [r"\toprule", rf" & & {heads} \\"]
@@ -139,6 +143,8 @@ def as_latex(table: Table) -> str:
 
 
 def _tex(text: str) -> str:
+    # Letter by letter: replacing one character after another would escape the backslashes of
+    # earlier replacements.
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
@@ -158,7 +164,7 @@ thead th { border-bottom: 2px solid }
 
 
 def as_html(table: Table) -> str:
-    """One page without scripts; our numbers link to their records and name their runs."""
+    """Return one page without scripts; our numbers link to their records."""
     title = html.escape(table.title)
     stand_in = f'<p class="stand-in">{wording.STAND_IN}</p>' if table.stand_in else ""
     heads = "".join(f'<th scope="col">{html.escape(wording.head(h))}</th>' for h in table.heads)
@@ -196,6 +202,7 @@ def _html_rows(table: Table, line: Line) -> list[str]:
 def _html_cell(table: Table, cell: Cell, unit: str, kind: str) -> str:
     text = html.escape(wording.words(table, cell, unit)[wording.KINDS.index(kind)])
     if kind == "ours" and cell.ours is not None:
+        # The mean links to the first seed's record, and small numbers to those of the others.
         first, *others = cell.ours.runs
         more = "".join(
             f' <a href="{RECORD.format(run=run)}" title="run {run}">{place}</a>'
@@ -214,4 +221,4 @@ FORMS: dict[str, Callable[[Table], str]] = {
     "tex": as_latex,
     "html": as_html,
 }
-"""The forms by the ending of their files."""
+"""The formats by file suffix."""

@@ -105,7 +105,7 @@ def test_numbers_that_samples_do_not_give_again_stand_side_by_side_only():
     )
     found = only(ours, theirs, "t")
     assert (found.p, found.low, found.difference) == (None, None, 0)
-    assert "nothing can be paired" in found.note
+    assert "do not reproduce this number" in found.note
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_another_harness_version_and_other_data_are_refused():
 def test_other_documents_or_prompts_are_refused_by_number(column, said):
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
     theirs.samples.loc[[7, 9], column] = "something else"
-    with pytest.raises(UserError, match=f"{said} number 7 is not the same in both runs, nor are 1"):
+    with pytest.raises(UserError, match=f"{said} document 7 differs between the runs, as do 1"):
         compare(ours, [theirs])
 
 
 def test_a_run_without_samples_is_refused():
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
-    with pytest.raises(UserError, match="one of the runs has no samples on record"):
+    with pytest.raises(UserError, match="one of the runs has no recorded samples"):
         compare(ours, [Run(theirs.record, pd.DataFrame())])
 
 
@@ -160,13 +160,13 @@ def test_one_refused_task_leaves_the_others_and_no_average():
     found = compare(ours, [theirs])
     assert [c.task for c in found.contrasts] == ["u"]
     assert any("t is not compared: the prompt" in sentence for sentence in found.refused)
-    assert "average is not compared: one of its tasks is not" in found.refused
+    assert "average is not compared: one of its tasks is not compared" in found.refused
 
 
 def test_the_baseline_is_the_one_dense_run():
     dense, other = record("a", []), record("b", [], "prune")
     assert baseline_of([other, dense]) is dense
-    with pytest.raises(UserError, match="none of the runs is dense: say with --baseline"):
+    with pytest.raises(UserError, match="none of the runs is dense: choose the baseline"):
         baseline_of([other])
     with pytest.raises(UserError, match=r"2 of the runs are dense: .* a0000000, c0000000"):
         baseline_of([dense, record("c", [])])
@@ -236,7 +236,7 @@ def test_the_command_prints_a_table_and_flips(stored, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "prune against dense: tiny on exam" in out
     assert "+2 / -10" in out and "-20.0 [" in out
-    assert "u: a difference under" in out
+    assert "u: a difference below" in out
     assert "lost: t document 20" in out and "gained: t document 38" in out
 
 
@@ -249,4 +249,4 @@ def test_the_command_prints_json(stored, capsys):
 
 def test_one_run_alone_is_refused(stored, capsys):
     assert main(["compare", "a", "--results-dir", str(stored)]) == 2
-    assert "name two or more" in capsys.readouterr().err
+    assert "name at least two" in capsys.readouterr().err

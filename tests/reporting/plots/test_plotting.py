@@ -136,7 +136,7 @@ def test_heads_groups_and_bits_become_maps():
         "heads for visual tokens": [[1, 0.5]],
         "neurons for visual tokens": [[1, 0]],
         "groups alive": [[0.25, 1]],
-        "bits a weight": [[2.25, 2.5]],
+        "bits per weight": [[2.25, 2.5]],
     }
 
 
@@ -144,7 +144,7 @@ def test_the_parts_of_a_cost_add_up_and_a_spread_is_none(records):
     frame = breakdown.parts(records, "flops")
     assert frame.groupby("run")["value"].sum().tolist() == pytest.approx([8e9, 6e9, 4e9, 8e9])
     spread = made("e", 0.5, 1.0, costs=(cost("seconds", 1.0, unit="s", least=0.5, most=3.0),))
-    with pytest.raises(UserError, match="--cost seconds: no run knows its parts; there are flops"):
+    with pytest.raises(UserError, match="--cost seconds: no run records parts of it; choose one"):
         breakdown.parts([spread], "seconds")
 
 
@@ -230,7 +230,7 @@ def test_the_same_runs_give_the_same_file(results):
         (["front", "--cost", "flop"], "did you mean 'flops'"),
         (["front", "--task", "averge"], "did you mean 'average'"),
         (["front", "--output", "x.gif"], "png, svg, pdf"),
-        (["curves", "--knob", "rati"], "none of the runs has it as a number; their methods have"),
+        (["curves", "--knob", "rati"], "no run has a numeric value of it; numeric knobs"),
         (["allocation", "a"], "none of the runs has a method that reports"),
     ],
 )

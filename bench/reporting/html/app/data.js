@@ -1,4 +1,4 @@
-// What the page was given: an index at once, details and samples when they are looked at.
+// Embedded data of the page: the index is read at once, details and samples on demand.
 
 const { h, render, Fragment } = preact;
 const { useState, useEffect, useMemo, useRef, useCallback } = preactHooks;
@@ -13,7 +13,7 @@ const RUNS = new Map(INDEX.runs.map((run) => [run.id, run]));
 
 const unpacking = new Map();
 
-// Unpack one chunk (gzip in base64) of the page; the same chunk is unpacked once.
+// Unpack a chunk (gzip in base64). The promise is cached, so that a chunk is unpacked only once.
 function unpack(element) {
   if (!unpacking.has(element)) {
     const packed = atob(document.getElementById(element).textContent);
@@ -43,7 +43,8 @@ async function samplesOf(run) {
   return { total, samples: samples.map(whole) };
 }
 
-// A value that arrives later: undefined until then.
+// The result of an asynchronous call, undefined until it arrives. A result that arrives after
+// the inputs have changed is dropped: it belongs to a run that is no longer shown.
 function useLater(start, inputs) {
   const [value, setValue] = useState(undefined);
   useEffect(() => {

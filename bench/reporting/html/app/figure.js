@@ -1,6 +1,6 @@
-// Plots. Every family of methods has a colour and a shape, so that a grey print can be read too.
+// Plots. Every family of methods has a colour and a shape, so that plots are readable in greyscale.
 
-// A triangle on its tip; the star is the dense model's.
+// A triangle pointing down. The star is reserved for the dense model.
 const symbolDown = {
   draw(context, size) {
     const y = Math.sqrt(size / (Math.sqrt(3) * 3));
@@ -14,13 +14,14 @@ const SHAPES = [d3.symbolCircle, d3.symbolSquare, d3.symbolTriangle, d3.symbolDi
 const COLOURS = 8;
 const THUMBNAIL_POINTS = 300;
 
-// Families in alphabetical order, the dense model first: the same look on every page.
+// Families in alphabetical order, the dense model first, so that a family looks the same everywhere.
 const FAMILIES = [...new Set(INDEX.runs.map((run) => run.family))].sort(
   (a, b) => (b === "dense") - (a === "dense") || a.localeCompare(b),
 );
 const LOOKS = looks();
 
-// Families that meet in a setting get different colours and shapes as long as there are any left.
+// Families that share a setting get different colours and shapes as long as any are left: the
+// least used one among the families that can appear in the same plot.
 function looks() {
   const meets = d3.rollups(INDEX.runs, (runs) => new Set(runs.map((run) => run.family)), (run) => run.setting);
   const given = new Map([["dense", { colour: "var(--ink)", shape: d3.symbolStar }]]);
@@ -43,7 +44,7 @@ function Mark({ family, size = 60 }) {
     <path d=${path} fill=${colour} /></svg>`;
 }
 
-// A figure drawn by Observable Plot as wide as its place; it is drawn again when that changes.
+// A figure by Observable Plot as wide as its container, redrawn when the width changes.
 function Figure({ draw, label, inputs, onPick }) {
   const place = useRef(null);
   const [width, setWidth] = useState(0);
@@ -64,8 +65,8 @@ function Figure({ draw, label, inputs, onPick }) {
   return html`<div class="figure" ref=${place}></div>`;
 }
 
-// Points of one setting: x is a cost, y a task. Runs without either, and times of weights that
-// are only zeroed, are left out.
+// Points of one setting: x is a cost, y a task. Runs that lack one of them are left out, and so are
+// times of runs whose weights are only zeroed or masked: these gain no time.
 function pointsOf(runs, setting, task, costAt) {
   const quantityOf = setting.costs[costAt];
   const timed = quantityOf && quantityOf.unit === "s";
@@ -79,7 +80,8 @@ function pointsOf(runs, setting, task, costAt) {
     });
 }
 
-// The points that no other point beats in both: cheapest first, each better than all before it.
+// The Pareto-optimal points, cheapest first: each is better than all cheaper ones. Runs whose
+// weights are only zeroed or masked cannot be on the front, since their costs are not real.
 function frontOf(points, higherIsBetter) {
   const sign = higherIsBetter ? 1 : -1;
   const ordered = points
@@ -99,12 +101,12 @@ function tipOf(point, task, quantityOf) {
     run.label,
     `${words(task.task)}  ${fixed(point.y, task.percent ? 1 : 2)}${unit(task)}${error}`,
     `${words(quantityOf.quantity)}  ${cost(point.x, quantityOf.unit)}`,
-    `weights ${run.saving === "none" ? "as they were" : run.saving}`,
+    `weights ${run.saving === "none" ? "unchanged" : run.saving}`,
     `run ${run.id}`,
   ].join("\n");
 }
 
-// Accuracy against cost. Filled: the saving is real. Hollow: weights are only zeroed or masked.
+// Score against cost. Filled: the saving is real. Hollow: weights are only zeroed or masked.
 function drawPareto(points, front, task, quantityOf, width, { small = false, logarithmic = false } = {}) {
   const dense = points.find((point) => point.run.family === "dense");
   const families = FAMILIES.filter((family) => points.some((point) => point.run.family === family));
@@ -113,7 +115,7 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
   const onFront = new Set(front);
   const strength = (point) => (!crowded || onFront.has(point) || point === dense ? 1 : small ? 0.3 : 0.45);
   const log = small ? spread(points) : logarithmic;
-  // A thumbnail of thousands shows one in so many, and the whole front.
+  // A thumbnail of thousands of runs shows every n-th point, and the whole front.
   const step = small ? Math.ceil(points.length / THUMBNAIL_POINTS) : 1;
   const shown = points.filter((point, at) => at % step === 0 || onFront.has(point) || point === dense);
   const dots = {
@@ -162,13 +164,13 @@ function drawPareto(points, front, task, quantityOf, width, { small = false, log
   });
 }
 
-// Whether costs span so much that only a logarithm shows them apart.
+// Whether the costs span more than a decade, so that a linear axis would crowd the small ones.
 function spread(points) {
   const [least, most] = d3.extent(points, (point) => point.x);
   return least > 0 && most / least > 12;
 }
 
-// The cost that a first look should be at: time where it was measured, else operations.
+// The cost shown first: counted FLOPs if there are any, else time, else parameters.
 function firstCost(setting) {
   const at = (name) => setting.costs.findIndex((one) => one.quantity === name);
   return [at("flops"), at("seconds"), at("parameters"), 0].find((place) => place >= 0);

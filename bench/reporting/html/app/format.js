@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formatting of numbers.
 
 const MISSING = "–";
 const MINUS = "−";
@@ -50,18 +50,18 @@ const when = (started) => started.slice(0, 16).replace("T", " ");
 const NAMES = { flops: "FLOPs", macs: "MACs", seconds: "time", method_seconds: "time in the method", bytes: "bytes" };
 const words = (name) => NAMES[name] ?? name.replaceAll("_", " ");
 
-// A tick on an axis, whose label has the unit: 200k, 1.6G, 18 ms
+// A tick of an axis (200k, 1.6G, 18 ms); the unit stands in the axis label.
 function tick(value, unitOf) {
   return unitOf === "s" ? seconds(value) : d3.format("~s")(value);
 }
 
-// Methods whose weights are still there but zero, and the like, in words.
+// Effects of methods on weights, in words.
 const SAVINGS = {
-  none: "as they were",
+  none: "unchanged",
   removed: "removed",
   zeroed: "zeroed: no gain in time or memory",
   masked: "masked: no gain in time or memory",
   quantized: "stored in fewer bits",
-  skipped: "as they were: work is skipped",
+  skipped: "unchanged: computation is skipped",
 };
 const explained = (saving) => saving.split("+").map((kind) => SAVINGS[kind] ?? kind).join(" + ");

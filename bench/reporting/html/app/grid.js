@@ -1,8 +1,8 @@
-// A table that can be sorted, page by page, so that five thousand rows open like ten.
+// A sortable table in pages: the browser lays out 50 rows at a time, however many there are.
 
 const ROWS_A_PAGE = 50;
 
-// Missing values come last, whichever way the table is sorted.
+// Missing values come last in both directions.
 function sorted(rows, column, descending) {
   if (!column) return rows;
   const values = new Map(rows.map((row) => [row, column.value(row)]));
@@ -14,7 +14,7 @@ function sorted(rows, column, descending) {
   });
 }
 
-// Up and down go from row to row; Enter opens, since each row's first link has the focus.
+// Arrow keys move the focus between the rows' first links, which Enter opens.
 function stepRows(event) {
   const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   if (!step) return;
@@ -25,8 +25,8 @@ function stepRows(event) {
   links[at + step].focus();
 }
 
-// columns: [{key, title, hint, number, value(row), cell(row), first}]; `first` is the direction
-// in which people want to see a column first, "down" for what is better high.
+// columns: [{key, title, hint, number, value(row), cell(row), first}]; `first` is the direction of
+// the first click on a heading, "down" if higher is better.
 function Grid({ rows, columns, sort, page, onSort, onPage, caption }) {
   const descending = sort.startsWith("-");
   const key = sort.replace(/^-/, "");
@@ -58,14 +58,14 @@ function Grid({ rows, columns, sort, page, onSort, onPage, caption }) {
         ? html`<th scope="row">${one.cell(row)}</th>`
         : html`<td class=${one.number ? "number" : ""} data-title=${one.title}>${one.cell(row)}</td>`)}</tr>`)}</tbody>
     </table></div>
-    ${!shown.length && html`<p class="empty">No run fits. Take a filter away.</p>`}
+    ${!shown.length && html`<p class="empty">No matching runs. Remove a filter.</p>`}
     ${pages > 1 && html`<nav class="pages" aria-label="Pages">
       <button disabled=${at === 0} onClick=${() => onPage(at - 1)}>Previous</button>
       <span>page ${at + 1} of ${pages}</span>
       <button disabled=${at === pages - 1} onClick=${() => onPage(at + 1)}>Next</button></nav>`}`;
 }
 
-// A plain table of what is small enough to be read at once.
+// A table without sorting and pages, for a few rows.
 function Plain({ columns, rows, caption }) {
   return html`<div class="scroll" tabindex="0" role="region" aria-label=${caption}><table class="plain">
     <caption class="aside">${caption}</caption>

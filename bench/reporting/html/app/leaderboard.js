@@ -1,9 +1,9 @@
-// All runs, sorted and filtered; the address keeps what was chosen.
+// All runs, sorted and filtered; the URL holds the choices, so that a view can be shared.
 
 const WEIGHED = [
-  ["flops", "FLOPs", "operations of one forward or prefill, as a share of the dense run's"],
-  ["seconds", "Time", "measured time as a share of the dense run's; none for weights only zeroed"],
-  ["bytes", "Bytes", "memory of the weights as a share of the dense run's"],
+  ["flops", "FLOPs", "FLOPs of one forward or prefill, relative to the dense run"],
+  ["seconds", "Time", "measured time, relative to the dense run; empty if weights are only zeroed or masked"],
+  ["bytes", "Bytes", "memory of the weights, relative to the dense run"],
 ];
 
 function shareColumns(runs) {
@@ -52,17 +52,17 @@ const WHERE = {
   value: (run) => run.where.name, cell: (run) => run.where.name,
 };
 const SCORE = {
-  key: "score", title: "Score", hint: "average of the headline metrics, or the one there is", number: true, first: "down",
+  key: "score", title: "Score", hint: "average of the headline metrics, or the only one", number: true, first: "down",
   value: (run) => run.score,
   cell: (run) => html`<${Scored} pair=${run.values[0]} task=${run.where.tasks[0]} />`,
 };
 const KEPT = {
-  key: "kept", title: "Kept", hint: "score as a share of the dense run's", number: true, first: "down",
+  key: "kept", title: "Kept", hint: "score, relative to the dense run", number: true, first: "down",
   value: (run) => run.kept,
   cell: (run) => run.kept === null ? MISSING : html`<span class="kept"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.kept)) * 100}%` }}></i></span>${fixed(run.kept * 100, 1)} %</span>`,
 };
 const SAVED = {
-  key: "saving", title: "Weights", hint: "what became of the weights or the work", first: "up",
+  key: "saving", title: "Weights", hint: "effect on weights or computation", first: "up",
   value: (run) => run.saving, cell: (run) => html`<${Saving} saving=${run.saving} />`,
 };
 const STARTED = {
@@ -92,7 +92,7 @@ function Leaderboard({ route }) {
       <${Choice} label="Method" value=${asked.family ?? ""} onChange=${(value) => change({ family: value })}
         options=${[["", "all"], ...FAMILIES.map((family) => [family, family])]} />
       <${Choice} label="Weights" value=${asked.saving ?? ""} onChange=${(value) => change({ saving: value })}
-        options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.saving))].sort().map((kind) => [kind, kind === "none" ? "as they were" : kind])]} />
+        options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.saving))].sort().map((kind) => [kind, kind === "none" ? "unchanged" : kind])]} />
     </form>
     <p class="counted"><span role="status">${count(rows.length, "run")}${rows.length < INDEX.runs.length ? ` of ${INDEX.runs.length.toLocaleString("en")}` : ""}</span>
       ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!asked.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}

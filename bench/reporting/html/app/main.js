@@ -1,4 +1,4 @@
-// The frame around every page.
+// Frame of every page: header, navigation, footer.
 
 const PAGES = [["overview", "Overview"], ["leaderboard", "Leaderboard"], ["pareto", "Pareto"], ["tables", "Tables"]];
 
@@ -6,7 +6,8 @@ function App() {
   const route = useRoute();
   const arrived = useRef(false);
   useEffect(() => {
-    // A new page starts at its top, with the focus on it, as a page that was loaded would.
+    // A new page starts at its top with the focus on it, like a page load; a screen reader would
+    // otherwise stay where the link was.
     if (arrived.current) {
       scrollTo(0, 0);
       document.getElementById("main")?.focus({ preventScroll: true });
@@ -43,10 +44,10 @@ function App() {
       <nav aria-label="Pages">${PAGES.map(([key, title]) => html`<a href=${key === "overview" ? "#/" : address(key)}
         aria-current=${route.page === key ? "page" : undefined}>${title}</a>`)}</nav>
       <${ThemeSwitch} /></div></header>
-    ${page ? page() : html`<main id="main" tabindex="-1"><h1>Nothing here</h1><p><a href="#/">Overview</a></p></main>`}
+    ${page ? page() : html`<main id="main" tabindex="-1"><h1>Page not found</h1><p><a href="#/">Overview</a></p></main>`}
     <footer><p>Written ${when(INDEX.generated)} UTC by slimbench ${INDEX.version} from <code>${INDEX.results}</code>.${" "}
-      Up to ${INDEX.share.per_run} samples a run for the newest ${count(INDEX.share.runs, "run")} are in this file;${" "}<code>bench report --samples N --samples-runs N</code> changes that.${" "}
-      Nothing is loaded from anywhere. Drawn with Observable Plot and D3 (ISC), Preact (MIT) and htm (Apache-2.0).</p></footer>`;
+      This file holds up to ${INDEX.share.per_run} samples per run for the newest ${count(INDEX.share.runs, "run")};${" "}<code>bench report --samples N --samples-runs N</code> changes that.${" "}
+      It loads nothing from the network. Drawn with Observable Plot and D3 (ISC), Preact (MIT) and htm (Apache-2.0).</p></footer>`;
 }
 
 show(remembered());

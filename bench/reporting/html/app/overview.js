@@ -1,4 +1,4 @@
-// The first page: what was run, and per setting what the best trade is.
+// First page: an overview of the runs, and the best trade-off per setting.
 
 function Overview() {
   const { runs, settings } = INDEX;
@@ -14,10 +14,10 @@ function Overview() {
       <p class="lead">Nothing is recorded in <code>${INDEX.results}</code>. A first run: <code>bench run model=micro_moe method=camera_p ratio=0.4</code></p><${Unreadable} /></main>`;
   }
   return html`<main id="main" tabindex="-1">
-    <h1>What compression costs, and what it saves</h1>
+    <h1>Quality and cost of compression</h1>
     <p class="lead">${count(runs.length, "run")} of ${count(methods.size, "method")} on ${count(models.size, "model")} and ${count(benchmarks.size, "benchmark")},${" "}
       ${when(runs[runs.length - 1].started).slice(0, 10)} to ${when(runs[0].started).slice(0, 10)}.${" "}
-      Each run is held against the dense model of its own setting: same weights, same questions.</p>
+      Each run is compared with the dense model of its own setting: same weights, same questions.</p>
     <div class="cards">${shown.map((index) => html`<${SettingCard} key=${index} index=${index} runs=${bySetting.get(index)} />`)}</div>
     ${order.length > shown.length && html`<p><button class="plain-button" onClick=${() => setAll(true)}>Show all ${order.length} settings</button></p>`}
     <${Reading} />
@@ -46,7 +46,7 @@ function SettingCard({ index, runs }) {
   </article>`;
 }
 
-// The cheapest run with a real saving that keeps at least 95 % of the dense score.
+// The cheapest run with a real saving that retains at least 95 % of the dense score.
 function bestTrade(runs, costAt) {
   const found = runs
     .filter((run) => run.real && run.kept !== null && run.kept >= 0.95 && run.family !== "dense")
@@ -55,7 +55,8 @@ function bestTrade(runs, costAt) {
   return found.sort((a, b) => a.share - b.share)[0];
 }
 
-// A cost as a share of the dense run's; null when it was not counted, or is no gain.
+// A cost relative to the dense run's; null if either is missing, or if it is the time of a run
+// whose weights are only zeroed or masked.
 function shareOf(run, costAt) {
   const dense = RUNS.get(run.dense);
   const now = run.costs[costAt], before = dense && dense.costs[costAt];
@@ -67,9 +68,9 @@ function shareOf(run, costAt) {
 function Reading() {
   return html`<details class="reading"><summary>How to read this</summary><ul>
     <li><b>±</b> is one standard error; bars in plots are 95 % intervals (1.96 standard errors).</li>
-    <li><b>Kept</b> is the score as a share of the dense run with the same weights and questions; only numbers of equal task, metric, filter, shots, split and version are compared.</li>
-    <li><b>Removed</b> weights are gone. <b>Zeroed</b> or <b>masked</b> ones still take their time and memory, so no gain in time is shown for them; in plots they are hollow.</li>
-    <li>Operations are counted, times are measured on the machine that each run's page names.</li>
+    <li><b>Kept</b> is the score relative to the dense run with the same weights and questions; only numbers of the same task, metric, filter, shots, split and version are compared.</li>
+    <li><b>Removed</b> weights are no longer stored. <b>Zeroed</b> or <b>masked</b> ones still cost time and memory, so no gain in time is shown for them; in plots they are hollow.</li>
+    <li>FLOPs are counted; times are measured on the machine named on each run's page.</li>
     <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> from run to run in the leaderboard, <kbd>/</kbd> to search.</li></ul></details>`;
 }
 

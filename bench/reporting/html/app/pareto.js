@@ -1,4 +1,4 @@
-// Accuracy against a cost, for the runs of one setting.
+// Score against a cost, for the runs of one setting.
 
 function Pareto({ route }) {
   const asked = Object.fromEntries(route.query);

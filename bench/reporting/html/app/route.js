@@ -1,4 +1,4 @@
-// The address says what is shown: #/leaderboard?setting=0&sort=score, so that a view can be sent.
+// The URL holds the whole view (#/leaderboard?setting=0&sort=score), so that it can be shared.
 
 function currentRoute() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
@@ -28,7 +28,8 @@ function address(page, query = {}) {
 
 const runAddress = (id) => address(`run/${encodeURIComponent(id)}`);
 
-// Change some of the query in place, without a step in the browser's history.
+// Change the query without a new entry in the browser's history: typing in the search field would
+// otherwise bury the back button. `replaceState` fires no event, so one is dispatched here.
 function adjust(route, changes) {
   const query = { ...Object.fromEntries(route.query), ...changes };
   history.replaceState(null, "", address(route.page, query));

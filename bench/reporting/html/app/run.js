@@ -1,4 +1,4 @@
-// The page of one run: what was done, what came out, what it cost, and how to repeat it.
+// Page of one run: command, scores, costs, methods, samples and config.
 
 function RunPage({ id }) {
   const run = RUNS.get(id);
@@ -46,7 +46,7 @@ function Command({ text }) {
       await navigator.clipboard.writeText(text);
       setSaid("Copied");
     } catch {
-      setSaid("Select and copy"); // a browser may refuse the clipboard to a file
+      setSaid("Select and copy"); // browsers may deny clipboard access to a page opened from a file
     }
   };
   return html`<div class="command"><pre tabindex="0" aria-label="The command that repeats this run"><code>${text}</code></pre><button onClick=${copy}>${said}</button></div>`;
@@ -75,7 +75,7 @@ function Metrics({ record, dense }) {
       { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, asTask(metric)) },
       { title: "Change", number: true, cell: change }] : []),
     { title: "n", number: true, cell: (metric) => metric.n.toLocaleString("en") },
-    { title: "Identity", hint: "numbers of different identity are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
+    { title: "Identity", hint: "numbers with different identities are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
       metric.filter === "none" ? "" : `, filter ${metric.filter}`}${metric.task_version ? `, version ${metric.task_version}` : ""}</span>` },
   ];
   const rows = heads.map((metric) => ({ ...metric, emphasis: metric.task === "average" }))
@@ -101,7 +101,7 @@ function Costs({ record, dense, run }) {
       { title: "How", cell: (one) => one.how },
       { title: "Parts", cell: (one) => html`<span class="parts quiet">${parts(one)}</span>` },
     ]} />
-    ${phases.length > 0 && html`<details><summary>Where ${seconds(d3.sum(phases, (one) => one.value))} of wall time went</summary><${Phases} phases=${phases} /></details>`}`;
+    ${phases.length > 0 && html`<details><summary>Wall time by phase: ${seconds(d3.sum(phases, (one) => one.value))}</summary><${Phases} phases=${phases} /></details>`}`;
 }
 
 function Phases({ phases }) {
@@ -116,10 +116,10 @@ function Method({ method }) {
     <p>Weights ${explained(method.saving)}. Applied in ${seconds(method.seconds)}.</p>
     <dl class="knobs">${Object.entries(method.config).map(([key, value]) => html`<div><dt>${key}</dt><dd>${plain(value)}</dd></div>`)}</dl>
     ${Array.isArray(history) && history.length > 1 && html`<${History} lines=${history.filter((line) => typeof line === "object")} />`}
-    ${Object.keys(report).length > 0 && html`<details><summary>What the method reports</summary><pre class="yaml">${yaml(report)}</pre></details>`}`;
+    ${Object.keys(report).length > 0 && html`<details><summary>Method report</summary><pre class="yaml">${yaml(report)}</pre></details>`}`;
 }
 
-// What a method logs epoch by epoch, one small plot for each number.
+// Training history of a method, one small plot per quantity.
 function History({ lines }) {
   const names = Object.keys(lines[0]).filter((name) => name !== "epoch" && typeof lines[0][name] === "number");
   return html`<div class="curves">${names.map((name) => html`<figure><figcaption>${words(name)}</figcaption>
@@ -139,7 +139,7 @@ function plain(value) {
   return Object.entries(value).map(([key, item]) => `${key}: ${plain(item)}`).join(", ");
 }
 
-// Data as YAML, for reading: nested by two spaces, short lists on one line.
+// Data as YAML for reading: nested by two spaces, lists of scalars on one line.
 function yaml(value, indent = "") {
   if (Array.isArray(value)) {
     const flat = value.every((item) => typeof item !== "object" || item === null);

@@ -1,6 +1,6 @@
-// Questions with this run's answers, and what the dense model made of the same questions.
+// Questions with the answers of this run and of the dense model.
 
-// 1 right, 0 wrong, between for partial credit, null when the sample has no headline score.
+// 1 if right, 0 if wrong, between for partial credit, null if the sample has no headline score.
 function rightness(sample, metrics) {
   const headline = metrics.find((metric) => metric.task === sample.task && metric.headline);
   if (!headline) return null;
@@ -9,7 +9,7 @@ function rightness(sample, metrics) {
 
 const keyOf = (sample) => `${sample.task}|${sample.filter}|${sample.doc}`;
 
-// A target that is the position of a choice, said as that choice.
+// The target; if it is the index of a choice, that choice.
 function targetText(sample) {
   const at = Number(sample.target);
   const named = /^\d+$/.test(sample.target ?? "") && sample.choices[at] !== undefined;
@@ -37,13 +37,13 @@ function Samples({ run, record }) {
   const shown = rows.filter(fits);
   const tasks = [...new Set(own.samples.map((sample) => sample.task))];
   return html`
-    <p class="quiet">${own.samples.length} of ${count(own.total, "sample")}, evenly spaced in each task whatever the answers were. All of them: <code>${folder}</code></p>
+    <p class="quiet">${own.samples.length} of ${count(own.total, "sample")}, evenly spaced within each task, whatever the answers were. All of them: <code>${folder}</code></p>
     <div class="filters">
       <${Choice} label="Task" value=${task} onChange=${setTask} options=${[["", "all"], ...tasks.map((one) => [one, one])]} />
       <${Choice} label="Outcome" value=${outcome} onChange=${setOutcome} options=${OUTCOMES} />
     </div>
     <ol class="samples">${shown.slice(0, limit).map((row) => html`<${Sample} key=${keyOf(row.sample)} ...${row} />`)}</ol>
-    ${!shown.length && html`<p class="empty">No sample fits.</p>`}
+    ${!shown.length && html`<p class="empty">No matching samples.</p>`}
     ${shown.length > limit && html`<p><button class="plain-button" onClick=${() => setLimit(limit + 20)}>Show more, ${shown.length - limit} left</button></p>`}`;
 }
 

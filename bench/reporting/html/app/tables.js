@@ -1,4 +1,4 @@
-// Papers' tables rebuilt: ours, theirs, and the difference where the two may be subtracted.
+// Papers' tables: our number, the published one, and their difference where it is meaningful.
 
 const PRECISION = { share: 3, points: 1, s: 3, min: 3, h: 4 };
 const SOURCES = { paper: "", authors_code: "ᶜ", secondary: "ˢ", third_party: "ᵗ" };
@@ -24,7 +24,7 @@ function Tables({ route }) {
           cell: (line) => html`<${Beside} cell=${line.cells[at]} head=${head} reasons=${reasons} />`,
         })),
       ]} />`)}
-    <p class="quiet note">Above: ours, ± one standard error. Below: the published number (unmarked from the paper, ᶜ its authors' repository, ˢ a note about the paper, ᵗ others; ! suspicious), then ours less theirs, <b class="outside">bold</b> where theirs lies outside our 95 % interval.</p>
+    <p class="quiet note">Above: ours, ± one standard error. Below: the published number (unmarked from the paper, ᶜ its authors' repository, ˢ a note about the paper, ᵗ others; ! suspicious), then ours minus theirs, <b class="outside">bold</b> where theirs lies outside our 95 % interval.</p>
     ${reasons.length > 0 && html`<ol class="quiet note">${reasons.map((reason) => html`<li>Not subtracted: ${reason}</li>`)}</ol>`}
     ${table.notes.map((note) => html`<p class="quiet note">${note}</p>`)}
   </main>`;

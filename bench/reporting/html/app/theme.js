@@ -1,4 +1,4 @@
-// Light or dark: as the system says until the reader says otherwise, which the browser remembers.
+// Light or dark: the system's preference, unless the reader chooses; the browser keeps the choice.
 
 const THEMES = ["system", "light", "dark"];
 
@@ -6,7 +6,7 @@ function remembered() {
   try {
     return localStorage.getItem("slimbench-theme") ?? "system";
   } catch {
-    return "system"; // a browser may forbid a file to remember
+    return "system"; // browsers may deny storage to a page opened from a file
   }
 }
 
@@ -14,7 +14,7 @@ function remember(theme) {
   try {
     localStorage.setItem("slimbench-theme", theme);
   } catch {
-    return; // then it holds until the page is closed
+    return; // the choice then lasts until the page is closed
   }
 }
 
