@@ -44,7 +44,7 @@ class Queue(Calls):
 
     def carry_out(self, calls: list[Call]) -> None:
         """Submit the jobs and wait for all of them, whether they succeed or not."""
-        # submitit fills in the job id for %j, so that every job has a folder of logs of its own.
+        # submitit replaces %j by the job id, so that every job has its own log folder.
         executor = self._executor(calls[0].folder / "submitit" / "%j")
         at_once = len(calls)
         if not self.on_slurm:  # Slurm has a queue, a single machine has none

@@ -156,7 +156,6 @@ class Search(Launching):
         return promising
 
     def _costs(self, record: Record) -> tuple[float, ...]:
-        """Return the values of the objectives to minimise."""
         small = [name for name, direction in self.objectives.items() if direction == "minimize"]
         return tuple(value for name in small if (value := objective(record, name)) is not None)
 

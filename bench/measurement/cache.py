@@ -9,8 +9,8 @@ from torch import Tensor
 
 def held(cache: Any) -> int:
     """Return the bytes of all keys and values in a cache, for text and visual tokens."""
-    # By attribute suffix, since a method's cache layer keeps keys and values of visual tokens under
-    # names of its own; by identity, since a tensor may be held under two names.
+    # By attribute suffix, since the cache layer of a method holds `visual_keys` and `visual_values`
+    # as well; by identity, since one tensor may be an attribute under two names.
     tensors = {
         id(value): value
         for layer in cache.layers

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from bench.measurement.conventions import Name
 
 Quantity = Literal["latency", "memory", "energy", "limits"]
-"""What can be measured in addition to the counts; `limits` are those of the device (roofline)."""
+"""Quantities that can be measured in addition to the counts; `limits` is the device's roofline."""
 
 Grid = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 

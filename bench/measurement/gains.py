@@ -64,7 +64,6 @@ def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | 
 
 
 def _precise(seconds: Seconds, precision: float) -> bool:
-    """Whether the interval of every stage's speed-up is within `precision`."""
     return all(_speedup(seconds_NR).reach <= precision for seconds_NR in seconds.values())
 
 

@@ -51,7 +51,7 @@ def limits(device: torch.device, dtype: torch.dtype, threads: int) -> Limits:
 
 
 def _best(device: torch.device, call: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of `REPEATS` calls, after a warm-up call."""
+    """Return the seconds of the fastest of several calls, after a warm-up call."""
     # The fastest, since a limit must not be understated: a share of it could exceed 1.
     call()
     clock = Clock(device)

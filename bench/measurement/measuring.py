@@ -76,7 +76,6 @@ def _limits(model: Model) -> Limits | None:
 
 
 def _limit_rows(best: Limits | None, model: Model) -> Rows:
-    """Yield the limits of the device, or a missing measurement in their place."""
     if best is None:
         yield Gap("device", "limits", "out of memory")
         return

@@ -125,7 +125,6 @@ def _call(model: Model, inputs: dict[str, Any]) -> Any:
 
 
 def _timed(model: Model, inputs: dict[str, Any]) -> list[float]:
-    """Return the seconds of `REPEATS` calls, after `WARM_UP` calls that are not timed."""
     seconds = []
     for number in range(WARM_UP + REPEATS):
         synchronize(model.device)
@@ -138,7 +137,6 @@ def _timed(model: Model, inputs: dict[str, Any]) -> list[float]:
 
 
 def _overhead(model: Model, inputs: dict[str, Any]) -> list[float]:
-    """Return the seconds that a method's own selection takes in each of `REPEATS` calls."""
     if model.overhead is None:
         return []
     seconds = []

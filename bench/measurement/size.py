@@ -44,7 +44,7 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
         routed += here
         idle += here * (1 - block.top_k / block.num_experts)
         shared += _numel(block.shared) if block.shared is not None else 0
-    # Replaced modules are asked only if no block was recognised, or they would be counted twice.
+    # Replaced modules count only if no block was recognised, or they would be counted twice.
     for part, experts in _own_routed(network) if anatomy and not anatomy.blocks else ():
         routed += part
         idle += part * (1 - top_k(network) / experts)

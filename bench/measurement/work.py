@@ -68,7 +68,6 @@ def flops_of_prompt(model: Model, config: CostsConfig, inputs: dict[str, Any]) -
 
 
 def _language(model: Model, config: CostsConfig) -> Rows:
-    """Yield the FLOPs of scoring text, and of the token after it."""
     batch, length = config.batch, config.length
     scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
     network, anatomy = model.network, model.anatomy
@@ -121,7 +120,7 @@ def _counted(scope: str, counted: Counted, parts: Parts, *, attends: bool = True
     found = {name: float(value) for name, value in parts(counted).items()}
     yield from _both(scope, "", float(counted.total), "counted", found)
     # Masks are observed only at PyTorch's attention function. A decoder that never called it
-    # (eager attention) may have masked pairs that nobody saw, so its causal count is unknown.
+    # (eager attention) may have masked pairs that were not observed: its causal count is unknown.
     if counted.causal is None or (attends and not counted.attentions):
         yield Gap(scope, "flops_causal", "the counter cannot observe the masks", "counted")
         return

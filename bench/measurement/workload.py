@@ -150,8 +150,7 @@ def refuse_unfit(timing: TimingConfig, config: ModelConfig, network: nn.Module) 
 
 
 def _texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    """Yield prompts of random tokens, which every vocabulary has."""
-    # Time hardly depends on the ids. A fixed seed gives both networks of a pair the same prompts.
+    # Random tokens, since every vocabulary has them and time hardly depends on the ids.
     network: Any = model.network
     vocabulary = network.get_input_embeddings().num_embeddings
     draws = torch.Generator().manual_seed(SEED)
@@ -179,7 +178,6 @@ def _images_and_texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
 
 
 def _images(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    """Yield random images in the dtype of the network."""
     config = cast(Classifier, model.network).config
     draws = torch.Generator().manual_seed(SEED)
     dtype = next(model.network.parameters()).dtype

@@ -41,7 +41,7 @@ def send_apart(run: str, results_dir: Path, config: TrackerConfig) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # W&B's client starts a service process of its own. A new session makes both one process
+        # W&B's client starts its own service process. A new session puts both into one process
         # group, which can be killed as a whole, and keeps Ctrl-C of the terminal away from them.
         start_new_session=True,
     )

@@ -65,7 +65,7 @@ def opened(
             config=config_of_run,
             dir=str(home),
             mode=chosen,
-            # A host program may have a W&B run of its own open, which must not be taken over.
+            # A host program may already have a W&B run open, which must not be taken over.
             reinit="create_new",
             settings=wandb.Settings(
                 console="off", silent=True, init_timeout=min(INIT_SECONDS, config.timeout)
@@ -79,7 +79,6 @@ def opened(
 
 
 def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:
-    """Log summary, tables, histories and artifact of one record into a W&B run."""
     run.summary.update(summary(record))
     metrics = [m.model_dump() for m in record.metrics]
     # Tables hold plain values only, so the parts of a cost become JSON text.

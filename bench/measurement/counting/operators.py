@@ -63,8 +63,8 @@ def formulas() -> dict[Any, Formula]:
         aten._cdist_forward: distances,
         aten._euclidean_dist: distances,
     }
-    # transformers registers its fallback as a custom operator of its own, and not every version of
-    # torch has `_grouped_mm`.
+    # transformers registers its fallback as a custom operator, and not every version of torch has
+    # `_grouped_mm`.
     stand_in = getattr(torch.ops, "transformers", None)
     candidates = [(aten, "_grouped_mm"), (stand_in, "grouped_mm_fallback")]
     for space, name in candidates:
