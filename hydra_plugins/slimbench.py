@@ -1,36 +1,36 @@
-"""The names under which Hydra finds slimbench's sweepers and launchers.
+"""Names under which Hydra finds slimbench's sweepers and launchers.
 
-Hydra takes plug-ins from this namespace package only, and loads every module of it whenever it
-starts, as a copy of its own: so what they do is in `bench.launchers`, and engines are imported
-when they are used.
+Hydra discovers plug-ins in this namespace package only, and whenever it starts it loads every
+module of it as a separate copy. The implementations are therefore in `bench.launchers`, and
+optional libraries are imported when they are used.
 """
 
 from bench.launchers import calls, grid, processes, queue, ray_cluster, search
 
 
 class PlannedSweeper(grid.Planned):
-    """A grid, written down before its first job is launched."""
+    """Grid whose plan is written before its first job is launched."""
 
 
 class ListedSweeper(grid.Listed):
-    """Runs that are listed one by one, as `bench table` lists its cells'."""
+    """Runs listed one by one, as `bench table` does for the cells of a table."""
 
 
 class SearchSweeper(search.Search):
-    """Optuna's trials, launched as jobs."""
+    """Optuna search whose trials are launched as jobs."""
 
 
 class HereLauncher(calls.Here):
-    """This process."""
+    """Jobs in this process."""
 
 
 class JoblibLauncher(processes.Processes):
-    """Worker processes of this machine."""
+    """Jobs in worker processes of this machine."""
 
 
 class SubmititLauncher(queue.Queue):
-    """Slurm, or its imitation on this machine."""
+    """Jobs on Slurm, or in processes of this machine through submitit."""
 
 
 class RayLauncher(ray_cluster.Ray):
-    """A Ray cluster, started here or there already."""
+    """Jobs on a Ray cluster, started on this machine or an existing one."""

@@ -1,1 +1,1 @@
-"""Which jobs a sweep has and where they run: sweepers, and launchers around real engines."""
+"""Hydra sweepers, which define the jobs of a sweep, and launchers, which run them."""

@@ -1,4 +1,4 @@
-"""The engines are extras: said in one sentence when one is not installed."""
+"""Import of optional libraries, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from bench.errors import UserError
 
 
 def engine(module: str, extra: str) -> ModuleType:
-    """Import an engine, or say how it is had."""
+    """Import an optional module.
+
+    Raises:
+        UserError: it is not installed; the message gives the pip command.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The grid sweeper: writes down all jobs of a sweep first, then launches what is not done."""
+"""Grid and list sweepers: write the plan of a sweep first, then launch the jobs not yet done."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from bench.sweep.plan import read
 
 
 class Planned(Launching):
-    """Hydra's own grid, kept in the sweep's plan, so that it can be looked at and gone on with.
+    """Hydra's basic grid, stored in the sweep's plan so that it can be inspected and resumed.
 
-    Jobs are not composed a second time to see whether that works: every alternative has passed
-    the boundary already.
+    Unlike Hydra's own sweeper it does not compose every job up front: all alternatives have been
+    validated before the sweep starts.
     """
 
     def __init__(self, max_batch_size: int | None, params: dict[str, str] | None) -> None:
-        """Take the recipe's grid, and how many jobs the launcher is given at once (null: all)."""
+        """Take the grid of the config, and the number of jobs per launch (null: all at once)."""
         self.params = dict(params or {})
         self.max_batch_size = max_batch_size
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch the jobs that are neither done nor being worked on, in the plan's order."""
+        """Launch the jobs that are neither done nor running elsewhere, in the order of the plan."""
         folder = Path(self.config.hydra.sweep.dir)
+        # `bench run` has written the plan already, unless Hydra was started in another way.
         plan = read(folder) or Plan(folder, (), str(Path.cwd()), "")
         plan = plan.with_jobs(self.jobs(arguments), complete=True)
         waiting = iter([list(job.overrides) for job in unfinished(plan)])
@@ -40,35 +41,36 @@ class Planned(Launching):
             launched += len(batch)
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
-        """Return the overrides of every job; what is given on the command line wins."""
+        """Return the overrides of every job; the command line wins over the config."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         recipe = [f"{key}={values}" for key, values in self.params.items()]
         return grid(parser.parse_overrides([*recipe, *arguments]))
 
 
 class Listed(Planned):
-    """Runs that are no product: each is listed with its own overrides.
+    """Runs that are not a product of values: each is listed with its own overrides.
 
     bench run -m hydra/sweeper=listed "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
     """
 
     def __init__(self, runs: Sequence[Sequence[str]]) -> None:
-        """Take the runs."""
+        """Take the overrides of each run."""
         super().__init__(max_batch_size=None, params=None)
         self.runs = [list(run) for run in runs]
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
-        """Return the listed runs, each with the arguments of the command line as well."""
+        """Return the overrides of each listed run, followed by those of the command line."""
+        # Last, so that they win.
         return [[*run, *arguments] for run in self.runs]
 
 
 def grid(asked: list[Override]) -> list[list[str]]:
-    """Return every combination of the values, the last key changing first.
+    """Return every combination of the values; the last key varies fastest.
 
-    What is given later for the same key counts, so that the command line wins over a recipe.
+    A later override of the same key wins, so that the command line wins over the config.
 
     Raises:
-        UserError: a range without steps, which only a search can go through.
+        UserError: an override is an interval, which only a search can sample.
     """
     values: dict[str, list[str]] = {}
     for override in asked:
@@ -79,7 +81,7 @@ def grid(asked: list[Override]) -> list[list[str]]:
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             raise UserError(
-                f"{override.input_line} has no steps: a grid needs choices, "
-                "a search (hydra/sweeper=search) takes ranges"
+                f"{override.input_line} is a continuous range: a grid needs choices; "
+                "use a search for ranges (hydra/sweeper=search)"
             )
     return [list(job) for job in itertools.product(*values.values())]

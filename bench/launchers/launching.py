@@ -1,4 +1,4 @@
-"""What our sweepers share: the launcher that Hydra is asked for."""
+"""Shared base of the sweepers: the launcher that Hydra configures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 
 class Launching(Sweeper):  # type: ignore[misc]  # Hydra has no types
-    """A sweeper with a launcher, whatever it launches."""
+    """Sweeper that holds the configured launcher."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what Hydra gives and make the launcher."""
+        """Keep the objects that Hydra passes, and instantiate the launcher."""
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config

@@ -1,4 +1,4 @@
-"""Several jobs at once on this machine: joblib's worker processes, one job per GPU."""
+"""Parallel jobs on this machine in joblib's worker processes, one job per GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bench.launchers.calls import Call, Calls
 
 
 class Processes(Calls):
-    """Keeps worker processes warm: a worker loads its libraries and the dense model once."""
+    """Launcher on reused worker processes: each loads its libraries and the dense model once."""
 
     def limits(self) -> dict[str, Any]:
-        """Let every job keep its own limits, and take a device where there are any."""
+        """Let every job enforce its own limits, and lock a device if there are any."""
         return {
             "devices": self._devices(),
             "minutes": self.settings.get("timeout_min"),
@@ -21,15 +21,18 @@ class Processes(Calls):
         }
 
     def carry_out(self, calls: list[Call]) -> None:
-        """Run the calls in a pool; one lost worker takes the pool with it, so it is made again.
+        """Run the jobs in a pool, which is created again whenever a lost worker breaks it.
 
-        What was at work in a pool that broke is tried once more, each alone, so that only the
-        culprit fails.
+        Jobs that were running when a pool broke are tried once more, each alone, so that only the
+        one that kills its worker fails.
         """
+        # loky breaks the whole pool if one worker dies. Jobs that had not started can run in a new
+        # pool; those that had started may include the culprit and are kept for the end.
         left = calls
         while left:
             self._pool(left)
             waiting = [call for call in left if not call.has_begun]
+            # Not one job started: another pool would break the same way.
             if len(waiting) == len(left):
                 break
             left = waiting
@@ -38,20 +41,21 @@ class Processes(Calls):
                 self._pool([call])
 
     def _pool(self, calls: list[Call]) -> None:
-        """Run the calls in worker processes, even a single one, since it may kill its process."""
+        """Run the jobs in worker processes; even a single one, since it may kill its process."""
         from concurrent.futures import wait
 
         from joblib.externals.loky import get_reusable_executor
 
         pool = get_reusable_executor(max_workers=min(self._workers(), len(calls)))
         try:
-            wait([pool.submit(_run, call) for call in calls])  # the notes say what came of each
-        except BaseException:
+            # Results are not read: the status files hold the outcome of each job.
+            wait([pool.submit(_run, call) for call in calls])
+        except BaseException:  # Ctrl-C: workers would otherwise finish their jobs
             pool.shutdown(wait=False, kill_workers=True)
             raise
 
     def _workers(self) -> int:
-        """Return how many jobs run at once: as asked, else one per device, else two."""
+        """Return the number of parallel jobs: as configured, else one per device, else two."""
         asked = self.settings.get("jobs")
         return int(asked) if asked else len(self._devices()) or 2
 
@@ -63,9 +67,10 @@ class Processes(Calls):
             if asked in (None, "none"):
                 return ()
             raise UserError(f"hydra.launcher.devices={asked}: allowed: auto, none, or a list")
+        # As text: an entry may be an index, a UUID or a MIG device.
         return tuple(map(str, asked))
 
 
 def _run(call: Call) -> None:
-    """Call: a function of a module, which joblib can name in another process."""
+    # A module-level function, which pickles by name.
     call()

@@ -1,4 +1,4 @@
-"""Jobs through submitit: to Slurm as one array, or to processes of this machine."""
+"""Jobs through submitit: as one Slurm array, or as processes of this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from bench.errors import UserError
 from bench.launchers.calls import Call, Calls
 from bench.launchers.engine import engine
 
-# Settings that are not parameters of a submission under the same name.
+# Settings that are not passed on to submitit under the same name.
 OURS = {"cluster", "parallel", "max_num_timeout", "mem_gb"}
-# What submitit calls the same on every cluster; all else is `slurm_NAME`.
+# Parameters that submitit's AutoExecutor names alike on every cluster; all others get the prefix
+# `slurm_`.
 SHARED = {
     "name", "timeout_min", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node",
     "stderr_to_stdout",
@@ -22,39 +23,43 @@ MOST_AT_ONCE = 256
 
 
 class Queue(Calls):
-    """Every job is a submission of its own, with its own log, time limit and memory.
+    """Launcher that submits every job separately, with its own log, time limit and memory.
 
-    Slurm announces a preemption or the end of the time with SIGUSR2 (`signal_delay_s` before; the
-    environment's SUBMITIT_PREEMPT_SIGNAL names another signal); submitit then queues the job
-    again, and it goes on with what it has finished.
+    Slurm announces a preemption or the time limit with SIGUSR2 (`signal_delay_s` earlier; the
+    environment variable SUBMITIT_PREEMPT_SIGNAL selects another signal). submitit then requeues the
+    job, which resumes from what it has finished.
     """
 
     @property
     def on_slurm(self) -> bool:
-        """Whether a real queue is behind it."""
+        """Whether jobs go to Slurm instead of processes of this machine."""
         return bool(self.settings["cluster"] == "slurm")
 
     def limits(self) -> dict[str, Any]:
-        """On this machine nobody else keeps the memory limit or hands out devices."""
+        """Return memory limit and devices for local processes; Slurm enforces its own."""
+        # submitit's local executor enforces `timeout_min` itself, but neither memory nor devices.
         if self.on_slurm:
             return {}
         return {"devices": tuple(visible_gpus()), "memory_gb": self.settings.get("mem_gb")}
 
     def carry_out(self, calls: list[Call]) -> None:
-        """Submit the calls and wait for all, whatever becomes of single ones."""
+        """Submit the jobs and wait for all of them, whether they succeed or not."""
+        # submitit replaces %j by the job id, so that every job has its own log folder.
         executor = self._executor(calls[0].folder / "submitit" / "%j")
         at_once = len(calls)
         if not self.on_slurm:  # Slurm has a queue, a single machine has none
             at_once = int(self.settings.get("parallel") or len(visible_gpus()) or 2)
         waiting = iter(calls)
         while some := list(islice(waiting, at_once)):
+            # One batch becomes one Slurm array: a single sbatch call, whatever the number of jobs.
             with executor.batch():
                 jobs = [executor.submit(call) for call in some]
             self._wait(jobs)
 
     def _wait(self, jobs: list[Any]) -> None:
-        """Wait for all; when this process is interrupted, only Slurm keeps its jobs."""
+        """Wait for all jobs; on an interruption cancel local ones and leave Slurm's queued."""
         try:
+            # `wait`, not `result`: the latter would raise the error of a failed job.
             for job in jobs:
                 job.wait()
         except BaseException:
@@ -88,7 +93,7 @@ class Queue(Calls):
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as submitit takes it: lists and dictionaries, no config nodes."""
+    # submitit expects plain lists and dicts, not OmegaConf's nodes.
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

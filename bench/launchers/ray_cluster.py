@@ -1,4 +1,4 @@
-"""Jobs as Ray tasks, on a cluster that Ray starts here or on one that is there already."""
+"""Jobs as Ray tasks, on a cluster started on this machine or an existing one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bench.launchers.engine import engine
 
 GIB = 2**30
 STARTS = 3
-"""A busy machine may need longer than the 30 s in which Ray expects a node to be up."""
+"""Attempts to start Ray: a busy machine may exceed the 30 s that Ray gives a node to start."""
 
 
 class Ray(Calls):
-    """Ray hands out processors, memory and devices, and sets CUDA_VISIBLE_DEVICES for a job."""
+    """Launcher on Ray, which assigns CPUs, memory and devices, and sets CUDA_VISIBLE_DEVICES."""
 
     def limits(self) -> dict[str, Any]:
-        """Ray has no time limit for a task, so a job keeps its own."""
+        """Return the time limit: Ray has none for tasks, so the job enforces it."""
         return {"minutes": self.settings.get("timeout_min")}
 
     def carry_out(self, calls: list[Call]) -> None:
-        """Send all calls to the cluster and wait until each has come back or is lost."""
+        """Send all jobs to the cluster and wait until each has ended or is lost."""
         _before_ray_is_imported()
         ray: Any = engine("ray", "ray")
         started = self._connect(ray)
@@ -34,14 +34,14 @@ class Ray(Calls):
                 try:
                     ray.get(task)
                 except ray.exceptions.RayError:
-                    continue  # a worker, or its machine, is gone; the job's note says so
+                    continue  # the worker or its machine died; the job's status file shows it
         finally:
             if started:
                 ray.shutdown()
 
     def _connect(self, ray: Any) -> bool:
-        """Join the cluster at `address`, or start one here; return whether it is ours to end."""
-        if ray.is_initialized():
+        """Join the cluster at `address` or start one; return whether this launcher must end it."""
+        if ray.is_initialized():  # a host program's connection must survive the sweep
             return False
         address = self.settings.get("address")
         local: dict[str, Any] = {}
@@ -57,7 +57,7 @@ class Ray(Calls):
                     **local,
                 )
                 break
-            except Exception as error:  # Ray says a plain Exception when a node is too slow
+            except Exception as error:  # Ray raises a plain Exception if a node starts too slowly
                 ray.shutdown()
                 if not left:
                     reason = str(error).splitlines()[0]
@@ -67,7 +67,7 @@ class Ray(Calls):
         return True
 
     def _needs(self) -> dict[str, Any]:
-        """Return what a job needs; Ray starts it where that is free."""
+        """Return the resources of a job; Ray starts it where they are free."""
         gpus = self.settings.get("gpus_per_job", "auto")
         if gpus == "auto":
             gpus = 1 if visible_gpus() else 0
@@ -75,24 +75,25 @@ class Ray(Calls):
         memory_gb = self.settings.get("mem_gb")
         if memory_gb:
             needs["memory"] = int(memory_gb * GIB)
-        # What is lost is started again by `Calls`, which also counts how often.
+        # The base class repeats lost jobs, once; Ray's own retries would come on top of that.
         return {**needs, "max_retries": 0}
 
 
 def _before_ray_is_imported() -> None:
-    """Set what Ray reads from the environment, unless the user has."""
+    """Set environment variables that Ray reads when it is imported, unless the user has."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A job that asks for no GPU keeps seeing what there is.
+    # Without this, Ray hides all GPUs from a job that requests none (`gpus_per_job: 0`).
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _run(call: Call) -> None:
-    """Call, in a Ray worker, whose own handling of SIGTERM is left alone."""
+    # A plain function, not the command's entry point: Ray's handler of SIGTERM stays in place.
     call()
 
 
 def _import_path() -> dict[str, str]:
-    """Let the workers find the packages that this process finds."""
+    """Return a PYTHONPATH with which workers find the packages of this process."""
     given = os.environ.get("PYTHONPATH", "")
+    # The folder that contains `bench`, counted from this file: adapt the index if it moves.
     here = str(Path(__file__).parents[2])
     return {"PYTHONPATH": os.pathsep.join(p for p in (here, given) if p)}

@@ -1,7 +1,7 @@
-"""The searching sweeper: Optuna asks for trials, this launches them as jobs and tells what came.
+"""Optuna sweeper: asks Optuna for trials, launches them as jobs, and reports their objectives.
 
-hydra-optuna-sweeper's released version needs Optuna 2, so this uses Optuna's own ask and tell.
-Its launcher is Hydra's, so a search runs on Slurm or Ray as a grid does.
+The released version of hydra-optuna-sweeper needs Optuna 2, so this uses Optuna's ask-and-tell
+interface. Jobs go through Hydra's launcher, so a search runs on Slurm or Ray just like a grid.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
     from bench.records import Record
 
-# Kept with a trial: its standing after the early tasks, the run it came to, why it failed.
+# User attributes of a trial: its result on the early tasks, its run id, why it failed.
 EARLY, RUN, REASON = "early", "run", "reason"
 
 
 class Search(Launching):
-    """Looks for the best compromises between `objectives` in a `space`, `trials` times.
+    """Searches `space` for Pareto-optimal trade-offs between `objectives`.
 
     Args:
-        study: its name; the journal is `results_dir/studies/NAME.log` and is gone on with.
-        trials: how many are to end, pruned ones included.
-        parallel: how many are asked for, and launched, at once.
-        seed: of Optuna's sampler (TPE).
-        objectives: such as `maximize average` or `minimize flops`: a task or a cost's quantity.
-        space: per key a range in Hydra's own words: `interval(0.1,0.7)`, `range(2,9)`,
-            `choice(a,b)`, with `tag(log,interval(...))` for a logarithmic one.
-        early: tasks to score first; hopeless trials end there.
-        margin: standard errors by which a trial must be behind to be called hopeless.
+        study: name; its journal is `results_dir/studies/NAME.log`; an existing study is resumed.
+        trials: number of finished trials, pruned ones included.
+        parallel: number of trials that are asked for and launched at once.
+        seed: seed of Optuna's TPE sampler.
+        objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
+        space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
+            `choice(a,b)`; `tag(log,interval(...))` samples logarithmically.
+        early: tasks to score first; dominated trials stop there.
+        margin: standard errors by which a trial must be behind to be stopped.
     """
 
     def __init__(
@@ -57,10 +57,12 @@ class Search(Launching):
         self.space, self.early, self.margin = dict(space), list(early), margin
 
     def sweep(self, arguments: list[str]) -> None:
-        """Go on with the study until it has its trials, then write what was found."""
+        """Run trials until the study has `trials` of them, then write its results."""
+        # Fails before any work if Optuna is not installed.
         engine("optuna", "search")
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         ranges = [f"{key}={values}" for key, values in self.space.items()]
+        # A key given on the command line replaces its range of the config.
         given = {text.partition("=")[0] for text in arguments}
         ranges = [text for text in ranges if text.partition("=")[0] not in given]
         space, fixed = distributions(parser.parse_overrides([*ranges, *arguments]))
@@ -68,12 +70,14 @@ class Search(Launching):
         journal = folder.parent.parent / "studies" / f"{self.name}.log"
         journal.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # One process per study: requeueing takes every RUNNING trial for one of a dead process.
             with FileLock(journal.with_suffix(".lock"), blocking=False):
                 study = self._study(journal)
                 self._go_on(study, folder, space, fixed)
         except Timeout:
             raise UserError(
-                f"hydra.sweeper.study={self.name}: another process is working on it"
+                f"hydra.sweeper.study={self.name} is in use by another process: "
+                "wait for it, or choose another name"
             ) from None
         _write(study, self.objectives, folder)
         plan = read(folder)
@@ -81,7 +85,7 @@ class Search(Launching):
             plan.with_jobs([], complete=True)
 
     def _study(self, journal: Path) -> Study:
-        """Open the study, or begin it; its journal is text and safe against a crash."""
+        """Open or create the study; Optuna's journal is append-only text and survives a crash."""
         optuna: Any = engine("optuna", "search")
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -94,10 +98,11 @@ class Search(Launching):
             directions=list(self.objectives.values()),
             load_if_exists=True,
         )
+        # Optuna stores the directions only: values of different quantities would be mixed silently.
         if study.user_attrs.get("objectives", self.objectives) != self.objectives:
             raise UserError(
-                f"hydra.sweeper.study={self.name} has other objectives "
-                f"({study.user_attrs['objectives']}): give hydra.sweeper.study=ANOTHER"
+                f"hydra.sweeper.study={self.name} exists with different objectives "
+                f"({study.user_attrs['objectives']}): choose another name"
             )
         study.set_user_attr("objectives", self.objectives)
         _take_up(study)
@@ -105,6 +110,8 @@ class Search(Launching):
 
     def _go_on(self, study: Study, folder: Path, space: dict[str, Any], fixed: list[str]) -> None:
         left = self.trials - len(_ended(study))
+        # Failed trials count as asked here, but not as ended: the next resume asks for them again,
+        # while this loop is guaranteed to stop.
         while left > 0:
             asked = [study.ask(space) for _ in range(min(self.parallel, left))]
             left -= len(asked)
@@ -113,15 +120,17 @@ class Search(Launching):
             records = self._launch(folder, [jobs[trial.number] for trial in promising])
             for trial, came in zip(promising, records, strict=True):
                 self._tell(study, trial, came)
+            # After every batch, so that an interrupted search can be inspected.
             _write(study, self.objectives, folder)
 
     def _after_early_tasks(
         self, study: Study, folder: Path, asked: list[Trial], jobs: dict[int, list[str]]
     ) -> list[Trial]:
-        """Score the early tasks of the trials and return those that are not hopeless."""
+        """Score the early tasks of the trials and return those that are not dominated."""
         if not self.early:
             return asked
         short = [f"benchmark.tasks=[{','.join(self.early)}]"]
+        # Perplexity is scored next to the tasks and would make the short run long.
         if "perplexity" in self.config.benchmark:
             short.append("~benchmark.perplexity")
         standings: dict[int, Standing] = {}
@@ -135,6 +144,7 @@ class Search(Launching):
             trial.set_user_attr(EARLY, standings[trial.number].as_list())
         rivals = [Standing.read(t.user_attrs[EARLY]) for t in _completed(study)
                   if EARLY in t.user_attrs]  # fmt: skip
+        # Trials of the same batch compete as well; otherwise the first batch could stop none.
         rivals += standings.values()
         promising = []
         for trial in asked:
@@ -146,12 +156,11 @@ class Search(Launching):
         return promising
 
     def _costs(self, record: Record) -> tuple[float, ...]:
-        """Return those objectives that are costs, all as numbers to be small."""
         small = [name for name, direction in self.objectives.items() if direction == "minimize"]
         return tuple(value for name in small if (value := objective(record, name)) is not None)
 
     def _launch(self, folder: Path, jobs: list[list[str]]) -> list[Record | str]:
-        """Run jobs; return the record of each, or why there is none."""
+        """Run jobs; return the record of each, or the reason why there is none."""
         if not jobs:
             return []
         plan = (read(folder) or Plan(folder, (), str(Path.cwd()), "")).with_jobs(
@@ -164,11 +173,11 @@ class Search(Launching):
             number = plan.number(job)
             note = read_note(folder, number) if number is not None else None
             record = store.find(note["run"]) if note and note["state"] == "done" else None
-            came.append(record or (note or {}).get("reason", "it never began"))
+            came.append(record or (note or {}).get("reason", "it never started"))
         return came
 
     def _tell(self, study: Study, trial: Trial, came: Record | str) -> None:
-        """Tell Optuna the objectives of a trial, or that it failed."""
+        """Report the objectives of a trial to Optuna, or its failure."""
         from optuna.trial import TrialState
 
         if isinstance(came, str):
@@ -187,27 +196,28 @@ class Search(Launching):
 
 
 def _directions(objectives: list[str]) -> dict[str, str]:
-    """Read `maximize average` as average -> maximize, in order."""
+    """Parse texts such as `maximize average` into {average: maximize}, in order."""
     found = {}
     for text in objectives:
         direction, _, name = str(text).partition(" ")
         if direction not in ("maximize", "minimize") or not name.strip():
             raise UserError(
-                f"hydra.sweeper.objectives={text!r}: "
-                "allowed are `maximize NAME` and `minimize NAME`"
+                f"hydra.sweeper.objectives={text!r}: allowed: `maximize NAME`, `minimize NAME`"
             )
         found[name.strip()] = direction
     if not found:
-        raise UserError("hydra.sweeper.objectives is empty: give [maximize average]")
+        raise UserError("hydra.sweeper.objectives is empty: set it to [maximize average], say")
     return found
 
 
 def _take_up(study: Study) -> None:
-    """Ask again for what a killed process left behind and for what failed."""
+    """Requeue trials that a killed process left running, and failed ones."""
     from optuna.trial import TrialState
 
     ended = [trial.params for trial in _ended(study)]
     again: list[dict[str, Any]] = []
+    # A trial cannot return from FAIL, so its parameters are enqueued as a new one, once each,
+    # unless a repetition has ended or is waiting already.
     for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
@@ -239,7 +249,7 @@ def _prune(study: Study, trial: Trial) -> None:
 
 
 def _write(study: Study, objectives: dict[str, str], folder: Path) -> None:
-    """Write the trials and which of them no other beats, for whoever prints or plots them."""
+    """Write all trials, with the Pareto-optimal ones marked, for reports and plots."""
     front = {trial.number for trial in study.best_trials} if _completed(study) else set()
     trials = [
         {

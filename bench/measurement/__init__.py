@@ -1,1 +1,1 @@
-"""What a run costs: counted sizes and FLOPs, measured time."""
+"""Cost of a model: counted sizes and FLOPs, measured time, memory and energy."""

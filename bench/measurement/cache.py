@@ -1,4 +1,4 @@
-"""How large a key-value cache is."""
+"""Size of a KV cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def held(cache: Any) -> int:
-    """Return the bytes of all keys and values in a cache, text and visual alike."""
+    """Return the bytes of all keys and values in a cache, for text and visual tokens."""
+    # By attribute suffix, since the cache layer of a method holds `visual_keys` and `visual_values`
+    # as well; by identity, since one tensor may be an attribute under two names.
     tensors = {
         id(value): value
         for layer in cache.layers

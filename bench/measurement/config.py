@@ -1,4 +1,4 @@
-"""What a costs config may say, checked once at the boundary."""
+"""Schema of the `costs` section of a config, validated at the boundary."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from bench.measurement.conventions import Name
 
 Quantity = Literal["latency", "memory", "energy", "limits"]
-"""What can be measured besides what is counted; `limits` are the device's own."""
+"""Quantities that can be measured in addition to the counts; `limits` is the device's roofline."""
 
 Grid = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class TimingConfig(BaseModel):
-    """At which shapes a model is measured, and how often.
+    """Shapes at which a model is measured, and the number of repetitions.
 
-    Language models: every batch with every length in tokens. Models that see images: every batch
-    with every number of words after one image. Image classifiers: every batch. An answer has
-    `new_tokens` tokens. A round times each contestant once; warm-up ends when the times have
-    settled, after `warm_up` rounds at the latest. There are `rounds` of them, and more until every
-    interval of a ratio reaches at most `precision` of it to either side; none is added beyond
-    `most_rounds` or after `most_seconds`, and what is wider then is marked. Where the machine was
-    loaded all rounds are repeated, `attempts` times in all, and what is kept then is marked.
+    Language models run every batch with every length in tokens; vision-language models every batch
+    with every number of words after one image; image classifiers every batch. A generation has
+    `new_tokens` tokens.
+
+    A round times each candidate once. Warm-up ends when the times have settled, after at most
+    `warm_up` rounds. At least `rounds` rounds follow; more are added until the interval of every
+    ratio extends at most `precision` of its value to either side, up to `most_rounds` rounds or
+    `most_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
+    all rounds are repeated, in `attempts` attempts at most; the best one is kept and marked.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +33,7 @@ class TimingConfig(BaseModel):
     batches: Grid = (1,)
     lengths: Grid = (512,)
     words: Grid = (32,)
+    # The first token belongs to the prefill: seconds per decoded token need a second one.
     new_tokens: int = Field(default=32, ge=2)
     rounds: int = Field(default=15, ge=5)
     precision: float = Field(default=0.03, gt=0, lt=1)
@@ -38,11 +41,12 @@ class TimingConfig(BaseModel):
     most_seconds: float = Field(default=90.0, gt=0)
     warm_up: int = Field(default=20, ge=1)
     attempts: int = Field(default=2, ge=1)
+    # Per window: a GPU's energy counter advances only about every 0.1 s.
     energy_seconds: float = Field(default=3.0, gt=0)
 
 
 class FlopsConfig(BaseModel):
-    """How FLOPs are told beside the suite's own count: a paper's `convention` by name, or none."""
+    """Paper's FLOP `convention` to report next to slimbench's own counts; none by default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,9 +56,9 @@ class FlopsConfig(BaseModel):
 class CostsConfig(BaseModel):
     """One entry of the `costs` config group.
 
-    Counted: at `batch` sequences of `length` tokens for a language model; for a model that sees
-    images, at one image and `words` words. Measured: what `measure` lists, at the shapes that
-    `timing` says.
+    FLOPs are counted at `batch` sequences of `length` tokens for a language model, and at one image
+    and `words` words for a vision-language model. `measure` lists what is measured in addition, at
+    the shapes of `timing`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

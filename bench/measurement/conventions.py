@@ -1,9 +1,9 @@
-"""FLOPs as papers count them, by name: for their tables only, never for a claim of this suite.
+"""FLOP conventions of papers, by name: for reproducing their tables, never for slimbench's claims.
 
-Symbols: L layers, d d_model, m the feed-forward's width, n visual tokens of a layer, t text tokens.
-None of them counts vision tower, projector or head, a discount for grouped keys and values, or the
-keys of the other kind of tokens. Sources are named with each; a formula that is inferred from a
-paper's figures, because its text does not give one, says so.
+Symbols: L layers, d d_model, m feed-forward width, n visual tokens of a layer, t text tokens.
+No convention counts vision tower, projector or head, none discounts grouped-query attention, and
+none counts attention between text and visual tokens. Each function names its source; a formula
+inferred from a paper's figures, because the text gives none, says so.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Name = Literal["yopo", "pyramiddrop", "visionzip", "fastv", "vtw"]
 
 @dataclass(frozen=True)
 class Decoder:
-    """A prompt in a decoder as papers see it: d, m, t and what each layer does for visual tokens.
+    """Inputs of a convention: d (`width`), m (`inner`), t (`text`) and the work of each layer.
 
-    `heads` of a layer beyond the last with visual tokens still say what a plan keeps there.
+    A layer after the last one with visual tokens still states the share of heads it would keep.
     """
 
     width: int
@@ -32,15 +32,16 @@ class Decoder:
 
 
 def yopo(decoder: Decoder) -> float:
-    """Return 8 n d² h² + 6 n d m r + 4 n² d h², summed over layers: visual tokens alone.
+    """Return 8 n d² h² + 6 n d m r + 4 n² d h², summed over layers, for visual tokens only.
 
-    Multiply and add count apart; h are the heads kept on average over all layers, r the neurons of
-    a layer, and the last term is nothing where visual tokens see only neighbours. Dense, it gives
-    the 7.63 T and 14.89 T of arXiv 2410.06169's table 2. That labels of 25 % and 12 % take h
-    squared is inferred from them (and from Qwen2-VL's 30.51 of 44.25); a projection's true cost is
-    linear in h.
+    A multiply-add counts as two; h is the share of heads kept, averaged over all layers, and r the
+    share of neurons kept in a layer. The last term is 0 in a layer where visual tokens attend only
+    to neighbours. For the dense model the formula gives the 7.63 T and 14.89 T of table 2 of arXiv
+    2410.06169. That h enters squared is inferred from the rows labelled 25 % and 12 % (and from
+    Qwen2-VL's 30.51 of 44.25); the true cost of a projection is linear in h.
     """
     d, m, total = decoder.width, decoder.inner, 0.0
+    # Averaged over all layers: one without visual tokens still states the heads it would keep.
     share = sum(layer.heads for layer in decoder.layers) / len(decoder.layers)
     for layer in decoder.layers:
         n = layer.tokens
@@ -50,7 +51,7 @@ def yopo(decoder: Decoder) -> float:
 
 
 def pyramid_drop(decoder: Decoder) -> float:
-    """Return 4 n d² + 3 n d m + 2 n² d, summed over layers: multiply-adds of visual tokens alone.
+    """Return 4 n d² + 3 n d m + 2 n² d, summed over layers: multiply-adds of visual tokens only.
 
     It gives the 3.82 T of LLaVA-1.5-7B in PyramidDrop (arXiv 2410.17247) and VisionZip.
     """
@@ -60,11 +61,11 @@ def pyramid_drop(decoder: Decoder) -> float:
 
 
 def fast_v(decoder: Decoder) -> float:
-    """Return 4 n d² + 2 n² d + 2 n d m, summed over layers, n being all tokens, text too.
+    """Return 4 n d² + 2 n² d + 2 n d m, summed over layers, where n includes text tokens.
 
-    Multiply-adds, and two matrices of a feed-forward that has three (FastV, arXiv 2403.06764; the
-    same formula in VTW). Readers of VTW get 3.23 T for LLaVA-1.5-7B with 46 text tokens from it,
-    while its table prints 8.48 T, made by another program (lzhxmu/VTW, issue 7).
+    Counts multiply-adds, and only two of the three matrices of a gated feed-forward (FastV, arXiv
+    2403.06764; VTW uses the same formula). For LLaVA-1.5-7B with 46 text tokens it gives 3.23 T,
+    whereas VTW's table prints 8.48 T, computed by a different program (lzhxmu/VTW, issue 7).
     """
     d, m = decoder.width, decoder.inner
     tokens = (decoder.text + layer.tokens for layer in decoder.layers)

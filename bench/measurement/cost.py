@@ -1,4 +1,4 @@
-"""One number of cost, as records keep it."""
+"""One cost of a model, with the fields that a record stores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bench.records.record import How
 
 @dataclass(frozen=True)
 class Cost:
-    """One number of cost: what of, which quantity, its unit, and how it was had.
+    """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
 
-    `parts` are the numbers that it is made of or comes with; `note` is what a reader must know
-    before using it, such as that the machine was loaded.
+    `parts` holds its components or accompanying numbers; `note` is a caveat for the reader, such as
+    a loaded machine.
     """
 
     scope: str

@@ -1,4 +1,4 @@
-"""Energy of a call: a counter read before and after many calls in a row."""
+"""Energy of a call, from a hardware counter read before and after many consecutive calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ WINDOWS = 3
 
 @torch.no_grad()
 def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
-    """Yield the joules of one call and, beside them, the dense model's; a gap without a counter."""
+    """Yield the joules of one call, with the dense model's next to them.
+
+    Without an energy counter one missing measurement is yielded instead.
+    """
     device = subject.model.device
     try:
         counter = meter(device)
@@ -43,9 +46,10 @@ def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
         try:
             with Watch(device) as watch:
                 spent = joules(calls, counter, device, seconds)
-        except Unavailable as reason:  # it answered before
+        except Unavailable as reason:  # a counter may vanish between two readings
             yield Gap(scope, "energy", str(reason))
             continue
+        # What the counter covers (a GPU board, a CPU package) always belongs to the number.
         note = "; ".join(filter(None, (counter.how, watch.reading.fault)))
         parts = {"dense": spent[1]} if subject.dense else {}
         yield Cost(scope, "energy", "J", spent[0], "measured", parts, note)
@@ -59,10 +63,11 @@ def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
 def joules(
     calls: Sequence[Callable[[], object]], meter: Meter, device: torch.device, seconds: float
 ) -> list[float]:
-    """Return the joules of one call of each contestant: the median over windows taken in turn.
+    """Return the joules per call of each candidate: the median over windows taken in turn.
 
-    A window lasts at least `seconds`, since a GPU's counter moves only every tenth of a second.
+    A window lasts at least `seconds`: a GPU's counter advances only every tenth of a second.
     """
+    # In turn, so that drift of the machine's temperature or load affects all candidates alike.
     kept: list[list[float]] = [[] for _ in calls]
     for _ in range(WINDOWS):
         for call, found in zip(calls, kept, strict=True):
@@ -73,11 +78,14 @@ def joules(
 def _window(
     call: Callable[[], object], meter: Meter, device: torch.device, seconds: float
 ) -> float:
-    """Repeat a call until the time is over; return the joules of one."""
+    """Repeat a call for `seconds`; return the joules per call."""
+    # Energy of work queued earlier must not fall into the window.
     synchronize(device)
     before, began, count = meter.joules(), time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         call()
+        # Per call, not per window: otherwise the loop would only enqueue kernels and overrun the
+        # window by the length of the queue.
         synchronize(device)
         count += 1
     return (meter.joules() - before) / count

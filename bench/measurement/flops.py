@@ -1,8 +1,8 @@
-"""FLOPs of one call, counted by PyTorch's dispatcher on the meta device or while it really runs.
+"""Counted FLOPs of one call, on the meta device or during a real run, and their split into parts.
 
-One multiply-add is two FLOPs. The total charges attention in full, masked pairs included, since
-that is what a kernel is asked for; `Counted.causal` leaves them out. Shapes: B sequences or images,
-L tokens.
+One multiply-add is two FLOPs. The total charges attention in full, including masked pairs, because
+that is what the kernel is called with; the causal count leaves them out. Shapes: B sequences or
+images, L tokens.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from bench.measurement.counting.ghost import ghost
 from bench.models.vision import Classifier
 
 VISION = ("vision_tower", "visual", "vision_model")
-# Qwen's mergers, the projector's counterpart, are inside the tower.
+# Qwen's mergers, which take the place of a projector, are submodules of the vision tower.
 PROJECTOR = ("multi_modal_projector", "merger", "deepstack_merger_list")
 HEAD = ("lm_head",)
 
 
 def count_text(network: nn.Module, batch: int, length: int) -> tuple[Counted, Counted]:
-    """Count `batch` sequences of `length` tokens, and the token after them.
+    """Count a forward over `batch` sequences of `length` tokens, and the token after it.
 
-    The first is one forward with the logits of all tokens, as text is scored; the second finds
-    their keys and values cached.
+    The first forward computes logits for all tokens, as scoring does; the second runs on the KV
+    cache of the first.
 
     Raises:
-        UserError: what the network computes depends on values, which do not exist on that device.
+        UserError: the network's control flow depends on values, which the meta device lacks.
     """
     with ghost(network) as call:
         ids_BL = torch.zeros(batch, length + 1, dtype=torch.long, device="meta")
@@ -46,12 +46,15 @@ def count_text(network: nn.Module, batch: int, length: int) -> tuple[Counted, Co
                 call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             kind = type(network).__name__
-            raise UserError(f"what {kind} computes depends on values: {error}") from None
+            raise UserError(
+                f"{kind} has data-dependent control flow and cannot be counted on the meta device: "
+                f"{error}"
+            ) from None
     return text, token
 
 
 def count_images(network: Classifier, batch: int) -> Counted:
-    """Count one forward over `batch` images of the size that the network is built for."""
+    """Count one forward over `batch` images of the network's input size."""
     config = network.config
     shape = (batch, config.channels, config.size, config.size)
     with ghost(network) as call:
@@ -62,7 +65,7 @@ def count_images(network: Classifier, batch: int) -> Counted:
 
 
 def language_parts(counted: Counted) -> dict[str, int]:
-    """Return FLOPs by the modules they belong to: attention, feed-forward, head, others."""
+    """Split FLOPs by module into attention, feed-forward, head and other."""
     parts = {
         "attention": counted.below(*ATTENTION),
         "feed_forward": counted.below(*FEED_FORWARD),
@@ -72,10 +75,11 @@ def language_parts(counted: Counted) -> dict[str, int]:
 
 
 def multimodal_parts(counted: Counted) -> dict[str, int]:
-    """Return FLOPs of vision tower, projector, decoder and head; a method's own are the decoder's.
+    """Split FLOPs into vision tower, projector, decoder and head.
 
-    What a method has the tower or the projector do again is theirs.
+    FLOPs of a method count as the decoder's, except where it runs the tower or the projector again.
     """
+    # The decoder is the remainder, so the parts always add up to the total.
     projector, head = counted.below(*PROJECTOR), counted.below(*HEAD)
     vision = counted.below(*VISION) - counted.below(*PROJECTOR, within=VISION)
     decoder = counted.total - vision - projector - head
@@ -83,7 +87,8 @@ def multimodal_parts(counted: Counted) -> dict[str, int]:
 
 
 def image_parts(counted: Counted) -> dict[str, int]:
-    """Return FLOPs of convolutions, dense layers and others, by their operators."""
+    """Split FLOPs by operator into convolutions, dense layers and other."""
+    # By operator instead of by module: each classifier architecture names its modules differently.
     kinds: dict[Any, int] = counted.modules.get("Global", {})
     convolution = sum(flops for kind, flops in kinds.items() if "convolution" in str(kind))
     dense = sum(flops for kind, flops in kinds.items() if "mm" in str(kind))

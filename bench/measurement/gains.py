@@ -1,4 +1,4 @@
-"""The times of a model beside the dense one's: the gain, and how much of it was to be expected.
+"""Latency of a model next to its dense baseline: speed-up, and the share of theory realised.
 
 Suffixes: N networks, the measured one first; R rounds.
 """
@@ -26,16 +26,19 @@ from bench.measurement.traffic import bytes_read
 from bench.measurement.workload import Answering, Workload
 
 LEAST_SAVED = 0.05
-"""Of the FLOPs: below it the share that was realised would be noise over almost nothing."""
+"""Share of FLOPs: below it the realised share would divide noise by almost zero."""
 
 
 def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | None) -> Rows:
-    """Yield, stage by stage, seconds, gain, and the shares of theory and of the device's limit."""
+    """Yield per stage the seconds, the speed-up, and the shares of theory and roofline reached."""
     device = subject.model.device
+    # FLOPs and bytes are counted first, in calls of their own: hooks and dispatch modes would slow
+    # the timed calls.
     flops = [latency.work_of(network, device, work) for network in subject.networks]
     bytes = _bytes_read(subject, work) if best else {}
     contestants = [latency.contestant(network, device, work) for network in subject.networks]
     compared = subject.dense is not None and not subject.no_gain
+    # Without a comparison there is no ratio whose interval could decide: run `timing.rounds`.
     enough = partial(_precise, precision=timing.precision) if compared else lambda _: True
     rounds = interleave(contestants, device, timing, enough)
     said = {"rounds": float(rounds.count), "warm_up": float(rounds.warm_up)}
@@ -61,7 +64,6 @@ def rows(subject: Subject, work: Workload, timing: TimingConfig, best: Limits | 
 
 
 def _precise(seconds: Seconds, precision: float) -> bool:
-    """Whether the speed-up of every stage is known as well as was asked for."""
     return all(_speedup(seconds_NR).reach <= precision for seconds_NR in seconds.values())
 
 
@@ -70,22 +72,24 @@ def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
 
 
 def _gain(scope: str, ratio: Ratio, left: float | None, rounds: Rounds, precision: float) -> Rows:
-    """Yield the speed-up and, of the share of FLOPs saved, the share that time was saved too.
+    """Yield the speed-up, and the time saved as a fraction of the FLOPs saved (`realised`).
 
-    `left` is the share of FLOPs that is left, None if they could not be counted. Of the share that
-    was realised, 1 means that time fell as FLOPs did, 0 that it did not fall at all; below 0 the
-    model is slower than the dense one.
+    `left` is the share of FLOPs that remains, None if they could not be counted. A realised share
+    of 1 means that time fell as much as FLOPs, 0 that it did not fall, and below 0 that the model
+    is slower than the dense one.
     """
-    wide = f"the speed-up's interval still reaches over {100 * precision:g} % to one side at last"
+    wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
     note = "; ".join(filter(None, (rounds.note, wide if ratio.reach > precision else None))) or None
     parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
     yield Cost(scope, "speedup", "1", ratio.value, "measured", parts, note)
     if left is None:
-        yield Gap(scope, "realised", "an operator whose FLOPs are not known")
+        yield Gap(scope, "realised", "an operator has no FLOP formula")
         return
     if 1 - left < LEAST_SAVED:
         yield Gap(scope, "realised", f"under {100 * LEAST_SAVED:g} % of FLOPs saved")
         return
+    # Seconds saved over FLOPs saved, both as shares of the dense model: time left is 1 / speed-up.
+    # The function is monotonic, so the ends of the interval map to ends.
     shares = {
         name: (1 - 1 / gain) / (1 - left)
         for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
@@ -94,7 +98,7 @@ def _gain(scope: str, ratio: Ratio, left: float | None, rounds: Rounds, precisio
 
 
 def _overhead(subject: Subject, work: Workload, note: str | None) -> Rows:
-    """Yield what a method's own choices take of a prefill, where it makes any."""
+    """Yield the seconds of a prefill that the method's own selection takes, if it makes one."""
     seconds = latency.overhead(subject.model, work)
     if seconds:
         found = _percentiles(np.array(seconds))
@@ -104,7 +108,7 @@ def _overhead(subject: Subject, work: Workload, note: str | None) -> Rows:
 
 @torch.no_grad()
 def _bytes_read(subject: Subject, work: Workload) -> dict[str, float]:
-    """Return the bytes that each stage's calls read at least; decoding reads the prompt's cache."""
+    """Return the minimum of bytes read per stage; a decoding step also reads the prompt's cache."""
     model, inputs = subject.model, work.on(subject.model.device)
     network, anatomy = model.network, model.anatomy
     single = bytes_read(network, anatomy, lambda _: work.forward(network, inputs))
@@ -114,7 +118,8 @@ def _bytes_read(subject: Subject, work: Workload) -> dict[str, float]:
     step = bytes_read(
         network,
         anatomy,
-        # The prefill is over when the first token is there.
+        # The prefill ends with the first token: clear what ran until then. If later steps run a
+        # module several times its weights still count once, so this is the cost of one step.
         lambda forget: work.answer(network, inputs, lambda n: forget() if n == 1 else None),
     )
     return {PREFILL: single, DECODE: step + cache}

@@ -1,4 +1,4 @@
-"""What could not be had, and why: a marked gap instead of a zero."""
+"""Missing measurement with its reason, recorded instead of a zero."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from bench.records.record import How
 
 @dataclass(frozen=True)
 class Gap:
-    """One number that is not there: what of, which quantity, and the reason in a few words.
+    """One missing cost: scope, quantity, and the reason in a few words.
 
-    `how` says which way failed where a number can be had in several, None where there is one.
+    `how` names the method that failed if the quantity can be obtained in several ways, else None.
     """
 
     scope: str

@@ -1,4 +1,4 @@
-"""Contestants timed in turn in one process, so that a busy machine slows all of them alike."""
+"""Candidates timed in turn in one process, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from bench.device.machine import Reading, Watch
 from bench.measurement.config import TimingConfig
 
 Contestant = Callable[[], dict[str, float]]
-"""Does its work once and returns the seconds of each stage."""
+"""Runs its work once and returns the seconds of each stage."""
 Seconds = dict[str, NDArray[np.float64]]
-"""Of each stage, [contestants, rounds]."""
+"""Seconds per stage, [candidates, rounds]."""
 Enough = Callable[[Seconds], bool]
-"""Whether what is wanted is known well enough from so many rounds."""
+"""Whether the rounds so far determine the result precisely enough."""
 
 WINDOW = 3
 STEADY = 0.03
 STEP = 5
-"""Rounds between two looks at whether they are enough: odd, so that not always the same contestant
-is the one that runs after a look, with nothing in the cache."""
+"""Rounds between two precision checks. Odd, because the order alternates per round: the candidate
+that runs right after a check, with cold caches, is then not always the same one."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What was timed, and on which machine; `note` says why not to trust it."""
+    """Times of all rounds and the state of the machine; `note` says why they may be unreliable."""
 
     seconds: Seconds
     warm_up: int
@@ -39,12 +39,12 @@ class Rounds:
 
     @property
     def count(self) -> int:
-        """How many rounds there were."""
+        """Number of rounds."""
         return int(next(iter(self.seconds.values())).shape[1])
 
     @property
     def note(self) -> str | None:
-        """What a reader must know before using these numbers; None where all is well."""
+        """Caveat for the reader of these numbers; None if there is none."""
         unsettled = None if self.settled else f"times had not settled after {self.warm_up} rounds"
         return "; ".join(filter(None, (self.machine.fault, unsettled))) or None
 
@@ -55,11 +55,11 @@ def interleave(
     timing: TimingConfig,
     enough: Enough = lambda _: True,
 ) -> Rounds:
-    """Time the contestants round by round after a warm-up, again where the machine was loaded.
+    """Warm up, then time the candidates round by round; repeat if the machine was loaded.
 
-    Every other round runs in the opposite order, so that none always comes first. After
-    `timing.rounds` more are added until they are `enough`, or until the config's limits. Of
-    several attempts on a loaded machine the one is kept in which others took least.
+    The order is reversed every round, so that no candidate always comes first. After
+    `timing.rounds` rounds more are added until `enough` returns True or a limit of the config is
+    reached. Of several attempts on a loaded machine, the one with the least foreign load is kept.
     """
     warm_up, settled = _warm_up(contestants, timing.warm_up)
     attempts: list[Rounds] = []
@@ -73,7 +73,8 @@ def interleave(
 
 
 def _warm_up(contestants: Sequence[Contestant], most: int) -> tuple[int, bool]:
-    """Run rounds until they take what the rounds before took; how many, and whether they do."""
+    """Run rounds until their times have settled; return how many, and whether they settled."""
+    # The sum over candidates and stages decides: all of them must be warm.
     took: list[float] = []
     for number in range(1, most + 1):
         took.append(sum(sum(contestant().values()) for contestant in contestants))
@@ -83,7 +84,7 @@ def _warm_up(contestants: Sequence[Contestant], most: int) -> tuple[int, bool]:
 
 
 def _settled(took: Sequence[float]) -> bool:
-    """Whether the median of the last rounds is within 3 % of that of as many before them."""
+    """Whether the median of the last three rounds is within 3 % of that of the three before."""
     if len(took) < 2 * WINDOW:
         return False
     before = statistics.median(took[-2 * WINDOW : -WINDOW])
@@ -91,7 +92,7 @@ def _settled(took: Sequence[float]) -> bool:
 
 
 def _rounds(contestants: Sequence[Contestant], timing: TimingConfig, enough: Enough) -> Seconds:
-    """Run rounds until they are enough, or as many as are allowed."""
+    """Run rounds until `enough` is satisfied or a limit of the config is reached."""
     kept: list[list[dict[str, float]]] = [[] for _ in contestants]
     order, began = list(range(len(contestants))), time.perf_counter()
     wanted = timing.rounds
@@ -103,6 +104,8 @@ def _rounds(contestants: Sequence[Contestant], timing: TimingConfig, enough: Eno
         seconds = {
             stage: np.array([[lap[stage] for lap in laps] for laps in kept]) for stage in kept[0][0]
         }
+        # Time is checked between batches of rounds only, so `most_seconds` is a soft limit: a
+        # started batch is completed, which keeps the number of rounds equal for all candidates.
         late = time.perf_counter() - began >= timing.most_seconds
         if late or wanted >= timing.most_rounds or enough(seconds):
             return seconds

@@ -1,10 +1,11 @@
-"""How long a model takes, stage by stage.
+"""Latency of a model per stage.
 
-- `prefill`: one call over the prompts, inputs on the device, until the cache is filled.
-- `first token`: from prompts in host memory to the first tokens' ids in host memory.
-- `decode`: from one token to the next, the mean over an answer.
-- `end to end`: from prompts in host memory to the last token's id.
-- `forward`: an image classifier's one call; `end to end` includes moving images and classes.
+- `prefill`: one call over the prompts, inputs on the device, until the KV cache is filled.
+- `first token`: from prompts in host memory to the ids of the first tokens in host memory.
+- `decode`: from one token to the next, the mean over a generation.
+- `end to end`: from prompts in host memory to the id of the last token.
+- `forward`: one call of an image classifier; its `end to end` includes the transfer of images and
+  classes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LEAST_SECONDS = 0.02
 
 
 def contestant(network: nn.Module, device: torch.device, work: Workload) -> Contestant:
-    """Return a call that does the work once and tells the seconds of each stage."""
+    """Return a callable that runs the workload once and returns the seconds of each stage."""
     resident = work.on(device)
 
     def forward() -> float:
@@ -40,12 +41,13 @@ def contestant(network: nn.Module, device: torch.device, work: Workload) -> Cont
         made = work.forward(network, resident)
         clock.mark()
         (seconds,) = clock.laps()
-        del made  # only now: giving memory back is not the network's work
+        del made  # only after the last mark: freeing memory is not the network's work
         return seconds
 
     def classify() -> float:
         clock = Clock(device)
         clock.mark()
+        # `cpu()` waits for the device, so the mark after it includes the transfer back.
         work.forward(network, work.on(device)).argmax(-1).cpu()
         clock.mark()
         return clock.laps()[0]
@@ -53,6 +55,7 @@ def contestant(network: nn.Module, device: torch.device, work: Workload) -> Cont
     def answer() -> list[float]:
         asked = cast(Answering, work)
         clock = Clock(device)
+        # One mark before and one per token: the laps are the first token, then each decoding step.
         clock.mark()
         asked.answer(network, asked.on(device), lambda _: clock.mark())
         return clock.laps()
@@ -69,9 +72,9 @@ def contestant(network: nn.Module, device: torch.device, work: Workload) -> Cont
 
 
 def _often(call: Callable[[], float]) -> float:
-    """Return the median seconds of as many calls as take 20 ms together, at least of one.
+    """Return the median seconds of one call, over as many calls as take 20 ms together.
 
-    A call of less than a millisecond says little alone.
+    A single call of less than a millisecond is too noisy.
     """
     seconds = [call()]
     while sum(seconds) < LEAST_SECONDS:
@@ -81,9 +84,9 @@ def _often(call: Callable[[], float]) -> float:
 
 @torch.no_grad()
 def work_of(network: nn.Module, device: torch.device, work: Workload) -> dict[str, float]:
-    """Return the FLOPs of each stage, counted in the calls that `contestant` times.
+    """Return the FLOPs of each stage, counted in the same calls that are timed.
 
-    Nothing where an operator has no formula.
+    A stage is left out if one of its operators has no FLOP formula.
     """
     inputs = work.on(device)
     single = flops(lambda: work.forward(network, inputs))
@@ -94,16 +97,17 @@ def work_of(network: nn.Module, device: torch.device, work: Workload) -> dict[st
     whole = flops(lambda: work.answer(network, inputs))
     if whole is None:
         return {PREFILL: single, FIRST: single}
+    # A generation is one prefill, which yields the first token, and new_tokens - 1 decoding steps.
     decode = (whole - single) / (work.new_tokens - 1)
     return {PREFILL: single, FIRST: single, DECODE: decode, WHOLE: whole}
 
 
 @torch.no_grad()
 def overhead(model: Model, work: Workload) -> list[float]:
-    """Return the seconds that a method's own choices take in each of some prefills.
+    """Return the seconds that a method's own selection takes, one value per prefill.
 
-    Timed in calls apart, since waiting for a device around them costs time itself; empty for a
-    model without such a method.
+    Measured in separate calls, because the device synchronisation around the selection costs time
+    itself. Empty for a model without such a method.
     """
     if model.overhead is None:
         return []

@@ -1,4 +1,4 @@
-"""Memory that a method does not give back, which a long sweep would run out of."""
+"""Memory that a method fails to release, which would exhaust the machine in a long sweep."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import nn
 from bench.device import release
 
 UNNOTICED = 256 * 2**20
-"""Bytes that may stay: imports, allocators' reserves, a library's caches."""
+"""Bytes that may remain: imported modules, allocator reserves, caches of libraries."""
 
 
 class Watch:
-    """Memory in use when it is made, apart from a network's own; `left` says what came on top."""
+    """Records memory in use at construction, less the network's own; `left` returns the growth."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._device = device
         self._before = self._used() - _bytes(network)
 
     def left(self, network: nn.Module) -> int:
-        """Return how many bytes more are in use now, 0 if it is not worth a word."""
+        """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
+        # Collecting garbage is slow, so it is done only if there seems to be a leak.
         if self._grown(network) > UNNOTICED:
             release(self._device)
         grown = self._grown(network)
@@ -32,9 +33,10 @@ class Watch:
         return self._used() - _bytes(network) - self._before
 
     def _used(self) -> int:
-        """Return the device's allocated bytes, or the process's own that are not mapped files."""
+        """Return the allocated bytes of a GPU, or the private resident bytes of the process."""
         if self._device.type == "cuda":
             return int(torch.cuda.memory_allocated(self._device))
+        # Shared pages are mapped files, such as weights read by mmap: the kernel can drop them.
         held = psutil.Process().memory_info()
         return int(held.rss - getattr(held, "shared", 0))
 

@@ -1,7 +1,7 @@
-"""What a device can do at best, measured here and now, and the least time that a call needs on it.
+"""Roofline of a device: its measured peak rates, and the minimum time that a call needs.
 
-A call cannot be faster than its FLOPs at the rate of a large matrix product, nor than its bytes at
-the bandwidth of a large copy (the roofline model: Williams, Waterman, Patterson, CACM 2009).
+A call cannot be faster than its FLOPs at the rate of a large matmul, nor than its bytes at the
+bandwidth of a large copy (roofline model: Williams, Waterman, Patterson, CACM 2009).
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from bench.device.clock import Clock
 
 REPEATS = 5
 SIDE = {"cuda": 8192, "cpu": 1024}
-"""Of the square matrices: large enough that a product is limited by arithmetic."""
+"""Side of the square matrices: large enough that the matmul is bound by arithmetic."""
 COPIED = {"cuda": 2**30, "cpu": 2**27}
-"""Bytes of the copy: many times larger than any cache."""
+"""Bytes of the copy: many times the size of any cache."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """FLOP/s of a matrix product and bytes/s of a copy, read and written bytes both counted."""
+    """FLOP/s of a matmul, and bytes/s of a copy with read and written bytes both counted."""
 
     matrix_rate: float
     bandwidth: float
 
     def least_seconds(self, flops: float, bytes: float) -> float:
-        """Return the time that a call of so many FLOPs and bytes needs at least."""
+        """Return the minimum time of a call with these FLOPs and bytes."""
+        # The maximum, not the sum: arithmetic and memory traffic can overlap completely.
         return max(flops / self.matrix_rate, bytes / self.bandwidth)
 
 
 @functools.cache
 def limits(device: torch.device, dtype: torch.dtype, threads: int) -> Limits:
-    """Measure a device's limits for one number format, once per process; the best of five.
+    """Measure a device's limits for one dtype, once per process, as the best of five calls.
 
-    `threads` are torch's on the CPU, on which the limits depend.
+    `threads` is torch's number of CPU threads; it is part of the cache key because CPU limits
+    depend on it.
     """
     side, copied = SIDE[device.type], COPIED[device.type]
     a_NN = torch.ones(side, side, dtype=dtype, device=device)
@@ -49,7 +51,8 @@ def limits(device: torch.device, dtype: torch.dtype, threads: int) -> Limits:
 
 
 def _best(device: torch.device, call: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of some calls, after one that does not count."""
+    """Return the seconds of the fastest of several calls, after a warm-up call."""
+    # The fastest, since a limit must not be understated: a share of it could exceed 1.
     call()
     clock = Clock(device)
     clock.mark()

@@ -1,7 +1,7 @@
-"""What a model costs at work, measured beside the dense one, as rows for its record.
+"""Measured costs of a model next to its dense baseline, as entries of a record.
 
-Every number that cannot be had is a `Gap` with its reason. A model whose weights were only zeroed
-or masked has its times like any other, but a gap where its gain would be.
+A number that cannot be obtained becomes a missing measurement with its reason. A model whose
+weights were only zeroed or masked gets its times like any other, but no speed-up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) -> Found:
-    """Measure all that the config lists, at every shape of its grid that the model can take."""
+    """Measure all that the config lists, at every shape of its grid that fits the model."""
     found, model = Found(), subject.model
     if not config.measure:
         return found
@@ -38,6 +38,8 @@ def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) 
     if "limits" in config.measure:
         best = _limits(model)
         found.add(_limit_rows(best, model))
+    # Out of memory ends one shape, not the run: smaller shapes of the grid still give numbers, and
+    # those of this shape that were yielded before the error are kept.
     for work in workloads(model, config.timing):
         if isinstance(work, Gap):
             found.gaps.append(work)
@@ -48,13 +50,13 @@ def measure(subject: Subject, config: CostsConfig, progress: Progress = SILENT) 
         except RuntimeError as error:
             if not is_exhausted(error):
                 raise
-            found.gaps.append(Gap(work.shape, "further cost", "memory ran out"))
+            found.gaps.append(Gap(work.shape, "further cost", "out of memory"))
+        # Free cached blocks, so that a shape does not fail for the fragments of the one before.
         release(model.device)
     return found
 
 
 def _rows(subject: Subject, work: Workload, config: CostsConfig, best: Limits | None) -> Rows:
-    """Yield all rows of one shape."""
     if "latency" in config.measure:
         yield from gains.rows(subject, work, config.timing, best)
     if "memory" in config.measure:
@@ -64,7 +66,7 @@ def _rows(subject: Subject, work: Workload, config: CostsConfig, best: Limits | 
 
 
 def _limits(model: Model) -> Limits | None:
-    """Return what the model's device can do at best; None where no memory is left to measure it."""
+    """Return the limits of the model's device, or None if it lacks the memory to measure them."""
     try:
         return limits(model.device, _dtype(model), torch.get_num_threads())
     except RuntimeError as error:
@@ -74,9 +76,8 @@ def _limits(model: Model) -> Limits | None:
 
 
 def _limit_rows(best: Limits | None, model: Model) -> Rows:
-    """Yield the device's limits, or the gap that they leave."""
     if best is None:
-        yield Gap("device", "limits", "memory ran out")
+        yield Gap("device", "limits", "out of memory")
         return
     kind = str(_dtype(model)).removeprefix("torch.")
     yield Cost("device", "matrix_rate", "FLOP/s", best.matrix_rate, "measured", note=kind)

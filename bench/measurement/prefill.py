@@ -1,7 +1,7 @@
-"""What a vision-language model does for one prompt with an image: counted, timed, its cache held.
+"""One prompt with an image through a vision-language model: FLOPs, time, and size of the KV cache.
 
-A real call, because methods that skip work decide row by row what is computed, which a call
-without values cannot show. Shapes: B prompts, S tokens of each.
+Runs real calls, because methods that skip work decide by values what is computed for each token; a
+call on the meta device cannot show that. Shapes: B prompts, S tokens of each.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ SQUARE = 336
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens of either kind a prompt has."""
+    """Number of visual and of text tokens of a prompt."""
 
     visual: int
     text: int
 
     @property
     def scope(self) -> str:
-        """The prompt in words."""
+        """Scope of the costs of the prefill, such as `prefill 1x(576 visual + 40 text)`."""
         return f"prefill 1x({self.visual} visual + {self.text} text)"
 
     @property
     def token_scope(self) -> str:
-        """The token that is generated after the prompt, in words."""
+        """Scope of the costs of the first token generated after the prompt."""
         return f"token after 1x({self.visual} visual + {self.text} text)"
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of each repetition of one prompt, and the bytes of the cache that it leaves.
+    """Seconds of each repetition of one prefill, and the bytes of its KV cache.
 
-    `overhead` is the part of a repetition that went into a method's own choices, timed in calls
-    apart, since waiting for a device around them costs time itself; empty where there is none.
+    `overhead` is the seconds of a prefill that a method's own selection takes. It is measured in
+    separate calls, because the device synchronisation around the selection costs time itself; empty
+    for a model without such a method.
     """
 
     cache_bytes: int
@@ -61,14 +62,15 @@ class Timed:
 
     @property
     def median(self) -> float:
-        """The median of the repetitions, in seconds."""
+        """Median of the repetitions in seconds."""
         return statistics.median(self.seconds)
 
 
 def prompt(model: Model, words: int) -> dict[str, Any]:
-    """Return one prompt as the model's processor makes it: a grey image, then `words` words."""
+    """Return one prompt as the model's processor builds it: a grey image, then `words` words."""
     from PIL import Image
 
+    # A one-letter word is one token in common vocabularies, so `words` is close to the text length.
     asked = [(" ".join(["a"] * words), None)]
     text = chat.render(model.processor, asked, images=1, system=model.config.system_prompt)
     image = Image.new("RGB", (SQUARE, SQUARE), GREY)
@@ -82,26 +84,27 @@ def prompt(model: Model, words: int) -> dict[str, Any]:
 
 
 def lengths(model: Model, inputs: dict[str, Any]) -> Lengths:
-    """Return a prompt's lengths.
+    """Count the visual and text tokens of a prompt.
 
     Raises:
-        UserError: it has no visual tokens.
+        UserError: the prompt has no visual tokens.
     """
     from bench.models.multimodal import locate
 
     tokens = locate(model.network, inputs)
     if tokens is None:
-        raise UserError(f"the processor of {model.name} makes no visual tokens of an image")
+        raise UserError(f"the processor of {model.name} produces no visual tokens for an image")
     visual = int(tokens.mask.sum())
     return Lengths(visual, inputs["input_ids"].numel() - visual)
 
 
 @torch.no_grad()
 def count(model: Model, inputs: dict[str, Any]) -> tuple[Counted, Counted]:
-    """Count the prefill of one prompt with its key-value cache on, and the token after it."""
+    """Count the FLOPs of the prefill of one prompt with KV cache, and of the token after it."""
     with watch() as prompt_counted:
         cache = _call(model, inputs).past_key_values
-    # Without a mask: nothing is padded, and Qwen-VL would take a mask for the positions' length.
+    # Without an attention mask: nothing is padded, and Qwen-VL would derive the number of positions
+    # from a mask. Any id will do as the next token, so the last one of the prompt is repeated.
     step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
     with watch() as token_counted:
         _call(model, step)
@@ -110,17 +113,18 @@ def count(model: Model, inputs: dict[str, Any]) -> tuple[Counted, Counted]:
 
 @torch.no_grad()
 def measure(model: Model, inputs: dict[str, Any]) -> Timed:
-    """Time the prefill of one prompt with its key-value cache on, which is then weighed."""
+    """Time the prefill of one prompt with KV cache, and measure the size of the cache."""
     cache = _call(model, inputs).past_key_values
     return Timed(held(cache), _timed(model, inputs), _overhead(model, inputs))
 
 
 def _call(model: Model, inputs: dict[str, Any]) -> Any:
+    # Logits of the last token only, as in generation: a head over all tokens would be charged to
+    # the prefill.
     return model.network(**inputs, use_cache=True, logits_to_keep=1)
 
 
 def _timed(model: Model, inputs: dict[str, Any]) -> list[float]:
-    """Return the seconds of some calls, after some that do not count."""
     seconds = []
     for number in range(WARM_UP + REPEATS):
         synchronize(model.device)
@@ -133,7 +137,6 @@ def _timed(model: Model, inputs: dict[str, Any]) -> list[float]:
 
 
 def _overhead(model: Model, inputs: dict[str, Any]) -> list[float]:
-    """Return the seconds that a method's own work takes in each of some calls."""
     if model.overhead is None:
         return []
     seconds = []

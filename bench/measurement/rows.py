@@ -1,4 +1,4 @@
-"""The rows that a meter yields, and all of a record's together."""
+"""Costs and missing measurements as they are produced, and collected for a record."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Rows: TypeAlias = "Iterator[Cost | Gap]"
 
 @dataclass
 class Found:
-    """What was had, and what was not."""
+    """Costs that were obtained, and measurements that are missing."""
 
     costs: list[Cost] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
 
     def add(self, rows: Iterable[Cost | Gap]) -> None:
-        """Take in rows as they come."""
+        """Sort each row into `costs` or `gaps`, in the order given."""
         for row in rows:
             if isinstance(row, Cost):
                 self.costs.append(row)

@@ -1,4 +1,4 @@
-"""How big a network is: parameters, those that are not zero, those a token meets, and bytes."""
+"""Size of a network: all, nonzero and active parameters, and bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """Counts of one network; `active` is what one token's forward reads."""
+    """Counts of one network; `active` is the number of parameters that one token's forward uses."""
 
     parameters: int
     nonzero: int
@@ -29,11 +29,11 @@ class Size:
 
 
 def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
-    """Count a network's parameters, each tied tensor once, and packed weights as so many.
+    """Count a network's parameters: tied tensors once, packed weights by their unpacked number.
 
-    Of a layer's E routed experts a token meets k, so k/E of the routed parameters are active;
-    all other parameters (embeddings and head included) count as active. Experts that a method
-    brought into a form of its own say themselves how many of their parameters are routed.
+    A token is routed to k of a layer's E experts, so k/E of the routed parameters are active; all
+    others, embeddings and head included, count as active. Modules in which a method replaced the
+    experts report themselves how many of their parameters are routed.
     """
     tensors = list(network.parameters())
     packed = [linear for _, linear in packed_linears(network)]
@@ -44,11 +44,13 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
         routed += here
         idle += here * (1 - block.top_k / block.num_experts)
         shared += _numel(block.shared) if block.shared is not None else 0
+    # Replaced modules count only if no block was recognised, or they would be counted twice.
     for part, experts in _own_routed(network) if anatomy and not anatomy.blocks else ():
         routed += part
         idle += part * (1 - top_k(network) / experts)
     return Size(
         parameters=total,
+        # Offloaded weights are brought in one at a time, since they may not fit in memory together.
         nonzero=sum(
             int(t.count_nonzero())
             for t in chain(fetched(network), (linear.weight for linear in packed))
@@ -61,13 +63,13 @@ def size(network: nn.Module, anatomy: Anatomy | None = None) -> Size:
 
 
 def _own_routed(network: nn.Module) -> list[tuple[int, int]]:
-    """Return routed parameters and number of experts of every module that tells them."""
+    """Return routed parameters and number of experts of every replaced module that has experts."""
     own = [module.routed() for module in network.modules() if isinstance(module, OwnModule)]
     return [told for told in own if told is not None]
 
 
 def top_k(network: nn.Module) -> int:
-    """Return how many experts a token goes to, as the network's config says."""
+    """Return the number of experts per token from the network's config."""
     config: Any = network.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.num_experts_per_tok)

@@ -1,4 +1,4 @@
-"""The names of what is measured of a call, as they begin the scope of a cost: `prefill 1x512`."""
+"""Names of the measured stages of a call; a cost's scope starts with one: `prefill 1x512`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is measured: a model, and the dense one beside it."""
+"""The pair of models that is measured: the compressed one and its dense baseline."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the dense one where there is one to compare with, and why it may claim no gain.
+    """A model, its dense baseline if there is one, and the reason why no gain may be reported.
 
-    `no_gain` is the word for weights that are still there (`masked`, `zeroed`), or the reason why
-    the dense model is missing; None where gains are real, or where nothing is compared.
+    `no_gain` is the effect of methods that leave all weights in place (`masked`, `zeroed`), or the
+    reason why the dense model is missing. It is None if gains are real or nothing is compared.
     """
 
     model: Model
@@ -25,5 +25,6 @@ class Subject:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The model's network, then the dense one if there is one."""
+        """The model's network, followed by the dense one if there is one."""
+        # Everything that is measured per network relies on this order: index 1 is the baseline.
         return [self.model.network, *([self.dense.network] if self.dense else [])]

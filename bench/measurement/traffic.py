@@ -1,7 +1,7 @@
-"""The fewest bytes that a call must read: the weights of all modules that run in it, each once.
+"""Minimum bytes that a call must read: the weights of all modules that run in it, each once.
 
-A lower bound, so that a share of the device's limit is never overstated: of E routed experts only
-the k that a single token meets are charged, of an embedding nothing, activations are left out.
+This is a lower bound, so that the share of the roofline is never overstated: of E routed experts
+only the k of a single token are charged; embeddings and activations are not charged at all.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 def bytes_read(
     network: nn.Module, anatomy: Anatomy, call: Callable[[Callable[[], None]], object]
 ) -> float:
-    """Return the bytes of weights that a call of the network reads at least.
+    """Return the minimum number of weight bytes that a call of the network reads.
 
-    The call is handed a function that forgets what has run so far.
+    `call` receives a function that discards the modules recorded so far.
     """
     share = _expert_shares(network, anatomy)
     with _ran(network) as ran:
         call(ran.clear)
+    # By identity of the tensor, so that tied weights are charged once.
     weights = {
         id(tensor): tensor.numel() * tensor.element_size() * share.get(module, 1.0)
         for module in ran
@@ -40,7 +41,7 @@ def bytes_read(
 
 @contextmanager
 def _ran(network: nn.Module) -> Iterator[set[nn.Module]]:
-    """Collect the modules whose forward runs while the block lasts."""
+    """Collect the modules whose forward runs inside the block."""
     seen: set[nn.Module] = set()
 
     def see(module: nn.Module, _: object) -> None:
@@ -55,9 +56,9 @@ def _ran(network: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 def _expert_shares(network: nn.Module, anatomy: Anatomy) -> dict[nn.Module, float]:
-    """Return, for every module with routed experts, which share of its weights one token meets.
+    """Map every module with routed experts to the share of its weights that one token uses.
 
-    Experts in a form that the anatomy does not know say themselves what of them is routed.
+    Modules in which a method replaced the experts report themselves what is routed.
     """
     if anatomy.blocks:
         return {
@@ -70,6 +71,8 @@ def _expert_shares(network: nn.Module, anatomy: Anatomy) -> dict[nn.Module, floa
         told = own.routed() if isinstance(own, OwnModule) else None
         if told is not None:
             routed, experts = told
+            # Not all weights of a replaced module are routed, so k/E does not apply to the whole:
+            # subtract what a token leaves unused. One share holds for all its submodules.
             idle = routed * (1 - top_k(network) / experts)
             share = 1 - idle / sum(weight.numel() for weight in own.parameters())
             shares |= dict.fromkeys(own.modules(), share)

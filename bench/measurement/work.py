@@ -1,8 +1,8 @@
-"""The FLOPs of a model as rows of a record: counted and by arithmetic, each with its parts.
+"""FLOPs of a model as entries of a record: counted and analytic, each with its parts.
 
-`flops` charges attention in full, `flops_causal` without the pairs that masks hide; `macs` are
-half of either. Rows of one scope and quantity differ in `how`. What could not be had is a `Gap`,
-never a zero.
+`flops` charges attention in full, `flops_causal` without masked pairs; `macs` is half of either.
+Entries of one scope and quantity differ in `how`. A number that cannot be obtained is recorded as
+missing, never as zero.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Parts = Callable[[Counted], Mapping[str, float]]
 
 
 def flops(model: Model, config: CostsConfig) -> Rows:
-    """Yield the FLOP rows of a language model or an image classifier as it is now."""
+    """Yield the FLOPs of a language model or an image classifier in its current state."""
     kinds = {"causal_lm": _language, "image_classifier": _images}
     return kinds[model.config.kind](model, config)
 
 
 def flops_of_prompt(model: Model, config: CostsConfig, inputs: dict[str, Any]) -> Rows:
-    """Yield the rows of a prompt with an image, and of the token that is generated after it.
+    """Yield the FLOPs of a prompt with an image, and of the token generated after it.
 
-    `inputs` are as `prefill.prompt` makes them.
+    `inputs` are those of `prefill.prompt`.
     """
     lengths = prefill.lengths(model, inputs)
     prompt, token = prefill.count(model, inputs)
@@ -58,20 +58,21 @@ def flops_of_prompt(model: Model, config: CostsConfig, inputs: dict[str, Any]) -
     yield from _counted(after, token, multimodal_parts)
     yield from _analytic(after, lambda: analytic.token_after(network, anatomy, inputs))
     plan = plan_of(network)
+    # A count sees the multiply-adds of a method's own selection; the analytic total lacks them
+    # unless the method states them, and must not pass for complete.
     for name in plan.untold if plan else ():
-        reason = f"{name} does not say what choosing multiplies"
+        reason = f"{name} does not report the FLOPs of its selection"
         yield Gap(scope, "method_flops", reason, "analytic")
     if config.flops.convention is not None:
         yield convention(config.flops.convention, model, inputs, lengths)
 
 
 def _language(model: Model, config: CostsConfig) -> Rows:
-    """Count text that is scored, and the token that would follow it."""
     batch, length = config.batch, config.length
     scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
     network, anatomy = model.network, model.anatomy
     if length > model.max_length:
-        reason = f"{model.name} takes {model.max_length} positions, not {length}"
+        reason = f"{model.name} supports {model.max_length} positions; costs.length={length}"
         yield from (Gap(scope, "flops", reason) for scope in (scored, after))
         return
     try:
@@ -88,7 +89,6 @@ def _language(model: Model, config: CostsConfig) -> Rows:
 
 
 def _images(model: Model, config: CostsConfig) -> Rows:
-    """Count images of the size that a classifier is built for."""
     network = cast(Classifier, model.network)
     shape = network.config
     scope = f"forward {config.batch}x{shape.channels}x{shape.size}x{shape.size}"
@@ -98,7 +98,7 @@ def _images(model: Model, config: CostsConfig) -> Rows:
 
 
 def convention(name: Name, model: Model, inputs: dict[str, Any], lengths: prefill.Lengths) -> Cost:
-    """Return a prompt's FLOPs as a paper counts them."""
+    """Return the FLOPs of a prompt by a paper's convention."""
     text = text_config(model.network)
     layers = visual_layers(model.network, model.anatomy, inputs)
     decoder = Decoder(text.hidden_size, text.intermediate_size, lengths.text, layers)
@@ -106,27 +106,29 @@ def convention(name: Name, model: Model, inputs: dict[str, Any], lengths: prefil
 
 
 def _no_convention(scope: str, config: CostsConfig) -> Rows:
-    """Yield a gap where a paper's count was asked for that is of prompts with images only."""
+    """Report a missing value if a FLOP convention is requested: they cover image prompts only."""
     name = config.flops.convention
     if name is not None:
-        yield Gap(scope, f"flops_{name}", f"{name} counts prompts with images", "analytic")
+        yield Gap(scope, f"flops_{name}", f"{name} covers prompts with images only", "analytic")
 
 
 def _counted(scope: str, counted: Counted, parts: Parts, *, attends: bool = True) -> Rows:
-    """Yield what the dispatcher counted; only a gap where an operator has no formula."""
+    """Yield the counted FLOPs, or a missing measurement if an operator has no formula."""
     if counted.missed:
         yield Gap(scope, "flops", f"no formula for {', '.join(counted.missed)}", "counted")
         return
     found = {name: float(value) for name, value in parts(counted).items()}
     yield from _both(scope, "", float(counted.total), "counted", found)
+    # Masks are observed only at PyTorch's attention function. A decoder that never called it
+    # (eager attention) may have masked pairs that were not observed: its causal count is unknown.
     if counted.causal is None or (attends and not counted.attentions):
-        yield Gap(scope, "flops_causal", "masks that the counter does not see", "counted")
+        yield Gap(scope, "flops_causal", "the counter cannot observe the masks", "counted")
         return
     yield from _both(scope, "_causal", float(counted.causal), "counted")
 
 
 def _analytic(scope: str, reckon: Callable[[], list[Product]]) -> Rows:
-    """Yield what arithmetic gives; only a gap where a network's arithmetic is not known."""
+    """Yield the analytic FLOPs, or a missing measurement if a part has no formula."""
     try:
         products = reckon()
     except UserError as reason:
@@ -135,6 +137,8 @@ def _analytic(scope: str, reckon: Callable[[], list[Product]]) -> Rows:
     for suffix, hidden in (("", True), ("_causal", False)):
         parts = {name: 2 * macs for name, macs in by_part(products, hidden=hidden).items()}
         yield from _both(scope, suffix, sum(parts.values()), "analytic", parts)
+    # Tower and projector work on visual rows by nature. `visual_flops` is the decoder's share for
+    # visual tokens, the part that visual-token methods reduce.
     visual = [p for p in products if p.rows == "visual" and p.part not in ("vision", "projector")]
     if visual:
         parts = {p: 2 * macs for p, macs in by_part(visual).items()}
@@ -145,5 +149,6 @@ def _both(
     scope: str, suffix: str, value: float, how: How, parts: dict[str, float] | None = None
 ) -> Rows:
     """Yield a number as FLOPs, with its parts, and as multiply-adds."""
+    # Papers report either unit under the name FLOPs; recording both makes a mix-up visible.
     yield Cost(scope, f"flops{suffix}", "FLOP", value, how, parts or {})
     yield Cost(scope, f"macs{suffix}", "MAC", value / 2, how)

@@ -1,4 +1,4 @@
-"""What a model is asked to do while it is measured: prompts and answers, or batches of images.
+"""Workloads for measurements: prompts with generation, or batches of images.
 
 Suffixes: B batch, L tokens of a prompt, C channels, H height and width.
 """
@@ -33,30 +33,30 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Workload(ABC):
-    """Inputs of one shape, in host memory, and the calls that a model makes of them."""
+    """Inputs of one shape in host memory, and the calls that a network runs on them."""
 
     shape: str
     batch: int
     inputs: dict[str, Tensor]
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the inputs on a device; on the CPU they are there already."""
+        """Return the inputs on a device; on the CPU nothing is copied."""
         return {name: value.to(device) for name, value in self.inputs.items()}
 
     @abstractmethod
     def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
-        """Call the network once."""
+        """Run one forward of the network."""
 
 
 @dataclass(frozen=True)
 class Answering(Workload):
-    """Prompts of equal length, each answered greedily with the same number of tokens."""
+    """Prompts of equal length, each continued greedily by the same number of tokens."""
 
     prompt: int
     new_tokens: int
 
     def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
-        """Prefill: read the prompts into a key-value cache, logits for their last tokens only."""
+        """Prefill the prompts into a KV cache, with logits for their last tokens only."""
         return network(**inputs, use_cache=True, logits_to_keep=1)
 
     def answer(
@@ -65,11 +65,12 @@ class Answering(Workload):
         inputs: dict[str, Tensor],
         on_token: Callable[[int], object] = lambda _: None,
     ) -> Any:
-        """Generate through transformers' own `generate`, and return the cache as it is in the end.
+        """Generate with `generate()` and return the final KV cache.
 
         `on_token` is called with 1, 2, ... as soon as the id of that token is in host memory.
         """
         answering: Any = network
+        # Some checkpoints list several end tokens; `generate` wants one id to pad with.
         end = answering.generation_config.eos_token_id
         first = end[0] if isinstance(end, list) else end
         made = answering.generate(
@@ -78,6 +79,8 @@ class Answering(Workload):
             max_new_tokens=self.new_tokens,
             use_cache=True,
             do_sample=False,
+            # None overrides sampling values of the checkpoint's generation config, which `generate`
+            # would warn about in greedy decoding.
             temperature=None,
             top_p=None,
             top_k=None,
@@ -90,7 +93,7 @@ class Answering(Workload):
 
 @dataclass(frozen=True)
 class Classifying(Workload):
-    """Images of the size that a classifier is built for."""
+    """Images of the size that a classifier expects."""
 
     def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
         """Return the logits of all images."""
@@ -98,30 +101,30 @@ class Classifying(Workload):
 
 
 class _Listener(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
-    """Hears of every token that `generate` makes; the prompt, which comes first, is number 0."""
+    """Streamer that reports every token from `generate`; the prompt, which comes first, is 0."""
 
     def __init__(self, on_token: Callable[[int], object]) -> None:
         self._on_token = on_token
         self._heard = 0
 
     def put(self, value: Tensor) -> None:
-        """Take the ids of the prompt, then of each new token, all in host memory."""
+        """Receive the ids of the prompt, then of each new token, all in host memory."""
         if self._heard:
             self._on_token(self._heard)
         self._heard += 1
 
     def end(self) -> None:
-        """Nothing is left to tell when the answer ends."""
+        """Do nothing: the last token has been reported already."""
 
 
 def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | Gap]:
-    """Yield a workload for every shape of the grid, a gap for those that the model cannot take."""
+    """Yield a workload per shape of the grid, or a missing measurement if it exceeds the model."""
     kinds = {"causal_lm": _texts, "image_text": _images_and_texts, "image_classifier": _images}
     for work in kinds[model.config.kind](model, timing):
         if isinstance(work, Answering) and work.prompt + work.new_tokens > model.max_length:
             reason = (
-                f"{model.name} takes {model.max_length} positions, "
-                f"not {work.prompt} and an answer of {work.new_tokens}"
+                f"{model.name} supports {model.max_length} positions; a prompt of {work.prompt} "
+                f"and {work.new_tokens} new tokens exceed them"
             )
             yield Gap(work.shape, "latency", reason)
         else:
@@ -129,20 +132,25 @@ def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | Gap]:
 
 
 def refuse_unfit(timing: TimingConfig, config: ModelConfig, network: nn.Module) -> None:
-    """Raise `UserError` when none of the lengths fits the model; no weight is loaded yet."""
+    """Reject `lengths` of which none fits the model, before any weight is loaded.
+
+    Raises:
+        UserError: even the shortest length with its new tokens exceeds the model's positions.
+    """
     if config.kind != "causal_lm":
         return
     most = longest(config, network)
     least = min(timing.lengths)
     if least + timing.new_tokens > most:
         raise UserError(
-            f"costs.timing.lengths={list(timing.lengths)}: {config.name} takes {most} positions, "
-            f"which {least} and an answer of {timing.new_tokens} tokens exceed"
+            f"costs.timing.lengths={list(timing.lengths)}: {config.name} supports {most} "
+            f"positions; a prompt of {least} and {timing.new_tokens} new tokens exceed them: "
+            "use shorter prompts"
         )
 
 
 def _texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    """Random tokens: what is written matters little for the time, and all vocabularies have it."""
+    # Random tokens, since every vocabulary has them and time hardly depends on the ids.
     network: Any = model.network
     vocabulary = network.get_input_embeddings().num_embeddings
     draws = torch.Generator().manual_seed(SEED)
@@ -153,7 +161,7 @@ def _texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
 
 
 def _images_and_texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    """One image and some words, as the model's own processor makes a prompt of them."""
+    """Yield prompts of one image and some words, as the model's processor builds them."""
     from bench.models.multimodal import locate
 
     for words in timing.words:
@@ -162,13 +170,14 @@ def _images_and_texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
         visual = 0 if tokens is None else int(tokens.mask.sum())
         length = single["input_ids"].shape[1]
         for batch in timing.batches:
+            # Processors stack the patches of all images along the first dimension, just as they
+            # stack samples, so repeating every tensor along it gives a valid batch.
             inputs = {name: torch.cat([value.cpu()] * batch) for name, value in single.items()}
             shape = f"{batch}x({visual} visual + {length - visual} text)"
             yield Answering(shape, batch, inputs, length, timing.new_tokens)
 
 
 def _images(model: Model, timing: TimingConfig) -> Iterator[Workload]:
-    """Random images, in the network's own number format."""
     config = cast(Classifier, model.network).config
     draws = torch.Generator().manual_seed(SEED)
     dtype = next(model.network.parameters()).dtype

@@ -1,4 +1,4 @@
-"""The run record, its store, and queries as pandas data frames."""
+"""Run records, their store, and queries as pandas data frames."""
 
 from bench.records.query import load, samples
 from bench.records.record import (

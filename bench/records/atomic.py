@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temp in the same folder, flush, fsync, rename."""
+"""Atomic writes of files and folders: temporary in the same folder, flush, fsync, rename."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees either the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic within one file system only.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
+            # Before the rename: otherwise a power cut could leave the new name with empty content.
             os.fsync(file.fileno())
         Path(name).replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C included: no temporary file may stay behind
         Path(name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
@@ -28,7 +30,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Create a folder in one step: `fill` writes into a temporary one, which is then renamed.
 
-    An existing folder is replaced; the old one is moved aside first and removed last.
+    An existing folder is replaced: it is moved aside first and removed last.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -36,6 +38,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         for file in temporary.iterdir():
             _sync_file(file)
+        # mkdtemp makes folders private (0700); records are shared like any other file.
         temporary.chmod(0o755)
         _swap(temporary, path)
     except BaseException:
@@ -45,10 +48,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path`; a folder that is there goes only once `new` is in place."""
+    """Rename `new` to `path`; delete an existing folder only once `new` is in place."""
     if not path.exists():
         new.rename(path)
         return
+    # POSIX cannot replace a non-empty folder by a rename, so two renames are needed. A kill between
+    # them leaves `path` missing; `mend` brings the old folder back.
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
     path.rename(old / path.name)
     new.rename(path)
@@ -56,9 +61,10 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def mend(path: Path) -> None:
-    """Put right what a kill in the middle of `write_folder` left of `path`; nobody else may write.
+    """Clean up after a kill in the middle of `write_folder`; call with exclusive access to `path`.
 
-    If it came between the two renames the old folder is brought back; unfinished ones are removed.
+    The old folder is restored if the kill came between the two renames; temporary folders are
+    removed.
     """
     for old in path.parent.glob(f".old-{path.name}.*"):
         if not path.exists() and (old / path.name).exists():
@@ -74,7 +80,8 @@ def _sync_file(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside the folder last through a power cut."""
+    """Make a rename inside the folder survive a power cut."""
+    # On POSIX a rename is an entry of the folder, which has to be synced in addition to the file.
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

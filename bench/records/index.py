@@ -1,9 +1,9 @@
-"""The rows of all records in one Parquet file, so that thousands of them are a data frame at once.
+"""Index of all records as one Parquet file, so that thousands of them load as one data frame.
 
-It is a copy that can be removed at any time. A row is used only while its record's file is the
-very one it was made from (same inode, size and time of change) and was read by a program of the
-same schema; what is new or changed is read from its record, and the copy is written again if the
-folder lets us.
+The index is a cache and can be deleted at any time. A row is used only while the file of its record
+is the one it was read from (same inode, size and modification time) and the record schema is the
+same. New or changed records are read from their files, and the index is rewritten if the folder is
+writable.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def table(store: Store) -> pa.Table:
 
     stamps = _stamps(store)
     kept = _read(store.root / INDEX)
+    # Distinct (run, stamp) pairs: a run has many rows.
     pairs = kept.group_by(["run", "stamp"]).aggregate([]).to_pylist()
     valid = {pair["run"] for pair in pairs if stamps.get(pair["run"]) == pair["stamp"]}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
     rows = [row for run, record in fresh.items() if record for row in _rows(record, stamps[run])]
+    # The second test finds deleted records, whose rows must leave the index.
     if not rows and len(valid) == len(pairs):
         return kept
     current = kept.filter(pc.is_in(kept["run"], value_set=pa.array(sorted(valid), pa.string())))
@@ -41,19 +43,22 @@ def table(store: Store) -> pa.Table:
 
 
 def _stamps(store: Store) -> dict[str, str]:
-    """Return what tells the file of each record from any other that was or will be there."""
+    """Return per run a stamp that identifies the current file of its record."""
+    # Inode, size and time together: records are replaced by renaming a new file into place, which
+    # may happen within one tick of the clock and leave the size equal, but never the inode. The
+    # schema invalidates rows that an older program wrote.
     stamps = {}
     for run in store.ids():
         try:
             state = (store.folder(run) / RECORD).stat()
-        except OSError:
+        except OSError:  # removed since the listing, or a folder without a record
             continue
         stamps[run] = f"{SCHEMA}.{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
     return stamps
 
 
 def _schema() -> pa.Schema:
-    """Return the columns: those of the record, then those of metrics, then those of costs."""
+    """Return the columns: those of the record, of metrics, and of costs, in this order."""
     import pyarrow as pa
 
     text, number, whole, truth = pa.string(), pa.float64(), pa.int64(), pa.bool_()
@@ -69,7 +74,7 @@ def _schema() -> pa.Schema:
 
 
 def _read(path: Path) -> pa.Table:
-    """Return the copy; none, or one that is damaged or of another program, is an empty one."""
+    """Read the index; return an empty table if it is missing, corrupt, or has another schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,7 +86,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _write(path: Path, rows: pa.Table) -> None:
-    """Write the copy, whole or not at all; a folder that cannot be written goes without."""
+    """Write the index atomically; do nothing if the folder is not writable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,9 +101,11 @@ def _write(path: Path, rows: pa.Table) -> None:
 
 
 def _sorted(rows: pa.Table) -> pa.Table:
-    """Bring records into the order in which they began; within one its rows keep their order."""
+    """Sort records by start time; the rows of a record keep their order."""
     import numpy as np
 
+    # np.lexsort is stable and takes the primary key last. Ties in time are broken by run, so that
+    # rows of two records never mix.
     begun = rows["started"].to_numpy(zero_copy_only=False).astype(str)
     return rows.take(np.lexsort((rows["run"].to_numpy(zero_copy_only=False).astype(str), begun)))
 

@@ -1,11 +1,11 @@
-"""What an unfinished run has so far: an append-only file that survives a kill at any moment.
+"""Append-only file with the results of an unfinished run; it survives a kill at any moment.
 
-A line is an entry: the CRC-32 of its JSON in hex, a blank, the JSON. The first one names format
-and identity. A torn last line is cut off, a damaged one is passed over, and a file of another
-format or identity is set aside under another name; each is said in `notes` and none is an error.
+Each line is an entry: the CRC-32 of its JSON in hex, a blank, the JSON. The first line names format
+and identity. A torn last line is cut off, a damaged line is skipped, and a file of a different
+format or identity is moved aside. None of these is an error; each is reported in `notes`.
 
-An entry is with the kernel as soon as `append` returns, which is what a killed process needs, and
-on the disk a second later at most, which is what a power cut needs.
+An entry has reached the kernel when `append` returns, so it survives a kill of the process. The
+file is synced to disk at most once per second; a power cut loses only the entries since then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SYNC_SECONDS = 1.0
 
 
 class Journal:
-    """The entries that an earlier, killed process left, and a place for those that follow."""
+    """Entries left by an earlier, killed process, and a file to append new ones to."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
@@ -33,6 +33,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._end = self._read(identity) if path.exists() else 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # Cut off a torn last line, or the next entry would be glued to it and be damaged as well.
         os.ftruncate(self._file, self._end)
         self._synced = 0.0
         if self._end == 0:
@@ -50,17 +51,22 @@ class Journal:
         os.close(self._file)
 
     def append(self, entry: Any) -> None:
-        """Add one entry, whole or not at all.
+        """Append one entry, whole or not at all.
 
         Raises:
-            OSError: there is no room for it; what was written before stays.
+            OSError: the disk is full; earlier entries are intact.
         """
         line = _line(entry)
         try:
+            # Written at a known offset instead of in append mode: if the disk takes only a part of
+            # the line, truncating to the old end removes it. So a torn line can only be the last
+            # one, left by a kill.
             written = 0
             while written < len(line):
                 written += os.pwrite(self._file, line[written:], self._end + written)
             if time.monotonic() - self._synced > SYNC_SECONDS:
+                # A kill needs no fsync, and one per entry would cost more than computing a short
+                # response. Once per second bounds what a power cut loses; that is computed again.
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError:
@@ -69,7 +75,7 @@ class Journal:
         self._end += len(line)
 
     def _read(self, identity: str) -> int:
-        """Take in a file that is there; return where its last whole line ends."""
+        """Read an existing file into `entries`; return the end of its last complete line."""
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
         lines = content[:end].split(b"\n")[:-1]
@@ -77,19 +83,21 @@ class Journal:
         if reason:
             self._set_aside(reason)
             return 0
+        # A damaged line does not invalidate the ones after it: entries are independent, and the
+        # response it held is computed again.
         for number, line in enumerate(lines[1:], 2):
             try:
                 self.entries.append(_parse(line))
             except ValueError as error:
-                self.notes.append(f"{self.path}: line {number} {error}; what it held is done again")
+                self.notes.append(f"{self.path}: line {number} {error}; its entry is redone")
         return end
 
     def _set_aside(self, reason: str) -> None:
-        """Give the file another name, so that nothing is lost and nothing wrong is read."""
+        """Rename the file, so that nothing is lost and nothing wrong is read."""
         names = (self.path.with_name(f"{self.path.name}.aside{n}") for n in count(1))
         free = next(name for name in names if not name.exists())
         self.path.rename(free)
-        self.notes.append(f"{self.path}: {reason}; it is set aside as {free.name}")
+        self.notes.append(f"{self.path}: {reason}; it was moved aside to {free.name}")
 
 
 def _line(entry: Any) -> bytes:
@@ -98,7 +106,7 @@ def _line(entry: Any) -> bytes:
 
 
 def _parse(line: bytes) -> Any:
-    """Return an entry, or say in a `ValueError` what is wrong with its line."""
+    """Return the entry of a line; a `ValueError` says what is wrong with it."""
     digits, _, text = line.partition(b" ")
     if digits != b"%08x" % zlib.crc32(text):
         raise ValueError("is damaged")
@@ -106,7 +114,7 @@ def _parse(line: bytes) -> Any:
 
 
 def _unfit(line: bytes, identity: str) -> str | None:
-    """Return why a file with this first line cannot be gone on with."""
+    """Return why the journal header is incompatible, or None."""
     try:
         header = _parse(line)
     except ValueError as error:
@@ -115,5 +123,5 @@ def _unfit(line: bytes, identity: str) -> str | None:
         found = header.get("format") if isinstance(header, dict) else None
         return f"its format is {found}, this program reads {FORMAT}"
     if header.get("identity") != identity:
-        return "it was left by a network with other weights"
+        return "it belongs to a network with different weights"
     return None

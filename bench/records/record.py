@@ -1,4 +1,4 @@
-"""Everything that one run was and produced. A record is written once and never changed."""
+"""Record of one run: its inputs and all that it produced. Written once, never changed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ ID_DIGITS = 12
 UNREAL = frozenset({"zeroed", "masked"})
 
 How = Literal["counted", "measured", "analytic"]
-"""Which way a number of cost was had."""
+"""How a cost was obtained."""
 
 
 class _Part(BaseModel):
+    # An unknown key means a newer program or a damaged file: refuse it instead of dropping it.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelPart(_Part):
-    """Which network was used, before any method changed it."""
+    """The network of a run before any method changed it."""
 
     name: str
     source: str
@@ -34,10 +35,10 @@ class ModelPart(_Part):
 
 
 class MethodPart(_Part):
-    """One method as applied: its knobs, how its saving is realised, and its own numbers.
+    """One applied method: its config, how its effect is realised, and its own report.
 
-    `seconds` is what applying it took, calibration included, `peak_bytes` the memory that this
-    needed at most above what was held before; None where memory was not measured.
+    `seconds` is the time of applying it, calibration included. `peak_bytes` is the peak memory of
+    applying it on top of what was in use before; None if memory was not measured.
     """
 
     name: str
@@ -49,7 +50,7 @@ class MethodPart(_Part):
 
 
 class MetricPart(_Part):
-    """One number of accuracy with everything that belongs to its identity."""
+    """One metric of a task, with everything that identifies it."""
 
     benchmark: str
     task: str
@@ -66,9 +67,9 @@ class MetricPart(_Part):
 
 
 class CostPart(_Part):
-    """One number of cost: what of, which quantity, in which unit, and how it was had.
+    """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
 
-    `note` is what a reader must know before using it, such as that the machine was loaded.
+    `note` is a caveat for the reader, such as a loaded machine.
     """
 
     scope: str
@@ -81,9 +82,9 @@ class CostPart(_Part):
 
 
 class GapPart(_Part):
-    """One number of cost that is not there, and why: never a zero in its place.
+    """One missing cost with its reason, recorded instead of a zero.
 
-    `how` says which way failed where a number can be had in several, None where there is one.
+    `how` names the method that failed if the quantity can be obtained in several ways, else None.
     """
 
     scope: str
@@ -93,8 +94,9 @@ class GapPart(_Part):
 
 
 class Record(_Part):
-    """One run. `id` addresses it by the hash of its inputs; see `run_id`."""
+    """One run; `id` is a hash of its inputs, see `run_id`."""
 
+    # Raise SCHEMA, and teach `versions.py` the old form, with every change of the fields.
     schema_version: int = SCHEMA
     id: str
     status: Literal["done"] = "done"
@@ -113,43 +115,48 @@ class Record(_Part):
 
     @property
     def label(self) -> str:
-        """The methods with their ratios, as a table names this run: `camera_p 0.4`."""
+        """Name of the run in tables: its methods with their ratios, such as `camera_p 0.4`."""
         if not self.methods:
             return "dense"
         return " + ".join(_label(method) for method in self.methods)
 
     def metric(self, task: str) -> MetricPart | None:
-        """The headline metric of a task, or None when the run did not score it."""
+        """Return the headline metric of a task, or None if the run did not score it."""
         found = [m for m in self.metrics if m.task == task and m.headline]
         return found[0] if found else None
 
     def gap(self, quantity: str, scope: str) -> GapPart | None:
-        """Why one cost of this run is missing, or None when it is there or was not asked for."""
+        """Return why a cost is missing, or None if it is there or was not requested."""
         found = [g for g in self.gaps if g.quantity == quantity and g.scope == scope]
         return found[0] if found else None
 
     def cost(self, quantity: str, scope: str = "model") -> CostPart | None:
-        """One cost of this run, or None when it was not counted."""
+        """Return one cost of this run, or None if it was not obtained."""
+        # A quantity may be both counted and analytic; the counted entry is recorded first.
         found = [c for c in self.costs if c.quantity == quantity and c.scope == scope]
         return found[0] if found else None
 
 
 def unreal(methods: Sequence[MethodPart]) -> str | None:
-    """Return the word for weights that are all still computed (`masked`, `zeroed`), else None.
+    """Return the effect (`masked`, `zeroed`) if all weights are still computed, else None.
 
-    A run of such methods alone claims no gain in time or memory.
+    A run with such methods only may claim no gain in time or memory.
     """
+    # As a dict instead of a set, to keep the order in which methods were applied.
     savings = dict.fromkeys(method.saving for method in methods)
     return "+".join(savings) if savings and savings.keys() <= UNREAL else None
 
 
 def run_id(inputs: dict[str, Any]) -> str:
     """Return the first 12 hex digits of the checksum of the inputs."""
+    # 48 bits: even among a million runs a collision has a chance of about 0.2 %.
     return checksum(inputs)[:ID_DIGITS]
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """Return the SHA-256 over the canonical JSON of some content."""
+    """Return the SHA-256 of the canonical JSON of `content`."""
+    # Sorted keys, fixed separators and ASCII make the text independent of insertion order and
+    # platform; any change here would change the id of every run.
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,10 +1,10 @@
-"""Where records live: `<results_dir>/runs/<id>/` with record.json, samples.parquet, config.yaml.
+"""Store of records: `<results_dir>/runs/<id>/` with record.json, samples.parquet, config.yaml.
 
-What a run needs to go on after a kill is in `<results_dir>/unfinished/<id>/` until it has its
-record.
+What a run needs to resume after a kill is in `<results_dir>/unfinished/<id>/` until its record is
+written.
 
-A record appears whole or not at all. Reading never fails for one bad file: it is set aside in
-`unreadable` with the reason, and everything else is returned.
+A record is written atomically. One bad file does not break reading: its reason is kept in
+`unreadable`, and all other records are returned.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ANSWERS = "answers.journal"
 
 
 class Store:
-    """The records below one results folder."""
+    """The records in one results folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -41,18 +41,20 @@ class Store:
         self.unreadable: dict[str, str] = {}
 
     def ensure_writable(self) -> None:
-        """Refuse a results folder that cannot be written, before any work is done.
+        """Check that the results folder is writable, before any work is done.
 
         Raises:
-            UserError: nobody can write there.
-            OSError: there is no room on the disk just now.
+            UserError: the folder cannot be written.
+            OSError: the disk is full at the moment.
         """
         try:
+            # Writes a file, since permission bits do not tell (read-only mounts, quotas, root).
             self.runs.mkdir(parents=True, exist_ok=True)
             probe = self.runs / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
+            # A full disk is no mistake of the user: the same command can resume once there is room.
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             reason = error.strerror or str(error)
@@ -60,11 +62,12 @@ class Store:
 
     @contextmanager
     def claim(self, run_id: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold a run for this process; another one that wants the same run waits its turn.
+        """Lock a run for this process; a second process with the same run waits.
 
-        The system lets go of it when the process ends, however it ends. What a kill in the middle
-        of a write left is put right. `on_wait` is called before any waiting.
+        The kernel releases the lock when the process ends, however it ends. An interrupted write
+        is repaired after locking. `on_wait` is called before waiting.
         """
+        # Outside the run's folder, which is replaced as a whole.
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / f"{run_id}.lock")
@@ -82,17 +85,18 @@ class Store:
             lock.release()
 
     def unfinished(self, run_id: str, process: int = 0) -> Path:
-        """The folder where a run keeps what it goes on from after a kill, until it is recorded.
+        """Return the folder with what a run needs to resume, until its record is written.
 
-        Of processes that carry out a run together all but the first have a folder inside it.
+        Of several processes of one run, all but the first have a folder inside it.
         """
         folder = self.root / "unfinished" / run_id
         return folder / f"process{process}" if process else folder
 
     def _drop_what_is_done(self, run_id: str) -> None:
-        """Remove what a kill between record and clean-up left: all of it is older than the record.
+        """Remove leftovers of a kill between writing the record and cleaning up.
 
-        What is newer belongs to a run that was told to replace the record, and goes on.
+        Leftovers are older than the record. Anything newer belongs to an unfinished run that is to
+        replace the record (force=true), and stays so that this run can resume.
         """
         folder, record = self.unfinished(run_id), self.folder(run_id) / RECORD
         if not folder.exists() or not record.exists():
@@ -102,20 +106,24 @@ class Store:
             shutil.rmtree(folder)
 
     def journal(self, run_id: str, identity: str, process: int = 0) -> Journal:
-        """Open a run's journal of answers, given by a network in the state `identity`."""
+        """Open a run's journal of responses of the network whose weights are `identity`."""
         return Journal(self.unfinished(run_id, process) / ANSWERS, identity)
 
     def folder(self, run_id: str) -> Path:
-        """The folder of one record, whether it exists or not."""
+        """Return the folder of one record, whether it exists or not."""
         return self.runs / run_id
 
     def find(self, run_id: str) -> Record | None:
-        """Return the record with exactly this id, or None; an unreadable one counts as absent."""
+        """Return the record with exactly this id, or None if it is absent or unreadable."""
         path = self.folder(run_id) / RECORD
         return self._read(path) if path.parent.exists() else None
 
     def get(self, prefix: str) -> Record:
-        """Return the record whose id starts with `prefix`; none or several is a `UserError`."""
+        """Return the record whose id starts with `prefix`.
+
+        Raises:
+            UserError: no id or several start with it, or the record is unreadable.
+        """
         ids = self.ids()
         matches = [run_id for run_id in ids if run_id.startswith(prefix)]
         if len(matches) > 1:
@@ -133,6 +141,7 @@ class Store:
         """Return the ids of all records, sorted."""
         if not self.runs.is_dir():
             return []
+        # Names with a dot are temporary folders of writes in progress.
         return sorted(p.name for p in self.runs.iterdir() if not p.name.startswith("."))
 
     def all(self) -> list[Record]:
@@ -141,7 +150,7 @@ class Store:
         return sorted((r for r in records if r is not None), key=lambda r: r.started)
 
     def set_aside(self, run_id: str) -> Path:
-        """Move a record that cannot be read out of the way and return where it is now."""
+        """Move an unreadable record to `aside/` and return its new path."""
         aside = self.root / "aside"
         aside.mkdir(exist_ok=True)
         names = (aside / (f"{run_id}.{n}" if n else run_id) for n in count())
@@ -150,9 +159,9 @@ class Store:
         return free
 
     def write(self, record: Record, samples: Sequence[dict[str, Any]], config: str) -> Path:
-        """Write one record with its samples and its config, atomically; return its folder.
+        """Write one record with samples and config atomically; return its folder.
 
-        What the run kept to go on from is not needed any more then, and goes.
+        The run's unfinished state is no longer needed and is removed.
         """
 
         def fill(folder: Path) -> None:
@@ -160,12 +169,13 @@ class Store:
             _write_samples(folder / SAMPLES, samples)
             (folder / RECORD).write_text(written(record))
 
+        # In this order: a kill in between leaves leftovers, never a run with neither.
         atomic.write_folder(self.folder(record.id), fill)
         shutil.rmtree(self.unfinished(record.id), ignore_errors=True)
         return self.folder(record.id)
 
     def _read(self, path: Path) -> Record | None:
-        """Read one record file; a damaged or newer one is set aside with the reason."""
+        """Read one record file; note the reason in `unreadable` if it is damaged or too new."""
         try:
             return _parse(path.read_text())
         except (OSError, ValueError) as error:
@@ -174,13 +184,14 @@ class Store:
 
 
 def written(record: Record) -> str:
-    """Return the text of a record file: its values, and a checksum that tells damaged ones."""
+    """Return the text of a record file: its values, and a checksum that reveals damage."""
+    # Through JSON first, so that the checksum is over the same values that a reader parses.
     content = json.loads(record.model_dump_json())
     return json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
 
 
 def _parse(text: str) -> Record:
-    """Turn a record file into a record; a `ValueError` says in one line why that fails."""
+    """Parse and validate the text of a record file; a `ValueError` gives the reason in one line."""
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -190,9 +201,10 @@ def _parse(text: str) -> Record:
     version = content.get("schema_version")
     if version not in READABLE:
         raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
+    # Checked before validation and migration, which would change what was written.
     wanted = content.pop("checksum", None)
     if wanted is not None and wanted != checksum(content):
-        raise ValueError("it is not what was written: its checksum does not match")
+        raise ValueError("its checksum does not match: the file was changed or damaged")
     try:
         return renewed(Record(**content))
     except ValidationError as error:
@@ -202,7 +214,7 @@ def _parse(text: str) -> Record:
 
 
 def _write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
-    """Write one row per scored sample; a run without samples leaves an empty table."""
+    """Write one row per scored sample; a run without samples gets an empty table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
-"""What records of older programs said differently, brought into today's form when they are read.
+"""Migration of older record schemas on read.
 
-Version 1 told FLOPs that could not be had as costs, rows `flops_gaps` with the reasons as their
-parts; since version 2 they are gaps like any other.
+Schema 1 stored missing FLOPs as `flops_gaps` costs with the reasons as their parts; schema 2 stores
+them as gaps.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ GAPS = "flops_gaps"
 
 
 def renewed(record: Record) -> Record:
-    """Return a record of any readable version as this program would have written it."""
+    """Convert a record of any readable schema to the current one."""
     if record.schema_version == SCHEMA:
         return record
+    # The reasons were the names of the parts; their values carried nothing.
     told = tuple(
         GapPart(scope=cost.scope, quantity="flops", reason=reason, how=cost.how)
         for cost in record.costs

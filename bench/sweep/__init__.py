@@ -1,4 +1,4 @@
-"""A sweep: what it was asked to run, how far each job is, and going on with what is missing."""
+"""Sweeps: their plan, the status of each job, and resuming what is missing."""
 
 from bench.sweep.job import Asked, Result, keep
 from bench.sweep.plan import Plan, again, begin

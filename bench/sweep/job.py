@@ -1,8 +1,8 @@
-"""One job of a sweep: run under a lock, with a small file that says how far it is.
+"""One job of a sweep, run under a lock, with a small status file.
 
-A job that fails never stops the others, and the outcome is the same whether a launcher ran the
-job in this process or on another machine. The lock tells a job that runs from one whose process
-is gone: the kernel gives it back however the process ends.
+A failing job never stops the others, and the outcome is the same whether a launcher ran the job in
+this process or on another machine. The lock distinguishes a running job from one whose process has
+died: the kernel releases it however the process ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Note = dict[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """How a run was asked for: the command that repeats it, and the sweep it belongs to."""
+    """A requested run: the command that repeats it, and the sweep it belongs to (`group`)."""
 
     command: str
     group: str | None = None
@@ -41,7 +41,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Result:
-    """A record, whether it was there already, and what the tracker had to say."""
+    """A record, whether it existed before (`reused`), and the tracker's warning."""
 
     record: Record
     reused: bool
@@ -49,10 +49,10 @@ class Result:
 
 
 def keep(folder: Path, number: int, asked: Asked, perform: Callable[[], Result]) -> Result | None:
-    """Run one job and note how it goes below `folder`; a failure is noted, not raised.
+    """Run one job and keep its status below `folder`; a failure is recorded, not raised.
 
-    A second process with the same job waits for the first and then finds its record. What is no
-    failure of the job, an interruption, is noted as such and goes on upwards.
+    A second process with the same job waits for the first and then finds its record. An
+    interruption is not a failure of the job: it is recorded as `waiting` and raised.
     """
     note: Note = {"number": number, "command": asked.command, "state": "running"}
     note |= {"host": platform.node(), "pid": os.getpid(), "started": _now()}
@@ -67,11 +67,14 @@ def keep(folder: Path, number: int, asked: Asked, perform: Callable[[], Result])
             note |= {"warning": result.warning}
         except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
             note |= {"state": "failed", "reason": reason(error)}
+            # A UserError needs no traceback: its message is the whole story.
             if not isinstance(error, UserError):
                 note["log"] = str(_log(path, error))
         except BaseException:
             note |= {"state": "waiting", "reason": "interrupted", "finished": _now()}
-            with suppress(OSError):  # a disk that stops a run takes no note of it either
+            # A full disk may be what interrupted the run, and then this write fails too; the job
+            # then counts as lost, and resuming the sweep runs it again just the same.
+            with suppress(OSError):
                 write_note(folder, note)
             raise
         write_note(folder, {**note, "finished": _now()})
@@ -79,13 +82,14 @@ def keep(folder: Path, number: int, asked: Asked, perform: Callable[[], Result])
 
 
 def write_note(folder: Path, note: Note) -> None:
-    """Write the note of a job, whole or not at all."""
+    """Write the status of a job atomically."""
+    # Commands and error messages may hold tokens, and status files are shared.
     text = hide(json.dumps(note, indent=1))
     write_bytes(_path(folder, note["number"]), (text + "\n").encode())
 
 
 def read_note(folder: Path, number: int) -> Note | None:
-    """Return the note of a job, or None when it has not begun; a damaged one is as good as none."""
+    """Return the status of a job, or None if it has not started or the file is damaged."""
     try:
         note = json.loads(_path(folder, number).read_text())
     except (OSError, ValueError):
@@ -94,21 +98,21 @@ def read_note(folder: Path, number: int) -> Note | None:
 
 
 def forget(folder: Path, number: int) -> None:
-    """Remove the note of a job that is to begin anew, so that it waits again."""
+    """Remove the status of a job that is to be started again, so that it counts as waiting."""
     _path(folder, number).unlink(missing_ok=True)
 
 
 def is_alive(folder: Path, number: int) -> bool:
-    """Whether a process, on whatever machine, is working on the job just now."""
+    """Whether a process on any machine is working on the job at the moment."""
     try:
         with FileLock(_path(folder, number).with_suffix(".lock"), blocking=False):
             return False
-    except (Timeout, OSError):
+    except (Timeout, OSError):  # in doubt it runs: starting a job twice is worse than waiting
         return True
 
 
 def reason(error: BaseException) -> str:
-    """Say in one sentence why a job failed."""
+    """Return the reason of a failure in one sentence."""
     return str(error) if isinstance(error, UserError) else sentence(error)
 
 
@@ -117,7 +121,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _log(note: Path, error: Exception) -> Path:
-    """Leave the traceback for whoever has to mend it, and return where it is."""
+    """Write the traceback to a log file next to the status file and return its path."""
     path = note.with_suffix(".log")
     text = "".join(traceback.format_exception(error))
     write_bytes(path, hide(text).encode())

@@ -1,8 +1,8 @@
-"""One job per device: a worker process takes one GPU of its machine and keeps it until it ends.
+"""One job per device: a worker process locks one GPU of its machine until it ends.
 
-The lease is a lock in the machine's own temporary folder, so that two sweeps on one machine do not
-meet on a device, and so that the kernel gives it back however the process ends. Slurm and Ray
-hand out devices themselves and need none of this.
+The lock is a file in the machine's temporary folder, so that two sweeps on one machine never share
+a device, and the kernel releases it however the process ends. Slurm and Ray assign devices
+themselves and do not need this.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ POLL_SECONDS = 0.5
 
 
 def lease(devices: Sequence[str]) -> str | None:
-    """Take the first free one of `devices`, waiting for it, and let this process see no other.
+    """Lock the first free one of `devices`, waiting if necessary, and hide all others.
 
-    Must be called before CUDA is used in this process. Returns the device; None when there is
-    none to take. A process that holds one already keeps it.
+    Must be called before CUDA is initialised in this process. Returns the device, or None if
+    `devices` is empty. A process that already holds a device keeps it.
     """
     if not devices:
         return None
     if _HELD:
         return os.environ["CUDA_VISIBLE_DEVICES"]
+    # One folder per user, readable by that user only: in a shared /tmp another user's files could
+    # not be locked. Devices are therefore not protected against other users.
     folder = Path(tempfile.gettempdir()) / f"slimbench-devices-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
@@ -39,6 +41,7 @@ def lease(devices: Sequence[str]) -> str | None:
                 lock.acquire()
             except Timeout:
                 continue
+            # The module keeps a reference, or the lock would be released when it is collected.
             _HELD.append(lock)
             os.environ["CUDA_VISIBLE_DEVICES"] = device
             return device
@@ -46,6 +49,6 @@ def lease(devices: Sequence[str]) -> str | None:
 
 
 def give_back() -> None:
-    """Give the device of this process back; the process must not use it any more."""
+    """Release the device of this process, which must not use it any more."""
     while _HELD:
         _HELD.pop().release()

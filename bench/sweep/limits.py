@@ -1,4 +1,4 @@
-"""Time and memory limits of a job, kept by its own process where no scheduler keeps them."""
+"""Time and memory limits of a job, enforced by its own process where no scheduler does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ class TooLong(Exception):
 def limited(minutes: float | None, memory_gb: float | None) -> Iterator[None]:
     """Raise `TooLong` in the block after `minutes`, and MemoryError beyond `memory_gb` of data.
 
-    The memory limit is on what the process allocates for itself, not on mapped files or devices.
-    Must be entered by the main thread, as signals are.
+    The memory limit covers private allocations of the process, not mapped files or device memory.
+    Must be entered in the main thread, where Python delivers signals.
     """
 
     def expire(signum: int, frame: FrameType | None) -> NoReturn:
         raise TooLong(f"the job ran longer than its limit of {minutes:g} minutes")
 
+    # RLIMIT_DATA instead of RLIMIT_AS: the address space includes mapped weights and what CUDA
+    # reserves, far beyond the memory in use.
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     before = signal.getsignal(signal.SIGALRM)
     try:

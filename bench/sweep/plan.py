@@ -1,7 +1,7 @@
-"""What a sweep was asked to run: written before its first job, read by whoever goes on with it.
+"""Plan of a sweep, written before its first job starts and read to resume it.
 
-`results/sweeps/NAME/plan.json`; NAME is the time of the beginning and the group that the sweep's
-records share.
+It is stored as `results/sweeps/NAME/plan.json`; NAME is the start time, and the group that the
+records of the sweep share.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """One sweep: the arguments as they were given, where, and its jobs in order.
+    """One sweep: its arguments (`asked`), working folder (`where`), and jobs in order.
 
-    A job is the overrides of one run; its place in `jobs` is its number. `inputs` is None when
-    something may change without a trace on this machine, as a branch on the hub does.
-    A plan is `complete` once all its jobs are known; a search makes them up as it goes.
+    A job is the overrides of one run; its index in `jobs` is its number. `inputs` is None if
+    something may change without a trace on this machine, such as a branch on the hub. A plan is
+    `complete` once all jobs are known; a search adds them as it proceeds.
     """
 
     folder: Path
@@ -42,23 +42,25 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The sweep's name, which its records share as their group."""
+        """Name of the sweep, stored as `group` in its records."""
         return self.folder.name
 
     @property
     def results_dir(self) -> Path:
-        """The results folder that the sweep is part of."""
+        """Results folder that contains the sweep."""
         return self.folder.parent.parent
 
     def number(self, overrides: Sequence[str]) -> int | None:
-        """Return a job's number, or None for one that some other sweeper made up."""
+        """Return the number of a job, or None if it is not planned (made by a foreign sweeper)."""
         try:
             return self.jobs.index(tuple(overrides))
         except ValueError:
             return None
 
     def with_jobs(self, jobs: Iterable[Sequence[str]], *, complete: bool) -> Plan:
-        """Add the jobs that are not there yet, write the plan, and return it."""
+        """Add the jobs that are not planned yet, write the plan, and return it."""
+        # Read again under the lock: two commands may extend one sweep. The dict drops duplicates
+        # and keeps the order, so that jobs keep their numbers.
         with FileLock(self.folder / f"{PLAN}.lock"):
             known = read(self.folder) or self
             together = dict.fromkeys([*known.jobs, *map(tuple, jobs)])
@@ -67,13 +69,14 @@ class Plan:
         return grown
 
     def write(self) -> None:
-        """Write the plan, whole or not at all."""
+        """Write the plan atomically."""
+        # The folder is where the plan lies; without it a results folder can be moved.
         text = json.dumps({"schema_version": SCHEMA, **asdict(self), "folder": None}, indent=1)
         write_bytes(self.folder / PLAN, (hide(text) + "\n").encode())
 
 
 def begin(results_dir: Path, asked: Sequence[str], inputs: Inputs | None) -> Plan:
-    """Name a new sweep by the time and write down what it is."""
+    """Create a new sweep, named by the current time, and write its plan."""
     now = datetime.now(UTC)
     folder = (results_dir / SWEEPS / now.strftime("%Y%m%d-%H%M%S-%f")).absolute()
     plan = Plan(
@@ -84,10 +87,11 @@ def begin(results_dir: Path, asked: Sequence[str], inputs: Inputs | None) -> Pla
 
 
 def again(results_dir: Path, asked: Sequence[str]) -> Plan | None:
-    """Return the latest sweep of the same arguments in the same place whose inputs still stand.
+    """Return the latest sweep with the same arguments and working folder, if nothing has changed.
 
-    Its jobs that are done need not even be composed again.
+    Jobs of it that are done need not even be composed again.
     """
+    # Only the latest one counts: if its inputs have changed, an older sweep is outdated as well.
     for plan in reversed(every(results_dir)):
         if plan.asked == tuple(asked) and plan.where == str(Path.cwd()):
             return plan if plan.inputs and plan.inputs.stand() else None
@@ -95,16 +99,16 @@ def again(results_dir: Path, asked: Sequence[str]) -> Plan | None:
 
 
 def every(results_dir: Path) -> list[Plan]:
-    """Return all sweeps of a results folder, oldest first; what cannot be read is left out."""
+    """Return all sweeps of a results folder, oldest first; unreadable plans are left out."""
     folders = sorted((results_dir / SWEEPS).glob("*"))
     return [plan for folder in folders if (plan := read(folder.absolute()))]
 
 
 def find(results_dir: Path, name: str) -> Plan:
-    """Return the sweep whose name begins so; `latest` is the one that began last.
+    """Return the sweep whose name starts with `name`; `latest` is the most recent one.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no sweep matches, or several do.
     """
     plans = every(results_dir)
     if name == "latest":
@@ -121,7 +125,7 @@ def find(results_dir: Path, name: str) -> Plan:
 
 
 def read(folder: Path) -> Plan | None:
-    """Read the plan in a folder; None where there is none that this version can read."""
+    """Read the plan in a folder; return None if it is missing, damaged or of another schema."""
     try:
         said = json.loads((folder / PLAN).read_text())
         if said.pop("schema_version") != SCHEMA:

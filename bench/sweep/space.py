@@ -1,4 +1,4 @@
-"""Hydra's words for ranges of values, as Optuna's distributions."""
+"""Optuna distributions from Hydra's sweep syntax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any], list[str]]:
-    """Return a distribution per key that has a range, and the other overrides as they are."""
+    """Return a distribution per swept key, and the remaining overrides unchanged.
+
+    Raises:
+        UserError: no key is swept, or a range is empty or invalid.
+    """
     from hydra.core.override_parser.types import ValueType
 
     space: dict[str, Any] = {}
@@ -28,12 +32,12 @@ def distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any], list[s
         else:
             space[key] = _choice(override)
     if not space:
-        raise UserError("a search needs a range: give hydra.sweeper.space.KEY='interval(0.1,0.7)'")
+        raise UserError("a search needs a range: set hydra.sweeper.space.KEY='interval(0.1,0.7)'")
     return space, fixed
 
 
 def _interval(key: str, interval: Any) -> Any:
-    """Of real numbers, as Hydra has it; whole ones are a range."""
+    # Hydra's intervals are of real numbers; integers are searched with `range`.
     from optuna.distributions import FloatDistribution
 
     low, high = interval.start, interval.end
@@ -44,9 +48,9 @@ def _interval(key: str, interval: Any) -> Any:
 
 
 def _range(key: str, values: Any) -> Any:
-    """Python's range: the end is not in it."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
+    # The end is exclusive as in Python, but Optuna's bounds are inclusive: pass the last value.
     numbers = list(values.range())
     if not numbers:
         raise UserError(f"{key}: the range is empty")

@@ -1,4 +1,4 @@
-"""How far a sweep is: its plan joined with its jobs' notes and with the records that there are."""
+"""Status of a sweep: its plan joined with the status files of its jobs and with the records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bench.sweep.job import JOBS, Note, Result, is_alive, read_note
 from bench.sweep.plan import Plan
 
 State = Literal["waiting", "running", "done", "failed"]
-LOST = "its process on {host} ended without a word (killed, out of memory, or preempted)"
+LOST = "the worker on {host} died (killed, out of memory, or preempted)"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job as it is now; `reason` is one sentence, `log` where the details are."""
+    """Current state of one job; `reason` is one sentence, `log` the path of the details."""
 
     number: int
     overrides: tuple[str, ...]
@@ -31,13 +31,14 @@ def jobs(plan: Plan) -> list[Job]:
     """Return every job of a sweep in order."""
     store = Store(plan.results_dir)
     numbers = dict(enumerate(plan.jobs))
-    for path in (plan.folder / JOBS).glob("[0-9]*.json"):  # of a sweeper that plans as it goes
+    # A foreign sweeper makes up jobs that are not in the plan; their status files show them.
+    for path in (plan.folder / JOBS).glob("[0-9]*.json"):
         numbers.setdefault(int(path.stem), ())
     return [_job(plan, store, number, numbers[number]) for number in sorted(numbers)]
 
 
 def table(plan: Plan) -> list[dict[str, Any]]:
-    """Return one row per job; of what it asks, only what not all jobs ask."""
+    """Return one row per job, with only those overrides that not all jobs share."""
     states = jobs(plan)
     shared = set.intersection(*(set(job.overrides) for job in states)) if len(states) > 1 else set()
     return [
@@ -54,12 +55,12 @@ def table(plan: Plan) -> list[dict[str, Any]]:
 
 
 def unfinished(plan: Plan) -> list[Job]:
-    """Return the jobs that wait, failed or were lost, but none that another process works on."""
+    """Return the jobs that are waiting, failed or lost, but none that is running elsewhere."""
     return [job for job in jobs(plan) if job.state in ("waiting", "failed")]
 
 
 def ran(plan: Plan) -> Iterator[Result | str]:
-    """Yield what came of each job: its record, or for a failed one what a person has to know."""
+    """Yield each job's record, or an error summary; jobs without an outcome are skipped."""
     store = Store(plan.results_dir)
     for job in jobs(plan):
         note = read_note(plan.folder, job.number) or {}
@@ -72,7 +73,7 @@ def ran(plan: Plan) -> Iterator[Result | str]:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Return one row about a sweep: how many of its jobs are in which state."""
+    """Return one row about a sweep with the number of its jobs per state."""
     states = [job.state for job in jobs(plan)]
     counts = {state: states.count(state) for state in ("waiting", "running", "done", "failed")}
     return {"sweep": plan.name, **counts, "asked": " ".join(plan.asked)}
@@ -86,6 +87,7 @@ def _job(plan: Plan, store: Store, number: int, overrides: tuple[str, ...]) -> J
     known: dict[str, Any] = {"number": number, "overrides": overrides, "log": log, "host": host}
     if note["state"] == "done":
         return _done(store, note, known)
+    # "running" is what a killed process leaves behind too; only the lock tells them apart.
     if note["state"] == "running":
         if is_alive(plan.folder, number):
             return Job(**known, state="running")
@@ -95,8 +97,8 @@ def _job(plan: Plan, store: Store, number: int, overrides: tuple[str, ...]) -> J
 
 
 def _done(store: Store, note: Note, known: dict[str, Any]) -> Job:
-    """A job is done as long as its record is there and can be read."""
+    # A job is done only while its record exists: a deleted record makes `resume` run it again.
     run = str(note.get("run"))
     if (store.folder(run) / "record.json").is_file():
         return Job(**known, state="done", run=run)
-    return Job(**known, state="waiting", reason=f"its record {run} is gone")
+    return Job(**known, state="waiting", reason=f"its record {run} no longer exists")

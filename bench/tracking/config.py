@@ -1,4 +1,4 @@
-"""What a tracker config may say, checked once at the boundary."""
+"""Schema of the `tracker` section of a config, validated at the boundary."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 INIT_SECONDS = 20.0
-"""A server that is well says hello much sooner; the client's own limit is 90 s."""
+"""A healthy server answers much sooner; the client's own limit is 90 s."""
 
 
 class TrackerConfig(BaseModel):
     """One entry of the `tracker` config group: Weights & Biases, or none.
 
-    After `timeout` seconds a record that is being sent is given up; `bench track` sends it later.
+    Sending a record is abandoned after `timeout` seconds; `bench track` sends it later.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,11 +1,11 @@
-"""What a project shows beside its runs: the leaderboard, Pareto plots, papers' tables, the report.
+"""Overview of a W&B project: leaderboard, Pareto plots, paper tables and the HTML report.
 
-One W&B run of the type `overview` holds it. W&B lays panels out in sections by what stands before
-the first `/` of a key, so the keys alone give the layout that a report is written from:
+One W&B run of job type `overview` holds it. W&B groups panels into sections by the part of a key
+before the first `/`, so the keys alone define the layout:
 
     leaderboard/runs     every run with its numbers, sortable and filterable in W&B
     pareto/<setting>     a scatter plot of score against cost, with its data
-    tables/<name>        a paper's table, ours and theirs
+    tables/<name>        a paper's table: our values and the published ones
     report/page          the HTML report itself
 """
 
@@ -22,7 +22,7 @@ from bench.tracking.wandb import opened
 
 @dataclass(frozen=True)
 class Rows:
-    """A table: columns and rows of plain values."""
+    """A table of plain values."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | bool | None]]
@@ -30,7 +30,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A scatter plot of two columns of its rows."""
+    """A scatter plot of columns `x` and `y` of `data`."""
 
     title: str
     x: str
@@ -40,7 +40,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Overview:
-    """All that the overview of a project holds; names are unique within each part."""
+    """Contents of a project's overview; names are unique within each part."""
 
     leaderboard: Rows
     pareto: dict[str, Scatter] = field(default_factory=dict)
@@ -49,11 +49,12 @@ class Overview:
 
 
 def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) -> str:
-    """Log the overview as a run of its own; returns where W&B keeps it.
+    """Log the overview as a separate W&B run; return its URL or folder.
 
     Raises:
-        Exception: whatever W&B raises; the caller decides that it does not matter.
+        Exception: any error of W&B; the caller decides whether it matters.
     """
+    # No run id is given, so every overview is a new W&B run; the latest one is current.
     with opened(config, results_dir, name="overview", job_type="overview") as (wandb, run, kept):
         run.log({"leaderboard/runs": _table(wandb, overview.leaderboard)})
         for name, plot in overview.pareto.items():
@@ -62,12 +63,13 @@ def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) 
         for name, rows in overview.tables.items():
             run.log({f"tables/{name}": _table(wandb, rows)})
         if overview.page is not None:
+            # `inject` would add W&B's own style sheet to the page.
             run.log({"report/page": wandb.Html(overview.page.read_text("utf-8"), inject=False)})
     return kept
 
 
 def _table(wandb: Any, rows: Rows) -> Any:
-    """Return W&B's table; columns may hold missing values."""
+    # Columns may hold missing values next to numbers or text, so their types are mixed.
     return wandb.Table(
         columns=list(rows.columns), data=[list(row) for row in rows.rows], allow_mixed_types=True
     )

@@ -1,7 +1,7 @@
-"""Sending one record online from a process of its own, which can be ended when it takes too long.
+"""Upload of one record from a separate process that can be killed when it takes too long.
 
 W&B's client waits for minutes for a server that does not answer, and once more when its process
-ends. A run has no such time: after `timeout` seconds the process is killed with all it started.
+exits. A run cannot afford that: after `timeout` seconds the process and its children are killed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _MODULE = "bench.tracking.sending"
 
 
 class NotSent(Exception):
-    """The record did not arrive; the message says why in one line."""
+    """The upload failed; the message gives the reason in one line."""
 
 
 class NoAnswer(NotSent):
-    """It took longer than a server that is well takes to say hello."""
+    """The upload took longer than a healthy server needs to answer."""
 
 
 def send_apart(run: str, results_dir: Path, config: TrackerConfig) -> str:
-    """Send a stored record in a process of its own; return where the W&B run is.
+    """Send a stored record from a separate process; return the URL of the W&B run.
 
     Raises:
-        NotSent: it failed, or took too long.
+        NotSent: the upload failed or timed out.
     """
     command = [sys.executable, "-m", _MODULE, run, str(results_dir), config.model_dump_json()]
     began = time.monotonic()
@@ -41,6 +41,8 @@ def send_apart(run: str, results_dir: Path, config: TrackerConfig) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # W&B's client starts its own service process. A new session puts both into one process
+        # group, which can be killed as a whole, and keeps Ctrl-C of the terminal away from them.
         start_new_session=True,
     )
     try:
@@ -48,16 +50,20 @@ def send_apart(run: str, results_dir: Path, config: TrackerConfig) -> str:
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"no answer within {config.timeout:g} s") from None
     finally:
+        # Also after success: the client's service process may outlive the client.
         _end(process)
     if process.returncode != 0:
+        # The last line of stderr is the one that `main` prints; earlier ones are the client's.
         lines = complained.strip().splitlines() or [f"exit code {process.returncode}"]
+        # The client may give up by itself before our timeout; after so long a wait that means a
+        # silent server as well.
         waited = time.monotonic() - began > INIT_SECONDS
         raise (NoAnswer if waited else NotSent)(lines[-1])
     return said.strip().splitlines()[-1]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Kill what is left of the process and of those that it started."""
+    """Kill the process and its children, as far as they are still running."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -66,7 +72,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def main(run: str, results_dir: str, config: str) -> None:
-    """Send one record and print where it is; leave at once, for the client's own farewell waits."""
+    """Send one record and print its URL; exit without the client's exit handlers, which wait."""
     from bench.records import Store
     from bench.tracking.wandb import send
 
@@ -75,11 +81,12 @@ def main(run: str, results_dir: str, config: str) -> None:
     try:
         chosen = TrackerConfig.model_validate_json(config)
         said = send(store.get(run), store.folder(run), chosen, store.root)
-    except Exception as error:  # whatever it is, the one who waits is told in one line
+    except Exception as error:  # whatever it is, the parent gets it as one line
         code = 1
         print(sentence(error), file=sys.stderr)
     print(said, flush=True)
     sys.stderr.flush()
+    # `os._exit` skips atexit handlers and buffers alike, hence the explicit flushes.
     os._exit(code)
 
 

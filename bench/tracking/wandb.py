@@ -1,7 +1,7 @@
-"""A record as a run of Weights & Biases: config, metrics, costs, tables, and itself as artifact.
+"""A record as a run of Weights & Biases: config, metrics, costs, tables, and the record itself.
 
-W&B is a projection of the records: it can be rebuilt from them at any time with `bench track`,
-and its failure never fails a run. All its files stay inside the results folder.
+W&B only mirrors the records: it can be rebuilt from them at any time with `bench track`, and its
+failure never fails a run. All its files stay inside the results folder.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 
 
 def send(record: Record, folder: Path, config: TrackerConfig, results_dir: Path) -> str:
-    """Log one record; `folder` holds its files. Returns where the W&B run is kept.
+    """Log one record, whose files are in `folder`; return the URL or folder of the W&B run.
 
     Raises:
-        Exception: whatever W&B raises; the caller decides that it does not matter.
+        Exception: any error of W&B; the caller decides whether it matters.
     """
     with opened(
         config,
@@ -47,13 +47,15 @@ def opened(
     config_of_run: dict[str, Any] | None = None,
     **described: Any,
 ) -> Iterator[tuple[Any, Any, str]]:
-    """Open a W&B run whose files stay in the results folder; yield W&B, the run, where it is kept.
+    """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
 
-    The run is finished whatever happens inside.
+    The run is finished even if the block raises.
     """
+    # Absolute, so that it stays valid if the working directory changes.
     home = (results_dir / "wandb_home").resolve()
     home.mkdir(parents=True, exist_ok=True)
     with _inside(home):
+        # Imported with the variables set, so that not even the import writes elsewhere.
         import wandb
 
         chosen = mode(config)
@@ -63,6 +65,7 @@ def opened(
             config=config_of_run,
             dir=str(home),
             mode=chosen,
+            # A host program may already have a W&B run open, which must not be taken over.
             reinit="create_new",
             settings=wandb.Settings(
                 console="off", silent=True, init_timeout=min(INIT_SECONDS, config.timeout)
@@ -76,9 +79,9 @@ def opened(
 
 
 def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:
-    """Write summary, tables and artifact of one record into a W&B run."""
     run.summary.update(summary(record))
     metrics = [m.model_dump() for m in record.metrics]
+    # Tables hold plain values only, so the parts of a cost become JSON text.
     costs = [{**c.model_dump(), "parts": json.dumps(c.parts)} for c in record.costs]
     gaps = [g.model_dump() for g in record.gaps]
     for name, rows in (("metrics", metrics), ("costs", costs), ("gaps", gaps)):
@@ -93,22 +96,24 @@ def _log(wandb: Any, run: Any, record: Record, folder: Path) -> None:
 
 
 def _log_histories(run: Any, record: Record) -> None:
-    """Log what a method reports epoch by epoch as curves over its own epochs.
+    """Log the training history that a method reports, as curves over its own epochs.
 
-    A report's `history` is a list of lines, each a dict of numbers with its `epoch`.
+    A report's `history` is a list of dicts of numbers, each with its `epoch`.
     """
     for method in record.methods:
         lines = method.report.get("history", [])
         if lines:
+            # W&B's x axis is the log call by default, which two methods of a run would share.
             run.define_metric(f"{method.name}/*", step_metric=f"{method.name}/epoch")
         for line in lines:
             run.log({f"{method.name}/{key}": value for key, value in line.items()})
 
 
 def summary(record: Record) -> dict[str, float]:
-    """Return the flat numbers of a record: `task/metric` and `cost/scope/quantity`.
+    """Return the numbers of a record as a flat dict: `task/metric` and `cost/scope/quantity`.
 
-    A cost that was had in two ways goes by its quantity as it comes first, then with `/analytic`.
+    If a cost has both a counted and an analytic value, the first is logged under `quantity` and the
+    second under `quantity/analytic`.
     """
     values = {f"{m.task}/{m.metric}": m.value for m in record.metrics if m.value is not None}
     for cost in record.costs:
@@ -118,9 +123,10 @@ def summary(record: Record) -> dict[str, float]:
 
 
 def mode(config: TrackerConfig) -> Mode:
-    """`auto` is online for a user who is logged in, else offline."""
+    """Resolve the mode; `auto` is online for a user who is logged in, else offline."""
     if config.mode != "auto":
         return config.mode
+    # W&B's own variable decides before the login does, as in any other use of wandb.
     asked = os.environ.get("WANDB_MODE")
     for known in MODES:
         if asked == known:
@@ -132,8 +138,9 @@ def mode(config: TrackerConfig) -> Mode:
 
 @contextmanager
 def _inside(home: Path) -> Iterator[None]:
-    """Keep all that W&B writes, staging included, below `home`, and keep it quiet."""
+    """Keep all files of W&B, staging included, below `home`, and silence its output."""
     names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
+    # Restored afterwards: the caller may be a notebook that uses W&B itself.
     before = {name: os.environ.get(name) for name in (*names, "WANDB_SILENT")}
     os.environ.update({**dict.fromkeys(names, str(home)), "WANDB_SILENT": "true"})
     try:

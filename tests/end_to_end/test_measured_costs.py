@@ -50,7 +50,7 @@ def test_a_zeroed_run_says_so_where_its_gain_would_be(record):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("costs.timing.lengths=[5000]", "micro_moe takes 1024 positions"),
+        ("costs.timing.lengths=[5000]", "micro_moe supports 1024 positions"),
         ("costs.timing.batches=[0]", "greater than 0"),
         ("costs.timing.round=9", "did you mean 'costs.timing.rounds'"),
         ("costs.measure=[speed]", "'latency', 'memory', 'energy' or 'limits'"),
@@ -68,14 +68,15 @@ def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench
 
 def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
     made, out = record("costs.measure=[memory]", "costs.timing.lengths=[24,5000]")
-    reason = "micro_moe takes 1024 positions, not 5000 and an answer of 2"
+    reason = "micro_moe supports 1024 positions; a prompt of 5000 and 2 new tokens exceed them"
     assert {"scope": "1x5000", "quantity": "latency", "reason": reason, "how": None} in made["gaps"]
     assert f"no latency for 1x5000: {reason}" in out
 
 
 def test_a_length_that_cannot_be_counted_is_named_and_no_number_stands_for_it(record):
     made, out = record("costs.measure=[]", "costs.length=5000")
-    assert "no flops for forward 1x5000, token after 1x5000: micro_moe takes 1024 positions" in out
+    reason = "micro_moe supports 1024 positions; costs.length=5000"
+    assert f"no flops for forward 1x5000, token after 1x5000: {reason}" in out
     assert not [cost for cost in made["costs"] if "flops" in cost["quantity"]]
 
 

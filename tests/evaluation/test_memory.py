@@ -130,4 +130,4 @@ def test_other_weights_meet_no_answer_of_these(model, tmp_path):
         Adapter(model, 2, SILENT, "plain", Memory(journal)).loglikelihood(requests)
     with Journal(tmp_path / "answers", "other weights") as journal:
         assert journal.entries == []
-        assert "other weights" in journal.notes[0]
+        assert "different weights" in journal.notes[0]

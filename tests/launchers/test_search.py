@@ -75,7 +75,7 @@ def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    ("hydra.sweeper.objectives=[up average]", "allowed are `maximize NAME`"),
+    ("hydra.sweeper.objectives=[up average]", "allowed: `maximize NAME`"),
     ("ratio=interval(0.1,1.5)", "ratio=1.5"),
     ("hydra.sweeper.spaces={}", "spaces"),
 ])  # fmt: skip
@@ -113,5 +113,5 @@ def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_pat
 def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
     opened(tmp_path / "s.log")
     other = Search("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
-    with pytest.raises(UserError, match="other objectives"):
+    with pytest.raises(UserError, match="different objectives"):
         other._study(tmp_path / "s.log")

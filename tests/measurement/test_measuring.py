@@ -116,7 +116,7 @@ def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
     wanted = config("latency", precision=1e-9, most_rounds=6)
     found = measure(Subject(model(network), model(network)), wanted)
     for scope, speedup in rows(found, "speedup").items():
-        assert speedup.note.endswith("still reaches over 1e-07 % to one side at last")
+        assert speedup.note.endswith("is still wider than 1e-07 % to one side")
         assert rows(found, "latency")[scope].parts["rounds"] == 6
         assert "interval" not in (rows(found, "latency")[scope].note or "")
 
@@ -136,7 +136,8 @@ def test_lengths_that_do_not_fit_are_gaps_and_the_others_are_measured():
     found = measure(Subject(model(llama())), config("memory", lengths=(16, 62), batches=(1, 2)))
     assert list(rows(found, "cache_bytes")) == ["prefill 1x16", "prefill 2x16"]
     assert missing(found, "latency") == {
-        f"{batch}x62": "tiny takes 64 positions, not 62 and an answer of 3" for batch in (1, 2)
+        f"{batch}x62": "tiny supports 64 positions; a prompt of 62 and 3 new tokens exceed them"
+        for batch in (1, 2)
     }
 
 
@@ -145,7 +146,7 @@ def test_a_grid_of_which_nothing_fits_is_refused_before_weights_are_loaded():
         network = llama()
     about = ModelConfig(name="tiny", source="t")
     refuse_unfit(config(lengths=(16, 999)).timing, about, network)
-    with pytest.raises(UserError, match=r"lengths=\[62, 999\]: tiny takes 64 positions, which 62"):
+    with pytest.raises(UserError, match=r"lengths=\[62, 999\]: tiny supports 64 positions; .* 62"):
         refuse_unfit(config(lengths=(62, 999)).timing, about, network)
 
 
@@ -160,7 +161,7 @@ def test_memory_that_runs_out_is_a_gap_for_that_shape_alone(monkeypatch):
 
     monkeypatch.setattr(network.model, "forward", limited)
     found = measure(Subject(model(network)), config("memory", batches=(2, 1)))
-    assert missing(found, "further cost") == {"2x16": "memory ran out"}
+    assert missing(found, "further cost") == {"2x16": "out of memory"}
     assert list(rows(found, "cache_bytes")) == ["prefill 1x16"]
 
 
@@ -310,6 +311,6 @@ def test_a_device_without_room_for_its_limits_leaves_a_gap_and_no_shares(monkeyp
 
     monkeypatch.setattr(measuring, "limits", crowded)
     found = measure(Subject(model(llama())), config("latency", "limits"))
-    assert missing(found, "limits") == {"device": "memory ran out"}
+    assert missing(found, "limits") == {"device": "out of memory"}
     assert rows(found, "limit_share") == {}
     assert rows(found, "latency")

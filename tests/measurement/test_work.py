@@ -133,7 +133,7 @@ def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
 def test_a_convention_of_prompts_is_missing_where_there_are_none():
     config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
     rows = list(flops(model_of(tiny_networks.llama()), config))
-    reason = "yopo counts prompts with images"
+    reason = "yopo covers prompts with images only"
     assert gaps(rows) == [Gap("forward 1x9", "flops_yopo", reason, "analytic")]
 
 
@@ -170,7 +170,7 @@ def test_a_method_that_does_not_say_what_choosing_multiplies_is_a_gap(multimodal
 
     (gap,) = gaps(multimodal(METHODS["fastv"], then=silent))
     assert (gap.quantity, gap.how) == ("method_flops", "analytic")
-    assert gap.reason == "fastv does not say what choosing multiplies"
+    assert gap.reason == "fastv does not report the FLOPs of its selection"
     assert gaps(multimodal(METHODS["fastv"])) == []
 
 

@@ -66,7 +66,7 @@ def test_no_flipped_bit_is_ever_read(tmp_path_factory, data):
     ("header", "said"),
     [
         ({"format": 99, "identity": "w"}, "its format is 99, this program reads 1"),
-        ({"format": 1, "identity": "v"}, "left by a network with other weights"),
+        ({"format": 1, "identity": "v"}, "belongs to a network with different weights"),
         ([1], "its format is None"),
     ],
 )

@@ -103,7 +103,7 @@ def test_what_could_not_be_counted_is_said_also_where_nothing_was_measured(capsy
 
 
 def test_a_wide_interval_has_its_own_mark(capsys):
-    wide = "the speed-up's interval still reaches over 3 % to one side at last"
+    wide = "the interval of the speed-up is still wider than 3 % to one side"
     speedup = cost(PREFILL, "speedup", 1.5, "1", note=wide, low=1.44, high=1.55, theory=2.0)
     print_costs(recorded(latency(PREFILL, 0.02), speedup))
     out = capsys.readouterr().out

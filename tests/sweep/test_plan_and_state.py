@@ -90,7 +90,7 @@ def test_a_process_that_was_killed_is_told_from_one_that_works(plan):
     child.join()
     job = jobs(plan)[0]
     assert job.state == "failed"
-    assert "ended without a word" in job.reason
+    assert " died (killed, out of memory, or preempted)" in job.reason
     assert 0 in [job.number for job in unfinished(plan)]
 
 

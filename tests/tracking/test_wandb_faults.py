@@ -106,10 +106,10 @@ def test_a_server_that_is_away_costs_the_time_limit_once(online):
     with serving("silent") as server:
         url = server.url
     said, took = online(url, timeout=3)
-    assert "W&B did not take run" in said and "no answer within 3 s" in said
+    assert "to W&B failed" in said and "no answer within 3 s" in said
     assert took < 10
     said, took = online(url, timeout=3)
-    assert "the server was silent for run" in said
+    assert "the server did not answer for run" in said
     assert took < 1
 
 
@@ -125,7 +125,7 @@ def test_a_server_that_fails_in_the_middle_costs_the_time_limit(online):
     with serving("broken", fails_after=1) as server:
         said, took = online(server.url, timeout=40)
         assert any("UpsertBucket" in name for name in server.asked)
-    assert "W&B did not take run" in said
+    assert "to W&B failed" in said
     assert took < 60
 
 

@@ -1,4 +1,4 @@
-"""FLOPs by arithmetic on shapes: what a network must multiply, part by part, without running it."""
+"""Analytic FLOPs: multiply-adds of each part of a network, from shapes alone, without a run."""
 
 from bench.measurement.analytic.images import images
 from bench.measurement.analytic.language import forward, token

@@ -1,4 +1,7 @@
-"""An image classifier: each weight of a convolution meets every position of its output."""
+"""Analytic cost of an image classifier.
+
+A convolution uses each of its weights once per position of its output.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ from bench.models.vision import Classifier
 
 
 def images(network: Classifier, batch: int) -> list[Product]:
-    """Return the products of one forward over `batch` images of the size it is built for.
+    """Return the multiply-adds of one forward over `batch` images of the network's input size.
 
-    Positions follow from the image's size by the layers' own rules; nothing is computed.
+    The forward runs on the meta device, so the layers themselves derive the output shapes from
+    stride and padding and nothing is computed.
     """
     config = network.config
     products: list[Product] = []
 
     def note(layer: nn.Module, _: Any, output: Tensor) -> None:
         kind: Part = "convolution" if isinstance(layer, nn.Conv2d) else "dense"
+        # A dense layer has no spatial dimensions; the product over none of them is 1.
         places = output.shape[0] * output.shape[2:].numel()
         products.append(Product(kind, float(places * weights(layer))))
 

@@ -1,4 +1,4 @@
-"""A language model: one forward that scores text, and one generated token."""
+"""Analytic cost of a language model: one forward that scores text, and one generated token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bench.models.products import Product
 
 
 def forward(network: nn.Module, anatomy: Anatomy, batch: int, length: int) -> list[Product]:
-    """Return the products of `batch` sequences of `length` tokens, logits of all of them.
+    """Return the multiply-adds of `batch` sequences of `length` tokens with logits for every token.
 
     Raises:
-        UserError: the network is of a kind whose arithmetic is not known.
+        UserError: a part of the network has no analytic FLOP formula.
     """
     layout = Layout.text(batch, length)
     layers = decoder(anatomy.layers, text_config(network), layout)
@@ -22,10 +22,10 @@ def forward(network: nn.Module, anatomy: Anatomy, batch: int, length: int) -> li
 
 
 def token(network: nn.Module, anatomy: Anatomy, batch: int, length: int) -> list[Product]:
-    """Return the products of the next token of `batch` sequences with `length` tokens cached.
+    """Return the multiply-adds of the next token of `batch` sequences with `length` cached tokens.
 
     Raises:
-        UserError: the network is of a kind whose arithmetic is not known.
+        UserError: a part of the network has no analytic FLOP formula.
     """
     layout = Layout.text(batch, 1, past=length)
     return [*decoder(anatomy.layers, text_config(network), layout), head(network, batch)]

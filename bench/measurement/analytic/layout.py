@@ -1,4 +1,4 @@
-"""The tokens of one call as numbers: how many of each kind, and how many keys each of them sees."""
+"""Tokens of one call: how many of each kind, and how many keys each of them attends to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bench.models.products import Rows
 
 @dataclass(frozen=True)
 class Layout:
-    """Places of the call's new tokens in their sequence, int64 [L], and which are visual, [L].
+    """New tokens of a call: `places`, positions in the sequence, int64 [L]; `visual`, bool [L].
 
-    `batch` sequences are alike; `past` tokens are in the cache already.
+    All `batch` sequences have the same tokens. `past` tokens are already in the KV cache.
     """
 
     places: Tensor
@@ -24,24 +24,25 @@ class Layout:
 
     @staticmethod
     def text(batch: int, length: int, past: int = 0) -> Layout:
-        """Return a call of text alone."""
+        """Return the layout of a call without images."""
         return Layout(
             torch.arange(past, past + length), torch.zeros(length, dtype=torch.bool), batch, past
         )
 
     @staticmethod
     def prompt(visual_BS: Tensor) -> Layout:
-        """Return a prompt whose visual tokens are marked; its samples must be alike."""
+        """Return the layout of a prompt; all samples of `visual_BS` must have the same mask."""
+        # The first sample stands for all: measured prompts are copies of one prompt.
         visual_S = visual_BS[0].cpu()
         return Layout(torch.arange(len(visual_S)), visual_S, len(visual_BS))
 
     @property
     def keys(self) -> int:
-        """How many keys there are for one sequence, cached ones included."""
+        """Number of keys of one sequence, cached ones included."""
         return self.past + len(self.places)
 
     def kinds(self) -> list[tuple[Rows, Tensor]]:
-        """Return text rows and visual rows by their places, kinds without rows left out."""
+        """Return the positions of text and of visual tokens; a kind without tokens is left out."""
         both: list[tuple[Rows, Tensor]] = [
             ("text", self.places[~self.visual]),
             ("visual", self.places[self.visual]),
@@ -49,6 +50,10 @@ class Layout:
         return [(rows, places) for rows, places in both if len(places)]
 
     def seen(self, places: Tensor, window: int | None) -> int:
-        """Return how many keys all rows see: each itself and those before it in its window."""
+        """Return the number of causal (query, key) pairs of the tokens at `places`.
+
+        A token attends to itself and to earlier tokens, at most `window` keys in all.
+        """
+        # Positions count from 0 and include the cache, so the token at p has p + 1 keys.
         keys = places + 1
         return int((keys if window is None else keys.clamp(max=window)).sum()) * self.batch

@@ -1,4 +1,4 @@
-"""A vision-language model: the prefill of one prompt with images, and the token after it."""
+"""Analytic cost of a vision-language model: prefill of an image prompt, and the token after it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ Inputs = Mapping[str, Any]
 
 @torch.no_grad()
 def prefill(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Product]:
-    """Return the products of a prompt with its images, and the logits of its last token.
+    """Return the multiply-adds of a prompt with its images and of the logits of its last token.
 
     Raises:
-        UserError: there is no image, or a part is of a kind whose arithmetic is not known.
+        UserError: there is no image, or a part has no analytic FLOP formula.
     """
     marked = _located(network, inputs).mask
+    # A method that skips work leaves its own FLOP account on the network; it returns None where
+    # the stock decoder is unchanged.
     plan = plan_of(network)
     planned = None if plan is None else plan.prefill(inputs)
     if planned is None:
@@ -38,10 +40,10 @@ def prefill(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Produc
 
 @torch.no_grad()
 def token_after(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Product]:
-    """Return the products of the first token that is generated after a prompt.
+    """Return the multiply-adds of the first token generated after a prompt.
 
     Raises:
-        UserError: there is no image, or the decoder is of a kind whose arithmetic is not known.
+        UserError: there is no image, or the decoder has no analytic FLOP formula.
     """
     batch, length = _located(network, inputs).mask.shape
     plan = plan_of(network)
@@ -54,17 +56,17 @@ def token_after(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[Pr
 
 @torch.no_grad()
 def visual_layers(network: nn.Module, anatomy: Anatomy, inputs: Inputs) -> list[VisualLayer]:
-    """Return every layer of the decoder as papers count it."""
+    """Return per decoder layer the quantities that papers' FLOP conventions use."""
     plan = plan_of(network)
     if plan is not None:
         return plan.layers(inputs)
+    # Without a method every layer sees all visual tokens with all heads and neurons.
     visual = int(_located(network, inputs).mask.sum())
     return [VisualLayer(visual)] * len(anatomy.layers)
 
 
 def _located(network: nn.Module, inputs: Inputs) -> VisualTokens:
-    """Return where the visual tokens are."""
     tokens = locate(network, inputs)
     if tokens is None:
-        raise UserError("the call brings no image, so it has no visual tokens to count")
+        raise UserError("the inputs contain no image, so there are no visual tokens to count")
     return tokens

@@ -1,4 +1,4 @@
-"""FLOPs counted by PyTorch's dispatcher while a call runs, with all that it misses added."""
+"""FLOPs counted by PyTorch's dispatcher during a call, completed by operators that it misses."""
 
 from bench.measurement.counting.watch import Counted, watch
 

@@ -1,4 +1,4 @@
-"""Calling a network on tensors without content, so that any model can be counted on any machine."""
+"""Forward passes on the meta device, so that a model of any size can be counted on any machine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ COUNTABLE_EXPERTS = "batched_mm"
 
 @contextmanager
 def ghost(network: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Lend the network's forward on the meta device; its own weights are not touched.
+    """Yield a meta-device forward of the network; its own weights are not touched.
 
-    Tensors that are passed to it must be born inside the block, on the meta device.
+    Inputs must be created inside the block, on the meta device.
     """
-    # Fake as well as meta: transformers looks at mask values unless tensors are fake. Its cache
-    # makes an empty tensor that is not.
+    # Fake tensors on top of meta tensors: transformers inspects mask values unless tensors are
+    # fake. Non-fake inputs must be allowed, because its KV cache creates a plain empty tensor.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, _countable(network), without_hooks(network), torch.no_grad():
         tensors = (*network.named_parameters(), *network.named_buffers())
         weights = {name: _without_content(tensor) for name, tensor in tensors}
 
+        # `named_parameters` lists a tied parameter once; `tie_weights` replaces it under its other
+        # names as well.
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
 
@@ -36,16 +38,19 @@ def ghost(network: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _without_content(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the same shape without storage, floats as bfloat16."""
+    """Return a meta tensor of the same shape, floats as bfloat16."""
+    # FLOPs do not depend on the dtype; with one dtype for all floats, inputs always match weights.
     kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=kind, device="meta")
 
 
 @contextmanager
 def _countable(network: nn.Module) -> Iterator[None]:
-    """Let the experts run an implementation that the counter sees, while the block lasts."""
+    """Switch the experts to an implementation whose matmuls the counter sees, inside the block."""
     config = getattr(network, "config", None)
     before = getattr(config, "_experts_implementation", None)
+    # The eager implementation loops over the experts that were hit, which depends on values that do
+    # not exist on the meta device; the matmuls of `batched_mm` have static shapes.
     if before is None or not hasattr(network, "set_experts_implementation"):
         yield
         return

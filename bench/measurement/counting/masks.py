@@ -1,8 +1,8 @@
-"""How much of attention goes into pairs that a mask hides, seen where attention is asked for.
+"""FLOPs that attention spends on masked (query, key) pairs, observed at PyTorch's attention API.
 
-Below, in the dispatcher, a mask may have become a sum, and attention may be split into its
-products; at PyTorch's own function it is still a mask. Shapes: B samples, H heads, Q queries, K
-keys, d widths of q and v.
+Further down, in the dispatcher, the mask may already be an additive bias and attention may be split
+into its matmuls; at `scaled_dot_product_attention` it is still a mask. Shapes: B samples, H heads,
+Q queries, K keys, d widths of q and v.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class HiddenPairs(TorchFunctionMode):
-    """Adds up, while it is on, the FLOPs of pairs of query and key that masks hide.
+    """Mode that sums the FLOPs of masked (query, key) pairs while it is active.
 
-    `calls` counts how often attention was asked for by this function, `unknown` says that a mask
-    without values was among them: the causal count is then unknown.
+    `calls` is the number of attention calls. `unknown` is set if the values of a mask were not
+    available; the causal count is then unknown.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class HiddenPairs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Look at attention, and let everything run as it is."""
+        """Record attention calls; run every function unchanged."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             self._look(*args, **kwargs)
@@ -55,9 +55,10 @@ class HiddenPairs(TorchFunctionMode):
     ) -> None:
         self.calls += 1
         heads, queries, keys = prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
+        # q · k over the width of q, weight · v over the width of v, two FLOPs per multiply-add.
         per_pair = 2 * (query.shape[-1] + value.shape[-1])
         if is_causal:
-            # Row i sees keys 0 to i: PyTorch aligns the mask at the top left.
+            # Row i attends to keys 0 to i: PyTorch aligns the causal mask at the top left.
             hidden = sum(max(keys - 1 - row, 0) for row in range(queries))
             self.flops += per_pair * heads * hidden
         elif attn_mask is not None:
@@ -67,7 +68,9 @@ class HiddenPairs(TorchFunctionMode):
         if isinstance(mask, FakeTensor) or mask.is_meta:
             self.unknown = True
             return
+        # A float mask is added to the scores: transformers writes the dtype's minimum (or -inf) for
+        # a masked pair. A bool mask is True where a query may attend.
         lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
         hidden = ~mask if lowest is None else mask <= lowest
-        # A mask may serve several samples and heads.
+        # A mask is broadcast over samples and heads, so take its mean instead of its sum.
         self.flops += round(per_pair * pairs * float(hidden.double().mean()))

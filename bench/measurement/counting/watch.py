@@ -1,4 +1,4 @@
-"""Watching a call: its FLOPs by module, the part of them that masks hide, what has no formula."""
+"""FLOP count of a call: by module, with the masked part and the operators without a formula."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from bench.measurement.counting.operators import formulas, missed
 
 @dataclass
 class Counted:
-    """What was counted, filled in when the watch ends.
+    """FLOPs of a call, filled in when the counting block ends.
 
-    `modules` maps a module's path to FLOPs by operator, `Global` to those of the whole call;
-    `hidden` are the FLOPs of masked pairs, None where masks had no values; `attentions` is how
-    often PyTorch's attention was called, whose masks alone are seen. `operators` are all that ran,
-    `missed` the names of those that multiply and have no formula: the count is then short.
+    `modules` maps a module's path to FLOPs by operator, and `Global` to those of the whole call.
+    `hidden` is the FLOPs of masked pairs, None if mask values were not available. `attentions` is
+    the number of calls of PyTorch's attention, the only place where masks are observed. `operators`
+    are all that ran; `missed` names the matmuls among them without a formula: if it is not empty,
+    the count is too small.
     """
 
     modules: dict[str, dict[Any, int]] = field(default_factory=dict)
@@ -32,7 +33,7 @@ class Counted:
 
     @property
     def total(self) -> int:
-        """FLOPs of the whole call, masked pairs included."""
+        """FLOPs of the whole call, including masked pairs."""
         return sum(self.modules.get("Global", {}).values())
 
     @property
@@ -41,23 +42,25 @@ class Counted:
         return None if self.hidden is None else self.total - self.hidden
 
     def below(self, *leaves: str, within: tuple[str, ...] = ()) -> int:
-        """Return the FLOPs of all modules with one of these names, none inside another of them.
+        """Return the FLOPs of all modules named in `leaves`, counting nested matches once.
 
-        An item of a list has the list's name, which is never called itself. With `within`, only
-        those inside modules of those names count.
+        An item of a `ModuleList` takes the name of the list. With `within`, only modules inside
+        modules of those names count.
         """
         names, found = set(leaves), 0
         for path, counts in self.modules.items():
+            # A ModuleList is never called, so the counter knows its items (`list.3`) only.
             *above, own = path.split(".")
             if own.isdigit() and above:
                 own = above.pop()
+            # FLOPs of a module include those of its submodules: skip a match inside another match.
             if own in names and not names & set(above) and (not within or set(within) & set(above)):
                 found += sum(counts.values())
         return found
 
 
 class _Operators(TorchDispatchMode):
-    """Notes every operator that runs; entered before the counter, it sees what the counter runs."""
+    """Records every operator that runs, including those that the FLOP counter decomposes into."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
@@ -76,9 +79,11 @@ class _Operators(TorchDispatchMode):
 
 @contextmanager
 def watch() -> Iterator[Counted]:
-    """Count what runs inside the block; the result is complete when the block ends."""
+    """Count the FLOPs of what runs inside the block; the result is complete when the block ends."""
     counted, operators, hidden = Counted(), _Operators(), HiddenPairs()
     counter = FlopCounterMode(display=False, custom_mapping=formulas())
+    # Dispatch modes form a stack, and the one entered last sees an operator first. The recorder is
+    # entered before the counter and so sees the operators that the counter passes on.
     with operators, counter, hidden:
         yield counted
     counted.modules = {path: dict(flops) for path, flops in counter.get_flop_counts().items()}
