@@ -197,7 +197,7 @@ def test_layers_of_different_sizes_are_one_sentence():
     families = transformer.neurons(network)
     dead = [torch.arange(48) >= 20, torch.arange(48) >= 24]
     Partition(network, families).scale_((~torch.cat(dead)).double())
-    with pytest.raises(UserError, match="keep between 20 and 24 neurons: use a budget per layer"):
+    with pytest.raises(UserError, match="keep between 20 and 24 neurons: use scope=layer"):
         smaller_language_model(network, families, dead)
 
 
