@@ -44,7 +44,7 @@ def smaller_language_model(
         config.intermediate_size = count
     else:
         _fewer_heads(config, count)
-    _refuse_what_cannot_be_loaded(config, f"{count} {kinds.pop()} a layer")
+    _refuse_what_cannot_be_loaded(config, f"{count} {kinds.pop()} per layer")
     return removal.network
 
 
@@ -66,4 +66,4 @@ def _refuse_what_cannot_be_loaded(config: Any, what: str) -> None:
         getattr(config, "validate", lambda: None)()
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"transformers could not load {what} again: {reason}") from error
+        raise UserError(f"transformers could not reload {what}: {reason}") from error

@@ -89,7 +89,7 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
 
 def test_a_language_model_is_one_sentence():
     anatomy = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
-    with pytest.raises(UserError, match="for image classifiers, not LlamaForCausalLM"):
+    with pytest.raises(UserError, match="this model is LlamaForCausalLM"):
         methods.Wgsef().check(anatomy)
 
 
