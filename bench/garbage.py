@@ -59,7 +59,7 @@ def _halves(root: Path) -> Iterator[tuple[Path, str]]:
 def _locks(root: Path) -> Iterator[tuple[Path, str]]:
     for path in (root / "locks").glob("*.lock"):
         try:
-            # Only taking the lock shows that no process, on any machine, holds it.
+            # The file stays after its process ends; only taking the lock shows that it is free.
             with FileLock(path, blocking=False):
                 yield path, "unused lock"
         except (Timeout, OSError):

@@ -85,8 +85,8 @@ def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
         try:
             return _sweep(plan, perform)
         except UserError:
-            # A sweeper or launcher refused its settings. Without a single planned job the folder
-            # is useless and goes; with one, a half-done sweep must stay resumable.
+            # A sweeper or launcher refused its settings. The folder is removed only if no job was
+            # planned: a half-done sweep must stay resumable.
             if not jobs(plan):
                 shutil.rmtree(plan.folder)
             raise

@@ -146,8 +146,8 @@ def execute(config: RunConfig, asked: Asked) -> Result:
         record = _perform(config, inputs, store, progress, asked)
     if not ranks.is_first:
         return Result(record, reused=False)
-    # After the lock is released and the record is written: a tracker that hangs or fails costs
-    # nothing.
+    # After the record is written and the lock released: a tracker that fails or hangs loses no
+    # result and blocks no other process.
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
         warning = track(record, store, config.tracker)
     return Result(record, reused=False, warning=warning)

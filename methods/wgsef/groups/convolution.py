@@ -26,8 +26,8 @@ def channels(network: nn.Module, example: Tensor) -> list[Family]:
     """
     mirrored = []
     for family in coupled_filters(network, example):
-        # The readers' BatchNorm statistics are not weights: they cannot be measured or shrunk and
-        # only follow on removal.
+        # The remaining readers are running statistics of the producer's BatchNorm: buffers that
+        # cannot be measured or shrunk and only follow on removal.
         reads = tuple(s for s in family.readers if s.tensor.endswith(".weight"))
         rest = tuple(s for s in family.readers if not s.tensor.endswith(".weight"))
         name = f"readers of {family.name}"

@@ -128,7 +128,7 @@ class Trainer:
         # Batches are a function of seed, epoch and position, so a resumed epoch sees exactly the
         # batches that the interrupted one still had to see.
         epoch, start = divmod(self._step, self._epoch_steps)
-        # `accuracy` and torch-pruning's tracer change modes and gradients between epochs.
+        # Loaded networks are in eval mode with gradients off, and a resumed one is as well.
         task.network.requires_grad_(True).train()
         fetched = batches(task.splits.train, recipe.batch, seed=task.seed, epoch=epoch, start=start)
         for image_BCHH, label_B in fetched:
