@@ -41,12 +41,9 @@ class Envelope(Solver):
             return
         strength = Strength(lam, self.unit_M.square(), group_metric(self, optimizer))
         allocation = self.scene.allocation
+        # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
         scale_M, self.gate_M = allocation.shrink(
-            # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
-            prox.envelope,
-            self.partition.norms(),
-            strength,
-            1.0,
+            prox.envelope, self.partition.norms(), strength, 1.0
         )
         self.partition.scale_(scale_M)
 
@@ -101,14 +98,11 @@ class Debiased(Solver):
         if ratio >= 1:
             scale_M = self.gate_M = allocation.select(score_M).double()
         else:
+            # Scores instead of norms, with weight 1: the operator is applied in the normalised
+            # metric, where one ratio holds for all layers. Factors do not depend on the unit, so
+            # they apply to the weights as is.
             scale_M, self.gate_M = allocation.shrink(
-                # Scores instead of norms, with weight 1: the operator is applied in the normalised
-                # metric, where one ratio holds for all layers. Factors do not depend on the unit,
-                # so they apply to the weights as is.
-                prox.debiased,
-                score_M,
-                Strength(ratio),
-                self.progress,
+                prox.debiased, score_M, Strength(ratio), self.progress
             )
         self.partition.scale_(scale_M)
 
