@@ -216,7 +216,7 @@ def test_a_damaged_record_is_made_again_and_kept_aside(tmp_path, same):
     with pytest.raises(UserError, match="checksum does not match"):
         Store(results).get(record.id)
     code, said = run(results, *RUN)
-    assert (code, "cannot be read" in said) == (0, True)
+    assert (code, "is unreadable" in said) == (0, True)
     same(results)
     kept = json.loads((results / "aside" / record.id / "record.json").read_text())
     assert kept["metrics"][0]["value"] == 1.0
