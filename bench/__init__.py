@@ -1,4 +1,4 @@
-"""slimbench: what does a compression method really cost and really save?
+"""slimbench: benchmark model-compression methods.
 
 >>> import bench
 >>> records = bench.run(["model=micro_moe", "method=camera_p"])
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The function takes the place of the module of the same name: `bench.run(...)` calls it, and
+# The function shadows the module of the same name: `bench.run(...)` calls it, while
 # `from bench.run import ...` still finds the module.
 from bench.run import run
 
@@ -20,7 +20,7 @@ __all__ = ["records", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `bench.records` when it is first asked for, since pandas and pydantic take a while."""
+    """Import `bench.records` on first access, since pandas and pydantic are slow to import."""
     if name == "records":
         import importlib
 

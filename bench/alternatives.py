@@ -1,4 +1,4 @@
-"""Every alternative of a sweep, looked at before the first job starts."""
+"""Checks of every alternative of a sweep before its first job starts."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from bench.trust import HYDRAS_OWN, refuse_foreign_code
 
 
 class Single(NamedTuple):
-    """One run out of a sweep; `changed` is what it has other than the first of its method."""
+    """A single run of a sweep.
+
+    `changed` is the override in which it differs from the first run of its method.
+    """
 
     overrides: list[str]
     changed: str | None = None
 
 
 def alternatives(overrides: list[str]) -> list[list[str]]:
-    """Return single runs that together use every alternative of a sweep beside every method.
+    """Return single runs that together cover every alternative of a sweep, for every method.
 
-    One run per alternative rather than their product: a sweep of 200 jobs is checked by a few.
+    One run per alternative instead of their product: a few configs check a sweep of 200 jobs.
     """
     with plainly(overrides), hydra_tree():
         return [single.overrides for single in _asked(overrides)]
 
 
 def configs(overrides: list[str]) -> list[RunConfig]:
-    """Return the config of every alternative, validated.
+    """Return the validated config of each alternative.
 
-    Hydra composes once per method and per choice of a group; a plain value is put into what is
-    composed already, which takes a tenth of the time.
+    Hydra composes once per method and per choice of a group; a plain value is set in a copy of the
+    composed config, which takes a tenth of the time.
     """
     found = []
     first = DictConfig({})
@@ -49,6 +52,8 @@ def configs(overrides: list[str]) -> list[RunConfig]:
                 first = composed if single.changed is None else first
             else:
                 (parsed,) = OverridesParser.create().parse_overrides([single.changed])
+                # `_singles` yields the unchanged run of a method first, so `first` is the one that
+                # this run varies.
                 composed = copy.deepcopy(first)
                 OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=True)
             found.append(typed(composed))
@@ -56,7 +61,7 @@ def configs(overrides: list[str]) -> list[RunConfig]:
 
 
 def is_sweep(overrides: list[str]) -> bool:
-    """Whether the arguments ask for a sweep, by a flag or by a recipe whose mode is MULTIRUN."""
+    """Return whether the arguments request a sweep, by a flag or by a config with mode MULTIRUN."""
     if {"-m", "--multirun"} & set(overrides):
         return True
     with plainly(overrides), hydra_tree():
@@ -64,7 +69,7 @@ def is_sweep(overrides: list[str]) -> bool:
 
 
 def _base(overrides: list[str]) -> DictConfig:
-    """Compose the first values of everything, Hydra's own part included."""
+    """Compose the first value of everything, including Hydra's own config."""
     given = [override for override in overrides if not override.startswith("-")]
     composed = hydra_compose("config", overrides=firsts(given), return_hydra_config=True)
     assert isinstance(composed, DictConfig)
@@ -72,11 +77,16 @@ def _base(overrides: list[str]) -> DictConfig:
 
 
 def _asked(overrides: list[str]) -> Iterator[Single]:
-    """Yield the runs that a sweep lists, or single ones out of its product."""
+    """Yield the runs that a sweep lists, or single runs that cover its product."""
     _refuse_own_permission(overrides)
     base = _base(overrides)
+    # Unresolved: values such as ${hydra:runtime.cwd} exist only inside a job. Launchers and
+    # sweepers are instantiated by Hydra before our own validation, so their `_target_` is checked
+    # here.
     own = OmegaConf.to_container(base.hydra, resolve=False)
     refuse_foreign_code(own, (*HYDRAS_OWN, *(base.get("packages") or ())), "hydra")
+    # The list sweeper has explicit runs; every one of them is checked, as they need not form a
+    # product.
     listed = base.hydra.sweeper.get("runs")
     if not listed:
         yield from _singles(_choices(base, overrides))
@@ -88,10 +98,11 @@ def _asked(overrides: list[str]) -> Iterator[Single]:
 
 
 def _choices(base: DictConfig, overrides: list[str]) -> list[list[str]]:
-    """Return per key the overrides that the sweep goes through, the recipe's keys first."""
+    """Return, per key, the overrides that the sweep goes through; keys of its config first."""
     given = [override for override in overrides if not override.startswith("-")]
     named = {text.split("=")[0] for text in given}
     params = base.hydra.sweeper.get("params") or base.hydra.sweeper.get("space") or {}
+    # The command line wins over the sweeper's config, as in Hydra.
     texts = [f"{key}={value}" for key, value in params.items() if key not in named]
     choices: list[list[str]] = []
     for parsed in OverridesParser.create().parse_overrides([*texts, *given]):
@@ -105,10 +116,10 @@ def _choices(base: DictConfig, overrides: list[str]) -> list[list[str]]:
 
 
 def _singles(choices: list[list[str]]) -> Iterator[Single]:
-    """Yield a first run per method, and after each one run per other value of every other key."""
+    """Yield a first run per method, then one run per alternative value of each other key."""
     methods = next((values for values in choices if values[0].startswith("method=")), [])
     for method in methods or [""]:
-        # What a method refuses shows only beside that method.
+        # Every value is combined with every method: a method may refuse a value others accept.
         mine = [[method] if values is methods else values for values in choices]
         first = [values[0] for values in mine]
         yield Single(first)
@@ -118,16 +129,18 @@ def _singles(choices: list[list[str]]) -> Iterator[Single]:
 
 
 def _is_value(override: str, loader: ConfigLoader) -> bool:
-    """Whether an override sets a value that is there, rather than choosing from a group."""
+    """Return whether an override sets an existing plain value, not a choice from a group."""
     key = override.partition("=")[0]
+    # Anything but letters, digits, dots and underscores (+key, ~key, key@package) is left to Hydra.
     plain: Any = key.replace(".", "").replace("_", "")
     return plain.isalnum() and not loader.get_group_options(key)
 
 
 def _refuse_own_permission(overrides: list[str]) -> None:
-    """Raise for who puts a model on the list of those whose code may run in passing."""
+    """Reject overrides of `model.allow_remote_code`: only files in conf/model may grant it."""
     for override in overrides:
+        # Checked on the text: after composition the value looks the same whoever set it.
         if override.lstrip("+~").startswith("model.allow_remote_code"):
             raise UserError(
-                f"{override}: which models may bring code is said by the files of conf/model only"
+                f"{override}: only a file in conf/model may allow a model to run its own code"
             )

@@ -1,4 +1,4 @@
-"""Applying the methods of a run to its model, in their order."""
+"""Application of a run's methods to its model, in order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def apply_methods(config: RunConfig, model: Model, context: Context) -> list[MethodPart]:
-    """Apply a run's methods to its model in their order and keep what each says it did.
+    """Apply a run's methods to its model in order and return their reports.
 
     Raises:
-        UserError: a method left weights that are no numbers.
+        UserError: a method left NaN or infinite weights.
     """
     from bench.device import synchronize
     from bench.device.memory import Peak
@@ -30,6 +30,7 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[Met
     parts = []
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
+        # Two methods must not find each other's checkpoints.
         own = replace(context, folder=context.folder / name if context.folder else None)
         watch = Watch(model.network, model.device)
         highest = Peak(model.device) if watched else nullcontext()
@@ -41,8 +42,8 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[Met
         refuse_not_finite(model.network, name)
         if left := watch.left(model.network):
             context.progress.warn(
-                f"{name} keeps {left / 2**20:.0f} MiB of memory that is not the model's: "
-                "in a long sweep it will run out"
+                f"{name} leaks {left / 2**20:.0f} MiB besides the model's own memory: "
+                "a long sweep will run out of memory"
             )
         knobs = method.model_dump(mode="json")
         parts.append(
@@ -60,9 +61,11 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[Met
 
 @contextmanager
 def _blaming(name: str) -> Iterator[None]:
-    """Say in an error which method it came from; what it is stays as it is."""
+    """Add the name of the method to an error raised inside the block."""
     try:
         yield
     except Exception as error:
+        # A note instead of a new exception: callers still see the type, such as out of memory or
+        # UserError.
         error.add_note(f"while applying method {name}")
         raise

@@ -1,7 +1,7 @@
-"""From command-line overrides to a validated config, with errors that a user can act on.
+"""From command-line overrides to a validated config, with actionable errors.
 
-Hydra's own exceptions are precise but long; `plainly` turns each into one sentence with the
-nearest match.
+Hydra's own exceptions are precise but long; `plainly` turns each into one sentence with the nearest
+match.
 """
 
 from __future__ import annotations
@@ -37,39 +37,43 @@ CONFIG_MODULE = "conf"
 @contextmanager
 def hydra_tree() -> Iterator[ConfigLoader]:
     """Open the shipped config tree for the compose API and close it again."""
+    # Hydra's state is a process-wide singleton and refuses a second initialisation, for example
+    # after an error or in a notebook.
     GlobalHydra.instance().clear()
     with initialize_config_module(config_module=CONFIG_MODULE, version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
 def run_config(overrides: list[str]) -> RunConfig:
-    """Compose and validate the config of one run; a `UserError` says what is wrong."""
+    """Compose and validate the config of one run; raises `UserError` if it is wrong."""
     with plainly(overrides), hydra_tree():
         return typed(hydra_compose("config", overrides=overrides))
 
 
 def typed(composed: DictConfig) -> RunConfig:
-    """Resolve a composed config and validate it; a secret in it is refused, so none leaks."""
+    """Resolve and validate a composed config."""
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
+    # Before validation, whose errors quote values.
     _refuse_secrets(plain)
     return validate({str(key): value for key, value in plain.items()})
 
 
 def _refuse_secrets(plain: dict[Any, Any]) -> None:
-    """Raise when a value is a password or token of the user: a record would keep it."""
+    """Raise if a value is a password or token of the user, since a record would store it."""
+    # One pass over all values in the usual case; the key is only searched once a secret was found.
     together = "\n".join(str(value) for _, value in _leaves(plain, ""))
     if hide(together) == together:
         return
     key = next(key for key, value in _leaves(plain, "") if hide(str(value)) != str(value))
-    raise UserError(f"{key} holds a password or token of yours, which a record would keep")
+    raise UserError(f"{key} contains one of your passwords or tokens; records would store it")
 
 
 def options(group: str) -> list[str]:
-    """Return the names in one config group (`model`, `method`, ...), third parties' included.
+    """Return the names in a config group (`model`, `method`, ...), third parties' included.
 
-    Files named `_NAME` are parts of others.
+    Files named `_NAME` are parts of other files.
     """
     with hydra_tree() as loader:
         names = loader.get_group_options(group)
@@ -77,7 +81,7 @@ def options(group: str) -> list[str]:
 
 
 def firsts(overrides: list[str]) -> list[str]:
-    """Return the overrides with every sweep reduced to its first value."""
+    """Return the overrides with each sweep reduced to its first value."""
     reduced = []
     for parsed in OverridesParser.create().parse_overrides(overrides):
         if parsed.is_sweep_override():
@@ -89,7 +93,7 @@ def firsts(overrides: list[str]) -> list[str]:
 
 
 def values_of(parsed: Override) -> Iterator[str]:
-    """Yield what a sweep may set a key to; of an interval its two ends."""
+    """Yield the values of a sweep override; for an interval, its two ends."""
     if parsed.value_type == ValueType.INTERVAL_SWEEP:
         interval = parsed.value()
         yield from (str(interval.start), str(interval.end))
@@ -99,7 +103,8 @@ def values_of(parsed: Override) -> Iterator[str]:
 
 @contextmanager
 def plainly(overrides: list[str]) -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's complaints inside the block into one-sentence `UserError`s."""
+    """Convert exceptions of Hydra and OmegaConf inside the block into one-sentence `UserError`s."""
+    # Otherwise Hydra prints its own abridged traceback and calls sys.exit instead of raising.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         yield
@@ -113,21 +118,23 @@ def plainly(overrides: list[str]) -> Iterator[None]:
 
 
 def _no_such_choice(error: MissingConfigException) -> UserError:
-    """Name the group, the choice that does not exist, and what does."""
     missing = error.missing_cfg_file or ""
     group, _, name = str(missing).rpartition("/")
     return unknown(group.strip("/") or "config", name, error.options or [])
 
 
 def _bad_key(error: Exception, overrides: list[str]) -> UserError:
-    """Name the override whose key does not exist and the nearest key that does."""
+    """Build the error for an override whose key does not exist, with the nearest key that does."""
     text = " ".join(str(error).split())
+    # Matches the English messages of Hydra 1.3 (pinned below 1.4), which carry no structured key.
+    # If the words change, the error falls back to Hydra's own sentence, without a suggestion.
     found = re.search(
         r"Could not (?:override|append to config|delete from config)[^']*'([^']+)'", text
     )
     if found is None:
         return UserError(text.split(" full_key:")[0])
     key = found.group(1)
+    # The keys that exist are found by composing again without the wrong override.
     without = [o for o in overrides if not o.lstrip("+~").startswith(key)]
     known = _keys(without)
     hints = nearest(key, known)
@@ -135,13 +142,13 @@ def _bad_key(error: Exception, overrides: list[str]) -> UserError:
     siblings = sorted({k for k in known if k.rpartition(".")[0] == parent})
     if parent.startswith("method.") and not siblings:
         name = parent.split(".")[1]
-        return UserError(f"{key} is set but {name!r} is not among the methods: add method={name}")
+        return UserError(f"{key} is set but method={name} was not selected: add method={name}")
     hint = f"did you mean {hints!r}? " if hints else ""
     return UserError(f"unknown key {key!r}: {hint}allowed here: {', '.join(siblings) or 'nothing'}")
 
 
 def _keys(overrides: list[str]) -> list[str]:
-    """Return every dotted key of the config that the other overrides compose."""
+    """Return every dotted key of the config composed from these overrides."""
     singles = firsts([o for o in overrides if not o.startswith("-")])
     try:
         with hydra_tree():
@@ -153,7 +160,7 @@ def _keys(overrides: list[str]) -> list[str]:
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key that holds a value, with the value."""
+    """Yield every dotted key that holds a value, with that value."""
     if isinstance(node, list):
         node = dict(enumerate(node))
     if not isinstance(node, dict):

@@ -1,7 +1,7 @@
-"""The whole configuration of a run, typed: where the boundary is, and the only place it is.
+"""Typed configuration of a run; the only place where input is validated.
 
-Hydra composes YAML; `validate` turns the result into a `RunConfig`. After that nothing is
-checked again. Importing this module loads no torch.
+Hydra composes YAML; `validate` turns the result into a `RunConfig`. After that nothing is checked
+again. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RunConfig(BaseModel):
-    """Everything that one run is; `method` keeps the order in which methods are applied."""
+    """The complete config of one run; `method` keeps the order in which methods are applied."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -50,28 +50,28 @@ class RunConfig(BaseModel):
 
     @property
     def uses_calibration(self) -> bool:
-        """Whether any method of this run asks for calibration text."""
+        """Whether any method of this run uses calibration text."""
         return any(method.uses_calibration for method in self.method.values())
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether any method of this run asks for prompts with images."""
+        """Whether any method of this run uses prompts with images."""
         return any(method.uses_prompts for method in self.method.values())
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result; see `identity_of`."""
+        """Return the part of the config that decides the result; see `identity_of`."""
         plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method"})
         plain["method"] = {name: m.model_dump(mode="json") for name, m in self.method.items()}
         return identity_of(plain, calibrated=self.uses_calibration, prompted=self.uses_prompts)
 
 
 def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> dict[str, Any]:
-    """What decides the result: all but paths, threads, the tracker and how a run is asked.
+    """Return the part of a config that decides the result.
 
-    `plain` is a run's config as JSON values, as its record holds it. `ratio` shows itself in the
-    methods that use it; calibration and prompts count only where a method reads them, so that
-    every sweep finds the same dense record; the shapes and rounds of measurements only where
-    something is measured.
+    Paths, threads, the tracker and options of execution are left out. `plain` is a run's config as
+    JSON values, as its record stores it. `ratio` is part of the methods that use it; calibration
+    and prompts count only if a method reads them, so that every sweep finds the same dense record;
+    settings of measurements only if something is measured.
     """
     unwanted = {
         "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
@@ -82,23 +82,27 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     if not prompted:
         unwanted.add("prompts")
     chosen = copy.deepcopy({key: value for key, value in plain.items() if key not in unwanted})
+    # A path says where something is; its content is part of the run id by fingerprint.
     for group in ("model", "calibration", "prompts"):
         chosen.get(group, {}).pop("path", None)
+    # A mapping of task to local data: the tasks matter, their folders do not.
     chosen["benchmark"]["data"] = sorted(plain["benchmark"]["data"])
     for text in chosen["benchmark"]["perplexity"].values():
         text.pop("path")
+    # `costs` also has settings of counted costs, which are always taken; those stay.
     if not chosen["costs"]["measure"]:
         for key in ("measure", "timing"):
             chosen["costs"].pop(key)
     for key in ("folder", "download"):
         chosen["benchmark"]["images"].pop(key)
-    # A list of pairs: the order of methods is part of what a run is.
+    # A list of pairs, since keys of objects are sorted before hashing and the order of methods
+    # matters.
     chosen["method"] = [[name, knobs] for name, knobs in plain["method"].items()]
     return chosen
 
 
 def validate(composed: dict[str, Any]) -> RunConfig:
-    """Turn a composed, resolved config into a `RunConfig`, or say in one sentence what is wrong.
+    """Turn a composed, resolved config into a `RunConfig`.
 
     Raises:
         UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
@@ -106,11 +110,14 @@ def validate(composed: dict[str, Any]) -> RunConfig:
     chosen = dict(composed)
     packages = chosen.get("packages", ["methods"])
     if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
-        raise UserError(f"packages={packages}: name packages, as in packages=[methods,mine]")
+        raise UserError(
+            f"packages={packages} is not a list of names, as in packages=[methods,mine]"
+        )
+    # Before any class is imported: importing a module already runs its code.
     refuse_foreign_code(chosen, packages)
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
-        raise UserError(f"method={methods!r}: name methods, as in method=[camera_p,camera_q]")
+        raise UserError(f"method={methods!r} names no methods, as in method=[camera_p,camera_q]")
     chosen["method"] = {name: _method(name, knobs) for name, knobs in methods.items()}
     try:
         return RunConfig(**chosen)
@@ -119,14 +126,15 @@ def validate(composed: dict[str, Any]) -> RunConfig:
 
 
 def _method(name: str, knobs: Any) -> Method:
-    """Build one method from its config node, whose `_target_` names a `Method` class."""
+    """Build a method from its config node, whose `_target_` names a `Method` class."""
     from hydra.utils import get_class
 
     if not isinstance(knobs, dict) or "_target_" not in knobs:
-        raise UserError(f"method.{name} has no _target_: is method={name} among the methods?")
+        raise UserError(f"method.{name} is set but method={name} was not selected")
     fields = {key: value for key, value in knobs.items() if key != "_target_"}
     try:
         kind = get_class(knobs["_target_"])
+    # Hydra imports the module here, and a plug-in's module may raise anything.
     except Exception as error:
         raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
     if not issubclass(kind, Method) or isabstract(kind):
@@ -139,7 +147,8 @@ def _method(name: str, knobs: Any) -> Method:
 
 
 def _sentence(error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]) -> UserError:
-    """Say the first fault of a pydantic error: the key, the value, what is allowed."""
+    """Describe the first fault of a pydantic error: key, value, and what is allowed."""
+    # One fault at a time: later ones are often consequences of the first.
     fault: ErrorDetails = error.errors()[0]
     path = [str(part) for part in fault["loc"]]
     key = ".".join((*prefix, *path))

@@ -1,4 +1,4 @@
-"""`bench doctor`: what is installed, which devices there are, what can be used offline."""
+"""`bench doctor`: installed packages, devices, and what is available offline."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PACKAGES = (
 
 
 def examine() -> list[dict[str, Any]]:
-    """Return one row per thing looked at: `what`, `state` (ok or missing) and `detail`."""
+    """Return one row per check: `what`, `state` (ok or missing) and `detail`."""
     return [*_packages(), *_devices(), *_models(), *_benchmarks()]
 
 
 def _row(what: str, detail: str | None, missing: str = "") -> dict[str, Any]:
-    """A detail means that it is there; without one, `missing` says why it is not."""
+    """Build a row; a `detail` means ok, otherwise `missing` gives the reason."""
     return {"what": what, "state": "ok" if detail else "missing", "detail": detail or missing}
 
 
@@ -31,6 +31,7 @@ def _packages() -> Iterator[dict[str, Any]]:
 
 
 def _devices() -> Iterator[dict[str, Any]]:
+    # Imported here, so that `bench --help` does not import torch.
     from bench.device import describe
 
     found = describe()

@@ -1,4 +1,4 @@
-"""What is said to a user whose input is wrong: one sentence, no traceback, exit code 2."""
+"""Errors shown to users: one sentence, no traceback, exit code 2."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import errno
 from collections.abc import Iterable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What an `OSError` of a disk that takes no more says: make room, and go on."""
+"""Error numbers of a disk that accepts no more data; after freeing space a run can resume."""
 
 
 class UserError(Exception):
-    """The user's input is wrong; the message is one sentence that names key, value and cure."""
+    """The user's input is wrong; the message is one sentence with key, value and cure."""
 
 
 class MissingData(UserError):
     """Data or weights that a run needs cannot be reached; the message names all of them.
 
-    `items` names them one by one, where there may be several.
+    `items` names them one by one if there are several.
     """
 
     def __init__(self, message: str, items: Iterable[str] = ()) -> None:
@@ -26,19 +26,19 @@ class MissingData(UserError):
 
 
 def sentence(error: BaseException) -> str:
-    """Return an error's kind, the first line of what it says, and its notes."""
+    """Return an error's type, the first line of its message, and its notes."""
     said = (str(error) or "no message").splitlines()[0]
     return ", ".join([f"{type(error).__name__}: {said}", *getattr(error, "__notes__", ())])
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option most like `word`, or None when nothing is close."""
+    """Return the option most similar to `word`, or None if nothing is close."""
     matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
-    """Build the error for a name that does not exist: what was meant, and what there is."""
+    """Build the error for a name that does not exist, with a suggestion and all allowed names."""
     allowed = sorted(options)
     close = nearest(word, allowed)
     hint = f"did you mean {close!r}? " if close else ""
@@ -46,14 +46,14 @@ def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
 
 
 class Stopped(BaseException):
-    """Something outside a run stopped it, such as a full disk; the same command goes on later.
+    """Something outside a run stopped it, such as a full disk; the same command resumes it.
 
-    Like KeyboardInterrupt it is no Exception: no job of a sweep takes it for a failure of its own.
+    Like KeyboardInterrupt it is no `Exception`, so no job of a sweep records it as its own failure.
     """
 
 
 class RunsFailed(Exception):
-    """Every run of a sweep failed; `reasons` holds one sentence each."""
+    """All runs of a sweep failed; `reasons` holds one sentence each."""
 
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))

@@ -1,7 +1,7 @@
-"""`bench export`: the model that a run made, as a Hugging Face folder.
+"""`bench export`: the model of a run, as a Hugging Face folder.
 
-A record holds no weights. The run's methods are applied again, with the settings that the record
-has, to the same weights and the same calibration text; evaluation is left out.
+Records hold no weights. The run's methods are applied again, with the recorded settings, to the
+same weights and the same calibration text; evaluation is skipped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 def export(
     run: str, folder: Path, results_dir: Path, *, pad: bool = False, onnx: bool = False
 ) -> Form:
-    """Write the model of a run to a new folder, whole or not at all, and return its form.
+    """Write the model of a run to a new folder, atomically, and return its format.
 
-    `run` is a record's id or the beginning of it. With `pad`, experts of different widths are
-    filled up with zeros, so that stock transformers loads the folder. With `onnx`, an image
-    classifier is written as ONNX as well.
+    `run` is a record's id or a prefix of it. `pad` fills experts of different widths up with zeros,
+    so that stock transformers loads the folder. `onnx` also writes an image classifier as ONNX.
 
     Raises:
-        UserError: there is no such run, the folder is in use, the run cannot be repeated because
+        UserError: there is no such run, the folder is not empty, the run cannot be repeated because
             its weights, text or methods have changed, or its model cannot be written.
     """
     from bench.models.saving import save
@@ -38,7 +37,8 @@ def export(
 
     record = Store(results_dir).get(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: name another")
+        raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
+    # The cheap refusals come first: repeating the methods may take hours.
     model = repeated(record)
     form: list[Form] = []
 
@@ -52,7 +52,7 @@ def export(
 
 
 def repeated(record: Record) -> Model:
-    """Return the model of a record: its weights, changed by its methods once more."""
+    """Return the model of a record, made again from its weights and methods."""
     from bench.applying import apply_methods
     from bench.device import seed_everything
     from bench.lending import lend
@@ -66,6 +66,8 @@ def repeated(record: Record) -> Model:
     for what, found in loan.fingerprints.items():
         if found is not None:
             _refuse_change(what, record.provenance[what], found)
+    # Same order as in a run: seed, load, apply. A method that draws from the global generator would
+    # otherwise make a different model.
     seed_everything(config.seed)
     model = loading.load(source)
     apply_methods(config, model, loan.to(config, model, Progress()))
@@ -73,9 +75,9 @@ def repeated(record: Record) -> Model:
 
 
 def recorded_config(record: Record) -> RunConfig:
-    """Return the config of a run as its record holds it, with its methods as objects.
+    """Return the config of a run as recorded, with methods as objects.
 
-    A record says the methods' names and knobs; which class a name means, the config tree says.
+    A record stores names and knobs of methods; the config tree maps a name to its class.
     """
     import shlex
 
@@ -83,6 +85,7 @@ def recorded_config(record: Record) -> RunConfig:
     from bench.config import validate
 
     knobs = record.config["method"]
+    # A third party's methods are found only with the search path that the run was given.
     searched = [w for w in shlex.split(record.command) if w.startswith("hydra.searchpath=")]
     known = run_config([f"method=[{','.join(knobs)}]", *searched]).method
     classes = {name: type(method) for name, method in known.items()}
@@ -92,11 +95,11 @@ def recorded_config(record: Record) -> RunConfig:
 
 
 def _refuse_change(what: str, recorded: str | None, found: str) -> None:
-    """Raise when an input is no longer what the run read."""
+    """Raise if an input differs from what the run read."""
     if recorded != found:
-        raise UserError(f"the {what} have changed since the run: it cannot be repeated")
+        raise UserError(f"the {what} changed since the run, so it cannot be repeated")
 
 
 def _in_transformers(model: Model) -> bool:
-    """Whether the network's class comes from transformers itself."""
+    """Return whether the network's class is part of transformers."""
     return type(model.network).__module__.startswith("transformers.")

@@ -1,6 +1,7 @@
-"""`bench gc`: what lies in a results folder and nothing refers to any more.
+"""`bench gc`: unreferenced files in a results folder.
 
-Records, samples and studies are never garbage. What is younger than an hour may be at work.
+Records, samples and studies are never removed. Files younger than one hour are kept: a running job
+may own them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ YOUNG_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file or folder that can go, its size in bytes, and why."""
+    """A file or folder that can be removed, its size in bytes, and the reason."""
 
     path: Path
     bytes: int
@@ -30,7 +31,7 @@ class Garbage:
 
 
 def find(results_dir: Path) -> list[Garbage]:
-    """Return what nothing refers to, largest first."""
+    """Return unreferenced files, largest first."""
     found = [*_halves(results_dir), *_locks(results_dir), *_notes(results_dir)]
     found += [*_sweeps(results_dir), *_unfinished(results_dir)]
     old = [(path, why) for path, why in found if _age(path) > YOUNG_SECONDS]
@@ -39,7 +40,7 @@ def find(results_dir: Path) -> list[Garbage]:
 
 
 def remove(items: list[Garbage]) -> None:
-    """Delete what `find` has found; a link is deleted, never what it leads to."""
+    """Delete what `find` returned; a link is deleted, never its target."""
     for item in items:
         if item.path.is_dir() and not item.path.is_symlink():
             shutil.rmtree(item.path)
@@ -48,31 +49,33 @@ def remove(items: list[Garbage]) -> None:
 
 
 def _halves(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what a killed process was writing and never put in its place."""
+    """Yield temporary files of interrupted writes."""
     for folder in (root / "runs", *(root / SWEEPS).glob("*"), *(root / SWEEPS).glob("*/jobs")):
+        # Atomic writes go to a hidden file next to the target and are renamed when complete.
         for path in folder.glob(".*"):
-            yield path, "half written when its process ended"
+            yield path, "incomplete write of a process that ended"
 
 
 def _locks(root: Path) -> Iterator[tuple[Path, str]]:
     for path in (root / "locks").glob("*.lock"):
         try:
+            # The file stays after its process ends; only taking the lock shows that it is free.
             with FileLock(path, blocking=False):
-                yield path, "a lock that nobody holds"
+                yield path, "unused lock"
         except (Timeout, OSError):
             continue
 
 
 def _notes(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield notes of what was sent to a tracker and whose record is gone."""
+    """Yield notes about uploads to a tracker whose record is gone."""
     known = set(Store(root).ids())
     for path in (root / "tracked").glob("*.json"):
         if path.stem not in known:
-            yield path, f"about run {path.stem}, which is gone"
+            yield path, f"upload note of run {path.stem}, which is gone"
 
 
 def _unfinished(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what lets a killed run go on, for runs that are recorded by now."""
+    """Yield the resume data of runs that are recorded by now."""
     known = set(Store(root).ids())
     for path in (root / "unfinished").glob("*"):
         if path.name in known:
@@ -80,30 +83,31 @@ def _unfinished(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _sweeps(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield sweeps without any record left, and what was sent to a queue by finished ones."""
+    """Yield sweeps without any record, and queue submissions of finished sweeps."""
     known = set(Store(root).ids())
     for folder in (root / SWEEPS).glob("*"):
         plan = read(folder.absolute())
         if plan is None:
-            yield folder, "a sweep without a readable plan"
+            yield folder, "sweep without a readable plan"
             continue
         states = jobs(plan)
         if any(job.state == "running" for job in states):
             continue
         if not any(job.run in known for job in states):
+            # A failed job has no record, but its note and log still explain the failure.
             if not any(job.state == "failed" for job in states):
-                yield folder, "a sweep none of whose records is left"
+                yield folder, "sweep without any remaining record"
         elif (folder / "submitit").is_dir() and all(job.state == "done" for job in states):
-            yield folder / "submitit", "submissions of a sweep that is done"
+            yield folder / "submitit", "queue submissions of a finished sweep"
 
 
 def _age(path: Path) -> float:
-    """Return the seconds since anything in it was last changed."""
+    """Return the seconds since anything inside was last modified."""
     files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
     try:
         return time.time() - max(file.lstat().st_mtime for file in files)
     except OSError:
-        return 0.0  # it is changing just now
+        return 0.0  # a file vanished while listing, so the folder is in use
 
 
 def _size(path: Path) -> int:

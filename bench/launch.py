@@ -1,6 +1,7 @@
 """From `bench run` arguments to Hydra's launcher, and from its jobs to records.
 
-Hydra owns composition, multirun, sweepers and launchers; what a run is, the caller says.
+Hydra owns composition, multirun, sweepers and launchers; the caller passes the function that
+executes a run.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ if TYPE_CHECKING:
 STUDY = "study.json"
 FLAGS = ("-m", "--multirun")
 Check = Callable[["RunConfig"], "Sequence[Path] | None"]
-"""Refuses a run that cannot work; returns the files that decide it, None if a hub decides too."""
+"""Refuses a run that cannot work; returns the files that decide it, None if a hub may change it."""
 Perform = Callable[["RunConfig", Asked], Result]
 
 
 @dataclass
 class Launched:
-    """What came of one `bench run`: records in order, and one sentence per failed run."""
+    """Outcome of one `bench run`: records in order, and one sentence per failed run."""
 
     records: list[Record] = field(default_factory=list)
     reused: int = 0
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     searched: Path | None = None
-    """The folder of a search, which holds its trials."""
+    """Folder of a search, with its trials."""
 
     def add(self, result: Result) -> None:
-        """Take in one result; a record that several jobs share is listed once."""
+        """Add a result; a record shared by several jobs is listed once."""
         if result.warning:
             self.warnings.append(result.warning)
         if result.record.id not in {record.id for record in self.records}:
@@ -57,16 +58,19 @@ class Launched:
 
 
 def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
-    """Check every alternative of the sweep, then let Hydra hand each run to `perform`.
+    """Check every alternative of the sweep, then let Hydra pass each run to `perform`.
 
-    A sweep that was asked for before, and whose inputs still stand, goes on where it stopped.
+    A sweep that exists already, and whose inputs are unchanged, is resumed.
 
     Raises:
         UserError: `check` refused one of them; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
     overrides = _flags_first(overrides)
+    # Libraries read these variables only once, when they are imported.
     _before_heavy_imports(overrides)
+    # Looked up before anything is composed: resuming or repeating a sweep then needs neither the
+    # checks nor the libraries they import.
     known = None if "force=true" in overrides else again(_results_dir(overrides), overrides)
     if known is not None:
         return resume(known, perform, reused=True)
@@ -80,7 +84,9 @@ def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
         plan = begin(found[0].results_dir, overrides, inputs)
         try:
             return _sweep(plan, perform)
-        except UserError:  # what a sweeper or a launcher refuses; no job was planned
+        except UserError:
+            # A sweeper or launcher refused its settings. The folder is removed only if no job was
+            # planned: a half-done sweep must stay resumable.
             if not jobs(plan):
                 shutil.rmtree(plan.folder)
             raise
@@ -90,7 +96,7 @@ def launch(overrides: list[str], check: Check, perform: Perform) -> Launched:
 
 
 def resume(plan: Plan, perform: Perform, reused: bool = False) -> Launched:
-    """Run what a sweep lacks or what failed in it; `reused` calls what was there already that."""
+    """Run the missing and failed jobs of a sweep; `reused` counts earlier records as reused."""
     done_before = {job.run for job in jobs(plan)} if reused else set()
     outcome = _sweep(plan, perform) if unfinished(plan) or not plan.complete else _outcome(plan)
     if reused:
@@ -99,15 +105,16 @@ def resume(plan: Plan, perform: Perform, reused: bool = False) -> Launched:
 
 
 def _sweep(plan: Plan, perform: Perform) -> Launched:
-    """Let Hydra launch the jobs of a sweep that are not done, and collect what all came to."""
+    """Let Hydra launch the unfinished jobs of a sweep, and collect the results of all jobs."""
     with _inside(plan.where):
         overrides = [*plan.asked, f"hydra.sweep.dir={plan.folder}"]
         _enter_hydra(overrides, perform, Launched())
+    # The sweeper may have extended the plan on disk meanwhile.
     return _outcome(read(plan.folder) or plan)
 
 
 def _outcome(plan: Plan) -> Launched:
-    """Collect the records and the failures of a sweep."""
+    """Collect the records and failures of a sweep from its status files."""
     outcome = Launched()
     if (plan.folder / STUDY).is_file():
         outcome.searched = plan.folder
@@ -116,6 +123,7 @@ def _outcome(plan: Plan) -> Launched:
             outcome.add(came)
         else:
             outcome.failures.append(came)
+    # A sweep with any record succeeded in part: its failures are listed, not raised.
     if outcome.failures and not outcome.records:
         raise RunsFailed(outcome.failures)
     return outcome
@@ -124,9 +132,9 @@ def _outcome(plan: Plan) -> Launched:
 def _inputs(
     configs: list[RunConfig], files: list[Sequence[Path] | None], *, elsewhere: bool
 ) -> Inputs | None:
-    """Note what decides the sweep; None when something may change that is not watched.
+    """Fingerprint what decides the sweep; None if something unwatched may change.
 
-    That is a hub, or config files that lie `elsewhere`.
+    That is data on a hub, or config files `elsewhere`.
     """
     known = [group for group in files if group is not None]
     if len(known) < len(files) or elsewhere:
@@ -137,7 +145,7 @@ def _inputs(
 
 
 def _flags_first(overrides: list[str]) -> list[str]:
-    """Order the arguments as Hydra's parser takes them, which may then stand anywhere."""
+    """Put flags first, as Hydra's parser requires, so that users may write them anywhere."""
     flags = [given for given in overrides if given.startswith("-")]
     for flag in flags:
         if flag not in FLAGS:
@@ -146,7 +154,7 @@ def _flags_first(overrides: list[str]) -> list[str]:
 
 
 def _results_dir(overrides: list[str]) -> Path:
-    """Return the results folder that the arguments name, without composing them."""
+    """Return the results folder named by the arguments, without composing them."""
     given = [o.partition("=")[2] for o in overrides if o.startswith("results_dir=")]
     return Path(given[-1] if given else "results")
 
@@ -170,7 +178,7 @@ def _before_heavy_imports(overrides: list[str]) -> None:
 
 
 def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> None:
-    """Let Hydra compose and launch; a single run goes into `outcome`, a sweep leaves notes."""
+    """Let Hydra compose and launch; a single run is added to `outcome`, a sweep leaves notes."""
     import hydra
 
     from bench.compose import CONFIG_MODULE
@@ -180,7 +188,8 @@ def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> N
     def job(composed: DictConfig) -> float | None:
         try:
             return _job(composed, perform, outcome)
-        except Exception as error:  # Hydra would print a line of its own before it raises it
+        except Exception as error:
+            # Hydra would print its own message first, so the error is carried past it.
             raised.append(error)
             return None
 
@@ -195,7 +204,7 @@ def _enter_hydra(overrides: list[str], perform: Perform, outcome: Launched) -> N
 
 @contextmanager
 def _in_a_sentence() -> Iterator[None]:
-    """Let through what a sweeper or launcher of ours says of its own settings."""
+    """Unwrap a `UserError` that a sweeper or launcher of ours raised on construction."""
     from hydra.errors import InstantiationException
 
     try:
@@ -208,10 +217,11 @@ def _in_a_sentence() -> Iterator[None]:
 
 @contextmanager
 def _arguments(overrides: list[str]) -> Iterator[None]:
-    """Hand the overrides to Hydra, which reads the command line, and restore everything after."""
+    """Put the overrides on the command line, from which Hydra reads them, and restore it after."""
     from hydra.core.global_hydra import GlobalHydra
 
     before = sys.argv
+    # Otherwise Hydra prints its own abridged traceback and calls sys.exit instead of raising.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     GlobalHydra.instance().clear()
     sys.argv = ["bench run", *overrides]
@@ -224,13 +234,13 @@ def _arguments(overrides: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _inside(folder: str) -> Iterator[None]:
-    """Work where the sweep was asked for, since its arguments may hold relative paths."""
+    """Change to the folder in which the sweep was started; arguments may be relative paths."""
     before = Path.cwd()
     try:
         os.chdir(folder)
     except OSError as error:
         raise UserError(
-            f"the sweep belongs to {folder}, which cannot be entered: {error}"
+            f"the sweep was started in {folder}, which cannot be entered: {error}"
         ) from None
     try:
         yield
@@ -239,7 +249,7 @@ def _inside(folder: str) -> Iterator[None]:
 
 
 def _job(composed: DictConfig, perform: Perform, outcome: Launched) -> float | None:
-    """Carry out one Hydra job, alone or in a sweep, and return what a search optimises."""
+    """Execute one Hydra job, alone or in a sweep, and return the objective of a search."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -251,6 +261,8 @@ def _job(composed: DictConfig, perform: Perform, outcome: Launched) -> float | N
         folder = Path(about.sweep.dir)
         asked = Asked(command, group=folder.name)
         plan = read(folder)
+        # A resumed sweep launches only its missing jobs, which Hydra numbers from 0; the plan knows
+        # the original number of a job by its overrides.
         number = plan.number(about.overrides.task) if plan else None
         number = int(about.job.num) if number is None else number
         result = keep(folder, number, asked, lambda: perform(typed(composed), asked))
@@ -263,7 +275,7 @@ def _job(composed: DictConfig, perform: Perform, outcome: Launched) -> float | N
 def objective(record: Record, name: str) -> float | None:
     """Return the number that a search optimises: a task's headline metric, or a cost.
 
-    A benchmark of one task has no `average`; the task itself stands for it.
+    A benchmark with one task has no `average`; the task's own metric stands for it.
     """
     metric = record.metric(name)
     headlines = [metric for metric in record.metrics if metric.headline]

@@ -1,4 +1,4 @@
-"""What a run lends to its methods besides the model: calibration text, and prompts with images."""
+"""Calibration inputs of a run's methods: text, and prompts with images."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loan:
-    """What a run's methods ask for, found and fingerprinted; None for what none of them does."""
+    """Calibration inputs that a run's methods use, fingerprinted; None if no method does."""
 
     calibration: CalibrationSource | None = None
     prompts: PromptSource | None = None
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """The hash of either, as records keep them."""
+        """Hashes of the inputs, as records store them."""
         return {
             "calibration": self.calibration.fingerprint if self.calibration else None,
             "prompts": self.prompts.fingerprint if self.prompts else None,
         }
 
     def may_change(self, config: RunConfig) -> bool:
-        """Whether a hub that is asked again could answer differently."""
+        """Return whether the hub could return different data next time."""
         text = self.calibration and config.calibration.source in ("wikitext2", "c4")
         return bool(text or (self.prompts and config.prompts.source == "hub"))
 
     def to(
         self, config: RunConfig, model: Model, progress: Progress, folder: Path | None = None
     ) -> Context:
-        """Return it as a loaded model's tokenizer and processor make it."""
+        """Return the inputs encoded by a loaded model's tokenizer and processor."""
         from bench.method import Context
 
         text, prompts = self.calibration, self.prompts
@@ -53,15 +53,16 @@ class Loan:
 
 
 def lend(config: RunConfig) -> Loan:
-    """Find what a run's methods ask for.
+    """Find the calibration inputs that a run's methods use.
 
     Raises:
-        MissingData: it is neither on this machine nor reachable.
-        UserError: it is not what it should be.
+        MissingData: they are neither on this machine nor reachable.
+        UserError: their content is not as required.
     """
     from bench.data import calibration, prompts
 
     text = pictures = None
+    # Only what a method reads: a dense run must not fail, or get a different id, for want of text.
     if config.uses_calibration:
         text = calibration.resolve(config.calibration, offline=config.offline)
     if config.uses_prompts:

@@ -1,9 +1,9 @@
-"""The Method protocol: the only thing that a plug-in must know.
+"""The Method protocol: all that a plug-in has to know.
 
 A method is a pydantic model whose fields are its knobs. It exists because a file
-`conf/method/NAME.yaml` names it as `_target_`; nothing is registered. `check` sees the model's
-anatomy before any weight is loaded and refuses with a `UserError`; `apply` changes the network
-in place and reports what it did in numbers.
+`conf/method/NAME.yaml` names it as `_target_`; there is no registry. `check` sees the model's
+structure before any weight is loaded and refuses it with a `UserError`; `apply` changes the network
+in place and reports in numbers what it did.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Saving = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
 @dataclass(frozen=True)
 class MethodReport:
-    """What a method did: how its saving is realised, and its counts for the record.
+    """Result of a method: how its effect is realised, and its counts for the record.
 
-    `saving` decides which gains a record may claim: zeroed and masked weights still cost their
-    time and memory. `details` holds JSON values only.
+    `saving` decides which gains a record may claim: zeroed and masked weights still cost time and
+    memory. `details` holds only JSON values.
     """
 
     saving: Saving
@@ -43,13 +43,13 @@ class MethodReport:
 
 @dataclass(frozen=True)
 class Context:
-    """What a run lends to a method besides the model.
+    """Inputs that a run provides to a method besides the model.
 
     `calibration` is tokenised text, shape [rows, length] int64; None unless the method sets
-    `uses_calibration`. `prompts` are images with questions as the model's processor made them;
-    None unless it says `uses_prompts`. `seed` is the run's; a method derives its own generators
-    from it. `folder` is this method's own, for what lets it go on after a kill: the same run finds
-    it there again, and it is gone once the run is recorded. It need not exist.
+    `uses_calibration`. `prompts` are images with questions as encoded by the model's processor;
+    None unless `uses_prompts` is true. `seed` is the run's; a method derives its own generators
+    from it. `folder` is private to this method, for checkpoints: the same run finds it again after
+    a kill, and it is deleted once the run is recorded. It need not exist.
     """
 
     seed: int
@@ -60,7 +60,7 @@ class Context:
 
 
 class Method(BaseModel, ABC):
-    """A plug-in that changes a model; fields are knobs, unknown ones are refused."""
+    """A plug-in that changes a model; fields are knobs, and unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,13 +68,14 @@ class Method(BaseModel, ABC):
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether, with these knobs, it asks for prompts with images."""
+        """Whether, with these knobs, the method uses prompts with images."""
+        # A property and not a class variable like `uses_calibration`: it may depend on knobs.
         return False
 
     @abstractmethod
     def check(self, anatomy: Anatomy) -> None:
-        """Raise `UserError` when this method does not fit such a model; no weight is loaded yet."""
+        """Raise `UserError` if this method does not fit the model; no weight is loaded yet."""
 
     @abstractmethod
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Change `model.network` in place and say what was done."""
+        """Change `model.network` in place and report the effect."""

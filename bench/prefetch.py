@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 
 def prefetch(overrides: list[str]) -> Iterator[str]:
-    """Download the weights and the data sets of a run (or of every run of a sweep).
+    """Download the weights and data sets of a run, or of all runs of a sweep.
 
-    Yields one line per thing that is now on this machine.
+    Yields one line per item that is now on this machine.
     """
     from bench import evaluation
     from bench.alternatives import configs

@@ -1,7 +1,7 @@
-"""How a long phase tells what it is doing, how far it is and how long it will take.
+"""Progress display: the current phase, its progress and its remaining time.
 
-The display is rich's; it is quiet when the output is not a terminal. Everything that takes
-long receives a `Progress` and calls `track` or `step`; nothing else prints.
+The display is rich's; it is off if the output is not a terminal. Everything that takes long
+receives a `Progress` and calls `track` or `step`; nothing else prints.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Named phases, one bar each; wall seconds per phase are kept in `seconds`."""
+    """Named phases, one bar each; `seconds` holds the wall time per phase."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        # stderr, so that the output of a command can be piped.
         self.console = console or Console(stderr=True)
         self.seconds: dict[str, float] = {}
         self._bars = Bars(
@@ -47,7 +48,7 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Show one phase while the block runs and remember its wall time under `name`."""
+        """Show a phase while the block runs and add its wall time to `seconds[name]`."""
         outer, started = self._current, time.perf_counter()
         if outer is None:
             self._bars.start()
@@ -63,18 +64,18 @@ class Progress:
                 self._bars.stop()
 
     def total(self, total: int) -> None:
-        """Say how many steps the current phase has, once that is known."""
+        """Set the number of steps of the current phase, once it is known."""
         if self._current is not None:
             self._bars.update(self._current, total=total, completed=0)
 
     def step(self, count: int = 1, doing: str | None = None) -> None:
-        """Advance the current phase, optionally saying what it is doing now."""
+        """Advance the current phase, optionally with a new description."""
         if self._current is not None:
             extra = {} if doing is None else {"description": doing}
             self._bars.update(self._current, advance=count, **extra)  # type: ignore[arg-type]
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print a line for the user as it is, brackets, long paths and all."""
+        """Print a line verbatim: no markup, no highlighting, no wrapping of long paths."""
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -82,7 +83,7 @@ class Progress:
         self.say(text, "yellow")
 
     def track(self, items: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
-        """Yield `items` as one phase named `doing`, a step each."""
+        """Yield `items` as one phase named `doing`, one step each."""
         if total is None and isinstance(items, Sized):
             total = len(items)
         with self.phase(doing, total):

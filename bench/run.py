@@ -1,8 +1,8 @@
-"""One run, top to bottom.
+"""One run, from top to bottom.
 
 config -> resolve -> check -> load model -> apply methods -> evaluate -> measure -> record -> track
 
-Nothing heavy is imported at the top, so that `import bench` and `bench --help` start at once.
+Nothing heavy is imported at module level, so that `import bench` and `bench --help` start at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
 def run(overrides: Sequence[str] = ()) -> list[Record]:
-    """Run what the overrides say, as `bench run` does, and return the records.
+    """Execute the runs that the overrides describe, as `bench run` does, and return the records.
 
     >>> bench.run(["model=micro_moe", "method=camera_p", "method.camera_p.ratio=0.4"])
     >>> bench.run(["-m", "method=dense,camera_p", "ratio=0.2,0.4"])
@@ -52,14 +52,14 @@ def run(overrides: Sequence[str] = ()) -> list[Record]:
 
 
 def start(overrides: Sequence[str]) -> Launched:
-    """Like `run`, with what else came of it: failures, warnings, what was reused."""
+    """Like `run`, but also return failures, warnings and the number of reused records."""
     from bench.launch import launch
 
     return launch(list(overrides), check, execute)
 
 
 def go_on(results_dir: Path, sweep: str) -> Launched:
-    """Run what is missing or has failed in a sweep, which `sweep` names or begins to name."""
+    """Run the missing and failed jobs of a sweep; `sweep` is its name or a prefix of it."""
     from bench.launch import resume
     from bench.sweep.plan import find
 
@@ -69,7 +69,7 @@ def go_on(results_dir: Path, sweep: str) -> Launched:
 def check(config: RunConfig) -> list[Path] | None:
     """Refuse a run that cannot work, before anything is loaded or written.
 
-    Returns the files that decide the run; None when something on a hub does that may change.
+    Returns the files that decide the run; None if data on a hub, which may change, do too.
     """
     from bench.records import Store
 
@@ -80,7 +80,7 @@ def check(config: RunConfig) -> list[Path] | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads, found and fingerprinted, with no weight loaded yet."""
+    """Everything that a run reads, found and fingerprinted, with no weights loaded yet."""
 
     id: str
     source: Source
@@ -89,22 +89,27 @@ class Inputs:
     versions: dict[str, str]
 
     def may_change(self, config: RunConfig) -> bool:
-        """Whether a hub that is asked again could answer differently."""
+        """Return whether the hub could return different data next time."""
         if config.offline:
             return False
         from_hub = [source.origin == "hub" for source in self.plan.sources.values()]
+        # A model is fixed only if the config names the commit itself; a branch such as main may
+        # move.
         from_hub.append(self.source.revision not in (None, config.model.revision))
         return any(from_hub) or self.loan.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
-        """The model's folder, and every file or folder that the config names."""
+        """Return the model's folder, and every file or folder that the config names."""
+        # Any text of the config may be a path (a method's settings folder, local data), so all that
+        # exist count. A file by any name, a folder only if written as a path: "digits" is a data
+        # set.
         named = set(_texts(_plain(config))) - {str(config.results_dir)}
         found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
         return [self.source.folder, *map(Path, sorted(filter(os.path.exists, found)))]
 
 
 def execute(config: RunConfig, asked: Asked) -> Result:
-    """Carry out one run and return its record; a run that is recorded is not run again."""
+    """Execute one run and return its record; a recorded run is not executed again."""
     from bench.evaluation.ranks import joined
     from bench.progress import Progress
     from bench.records import Store
@@ -119,11 +124,15 @@ def execute(config: RunConfig, asked: Asked) -> Result:
     inputs = resolve(config)
 
     def say() -> None:
-        progress.say(f"another process is at run {inputs.id}: waiting for it")
+        progress.say(f"another process is executing run {inputs.id}: waiting for it")
 
+    # Two processes with the same run: the second waits, then finds the record. Of the processes of
+    # one distributed run only the first takes the lock, or they would wait for each other.
     claim = store.claim(inputs.id, on_wait=say) if ranks.is_first else nullcontext()
     with _stopping(store), claim:
         known = None if config.force else store.find(inputs.id)
+        # All processes must take the same branch: one that evaluates alone would wait in an
+        # exchange forever.
         known = ranks.as_the_first(known)
         if known is not None:
             return Result(known, reused=True)
@@ -131,22 +140,24 @@ def execute(config: RunConfig, asked: Asked) -> Result:
         if reason and ranks.is_first:
             place = store.set_aside(inputs.id)
             progress.warn(
-                f"run {inputs.id} cannot be read ({reason}): it is made again, "
-                f"what was there is in {place}"
+                f"the record of run {inputs.id} is unreadable ({reason}): running it again; "
+                f"the old files are in {place}"
             )
         record = _perform(config, inputs, store, progress, asked)
     if not ranks.is_first:
         return Result(record, reused=False)
+    # After the record is written and the lock released: a tracker that fails or hangs loses no
+    # result and blocks no other process.
     with progress.phase(f"sending {record.id} to {config.tracker.kind}"):
         warning = track(record, store, config.tracker)
     return Result(record, reused=False, warning=warning)
 
 
 def resolve(config: RunConfig) -> Inputs:
-    """Find model files and data, let every method look at the model, and name the run.
+    """Find model files and data, let every method check the model, and name the run.
 
     Raises:
-        UserError: a method does not fit the model, or something that is needed is missing.
+        UserError: a method does not fit the model, or a required input is missing.
     """
     from bench.device import dtype, pick
     from bench.evaluation import plan_once
@@ -169,6 +180,8 @@ def resolve(config: RunConfig) -> Inputs:
 
     identity = config.identity()
     device = pick(config.model.device)
+    # `auto` and `cuda` are resolved first: the id must say on which kind of device and in which
+    # dtype the numbers were computed.
     identity["model"] |= {
         "device": device.type,
         "dtype": str(dtype(config.model.dtype, device)).removeprefix("torch."),
@@ -187,7 +200,7 @@ def resolve(config: RunConfig) -> Inputs:
 def _perform(
     config: RunConfig, inputs: Inputs, store: Store, progress: Progress, asked: Asked
 ) -> Record:
-    """Load, change, score, count and write: the part of a run that takes time."""
+    """Load, apply, evaluate, measure and write: the part of a run that takes time."""
     from bench.device import describe, seed_everything, use_threads
     from bench.evaluation import evaluate
     from bench.evaluation.memory import Memory
@@ -203,11 +216,14 @@ def _perform(
 
     with progress.phase("loading the model"):
         model = _pristine().borrow(inputs.source, will_change=bool(config.method))
-    # What methods will change is counted first; without any, the answers need not wait for it.
+    # Methods change the model in place, so the dense costs are counted first. A dense run counts
+    # after evaluating, so that the first scores do not wait for it.
     before = _counted(model, config, progress) if config.method else None
     own = store.unfinished(inputs.id, joined().number)
     context = inputs.loan.to(config, model, progress, own)
     methods = apply_methods(config, model, context)
+    # The journal is keyed by the weights after the methods: responses of a killed run are reused
+    # only if applying the methods again gave exactly the same network.
     with store.journal(inputs.id, state_hash(model.network), joined().number) as journal:
         for note in journal.notes:
             progress.warn(note)
@@ -240,7 +256,6 @@ def _perform(
 
 
 def _counted(model: Model, config: RunConfig, progress: Progress) -> Found:
-    """Count a model as it is now."""
     from bench.measurement.costs import count
 
     with progress.phase("counting costs"):
@@ -248,19 +263,19 @@ def _counted(model: Model, config: RunConfig, progress: Progress) -> Found:
 
 
 def _subject(model: Model, source: Source, methods: Sequence[MethodPart]) -> Subject:
-    """Say who is measured beside whom, and whether a gain in time may be claimed."""
+    """Return the models to measure, and whether a gain in time may be claimed."""
     from bench.measurement.subject import Subject
     from bench.records import unreal
 
     if not methods:
         return Subject(model)
     dense = _pristine().beside(source)
-    missing = None if dense else "the dense model did not fit into memory beside this one"
+    missing = None if dense else "the dense model did not fit into memory next to this one"
     return Subject(model, dense, no_gain=unreal(methods) or missing)
 
 
 def _applying(methods: Sequence[MethodPart]) -> list[Cost]:
-    """Return the memory that each method needed at most while it was applied."""
+    """Return the peak memory of each method while it was applied."""
     from bench.measurement.cost import Cost
 
     return [
@@ -272,7 +287,7 @@ def _applying(methods: Sequence[MethodPart]) -> list[Cost]:
 
 @contextmanager
 def _stopping(store: Store) -> Iterator[None]:
-    """Turn a disk that takes no more into a stop: what is there stays, and is gone on with."""
+    """Convert out-of-space errors into `Stopped`, so that a later run can resume."""
     try:
         yield
     except OSError as error:
@@ -280,7 +295,7 @@ def _stopping(store: Store) -> Iterator[None]:
             raise
         raise Stopped(
             f"results_dir={store.root}: {error.strerror}; "
-            "make room, and the same command goes on where this stopped"
+            "free some space and run the same command to resume"
         ) from error
 
 
@@ -301,7 +316,7 @@ def _dense(model: Model, costs: Sequence[Cost]) -> ModelPart:
 
 
 def _provenance(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """Say where every input came from, so that the numbers can be traced."""
+    """Return the origin of every input, so that the numbers can be traced."""
     return {
         "data": inputs.plan.provenance,
         **inputs.loan.fingerprints,
@@ -312,21 +327,21 @@ def _provenance(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
 @functools.cache
 def _pristine() -> Pristine:
-    """The one loaded model that all runs of this process share."""
+    """Return the loaded base model that all runs of this process share."""
     from bench.models.pristine import Pristine
 
     return Pristine()
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    """Return the config as JSON values, every method with its knobs."""
+    """Return the config as JSON values, each method with its knobs."""
     plain: dict[str, Any] = config.model_dump(mode="json", exclude={"method"})
     plain["method"] = {name: m.model_dump(mode="json") for name, m in config.method.items()}
     return plain
 
 
 def _texts(node: Any) -> Iterator[str]:
-    """Yield every text in a tree of JSON values."""
+    """Yield every string in a tree of JSON values."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, dict | list):
@@ -346,13 +361,14 @@ def _now() -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions that are part of a run's id; they stay for the life of a process."""
+    """Return the library versions that are part of a run's id."""
+    # Cached: imported libraries keep their version even if the installation changes meanwhile.
     return {name: version(name) for name in LIBRARIES}
 
 
 @functools.cache
 def _git_commit() -> str | None:
-    """Return the commit of the working tree that this package is in, None when installed."""
+    """Return the commit of the working tree that contains this package, None if installed."""
     import subprocess
 
     here = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""`bench table`: run what a paper's table lacks, then put our numbers beside the published ones.
+"""`bench table`: run what a paper's table lacks, then write our numbers next to the published ones.
 
 The runs are those of `bench run`: the same overrides, the same sweep, the same records.
 """
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from bench.reporting.tables.config import TableConfig
 
 OWN = ("model", "method", "benchmark", "ratio", "experiment")
-"""What a table chooses for its runs itself."""
+"""Keys that a table sets for its runs; users select among its rows instead."""
 
 
 class MissingInputs(UserError):
-    """What a table's runs need and this machine cannot reach; one sentence each."""
+    """Inputs of a table's runs that this machine cannot reach; one sentence each."""
 
     def __init__(self, sentences: Sequence[str]) -> None:
         super().__init__("; ".join(sentences))
@@ -36,7 +36,7 @@ class MissingInputs(UserError):
 
 @dataclass(frozen=True)
 class Finished:
-    """A table with what came of its runs, and the files it was written to."""
+    """A finished table, its run outcomes, and the files it was written to."""
 
     table: Table
     launched: Launched
@@ -45,7 +45,7 @@ class Finished:
 
 @dataclass
 class Asked:
-    """The command line of `bench table`, told apart: the table's keys, the runs' and the seeds."""
+    """Command line of `bench table`, split into keys of the table, keys of its runs, and seeds."""
 
     scale: str | None = None
     chosen: dict[str, list[str]] = field(default_factory=dict)
@@ -54,15 +54,16 @@ class Asked:
 
     @property
     def own(self) -> tuple[str, ...]:
-        """What every run is given besides its own overrides."""
+        """Overrides that every run receives in addition to its own."""
         return tuple(o for o in self.shared if not o.startswith("hydra"))
 
     @classmethod
     def read(cls, overrides: Sequence[str]) -> Asked:
-        """Tell the overrides apart.
+        """Split the overrides.
 
         Raises:
-            UserError: the table's own choices are overridden, or something but the seed is swept.
+            UserError: a key that the table sets is overridden, or a key other than the seed is
+                swept.
         """
         asked, multirun = cls(), bool({"-m", "--multirun"} & set(overrides))
         for override in overrides:
@@ -74,7 +75,7 @@ class Asked:
             elif key in PARTS:
                 asked.chosen[key] = _list(value)
             elif key in OWN:
-                raise UserError(f"{override}: a table has its own {key}; choose by {_keys()}")
+                raise UserError(f"{override}: a table sets its own {key}; select by {_keys()}")
             elif key == "seed" and multirun:
                 asked.seeds = tuple(_seeds(value))
             else:
@@ -106,7 +107,7 @@ def _single(override: str) -> str:
     with plainly([override]):
         parsed = OverridesParser.create().parse_override(override)
     if parsed.is_sweep_override():
-        raise UserError(f"{override}: only the seed of a table can be swept, as in -m seed=1,2,3")
+        raise UserError(f"{override}: a table can only sweep the seed, as in -m seed=1,2,3")
     return override
 
 
@@ -129,6 +130,7 @@ def make(name: str, overrides: Sequence[str]) -> Finished:
     runs = _runs(lines, own)
     ids = _ids(runs)
     store = Store(ids.results_dir)
+    # Records are looked up by run id, so a table shares runs with sweeps and with other tables.
     wanted = [run for run in runs if ids.force or store.find(ids.of[run]) is None]
     launched = _launch(wanted, asked.shared, check, execute) if wanted else Launched()
     found = {line: _records(line, own, ids.of, store) for line in lines if line.runs}
@@ -149,7 +151,7 @@ def runs_of(name: str, overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _config(name: str, asked: Asked) -> TableConfig:
-    """Return a table's config as the command line has it."""
+    """Return a table's config with the changes from the command line."""
     from bench.reporting.tables import load
 
     config: TableConfig = load(name, asked.scale, asked.chosen)
@@ -159,15 +161,16 @@ def _config(name: str, asked: Asked) -> TableConfig:
 
 
 def _runs(lines: Sequence[Slot], own: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Return the runs of all lines, each once."""
+    """Return the runs of all lines without duplicates."""
     from bench.reporting.tables.slots import latest
 
+    # The dense run, for example, stands in many lines; a dict keeps the order of the table.
     return list(dict.fromkeys(latest(run, own) for line in lines for run in line.runs))
 
 
 @dataclass(frozen=True)
 class _Ids:
-    """The id of each run, and what all runs share."""
+    """The id of each run, and settings shared by all runs."""
 
     of: dict[tuple[str, ...], str]
     results_dir: Path
@@ -175,13 +178,15 @@ class _Ids:
 
 
 def _ids(runs: Sequence[tuple[str, ...]]) -> _Ids:
-    """Compose and resolve every run, and name it; what is missing is said all at once."""
+    """Compose and resolve every run and return its id; report all missing inputs at once."""
     from bench.compose import run_config
     from bench.run import resolve
 
     if not runs:
-        raise UserError("the table has no runs of ours: choose other rows")
+        raise UserError("the selected rows have only published numbers: select different rows")
     configs = {run: run_config(list(run)) for run in runs}
+    # `resolve` would stop at the first missing input; a table with many models should name all of
+    # them.
     _refuse_missing(list(configs.values()))
     first = next(iter(configs.values()))
     named = {run: resolve(config).id for run, config in configs.items()}
@@ -189,9 +194,11 @@ def _ids(runs: Sequence[tuple[str, ...]]) -> _Ids:
 
 
 def _refuse_missing(configs: Sequence[RunConfig]) -> None:
-    """Raise with a sentence for every model and every data set that cannot be reached."""
+    """Raise with one sentence for each model and data set that cannot be reached."""
     from bench.data import hub
 
+    # One probe instead of a timeout per model and data set; after it everything is looked up in
+    # caches.
     if _asks_hub(configs) and not hub.is_reachable():
         hub.go_offline()
     sentences = dict.fromkeys(s for config in configs for s in _missing(config))
@@ -200,7 +207,7 @@ def _refuse_missing(configs: Sequence[RunConfig]) -> None:
 
 
 def _asks_hub(configs: Sequence[RunConfig]) -> bool:
-    """Whether any run may need the hub: an embedded table must not wait for an answer."""
+    """Return whether any run may need the hub; a table of embedded models must not wait for it."""
     models = (config.model for config in configs)
     hub = any(m.path is None and not m.source.startswith(("zoo:", "fresh:")) for m in models)
     return hub or any(config.benchmark.suite == "real" and config.benchmark.tasks
@@ -208,7 +215,7 @@ def _asks_hub(configs: Sequence[RunConfig]) -> bool:
 
 
 def _missing(config: RunConfig) -> Iterator[str]:
-    """Yield a sentence for each input of one run that is not there."""
+    """Yield a sentence for each missing input of a run."""
     from bench.data import calibration, prompts
     from bench.evaluation import plan_once
     from bench.models import loading
@@ -221,7 +228,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
     try:
         plan_once(benchmark, offline=offline)
     except MissingData as error:
-        cure = f"`bench prefetch benchmark={benchmark.name}` downloads it where there is a network"
+        cure = f"run `bench prefetch benchmark={benchmark.name}` on a machine with network access"
         for item in error.items:
             yield f"data {item} are neither cached nor reachable: {cure}"
         if not error.items:
@@ -241,12 +248,13 @@ def _missing(config: RunConfig) -> Iterator[str]:
 def _launch(
     runs: Sequence[tuple[str, ...]], shared: Sequence[str], check: Check, execute: Perform
 ) -> Launched:
-    """Hand the runs to the sweep of `bench run -m`; a failed one leaves its cells empty."""
+    """Run them as a sweep of `bench run -m`; a failed run leaves its cells empty."""
     from bench.errors import RunsFailed
     from bench.launch import Launched, launch
 
     listed = ",".join(f"[{','.join(map(_quoted, run))}]" for run in runs)
     sweep = ["-m", "hydra/sweeper=listed", f"hydra.sweeper.runs=[{listed}]"]
+    # Overrides of single runs are inside `runs` already; the rest configures the launcher.
     launcher = [o for o in shared if o.startswith("hydra")]
     try:
         return launch([*sweep, *launcher], check, execute)
@@ -255,7 +263,9 @@ def _launch(
 
 
 def _quoted(override: str) -> str:
-    """Quote an override as Hydra's grammar wants it: backslashes count before a quote alone."""
+    """Quote an override by Hydra's grammar, in which backslashes count only before a quote."""
+    # Backslashes directly before a quote are doubled and the quote escaped; a trailing run of
+    # backslashes is doubled too, since the closing quote follows it.
     escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", override)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
@@ -268,5 +278,7 @@ def _records(
     from bench.reporting.tables.slots import latest
 
     found = [store.find(ids[latest(run, own)]) for run in line.runs]
+    # A mean over the seeds that happened to succeed would not be the number that the table
+    # announces.
     whole = [record for record in found if record is not None]
     return whole if len(whole) == len(found) else []

@@ -1,7 +1,7 @@
-"""`bench verify`: repeat a part of a run through the same code, and compare sample by sample.
+"""`bench verify`: repeat part of a run with the same code, and compare sample by sample.
 
-The model is made again from its weights, its methods and its calibration, then scored on the first
-samples of each task. Metrics, log-likelihoods and answers are compared with the record's.
+The model is rebuilt from its weights, methods and calibration text, then scored on the first
+samples of each task. Metrics, log-likelihoods and responses are compared with the recorded ones.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from bench.records import Record
 
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""By number format: batches of another size add up in another order."""
+"""Tolerance per dtype; a different batch size changes summation order."""
 EXACT = ("doc_hash", "prompt_hash", "target", "response", "prediction")
-"""What must be the same text."""
+"""Text fields that must be identical."""
 Key = tuple[str, Any, Any]
 Row = dict[str, Any]
 
 
 def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = None) -> Verdict:
-    """Repeat the first `samples` of each task of a run; `run` may be the beginning of its id.
+    """Repeat the first `samples` of each task of a run; `run` may be a prefix of its id.
 
-    A number agrees when it differs by at most `tolerance` times its size, or times 1 if it is
-    smaller; by default what the model's number format allows.
+    A number agrees if it differs by at most `tolerance` times its magnitude, or times 1 if that is
+    larger; the default tolerance depends on the model's dtype.
 
     Raises:
-        UserError: there is no such run, or its weights, data or calibration have changed.
+        UserError: there is no such run, or its weights, data or calibration text have changed.
     """
     from bench.device import dtype, pick, use_threads
     from bench.evaluation import evaluate, plan
@@ -42,11 +42,12 @@ def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = 
     from bench.records import samples as stored
 
     if samples < 1:
-        raise UserError(f"--samples {samples}: at least one sample of each task")
+        raise UserError(f"--samples must be at least 1, got {samples}")
     record = Store(results_dir).get(run)
     config = recorded_config(record)
     use_threads(config.threads)
     _refuse_changed_data(config, record)
+    # Never beyond the run's own limit: further samples were not scored and could not be compared.
     limit = min(samples, config.benchmark.limit or samples)
     part = config.benchmark.model_copy(update={"limit": limit})
     found = evaluate(repeated(record), plan(part, offline=config.offline)).samples
@@ -59,19 +60,20 @@ def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = 
 
 
 def _refuse_changed_data(config: RunConfig, record: Record) -> None:
-    """Raise when a task's documents are no longer those that the run scored."""
+    """Raise if a task's documents differ from those that the run scored."""
     from bench.evaluation import plan_once
 
+    # The run's own benchmark and not the limited one, so that fingerprints are comparable.
     found = plan_once(config.benchmark, offline=config.offline).fingerprints
     for name, source in record.provenance["data"].items():
         if found.get(name) != source["fingerprint"]:
-            raise UserError(f"the data of {name} have changed since the run: it cannot be repeated")
+            raise UserError(f"the data of {name} changed since the run, so it cannot be repeated")
 
 
 def _verdict(
     record: Record, before: Sequence[Row], now: Sequence[Row], tolerance: float
 ) -> Verdict:
-    """Compare what was stored with what is found now."""
+    """Compare the stored samples with the new ones."""
     known = {_key(row): row for row in before}
     faults: list[str] = []
     tasks: dict[str, int] = {}
@@ -81,12 +83,13 @@ def _verdict(
         where = f"{row['task']} sample {row['doc_id']}"
         old = known.get(_key(row))
         if old is None:
-            faults.append(f"{where}: not among the run's samples")
+            faults.append(f"{where}: not in the run's samples")
             continue
-        faults += [f"{where}: another {name}" for name in EXACT if _other(old, row, name)]
+        faults += [f"{where}: different {name}" for name in EXACT if _other(old, row, name)]
         for name, was, value in _numbers(old, row):
             difference = abs(was - value) / max(1.0, abs(was))
             numbers, worst = numbers + 1, max(worst, difference)
+            # Not `difference > tolerance`: a NaN compares false and must count as a fault.
             if not difference <= tolerance:
                 faults.append(f"{where}: {name} was {was:.6g} and is {value:.6g}")
     if not numbers:
@@ -96,27 +99,28 @@ def _verdict(
 
 
 def _key(row: Row) -> Key:
-    """Name one sample; images have no filter, which a table may hold as not a number."""
+    """Identify a sample."""
+    # Image rows have no filter, which the stored frame holds as NaN, and NaN equals nothing.
     name = row["filter"] if isinstance(row["filter"], str) else None
     return row["task"], name, row["doc_id"]
 
 
 def _other(old: Row, row: Row, name: str) -> bool:
-    """Whether a text that both have is not the same."""
+    """Return whether a text present on both sides differs."""
     was, value = old.get(name), row.get(name)
     return isinstance(was, str) and isinstance(value, str) and was != value
 
 
 def _numbers(old: Row, row: Row) -> Iterator[tuple[str, float, float]]:
-    """Yield every number of a sample by name, as it was and as it is.
+    """Yield every number of a sample by name, as recorded and as computed now.
 
-    A number that one side lacks is compared as not a number, which agrees with nothing.
+    A number missing on one side is yielded as NaN, which agrees with nothing.
     """
     for name, value in row.items():
         if name == "loglikelihoods":
             was = list(old.get(name, ()))
             if len(was) != len(value):
-                yield f"{name} (how many)", float(len(was)), float(len(value))
+                yield f"{name} (count)", float(len(was)), float(len(value))
             pairs = zip(was, value, strict=False)
             yield from ((f"{name}[{i}]", float(a), float(b)) for i, (a, b) in enumerate(pairs))
         elif name != "doc_id" and _is_number(value):
@@ -129,7 +133,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _changes(record: Record) -> Iterator[str]:
-    """Yield what of the environment is another than the run's."""
+    """Yield the differences between the run's environment and this one."""
     from bench.device import describe
     from bench.run import versions
 

@@ -1,7 +1,7 @@
-"""The command line. Starts at once: what a command needs is imported when it is called.
+"""Entry point of the command line; each command imports what it needs when it is called.
 
 Exit codes: 0 done; 1 some runs failed; 2 the user's input is wrong; 75 interrupted, run the same
-command again to go on.
+command again to resume.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from bench.secrets import hide
 __all__ = ["COMMANDS", "main"]
 
 _SELDOM = 100_000
-"""New objects between two searches for garbage. Importing makes millions that stay, and at the
-interpreter's own 700 a fifth of a start went by in looking through them."""
+"""Allocations between two garbage collections. Importing creates millions of objects that stay;
+with the default threshold of 700, GC takes a fifth of start-up."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # Affects the whole process, also when `main` is called as a library (tests do); so do the
+    # signal handlers below.
     gc.set_threshold(_SELDOM)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for asked in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers send before they kill
+    # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
+    # to save what a later run resumes from.
+    for asked in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(asked, _interrupt)
     try:
+        # argparse would reject Hydra's flags such as -m and --cfg, so `run` and `table` bypass it
+        # and read their arguments themselves. argparse only answers --help for them.
         if given[:1] == ["run"] and not {"-h", "--help"} & set(given):
             return running.run(given[1:])
         if given[:1] == ["table"] and not {"-h", "--help"} & set(given):
             return running.table(given[1:])
+        # argparse would list all commands instead of naming the nearest one.
         if given and not given[0].startswith("-") and given[0] not in COMMANDS:
             raise unknown("command", given[0], COMMANDS)
         parsed = parser().parse_args(given)
@@ -54,29 +61,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("bench: interrupted; the same command goes on where this stopped", file=sys.stderr)
+        print("bench: interrupted; run the same command to resume", file=sys.stderr)
         return INTERRUPTED
-    except SystemExit as error:  # how argparse and Hydra end after an answer or a complaint
+    except SystemExit as error:  # argparse and Hydra exit like this after --help or a usage error
         return DONE if error.code in (0, None) else WRONG
     except Exception as error:
         return _unforeseen(error)
 
 
 def _unforeseen(error: Exception) -> int:
-    """Say what happened: no room beside a run, or a fault of ours or of a method."""
-    if isinstance(error, OSError) and error.errno in NO_ROOM:  # a sweep's plan, its jobs' notes
-        said = f"{error.filename or 'the disk'}: {error.strerror}; make room"
-        print(f"bench: {hide(said)}, and the same command goes on", file=sys.stderr)
+    """Report an unexpected error and return the exit code."""
+    # A run turns a full disk into `Stopped` itself; this one met a sweep's plan or status files.
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        said = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
+        print(f"bench: {hide(said)} and run the same command to resume", file=sys.stderr)
         return INTERRUPTED
     print(f"bench: failed: {_keep_trace(error)}", file=sys.stderr)
     return FAILED
 
 
 def _keep_trace(error: Exception) -> str:
-    """Leave the traceback in a file, without secrets, and say in one sentence what went wrong."""
+    """Write the traceback to a file, secrets redacted, and return a one-sentence error."""
     import tempfile
     import traceback
 
+    # Not below results/: the error may be that nothing can be written there.
     with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
         file.write(hide("".join(traceback.format_exception(error))))
     return hide(f"{sentence(error)} (details: {file.name})")

@@ -1,4 +1,4 @@
-"""`python -m bench.cli`, as launchers of several processes start it."""
+"""`python -m bench.cli`, for launchers of several processes (accelerate, torchrun)."""
 
 import sys
 

@@ -1,10 +1,11 @@
-"""How commands end, and how they print rows."""
+"""Exit codes of commands, and their output of rows."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+# 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 75
 
 

@@ -1,6 +1,6 @@
-"""What may be said on the command line.
+"""Command-line parser.
 
-A command that reads a results folder takes `--results-dir`, one that prints rows `--json`.
+Commands that read a results folder take `--results-dir`; those that print rows take `--json`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ figures of records, of all without RUN: PNG, SVG, PDF
 
   bench plot front --cost flops         accuracy against a cost, and the Pareto front
   bench plot curves --knob ratio        accuracy against a knob
-  bench plot allocation RUN             what was left where: heads, experts, groups, bits
-  bench plot breakdown --cost flops     what a cost is made of; --cost wall: of the run itself
-  bench plot calibration                how often answers are right that are so sure
+  bench plot allocation RUN             what each layer kept: heads, experts, groups, bits
+  bench plot breakdown --cost flops     parts of a cost; --cost wall: phases of the run itself
+  bench plot calibration                accuracy by confidence
   bench plot training                   losses and accuracies while a method trains
 """
 
@@ -35,18 +35,18 @@ run a model, methods and a benchmark; -m sweeps
   bench run model=micro_moe method=camera_p ratio=0.4
   bench run -m method=dense,camera_p,random_experts ratio=0.2,0.4,0.6
   bench run experiment=demo
-  bench run sweep=camera_p_pareto  a search; bench run sweep=camera_p_grid, a grid
-  bench run --cfg job              the composed config, without running it
+  bench run sweep=camera_p_pareto  a search; sweep=camera_p_grid is a grid
+  bench run --cfg job              print the composed config, run nothing
 """
 
 TABLE_HELP = """\
-a paper's table: run what is missing, show ours beside theirs
+a paper's table: run what is missing, show our numbers next to the published ones
 
   bench table camera_main                       the real models, on a GPU
-  bench table camera_main scale=micro           the embedded models stand in, offline
+  bench table camera_main scale=micro           with the embedded models, offline
   bench table visual_table2 "blocks=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
   bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
-  bench ls tables                               which there are
+  bench ls tables                               list all tables
 """
 
 Handler = Callable[[argparse.Namespace], int]
@@ -54,16 +54,16 @@ Added = Callable[[str, Handler, str], argparse.ArgumentParser]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are user errors like all others."""
+    """argparse whose errors are raised as `UserError`, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        """Say in one sentence what is wrong, without the usage text."""
+        """Raise the message as a `UserError`, without the usage text."""
         raise UserError(message)
 
 
 def parser() -> Parser:
-    """Return the parser of all commands; each one's `handler` returns the exit code."""
-    top = Parser(prog="bench", description="Compression methods, measured honestly.")
+    """Return the parser of all commands; the `handler` of each returns the exit code."""
+    top = Parser(prog="bench", description="Benchmark model-compression methods.")
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
@@ -82,29 +82,31 @@ def parser() -> Parser:
 
 
 def _computing(command: Added) -> None:
-    """Add the commands that run something."""
+    """Add the commands that compute something."""
+    # Only for the help text and the list of commands: `main` hands the arguments of `run` and
+    # `table` to their handlers before argparse sees them.
     command("run", lambda given: running.run(given.overrides), RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
     tables = command("table", lambda given: running.table([given.name]), TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
     tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    tables.add_argument("--json", action="store_true", help="print its cells as JSON")
-    status = command("status", running.status, "the state of all sweeps, or every job of one")
+    tables.add_argument("--json", action="store_true", help="print the cells as JSON")
+    status = command("status", running.status, "the state of all sweeps, or of each job of one")
     status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
-    resume = command("resume", running.resume, "run what is missing or has failed in a sweep")
+    resume = command("resume", running.resume, "run the missing and failed jobs of a sweep")
     resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
-    garbage = command("gc", running.gc, "remove files that nothing refers to, after asking")
+    garbage = command("gc", running.gc, "remove unreferenced files, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
-    verify = command("verify", running.verify, "repeat a part of a run and say whether it agrees")
-    verify.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
-    verify.add_argument("--samples", type=int, default=20, metavar="N", help="of each task")
-    verify.add_argument("--tolerance", type=float, default=None, help="share of a number")
+    verify = command("verify", running.verify, "repeat part of a run and compare the results")
+    verify.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
+    verify.add_argument("--tolerance", type=float, default=None, help="relative difference allowed")
     export = command("export", running.export, "write the model of a run as a folder")
-    export.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
+    export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export.add_argument("folder", type=Path, metavar="DIR")
-    export.add_argument("--padded", action="store_true", help="zeros so that transformers loads it")
-    export.add_argument("--onnx", action="store_true", help="an image classifier as ONNX as well")
+    export.add_argument("--padded", action="store_true", help="pad experts for stock transformers")
+    export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
     prefetch = command("prefetch", running.prefetch, "download what a run or table needs")
     prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, export):
@@ -114,45 +116,47 @@ def _computing(command: Added) -> None:
 
 
 def _looking(command: Added) -> None:
-    """Add the commands that look at records and at what is installed."""
+    """Add the commands that read records or inspect the installation."""
     listing = command("ls", reading.ls, "list models, methods, benchmarks, tables or runs")
     listing.add_argument("what", metavar="|".join(reading.LISTED))
     show = command("show", reading.show, "show one record")
-    show.add_argument("run", metavar="RUN", help="a run's id or the beginning of it")
-    show.add_argument("--command", action="store_true", help="only the command that repeats it")
+    show.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    show.add_argument("--command", action="store_true", help="print only the command of the run")
     compare = command(
-        "compare", reading.compare, "paired statistics between runs, sample by sample"
+        "compare", reading.compare, "paired statistics between runs over shared samples"
     )
     compare.add_argument("runs", nargs="+", metavar="RUN")
-    compare.add_argument("--baseline", metavar="RUN", help="what to compare with (the dense run)")
     compare.add_argument(
-        "--flips", type=int, default=0, metavar="N", help="show N samples each way"
+        "--baseline", metavar="RUN", help="the run to compare with (the dense run)"
+    )
+    compare.add_argument(
+        "--flips", type=int, default=0, metavar="N", help="show N flipped samples each way"
     )
     plot = command("plot", reading.plot, PLOT_HELP)
     plot.add_argument("kind", metavar="KIND")
     plot.add_argument("runs", nargs="*", metavar="RUN")
-    plot.add_argument("--task", default="average", help="the headline to show (average)")
+    plot.add_argument("--task", default="average", help="the headline metric to show (average)")
     plot.add_argument("--cost", default="flops", help="flops, seconds, bytes, ... (flops)")
-    plot.add_argument("--scope", help="which cost of that name, as `bench show` lists it")
+    plot.add_argument("--scope", help="the scope of the cost, as in `bench show`")
     plot.add_argument("--knob", default="ratio", help="a method's knob or a config key (ratio)")
     plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
-    report = command("report", reading.report, "write one HTML file over all records")
+    report = command("report", reading.report, "write one HTML file with all records")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
     report.add_argument("--open", action="store_true", help="open it in the browser")
-    report.add_argument("--samples", type=_count, default=40, metavar="N", help="a run; 40")
+    report.add_argument("--samples", type=_count, default=40, metavar="N", help="per run (40)")
     report.add_argument(
         "--samples-runs",
         type=_count,
         default=200,
         metavar="N",
-        help="newest runs with samples; 200",
+        help="include samples of the N newest runs (200)",
     )
     track = command(
-        "track", reading.track, "send records to W&B (again); no RUN: all, and an overview"
+        "track", reading.track, "send records to W&B again; without RUN: all, and an overview"
     )
     track.add_argument("runs", nargs="*", metavar="RUN")
     doctor = command(
-        "doctor", reading.doctor, "what is installed, which devices, what works offline"
+        "doctor", reading.doctor, "installed packages, devices, and what works offline"
     )
     for added in (listing, show, compare, plot, report, track):
         _takes_results(added)
@@ -169,7 +173,6 @@ def _prints_json(added: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    """A number of things, for an argument."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things, such as 0 or 40")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 0 or 40")
     return int(text)

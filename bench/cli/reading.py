@@ -1,4 +1,4 @@
-"""The commands that look at records and at what is installed, and compute nothing."""
+"""The commands that read records or inspect the installation, and compute nothing."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def compare(given: argparse.Namespace) -> int:
     else:
         command.print_comparison(found, flipped, pictures)
     if lacking:
+        # To stderr, so that `--json` output stays parsable.
         print(lacking, file=sys.stderr)
     return DONE
 
@@ -97,8 +98,12 @@ def track(given: argparse.Namespace) -> int:
         from bench.reporting.tables.building import tables_of
 
         page, records = write_report(given.results_dir).path, store.all()
+        # The overview in W&B holds the report page and the tables, which are built from all
+        # records: it is only renewed when all are sent.
         sent = rebuild(store, records, page, tuple(tables_of(records)))
     failed = False
+    # A generator: each record is sent as the loop reaches it, and a failed one does not stop the
+    # rest.
     for what, warning in sent:
         print(f"bench: {warning}" if warning else f"sent {what}")
         failed = failed or warning is not None

@@ -1,4 +1,4 @@
-"""The commands that compute: runs, sweeps, tables, and what is made of a run again."""
+"""The commands that compute: runs, sweeps, tables, and what is derived from a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def run(overrides: list[str]) -> int:
-    """`bench run`: Hydra's own flags (-m, --cfg, --info) are Hydra's to answer."""
+    """`bench run`: run one config, a sweep or a search."""
+    # Hydra answers its own informational flags; nothing is run.
     if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version"} & set(overrides):
         from bench.launch import ask_hydra
 
@@ -28,17 +29,18 @@ def run(overrides: list[str]) -> int:
 
 
 def _came(outcome: Launched) -> int:
-    """Print what came of a run, a sweep or a search."""
+    """Print the outcome of a run, a sweep or a search, and return the exit code."""
     from bench.evaluation.ranks import joined
     from bench.reporting.search import print_search
     from bench.reporting.summary import print_summary
 
-    if not joined().is_first:  # of several processes one speaks
+    if not joined().is_first:  # of several processes only the first prints
         return FAILED if outcome.failures else DONE
     if outcome.searched is not None:
         print_search(outcome.searched)
     else:
         print_summary(outcome.records, reused=outcome.reused)
+    # Jobs often share a warning, such as an unreachable tracker; each text is printed once.
     for warning in dict.fromkeys(outcome.warnings):
         print(f"bench: {hide(warning)}", file=sys.stderr)
     for failure in outcome.failures:
@@ -65,19 +67,21 @@ def resume(given: argparse.Namespace) -> int:
 
 
 def gc(given: argparse.Namespace) -> int:
-    """`bench gc`: list what nothing refers to, and remove it once that is agreed."""
+    """`bench gc`: list unreferenced files, and remove them once confirmed."""
     from bench.garbage import find, remove
 
     found = find(given.results_dir)
     rows = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in found]
     print_rows(rows, given.json)
+    # With --json the output is for a program, which cannot answer a question.
     if not found or (given.json and not given.yes):
         return DONE
+    # Without a terminal nobody can confirm, so nothing is removed.
     if given.yes or (sys.stdin.isatty() and input("Remove these? [y/N] ").lower() == "y"):
         remove(found)
         print(f"removed {len(found)}", file=sys.stderr)
     else:
-        print("bench: nothing was removed; bench gc --yes removes these", file=sys.stderr)
+        print("bench: nothing was removed; `bench gc --yes` removes them", file=sys.stderr)
     return DONE
 
 
@@ -87,9 +91,10 @@ def table(given: list[str]) -> int:
     from bench.reporting.tables.writing import rows
     from bench.table import MissingInputs, make
 
+    # The name may stand anywhere among the overrides, as Hydra allows for its own flags.
     named = [word for word in given if not word.startswith("-") and "=" not in word]
     if len(named) != 1:
-        raise UserError(f"bench table takes one name, not {len(named)}: see `bench ls tables`")
+        raise UserError(f"bench table takes one name, got {len(named)}: see `bench ls tables`")
     try:
         finished = make(named[0], [word for word in given if word != named[0]])
     except MissingInputs as error:
@@ -138,6 +143,7 @@ def prefetch(given: argparse.Namespace) -> int:
     named = [word for word in given.overrides if "=" not in word]
     rest = [word for word in given.overrides if word not in named]
     wanted = runs_of(named[0], rest) if named else [rest]
+    # The runs of a table share models and data; each is reported once.
     said: set[str] = set()
     for line in (line for overrides in wanted for line in prefetch(overrides)):
         if line not in said:

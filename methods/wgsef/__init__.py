@@ -1,1 +1,1 @@
-"""WGSEF (arXiv 2212.12921): networks trained towards exactly k groups, and the rival methods."""
+"""WGSEF (arXiv 2212.12921): training towards exactly k groups, and competing methods."""

@@ -1,6 +1,6 @@
-"""WGSEF inside the fine-tuning of a language model: micro-experts fade out as the others learn.
+"""WGSEF within the fine-tuning of a language model: micro-experts fade out while others learn.
 
-Shapes: B rows of text, L tokens a row, M routed micro-experts of all layers.
+Shapes: B rows of text, L tokens per row, M routed micro-experts of all layers.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ from methods.wgsef.training.optimizers import ProximalAdam
 from methods.wgsef.training.schedule import learning_rate
 
 CHUNK = 4096
-"""Tokens shown to one expert at a time; no result depends on it."""
+"""Tokens passed to one expert at a time; bounds memory and changes no result."""
 UNSEEN = 1e-6
-"""The relative energy of a micro-expert that was never active: an empty group has no budget."""
+"""Relative energy of a micro-expert that was never active: above 0, or it would count as empty."""
 
 
 class WgsefFinetune(MicroPruning):
-    """Train the routed experts on calibration text while the debiased WGSEF thins them out.
+    """Train the routed experts on calibration text while the debiased WGSEF removes micro-experts.
 
-    Groups are micro-experts: a row of gate and of up and a column of down. Each step is one of
-    AdamW on `rows` rows of text, followed by the operator in each layer under that layer's budget,
-    which all comes from the routed experts. Norms count in the unit in which a group's norm is at
-    first its energy RMS(phi) ||w||, for weights alone do not say how strongly text drives a neuron
-    (specification section 7, 6). After `sparse_share` of the `steps` the mask is frozen.
-    Everything but the routed experts keeps its weights. Use float32: steps are small.
+    Groups are micro-experts: a row of gate, a row of up and a column of down. Each step is one
+    AdamW step on `rows` rows of text, followed by the operator in each layer under that layer's
+    budget, which is taken entirely from the routed experts. Norms are measured in a unit in which a
+    group's initial norm is its energy RMS(phi) ||w||, since weights alone do not show how strongly
+    text drives a neuron (specification section 7, 6). After the fraction `sparse_share` of the
+    `steps` the mask is frozen. Only the routed experts are trained. Use float32, since steps are
+    small.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -61,12 +62,12 @@ class WgsefFinetune(MicroPruning):
     sparse_share: float = Field(default=0.7, ge=0.1, le=1)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse what `MicroPruning` refuses, and budgets that routed experts cannot give."""
+        """Refuse what `MicroPruning` refuses, and budgets that routed experts cannot provide."""
         super().check(anatomy)
         self._share_of_routed(anatomy)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Train, freeze, tune and take out."""
+        """Train, freeze, fine-tune and remove."""
         calibration = calibration_of(context)
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
@@ -74,6 +75,7 @@ class WgsefFinetune(MicroPruning):
         history, alive = self._train(model, partition, calibration.tokens, context)
         dead = [~part for part in partition.split(partition.alive())]
         layers = [
+            # Indices of a block count the shared experts first; the groups are routed experts only.
             self.take_out(block, block.d_shared + dead_M.nonzero().flatten())
             for block, dead_M in zip(anatomy.moe, dead, strict=True)
         ]
@@ -85,26 +87,25 @@ class WgsefFinetune(MicroPruning):
         return self.conclude(model, anatomy, layers, **more)
 
     def _share_of_routed(self, anatomy: Anatomy) -> float:
-        """Return which share of the routed micro-experts every layer loses."""
+        """Return the fraction of routed micro-experts that each layer loses."""
         shares = {
             budget / sum(block.widths)
             for block, budget in zip(anatomy.moe, self.budgets(anatomy), strict=True)
         }
         if len(shares) > 1:
             raise UserError(
-                f"the MoE layers of {anatomy.architecture} differ, wgsef_finetune needs them alike"
+                f"wgsef_finetune needs MoE layers of equal size; those of "
+                f"{anatomy.architecture} differ"
             )
         share = shares.pop()
         if share >= 1:
-            raise UserError(
-                f"ratio={self.ratio} is more than the routed experts alone have to give"
-            )
+            raise UserError(f"ratio={self.ratio} removes more than all routed experts: lower ratio")
         return share
 
     def _units(
         self, model: Model, partition: Partition, tokens_NL: Tensor, context: Context
     ) -> Tensor:
-        """Return energy over norm, [M], the energies of each layer relative to their mean."""
+        """Return energy over norm, [M]; the energies of each layer are relative to their mean."""
 
         def watching(seen: dict[MoEBlock, Activations]) -> AbstractContextManager[None]:
             return observing(seen, CHUNK)
@@ -114,28 +115,35 @@ class WgsefFinetune(MicroPruning):
         for block, observer in seen:
             energy_N = (observer.square_sum() * magnitudes(block)).sqrt()[block.d_shared :]
             refuse_nan(block, energy_N)
-            # An expert that no token visited goes first, but it does not go for nothing.
+            # A micro-expert that no token reached must rank last, but not with energy 0: operators
+            # treat that as an empty group and drop it at once, even where the budget could keep it.
             energies.append((energy_N / energy_N.mean()).clamp(min=UNSEEN))
         return torch.cat(energies) / partition.norms().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _train(
         self, model: Model, partition: Partition, tokens_NL: Tensor, context: Context
     ) -> tuple[list[dict[str, float]], int]:
-        """Return a line of history for each tenth of the steps, and who was left when frozen."""
+        """Return the history, one line per tenth of the steps, and the number alive when frozen."""
         sparse = max(1, round(self.sparse_share * self.steps))
         share = self._share_of_routed(model.anatomy)
+        # Energies of different layers are not comparable here (each is relative to its own mean),
+        # hence a budget per layer.
         allocation = Allocation(partition, share, "layer", floor=0.0)
         scene = Scene(model.network, partition, allocation, sparse, self.steps, tokens_NL[:1])
         trained = list(partition.owned_parameters().values())
         keeper = Keeper(context.folder, context.progress)
         saved = keeper.last()
         solver = Debiased(scene)
+        # Measured on the weights before training only; a resumed run restores the units with the
+        # solver.
         if saved is None:
             solver.unit_M = self._units(model, partition, tokens_NL, context)
         optimizer = ProximalAdam(trained, solver, self.rate)
         run = _Run(trained, optimizer, partition.groups)
         if saved is not None:
             run.go_on(saved, scene)
+        # The order of rows depends only on the seed, so skipping the steps already taken resumes
+        # it.
         drawn = islice(_drawn(tokens_NL, self.rows, context.seed), run.step, None)
         for weight in trained:
             weight.requires_grad_(True)
@@ -153,6 +161,7 @@ class WgsefFinetune(MicroPruning):
             if run.step % max(1, self.steps // 10) == 0:
                 run.close(int(partition.alive().sum()))
             keeper.keep_if_due(run.checkpoint)
+        # Removal and evaluation follow; a run that is killed there must not train again.
         keeper.keep(run.checkpoint)
         model.network.requires_grad_(False)
         optimizer.zero_grad()
@@ -161,7 +170,7 @@ class WgsefFinetune(MicroPruning):
 
 @dataclass
 class _Run:
-    """Where a training is: all that the next steps and the report depend on."""
+    """State of a training: everything the next steps and the report depend on."""
 
     trained: list[nn.Parameter]
     optimizer: ProximalAdam
@@ -172,13 +181,13 @@ class _Run:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def close(self, alive: int) -> None:
-        """Write a line of history."""
+        """Append a line of history."""
         line = {"epoch": self.step, "loss": sum(self.losses) / len(self.losses)}
         self.history.append(line | {"alive": alive})
         self.losses = []
 
     def freeze(self, scene: Scene) -> None:
-        """Choose who stays, zero the others, and hold them at zero from now on."""
+        """Select the groups to keep, zero all others, and hold them at zero from now on."""
         solver = self.optimizer.solver
         assert isinstance(solver, Solver)
         alive_M = scene.partition.alive()
@@ -188,7 +197,7 @@ class _Run:
         self.optimizer.solver = Frozen(scene, self.keep_M)
 
     def checkpoint(self) -> Checkpoint:
-        """Return it as tensors and JSON values."""
+        """Return the state as tensors and JSON values."""
         solver = self.optimizer.solver
         assert isinstance(solver, Solver)
         tensors = checkpoint.named(
@@ -202,7 +211,7 @@ class _Run:
 
     @torch.no_grad()
     def go_on(self, saved: Checkpoint, scene: Scene) -> None:
-        """Take over where a killed training was."""
+        """Restore the state of an interrupted training."""
         for number, weight in saved.part("weights").items():
             self.trained[int(number)].copy_(weight)
         checkpoint.load_optimizer(self.optimizer, saved.part("optimizer"))
@@ -217,7 +226,7 @@ class _Run:
 
 
 def _drawn(tokens_NL: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
-    """Yield rows of text for ever, each once before any comes again."""
+    """Yield batches of rows forever, each row once per pass."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order_N = torch.randperm(len(tokens_NL), generator=generator)
@@ -226,6 +235,8 @@ def _drawn(tokens_NL: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
 
 
 def _loss(network: Any, token_BL: Tensor) -> Tensor:
-    """Return the mean loss of every next token."""
+    """Return the mean next-token loss."""
     logit_BLV = network(input_ids=token_BL, use_cache=False).logits
+    # Position t predicts token t + 1. fp32, because softmax over a vocabulary loses precision in
+    # bf16.
     return cross_entropy(logit_BLV[:, :-1].flatten(0, 1).float(), token_BL[:, 1:].flatten())

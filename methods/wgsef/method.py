@@ -1,4 +1,4 @@
-"""The paper's method and its rivals, each a solver with its own knobs in the same training."""
+"""WGSEF and competing methods: one class per solver, all with the same training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from methods.wgsef.sparse_training import SparseTraining
 
 
 class Wgsef(SparseTraining):
-    """WGSEF: `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is
-    the homotopy that ends with at most k groups.
+    """WGSEF with one of three algorithms; `debiased` ends with at most k groups by design.
 
-    `strength` is the paper's lambda, which `debiased` does without; `every` applies the operator
-    every so many steps with so many times the strength. `reach` is where the homotopy of lambda d
-    ends: at 1, the hard selection, or before, which leaves more to the final one.
+    `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is the homotopy.
+    `strength` is the paper's lambda, which `debiased` does not use; `every` applies the operator
+    every n steps with n times the strength. `reach` is where the homotopy of lambda d ends: 1 is
+    the hard selection; a smaller value leaves more to the final selection.
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
@@ -30,7 +30,7 @@ class Wgsef(SparseTraining):
     @classmethod
     def _below_one(cls, reach: float) -> float:
         if reach > 1:
-            raise ValueError("the debiased form needs lambda d below 1, its limit, hard selection")
+            raise ValueError("must be at most 1, where the debiased operator is hard selection")
         return reach
 
     def solver(self, scene: Scene) -> Solver:
@@ -43,7 +43,7 @@ class Wgsef(SparseTraining):
 
 
 class GroupLasso(SparseTraining):
-    """Group lasso by Prox-SG; with `adaptive` in the metric of the optimizer (ProxSSI)."""
+    """Group lasso by Prox-SG; with `adaptive`, in the metric of the optimizer (ProxSSI)."""
 
     strength: float = Field(default=1e-2, gt=0)
     adaptive: bool = False
@@ -55,7 +55,7 @@ class GroupLasso(SparseTraining):
 
 
 class Hspg(SparseTraining):
-    """HSPG: half-space steps on group lasso after a first part of Prox-SG."""
+    """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`."""
 
     strength: float = Field(default=1e-2, gt=0)
     epsilon: float = Field(default=0.0, ge=0, lt=1)
@@ -67,7 +67,7 @@ class Hspg(SparseTraining):
 
 
 class AdaHspg(SparseTraining):
-    """AdaHSPG+ without variance reduction: each epoch chooses between both steps."""
+    """AdaHSPG+ without variance reduction: chooses between both kinds of step each epoch."""
 
     strength: float = Field(default=3e-2, gt=0)
     mu: float = Field(default=1.0, gt=0)
@@ -98,7 +98,7 @@ class Slimming(SparseTraining):
 
 
 class MagnitudePruning(SparseTraining):
-    """Dense training, then the groups of largest norm."""
+    """Dense training, then selection of the groups of largest norm."""
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""
@@ -106,7 +106,7 @@ class MagnitudePruning(SparseTraining):
 
 
 class IterativeHardThresholding(SparseTraining):
-    """Projection onto ever fewer groups after every step."""
+    """Projection onto fewer and fewer groups after each step."""
 
     def solver(self, scene: Scene) -> Solver:
         """Return the solver."""

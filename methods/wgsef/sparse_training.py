@@ -1,4 +1,4 @@
-"""The adapter: sparse training of an image classifier as a method, whatever the solver.
+"""Base class of the methods that train a classifier towards few groups, with any solver.
 
 Shapes: M groups of all families.
 """
@@ -34,15 +34,14 @@ if TYPE_CHECKING:
 
 
 class SparseTraining(Method):
-    """Train a classifier with a solver until few groups are left, then take the others out.
+    """Train a classifier with a solver until few groups are left, then remove all others.
 
-    `ratio` is the share of groups that goes (with scope `macs` or `bytes`: of that cost); `k`, when
-    given, is how many stay in the whole network instead. `floor` is the share that every layer
-    keeps at least. With `split: validation` the training images that are held out for choosing
-    knobs are left out of the training, and the accuracies reported are theirs. With `restart` the
-    weights are drawn anew, otherwise the model's own are trained on. Kept counts are rounded up to
-    `multiple`. A killed run goes on where it was; `checkpoints` names another
-    folder for that than the run's own.
+    `ratio` is the fraction of groups to remove (of that cost with scope `macs` or `bytes`); `k`, if
+    given, is the number of groups to keep in the whole network instead. `floor` is the minimum
+    fraction kept per layer. `split: validation` trains without the held-out images and reports
+    accuracy on them. `restart` draws fresh weights; otherwise training starts from the model's own.
+    Kept counts are rounded up to `multiple`. An interrupted run resumes; `checkpoints` names a
+    folder to use for that instead of the run's own.
     """
 
     ratio: float = Field(default=0.7, gt=0, lt=1)
@@ -63,38 +62,43 @@ class SparseTraining(Method):
     def _one_kind(cls, groups: Any) -> Any:
         if isinstance(groups, list | tuple):
             kinds = " and ".join(str(kind) for kind in groups)
-            raise ValueError(f"groups of {kinds} overlap in their weights: choose one kind")
+            raise ValueError(f"{kinds} overlap in their weights: choose one kind of group")
         return groups
 
     @field_validator("k")
     @classmethod
     def _counts_groups(cls, k: int | None, others: ValidationInfo) -> int | None:
+        # `others.data` holds only fields declared above `k`, so `scope` must stay above it.
         if k is not None and others.data.get("scope") != "global":
-            raise ValueError("k counts the groups of the whole network: it needs scope=global")
+            raise ValueError(
+                "k is the number of groups in the whole network: it needs scope=global"
+            )
         return k
 
     @abstractmethod
     def solver(self, scene: Scene) -> Solver:
-        """Return the solver that this method is about."""
+        """Return the method's solver."""
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse other models, other images, and budgets that such a network cannot keep."""
+        """Refuse other models, mismatched images, and budgets that the network cannot keep."""
         config = anatomy.vision
         if config is None:
-            raise UserError(f"sparse training is for image classifiers, not {anatomy.architecture}")
+            raise UserError(
+                f"sparse training needs an image classifier; this model is {anatomy.architecture}"
+            )
         known = images.shape(self.data)
-        # A folder of ImageNet may hold a part of its classes.
+        # An ImageNet folder may hold only a subset of the classes.
         given = replace(known, classes=config.classes) if self.data == "imagenet" else known
         config.refuse_other_images(self.data, given)
         sizes = choice.sizes(config, self.groups)
         refuse_impossible(sizes, self._sparsity(sum(sizes)), self.scope, self.floor)
 
     def _sparsity(self, groups: int) -> float:
-        """Return the share that goes, of so many groups or of their cost."""
+        """Return the fraction to remove, of `groups` or of their cost."""
         if self.k is None:
             return self.ratio
         if self.k > groups:
-            raise UserError(f"k={self.k} is impossible: the network has {groups} {self.groups}")
+            raise UserError(f"k={self.k} is too large: the network has {groups} {self.groups}")
         return 1 - self.k / groups
 
     def apply(self, model: Model, context: Context) -> MethodReport:
@@ -110,17 +114,19 @@ class SparseTraining(Method):
             dead = partition.split(~outcome.keep)
             network = smaller_classifier(network, families, dead, self.multiple)
         model.network = network
-        # What was known about the parts of the old network no longer holds.
+        # The cached structure describes the old network.
         model.__dict__.pop("anatomy", None)
         details = self._details(partition, outcome, splits)
         return MethodReport(saving="removed" if removable else "zeroed", details=details)
 
     def _network(self, model: Model, seed: int) -> Classifier:
-        """Return the classifier to train, with fresh weights if asked for."""
+        """Return the classifier to train, with fresh weights if `restart` is set."""
         network = model.network
         if not isinstance(network, Classifier):
             raise UserError(f"{model.name} is not an image classifier")
         if self.restart:
+            # Initialisation draws from the global generator. Seeding it here makes the weights
+            # independent of methods applied earlier in the same run.
             torch.manual_seed(seed)
             network = build(network.config).to(model.device)
         return network
@@ -134,6 +140,7 @@ class SparseTraining(Method):
     ) -> Task:
         costs = None
         if self.scope in ("macs", "bytes"):
+            # Multiply-adds depend on the image size, so costs are counted on a real example.
             image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
             costs = Costs(network, partition.families, image.to(partition.device), self.scope)
         return Task(
@@ -147,12 +154,14 @@ class SparseTraining(Method):
             recipe=self.recipe,
             seed=context.seed,
             folder=Path(self.checkpoints) if self.checkpoints else context.folder,
+            # The class name is part of the identity of a checkpoint: renaming a method class
+            # invalidates the checkpoints of interrupted runs. Where they are stored is not.
             identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
             progress=context.progress,
         )
 
     def _details(self, partition: Partition, outcome: Outcome, splits: Splits) -> dict[str, Any]:
-        """Return what a record keeps: counts before and after the selection, and the history."""
+        """Return the details for the record: counts before and after the selection, and history."""
         parts = partition.split(outcome.keep)
         kept, groups = [int(part.sum()) for part in parts], [len(part) for part in parts]
         names = [family.name for family in partition.families]

@@ -84,13 +84,13 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     ("arguments", "said"),
     [
         (["method.wgsef.k=0"], "method.wgsef.k=0"),
-        (["method.wgsef.k=145"], "k=145 is impossible: the network has 144 filters"),
+        (["method.wgsef.k=145"], "k=145 is too large: the network has 144 filters"),
         (["method.wgsef.k=3"], "fewer than the floors of all layers together"),
         (["method.wgsef.groups=[filters,channels]"], "filters and channels overlap"),
-        (["method.wgsef.reach=1.5"], "needs lambda d below 1"),
+        (["method.wgsef.reach=1.5"], "must be at most 1"),
         (["method.wgsef.data=mnist"], "built for 1 channels, size 8 and 10 classes; mnist has"),
         (["benchmark.images.data=cifar11"], "did you mean 'cifar10'?"),
-        (["model=micro_moe"], "sparse training is for image classifiers, not Qwen2Moe"),
+        (["model=micro_moe"], "sparse training needs an image classifier; this model is Qwen2Moe"),
         (["benchmark=camera_micro"], "but model=micro_lenet is of kind image_classifier"),
     ],
 )
@@ -131,7 +131,7 @@ def test_slimming_without_batch_norm(refused):
         "model=micro_lenet", "benchmark=images", "method=slimming",
         "method.slimming.recipe.epochs=1",
     )  # fmt: skip
-    assert "slimming ranks BatchNorm scales" in found
+    assert "slimming needs BatchNorm scales" in found
 
 
 @pytest.mark.parametrize("flag", ["--padded", "--onnx"])

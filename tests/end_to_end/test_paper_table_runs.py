@@ -113,8 +113,8 @@ def test_folders_of_images_are_named_as_well(call):
     ("given", "said"),
     [
         (["camera_man"], "did you mean 'camera_main'"),
-        (["camera_main", "model=micro_moe"], "a table has its own model"),
-        (["camera_main", "scale=micro", "benchmark.limit=1,2"], "only the seed"),
+        (["camera_main", "model=micro_moe"], "a table sets its own model"),
+        (["camera_main", "scale=micro", "benchmark.limit=1,2"], "can only sweep the seed"),
         (["camera_main", "scale=micro", "-m", "seed=a,b"], "whole numbers"),
         (["camera_main", "scale=micro", "rows=[Camera]"], "unknown name in rows"),
         (["camera_main", "scale=micro", "benchmark.limt=3"], "benchmark.limt"),
@@ -196,7 +196,7 @@ def test_a_changed_sample_is_found(call):
     assert code == 0
     code, _, err = call("verify", record.id, "--samples", "0", *where)
     assert code == 2
-    assert "at least one sample" in err
+    assert "must be at least 1" in err
 
 
 def row(**changes):
@@ -213,9 +213,9 @@ def row(**changes):
         (row(acc=1.0 + 1e-5), None),
         (row(acc=0.0), "acc was 0 and is 1"),
         (row(acc=None), "acc was nan"),
-        (row(response="b"), "another response"),
-        (row(doc_id=5), "not among the run's samples"),
-        (row(loglikelihoods=[-1.0]), "how many"),
+        (row(response="b"), "different response"),
+        (row(doc_id=5), "not in the run's samples"),
+        (row(loglikelihoods=[-1.0]), "(count)"),
         (row(loglikelihoods=[-1.0, -2.1]), "loglikelihoods[1] was -2.1 and is -2"),
     ],
 )

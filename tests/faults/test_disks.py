@@ -100,7 +100,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     (disk / "ballast").write_bytes(b"\0" * 56 * 1024)
     code, said = run(results, *RUN)
     assert code == 75, said
-    assert "No space left on device" in said and "goes on where this stopped" in said
+    assert "No space left on device" in said and "run the same command to resume" in said
     assert "Traceback" not in said
     assert not Store(results).all()
     (disk / "ballast").unlink()
@@ -115,7 +115,7 @@ def test_a_full_disk_stops_a_sweep_wherever_it_is(disk, undisturbed, kilobytes):
     (disk / "ballast").write_bytes(b"\0" * (64 - kilobytes) * 1024)
     code, said = run(results, *sweep)
     assert code == 75, said
-    assert "No space left on device" in said and "the same command goes on" in said
+    assert "No space left on device" in said and "run the same command to resume" in said
     assert "Traceback" not in said
     (disk / "ballast").unlink()
     remount(disk, "size=8m")
@@ -158,7 +158,7 @@ def test_a_disk_that_turns_read_only_stops_the_run_which_goes_on_when_it_is_mend
     wait_for(lambda: lines(results) > 3)
     failing.fail()
     assert child.wait() == 75, child.text
-    assert "Read-only file system" in child.text and "goes on where this stopped" in child.text
+    assert "Read-only file system" in child.text and "run the same command to resume" in child.text
     assert "Traceback" not in child.text
     failing.mend()
     assert not Store(results).all()
@@ -216,7 +216,7 @@ def test_a_damaged_record_is_made_again_and_kept_aside(tmp_path, same):
     with pytest.raises(UserError, match="checksum does not match"):
         Store(results).get(record.id)
     code, said = run(results, *RUN)
-    assert (code, "cannot be read" in said) == (0, True)
+    assert (code, "is unreadable" in said) == (0, True)
     same(results)
     kept = json.loads((results / "aside" / record.id / "record.json").read_text())
     assert kept["metrics"][0]["value"] == 1.0

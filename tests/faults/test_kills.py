@@ -103,7 +103,7 @@ def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, s
         wait_for_more_than(before, results)
         child.kill(number)
         assert child.wait() == 75
-        assert "the same command goes on" in child.text
+        assert "run the same command to resume" in child.text
         before = lines(results)
     assert run(results, *RUN, before=counting(log))[0] == 0
     same(results)
@@ -115,7 +115,7 @@ def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
     first = start(results, *RUN, before=counting(log, pause=0.3))
     wait_for(lambda: lines(results) > 2)
     second = start(results, *RUN, before=counting(log, pause=0.05))
-    wait_for(lambda: second.says("another process is at run"))
+    wait_for(lambda: second.says("another process is executing run"))
     first.kill()
     assert first.wait() == -signal.SIGKILL
     third = start(results, *RUN, before=counting(log))

@@ -48,7 +48,7 @@ def test_a_method_that_raises_is_named_and_the_next_run_is_untouched(tmp_path, s
     assert code != 0
     assert "ZeroDivisionError: no token came, while applying method camera_p" in said
     code, said = run(tmp_path / "results", *RUN)
-    assert (code, "keeps" in said) == (0, False)
+    assert (code, "leaks" in said) == (0, False)
     same(tmp_path / "results")
 
 
@@ -58,6 +58,6 @@ def test_memory_that_a_method_keeps_is_reported(tmp_path, same):
 
     code, said = run(tmp_path / "results", *RUN, before=after_apply(act))
     assert code == 0
-    assert "camera_p keeps 4" in " ".join(said.split())
-    assert "MiB of memory that is not the model's" in " ".join(said.split())
+    assert "camera_p leaks 4" in " ".join(said.split())
+    assert "MiB besides the model's own memory" in " ".join(said.split())
     same(tmp_path / "results")

@@ -109,7 +109,7 @@ def test_a_sweep_that_is_told_to_stop_takes_its_jobs_along_and_goes_on_later(tmp
         started.send_signal(signal.SIGUSR1)
         said = started.communicate(timeout=120)[1]
     assert started.returncode == 75, said
-    assert "the same command goes on" in said
+    assert "run the same command to resume" in said
     first = {path: path.stat().st_mtime_ns for path in there.glob("runs/*/record.json")}
     assert len(first) < 3
     done = bench(*asked)

@@ -8,7 +8,7 @@ from bench.compose import run_config
 from bench.errors import UserError
 from bench.trust import refuse_foreign_code
 
-REFUSED = "code runs only from"
+REFUSED = "only code from"
 
 
 @pytest.mark.parametrize("where", [

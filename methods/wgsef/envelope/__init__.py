@@ -1,6 +1,6 @@
-"""The envelope: pure maths on tensors, with no knowledge of models.
+"""The envelope: pure maths on tensors, independent of models.
 
-`value` has the function, `prox` its operators on group norms, `tensors` the same on weights in
+`value` holds the function, `prox` its operators on group norms, `tensors` the same on weights in
 place, `elementwise` the operator in a metric that varies inside groups. `newton`, `selection` and
 `sorting` are three ways to solve the scalar equation of `budget`.
 """

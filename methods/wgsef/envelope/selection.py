@@ -1,10 +1,10 @@
 """The root by randomised selection among the breakpoints: expected linear time.
 
-Shapes: A groups still undecided in the row at hand, P their breakpoints inside the bracket.
+Shapes: A groups still undecided in the current row, P their breakpoints inside the bracket.
 
-This is the linear time of arXiv 2212.12921 (abstract): a pivot halves the breakpoints that can
-still be next to the root, and groups that can no longer change their branch are folded into three
-running sums, so the work is a geometric series (specification 1.1, variant ii; derived).
+This is the linear-time algorithm of arXiv 2212.12921 (abstract): a pivot halves the breakpoints
+that can still be next to the root, and groups that can no longer change their branch are folded
+into three running sums, so the work is a geometric series (specification 1.1, variant ii; derived).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DRAWN = 9
 
 
 def by_selection(budget: Budget, seed: int = 0) -> Tensor:
-    """Return eta_L, one row after the other; `seed` draws the pivots and not the result."""
+    """Return eta_L row by row; `seed` affects the pivots and the running time, not the result."""
     generator = torch.Generator().manual_seed(seed)
     fits = budget.fits().tolist()
     roots = [
@@ -30,9 +30,9 @@ def by_selection(budget: Budget, seed: int = 0) -> Tensor:
 
 
 class _Undecided:
-    """One row: the groups that may still change branch, and the sums of those that cannot.
+    """One row: the groups whose branch is undecided, and the sums over the decided ones.
 
-    `_terms` is [5, A]: where a group switches on and is whole, c p, c q and c.
+    `_terms` is [5, A]: where a group switches on, where it is whole, c p, c q and c.
     """
 
     def __init__(self, budget: Budget, row: int) -> None:
@@ -48,19 +48,21 @@ class _Undecided:
         self._low, self._high = 0.0, torch.inf
 
     def solve(self, generator: torch.Generator) -> float:
-        """Halve the bracket until no breakpoint is inside; the piece left is linear."""
+        """Halve the bracket until no breakpoint is inside; the remaining piece is linear."""
         while True:
             point_P = self._terms[:2].flatten()
             point_P = point_P[(point_P > self._low) & (point_P < self._high)]
             if len(point_P) == 0:
                 break
+            # The median of a few random points is close to the true median at constant cost, so
+            # each pass drops a constant fraction of the breakpoints in expectation.
             drawn = torch.randint(len(point_P), (_DRAWN,), generator=generator)
             self._halve(float(point_P[drawn.to(point_P.device)].median()))
             self._fold()
         return min(self._missing / self._gain, self._high) if self._gain > 0 else self._high
 
     def _halve(self, pivot: float) -> None:
-        """Move the end of the bracket on whose side of the root the pivot is."""
+        """Move the end of the bracket on whose side of the root the pivot lies."""
         _, _, gain_A, base_A, cost_A = self._terms
         kept_A = torch.minimum((gain_A * pivot - base_A).clamp(min=0), cost_A)
         if float(kept_A.sum()) + self._gain * pivot >= self._missing:
@@ -69,7 +71,7 @@ class _Undecided:
             self._low = pivot
 
     def _fold(self) -> None:
-        """Take decided groups out: whole and linear ones into the sums, empty ones for nothing."""
+        """Fold decided groups into the sums (whole and linear ones) or drop them (empty ones)."""
         on_A, whole_A, gain_A, base_A, cost_A = self._terms
         saturated_A = whole_A <= self._low
         linear_A = (on_A <= self._low) & (whole_A >= self._high)

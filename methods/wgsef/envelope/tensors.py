@@ -1,9 +1,9 @@
-"""The operators applied to a weight tensor whose rows are the groups, in place.
+"""The operators applied in place to a weight tensor whose rows are the groups.
 
 Shapes: M groups, G elements in a group.
 
 Weights may be fp32 or bf16. Norms are accumulated in fp32. The M group scalars are then fp64, or
-fp32 where groups have so few elements that the scalars would weigh as much as the weights.
+fp32 if groups have so few elements that the scalars would take as much memory as the weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _apply_(weight_MG: Tensor, operator: Callable[[Tensor], Shrinkage]) -> Shrin
 
 
 def group_norms(weight_MG: Tensor) -> Tensor:
-    """Return the Euclidean norm of every row, [M]: fp64, fp32 where rows are short."""
+    """Return the Euclidean norm of each row, [M]: fp64, or fp32 for short rows."""
     if weight_MG.shape[1] == 1:
         return weight_MG[:, 0].abs().float()
     if weight_MG.shape[1] <= _SHORT:
@@ -50,15 +50,14 @@ def group_norms(weight_MG: Tensor) -> Tensor:
 
 
 def _short_norms(weight_MG: Tensor) -> Tensor:
-    """Return the norms of rows of a few elements, which torch reduces slowly one by one.
-
-    A product with ones is a tuned kernel; blocks keep the squares in the cache.
-    """
+    """Return the norms of rows of a few elements."""
+    # torch reduces short rows slowly, one by one; a product with ones is a tuned kernel. Blocks
+    # keep the squares in the cache.
     ones_G = weight_MG.new_ones(weight_MG.shape[1], dtype=torch.float32)
     parts = [torch.mv(block.float().square(), ones_G) for block in weight_MG.split(_ROWS)]
     return torch.cat(parts).sqrt_()
 
 
 def scale_groups_(weight_MG: Tensor, scale_M: Tensor) -> None:
-    """Multiply every row by its factor, in place."""
+    """Multiply each row by its factor, in place."""
     weight_MG.mul_(scale_M.to(weight_MG.dtype)[:, None])

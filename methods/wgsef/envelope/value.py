@@ -1,4 +1,4 @@
-"""The weighted group sparse envelope function itself: value, conjugate, gradient, certificate.
+"""The weighted group sparse envelope function: value, conjugate, gradient, certificate.
 
 Shapes: L rows (layers), M groups in a row. All functions see the groups through their Euclidean
 norms ||v_j|| and the weights d_j > 0 (both in units of the weights or dimensionless; F is then in
@@ -27,15 +27,16 @@ def value(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
     """
     z_LM = weight_LM.sqrt() * norm_LM
     u_LM = _gates(z_LM, k_L)
+    # An empty group has z = u = 0, and its term is 0 by continuity, not 0 / 0.
     return 0.5 * torch.where(z_LM > 0, z_LM.square() / u_LM, 0.0).sum(-1)
 
 
 def value_in_closed_form(norm_LM: Tensor, weight_LM: Tensor, k: int) -> Tensor:
     """Return F_L as half the squared k-support norm of z (Argyriou, Foygel and Srebro, 2012).
 
-    With z sorted downwards there is one r in 0..k-1 such that the mean rule
-    z_(k-r-1) > A >= z_(k-r), A = sum_{i >= k-r} z_(i) / (r + 1), holds; then
-    F = 1/2 (sum_{i < k-r} z_(i)^2 + (r + 1) A^2). The oracle of `value`.
+    With z sorted in descending order there is one r in 0..k-1 such that the mean rule z_(k-r-1) > A
+    >= z_(k-r), A = sum_{i >= k-r} z_(i) / (r + 1), holds; then F = 1/2 (sum_{i < k-r} z_(i)^2 + (r
+    + 1) A^2). The oracle for `value`.
     """
     z_LM = (weight_LM.sqrt() * norm_LM).sort(-1, descending=True).values
     infinite_L1 = torch.full_like(z_LM[:, :1], torch.inf)
@@ -56,7 +57,7 @@ def conjugate(norm_LM: Tensor, weight_LM: Tensor, k: int) -> Tensor:
 
 
 def gradient_factor(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
-    """Return the factors d_j / u_j that turn v into the gradient of F; 0 at empty groups.
+    """Return the factors d_j / u_j that turn v into the gradient of F; 0 for empty groups.
 
     At v_j = 0 zero is one of the subgradients, which fill a ball of radius sqrt(d_j) / eta.
     """
@@ -65,7 +66,7 @@ def gradient_factor(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
 
 
 def excess(norm_LM: Tensor, weight_LM: Tensor, k_L: Tensor) -> Tensor:
-    """Return h_k = F - 1/2 sum_j d_j ||v_j||^2 [L]: zero exactly where at most k groups are alive.
+    """Return h_k = F - 1/2 sum_j d_j ||v_j||^2 [L]: zero exactly if at most k groups are alive.
 
     A continuous measure of how far a row is from having k groups (specification 1.2).
     """
@@ -85,6 +86,7 @@ def fenchel_young_gap(v_LMG: Tensor, y_LMG: Tensor, weight_LM: Tensor, k: int) -
 
 
 def _gates(z_LM: Tensor, k_L: Tensor) -> Tensor:
-    """Return u_LM = min(1, eta z_j) with sum u = k, or 1 on all live groups if they fit."""
+    """Return u_LM = min(1, eta z_j) with sum u = k, or 1 for all live groups if they fit."""
     budget = Budget(z_LM, torch.zeros_like(z_LM[:, :1]), k_L.to(z_LM))
+    # No guard: the value divides by the gates, so a small gate set to zero would give infinity.
     return budget.gates(newton(budget), guard=0.0)

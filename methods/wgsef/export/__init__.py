@@ -1,1 +1,1 @@
-"""Taking dead groups out of a network for good, and handing the small network on."""
+"""Physical removal of dead groups, and export of the smaller network."""

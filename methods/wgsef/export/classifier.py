@@ -1,4 +1,4 @@
-"""The removal for image classifiers: a smaller network whose config rebuilds it."""
+"""Removal for image classifiers: a smaller network whose config rebuilds it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def smaller_classifier(
     smaller = removal.network
     assert isinstance(smaller, Classifier)
     config = network.config
+    # The network may have been pruned before: earlier shapes hold where this removal changed
+    # nothing, and shapes inside branches that are gone now would refer to modules that do not
+    # exist.
     cut = {**config.shapes, **removal.shapes}
     gone = (*config.removed, *removal.branches)
     shapes = {n: s for n, s in cut.items() if not any(n.startswith(f"{b}.") for b in gone)}

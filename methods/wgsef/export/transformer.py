@@ -1,7 +1,7 @@
-"""The removal for language models, in a shape that transformers can load again.
+"""Removal for language models, in a shape that transformers can load again.
 
-transformers builds all layers of a model alike, so every layer has to keep the same number of
-neurons, or of heads; a budget per layer (scope `layer`) does that.
+transformers builds all layers of a model with one config, so every layer has to keep the same
+number of neurons or heads; a budget per layer (scope `layer`) does that.
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ def smaller_language_model(
     """Return the model without its dead neurons or heads; `save_pretrained` can write it.
 
     Raises:
-        UserError: the layers keep different numbers, the groups are of two kinds or of one that
+        UserError: the layers keep different numbers, or the groups are of two kinds or of one that
             cannot be removed.
     """
     kinds = {family.kind for family in families}
     if len(kinds) != 1:
-        raise UserError(f"remove one kind of group at a time, not {' and '.join(sorted(kinds))}")
+        raise UserError(f"only one kind of group can be removed, got {' and '.join(sorted(kinds))}")
     removal = remove(network, families, dead, multiple)
     counts = set(removal.kept.values())
     if len(counts) != 1:
         raise UserError(
-            f"transformers cannot load layers of different sizes, and these keep between "
-            f"{min(counts)} and {max(counts)} {kinds.pop()}: use a budget per layer"
+            f"transformers cannot load layers of different sizes, but these keep between "
+            f"{min(counts)} and {max(counts)} {kinds.pop()}: use scope=layer"
         )
     smaller: Any = removal.network
+    # In a vision-language model the decoder's sizes are in a nested config.
     config = smaller.config.get_text_config()
     count = counts.pop()
     if kinds == {"neurons"}:
         config.intermediate_size = count
     else:
         _fewer_heads(config, count)
-    _refuse_what_cannot_be_loaded(config, f"{count} {kinds.pop()} a layer")
+    _refuse_what_cannot_be_loaded(config, f"{count} {kinds.pop()} per layer")
     return removal.network
 
 
 def _fewer_heads(config: Any, kv_heads: int) -> None:
-    """Make the config agree with attention that keeps so many KV heads and their query heads."""
-    # By default the head's width is derived from the number of heads, which no longer holds.
+    """Set the numbers of KV and query heads, and the head width, in the config."""
+    # Without an explicit head_dim transformers derives it as hidden_size / num_attention_heads,
+    # which is wrong as soon as heads are missing.
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads
     config.head_dim = width
@@ -58,9 +60,10 @@ def _fewer_heads(config: Any, kv_heads: int) -> None:
 
 
 def _refuse_what_cannot_be_loaded(config: Any, what: str) -> None:
-    """Raise when transformers' own rules for such a config would refuse it on loading."""
+    """Raise if transformers' own config validation would refuse this config on loading."""
     try:
+        # `validate` exists only in versions whose configs are strict dataclasses.
         getattr(config, "validate", lambda: None)()
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"transformers could not load {what} again: {reason}") from error
+        raise UserError(f"transformers could not reload {what}: {reason}") from error

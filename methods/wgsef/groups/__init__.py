@@ -1,1 +1,1 @@
-"""Groups: which weights live and die together, in convolutional networks and in transformers."""
+"""Groups of weights that live and die together, in convolutional networks and transformers."""

@@ -1,4 +1,4 @@
-"""The kinds of groups by name, and how many of each a classifier has, known before it is loaded."""
+"""Kinds of groups by name, and their number in a classifier whose weights are not yet loaded."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ def chosen(network: Classifier, kind: ConvolutionGroups) -> list[Family]:
 
 
 def sizes(config: VisionConfig, kind: ConvolutionGroups) -> list[int]:
-    """Return how many groups each family of such a network has.
+    """Return the number of groups of each family of a network with this config.
 
     Raises:
-        UserError: as `chosen` does.
+        UserError: the network has no such groups, or cannot be traced.
     """
+    # Pydantic configs are not hashable, JSON text is: it is the cache key.
     return _sizes(config.model_dump_json(), kind)
 
 
+# Building and tracing a network is slow, and every job of a sweep checks its budget against the
+# same few configs.
 @functools.lru_cache(maxsize=32)
 def _sizes(config: str, kind: ConvolutionGroups) -> list[int]:
-    """Build the network once; all methods of a sweep ask."""
+    # Initialising weights draws random numbers; a check must not shift the random state of the run.
     with torch.random.fork_rng(devices=[]):
         network = build(VisionConfig.model_validate_json(config))
     return [family.groups for family in chosen(network, kind)]

@@ -1,9 +1,10 @@
-"""What the groups of a network cost: multiply-adds or bytes, exactly and per group.
+"""Cost of the groups of a network, in multiply-adds or bytes: in total and per group.
 
 Shapes: F families, Y layers, M groups of all families, P selections compared at once.
 
-A layer that keeps a share of its inputs and of its outputs costs the product of both shares, so
-the cost of a network depends on how many groups each family keeps (a count, not measured).
+The cost of a layer is proportional to the fraction of its inputs it keeps times the fraction of its
+outputs, so the cost of a network depends only on how many groups each family keeps. It is computed,
+not measured.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ COUPLED = ("filters", "channels")
 
 
 class Costs:
-    """The cost of the convolutions and dense layers of a network as a function of what is kept.
+    """Cost of a network's convolutions and dense layers as a function of the number of groups kept.
 
     Raises:
-        UserError: the families are not of a kind whose removal makes layers smaller.
+        UserError: removing groups of these kinds makes no layer smaller.
     """
 
     def __init__(
@@ -36,8 +37,8 @@ class Costs:
         kinds = {family.kind for family in families} - set(COUPLED)
         if kinds:
             raise UserError(
-                f"a budget in {quantity} needs groups whose removal makes layers smaller "
-                f"({' or '.join(COUPLED)}), not {', '.join(sorted(kinds))}"
+                f"scope={quantity} needs groups whose removal makes layers smaller "
+                f"({' or '.join(COUPLED)}), got {', '.join(sorted(kinds))}"
             )
         layers: dict[str, nn.Module] = {
             n: m for n, m in network.named_modules() if isinstance(m, PRODUCERS)
@@ -45,7 +46,7 @@ class Costs:
         amounts = _amounts(network, layers, example, quantity)
         self.size_F = torch.tensor([float(family.groups) for family in families])
         self._amount_Y = torch.tensor(amounts, dtype=torch.float64)
-        # Which part of each layer's outputs and inputs one group of each family accounts for.
+        # Fraction of each layer's outputs and inputs that one group of each family accounts for.
         self._out_YF = torch.zeros(len(layers), len(families), dtype=torch.float64)
         self._in_YF = torch.zeros_like(self._out_YF)
         for column, family in enumerate(families):
@@ -53,23 +54,30 @@ class Costs:
                 shape = layer.get_parameter("weight").shape
                 for part in (*family.owned, *family.readers):
                     if part.tensor == f"{name}.weight":
+                        # Axis 0 of a weight counts outputs, axis 1 inputs, of nn.Conv2d and
+                        # nn.Linear alike.
                         share_YF = self._in_YF if part.axes == (1,) else self._out_YF
                         units = len(part.units) / family.groups
                         share_YF[row, column] += units / shape[part.axes[0]]
 
     def total(self, kept_PF: Tensor) -> Tensor:
-        """Return the cost [P] of networks that keep so many groups of each family."""
+        """Return the cost [P] of networks that keep these numbers of groups of each family."""
         gone_PF = (self.size_F - kept_PF).double()
+        # Several families can feed one layer (a concatenation), so their fractions add up within
+        # inputs and within outputs; the two factors then multiply.
         outputs_PY = 1 - gone_PF @ self._out_YF.T
         inputs_PY = 1 - gone_PF @ self._in_YF.T
         return (outputs_PY * inputs_PY) @ self._amount_Y
 
     def dense(self) -> float:
-        """Return the cost of the whole network."""
+        """Return the cost of the unpruned network."""
         return float(self._amount_Y.sum())
 
     def per_group(self) -> Tensor:
-        """Return what removing one group of each family saves in the dense network, [F]."""
+        """Return the cost saved by removing one group of a family from the dense network, [F]."""
+        # The total is bilinear in inputs and outputs, so this is exact for the first removal only.
+        # Later ones save less, which is why a budget is checked with `total` and not with the sum
+        # of these.
         without_one_FF = self.size_F - torch.eye(len(self.size_F))
         return self.dense() - self.total(without_one_FF)
 
@@ -77,18 +85,21 @@ class Costs:
 def _amounts(
     network: nn.Module, layers: dict[str, nn.Module], example: Tensor, quantity: Quantity
 ) -> list[float]:
-    """Return the multiply-adds for one example, or the bytes of the weights, of every layer."""
+    """Return the multiply-adds for one example, or the bytes of the weights, of each layer."""
     sizes = [layer.get_parameter("weight") for layer in layers.values()]
     if quantity == "bytes":
         return [float(weight.numel() * weight.element_size()) for weight in sizes]
     places: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        # A convolution applies its weight at each output position; a dense layer has no spatial
+        # axes, and the product over none is 1.
         places[module] = output.shape[2:].numel()
 
     handles = [layer.register_forward_hook(note) for layer in layers.values()]
     training = network.training
     with torch.no_grad():
+        # In training mode BatchNorm would update its running statistics from a single example.
         network.eval()(example)
     network.train(training)
     for handle in handles:

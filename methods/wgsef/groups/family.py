@@ -1,9 +1,9 @@
-"""What a group is: which parts of which tensors of a network.
+"""Groups as parts of tensors: slices, and families of groups of one kind.
 
-A family is one kind of group in one place, such as the filters of one convolution with all that
-is coupled to them. Its groups own slices: they are what is measured, shrunk and zeroed, and an
-element belongs to one group at most. They also have readers: slices that are useless once the
-group is zero and that go with it when it is removed, such as the input channels of the next layer.
+A family holds the groups of one kind in one place, such as the filters of one convolution with
+everything coupled to them. Its groups own slices, which are measured, shrunk and zeroed; an element
+belongs to at most one group. They also have readers: slices that have no effect once the group is
+zero and that are removed with it, such as the input channels of the next layer.
 
 Shapes: R listed units, M groups of a family, U units of a tensor.
 """
@@ -31,10 +31,10 @@ Kind = Literal[
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Units of one tensor and the groups they belong to.
+    """Units of one tensor and the groups to which they belong.
 
-    The tensor's `axes`, in ascending order and flattened together, count its units; all other
-    axes are inside a unit. A filter of a convolution is a unit of axes (0,), a channel of (1,), a
+    The tensor's `axes`, in ascending order and flattened together, number its units; all remaining
+    axes lie inside a unit. A filter of a convolution is a unit of axes (0,), a channel of (1,), a
     filter shape of (1, 2, 3), a single weight of all axes, and the whole tensor of none. Unit
     `units[r]` belongs to group `groups[r]`; both are [R] int64.
     """
@@ -46,7 +46,7 @@ class Slice:
 
     @classmethod
     def whole(cls, tensor: str, axes: tuple[int, ...], groups: int, repeat: int = 1) -> Slice:
-        """Return the slice in which each group has `repeat` units, one group after the other."""
+        """Return the slice in which each group has `repeat` consecutive units."""
         unit_R = torch.arange(groups * repeat)
         return cls(tensor, axes, unit_R, unit_R // repeat)
 
@@ -59,8 +59,8 @@ class Slice:
 class Family:
     """M groups of one kind in one place.
 
-    `owned` is measured and shrunk, `readers` goes along on removal. `removable` is None where the
-    groups can be taken out of the network, and otherwise says why they cannot.
+    `owned` is measured and shrunk; `readers` is only cut when groups are removed. `removable` is
+    None if the groups can be removed from the network, otherwise the reason why they cannot.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Family:
 
 
 def unit_count(shape: torch.Size, axes: tuple[int, ...]) -> int:
-    """Return how many units a tensor of this shape has."""
+    """Return the number of units of a tensor of this shape."""
     count = 1
     for axis in axes:
         count *= shape[axis]
@@ -86,4 +86,5 @@ def inside(shape: torch.Size, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 def spread(unit_U: Tensor, shape: torch.Size, axes: tuple[int, ...]) -> Tensor:
     """Return one value per unit in a shape that broadcasts over the tensor."""
+    # Ascending `axes` make this reshape agree with the flattened numbering of units.
     return unit_U.reshape([size if axis in axes else 1 for axis, size in enumerate(shape)])

@@ -1,6 +1,6 @@
 """All groups of a network at once: norms, sums, shrinking and zeroing without a loop over groups.
 
-Shapes: M groups of all families, one family after the other; L families, N groups of the largest
+Shapes: M groups of all families, family by family; L families, N groups of the largest family
 (families are padded to N with empty groups); R listed units of all slices; U units of a tensor.
 """
 
@@ -21,9 +21,10 @@ Element = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _Bound:
-    """A slice beside its parameter: axes inside a unit, the outline of one value per unit.
+    """A slice with what every step needs to know of its parameter's shape.
 
-    `units` is None where the slice lists all `count` units in their order.
+    `inner` are the axes inside a unit, `outline` is the shape of one value per unit that broadcasts
+    over the parameter. `units` is None if the slice lists all `count` units in order.
     """
 
     tensor: str
@@ -37,7 +38,7 @@ class Partition:
     """The groups of `families` in a network whose tensors may change but are not replaced.
 
     Raises:
-        UserError: there is no group, or two groups own the same weight.
+        UserError: there are no groups, or two groups own the same weight.
     """
 
     def __init__(self, network: nn.Module, families: Sequence[Family]) -> None:
@@ -50,6 +51,8 @@ class Partition:
         self.groups = sum(self.sizes)
         self.device = next(iter(self.parameters.values())).device
         self._index()
+        # The group sizes |s_j|, which group lasso weights by; counted once, since shapes do not
+        # change.
         self.elements_M = self.sum(torch.ones_like)
 
     def sum(self, element: Element) -> Tensor:
@@ -60,7 +63,7 @@ class Partition:
         return self.sum_named(lambda name: element(self.parameters[name]))
 
     def sum_named(self, element: Callable[[str], Tensor]) -> Tensor:
-        """Return the sum over each group of `element(name of parameter)`, [M] fp64."""
+        """Return the sum over each group of `element(parameter name)`, [M] fp64."""
         parts = []
         for part in self._parts:
             value = element(part.tensor).detach()
@@ -70,13 +73,14 @@ class Partition:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Return the Euclidean norm of every group, [M] fp64."""
+        """Return the Euclidean norm of each group, [M] fp64."""
         parts = []
         for part in self._parts:
             weight: Tensor = self.parameters[part.tensor]
             if part.inner:
+                # Accumulates bf16 weights in fp32 without a cast of the whole tensor.
                 weight = torch.linalg.vector_norm(weight, dim=part.inner, dtype=torch.float32)
-            # Every call counts here: in a small network they are all that the norms cost.
+            # In a small network kernel launches are the whole cost, so a needless reshape counts.
             parts.append(weight if weight.ndim == 1 else weight.reshape(-1))
         return self._gather(parts, square=True).sqrt_()
 
@@ -88,11 +92,14 @@ class Partition:
         for name, scale in self._per_slice(scale_M, fill=1.0):
             weights.append(self.parameters[name])
             scales.append(scale)
+        # One call spares the Python overhead of a loop over slices. A parameter owned by several
+        # families is listed several times: the factors broadcast, so torch multiplies the tensors
+        # one after the other and no update is lost.
         torch._foreach_mul_(weights, scales)
 
     @torch.no_grad()
     def add_(self, factor_M: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Add to all weights of each group its factor times the tensor of their parameter."""
+        """Add to the weights of each group its factor times the tensor of their parameter."""
         for name, factor in self._per_slice(factor_M, fill=0.0):
             self.parameters[name].addcmul_(tensors[name], factor)
 
@@ -105,9 +112,11 @@ class Partition:
                 weight.grad.addcmul_(weight, factor)
 
     def spread(self, values_M: Tensor) -> dict[str, Tensor]:
-        """Return each group's value at its weights, per owned parameter; 0 where no group is."""
+        """Return each group's value at all of its weights, per owned parameter; 0 elsewhere."""
         whole = {n: torch.zeros_like(p) for n, p in self.owned_parameters().items()}
         for name, value in self._per_slice(values_M, fill=0.0):
+            # Units that a slice does not list are filled with 0, so slices of different families
+            # add up.
             whole[name] += value
         return whole
 
@@ -116,7 +125,7 @@ class Partition:
         return {part.tensor: self.parameters[part.tensor] for part in self._parts}
 
     def alive(self) -> Tensor:
-        """Return which groups [M] have a weight that is not zero."""
+        """Return a mask [M] of the groups with at least one non-zero weight."""
         return self.sum(lambda weight: (weight.detach() != 0).float()) > 0
 
     def split(self, values_M: Tensor) -> list[Tensor]:
@@ -124,16 +133,21 @@ class Partition:
         return list(values_M.split(self.sizes))
 
     def rows(self, values_M: Tensor) -> Tensor:
-        """Return the values as [L, N], a row per family, padded with zeros."""
+        """Return the values as [L, N], one row per family, padded with zeros."""
         flat = values_M.new_zeros(len(self.sizes) * max(self.sizes))
         return flat.index_copy_(0, self._place_M, values_M).reshape(len(self.sizes), -1)
 
     def flat(self, values_LN: Tensor) -> Tensor:
-        """Return the values of `rows` as [M] again."""
+        """Return values in the layout of `rows` as [M] again."""
         return values_LN.flatten()[self._place_M]
 
     def _index(self) -> None:
-        """Prepare where units, groups and rows lie in the flat vectors."""
+        """Precompute the positions of units, groups and rows in the flat vectors."""
+        # All units of all slices form one vector [R], and `_group_R` holds the global number of
+        # each unit's group. A reduction is then one `cat` and one `index_add_`, a broadcast one
+        # gather and one `split`, however many groups there are; the only loop left is over slices.
+        # `_place_M` is the position of each group in the padded [L, N] matrix, flattened, which
+        # converts between both layouts with one index.
         starts = [0, *accumulate(self.sizes[:-1])]
         owned = [
             (part, start)
@@ -148,9 +162,11 @@ class Partition:
         self._place_M = torch.cat(places).to(self.device)
 
     def _bind(self, owned: Slice) -> _Bound:
-        """Work out all that is asked of a slice in every step."""
+        """Precompute what every step needs to know about a slice."""
         shape = self.parameters[owned.tensor].shape
         count = unit_count(shape, owned.axes)
+        # Most slices list all units in order; for those the gather and scatter by unit can be
+        # skipped.
         complete = torch.equal(owned.units, torch.arange(count))
         units = None if complete else owned.units.to(self.device)
         outline = [size if axis in owned.axes else 1 for axis, size in enumerate(shape)]
@@ -161,6 +177,7 @@ class Partition:
 
         Units of the parameter that the slice does not list get `fill`.
         """
+        # One cast for all slices: parameters of one network share a dtype.
         dtype = self.parameters[self._parts[0].tensor].dtype
         values = values_M.to(dtype)[self._group_R].split(self._counts)
         for part, value_R in zip(self._parts, values, strict=True):
@@ -171,11 +188,13 @@ class Partition:
             yield part.tensor, value_U if len(part.outline) == 1 else value_U.view(part.outline)
 
     def _gather(self, parts: list[Tensor], square: bool = False) -> Tensor:
-        """Add up values per unit, one tensor per slice, or their squares, into values per group."""
+        """Sum values per unit (or their squares), one tensor per slice, into values per group."""
         listed = [
             value if part.units is None else value[part.units]
             for value, part in zip(parts, self._parts, strict=True)
         ]
+        # fp64 before squaring: a sum over the slices of a group in fp32 would lose small groups
+        # next to large ones, and the budget equation compares all of them.
         value_R = torch.cat(listed).double()
         if square:
             value_R.square_()
@@ -184,7 +203,7 @@ class Partition:
 
 
 def ownership(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -> dict[str, Tensor]:
-    """Return how many groups own each element of each parameter that some group owns."""
+    """Return the number of groups that own each element, for each parameter with groups."""
     counts: dict[str, Tensor] = {}
     for family in families:
         for owned in family.owned:
@@ -198,7 +217,7 @@ def ownership(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -
 
 
 def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -> None:
-    """Raise when an element belongs to two groups; the envelope is defined on partitions."""
+    """Raise if an element belongs to two groups; the envelope is defined on partitions."""
     for tensor, count in ownership(parameters, families).items():
         if int(count.max()) > 1:
             owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned)]

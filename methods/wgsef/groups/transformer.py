@@ -35,9 +35,9 @@ def neurons(network: nn.Module) -> list[Family]:
 
 
 def heads(network: nn.Module) -> list[Family]:
-    """Return attention heads; under grouped queries a KV head and its query heads are one group.
+    """Return attention heads; with grouped queries a KV head and its query heads are one group.
 
-    Owned are the rows of q, k and v, their biases, and the columns of o.
+    A group owns rows of q, k and v, their biases, and columns of o.
 
     Raises:
         UserError: the network has no such attention.
@@ -56,7 +56,7 @@ def experts(network: nn.Module) -> list[Family]:
     Raises:
         UserError: the network has no fused experts.
     """
-    reason = "the router still chooses a zeroed expert; leaving it out would route its tokens anew"
+    reason = "the router still selects a zeroed expert; removing it would reroute its tokens"
     families = []
     for name, count, _ in _fused(network):
         owned = (
@@ -68,14 +68,17 @@ def experts(network: nn.Module) -> list[Family]:
 
 
 def micro_experts(network: nn.Module) -> list[Family]:
-    """Return the hidden neurons of routed experts, those of all experts of a layer in one family.
+    """Return the hidden neurons of routed experts, one family per layer for all of its experts.
 
     Raises:
         UserError: the network has no fused experts.
     """
-    reason = "experts are one tensor a layer; they are cut by the export of the camera methods"
+    reason = "the experts of a layer are one tensor; use a micro-expert pruning method to cut them"
     families = []
     for name, count, hidden in _fused(network):
+        # Units number (expert, row) pairs flattened over axes (0, 1). `gate_up_proj` stacks I gate
+        # rows and I up rows per expert, so neuron i of expert e has the units 2 I e + i and 2 I e +
+        # I + i; in `down_proj` it is the column I e + i over axes (0, 2).
         expert_R = torch.arange(count).repeat_interleave(hidden)
         neuron_R = torch.arange(hidden).repeat(count)
         group_R = expert_R * hidden + neuron_R
@@ -93,7 +96,6 @@ def micro_experts(network: nn.Module) -> list[Family]:
 
 
 def _neurons(name: str, module: nn.Module) -> Family:
-    """Return the neurons of one FFN."""
     gate, up, down = (module.get_submodule(part) for part in _GATED)
     assert isinstance(down, nn.Linear)
     owned = [
@@ -106,9 +108,10 @@ def _neurons(name: str, module: nn.Module) -> Family:
 
 
 def _heads(name: str, attention: Any) -> Family:
-    """Return the KV heads of one attention, each with its query heads."""
     width = int(attention.head_dim)
     count = attention.k_proj.out_features // width
+    # Rows of q per KV head: its query heads are consecutive, which is the order in which
+    # transformers' `repeat_kv` pairs them.
     queries = attention.q_proj.out_features // count
     owned = [
         Slice.whole(f"{name}.{part}.{key}", (0,), count, queries if part == "q_proj" else width)
@@ -120,17 +123,18 @@ def _heads(name: str, attention: Any) -> Family:
 
 
 def _fused(network: nn.Module) -> list[tuple[str, int, int]]:
-    """Return name, number of experts and hidden width of every fused expert module."""
+    """Return name, number of experts and hidden width of each module of fused experts."""
     found = []
     for name, module in network.named_modules():
         gate_up = getattr(module, "gate_up_proj", None)
+        # A dense fused FFN also has a `gate_up_proj`, but as a linear layer and not as a 3-D
+        # parameter.
         if isinstance(gate_up, nn.Parameter) and gate_up.ndim == 3:
             found.append((name, gate_up.shape[0], gate_up.shape[1] // 2))
     return found
 
 
 def _some(families: list[Family], network: nn.Module, what: str) -> list[Family]:
-    """Return the families, or raise when there are none."""
     if not families:
         raise UserError(f"{type(network).__name__} has no {what}")
     return families

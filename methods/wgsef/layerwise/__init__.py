@@ -1,1 +1,1 @@
-"""Training-free selection: choosing the atoms of a layer that best rebuild its output."""
+"""Training-free selection: the atoms of a layer that best reconstruct its output."""

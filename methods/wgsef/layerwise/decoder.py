@@ -1,4 +1,4 @@
-"""WGSEF without training on dense decoders: the FFN neurons or heads that best rebuild each layer.
+"""WGSEF without training on dense decoders: FFN neurons or heads that best reconstruct each layer.
 
 Shapes: B prompts or rows, S tokens, T tokens in all, M activations a layer reads out (an FFN's
 neurons, or all heads side by side), D d_model, A atoms, K kept activations.
@@ -30,18 +30,19 @@ from methods.wgsef.layerwise.pruning import SELECTORS
 Call = Mapping[str, Tensor]
 
 LAYERS_AT_ONCE = 4
-"""Gram matrices are wide and float64, so that not all layers' are held at once."""
+"""Layers measured per pass; the [M, M] Gram matrices are float64, too large to hold all at once."""
 
 _READOUT = {"neurons": "down_proj", "heads": "o_proj"}
 
 
 class WgsefDecoder(Method):
-    """Keep in each layer the neurons, or heads, that rebuild its output best.
+    """Keep the neurons, or heads, of each layer that reconstruct its output best.
 
-    Under grouped queries a head is a KV head with its query heads. Every layer loses the share
-    `ratio`, for transformers builds all layers alike; one atom stays at least. `selector` is that
-    of `wgsef_layerwise`. `refit` fits the columns that stay by least squares. With `sequential`,
-    layers are measured `LAYERS_AT_ONCE` at a time on what the pruned ones before them produce.
+    With grouped queries a head is a KV head with its query heads. Each layer loses the fraction
+    `ratio`, since transformers builds all layers with one config; at least one atom stays.
+    `selector` is that of `wgsef_layerwise`. `refit` fits the remaining columns by least squares.
+    With `sequential`, layers are measured `LAYERS_AT_ONCE` at a time on what the pruned layers
+    before them produce.
     """
 
     atoms: Literal["neurons", "heads"]
@@ -55,13 +56,15 @@ class WgsefDecoder(Method):
     def check(self, anatomy: Anatomy) -> None:
         """Refuse networks whose layers have no such atoms."""
         if not anatomy.layers:
-            raise UserError(f"{anatomy.architecture} has no decoder layers to take {self.atoms} of")
+            raise UserError(
+                f"{anatomy.architecture} has no decoder layers to prune {self.atoms} in"
+            )
         for layer in anatomy.layers:
             self._family(layer, anatomy.architecture)
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Gather, select and refit some layers at a time, then take everything out at once."""
+        """Measure, select and refit a few layers at a time, then remove all dead atoms at once."""
         anatomy, names = model.anatomy, {m: name for name, m in model.network.named_modules()}
         found = [self._family(layer, anatomy.architecture) for layer in anatomy.layers]
         families = [
@@ -78,6 +81,8 @@ class WgsefDecoder(Method):
             grams, tokens = _grams(model, calls, readouts)
             for family, readout in zip(group, readouts, strict=True):
                 gone_A, told = self._choose(family, readout, grams[readout], tokens)
+                # Zeroed now, so that the next layers are measured behind a pruned one; cut at the
+                # end, since shapes must agree with the config as long as the network runs.
                 _zero(model.network, family, gone_A)
                 dead.append(gone_A)
                 layers.append({"layer": len(layers), **told})
@@ -96,7 +101,7 @@ class WgsefDecoder(Method):
 
     @abstractmethod
     def _calls(self, context: Context, model: Model) -> tuple[Sequence[Call], str]:
-        """Return what to call the network with to see its activations, and a hash of it."""
+        """Return the inputs on which activations are measured, and their fingerprint."""
 
     def _family(self, layer: nn.Module, architecture: str) -> Family:
         """Return the atoms of one layer; names are relative to it."""
@@ -107,25 +112,25 @@ class WgsefDecoder(Method):
             raise UserError(f"{architecture} has a layer without {self.atoms}: {missing}") from None
         if len(found) != 1:
             raise UserError(
-                f"{architecture} has {len(found)} feed-forwards in a layer: wgsef_layerwise is for "
-                "mixtures of experts"
+                f"{architecture} has {len(found)} FFNs per layer, this method needs one: use "
+                "wgsef_layerwise for mixtures of experts"
             )
         return found[0]
 
     def _readout(self, network: nn.Module, family: Family) -> nn.Linear:
-        """Return the projection that reads the atoms out."""
         return cast(nn.Linear, network.get_submodule(f"{family.name}.{_READOUT[self.atoms]}"))
 
     def _choose(
         self, family: Family, readout: nn.Linear, gram_MM: Tensor, tokens: int
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return which atoms of a layer go, [A], after refitting those that stay."""
+        """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
         if not bool(gram_MM.isfinite().all()):
             raise UserError(
-                f"calibration made activations of {family.name} that are NaN or infinite: try "
-                "model.dtype=float32 or other calibration data"
+                f"calibration produced NaN or infinite activations in {family.name}: try "
+                "model.dtype=float32 or different calibration data"
             )
         width = readout.in_features // family.groups
+        # `int` rounds the number to remove down, so no layer loses more than `ratio`.
         count = max(1, family.groups - int(self.ratio * family.groups))
         problem = Reconstruction.of(gram_MM / tokens, readout.weight.T, width)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
@@ -133,6 +138,8 @@ class WgsefDecoder(Method):
         kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
         if self.refit and len(kept_K) < readout.in_features:
             weight_DM = readout.weight
+            # The selection works on zeroed atoms; the columns that stay can take over part of the
+            # lost output.
             columns_DK = refitted(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
             told["refit"] = {
                 "error_before": error(gram_MM, weight_DM, kept_K, weight_DM[:, kept_K]),
@@ -155,23 +162,23 @@ class OnText(WgsefDecoder):
 
 
 class OnPrompts(WgsefDecoder):
-    """Calibrated on the run's prompts with images, text and visual rows alike."""
+    """Calibrated on the run's prompts with images, on text and visual tokens alike."""
 
     @property
     def uses_prompts(self) -> bool:
-        """Ask for prompts with images."""
+        """This method always needs prompts with images."""
         return True
 
     def _calls(self, context: Context, model: Model) -> tuple[Sequence[Call], str]:
         if context.prompts is None:
-            raise UserError("this method needs prompts with images: give prompts=NAME")
+            raise UserError("this method needs prompts with images: set prompts=NAME")
         return context.prompts.inputs, context.prompts.fingerprint
 
 
 def _grams(
     model: Model, calls: Sequence[Call], readouts: Sequence[nn.Linear]
 ) -> tuple[dict[nn.Module, Tensor], int]:
-    """Return ΦᵀΦ of what the projections read, float64 [M, M], and over how many tokens."""
+    """Return ΦᵀΦ of the inputs of the projections, float64 [M, M], and the number of tokens."""
     found: dict[nn.Module, Tensor] = {}
     tokens = 0
     for call in calls:
@@ -179,19 +186,20 @@ def _grams(
         real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
         tokens += int(real_BS.sum())
         with gathering(readouts, real_BS.bool(), found):
+            # Only activations inside the layers are needed: logits of the last position are the
+            # least the forward can compute.
             cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
     return found, tokens
 
 
 def _zero(network: nn.Module, family: Family, gone_A: Tensor) -> None:
-    """Set everything that the dead atoms own to zero."""
     for part in family.owned:
         weight = network.get_parameter(part.tensor)
         weight.data.movedim(part.axes[0], 0)[part.units_of(gone_A).to(weight.device)] = 0
 
 
 def _renamed(family: Family, layer: str) -> Family:
-    """Return a layer's atoms under their names in the whole network."""
+    """Return a layer's atoms with names relative to the whole network."""
     owned = tuple(
         type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
         for part in family.owned

@@ -2,10 +2,11 @@
 
 Shapes: A atoms of one problem with M activations, D outputs, N atoms of all problems together.
 
-Each problem has a Gram matrix of its own, and atoms of different problems count as uncorrelated:
-the joint Gram matrix is block-diagonal (WGSEF specification section 5: few experts fire together).
-The problems must share their unit of error, hence the number of tokens that they are divided by.
-All return which atoms stay, one mask [A] per problem; `selection` has the same for one problem.
+Each problem has its own Gram matrix, and atoms of different problems count as uncorrelated: the
+joint Gram matrix is block-diagonal (WGSEF specification section 5: few experts fire together). The
+problems must share their unit of error, so all Gram matrices are divided by one number of tokens.
+All functions return masks of the atoms that stay, [A] per problem; `selection` has the same for one
+problem.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ HOMOTOPY_STEPS = 200
 
 
 def energy(problems: Problems, k: int) -> list[Tensor]:
-    """Keep the k atoms of largest ||v_j||, whatever the others could make up for."""
+    """Keep the k atoms of largest ||v_j||, ignoring what the others could compensate."""
     return _strongest(problems, [problem.readout for problem in problems], k)
 
 
 def homotopy_path(problems: Problems, k: int) -> list[Tensor]:
     """Follow the debiased operator from ratio 0 to 1: gradient steps per problem, one budget."""
+    # One step size for all problems: norms are comparable under one budget only if all atoms moved
+    # in the same metric. The largest eigenvalue of a block-diagonal matrix is that of its blocks.
     smooth = max(largest_eigenvalue(problem.gram) for problem in problems)
     readouts = [problem.readout for problem in problems]
+    # The last ratio stays below 1, where the operator would divide by 0; `_strongest` is its limit.
     for step in range(1, HOMOTOPY_STEPS):
         moved = [descend(p, v_MD, smooth) for p, v_MD in zip(problems, readouts, strict=True)]
         shrunk = debiased(_norms(problems, moved), k, homotopy(step / HOMOTOPY_STEPS))
@@ -46,12 +50,13 @@ def homotopy_path(problems: Problems, k: int) -> list[Tensor]:
 
 
 def elimination(problems: Problems, k: int) -> list[Tensor]:
-    """Take away one atom at a time, the cheapest of all problems.
+    """Remove one atom at a time, the cheapest of all problems.
 
-    An elimination in one block leaves the others as they are, so this is exactly the greedy
+    An elimination in one block leaves all others unchanged, so this is exactly the greedy
     elimination of the joint problem, at the cost of the single ones.
     """
     states = [Elimination(problem) for problem in problems]
+    # One entry per problem, renewed only when an atom is removed from it, is always up to date.
     heap = [(*state.cheapest(), place) for place, state in enumerate(states)]
     heapq.heapify(heap)
     for _ in range(sum(problem.atoms for problem in problems) - k):

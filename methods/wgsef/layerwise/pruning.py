@@ -1,4 +1,4 @@
-"""WGSEF without training: the micro-experts of every MoE layer that best rebuild its output.
+"""WGSEF without training: the micro-experts of each MoE layer that best reconstruct its output.
 
 Shapes: T tokens, F an expert's width, D d_model, N micro-experts of a layer (shared ones first).
 """
@@ -32,14 +32,15 @@ SELECTORS: dict[str, joint.Selector] = {
 
 
 class WgsefLayerwise(MicroPruning, Walker):
-    """Select micro-experts by how well those that stay rebuild what their experts put out.
+    """Select micro-experts by how well those that stay reconstruct the outputs of their experts.
 
-    The atoms are micro-experts, with the router's weight in their activations; calibration text
+    Atoms are micro-experts, with the routing weight included in their activations; calibration text
     gives each expert's Gram matrix in one pass. `selector`: `debiased` follows the homotopy of the
     debiased WGSEF, `greedy` eliminates backwards, `energy` keeps the largest RMS(phi) ||w||.
-    `scope: layer` lets all experts of a layer compete, `expert` takes the same share of each.
-    `refit` fits the down columns that stay by least squares; without it they stay as they were, so
-    that selectors can be compared alone. `ratio` and `base` mean what they mean in camera_p.
+    `scope: layer` lets all experts of a layer compete, `expert` removes the same fraction from
+    each. `refit` fits the remaining down columns by least squares; without it they are unchanged,
+    so that selectors can be compared on their own. `ratio` and `base` have the meaning they have in
+    camera_p.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class WgsefLayerwise(MicroPruning, Walker):
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
-        """Gather, select, refit and take out, layer by layer."""
+        """Measure, select, refit and remove, layer by layer."""
         calibration = calibration_of(context)
         anatomy = model.anatomy
         refuse_offloaded(anatomy.moe)
@@ -65,8 +66,10 @@ class WgsefLayerwise(MicroPruning, Walker):
         return self.conclude(model, anatomy, layers, **more)
 
     def _prune(self, block: MoEBlock, grams: Grams, tokens: int, budget: int) -> dict[str, Any]:
-        """Change one block and say what stays of each expert, shared ones first."""
+        """Prune one block and report what stays of each expert, shared ones first."""
         problems = [
+            # All tokens of the text, not those routed to the expert: errors of different experts
+            # are then in one unit, and a rarely used expert weighs little.
             Reconstruction.of(grams.gram_FF[expert] / tokens, view(block, expert).down.T)
             for expert, _ in spans(block)
         ]
@@ -78,10 +81,11 @@ class WgsefLayerwise(MicroPruning, Walker):
         return self.take_out(block, gone) | report
 
     def _selected(self, problems: list[Reconstruction], budget: int) -> list[Tensor]:
-        """Return which atoms of each expert stay."""
+        """Return masks of the atoms that stay, one per expert."""
         select = SELECTORS[self.selector]
         sizes = [problem.atoms for problem in problems]
         if self.scope == "layer":
             return select(problems, sum(sizes) - budget)
+        # `apportion` rounds the shares so that they add up to the budget exactly.
         counts = zip(problems, sizes, apportion(sizes, budget), strict=True)
         return list(chain.from_iterable(select([p], size - gone) for p, size, gone in counts))

@@ -1,8 +1,8 @@
-"""Which atoms of a layer to keep: by energy, by the envelope, by its homotopy, by elimination.
+"""Selection of a layer's atoms: by energy, by the envelope, by its homotopy, by elimination.
 
 Shapes: A atoms of B activations each, M = A B activations, D outputs.
 
-All return a read-out V [M, D] in which dropped atoms are zero; `Reconstruction.refit` improves any.
+All return a read-out V [M, D] in which dropped atoms are zero; `Reconstruction.refit` improves it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def by_energy(problem: Reconstruction, k: int) -> Tensor:
 def by_envelope(problem: Reconstruction, k: int, lam: float, steps: int = 400) -> Tensor:
     """Minimise error + lam F_k by FISTA with step 1/L; convex, so it finds the global optimum.
 
-    After T steps the objective is within 2 L ||V - V*||^2 / (T + 1)^2 (Beck and Teboulle, 2009).
-    It seldom leaves exactly k atoms (specification section 5, demo).
+    After T steps the objective is within 2 L ||V - V*||^2 / (T + 1)^2 (Beck and Teboulle, 2009). It
+    seldom leaves exactly k atoms (specification section 5, demo).
     """
     smooth = largest_eigenvalue(problem.gram)
     v_MD = ahead_MD = problem.readout
@@ -51,11 +51,11 @@ def by_homotopy(problem: Reconstruction, k: int, steps: int = 400) -> Tensor:
 
 
 def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Tensor:
-    """Take one atom away at a time, the one whose loss the others make up for best.
+    """Remove one atom at a time, the one whose loss the remaining ones compensate best.
 
-    Greedy backward elimination (optimal brain surgeon): with H the inverse Gram matrix of what is
-    left and V its least-squares read-out, dropping j costs tr(v_j^T H_jj^-1 v_j) / 2 and the others
-    move by -H_ij H_jj^-1 v_j. O(M^3) for a layer.
+    Greedy backward elimination (optimal brain surgeon): with H the inverse Gram matrix of the
+    remaining atoms and V their least-squares read-out, dropping j costs tr(v_j^T H_jj^-1 v_j) / 2
+    and the others move by -H_ij H_jj^-1 v_j. O(M^3) for a layer.
     """
     elimination = Elimination(problem, damping)
     for _ in range(problem.atoms - k):
@@ -64,7 +64,7 @@ def by_elimination(problem: Reconstruction, k: int, damping: float = 1e-8) -> Te
 
 
 class Elimination:
-    """The state of a backward elimination: what is left, its read-out and its inverse Gram matrix.
+    """State of a backward elimination: remaining atoms, their read-out and inverse Gram matrix.
 
     `damping` is in units of the scaled diagonal, which is 1 for every atom that fires.
     """
@@ -78,7 +78,7 @@ class Elimination:
         self.gone_A = torch.zeros(problem.atoms, dtype=torch.bool, device=self.v_MD.device)
 
     def cheapest(self) -> tuple[float, int]:
-        """Return twice the error that dropping the cheapest atom adds, and which atom it is."""
+        """Return twice the error that dropping the cheapest atom adds, and its index."""
         own_ABB = diagonal_blocks(self._inverse_MM, self._width)
         v_ABD = self.v_MD.reshape(len(self.gone_A), self._width, -1)
         cost_A = (v_ABD * torch.linalg.solve(own_ABB, v_ABD)).sum((-2, -1))
@@ -86,15 +86,18 @@ class Elimination:
         return float(cost), int(place)
 
     def drop(self, j: int) -> None:
-        """Take one atom away and let the others make up for it."""
+        """Remove one atom and let all others compensate."""
         here = slice(j * self._width, (j + 1) * self._width)
+        # Removing rows and columns j from G changes its inverse by a rank-B update (block
+        # elimination), so a step costs O(M^2 B) instead of a new inverse in O(M^3).
         share_MB = torch.linalg.solve(
             self._inverse_MM[here, here], self._inverse_MM[:, here], left=False
         )
         self.v_MD = self.v_MD - share_MB @ self.v_MD[here]
         self._inverse_MM = self._inverse_MM - share_MB @ self._inverse_MM[here]
         self.gone_A[j] = True
-        # What is left of a dropped atom is rounding, which must not be divided by.
+        # The rows of a dropped atom are zero up to rounding. Its diagonal block becomes the
+        # identity, because `cheapest` solves with the blocks of all atoms.
         self._inverse_MM[here, :] = self._inverse_MM[:, here] = 0
         self._inverse_MM[here, here].fill_diagonal_(1)
         self.v_MD[here] = 0
@@ -107,12 +110,12 @@ def descend(problem: Reconstruction, v_MD: Tensor, smooth: float) -> Tensor:
 
 
 def largest_eigenvalue(gram_MM: Tensor) -> float:
-    """Return the smoothness of the error, by which steps are divided."""
+    """Return the smoothness constant L of the error, by which steps are divided."""
     return float(torch.linalg.eigvalsh(gram_MM)[-1])
 
 
 def _apply(
     problem: Reconstruction, operator: Callable[..., Shrinkage], t_MD: Tensor, *knobs: float
 ) -> Tensor:
-    """Shrink or drop the atoms of a read-out as an operator on their norms says."""
+    """Shrink or drop the atoms of a read-out by an operator on their norms."""
     return problem.scaled(t_MD, operator(problem.norms(t_MD), *knobs).scale[0])

@@ -1,1 +1,1 @@
-"""Solvers: what a training run does, besides minimising its loss, to end with few groups."""
+"""Solvers: the steps of a training, besides minimising its loss, that leave few groups."""

@@ -1,4 +1,4 @@
-"""The solvers of the paper: the envelope's prox, with a half-space step, and the debiased one.
+"""Solvers of the paper: the envelope's prox, the same with half-space steps, and the debiased one.
 
 Shapes: M groups of all families.
 """
@@ -20,8 +20,9 @@ class Envelope(Solver):
     """Algorithm 2 of arXiv 2212.12921: Prox-SGD with the WGSEF, at the final k from the start.
 
     The weights are d_j = 1 / (mean norm of the layer)^2, which makes layers comparable under one
-    network-wide k; `strength` is the paper's lambda. After Adam the metric is the group's mean of
-    Adam's (specification 1.3). Reaches k only as far as the dynamics take it (specification 1.1).
+    network-wide k; `strength` is the paper's lambda. After Adam the metric is the mean of Adam's
+    over the group (specification 1.3). How close it gets to k depends on the dynamics
+    (specification 1.1).
     """
 
     ridge = True
@@ -31,14 +32,16 @@ class Envelope(Solver):
         self._strength, self._every = strength, every
 
     def shrink(self, optimizer: Stepping) -> None:
-        """Apply the operator; if only every few steps, then with so many times the strength."""
+        """Apply the operator every `every` steps, scaling its strength by `every`."""
         if self.step % self._every:
             return
         lam = optimizer.rate * self._strength * self._every
+        # The operator needs lam > 0; the rate is 0 at the end of the cosine schedule.
         if lam == 0:
             return
         strength = Strength(lam, self.unit_M.square(), group_metric(self, optimizer))
         allocation = self.scene.allocation
+        # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
         scale_M, self.gate_M = allocation.shrink(
             prox.envelope, self.partition.norms(), strength, 1.0
         )
@@ -48,8 +51,8 @@ class Envelope(Solver):
 class EnvelopeHalfSpace(HalfSpace):
     """Algorithm 2 first, then half-space steps on the same objective: "WGSEF + HSPG".
 
-    That pair is what the paper's reviewers say its experiments report; its details were not
-    found, so it is HSPG (see `half_space`) with the envelope in place of group lasso.
+    According to the paper's reviewers its experiments report this pair. No details were found, so
+    it is implemented as HSPG (see `half_space`) with the envelope in place of group lasso.
     """
 
     ridge = True
@@ -61,7 +64,9 @@ class EnvelopeHalfSpace(HalfSpace):
         self._proximal = Envelope(scene, strength)
 
     def proximal_step(self, optimizer: Stepping) -> None:
-        """Apply the envelope's operator."""
+        """Apply the proximal operator of the envelope."""
+        # The inner solver normalised by the weights at construction; after a resume only
+        # `self.unit_M` holds the units of the original start.
         self._proximal.unit_M = self.unit_M
         self._proximal.shrink(optimizer)
         self.gate_M = self._proximal.gate_M
@@ -74,11 +79,11 @@ class EnvelopeHalfSpace(HalfSpace):
 
 
 class Debiased(Solver):
-    """The homotopy of the debiased operator: ends with at most k groups, by construction.
+    """Homotopy of the debiased operator: ends with at most k groups, by construction.
 
     The ratio lam d goes from 0 to 1 and k from all groups to the target, so groups fade out
-    instead of falling; those that are kept are never shrunk (specification 1.2). It acts in the
-    metric in which every layer has mean norm 1, so at the ratio 1 it is the top k of `score`.
+    gradually; kept groups are never shrunk (specification 1.2). It acts in the metric in which each
+    layer has mean norm 1, so at ratio 1 it is the top k of `score`.
     """
 
     def __init__(self, scene: Scene, reach: float = 1.0) -> None:
@@ -86,12 +91,16 @@ class Debiased(Solver):
         self._reach = reach
 
     def shrink(self, optimizer: Stepping) -> None:
-        """Apply the operator of this point of the homotopy, at its end the hard selection."""
+        """Apply the operator at this point of the homotopy; at its end, select the top k."""
         ratio = self._reach * homotopy(self.progress)
         allocation, score_M = self.scene.allocation, self.score()
+        # The operator divides by 1 - ratio; its limit is hard selection.
         if ratio >= 1:
             scale_M = self.gate_M = allocation.select(score_M).double()
         else:
+            # Scores instead of norms, with weight 1: the operator is applied in the normalised
+            # metric, where one ratio holds for all layers. Factors do not depend on the unit, so
+            # they apply to the weights as is.
             scale_M, self.gate_M = allocation.shrink(
                 prox.debiased, score_M, Strength(ratio), self.progress
             )
@@ -100,6 +109,8 @@ class Debiased(Solver):
 
 def group_metric(solver: Solver, optimizer: Stepping) -> Tensor | None:
     """Return the mean of the optimizer's metric over each group, [M]; None for a Euclidean step."""
+    # A metric that varies inside a group has no closed-form operator and costs tens of passes
+    # (`envelope_elementwise`); its mean over the group keeps one pass.
     if not optimizer.adaptive:
         return None
     return solver.partition.sum(optimizer.metric) / solver.partition.elements_M

@@ -1,4 +1,4 @@
-"""Solvers that add a penalty's gradient to the loss: group DeepHoyer and network slimming.
+"""Solvers that add the gradient of a penalty to the loss: group DeepHoyer and network slimming.
 
 Shapes: M groups of all families, L families, N groups of the largest.
 """
@@ -32,6 +32,8 @@ class DeepHoyer(Solver):
         sum_L1 = norm_LN.sum(-1, keepdim=True)
         square_L1 = norm_LN.square().sum(-1, keepdim=True)
         factor_LN = 2 * sum_L1 / square_L1 * (1 / norm_LN - sum_L1 / square_L1)
+        # At a zero group the penalty has a kink; 0 is a subgradient there. This also clears the
+        # padding.
         factor_LN = torch.where(norm_LN > 0, factor_LN, 0.0)
         self.partition.add_to_gradients_(self._strength * self.partition.flat(factor_LN))
 
@@ -51,18 +53,20 @@ class Slimming(Solver):
         self._scales = {f"{name}.weight" for name in norms}
         for family in scene.partition.families:
             if not any(owned.tensor in self._scales for owned in family.owned):
-                raise UserError(f"slimming ranks BatchNorm scales, and {family.name} has none")
+                raise UserError(f"slimming needs BatchNorm scales, but {family.name} has none")
 
     @torch.no_grad()
     def before(self, optimizer: Stepping) -> None:
-        """Add strength sign(gamma) to the gradient of every BatchNorm scale."""
+        """Add strength sign(gamma) to the gradient of each BatchNorm scale."""
         for name in self._scales:
             weight = self.partition.parameters[name]
             if weight.grad is not None:
                 weight.grad.add_(weight.sign(), alpha=self._strength)
 
     def score(self) -> Tensor:
-        """Return the mean |gamma| of each group, [M]; all layers compete as they are."""
+        """Return the mean |gamma| of each group, [M], not normalised by layer."""
+        # As in the paper: one global threshold on |gamma|, which BatchNorm makes comparable across
+        # layers. A coupled group has several BatchNorms, so it is their mean.
         chosen = self._scales
         parameters = self.partition.parameters
         total_M = self.partition.sum_named(

@@ -16,7 +16,7 @@ _PASSES = 10
 
 
 class GroupLasso(Solver):
-    """Prox-SG with the block soft threshold; how many groups it leaves depends on `strength`."""
+    """Prox-SG with the block soft threshold; `strength` decides the number of groups it leaves."""
 
     def __init__(self, scene: Scene, strength: float) -> None:
         super().__init__(scene)
@@ -41,7 +41,7 @@ class AdaptiveGroupLasso(Solver):
         self._strength = strength
 
     def shrink(self, optimizer: Stepping) -> None:
-        """Solve for all norms r at once and apply the factors, which differ inside groups."""
+        """Solve for all norms r at once and apply the factors, which vary inside groups."""
         lam_M = optimizer.rate * self._strength * lasso_weights(self.partition)
         parameters = self.partition.owned_parameters()
         metric = {name: optimizer.metric(weight) for name, weight in parameters.items()}
@@ -49,15 +49,18 @@ class AdaptiveGroupLasso(Solver):
         radius, lam = self.partition.spread(radius_M), self.partition.spread(lam_M)
         for name, weight in parameters.items():
             raised = metric[name] * radius[name]
-            # Weights that no group owns have lam 0 and radius 0, and stay.
+            # Weights that no group owns have lam 0 and radius 0, and are left unchanged.
             factor = torch.where(lam[name] > 0, raised / (raised + lam[name]), 1.0)
             weight.mul_(factor.to(weight.dtype))
 
     def _radii(self, metric: dict[str, Tensor], lam_M: Tensor) -> Tensor:
-        """Return ||v_j|| [M] by Newton from below on a concave function, as it never overshoots.
+        """Return the norms r_j = ||v_j|| [M] of the proximal point.
 
-        q(r) = (sum_i (H_i t_i / (H_i r + lam w))^2)^(-1/2) rises to 1 at the root.
+        q(r) = (sum_i (H_i t_i / (H_i r + lam w))^2)^(-1/2) equals 1 at the root.
         """
+        # q is concave and increasing (as in `envelope_elementwise`), so Newton from r = 0 stays
+        # below the root. Where q(0) >= 1, i.e. ||H t|| <= lam w, the clamped step is 0 and the
+        # group stays zero.
         radius_M = torch.zeros_like(lam_M)
         lam = self.partition.spread(lam_M)
         parameters = self.partition.parameters
@@ -66,6 +69,8 @@ class AdaptiveGroupLasso(Solver):
             total = {name: metric[name] * radius[name] + lam[name] for name in metric}
             power = {n: (metric[n] * parameters[n] / total[n]).square() for n in metric}
             power_M = self.partition.sum_named(power.__getitem__)
+            # The lambda is called within the iteration, so binding the loop variables late is safe
+            # (B023).
             bend_M = self.partition.sum_named(lambda n: power[n] * metric[n] / total[n])  # noqa: B023
             q_M = power_M.rsqrt()
             step_M = (1 - q_M).clamp(min=0) * power_M / (q_M * bend_M)
@@ -74,7 +79,7 @@ class AdaptiveGroupLasso(Solver):
 
 
 def lasso_weights(partition: Partition) -> Tensor:
-    """Return sqrt|s_j|, the root of each group's number of weights, [M]."""
+    """Return sqrt|s_j|, the root of the number of weights of each group, [M]."""
     return partition.elements_M.sqrt()
 
 

@@ -1,4 +1,4 @@
-"""Iterative hard thresholding: after every step only the top groups stay, fewer and fewer."""
+"""Iterative hard thresholding: after each step only the top groups are kept, fewer and fewer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from methods.wgsef.training.optimizers import Stepping
 
 
 class HardThreshold(Solver):
-    """Gradient step, then projection onto k groups; k falls on the cubic schedule.
+    """Gradient step, then projection onto k groups; k follows the cubic schedule.
 
-    Groups that were dropped may come back, for their gradients are still followed.
+    Dropped groups may come back, since their gradients are still applied.
     """
 
     def shrink(self, optimizer: Stepping) -> None:
-        """Zero all groups but those of the highest score that this point affords."""
+        """Zero all groups except those of highest score that the budget of this step allows."""
         keep_M = self.scene.allocation.select(self.score(), self.progress)
         self.partition.scale_(keep_M.double())

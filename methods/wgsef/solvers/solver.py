@@ -1,4 +1,4 @@
-"""What all solvers have in common, and the two that do nothing while training.
+"""Base class of all solvers, and the two that do not act during sparse training.
 
 Shapes: M groups of all families.
 """
@@ -19,10 +19,10 @@ _NOT_WHOLE = 1 - 1e-9
 
 @dataclass(frozen=True)
 class Scene:
-    """What a solver is given: the network, its groups, the budget and the length of the run.
+    """Inputs of a solver: the network, its groups, the budget and the length of the training.
 
-    `steps` counts the steps until the mask is frozen, `epoch` those of one epoch; `example` is one
-    input of the network.
+    `steps` is the number of steps until the mask is frozen, `epoch` that of one epoch; `example` is
+    one input of the network.
     """
 
     network: nn.Module
@@ -34,9 +34,9 @@ class Scene:
 
 
 class Solver:
-    """Acts before and after each optimizer step; the base class leaves everything as it is.
+    """Acts before and after each optimizer step; the base class changes nothing.
 
-    `ridge` says that the solver decays the groups' weights itself, so that the optimizer must not.
+    `ridge` means that the solver decays the weights of groups itself, so the optimizer must not.
     """
 
     ridge = False
@@ -45,74 +45,79 @@ class Solver:
         self.scene = scene
         self.partition = scene.partition
         self.step = 0
+        # Norms are normalised by their layer's mean at the start and not by the current mean: a
+        # moving unit would hide that a layer shrinks as a whole.
         self.unit_M = layer_units(scene.partition)
         self.gate_M = torch.ones_like(self.unit_M)
 
     @property
     def progress(self) -> float:
-        """How much of the time until the mask is frozen has passed, 0 to 1."""
+        """Fraction of the time until the mask is frozen that has passed, 0 to 1."""
         return min(1.0, self.step / self.scene.steps)
 
     @property
     def fractional(self) -> int:
-        """How many groups the last operator left neither whole nor zero."""
+        """Number of groups that the last operator left neither whole nor zero."""
         between_M = (self.gate_M > 0) & (self.gate_M < _NOT_WHOLE)
-        # A half-space step may have zeroed a group since.
+        # A half-space step may have zeroed a group since the last proximal step.
         return int((between_M & self.partition.alive()).sum())
 
     def before(self, optimizer: Stepping) -> None:
-        """Act on gradients, before the optimizer's step."""
+        """Change gradients, before the optimizer's step."""
 
     def after(self, optimizer: Stepping) -> None:
-        """Act on weights, after the optimizer's step."""
+        """Change weights, after the optimizer's step."""
+        # Counted first, so that `progress` reaches 1 at the last step before the selection.
         self.step += 1
         with torch.no_grad():
             self.shrink(optimizer)
 
     def shrink(self, optimizer: Stepping) -> None:
-        """Change the groups' weights; the part of `after` that solvers differ in."""
+        """Change the weights of groups; the part of `after` in which solvers differ."""
 
     def score(self) -> Tensor:
-        """Return what the final selection ranks groups by, [M].
+        """Return the score by which the final selection ranks groups, [M].
 
-        Norms are relative to the mean of their layer when training began, so that layers of other
-        sizes and other initial scales compete fairly.
+        It is the norm relative to the layer's mean norm at the start of training, so that layers of
+        different sizes and initial scales compete fairly.
         """
         return self.unit_M * self.partition.norms()
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next steps depend on."""
+        """Return everything that later steps depend on."""
         step = torch.tensor(self.step)
         return {"step": step, "unit_M": self.unit_M, "gate_M": self.gate_M}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` of an interrupted run returned."""
+        """Restore what `state` of an interrupted training returned."""
         self.step = int(state["step"])
         self.unit_M = state["unit_M"].to(self.unit_M.device)
         self.gate_M = state["gate_M"].to(self.unit_M.device)
 
 
 class Frozen(Solver):
-    """Holds the groups that are gone at zero: the fine-tuning after the selection."""
+    """Holds removed groups at zero during the fine-tuning after the selection."""
 
     def __init__(self, scene: Scene, keep_M: Tensor) -> None:
         super().__init__(scene)
         self.keep_M = keep_M
 
     def shrink(self, optimizer: Stepping) -> None:
-        """Zero what momentum or decay has moved."""
+        """Zero what momentum or weight decay has moved."""
+        # Masking gradients would not do: momentum from before the selection still moves the
+        # weights.
         self.partition.scale_(self.keep_M.double())
 
 
 class Magnitude(Solver):
-    """Trains densely; the selection at the end takes the groups of largest norm.
+    """Trains densely; the selection at the end keeps the groups of largest norm.
 
-    This is the limit lam -> 1 of the debiased operator (WGSEF specification section 4).
+    This is the limit lam d -> 1 of the debiased operator (WGSEF specification section 4).
     """
 
 
 def layer_units(partition: Partition) -> Tensor:
-    """Return, for each group, one over the mean norm of its family, [M]; 1 where that is 0."""
+    """Return one over the mean norm of each group's family, [M]; 1 if that mean is 0."""
     means = [norms.mean().expand(len(norms)) for norms in partition.split(partition.norms())]
     mean_M = torch.cat(means)
     return torch.where(mean_M > 0, 1 / mean_M, torch.ones_like(mean_M))

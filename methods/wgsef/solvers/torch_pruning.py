@@ -2,8 +2,8 @@
 
 Shapes: M groups of all families.
 
-The pruners' penalties and rankings are theirs (DepGraph: Fang et al., 2023; Growing Reg: Wang et
-al., 2021); the loop, the number of groups and the fine-tuning are those of all solvers here.
+Penalties and rankings are the library's (DepGraph: Fang et al., 2023; Growing Reg: Wang et al.,
+2021); the training loop, the number of groups and the fine-tuning are those of all solvers here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from methods.wgsef.training.optimizers import Stepping
 
 
 class _Pruner(Solver):
-    """Lets one of torch-pruning's pruners add to the gradients and rank the groups.
+    """Lets a pruner of torch-pruning add to the gradients and rank the groups.
 
     Raises:
-        UserError: the groups are not the coupled filters that torch-pruning knows.
+        UserError: the groups are not coupled filters, the only kind that torch-pruning knows.
     """
 
     def __init__(self, scene: Scene, maker: str, importance: Any, **knobs: float) -> None:
@@ -34,7 +34,7 @@ class _Pruner(Solver):
         kinds = {family.kind for family in scene.partition.families}
         if kinds != {"filters"}:
             raise UserError(
-                f"torch-pruning's solvers prune filters, not {', '.join(sorted(kinds))}"
+                f"the torch-pruning solvers need groups=filters, got {', '.join(sorted(kinds))}"
             )
         self._pruner = _quietly(
             getattr(torch_pruning.pruner, maker),
@@ -46,7 +46,7 @@ class _Pruner(Solver):
             **knobs,
         )
         self._groups = self._in_order(scene)
-        # Building the graph switches gradients off on some versions.
+        # Some versions of torch-pruning switch gradients off while they build the graph.
         scene.network.requires_grad_(True)
 
     @torch.no_grad()
@@ -61,7 +61,9 @@ class _Pruner(Solver):
         return torch.cat(parts).double()
 
     def _in_order(self, scene: Scene) -> list[Any]:
-        """Return the pruner's groups in the order of our families, which are named by a layer."""
+        """Return the pruner's groups in the order of our families."""
+        # Both graphs come from the same tracer, but on different copies of the network, so groups
+        # are matched by name: a family is called after the first layer that produces its filters.
         by_layer: dict[str, Any] = {}
         names = {module: name for name, module in scene.network.named_modules()}
         for group in self._pruner.DG.get_all_groups(
@@ -84,7 +86,7 @@ class GroupNorm(_Pruner):
 
 
 class GrowingReg(_Pruner):
-    """Weight decay of each group that grows every epoch, faster for weaker groups."""
+    """Weight decay of each group that grows each epoch, faster for weaker groups."""
 
     def __init__(self, scene: Scene, strength: float = 1e-4, growth: float = 1e-3) -> None:
         import torch_pruning
@@ -95,25 +97,27 @@ class GrowingReg(_Pruner):
 
     @torch.no_grad()
     def before(self, optimizer: Stepping) -> None:
-        """Add the penalty, after raising it when an epoch begins."""
+        """Add the penalty, raised at the start of each epoch."""
         if self.step % self.scene.epoch == 0:
             self._pruner.update_reg()
         super().before(optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the grown penalties beside the rest."""
+        """Return the grown penalties in addition to the base state."""
+        # The pruner keeps penalties by group object, which no file can hold; the order of groups is
+        # that of the graph and the same after a resume.
         grown = {f"reg.{i}": reg for i, reg in enumerate(self._pruner.group_reg.values())}
         return {**super().state(), **grown}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over the grown penalties."""
+        """Restore the grown penalties."""
         super().load(state)
         for i, group in enumerate(self._pruner.group_reg):
             self._pruner.group_reg[group] = state[f"reg.{i}"]
 
 
 def _quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a constructor that warns about what does not concern the user."""
     with warnings.catch_warnings():
+        # Its warnings concern parameters outside all groups; the user can do nothing about them.
         warnings.simplefilter("ignore")
         return make(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""Training towards few groups: optimizers, schedules, budgets, the loop, checkpoints."""
+"""Training towards few groups: optimizers, schedules, budgets, the training loop, checkpoints."""

@@ -1,4 +1,4 @@
-"""How often a classifier is right.
+"""Top-1 accuracy of a classifier.
 
 Shapes: B images, C channels, H height and width, K classes.
 """
@@ -16,8 +16,10 @@ _BATCH = 256
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: ImageSet) -> float:
-    """Return the share of all images whose highest logit is that of their label."""
+    """Return the fraction of images whose highest logit is that of their label."""
     device = next(network.parameters()).device
+    # Called between epochs of a training: the mode must be as it was, or BatchNorm would stop
+    # updating.
     training = network.training
     network.eval()
     right = 0

@@ -1,9 +1,9 @@
 """SGD and Adam whose step ends with a proximal operator.
 
-Between the gradient and the next one a solver may act twice: `before` the step, when it may add to
-gradients or look at the weights, and `after` it, when it shrinks or zeroes groups. Prox-SGD is
-Algorithm 2 of arXiv 2212.12921. After Adam the operator has to act in Adam's own metric, or it is
-no proximal step of the objective (WGSEF specification section 7).
+A solver may act twice per step: `before`, to add to gradients or read the weights, and `after`, to
+shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the operator has to
+act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF specification
+section 7).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 class Stepping(Protocol):
-    """What a solver may ask of the optimizer that calls it."""
+    """Interface of an optimizer towards its solver."""
 
     adaptive: bool
 
     @property
     def rate(self) -> float:
-        """The learning rate of this step."""
+        """Learning rate of this step."""
 
     def metric(self, parameter: Tensor) -> Tensor:
         """Return the metric of the step, elementwise; ones for a Euclidean step.
@@ -32,17 +32,17 @@ class Stepping(Protocol):
 
 
 class Acting(Protocol):
-    """What an optimizer asks of its solver."""
+    """Interface of a solver towards its optimizer."""
 
     def before(self, optimizer: Stepping) -> None:
-        """Act on gradients, before the step."""
+        """Change gradients, before the step."""
 
     def after(self, optimizer: Stepping) -> None:
-        """Act on weights, after the step."""
+        """Change weights, after the step."""
 
 
 class ProximalSGD(torch.optim.SGD):
-    """Stochastic gradient descent with momentum, then the solver's operator."""
+    """Stochastic gradient descent with momentum, followed by the solver's operator."""
 
     adaptive = False
 
@@ -59,7 +59,7 @@ class ProximalSGD(torch.optim.SGD):
 
     @property
     def rate(self) -> float:
-        """The learning rate of this step."""
+        """Learning rate of this step."""
         return float(self.param_groups[0]["lr"])
 
     def metric(self, parameter: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class ProximalSGD(torch.optim.SGD):
 
 
 class ProximalAdam(torch.optim.AdamW):
-    """Adam with decoupled weight decay, then the solver's operator in Adam's metric."""
+    """Adam with decoupled weight decay, followed by the solver's operator in Adam's metric."""
 
     adaptive = True
 
@@ -93,16 +93,18 @@ class ProximalAdam(torch.optim.AdamW):
 
     @property
     def rate(self) -> float:
-        """The learning rate of this step."""
+        """Learning rate of this step."""
         return float(self.param_groups[0]["lr"])
 
     def metric(self, parameter: Tensor) -> Tensor:
-        """Return sqrt(v_hat) + eps, by which Adam has divided the step; ones before the first."""
+        """Return sqrt(v_hat) + eps, by which Adam divides the step; ones before the first step."""
         state = self.state.get(parameter)
         if not state:
             return torch.ones_like(parameter)
         beta, eps = self.param_groups[0]["betas"][1], self.param_groups[0]["eps"]
         second: Tensor = state["exp_avg_sq"]
+        # torch.optim.AdamW stores the uncorrected second moment and the step count; eps is added
+        # after the root, as there.
         corrected: Tensor = second / (1 - beta ** float(state["step"]))
         return corrected.sqrt_().add_(eps)
 
@@ -118,5 +120,7 @@ class ProximalAdam(torch.optim.AdamW):
 def _evaluate(closure: Any) -> Any:
     if closure is None:
         return None
+    # torch's own `step` runs a closure like this, but here it must run before the solver's
+    # `before`.
     with torch.enable_grad():
         return closure()

@@ -1,4 +1,4 @@
-"""How a run trains: length, batches, optimizer, and when the selection is made."""
+"""Training settings: length, batches, optimizer, and the time of the selection."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Recipe(BaseModel):
-    """The knobs of training that all solvers share, so that they can be compared.
+    """Training settings that all solvers share, so that they can be compared.
 
-    The first `sparse_share` of the steps belongs to the solver; then the groups that stay are
-    chosen, the mask is frozen and the rest fine-tunes. `decay` does not touch the weights of
-    groups whose solver decays them itself.
+    The solver acts during the first `sparse_share` of the steps; then the groups to keep are
+    selected, the mask is frozen and the rest of the steps fine-tunes. `decay` skips the weights of
+    groups if the solver decays them itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

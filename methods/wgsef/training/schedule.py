@@ -1,6 +1,6 @@
-"""How learning rate, number of groups and homotopy change in the course of a run.
+"""Schedules of learning rate, number of groups and homotopy.
 
-All are functions of progress, which goes from 0 to 1, and free of state.
+All are pure functions of the progress of a training, 0 to 1.
 """
 
 from __future__ import annotations
@@ -9,29 +9,30 @@ import math
 
 
 def cubic(progress: float) -> float:
-    """Return how much of the pruning is asked for: 1 - (1 - p)^3 (Zhu and Gupta, 2018).
+    """Return the fraction of the pruning due by now: 1 - (1 - p)^3 (Zhu and Gupta, 2018).
 
-    Fast while there is much to spare, slow towards the end.
+    Fast at first, when many groups are redundant, slow towards the end.
     """
     return 1 - (1 - min(1.0, max(0.0, progress))) ** 3
 
 
 def homotopy(progress: float) -> float:
-    """Return the ratio lam d of the debiased operator, from 0, do nothing, to 1, hard selection."""
+    """Return the ratio lam d of the debiased operator, from 0 (identity) to 1 (hard selection)."""
     return min(1.0, max(0.0, progress))
 
 
 def learning_rate(progress: float, share: float, warmup: float = 0.05) -> float:
     """Return the factor of the learning rate.
 
-    A linear start over `warmup` of the run, half a cosine down to 0 until the selection at
-    `share`, then for the fine-tuning another one from half the rate, as after a restart: what the
-    selection broke is not mended at the end of a schedule.
+    Linear warm-up over `warmup` of the training, then half a cosine to 0 at the selection
+    (`share`), then another half cosine from half the rate for the fine-tuning.
     """
     if progress < warmup:
         return progress / warmup
     if progress <= share:
         return _cosine((progress - warmup) / (share - warmup))
+    # A restart as in SGDR: at the rate near 0 of a single schedule's end, the damage done by the
+    # selection could not be repaired.
     return 0.5 * _cosine((progress - share) / (1 - share))
 
 

@@ -1,4 +1,4 @@
-"""One training run: dense steps with a solver's acts, a selection, fine-tuning under its mask.
+"""One training: dense steps with a solver, a selection, and fine-tuning under its mask.
 
 Shapes: B images, C channels, H height and width; M groups.
 """
@@ -32,10 +32,10 @@ Epoch = dict[str, float]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what, how, and towards which budget.
+    """Network, data, settings and budget of one training.
 
-    `identity` names everything else that the run depends on; a checkpoint of another identity is
-    refused. `on_epoch` receives each line of the history as it is written.
+    `identity` names everything else that the training depends on; a checkpoint with a different
+    identity is refused. `on_epoch` receives each line of the history as it is written.
     """
 
     network: nn.Module
@@ -53,7 +53,7 @@ class Task:
 
 @dataclass
 class Outcome:
-    """Which groups [M] were kept, how many were alive before the selection, and the history."""
+    """The mask [M] of kept groups, the number alive before the selection, and the history."""
 
     keep: Tensor
     alive: int
@@ -62,7 +62,7 @@ class Outcome:
 
 
 class Trainer:
-    """Carries out a task; call `run` once."""
+    """Carries out a training job; call `run` once."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -81,7 +81,7 @@ class Trainer:
         self._history: list[Epoch] = []
 
     def run(self) -> Outcome:
-        """Train to the end, from the last checkpoint where there is one."""
+        """Train to the end, resuming from the last checkpoint if there is one."""
         self._resume()
         task = self._task
         with task.progress.phase(f"training on {task.splits.name}", task.recipe.epochs):
@@ -89,6 +89,8 @@ class Trainer:
             while self._step < self._total:
                 self._train_epoch()
                 task.progress.step()
+        # With sparse_share=1 the solver acts until the last step, so the selection is still to be
+        # made.
         outcome = self._outcome or self._freeze()
         outcome.history = self._history
         task.network.eval()
@@ -107,8 +109,9 @@ class Trainer:
         )
 
     def _make_optimizer(self) -> ProximalSGD | ProximalAdam:
-        """Return the optimizer; groups that their solver decays are exempt from weight decay."""
+        """Return the optimizer; if the solver decays groups itself, they get no weight decay."""
         recipe, owned = self._task.recipe, self._task.partition.owned_parameters()
+        # The envelope already contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
         exempt = set(owned) if self._solver.ridge else set()
         named = dict(self._task.network.named_parameters())
         decayed = [weight for name, weight in named.items() if name not in exempt]
@@ -120,9 +123,12 @@ class Trainer:
         return ProximalSGD(groups, self._solver, recipe.rate, recipe.momentum, recipe.decay)
 
     def _train_epoch(self) -> None:
-        """Train one epoch, or what a checkpoint has left of it."""
+        """Train one epoch, or what remains of it after a resume."""
         task, recipe = self._task, self._task.recipe
+        # Batches are a function of seed, epoch and position, so a resumed epoch sees exactly the
+        # batches that the interrupted one still had to see.
         epoch, start = divmod(self._step, self._epoch_steps)
+        # Loaded networks are in eval mode with gradients off, and a resumed one is as well.
         task.network.requires_grad_(True).train()
         fetched = batches(task.splits.train, recipe.batch, seed=task.seed, epoch=epoch, start=start)
         for image_BCHH, label_B in fetched:
@@ -130,6 +136,7 @@ class Trainer:
                 self._freeze()
             self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
             due = recipe.save_every and self._step % recipe.save_every == 0
+            # The end of an epoch saves anyway, after its line of history is written.
             if due and self._step % self._epoch_steps:
                 self._save()
         self._close_epoch(epoch)
@@ -137,6 +144,8 @@ class Trainer:
     def _train_step(self, image_BCHH: Tensor, label_B: Tensor) -> None:
         recipe = self._task.recipe
         rate = recipe.rate * learning_rate((self._step + 1) / self._total, recipe.sparse_share)
+        # Set by step and not by a torch scheduler, whose state would have to be part of the
+        # checkpoint.
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
@@ -147,7 +156,7 @@ class Trainer:
         self._step += 1
 
     def _close_epoch(self, epoch: int) -> None:
-        """Write a line of history and a checkpoint."""
+        """Append a line of history and save a checkpoint."""
         task = self._task
         line: Epoch = {
             "epoch": epoch + 1,
@@ -165,9 +174,11 @@ class Trainer:
             task.on_epoch(line)
 
     def _freeze(self) -> Outcome:
-        """Choose the groups that stay, zero the others and hold them at zero from now on."""
+        """Select the groups to keep, zero all others and hold them at zero from now on."""
         partition = self._task.partition
         alive_M = partition.alive()
+        # The selection always fills the budget; groups that are already zero must not be counted as
+        # kept.
         keep_M = self._task.allocation.select(self._solver.score()) & alive_M
         self._outcome = Outcome(keep_M, int(alive_M.sum()), self._solver.fractional)
         partition.scale_(keep_M.double())
@@ -199,19 +210,20 @@ class Trainer:
         return Checkpoint(self._step, tensors, state)
 
     def _resume(self) -> None:
-        """Go on from the last checkpoint, if the folder has one of this very run."""
+        """Continue from the last checkpoint in the folder, if it belongs to this training."""
         saved = self._keeper.last()
         if saved is None:
             return
         if saved.state["identity"] != self._identity():
             raise UserError(
-                f"{self._task.folder} holds a checkpoint of another run: remove it or give "
-                "another folder"
+                f"{self._task.folder} holds a checkpoint of a different run: remove it or set "
+                "checkpoints= to another folder"
             )
         self._task.network.load_state_dict(saved.part("network"))
         checkpoint.load_optimizer(self._optimizer, saved.part("optimizer"))
         if kept := saved.part("outcome"):
             keep_M = kept["keep"].to(self._device)
+            # The frozen solver has to be in place before its state is loaded below.
             self._outcome = Outcome(keep_M, *saved.state["before"])
             self._hold()
         self._solver.load(saved.part("solver"))

@@ -197,7 +197,7 @@ def test_layers_of_different_sizes_are_one_sentence():
     families = transformer.neurons(network)
     dead = [torch.arange(48) >= 20, torch.arange(48) >= 24]
     Partition(network, families).scale_((~torch.cat(dead)).double())
-    with pytest.raises(UserError, match="keep between 20 and 24 neurons: use a budget per layer"):
+    with pytest.raises(UserError, match="keep between 20 and 24 neurons: use scope=layer"):
         smaller_language_model(network, families, dead)
 
 
@@ -206,9 +206,7 @@ def test_a_number_of_heads_that_transformers_refuses_is_one_sentence():
     families = transformer.heads(network)
     dead = [torch.arange(4) == 2, torch.arange(4) == 1]
     Partition(network, families).scale_((~torch.cat(dead)).double())
-    with pytest.raises(
-        UserError, match=r"could not load 3 heads a layer again: .*multiple"
-    ) as said:
+    with pytest.raises(UserError, match=r"could not reload 3 heads per layer: .*multiple") as said:
         smaller_language_model(network, families, dead)
     assert "\n" not in str(said.value)
 
@@ -217,5 +215,5 @@ def test_two_kinds_of_groups_at_once_are_one_sentence():
     network = language_model()
     families = [*transformer.neurons(network), *transformer.heads(network)]
     dead = [torch.zeros(family.groups, dtype=torch.bool) for family in families]
-    with pytest.raises(UserError, match="not heads and neurons"):
+    with pytest.raises(UserError, match="got heads and neurons"):
         smaller_language_model(network, families, dead)

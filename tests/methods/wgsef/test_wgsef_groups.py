@@ -199,5 +199,5 @@ def test_costs_are_those_of_the_network_that_is_left(name):
 def test_a_cost_budget_over_single_weights_is_one_sentence():
     network = convnet()
     image = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(UserError, match=r"a budget in macs needs groups .*not weights"):
+    with pytest.raises(UserError, match=r"scope=macs needs groups .*got weights"):
         Costs(network, convolution.weights(network, image), image, "macs")

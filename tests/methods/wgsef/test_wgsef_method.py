@@ -89,7 +89,7 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
 
 def test_a_language_model_is_one_sentence():
     anatomy = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
-    with pytest.raises(UserError, match="for image classifiers, not LlamaForCausalLM"):
+    with pytest.raises(UserError, match="this model is LlamaForCausalLM"):
         methods.Wgsef().check(anatomy)
 
 
@@ -117,7 +117,7 @@ def test_k_groups_stay_when_k_is_given():
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
-        ({"k": 161}, "k=161 is impossible: the network has 160 filters"),
+        ({"k": 161}, "k=161 is too large: the network has 160 filters"),
         ({"k": 9}, "leaves 9 of 160 groups, fewer than the floors of all layers together"),
         ({"data": "mnist"}, "built for 1 channels, size 8 and 10 classes; mnist has 1, 28 and 10"),
         ({"data": "mnits"}, "did you mean 'mnist'"),

@@ -160,7 +160,7 @@ def test_slimming_without_batchnorm_is_one_sentence():
     image = torch.zeros(1, 1, 8, 8)
     partition = Partition(network, convolution.filters(network, image))
     scene = Scene(network, partition, Allocation(partition, 0.5), 10, 5, image)
-    with pytest.raises(UserError, match=r"slimming ranks BatchNorm scales, and .* has none"):
+    with pytest.raises(UserError, match=r"slimming needs BatchNorm scales, but .* has none"):
         Slimming(scene, 0.1)
 
 
@@ -208,5 +208,5 @@ def test_torch_prunings_solvers_refuse_other_groups():
     image = torch.zeros(1, 1, 8, 8)
     partition = Partition(network, convolution.filter_shapes(network, image))
     scene = Scene(network, partition, Allocation(partition, 0.5), 10, 5, image)
-    with pytest.raises(UserError, match="prune filters, not filter_shapes"):
+    with pytest.raises(UserError, match="need groups=filters, got filter_shapes"):
         GroupNorm(scene)

@@ -114,7 +114,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path):
     trainer(Debiased, tmp_path)[0].run()
-    with pytest.raises(UserError, match="holds a checkpoint of another run"):
+    with pytest.raises(UserError, match="holds a checkpoint of a different run"):
         trainer(Debiased, tmp_path, optimizer="adam")[0].run()
 
 
