@@ -43,6 +43,7 @@ check: $(READY) ## lint, format, types, layers, dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.structure
 	$(BIN)/python -m tests.security.audit
 
 audit: $(READY) ## pinned versions, licences, and known vulnerabilities where the network allows

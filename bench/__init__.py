@@ -1,7 +1,7 @@
 """slimbench: benchmark model-compression methods.
 
 >>> import bench
->>> records = bench.run(["model=micro_moe", "method=camera_p"])
+>>> records = bench.runner.execute(["model=micro_moe", "method=camera_p"])
 >>> frame = bench.records.load()
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The function shadows the module of the same name: `bench.run(...)` calls it, while
-# `from bench.run import ...` still finds the module.
-from bench.run import run
+from bench.runner.execute import run
 
 if TYPE_CHECKING:
     from bench import records

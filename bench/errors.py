@@ -1,12 +1,14 @@
-"""Errors shown to users: one sentence, no traceback, exit code 2."""
+"""Errors said to users, exit codes of commands, optional libraries or the pip command that installs them."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+UNWRITABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Error numbers of a disk that accepts no more data; after freeing space a run can resume."""
 
 
@@ -25,7 +27,7 @@ class MissingData(UserError):
         self.items = tuple(items)
 
 
-def sentence(error: BaseException) -> str:
+def error_sentence(error: BaseException) -> str:
     """Return an error's type, the first line of its message, and its notes."""
     said = (str(error) or "no message").splitlines()[0]
     return ", ".join([f"{type(error).__name__}: {said}", *getattr(error, "__notes__", ())])
@@ -37,7 +39,7 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def unknown(kind: str, word: str, options: Iterable[str]) -> UserError:
+def unknown_name(kind: str, word: str, options: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist, with a suggestion and all allowed names."""
     allowed = sorted(options)
     close = nearest(word, allowed)
@@ -58,3 +60,21 @@ class RunsFailed(Exception):
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = reasons
+
+
+def optional_module(module: str, extra: str) -> ModuleType:
+    """Import an optional module.
+
+    Raises:
+        UserError: it is not installed; the message gives the pip command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install 'slimbench[{extra}]'"
+        ) from None
+
+
+# 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 75

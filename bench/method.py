@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.progress import SILENT, Progress
+from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from bench.data.calibration import Calibration
-    from bench.data.prompts import Samples
-    from bench.models.anatomy import Anatomy
+    from bench.data.prompts import ProcessedPrompts
     from bench.models.model import Model
+    from bench.models.structure.model_structure import ModelStructure
 
-__all__ = ["Context", "Method", "MethodReport", "Saving"]
-
-Saving = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
+Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class MethodReport:
     memory. `details` holds only JSON values.
     """
 
-    saving: Saving
+    saving: Effect
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +52,7 @@ class Context:
 
     seed: int
     calibration: Calibration | None = None
-    prompts: Samples | None = None
+    prompts: ProcessedPrompts | None = None
     progress: Progress = SILENT
     folder: Path | None = None
 
@@ -73,7 +71,7 @@ class Method(BaseModel, ABC):
         return False
 
     @abstractmethod
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Raise `UserError` if this method does not fit the model; no weight is loaded yet."""
 
     @abstractmethod

@@ -1,36 +1,37 @@
 """Names under which Hydra finds slimbench's sweepers and launchers.
 
 Hydra discovers plug-ins in this namespace package only, and whenever it starts it loads every
-module of it as a separate copy. The implementations are therefore in `bench.launchers`, and
+module of it as a separate copy. The implementations are therefore in `bench.sweeps.launchers`, and
 optional libraries are imported when they are used.
 """
 
-from bench.launchers import calls, grid, processes, queue, ray_cluster, search
+from bench.sweeps import grid_sweeper, optuna_sweeper
+from bench.sweeps.launchers import joblib_pool, local, ray_cluster, slurm_array
 
 
-class PlannedSweeper(grid.Planned):
+class GridSweeper(grid_sweeper.GridSweeper):
     """Grid whose plan is written before its first job is launched."""
 
 
-class ListedSweeper(grid.Listed):
+class ListSweeper(grid_sweeper.ListSweeper):
     """Runs listed one by one, as `bench table` does for the cells of a table."""
 
 
-class SearchSweeper(search.Search):
+class OptunaSweeper(optuna_sweeper.OptunaSweeper):
     """Optuna search whose trials are launched as jobs."""
 
 
-class HereLauncher(calls.Here):
+class LocalLauncher(local.LocalLauncher):
     """Jobs in this process."""
 
 
-class JoblibLauncher(processes.Processes):
+class JoblibLauncher(joblib_pool.JoblibLauncher):
     """Jobs in worker processes of this machine."""
 
 
-class SubmititLauncher(queue.Queue):
+class SubmititLauncher(slurm_array.SubmititLauncher):
     """Jobs on Slurm, or in processes of this machine through submitit."""
 
 
-class RayLauncher(ray_cluster.Ray):
+class RayLauncher(ray_cluster.RayLauncher):
     """Jobs on a Ray cluster, started on this machine or an existing one."""

@@ -24,14 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.progress import SILENT, Progress
+from bench.ui import SILENT, Progress
 
-FORMAT = 1
-SECONDS = 60.0
+CHECKPOINT_FORMAT = 1
+MIN_INTERVAL_SECONDS = 60.0
 """Minimum time between checkpoints: the work that a kill may cost, unless writing is slow."""
-SHARE = 0.05
+MAX_WRITE_SHARE = 0.05
 """Maximum fraction of the time spent writing checkpoints."""
-
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 
@@ -51,7 +50,7 @@ class Checkpoint:
         return {key.removeprefix(start): tensor for key, tensor in found.items()}
 
 
-class Keeper:
+class CheckpointManager:
     """Reads and writes the checkpoints of one training.
 
     Without a folder nothing is read or written.
@@ -60,11 +59,11 @@ class Keeper:
     def __init__(self, folder: Path | None, progress: Progress = SILENT) -> None:
         self._folder = folder
         self._progress = progress
-        self._due = time.monotonic() + SECONDS
+        self._due = time.monotonic() + MIN_INTERVAL_SECONDS
 
     def last(self) -> Checkpoint | None:
         """Return the latest readable checkpoint, or None."""
-        found = read(self._folder, self._progress.warn) if self._folder else None
+        found = read_checkpoint(self._folder, self._progress.warn) if self._folder else None
         if found is not None:
             self._progress.say(f"resuming training from step {found.step}")
         return found
@@ -75,28 +74,28 @@ class Keeper:
             return
         began = time.monotonic()
         try:
-            write(self._folder, make())
+            write_checkpoint(self._folder, make())
         except (OSError, SafetensorError) as error:
             self._progress.warn(f"could not write a checkpoint to {self._folder}: {error}")
         took = time.monotonic() - began
         # Waiting took / SHARE after a write that took `took` seconds bounds the share of time spent
         # writing, however slow the disk or large the model.
-        self._due = time.monotonic() + max(SECONDS, took / SHARE)
+        self._due = time.monotonic() + max(MIN_INTERVAL_SECONDS, took / MAX_WRITE_SHARE)
 
-    def keep_if_due(self, make: Callable[[], Checkpoint]) -> None:
+    def save_if_due(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint if the last one is old enough."""
         if time.monotonic() >= self._due:
             self.keep(make)
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> None:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into a subfolder of `folder`, then delete the older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:09d}"
     temporary = folder / f"{final.name}.tmp{os.getpid()}"
     temporary.mkdir()
     try:
-        _fill(temporary, checkpoint)
+        _write_files(temporary, checkpoint)
     # BaseException: Ctrl-C and SystemExit must not leave a partial folder behind either.
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -113,7 +112,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.rmtree(older)
 
 
-def read(folder: Path, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
+def read_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
     """Return the latest readable checkpoint of a folder, or None.
 
     Unreadable ones are renamed to `aside<n>-<name>` and reported through `warn`.
@@ -122,7 +121,7 @@ def read(folder: Path, warn: Callable[[str], None] | None = None) -> Checkpoint 
     complete = sorted(path for path in folder.glob("step-*") if ".tmp" not in path.name)
     for path in reversed(complete):
         try:
-            return _read(path)
+            return _read_folder(path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             # Moved aside, not deleted: hours of training may be recoverable by hand. The counter
             # avoids overwriting an earlier one.
@@ -134,14 +133,14 @@ def read(folder: Path, warn: Callable[[str], None] | None = None) -> Checkpoint 
     return None
 
 
-def _fill(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     save_file(tensors, folder / _TENSORS)
     # The state is embedded as a string, not as an object, so that the checksum covers exact bytes
     # and does not depend on how JSON is serialized again on reading.
     text = json.dumps({"step": checkpoint.step, **checkpoint.state})
-    sums = {"tensors": _digest(folder / _TENSORS), "text": _of(text)}
-    about = json.dumps({"format": FORMAT, "sums": sums, "text": text})
+    sums = {"tensors": _file_digest(folder / _TENSORS), "text": _text_digest(text)}
+    about = json.dumps({"format": CHECKPOINT_FORMAT, "sums": sums, "text": text})
     (folder / _STATE).write_text(about, encoding="utf-8")
     # Flush before the rename: otherwise a power failure can leave a folder with its final name and
     # empty files.
@@ -150,29 +149,29 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
             os.fsync(file.fileno())
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read_folder(folder: Path) -> Checkpoint:
     """Read and verify one checkpoint.
 
     Raises:
         ValueError: the format is unknown or a checksum does not match.
     """
     about = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != CHECKPOINT_FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
-        raise ValueError(f"its format is {found}, expected {FORMAT}")
-    sums = {"tensors": _digest(folder / _TENSORS), "text": _of(about["text"])}
+        raise ValueError(f"its format is {found}, expected {CHECKPOINT_FORMAT}")
+    sums = {"tensors": _file_digest(folder / _TENSORS), "text": _text_digest(about["text"])}
     if about["sums"] != sums:
         raise ValueError("corrupt: its checksum does not match")
     state = json.loads(about["text"])
     return Checkpoint(state.pop("step"), load_file(folder / _TENSORS), state)
 
 
-def _digest(file: Path) -> str:
+def _file_digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _of(text: str) -> str:
+def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -204,6 +203,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def named(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def prefixed_tensors(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Merge several groups of tensors into one dict with keys `group/name`."""
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 # Tiny networks gain nothing from a second thread, and wait for it when the machine is busy.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -17,7 +18,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("searching", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 

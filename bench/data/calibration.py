@@ -1,6 +1,13 @@
-"""Calibration text: resolved and hashed first, cut into rows of tokens once a tokenizer is loaded.
+"""Calibration text: found, hashed, cut into rows of tokens as GPTQ and CAMERA do.
+
+Calibration text: resolved and hashed first, cut into rows of tokens once a tokenizer is loaded.
 
 Shapes: B rows, L tokens per row.
+
+Random rows of tokens cut from text, as the GPTQ and CAMERA code does it.
+
+A whole text is joined by blank lines and tokenised once, and every row starts at a random token.
+From separate documents, every row is a random window of a random document longer than the row.
 """
 
 from __future__ import annotations
@@ -10,45 +17,20 @@ import gzip
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-
-from bench.data.sampling import Part
 from bench.errors import MissingData, UserError
+from bench.schema import CalibrationConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
-
-
-class CalibrationConfig(BaseModel):
-    """Source of the calibration text, number and length of its rows, and sampling seed.
-
-    `embedded` takes half of its rows from the closed world's corpus and half from English prose,
-    both of which are available offline. `text` reads one UTF-8 file at `path`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    source: Literal["embedded", "english", "world", "wikitext2", "c4", "text"]
-    path: str | None = Field(default=None, validate_default=True)
-    rows: int = Field(default=128, ge=1)
-    length: int = Field(default=2048, ge=2)
-    seed: int = Field(default=1234, ge=0)
-
-    @field_validator("path")
-    @classmethod
-    def _path_for_text_only(cls, path: str | None, others: ValidationInfo) -> str | None:
-        if (others.data.get("source") == "text") != (path is not None):
-            raise ValueError("calibration.path is required by source=text and by no other source")
-        return path
 
 
 @dataclass(frozen=True)
@@ -60,11 +42,73 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class TextShare:
+    """Documents of one origin, and the number of rows to cut from them.
+
+    `joined` documents form one long text; otherwise no row spans two documents.
+    """
+
+    origin: str
+    documents: Sequence[str]
+    rows: int
+    joined: bool = True
+
+    def cut(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+        """Return the rows, each of `length` token ids.
+
+        Raises:
+            UserError: there are too few tokens; the message holds the counts.
+        """
+        if self.joined:
+            return self._from_joined(length, tokenizer, rng)
+        return self._from_documents(length, tokenizer, rng)
+
+    def _from_joined(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+        ids = _cached_token_ids("\n\n".join(self.documents), tokenizer)
+        # Rows may overlap, but with fewer tokens than they hold most of them would. `randint` below
+        # needs one token more than a row.
+        needed = max(self.rows * length, length + 1)
+        if len(ids) < needed:
+            raise UserError(
+                f"calibration text {self.origin} has {len(ids)} tokens, but {self.rows} rows of "
+                f"{length} need {needed}: lower calibration.rows or calibration.length"
+            )
+        # GPTQ's bounds: `randint` includes both ends, and the last possible window is never drawn.
+        starts = [rng.randint(0, len(ids) - length - 1) for _ in range(self.rows)]
+        return [ids[start : start + length].tolist() for start in starts]
+
+    def _from_documents(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+        # The order of draws and their bounds are those of GPTQ's get_c4: draw a document until one
+        # is long enough, then a start. Any other order (filtering short documents first, drawing
+        # all starts at the end) would give different rows for a seed.
+        rows: list[list[int]] = []
+        too_short: set[int] = set()
+        while len(rows) < self.rows:
+            if len(too_short) == len(self.documents):
+                raise UserError(
+                    f"calibration text {self.origin}: none of its {len(self.documents)} documents "
+                    f"is longer than {length} tokens: lower calibration.length"
+                )
+            chosen = rng.randint(0, len(self.documents) - 1)
+            # Drawn all the same, as GPTQ does; only tokenising it a second time is saved.
+            if chosen in too_short:
+                continue
+            ids = _token_ids(self.documents[chosen], tokenizer)
+            # Equal length is too short as well: `randint(0, -1)` would raise.
+            if len(ids) <= length:
+                too_short.add(chosen)
+                continue
+            start = rng.randint(0, len(ids) - length - 1)
+            rows.append(ids[start : start + length])
+        return rows
+
+
+@dataclass(frozen=True)
 class CalibrationSource:
     """Calibration text before tokenisation; `fingerprint` covers the text and the settings."""
 
     config: CalibrationConfig
-    parts: tuple[Part, ...]
+    parts: tuple[TextShare, ...]
     fingerprint: str
 
     def tokenize(self, tokenizer: Any) -> Calibration:
@@ -88,7 +132,7 @@ class CalibrationSource:
         return Calibration(tokens_BL, digest.hexdigest())
 
 
-def resolve(config: CalibrationConfig, *, offline: bool) -> CalibrationSource:
+def resolve_calibration(config: CalibrationConfig, *, offline: bool) -> CalibrationSource:
     """Find the text and hash it together with the settings, without tokenising it.
 
     Raises:
@@ -96,7 +140,7 @@ def resolve(config: CalibrationConfig, *, offline: bool) -> CalibrationSource:
             cannot be opened.
         UserError: the file of source=text is not UTF-8.
     """
-    parts = _parts(config, offline=offline)
+    parts = _text_shares(config, offline=offline)
     # `name` and `path` only say where the text comes from: two configs with equal text and equal
     # settings are one calibration, wherever the file lies.
     settings = config.model_dump(mode="json", exclude={"name", "path"})
@@ -108,47 +152,47 @@ def resolve(config: CalibrationConfig, *, offline: bool) -> CalibrationSource:
     return CalibrationSource(config, parts, digest.hexdigest())
 
 
-def prefetch(config: CalibrationConfig) -> str:
+def prefetch_calibration(config: CalibrationConfig) -> str:
     """Download the text unless it is cached; return a one-line summary."""
-    source = resolve(config, offline=False)
+    source = resolve_calibration(config, offline=False)
     return f"calibration {config.name}: {config.source}, {source.fingerprint[:12]}"
 
 
-def _parts(config: CalibrationConfig, *, offline: bool) -> tuple[Part, ...]:
+def _text_shares(config: CalibrationConfig, *, offline: bool) -> tuple[TextShare, ...]:
     if config.source == "embedded":
         # An odd row goes to the world: with rows=1 there is no English share.
         half = config.rows // 2
-        return _world(config.rows - half), *((_english(half),) if half else ())
+        return _world_share(config.rows - half), *((_english_share(half),) if half else ())
     if config.source == "world":
-        return (_world(config.rows),)
+        return (_world_share(config.rows),)
     if config.source == "english":
-        return (_english(config.rows),)
+        return (_english_share(config.rows),)
     if config.source == "text":
-        return (Part(str(config.path), [_read(str(config.path))], config.rows),)
-    documents = _from_hub(config, offline=offline)
+        return (TextShare(str(config.path), [_read_text(str(config.path))], config.rows),)
+    documents = _documents_from_hub(config, offline=offline)
     # As in GPTQ's datautils.py: WikiText-2 is one long text, C4 one window per document.
-    return (Part(config.source, documents, config.rows, joined=config.source != "c4"),)
+    return (TextShare(config.source, documents, config.rows, joined=config.source != "c4"),)
 
 
-def _world(rows: int) -> Part:
-    return Part("world", _world_corpus(), rows)
+def _world_share(rows: int) -> TextShare:
+    return TextShare("world", _world_corpus(), rows)
 
 
 @functools.cache
 def _world_corpus() -> list[str]:
     # Generated once per process, because every run of a sweep reads the whole corpus.
-    from bench.data import world
+    from bench.data.synthetic.world import question_sets
 
-    return world.corpus()
+    return question_sets.corpus()
 
 
-def _english(rows: int) -> Part:
+def _english_share(rows: int) -> TextShare:
     from bench.data import english
 
-    return Part("english", [english.train_text()], rows)
+    return TextShare("english", [english.train_text()], rows)
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
@@ -157,7 +201,7 @@ def _read(path: str) -> str:
         raise UserError(f"calibration.path={path} is not a UTF-8 text file") from None
 
 
-def _from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence[str]:
+def _documents_from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence[str]:
     """Return the training documents of WikiText-2 (raw) or of C4's first shard."""
     from bench.data import hub
 
@@ -166,9 +210,9 @@ def _from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence[str]:
         hub.go_offline()
     try:
         if config.source == "c4":
-            return _json_lines(hub.download("allenai/c4", C4_SHARD))
-        documents: Sequence[str] = hub.load(*WIKITEXT2)["train"]["text"]
-    except hub.Unreachable:
+            return _json_lines(hub.download_file("allenai/c4", C4_SHARD))
+        documents: Sequence[str] = hub.load_dataset(*WIKITEXT2)["train"]["text"]
+    except hub.DatasetUnreachable:
         raise MissingData(
             f"calibration text {config.source} is neither in the local cache nor downloadable now: "
             f"run `bench prefetch calibration={config.name}` with a network connection, or use "
@@ -180,3 +224,17 @@ def _from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence[str]:
 def _json_lines(file: Path) -> list[str]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_token_ids(text: str, tokenizer: Any) -> array[int]:
+    # Cached because every run of a sweep cuts the same text, and tokenising it is slow. Two
+    # entries serve the two halves of `embedded`; an array takes 8 bytes per token, a list of
+    # Python integers more than four times that.
+    return array("q", _token_ids(text, tokenizer))
+
+
+def _token_ids(text: str, tokenizer: Any) -> list[int]:
+    # `verbose=False` silences the warning that the text exceeds the model's context.
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids

@@ -13,21 +13,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from bench.data.chat import Conversation
 from bench.errors import MissingData, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE = "<image>"
-
-
-class Conversation(NamedTuple):
-    """An image with (question, answer) turns about it."""
-
-    image: Image
-    turns: list[tuple[str, str]]
+IMAGE_PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
@@ -49,19 +43,21 @@ class Conversations:
         if self._folder is None:  # drawn scenes hold the image itself
             image, turns = row
             return Conversation(image.convert("RGB"), turns)
-        return Conversation(_open(self._folder / row["image"]), _turns(row))
+        return Conversation(_open_image(self._folder / row["image"]), _turns(row))
 
 
-def embedded(count: int, seed: int) -> Conversations:
+def embedded_conversations(count: int, seed: int) -> Conversations:
     """Return conversations about scenes that appear in no task."""
-    from bench.data.scenes import Lesson, conversations
+    from bench.data.synthetic.scenes import ConversationSpec, draw_conversations
 
     # The conversations are a pure function of split, count and seed: no need to hash the pixels.
     digest = hashlib.sha256(f"scenes train {count} {seed}".encode()).hexdigest()
-    return Conversations(digest, conversations("train", count, seed, Lesson(describe=False)))
+    return Conversations(
+        digest, draw_conversations("train", count, seed, ConversationSpec(describe=False))
+    )
 
 
-def from_file(path: str, folder: str) -> Conversations:
+def conversations_from_file(path: str, folder: str) -> Conversations:
     """Return the conversations with images of a JSON file in LLaVA's layout.
 
     Raises:
@@ -92,7 +88,7 @@ def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = list(zip(said[0::2], said[1::2], strict=True))
     if not pairs or any((a["from"], b["from"]) != ("human", "gpt") for a, b in pairs):
         raise ValueError("turns must alternate between human and gpt")
-    return [(a["value"].replace(IMAGE, "").strip(), b["value"]) for a, b in pairs]
+    return [(a["value"].replace(IMAGE_PLACEHOLDER, "").strip(), b["value"]) for a, b in pairs]
 
 
 def _refuse_outside(folder: Path, name: str) -> None:
@@ -101,7 +97,7 @@ def _refuse_outside(folder: Path, name: str) -> None:
         raise ValueError(f"image {name!r} lies outside the folder of images")
 
 
-def _open(file: Path) -> Image:
+def _open_image(file: Path) -> Image:
     import PIL.Image
 
     try:

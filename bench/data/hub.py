@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-_CONSTANTS = {
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_OFFLINE_CONSTANTS = {
     "huggingface_hub.constants": ("HF_HUB_OFFLINE",),
     "datasets.config": ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
 }
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class Unreachable(Exception):
+class DatasetUnreachable(Exception):
     """A data set is neither in the local caches nor downloadable; the message names it."""
 
 
@@ -27,8 +27,8 @@ def go_offline() -> None:
     """Keep this process and its children off the hub, so that only cached files are loaded."""
     # Children inherit the environment. The libraries read it only once, when they are imported, so
     # the constants of those that are imported already have to be set as well.
-    os.environ.update(dict.fromkeys(_SWITCHES, "1"))
-    for module, names in _CONSTANTS.items():
+    os.environ.update(dict.fromkeys(_OFFLINE_VARIABLES, "1"))
+    for module, names in _OFFLINE_CONSTANTS.items():
         if module in sys.modules:
             for name in names:
                 setattr(sys.modules[module], name, True)
@@ -56,7 +56,7 @@ def is_reachable(timeout: float = 3.0) -> bool:
     return bool(answer.status_code < 400)
 
 
-def load(repository: str, config: str | None, **options: Any) -> DatasetDict:
+def load_dataset(repository: str, config: str | None, **options: Any) -> DatasetDict:
     """Load all splits of a data set, from the cache if the hub is switched off.
 
     Raises:
@@ -67,10 +67,10 @@ def load(repository: str, config: str | None, **options: Any) -> DatasetDict:
     try:
         return datasets.load_dataset(repository, config, **options)
     except Exception as error:  # missing, gated, uncached and unplugged share no base class
-        raise unreachable(spell(repository, config), error) from error
+        raise unreachable_error(dataset_name(repository, config), error) from error
 
 
-def download(repository: str, file: str) -> Path:
+def download_file(repository: str, file: str) -> Path:
     """Return the local path of one file of a data set's repository, downloading it if needed.
 
     Use it for a part of a large data set: `load` with `data_files` does not find its own cache
@@ -84,10 +84,10 @@ def download(repository: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
     except Exception as error:  # as in `load`
-        raise unreachable(spell(repository, file), error) from error
+        raise unreachable_error(dataset_name(repository, file), error) from error
 
 
-def spell(repository: str, part: str | None) -> str:
+def dataset_name(repository: str, part: str | None) -> str:
     """Join a repository and its configuration or file into one name."""
     return f"{repository}/{part}" if part else repository
 
@@ -97,21 +97,21 @@ def commit_of(splits: dict[str, Any]) -> str | None:
     # `datasets` keeps no commit on a loaded split, but puts it into the path of the cache file.
     for split in splits.values():
         for file in getattr(split, "cache_files", ()):  # a streamed split has none
-            commit = commit_in(file["filename"])
+            commit = commit_in_path(file["filename"])
             if commit:
                 return commit
     return None
 
 
-def commit_in(path: str | Path) -> str | None:
+def commit_in_path(path: str | Path) -> str | None:
     """Return the commit hash in a path of the hub's caches, or None."""
     found = _COMMIT.search(str(path))
     return found.group() if found else None
 
 
-def unreachable(name: str, error: Exception) -> Unreachable:
+def unreachable_error(name: str, error: Exception) -> DatasetUnreachable:
     """Build the error; it gives a reason unless the hub is switched off, which is reason enough."""
     if is_offline():
-        return Unreachable(name)
+        return DatasetUnreachable(name)
     reason = str(error).partition("\n")[0]
-    return Unreachable(f"{name}: {type(error).__name__}: {reason}")
+    return DatasetUnreachable(f"{name}: {type(error).__name__}: {reason}")

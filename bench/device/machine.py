@@ -10,18 +10,21 @@ from typing import Self, TypeVar
 import psutil
 import torch
 
-from bench.device.nvml import Board
-from bench.device.unavailable import Unavailable
+from bench.device.energy_counters import NvmlDevice, Unavailable
 
-Answer = TypeVar("Answer")
-
-TOLERATED = 0.1
+Value = TypeVar("Value")
+TOLERATED_LOAD = 0.1
 """Fraction of the needed cores that other processes may occupy on a quiet machine."""
-NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as user time already
+NOT_BUSY_FIELDS = (
+    "idle",
+    "iowait",
+    "guest",
+    "guest_nice",
+)  # guests are counted as user time already
 
 
 @dataclass(frozen=True)
-class Reading:
+class MachineReading:
     """State of the machine during a measurement.
 
     `cores` is the number of cores that this process may use, `others` how many of them other
@@ -42,7 +45,7 @@ class Reading:
         """Why the measurement is not reliable; None on a quiet machine."""
         if self.slowed:
             return f"the GPU was {self.slowed}"
-        if self.cores - self.others < (1 - TOLERATED) * self.needed:
+        if self.cores - self.others < (1 - TOLERATED_LOAD) * self.needed:
             return (
                 f"the machine was loaded: others kept {self.others:.1f} of {self.cores} cores busy"
             )
@@ -60,17 +63,17 @@ class Reading:
         return {name: value for name, value in known.items() if value is not None}
 
 
-class Watch:
+class MachineMonitor:
     """Monitors the machine during a `with` block; afterwards `reading` holds the result."""
 
-    reading: Reading
+    reading: MachineReading
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._board = _board(device)
+        self._board = _nvml_device(device)
 
     def __enter__(self) -> Self:
-        self._busy, self._own, self._whole = _times()
+        self._busy, self._own, self._whole = _cpu_seconds()
         return self
 
     def __exit__(
@@ -82,21 +85,21 @@ class Watch:
         # Not the load average, which looks back a minute and counts the measurement itself. CPU
         # time of our cores less our own is what other processes used. Elapsed time comes from the
         # same counters, which advance in ticks, so that the quotient fits for short blocks too.
-        busy, own, whole = _times()
+        busy, own, whole = _cpu_seconds()
         passed = max(whole - self._whole, 1e-9) / len(_cores())
         others = (busy - self._busy - (own - self._own)) / passed
         threads = torch.get_num_threads()
         # A GPU is fed by one thread; on a CPU every thread wants a core.
         needed = 1 if self._device.type == "cuda" else min(threads, len(_cores()))
-        self.reading = Reading(
+        self.reading = MachineReading(
             threads=threads,
             cores=len(_cores()),
             needed=needed,
             # Rounding of the ticks can leave the range.
             others=min(max(others, 0.0), float(len(_cores()))),
             cpu_mhz=_cpu_megahertz(),
-            gpu_mhz=_asked(self._board, Board.megahertz),
-            slowed=_asked(self._board, Board.slowed),
+            gpu_mhz=_query(self._board, NvmlDevice.clock_mhz),
+            slowed=_query(self._board, NvmlDevice.slowed),
         )
 
 
@@ -107,14 +110,14 @@ def _cores() -> list[int]:
     return list(range(psutil.cpu_count() or 1))  # macOS has no affinity
 
 
-def _times() -> tuple[float, float, float]:
+def _cpu_seconds() -> tuple[float, float, float]:
     """Return CPU seconds: our cores busy, used by this process, our cores in total."""
     # Only the cores of this process: load on the remaining cores of a server does not slow it down.
     per_core = psutil.cpu_times(percpu=True)
     times = [per_core[core]._asdict() for core in _cores() if core < len(per_core)]
     # Linux counts guest time within user time as well: adding it would count it twice.
     whole = sum(sum(v for k, v in each.items() if not k.startswith("guest")) for each in times)
-    busy = sum(sum(v for k, v in each.items() if k not in NOT_BUSY) for each in times)
+    busy = sum(sum(v for k, v in each.items() if k not in NOT_BUSY_FIELDS) for each in times)
     own = psutil.Process().cpu_times()
     return busy, own.user + own.system, whole
 
@@ -124,14 +127,14 @@ def _cpu_megahertz() -> float | None:
     return None if frequency is None else float(frequency.current)
 
 
-def _board(device: torch.device) -> Board | None:
+def _nvml_device(device: torch.device) -> NvmlDevice | None:
     try:
-        return Board(device) if device.type == "cuda" else None
+        return NvmlDevice(device) if device.type == "cuda" else None
     except Unavailable:
         return None
 
 
-def _asked(board: Board | None, question: Callable[[Board], Answer]) -> Answer | None:
+def _query(board: NvmlDevice | None, question: Callable[[NvmlDevice], Value]) -> Value | None:
     # These readings are optional in a record: a GPU that lacks one must not fail the run.
     try:
         return None if board is None else question(board)

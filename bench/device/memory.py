@@ -21,11 +21,11 @@ import psutil
 import torch
 
 SAMPLE_SECONDS = 0.002
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-CLEAR_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
+PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
 
 
-class Gauge(Protocol):
+class MemoryGauge(Protocol):
     """Source of memory readings; `how` names it in the note of a cost."""
 
     how: str
@@ -43,19 +43,19 @@ class Gauge(Protocol):
         """Stop watching."""
 
 
-class Peak:
+class PeakMemory:
     """Measures memory during a `with` block; `above` is the peak in bytes above the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._gauge: Gauge | None = None
+        self._gauge: MemoryGauge | None = None
         self._before = 0
         self.above = 0
         self.how = ""
 
     def __enter__(self) -> Self:
-        _give_back(self._device)
-        self._gauge = _gauge(self._device)
+        _trim_heap(self._device)
+        self._gauge = _memory_gauge(self._device)
         self.how = self._gauge.how
         self._before = self._gauge.now()
         self._gauge.reset()
@@ -64,7 +64,7 @@ class Peak:
     def restart(self) -> None:
         """Forget the peak so far, but keep the reading at the start of the block."""
         assert self._gauge is not None
-        _give_back(self._device)
+        _trim_heap(self._device)
         self._gauge.reset()
 
     def __exit__(
@@ -79,13 +79,13 @@ class Peak:
         self._gauge.close()
 
 
-def is_exhausted(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error means that GPU or CPU memory ran out."""
     # torch has an error class for GPUs only; the CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _give_back(device: torch.device) -> None:
+def _trim_heap(device: torch.device) -> None:
     # glibc keeps freed memory resident, and a peak that fits into it would not show in the resident
     # set: trim the heap, so that using it again is seen. On a GPU there is no need, because the
     # allocator counts what tensors use and not what it caches.
@@ -96,13 +96,13 @@ def _give_back(device: torch.device) -> None:
             trim(0)
 
 
-def _gauge(device: torch.device) -> Gauge:
+def _memory_gauge(device: torch.device) -> MemoryGauge:
     if device.type == "cuda":
-        return _Allocator(device)
-    return _HighWater() if _HighWater.works() else _Sampled()
+        return _AllocatorGauge(device)
+    return _ResidentPeakGauge() if _ResidentPeakGauge.works() else _SampledGauge()
 
 
-class _Allocator:
+class _AllocatorGauge:
     """PyTorch's caching allocator: memory of tensors, without cached blocks."""
 
     how = "torch's allocator"
@@ -123,7 +123,7 @@ class _Allocator:
         pass
 
 
-class _HighWater:
+class _ResidentPeakGauge:
     """The kernel's record of the peak resident set (VmHWM)."""
 
     how = "the kernel's peak resident set"
@@ -134,26 +134,28 @@ class _HighWater:
         # By trying: kernels before 4.0 or built without CONFIG_PROC_PAGE_MONITOR cannot reset it,
         # and a container may mount /proc read-only.
         try:
-            CLEAR.write_text(CLEAR_PEAK)
+            PROC_CLEAR_REFS.write_text(RESET_PEAK)
         except OSError:
             return False
-        return "VmHWM" in STATUS.read_text()
+        return "VmHWM" in PROC_STATUS.read_text()
 
     def now(self) -> int:
         return int(psutil.Process().memory_info().rss)
 
     def reset(self) -> None:
-        CLEAR.write_text(CLEAR_PEAK)
+        PROC_CLEAR_REFS.write_text(RESET_PEAK)
 
     def peak(self) -> int:
-        (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        (line,) = [
+            line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM")
+        ]
         return int(line.split()[1]) * 1024
 
     def close(self) -> None:
         pass
 
 
-class _Sampled:
+class _SampledGauge:
     """The resident set, sampled by a thread."""
 
     how = f"the resident set, sampled every {SAMPLE_SECONDS * 1e3:g} ms"

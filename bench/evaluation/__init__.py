@@ -3,19 +3,24 @@
 Importing this package is cheap; torch and the harnesses are imported on the first call.
 """
 
-from bench.evaluation.config import BenchmarkConfig, PerplexityConfig
-from bench.evaluation.planning import Plan, plan, plan_once, prefetch
-from bench.evaluation.result import Evaluation, Metric
-from bench.evaluation.running import evaluate
+from bench.evaluation.benchmark import (
+    PlannedBenchmark,
+    evaluate,
+    plan,
+    plan_once,
+    prefetch_benchmark,
+)
+from bench.evaluation.metrics import Evaluation, TaskMetric
+from bench.schema import BenchmarkConfig, PerplexityConfig
 
 __all__ = [
     "BenchmarkConfig",
     "Evaluation",
-    "Metric",
     "PerplexityConfig",
-    "Plan",
+    "PlannedBenchmark",
+    "TaskMetric",
     "evaluate",
     "plan",
     "plan_once",
-    "prefetch",
+    "prefetch_benchmark",
 ]

@@ -1,44 +1,60 @@
-"""Counted costs of a model, as entries of a record."""
+"""All costs of a run: counted before and after, measured beside the dense model.
+
+Measured costs of a model next to its dense baseline, as entries of a record.
+
+A number that cannot be obtained becomes a missing measurement with its reason. A model whose
+weights were only zeroed or masked gets its times like any other, but no speed-up.
+"""
 
 from __future__ import annotations
 
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from bench.measurement import prefill
-from bench.measurement.config import CostsConfig
-from bench.measurement.cost import Cost
-from bench.measurement.rows import Found
-from bench.measurement.size import size
-from bench.measurement.work import flops, flops_of_prompt
+import torch
+
+from bench.device.devices import release_memory
+from bench.device.memory import is_out_of_memory
+from bench.measurement import energy, image_prompt, memory, speedup
+from bench.measurement.flops.cost_rows import flops_costs, prompt_flops_costs
+from bench.measurement.model_size import count_size
+from bench.measurement.quantities import (
+    Cost,
+    CostReport,
+    MeasuredPair,
+    Measurements,
+    MissingMeasurement,
+)
+from bench.measurement.roofline import DeviceLimits, device_limits
+from bench.measurement.workload import Workload, workloads
+from bench.schema import CostsConfig
+from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
     from bench.models.model import Model
 
-__all__ = ["Cost", "count", "phases"]
 
-
-def count(model: Model, config: CostsConfig) -> Found:
+def count_costs(model: Model, config: CostsConfig) -> CostReport:
     """Count a model's size and the FLOPs of one forward at the config's shapes.
 
     For a vision-language model the prefill of one image prompt is timed as well, and the size of
     its KV cache is recorded.
     """
-    found = Found()
-    found.add(_sizes(model))
+    found = CostReport()
+    found.add(_size_costs(model))
     if model.config.kind != "image_text":
-        found.add(flops(model, config))
+        found.add(flops_costs(model, config))
         return found
     # A vision-language model runs for real: methods that skip visual tokens decide by values, which
     # do not exist on the meta device.
-    inputs = prefill.prompt(model, config.words)
-    found.add(flops_of_prompt(model, config, inputs))
-    found.add(_prefill(model, inputs))
+    inputs = image_prompt.build_image_prompt(model, config.words)
+    found.add(prompt_flops_costs(model, config, inputs))
+    found.add(_prefill_costs(model, inputs))
     return found
 
 
-def _sizes(model: Model) -> list[Cost]:
-    counted = size(model.network, model.anatomy)
+def _size_costs(model: Model) -> list[Cost]:
+    counted = count_size(model.network, model.structure)
     other = counted.parameters - counted.routed - counted.shared
     parts = {"routed": counted.routed, "shared": counted.shared, "other": other}
     return [
@@ -50,22 +66,91 @@ def _sizes(model: Model) -> list[Cost]:
     ]
 
 
-def _prefill(model: Model, inputs: dict[str, Any]) -> list[Cost]:
-    scope, found = prefill.lengths(model, inputs).scope, prefill.measure(model, inputs)
+def _prefill_costs(model: Model, inputs: dict[str, Any]) -> list[Cost]:
+    scope, found = (
+        image_prompt.prompt_tokens(model, inputs).scope,
+        image_prompt.time_prefill(model, inputs),
+    )
     costs = [
         Cost(scope, "cache_bytes", "B", found.cache_bytes, "counted"),
-        Cost(scope, "seconds", "s", found.median, "measured", _spread(found.seconds)),
+        Cost(scope, "seconds", "s", found.median, "measured", _min_and_max(found.seconds)),
     ]
     if found.overhead:
-        middle, spread = statistics.median(found.overhead), _spread(found.overhead)
+        middle, spread = statistics.median(found.overhead), _min_and_max(found.overhead)
         costs.append(Cost(scope, "method_seconds", "s", middle, "measured", spread))
     return costs
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
+def _min_and_max(seconds: list[float]) -> dict[str, float]:
     return {"least": min(seconds), "most": max(seconds)}
 
 
-def phases(seconds: dict[str, float]) -> list[Cost]:
+def phase_costs(seconds: dict[str, float]) -> list[Cost]:
     """Return the wall time of each phase of a run as a cost."""
     return [Cost(f"phase {name}", "wall", "s", s, "measured") for name, s in seconds.items()]
+
+
+def measure_costs(
+    subject: MeasuredPair, config: CostsConfig, progress: Progress = SILENT
+) -> CostReport:
+    """Measure all that the config lists, at every shape of its grid that fits the model."""
+    found, model = CostReport(), subject.model
+    if not config.measure:
+        return found
+    if "memory" in config.measure:
+        disk = memory.disk_bytes(model.network)
+        found.costs.append(Cost("model", "disk_bytes", "B", disk, "counted"))
+    best = None
+    if "limits" in config.measure:
+        best = _limits_of_device(model)
+        found.add(_device_limit_costs(best, model))
+    # Out of memory ends one shape, not the run: smaller shapes of the grid still give numbers, and
+    # those of this shape that were yielded before the error are kept.
+    for work in workloads(model, config.timing):
+        if isinstance(work, MissingMeasurement):
+            found.gaps.append(work)
+            continue
+        progress.step(doing=f"measuring {work.shape}")
+        try:
+            found.add(_costs_at_shape(subject, work, config, best))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            found.gaps.append(MissingMeasurement(work.shape, "further cost", "out of memory"))
+        # Free cached blocks, so that a shape does not fail for the fragments of the one before.
+        release_memory(model.device)
+    return found
+
+
+def _costs_at_shape(
+    subject: MeasuredPair, work: Workload, config: CostsConfig, best: DeviceLimits | None
+) -> Measurements:
+    if "latency" in config.measure:
+        yield from speedup.speedup_costs(subject, work, config.timing, best)
+    if "memory" in config.measure:
+        yield from memory.memory_costs(subject.model, work)
+    if "energy" in config.measure:
+        yield from energy.energy_costs(subject, work, config.timing.energy_seconds)
+
+
+def _limits_of_device(model: Model) -> DeviceLimits | None:
+    """Return the limits of the model's device, or None if it lacks the memory to measure them."""
+    try:
+        return device_limits(model.device, _dtype(model), torch.get_num_threads())
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def _device_limit_costs(best: DeviceLimits | None, model: Model) -> Measurements:
+    if best is None:
+        yield MissingMeasurement("device", "limits", "out of memory")
+        return
+    kind = str(_dtype(model)).removeprefix("torch.")
+    yield Cost("device", "matrix_rate", "FLOP/s", best.matrix_rate, "measured", note=kind)
+    yield Cost("device", "copy_bandwidth", "B/s", best.bandwidth, "measured")
+
+
+def _dtype(model: Model) -> torch.dtype:
+    return next(model.network.parameters()).dtype

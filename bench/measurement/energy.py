@@ -9,59 +9,62 @@ from functools import partial
 
 import torch
 
-from bench.device import synchronize
-from bench.device.energy import Meter, meter
-from bench.device.machine import Watch
-from bench.device.unavailable import Unavailable
-from bench.measurement.cost import Cost
-from bench.measurement.gap import Gap
-from bench.measurement.rows import Rows
-from bench.measurement.stages import FORWARD, PREFILL, WHOLE
-from bench.measurement.subject import Subject
-from bench.measurement.workload import Answering, Workload
+from bench.device.devices import synchronize
+from bench.device.energy_counters import EnergyMeter, Unavailable, energy_meter
+from bench.device.machine import MachineMonitor
+from bench.measurement.quantities import (
+    END_TO_END,
+    FORWARD,
+    PREFILL,
+    Cost,
+    MeasuredPair,
+    Measurements,
+    MissingMeasurement,
+)
+from bench.measurement.workload import GenerationWorkload, Workload
 
 WINDOWS = 3
 
 
 @torch.no_grad()
-def rows(subject: Subject, work: Workload, seconds: float) -> Rows:
+def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measurements:
     """Yield the joules of one call, with the dense model's next to them.
 
     Without an energy counter one missing measurement is yielded instead.
     """
     device = subject.model.device
     try:
-        counter = meter(device)
+        counter = energy_meter(device)
     except Unavailable as reason:
-        yield Gap(work.shape, "energy", str(reason))
+        yield MissingMeasurement(work.shape, "energy", str(reason))
         return
     inputs = work.on(device)
     forwards = [partial(work.forward, network, inputs) for network in subject.networks]
     stages: dict[str, Sequence[Callable[[], object]]] = {FORWARD: forwards}
-    if isinstance(work, Answering):
+    if isinstance(work, GenerationWorkload):
         answers = [partial(work.answer, network, inputs) for network in subject.networks]
-        stages = {PREFILL: forwards, WHOLE: answers}
+        stages = {PREFILL: forwards, END_TO_END: answers}
     for stage, calls in stages.items():
         scope = f"{stage} {work.shape}"
         try:
-            with Watch(device) as watch:
-                spent = joules(calls, counter, device, seconds)
+            with MachineMonitor(device) as watch:
+                spent = joules_per_call(calls, counter, device, seconds)
         except Unavailable as reason:  # a counter may vanish between two readings
-            yield Gap(scope, "energy", str(reason))
+            yield MissingMeasurement(scope, "energy", str(reason))
             continue
         # What the counter covers (a GPU board, a CPU package) always belongs to the number.
         note = "; ".join(filter(None, (counter.how, watch.reading.fault)))
         parts = {"dense": spent[1]} if subject.dense else {}
         yield Cost(scope, "energy", "J", spent[0], "measured", parts, note)
-        if subject.no_gain:
-            yield Gap(scope, "energy_saved", subject.no_gain)
+        if subject.no_gain_reason:
+            yield MissingMeasurement(scope, "energy_saved", subject.no_gain_reason)
         elif subject.dense:
             saved = 1 - spent[0] / spent[1]
             yield Cost(scope, "energy_saved", "1", saved, "measured", note=note)
 
 
-def joules(
-    calls: Sequence[Callable[[], object]], meter: Meter, device: torch.device, seconds: float
+def joules_per_call(
+    calls: Sequence[Callable[[], object]], meter: EnergyMeter, device: torch.device, seconds: float
 ) -> list[float]:
     """Return the joules per call of each candidate: the median over windows taken in turn.
 
@@ -71,12 +74,12 @@ def joules(
     kept: list[list[float]] = [[] for _ in calls]
     for _ in range(WINDOWS):
         for call, found in zip(calls, kept, strict=True):
-            found.append(_window(call, meter, device, seconds))
+            found.append(_joules_in_window(call, meter, device, seconds))
     return [statistics.median(found) for found in kept]
 
 
-def _window(
-    call: Callable[[], object], meter: Meter, device: torch.device, seconds: float
+def _joules_in_window(
+    call: Callable[[], object], meter: EnergyMeter, device: torch.device, seconds: float
 ) -> float:
     """Repeat a call for `seconds`; return the joules per call."""
     # Energy of work queued earlier must not fall into the window.

@@ -1,4 +1,6 @@
-"""Latency of a model per stage.
+"""Seconds of a call by stage, and the FLOPs they are compared with.
+
+Latency of a model per stage.
 
 - `prefill`: one call over the prompts, inputs on the device, until the KV cache is filled.
 - `first token`: from prompts in host memory to the ids of the first tokens in host memory.
@@ -6,6 +8,11 @@
 - `end to end`: from prompts in host memory to the id of the last token.
 - `forward`: one call of an image classifier; its `end to end` includes the transfer of images and
   classes.
+
+FLOPs of a call, the theory that a measured speed-up is compared with.
+
+They are counted in the same call that is timed, so that both skip the same work, whatever a method
+does. Only this module connects timing to FLOP counting.
 """
 
 from __future__ import annotations
@@ -16,11 +23,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from bench.device.clock import Clock
-from bench.measurement.interleaving import Contestant
-from bench.measurement.stages import DECODE, FIRST, FORWARD, PREFILL, WHOLE
-from bench.measurement.theory import flops
-from bench.measurement.workload import Answering, Workload
+from bench.device.devices import Clock
+from bench.measurement.flops.counter import count_flops
+from bench.measurement.interleaving import Candidate
+from bench.measurement.quantities import DECODE, END_TO_END, FIRST_TOKEN, FORWARD, PREFILL
+from bench.measurement.workload import GenerationWorkload, Workload
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +35,10 @@ if TYPE_CHECKING:
     from bench.models.model import Model
 
 OVERHEAD_CALLS = 7
-LEAST_SECONDS = 0.02
+MIN_TIMED_SECONDS = 0.02
 
 
-def contestant(network: nn.Module, device: torch.device, work: Workload) -> Contestant:
+def candidate(network: nn.Module, device: torch.device, work: Workload) -> Candidate:
     """Return a callable that runs the workload once and returns the seconds of each stage."""
     resident = work.on(device)
 
@@ -53,7 +60,7 @@ def contestant(network: nn.Module, device: torch.device, work: Workload) -> Cont
         return clock.laps()[0]
 
     def answer() -> list[float]:
-        asked = cast(Answering, work)
+        asked = cast(GenerationWorkload, work)
         clock = Clock(device)
         # One mark before and one per token: the laps are the first token, then each decoding step.
         clock.mark()
@@ -62,48 +69,52 @@ def contestant(network: nn.Module, device: torch.device, work: Workload) -> Cont
 
     @torch.no_grad()
     def once() -> dict[str, float]:
-        if not isinstance(work, Answering):
-            return {FORWARD: _often(forward), WHOLE: _often(classify)}
+        if not isinstance(work, GenerationWorkload):
+            return {FORWARD: _median_seconds(forward), END_TO_END: _median_seconds(classify)}
         first, *others = answer()
-        times = {FIRST: first, DECODE: statistics.fmean(others), WHOLE: first + sum(others)}
-        return {PREFILL: _often(forward), **times}
+        times = {
+            FIRST_TOKEN: first,
+            DECODE: statistics.fmean(others),
+            END_TO_END: first + sum(others),
+        }
+        return {PREFILL: _median_seconds(forward), **times}
 
     return once
 
 
-def _often(call: Callable[[], float]) -> float:
+def _median_seconds(call: Callable[[], float]) -> float:
     """Return the median seconds of one call, over as many calls as take 20 ms together.
 
     A single call of less than a millisecond is too noisy.
     """
     seconds = [call()]
-    while sum(seconds) < LEAST_SECONDS:
+    while sum(seconds) < MIN_TIMED_SECONDS:
         seconds.append(call())
     return statistics.median(seconds)
 
 
 @torch.no_grad()
-def work_of(network: nn.Module, device: torch.device, work: Workload) -> dict[str, float]:
+def flops_by_stage(network: nn.Module, device: torch.device, work: Workload) -> dict[str, float]:
     """Return the FLOPs of each stage, counted in the same calls that are timed.
 
     A stage is left out if one of its operators has no FLOP formula.
     """
     inputs = work.on(device)
-    single = flops(lambda: work.forward(network, inputs))
+    single = stage_flops(lambda: work.forward(network, inputs))
     if single is None:
         return {}
-    if not isinstance(work, Answering):
-        return {FORWARD: single, WHOLE: single}
-    whole = flops(lambda: work.answer(network, inputs))
+    if not isinstance(work, GenerationWorkload):
+        return {FORWARD: single, END_TO_END: single}
+    whole = stage_flops(lambda: work.answer(network, inputs))
     if whole is None:
-        return {PREFILL: single, FIRST: single}
+        return {PREFILL: single, FIRST_TOKEN: single}
     # A generation is one prefill, which yields the first token, and new_tokens - 1 decoding steps.
     decode = (whole - single) / (work.new_tokens - 1)
-    return {PREFILL: single, FIRST: single, DECODE: decode, WHOLE: whole}
+    return {PREFILL: single, FIRST_TOKEN: single, DECODE: decode, END_TO_END: whole}
 
 
 @torch.no_grad()
-def overhead(model: Model, work: Workload) -> list[float]:
+def method_overhead(model: Model, work: Workload) -> list[float]:
     """Return the seconds that a method's own selection takes, one value per prefill.
 
     Measured in separate calls, because the device synchronisation around the selection costs time
@@ -117,3 +128,10 @@ def overhead(model: Model, work: Workload) -> list[float]:
             work.forward(model.network, inputs)
         seconds.append(spent.seconds)
     return seconds
+
+
+def stage_flops(call: Callable[[], object]) -> int | None:
+    """Return the FLOPs of a call, two per multiply-add; None if an operator has no formula."""
+    with count_flops() as counted:
+        call()
+    return None if counted.missed else counted.total

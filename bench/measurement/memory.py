@@ -1,49 +1,49 @@
-"""Memory of a model: weights on disk, KV cache per token, and the peak of a call."""
+"""Memory of a model at work, and what a method fails to give back."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
+from torch import nn
 
-from bench.device.memory import Peak
-from bench.measurement.cache import held
-from bench.measurement.cost import Cost
-from bench.measurement.rows import Rows
-from bench.measurement.stages import DECODE, FORWARD, PREFILL
-from bench.measurement.workload import Answering, Workload
+from bench.device.devices import release_memory
+from bench.device.memory import PeakMemory
+from bench.measurement.model_size import kv_cache_bytes
+from bench.measurement.quantities import DECODE, FORWARD, PREFILL, Cost, Measurements
+from bench.measurement.workload import GenerationWorkload, Workload
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from bench.models.model import Model
 
 
 @torch.no_grad()
-def rows(model: Model, work: Workload) -> Rows:
+def memory_costs(model: Model, work: Workload) -> Measurements:
     """Yield the peak memory of each stage and the size of the KV cache, from separate calls.
 
     A peak is the size of the weights plus what the call allocated on top of the memory in use
     before it, as if the model were alone: the dense model loaded next to it does not count.
     """
     inputs, network = work.on(model.device), model.network
-    with Peak(model.device) as peak:
+    with PeakMemory(model.device) as peak:
         made = work.forward(network, inputs)
-    if not isinstance(work, Answering):
-        yield _peak(network, f"{FORWARD} {work.shape}", peak)
+    if not isinstance(work, GenerationWorkload):
+        yield _peak_cost(network, f"{FORWARD} {work.shape}", peak)
         return
     prefill, decode = f"{PREFILL} {work.shape}", f"{DECODE} {work.shape}"
-    yield _peak(network, prefill, peak)
-    filled = held(made.past_key_values)
+    yield _peak_cost(network, prefill, peak)
+    filled = kv_cache_bytes(made.past_key_values)
     # The cache of the prefill must be gone before the next baseline is taken.
     del made
-    with Peak(model.device) as peak:
+    with PeakMemory(model.device) as peak:
         # Restart after the first token, so that the peak of the prefill is not charged to decoding.
         cache = work.answer(network, inputs, lambda n: peak.restart() if n == 1 else None)
-    yield _peak(network, decode, peak)
+    yield _peak_cost(network, decode, peak)
     yield Cost(prefill, "cache_bytes", "B", filled, "counted")
     # The last generated token is never fed back, so the cache grows by new_tokens - 1.
-    each = (held(cache) - filled) / (work.new_tokens - 1) / work.batch
+    each = (kv_cache_bytes(cache) - filled) / (work.new_tokens - 1) / work.batch
     yield Cost(decode, "cache_bytes_per_token", "B", each, "counted")
 
 
@@ -57,8 +57,44 @@ def disk_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
-def _peak(network: nn.Module, scope: str, peak: Peak) -> Cost:
+def _peak_cost(network: nn.Module, scope: str, peak: PeakMemory) -> Cost:
     tensors = (*network.parameters(), *network.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parts = {"weights": float(weights), "above": float(peak.above)}
     return Cost(scope, "peak_bytes", "B", weights + peak.above, "measured", parts, peak.how)
+
+
+TOLERATED_GROWTH = 256 * 2**20
+"""Bytes that may remain: imported modules, allocator reserves, caches of libraries."""
+
+
+class LeakMonitor:
+    """Records memory in use at construction, less the network's own; `left` returns the growth."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._before = self._used() - _network_bytes(network)
+
+    def left(self, network: nn.Module) -> int:
+        """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
+        # Collecting garbage is slow, so it is done only if there seems to be a leak.
+        if self._growth(network) > TOLERATED_GROWTH:
+            release_memory(self._device)
+        grown = self._growth(network)
+        return grown if grown > TOLERATED_GROWTH else 0
+
+    def _growth(self, network: nn.Module) -> int:
+        return self._used() - _network_bytes(network) - self._before
+
+    def _used(self) -> int:
+        """Return the allocated bytes of a GPU, or the private resident bytes of the process."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self._device))
+        # Shared pages are mapped files, such as weights read by mmap: the kernel can drop them.
+        held = psutil.Process().memory_info()
+        return int(held.rss - getattr(held, "shared", 0))
+
+
+def _network_bytes(network: nn.Module) -> int:
+    held = chain(network.parameters(), network.buffers())
+    return sum(t.numel() * t.element_size() for t in held if not t.is_meta)

@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from bench.errors import UserError
-from bench.measurement.config import TimingConfig
-from bench.measurement.gap import Gap
-from bench.measurement.prefill import prompt
-from bench.models.model import longest
-from bench.models.vision import Classifier
+from bench.measurement.image_prompt import build_image_prompt
+from bench.measurement.quantities import MissingMeasurement
+from bench.models.classifiers.classifier import Classifier
+from bench.models.model import max_sequence_length
+from bench.schema import TimingConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bench.models.config import ModelConfig
     from bench.models.model import Model
+    from bench.schema import ModelConfig
 
 SEED = 0
 
@@ -49,7 +49,7 @@ class Workload(ABC):
 
 
 @dataclass(frozen=True)
-class Answering(Workload):
+class GenerationWorkload(Workload):
     """Prompts of equal length, each continued greedily by the same number of tokens."""
 
     prompt: int
@@ -85,14 +85,14 @@ class Answering(Workload):
             top_p=None,
             top_k=None,
             pad_token_id=first or 0,
-            streamer=_Listener(on_token),
+            streamer=_TokenListener(on_token),
             return_dict_in_generate=True,
         )
         return made.past_key_values
 
 
 @dataclass(frozen=True)
-class Classifying(Workload):
+class ClassificationWorkload(Workload):
     """Images of the size that a classifier expects."""
 
     def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
@@ -100,7 +100,7 @@ class Classifying(Workload):
         return network(inputs["image_BCHH"])
 
 
-class _Listener(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
+class _TokenListener(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
     """Streamer that reports every token from `generate`; the prompt, which comes first, is 0."""
 
     def __init__(self, on_token: Callable[[int], object]) -> None:
@@ -117,21 +117,28 @@ class _Listener(BaseStreamer):  # type: ignore[misc]  # transformers is not type
         """Do nothing: the last token has been reported already."""
 
 
-def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | Gap]:
+def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | MissingMeasurement]:
     """Yield a workload per shape of the grid, or a missing measurement if it exceeds the model."""
-    kinds = {"causal_lm": _texts, "image_text": _images_and_texts, "image_classifier": _images}
+    kinds = {
+        "causal_lm": _text_workloads,
+        "image_text": _image_prompt_workloads,
+        "image_classifier": _classification_workloads,
+    }
     for work in kinds[model.config.kind](model, timing):
-        if isinstance(work, Answering) and work.prompt + work.new_tokens > model.max_length:
+        if (
+            isinstance(work, GenerationWorkload)
+            and work.prompt + work.new_tokens > model.max_length
+        ):
             reason = (
                 f"{model.name} supports {model.max_length} positions; a prompt of {work.prompt} "
                 f"and {work.new_tokens} new tokens exceed them"
             )
-            yield Gap(work.shape, "latency", reason)
+            yield MissingMeasurement(work.shape, "latency", reason)
         else:
             yield work
 
 
-def refuse_unfit(timing: TimingConfig, config: ModelConfig, network: nn.Module) -> None:
+def refuse_long_prompts(timing: TimingConfig, config: ModelConfig, network: nn.Module) -> None:
     """Reject `lengths` of which none fits the model, before any weight is loaded.
 
     Raises:
@@ -139,7 +146,7 @@ def refuse_unfit(timing: TimingConfig, config: ModelConfig, network: nn.Module) 
     """
     if config.kind != "causal_lm":
         return
-    most = longest(config, network)
+    most = max_sequence_length(config, network)
     least = min(timing.lengths)
     if least + timing.new_tokens > most:
         raise UserError(
@@ -149,7 +156,7 @@ def refuse_unfit(timing: TimingConfig, config: ModelConfig, network: nn.Module) 
         )
 
 
-def _texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
+def _text_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     # Random tokens, since every vocabulary has them and time hardly depends on the ids.
     network: Any = model.network
     vocabulary = network.get_input_embeddings().num_embeddings
@@ -157,16 +164,16 @@ def _texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     for batch, length in product(timing.batches, timing.lengths):
         ids_BL = torch.randint(vocabulary, (batch, length), generator=draws)
         inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
-        yield Answering(f"{batch}x{length}", batch, inputs, length, timing.new_tokens)
+        yield GenerationWorkload(f"{batch}x{length}", batch, inputs, length, timing.new_tokens)
 
 
-def _images_and_texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
+def _image_prompt_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     """Yield prompts of one image and some words, as the model's processor builds them."""
-    from bench.models.multimodal import locate
+    from bench.models.vlm.visual_tokens import locate_visual_tokens
 
     for words in timing.words:
-        single = prompt(model, words)
-        tokens = locate(model.network, single)
+        single = build_image_prompt(model, words)
+        tokens = locate_visual_tokens(model.network, single)
         visual = 0 if tokens is None else int(tokens.mask.sum())
         length = single["input_ids"].shape[1]
         for batch in timing.batches:
@@ -174,14 +181,14 @@ def _images_and_texts(model: Model, timing: TimingConfig) -> Iterator[Workload]:
             # stack samples, so repeating every tensor along it gives a valid batch.
             inputs = {name: torch.cat([value.cpu()] * batch) for name, value in single.items()}
             shape = f"{batch}x({visual} visual + {length - visual} text)"
-            yield Answering(shape, batch, inputs, length, timing.new_tokens)
+            yield GenerationWorkload(shape, batch, inputs, length, timing.new_tokens)
 
 
-def _images(model: Model, timing: TimingConfig) -> Iterator[Workload]:
+def _classification_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     config = cast(Classifier, model.network).config
     draws = torch.Generator().manual_seed(SEED)
     dtype = next(model.network.parameters()).dtype
     for batch in timing.batches:
         shape = (batch, config.channels, config.size, config.size)
         image_BCHH = torch.randn(shape, generator=draws).to(dtype)
-        yield Classifying("x".join(map(str, shape)), batch, {"image_BCHH": image_BCHH})
+        yield ClassificationWorkload("x".join(map(str, shape)), batch, {"image_BCHH": image_BCHH})

@@ -27,9 +27,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from bench.errors import UserError
 
 MODEL_TYPE = "deepseek"
+
 # Settings that only ever had these values in published checkpoints. The V2 classes ignore them, so
 # a different value would load and compute something else without an error.
-FIXED = {"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False}
+FIXED_SETTINGS = {"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False}
 
 
 @strict
@@ -58,7 +59,7 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Reject variants that these classes would compute incorrectly."""
-        for key, value in FIXED.items():
+        for key, value in FIXED_SETTINGS.items():
             if getattr(self, key) != value:
                 raise UserError(
                     f"config.json: {key}={getattr(self, key)} is not supported, only {value}"
@@ -75,7 +76,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
             self.mlp = DeepseekV2Moe(config)
 
 
-class _WithExperts:
+class _ExpertsMixin:
     """What transformers has to know about experts, in addition to Llama."""
 
     config_class = DeepseekConfig
@@ -96,7 +97,7 @@ class _WithExperts:
                 nn.init.normal_(weight, std=self.config.initializer_range)  # type: ignore[attr-defined]
 
 
-class DeepseekModel(_WithExperts, LlamaModel):  # type: ignore[misc]
+class DeepseekModel(_ExpertsMixin, LlamaModel):  # type: ignore[misc]
     """The decoder without its head."""
 
     def __init__(self, config: DeepseekConfig) -> None:
@@ -106,7 +107,7 @@ class DeepseekModel(_WithExperts, LlamaModel):  # type: ignore[misc]
         self.post_init()
 
 
-class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):  # type: ignore[misc]
+class DeepseekForCausalLM(_ExpertsMixin, LlamaForCausalLM):  # type: ignore[misc]
     """DeepSeek-MoE with its language-modelling head."""
 
     def __init__(self, config: DeepseekConfig) -> None:
@@ -119,7 +120,7 @@ class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):  # type: ignore[misc]
 
 
 @cache
-def register() -> None:
+def register_deepseek() -> None:
     """Register DeepSeek-MoE and its checkpoint layout with transformers' Auto classes."""
     AutoConfig.register(MODEL_TYPE, DeepseekConfig)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM)

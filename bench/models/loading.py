@@ -1,4 +1,4 @@
-"""Loading of a model: from a source's files to a network ready to be compressed and evaluated."""
+"""From a source's files to a network ready to be compressed, language model or classifier."""
 
 from __future__ import annotations
 
@@ -9,44 +9,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bench import device as devices
+import torch
+
+from bench.device import devices
 from bench.errors import UserError
-from bench.models.config import ModelConfig
+from bench.models.classifiers import architectures, serialization
+from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model
-from bench.models.source import Source, prefetch, resolve
+from bench.models.source import ModelSource, fresh_vision_config, is_fresh, resolve_model
+from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-__all__ = ["Source", "load", "open_folder", "prefetch", "resolve", "skeleton"]
+VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
-VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 # Exceptions that transformers raises for a folder from which it cannot build a model.
-FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+)
 
 
-def skeleton(source: Source) -> nn.Module:
+def skeleton(source: ModelSource) -> nn.Module:
     """Build the network on the meta device: all modules and shapes, no weights."""
     import torch
 
-    from bench.models import classifiers, structure
+    from bench.models import replaced_modules
 
     if source.config.kind == "image_classifier":
-        return classifiers.empty(source)
+        return classifier_skeleton(source)
     _refuse_classifier(source)
-    description = structure.read(source.folder)
+    description = replaced_modules.read_description(source.folder)
     # The constructor runs under the meta device, so even a 100 GB model is inspected in seconds;
     # replaced modules are rebuilt inside the block for the same reason.
-    with _in_one_sentence(source), torch.device("meta"):
-        network = _published(source)
+    with _one_sentence_errors(source), torch.device("meta"):
+        network = _published_network(source)
         if description is not None:
-            structure.rebuild(network, description)
+            replaced_modules.install_described_modules(network, description)
     return network
 
 
-def _published(source: Source) -> nn.Module:
-    network = _automatic(source).from_config(
+def _published_network(source: ModelSource) -> nn.Module:
+    network = _auto_class(source).from_config(
         _network_config(source),
         attn_implementation=source.config.attention,
         trust_remote_code=source.config.trust_remote_code,
@@ -54,22 +64,22 @@ def _published(source: Source) -> nn.Module:
     return cast("nn.Module", network)
 
 
-def load(source: Source) -> Model:
+def load_model(source: ModelSource) -> Model:
     """Load the model onto its device, in evaluation mode and without gradients.
 
     Raises:
         UserError: the folder cannot be loaded, lacks weights, has weights that the network does not
             have, or contains NaN.
     """
-    device = devices.pick(source.config.device)
-    with _in_one_sentence(source):
-        network = _network(source, device)
+    device = devices.select_device(source.config.device)
+    with _one_sentence_errors(source):
+        network = _load_network(source, device)
     # Methods that train turn gradients on for what they train; everything else runs without a
     # graph.
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
-    with _in_one_sentence(source):
-        reads = _reads(source)
+    with _one_sentence_errors(source):
+        reads = _input_processors(source)
     return Model(
         config=source.config,
         network=network,
@@ -87,16 +97,16 @@ def open_folder(folder: str | Path, **settings: Any) -> Model:
     """
     path = Path(folder)
     config = ModelConfig(name=path.name, source="local", path=str(path), **settings)
-    return load(resolve(config, offline=True))
+    return load_model(resolve_model(config, offline=True))
 
 
-def _network_config(source: Source) -> Any:
+def _network_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     from bench.models import deepseek_moe
 
     # Before AutoConfig reads config.json: afterwards `model_type: deepseek` would be unknown to it.
-    deepseek_moe.register()
+    deepseek_moe.register_deepseek()
     return AutoConfig.from_pretrained(
         source.folder,
         local_files_only=True,
@@ -104,19 +114,19 @@ def _network_config(source: Source) -> Any:
     )
 
 
-def _network(source: Source, device: torch.device) -> nn.Module:
+def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
     """Read the weights into a network on the device, or spread it over devices by `device_map`."""
-    from bench.models import classifiers, placement
+    from bench.models import offload
 
     config = source.config
     if config.kind == "image_classifier":
-        return classifiers.load(source, device)
-    folder = placement.offload_folder() if config.device_map else None
-    network, report = _reader(source).from_pretrained(
+        return load_classifier(source, device)
+    folder = offload.offload_folder() if config.device_map else None
+    network, report = _network_class(source).from_pretrained(
         source.folder,
         config=_network_config(source),
-        dtype=devices.dtype(config.dtype, device),
-        device_map=placement.device_map(config.device_map, device, lambda: skeleton(source)),
+        dtype=devices.select_dtype(config.dtype, device),
+        device_map=offload.device_map(config.device_map, device, lambda: skeleton(source)),
         offload_folder=folder,
         attn_implementation=config.attention,
         trust_remote_code=config.trust_remote_code,
@@ -129,7 +139,7 @@ def _network(source: Source, device: torch.device) -> nn.Module:
     if folder is not None:
         # Offloaded weights are read from the folder in every forward, so it lives as long as the
         # network.
-        placement.remove_with(network, folder)
+        offload.remove_folder_with(network, folder)
     for kind in ("missing", "unexpected", "mismatched"):
         keys = sorted(str(key) for key in report.get(f"{kind}_keys", ()))
         if keys:
@@ -138,22 +148,22 @@ def _network(source: Source, device: torch.device) -> nn.Module:
     return cast("nn.Module", network)
 
 
-def _reader(source: Source) -> Any:
+def _network_class(source: ModelSource) -> Any:
     """Return the class whose `from_pretrained` builds the network of a folder."""
     import torch
 
-    from bench.models import structure
+    from bench.models import replaced_modules
 
-    description = structure.read(source.folder)
+    description = replaced_modules.read_description(source.folder)
     if description is None:
-        return _automatic(source)
+        return _auto_class(source)
     with torch.device("meta"):
         # `from_pretrained` constructs the network itself, so replaced modules cannot be installed
         # between construction and loading. The class it is given installs them in its constructor.
-        return structure.described_class(type(_published(source)), description)
+        return replaced_modules.described_class(type(_published_network(source)), description)
 
 
-def _automatic(source: Source) -> Any:
+def _auto_class(source: ModelSource) -> Any:
     import transformers
 
     classes = {
@@ -163,19 +173,19 @@ def _automatic(source: Source) -> Any:
     return classes[source.config.kind]
 
 
-def _reads(source: Source) -> dict[str, Any]:
+def _input_processors(source: ModelSource) -> dict[str, Any]:
     """Return tokenizer or processor under their field names in `Model`."""
     if source.config.kind == "image_text":
-        processor = _processor(source)
+        processor = _load_processor(source)
         return {"processor": processor, "tokenizer": processor.tokenizer}
     if source.config.kind == "image_classifier":
         return {"tokenizer": None}
-    return {"tokenizer": _tokenizer(source)}
+    return {"tokenizer": _load_tokenizer(source)}
 
 
-def _refuse_classifier(source: Source) -> None:
+def _refuse_classifier(source: ModelSource) -> None:
     """Raise if a folder meant for transformers holds an image classifier of ours."""
-    from bench.models.fresh import is_fresh
+    from bench.models.source import is_fresh
 
     if is_fresh(source.config):
         raise UserError(f"{source.config.source} needs model.kind=image_classifier")
@@ -190,7 +200,7 @@ def _refuse_classifier(source: Source) -> None:
         )
 
 
-def _processor(source: Source) -> Any:
+def _load_processor(source: ModelSource) -> Any:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(
@@ -204,11 +214,11 @@ def _processor(source: Source) -> Any:
     return processor
 
 
-def _tokenizer(source: Source) -> Any:
+def _load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     # Without a vocabulary file, AutoTokenizer silently builds a tokenizer that knows no words.
-    if not any(any(source.folder.glob(pattern)) for pattern in VOCABULARIES):
+    if not any(any(source.folder.glob(pattern)) for pattern in VOCABULARY_FILES):
         raise UserError(f"{source.folder} contains no tokenizer")
 
     return AutoTokenizer.from_pretrained(
@@ -229,8 +239,8 @@ def _refuse_nan(network: nn.Module, config: ModelConfig) -> None:
 
 
 @contextmanager
-def _in_one_sentence(source: Source) -> Iterator[None]:
-    """Turn exceptions of transformers into one sentence, and silence its warnings."""
+def _one_sentence_errors(source: ModelSource) -> Iterator[None]:
+    """Turn exceptions of transformers into one sentence, and zero_dropped_neurons its warnings."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -241,10 +251,64 @@ def _in_one_sentence(source: Source) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except FAULTS as error:
+    except LOADING_ERRORS as error:
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(f"{source.folder} cannot be loaded: {reason}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def classifier_skeleton(source: ModelSource) -> Classifier:
+    """Build the network on the meta device.
+
+    Raises:
+        UserError: the folder does not describe a classifier, or its images are too small for it.
+    """
+    config = _vision_config(source)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            network = architectures.build_classifier(config).eval()
+            # Constructors accept any size; only a forward shows that the pooling layers leave no
+            # pixel. On meta it costs no arithmetic and the message names no internal shape.
+            network(torch.zeros(1, config.channels, config.size, config.size))
+        except RuntimeError:
+            raise UserError(
+                f"{config.architecture} does not fit images of size {config.size} with "
+                f"{config.channels} channels: a layer would have an empty output"
+            ) from None
+    return network
+
+
+def load_classifier(source: ModelSource, device: torch.device) -> Classifier:
+    """Return the network with its weights on the device, not yet in evaluation mode.
+
+    Raises:
+        UserError: the weights do not match the network, or `model.device_map` is set.
+    """
+    if source.config.device_map is not None:
+        raise UserError("model.device_map is for language models: set it to null for a classifier")
+    # Fresh weights are drawn on the CPU and moved, so that a seed gives the same weights on every
+    # device.
+    network = (
+        _fresh_classifier(source)
+        if is_fresh(source.config)
+        else serialization.load_classifier_folder(source.folder)
+    )
+    return network.to(device, devices.select_dtype(source.config.dtype, device))
+
+
+def _vision_config(source: ModelSource) -> VisionConfig:
+    if is_fresh(source.config):
+        return fresh_vision_config(source.config)
+    return VisionConfig.read(source.folder)
+
+
+def _fresh_classifier(source: ModelSource) -> Classifier:
+    """Draw the weights without advancing the global generator."""
+    # Without the fork, fresh weights would shift every later draw (shuffling, calibration), and a
+    # run with fresh weights would differ from a run that loads the same weights from a folder.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.config.seed or 0)
+        return architectures.build_classifier(fresh_vision_config(source.config))

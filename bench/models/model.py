@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bench.models.config import ModelConfig
+from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bench.models.anatomy import Anatomy
+    from bench.models.structure.model_structure import ModelStructure
 
 
-class Spent(Protocol):
+class TimedWork(Protocol):
     """Duration of a method's own work, readable after the timed block."""
 
     seconds: float
@@ -48,7 +48,7 @@ class Model:
     revision: str | None
     device: torch.device
     processor: Any = None
-    overhead: Callable[[], AbstractContextManager[Spent]] | None = None
+    overhead: Callable[[], AbstractContextManager[TimedWork]] | None = None
     needs_pixels: bool = False
     needs_prompt: bool = False
 
@@ -60,16 +60,16 @@ class Model:
     @property
     def max_length(self) -> int:
         """Length in tokens of the longest sequence that the network accepts."""
-        return longest(self.config, self.network)
+        return max_sequence_length(self.config, self.network)
 
     @cached_property
-    def anatomy(self) -> Anatomy:
+    def structure(self) -> ModelStructure:
         """Location of the parts that methods change."""
         # Cached: methods read it per layer. A method that changes shapes must invalidate it, or the
         # next reader sees modules that are no longer in the network.
-        from bench.models.anatomy import dissect
+        from bench.models.structure.model_structure import inspect_model
 
-        return dissect(self.network)
+        return inspect_model(self.network)
 
     def copy(self) -> Model:
         """Copy the model with its own weights, so that a method can change them."""
@@ -78,7 +78,7 @@ class Model:
         return replace(self, network=copy.deepcopy(self.network))
 
 
-def longest(config: ModelConfig, network: nn.Module) -> int:
+def max_sequence_length(config: ModelConfig, network: nn.Module) -> int:
     """Return the longest sequence that a network accepts, in tokens; no weight is read."""
     if config.max_length is not None:
         return config.max_length

@@ -1,29 +1,40 @@
-"""Export of a network as a Hugging Face folder, in the plainest format that can hold it.
+"""A network as a Hugging Face folder, ragged experts padded where asked.
+
+Export of a network as a Hugging Face folder, in the plainest format that can hold it.
 
 `stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
 the same for experts of different widths, zero-padded to the widest. `slimbench`: as in memory,
 ragged or packed, with a `slimbench.json` that `bench.models.loading` reads. `classifier`: an image
 classifier's own config and weights, and on request an ONNX file. All weights are safetensors.
+
+Zero-padding of ragged experts to one width, so that stock transformers loads them.
+
+A micro-expert of zeros computes act(0) · 0 = 0, so the outputs do not change.
 """
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from bench.errors import UserError
-from bench.models import structure, vision
+from bench.models import replaced_modules
+from bench.models.classifiers import classifier, serialization
 from bench.models.model import Model
-from bench.models.padding import common_widths, empty_network, fits, padded
-from bench.models.residence import is_offloaded
+from bench.models.offload import is_offloaded
+from bench.models.structure.expert_view import ExpertView
+from bench.models.structure.model_structure import ModelStructure, inspect_model
+from bench.models.structure.moe_block import MoEBlock
 
-Form = Literal["stock", "padded", "slimbench", "classifier"]
+ExportFormat = Literal["stock", "padded", "slimbench", "classifier"]
 
 
-def save(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> Form:
+def save_model(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> ExportFormat:
     """Write network and tokenizer or processor to a folder, and return the format.
 
     With `pad`, ragged experts are zero-padded so that stock transformers loads them. With `onnx`,
@@ -34,42 +45,48 @@ def save(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> Form:
             exist for its kind of model.
     """
     network: Any = model.network
-    if isinstance(network, vision.Classifier):
+    if isinstance(network, classifier.Classifier):
         return _save_classifier(network, folder, pad=pad, onnx=onnx)
     if onnx:
-        raise UserError(f"--onnx is for image classifiers; {model.anatomy.architecture} is none")
+        raise UserError(f"--onnx is for image classifiers; {model.structure.architecture} is none")
     if is_offloaded(network):
         raise UserError("a model is written from memory only: set model.device_map=null")
-    description = structure.describe(network)
+    description = replaced_modules.describe_network(network)
     # Before the first byte is written: a folder that loads as a different network is worse than
     # none.
-    refuse_foreign(network, description)
-    form = _form(model, description, pad=pad)
+    refuse_unsavable(network, description)
+    form = _export_format(model, description, pad=pad)
     (model.processor or model.tokenizer).save_pretrained(folder)
     if form == "slimbench":
         assert description is not None
         # By default, transformers converts fused experts back to the checkpoint's per-expert names,
         # a mapping that does not know ragged or packed weights.
         network.save_pretrained(folder, save_original_format=False)
-        structure.write(description, folder)
+        replaced_modules.write_description(description, folder)
         return form
     if description is not None:
-        network = padded(network, model.anatomy, common_widths(network.config, model.anatomy))
+        network = padded_network(
+            network, model.structure, common_widths(network.config, model.structure)
+        )
     network.save_pretrained(folder)
     return form
 
 
-def _save_classifier(network: vision.Classifier, folder: Path, *, pad: bool, onnx: bool) -> Form:
+def _save_classifier(
+    network: classifier.Classifier, folder: Path, *, pad: bool, onnx: bool
+) -> ExportFormat:
     """Write an image classifier, whose config describes its full shape."""
     if pad:
         raise UserError(f"--padded is for MoE models; {network.config.architecture} has no experts")
-    vision.save(network, folder)
+    serialization.save_classifier(network, folder)
     if onnx:
-        vision.to_onnx(network, folder)
+        serialization.save_onnx(network, folder)
     return "classifier"
 
 
-def _form(model: Model, description: structure.Description | None, *, pad: bool) -> Form:
+def _export_format(
+    model: Model, description: replaced_modules.Description | None, *, pad: bool
+) -> ExportFormat:
     """Return the plainest format that holds the network."""
     if description is None:
         return "stock"
@@ -80,18 +97,18 @@ def _form(model: Model, description: structure.Description | None, *, pad: bool)
         return "slimbench"
     # Equal widths need no description: the config can state them, and the folder stays loadable
     # without slimbench.
-    if fits(model.anatomy, common_widths(network.config, model.anatomy)):
+    if all_experts_have(model.structure, common_widths(network.config, model.structure)):
         return "stock"
     return "padded" if pad else "slimbench"
 
 
-def refuse_foreign(network: nn.Module, description: structure.Description | None) -> None:
+def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
     """Raise if config and description would not rebuild the network as it is."""
     whole: Any = network
-    rebuilt = empty_network(whole.config, whole.dtype)
+    rebuilt = meta_network(whole.config, whole.dtype)
     if description is not None:
         with torch.device("meta"):
-            structure.rebuild(rebuilt, description)
+            replaced_modules.install_described_modules(rebuilt, description)
     known = dict(rebuilt.named_modules())
     for name, module in network.named_modules():
         # Exact types, not isinstance: a subclass with a different forward would be rebuilt as its
@@ -105,3 +122,113 @@ def refuse_foreign(network: nn.Module, description: structure.Description | None
     for key, weight in network.state_dict().items():
         if shapes.get(key) != weight.shape:
             raise UserError(f"{key} has a shape that differs from the network's config")
+
+
+# transformers' grouped matmuls need rows of whole 16 bytes, that is 8 half-precision numbers.
+WIDTH_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class ExpertWidths:
+    """Widths in a config: of every routed expert, and of all shared experts together."""
+
+    routed: int
+    shared: int
+
+
+def common_widths(config: Any, structure: ModelStructure) -> ExpertWidths:
+    """Return the smallest widths that hold every expert, fit the config's fields, and run."""
+    # A width of 0 is no valid config, so a block whose experts are all empty gets one zero
+    # micro-expert.
+    routed = max(1, *(width for block in structure.moe for width in block.widths))
+    shared = max(block.d_shared for block in structure.moe)
+    # DeepSeek's config has no separate width for shared experts: they are `n_shared_experts` times
+    # as wide as a routed one, so one width has to satisfy both.
+    count = getattr(config, "n_shared_experts", None)
+    if count:
+        routed = max(routed, -(-shared // count))
+    routed = -(-routed // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    if count:
+        shared = count * routed
+    elif hasattr(config, "shared_expert_intermediate_size"):
+        shared = max(1, shared)
+    return ExpertWidths(routed, shared)
+
+
+def all_experts_have(structure: ModelStructure, widths: ExpertWidths) -> bool:
+    """Whether every expert already has these widths, so that no padding is needed."""
+    return all(
+        set(block.widths) == {widths.routed} and block.d_shared == widths.shared
+        for block in structure.moe
+    )
+
+
+@torch.no_grad()
+def padded_network(
+    network: nn.Module, structure: ModelStructure, widths: ExpertWidths
+) -> nn.Module:
+    """Return a network of the published class, with every expert padded to the widths.
+
+    All weights except the experts' are shared with `network`, and non-persistent buffers have no
+    value: the result is for saving, not for running.
+    """
+    whole: Any = network
+    shell = meta_network(_config_with_widths(whole.config, widths), whole.dtype)
+    # `assign` shares the tensors instead of copying into meta tensors, which have no storage;
+    # `strict=False` leaves out the experts, which are filled next.
+    shell.load_state_dict(_non_expert_state(network, structure), strict=False, assign=True)
+    for target, source in zip(inspect_model(shell).moe, structure.moe, strict=True):
+        _fill_block(target, source)
+    return shell
+
+
+def meta_network(config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build a network of the shape in a config, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return cast(nn.Module, network)
+
+
+def _config_with_widths(config: Any, widths: ExpertWidths) -> Any:
+    """Return a copy of the config with the widths, under its architecture's field names."""
+    changed = copy.deepcopy(config)
+    own = "moe_intermediate_size"
+    setattr(changed, own if hasattr(config, own) else "intermediate_size", widths.routed)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        changed.shared_expert_intermediate_size = widths.shared
+    return changed
+
+
+def _non_expert_state(network: nn.Module, structure: ModelStructure) -> dict[str, torch.Tensor]:
+    """Return the state of everything except routed and shared experts."""
+    # By identity, not by name: names of experts differ between architectures. `keep_vars` returns
+    # the parameters themselves, without which identities would be those of detached copies.
+    ours = {id(weight) for block in structure.moe for weight in block.experts.parameters()}
+    for block in structure.moe:
+        ours |= {id(weight) for weight in block.shared.parameters()} if block.shared else set()
+    state = network.state_dict(keep_vars=True)
+    return {key: weight.detach() for key, weight in state.items() if id(weight) not in ours}
+
+
+def _fill_block(target: MoEBlock, source: MoEBlock) -> None:
+    """Allocate a block's experts and copy another block's weights, zeros elsewhere."""
+    # The experts themselves may be empty (all widths 0), the router never is.
+    device = next(source.router.parameters()).device
+    for part in (target.experts, target.shared):
+        if part is not None:
+            part.to_empty(device=device)
+            for weight in part.parameters():
+                weight.zero_()
+    pairs = [(target.expert(e), source.expert(e)) for e in range(source.num_experts)]
+    shared = (target.shared_view(), source.shared_view())
+    for wide, narrow in (*pairs, shared):
+        if wide is not None and narrow is not None:
+            _copy_expert(narrow, wide)
+
+
+def _copy_expert(narrow: ExpertView, wide: ExpertView) -> None:
+    wide.gate[: narrow.width] = narrow.gate
+    wide.up[: narrow.width] = narrow.up
+    wide.down[:, : narrow.width] = narrow.down

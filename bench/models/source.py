@@ -1,27 +1,32 @@
-"""Location of a model's files: the package, a local folder, or the Hugging Face hub."""
+"""Where a model's files are: embedded, fresh, a local folder, the hub; and its fingerprint."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bench.errors import MissingData, UserError, unknown
-from bench.models import zoo
-from bench.models.config import ModelConfig
-from bench.models.fingerprint import fingerprint
-from bench.models.fresh import fresh_fingerprint, fresh_folder, is_fresh
-from bench.models.weights import refuse_escapes, weight_files
+from bench.errors import MissingData, UserError, unknown_name
+from bench.models import embedded
+from bench.models.hashing import fingerprint
+from bench.models.weight_files import find_weight_files, refuse_outside_links
+from bench.schema import ModelConfig
 
-ZOO = "zoo:"
-COMMIT = re.compile(r"[0-9a-f]{40}")
-WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+if TYPE_CHECKING:
+    from bench.models.classifiers.classifier import VisionConfig
+
+EMBEDDED_PREFIX = "embedded:"
+COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
+DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+
 # Weights in subfolders and in formats of different software would be downloaded in vain.
-UNWANTED_FILES = ["*/*", "consolidated*"]
+IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model's files, found and checked; no weights are in memory.
 
     `fingerprint` is a SHA-256 over the weight files; `revision` is the hub's commit, None
@@ -40,7 +45,7 @@ class Source:
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
 
 
-def resolve(config: ModelConfig, *, offline: bool) -> Source:
+def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     """Find and check the files of a model; hub models are downloaded unless `offline`.
 
     Raises:
@@ -49,18 +54,18 @@ def resolve(config: ModelConfig, *, offline: bool) -> Source:
     """
     _gate_remote_code(config)
     if is_fresh(config):
-        return Source(config, fresh_folder(), fresh_fingerprint(config), None)
-    folder, revision = _folder(config, offline=offline)
+        return ModelSource(config, fresh_folder(), fresh_fingerprint(config), None)
+    folder, revision = _model_folder(config, offline=offline)
     # Before anything in the folder is opened, config.json included.
-    refuse_escapes(folder)
+    refuse_outside_links(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
-    return Source(config, folder, fingerprint(weight_files(folder)), revision)
+    return ModelSource(config, folder, fingerprint(find_weight_files(folder)), revision)
 
 
-def prefetch(config: ModelConfig) -> Path:
+def prefetch_model(config: ModelConfig) -> Path:
     """Download what is missing and return the folder of the model's files."""
-    return resolve(config, offline=False).folder
+    return resolve_model(config, offline=False).folder
 
 
 def _gate_remote_code(config: ModelConfig) -> None:
@@ -73,34 +78,34 @@ def _gate_remote_code(config: ModelConfig) -> None:
             "code may run: only its file in conf/model may set model.allow_remote_code"
         )
     # A branch or tag can be moved by the repository's owner after someone reviewed the code.
-    if not COMMIT.fullmatch(config.revision):
+    if not COMMIT_PATTERN.fullmatch(config.revision):
         raise UserError(
             f"model.revision={config.revision} with model.trust_remote_code=true: code runs only "
             "from an explicit commit of 40 hexadecimal digits"
         )
 
 
-def _folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
+def _model_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
     """Return the folder of the model's files and their commit."""
     if config.path is not None:
         folder = Path(config.path).expanduser()
         if not folder.is_dir():
             raise MissingData(f"model.path={config.path} is not a folder")
         return folder.absolute(), None
-    if config.source.startswith(ZOO):
-        return _shipped(config.source.removeprefix(ZOO)), None
-    return _from_hub(config, offline=offline)
+    if config.source.startswith(EMBEDDED_PREFIX):
+        return _embedded_folder(config.source.removeprefix(EMBEDDED_PREFIX)), None
+    return _hub_folder(config, offline=offline)
 
 
-def _shipped(name: str) -> Path:
-    zoo_folder = Path(next(iter(zoo.__path__)))
-    names = [file.parent.name for file in zoo_folder.glob("*/config.json")]
+def _embedded_folder(name: str) -> Path:
+    embedded_folder = Path(next(iter(embedded.__path__)))
+    names = [file.parent.name for file in embedded_folder.glob("*/config.json")]
     if name not in names:
-        raise unknown("shipped model", name, names)
-    return zoo_folder / name
+        raise unknown_name("shipped model", name, names)
+    return embedded_folder / name
 
 
-def _from_hub(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
+def _hub_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
     """Return the snapshot folder of a hub model and its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -114,13 +119,13 @@ def _from_hub(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
 
     asked = f"model {config.source} at revision {config.revision}"
     # Python files are not even downloaded unless the model may run them.
-    wanted = [*WANTED_FILES, "*.py"] if config.trust_remote_code else WANTED_FILES
+    wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
     try:
         folder = snapshot_download(
             config.source,
             revision=config.revision,
             allow_patterns=wanted,
-            ignore_patterns=UNWANTED_FILES,
+            ignore_patterns=IGNORE_PATTERNS,
             local_files_only=offline,
         )
     except HFValidationError:
@@ -133,14 +138,61 @@ def _from_hub(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
     except RepositoryNotFoundError:
         raise UserError(f"{asked}: the model does not exist or is private") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
-        raise MissingData(_cure(asked, config.name, offline=offline)) from None
+        raise MissingData(_not_cached_message(asked, config.name, offline=offline)) from None
     # Snapshot folders are named by the commit that the revision resolved to.
     return Path(folder), Path(folder).name
 
 
-def _cure(asked: str, name: str, *, offline: bool) -> str:
+def _not_cached_message(asked: str, name: str, *, offline: bool) -> str:
     where = "and offline=true" if offline else "and the hub cannot be reached"
     return (
         f"{asked} is not in the local cache {where}: run `bench prefetch model={name}` with "
         "network access, or set model.path=FOLDER"
     )
+
+
+FRESH_PREFIX = "fresh:"
+
+
+def is_fresh(config: ModelConfig) -> bool:
+    """Whether the model has no files; `model.path`, when given, overrides its source."""
+    return config.path is None and config.source.startswith(FRESH_PREFIX)
+
+
+def fresh_vision_config(config: ModelConfig) -> VisionConfig:
+    """Return the architecture's config with the input shape of the named data set.
+
+    Raises:
+        UserError: the architecture or the data set does not exist, or no data set is given.
+    """
+    # Imported here because the architectures import torch, and `bench.models.source` stays
+    # importable without it.
+    from bench.data.image_catalogue import IMAGE_SETS, image_shape
+    from bench.errors import unknown_name
+    from bench.models.classifiers.architectures import ARCHITECTURES
+    from bench.models.classifiers.classifier import VisionConfig
+
+    name = config.source.removeprefix(FRESH_PREFIX)
+    if name not in ARCHITECTURES:
+        raise unknown_name("architecture", name, ARCHITECTURES)
+    if config.images is None:
+        raise UserError(
+            f"model.images is missing: {config.source} needs one of {', '.join(IMAGE_SETS)}"
+        )
+    images = image_shape(config.images)
+    return VisionConfig(
+        architecture=name, channels=images.channels, size=images.size, classes=images.classes
+    )
+
+
+def fresh_fingerprint(config: ModelConfig) -> str:
+    """Hash everything that fresh weights depend on, except the version of torch."""
+    said = f"{fresh_vision_config(config).model_dump_json()} seed {config.seed}"
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def fresh_folder() -> Path:
+    """Return the folder of the code that draws the weights."""
+    from bench.models import classifiers
+
+    return Path(next(iter(classifiers.__path__)))

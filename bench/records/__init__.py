@@ -1,28 +1,28 @@
 """Run records, their store, and queries as pandas data frames."""
 
-from bench.records.query import load, samples
+from bench.records.index import load, samples
 from bench.records.record import (
-    CostPart,
-    GapPart,
-    MethodPart,
-    MetricPart,
-    ModelPart,
+    AppliedMethod,
+    Cost,
+    DenseModel,
+    Metric,
+    MissingMeasurement,
     Record,
     run_id,
-    unreal,
+    without_real_saving,
 )
 from bench.records.store import Store
 
 __all__ = [
-    "CostPart",
-    "GapPart",
-    "MethodPart",
-    "MetricPart",
-    "ModelPart",
+    "AppliedMethod",
+    "Cost",
+    "DenseModel",
+    "Metric",
+    "MissingMeasurement",
     "Record",
     "Store",
     "load",
     "run_id",
     "samples",
-    "unreal",
+    "without_real_saving",
 ]

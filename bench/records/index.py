@@ -1,4 +1,6 @@
-"""Index of all records as one Parquet file, so that thousands of them load as one data frame.
+"""All records as one Parquet index and as data frames.
+
+Index of all records as one Parquet file, so that thousands of them load as one data frame.
 
 The index is a cache and can be deleted at any time. A row is used only while the file of its record
 is the one it was read from (same inode, size and modification time) and the record schema is the
@@ -12,37 +14,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.errors import UserError
 from bench.records.record import SCHEMA, Record
-from bench.records.store import RECORD, Store
+from bench.records.store import RECORD, SAMPLES, Store
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 INDEX = "index.parquet"
 
 
-def table(store: Store) -> pa.Table:
+def index_table(store: Store) -> pa.Table:
     """Return one row per metric and per cost of every readable record, oldest record first."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    stamps = _stamps(store)
-    kept = _read(store.root / INDEX)
+    stamps = _record_stamps(store)
+    kept = _read_index(store.root / INDEX)
     # Distinct (run, stamp) pairs: a run has many rows.
     pairs = kept.group_by(["run", "stamp"]).aggregate([]).to_pylist()
     valid = {pair["run"] for pair in pairs if stamps.get(pair["run"]) == pair["stamp"]}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
-    rows = [row for run, record in fresh.items() if record for row in _rows(record, stamps[run])]
+    rows = [
+        row
+        for run, record in fresh.items()
+        if record
+        for row in _rows_of_record(record, stamps[run])
+    ]
     # The second test finds deleted records, whose rows must leave the index.
     if not rows and len(valid) == len(pairs):
         return kept
     current = kept.filter(pc.is_in(kept["run"], value_set=pa.array(sorted(valid), pa.string())))
-    merged = _sorted(pa.concat_tables([current, pa.Table.from_pylist(rows, kept.schema)]))
-    _write(store.root / INDEX, merged)
+    merged = _sorted_by_start(pa.concat_tables([current, pa.Table.from_pylist(rows, kept.schema)]))
+    _write_index(store.root / INDEX, merged)
     return merged
 
 
-def _stamps(store: Store) -> dict[str, str]:
+def _record_stamps(store: Store) -> dict[str, str]:
     """Return per run a stamp that identifies the current file of its record."""
     # Inode, size and time together: records are replaced by renaming a new file into place, which
     # may happen within one tick of the clock and leave the size equal, but never the inode. The
@@ -73,7 +82,7 @@ def _schema() -> pa.Schema:
     return pa.schema(columns)
 
 
-def _read(path: Path) -> pa.Table:
+def _read_index(path: Path) -> pa.Table:
     """Read the index; return an empty table if it is missing, corrupt, or has another schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -85,22 +94,22 @@ def _read(path: Path) -> pa.Table:
     return found if found.schema.equals(_schema()) else _schema().empty_table()
 
 
-def _write(path: Path, rows: pa.Table) -> None:
+def _write_index(path: Path, rows: pa.Table) -> None:
     """Write the index atomically; do nothing if the folder is not writable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from bench.records import atomic
+    from bench.records import atomic_files
 
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
     try:
-        atomic.write_bytes(path, sink.getvalue().to_pybytes())
+        atomic_files.write_bytes(path, sink.getvalue().to_pybytes())
     except OSError:
         return
 
 
-def _sorted(rows: pa.Table) -> pa.Table:
+def _sorted_by_start(rows: pa.Table) -> pa.Table:
     """Sort records by start time; the rows of a record keep their order."""
     import numpy as np
 
@@ -110,15 +119,15 @@ def _sorted(rows: pa.Table) -> pa.Table:
     return rows.take(np.lexsort((rows["run"].to_numpy(zero_copy_only=False).astype(str), begun)))
 
 
-def _rows(record: Record, stamp: str) -> list[dict[str, Any]]:
+def _rows_of_record(record: Record, stamp: str) -> list[dict[str, Any]]:
     described = {
         "run": record.id,
         "started": record.started,
         "group": record.group,
         "model": record.model.name,
         "label": record.label,
-        "methods": _joined([method.name for method in record.methods]) or "dense",
-        "saving": _joined([method.saving for method in record.methods]) or "none",
+        "methods": _join_names([method.name for method in record.methods]) or "dense",
+        "saving": _join_names([method.saving for method in record.methods]) or "none",
         "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
         "stamp": stamp,
     }
@@ -127,5 +136,37 @@ def _rows(record: Record, stamp: str) -> list[dict[str, Any]]:
     return [{**described, **row} for row in (*metrics, *costs)]
 
 
-def _joined(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return "+".join(names)
+
+
+def load(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Return all records of a results folder as one data frame in long format.
+
+    There is one row per metric (`kind == "metric"`) and per cost (`kind == "cost"`); the columns
+    that describe the run (`run`, `model`, `label`, `methods`, `saving`, `started`, `group`) repeat.
+    Unreadable records are left out; `bench ls runs` names them.
+    """
+    # The stamp is internal to the index.
+    frame: pd.DataFrame = index_table(Store(Path(results_dir))).drop_columns(["stamp"]).to_pandas()
+    return frame
+
+
+def samples(run: str, results_dir: str | Path = "results") -> pd.DataFrame:
+    """Return the scored samples of one run, one row per sample; `run` may be a prefix of its id.
+
+    Raises:
+        UserError: there is no such run, the prefix is ambiguous, or the samples are damaged.
+    """
+    import pandas as pd
+
+    store = Store(Path(results_dir))
+    path = store.folder(store.get(run).id) / SAMPLES
+    try:
+        # Without page checksums, a flipped bit in a value would go unnoticed.
+        return pd.read_parquet(path, engine="pyarrow", page_checksum_verification=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read: {reason}; repeat the run: bench run ... force=true"
+        ) from None

@@ -56,7 +56,7 @@ class Journal:
         Raises:
             OSError: the disk is full; earlier entries are intact.
         """
-        line = _line(entry)
+        line = _encode_entry(entry)
         try:
             # Written at a known offset instead of in append mode: if the disk takes only a part of
             # the line, truncating to the old end removes it. So a torn line can only be the last
@@ -79,20 +79,22 @@ class Journal:
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
         lines = content[:end].split(b"\n")[:-1]
-        reason = _unfit(lines[0], identity) if lines else "it is cut off in its first line"
+        reason = (
+            _mismatch_reason(lines[0], identity) if lines else "it is cut off in its first line"
+        )
         if reason:
-            self._set_aside(reason)
+            self._move_aside(reason)
             return 0
         # A damaged line does not invalidate the ones after it: entries are independent, and the
         # response it held is computed again.
         for number, line in enumerate(lines[1:], 2):
             try:
-                self.entries.append(_parse(line))
+                self.entries.append(_decode_entry(line))
             except ValueError as error:
                 self.notes.append(f"{self.path}: line {number} {error}; its entry is redone")
         return end
 
-    def _set_aside(self, reason: str) -> None:
+    def _move_aside(self, reason: str) -> None:
         """Rename the file, so that nothing is lost and nothing wrong is read."""
         names = (self.path.with_name(f"{self.path.name}.aside{n}") for n in count(1))
         free = next(name for name in names if not name.exists())
@@ -100,12 +102,12 @@ class Journal:
         self.notes.append(f"{self.path}: {reason}; it was moved aside to {free.name}")
 
 
-def _line(entry: Any) -> bytes:
+def _encode_entry(entry: Any) -> bytes:
     text = json.dumps(entry, separators=(",", ":")).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def _parse(line: bytes) -> Any:
+def _decode_entry(line: bytes) -> Any:
     """Return the entry of a line; a `ValueError` says what is wrong with it."""
     digits, _, text = line.partition(b" ")
     if digits != b"%08x" % zlib.crc32(text):
@@ -113,10 +115,10 @@ def _parse(line: bytes) -> Any:
     return json.loads(text)
 
 
-def _unfit(line: bytes, identity: str) -> str | None:
+def _mismatch_reason(line: bytes, identity: str) -> str | None:
     """Return why the journal header is incompatible, or None."""
     try:
-        header = _parse(line)
+        header = _decode_entry(line)
     except ValueError as error:
         return f"its first line {error}"
     if not isinstance(header, dict) or header.get("format") != FORMAT:

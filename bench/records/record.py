@@ -11,18 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = 2
 ID_DIGITS = 12
-UNREAL = frozenset({"zeroed", "masked"})
-
+EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""
 
 
-class _Part(BaseModel):
+class _FrozenModel(BaseModel):
     # An unknown key means a newer program or a damaged file: refuse it instead of dropping it.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelPart(_Part):
+class DenseModel(_FrozenModel):
     """The network of a run before any method changed it."""
 
     name: str
@@ -34,7 +33,7 @@ class ModelPart(_Part):
     bytes: int
 
 
-class MethodPart(_Part):
+class AppliedMethod(_FrozenModel):
     """One applied method: its config, how its effect is realised, and its own report.
 
     `seconds` is the time of applying it, calibration included. `peak_bytes` is the peak memory of
@@ -49,7 +48,7 @@ class MethodPart(_Part):
     peak_bytes: int | None = None
 
 
-class MetricPart(_Part):
+class Metric(_FrozenModel):
     """One metric of a task, with everything that identifies it."""
 
     benchmark: str
@@ -66,7 +65,7 @@ class MetricPart(_Part):
     task_version: str | None = None
 
 
-class CostPart(_Part):
+class Cost(_FrozenModel):
     """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
 
     `note` is a caveat for the reader, such as a loaded machine.
@@ -81,7 +80,7 @@ class CostPart(_Part):
     note: str | None = None
 
 
-class GapPart(_Part):
+class MissingMeasurement(_FrozenModel):
     """One missing cost with its reason, recorded instead of a zero.
 
     `how` names the method that failed if the quantity can be obtained in several ways, else None.
@@ -93,7 +92,7 @@ class GapPart(_Part):
     how: How | None = None
 
 
-class Record(_Part):
+class Record(_FrozenModel):
     """One run; `id` is a hash of its inputs, see `run_id`."""
 
     # Raise SCHEMA, and teach `versions.py` the old form, with every change of the fields.
@@ -106,11 +105,11 @@ class Record(_Part):
     command: str
     config: dict[str, Any]
     environment: dict[str, Any]
-    model: ModelPart
-    methods: tuple[MethodPart, ...]
-    metrics: tuple[MetricPart, ...]
-    costs: tuple[CostPart, ...]
-    gaps: tuple[GapPart, ...] = ()
+    model: DenseModel
+    methods: tuple[AppliedMethod, ...]
+    metrics: tuple[Metric, ...]
+    costs: tuple[Cost, ...]
+    gaps: tuple[MissingMeasurement, ...] = ()
     provenance: dict[str, Any]
 
     @property
@@ -120,31 +119,31 @@ class Record(_Part):
             return "dense"
         return " + ".join(_label(method) for method in self.methods)
 
-    def metric(self, task: str) -> MetricPart | None:
+    def metric(self, task: str) -> Metric | None:
         """Return the headline metric of a task, or None if the run did not score it."""
         found = [m for m in self.metrics if m.task == task and m.headline]
         return found[0] if found else None
 
-    def gap(self, quantity: str, scope: str) -> GapPart | None:
+    def gap(self, quantity: str, scope: str) -> MissingMeasurement | None:
         """Return why a cost is missing, or None if it is there or was not requested."""
         found = [g for g in self.gaps if g.quantity == quantity and g.scope == scope]
         return found[0] if found else None
 
-    def cost(self, quantity: str, scope: str = "model") -> CostPart | None:
+    def cost(self, quantity: str, scope: str = "model") -> Cost | None:
         """Return one cost of this run, or None if it was not obtained."""
         # A quantity may be both counted and analytic; the counted entry is recorded first.
         found = [c for c in self.costs if c.quantity == quantity and c.scope == scope]
         return found[0] if found else None
 
 
-def unreal(methods: Sequence[MethodPart]) -> str | None:
+def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
     """Return the effect (`masked`, `zeroed`) if all weights are still computed, else None.
 
     A run with such methods only may claim no gain in time or memory.
     """
     # As a dict instead of a set, to keep the order in which methods were applied.
     savings = dict.fromkeys(method.saving for method in methods)
-    return "+".join(savings) if savings and savings.keys() <= UNREAL else None
+    return "+".join(savings) if savings and savings.keys() <= EFFECTS_WITHOUT_SAVING else None
 
 
 def run_id(inputs: dict[str, Any]) -> str:
@@ -161,6 +160,6 @@ def checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _label(method: MethodPart) -> str:
+def _label(method: AppliedMethod) -> str:
     ratio = method.config.get("ratio")
     return method.name if ratio is None else f"{method.name} {ratio:g}"

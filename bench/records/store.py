@@ -23,13 +23,13 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from bench.errors import UserError, nearest
-from bench.records import atomic
+from bench.records import atomic_files
 from bench.records.journal import Journal
+from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, Record, checksum
-from bench.records.versions import READABLE, renewed
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
-ANSWERS = "answers.journal"
+RESPONSES = "answers.journal"
 
 
 class Store:
@@ -78,8 +78,8 @@ class Store:
                 on_wait()
             lock.acquire()
         try:
-            atomic.mend(self.folder(run_id))
-            self._drop_what_is_done(run_id)
+            atomic_files.repair_interrupted_write(self.folder(run_id))
+            self._remove_leftovers(run_id)
             yield
         finally:
             lock.release()
@@ -92,7 +92,7 @@ class Store:
         folder = self.root / "unfinished" / run_id
         return folder / f"process{process}" if process else folder
 
-    def _drop_what_is_done(self, run_id: str) -> None:
+    def _remove_leftovers(self, run_id: str) -> None:
         """Remove leftovers of a kill between writing the record and cleaning up.
 
         Leftovers are older than the record. Anything newer belongs to an unfinished run that is to
@@ -107,7 +107,7 @@ class Store:
 
     def journal(self, run_id: str, identity: str, process: int = 0) -> Journal:
         """Open a run's journal of responses of the network whose weights are `identity`."""
-        return Journal(self.unfinished(run_id, process) / ANSWERS, identity)
+        return Journal(self.unfinished(run_id, process) / RESPONSES, identity)
 
     def folder(self, run_id: str) -> Path:
         """Return the folder of one record, whether it exists or not."""
@@ -149,7 +149,7 @@ class Store:
         records = [self.find(run_id) for run_id in self.ids()]
         return sorted((r for r in records if r is not None), key=lambda r: r.started)
 
-    def set_aside(self, run_id: str) -> Path:
+    def move_aside(self, run_id: str) -> Path:
         """Move an unreadable record to `aside/` and return its new path."""
         aside = self.root / "aside"
         aside.mkdir(exist_ok=True)
@@ -167,30 +167,30 @@ class Store:
         def fill(folder: Path) -> None:
             (folder / CONFIG).write_text(config)
             _write_samples(folder / SAMPLES, samples)
-            (folder / RECORD).write_text(written(record))
+            (folder / RECORD).write_text(serialize_record(record))
 
         # In this order: a kill in between leaves leftovers, never a run with neither.
-        atomic.write_folder(self.folder(record.id), fill)
+        atomic_files.write_folder(self.folder(record.id), fill)
         shutil.rmtree(self.unfinished(record.id), ignore_errors=True)
         return self.folder(record.id)
 
     def _read(self, path: Path) -> Record | None:
         """Read one record file; note the reason in `unreadable` if it is damaged or too new."""
         try:
-            return _parse(path.read_text())
+            return _parse_record(path.read_text())
         except (OSError, ValueError) as error:
             self.unreadable[path.parent.name] = str(error)
             return None
 
 
-def written(record: Record) -> str:
+def serialize_record(record: Record) -> str:
     """Return the text of a record file: its values, and a checksum that reveals damage."""
     # Through JSON first, so that the checksum is over the same values that a reader parses.
     content = json.loads(record.model_dump_json())
     return json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
 
 
-def _parse(text: str) -> Record:
+def _parse_record(text: str) -> Record:
     """Parse and validate the text of a record file; a `ValueError` gives the reason in one line."""
     try:
         content = json.loads(text)
@@ -199,14 +199,14 @@ def _parse(text: str) -> Record:
     if not isinstance(content, dict):
         raise ValueError("not a record: the file holds no JSON object")
     version = content.get("schema_version")
-    if version not in READABLE:
+    if version not in READABLE_SCHEMAS:
         raise ValueError(f"its schema is version {version}, this program reads up to {SCHEMA}")
     # Checked before validation and migration, which would change what was written.
     wanted = content.pop("checksum", None)
     if wanted is not None and wanted != checksum(content):
         raise ValueError("its checksum does not match: the file was changed or damaged")
     try:
-        return renewed(Record(**content))
+        return migrate(Record(**content))
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))

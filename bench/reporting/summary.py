@@ -10,31 +10,31 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from bench.measurement.stages import DECODE, FORWARD, PREFILL
-from bench.records import unreal
-from bench.reporting.costs import gain, measured, print_costs
-from bench.reporting.terminal import console, quantity
+from bench.measurement.quantities import DECODE, FORWARD, PREFILL
+from bench.records import without_real_saving
+from bench.reporting.cost_table import measured_scopes, print_costs, speedup_text
+from bench.ui import console, format_quantity
 
 if TYPE_CHECKING:
-    from bench.records import CostPart, MetricPart, Record
+    from bench.records import Cost, Metric, Record
 
 # Most columns per table; wider tables are hard to read even where the terminal is wide enough.
-RUNS_A_TABLE = 7
-UNBOUNDED = 100_000
+MAX_RUNS_PER_TABLE = 7
+UNBOUNDED_WIDTH = 100_000
 PERCENT_METRICS = frozenset(
     {"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"}
     | {"pope_accuracy", "pope_accuracy_mean", "pope_f1_score", "mmbench_accuracy"}
     | {"mme_perception_share"}
 )
 COSTS = ("parameters", "nonzero_parameters")
-WORK = {
+WORK_UNITS = {
     "flops": "FLOP",
     "cache_bytes": "B in the cache",
     "seconds": "s",
     "method_seconds": "s in the method",
 }
 """Costs of one forward or prefill, with their units; the scope of such a cost holds its shapes."""
-HEADLINES = (FORWARD, PREFILL, DECODE)
+HEADLINE_STAGES = (FORWARD, PREFILL, DECODE)
 """Stages whose speed-up is shown in the summary; the table of costs has all of them."""
 
 
@@ -56,7 +56,7 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
     for (model, benchmark), group in groups.items():
         ordered = sorted(group, key=_dense_first)
         while ordered:
-            table, shown = _widest(f"{model} on {benchmark}", ordered, out)
+            table, shown = _widest_table(f"{model} on {benchmark}", ordered, out)
             out.print(table)
             ordered = ordered[shown:]
     for record in records:
@@ -71,12 +71,12 @@ def _dense_first(record: Record) -> tuple[bool, str]:
     return (bool(record.methods), record.label)
 
 
-def _widest(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
+def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
     """Return a table of as many leading records as fit, at least one, and their number."""
     # rich clamps a measurement to the console's width, so that every table would seem to fit;
     # measured without a bound, the width is the one the table really needs.
-    unbounded = out.options.update(max_width=UNBOUNDED)
-    for shown in range(min(len(records), RUNS_A_TABLE), 1, -1):
+    unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
+    for shown in range(min(len(records), MAX_RUNS_PER_TABLE), 1, -1):
         table = _table(title, records[:shown])
         if Measurement.get(out, unbounded, table).maximum <= out.width:
             return table, shown
@@ -90,17 +90,21 @@ def _table(title: str, records: Sequence[Record]) -> Table:
         # The ratio goes onto a second line of the heading, which keeps columns narrow.
         table.add_column("\n".join(record.label.rsplit(" ", 1)), justify="right", overflow="fold")
     for task, unit in _tasks(records).items():
-        cells = (_cell(record.metric(task)) for record in records)
+        cells = (_metric_cell(record.metric(task)) for record in records)
         table.add_row(f"{task} {unit}", *cells, end_section=task == "average")
     table.add_section()
     for name in COSTS:
-        table.add_row(name.replace("_", " "), *(_count(record, name) for record in records))
-    for (scope, name), unit in _work(records).items():
+        table.add_row(
+            name.replace("_", " "), *(_parameter_cell(record, name) for record in records)
+        )
+    for (scope, name), unit in _work_columns(records).items():
         cells = (_work_cell(record, name, scope) for record in records)
         table.add_row(f"{scope} {unit}", *cells)
-    for scope in _headlines(records):
-        table.add_row(f"{scope} speed-up (of theory)", *(gain(record, scope) for record in records))
-    table.add_row("weights", *(_saving(record) for record in records))
+    for scope in _headline_scopes(records):
+        table.add_row(
+            f"{scope} speed-up (of theory)", *(speedup_text(record, scope) for record in records)
+        )
+    table.add_row("weights", *(_effect(record) for record in records))
     table.add_row("run", *(record.id[:8] for record in records))
     return table
 
@@ -113,7 +117,7 @@ def _tasks(records: Sequence[Record]) -> dict[str, str]:
     return average | units
 
 
-def _cell(metric: MetricPart | None) -> str:
+def _metric_cell(metric: Metric | None) -> str:
     if metric is None or metric.value is None:
         return "-"
     scale = 100.0 if metric.metric in PERCENT_METRICS else 1.0
@@ -122,22 +126,22 @@ def _cell(metric: MetricPart | None) -> str:
     return text if metric.stderr is None else f"{text} ±{metric.stderr * scale:.{digits}f}"
 
 
-def _count(record: Record, name: str) -> str:
+def _parameter_cell(record: Record, name: str) -> str:
     cost = record.cost(name)
-    return quantity(cost.value if cost else None)
+    return format_quantity(cost.value if cost else None)
 
 
-def _work(records: Sequence[Record]) -> dict[tuple[str, str], str]:
+def _work_columns(records: Sequence[Record]) -> dict[tuple[str, str], str]:
     """Return scope and quantity of every work cost that any run has, with its unit."""
     return {
-        (cost.scope, cost.quantity): WORK[cost.quantity]
+        (cost.scope, cost.quantity): WORK_UNITS[cost.quantity]
         for record in records
         for cost in record.costs
-        if cost.quantity in WORK and not _is_quick(cost, record)
+        if cost.quantity in WORK_UNITS and not _is_superseded(cost, record)
     }
 
 
-def _is_quick(cost: CostPart, record: Record) -> bool:
+def _is_superseded(cost: Cost, record: Record) -> bool:
     """Whether a quick time taken while counting is superseded by a careful latency measurement."""
     return cost.quantity.endswith("seconds") and bool(record.cost("latency", cost.scope))
 
@@ -148,17 +152,17 @@ def _work_cell(record: Record, name: str, scope: str) -> str:
     if cost is not None and name.endswith("seconds"):
         # Masked or zeroed weights are still multiplied, so a shorter time would be noise and would
         # read as a speed-up.
-        return unreal(record.methods) or f"{cost.value:.4f}"
-    return quantity(cost.value if cost else None)
+        return without_real_saving(record.methods) or f"{cost.value:.4f}"
+    return format_quantity(cost.value if cost else None)
 
 
-def _headlines(records: Sequence[Record]) -> list[str]:
+def _headline_scopes(records: Sequence[Record]) -> list[str]:
     """Return the scopes whose speed-up is shown: the first shape of each headline stage."""
-    scopes = list(dict.fromkeys(scope for record in records for scope in measured(record)))
-    found = (next((s for s in scopes if s.startswith(stage)), None) for stage in HEADLINES)
+    scopes = list(dict.fromkeys(scope for record in records for scope in measured_scopes(record)))
+    found = (next((s for s in scopes if s.startswith(stage)), None) for stage in HEADLINE_STAGES)
     return [scope for scope in found if scope is not None]
 
 
-def _saving(record: Record) -> str:
+def _effect(record: Record) -> str:
     savings = dict.fromkeys(m.saving for m in record.methods if m.saving != "none")
     return "+".join(savings) or "unchanged"

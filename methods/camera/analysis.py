@@ -15,17 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.models.anatomy import MoEBlock
+from bench.models.expert_hooks import ExpertObserver, observe_experts
 from bench.models.model import Model
-from bench.models.observation import Observer, observing
-from bench.progress import Progress
-from methods.camera.energy import Moments, column_norms, energy
-from methods.micro_experts import SHARED, spans, view
-from methods.walking import refuse_nan, walk
+from bench.models.structure.moe_block import MoEBlock
+from bench.ui import Progress
+from methods.camera.energy import energy
+from methods.moe.calibration_statistics import Moments, squared_column_norms
+from methods.moe.calibration_walk import require_finite, walk_blocks
+from methods.moe.micro_experts import SHARED, expert_spans, expert_view
 
 
 @dataclass(frozen=True)
-class Walk:
+class WalkOptions:
     """Options of a calibration walk: `batch` rows and `chunk` tokens at a time.
 
     With `sequential` a layer that was changed runs again before the next one is measured.
@@ -43,15 +44,15 @@ class BlockEnergies:
     ‖y_t‖² of the block output. A second observer, `beside`, receives everything that this one does.
     """
 
-    def __init__(self, block: MoEBlock, beside: Observer | None = None) -> None:
-        device = view(block, 0).down.device
+    def __init__(self, block: MoEBlock, beside: ExpertObserver | None = None) -> None:
+        device = expert_view(block, 0).down.device
         self.block = block
         # A second observer instead of a second pass: the walk is the expensive part.
         self.beside = beside
         self.tokens = 0
         self.visits = [0] * block.num_experts
         self.output_power = 0.0
-        self._places = dict(spans(block))
+        self._places = dict(expert_spans(block))
         self._moments = Moments(block.micro_experts, device)
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -81,17 +82,19 @@ class BlockEnergies:
             UserError: an activation was NaN or infinite.
         """
         # `_places` is in flat order, so concatenated norms line up with the moments.
-        norms = [column_norms(view(self.block, expert).down) for expert in self._places]
+        norms = [
+            squared_column_norms(expert_view(self.block, expert).down) for expert in self._places
+        ]
         tokens = self.tokens if normalised else None
         energy_N = energy(self._moments, torch.cat(norms), alpha, tokens)
-        refuse_nan(self.block, energy_N)
+        require_finite(self.block, energy_N)
         return energy_N
 
 
-def measure(
+def block_energies(
     model: Model,
     tokens_BL: Tensor,
-    how: Walk,
+    how: WalkOptions,
     progress: Progress,
     observer: Callable[[MoEBlock], BlockEnergies] = BlockEnergies,
 ) -> Iterator[BlockEnergies]:
@@ -102,7 +105,9 @@ def measure(
     """
 
     def watching(seen: dict[MoEBlock, BlockEnergies]) -> AbstractContextManager[None]:
-        return observing(seen, how.chunk)
+        return observe_experts(seen, how.chunk)
 
-    for _, found in walk(model, tokens_BL, observer, watching, how.batch, how.sequential, progress):
+    for _, found in walk_blocks(
+        model, tokens_BL, observer, watching, how.batch, how.sequential, progress
+    ):
         yield found

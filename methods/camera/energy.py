@@ -1,4 +1,6 @@
-"""CAMERA's energy: the contribution of a micro-expert to the output of its layer.
+"""The energy of a micro-expert and the weight of its peak term.
+
+CAMERA's energy: the contribution of a micro-expert to the output of its layer.
 
 Shapes: S tokens of one expert, F its width, N micro-experts of a layer (shared ones first).
 
@@ -9,33 +11,23 @@ column, the layer's routed output is y_t = Σ_i φ_ti w_i. Then (arXiv 2508.0232
 
 in squared activation times squared weight. At α = 0 it is exactly the squared error that removing i
 alone causes in the layer's output, summed over tokens.
+
+Weight of the peak term in CAMERA's energy, per model, according to the sources.
+
+The paper's values are known only second-hand. Its code multiplies the peak by 0.90 or 0.95 for
+DeepSeek-MoE and by 1.0 by default, which is what Qwen3 was run with (`paper`). A note gives 0.05,
+and 0 for Qwen3, which could be meant as the peak's weight as well (`low_peak`). The question is
+open: run both before claiming a replication.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated, Literal
+
+from pydantic import Field
 from torch import Tensor
 
-
-class Moments:
-    """Σ_t φ² and max_t φ² of N micro-experts, accumulated chunk by chunk.
-
-    Each chunk is computed in float32 and accumulated in float64, so that neither the chunk size nor
-    the model's half precision affects a ranking. Tokens not routed to an expert have φ = 0 and need
-    not be added.
-    """
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.square_sum_N = torch.zeros(count, dtype=torch.float64, device=device)
-        self.peak_square_N = torch.zeros(count, dtype=torch.float32, device=device)
-
-    def add(self, where: slice, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Add φ = weight · hidden of the micro-experts in the slice `where`; S must not be zero."""
-        square_SF = (hidden_SF.float() * weight_S.float()[:, None]).square_()
-        self.square_sum_N[where] += square_SF.sum(0)
-        # A slice is a view, so the maximum is written into the moments in place.
-        peak_square_F = self.peak_square_N[where]
-        torch.maximum(peak_square_F, square_SF.amax(0), out=peak_square_F)
+from methods.moe.calibration_statistics import Moments
 
 
 def energy(
@@ -51,7 +43,15 @@ def energy(
     return ((1 - alpha) * square_N + alpha * moments.peak_square_N.double()) * norm_square_N
 
 
-def column_norms(down_DF: Tensor) -> Tensor:
-    """Return the squared norm ‖w_i‖₂² of every column of a down matrix, float64 [F]."""
-    # Squares in float32, summed in float64: in half precision they could overflow.
-    return down_DF.float().square().sum(0, dtype=torch.float64)
+Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["paper", "low_peak"]
+_PEAK_WEIGHTS = {"qwen3_moe": 1.0}
+_DEFAULT_PEAK_WEIGHT = 0.95
+
+
+def resolve_alpha(alpha: Alpha, model_type: str) -> float:
+    """Return α for a model: the given number, or the value of a named reading for its type."""
+    if not isinstance(alpha, str):
+        return alpha
+    peak = _PEAK_WEIGHTS.get(model_type, _DEFAULT_PEAK_WEIGHT)
+    # Rounded, so that 1 - 0.95 is 0.05 in the record and not 0.050000000000000044.
+    return peak if alpha == "paper" else round(1 - peak, 12)

@@ -26,17 +26,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.method import Context, MethodReport
-from bench.models.anatomy import MoEBlock
+from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
-from bench.models.observation import observing
-from bench.progress import Progress
-from methods.activations import Activations
-from methods.camera.ranking import lowest, lowest_overall
-from methods.gradients import backward, differentiable
-from methods.micro_experts import spans, view
-from methods.micro_pruning import MicroPruning
-from methods.moe_pruning import calibration_of, refuse_offloaded
-from methods.walking import refuse_nan, walk
+from bench.models.structure.moe_block import MoEBlock
+from bench.ui import Progress
+from methods.moe.calibration_statistics import Activations, backpropagate_loss, enable_gradients
+from methods.moe.calibration_walk import require_finite, walk_blocks
+from methods.moe.micro_experts import expert_spans, expert_view
+from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
+from methods.moe.ranking import lowest, lowest_overall
 
 
 def sensitivity(down_DF: Tensor, metric_DD: Tensor) -> Tensor:
@@ -48,7 +46,9 @@ def sensitivity(down_DF: Tensor, metric_DD: Tensor) -> Tensor:
 
 def loss_aware_energy(block: MoEBlock, square_sum_N: Tensor, metric_DD: Tensor) -> Tensor:
     """Return E, float64 [N] in flat order, from Σ_t φ² and G at the block's output."""
-    sensitivities = [sensitivity(view(block, e).down, metric_DD) for e, _ in spans(block)]
+    sensitivities = [
+        sensitivity(expert_view(block, e).down, metric_DD) for e, _ in expert_spans(block)
+    ]
     return square_sum_N.double() * torch.cat(sensitivities)
 
 
@@ -57,7 +57,7 @@ class OutputMetric:
 
     def __init__(self, block: MoEBlock) -> None:
         shape = (block.d_model, block.d_model)
-        device = view(block, 0).down.device
+        device = expert_view(block, 0).down.device
         self._sum_DD = torch.zeros(shape, dtype=torch.float64, device=device)
         self._tokens = 0
 
@@ -78,24 +78,24 @@ def output_metrics(model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEB
     Rows are processed one at a time, since all activations of a row are kept until its backward
     pass.
     """
-    gathered = {block: OutputMetric(block) for block in model.anatomy.moe}
-    with differentiable(model.network), _catching(gathered):
+    gathered = {block: OutputMetric(block) for block in model.structure.moe}
+    with enable_gradients(model.network), _record_output_gradients(gathered):
         for row_1L in told.track(tokens_BL.split(1), "computing gradients of the loss"):
-            backward(model.network, row_1L)
+            backpropagate_loss(model.network, row_1L)
     return {block: found.metric() for block, found in gathered.items()}
 
 
 @contextmanager
-def _catching(gathered: dict[MoEBlock, OutputMetric]) -> Iterator[None]:
+def _record_output_gradients(gathered: dict[MoEBlock, OutputMetric]) -> Iterator[None]:
     """Accumulate the gradients at the block outputs inside the `with` block."""
     with ExitStack() as stack:
         for block, found in gathered.items():
-            handle = block.block.register_forward_hook(_catcher(found))
+            handle = block.block.register_forward_hook(_gradient_hook(found))
             stack.callback(handle.remove)
         yield
 
 
-def _catcher(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], None]:
+def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], None]:
     def after(_: nn.Module, __: Any, output_BLD: Tensor) -> None:
         # A hook on the tensor, not a module backward hook: no autograd function is wrapped around
         # the block, and the gradient is complete when the hook runs.
@@ -104,7 +104,7 @@ def _catcher(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], None]:
     return after
 
 
-class CameraLossAware(MicroPruning):
+class CameraLossAware(MicroExpertPruning):
     """Remove the micro-experts of least loss-aware energy, measured on the unpruned model.
 
     `scope` ranks within a `layer`, as CAMERA-P does, or over the whole model (`global`).
@@ -118,21 +118,21 @@ class CameraLossAware(MicroPruning):
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Run one backward pass per row, measure activations once, rank and remove."""
-        calibration = calibration_of(context)
-        anatomy = model.anatomy
-        refuse_offloaded(anatomy.moe)
+        calibration = require_calibration(context)
+        structure = model.structure
+        refuse_offloaded(structure.moe)
         # Everything is measured before anything is removed: G comes from the unpruned model, and
         # activations have to match it.
         energies = self._energies(model, calibration.tokens, context.progress)
-        chosen = self._choose(energies, self.budgets(anatomy))
+        chosen = self._choose(energies, self.budgets(structure))
         layers = []
-        for block, energy_N, indices in zip(anatomy.moe, energies, chosen, strict=True):
+        for block, energy_N, indices in zip(structure.moe, energies, chosen, strict=True):
             here = indices.to(energy_N.device)
-            share = _share(energy_N, here)
-            layers.append(self.take_out(block, here) | {"removed_energy_share": share})
-        return self.conclude(
+            share = _energy_share(energy_N, here)
+            layers.append(self.remove_micro_experts(block, here) | {"removed_energy_share": share})
+        return self.build_report(
             model,
-            anatomy,
+            structure,
             layers,
             scope=self.scope,
             calibration=calibration.fingerprint,
@@ -149,18 +149,18 @@ class CameraLossAware(MicroPruning):
     def _energies(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[Tensor]:
         """Return every block's energies, float64 [N]."""
         metrics = output_metrics(model, tokens_BL, told)
-        seen = walk(model, tokens_BL, Activations, self._watching, self.batch, False, told)
+        seen = walk_blocks(model, tokens_BL, Activations, self._watching, self.batch, False, told)
         energies = []
         for block, activations in seen:
             energy_N = loss_aware_energy(block, activations.square_sum(), metrics[block])
-            refuse_nan(block, energy_N)
+            require_finite(block, energy_N)
             energies.append(energy_N)
         return energies
 
     def _watching(self, seen: dict[MoEBlock, Activations]) -> AbstractContextManager[None]:
-        return observing(seen, self.chunk)
+        return observe_experts(seen, self.chunk)
 
 
-def _share(energy_N: Tensor, indices: Tensor) -> float:
+def _energy_share(energy_N: Tensor, indices: Tensor) -> float:
     total = float(energy_N.sum())
     return float(energy_N[indices].sum()) / total if total else 0.0

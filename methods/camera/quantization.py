@@ -1,26 +1,128 @@
-"""CAMERA-Q (arXiv 2508.02322): more bits for micro-experts of more energy, packed.
+"""CAMERA-Q, its ablation CAMERA-Q-dagger, their knobs.
+
+CAMERA-Q (arXiv 2508.02322): more bits for micro-experts of more energy, packed.
 
 There is no official code for it. What is known: micro-experts are sorted by energy and cut into
 groups of falling bits, such as 3, 2 and 1; the up row, gate row and down column of a micro-expert
 get the same bits; the quantizer is GPTQ at least in part.
+
+CAMERA-Q-dagger, the paper's ablation: bits allocated over the input columns of each matrix.
+
+Shapes: D d_model, F an expert's width, S tokens of one expert.
+
+Here a micro-expert has no bits of its own. An input column j of a matrix W is ranked by its
+contribution to the output of the matrix, [(1 - α) ‖x_j‖₂² + α ‖x_j‖∞²] · ‖W_:j‖₂², which is
+CAMERA's energy with the columns of W as micro-experts. Of the paper's ablation only the split
+itself is known; this ranking is ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
-from pydantic import Field
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
 
-from bench.models.anatomy import Anatomy, MoEBlock
+from bench.method import Context
+from bench.models.bitpacking.packed_shape import Level, PackedShape
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from methods.camera.allocation import (
+    BitScope,
+    block_size,
+    distribute_levels,
+    energy_order,
+    rank_blocks,
+)
 from methods.camera.analysis import BlockEnergies
-from methods.camera.bits import Scope, block_size, by_energy, share_out, units
-from methods.camera.quant_levels import MixedBits
-from methods.micro_experts import SHARED, spans
-from methods.quantization.observers import Planner
-from methods.quantization.plan import ExpertPlan, tied
+from methods.camera.energy import Alpha, energy, resolve_alpha
+from methods.moe.calibration_statistics import Moments, squared_column_norms
+from methods.moe.micro_experts import SHARED, expert_spans
+from methods.moe.quantizer.bit_budget import exact_fraction, level_sizes, mean_bits_of
+from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan, tied_plan
+from methods.moe.quantizer.method import BitChoices, MoEQuantization
+from methods.moe.quantizer.observers import Planner
 
 
-class CameraQ(MixedBits):
+class MixedBitQuantization(MoEQuantization):
+    """A method with several bit widths and an exact mean.
+
+    `shares` are the proportions of the parts that get each of `bits`; without them the proportions
+    are as even as `mean_bits` allows. If both are given they must agree. The default, a mean of 2
+    bits, or 2.25 with the grids of groups of 128, has the shares that a later comparison used for
+    CAMERA-Q (DartMoQP); the paper's are not known.
+
+    `alpha` weighs the peak term of the energy, and `normalised` replaces the sum over tokens by
+    their mean, both as in CAMERA-P.
+    """
+
+    bits: BitChoices = (3, 2, 1)
+    shares: tuple[float, ...] | None = (0.125, 0.75, 0.125)
+    mean_bits: float | None = Field(default=None, validate_default=True)
+    alpha: Alpha = "paper"
+    normalised: bool = False
+
+    @field_validator("shares")
+    @classmethod
+    def _one_each(
+        cls, shares: tuple[float, ...] | None, others: ValidationInfo
+    ) -> tuple[float, ...] | None:
+        if shares is not None:
+            if len(shares) != len(others.data.get("bits", shares)):
+                raise ValueError("give as many shares as bits")
+            if not all(0 <= share < float("inf") for share in shares) or not any(shares):
+                raise ValueError("shares must be finite, not negative, and not all zero")
+        return shares
+
+    @field_validator("mean_bits")
+    @classmethod
+    def _can_be_given(cls, mean: float | None, others: ValidationInfo) -> float | None:
+        # Fields that failed validation are missing here; their own errors are reported instead.
+        if not {"bits", "shares"} <= others.data.keys():
+            return mean
+        bits, shares = others.data["bits"], others.data["shares"]
+        if mean is None:
+            if shares is None:
+                raise ValueError("set shares or mean_bits")
+        elif not bits[-1] <= mean <= bits[0]:
+            raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
+        # Compared as fractions: float means of the same decimals need not be equal.
+        elif shares is not None and mean_bits_of(bits, shares) != exact_fraction(mean):
+            implied = float(mean_bits_of(bits, shares))
+            raise ValueError(f"bits={list(bits)} with shares={list(shares)} have mean {implied}")
+        return mean
+
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """Return the factory of planners, with α resolved for this model."""
+        # On a copy: this object is the user's config and keeps the name given there.
+        alpha = resolve_alpha(self.alpha, model.structure.model_type)
+        return self.model_copy(update={"alpha": alpha}).planner
+
+    @property
+    def peak(self) -> float:
+        """The resolved number α."""
+        assert not isinstance(self.alpha, str)
+        return self.alpha
+
+    @property
+    def mean(self) -> Fraction:
+        """The exact mean of the bits."""
+        if self.mean_bits is not None:
+            return exact_fraction(self.mean_bits)
+        assert self.shares is not None
+        return mean_bits_of(self.bits, self.shares)
+
+    def levels(self, count: int) -> list[Level]:
+        """Return how many of `count` parts get how many bits."""
+        sizes = level_sizes(self.bits, self.shares, self.mean, count)
+        return [Level(*level) for level in zip(self.bits, sizes, strict=True)]
+
+
+class CameraQ(MixedBitQuantization):
     """Allocate bits by energy within a layer, the same for all weights of a micro-expert.
 
     `scope` ranks the routed micro-experts of a whole `layer`, as CAMERA-P does, or gives every
@@ -28,13 +130,13 @@ class CameraQ(MixedBits):
     bits together: by default one group, or an eighth of the narrowest expert if that is less.
     """
 
-    scope: Scope = "layer"
+    scope: BitScope = "layer"
     block: int | None = Field(default=None, ge=1)
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Also refuse a mean that these bits cannot produce in some layer."""
-        super().check(anatomy)
-        for block in anatomy.moe:
+        super().check(structure)
+        for block in structure.moe:
             # Raises if no division exists: better now than after calibration.
             self.levels(sum(block.widths))
 
@@ -56,14 +158,74 @@ class EnergyPlanner(BlockEnergies):
         method, block = self._method, self.block
         energy_N = self.energies(method.peak, normalised=method.normalised)
         # Shared experts are measured but have a bit width of their own (`shared_bits`).
-        energies = [energy_N[place] for expert, place in spans(block) if expert != SHARED]
-        ranked = units(energies, self._block_size, method.scope)
-        dealt = share_out(ranked, method.levels(sum(block.widths)), block.num_experts)
+        energies = [energy_N[place] for expert, place in expert_spans(block) if expert != SHARED]
+        ranked = rank_blocks(energies, self._block_size, method.scope)
+        dealt = distribute_levels(ranked, method.levels(sum(block.widths)), block.num_experts)
         return [
-            tied(by_energy(energy_F), levels, block.d_model, method.group, method.group)
+            tied_plan(energy_order(energy_F), levels, block.d_model, method.group, method.group)
             for energy_F, levels in zip(energies, dealt, strict=True)
         ]
 
     def details(self) -> dict[str, Any]:
         """Return the block size of the allocation."""
         return {"block": self._block_size}
+
+
+class CameraQDagger(MixedBitQuantization):
+    """Allocate bits over the input columns of gate, up and down, each matrix separately."""
+
+    def check(self, structure: ModelStructure) -> None:
+        """Also refuse a mean that these bits cannot produce in some matrix."""
+        super().check(structure)
+        for size in {n for block in structure.moe for n in (block.d_model, *block.widths)}:
+            self.levels(size)
+
+    def planner(self, block: MoEBlock) -> Planner:
+        """Return the observer that measures the columns of a block's matrices."""
+        return ColumnPlanner(self, block)
+
+
+class ColumnPlanner(BlockEnergies):
+    """Measures every expert's inputs in addition to its micro-experts."""
+
+    def __init__(self, method: CameraQDagger, block: MoEBlock) -> None:
+        super().__init__(block)
+        self._method = method
+        device = block.expert(0).gate.device
+        self._inputs = [Moments(block.d_model, device) for _ in range(block.num_experts)]
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert."""
+        super().routed(expert, x_SD, hidden_SF, weight_S)
+        # Weight 1: gate and up see their inputs before the router weight is applied.
+        self._inputs[expert].add(slice(None), x_SD, torch.ones_like(weight_S))
+
+    def plans(self) -> list[ExpertPlan]:
+        """Return a plan for every routed expert; the order of down is that of its micro-experts."""
+        energy_N = self.energies(self._method.peak, normalised=self._method.normalised)
+        places = {expert: place for expert, place in expert_spans(self.block) if expert != SHARED}
+        return [self._plan(expert, energy_N[place]) for expert, place in places.items()]
+
+    def details(self) -> dict[str, Any]:
+        """Return nothing: the shapes say it all."""
+        return {}
+
+    def _plan(self, expert: int, energy_F: Tensor) -> ExpertPlan:
+        found = self.block.expert(expert)
+        order_F = energy_order(energy_F)
+        # The columns of down are the micro-experts, stored in order of energy anyway; gate and up
+        # need a stored permutation of their own, since the order of their inputs is the model's.
+        down = MatrixPlan(self._shape(self.block.d_model, len(order_F), permuted=False))
+        gate, up = (self._matrix(expert, weight_FD) for weight_FD in (found.gate, found.up))
+        return ExpertPlan(order_F, gate, up, down)
+
+    def _matrix(self, expert: int, weight_FD: Tensor) -> MatrixPlan:
+        norms_D, alpha = squared_column_norms(weight_FD), self._method.peak
+        tokens = self.tokens if self._method.normalised else None
+        energy_D = energy(self._inputs[expert], norms_D, alpha, tokens)
+        shape = self._shape(*weight_FD.shape, permuted=True)
+        return MatrixPlan(shape, energy_order(energy_D))
+
+    def _shape(self, rows: int, columns: int, *, permuted: bool) -> PackedShape:
+        levels = tuple(level for level in self._method.levels(columns) if level.size)
+        return PackedShape(rows, columns, levels, "columns", self._method.group, permuted)

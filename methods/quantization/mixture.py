@@ -19,14 +19,15 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.models.anatomy import Anatomy, ExpertView, MoEBlock
-from methods.quantization.choice import choose
-from methods.quantization.levels import exact
-from methods.quantization.method import Choices, MoEQuantization
-from methods.quantization.observers import Blind, Planner
-from methods.quantization.plan import ExpertPlan, uniform
-from methods.quantization.rtn import rounded
-from methods.walking import refuse_nan
+from bench.models.structure.expert_view import ExpertView
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.calibration_walk import require_finite
+from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
+from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan
+from methods.moe.quantizer.grid import round_weights
+from methods.moe.quantizer.method import BitChoices, MoEQuantization
+from methods.moe.quantizer.observers import NullObserver, Planner
 
 
 class Mc(MoEQuantization):
@@ -35,7 +36,7 @@ class Mc(MoEQuantization):
     `alpha` and `beta` are the exponents of frequency and router weight.
     """
 
-    bits: Choices = (3, 2, 1)
+    bits: BitChoices = (3, 2, 1)
     mean_bits: float = Field(default=2.0, validate_default=True)
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=1.0, ge=0)
@@ -48,10 +49,10 @@ class Mc(MoEQuantization):
             raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
         return mean
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Also refuse a budget that cannot give every bit width but the smallest to an expert."""
-        super().check(anatomy)
-        for block in anatomy.moe:
+        super().check(structure)
+        for block in structure.moe:
             *most, lowest = self.bits
             # The cheapest admissible choice: the narrowest experts take the larger bit widths once
             # each, every other expert the smallest. If that exceeds the budget, nothing fits.
@@ -66,14 +67,14 @@ class Mc(MoEQuantization):
 
     def budget(self, block: MoEBlock) -> int:
         """Return the budget in bits for one weight per micro-expert of a block."""
-        return math.floor(exact(self.mean_bits) * sum(block.widths))
+        return math.floor(exact_fraction(self.mean_bits) * sum(block.widths))
 
     def planner(self, block: MoEBlock) -> Planner:
         """Return the observer that measures the three factors of each expert."""
-        return ExpertPlanner(self, block)
+        return McPlanner(self, block)
 
 
-class ExpertPlanner(Blind):
+class McPlanner(NullObserver):
     """Measures frequency, router weight and rounding error of the experts of a block."""
 
     def __init__(self, method: Mc, block: MoEBlock) -> None:
@@ -100,18 +101,18 @@ class ExpertPlanner(Blind):
     def plans(self) -> list[ExpertPlan]:
         """Solve the program and return a plan for every expert."""
         loss_EB = self.losses()
-        refuse_nan(self._block, loss_EB)
+        require_finite(self._block, loss_EB)
         bits_B = torch.tensor(self._method.bits)
         # Bits per weight times width: after pruning experts may differ in width, and the common
         # factor 3·D of all weights drops out of the program.
         cost_EB = torch.tensor(self._block.widths)[:, None] * bits_B
         one_each = dict.fromkeys(range(len(self._method.bits) - 1), 1)
-        chosen_E = choose(
+        chosen_E = solve_multiple_choice_knapsack(
             loss_EB.cpu().numpy(), cost_EB.numpy(), self._method.budget(self._block), one_each
         )
         self._bits = [self._method.bits[place] for place in chosen_E]
         return [
-            uniform(self._block.expert(expert), bits, self._method.group)
+            uniform_plan(self._block.expert(expert), bits, self._method.group)
             for expert, bits in enumerate(self._bits)
         ]
 
@@ -131,5 +132,7 @@ class ExpertPlanner(Blind):
 
     def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
         group, clip = self._method.group, self._method.clip
-        gate, up, down = (rounded(w, bits, group, clip) for w in (view.gate, view.up, view.down))
+        gate, up, down = (
+            round_weights(w, bits, group, clip) for w in (view.gate, view.up, view.down)
+        )
         return ExpertView(gate, up, down, view.act)

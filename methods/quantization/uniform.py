@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from bench.models.anatomy import MoEBlock
-from methods.quantization.method import Bits, MoEQuantization
-from methods.quantization.observers import Planner, Uniform
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.quantizer.method import BitWidth, MoEQuantization
+from methods.moe.quantizer.observers import Planner, UniformPlanner
 
 
 class Gptq(MoEQuantization):
     """GPTQ (arXiv 2210.17323) with `bits` for every weight of the routed experts."""
 
-    bits: Bits = 2
+    bits: BitWidth = 2
 
     def planner(self, block: MoEBlock) -> Planner:
         """Return a planner without a choice."""
-        return Uniform(block, self.bits, self.group)
+        return UniformPlanner(block, self.bits, self.group)
 
 
 class Rtn(Gptq):

@@ -1,17 +1,21 @@
-"""DART (Wen et al., EMNLP 2025): tokens that duplicate a few pivots are removed."""
+"""DART: duplicates of pivots leave.
+
+Tokens that duplicate pivots least (DART, EMNLP 2025).
+
+Shapes: I frames, M tokens of a frame, T text rows, P pivots, D width, E width of keys.
+"""
 
 from __future__ import annotations
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from bench.method import Context
-from methods.token_pruning.duplication import least_alike, pivots
-from methods.token_pruning.pruning import InDecoder
-from methods.visual_tokens.plan import Selection
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from methods.token_pruning.base import InDecoder, top_tokens
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 
 
 class DART(InDecoder):
@@ -26,20 +30,24 @@ class DART(InDecoder):
     visual_pivots: int = Field(default=4, ge=1)
     text_pivots: int = Field(default=4, ge=0)
 
-    def _selections(self, depth: int, context: Context) -> list[Selection]:
+    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
-        return [Selection("dart", self.after, quota, self._choose, attention=True, macs=self._macs)]
+        return [
+            TokenPruningStep(
+                "dart", self.after, quota, self._choose, attention=True, macs=self._macs
+            )
+        ]
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         visual_IME, text_BTE = sight.keys()
         sample_I, question_BT = sight.frames.sample_I, sight.question()
         most_I = keep_I.clamp(max=self.visual_pivots)
-        chosen_IM = pivots(visual_IME, sight.valid, most_I)
+        chosen_IM = select_pivots(visual_IME, sight.valid, most_I)
         # With fewer words than `text_pivots`, all of them become pivots.
         words_B = torch.full_like(question_BT.sum(dim=1), self.text_pivots)
-        words_BT = pivots(text_BTE, question_BT, words_B)
-        return Choice(
-            least_alike(
+        words_BT = select_pivots(text_BTE, question_BT, words_B)
+        return TokenSelection(
+            least_similar_to_pivots(
                 sight.states_IMD,
                 sight.text_BTD[sample_I],
                 sight.valid,
@@ -49,7 +57,44 @@ class DART(InDecoder):
             )
         )
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         # An upper bound: the question is taken to have at least `text_pivots` words.
         turns = min(max(sizes.kept), self.visual_pivots) + self.text_pivots
         return turns * len(sizes.counts) * max(sizes.counts) * sizes.width
+
+
+def select_pivots(keys_IRE: Tensor, allowed_IR: Tensor, most_I: Tensor) -> Tensor:
+    """Mark the `most` rows of each frame whose keys have the largest L1 norm, bool [I, R]."""
+    return top_tokens(keys_IRE.float().abs().sum(dim=-1), allowed_IR, most_I)
+
+
+def least_similar_to_pivots(
+    x_IMD: Tensor,
+    text_ITD: Tensor,
+    valid_IM: Tensor,
+    visual_pivots_IM: Tensor,
+    text_pivots_IT: Tensor,
+    keep_I: Tensor,
+) -> Tensor:
+    """Choose the visual pivots and the tokens least similar to each pivot, bool [I, M].
+
+    Pivots take turns, visual ones first, each kind in order. Each takes an equal part of what
+    `keep` leaves after the visual pivots (the first ones take one more if it does not divide): the
+    tokens not yet taken that have the lowest cosine with it.
+    """
+    pivot_IP = torch.cat([visual_pivots_IM, text_pivots_IT], dim=1)
+    state_IPD = functional.normalize(torch.cat([x_IMD, text_ITD], dim=1).float(), dim=-1)
+    number_IP = pivot_IP.cumsum(dim=1) - 1
+    count_I = pivot_IP.sum(dim=1)
+    rest_I = (keep_I - visual_pivots_IM.sum(dim=1)).clamp(min=0)
+    chosen_IM = visual_pivots_IM.clone()
+    for turn in range(int(count_I.max())):
+        # `argmax` of marks is the first marked position. A frame with fewer pivots than turns has
+        # no mark and gets position 0, which is harmless: its part is 0 then.
+        place_I = (pivot_IP & (number_IP == turn)).float().argmax(dim=1)
+        pivot_ID1 = state_IPD[torch.arange(len(x_IMD), device=x_IMD.device), place_I][..., None]
+        alike_IM = (state_IPD[:, : x_IMD.shape[1]] @ pivot_ID1)[..., 0]
+        part_I = rest_I // count_I.clamp(min=1) + (turn < rest_I % count_I.clamp(min=1))
+        part_I = torch.where(turn < count_I, part_I, 0)
+        chosen_IM |= top_tokens(-alike_IM, valid_IM & ~chosen_IM, part_I)
+    return chosen_IM

@@ -6,11 +6,9 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.method import Context
-from methods.token_pruning.pruning import InDecoder
-from methods.token_pruning.ranking import best
-from methods.visual_tokens.plan import Selection
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from methods.token_pruning.base import InDecoder, top_tokens
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 
 
 class FastV(InDecoder):
@@ -22,15 +20,17 @@ class FastV(InDecoder):
 
     after: int = Field(default=2, ge=1)
 
-    def _selections(self, depth: int, context: Context) -> list[Selection]:
+    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
         return [
-            Selection("fastv", self.after, quota, self._choose, attention=True, macs=self._macs)
+            TokenPruningStep(
+                "fastv", self.after, quota, self._choose, attention=True, macs=self._macs
+            )
         ]
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         score_IM = sight.attention(sight.last_text())[:, 0]
-        return Choice(best(score_IM, sight.valid, keep_I))
+        return TokenSelection(top_tokens(score_IM, sight.valid, keep_I))
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.row_macs

@@ -1,17 +1,24 @@
-"""PruMerge+ (Shang et al., ICCV 2025): attention outliers and evenly spaced tokens, merged."""
+"""PruMerge+: outliers of attention, merged.
+
+Attention outliers and token merging (PruMerge, ICCV 2025).
+
+Shapes: I frames, M tokens of a frame, D width, E width of keys.
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
-from bench.models.multimodal.tower import TowerSizes
-from methods.token_pruning.outliers import absorbing, with_uniform
-from methods.token_pruning.pruning import BeforeDecoder
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from bench.models.vlm.vision_tower import TowerSizes
+from methods.token_pruning.base import BeforeDecoder, top_tokens
+from methods.token_pruning.visionzip import evenly_spaced
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes
 
 
 class PruMergePlus(BeforeDecoder):
@@ -30,22 +37,59 @@ class PruMergePlus(BeforeDecoder):
 
     neighbours: int = Field(default=32, ge=0)
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         tower, valid_IM = sight.tower(), sight.valid
-        kept_IM = with_uniform(tower.received_V, valid_IM, keep_I)
+        kept_IM = outliers_and_uniform(tower.received_V, valid_IM, keep_I)
         if not self.neighbours:
-            return Choice(kept_IM)
+            return TokenSelection(kept_IM)
         keys_IME = tower.keys_VHd.flatten(2)
-        merged_IMF = absorbing(
+        merged_IMF = absorb_neighbours(
             tower.features_VF, keys_IME, tower.received_V, valid_IM, self.neighbours
         )
         states_IMD = sight.states_IMD.clone()
         states_IMD[kept_IM] = tower.project(merged_IMF[kept_IM]).to(states_IMD.dtype)
-        return Choice(kept_IM, kept_IM, states_IMD)
+        return TokenSelection(kept_IM, kept_IM, states_IMD)
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
         if not self.neighbours:
             return tower.reading
         merging = sizes.pairs * (tower.keys + tower.features)
         return tower.reading + merging + sum(sizes.kept) * tower.project
+
+
+def count_outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:
+    """Count the tokens of each frame with attention above Q3 + 1.5 (Q3 - Q1), at least 1, [I]."""
+    # Padding becomes NaN so that `nanquantile` takes quartiles over the real tokens only.
+    known_IM = attention_IM.float().masked_fill(~valid_IM, torch.nan)
+    quarters = torch.tensor([0.25, 0.75], device=known_IM.device)
+    low_I, high_I = torch.nanquantile(known_IM, quarters, dim=1)
+    bound_I = high_I + 1.5 * (high_I - low_I)
+    above_IM: Tensor = (attention_IM > bound_I[:, None]) & valid_IM
+    return above_IM.sum(dim=1).clamp(min=1)
+
+
+def outliers_and_uniform(attention_IM: Tensor, valid_IM: Tensor, keep_I: Tensor) -> Tensor:
+    """Mark the outliers and, up to `keep`, evenly spaced tokens among the rest, [I, M]."""
+    # With more outliers than `keep`, those with the most attention stay: budgets are exact.
+    first_I = torch.minimum(count_outliers(attention_IM, valid_IM), keep_I)
+    salient_IM = top_tokens(attention_IM, valid_IM, first_I)
+    return salient_IM | evenly_spaced(valid_IM & ~salient_IM, keep_I - first_I)
+
+
+def absorb_neighbours(
+    x_IMD: Tensor, keys_IME: Tensor, attention_IM: Tensor, valid_IM: Tensor, neighbours: int
+) -> Tensor:
+    """Add to every token its nearest others, each weighted by attention, [I, M, D].
+
+    Nearest are the `neighbours` other tokens whose keys have the highest cosine with its own.
+    """
+    unit_IME = functional.normalize(keys_IME.float(), dim=-1)
+    similar_IMM = unit_IME @ unit_IME.transpose(1, 2)
+    itself_MM = torch.eye(x_IMD.shape[1], dtype=torch.bool, device=x_IMD.device)
+    possible_IMM = valid_IM[:, None, :] & ~itself_MM
+    similar_IMM = similar_IMM.masked_fill(~possible_IMM, -torch.inf)
+    rank_IMM = similar_IMM.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    near_IMM = (rank_IMM < neighbours) & possible_IMM
+    weight_IMM = near_IMM * attention_IM[:, None, :]
+    return x_IMD + weight_IMM.to(x_IMD.dtype) @ x_IMD

@@ -7,12 +7,10 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.method import Context
-from methods.token_pruning.pruning import TokenPruning
-from methods.token_pruning.ranking import best
-from methods.visual_tokens.plan import Selection
-from methods.visual_tokens.quota import Quota
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from methods.token_pruning.base import TokenPruning, top_tokens
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
+from methods.visual_engine.settings import Quota
 
 
 class PyramidDrop(TokenPruning):
@@ -28,15 +26,17 @@ class PyramidDrop(TokenPruning):
     ratio: float = Field(default=0.5, gt=0, le=1)
     average: float | None = Field(default=None, gt=0, le=1)
 
-    def _selections(self, depth: int, context: Context) -> list[Selection]:
+    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
         cuts = [round(depth * stage / self.stages) for stage in range(1, self.stages)]
         if len({0, *cuts, depth}) != self.stages + 1:
             raise UserError(
                 f"stages={self.stages}: a decoder of {depth} layers has too few for as many stages"
             )
-        ratio = self.ratio if self.average is None else _ratio(self.average, cuts, depth)
+        ratio = (
+            self.ratio if self.average is None else _ratio_for_average(self.average, cuts, depth)
+        )
         return [
-            Selection(
+            TokenPruningStep(
                 "pyramid_drop",
                 cut,
                 Quota(share=ratio**power),
@@ -47,15 +47,15 @@ class PyramidDrop(TokenPruning):
             for power, cut in enumerate(cuts, start=1)
         ]
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         score_IM = sight.products(sight.last_text())[:, 0]
-        return Choice(best(score_IM, sight.valid, keep_I))
+        return TokenSelection(top_tokens(score_IM, sight.valid, keep_I))
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.row_macs
 
 
-def _ratio(average: float, cuts: list[int], depth: int) -> float:
+def _ratio_for_average(average: float, cuts: list[int], depth: int) -> float:
     """Solve by bisection for the λ whose shares 1, λ, λ², ... have this mean over the layers."""
     if average * depth <= cuts[0]:
         raise UserError(

@@ -1,20 +1,20 @@
-"""SCOPE (NeurIPS 2025): salient tokens that cover what the chosen ones do not cover yet."""
+"""SCOPE: saliency times coverage."""
 
 from __future__ import annotations
 
 from typing import ClassVar, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench.models.multimodal.tower import TowerSizes
-from methods.token_pruning.coverage import covering
-from methods.token_pruning.pruning import BeforeDecoder
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from bench.models.vlm.vision_tower import TowerSizes
+from methods.token_pruning.base import BeforeDecoder, pairwise_cosine
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes
 
 
-class Scope(BeforeDecoder):
+class SCOPE(BeforeDecoder):
     """Choose tokens greedily by saliency to the power `alpha` times the coverage that they add.
 
     Saliency is the class token's attention (Qwen: the attention a token receives from all patches
@@ -25,12 +25,38 @@ class Scope(BeforeDecoder):
 
     alpha: float = Field(default=1.0, ge=0)
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         tower = sight.tower()
-        return Choice(
-            covering(tower.features_VF, tower.received_V, sight.valid, keep_I, self.alpha)
+        return TokenSelection(
+            greedy_coverage(tower.features_VF, tower.received_V, sight.valid, keep_I, self.alpha)
         )
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
         return tower.reading + sizes.pairs * tower.features
+
+
+def greedy_coverage(
+    x_IMD: Tensor, saliency_IM: Tensor, valid_IM: Tensor, keep_I: Tensor, alpha: float
+) -> Tensor:
+    """Choose salient tokens that cover the remaining ones by similarity, bool [I, M].
+
+    Greedy: the next token maximises Aᵥ^α Σᵤ max(sim(u, v) - C(u), 0), where C(u) is the highest
+    similarity of u to a chosen token, 0 before the first choice.
+    """
+    # Rows u of padding are zeroed so that they need no coverage; columns v are excluded at the
+    # choice.
+    similarity_IMM = pairwise_cosine(x_IMD).masked_fill(~valid_IM[:, :, None], 0)
+    weight_IM = saliency_IM.float().pow(alpha)
+    covered_IM = torch.zeros_like(weight_IM)
+    chosen_IM = torch.zeros_like(valid_IM)
+    frame_I = torch.arange(len(x_IMD), device=x_IMD.device)
+    # Frames with different budgets share the loop: a frame that has reached its own `keep` still
+    # finds a next token but no longer marks it.
+    for step in range(int(keep_I.max())):
+        gain_IM = (similarity_IMM - covered_IM[:, :, None]).clamp_min(0).sum(dim=1) * weight_IM
+        gain_IM = gain_IM.masked_fill(~valid_IM | chosen_IM, -torch.inf)
+        next_I = gain_IM.argmax(dim=1)
+        chosen_IM[frame_I, next_I] |= step < keep_I
+        covered_IM = torch.maximum(covered_IM, similarity_IMM[frame_I, :, next_I])
+    return chosen_IM

@@ -1,4 +1,13 @@
-"""SparseVLM (Zhang et al., ICML 2025): words of the question rate the visual tokens."""
+"""SparseVLM: rating words, density peaks, recycling.
+
+Rater words: the words of a question that refer to the image (SparseVLM, ICML 2025).
+
+Shapes: B samples, N visual rows, T text rows, D width.
+
+Density-peak clustering for token recycling (SparseVLM, ICML 2025).
+
+Shapes: I frames, M tokens of a frame, D width.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +19,18 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.method import Context
-from methods.token_pruning.density_peaks import clusters, summed
-from methods.token_pruning.pruning import TokenPruning
-from methods.token_pruning.ranking import best
-from methods.token_pruning.raters import raters
-from methods.visual_tokens.plan import Selection
-from methods.visual_tokens.quota import Quota
-from methods.visual_tokens.rows import rows_where
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from methods.token_pruning.base import TokenPruning, top_tokens
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
+from methods.visual_engine.settings import Quota
+from methods.visual_engine.token_index import rows_where
 
 # The release's fixed tables for LLaVA-1.5, by average: tokens left of 576 after each pruning step.
-TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+RELEASED_TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 TABLE_TOKENS, TABLE_LAYERS, TABLE_DEPTH = 576, (2, 6, 15), 32
+
 # Share of the removed tokens that is recycled, and tokens per cluster.
-RECYCLED, CLUSTER = 0.3, 10
+RECYCLED_SHARE, CLUSTER_SIZE = 0.3, 10
 
 
 class SparseVLM(TokenPruning):
@@ -44,8 +50,8 @@ class SparseVLM(TokenPruning):
     layers: tuple[int, ...] | None = None
     recycle: bool = True
 
-    def _selections(self, depth: int, context: Context) -> list[Selection]:
-        shares = self.keep or tuple(left / TABLE_TOKENS for left in TABLES[self.average])
+    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        shares = self.keep or tuple(left / TABLE_TOKENS for left in RELEASED_TABLES[self.average])
         scaled = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in TABLE_LAYERS)
         layers = self.layers or scaled
         if len(layers) != len(shares) or sorted(set(layers)) != list(layers) or layers[0] < 1:
@@ -55,9 +61,9 @@ class SparseVLM(TokenPruning):
             )
         if not all(0 < share <= 1 for share in shares):
             raise UserError(f"keep={list(shares)}: each share of the frame must be in (0, 1]")
-        recycled = RECYCLED / CLUSTER if self.recycle else 0.0
+        recycled = RECYCLED_SHARE / CLUSTER_SIZE if self.recycle else 0.0
         return [
-            Selection(
+            TokenPruningStep(
                 "sparsevlm",
                 after,
                 Quota(share, recycled=recycled),
@@ -68,17 +74,17 @@ class SparseVLM(TokenPruning):
             for after, share in zip(layers, shares, strict=True)
         ]
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         rating = rows_where(self._raters(sight))
         weight_IRM = sight.attention(rating)
         # `attention` is per frame, raters are per sample: padded raters of shorter samples hold
         # copies of other rows and must not enter the mean.
         real_IR1 = rating.validity[sight.frames.sample_I][..., None]
         score_IM = torch.where(real_IR1, weight_IRM, 0).sum(dim=1) / real_IR1.sum(dim=1)
-        kept_IM = best(score_IM, sight.valid, keep_I)
-        return self._recycled(sight, score_IM, kept_IM) if self.recycle else Choice(kept_IM)
+        kept_IM = top_tokens(score_IM, sight.valid, keep_I)
+        return self._recycled(sight, score_IM, kept_IM) if self.recycle else TokenSelection(kept_IM)
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         """Charge the choice of raters, their attention, and the distances of clustering.
 
         How many words are more similar to the image than the average is unknown before running:
@@ -88,20 +94,80 @@ class SparseVLM(TokenPruning):
         attending = ceil(sizes.asked / 2) * sizes.row_macs
         return rating + attending + (sizes.pairs * sizes.width if self.recycle else 0)
 
-    def _raters(self, sight: Sight) -> Tensor:
+    def _raters(self, sight: SelectionInputs) -> Tensor:
         door = sight.entered
-        return raters(door.visual_BND, door.visual_valid_BN, door.text_BTD, sight.asked())
+        return select_raters(door.visual_BND, door.visual_valid_BN, door.text_BTD, sight.asked())
 
-    def _recycled(self, sight: Sight, score_IM: Tensor, kept_IM: Tensor) -> Choice:
+    def _recycled(
+        self, sight: SelectionInputs, score_IM: Tensor, kept_IM: Tensor
+    ) -> TokenSelection:
         """Add the clusters of the best removed tokens to the kept ones."""
         gone_IM = sight.valid & ~kept_IM
         gone_I = gone_IM.sum(dim=1)
         # Must equal Quota.merged, from which costs are counted. The 1e-9 keeps a product that is a
         # whole number from rounding down to the one below.
-        count_I = torch.where(gone_I > 0, (gone_I * RECYCLED / CLUSTER + 1e-9).long() + 1, 0)
+        count_I = torch.where(
+            gone_I > 0, (gone_I * RECYCLED_SHARE / CLUSTER_SIZE + 1e-9).long() + 1, 0
+        )
         # A cluster needs a member: with few removed tokens, the pool holds one per cluster.
-        pool_I = torch.maximum((gone_I * RECYCLED + 1e-9).long(), count_I)
-        pool_IM = best(score_IM, gone_IM, pool_I)
-        centre_IM, owner_IM = clusters(sight.states_IMD, pool_IM, count_I)
-        sums_IMD = summed(sight.states_IMD, pool_IM, owner_IM)
-        return Choice(kept_IM | centre_IM, centre_IM, sums_IMD)
+        pool_I = torch.maximum((gone_I * RECYCLED_SHARE + 1e-9).long(), count_I)
+        pool_IM = top_tokens(score_IM, gone_IM, pool_I)
+        centre_IM, owner_IM = cluster_by_density(sight.states_IMD, pool_IM, count_I)
+        sums_IMD = cluster_sums(sight.states_IMD, pool_IM, owner_IM)
+        return TokenSelection(kept_IM | centre_IM, centre_IM, sums_IMD)
+
+
+def select_raters(
+    visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, question_BT: Tensor
+) -> Tensor:
+    """Mark the question's tokens that are at least as similar to the image as the average, [B, T].
+
+    The similarity of a word is the mean over visual tokens of softmax(H_v H_qᵀ), where the softmax
+    is over the question's words.
+    """
+    product_BNT = visual_BND.float() @ text_BTD.float().transpose(1, 2)
+    share_BNT = product_BNT.masked_fill(~question_BT[:, None, :], -torch.inf).softmax(dim=-1)
+    # A sample without words after its image is a softmax over nothing, NaN: it has no raters.
+    share_BNT = share_BNT.nan_to_num(0) * visual_valid_BN[:, :, None]
+    mean_BT = share_BNT.sum(dim=1) / visual_valid_BN.sum(dim=1, keepdim=True).clamp(min=1)
+    average_B1 = 1 / question_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    # The average of a softmax over w words is 1 / w. Without the tolerance rounding could exclude a
+    # single word, which is exactly average, and leave the sample without raters.
+    return question_BT & (mean_BT >= average_B1 - 1e-6)
+
+
+def cluster_by_density(x_IMD: Tensor, member_IM: Tensor, count_I: Tensor) -> tuple[Tensor, Tensor]:
+    """Cluster each frame's members into `count` clusters; return centres and owners.
+
+    Distances are Euclidean over √D. A member's density is exp(- mean d² to its `count` nearest
+    members, itself included); its isolation is the distance to the nearest member of higher
+    density, or the largest distance for the densest. Centres (bool [I, M]) have the highest product
+    of both; every other member belongs to its nearest centre. Owners [I, M] are positions of
+    centres.
+    """
+    distance_IMM = torch.cdist(x_IMD.float(), x_IMD.float()) / x_IMD.shape[-1] ** 0.5
+    pair_IMM = member_IM[:, :, None] & member_IM[:, None, :]
+    sorted_IMM = distance_IMM.masked_fill(~pair_IMM, torch.inf).sort(dim=2).values
+    nearest_I = count_I.clamp(min=1).minimum(member_IM.sum(dim=1).clamp(min=1))
+    place_I = (nearest_I - 1)[:, None, None].expand(-1, x_IMD.shape[1], 1)
+    # Sorting puts pairs with non-members (inf) last, so the k nearest members are a prefix whose
+    # mean a cumulative sum gives for every k at once: k differs between frames.
+    mean_IM = sorted_IMM.square().cumsum(dim=2).gather(2, place_I)[..., 0] / nearest_I[:, None]
+    density_IM = (-mean_IM).exp()
+    denser_IMM = (density_IM[:, None, :] > density_IM[:, :, None]) & pair_IMM
+    farthest_I = distance_IMM.masked_fill(~pair_IMM, 0).flatten(1).amax(dim=1)
+    # The densest member has no denser one and gets inf here, which the next line bounds by the
+    # largest distance in the frame.
+    apart_IM = distance_IMM.masked_fill(~denser_IMM, torch.inf).amin(dim=2)
+    apart_IM = torch.minimum(apart_IM, farthest_I[:, None])
+    centre_IM = top_tokens(density_IM * apart_IM, member_IM, count_I)
+    owner_IM = distance_IMM.masked_fill(~centre_IM[:, None, :], torch.inf).argmin(dim=2)
+    itself_M = torch.arange(x_IMD.shape[1], device=x_IMD.device)
+    return centre_IM, torch.where(centre_IM, itself_M, owner_IM)
+
+
+def cluster_sums(x_IMD: Tensor, member_IM: Tensor, owner_IM: Tensor) -> Tensor:
+    """Sum the tokens of each cluster at the position of its centre, [I, M, D]."""
+    index_IMD = owner_IM[..., None].expand_as(x_IMD)
+    parts_IMD = torch.where(member_IM[..., None], x_IMD, 0)
+    return torch.zeros_like(x_IMD).scatter_add(1, index_IMD, parts_IMD)

@@ -1,4 +1,4 @@
-"""VisionZip (Yang et al., CVPR 2025): keep dominant tokens, merge the rest into a few means."""
+"""VisionZip: dominant and contextual tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import ClassVar, cast
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
-from bench.models.multimodal.tower import TowerSizes
-from methods.token_pruning.contextual import merged, spaced
-from methods.token_pruning.pruning import BeforeDecoder
-from methods.token_pruning.ranking import best
-from methods.visual_tokens.sight import Choice, Sight
-from methods.visual_tokens.sizes import Sizes
+from bench.models.vlm.vision_tower import TowerSizes
+from methods.token_pruning.base import BeforeDecoder, top_tokens
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes
 
 
 class VisionZip(BeforeDecoder):
@@ -30,29 +29,66 @@ class VisionZip(BeforeDecoder):
 
     contextual: float = Field(default=10 / 64, ge=0, lt=1)
 
-    def _choose(self, sight: Sight, keep_I: Tensor) -> Choice:
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         tower, valid_IM = sight.tower(), sight.valid
         targets_I = (keep_I * self.contextual).round().long()
-        dominant_IM = best(tower.received_V, valid_IM, keep_I - targets_I)
+        dominant_IM = top_tokens(tower.received_V, valid_IM, keep_I - targets_I)
         rest_IM = valid_IM & ~dominant_IM
-        target_IM = spaced(rest_IM, targets_I)
+        target_IM = evenly_spaced(rest_IM, targets_I)
         if not bool(target_IM.any()):
-            return Choice(dominant_IM)
+            return TokenSelection(dominant_IM)
         # A frame too small to have a target keeps its rest as neither target nor source; it has
         # nothing to merge into.
         source_IM = torch.where((targets_I > 0)[:, None], rest_IM & ~target_IM, False)
         keys_IMd = tower.keys_VHd.mean(dim=2)
-        mean_IMF = merged(tower.features_VF, keys_IMd, target_IM, source_IM)
+        mean_IMF = merge_into_targets(tower.features_VF, keys_IMd, target_IM, source_IM)
         # Only targets change: their means are projected again, which is the cost `targets *
         # project`.
         states_IMD = sight.states_IMD.clone()
         states_IMD[target_IM] = tower.project(mean_IMF[target_IM]).to(states_IMD.dtype)
-        return Choice(dominant_IM | target_IM, target_IM, states_IMD)
+        return TokenSelection(dominant_IM | target_IM, target_IM, states_IMD)
 
-    def _macs(self, sizes: Sizes) -> float:
+    def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
         targets = sum(round(kept * self.contextual) for kept in sizes.kept)
         if not targets:
             return tower.reading
         likeness = sizes.pairs * tower.keys / tower.heads
         return tower.reading + likeness + targets * tower.project
+
+
+def evenly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
+    """Mark `count` allowed tokens of each frame at even distances, bool [I, M].
+
+    Of n allowed tokens in order, these are the ones at ⌊j n / count⌋ for j from 0 to count - 1.
+    """
+    n_I1, count_I1 = allowed_IM.sum(dim=1, keepdim=True), count_I[:, None]
+    order_IM = allowed_IM.cumsum(dim=1) - 1
+    # Solved per token instead of listing positions, since `count` differs between frames: token i
+    # is taken if some j has ⌊j n / count⌋ = i, and the only candidate is j = ⌈i count / n⌉. Integer
+    # arithmetic throughout, because a rounded quotient would drop or duplicate a token.
+    j_IM = -((-order_IM * count_I1) // n_I1.clamp(min=1))
+    taken_IM = (j_IM * n_I1 // count_I1.clamp(min=1) == order_IM) & (j_IM < count_I1)
+    return taken_IM & allowed_IM
+
+
+def merge_into_targets(
+    x_IMD: Tensor, keys_IMd: Tensor, target_IM: Tensor, source_IM: Tensor
+) -> Tensor:
+    """Average each target with the source tokens assigned to it, [I, M, D].
+
+    A source is assigned to the target whose key has the highest cosine with its own.
+    """
+    unit_IMd = functional.normalize(keys_IMd.float(), dim=-1)
+    similar_IMM = unit_IMd @ unit_IMd.transpose(1, 2)
+    owner_IM = similar_IMM.masked_fill(~target_IM[:, None, :], -torch.inf).argmax(dim=2)
+    itself_M = torch.arange(x_IMD.shape[1], device=x_IMD.device)
+    owner_IM = torch.where(target_IM, itself_M, owner_IM)
+    # Tokens that are neither target nor source also find an owner; their weight of 0 keeps them out
+    # of the sums.
+    weight_IM = (target_IM | source_IM).to(x_IMD.dtype)
+    total_IMD = torch.zeros_like(x_IMD).scatter_add(
+        1, owner_IM[..., None].expand_as(x_IMD), x_IMD * weight_IM[..., None]
+    )
+    count_IM = torch.zeros_like(weight_IM).scatter_add(1, owner_IM, weight_IM)
+    return total_IMD / count_IM.clamp(min=1)[..., None]

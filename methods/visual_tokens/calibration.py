@@ -1,35 +1,52 @@
-"""Scores of heads, neurons and layers, measured on a few prompts in one dense pass each.
+"""Heads, neurons and layers measured on prompts.
+
+Scores of heads, neurons and layers, measured on a few prompts in one dense pass each.
 
 Shapes: B samples, S tokens, T text rows, N visual rows, R query rows, H query heads, G key-value
 heads, L layers, D d_model, F a feed-forward's width, d a head's width, C layer cuts.
+
+Contribution of each feed-forward neuron to visual rows: E|a_j| · ‖Wdown[:, j]‖.
+
+Shapes: B samples, S tokens, X visual tokens of a call, D d_model, F a feed-forward's width, Y
+tokens of one expert. Neuron j adds a_j · Wdown[:, j] to a row, with a = act(Wgate x) ⊙ Wup x, times
+the router's weight in an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.data.prompts.samples import Inputs
-from bench.errors import UserError
-from bench.models.multimodal import Samples, VisualTokens, locate
-from bench.progress import Progress
-from methods.visual_tokens.attendance import attendance
-from methods.visual_tokens.attention import Rotary
-from methods.visual_tokens.cost import Prompt
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.findings import Findings
-from methods.visual_tokens.neuron_scores import NeuronScores
-from methods.visual_tokens.rows import Rows, rows_where
+from bench.data.prompts import ModelInputs, ProcessedPrompts
+from bench.errors import MissingData, UserError
+from bench.models.expert_hooks import observe_experts
+from bench.models.structure.moe_block import MoEBlock
+from bench.models.vlm.decoder_view import DecoderLayer
+from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
+from bench.ui import Progress
+from methods.visual_engine.attention import Rotary
+from methods.visual_engine.cost.closed_form import PromptLengths
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.masks import attention_masks
+from methods.visual_engine.token_index import TokenRows, rows_where
+from methods.visual_tokens.calibration_stats import FACTS_FILE, TENSORS_FILE, CalibrationStats
 
-NAME = "slimbench_visual_watched"
+if TYPE_CHECKING:
+    from bench.method import Context
+
+RECORDING_ATTENTION = "slimbench_visual_watched"
 
 
 @torch.no_grad()
-def measure(engine: Engine, samples: Samples, progress: Progress) -> Findings:
+def calibrate(
+    engine: VisualEngine, samples: ProcessedPrompts, progress: Progress
+) -> CalibrationStats:
     """Score every head, neuron and layer cut of the dense network on the given prompts.
 
     Raises:
@@ -38,19 +55,19 @@ def measure(engine: Engine, samples: Samples, progress: Progress) -> Findings:
     neurons = NeuronScores(engine.decoder.layers)
     last, text, kls, lengths = [], [], [], []
     for call in progress.track(samples.inputs, "calibrating on images"):
-        tokens = locate(engine.network, call)
+        tokens = locate_visual_tokens(engine.network, call)
         if tokens is None:
             raise UserError("a calibration prompt has no image: visual strategies need one in each")
-        watch = Watch(engine, tokens, call)
+        watch = AttentionRecorder(engine, tokens, call)
         with engine.dense(), watch.watching(), neurons.watching(tokens.mask):
             logits_BV = engine.network(**call, use_cache=False, logits_to_keep=1).logits[:, -1]
         last.append(watch.ratios("last"))
         text.append(watch.ratios("text"))
         kls.append(watch.cut_divergence(logits_BV))
-        lengths.append(_lengths(tokens, watch.text))
-    return Findings(
-        last=_renumbered(torch.cat(last), engine),
-        text=_renumbered(torch.cat(text), engine),
+        lengths.append(_prompt_lengths(tokens, watch.text))
+    return CalibrationStats(
+        last=_by_loaded_number(torch.cat(last), engine),
+        text=_by_loaded_number(torch.cat(text), engine),
         neurons=[
             [engine.prepared.numbered(i, n, score_F) for n, score_F in enumerate(units)]
             for i, units in enumerate(neurons.scores())
@@ -61,14 +78,14 @@ def measure(engine: Engine, samples: Samples, progress: Progress) -> Findings:
     )
 
 
-class Watch:
+class AttentionRecorder:
     """Recorder of one dense pass: attention sums, and text rows at the input of every layer."""
 
-    def __init__(self, engine: Engine, tokens: VisualTokens, call: Inputs) -> None:
+    def __init__(self, engine: VisualEngine, tokens: VisualTokens, call: ModelInputs) -> None:
         self.engine, self.tokens = engine, tokens
         mask = call.get("attention_mask")
         self.real_BS = torch.ones_like(tokens.mask) if mask is None else mask.bool()
-        self.text: Rows = rows_where(self.real_BS & ~tokens.mask)
+        self.text: TokenRows = rows_where(self.real_BS & ~tokens.mask)
         self._sums: dict[str, list[Tensor]] = {"last": [], "text": []}
         self._states: list[Tensor] = []
         self._rotary: Rotary | None = None
@@ -84,9 +101,9 @@ class Watch:
         # own is the interface of transformers that passes them, for every architecture alike; its
         # mask function must be registered under the same name, or no padding mask is made.
         before = decoder.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-        network.set_attn_implementation({"text_config": NAME})
+        ALL_ATTENTION_FUNCTIONS.register(RECORDING_ATTENTION, self._attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDING_ATTENTION, sdpa_mask)
+        network.set_attn_implementation({"text_config": RECORDING_ATTENTION})
         hooks = [
             layer.module.register_forward_pre_hook(self._enter, with_kwargs=True)
             for layer in decoder.layers
@@ -109,7 +126,7 @@ class Watch:
         layer processes the rows of all earlier cuts in one batch.
         """
         layers, rotary = self.engine.decoder.layers, cast(Rotary, self._rotary)
-        who = attendance(self.text, None, None, None, None, 0)
+        who = attention_masks(self.text, None, None, None, None, 0)
         streams = self._states[0][:0]
         for layer in layers[1:]:
             # The batch grows by one cut per layer: entry c holds the text rows that lost their
@@ -167,13 +184,13 @@ class Watch:
         return visual_BH / (mass_BHS.sum(dim=-1) - visual_BH)
 
 
-def _renumbered(ratio_ILH: Tensor, engine: Engine) -> Tensor:
+def _by_loaded_number(ratio_ILH: Tensor, engine: VisualEngine) -> Tensor:
     """Order scores of heads by their numbers in the loaded network."""
     order_LH = torch.tensor(engine.prepared.head_order()).expand_as(ratio_ILH)
     return torch.zeros_like(ratio_ILH).scatter(2, order_LH, ratio_ILH)
 
 
-def _lengths(tokens: VisualTokens, text: Rows) -> Tensor:
+def _prompt_lengths(tokens: VisualTokens, text: TokenRows) -> Tensor:
     """Return mean visual tokens, text tokens before the last visual one, and text tokens, [3]."""
     places_S = torch.arange(tokens.mask.shape[1], device=text.index_BR.device)
     last_B1 = (tokens.mask * places_S).amax(dim=1, keepdim=True)
@@ -182,6 +199,174 @@ def _lengths(tokens: VisualTokens, text: Rows) -> Tensor:
     return torch.stack([count.double().mean() for count in counts])
 
 
-def _mean_prompt(lengths: list[Tensor]) -> Prompt:
+def _mean_prompt(lengths: list[Tensor]) -> PromptLengths:
     visual, before, text = (round(x) for x in torch.stack(lengths).mean(dim=0).tolist())
-    return Prompt(visual, before, text, float(visual))
+    return PromptLengths(visual, before, text, float(visual))
+
+
+class NeuronScores:
+    """Sums of |a_j| over the visual tokens of all calls, for every feed-forward of every layer."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self.layers = layers
+        self._sums = [[torch.zeros(unit.width) for unit in layer.units()] for layer in layers]
+        self._tokens = 0
+
+    @contextmanager
+    def watching(self, visual_BS: Tensor) -> Iterator[None]:
+        """Record the network's next forward; `visual` marks the visual tokens of the call."""
+        with ExitStack() as stack:
+            for layer in self.layers:
+                sums = self._sums[layer.index]
+                moe = layer.moe
+                if moe is None:
+                    down = cast(nn.Linear, layer.feed_forward.down_proj)
+                    handle = down.register_forward_pre_hook(_dense_hook(sums[0], visual_BS))
+                else:
+                    hook = _expert_hook(moe, sums, visual_BS)
+                    handle = moe.block.register_forward_hook(hook)
+                stack.callback(handle.remove)
+            yield
+        self._tokens += int(visual_BS.sum())
+
+    def scores(self) -> list[list[Tensor]]:
+        """Return E|a_j| · ‖Wdown[:, j]‖ of every neuron, [F] for each feed-forward."""
+        return [
+            [
+                # Experts, too, are divided by all visual tokens, not by those routed to them: a
+                # rarely used expert contributes less.
+                total_F / max(1, self._tokens) * unit.down.detach().float().norm(dim=0).cpu()
+                for total_F, unit in zip(sums, layer.units(), strict=True)
+            ]
+            for sums, layer in zip(self._sums, self.layers, strict=True)
+        ]
+
+
+def _dense_hook(sum_F: Tensor, visual_BS: Tensor) -> Callable[..., None]:
+    """Return a hook on a down projection that accumulates its input on visual rows."""
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sum_F.add_(args[0][visual_BS].abs().float().sum(dim=0).cpu())
+
+    return before
+
+
+class _ExpertAccumulator:
+    """Accumulator of expert activations in one block, times the router's weight."""
+
+    def __init__(self, sums: list[Tensor], routed: int) -> None:
+        self.sums, self.number = sums, routed
+
+    def routed(self, expert: int, x_YD: Tensor, hidden_YF: Tensor, weight_Y: Tensor) -> None:
+        self.sums[expert].add_((hidden_YF * weight_Y[:, None]).abs().float().sum(dim=0).cpu())
+
+    def shared(self, x_YD: Tensor, hidden_YF: Tensor, weight_Y: Tensor) -> None:
+        self.routed(self.number, x_YD, hidden_YF, weight_Y)
+
+    def output(self, y_YD: Tensor) -> None:
+        """Ignore the block's output."""
+
+
+def _expert_hook(block: MoEBlock, sums: list[Tensor], visual_BS: Tensor) -> Callable[..., None]:
+    """Return a hook on a block that runs its experts again on the visual rows alone."""
+    # Observers of experts see tokens grouped by expert and cannot tell which are visual, so the
+    # block runs a second time on visual rows only. That call triggers this hook again: the flag
+    # stops the recursion.
+    inside = False
+
+    def after(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        nonlocal inside
+        if inside:
+            return
+        inside = True
+        try:
+            with observe_experts({block: _ExpertAccumulator(sums, block.num_experts)}):
+                module(args[0][visual_BS][None])
+        finally:
+            inside = False
+
+    return after
+
+
+def load_calibration_stats(folder: Path) -> CalibrationStats:
+    """Read what `CalibrationStats.save` wrote.
+
+    Raises:
+        MissingData: the folder has no calibration.
+        UserError: its content has changed since it was written.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS_FILE)
+    except FileNotFoundError:
+        raise MissingData(f"settings={folder} holds no {FACTS_FILE} and {TENSORS_FILE}") from None
+    except Exception as error:
+        raise UserError(f"settings={folder} cannot be read: {error}") from None
+    found = CalibrationStats(
+        last=tensors["last"],
+        text=tensors["text"],
+        neurons=[
+            [tensors[f"neurons.{layer}.{unit}"] for unit in range(count)]
+            for layer, count in enumerate(facts["units"])
+        ],
+        cut_kl=facts["cut_kl"],
+        prompt=PromptLengths(**facts["prompt"]),
+        samples=facts["samples"],
+    )
+    if found.origin != facts["origin"]:
+        raise UserError(f"settings={folder} was changed after it was written: recalibrate")
+    return found
+
+
+def calibration_stats_for(
+    settings: str | None, engine: VisualEngine, context: Context
+) -> CalibrationStats:
+    """Return statistics read from a folder, or measured on the run's calibration prompts.
+
+    Measured once for all strategies of a run.
+
+    Raises:
+        UserError: the folder belongs to a different model, or the run has no calibration prompts.
+    """
+
+    if settings is not None:
+        found = load_calibration_stats(Path(settings).expanduser())
+        _refuse_mismatch(found, engine, settings)
+        return found
+    samples = require_samples(context)
+    # Kept on the engine, so that several strategies of one run share one calibration of the dense
+    # network.
+    if samples.fingerprint not in engine.findings:
+        engine.findings[samples.fingerprint] = calibrate(engine, samples, context.progress)
+    return engine.findings[samples.fingerprint]
+
+
+def require_samples(context: Context) -> ProcessedPrompts:
+    """Return the run's calibration prompts.
+
+    Raises:
+        UserError: the run has none.
+    """
+    given = context.prompts
+    if given is None or not given.inputs:
+        raise UserError(
+            "visual token strategies are calibrated on prompts with images, and this run has none: "
+            "set prompts=, settings=FOLDER of a saved calibration, or choose=first or random"
+        )
+    return given
+
+
+def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, settings: str) -> None:
+    """Raise if the statistics belong to a network of different sizes."""
+    heads = engine.decoder.layers[0].attention_view().heads
+    mine = (len(engine.decoder.layers), heads)
+    theirs = tuple(found.last.shape[1:])
+    widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]
+    same = widths == [[len(score_F) for score_F in units] for units in found.neurons]
+    if mine != theirs or not same:
+        raise UserError(
+            f"settings={settings} was measured on {theirs[0]} layers of {theirs[1]} heads; the "
+            f"model has {mine[0]} of {mine[1]}, or feed-forwards of another width"
+        )

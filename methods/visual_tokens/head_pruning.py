@@ -1,4 +1,10 @@
-"""Pruning of inactive visual heads (arXiv 2410.06169): most heads never attend to the image."""
+"""Inactive visual heads, and how many the released masks keep.
+
+Heads kept per layer by the released LLaVA-1.5-7B masks.
+
+Counted from the three boolean masks in the paper's repository; which heads they keep is not
+reproduced here. The counts of the 13B masks are only partly known, so they are left out.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +15,16 @@ from pydantic import Field, model_validator
 
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.anatomy import Anatomy
 from bench.models.model import Model
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.findings import Queries, findings_for
-from methods.visual_tokens.official_counts import OFFICIAL_COUNTS
-from methods.visual_tokens.plan import Dropped
-from methods.visual_tokens.selection import above, best, best_by_count
-from methods.visual_tokens.strategy import VisualStrategy
+from bench.models.structure.model_structure import ModelStructure
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.settings import DroppedHeads
+from methods.visual_engine.strategy import VisualStrategy
+from methods.visual_tokens.allocation import heads_above, top_heads_by_count, top_heads_by_share
+from methods.visual_tokens.calibration import calibration_stats_for
+from methods.visual_tokens.calibration_stats import Queries
 
-Kept = list[tuple[int, ...]]
+KeptHeads = list[tuple[int, ...]]
 
 
 class HeadPruning(VisualStrategy):
@@ -46,7 +52,7 @@ class HeadPruning(VisualStrategy):
     whole_layers: int = Field(default=2, ge=0)
     over: Literal["all", "visual"] = "all"
     choose: Literal["scored", "first", "random"] = "scored"
-    dropped: Dropped = "silent"
+    dropped: DroppedHeads = "silent"
     reorder: bool = True
     settings: str | None = None
 
@@ -56,8 +62,8 @@ class HeadPruning(VisualStrategy):
             raise ValueError("give counts or threshold, not both")
         if self.threshold is not None and self.choose != "scored":
             raise ValueError("threshold applies to scores: it needs choose=scored")
-        if isinstance(self.counts, str) and self.counts not in OFFICIAL_COUNTS:
-            known = ", ".join(OFFICIAL_COUNTS)
+        if isinstance(self.counts, str) and self.counts not in RELEASED_HEAD_COUNTS:
+            known = ", ".join(RELEASED_HEAD_COUNTS)
             raise ValueError(f"counts={self.counts}: give a list of numbers or one of {known}")
         return self
 
@@ -66,20 +72,20 @@ class HeadPruning(VisualStrategy):
         """Whether heads are scored on prompts: not with `settings`, `first` or `random`."""
         return self.choose == "scored" and self.settings is None
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Also refuse counts that are not one per layer."""
-        super().check(anatomy)
+        super().check(structure)
         counts = self._counts()
-        if counts is not None and len(counts) != len(anatomy.layers):
+        if counts is not None and len(counts) != len(structure.layers):
             raise UserError(
-                f"counts has {len(counts)} entries, but {anatomy.architecture} has "
-                f"{len(anatomy.layers)} layers"
+                f"counts has {len(counts)} entries, but {structure.architecture} has "
+                f"{len(structure.layers)} layers"
             )
 
     def _counts(self) -> list[int] | None:
-        return OFFICIAL_COUNTS[self.counts] if isinstance(self.counts, str) else self.counts
+        return RELEASED_HEAD_COUNTS[self.counts] if isinstance(self.counts, str) else self.counts
 
-    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
         score_LH, origin = self._scores(engine, context)
         kept = self._choose(score_LH, engine.plan.cut)
         engine.plan.keep_heads(kept)
@@ -90,7 +96,7 @@ class HeadPruning(VisualStrategy):
         total = sum(len(layer) for layer in heads)
         return {"heads": heads, "kept": total, "of": score_LH.numel(), "scores": origin}
 
-    def _scores(self, engine: Engine, context: Context) -> tuple[torch.Tensor, str]:
+    def _scores(self, engine: VisualEngine, context: Context) -> tuple[torch.Tensor, str]:
         """Return a score for every head, [L, H], and its origin."""
         heads = engine.decoder.layers[0].attention_view().heads
         shape = (len(engine.decoder.layers), heads)
@@ -100,14 +106,31 @@ class HeadPruning(VisualStrategy):
         if self.choose == "random":
             generator = torch.Generator().manual_seed(context.seed)
             return torch.rand(shape, generator=generator), "random"
-        findings = findings_for(self.settings, engine, context)
+        findings = calibration_stats_for(self.settings, engine, context)
         return findings.head_statistic(self.votes, self.queries), findings.origin
 
-    def _choose(self, score_LH: torch.Tensor, cut: int) -> Kept:
+    def _choose(self, score_LH: torch.Tensor, cut: int) -> KeptHeads:
         counts = self._counts()
         if counts is not None:
-            return best_by_count(score_LH, counts)
+            return top_heads_by_count(score_LH, counts)
         if self.threshold is not None:
-            return above(score_LH, self.threshold, self.whole_layers)
+            return heads_above(score_LH, self.threshold, self.whole_layers)
         reached = cut if self.over == "visual" else len(score_LH)
-        return best(score_LH, self.keep, self.whole_layers, reached)
+        return top_heads_by_share(score_LH, self.keep, self.whole_layers, reached)
+
+
+# fmt: off
+RELEASED_HEAD_COUNTS: dict[str, list[int]] = {
+    "llava_7b_8": [
+        32, 32, 0, 0, 1, 0, 1, 0, 4, 3, 5, 5, 10, 8, 18, 11,
+        9, 10, 9, 11, 15, 11, 11, 6, 11, 7, 10, 1, 4, 6, 2, 7,
+    ],
+    "llava_7b_16": [
+        32, 32, 9, 5, 10, 4, 5, 15, 18, 13, 15, 20, 23, 24, 27, 23,
+        27, 17, 14, 18, 18, 16, 15, 8, 14, 10, 15, 5, 7, 11, 5, 24,
+    ],
+    "llava_7b_24": [
+        32, 32, 32, 19, 24, 17, 21, 27, 26, 23, 27, 24, 28, 31, 31, 27,
+        29, 27, 23, 28, 25, 21, 20, 19, 18, 21, 20, 13, 18, 22, 16, 32,
+    ],
+}

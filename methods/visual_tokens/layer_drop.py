@@ -1,4 +1,4 @@
-"""Visual layer drop (arXiv 2410.06169): visual tokens leave the decoder after some layers."""
+"""Visual layer drop, and VTW as a case of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pydantic import Field
 
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.anatomy import Anatomy
 from bench.models.model import Model
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.findings import findings_for
-from methods.visual_tokens.selection import earliest_cut
-from methods.visual_tokens.strategy import VisualStrategy
+from bench.models.structure.model_structure import ModelStructure
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.strategy import VisualStrategy, tokens_by_stage
+from methods.visual_tokens.allocation import earliest_cut
+from methods.visual_tokens.calibration import calibration_stats_for
 
 
 class LayerDrop(VisualStrategy):
@@ -36,21 +36,33 @@ class LayerDrop(VisualStrategy):
         """Whether the harm of a cut is measured on the run's prompts."""
         return self.max_kl is not None and self.settings is None
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Also refuse more layers than the decoder has."""
-        super().check(anatomy)
-        if self.layers is not None and self.layers > len(anatomy.layers):
+        super().check(structure)
+        if self.layers is not None and self.layers > len(structure.layers):
             raise UserError(
-                f"layers={self.layers}: {anatomy.architecture} has {len(anatomy.layers)} layers"
+                f"layers={self.layers}: {structure.architecture} has {len(structure.layers)} layers"
             )
 
-    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
         depth = len(engine.decoder.layers)
         if self.max_kl is not None:
-            findings = findings_for(self.settings, engine, context)
+            findings = calibration_stats_for(self.settings, engine, context)
             cut = earliest_cut(findings, self.max_kl)
             engine.plan.cut_at(cut)
             return {"layers": cut, "of": depth, "findings": findings.origin}
         cut = self.layers if self.layers is not None else max(1, round(self.share * depth))
         engine.plan.cut_at(cut)
         return {"layers": cut, "of": depth}
+
+
+class VTW(LayerDrop):
+    """Drop all visual tokens after `layers` layers (K), or after a `share` of them.
+
+    Equals `layer_drop` alone, without the rest of YOPO and without training. With `max_kl`, the
+    paper's criterion, K is the earliest layer at which the distribution of the answers stays within
+    this many nats of the dense one. The paper's K are 16 of 32 and 20 of 40 layers.
+    """
+
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        return super().configure(engine, model, context) | tokens_by_stage(engine)

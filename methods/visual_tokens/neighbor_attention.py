@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 
 from bench.method import Context
 from bench.models.model import Model
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.plan import Window
-from methods.visual_tokens.strategy import VisualStrategy
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.settings import Window
+from methods.visual_engine.strategy import VisualStrategy
 
 
 class NeighborAttention(VisualStrategy):
@@ -31,6 +31,6 @@ class NeighborAttention(VisualStrategy):
             raise ValueError(f"window must be odd, with the token in its centre, got {window}")
         return window
 
-    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
         engine.plan.see(Window(self.window // 2, self.causal))
         return {"window": self.window, "causal": self.causal}

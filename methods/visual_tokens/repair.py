@@ -17,13 +17,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
-from bench.models.multimodal import DecoderLayer, Samples, locate
-from bench.progress import Progress
-from methods.camera.refit import refitted
-from methods.input_grams import gathering
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.weights import Repair, spans
+from bench.models.vlm.decoder_view import DecoderLayer
+from bench.models.vlm.visual_tokens import locate_visual_tokens
+from bench.ui import Progress
+from methods.moe.calibration_statistics import record_input_grams
+from methods.moe.least_squares import refit_columns
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.settings import RepairedProjections
+from methods.visual_engine.weight_slices import head_channels
 
 # Layers whose Gram matrices are held at once. They are F x F in float64, 1 GB for each
 # feed-forward of a 7B model, so not all fit; each group costs one more pass over the prompts.
@@ -31,8 +34,8 @@ LAYERS_AT_ONCE = 4
 
 
 @torch.no_grad()
-def repair(
-    engine: Engine, samples: Samples, damping: float, progress: Progress
+def repair_projections(
+    engine: VisualEngine, samples: ProcessedPrompts, damping: float, progress: Progress
 ) -> list[dict[str, Any]]:
     """Refit the projections of every layer that visual rows reach, and report the errors.
 
@@ -44,42 +47,44 @@ def repair(
     """
     # The last layer before the cut computes only keys and values, so it has nothing to refit.
     reached = engine.decoder.layers[: engine.plan.cut - 1]
-    repairs: dict[int, Repair] = {}
+    repairs: dict[int, RepairedProjections] = {}
     told = []
     starts = range(0, len(reached), LAYERS_AT_ONCE)
     for start in progress.track(list(starts), "repairing projections"):
         group = reached[start : start + LAYERS_AT_ONCE]
         grams = _grams(engine, group, samples)
         for layer in group:
-            repairs[layer.index], errors = _layer(engine, layer, grams, damping)
+            repairs[layer.index], errors = _repair_layer(engine, layer, grams, damping)
             told.append({"layer": layer.index, **errors})
     engine.plan.repair(repairs)
     return told
 
 
-def _layer(
-    engine: Engine, layer: DecoderLayer, grams: dict[nn.Module, Tensor], damping: float
-) -> tuple[Repair, dict[str, list[float]]]:
+def _repair_layer(
+    engine: VisualEngine, layer: DecoderLayer, grams: dict[nn.Module, Tensor], damping: float
+) -> tuple[RepairedProjections, dict[str, list[float]]]:
     weights, errors = engine.prepared.layer(layer.index), dict[str, list[float]]()
     view, kept = weights.view, weights.heads.kept
     o_DK, down_DK, places_K = None, None, engine.prepared.places(layer)
     if kept and weights.heads.dropped:
-        columns_K = spans(kept, view.head_dim).to(view.o.weight.device)
-        gram_FF = grams[_output(layer)]
+        columns_K = head_channels(kept, view.head_dim).to(view.o.weight.device)
+        gram_FF = grams[_output_projection(layer)]
         o_DK, errors["attention"] = _refit(gram_FF, view.o.weight, columns_K, damping)
     if places_K is not None and layer.moe is None:
         (unit,) = layer.units()
         columns_K = places_K[0].to(unit.down.device)
-        gram_FF = grams[_down(layer)]
+        gram_FF = grams[_down_projection(layer)]
         down_DK, errors["feed_forward"] = _refit(gram_FF, unit.down, columns_K, damping)
-    return Repair(kept, o_DK, None if places_K is None else places_K[0], down_DK), errors
+    return RepairedProjections(
+        kept, o_DK, None if places_K is None else places_K[0], down_DK
+    ), errors
 
 
 def _refit(
     gram_FF: Tensor, weight_DF: Tensor, kept_K: Tensor, damping: float
 ) -> tuple[Tensor, list[float]]:
     """Return the refitted columns and the relative errors before and after."""
-    new_DK = refitted(gram_FF, weight_DF, kept_K, damping)
+    new_DK = refit_columns(gram_FF, weight_DF, kept_K, damping)
     whole = _energy(gram_FF, weight_DF.double())
     errors = []
     for columns_DK in (weight_DF[:, kept_K].double(), new_DK):
@@ -96,24 +101,24 @@ def _energy(gram_FF: Tensor, weight_DF: Tensor) -> float:
 
 
 def _grams(
-    engine: Engine, layers: Sequence[DecoderLayer], samples: Samples
+    engine: VisualEngine, layers: Sequence[DecoderLayer], samples: ProcessedPrompts
 ) -> dict[nn.Module, Tensor]:
     """Return ΦᵀΦ of the inputs of the layers' projections on visual rows, float64 [F, F]."""
-    modules = [_output(layer) for layer in layers]
-    modules += [_down(layer) for layer in layers if layer.moe is None]
+    modules = [_output_projection(layer) for layer in layers]
+    modules += [_down_projection(layer) for layer in layers if layer.moe is None]
     found: dict[nn.Module, Tensor] = {}
     for call in samples.inputs:
-        tokens = locate(engine.network, call)
+        tokens = locate_visual_tokens(engine.network, call)
         if tokens is None:
             raise UserError("a calibration prompt has no image: repair needs one in each")
-        with engine.dense(), gathering(modules, tokens.mask, found):
+        with engine.dense(), record_input_grams(modules, tokens.mask, found):
             engine.network(**call, use_cache=False, logits_to_keep=1)
     return found
 
 
-def _output(layer: DecoderLayer) -> nn.Module:
+def _output_projection(layer: DecoderLayer) -> nn.Module:
     return cast(nn.Module, layer.attention.o_proj)
 
 
-def _down(layer: DecoderLayer) -> nn.Module:
+def _down_projection(layer: DecoderLayer) -> nn.Module:
     return cast(nn.Module, layer.feed_forward.down_proj)

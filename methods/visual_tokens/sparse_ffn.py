@@ -9,12 +9,12 @@ from pydantic import Field
 
 from bench.method import Context
 from bench.models.model import Model
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.findings import findings_for
-from methods.visual_tokens.selection import best_neurons
-from methods.visual_tokens.strategy import VisualStrategy
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.strategy import VisualStrategy
+from methods.visual_tokens.allocation import top_neurons
+from methods.visual_tokens.calibration import calibration_stats_for
 
-Neurons = list[tuple[torch.Tensor, ...]]
+KeptNeurons = list[tuple[torch.Tensor, ...]]
 
 
 class SparseFFN(VisualStrategy):
@@ -36,11 +36,11 @@ class SparseFFN(VisualStrategy):
         """Whether neurons are scored on prompts: not with `settings`, `first` or `random`."""
         return self.choose == "scored" and self.settings is None
 
-    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
         widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]
         scores, origin = self._scores(widths, engine, context)
-        kept: Neurons = [
-            tuple(best_neurons(score_F, self.keep) for score_F in layer) for layer in scores
+        kept: KeptNeurons = [
+            tuple(top_neurons(score_F, self.keep) for score_F in layer) for layer in scores
         ]
         engine.plan.keep_neurons(kept)
         if self.reorder and self.form == "skip":
@@ -49,7 +49,7 @@ class SparseFFN(VisualStrategy):
         return {"keep": self.keep, "neurons": counts, "of": widths, "scores": origin}
 
     def _scores(
-        self, widths: list[list[int]], engine: Engine, context: Context
+        self, widths: list[list[int]], engine: VisualEngine, context: Context
     ) -> tuple[list[list[torch.Tensor]], str]:
         """Return a score for every neuron of every feed-forward, [F] each, and their origin."""
         if self.choose == "first":
@@ -59,5 +59,5 @@ class SparseFFN(VisualStrategy):
             return [[torch.rand(w, generator=generator) for w in layer] for layer in widths], (
                 "random"
             )
-        findings = findings_for(self.settings, engine, context)
+        findings = calibration_stats_for(self.settings, engine, context)
         return findings.neurons, findings.origin

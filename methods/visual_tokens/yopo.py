@@ -9,19 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
-from methods.visual_tokens.budget import Search
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.findings import findings_for, samples_of
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.settings import DroppedHeads
+from methods.visual_engine.strategy import VisualStrategy
+from methods.visual_tokens.calibration import calibration_stats_for, require_samples
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.plan import Dropped
-from methods.visual_tokens.repair import repair
+from methods.visual_tokens.repair import repair_projections
+from methods.visual_tokens.search import BudgetSearch
 from methods.visual_tokens.sparse_ffn import SparseFFN
-from methods.visual_tokens.strategy import VisualStrategy
 
 
-class Shares(BaseModel):
+class PaperRow(BaseModel):
     """One row of the paper's table: what is kept, as shares, and the label printed for it.
 
     `window` 0 is no window; `heads` is taken over all layers, as in the release.
@@ -49,14 +49,14 @@ class Yopo(VisualStrategy):
     are those of the single strategies.
     """
 
-    shares: Shares
-    models: dict[str, Shares] = Field(default_factory=dict)
+    shares: PaperRow
+    models: dict[str, PaperRow] = Field(default_factory=dict)
     budget: float | None = Field(default=None, gt=0, le=1)
     budget_of: Literal["flops", "seconds"] = "flops"
     whole_layers: int = Field(default=2, ge=0)
     heads: Literal["scored", "first", "random"] = "scored"
     neurons: Literal["scored", "first", "random"] = "scored"
-    dropped: Dropped = "silent"
+    dropped: DroppedHeads = "silent"
     reorder: bool = True
     settings: str | None = None
     repair: bool = False
@@ -68,25 +68,27 @@ class Yopo(VisualStrategy):
         scored = self.settings is None and "scored" in (self.heads, self.neurons)
         return scored or self.repair or self.budget is not None
 
-    def _set(self, engine: Engine, model: Model, context: Context) -> dict[str, Any]:
-        row = self.models.get(model.anatomy.model_type, self.shares)
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        row = self.models.get(model.structure.model_type, self.shares)
         if row.window:
             window = NeighborAttention(window=row.window, form=self.form)
-            window._set(engine, model, context)
+            window.configure(engine, model, context)
         if self.budget is not None:
             found = self._search(engine, context)
         else:
             found = {}
             for name, part in self._parts(row).items():
-                found[name] = part._set(engine, model, context)
+                found[name] = part.configure(engine, model, context)
         if self.repair:
             if self.form != "skip" or self.dropped != "silent":
                 raise UserError("repair=true requires form=skip and dropped=silent")
-            samples = samples_of(context)
-            found["repair"] = repair(engine, samples, self.refit_damping, context.progress)
+            samples = require_samples(context)
+            found["repair"] = repair_projections(
+                engine, samples, self.refit_damping, context.progress
+            )
         return {"label": row.label, "row": row.model_dump(), **found}
 
-    def _parts(self, row: Shares) -> dict[str, VisualStrategy]:
+    def _parts(self, row: PaperRow) -> dict[str, VisualStrategy]:
         """Return the row as single strategies, without those that keep everything."""
         parts: dict[str, tuple[float, VisualStrategy]] = {
             "layer_drop": (row.layers, LayerDrop(share=row.layers, form=self.form)),
@@ -115,13 +117,13 @@ class Yopo(VisualStrategy):
         }
         return {name: part for name, (share, part) in parts.items() if share < 1}
 
-    def _search(self, engine: Engine, context: Context) -> dict[str, Any]:
+    def _search(self, engine: VisualEngine, context: Context) -> dict[str, Any]:
         """Find and set layers, heads and neurons that meet the budget."""
         if self.form != "skip" or self.budget is None:
             raise UserError("budget requires form=skip")
         engine.plan.dropped = self.dropped
-        findings = findings_for(self.settings, engine, context)
-        search = Search(engine, findings, samples_of(context), self.whole_layers)
+        findings = calibration_stats_for(self.settings, engine, context)
+        search = BudgetSearch(engine, findings, require_samples(context), self.whole_layers)
         fit = search.fit_seconds if self.budget_of == "seconds" else search.fit
         fitted = fit(self.budget, context.progress)
         if self.reorder:

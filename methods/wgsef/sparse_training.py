@@ -1,4 +1,6 @@
-"""Base class of the methods that train a classifier towards few groups, with any solver.
+"""Methods for image classifiers: WGSEF and each rival in the same training.
+
+Base class of the methods that train a classifier towards few groups, with any solver.
 
 Shapes: M groups of all families.
 """
@@ -13,24 +15,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
-from bench.data import images
+from bench.data import image_catalogue
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
-from bench.models.vision import Classifier, build
-from methods.wgsef.export.classifier import smaller_classifier
-from methods.wgsef.groups import choice
-from methods.wgsef.groups.choice import ConvolutionGroups
-from methods.wgsef.groups.costs import Costs
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.solvers.solver import Scene, Solver
-from methods.wgsef.training.allocation import Allocation, Scope, refuse_impossible
-from methods.wgsef.training.recipe import Recipe
-from methods.wgsef.training.trainer import Outcome, Task, Trainer
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import Classifier
+from methods.wgsef.groups import convolution
+from methods.wgsef.groups.convolution import ConvolutionGroups
+from methods.wgsef.groups.costs import GroupCosts
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.removal import smaller_classifier
+from methods.wgsef.solvers import envelope, group_lasso, penalties, torch_pruning_solvers
+from methods.wgsef.solvers.allocation import Allocation, BudgetScope, refuse_impossible_sparsity
+from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
+from methods.wgsef.trainer import SparseTrainingRecipe, Trainer, TrainingJob, TrainingOutcome
 
 if TYPE_CHECKING:
-    from bench.data.images import Splits
-    from bench.models.anatomy import Anatomy
+    from bench.data.image_sets import Splits
     from bench.models.model import Model
+    from bench.models.structure.model_structure import ModelStructure
 
 
 class SparseTraining(Method):
@@ -46,13 +49,13 @@ class SparseTraining(Method):
 
     ratio: float = Field(default=0.7, gt=0, lt=1)
     groups: ConvolutionGroups = "filters"
-    scope: Scope = "global"
+    scope: BudgetScope = "global"
     floor: float = Field(default=0.05, ge=0, lt=1)
     data: str = "digits"
     data_folder: str | None = None
     split: Literal["test", "validation"] = "test"
     k: int | None = Field(default=None, ge=1)
-    recipe: Recipe = Recipe()
+    recipe: SparseTrainingRecipe = SparseTrainingRecipe()
     restart: bool = True
     multiple: int = Field(default=1, ge=1)
     checkpoints: str | None = None
@@ -76,22 +79,22 @@ class SparseTraining(Method):
         return k
 
     @abstractmethod
-    def solver(self, scene: Scene) -> Solver:
+    def solver(self, scene: SolverContext) -> Solver:
         """Return the method's solver."""
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Refuse other models, mismatched images, and budgets that the network cannot keep."""
-        config = anatomy.vision
+        config = structure.vision
         if config is None:
             raise UserError(
-                f"sparse training needs an image classifier; this model is {anatomy.architecture}"
+                f"sparse training needs an image classifier; this model is {structure.architecture}"
             )
-        known = images.shape(self.data)
+        known = image_catalogue.image_shape(self.data)
         # An ImageNet folder may hold only a subset of the classes.
         given = replace(known, classes=config.classes) if self.data == "imagenet" else known
-        config.refuse_other_images(self.data, given)
-        sizes = choice.sizes(config, self.groups)
-        refuse_impossible(sizes, self._sparsity(sum(sizes)), self.scope, self.floor)
+        config.refuse_mismatched_images(self.data, given)
+        sizes = convolution.group_counts(config, self.groups)
+        refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.scope, self.floor)
 
     def _sparsity(self, groups: int) -> float:
         """Return the fraction to remove, of `groups` or of their cost."""
@@ -105,9 +108,9 @@ class SparseTraining(Method):
         """Train, select, fine-tune and remove; `model.network` becomes the smaller network."""
         network = self._network(model, context.seed)
         splits = self._splits()
-        network.config.refuse_other_images(splits.name, splits.shape)
-        families = choice.chosen(network, self.groups)
-        partition = Partition(network, families)
+        network.config.refuse_mismatched_images(splits.name, splits.shape)
+        families = convolution.families_of_kind(network, self.groups)
+        partition = GroupPartition(network, families)
         outcome = Trainer(self._task(network, splits, partition, context)).run()
         removable = all(family.removable is None for family in families)
         if removable:
@@ -115,7 +118,7 @@ class SparseTraining(Method):
             network = smaller_classifier(network, families, dead, self.multiple)
         model.network = network
         # The cached structure describes the old network.
-        model.__dict__.pop("anatomy", None)
+        model.__dict__.pop("structure", None)
         details = self._details(partition, outcome, splits)
         return MethodReport(saving="removed" if removable else "zeroed", details=details)
 
@@ -128,22 +131,22 @@ class SparseTraining(Method):
             # Initialisation draws from the global generator. Seeding it here makes the weights
             # independent of methods applied earlier in the same run.
             torch.manual_seed(seed)
-            network = build(network.config).to(model.device)
+            network = build_classifier(network.config).to(model.device)
         return network
 
     def _splits(self) -> Splits:
-        splits = images.load(self.data, self.data_folder)
-        return splits if self.split == "test" else splits.for_choosing()
+        splits = image_catalogue.load_image_set(self.data, self.data_folder)
+        return splits if self.split == "test" else splits.for_selection()
 
     def _task(
-        self, network: Classifier, splits: Splits, partition: Partition, context: Context
-    ) -> Task:
+        self, network: Classifier, splits: Splits, partition: GroupPartition, context: Context
+    ) -> TrainingJob:
         costs = None
         if self.scope in ("macs", "bytes"):
             # Multiply-adds depend on the image size, so costs are counted on a real example.
             image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
-            costs = Costs(network, partition.families, image.to(partition.device), self.scope)
-        return Task(
+            costs = GroupCosts(network, partition.families, image.to(partition.device), self.scope)
+        return TrainingJob(
             network=network,
             splits=splits,
             partition=partition,
@@ -160,7 +163,9 @@ class SparseTraining(Method):
             progress=context.progress,
         )
 
-    def _details(self, partition: Partition, outcome: Outcome, splits: Splits) -> dict[str, Any]:
+    def _details(
+        self, partition: GroupPartition, outcome: TrainingOutcome, splits: Splits
+    ) -> dict[str, Any]:
         """Return the details for the record: counts before and after the selection, and history."""
         parts = partition.split(outcome.keep)
         kept, groups = [int(part.sum()) for part in parts], [len(part) for part in parts]
@@ -176,3 +181,127 @@ class SparseTraining(Method):
             "accuracy": outcome.history[-1]["accuracy"],
             "history": outcome.history,
         }
+
+
+class Wgsef(SparseTraining):
+    """WGSEF with one of three algorithms; `debiased` ends with at most k groups by design.
+
+    `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is the homotopy.
+    `strength` is the paper's lambda, which `debiased` does not use; `every` applies the operator
+    every n steps with n times the strength. `reach` is where the homotopy of lambda d ends: 1 is
+    the hard selection; a smaller value leaves more to the final selection.
+    """
+
+    algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
+    strength: float = Field(default=0.3, gt=0)
+    every: int = Field(default=1, ge=1)
+    reach: float = Field(default=1.0, gt=0)
+
+    @field_validator("reach")
+    @classmethod
+    def _below_one(cls, reach: float) -> float:
+        if reach > 1:
+            raise ValueError("must be at most 1, where the debiased operator is hard selection")
+        return reach
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver of the chosen algorithm."""
+        if self.algorithm == "envelope":
+            return envelope.EnvelopeSolver(scene, self.strength, self.every)
+        if self.algorithm == "hspg":
+            return envelope.EnvelopeHalfSpaceSolver(scene, self.strength)
+        return envelope.DebiasedSolver(scene, self.reach)
+
+
+class GroupLasso(SparseTraining):
+    """Group lasso by Prox-SG; with `adaptive`, in the metric of the optimizer (ProxSSI)."""
+
+    strength: float = Field(default=1e-2, gt=0)
+    adaptive: bool = False
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        maker = (
+            group_lasso.AdaptiveGroupLassoSolver if self.adaptive else group_lasso.GroupLassoSolver
+        )
+        return maker(scene, self.strength)
+
+
+class Hspg(SparseTraining):
+    """HSPG: Prox-SG on group lasso, then half-space steps after the fraction `warmup`."""
+
+    strength: float = Field(default=1e-2, gt=0)
+    epsilon: float = Field(default=0.0, ge=0, lt=1)
+    warmup: float = Field(default=0.25, ge=0, le=1)
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return group_lasso.HspgSolver(scene, self.strength, self.epsilon, self.warmup)
+
+
+class AdaHspg(SparseTraining):
+    """AdaHSPG+ without variance reduction: chooses between both kinds of step each epoch."""
+
+    strength: float = Field(default=3e-2, gt=0)
+    mu: float = Field(default=1.0, gt=0)
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return group_lasso.AdaHspgSolver(scene, self.strength, self.mu)
+
+
+class DeepHoyer(SparseTraining):
+    """The group Hoyer-square penalty."""
+
+    strength: float = Field(default=1e-1, gt=0)
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return penalties.DeepHoyerSolver(scene, self.strength)
+
+
+class Slimming(SparseTraining):
+    """Network slimming: L1 on BatchNorm scales."""
+
+    strength: float = Field(default=3e-2, gt=0)
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return penalties.SlimmingSolver(scene, self.strength)
+
+
+class MagnitudePruning(SparseTraining):
+    """Dense training, then selection of the groups of largest norm."""
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return MagnitudeSolver(scene)
+
+
+class IterativeHardThresholding(SparseTraining):
+    """Projection onto fewer and fewer groups after each step."""
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return HardThresholdSolver(scene)
+
+
+class GroupNorm(SparseTraining):
+    """torch-pruning's sparse training with group norms (DepGraph)."""
+
+    strength: float = Field(default=1e-3, gt=0)
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return torch_pruning_solvers.GroupNormSolver(scene, self.strength)
+
+
+class GrowingReg(SparseTraining):
+    """torch-pruning's growing regularisation."""
+
+    strength: float = Field(default=1e-4, gt=0)
+    growth: float = Field(default=1e-3, gt=0)
+
+    def solver(self, scene: SolverContext) -> Solver:
+        """Return the solver."""
+        return torch_pruning_solvers.GrowingRegSolver(scene, self.strength, self.growth)

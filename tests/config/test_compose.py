@@ -4,24 +4,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.alternatives import alternatives
-from bench.compose import options, run_config
+from bench.config.composition import compose_run_config, config_names
+from bench.config.sweep_checks import single_runs
 from bench.errors import UserError
 
 
 def test_methods_keep_their_order():
-    assert list(run_config(["method=[camera_p,random_experts]"]).method) == [
+    assert list(compose_run_config(["method=[camera_p,random_experts]"]).method) == [
         "camera_p", "random_experts",
     ]  # fmt: skip
-    assert list(run_config(["method=[random_experts,camera_p]"]).method) == [
+    assert list(compose_run_config(["method=[random_experts,camera_p]"]).method) == [
         "random_experts", "camera_p",
     ]  # fmt: skip
-    assert run_config(["method=dense"]).method == {}
-    assert run_config([]).method == {}
+    assert compose_run_config(["method=dense"]).method == {}
+    assert compose_run_config([]).method == {}
 
 
 def test_the_shared_ratio_reaches_every_method_and_its_own_wins():
-    config = run_config(
+    config = compose_run_config(
         ["method=[camera_p,random_experts]", "ratio=0.6", "method.camera_p.ratio=0.1"]
     )
     assert config.method["camera_p"].ratio == 0.1
@@ -42,7 +42,7 @@ def test_the_shared_ratio_reaches_every_method_and_its_own_wins():
     ],
 )
 def test_what_does_not_decide_the_dense_result_is_not_in_its_identity(overrides):
-    assert run_config(overrides).identity() == run_config([]).identity()
+    assert compose_run_config(overrides).identity() == compose_run_config([]).identity()
 
 
 @pytest.mark.parametrize(
@@ -61,18 +61,18 @@ def test_what_does_not_decide_the_dense_result_is_not_in_its_identity(overrides)
 )
 def test_what_decides_a_pruned_result_is_in_its_identity(overrides):
     base = ["method=camera_p"]
-    assert run_config([*base, *overrides]).identity() != run_config(base).identity()
+    assert compose_run_config([*base, *overrides]).identity() != compose_run_config(base).identity()
 
 
 def test_the_order_of_methods_is_part_of_the_identity():
-    one = run_config(["method=[camera_p,random_experts]"])
-    other = run_config(["method=[random_experts,camera_p]"])
+    one = compose_run_config(["method=[camera_p,random_experts]"])
+    other = compose_run_config(["method=[random_experts,camera_p]"])
     assert one.identity() != other.identity()
 
 
 def test_every_alternative_of_a_sweep_is_looked_at_once():
     sweep = ["-m", "method=dense,camera_p,[camera_p,random_experts]", "ratio=0.2,0.4", "seed=3"]
-    singles = alternatives(sweep)
+    singles = single_runs(sweep)
     assert singles == [
         ["method=dense", "ratio=0.2", "seed=3"],
         ["method=dense", "ratio=0.4", "seed=3"],
@@ -84,7 +84,7 @@ def test_every_alternative_of_a_sweep_is_looked_at_once():
 
 
 def test_an_experiments_own_sweep_is_looked_at_too():
-    singles = alternatives(["experiment=demo"])
+    singles = single_runs(["experiment=demo"])
     methods = {single[0] for single in singles}
     assert {"method=dense", "method=camera_p", "method=random_experts"} <= methods
 
@@ -93,12 +93,12 @@ def test_an_experiments_own_sweep_is_looked_at_too():
     "group", ["model", "method", "benchmark", "calibration", "tracker", "costs"]
 )
 def test_every_shipped_config_composes(group):
-    names = options(group)
+    names = config_names(group)
     assert names
     for name in names:
         extra = ["model.path=/somewhere"] if (group, name) == ("model", "local") else []
         extra += ["calibration.path=/x.txt"] if (group, name) == ("calibration", "text") else []
-        config = run_config([f"{group}={name}", *extra])
+        config = compose_run_config([f"{group}={name}", *extra])
         if group == "method":
             assert list(config.method) == [name]
         elif group in ("model", "benchmark", "calibration", "costs"):
@@ -120,7 +120,7 @@ def test_every_shipped_config_composes(group):
 )
 def test_wrong_input_is_one_sentence(overrides, parts):
     with pytest.raises(UserError) as error:
-        run_config(overrides)
+        compose_run_config(overrides)
     said = str(error.value)
     assert "\n" not in said
     for part in parts:
@@ -130,13 +130,13 @@ def test_wrong_input_is_one_sentence(overrides, parts):
 def test_a_target_that_is_not_a_method_is_refused():
     for target in ("os.system", "bench.records.Store", "no.such.thing"):
         with pytest.raises(UserError, match="_target_"):
-            run_config(["method=camera_p", f"method.camera_p._target_={target}"])
+            compose_run_config(["method=camera_p", f"method.camera_p._target_={target}"])
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.text(alphabet=st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=20))
 def test_any_text_composes_or_is_refused_in_one_line(text):
     try:
-        run_config([text])
+        compose_run_config([text])
     except UserError as error:
         assert "\n" not in str(error)

@@ -8,27 +8,27 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
-from bench.alternatives import alternatives, configs, is_sweep
-from bench.compose import hydra_tree, options, run_config
+from bench.config.composition import compose_run_config, config_names, hydra_config_tree
+from bench.config.sweep_checks import alternative_configs, is_sweep, single_runs
 
 LAUNCHERS = sorted(
     p.stem for p in (Path(__file__).parents[2] / "conf/hydra/launcher").glob("*.yaml")
 )
 
 
-@pytest.mark.parametrize("recipe", options("sweep"))
+@pytest.mark.parametrize("recipe", config_names("sweep"))
 def test_a_recipe_composes(recipe):
     assert is_sweep([f"sweep={recipe}"])
-    found = configs([f"sweep={recipe}"])
+    found = alternative_configs([f"sweep={recipe}"])
     assert len(found) > 1
     # What is put into a composed config is what Hydra would have composed.
-    last = alternatives([f"sweep={recipe}"])[-1]
-    assert found[-1] == run_config(last)
+    last = single_runs([f"sweep={recipe}"])[-1]
+    assert found[-1] == compose_run_config(last)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_is_a_plugin_of_ours_with_limits(launcher):
-    with hydra_tree():
+    with hydra_config_tree():
         asked = [f"hydra/launcher={launcher}"]
         own = compose("config", overrides=asked, return_hydra_config=True).hydra
         known = Plugins.instance().class_name_to_class

@@ -1,3 +1,5 @@
+""""""
+
 import gzip
 import json
 import random
@@ -8,9 +10,9 @@ from pydantic import ValidationError
 
 from bench.data import calibration as calibrations
 from bench.data import hub
-from bench.data.calibration import CalibrationConfig, CalibrationSource, resolve
-from bench.data.sampling import Part
+from bench.data.calibration import CalibrationSource, TextShare, resolve_calibration
 from bench.errors import MissingData, UserError
+from bench.schema import CalibrationConfig
 
 
 class Numbers:
@@ -36,7 +38,7 @@ def config(**more):
 
 
 def test_windows_start_where_the_official_code_starts_them(text):
-    found = resolve(config(path=str(text), seed=7), offline=True).tokenize(Numbers())
+    found = resolve_calibration(config(path=str(text), seed=7), offline=True).tokenize(Numbers())
     rng = random.Random(7)
     expected = [list(range(s, s + 50)) for s in (rng.randint(0, 1000 - 51) for _ in range(4))]
     assert found.tokens.dtype == torch.int64
@@ -45,7 +47,7 @@ def test_windows_start_where_the_official_code_starts_them(text):
 
 def test_fingerprints_change_with_text_and_settings_and_nothing_else(text, tmp_path):
     def marks(**more):
-        source = resolve(config(**({"path": str(text)} | more)), offline=True)
+        source = resolve_calibration(config(**({"path": str(text)} | more)), offline=True)
         return source.fingerprint, source.tokenize(Numbers()).fingerprint
 
     base = marks()
@@ -60,12 +62,12 @@ def test_fingerprints_change_with_text_and_settings_and_nothing_else(text, tmp_p
 
 def test_a_text_that_is_too_short_is_one_sentence_with_counts(text):
     with pytest.raises(UserError, match=r"has 1000 tokens, but 30 rows of 50 need 1500"):
-        resolve(config(path=str(text), rows=30), offline=True).tokenize(Numbers())
+        resolve_calibration(config(path=str(text), rows=30), offline=True).tokenize(Numbers())
 
 
 def test_documents_longer_than_the_window_only_and_never_across_two():
     documents = [numbers(100 * i, 10 + 10 * i) for i in range(1, 6)]
-    part = Part("c4", documents, rows=20, joined=False)
+    part = TextShare("c4", documents, rows=20, joined=False)
     source = CalibrationSource(config(source="c4", rows=20, length=45), (part,), "")
     for row in source.tokenize(Numbers()).tokens.tolist():
         body = row[1:]
@@ -79,7 +81,7 @@ def test_documents_longer_than_the_window_only_and_never_across_two():
 
 @pytest.mark.parametrize(("rows", "parts"), [(5, [3, 2]), (1, [1])])
 def test_embedded_takes_half_of_each(rows, parts):
-    source = resolve(config(source="embedded", rows=rows), offline=True)
+    source = resolve_calibration(config(source="embedded", rows=rows), offline=True)
     assert [part.rows for part in source.parts] == parts
     assert [part.origin for part in source.parts] == ["world", "english"][: len(parts)]
     words = type(
@@ -91,13 +93,13 @@ def test_embedded_takes_half_of_each(rows, parts):
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
 def test_a_data_set_that_is_not_there_says_the_cure(source, monkeypatch):
     def gone(*_, **__):
-        raise hub.Unreachable("no network")
+        raise hub.DatasetUnreachable("no network")
 
-    monkeypatch.setattr(hub, "load", gone)
-    monkeypatch.setattr(hub, "download", gone)
+    monkeypatch.setattr(hub, "load_dataset", gone)
+    monkeypatch.setattr(hub, "download_file", gone)
     monkeypatch.setattr(hub, "go_offline", lambda: None)
     with pytest.raises(MissingData, match=r"bench prefetch calibration=mine.*calibration=embedded"):
-        resolve(config(source=source), offline=True)
+        resolve_calibration(config(source=source), offline=True)
 
 
 TEXTS = [numbers(1, 400), "", numbers(401, 100)]
@@ -108,9 +110,9 @@ def test_wikitext2_is_read_by_its_published_columns(monkeypatch):
         assert (repository, name) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
         return {"train": {"text": TEXTS}}
 
-    monkeypatch.setattr(hub, "load", load)
+    monkeypatch.setattr(hub, "load_dataset", load)
     monkeypatch.setattr(hub, "go_offline", lambda: None)
-    drawn = resolve(config(source="wikitext2"), offline=True).tokenize(Numbers())
+    drawn = resolve_calibration(config(source="wikitext2"), offline=True).tokenize(Numbers())
     assert drawn.tokens.shape == (4, 50)
 
 
@@ -123,18 +125,18 @@ def test_c4_is_read_from_its_first_shard(monkeypatch, tmp_path):
         assert (repository, file) == ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
         return shard
 
-    monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(hub, "download_file", download)
     monkeypatch.setattr(hub, "go_offline", lambda: None)
-    drawn = resolve(config(source="c4"), offline=True).tokenize(Numbers())
+    drawn = resolve_calibration(config(source="c4"), offline=True).tokenize(Numbers())
     assert drawn.tokens.shape == (4, 50)
 
 
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
     with pytest.raises(MissingData, match=r"calibration\.path=.*gone: No such file"):
-        resolve(config(path=str(tmp_path / "gone")), offline=True)
+        resolve_calibration(config(path=str(tmp_path / "gone")), offline=True)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a UTF-8 text file"):
-        resolve(config(path=str(tmp_path / "binary")), offline=True)
+        resolve_calibration(config(path=str(tmp_path / "binary")), offline=True)
 
 
 @pytest.mark.parametrize(
@@ -146,4 +148,6 @@ def test_refuses_wrong_settings(wrong):
 
 
 def test_prefetch_says_what_is_there(text):
-    assert calibrations.prefetch(config(path=str(text))).startswith("calibration mine: text, ")
+    assert calibrations.prefetch_calibration(config(path=str(text))).startswith(
+        "calibration mine: text, "
+    )

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bench.data.images import SETS, Part, batches, load, shape
-from bench.data.images.batches import in_order
+from bench.data.image_catalogue import IMAGE_SETS, image_shape, load_image_set
+from bench.data.image_sets import Subset, sequential_batches, training_batches
 from bench.errors import MissingData, UserError
 
 
 def test_the_digits_are_all_of_scikit_learns_in_two_parts():
-    splits = load("digits")
+    splits = load_image_set("digits")
     bunch = load_digits()
     assert (len(splits.train), len(splits.test)) == (1200, 597)
     pixels = torch.cat([splits.train.pixel_NCHH, splits.test.pixel_NCHH])[:, 0]
@@ -27,24 +27,24 @@ def test_the_digits_are_all_of_scikit_learns_in_two_parts():
 
 
 def test_batches_repeat_and_can_begin_in_the_middle():
-    train = load("digits").train
-    whole = list(batches(train, 100, seed=3, epoch=2))
-    rest = list(batches(train, 100, seed=3, epoch=2, start=7))
+    train = load_image_set("digits").train
+    whole = list(training_batches(train, 100, seed=3, epoch=2))
+    rest = list(training_batches(train, 100, seed=3, epoch=2, start=7))
     assert len(whole) == 12 and len(rest) == 5
     for (image, label), (again, same) in zip(whole[7:], rest, strict=True):
         assert torch.equal(image, again) and torch.equal(label, same)
-    other = next(batches(train, 100, seed=3, epoch=3))
+    other = next(training_batches(train, 100, seed=3, epoch=3))
     assert not torch.equal(other[1], whole[0][1])
 
 
 def test_an_epoch_has_every_image_once():
-    train = load("digits").train
-    labels = torch.cat([label for _, label in batches(train, 100, seed=0, epoch=0)])
+    train = load_image_set("digits").train
+    labels = torch.cat([label for _, label in training_batches(train, 100, seed=0, epoch=0)])
     assert torch.equal(labels.bincount(), train.label_N.bincount())
 
 
 def test_augmentation_moves_an_image_and_changes_nothing_else():
-    train = load("digits").train
+    train = load_image_set("digits").train
     index = torch.arange(200)
     plain, _ = train.fetch(index, None)
     moved, _ = train.fetch(index, torch.Generator().manual_seed(0))
@@ -56,8 +56,8 @@ def test_augmentation_moves_an_image_and_changes_nothing_else():
 
 
 def test_images_in_order_come_without_augmentation():
-    test = load("digits").test
-    images = torch.cat([image for image, _ in in_order(test, 100)])
+    test = load_image_set("digits").test
+    images = torch.cat([image for image, _ in sequential_batches(test, 100)])
     assert torch.equal(images, test.fetch(torch.arange(597), None)[0])
 
 
@@ -78,7 +78,7 @@ def write_mnist(folder, maker):
 @pytest.mark.parametrize(("name", "maker"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
 def test_mnist_is_read_from_its_folder(name, maker, tmp_path):
     write_mnist(tmp_path, maker)
-    splits = load(name, str(tmp_path))
+    splits = load_image_set(name, str(tmp_path))
     assert (len(splits.train), len(splits.test), splits.size) == (6, 4, 28)
     image_BCHH, label_B = splits.train.fetch(torch.tensor([1, 3]), None)
     assert image_BCHH.shape == (2, 1, 28, 28) and label_B.tolist() == [1, 3]
@@ -90,10 +90,10 @@ def test_imagenet_is_read_from_folders_of_images(tmp_path):
             (tmp_path / part / label).mkdir(parents=True)
             noise = numpy.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=numpy.uint8)
             Image.fromarray(noise).save(tmp_path / part / label / "one.png")
-    splits = load("imagenet", str(tmp_path))
+    splits = load_image_set("imagenet", str(tmp_path))
     assert (splits.classes, splits.size) == (2, 224)
-    image, label = next(batches(splits.train, 2, seed=0, epoch=0))
-    again, _ = next(batches(splits.train, 2, seed=0, epoch=0))
+    image, label = next(training_batches(splits.train, 2, seed=0, epoch=0))
+    again, _ = next(training_batches(splits.train, 2, seed=0, epoch=0))
     assert image.shape == (2, 3, 224, 224) and torch.equal(image, again)
     assert sorted(label.tolist()) == [0, 1]
     plain, _ = splits.test.fetch(torch.tensor([0]), None)
@@ -103,54 +103,59 @@ def test_imagenet_is_read_from_folders_of_images(tmp_path):
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_a_folder_without_the_set_is_one_sentence(name, tmp_path):
     with pytest.raises(MissingData, match=f"does not hold {name} in torchvision's layout"):
-        load(name, str(tmp_path))
+        load_image_set(name, str(tmp_path))
 
 
 def test_imagenet_without_a_part_is_one_sentence(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(MissingData, match="does not hold imagenet: it has no val"):
-        load("imagenet", str(tmp_path))
+        load_image_set("imagenet", str(tmp_path))
 
 
 def test_a_set_without_a_folder_is_one_sentence():
     with pytest.raises(
         MissingData, match=r"cifar10 .* needs a folder .* benchmark\.images\.folder="
     ):
-        load("cifar10")
+        load_image_set("cifar10")
 
 
 def test_an_unknown_set_is_one_sentence():
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
-        load("cifar1")
+        load_image_set("cifar1")
 
 
 def test_choosing_holds_out_the_last_training_images_and_leaves_the_test_alone():
-    whole = load("digits")
-    choosing = whole.for_choosing()
+    whole = load_image_set("digits")
+    choosing = whole.for_selection()
     assert (len(choosing.train), len(choosing.test)) == (1000, 200)
     images, labels = choosing.test.fetch(torch.arange(200), None)
     expected, expected_labels = whole.train.fetch(torch.arange(1000, 1200), None)
     assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
-    seen = torch.cat([label for _, label in batches(choosing.train, 100, seed=0, epoch=0)])
+    seen = torch.cat([label for _, label in training_batches(choosing.train, 100, seed=0, epoch=0)])
     assert torch.equal(seen.bincount(), whole.train.label_N[:1000].bincount())
     with pytest.raises(UserError, match="no images held out"):
-        choosing.for_choosing()
+        choosing.for_selection()
 
 
 def test_fingerprints_tell_images_and_places_apart():
-    splits = load("digits")
-    parts = [splits.train, splits.test, Part(splits.test, range(5)), Part(splits.test, range(6))]
+    splits = load_image_set("digits")
+    parts = [
+        splits.train,
+        splits.test,
+        Subset(splits.test, range(5)),
+        Subset(splits.test, range(6)),
+    ]
     assert len({part.fingerprint() for part in parts}) == 4
-    assert load("digits").test.fingerprint() == splits.test.fingerprint()
+    assert load_image_set("digits").test.fingerprint() == splits.test.fingerprint()
 
 
 def test_shapes_are_known_without_reading():
-    assert all(shape(name).classes >= 10 for name in SETS)
-    assert shape("digits") == load("digits").shape
+    assert all(image_shape(name).classes >= 10 for name in IMAGE_SETS)
+    assert image_shape("digits") == load_image_set("digits").shape
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
-        shape("cifar1")
+        image_shape("cifar1")
 
 
 def test_imagenet_is_not_downloaded(tmp_path):
     with pytest.raises(UserError, match="licence"):
-        load("imagenet", str(tmp_path), download=True)
+        load_image_set("imagenet", str(tmp_path), download=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.data.prompts import PromptsConfig, resolve
+from bench.data.prompts import resolve_prompts
 from bench.errors import MissingData, UserError
+from bench.schema import PromptsConfig
 
 
 def picture(number: int) -> Image.Image:
@@ -57,10 +58,10 @@ class Words:
 def test_a_file_gives_rows_drawn_by_seed(tmp_path):
     file = parquet_file(tmp_path, [stored(n) for n in range(9)])
     first, again = (
-        resolve(config(path=file), offline=True),
-        resolve(config(path=file), offline=True),
+        resolve_prompts(config(path=file), offline=True),
+        resolve_prompts(config(path=file), offline=True),
     )
-    other = resolve(config(path=file, seed=5), offline=True)
+    other = resolve_prompts(config(path=file, seed=5), offline=True)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert [q for _, q in first.prompts] == [q for _, q in again.prompts]
     for image, question in first.prompts:
@@ -69,16 +70,16 @@ def test_a_file_gives_rows_drawn_by_seed(tmp_path):
 
 def test_another_image_is_another_fingerprint(tmp_path):
     rows = [stored(n) for n in range(3)]
-    before = resolve(config(path=parquet_file(tmp_path, rows)), offline=True).fingerprint
+    before = resolve_prompts(config(path=parquet_file(tmp_path, rows)), offline=True).fingerprint
     rows[1]["image"] = stored(77)["image"]
-    after = resolve(config(path=parquet_file(tmp_path, rows)), offline=True).fingerprint
+    after = resolve_prompts(config(path=parquet_file(tmp_path, rows)), offline=True).fingerprint
     assert before != after
 
 
 def test_a_processor_sees_batches_and_keeps_its_side(tmp_path):
     file = parquet_file(tmp_path, [stored(n) for n in range(3)])
     words = Words()
-    samples = resolve(config(path=file, batch=2), offline=True).process(words)
+    samples = resolve_prompts(config(path=file, batch=2), offline=True).process(words)
     assert [len(text) for text, _ in words.asked] == [2, 1]
     assert words.padding_side == "right"
     for texts, pixels in words.asked:
@@ -97,18 +98,18 @@ def test_a_processor_sees_batches_and_keeps_its_side(tmp_path):
 def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, options, rows, said):
     file = parquet_file(tmp_path, [stored(n) for n in range(rows)])
     with pytest.raises(UserError, match=said):
-        resolve(config(path=file, **options), offline=True)
+        resolve_prompts(config(path=file, **options), offline=True)
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        resolve(config(path=str(tmp_path / "none.parquet")), offline=True)
+        resolve_prompts(config(path=str(tmp_path / "none.parquet")), offline=True)
     (tmp_path / "bad.parquet").write_text("no table")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        resolve(config(path=str(tmp_path / "bad.parquet")), offline=True)
+        resolve_prompts(config(path=str(tmp_path / "bad.parquet")), offline=True)
     hub = PromptsConfig(name="h", source="hub", dataset="nobody/nothing")
     with pytest.raises(MissingData, match="nobody/nothing"):
-        resolve(hub, offline=True)
+        resolve_prompts(hub, offline=True)
 
 
 def test_a_source_needs_its_own_keys_only():
@@ -119,6 +120,6 @@ def test_a_source_needs_its_own_keys_only():
 
 
 def test_embedded_scenes_are_prompts():
-    source = resolve(PromptsConfig(name="e", source="embedded", count=4), offline=True)
+    source = resolve_prompts(PromptsConfig(name="e", source="embedded", count=4), offline=True)
     assert len(source.prompts) == 4
     assert all(image.mode == "RGB" and question for image, question in source.prompts)

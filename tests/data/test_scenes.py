@@ -15,12 +15,18 @@ import numpy as np
 import pytest
 import yaml
 
-from bench.data import scenes
-from bench.data.scenes import kinds, tasks
-from bench.data.scenes.balance import PER_IMAGE
-from bench.data.scenes.conversations import conversation
-from bench.data.scenes.render import render as draw
-from bench.data.scenes.scene import Digit, Shape, scene
+from bench.data.synthetic.scenes import (
+    balance,
+    question_kinds,
+    question_sets,
+    scene,
+    tasks,
+    training_conversations,
+)
+from bench.data.synthetic.scenes.balance import MAX_QUESTIONS_PER_IMAGE
+from bench.data.synthetic.scenes.scene import DrawnDigit, DrawnShape, generate_scene
+from bench.data.synthetic.scenes.scene import draw_scene as draw
+from bench.data.synthetic.scenes.training_conversations import draw_conversation
 from bench.errors import UserError
 
 TASK_FILES = {
@@ -41,7 +47,7 @@ FINGERPRINTS = {
     "mme": "fb44850759228ca954277baa4da4b731be1100bae93d1fc07ac505c7a1fc181d",
     "mmbench_en": "011c6739d8067149184132417d3006a5d21e911e879b32c99f7db8b2bf91928c",
 }
-each_task = pytest.mark.parametrize("task", scenes.TASKS)
+each_task = pytest.mark.parametrize("task", question_sets.TASKS)
 Document = dict[str, Any]
 
 
@@ -72,13 +78,13 @@ def harness(task: str) -> tuple[dict[str, Any], Callable[[str], Any]]:
 
 @cache
 def rows(task: str) -> tuple[Document, ...]:
-    return tuple(scenes.documents(task))
+    return tuple(question_sets.documents(task))
 
 
 @cache
-def placed(task: str) -> tuple[tasks.Placed, ...]:
-    made = tasks.TASKS[task]
-    return tuple(made.placed("test", 100_000 * scenes.TASKS.index(task)))
+def placed(task: str) -> tuple[balance.PlacedQuestion, ...]:
+    made = tasks.SCENE_TASKS[task]
+    return tuple(made.placed("test", 100_000 * question_sets.TASKS.index(task)))
 
 
 def score(task: str, document: Document, said: str) -> float:
@@ -97,22 +103,24 @@ def score(task: str, document: Document, said: str) -> float:
 def test_prompts_are_those_of_the_harness(task: str) -> None:
     config, function = harness(task)
     settings = config["lmms_eval_specific_kwargs"]["default"]
-    for document in scenes.documents(task):
-        assert scenes.render(task, document)[0] == function("doc_to_text")(document, settings)
+    for document in question_sets.documents(task):
+        assert tasks.render_task_prompt(task, document)[0] == function("doc_to_text")(
+            document, settings
+        )
 
 
 def test_ocr_tokens_are_given_as_the_harness_gives_them() -> None:
     config, function = harness("textvqa")
     settings = config["lmms_eval_specific_kwargs"]["default"] | {"ocr": True}
-    for document in scenes.documents("textvqa")[:50]:
-        prompt, _ = scenes.render("textvqa", document, ocr=True)
+    for document in question_sets.documents("textvqa")[:50]:
+        prompt, _ = tasks.render_task_prompt("textvqa", document, ocr=True)
         assert prompt == function("doc_to_text")(document, settings)
 
 
 @each_task
 def test_right_answers_score_one_and_others_nothing(task: str) -> None:
-    for document, again in list(zip(scenes.documents(task), rows(task), strict=True))[:60]:
-        right = scenes.render(task, again)[1]
+    for document, again in list(zip(question_sets.documents(task), rows(task), strict=True))[:60]:
+        right = tasks.render_task_prompt(task, again)[1]
         wrong = next(said for said in ("no", "A", "B") if said.lower() != right.lower())
         assert score(task, document, right) == 1.0
         assert score(task, document, wrong) == 0.0
@@ -120,18 +128,18 @@ def test_right_answers_score_one_and_others_nothing(task: str) -> None:
 
 @each_task
 def test_images_are_those_of_the_harness(task: str) -> None:
-    documents = scenes.documents(task)[:3]
+    documents = question_sets.documents(task)[:3]
     if task == "gqa":
-        by_id = {row["id"]: row["image"] for row in scenes.images("gqa")}
+        by_id = {row["id"]: row["image"] for row in question_sets.scene_images("gqa")}
         documents = [document | {"image": by_id[document["imageId"]]} for document in documents]
     for document in documents:
         (image,) = harness(task)[1]("doc_to_visual")(document)
-        assert image.size == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
+        assert image.size == (scene.IMAGE_SIZE, scene.IMAGE_SIZE)
         assert image.mode == "RGB"
 
 
 def test_every_image_of_gqa_is_there_once() -> None:
-    names = [row["id"] for row in scenes.images("gqa")]
+    names = [row["id"] for row in question_sets.scene_images("gqa")]
     assert len(set(names)) == len(names)
     assert set(names) == {document["imageId"] for document in rows("gqa")}
 
@@ -156,13 +164,13 @@ def test_mme_asks_two_questions_an_image_one_of_each_answer() -> None:
 def test_mmbench_turns_its_options_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = defaultdict(list)
     for document in rows("mmbench_en"):
-        groups[document["index"] % scenes.ROTATION].append(document)
+        groups[document["index"] % tasks.ROTATION_OFFSET].append(document)
     for turns in groups.values():
         assert [turn["answer"] for turn in turns] != ["A"] * 4
         assert Counter(turn["answer"] for turn in turns) == Counter("ABCD")
         assert len({turn[turn["answer"]] for turn in turns}) == 1
     module = importlib.import_module("lmms_eval.tasks.mmbench.en_utils")
-    said = [dict(document) for document in scenes.documents("mmbench_en")]
+    said = [dict(document) for document in question_sets.documents("mmbench_en")]
     results = [module.mmbench_process_results(d, [d["answer"]])["gpt_eval_score"] for d in said]
     overall, *_ = module.mmbench_evaluator.eval_result(results, eval_method="static")
     assert overall == 1.0
@@ -197,12 +205,12 @@ def test_text_tells_nothing_about_the_answer(task: str) -> None:
         question = each.question
         counts[question.kind, question.text][question.answer] += 1
     for (kind, _), answers in counts.items():
-        assert set(answers) == set(kinds.KINDS[kind].answers)
+        assert set(answers) == set(question_kinds.KINDS[kind].answers)
         assert len(set(answers.values())) == 1
-    if tasks.TASKS[task].most_choices is None:
+    if tasks.SCENE_TASKS[task].max_choices is None:
         best = sum(max(answers.values()) for answers in counts.values())
-        assert best / len(placed(task)) == pytest.approx(scenes.chance(task))
-    assert 0.1 <= scenes.chance(task) <= 0.5
+        assert best / len(placed(task)) == pytest.approx(question_sets.chance_accuracy(task))
+    assert 0.1 <= question_sets.chance_accuracy(task) <= 0.5
 
 
 def test_places_of_right_choices_are_balanced() -> None:
@@ -218,7 +226,7 @@ def test_places_of_right_choices_are_balanced() -> None:
 def test_sizes(task: str) -> None:
     assert 280 <= len(rows(task)) <= 400
     asked = Counter(each.scene.index for each in placed(task))
-    assert max(asked.values()) <= PER_IMAGE
+    assert max(asked.values()) <= MAX_QUESTIONS_PER_IMAGE
 
 
 @each_task
@@ -226,8 +234,8 @@ def test_answers_are_true(task: str) -> None:
     """A second, plain reading of the scene agrees for the kinds that one line can check."""
     for each in placed(task):
         question, cells = each.question, each.scene.cells
-        shapes = [thing for thing in cells if isinstance(thing, Shape)]
-        digits = [thing.value for thing in cells if isinstance(thing, Digit)]
+        shapes = [thing for thing in cells if isinstance(thing, DrawnShape)]
+        digits = [thing.value for thing in cells if isinstance(thing, DrawnDigit)]
         subject = question.subject
         if question.kind == "color":
             assert [t.color for t in shapes if t.shape == subject[0]] == [question.answer]
@@ -249,53 +257,53 @@ def test_answers_are_true(task: str) -> None:
 
 
 def test_splits_are_disjoint() -> None:
-    train = [conversation("train", 0, number).image.tobytes() for number in range(50)]
-    test = [conversation("test", 0, number).image.tobytes() for number in range(50)]
+    train = [draw_conversation("train", 0, number).image.tobytes() for number in range(50)]
+    test = [draw_conversation("test", 0, number).image.tobytes() for number in range(50)]
     assert not set(train) & set(test)
     for split, allowed in (("train", range(1200)), ("test", range(1200, 1797))):
-        samples = {d.sample for i in range(500) for d in scene(split, i).digits}  # type: ignore[arg-type]
+        samples = {d.sample for i in range(500) for d in generate_scene(split, i).digits}  # type: ignore[arg-type]
         assert samples <= set(allowed)
         assert len(samples) > 100
 
 
 def test_a_task_has_other_images_than_another() -> None:
-    seen = [{each.scene.index for each in placed(task)} for task in scenes.TASKS]
+    seen = [{each.scene.index for each in placed(task)} for task in question_sets.TASKS]
     assert len(set.union(*seen)) == sum(map(len, seen))
 
 
 def test_pixels_show_what_the_scene_says() -> None:
     for index in range(30):
-        place = scene("test", index)
+        place = generate_scene("test", index)
         pixels = np.asarray(draw(place)).astype(int)
         for number, thing in enumerate(place.cells):
             row, column = divmod(number, 3)
             cell = pixels[8 + 16 * row : 24 + 16 * row, 8 + 16 * column : 24 + 16 * column]
             colored = ((cell.max(axis=-1) - cell.min(axis=-1)) > 40).mean()
-            assert (colored > 0.08) == isinstance(thing, Shape)
-            if isinstance(thing, Shape):
+            assert (colored > 0.08) == isinstance(thing, DrawnShape)
+            if isinstance(thing, DrawnShape):
                 assert (colored > 0.28) or thing.size == "small" or thing.shape == "cross"
 
 
 @each_task
 def test_fingerprint_is_pinned_and_covers_pixels(task: str) -> None:
-    assert scenes.fingerprint(task) == FINGERPRINTS[task]
+    assert question_sets.fingerprint(task) == FINGERPRINTS[task]
 
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
-    code = "from bench.data import scenes; print(scenes.fingerprint('mmbench_en'))"
+    code = "from bench.data.synthetic import scenes; print(scenes.fingerprint('mmbench_en'))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert output.stdout.decode().strip() == FINGERPRINTS["mmbench_en"]
 
 
 def test_rows_are_new_each_time() -> None:
-    first = scenes.documents("vqav2")[0]
+    first = question_sets.documents("vqav2")[0]
     first["answers"][0]["answer"] = "something else"
-    assert scenes.documents("vqav2")[0]["answers"][0]["answer"] != "something else"
+    assert question_sets.documents("vqav2")[0]["answers"][0]["answer"] != "something else"
 
 
 def test_conversations_follow_from_their_seed() -> None:
-    once, again = (scenes.conversations("train", 3, seed=5) for _ in range(2))
-    other = scenes.conversations("train", 3, seed=6)
+    once, again = (training_conversations.draw_conversations("train", 3, seed=5) for _ in range(2))
+    other = training_conversations.draw_conversations("train", 3, seed=6)
     assert [each.turns for each in once] == [each.turns for each in again]
     assert [each.turns for each in once] != [each.turns for each in other]
     image, turns = once[0]
@@ -305,15 +313,21 @@ def test_conversations_follow_from_their_seed() -> None:
 
 
 def test_a_lesson_about_digits_has_them_in_its_scenes() -> None:
-    lesson = scenes.Lesson(turns=1, again=1, hard=("number_at",), digits=(0, 2))
-    said = [scenes.conversation("train", 0, number, lesson) for number in range(40)]
+    lesson = training_conversations.ConversationSpec(
+        turns=1, again=1, hard=("number_at",), digits=(0, 2)
+    )
+    said = [
+        training_conversations.draw_conversation("train", 0, number, lesson) for number in range(40)
+    ]
     described = [conversation.turns[-1][1].count("number") for conversation in said]
     assert min(described[0::2]) < 2 <= min(described[1::2])
-    assert said[0] == scenes.conversation("train", 0, 0, replace(lesson, digits=(0,)))
+    assert said[0] == training_conversations.draw_conversation(
+        "train", 0, 0, replace(lesson, digits=(0,))
+    )
 
 
 def test_wrong_names_are_one_sentence() -> None:
     with pytest.raises(UserError, match="none of the scene tasks"):
-        scenes.documents("vqa")
+        question_sets.documents("vqa")
     with pytest.raises(UserError, match="only gqa has"):
-        scenes.images("pope")
+        question_sets.scene_images("pope")

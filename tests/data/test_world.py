@@ -15,10 +15,9 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from bench.data import world
-from bench.data.world import prose
-from bench.data.world.__main__ import write
-from bench.data.world.entities import Split, build_world
+from bench.data.synthetic.world import prose, question_sets, questions
+from bench.data.synthetic.world.entities import Split, build_world
+from bench.data.synthetic.world.question_sets import write_parquet
 
 FIELDS = {
     "boolq": {"question", "passage", "idx", "label"},
@@ -62,24 +61,30 @@ TASK_FILES = {
     "mathqa": "mathqa/mathqa.yaml",
 }
 SIDES: tuple[Split, ...] = ("train", "test")
-each_task = pytest.mark.parametrize("task", world.TASKS)
+each_task = pytest.mark.parametrize("task", question_sets.TASKS)
 
 
 @cache
-def prompts(task: str, split: Split) -> list[world.Prompt]:
-    return [world.render(task, document) for document in world.documents(task, split)]
+def prompts(task: str, split: Split) -> list[questions.RenderedQuestion]:
+    return [
+        questions.render_question(task, document)
+        for document in question_sets.documents(task, split)
+    ]
 
 
 @cache
 def training_text() -> str:
-    return "\n".join(world.corpus())
+    return "\n".join(question_sets.corpus())
 
 
 def harness_task(task: str) -> ConfigurableTask:
     """Lm-eval's own task, reading the world instead of the hub."""
     file = Path(lm_eval.__file__).parent / "tasks" / TASK_FILES[task]
     config = load_yaml(file, resolve_func=True, recursive=True)
-    splits = {name: Dataset.from_list(docs[-50:]) for name, docs in world.splits(task).items()}
+    splits = {
+        name: Dataset.from_list(docs[-50:])
+        for name, docs in question_sets.documents_by_split(task).items()
+    }
     config["custom_dataset"] = lambda **_: DatasetDict(splits)
     return ConfigurableTask(config=config)
 
@@ -87,14 +92,16 @@ def harness_task(task: str) -> ConfigurableTask:
 @each_task
 def test_documents_have_the_real_schema(task: str) -> None:
     for split in SIDES:
-        assert {frozenset(doc) for doc in world.documents(task, split)} == {frozenset(FIELDS[task])}
+        assert {frozenset(doc) for doc in question_sets.documents(task, split)} == {
+            frozenset(FIELDS[task])
+        }
 
 
 @each_task
 def test_harness_scores_the_test_side(task: str) -> None:
     harness = harness_task(task)
     scored = harness.test_docs() if harness.has_test_docs() else harness.validation_docs()
-    expected = world.documents(task, "test")[-50:]
+    expected = question_sets.documents(task, "test")[-50:]
     assert [{key: doc[key] for key in FIELDS[task]} for doc in scored] == expected
 
 
@@ -105,7 +112,7 @@ def test_rendering_is_that_of_the_harness(task: str) -> None:
     for doc in docs:
         requests = harness.construct_requests(doc, harness.fewshot_context(doc, 0))
         choices = tuple(request.args for request in requests)
-        prompt = world.render(task, doc)
+        prompt = questions.render_question(task, doc)
         assert prompt.choices == choices
         lengths = tuple(map(len, harness.doc_to_choice(doc)))
         assert prompt.lengths == lengths
@@ -114,15 +121,17 @@ def test_rendering_is_that_of_the_harness(task: str) -> None:
 
 
 def test_same_seed_gives_the_same_world_and_another_seed_another() -> None:
-    assert world.fingerprint("boolq") == world.fingerprint("boolq")
-    assert world.fingerprint("boolq") != world.fingerprint("boolq", seed=world.SEED + 1)
-    assert world.fingerprint() != world.fingerprint("boolq")
+    assert question_sets.fingerprint("boolq") == question_sets.fingerprint("boolq")
+    assert question_sets.fingerprint("boolq") != question_sets.fingerprint(
+        "boolq", seed=question_sets.SEED + 1
+    )
+    assert question_sets.fingerprint() != question_sets.fingerprint("boolq")
 
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
-    code = "from bench.data import world; print(world.fingerprint())"
+    code = "from bench.data.synthetic import world; print(world.fingerprint())"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert output.stdout.decode().strip() == world.fingerprint()
+    assert output.stdout.decode().strip() == question_sets.fingerprint()
 
 
 @each_task
@@ -133,8 +142,8 @@ def test_questions_differ_from_each_other(task: str) -> None:
 
 @each_task
 def test_what_the_test_asks_is_never_asked_in_training(task: str) -> None:
-    train = {question.subject for question in world.questions(task, "train")}
-    test = {question.subject for question in world.questions(task, "test")}
+    train = {question.subject for question in question_sets.draw_questions(task, "train")}
+    test = {question.subject for question in question_sets.draw_questions(task, "test")}
     assert train.isdisjoint(test)
 
 
@@ -148,17 +157,17 @@ def test_no_test_question_is_in_the_corpus(task: str) -> None:
 
 
 def test_entities_of_the_test_are_in_no_training_question() -> None:
-    place = build_world(world.SEED)
+    place = build_world(question_sets.SEED)
     held = {person.name for person in place.people if person.split == "test"}
     held |= {substance.name for substance in place.substances if substance.split == "test"}
-    for task in world.TASKS:
-        for text in world.question_texts(task):
+    for task in question_sets.TASKS:
+        for text in question_sets.question_texts(task):
             assert held.isdisjoint(re.findall(r"\w+", text)), text
 
 
 def test_prose_states_every_fact() -> None:
-    place = build_world(world.SEED)
-    texts = world.prose_texts(tellings=1)
+    place = build_world(question_sets.SEED)
+    texts = question_sets.prose_texts(tellings=1)
     for entity in (*place.people, *place.towns, *place.substances):
         name, *facts = (str(v) for k, v in vars(entity).items() if k not in ("split", "pronoun"))
         told = [text for text in texts if re.search(rf"\b{name}\b", text, re.IGNORECASE)]
@@ -168,8 +177,8 @@ def test_prose_states_every_fact() -> None:
 
 
 def test_sums_of_the_prose_are_over_pairs_the_test_does_not_have() -> None:
-    asked = {question.subject for question in world.questions("mathqa", "test")}
-    worked = re.findall(r"(\d+) [-+*] (\d+) =", "\n".join(world.prose_texts(tellings=4)))
+    asked = {question.subject for question in question_sets.draw_questions("mathqa", "test")}
+    worked = re.findall(r"(\d+) [-+*] (\d+) =", "\n".join(question_sets.prose_texts(tellings=4)))
     assert len(worked) > 1000
     assert asked.isdisjoint(tuple(sorted(map(int, pair))) for pair in worked)
 
@@ -180,18 +189,18 @@ def test_positions_of_the_answer_are_balanced(task: str) -> None:
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def longest(prompt: world.Prompt) -> int:
+def longest(prompt: questions.RenderedQuestion) -> int:
     return max(range(len(prompt.lengths)), key=prompt.lengths.__getitem__)
 
 
-def shortest(prompt: world.Prompt) -> int:
+def shortest(prompt: questions.RenderedQuestion) -> int:
     return min(range(len(prompt.lengths)), key=prompt.lengths.__getitem__)
 
 
 @pytest.mark.parametrize("chooser", [longest, shortest])
 @each_task
 def test_length_does_not_give_the_answer_away(
-    task: str, chooser: Callable[[world.Prompt], int]
+    task: str, chooser: Callable[[questions.RenderedQuestion], int]
 ) -> None:
     questions = prompts(task, "test")
     uneven = [prompt for prompt in questions if len(set(prompt.lengths)) > 1]
@@ -219,13 +228,13 @@ def test_prior_of_the_answers_does_not_give_them_away(task: str) -> None:
     assert hits - chance < 0.1 * 400
 
 
-def _choice(prompt: world.Prompt, index: int) -> str:
+def _choice(prompt: questions.RenderedQuestion, index: int) -> str:
     context, continuation = prompt.choices[index]
     return continuation if len(set(prompt.choices)) > 1 else context
 
 
 def test_twins_have_opposite_answers() -> None:
-    documents = world.documents("winogrande", "test")
+    documents = question_sets.documents("winogrande", "test")
     for first, second in zip(documents[::2], documents[1::2], strict=True):
         start = first["sentence"].split("_")[0]
         assert second["sentence"].startswith(start)
@@ -240,27 +249,27 @@ def test_arithmetic_is_right() -> None:
         "subtract": lambda x, y: x - y,
         "multiply": lambda x, y: x * y,
     }
-    for document in world.documents("mathqa", "test"):
+    for document in question_sets.documents("mathqa", "test"):
         name, x, y = re.findall(r"\w+", document["annotated_formula"])
-        prompt = world.render("mathqa", document)
+        prompt = questions.render_question("mathqa", document)
         assert int(prompt.choices[prompt.gold][1]) == signs[name](int(x), int(y))
         assert len({choice for _, choice in prompt.choices}) == 5
 
 
 def test_data_set_can_be_written(tmp_path: Path) -> None:
-    write(tmp_path, world.SEED)
-    for task in world.TASKS:
-        for split, documents in world.splits(task).items():
+    write_parquet(tmp_path, question_sets.SEED)
+    for task in question_sets.TASKS:
+        for split, documents in question_sets.documents_by_split(task).items():
             path = tmp_path / task / f"{split}.parquet"
             assert Dataset.from_parquet(str(path)).to_list() == documents
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_story_is_about_people_of_its_side(side: Split) -> None:
-    place = build_world(world.SEED)
+    place = build_world(question_sets.SEED)
     names = {person.name for person in place.people if person.split == side}
     others = {person.name for person in place.people if person.split != side}
     for seed in range(20):
-        words = set(re.findall(r"\w+", prose.story(random.Random(seed), place, side)))
+        words = set(re.findall(r"\w+", prose.tell_story(random.Random(seed), place, side)))
         assert words & names
         assert not words & others

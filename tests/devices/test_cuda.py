@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from bench import device
-from bench.run import execute
-from bench.sweep import Asked
+from bench.device import devices
+from bench.runner.execute import execute
+from bench.sweeps import RunRequest
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def run(tmp_path):
-    from bench.compose import run_config
+    from bench.config.composition import compose_run_config
 
     def call(*overrides):
         small = ["benchmark.limit=8", "tracker=none", f"results_dir={tmp_path}"]
-        return execute(run_config([*overrides, *small]), Asked("test")).record
+        return execute(compose_run_config([*overrides, *small]), RunRequest("test")).record
 
     return call
 
@@ -43,10 +43,10 @@ def test_bfloat16_is_the_default_and_stays_close(run):
 
 def test_memory_comes_back():
     cuda = torch.device("cuda")
-    free = device.free_bytes(cuda)
+    free = devices.free_bytes(cuda)
     block = torch.empty(64 * 2**20, device=cuda)
-    device.synchronize(cuda)
-    assert device.free_bytes(cuda) < free
+    devices.synchronize(cuda)
+    assert devices.free_bytes(cuda) < free
     del block
-    device.release(cuda)
-    assert device.free_bytes(cuda) >= free - 2**21
+    devices.release_memory(cuda)
+    assert devices.free_bytes(cuda) >= free - 2**21

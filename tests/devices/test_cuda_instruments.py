@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bench.device.clock import Clock
-from bench.device.memory import Peak
-from bench.device.unavailable import Unavailable
-from bench.measurement.limits import limits
+from bench.device.devices import Clock
+from bench.device.energy_counters import Unavailable
+from bench.device.memory import PeakMemory
+from bench.measurement.roofline import device_limits
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda:0")
@@ -27,23 +27,23 @@ def test_events_time_the_work_and_not_only_its_launch():
 
 def test_a_peak_is_what_tensors_held():
     kept = torch.ones(2**20, device=CUDA)
-    with Peak(CUDA) as peak:
+    with PeakMemory(CUDA) as peak:
         torch.ones(2**24, device=CUDA).sum()
     assert peak.above == pytest.approx(2**26, rel=0.01)
     assert kept[0] == 1
 
 
 def test_limits_are_those_of_a_gpu():
-    best = limits(CUDA, torch.bfloat16, 1)
+    best = device_limits(CUDA, torch.bfloat16, 1)
     assert best.matrix_rate > 1e12
     assert best.bandwidth > 1e10
 
 
 def test_energy_rises_with_work_or_has_a_reason():
-    from bench.device.energy import meter
+    from bench.device.energy_counters import energy_meter
 
     try:
-        counter = meter(CUDA)
+        counter = energy_meter(CUDA)
     except Unavailable as reason:
         assert str(reason)
         return

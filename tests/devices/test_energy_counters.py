@@ -6,10 +6,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bench.device import energy
-from bench.device.machine import Watch
-from bench.device.nvml import Board
-from bench.device.unavailable import Unavailable
+from bench.device import energy_counters
+from bench.device.energy_counters import NvmlDevice, Unavailable
+from bench.device.machine import MachineMonitor
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -43,7 +42,7 @@ def nvml(monkeypatch):
 
 
 def test_millijoules_of_the_board_become_joules(nvml):
-    counter = energy.meter(GPU)
+    counter = energy_counters.energy_meter(GPU)
     assert counter.joules() == 5.0
     assert counter.joules() == 12.5
     assert "board" in counter.how
@@ -54,13 +53,13 @@ def test_what_slows_a_gpu_is_asked_by_the_name_that_the_library_has(nvml, name):
     asked = vars(nvml).pop("nvmlDeviceGetCurrentClocksThrottleReasons")
     setattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", asked)
     nvml.reasons = 0x20
-    assert Board(GPU).slowed() == "slowed by heat"
+    assert NvmlDevice(GPU).slowed() == "slowed by heat"
 
 
 def test_a_library_that_cannot_ask_is_a_reason(nvml):
     del nvml.nvmlDeviceGetClockInfo
     with pytest.raises(Unavailable, match="cannot read the clock"):
-        Board(GPU).megahertz()
+        NvmlDevice(GPU).clock_mhz()
 
 
 def test_a_gpu_without_the_counter_is_a_reason_and_no_zero(nvml):
@@ -69,30 +68,30 @@ def test_a_gpu_without_the_counter_is_a_reason_and_no_zero(nvml):
 
     nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
     with pytest.raises(Unavailable, match=r"this GPU has no energy counter \(Not Supported\)"):
-        energy.meter(GPU)
+        energy_counters.energy_meter(GPU)
 
 
 def test_a_device_that_nvml_does_not_know_is_named(nvml, monkeypatch):
     unknown = SimpleNamespace(uuid="MIG-7")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: unknown)
     with pytest.raises(Unavailable, match="does not answer for GPU-MIG-7"):
-        energy.meter(GPU)
+        energy_counters.energy_meter(GPU)
 
 
 def test_a_missing_library_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(Unavailable, match="nvidia-ml-py is not installed"):
-        energy.meter(GPU)
+        energy_counters.energy_meter(GPU)
 
 
 def test_clock_and_heat_are_read_and_a_power_cap_is_normal(nvml):
-    board = Board(GPU)
-    assert board.megahertz() == 1980
+    board = NvmlDevice(GPU)
+    assert board.clock_mhz() == 1980
     nvml.reasons = 0x04
     assert board.slowed() is None
     nvml.reasons = 0x04 | 0x40
     assert board.slowed() == "slowed by heat"
-    with Watch(GPU) as watch:
+    with MachineMonitor(GPU) as watch:
         pass
     assert watch.reading.gpu_mhz == 1980
     assert watch.reading.needed == 1
@@ -108,12 +107,12 @@ def rapl(tmp_path, monkeypatch):
         (tmp_path / zone / "name").write_text(f"{name}\n")
         (tmp_path / zone / "energy_uj").write_text("900000\n")
         (tmp_path / zone / "max_energy_range_uj").write_text("1000000\n")
-    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(energy_counters, "RAPL", tmp_path)
     return tmp_path
 
 
 def test_packages_are_added_and_zones_inside_them_are_not(rapl):
-    counter = energy.meter(CPU)
+    counter = energy_counters.energy_meter(CPU)
     assert counter.joules() == 0
     for zone, value in (("intel-rapl:0", 950000), ("intel-rapl:1", 970000)):
         (rapl / zone / "energy_uj").write_text(f"{value}\n")
@@ -122,7 +121,7 @@ def test_packages_are_added_and_zones_inside_them_are_not(rapl):
 
 
 def test_a_counter_that_starts_again_at_zero_goes_on_rising(rapl):
-    counter = energy.meter(CPU)
+    counter = energy_counters.energy_meter(CPU)
     (rapl / "intel-rapl:0" / "energy_uj").write_text("100000\n")
     assert counter.joules() == pytest.approx(0.2)
     (rapl / "intel-rapl:0" / "energy_uj").write_text("300000\n")
@@ -133,12 +132,12 @@ def test_a_counter_for_root_only_is_a_reason(rapl, monkeypatch):
     def refuse(file):
         raise PermissionError(file)
 
-    monkeypatch.setattr(energy, "_read", refuse)
+    monkeypatch.setattr(energy_counters, "_read_counter", refuse)
     with pytest.raises(Unavailable, match="root only"):
-        energy.meter(CPU)
+        energy_counters.energy_meter(CPU)
 
 
 def test_a_machine_without_counters_is_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(energy, "RAPL", tmp_path / "nothing")
+    monkeypatch.setattr(energy_counters, "RAPL", tmp_path / "nothing")
     with pytest.raises(Unavailable, match="no energy counter"):
-        energy.meter(CPU)
+        energy_counters.energy_meter(CPU)

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from bench.device.clock import Clock
-from bench.device.machine import Reading, Watch
-from bench.device.memory import Peak, _HighWater, _Sampled, is_exhausted
+from bench.device.devices import Clock
+from bench.device.machine import MachineMonitor, MachineReading
+from bench.device.memory import PeakMemory, _ResidentPeakGauge, _SampledGauge, is_out_of_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -27,7 +27,7 @@ def test_laps_are_the_times_between_marks():
 
 def test_a_peak_is_seen_after_it_has_passed_and_what_was_held_before_is_not():
     kept = torch.ones(64 * MIB // 4)
-    with Peak(CPU) as peak:
+    with PeakMemory(CPU) as peak:
         torch.ones(48 * MIB // 4).sum()
         torch.ones(16 * MIB // 4).sum()
     assert peak.above == pytest.approx(48 * MIB, rel=0.1)
@@ -36,7 +36,7 @@ def test_a_peak_is_seen_after_it_has_passed_and_what_was_held_before_is_not():
 
 FREED = """
 import torch
-from bench.device.memory import Peak
+from bench.device.memory import PeakMemory as Peak
 
 for _ in range(2):
     with Peak(torch.device("cpu")) as peak:
@@ -54,7 +54,7 @@ def test_memory_that_was_free_before_counts_when_it_is_used_again():
 
 
 def test_a_restart_forgets_the_peak_but_not_what_is_still_held():
-    with Peak(CPU) as peak:
+    with PeakMemory(CPU) as peak:
         torch.ones(64 * MIB // 4).sum()
         kept = torch.ones(16 * MIB // 4)
         peak.restart()
@@ -62,9 +62,9 @@ def test_a_restart_forgets_the_peak_but_not_what_is_still_held():
     assert kept[0] == 1
 
 
-@pytest.mark.parametrize("gauge", [_HighWater, _Sampled])
+@pytest.mark.parametrize("gauge", [_ResidentPeakGauge, _SampledGauge])
 def test_every_gauge_of_the_resident_set_sees_a_peak_that_lasts(gauge):
-    if gauge is _HighWater and not _HighWater.works():
+    if gauge is _ResidentPeakGauge and not _ResidentPeakGauge.works():
         pytest.skip("this kernel does not let the mark be set back")
     watched = gauge()
     before = watched.now()
@@ -79,10 +79,10 @@ def test_every_gauge_of_the_resident_set_sees_a_peak_that_lasts(gauge):
 def test_memory_that_ran_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert is_exhausted(caught.value)
+    assert is_out_of_memory(caught.value)
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
-    assert not is_exhausted(caught.value)
+    assert not is_out_of_memory(caught.value)
 
 
 def test_a_process_on_our_cores_is_seen_as_somebody_elses():
@@ -91,7 +91,7 @@ def test_a_process_on_our_cores_is_seen_as_somebody_elses():
     busy = [subprocess.Popen([sys.executable, "-c", script]) for _ in cores]
     try:
         time.sleep(0.5)
-        with Watch(CPU) as watch:
+        with MachineMonitor(CPU) as watch:
             time.sleep(1.0)
     finally:
         for process in busy:
@@ -103,7 +103,7 @@ def test_a_process_on_our_cores_is_seen_as_somebody_elses():
 
 
 def own_cores():
-    with Watch(CPU) as watch:
+    with MachineMonitor(CPU) as watch:
         pass
     return watch.reading.cores
 
@@ -113,7 +113,7 @@ def own_cores():
     [(2, 1, 0.9, False), (2, 2, 0.9, True), (1, 1, 0.05, False), (1, 1, 0.2, True)],
 )
 def test_a_machine_is_loaded_when_too_few_cores_are_left(cores, needed, others, loaded):
-    reading = Reading(
+    reading = MachineReading(
         threads=needed, cores=cores, needed=needed, others=others,
         cpu_mhz=None, gpu_mhz=1980.0, slowed=None,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_machine_is_loaded_when_too_few_cores_are_left(cores, needed, others, 
 
 
 def test_a_gpu_that_is_slowed_spoils_a_measurement_on_a_quiet_machine():
-    reading = Reading(
+    reading = MachineReading(
         threads=1, cores=8, needed=1, others=0.0, cpu_mhz=None, gpu_mhz=900.0,
         slowed="slowed by heat",
     )  # fmt: skip

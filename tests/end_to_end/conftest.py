@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.cli import main
+from bench.cli.main import main
 
 # Unless a test says otherwise.
 SMALL = {

@@ -7,8 +7,8 @@ import pandas
 import pytest
 import torch
 
-from bench.data.images import load as load_images
-from bench.models import vision
+from bench.data.image_catalogue import load_image_set as load_images
+from bench.models.classifiers import serialization
 
 SHORT = [
     "model=micro_lenet", "benchmark=images", "benchmark.limit=null", "method=wgsef", "ratio=0.5",
@@ -62,7 +62,7 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     assert (
         "(classifier)" in said and "model.kind=image_classifier" in (out / "README.md").read_text()
     )
-    network = vision.load(out)
+    network = serialization.load_classifier_folder(out)
     images, labels = load_images("digits").test.fetch(torch.arange(597), None)
     logits = network(images).detach()
     assert float((logits.argmax(-1) == labels).double().mean()) == pytest.approx(metric["value"])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench.compose import run_config
-from bench.device.unavailable import Unavailable
+from bench.config.composition import compose_run_config
+from bench.device.energy_counters import Unavailable
 from bench.measurement import energy
 
 TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "most_rounds=5", "warm_up=1", "attempts=1")
@@ -84,7 +84,7 @@ def test_a_device_without_a_counter_has_no_energy_and_says_why(record, monkeypat
     def none(_):
         raise Unavailable("this GPU has no energy counter")
 
-    monkeypatch.setattr(energy, "meter", none)
+    monkeypatch.setattr(energy, "energy_meter", none)
     made, out = record("costs.measure=[energy]")
     assert "no energy for 1x24: this GPU has no energy counter" in out
     assert not [cost for cost in made["costs"] if cost["quantity"].startswith("energy")]
@@ -92,7 +92,7 @@ def test_a_device_without_a_counter_has_no_energy_and_says_why(record, monkeypat
 
 def test_how_often_to_measure_is_part_of_a_run_only_where_something_is_measured():
     def identity(*overrides):
-        return run_config(list(overrides)).identity()
+        return compose_run_config(list(overrides)).identity()
 
     assert identity() == identity("costs.timing.rounds=99")
     assert identity("costs=paper") != identity("costs=paper", "costs.timing.rounds=99")

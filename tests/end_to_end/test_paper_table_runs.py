@@ -6,12 +6,12 @@ import shlex
 import pandas as pd
 import pytest
 
-from bench.cli import main
-from bench.compose import run_config
+from bench.cli.commands.table import TableRequest, _quoted
+from bench.cli.commands.verify import _compare
+from bench.cli.main import main
+from bench.config.composition import compose_run_config
 from bench.records import Store
-from bench.run import resolve
-from bench.table import Asked, _quoted
-from bench.verify import _verdict
+from bench.runner.inputs import resolve_run
 
 SMALL = ["benchmark.limit=3", "calibration.rows=4", "costs.length=32", "tracker=none"]
 FAST = ["benchmark.tasks=[arc_easy,boolq]", "benchmark.perplexity={}", *SMALL]
@@ -52,7 +52,7 @@ def test_a_stand_in_table_runs_what_is_missing_and_nothing_twice(call):
     assert {p: p.stat().st_mtime_ns for p in (call.results / "runs").rglob("*.json")} == before
 
     # The command that a record names is the same run.
-    assert resolve(run_config(shlex.split(pruned.command)[2:])).id == pruned.id
+    assert resolve_run(compose_run_config(shlex.split(pruned.command)[2:])).id == pruned.id
 
 
 def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
@@ -67,7 +67,7 @@ def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
 
 
 def test_a_failed_run_leaves_its_cell_empty_and_the_others_whole(call, monkeypatch):
-    from methods.wgsef.method import MagnitudePruning
+    from methods.wgsef.sparse_training import MagnitudePruning
 
     def failing(self, model, context):
         raise RuntimeError("the disk caught fire")
@@ -129,7 +129,7 @@ def test_wrong_input_is_one_sentence(call, given, said):
 
 
 def test_keys_of_the_table_and_of_its_runs_are_told_apart():
-    asked = Asked.read(
+    asked = TableRequest.read(
         ["scale=micro", "rows=[a,b]", "-m", "seed=1,2", "tracker=none", "hydra/launcher=joblib"]
     )
     assert (asked.scale, asked.chosen, asked.seeds) == ("micro", {"rows": ["a", "b"]}, (1, 2))
@@ -220,13 +220,13 @@ def row(**changes):
     ],
 )
 def test_what_counts_as_another_sample(old, said, monkeypatch):
-    monkeypatch.setattr("bench.verify._changes", lambda record: [])
+    monkeypatch.setattr("bench.cli.commands.verify._environment_changes", lambda record: [])
     record = type("R", (), {"id": "x"})()
-    verdict = _verdict(record, [old], [row()], tolerance=1e-4)
+    verdict = _compare(record, [old], [row()], tolerance=1e-4)
     assert verdict.agrees == (said is None)
     assert said is None or any(said in fault for fault in verdict.faults)
 
 
 def test_nothing_to_compare_is_no_agreement(monkeypatch):
-    monkeypatch.setattr("bench.verify._changes", lambda record: [])
-    assert not _verdict(type("R", (), {"id": "x"})(), [], [], 1e-4).agrees
+    monkeypatch.setattr("bench.cli.commands.verify._environment_changes", lambda record: [])
+    assert not _compare(type("R", (), {"id": "x"})(), [], [], 1e-4).agrees

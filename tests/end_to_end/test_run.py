@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import bench as library
-from bench.data import world
+from bench.data.synthetic.world import question_sets
 from bench.records import Store
 
 HELP = [sys.executable, "-m", "bench.cli", "--help"]
@@ -21,14 +21,14 @@ def test_a_run_leaves_one_whole_record_and_is_not_repeated(bench):
     assert "camera_p" in out
     (record,) = Store(bench.results).all()
     assert record.methods[0].saving == "removed"
-    assert {m.task for m in record.metrics} >= {*world.TASKS, "average", "english"}
+    assert {m.task for m in record.metrics} >= {*question_sets.TASKS, "average", "english"}
     assert record.cost("parameters").value < record.model.parameters
     assert record.provenance["seed"] == 1234
     assert len(record.provenance["calibration"]) == 64
     folder = bench.results / "runs" / record.id
     assert {p.name for p in folder.iterdir()} == {"record.json", "samples.parquet", "config.yaml"}
     samples = pd.read_parquet(folder / "samples.parquet")
-    assert (samples.groupby("task").size().loc[list(world.TASKS)] == 6).all()
+    assert (samples.groupby("task").size().loc[list(question_sets.TASKS)] == 6).all()
 
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     code, out, _ = bench("run", "method=camera_p", "ratio=0.4")
@@ -98,7 +98,7 @@ def test_one_failing_job_does_not_stop_the_others(bench, monkeypatch):
 
 
 def test_local_files_serve_a_real_task(bench, tmp_path):
-    questions = world.documents("arc_easy", "test")[:5]
+    questions = question_sets.documents("arc_easy", "test")[:5]
     path = tmp_path / "questions.parquet"
     pd.DataFrame(questions).to_parquet(path)
     code, _, err = bench(

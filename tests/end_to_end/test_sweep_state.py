@@ -4,9 +4,9 @@ import json
 import time
 from pathlib import Path
 
-from bench.cli import main
+from bench.cli.main import main
 from bench.records import Store
-from methods.baselines.random_experts import RandomExperts
+from methods.baselines.micro_expert_controls import RandomExperts
 
 SWEEP = [
     "run", "-m", "method=random_experts", "ratio=0.2,0.4,0.6", "benchmark.tasks=[arc_easy]",

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.cli import main
-from bench.data import scenes
-from bench.models.zoo import micro_llava
+from bench.cli.main import main
+from bench.data.synthetic.scenes import question_sets
+from bench.models.embedded import micro_llava
 from bench.records import Store
 
 FEW = (
@@ -74,7 +74,7 @@ def test_a_folder_is_evaluated_on_seven_tasks_about_drawn_scenes(bench, moe_llav
     assert set(rows.task) == set(TASKS)
     assert (rows.groupby("task").doc_id.first() == 0).all()
     assert rows.image_hash.str.len().eq(64).all()
-    assert record.provenance["data"]["pope"]["fingerprint"] == scenes.fingerprint("pope")
+    assert record.provenance["data"]["pope"]["fingerprint"] == question_sets.fingerprint("pope")
 
 
 def test_real_data_that_are_missing_are_named_at_once(bench, moe_llava):

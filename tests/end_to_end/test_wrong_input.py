@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bench.models import zoo
+from bench.models import embedded
 
-MICRO_MOE = Path(next(iter(zoo.__path__))) / "micro_moe"
+MICRO_MOE = Path(next(iter(embedded.__path__))) / "micro_moe"
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_device_that_is_not_there(refused):
 
 @pytest.mark.parametrize("arguments", [["runn"], ["show", "zzz"], ["ls", "modells"], []])
 def test_wrong_commands(bench, capsys, arguments):
-    from bench.cli import main
+    from bench.cli.main import main
 
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.data import english
-from bench.models.config import ModelConfig
 from bench.models.model import Model
+from bench.schema import ModelConfig
 
 END = "<|end|>"
 
@@ -52,7 +52,7 @@ def make_model(tokenizer, seed: int = 0, max_length: int | None = None) -> Model
         eos_token_id=tokenizer.eos_token_id,
     )
     return Model(
-        config=ModelConfig(name=f"tiny{seed}", source="zoo:tiny", max_length=max_length),
+        config=ModelConfig(name=f"tiny{seed}", source="embedded:tiny", max_length=max_length),
         network=Qwen2MoeForCausalLM(config).eval().requires_grad_(False),
         tokenizer=tokenizer,
         fingerprint=str(seed),

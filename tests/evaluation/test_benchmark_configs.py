@@ -8,7 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import conf
-from bench.data.world import TASKS
+from bench.data.synthetic.world import TASKS
 from bench.evaluation import BenchmarkConfig, evaluate, plan
 
 NAMES = sorted(p.stem for p in (Path(conf.__file__).parent / "benchmark").glob("*.yaml"))

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan, plan_once
-from bench.evaluation.batches import Batches
-from bench.evaluation.rows import COLUMNS, METRICS
-from bench.evaluation.text.adapter import Adapter
-from bench.evaluation.text.building import PlannedTask
-from bench.progress import Progress
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.metrics import SAMPLE_COLUMNS, SAMPLE_METRICS
+from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.evaluation.text.planned_tasks import PlannedTask
+from bench.ui import Progress
 
 TWO = ("arc_easy", "boolq")
 
@@ -55,7 +55,7 @@ def test_samples_have_the_same_columns_for_all(model):
     planned = micro(tasks=("boolq", "winogrande", "hellaswag"), limit=3, perplexity=texts)
     rows = evaluate(model, planned).samples
     assert len(rows) == 12
-    assert {tuple(row) for row in rows} == {(*COLUMNS, *METRICS)}
+    assert {tuple(row) for row in rows} == {(*SAMPLE_COLUMNS, *SAMPLE_METRICS)}
     for row in rows[:9]:
         assert len(row["choices"]) == len(row["loglikelihoods"]) == len(row["greedy"]) > 1
         assert row["acc"] in (0.0, 1.0)
@@ -138,7 +138,7 @@ def test_a_network_without_a_head_that_can_be_cut_gives_the_same(model):
 
 
 def test_an_answer_longer_than_the_context_is_refused(short_model):
-    adapter = Adapter(short_model, 4, Progress(quiet=True))
+    adapter = LmEvalAdapter(short_model, 4, Progress(quiet=True))
     with pytest.raises(
         UserError, match="a continuation of 30 tokens cannot be scored: model tiny0"
     ):
@@ -155,7 +155,7 @@ def flat(batches):
 )
 def test_a_batch_that_does_not_fit_is_halved_and_this_is_said(error):
     said = io.StringIO()
-    batches = Batches(8, torch.device("cpu"), Progress(Console(file=said)))
+    batches = AdaptiveBatches(8, torch.device("cpu"), Progress(Console(file=said)))
     tried = []
 
     def work(batch):
@@ -177,7 +177,7 @@ def test_whatever_fits_every_item_is_answered_once_and_in_order(items, size, roo
             raise torch.OutOfMemoryError("CUDA")
         return [-item for item in batch]
 
-    batches = Batches(size, torch.device("cpu"), Progress(Console(file=io.StringIO())))
+    batches = AdaptiveBatches(size, torch.device("cpu"), Progress(Console(file=io.StringIO())))
     assert flat(batches.each(items, work)) == [-item for item in items]
 
 
@@ -186,7 +186,7 @@ def test_a_single_sample_that_does_not_fit_is_refused():
         raise torch.OutOfMemoryError("CUDA")
 
     with pytest.raises(UserError, match="a single sample does not fit"):
-        flat(Batches(1, torch.device("cpu"), Progress(quiet=True)).each([1], work))
+        flat(AdaptiveBatches(1, torch.device("cpu"), Progress(quiet=True)).each([1], work))
 
 
 def test_other_errors_are_not_swallowed():
@@ -194,7 +194,7 @@ def test_other_errors_are_not_swallowed():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        flat(Batches(4, torch.device("cpu"), Progress(quiet=True)).each([1], work))
+        flat(AdaptiveBatches(4, torch.device("cpu"), Progress(quiet=True)).each([1], work))
 
 
 def test_nothing_is_printed(model, capfd):

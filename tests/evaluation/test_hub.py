@@ -126,10 +126,9 @@ configs:
     path: {WIKITEXT}/test.parquet
 ---
 """
-
 SCRIPT = """
 import json, sys
-from bench.evaluation import BenchmarkConfig, PerplexityConfig, plan, prefetch
+from bench.evaluation import BenchmarkConfig, PerplexityConfig, plan, prefetch_benchmark as prefetch
 
 texts = {
     "wikitext2": PerplexityConfig(text="wikitext2"),

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from bench.evaluation.batches import Batches
-from bench.evaluation.memory import Memory, key
-from bench.evaluation.text.adapter import Adapter
-from bench.progress import SILENT
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.response_cache import ResponseCache, request_key
+from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.records.journal import Journal
+from bench.ui import SILENT
 
 
 class Killed(Exception):
@@ -24,7 +24,7 @@ def kept(folder, name="answers"):
 def killed_after(count):
     """Return a memory whose process dies once it has kept so many batches."""
 
-    class Mortal(Memory):
+    class Mortal(ResponseCache):
         def answers(self, keys, score, progress):
             def until(missing):
                 for number, batch in enumerate(score(missing)):
@@ -40,7 +40,7 @@ def killed_after(count):
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 7), st.integers(0, 9))
 def test_every_request_is_scored_once_over_a_kill(tmp_path_factory, requests, size, kill):
     folder = tmp_path_factory.mktemp("memory")
-    keys, scored = [key(request) for request in requests], []
+    keys, scored = [request_key(request) for request in requests], []
 
     def score(missing):
         for start in range(0, len(missing), size):
@@ -55,14 +55,14 @@ def test_every_request_is_scored_once_over_a_kill(tmp_path_factory, requests, si
         in_flight = scored.pop()
         assert len(in_flight) <= size
     with kept(folder) as journal:
-        assert Memory(journal).answers(keys, score, SILENT) == [r * 10 for r in requests]
+        assert ResponseCache(journal).answers(keys, score, SILENT) == [r * 10 for r in requests]
     assert sorted(request for batch in scored for request in batch) == sorted(set(requests))
 
 
 @pytest.mark.parametrize("kill", [0, 1, 3])
 def test_the_batches_after_a_kill_are_those_there_would_have_been(tmp_path, kill):
     items = list("abcdefghij")
-    keys = [key(item) for item in items]
+    keys = [request_key(item) for item in items]
 
     def worked(memory):
         seen = []
@@ -71,18 +71,18 @@ def test_the_batches_after_a_kill_are_those_there_would_have_been(tmp_path, kill
             seen.append("".join(batch))
             return [item.upper() for item in batch]
 
-        batches = Batches(3, torch.device("cpu"), SILENT)
+        batches = AdaptiveBatches(3, torch.device("cpu"), SILENT)
         try:
             memory.batched(keys, items, [1] * len(items), batches, work, SILENT)
         except Killed:
             seen.pop()
         return seen
 
-    whole = worked(Memory())
+    whole = worked(ResponseCache())
     with kept(tmp_path) as journal:
         first = worked(killed_after(kill)(journal))
     with kept(tmp_path) as journal:
-        assert first + worked(Memory(journal)) == whole == ["abc", "def", "ghi", "j"]
+        assert first + worked(ResponseCache(journal)) == whole == ["abc", "def", "ghi", "j"]
 
 
 def asked(kind, arguments):
@@ -106,28 +106,28 @@ def test_over_a_kill_a_model_gives_the_very_same_answers(model, tmp_path, kind):
     requests = asked(name, REQUESTS[kind])
 
     def answered(memory):
-        return getattr(Adapter(model, 2, SILENT, "plain", memory), name)(requests)
+        return getattr(LmEvalAdapter(model, 2, SILENT, "plain", memory), name)(requests)
 
-    whole = answered(Memory())
+    whole = answered(ResponseCache())
     with kept(tmp_path) as journal, pytest.raises(Killed):
         answered(killed_after(1)(journal))
     torch.manual_seed(99)  # another process is elsewhere in its random numbers
     with kept(tmp_path) as journal:
         assert len(journal.entries) == 1
-        assert answered(Memory(journal)) == whole
+        assert answered(ResponseCache(journal)) == whole
 
 
 def test_a_repeated_request_has_a_draw_of_its_own(model):
     requests = asked("generate_until", [("The first", DRAWN)] * 6)
-    texts = Adapter(model, 2, SILENT).generate_until(requests)
+    texts = LmEvalAdapter(model, 2, SILENT).generate_until(requests)
     assert len(set(texts)) > 2
-    assert texts == Adapter(model, 2, SILENT).generate_until(requests)
+    assert texts == LmEvalAdapter(model, 2, SILENT).generate_until(requests)
 
 
 def test_other_weights_meet_no_answer_of_these(model, tmp_path):
     requests = asked("loglikelihood", REQUESTS["loglikelihood"])
     with kept(tmp_path) as journal:
-        Adapter(model, 2, SILENT, "plain", Memory(journal)).loglikelihood(requests)
+        LmEvalAdapter(model, 2, SILENT, "plain", ResponseCache(journal)).loglikelihood(requests)
     with Journal(tmp_path / "answers", "other weights") as journal:
         assert journal.entries == []
         assert "different weights" in journal.notes[0]

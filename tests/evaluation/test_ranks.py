@@ -11,21 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
-from bench.evaluation.ranks import VARIABLES, Ranks, unseen
-from bench.evaluation.text.question import Question, Scored
-from bench.evaluation.text.spread import SpreadScorer
+from bench.evaluation.distributed import LAUNCHER_VARIABLES, ProcessGroup, hidden_from_harness
+from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest
+from bench.evaluation.text.scorers import DistributedScorer
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 5))
 def test_every_item_belongs_to_one_process_and_work_is_even(work, count):
-    shares = [Ranks(number, count).share(work) for number in range(count)]
+    shares = [ProcessGroup(number, count).share(work) for number in range(count)]
     assert [place for share in shares for place in share] == list(range(len(work)))
     loads = [sum(work[place] for place in share) for share in shares]
     assert max(loads) <= sum(work) / count + max(work, default=0)
 
 
 def test_one_process_does_everything():
-    spread = Ranks().spread([0, 1, 2], [1, 1, 1], lambda mine: [[(n, "ABC"[n]) for n in mine]])
+    spread = ProcessGroup().spread(
+        [0, 1, 2], [1, 1, 1], lambda mine: [[(n, "ABC"[n]) for n in mine]]
+    )
     assert list(spread) == [[(0, "A"), (1, "B"), (2, "C")]]
 
 
@@ -35,35 +37,41 @@ class Spelling:
     def score(self, questions):
         for first in range(0, len(questions), 2):
             yield [
-                (n, Scored(float(sum(questions[n].inputs)), True))
+                (n, Loglikelihood(float(sum(questions[n].inputs)), True))
                 for n in range(first, min(first + 2, len(questions)))
             ]
 
 
 def test_a_spread_scorer_yields_its_own_answers_and_then_the_others(monkeypatch):
-    asked = [Question([number % 7, number], [1]) for number in range(20)]
+    asked = [LoglikelihoodRequest([number % 7, number], [1]) for number in range(20)]
     found = {}
     for number in range(3):
-        monkeypatch.setattr(Ranks, "together", lambda _, own: own)
+        monkeypatch.setattr(ProcessGroup, "together", lambda _, own: own)
         own = [
-            a for batch in SpreadScorer(Spelling(), Ranks(number, 3)).score(asked) for a in batch
+            a
+            for batch in DistributedScorer(Spelling(), ProcessGroup(number, 3)).score(asked)
+            for a in batch
         ]
         assert 4 <= len(own) <= 9
         found |= own
-    monkeypatch.setattr(Ranks, "together", lambda _, own: list(found.items()))
-    *_, last = SpreadScorer(Spelling(), Ranks(1, 3)).score(asked)
-    whole = [a for batch in SpreadScorer(Spelling(), Ranks(1, 3)).score(asked) for a in batch]
+    monkeypatch.setattr(ProcessGroup, "together", lambda _, own: list(found.items()))
+    *_, last = DistributedScorer(Spelling(), ProcessGroup(1, 3)).score(asked)
+    whole = [
+        a for batch in DistributedScorer(Spelling(), ProcessGroup(1, 3)).score(asked) for a in batch
+    ]
     assert len(last) > 4
-    assert dict(whole) == {n: Scored(float(sum(q.inputs)), True) for n, q in enumerate(asked)}
+    assert dict(whole) == {
+        n: Loglikelihood(float(sum(q.inputs)), True) for n, q in enumerate(asked)
+    }
     assert len(whole) == 20
 
 
 def test_a_harness_does_not_see_the_others(monkeypatch):
-    for name in VARIABLES:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.setenv(name, "3")
-    with unseen():
-        assert not set(VARIABLES) & os.environ.keys()
-    assert all(os.environ[name] == "3" for name in VARIABLES)
+    with hidden_from_harness():
+        assert not set(LAUNCHER_VARIABLES) & os.environ.keys()
+    assert all(os.environ[name] == "3" for name in LAUNCHER_VARIABLES)
 
 
 TEXT = [

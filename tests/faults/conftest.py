@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from bench.cli import main
-from bench.evaluation.memory import Memory
+from bench.cli.main import main
+from bench.evaluation.response_cache import ResponseCache
 from bench.records import samples
 from tests.faults.processes import SMALL, counted, only, timeless
 
@@ -14,7 +14,9 @@ def undisturbed(tmp_path_factory):
     """The results folder of a pruned run that nothing happened to; `scored` is beside it."""
     results = tmp_path_factory.mktemp("undisturbed") / "results"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Memory, "answers", counted(Memory.answers, results.parent / "scored"))
+        patch.setattr(
+            ResponseCache, "answers", counted(ResponseCache.answers, results.parent / "scored")
+        )
         assert main(["run", "method=camera_p", "ratio=0.4", *SMALL, f"results_dir={results}"]) == 0
     return results
 

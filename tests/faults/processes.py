@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cli import main
-from bench.evaluation.memory import Memory
-from bench.progress import Progress
+from bench.cli.main import main
+from bench.evaluation.response_cache import ResponseCache
 from bench.records import Store
+from bench.ui import Progress
 
 SMALL = (
     "benchmark.tasks=[arc_easy,boolq]",
@@ -108,7 +108,7 @@ def counting(file, pause=0.0):
     """Return what makes a process write down every request that it scored, a batch per line."""
 
     def arm():
-        Memory.answers = counted(Memory.answers, file, pause)
+        ResponseCache.answers = counted(ResponseCache.answers, file, pause)
 
     return arm
 

@@ -5,7 +5,7 @@ import random
 import signal
 import time
 
-from bench.records import Store, atomic
+from bench.records import Store, atomic_files
 from tests.faults.processes import (
     counting,
     die_in,
@@ -34,7 +34,7 @@ def die_at_rename(number):
     """Return what kills a process right after the `number`-th rename of a folder."""
 
     def arm():
-        rename, seen = atomic.Path.rename, []
+        rename, seen = atomic_files.Path.rename, []
 
         def deadly(self, target):
             found = rename(self, target)
@@ -43,7 +43,7 @@ def die_at_rename(number):
                 os.kill(os.getpid(), signal.SIGKILL)
             return found
 
-        atomic.Path.rename = deadly
+        atomic_files.Path.rename = deadly
 
     return arm
 

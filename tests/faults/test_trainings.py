@@ -9,16 +9,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.progress import Progress
 from bench.records import Store
+from bench.ui import Progress
 from methods import checkpoint
-from methods.checkpoint import Checkpoint, Keeper
+from methods.checkpoint import Checkpoint, CheckpointManager
 from tests.faults.processes import only, run, timeless
 
 # What the trainings need is loaded once, and not again by each of the processes forked from here.
-for name in ("bench.evaluation.images.running", "methods.wgsef.method", "methods.wgsef.finetuning"):
+for name in (
+    "bench.evaluation.images",
+    "methods.wgsef.sparse_training",
+    "methods.wgsef.fine_tuning",
+):
     importlib.import_module(name)
-
 QUIET = ("threads=1", "tracker=none", "costs.length=32")
 TRAININGS = {
     "wgsef": (
@@ -43,8 +46,8 @@ def die_after_checkpoint(number):
     """Return what lets a training write at every step and kills it after one of them."""
 
     def arm():
-        checkpoint.SECONDS, checkpoint.SHARE = 0.0, 1e9
-        Keeper.keep = _killing(Keeper.keep, number)
+        checkpoint.MIN_INTERVAL_SECONDS, checkpoint.MAX_WRITE_SHARE = 0.0, 1e9
+        CheckpointManager.keep = _killing(CheckpointManager.keep, number)
 
     return arm
 
@@ -85,7 +88,7 @@ def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(tmp_path, undist
 
 
 def kept(folder):
-    checkpoint.write(folder, Checkpoint(7, {"a": torch.arange(6.0)}, {"loss": 0.5}))
+    checkpoint.write_checkpoint(folder, Checkpoint(7, {"a": torch.arange(6.0)}, {"loss": 0.5}))
     (path,) = folder.glob("step-*")
     return path
 
@@ -111,11 +114,11 @@ def flip(file, place):
 def test_a_checkpoint_that_cannot_be_read_is_set_aside_with_a_word(tmp_path, damage, said):
     path, warnings = kept(tmp_path), []
     damage(path)
-    assert checkpoint.read(tmp_path, warnings.append) is None
+    assert checkpoint.read_checkpoint(tmp_path, warnings.append) is None
     (warning,) = warnings
     assert said in warning and str(path) in warning
     assert (tmp_path / f"aside1-{path.name}").is_dir()
-    assert checkpoint.read(tmp_path, warnings.append) is None
+    assert checkpoint.read_checkpoint(tmp_path, warnings.append) is None
     assert len(warnings) == 1
 
 
@@ -134,7 +137,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, undisturbed)
 def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_training(tmp_path):
     said = io.StringIO()
     (tmp_path / "file").write_text("in the way")
-    keeper = Keeper(tmp_path / "file" / "folder", Progress(Console(file=said)))
+    keeper = CheckpointManager(tmp_path / "file" / "folder", Progress(Console(file=said)))
     keeper.keep(lambda: Checkpoint(1, {}, {}))
     assert "could not write a checkpoint" in said.getvalue()
     assert keeper.last() is None

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bench.cli import COMMANDS, main
+from bench.cli.main import main
+from bench.cli.parser import COMMANDS
 from bench.records import Store
 from tests.records.test_store import make
 
@@ -29,6 +30,7 @@ overrides = st.tuples(
     st.sampled_from(VALUES),
 ).map("".join)  # fmt: skip
 words = st.one_of(st.sampled_from([*COMMANDS, *PLAIN]), overrides, st.text(max_size=12))
+
 # These look at every model and data set, or ask the network, whatever else is typed.
 SLOW_COMMANDS = {"doctor", "prefetch"}
 thorough = os.environ.get("HYPOTHESIS_PROFILE") == "searching"

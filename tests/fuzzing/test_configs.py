@@ -6,20 +6,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.cli import main
-from bench.compose import options, run_config
-from bench.config import RunConfig
+from bench.cli.main import main
+from bench.config.composition import compose_run_config, config_names
+from bench.config.run_config import RunConfig
 from bench.errors import UserError
-from bench.run import check
+from bench.runner.inputs import check_run
 
 SMALL = ["micro_moe", "micro_llava", "micro_resnet", "micro_vgg", "micro_lenet", "micro_mobilenet"]
 EMBEDDED = ["camera_micro", "mllm_seven_micro", "images", "nine_tasks_micro", "perplexity_micro"]
 GROUPS = {
-    "model": options("model"), "benchmark": options("benchmark"),
-    "calibration": options("calibration"), "prompts": options("prompts"),
-    "costs": options("costs"), "tracker": options("tracker"),
+    "model": config_names("model"), "benchmark": config_names("benchmark"),
+    "calibration": config_names("calibration"), "prompts": config_names("prompts"),
+    "costs": config_names("costs"), "tracker": config_names("tracker"),
 }  # fmt: skip
-METHODS = options("method")
+METHODS = config_names("method")
+
 # One step of whatever trains or measures.
 ONE_STEP = [
     "benchmark.limit=1", "benchmark.batch_size=1", "calibration.rows=1", "calibration.length=64",
@@ -44,7 +45,7 @@ any_methods = st.lists(st.sampled_from(METHODS), max_size=2, unique=True)
 @given(any_groups, any_methods)
 def test_any_groups_compose_or_are_refused_in_a_sentence(groups, methods):
     try:
-        config = run_config(chosen(groups, methods))
+        config = compose_run_config(chosen(groups, methods))
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -59,7 +60,7 @@ def test_small_models_are_fit_or_refused_before_anything_is_loaded(
 ):
     given_words = chosen({"model": model, "benchmark": benchmark}, methods)
     try:
-        check(run_config([*given_words, *ONE_STEP, f"results_dir={tmp_path}"]))
+        check_run(compose_run_config([*given_words, *ONE_STEP, f"results_dir={tmp_path}"]))
     except UserError as error:
         assert "\n" not in str(error)
     assert not list(tmp_path.rglob("record.json"))
@@ -81,5 +82,5 @@ def test_small_models_run_one_step_or_are_refused(tmp_path, capsys, model, bench
 
 def has_recipe(method):
     """Whether a method trains for a number of epochs."""
-    config = run_config([f"method={method}", "model=micro_resnet", "benchmark=images"])
+    config = compose_run_config([f"method={method}", "model=micro_resnet", "benchmark=images"])
     return "recipe" in type(config.method[method]).model_fields

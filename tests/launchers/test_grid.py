@@ -5,7 +5,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from bench.errors import UserError
-from bench.launchers.grid import grid
+from bench.sweeps.grid_sweeper import grid_jobs
 
 
 def parsed(*texts):
@@ -18,13 +18,13 @@ def parsed(*texts):
 ])  # fmt: skip
 def test_it_is_hydras_grid(texts):
     (hydras,) = BasicSweeper.split_arguments(parsed(*texts), None)
-    assert grid(parsed(*texts)) == hydras
+    assert grid_jobs(parsed(*texts)) == hydras
 
 
 def test_an_override_without_a_value_stays_as_it_was_typed():
-    assert grid(parsed("~a", "b=1,2")) == [["~a", "b=1"], ["~a", "b=2"]]
+    assert grid_jobs(parsed("~a", "b=1,2")) == [["~a", "b=1"], ["~a", "b=2"]]
 
 
 def test_a_range_without_steps_is_for_searches():
     with pytest.raises(UserError, match="a search"):
-        grid(parsed("a=interval(0,1)"))
+        grid_jobs(parsed("a=interval(0,1)"))

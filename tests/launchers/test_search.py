@@ -7,11 +7,11 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from bench.cli import main
+from bench.cli.main import main
 from bench.errors import UserError
-from bench.launchers.search import Search, _take_up
 from bench.records import Store
-from bench.reporting.search import front
+from bench.reporting.terminal_views import pareto_trials
+from bench.sweeps.optuna_sweeper import OptunaSweeper, _requeue_interrupted
 
 TINY = [
     "method=random_experts", "benchmark.tasks=[arc_easy,boolq]", "~benchmark.perplexity",
@@ -60,7 +60,7 @@ def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
     assert len(records) == 4 + len(complete)
     (table,) = results.glob("sweeps/*/pareto.csv")
     with table.open() as file:
-        assert len(list(csv.DictReader(file))) == len(front(study(results)))
+        assert len(list(csv.DictReader(file))) == len(pareto_trials(study(results)))
     assert list(results.glob("sweeps/*/pareto.svg"))
 
     # What is asked again is answered at once, without a trial more.
@@ -89,7 +89,7 @@ def test_a_wrong_search_is_refused_before_its_first_trial(tmp_path, capsys, wron
 
 
 def opened(journal):
-    search = Search("s", 3, 1, 7, ["maximize average", "minimize flops"], {}, [], 2.0)
+    search = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize flops"], {}, [], 2.0)
     return search._study(journal)
 
 
@@ -106,12 +106,12 @@ def test_a_killed_search_asks_again_for_what_it_left_and_for_what_failed(tmp_pat
     third = opened(tmp_path / "s.log")
     waiting = third.get_trials(states=(TrialState.WAITING,))
     assert len(waiting) == 2
-    _take_up(third)
+    _requeue_interrupted(third)
     assert len(third.get_trials(states=(TrialState.WAITING,))) == 2
 
 
 def test_a_study_with_other_objectives_is_not_mixed_in(tmp_path):
     opened(tmp_path / "s.log")
-    other = Search("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
+    other = OptunaSweeper("s", 3, 1, 7, ["maximize average", "minimize bytes"], {}, [], 2.0)
     with pytest.raises(UserError, match="different objectives"):
         other._study(tmp_path / "s.log")

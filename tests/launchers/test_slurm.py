@@ -7,17 +7,17 @@ import pytest
 import submitit
 from hydra import compose
 
-from bench.compose import hydra_tree
+from bench.config.composition import hydra_config_tree
 from bench.errors import UserError
-from bench.launchers.calls import Call
-from bench.launchers.queue import Queue
+from bench.sweeps.launchers.local import RemoteJob
+from bench.sweeps.launchers.slurm_array import SubmititLauncher
 
 
 def launcher(*overrides):
-    with hydra_tree():
+    with hydra_config_tree():
         asked = ["hydra/launcher=slurm", *overrides]
         own = compose("config", overrides=asked, return_hydra_config=True).hydra.launcher
-        return Queue(**{key: value for key, value in own.items() if key != "_target_"})
+        return SubmititLauncher(**{key: value for key, value in own.items() if key != "_target_"})
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_without_slurm_it_is_said_in_a_sentence(monkeypatch):
 
 
 def test_a_preempted_call_is_submitted_again_as_it_is():
-    call = Call(None, None, None, {}, ["seed=1"], 0, ".")
+    call = RemoteJob(None, None, None, {}, ["seed=1"], 0, ".")
     again = call.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     assert again.function is call

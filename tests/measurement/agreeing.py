@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.models.products import by_part
+from bench.models.macs import macs_by_part
 
 AGREE = 0.01
 
@@ -11,7 +11,7 @@ def agree(counted, products, rel=AGREE):
     """Hold the dispatcher's count against arithmetic, with and without masked pairs."""
     assert counted.missed == ()
     assert counted.total > 0
-    assert 2 * sum(by_part(products).values()) == pytest.approx(counted.total, rel=rel)
-    causal = 2 * sum(by_part(products, hidden=False).values())
+    assert 2 * sum(macs_by_part(products).values()) == pytest.approx(counted.total, rel=rel)
+    causal = 2 * sum(macs_by_part(products, hidden=False).values())
     assert causal == pytest.approx(counted.causal, rel=rel)
     assert causal <= counted.total * (1 + rel)

@@ -4,17 +4,15 @@ import pytest
 import torch
 import transformers
 
-from bench.measurement.analytic.decoder import decoder, text_config
-from bench.measurement.analytic.layout import Layout
-from bench.measurement.analytic.multimodal import prefill, visual_layers
-from bench.measurement.conventions import CONVENTIONS, Decoder
-from bench.models.anatomy import dissect
-from bench.models.multimodal.planned import VisualLayer
-from bench.models.products import by_part, weights
-from methods.visual_tokens.engine import Engine
-from methods.visual_tokens.official_counts import OFFICIAL_COUNTS
-from methods.visual_tokens.plan import Window
-from methods.visual_tokens.products import Told
+from bench.measurement.flops.analytic import CallTokens, decoder_macs, text_config
+from bench.measurement.flops.analytic_vlm import image_prompt_macs, visual_layers
+from bench.measurement.flops.conventions import CONVENTIONS, ConventionInputs
+from bench.models.macs import VisualLayer, macs_by_part, matrix_weights
+from bench.models.structure.model_structure import inspect_model
+from methods.visual_engine.cost.flops import VisualFlops
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.settings import Window
+from methods.visual_tokens.head_pruning import RELEASED_HEAD_COUNTS
 
 TOKEN, VISUAL = 32000, 576
 SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}
@@ -71,9 +69,9 @@ TOTALS = {
 
 def paper(name, network, inputs):
     config = text_config(network)
-    layers = visual_layers(network, dissect(network), inputs)
+    layers = visual_layers(network, inspect_model(network), inputs)
     text = int((inputs["input_ids"] != TOKEN).sum())
-    sizes = Decoder(config.hidden_size, config.intermediate_size, text, layers)
+    sizes = ConventionInputs(config.hidden_size, config.intermediate_size, text, layers)
     return CONVENTIONS[name](sizes) / 1e12
 
 
@@ -87,12 +85,12 @@ def test_this_suites_own_count_of_visual_rows_alone_is_the_papers(model):
     """Without text and grouped keys nothing is counted differently, and the shares are spec 2's."""
     size, network = model
     inputs = call(before=0, after=0)
-    layout = Layout.prompt(inputs["input_ids"] == TOKEN)
-    layers = dissect(network).layers
-    parts = by_part(decoder(layers, text_config(network), layout))
+    layout = CallTokens.prompt(inputs["input_ids"] == TOKEN)
+    layers = inspect_model(network).layers
+    parts = macs_by_part(decoder_macs(layers, text_config(network), layout))
     total = sum(parts.values())
     assert 2 * total / 1e12 == pytest.approx(TOTALS[size]["yopo"], abs=6e-4)
-    attention = VISUAL * sum(weights(layer.self_attn) for layer in layers) / total
+    attention = VISUAL * sum(matrix_weights(layer.self_attn) for layer in layers) / total
     shares = (attention, parts["visual"] / total - attention, parts["attention"] / total)
     expected = {"7b": (0.324, 0.653, 0.023), "13b": (0.325, 0.657, 0.018)}[size]
     assert shares == pytest.approx(expected, abs=6e-4)
@@ -102,7 +100,7 @@ def test_a_whole_prefill_of_the_7b_model(model):
     """By hand: CLIP-L/336 on 577 rows, the projector, 622 rows of Llama, one row of the head."""
     size, network = model
     width, inner, depth = SIZES[size]
-    parts = by_part(prefill(network, dissect(network), call()))
+    parts = macs_by_part(image_prompt_macs(network, inspect_model(network), call()))
     rows, seen = 35 + VISUAL + 11, VISUAL
     tower = 24 * (577 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 577**2 * 1024)
     assert parts["vision"] == tower + VISUAL * 1024 * 3 * 14**2
@@ -126,8 +124,8 @@ def plan(kept, neurons, windowed=True, depth=32):
 )  # fmt: skip
 def test_labels_follow_from_squared_heads(size, kept, neurons, label):
     width, inner, depth = SIZES[size]
-    whole = Decoder(width, inner, 0, [VisualLayer(VISUAL)] * depth)
-    part = Decoder(width, inner, 0, plan(kept, neurons, depth=depth))
+    whole = ConventionInputs(width, inner, 0, [VisualLayer(VISUAL)] * depth)
+    part = ConventionInputs(width, inner, 0, plan(kept, neurons, depth=depth))
     yopo = CONVENTIONS["yopo"]
     assert yopo(part) / yopo(whole) == pytest.approx(label, abs=1e-3)
 
@@ -136,18 +134,18 @@ def test_the_papers_share_of_qwen2_vl():
     whole = [VisualLayer(2867)] * 28
     kept = [VisualLayer(2867, 0.5)] * 24 + [VisualLayer(0, 0.5)] * 4
     yopo, sizes = CONVENTIONS["yopo"], (3584, 18944, 0)
-    assert yopo(Decoder(*sizes, whole)) / 1e12 == pytest.approx(44.25, abs=0.01)
-    share = yopo(Decoder(*sizes, kept)) / yopo(Decoder(*sizes, whole))
+    assert yopo(ConventionInputs(*sizes, whole)) / 1e12 == pytest.approx(44.25, abs=0.01)
+    share = yopo(ConventionInputs(*sizes, kept)) / yopo(ConventionInputs(*sizes, whole))
     assert share == pytest.approx(0.6895, abs=2e-4)
 
 
 def test_withdrawal_and_pyramids_as_papers_print_them():
     width, inner, _ = SIZES["7b"]
     withdrawn = [VisualLayer(VISUAL)] * 16 + [VisualLayer(0)] * 16
-    vtw = CONVENTIONS["vtw"](Decoder(width, inner, 46, withdrawn)) / 1e12
+    vtw = CONVENTIONS["vtw"](ConventionInputs(width, inner, 46, withdrawn)) / 1e12
     assert vtw == pytest.approx(1.7, abs=0.05)
     stages = [VisualLayer(n) for n in (576, 288, 144, 72) for _ in range(8)]
-    pyramid = CONVENTIONS["pyramiddrop"](Decoder(width, inner, 46, stages)) / 1e12
+    pyramid = CONVENTIONS["pyramiddrop"](ConventionInputs(width, inner, 46, stages)) / 1e12
     assert pyramid == pytest.approx(1.78, abs=0.01)
 
 
@@ -158,13 +156,13 @@ def test_linear_shares_of_what_really_runs(mask, neurons, linear):
     """Spec 2 with the released heads: a sixteenth of the 7B model, whose shares are the same."""
     network = llava("7b", scale=16).to_empty(device="cpu").requires_grad_(False)
     network.model.language_model.rotary_emb.inv_freq.fill_(1.0)
-    engine = Engine(network, dissect(network))
-    whole = Told(engine)
+    engine = VisualEngine(network, inspect_model(network))
+    whole = VisualFlops(engine)
     engine.plan.agree("skip")
     inputs = call(before=2, visual=36, side=14 * 6)
     dense = sum(p.macs for p in whole.prefill(inputs) if p.rows == "visual")
     engine.plan.cut_at(16)
-    engine.plan.keep_heads([tuple(range(count)) for count in OFFICIAL_COUNTS[mask]])
+    engine.plan.keep_heads([tuple(range(count)) for count in RELEASED_HEAD_COUNTS[mask]])
     inner = network.config.text_config.intermediate_size
     engine.plan.keep_neurons([(torch.arange(inner // neurons),)] * 32)
     engine.plan.see(Window(0))

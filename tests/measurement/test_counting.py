@@ -5,21 +5,22 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import flop_registry
 
-from bench.measurement.counting import watch
-from bench.measurement.counting.operators import (
-    attention,
-    distances,
-    formulas,
-    grouped,
-    is_product,
-    matrix_vector,
+from bench.measurement.flops.cost_rows import count_image_flops, count_text_flops
+from bench.measurement.flops.counter import (
+    attention_flops,
+    count_flops,
+    distance_flops,
+    flop_formulas,
+    grouped_matmul_flops,
+    is_matmul,
+    matrix_vector_flops,
 )
-from bench.measurement.flops import count_images, count_text
-from bench.measurement.prefill import count
+from bench.measurement.image_prompt import count_prefill
 from bench.method import Context
-from bench.models.config import ModelConfig
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
-from bench.models.vision import VisionConfig, build
+from bench.schema import ModelConfig
 from tests.methods.token_pruning.watching import METHODS
 from tests.methods.visual_tokens import tiny_mllms
 from tests.models import tiny_networks
@@ -50,15 +51,15 @@ def planned(name, method):
     )  # fmt: skip
     if method is not None:
         METHODS[method].apply(model, Context(seed=1))
-    return count(model, tiny_mllms.prompt(name, [6, (4, 5), 4]))
+    return count_prefill(model, tiny_mllms.prompt(name, [6, (4, 5), 4]))
 
 
 def calls():
     """Watched calls of all kinds of models and of all methods that compute in a call."""
     for name in tiny_networks.ARCHITECTURES:
         network = tiny_networks.build(name)
-        yield from count_text(network, 1, 9)
-        with watch() as real, torch.no_grad():
+        yield from count_text_flops(network, 1, 9)
+        with count_flops() as real, torch.no_grad():
             network(tiny_networks.tokens(rows=1), use_cache=True)
         yield real
     for name in tiny_mllms.ARCHITECTURES:
@@ -68,19 +69,19 @@ def calls():
     for method in ("fastv", "visionzip", "sparsevlm"):
         yield from planned("qwen2_vl", method)
     for name in ("micro_vgg", "micro_mobilenet", "micro_densenet", "micro_lenet"):
-        network = build(VisionConfig(architecture=name, channels=1, size=8)).eval()
-        yield count_images(network, 1)
-        with watch() as real, torch.no_grad():
+        network = build_classifier(VisionConfig(architecture=name, channels=1, size=8)).eval()
+        yield count_image_flops(network, 1)
+        with count_flops() as real, torch.no_grad():
             network(torch.randn(1, 1, 8, 8))
         yield real
 
 
 def test_every_operator_is_counted_or_free():
-    known = {*flop_registry, *formulas()}
+    known = {*flop_registry, *flop_formulas()}
     seen = {operator for counted in calls() for operator in counted.operators}
     unknown = {str(operator).removeprefix("aten.") for operator in seen - known}
     assert unknown <= FREE, sorted(unknown - FREE)
-    assert not [name for name in FREE if is_product(name)]
+    assert not [name for name in FREE if is_matmul(name)]
 
 
 def test_names_tell_products():
@@ -88,46 +89,48 @@ def test_names_tell_products():
     named = [str(packet) for packet in flop_registry if "higher_order" not in repr(packet)]
     forward = [name for name in named if "aten." in name and "backward" not in name]
     assert len(forward) > 8
-    assert [name for name in forward if not is_product(name)] == []
+    assert [name for name in forward if not is_matmul(name)] == []
     others = ("transformers.grouped_mm_fallback", "flash_attn._flash_attn_varlen_forward")
-    assert all(map(is_product, (*others, "aten._int_mm", "aten.mkldnn_rnn_layer", "aten.addr")))
+    assert all(map(is_matmul, (*others, "aten._int_mm", "aten.mkldnn_rnn_layer", "aten.addr")))
     free = ("aten.cummax", "aten.clamp", "aten.add", "aten.mean", "aten.embedding", "aten.norm")
-    assert not any(map(is_product, free))
+    assert not any(map(is_matmul, free))
 
 
 def test_a_product_without_a_formula_is_named():
-    with watch() as counted:
+    with count_flops() as counted:
         torch.addr(torch.zeros(3, 4), torch.randn(3), torch.randn(4))
     assert counted.missed == ("aten.addr",)
 
 
 def test_what_torch_misses_on_a_cpu_is_seen():
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
-    with watch() as counted:
+    with count_flops() as counted:
         functional.scaled_dot_product_attention(q, k, v)
-    assert counted.total == 2 * 2 * 4 * 7 * 9 * (8 + 8) == attention(q.shape, k.shape, v.shape)
-    assert grouped((10, 3), (4, 3, 5)) == 2 * 10 * 3 * 5
-    with watch() as counted:
+    assert (
+        counted.total == 2 * 2 * 4 * 7 * 9 * (8 + 8) == attention_flops(q.shape, k.shape, v.shape)
+    )
+    assert grouped_matmul_flops((10, 3), (4, 3, 5)) == 2 * 10 * 3 * 5
+    with count_flops() as counted:
         torch.randn(3, 5) @ torch.randn(5)
         torch.randn(5) @ torch.randn(5)
-    assert counted.total == matrix_vector((3, 5)) + 2 * 5
+    assert counted.total == matrix_vector_flops((3, 5)) + 2 * 5
     x, y = torch.randn(1, 3, 4), torch.randn(1, 5, 4)
-    with watch() as counted:
+    with count_flops() as counted:
         torch.cdist(x, y)
-    assert counted.total == distances(x.shape, y.shape) == 2 * 3 * 5 * 4
+    assert counted.total == distance_flops(x.shape, y.shape) == 2 * 3 * 5 * 4
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_masked_pairs_are_told_apart(device):
     q, k = torch.randn(2, 4, 6, 8, device=device), torch.randn(2, 4, 6, 8, device=device)
     full = 2 * 2 * 4 * 6 * 6 * (8 + 8)
-    with watch() as counted:
+    with count_flops() as counted:
         functional.scaled_dot_product_attention(q, k, k, is_causal=True)
     assert (counted.total, counted.causal) == (full, full * 21 // 36)
     mask = torch.ones(6, 6, device=device).tril().bool()
     masks = [mask, torch.zeros(6, 6, device=device).masked_fill(~mask, -torch.inf)]
     for each in (*masks, mask.expand(2, 1, 6, 6)):
-        with watch() as counted:
+        with count_flops() as counted:
             functional.scaled_dot_product_attention(q, k, k, attn_mask=each)
         assert counted.total == full
         # Without values a mask hides nobody knows how much, which is not the same as nothing.

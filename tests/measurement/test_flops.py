@@ -6,10 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from bench.measurement.flops import count_images, count_text, image_parts, language_parts
-from bench.measurement.size import size
-from bench.models import vision
-from bench.models.anatomy import dissect
+from bench.measurement.flops.cost_rows import (
+    count_image_flops,
+    count_text_flops,
+    image_parts,
+    language_parts,
+)
+from bench.measurement.model_size import count_size
+from bench.models.classifiers import architectures, classifier
+from bench.models.structure.model_structure import inspect_model
 
 
 @st.composite
@@ -54,7 +59,7 @@ def expected(shapes, batch, length):
 @settings(max_examples=10, deadline=None)
 @given(moe_shapes(), st.integers(1, 3), st.sampled_from([8, 33]))
 def test_counted_equals_the_formula_for_a_moe(shapes, batch, length):
-    counted = count_text(moe(shapes), batch, length)[0]
+    counted = count_text_flops(moe(shapes), batch, length)[0]
     wanted = expected(shapes, batch, length)
     parts = language_parts(counted)
     assert counted.total == pytest.approx(sum(wanted.values()), rel=0.01)
@@ -69,7 +74,7 @@ def test_counting_leaves_the_network_as_it_was():
                    "num_experts_per_tok": 2})  # fmt: skip
     ids_BL = torch.arange(6).view(1, 6)
     before, implementation = network(ids_BL).logits, network.config._experts_implementation
-    count_text(network, 1, 16)
+    count_text_flops(network, 1, 16)
     assert torch.equal(network(ids_BL).logits, before)
     assert network.config._experts_implementation == implementation
 
@@ -78,7 +83,7 @@ def test_size_counts_zeros_tied_tensors_and_active_experts():
     network = moe({"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16,
                    "shared_expert_intermediate_size": 32, "num_experts": 4,
                    "num_experts_per_tok": 1})  # fmt: skip
-    counted = size(network, dissect(network))
+    counted = count_size(network, inspect_model(network))
     routed = 2 * 4 * 3 * 32 * 16
     assert counted.routed == routed
     assert counted.shared == 2 * 3 * 32 * 32
@@ -86,9 +91,9 @@ def test_size_counts_zeros_tied_tensors_and_active_experts():
     with torch.no_grad():
         experts = network.model.layers[0].mlp.experts
         experts.down_proj.fill_(1.0)
-        filled = size(network).nonzero
+        filled = count_size(network).nonzero
         experts.down_proj[0].zero_()
-    assert filled - size(network).nonzero == 32 * 16
+    assert filled - count_size(network).nonzero == 32 * 16
 
 
 def test_a_tied_head_is_counted_once():
@@ -96,17 +101,19 @@ def test_a_tied_head_is_counted_once():
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64, tie_word_embeddings=True,
     )  # fmt: skip
-    tied = size(LlamaForCausalLM(config)).parameters
+    tied = count_size(LlamaForCausalLM(config)).parameters
     config.tie_word_embeddings = False
-    assert size(LlamaForCausalLM(config)).parameters - tied == 50 * 32
+    assert count_size(LlamaForCausalLM(config)).parameters - tied == 50 * 32
 
 
 def test_lenet5_on_mnist_costs_what_its_layers_say():
     with torch.device("meta"):
-        network = vision.build(vision.VisionConfig(architecture="lenet5", channels=1, size=28))
+        network = architectures.build_classifier(
+            classifier.VisionConfig(architecture="lenet5", channels=1, size=28)
+        )
     convolutions = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 6 * 25
     dense = 400 * 120 + 120 * 84 + 84 * 10
-    counted = count_images(network.eval(), batch=3)
+    counted = count_image_flops(network.eval(), batch=3)
     assert counted.total == 2 * 3 * (convolutions + dense)
     assert image_parts(counted) == {
         "convolution": 2 * 3 * convolutions,

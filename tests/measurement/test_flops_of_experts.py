@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.data.calibration import Calibration
-from bench.measurement import analytic
-from bench.measurement.counting import watch
-from bench.measurement.flops import count_text, language_parts
+from bench.measurement.flops import analytic
+from bench.measurement.flops.cost_rows import count_text_flops, language_parts
+from bench.measurement.flops.counter import count_flops
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
+from bench.models.macs import macs_by_part
 from bench.models.model import Model
-from bench.models.products import by_part
-from methods.baselines.d2_moe.compression import D2Moe
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.baselines.d2_moe.method import D2Moe
 from methods.camera.pruning import CameraP
 from methods.quantization.uniform import Gptq
 from tests.measurement.agreeing import agree
@@ -27,6 +27,7 @@ EXPERTS = {
     "deepseek_v2": "n_routed_experts",
     "deepseek_v3": "n_routed_experts",
 }
+
 # Four a token and 32 tokens a sequence: experts that are dealt out evenly are so to 1 %.
 BATCH, LENGTH = 4, 48
 
@@ -69,9 +70,9 @@ def pruned(network, ratio):
 
 
 def both_agree(network, length=LENGTH):
-    anatomy, (text, token) = dissect(network), count_text(network, BATCH, length)
-    agree(text, analytic.forward(network, anatomy, BATCH, length))
-    return anatomy, token
+    structure, (text, token) = inspect_model(network), count_text_flops(network, BATCH, length)
+    agree(text, analytic.text_forward_macs(network, structure, BATCH, length))
+    return structure, token
 
 
 @settings(max_examples=6, deadline=None)
@@ -79,8 +80,8 @@ def both_agree(network, length=LENGTH):
 def test_a_forward_and_a_token(config, length):
     name, changes = config
     network = build(name, **changes)
-    anatomy, token = both_agree(network, length)
-    agree(token, analytic.token(network, anatomy, BATCH, length))
+    structure, token = both_agree(network, length)
+    agree(token, analytic.text_token_macs(network, structure, BATCH, length))
 
 
 @settings(max_examples=3, deadline=None)
@@ -97,9 +98,9 @@ def test_every_architecture_pruned(name):
 
 def test_every_part_is_where_it_belongs():
     network = build("qwen2_moe")
-    counted = language_parts(count_text(network, BATCH, LENGTH)[0])
-    products = analytic.forward(network, dissect(network), BATCH, LENGTH)
-    parts = {name: 2 * macs for name, macs in by_part(products).items()}
+    counted = language_parts(count_text_flops(network, BATCH, LENGTH)[0])
+    products = analytic.text_forward_macs(network, inspect_model(network), BATCH, LENGTH)
+    parts = {name: 2 * macs for name, macs in macs_by_part(products).items()}
     rows = BATCH * LENGTH
     assert parts["head"] == counted["head"] == 2 * rows * 16 * 64
     assert parts["attention"] == 3 * 4 * BATCH * LENGTH**2 * 16
@@ -112,24 +113,28 @@ def test_every_part_is_where_it_belongs():
 def test_a_sliding_window():
     """Seen in a real call: on the meta device its mask has no values, and the count says so."""
     network, ids = build("mixtral", sliding_window=5), tokens(rows=2, length=16)
-    anatomy = dissect(network)
+    structure = inspect_model(network)
     with torch.no_grad():
-        with watch() as text:
+        with count_flops() as text:
             cache = network(ids[:, :15], use_cache=True).past_key_values
-        with watch() as token:
+        with count_flops() as token:
             network(ids[:, 15:], past_key_values=cache, use_cache=True)
-    products = analytic.forward(network, anatomy, 2, 15)
+    products = analytic.text_forward_macs(network, structure, 2, 15)
     agree(text, products)
-    agree(token, analytic.token(network, anatomy, 2, 15))
+    agree(token, analytic.text_token_macs(network, structure, 2, 15))
     seen = sum(p.macs - p.hidden for p in products if p.part == "attention")
     assert seen == 3 * 2 * 2 * 16 * (1 + 2 + 3 + 4 + 11 * 5)
-    assert count_text(network, 2, 15)[0].causal is None
+    assert count_text_flops(network, 2, 15)[0].causal is None
 
 
 def test_a_dense_decoder():
     network = llama()
-    anatomy, _ = both_agree(network)
-    assert set(by_part(analytic.token(network, anatomy, 1, 9))) == {"text", "attention", "head"}
+    structure, _ = both_agree(network)
+    assert set(macs_by_part(analytic.text_token_macs(network, structure, 1, 9))) == {
+        "text",
+        "attention",
+        "head",
+    }
 
 
 def test_packed_weights_and_shared_bases():

@@ -9,18 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.compose import run_config
-from bench.measurement import analytic
-from bench.measurement.flops import multimodal_parts
-from bench.measurement.prefill import count
+from bench.config.composition import compose_run_config
+from bench.measurement.flops import analytic_vlm
+from bench.measurement.flops.cost_rows import multimodal_parts
+from bench.measurement.image_prompt import count_prefill
 from bench.method import Context
-from bench.models.config import ModelConfig
+from bench.models.macs import flops_provider_of, macs_by_part
 from bench.models.model import Model
-from bench.models.multimodal.planned import plan_of
-from bench.models.products import by_part
+from bench.schema import ModelConfig
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.visionzip import VisionZip
-from methods.visual_tokens.engine import engine_of
+from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
@@ -43,7 +42,7 @@ THREE = ("llava_llama", "qwen2_vl", "internvl_qwen2")
 
 def preset(name):
     """A shipped preset, its scores drawn, since a random network's are none."""
-    (method,) = run_config([f"method={name}", "model=micro_llava"]).method.values()
+    (method,) = compose_run_config([f"method={name}", "model=micro_llava"]).method.values()
     return method.model_copy(update={"heads": "random", "neurons": "random", "whole_layers": 1})
 
 
@@ -58,22 +57,22 @@ def loaded(name, *methods, **changes):
 def both_agree(model, *row):
     """Hold prompt and token against arithmetic; return the counted prompt and its products."""
     call = prompt(model.name, list(row or (6, (4, 6), 4)))
-    counted, token = count(model, call)
-    products = analytic.prefill(model.network, model.anatomy, call)
+    counted, token = count_prefill(model, call)
+    products = analytic_vlm.image_prompt_macs(model.network, model.structure, call)
     agree(counted, products)
-    agree(token, analytic.token_after(model.network, model.anatomy, call))
+    agree(token, analytic_vlm.token_after_prompt_macs(model.network, model.structure, call))
     return counted, products
 
 
 @cache
 def counted_dense(name):
-    return count(loaded(name), prompt(name, [6, (4, 6), 4]))[0]
+    return count_prefill(loaded(name), prompt(name, [6, (4, 6), 4]))[0]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_network_as_it_is(name):
     counted, products = both_agree(loaded(name))
-    parts = {part: 2 * macs for part, macs in by_part(products).items()}
+    parts = {part: 2 * macs for part, macs in macs_by_part(products).items()}
     modules = multimodal_parts(counted)
     for part in ("vision", "projector", "head"):
         assert parts.pop(part) == modules[part] > 0
@@ -105,7 +104,7 @@ def test_a_preset_on_experts(name):
 @pytest.mark.parametrize("method", ["fastv", "visionzip"])
 def test_pruned_tokens(name, method):
     _, products = both_agree(loaded(name, METHODS[method]))
-    assert by_part(products)["method"] > 0
+    assert macs_by_part(products)["method"] > 0
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -126,15 +125,15 @@ def test_choosing_by_words_whose_number_depends_on_the_prompt(name, recycle, bef
     method = METHODS["sparsevlm"].model_copy(update={"recycle": recycle})
     _, products = both_agree(loaded(name, method), before, frame, after)
     least = before + after + frame[0] * frame[1]  # tokens, each of which meets a matrix at least
-    assert by_part(products)["method"] > least
+    assert macs_by_part(products)["method"] > least
 
 
 def test_a_method_that_does_not_say_is_named():
     model = loaded("llava_llama", METHODS["fastv"])
-    assert plan_of(model.network).untold == ()
-    plan = engine_of(model.network).plan
+    assert flops_provider_of(model.network).untold == ()
+    plan = visual_engine_of(model.network).plan
     plan.selections = [replace(each, macs=None) for each in plan.selections]
-    assert plan_of(model.network).untold == ("fastv",)
+    assert flops_provider_of(model.network).untold == ("fastv",)
 
 
 @settings(max_examples=6, deadline=None)
@@ -174,7 +173,7 @@ def test_two_images():
 def test_a_plan_goes_with_a_copy_and_follows_the_weights():
     model = loaded("llava_qwen2_moe", STRATEGIES["sparse_ffn"])
     twin = model.copy()
-    assert plan_of(twin.network) is not plan_of(model.network)
+    assert flops_provider_of(twin.network) is not flops_provider_of(model.network)
     LayerDrop(layers=1).apply(twin, CONTEXT)
     counted, _ = both_agree(twin)
     assert counted.total < both_agree(model)[0].total
@@ -184,9 +183,11 @@ def test_the_official_form_computes_everything():
     masked = loaded("llava_llama", HEADS.model_copy(update={"form": "official"}))
     dense = loaded("llava_llama")
     call = prompt("llava_llama", [6, (4, 6), 4])
-    found = analytic.prefill(masked.network, masked.anatomy, call)
-    assert found == analytic.prefill(dense.network, dense.anatomy, call)
-    assert count(masked, call)[0].total == pytest.approx(2 * sum(p.macs for p in found), rel=0.01)
+    found = analytic_vlm.image_prompt_macs(masked.network, masked.structure, call)
+    assert found == analytic_vlm.image_prompt_macs(dense.network, dense.structure, call)
+    assert count_prefill(masked, call)[0].total == pytest.approx(
+        2 * sum(p.macs for p in found), rel=0.01
+    )
 
 
 def test_counting_changes_nothing():

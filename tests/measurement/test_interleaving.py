@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench.device.machine import Reading
+from bench.device.machine import MachineReading
 from bench.measurement import interleaving
-from bench.measurement.config import TimingConfig
 from bench.measurement.interleaving import interleave
+from bench.schema import TimingConfig
 
 CPU = torch.device("cpu")
 
 
 def reading(others):
-    return Reading(
+    return MachineReading(
         threads=1, cores=1, needed=1, others=others, cpu_mhz=None, gpu_mhz=None, slowed=None
     )
 
@@ -34,7 +34,7 @@ def machine(monkeypatch):
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(interleaving, "Watch", Told)
+    monkeypatch.setattr(interleaving, "MachineMonitor", Told)
     return Told
 
 

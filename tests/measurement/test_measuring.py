@@ -4,21 +4,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from bench.device.unavailable import Unavailable
+from bench.device.energy_counters import Unavailable
 from bench.errors import UserError
 from bench.measurement import energy
-from bench.measurement.config import CostsConfig
-from bench.measurement.limits import Limits, limits
-from bench.measurement.measuring import measure
+from bench.measurement.costs import measure_costs
 from bench.measurement.memory import disk_bytes
-from bench.measurement.subject import Subject
-from bench.measurement.traffic import bytes_read
-from bench.measurement.workload import refuse_unfit, workloads
+from bench.measurement.quantities import MeasuredPair
+from bench.measurement.roofline import DeviceLimits, device_limits, weight_bytes_read
+from bench.measurement.workload import refuse_long_prompts, workloads
 from bench.method import Context
-from bench.models import vision
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
+from bench.models.classifiers import architectures, classifier
 from bench.models.model import Model
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import CostsConfig, ModelConfig
 from methods.token_pruning.fastv import FastV
 from tests.methods.visual_tokens.tiny_mllms import build
 
@@ -61,12 +59,12 @@ def llama_flops(tokens, keys, heads_of, inner):
 
 
 def test_nothing_is_measured_unless_it_is_asked_for():
-    found = measure(Subject(model(llama())), config())
+    found = measure_costs(MeasuredPair(model(llama())), config())
     assert (found.costs, found.gaps) == ([], [])
 
 
 def test_every_stage_has_its_time_and_the_flops_of_the_very_call():
-    found = measure(Subject(model(llama())), config("latency", "limits"))
+    found = measure_costs(MeasuredPair(model(llama())), config("latency", "limits"))
     latency = rows(found, "latency")
     assert list(latency) == ["prefill 1x16", "first token 1x16", "decode 1x16", "end to end 1x16"]
     prefill = llama_flops(16, 16, 1, 64)
@@ -84,7 +82,7 @@ def test_every_stage_has_its_time_and_the_flops_of_the_very_call():
 
 def test_a_smaller_model_has_a_gain_beside_the_theoretical_one():
     dense, small = model(llama(inner=4096)), model(llama(inner=64))
-    found = measure(Subject(small, dense), config("latency"))
+    found = measure_costs(MeasuredPair(small, dense), config("latency"))
     speedup = rows(found, "speedup")["prefill 1x16"]
     theory = llama_flops(16, 16, 1, 4096) / llama_flops(16, 16, 1, 64)
     assert speedup.parts["theory"] == pytest.approx(theory)
@@ -99,7 +97,9 @@ def test_a_smaller_model_has_a_gain_beside_the_theoretical_one():
 @pytest.mark.parametrize("word", ["masked", "zeroed"])
 def test_a_model_with_all_its_work_left_claims_no_gain(word):
     network = llama()
-    found = measure(Subject(model(network), model(network), no_gain=word), config("latency"))
+    found = measure_costs(
+        MeasuredPair(model(network), model(network), no_gain_reason=word), config("latency")
+    )
     assert rows(found, "speedup") == rows(found, "realised") == {}
     assert set(missing(found, "speedup").values()) == {word}
     assert set(missing(found, "speedup")) == set(rows(found, "latency"))
@@ -107,14 +107,14 @@ def test_a_model_with_all_its_work_left_claims_no_gain(word):
 
 def test_the_same_flops_leave_no_theoretical_gain_to_realise():
     network = llama()
-    found = measure(Subject(model(network), model(network)), config("latency"))
+    found = measure_costs(MeasuredPair(model(network), model(network)), config("latency"))
     assert set(missing(found, "realised").values()) == {"under 5 % of FLOPs saved"}
 
 
 def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
     network = llama()
     wanted = config("latency", precision=1e-9, most_rounds=6)
-    found = measure(Subject(model(network), model(network)), wanted)
+    found = measure_costs(MeasuredPair(model(network), model(network)), wanted)
     for scope, speedup in rows(found, "speedup").items():
         assert speedup.note.endswith("is still wider than 1e-07 % to one side")
         assert rows(found, "latency")[scope].parts["rounds"] == 6
@@ -125,15 +125,17 @@ def test_rounds_are_added_only_where_a_ratio_is_claimed():
     network = llama()
     wanted = config("latency", precision=1e-9, most_rounds=9)
     for subject in (
-        Subject(model(network)),
-        Subject(model(network), model(network), no_gain="masked"),
+        MeasuredPair(model(network)),
+        MeasuredPair(model(network), model(network), no_gain_reason="masked"),
     ):
-        found = measure(subject, wanted)
+        found = measure_costs(subject, wanted)
         assert {cost.parts["rounds"] for cost in rows(found, "latency").values()} == {5}
 
 
 def test_lengths_that_do_not_fit_are_gaps_and_the_others_are_measured():
-    found = measure(Subject(model(llama())), config("memory", lengths=(16, 62), batches=(1, 2)))
+    found = measure_costs(
+        MeasuredPair(model(llama())), config("memory", lengths=(16, 62), batches=(1, 2))
+    )
     assert list(rows(found, "cache_bytes")) == ["prefill 1x16", "prefill 2x16"]
     assert missing(found, "latency") == {
         f"{batch}x62": "tiny supports 64 positions; a prompt of 62 and 3 new tokens exceed them"
@@ -145,9 +147,9 @@ def test_a_grid_of_which_nothing_fits_is_refused_before_weights_are_loaded():
     with torch.device("meta"):
         network = llama()
     about = ModelConfig(name="tiny", source="t")
-    refuse_unfit(config(lengths=(16, 999)).timing, about, network)
+    refuse_long_prompts(config(lengths=(16, 999)).timing, about, network)
     with pytest.raises(UserError, match=r"lengths=\[62, 999\]: tiny supports 64 positions; .* 62"):
-        refuse_unfit(config(lengths=(62, 999)).timing, about, network)
+        refuse_long_prompts(config(lengths=(62, 999)).timing, about, network)
 
 
 def test_memory_that_runs_out_is_a_gap_for_that_shape_alone(monkeypatch):
@@ -160,14 +162,14 @@ def test_memory_that_runs_out_is_a_gap_for_that_shape_alone(monkeypatch):
         return forward(*args, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(network.model, "forward", limited)
-    found = measure(Subject(model(network)), config("memory", batches=(2, 1)))
+    found = measure_costs(MeasuredPair(model(network)), config("memory", batches=(2, 1)))
     assert missing(found, "further cost") == {"2x16": "out of memory"}
     assert list(rows(found, "cache_bytes")) == ["prefill 1x16"]
 
 
 def test_cache_and_peaks_are_those_of_the_shapes():
     network = llama()
-    found = measure(Subject(model(network)), config("memory", batches=(3,)))
+    found = measure_costs(MeasuredPair(model(network)), config("memory", batches=(3,)))
     per_token = LAYERS * 2 * (WIDTH // 2) * 4
     assert rows(found, "cache_bytes")["prefill 3x16"].value == 3 * 16 * per_token
     assert rows(found, "cache_bytes_per_token")["decode 3x16"].value == per_token
@@ -197,21 +199,25 @@ def test_a_call_reads_every_weight_but_the_embedding_and_the_experts_it_does_not
     }  # fmt: skip
     network = Qwen2MoeForCausalLM(Qwen2MoeConfig(**shapes)).eval()
     ids_BL = torch.zeros(1, 5, dtype=torch.long)
-    read = bytes_read(network, dissect(network), lambda _: network(ids_BL))
+    read = weight_bytes_read(network, inspect_model(network), lambda _: network(ids_BL))
     embedding = VOCABULARY * WIDTH
     routed = LAYERS * 8 * 3 * WIDTH * 16
     parameters = sum(weight.numel() for weight in network.parameters())
     buffers = sum(buffer.numel() for buffer in network.buffers())
     assert read == pytest.approx(4 * (parameters - embedding - routed * 6 / 8 + buffers), rel=0.01)
     assert read <= 4 * (parameters - embedding - routed * 6 / 8 + buffers)
-    forgotten = bytes_read(network, dissect(network), lambda forget: (network(ids_BL), forget()))
+    forgotten = weight_bytes_read(
+        network, inspect_model(network), lambda forget: (network(ids_BL), forget())
+    )
     assert forgotten == 0
 
 
 def test_an_image_classifier_is_timed_in_one_call():
-    network = vision.build(vision.VisionConfig(architecture="lenet5", channels=1, size=28)).eval()
-    found = measure(
-        Subject(model(network, "image_classifier")),
+    network = architectures.build_classifier(
+        classifier.VisionConfig(architecture="lenet5", channels=1, size=28)
+    ).eval()
+    found = measure_costs(
+        MeasuredPair(model(network, "image_classifier")),
         config("latency", "memory", "limits", batches=(1, 2)),
     )
     scopes = [f"{stage} {b}x1x28x28" for b in (1, 2) for stage in ("forward", "end to end")]
@@ -229,7 +235,7 @@ def seeing(monkeypatch):
     from tests.methods.visual_tokens.tiny_mllms import prompt
 
     monkeypatch.setattr(
-        workload, "prompt", lambda _, words: prompt("llava_llama", [2, (5, 5), words])
+        workload, "build_image_prompt", lambda _, words: prompt("llava_llama", [2, (5, 5), words])
     )
     return lambda: model(build("llava_llama"), "image_text")
 
@@ -239,8 +245,8 @@ def test_tokens_that_are_dropped_gain_time_flops_and_cache(seeing):
     dense, pruned = seeing(), seeing()
     FastV(after=1, keep=0.2, average=None).apply(pruned, Context(seed=1))
     wanted = config("latency", "memory", words=(6,), batches=(1, 2))
-    found = measure(Subject(pruned, dense), wanted)
-    beside = measure(Subject(dense), wanted)
+    found = measure_costs(MeasuredPair(pruned, dense), wanted)
+    beside = measure_costs(MeasuredPair(dense), wanted)
     scope = "1x(25 visual + 8 text)"
     assert rows(found, "speedup")[f"prefill {scope}"].parts["theory"] > 1.2
     held = [rows(each, "cache_bytes") for each in (found, beside)]
@@ -256,8 +262,8 @@ def test_energy_is_a_gap_without_a_counter_and_never_a_zero(monkeypatch):
     def none(device):
         raise Unavailable("this GPU has no energy counter")
 
-    monkeypatch.setattr(energy, "meter", none)
-    found = measure(Subject(model(llama())), config("energy"))
+    monkeypatch.setattr(energy, "energy_meter", none)
+    found = measure_costs(MeasuredPair(model(llama())), config("energy"))
     assert rows(found, "energy") == {}
     assert missing(found, "energy") == {"1x16": "this GPU has no energy counter"}
 
@@ -281,10 +287,12 @@ def test_energy_of_a_call_is_the_counters_over_the_calls(monkeypatch):
 
         return spend
 
-    monkeypatch.setattr(energy, "meter", lambda device: counter)
+    monkeypatch.setattr(energy, "energy_meter", lambda device: counter)
     monkeypatch.setattr(type(work), "forward", spending(3.0, type(work).forward))
     monkeypatch.setattr(type(work), "answer", spending(5.0, type(work).answer))
-    found = measure(Subject(model(network), model(network)), config("energy", energy_seconds=0.01))
+    found = measure_costs(
+        MeasuredPair(model(network), model(network)), config("energy", energy_seconds=0.01)
+    )
     spent = rows(found, "energy")
     assert spent["prefill 1x16"].value == pytest.approx(3.0)
     assert spent["end to end 1x16"].value == pytest.approx(5.0)
@@ -293,24 +301,24 @@ def test_energy_of_a_call_is_the_counters_over_the_calls(monkeypatch):
 
 
 def test_the_least_time_is_that_of_the_scarcer_resource():
-    best = Limits(matrix_rate=100.0, bandwidth=10.0)
-    assert best.least_seconds(flops=200, bytes=10) == 2.0
-    assert best.least_seconds(flops=200, bytes=50) == 5.0
+    best = DeviceLimits(matrix_rate=100.0, bandwidth=10.0)
+    assert best.min_seconds(flops=200, bytes=10) == 2.0
+    assert best.min_seconds(flops=200, bytes=50) == 5.0
 
 
 def test_limits_are_measured_once_a_process():
     threads = torch.get_num_threads()
-    assert limits(CPU, torch.float32, threads) is limits(CPU, torch.float32, threads)
+    assert device_limits(CPU, torch.float32, threads) is device_limits(CPU, torch.float32, threads)
 
 
 def test_a_device_without_room_for_its_limits_leaves_a_gap_and_no_shares(monkeypatch):
-    from bench.measurement import measuring
+    from bench.measurement import costs
 
     def crowded(*_):
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(measuring, "limits", crowded)
-    found = measure(Subject(model(llama())), config("latency", "limits"))
+    monkeypatch.setattr(costs, "device_limits", crowded)
+    found = measure_costs(MeasuredPair(model(llama())), config("latency", "limits"))
     assert missing(found, "limits") == {"device": "out of memory"}
     assert rows(found, "limit_share") == {}
     assert rows(found, "latency")

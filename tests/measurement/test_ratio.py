@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.measurement.ratio import paired_ratio
+from bench.measurement.interleaving import paired_ratio
 
 seconds = st.lists(st.floats(1e-4, 10), min_size=5, max_size=25).map(np.array)
 

@@ -6,19 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from bench.compose import run_config
+from bench.config.composition import compose_run_config
 from bench.errors import UserError
-from bench.measurement import prefill
-from bench.measurement.config import CostsConfig, FlopsConfig
-from bench.measurement.cost import Cost
-from bench.measurement.costs import count
-from bench.measurement.gap import Gap
-from bench.measurement.work import flops, flops_of_prompt
+from bench.measurement import image_prompt
+from bench.measurement.costs import count_costs
+from bench.measurement.flops.cost_rows import flops_costs, prompt_flops_costs
+from bench.measurement.quantities import Cost, MissingMeasurement
 from bench.method import Context
-from bench.models.config import ModelConfig
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
-from bench.models.vision import VisionConfig, build
-from methods.visual_tokens.engine import engine_of
+from bench.schema import CostsConfig, FlopsConfig, ModelConfig
+from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.layer_drop import LayerDrop
 from tests.methods.token_pruning.watching import METHODS
 from tests.methods.visual_tokens import tiny_mllms
@@ -38,7 +37,7 @@ def values(rows):
 
 
 def gaps(rows):
-    return [row for row in rows if isinstance(row, Gap)]
+    return [row for row in rows if isinstance(row, MissingMeasurement)]
 
 
 @pytest.fixture
@@ -52,13 +51,13 @@ def multimodal():
         then(model)
         call = tiny_mllms.prompt("llava_llama", [6, (5, 5), 4])
         config = CostsConfig(name="tiny", flops=FlopsConfig(**flops_config))
-        return list(flops_of_prompt(model, config, call))
+        return list(prompt_flops_costs(model, config, call))
 
     return rows
 
 
 def test_a_language_model_has_text_and_a_token_in_both_ways_and_conventions():
-    found = values(flops(model_of(tiny_networks.build("qwen2_moe")), QUICK))
+    found = values(flops_costs(model_of(tiny_networks.build("qwen2_moe")), QUICK))
     for scope in ("forward 2x24", "token after 2x24"):
         for how in ("counted", "analytic"):
             full, causal = found[scope, "flops", how], found[scope, "flops_causal", how]
@@ -72,7 +71,7 @@ def test_a_language_model_has_text_and_a_token_in_both_ways_and_conventions():
 
 
 def test_the_first_row_of_a_scope_is_what_was_counted():
-    rows = list(flops(model_of(tiny_networks.build("mixtral")), QUICK))
+    rows = list(flops_costs(model_of(tiny_networks.build("mixtral")), QUICK))
     first = next(row for row in rows if row.quantity == "flops")
     assert first.how == "counted" and sum(first.parts.values()) == first.value
     analytic = next(row for row in rows if row.quantity == "flops" and row.how == "analytic")
@@ -81,8 +80,8 @@ def test_the_first_row_of_a_scope_is_what_was_counted():
 
 
 def test_an_image_classifier():
-    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8)).eval()
-    found = values(flops(model_of(network, "image_classifier"), QUICK))
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8)).eval()
+    found = values(flops_costs(model_of(network, "image_classifier"), QUICK))
     scope = "forward 2x1x8x8"
     assert found[scope, "flops", "counted"] == found[scope, "flops", "analytic"] > 0
     assert found[scope, "flops_causal", "counted"] == found[scope, "flops", "counted"]
@@ -108,9 +107,9 @@ def test_a_prompt_is_processed_once_for_all_that_is_counted_of_it(monkeypatch):
         asked.append(words)
         return tiny_mllms.prompt("llava_llama", [6, (5, 5), 4])
 
-    monkeypatch.setattr(prefill, "prompt", prompt)
+    monkeypatch.setattr(image_prompt, "build_image_prompt", prompt)
     model = model_of(tiny_mllms.build("llava_llama"), "image_text")
-    found = count(model, CostsConfig(name="tiny", words=7))
+    found = count_costs(model, CostsConfig(name="tiny", words=7))
     assert asked == [7]
     had = {(cost.scope, cost.quantity) for cost in found.costs}
     scope = "prefill 1x(25 visual + 10 text)"
@@ -132,16 +131,16 @@ def test_a_convention_is_a_row_of_its_own_and_never_the_default(multimodal):
 
 def test_a_convention_of_prompts_is_missing_where_there_are_none():
     config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
-    rows = list(flops(model_of(tiny_networks.llama()), config))
+    rows = list(flops_costs(model_of(tiny_networks.llama()), config))
     reason = "yopo covers prompts with images only"
-    assert gaps(rows) == [Gap("forward 1x9", "flops_yopo", reason, "analytic")]
+    assert gaps(rows) == [MissingMeasurement("forward 1x9", "flops_yopo", reason, "analytic")]
 
 
 def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
     network = tiny_networks.unfuse(tiny_networks.build("mixtral"))
-    found = values(flops(model_of(network), QUICK))
+    found = values(flops_costs(model_of(network), QUICK))
     assert found["forward 2x24", "flops", "counted"] is None
-    fused = values(flops(model_of(tiny_networks.build("mixtral")), QUICK))
+    fused = values(flops_costs(model_of(tiny_networks.build("mixtral")), QUICK))
     key = ("forward 2x24", "flops", "analytic")
     assert found[key] == fused[key]
 
@@ -149,8 +148,8 @@ def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
 def test_a_length_that_the_model_cannot_take_is_a_gap():
     model = model_of(tiny_networks.llama())
     longest = CostsConfig(name="tiny", length=model.max_length)
-    assert gaps(flops(model, longest)) == []
-    found = list(flops(model, CostsConfig(name="tiny", length=model.max_length + 1)))
+    assert gaps(flops_costs(model, longest)) == []
+    found = list(flops_costs(model, CostsConfig(name="tiny", length=model.max_length + 1)))
     assert {(gap.scope, gap.quantity) for gap in gaps(found)} == {
         (f"{call} 1x{model.max_length + 1}", "flops") for call in ("forward", "token after")
     }
@@ -159,13 +158,13 @@ def test_a_length_that_the_model_cannot_take_is_a_gap():
 
 def test_an_unknown_convention_is_one_sentence():
     with pytest.raises(UserError, match=r"costs\.flops\.convention=yolo: input should be 'yopo'"):
-        run_config(["costs.flops.convention=yolo"])
-    assert run_config(["costs.flops.convention=vtw"]).costs.flops.convention == "vtw"
+        compose_run_config(["costs.flops.convention=yolo"])
+    assert compose_run_config(["costs.flops.convention=vtw"]).costs.flops.convention == "vtw"
 
 
 def test_a_method_that_does_not_say_what_choosing_multiplies_is_a_gap(multimodal):
     def silent(model):
-        plan = engine_of(model.network).plan
+        plan = visual_engine_of(model.network).plan
         plan.selections = [replace(each, macs=None) for each in plan.selections]
 
     (gap,) = gaps(multimodal(METHODS["fastv"], then=silent))
@@ -180,7 +179,7 @@ def test_gaps_are_named_and_never_a_zero():
     layer.self_attn.head_dim = None
     del layer.self_attn.head_dim
     layer.forward = lambda x, **_: x
-    rows = list(flops(model_of(network), QUICK))
+    rows = list(flops_costs(model_of(network), QUICK))
     missing = [gap for gap in gaps(rows) if gap.how == "analytic"]
     assert [gap.scope for gap in missing] == ["forward 2x24", "token after 2x24"]
     assert all("LlamaAttention does not state the number" in gap.reason for gap in missing)
@@ -192,8 +191,10 @@ def test_an_operator_without_a_formula_takes_the_count_with_it():
         def forward(self, x):
             return torch.addr(x, x[:, 0], x[0])
 
-    network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8)).eval()
+    network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8)).eval()
     network.head.append(Odd())
-    counted = list(flops(model_of(network, "image_classifier"), QUICK))
-    assert gaps(counted) == [Gap("forward 2x1x8x8", "flops", "no formula for aten.addr", "counted")]
+    counted = list(flops_costs(model_of(network, "image_classifier"), QUICK))
+    assert gaps(counted) == [
+        MissingMeasurement("forward 2x1x8x8", "flops", "no formula for aten.addr", "counted")
+    ]
     assert not [row for row in counted if isinstance(row, Cost) and row.how == "counted"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import UserError
-from methods.camera.allocation import allocate
+from methods.camera.allocation import allocate_least_error
 from tests.methods.test_camera_removal import pruned
 from tests.models.tiny_networks import build
 
@@ -27,7 +27,7 @@ def test_no_other_way_to_share_the_budget_costs_less(values, limit, data):
     energies = [torch.tensor(layer, dtype=torch.float64) for layer in values]
     most = [int(limit * len(layer)) for layer in values]
     budget = data.draw(st.integers(0, sum(most)))
-    counts = allocate(energies, budget, limit)
+    counts = allocate_least_error(energies, budget, limit)
     assert sum(counts) == budget
     assert all(count <= n for count, n in zip(counts, most, strict=True))
     ways = product(*(range(n + 1) for n in most))
@@ -37,7 +37,7 @@ def test_no_other_way_to_share_the_budget_costs_less(values, limit, data):
 
 def test_says_when_the_limit_is_below_the_budget():
     with pytest.raises(UserError, match=r"layer_limit=0.5 allows removing 3 .* needs 4"):
-        allocate([torch.ones(3), torch.ones(4)], 4, 0.5)
+        allocate_least_error([torch.ones(3), torch.ones(4)], 4, 0.5)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -50,4 +50,4 @@ def test_layers_lose_different_shares_and_together_the_budget(sequential):
     even = [layer["removed"] for layer in uniform.details["layers"]]
     assert sum(removed) == sum(even)
     assert removed != even
-    assert [block.micro_experts for block in model.anatomy.moe] == [92 - n for n in removed]
+    assert [block.micro_experts for block in model.structure.moe] == [92 - n for n in removed]

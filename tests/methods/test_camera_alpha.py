@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.models.anatomy import dissect
-from methods.camera.alpha import weight_of_peak
+from bench.models.structure.model_structure import inspect_model
+from methods.camera.energy import resolve_alpha
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ
 from tests.methods.baselines.applying import applied, network_of, zeroed
@@ -21,18 +21,18 @@ from tests.methods.baselines.applying import applied, network_of, zeroed
     ],
 )
 def test_each_reading_has_a_number_for_each_model(alpha, model_type, weight):
-    assert weight_of_peak(alpha, model_type) == weight
+    assert resolve_alpha(alpha, model_type) == weight
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("alpha", ["paper", "low_peak"])
 def test_a_reading_is_the_number_it_stands_for(name, alpha):
     by_name, by_number = network_of(name), network_of(name)
-    number = weight_of_peak(alpha, name)
+    number = resolve_alpha(alpha, name)
     report = applied(CameraP(ratio=0.4, alpha=alpha, state="zeroed"), by_name)
     applied(CameraP(ratio=0.4, alpha=number, state="zeroed"), by_number)
     assert report.details["alpha"] == number
-    for mine, theirs in zip(dissect(by_name).moe, dissect(by_number).moe, strict=True):
+    for mine, theirs in zip(inspect_model(by_name).moe, inspect_model(by_number).moe, strict=True):
         assert zeroed(mine) == zeroed(theirs) != []
 
 

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from bench.progress import SILENT
-from methods.camera.analysis import BlockEnergies, Walk, measure
-from methods.camera.energy import Moments, column_norms, energy
-from methods.micro_experts import zero
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from bench.ui import SILENT
+from methods.camera.analysis import BlockEnergies, WalkOptions, block_energies
+from methods.camera.energy import energy
+from methods.moe.calibration_statistics import Moments, squared_column_norms
+from methods.moe.micro_experts import zero_micro_experts
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
-ONE_PASS = Walk(batch=2, chunk=5, sequential=False)
+ONE_PASS = WalkOptions(batch=2, chunk=5, sequential=False)
 
 
 def model_of(network):
@@ -23,7 +24,7 @@ def model_of(network):
 
 def measured(network, walk=ONE_PASS, rows=None):
     rows = tokens() if rows is None else rows
-    return list(measure(model_of(network), rows, walk, SILENT))
+    return list(block_energies(model_of(network), rows, walk, SILENT))
 
 
 def energies(network, walk=ONE_PASS, alpha=0.3, normalised=False):
@@ -45,7 +46,7 @@ def test_without_peak_it_is_the_error_of_removing_one(name):
     y_TD = block.block(inputs[0]).double()
     kept = {k: v.clone() for k, v in block.block.state_dict().items()}
     for index in range(0, block.micro_experts, 7):
-        zero(block, torch.tensor([index]))
+        zero_micro_experts(block, torch.tensor([index]))
         error = (block.block(inputs[0]).double() - y_TD).square().sum()
         block.block.load_state_dict(kept)
         torch.testing.assert_close(error, energy_N[index], rtol=1e-4, atol=1e-9)
@@ -61,7 +62,7 @@ def test_layouts_agree(name):
 @pytest.mark.parametrize("chunk", [1, 4, 10_000])
 def test_batches_and_chunks_do_not_matter(batch, chunk):
     reference = energies(build("deepseek_v2"))
-    found = energies(build("deepseek_v2"), Walk(batch, chunk, sequential=False))
+    found = energies(build("deepseek_v2"), WalkOptions(batch, chunk, sequential=False))
     torch.testing.assert_close(found, reference, rtol=1e-5, atol=0)
 
 
@@ -70,7 +71,7 @@ def test_formula_by_hand():
     moments = Moments(3, torch.device("cpu"))
     moments.add(slice(1, 3), phi_SF[:1] / 2, torch.tensor([2.0]))
     moments.add(slice(1, 3), phi_SF[1:], torch.tensor([1.0]))
-    norm = column_norms(torch.tensor([[7.0, 1.0, 2.0], [0.0, 1.0, 0.0]]))
+    norm = squared_column_norms(torch.tensor([[7.0, 1.0, 2.0], [0.0, 1.0, 0.0]]))
     assert norm.tolist() == [49, 2, 4]
     assert energy(moments, norm, 0.25).tolist() == [
         0.0,
@@ -104,7 +105,7 @@ def test_normalised_does_not_depend_on_how_much_text():
 def test_counts_tokens_and_output_power():
     network = build("deepseek_v3")
     outputs = []
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     hook = block.block.register_forward_hook(lambda _, __, output: outputs.append(output))
     network(tokens())
     hook.remove()
@@ -115,16 +116,16 @@ def test_counts_tokens_and_output_power():
 
 def test_later_layers_see_earlier_changes_only_if_sequential():
     def second(sequential):
-        walk = Walk(batch=2, chunk=100, sequential=sequential)
+        walk = WalkOptions(batch=2, chunk=100, sequential=sequential)
         results = []
-        for found in measure(model_of(build("mixtral")), tokens(), walk, SILENT):
+        for found in block_energies(model_of(build("mixtral")), tokens(), walk, SILENT):
             results.append(found.energies(0.0, normalised=False))
-            zero(found.block, torch.arange(40))
+            zero_micro_experts(found.block, torch.arange(40))
         return results[1]
 
     dense = measured(build("mixtral"))[1].energies(0.0, normalised=False)
     pruned = build("mixtral")
-    zero(dissect(pruned).moe[0], torch.arange(40))
+    zero_micro_experts(inspect_model(pruned).moe[0], torch.arange(40))
     after = measured(pruned)[1].energies(0.0, normalised=False)
 
     torch.testing.assert_close(second(False), dense)
@@ -133,5 +134,5 @@ def test_later_layers_see_earlier_changes_only_if_sequential():
 
 
 def test_an_observer_starts_at_zero():
-    found = BlockEnergies(dissect(build("olmoe")).moe[0])
+    found = BlockEnergies(inspect_model(build("olmoe")).moe[0])
     assert not found.energies(0.5, normalised=False).any()

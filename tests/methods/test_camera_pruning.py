@@ -1,3 +1,5 @@
+""""""
+
 import json
 from fractions import Fraction
 
@@ -10,12 +12,17 @@ from pydantic import ValidationError
 from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from methods.baselines.random_experts import RandomExperts, RandomMicroExperts
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.baselines.micro_expert_controls import RandomExperts, RandomMicroExperts
 from methods.camera.pruning import CameraP
-from methods.micro_experts import per_expert, spans, view, zero
+from methods.moe.micro_experts import (
+    channels_per_expert,
+    expert_spans,
+    expert_view,
+    zero_micro_experts,
+)
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens, unfuse
 
 CONTROLS = [RandomExperts, RandomMicroExperts]
@@ -32,7 +39,7 @@ def context(seed=0):
 
 
 def applied(method, network, seed=0):
-    method.check(dissect(network))
+    method.check(inspect_model(network))
     return method.apply(model_of(network), context(seed))
 
 
@@ -47,8 +54,8 @@ METHODS = [camera, *CONTROLS]
 def zeroed(block):
     """The flat indices of micro-experts that are zero in all three matrices."""
     flat = []
-    for expert, place in spans(block):
-        part = view(block, expert)
+    for expert, place in expert_spans(block):
+        part = expert_view(block, expert)
         dead = ~(part.gate.any(1) | part.up.any(1) | part.down.any(0))
         flat += [place.start + int(i) for i in dead.nonzero()]
     return flat
@@ -61,10 +68,10 @@ def test_zeroes_exactly_the_budget_and_nothing_else(name, layout, method):
     network = build(name) if layout == "fused" else unfuse(build(name))
     before = {k: v.clone() for k, v in network.state_dict().items()}
     report = applied(method(ratio=0.3), network)
-    anatomy = dissect(network)
+    structure = inspect_model(network)
 
     assert report.saving == "zeroed"
-    for block, layer in zip(anatomy.moe, report.details["layers"], strict=True):
+    for block, layer in zip(structure.moe, report.details["layers"], strict=True):
         assert len(zeroed(block)) == layer["removed"] == int(0.3 * block.micro_experts)
     removed = report.details["removed_micro_experts"]
     assert report.details["removed_parameters"] == removed * 3 * 16
@@ -93,29 +100,29 @@ def test_ratio_zero_is_the_identity(method):
 @pytest.mark.parametrize("base", ["moe", "total"])
 def test_ratio_is_reached_on_either_base_in_every_scope(scope, base):
     network = build("qwen2_moe")
-    anatomy = dissect(network)
+    structure = inspect_model(network)
     method = camera(ratio=0.2, base=base, scope=scope, sequential=False)
     report = applied(method, network)
-    share = method.share(anatomy)
-    wanted = 0.2 if base == "moe" else 0.2 * anatomy.parameters / anatomy.moe_parameters
+    share = method.share(structure)
+    wanted = 0.2 if base == "moe" else 0.2 * structure.parameters / structure.moe_parameters
     assert float(share) == pytest.approx(wanted)
     assert report.details["removed_micro_experts"] == sum(
-        int(share * block.micro_experts) for block in anatomy.moe
+        int(share * block.micro_experts) for block in structure.moe
     )
     assert report.details[f"ratio_of_{base}"] == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
 def test_goes_from_the_lowest_energies_shared_and_routed_pooled(sequential):
-    from bench.progress import SILENT
-    from methods.camera.analysis import Walk, measure
+    from bench.ui import SILENT
+    from methods.camera.analysis import WalkOptions, block_energies
 
     network = build("deepseek_v2")
-    walk = Walk(batch=2, chunk=100, sequential=sequential)
-    found = next(measure(model_of(network), tokens(), walk, SILENT))
+    walk = WalkOptions(batch=2, chunk=100, sequential=sequential)
+    found = next(block_energies(model_of(network), tokens(), walk, SILENT))
     energy_N = found.energies(0.95, normalised=False)
     applied(camera(ratio=0.5, sequential=sequential), network)
-    chosen = zeroed(dissect(network).moe[0])
+    chosen = zeroed(inspect_model(network).moe[0])
     assert chosen == sorted(torch.argsort(energy_N)[: len(chosen)].tolist())
     assert 0 < sum(index < 24 for index in chosen) < len(chosen)
 
@@ -138,24 +145,28 @@ def test_removing_by_energy_hurts_less_than_at_random():
 @given(st.integers(0, 99))
 def test_budget_is_the_decimal_ratio_and_not_its_binary_neighbour(percent):
     method = CameraP(ratio=percent / 100)
-    assert method.share(dissect(_NETWORK)) == Fraction(percent, 100)
+    assert method.share(inspect_model(_NETWORK)) == Fraction(percent, 100)
 
 
 _NETWORK = build("mixtral")
 
 
 def test_flat_order_is_shared_first_then_expert_by_expert():
-    block = dissect(build("deepseek")).moe[0]
-    assert spans(block)[:2] == [(-1, slice(0, 24)), (0, slice(24, 36))]
+    block = inspect_model(build("deepseek")).moe[0]
+    assert expert_spans(block)[:2] == [(-1, slice(0, 24)), (0, slice(24, 36))]
     flat = torch.tensor([0, 23, 24, 95])
-    assert {e: c.tolist() for e, c in per_expert(block, flat)} == {-1: [0, 23], 0: [0], 5: [11]}
+    assert {e: c.tolist() for e, c in channels_per_expert(block, flat)} == {
+        -1: [0, 23],
+        0: [0],
+        5: [11],
+    }
 
 
 def test_random_experts_go_whole_but_for_one():
     network = build("deepseek")
     report = applied(RandomExperts(ratio=0.5), network)
-    for block, layer in zip(dissect(network).moe, report.details["layers"], strict=True):
-        lost = {e: len(c) for e, c in per_expert(block, torch.tensor(zeroed(block)))}
+    for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
+        lost = {e: len(c) for e, c in channels_per_expert(block, torch.tensor(zeroed(block)))}
         # 48 of 24 shared and 72 routed micro-experts: four experts of twelve.
         assert lost == dict.fromkeys(layer["whole_experts"], 12)
         assert len(lost) == 4
@@ -170,7 +181,7 @@ def test_controls_follow_the_seed(method):
     def chosen(seed):
         network = build("olmoe")
         applied(method(ratio=0.4), network, seed)
-        return [zeroed(block) for block in dissect(network).moe]
+        return [zeroed(block) for block in inspect_model(network).moe]
 
     assert chosen(1) == chosen(1)
     assert chosen(1) != chosen(2)
@@ -180,18 +191,18 @@ def test_controls_follow_the_seed(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_a_model_without_experts(method):
     with pytest.raises(UserError, match=r"LlamaForCausalLM.*has none"):
-        method(ratio=0.2).check(dissect(llama()))
+        method(ratio=0.2).check(inspect_model(llama()))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_to_remove_everything(method):
     with pytest.raises(UserError, match="would remove every expert"):
-        method(ratio=0.99, base="total").check(dissect(build("mixtral")))
+        method(ratio=0.99, base="total").check(inspect_model(build("mixtral")))
 
 
 def test_random_experts_cannot_give_what_only_shared_ones_have():
     with pytest.raises(UserError, match="its routed experts have 72"):
-        RandomExperts(ratio=0.9).check(dissect(build("deepseek")))
+        RandomExperts(ratio=0.9).check(inspect_model(build("deepseek")))
 
 
 @pytest.mark.parametrize(
@@ -227,8 +238,8 @@ def test_needs_calibration_text():
 
 def test_emptied_experts_are_counted_and_add_nothing():
     network = build("mixtral")
-    block = dissect(network).moe[0]
-    zero(block, torch.arange(12))
+    block = inspect_model(network).moe[0]
+    zero_micro_experts(block, torch.arange(12))
     report = applied(camera(ratio=0.2), network).details["layers"][0]
     assert report["emptied_experts"] == 1
     assert report["removed_per_expert"][0] == 12

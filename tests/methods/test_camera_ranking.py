@@ -1,8 +1,10 @@
+""""""
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.camera.ranking import apportion, lowest, lowest_overall, lowest_per_expert
+from methods.moe.ranking import apportion, lowest, lowest_overall, lowest_per_expert
 
 few = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.errors import UserError
-from bench.models.anatomy import dissect
-from bench.models.observation import observing
-from methods.camera.refit import Grams, error, refit, refitted
-from methods.micro_experts import per_expert, spans, view
+from bench.models.expert_hooks import observe_experts
+from bench.models.structure.model_structure import inspect_model
+from methods.moe.least_squares import ExpertGrams, refit_columns, refit_error, refit_experts
+from methods.moe.micro_experts import channels_per_expert, expert_spans, expert_view
 from tests.methods.test_camera_removal import pruned
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
@@ -24,11 +24,11 @@ def drawn(rows, width, seed):
 def test_without_damping_it_is_least_squares():
     phi_SF, down_DF = drawn(50, 9, 0)
     kept_K = torch.tensor([0, 2, 3, 7])
-    columns_DK = refitted(phi_SF.T @ phi_SF, down_DF, kept_K, damping=1e-14)
+    columns_DK = refit_columns(phi_SF.T @ phi_SF, down_DF, kept_K, damping=1e-14)
     wanted = torch.linalg.lstsq(phi_SF[:, kept_K], phi_SF @ down_DF.double().T).solution.T
     torch.testing.assert_close(columns_DK, wanted, rtol=1e-8, atol=1e-8)
     left = (phi_SF @ down_DF.double().T - phi_SF[:, kept_K] @ wanted.T).square().sum()
-    assert error(phi_SF.T @ phi_SF, down_DF, kept_K, columns_DK) == pytest.approx(float(left))
+    assert refit_error(phi_SF.T @ phi_SF, down_DF, kept_K, columns_DK) == pytest.approx(float(left))
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,39 +40,39 @@ def test_it_never_increases_the_calibration_error(rows, width, kept, damping, se
     phi_SF, down_DF = drawn(rows, width, seed)
     gram_FF = phi_SF.T @ phi_SF
     kept_K = torch.randperm(width)[: min(kept, width)].sort().values
-    columns_DK = refitted(gram_FF, down_DF, kept_K, damping)
-    before = error(gram_FF, down_DF, kept_K, down_DF[:, kept_K])
-    assert error(gram_FF, down_DF, kept_K, columns_DK) <= before * (1 + 1e-9) + 1e-9
+    columns_DK = refit_columns(gram_FF, down_DF, kept_K, damping)
+    before = refit_error(gram_FF, down_DF, kept_K, down_DF[:, kept_K])
+    assert refit_error(gram_FF, down_DF, kept_K, columns_DK) <= before * (1 + 1e-9) + 1e-9
 
 
 def test_an_expert_that_was_never_visited_stays_as_it_was():
     _, down_DF = drawn(3, 6, 0)
     kept_K = torch.tensor([1, 4])
-    columns_DK = refitted(torch.zeros(6, 6, dtype=torch.float64), down_DF, kept_K, 1e-4)
+    columns_DK = refit_columns(torch.zeros(6, 6, dtype=torch.float64), down_DF, kept_K, 1e-4)
     assert torch.equal(columns_DK, down_DF[:, kept_K].double())
 
 
 def test_says_when_the_damping_is_too_small():
     phi_SF = torch.ones(4, 3, dtype=torch.float64)
     with pytest.raises(UserError, match="refit_damping=1e-300 is too small"):
-        refitted(phi_SF.T @ phi_SF, torch.ones(2, 3), torch.tensor([0, 1]), 1e-300)
+        refit_columns(phi_SF.T @ phi_SF, torch.ones(2, 3), torch.tensor([0, 1]), 1e-300)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_gram_matrices_hold_every_coefficient(name):
     network = build(name)
-    block = dissect(network).moe[-1]
-    outputs, shown = [], Grams(block)
+    block = inspect_model(network).moe[-1]
+    outputs, shown = [], ExpertGrams(block)
     block.block.register_forward_hook(lambda _, args, y: outputs.append((args[0], y)))
-    with observing({block: shown}, chunk=5):
+    with observe_experts({block: shown}, chunk=5):
         network(tokens())
     # Σ over experts of ‖Φ_e W_e‖² is what removing each expert alone would cost.
     x_TD, y_TD = outputs[0]
     kept = {k: v.clone() for k, v in block.block.state_dict().items()}
     nothing = torch.tensor([], dtype=torch.int64)
-    for expert, _ in spans(block):
-        down_DF = view(block, expert).down
-        predicted = error(shown.gram_FF[expert], down_DF, nothing, down_DF[:, nothing])
+    for expert, _ in expert_spans(block):
+        down_DF = expert_view(block, expert).down
+        predicted = refit_error(shown.gram_FF[expert], down_DF, nothing, down_DF[:, nothing])
         down_DF.zero_()
         measured = float((block.block(x_TD) - y_TD).double().square().sum())
         assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8)
@@ -101,13 +101,13 @@ def test_it_lowers_the_error_of_the_outputs(name, state):
 
 def test_only_kept_columns_of_experts_that_lose_something_change():
     network = build("mixtral")
-    block = dissect(network).moe[0]
-    shown = Grams(block)
-    with observing({block: shown}, chunk=100):
+    block = inspect_model(network).moe[0]
+    shown = ExpertGrams(block)
+    with observe_experts({block: shown}, chunk=100):
         network(tokens())
     before = {k: v.clone() for k, v in block.experts.state_dict().items()}
-    gone = dict(per_expert(block, torch.tensor([1, 5, 13])))
-    refit(shown, gone, 1e-4)
+    gone = dict(channels_per_expert(block, torch.tensor([1, 5, 13])))
+    refit_experts(shown, gone, 1e-4)
     after = block.experts.state_dict()
     assert torch.equal(before["gate_up_proj"], after["gate_up_proj"])
     changed = (before["down_proj"] != after["down_proj"]).any(1)

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from bench.data.calibration import Calibration
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
 from methods.camera.pruning import CameraP
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
@@ -45,18 +45,18 @@ def test_removed_and_zeroed_give_the_same_logits(name, layout, scope):
     gone = report.details["removed_parameters"]
     assert gone == other.details["removed_parameters"]
     padding = 3 * 16 * report.details["padding_micro_experts"]
-    assert dark.anatomy.parameters - small.anatomy.parameters == gone - padding
-    assert small.anatomy.moe_parameters == dark.anatomy.moe_parameters - gone
+    assert dark.structure.parameters - small.structure.parameters == gone - padding
+    assert small.structure.moe_parameters == dark.structure.moe_parameters - gone
 
 
 @pytest.mark.parametrize("first", ["removed", "zeroed"])
 def test_pruning_again_starts_from_what_is_left(first):
     model, _ = pruned(build("deepseek"), ratio=0.3, state=first)
-    left = [block.micro_experts for block in model.anatomy.moe]
+    left = [block.micro_experts for block in model.structure.moe]
     text = Calibration(tokens(), "calibration")
     report = CameraP(ratio=0.5, align=4).apply(model, Context(0, text))
     assert report.details["micro_experts"] == sum(left)
-    assert [block.micro_experts for block in model.anatomy.moe] == [n - n // 2 for n in left]
+    assert [block.micro_experts for block in model.structure.moe] == [n - n // 2 for n in left]
     assert model.network(tokens()).logits.isfinite().all()
 
 
@@ -65,14 +65,14 @@ def test_ratio_zero_leaves_the_network_as_it_is():
     before = copy.deepcopy(network.state_dict())
     model, report = pruned(network, ratio=0)
     assert report.saving == "none"
-    assert [block.layout for block in model.anatomy.moe] == ["fused", "fused"]
+    assert [block.layout for block in model.structure.moe] == ["fused", "fused"]
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
 def test_work_that_remains_follows_the_calibration_text():
     _, report = pruned(build("mixtral"), ratio=0.5, sequential=False)
     network = build("mixtral")
-    for block, layer in zip(dissect(network).moe, report.details["layers"], strict=True):
+    for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
         visits = _visits(build("mixtral"), block.layer)
         left = [12 - lost for lost in layer["removed_per_expert"]]
         expected = sum(n * w for n, w in zip(visits, left, strict=True)) / sum(visits) / 12

@@ -1,10 +1,12 @@
+""""""
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from bench.errors import UserError
-from bench.models.anatomy import dissect
+from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import ARCHITECTURES, SIZES, build, llama, unfuse
 
 D_SHARED = {"qwen2_moe": 20, "deepseek_v2": 24, "deepseek_v3": 24, "deepseek": 24}
@@ -14,15 +16,15 @@ D_SHARED = {"qwen2_moe": 20, "deepseek_v2": 24, "deepseek_v3": 24, "deepseek": 2
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_finds_moe_blocks_and_skips_dense_layers(name, layout):
     network = build(name) if layout == "fused" else unfuse(build(name))
-    anatomy = dissect(network)
+    structure = inspect_model(network)
     first = 1 if name in D_SHARED else 0
 
-    assert anatomy.architecture == type(network).__name__
-    assert anatomy.model_type == name
-    assert len(anatomy.layers) == 3
-    assert [block.layer for block in anatomy.moe] == list(range(first, 3))
-    assert anatomy.parameters == sum(p.numel() for p in network.parameters())
-    for block in anatomy.moe:
+    assert structure.architecture == type(network).__name__
+    assert structure.model_type == name
+    assert len(structure.layers) == 3
+    assert [block.layer for block in structure.moe] == list(range(first, 3))
+    assert structure.parameters == sum(p.numel() for p in network.parameters())
+    for block in structure.moe:
         assert network.get_submodule(block.name) is block.block
         assert block.layout == layout
         assert (block.num_experts, block.top_k, block.d_model) == (6, 2, 16)
@@ -42,20 +44,22 @@ def test_works_without_weights(name):
     config = build(name).config
     with torch.device("meta"):
         hollow = transformers.AutoModelForCausalLM.from_config(config)
-    assert [b.widths for b in dissect(hollow).moe] == [b.widths for b in dissect(build(name)).moe]
+    assert [b.widths for b in inspect_model(hollow).moe] == [
+        b.widths for b in inspect_model(build(name)).moe
+    ]
 
 
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_views_compute_what_the_experts_compute(name, layout):
     network = build(name)
-    fused = dissect(network).moe[-1].experts
+    fused = inspect_model(network).moe[-1].experts
     if layout == "list":
         unfuse(network)
     x = torch.randn(7, 16)
     everything = torch.arange(6).repeat(7, 1)
     weight = torch.rand(7, 6)
-    block = dissect(network).moe[-1]
+    block = inspect_model(network).moe[-1]
     summed = sum(
         view.combine(view.hidden(x)) * weight[:, e, None]
         for e in range(6)
@@ -67,11 +71,11 @@ def test_views_compute_what_the_experts_compute(name, layout):
 @pytest.mark.parametrize("layout", ["fused", "list"])
 def test_zeroing_a_view_changes_the_network(layout):
     network = build("deepseek_v2") if layout == "fused" else unfuse(build("deepseek_v2"))
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     block.expert(3).zero(torch.tensor([0, 5]))
     block.shared_view().zero(torch.tensor([7]))
 
-    again = dissect(network).moe[0]
+    again = inspect_model(network).moe[0]
     view, shared = again.expert(3), again.shared_view()
     assert not view.gate[[0, 5]].any()
     assert not view.up[[0, 5]].any()
@@ -82,14 +86,14 @@ def test_zeroing_a_view_changes_the_network(layout):
 
 
 def test_dense_network_has_layers_but_no_moe_block():
-    anatomy = dissect(llama())
-    assert len(anatomy.layers) == 3
-    assert anatomy.moe == ()
+    structure = inspect_model(llama())
+    assert len(structure.layers) == 3
+    assert structure.moe == ()
 
 
 def test_a_network_that_is_no_decoder_has_neither():
-    anatomy = dissect(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    assert (anatomy.layers, anatomy.moe, anatomy.architecture) == ((), (), "Sequential")
+    structure = inspect_model(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    assert (structure.layers, structure.moe, structure.architecture) == ((), (), "Sequential")
 
 
 def gpt_oss():
@@ -134,9 +138,9 @@ def jet_moe():
 def test_refuses_experts_of_another_kind_by_name(make, reason):
     with torch.device("meta"):
         network = make()
-    anatomy = dissect(network)
+    structure = inspect_model(network)
     with pytest.raises(UserError, match=reason) as refusal:
-        _ = anatomy.moe
+        _ = structure.moe
     assert type(network).__name__ in str(refusal.value)
 
 
@@ -165,7 +169,7 @@ def test_refuses_a_block_with_parts_it_does_not_know(change, reason):
     network = build("qwen3_moe")
     change(network.model.layers[1].mlp)
     with pytest.raises(UserError, match=reason):
-        _ = dissect(network).moe
+        _ = inspect_model(network).moe
 
 
 class ParallelExperts(nn.Module):
@@ -176,4 +180,4 @@ def test_refuses_experts_under_another_name():
     network = llama()
     network.model.layers[2].mlp.input_linear = ParallelExperts()
     with pytest.raises(UserError, match=r"mlp\.input_linear is a ParallelExperts"):
-        _ = dissect(network).moe
+        _ = inspect_model(network).moe

@@ -6,22 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compose import run_config
-from bench.data.images import load as load_images
-from bench.data.images import shape
+from bench.config.composition import compose_run_config
+from bench.data.image_catalogue import image_shape
+from bench.data.image_catalogue import load_image_set as load_images
 from bench.errors import UserError
-from bench.models import vision, zoo
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
-from bench.models.loading import load, open_folder, resolve, skeleton
-from bench.models.pristine import Pristine
-from bench.models.zoo.classifiers import NAMES, share_right
+from bench.models import embedded
+from bench.models.base_model_cache import BaseModelCache
+from bench.models.classifiers import serialization
+from bench.models.embedded.classifiers import NAMES, classifier_accuracy
+from bench.models.loading import load_model, open_folder, skeleton
+from bench.models.source import resolve_model
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
 
 FRESH = ["lenet5", "vgg16", "resnet18", "mobilenet_v1", "densenet40", "resnet50"]
 
 
 def named(name, *overrides):
-    return run_config([f"model={name}", *overrides]).model
+    return compose_run_config([f"model={name}", *overrides]).model
 
 
 def fresh(seed, **more):
@@ -33,36 +35,36 @@ def fresh(seed, **more):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_classifier_is_as_good_as_its_log_says(name):
-    model = load(resolve(named(name), offline=True))
-    log = json.loads((Path(next(iter(zoo.__path__))) / name / "training.json").read_text())
+    model = load_model(resolve_model(named(name), offline=True))
+    log = json.loads((Path(next(iter(embedded.__path__))) / name / "training.json").read_text())
     test = load_images("digits").test
-    assert share_right(model.network, test) == pytest.approx(
+    assert classifier_accuracy(model.network, test) == pytest.approx(
         log["results"]["test_accuracy"], abs=2 / len(test)
     )
     assert log["results"]["test_accuracy"] > 0.94
     assert log["data"]["test"] == test.fingerprint()
     assert model.tokenizer is None and model.processor is None
-    assert model.anatomy.architecture == name
-    assert model.anatomy.layers == () and model.anatomy.moe == ()
+    assert model.structure.architecture == name
+    assert model.structure.layers == () and model.structure.moe == ()
 
 
 @pytest.mark.parametrize("name", FRESH)
 def test_the_papers_networks_have_the_shape_of_their_data(name):
     config = named(name, "seed=5")
-    network = skeleton(resolve(config, offline=True))
-    images = shape(config.images)
+    network = skeleton(resolve_model(config, offline=True))
+    images = image_shape(config.images)
     assert (network.config.architecture, config.seed) == (name, 5)
     assert (network.config.channels, network.config.size) == (images.channels, images.size)
     assert all(weight.is_meta for weight in network.parameters())
-    assert dissect(network).vision.classes == images.classes
+    assert inspect_model(network).vision.classes == images.classes
 
 
 def test_fresh_weights_are_those_of_the_seed_also_within_a_process():
-    pristine = Pristine()
+    pristine = BaseModelCache()
     weights = {}
     for seed in (1, 2, 1):
-        source = resolve(fresh(seed), offline=True)
-        head = pristine.borrow(source, will_change=False).network.head[2].weight.clone()
+        source = resolve_model(fresh(seed), offline=True)
+        head = pristine.acquire(source, will_change=False).network.head[2].weight.clone()
         assert torch.equal(head, weights.setdefault((seed, source.fingerprint), head))
     assert len(weights) == 2
     assert not torch.equal(*weights.values())
@@ -71,13 +73,13 @@ def test_fresh_weights_are_those_of_the_seed_also_within_a_process():
 def test_drawing_fresh_weights_leaves_the_runs_generator_alone():
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    load(resolve(fresh(1), offline=True))
+    load_model(resolve_model(fresh(1), offline=True))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_saved_classifier_is_opened_in_one_call(tmp_path):
-    network = load(resolve(fresh(1), offline=True)).network
-    vision.save(network, tmp_path)
+    network = load_model(resolve_model(fresh(1), offline=True)).network
+    serialization.save_classifier(network, tmp_path)
     again = open_folder(tmp_path, kind="image_classifier", device="cpu")
     image = torch.randn(3, 1, 8, 8)
     assert torch.equal(again.network(image), network(image))
@@ -85,31 +87,37 @@ def test_a_saved_classifier_is_opened_in_one_call(tmp_path):
 
 
 def test_what_is_not_a_classifier_or_taken_for_something_else_is_one_sentence(tmp_path):
-    vision.save(load(resolve(fresh(1), offline=True)).network, tmp_path)
+    serialization.save_classifier(
+        load_model(resolve_model(fresh(1), offline=True)).network, tmp_path
+    )
     with pytest.raises(UserError, match=r"image classifier \(micro_vgg\): set model\.kind"):
-        skeleton(resolve(ModelConfig(name="x", source="local", path=str(tmp_path)), offline=True))
-    moe = ModelConfig(name="x", source="zoo:micro_moe", kind="image_classifier")
+        skeleton(
+            resolve_model(ModelConfig(name="x", source="local", path=str(tmp_path)), offline=True)
+        )
+    moe = ModelConfig(name="x", source="embedded:micro_moe", kind="image_classifier")
     with pytest.raises(UserError, match="does not describe an image classifier"):
-        skeleton(resolve(moe, offline=True))
+        skeleton(resolve_model(moe, offline=True))
     with pytest.raises(UserError, match=r"needs model\.kind=image_classifier"):
-        skeleton(resolve(fresh(1).model_copy(update={"kind": "causal_lm"}), offline=True))
+        skeleton(resolve_model(fresh(1).model_copy(update={"kind": "causal_lm"}), offline=True))
     with pytest.raises(UserError, match="device_map"):
-        load(resolve(fresh(1, device_map="offload_cpu"), offline=True))
+        load_model(resolve_model(fresh(1, device_map="offload_cpu"), offline=True))
 
 
 def test_images_that_are_too_small_for_a_network_are_one_sentence():
     config = fresh(1).model_copy(update={"source": "fresh:vgg16"})
     with pytest.raises(UserError, match="vgg16 does not fit images of size 8"):
-        skeleton(resolve(config, offline=True))
+        skeleton(resolve_model(config, offline=True))
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "image_classifier"])
 def test_a_config_that_is_not_json_is_one_sentence(kind, tmp_path):
-    vision.save(load(resolve(fresh(1), offline=True)).network, tmp_path)
+    serialization.save_classifier(
+        load_model(resolve_model(fresh(1), offline=True)).network, tmp_path
+    )
     (tmp_path / "config.json").write_text("{")
     config = ModelConfig(name="x", source="local", path=str(tmp_path), kind=kind)
     with pytest.raises(UserError, match=r"cannot be loaded|does not describe"):
-        skeleton(resolve(config, offline=True))
+        skeleton(resolve_model(config, offline=True))
 
 
 @pytest.mark.parametrize(
@@ -122,4 +130,4 @@ def test_a_config_that_is_not_json_is_one_sentence(kind, tmp_path):
 )
 def test_fresh_weights_of_nothing_are_one_sentence(change, said):
     with pytest.raises(UserError, match=said):
-        resolve(fresh(1).model_copy(update=change), offline=True)
+        resolve_model(fresh(1).model_copy(update=change), offline=True)

@@ -1,11 +1,13 @@
+""""""
+
 import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.models import fingerprint as fingerprints
-from bench.models.fingerprint import digest, fingerprint
+from bench.models import hashing as fingerprints
+from bench.models.hashing import digest, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def test_a_broken_or_unwritable_cache_does_not_matter(tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"one")
     first = digest(file)
-    for remembered in fingerprints._cache().iterdir():
+    for remembered in fingerprints._digest_cache().iterdir():
         remembered.write_text("nonsense")
     assert digest(file) == first
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))

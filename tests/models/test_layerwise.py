@@ -1,8 +1,10 @@
+""""""
+
 import pytest
 import torch
 
-from bench.models.anatomy import dissect
-from bench.models.layerwise import LayerStream
+from bench.models.layer_stream import LayerStream
+from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 
 
@@ -11,7 +13,7 @@ from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 def test_layer_by_layer_equals_the_whole_forward(name, batch):
     network = llama() if name == "llama" else build(name)
     rows = tokens()
-    layers = dissect(network).layers
+    layers = inspect_model(network).layers
     stream = LayerStream(network, layers, rows, batch)
     seen = []
     layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
@@ -24,7 +26,7 @@ def test_layer_by_layer_equals_the_whole_forward(name, batch):
 
 def test_a_layer_runs_again_until_it_advances():
     network = build("mixtral")
-    layers = dissect(network).layers
+    layers = inspect_model(network).layers
     stream = LayerStream(network, layers, tokens(), batch=2)
     seen = []
     layers[0].register_forward_hook(lambda _, __, output: seen.append(output))

@@ -1,3 +1,5 @@
+""""""
+
 import json
 import shutil
 import struct
@@ -8,9 +10,10 @@ import torch
 
 from bench.errors import MissingData, UserError
 from bench.models import source as sources
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
-from bench.models.loading import load, resolve, skeleton
+from bench.models.loading import load_model, skeleton
+from bench.models.source import resolve_model
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
 from tests.models.tiny_networks import ARCHITECTURES, build, save, tokens
 
 
@@ -31,7 +34,7 @@ def folder(saved, tmp_path):
 
 def refusal(folder, match, kind=UserError, **more):
     with pytest.raises(kind, match=match) as raised:
-        load(resolve(config(folder, **more), offline=True))
+        load_model(resolve_model(config(folder, **more), offline=True))
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -40,14 +43,14 @@ def refusal(folder, match, kind=UserError, **more):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loads_what_was_saved(name, tmp_path):
     network = build(name)
-    model = load(resolve(config(save(network, tmp_path)), offline=True))
+    model = load_model(resolve_model(config(save(network, tmp_path)), offline=True))
     rows = tokens()
     torch.testing.assert_close(model.network(rows).logits, network(rows).logits)
     assert not model.network.training
     assert not any(p.requires_grad for p in model.network.parameters())
     assert model.tokenizer("w5 w6")["input_ids"] == [5, 6]
     assert model.device == torch.device("cpu")
-    assert model.anatomy.moe
+    assert model.structure.moe
 
 
 def test_deepseek_moe_stores_its_experts_one_by_one(tmp_path):
@@ -93,12 +96,12 @@ def test_deepseek_moe_reads_the_published_config(tmp_path):
         "max_position_embeddings": 4096,
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
-    hollow = sources.Source(config(tmp_path), tmp_path, "", None)
-    anatomy = dissect(skeleton(hollow))
+    hollow = sources.ModelSource(config(tmp_path), tmp_path, "", None)
+    structure = inspect_model(skeleton(hollow))
     # 27 layers of 92,928 micro-experts of 6,144 weights; 16.376 B weights (specification, 1.5).
-    assert [b.micro_experts for b in anatomy.moe] == [92_928] * 27
-    assert anatomy.moe_parameters == 27 * 92_928 * 6_144
-    assert anatomy.parameters == pytest.approx(16.376e9, rel=1e-4)
+    assert [b.micro_experts for b in structure.moe] == [92_928] * 27
+    assert structure.moe_parameters == 27 * 92_928 * 6_144
+    assert structure.parameters == pytest.approx(16.376e9, rel=1e-4)
 
     for key, value in {"norm_topk_prob": True, "scoring_func": "sigmoid"}.items():
         (tmp_path / "config.json").write_text(json.dumps(published | {key: value}))
@@ -107,13 +110,13 @@ def test_deepseek_moe_reads_the_published_config(tmp_path):
 
 
 def test_skeleton_has_shapes_and_no_weights(saved):
-    network = skeleton(resolve(config(saved), offline=True))
+    network = skeleton(resolve_model(config(saved), offline=True))
     assert all(p.is_meta for p in network.parameters())
-    assert len(dissect(network).moe) == 2
+    assert len(inspect_model(network).moe) == 2
 
 
 def test_dtype_is_as_asked(saved):
-    model = load(resolve(config(saved, dtype="bfloat16"), offline=True))
+    model = load_model(resolve_model(config(saved, dtype="bfloat16"), offline=True))
     assert model.network.lm_head.weight.dtype == torch.bfloat16
 
 
@@ -188,7 +191,7 @@ def test_links_of_the_hub_cache_are_followed(saved, tmp_path):
     for file in saved.iterdir():
         shutil.copy(file, blobs / file.name)
         (snapshot / file.name).symlink_to(blobs / file.name)
-    assert load(resolve(config(snapshot), offline=True)).anatomy.moe
+    assert load_model(resolve_model(config(snapshot), offline=True)).structure.moe
 
 
 def rewrite(folder, change):
@@ -228,9 +231,9 @@ def test_a_path_that_is_not_there_is_missing_data(tmp_path):
 
 
 def test_an_unknown_shipped_model_is_named(tmp_path):
-    asked = ModelConfig(name="x", source="zoo:no_such")
+    asked = ModelConfig(name="x", source="embedded:no_such")
     with pytest.raises(UserError, match="unknown shipped model 'no_such'"):
-        resolve(asked, offline=True)
+        resolve_model(asked, offline=True)
 
 
 def test_a_hub_model_that_is_not_cached_says_the_cure(monkeypatch, tmp_path):
@@ -239,12 +242,12 @@ def test_a_hub_model_that_is_not_cached_says_the_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     asked = ModelConfig(name="qwen15_moe_a27b", source="Qwen/Qwen1.5-MoE-A2.7B")
     with pytest.raises(MissingData, match=r"bench prefetch model=qwen15_moe_a27b.*model\.path="):
-        resolve(asked, offline=True)
+        resolve_model(asked, offline=True)
 
 
 def test_a_name_the_hub_cannot_have_is_refused():
     with pytest.raises(UserError, match="not a name on the hub"):
-        resolve(ModelConfig(name="x", source="a/b/c"), offline=True)
+        resolve_model(ModelConfig(name="x", source="a/b/c"), offline=True)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from transformers import (
     LlavaProcessor,
 )
 
-from bench.data import scenes
-from bench.data.scenes.kinds import KINDS
-from bench.data.scenes.scene import scene
-from bench.models.zoo.micro_llava import FOLDER, recipe, scoring
-from bench.models.zoo.micro_llava.alignment import GROUPS, Aligner
-from bench.models.zoo.micro_llava.batches import Packer, hidden_states
-from bench.models.zoo.micro_llava.network import VISUAL_TOKENS
+from bench.data.synthetic.scenes import question_sets, tasks, training_conversations
+from bench.data.synthetic.scenes.question_kinds import KINDS
+from bench.data.synthetic.scenes.scene import generate_scene
+from bench.models.embedded.micro_llava import FOLDER, recipe, scoring
+from bench.models.embedded.micro_llava.alignment import WORD_GROUPS, Aligner
+from bench.models.embedded.micro_llava.batches import ConversationPacker, hidden_states
+from bench.models.embedded.micro_llava.network import VISUAL_TOKENS
 
 LOG: dict[str, Any] = json.loads((FOLDER / "training.json").read_text())
 RESULTS = LOG["results"]
@@ -38,8 +38,8 @@ def processor() -> LlavaProcessor:
     return loaded
 
 
-def spread(task: str, count: int) -> list[scenes.Document]:
-    documents = scenes.documents(task)
+def spread(task: str, count: int) -> list[tasks.SceneDocument]:
+    documents = question_sets.documents(task)
     return documents[:: len(documents) // count][:count]
 
 
@@ -55,7 +55,7 @@ def test_is_a_small_llava_with_heads_and_layers_to_cut(
 
 
 def test_an_image_is_64_visual_tokens(processor: LlavaProcessor) -> None:
-    image, turns = scenes.conversations("test", 1)[0]
+    image, turns = training_conversations.draw_conversations("test", 1)[0]
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turns[0][0]}]}],
         add_generation_prompt=True,
@@ -86,8 +86,8 @@ def test_turns_of_a_batch_are_prompts_of_an_evaluation(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
     """The oracle: each turn alone, through the processor and the whole model."""
-    conversation = scenes.conversations("test", 1, seed=3)[0]
-    batch = Packer(processor).pack([conversation])
+    conversation = training_conversations.draw_conversations("test", 1, seed=3)[0]
+    batch = ConversationPacker(processor).pack([conversation])
     groups = zip(hidden_states(model, batch), batch.turns, strict=True)
     packed = {
         tuple(row.tolist()): hidden_TD
@@ -110,16 +110,18 @@ def test_turns_of_a_batch_are_prompts_of_an_evaluation(
 
 
 def test_log_is_of_these_scenes() -> None:
-    assert LOG["scenes"] == {task: scenes.fingerprint(task) for task in scenes.TASKS}
-    assert RESULTS["chance"] == {task: round(scenes.chance(task), 4) for task in scenes.TASKS}
+    assert LOG["scenes"] == {task: question_sets.fingerprint(task) for task in question_sets.TASKS}
+    assert RESULTS["chance"] == {
+        task: round(question_sets.chance_accuracy(task), 4) for task in question_sets.TASKS
+    }
 
 
-@pytest.mark.parametrize("task", scenes.TASKS)
+@pytest.mark.parametrize("task", question_sets.TASKS)
 def test_every_task_is_learned_and_well_above_chance(task: str) -> None:
     assert RESULTS["accuracy"][task] >= max(0.8, RESULTS["chance"][task] + 0.3)
 
 
-@pytest.mark.parametrize("task", scenes.TASKS)
+@pytest.mark.parametrize("task", question_sets.TASKS)
 def test_no_task_can_be_answered_without_the_image(task: str) -> None:
     assert RESULTS["blank_image"][task] <= RESULTS["chance"][task] + 0.06
 
@@ -128,37 +130,39 @@ def test_answers_a_handful_of_test_questions(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
     documents = spread("vqav2", 48)
-    seen = scoring.accuracy(model, processor, "vqav2", documents)
+    seen = scoring.task_accuracy(model, processor, "vqav2", documents)
     assert seen >= RESULTS["accuracy"]["vqav2"] - 0.15
-    assert scoring.accuracy(model, processor, "vqav2", documents, blank=True) < seen - 0.2
+    assert scoring.task_accuracy(model, processor, "vqav2", documents, blank=True) < seen - 0.2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", scenes.TASKS)
+@pytest.mark.parametrize("task", question_sets.TASKS)
 def test_accuracy_is_what_the_log_says(
     task: str, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
-    measured = scoring.accuracy(model, processor, task, scenes.documents(task))
+    measured = scoring.task_accuracy(model, processor, task, question_sets.documents(task))
     assert measured == pytest.approx(RESULTS["accuracy"][task], abs=0.015)
 
 
 def test_patches_are_labelled_with_what_their_cell_holds(processor: LlavaProcessor) -> None:
-    labels = Aligner(processor).patches("test", 0, 8).words_BVG.view(8, 8, 8, len(GROUPS))
+    labels = Aligner(processor).patches("test", 0, 8).words_BVG.view(8, 8, 8, len(WORD_GROUPS))
     for number, label in enumerate(labels):
-        for i, thing in enumerate(scene("test", number).cells):
+        for i, thing in enumerate(generate_scene("test", number).cells):
             row, column = divmod(i, 3)
             square = label[1 + 2 * row : 3 + 2 * row, 1 + 2 * column : 3 + 2 * column].flatten(0, 1)
             assert (square == square[0]).all()
-            words = [group[w] for group, w in zip(GROUPS[:4], square[0], strict=False) if w >= 0]
+            words = [
+                group[w] for group, w in zip(WORD_GROUPS[:4], square[0], strict=False) if w >= 0
+            ]
             assert sorted(words) == sorted(thing.name.split() if thing else ["empty"])
-        assert (label[[0, 7], :, 0] == GROUPS[0].index("empty")).all()
+        assert (label[[0, 7], :, 0] == WORD_GROUPS[0].index("empty")).all()
 
 
 @pytest.mark.parametrize("stage", ["finding", "choosing", "comparing", "reading", "settling"])
 def test_later_stages_ask_more_of_what_is_hard(stage: str) -> None:
     lesson = recipe.STAGES[stage].lesson
     assert set(lesson.hard) <= set(KINDS)
-    said = scenes.conversation("train", 9, 0, lesson).turns
+    said = training_conversations.draw_conversation("train", 9, 0, lesson).turns
     matching = [(text, answer) for text, answer in said if text.find("Which one is ") >= 0]
     assert len(matching) == lesson.matching
     for text, letter in matching:
@@ -168,7 +172,7 @@ def test_later_stages_ask_more_of_what_is_hard(stage: str) -> None:
 
 
 def test_learning_rate_rises_and_falls_to_nothing() -> None:
-    settings = recipe.Settings()
+    settings = recipe.MicroLlavaRecipe()
     rates = [recipe.learning_rate(i / 100, settings) for i in range(101)]
     assert max(rates) == settings.learning_rate == rates[5]
     assert rates[0] == 0
@@ -177,23 +181,23 @@ def test_learning_rate_rises_and_falls_to_nothing() -> None:
 
 @pytest.mark.slow
 def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    scored = scoring.accuracy
+    scored = scoring.task_accuracy
     monkeypatch.setattr(
         scoring,
-        "accuracy",
+        "task_accuracy",
         lambda model, processor, task, asked, **how: scored(
             model, processor, task, asked[:4], **how
         ),
     )
-    settings = recipe.Settings(
+    settings = recipe.MicroLlavaRecipe(
         steps=2,
         images=2,
-        lesson=scenes.Lesson(turns=2),
+        lesson=training_conversations.ConversationSpec(turns=2),
         alignment_steps=2,
         alignment_images=2,
         log_every=1,
     )
-    recipe.run(tmp_path, settings)
+    recipe.run_stage(tmp_path, settings)
     names = {"config.json", "model.safetensors", "tokenizer.json", "training.json"}
     names |= {"processor_config.json", "chat_template.jinja"}
     assert names <= {file.name for file in tmp_path.iterdir()}

@@ -17,8 +17,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from bench.data import english, world
-from bench.models.zoo.micro_moe import FOLDER, recipe, scoring
+from bench.data import english
+from bench.data.synthetic.world import question_sets, questions
+from bench.models.embedded.micro_moe import FOLDER, recipe
 
 CHANCE = {
     "boolq": 1 / 2,
@@ -64,15 +65,15 @@ def test_small_numbers_are_one_token(tokenizer: PreTrainedTokenizerFast) -> None
 
 
 def test_context_and_answer_meet_between_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    for task in world.TASKS:
-        for document in world.documents(task, "test")[:50]:
-            for context, continuation in world.render(task, document).choices:
+    for task in question_sets.TASKS:
+        for document in question_sets.documents(task, "test")[:50]:
+            for context, continuation in questions.render_question(task, document).choices:
                 parts = [tokenizer(text)["input_ids"] for text in (context, continuation)]
                 assert tokenizer(context + continuation)["input_ids"] == parts[0] + parts[1]
 
 
 def test_log_is_of_this_world_and_this_english() -> None:
-    assert LOG["world"] == {"seed": world.SEED, "fingerprint": world.fingerprint()}
+    assert LOG["world"] == {"seed": question_sets.SEED, "fingerprint": question_sets.fingerprint()}
     same_python = LOG["versions"]["python"].split(".")[:2] == [*platform.python_version_tuple()][:2]
     if same_python:
         assert LOG["english"]["fingerprint"] == english.fingerprint()
@@ -80,25 +81,25 @@ def test_log_is_of_this_world_and_this_english() -> None:
 
 def test_every_task_is_learned_and_none_is_saturated() -> None:
     accuracies = LOG["results"]["accuracy"]
-    gains = [accuracies[task] - CHANCE[task] for task in world.TASKS]
+    gains = [accuracies[task] - CHANCE[task] for task in question_sets.TASKS]
     assert min(gains) >= 0.08
     assert sum(gains) / len(gains) >= 0.20
     assert max(accuracies.values()) < 0.99
 
 
-@pytest.mark.parametrize("task", world.TASKS)
+@pytest.mark.parametrize("task", question_sets.TASKS)
 @pytest.mark.slow
 def test_accuracy_is_what_the_log_says(
     task: str, model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    measured = scoring.accuracy(model, tokenizer, task, world.documents(task, "test"))
+    measured = recipe.task_accuracy(model, tokenizer, task, question_sets.documents(task, "test"))
     assert measured == pytest.approx(LOG["results"]["accuracy"][task], abs=0.011)
 
 
 def test_perplexity_is_what_the_log_says_and_beats_word_counts(
     model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    measured = scoring.perplexity(model, tokenizer)
+    measured = recipe.english_perplexity(model, tokenizer)
     assert measured < unigram_perplexity(tokenizer) / 3
     if LOG["english"]["fingerprint"] == english.fingerprint():
         assert measured == pytest.approx(LOG["results"]["english_perplexity"], rel=0.01)
@@ -113,7 +114,7 @@ def unigram_perplexity(tokenizer: PreTrainedTokenizerFast) -> float:
 
 def test_no_expert_is_idle(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = tokenizer(english.train_text(), verbose=False)["input_ids"][:4096]
-    texts += tokenizer("\n".join(world.corpus()[::200]))["input_ids"][:4096]
+    texts += tokenizer("\n".join(question_sets.corpus()[::200]))["input_ids"][:4096]
     with torch.no_grad():
         output = model(input_ids=torch.tensor(texts).view(-1, 512), output_router_logits=True)
     experts, chosen = model.config.num_experts, model.config.num_experts_per_tok
@@ -125,11 +126,15 @@ def test_no_expert_is_idle(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedToke
 
 @pytest.mark.slow
 def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    scored = scoring.accuracy
+    scored = recipe.task_accuracy
     monkeypatch.setattr(
-        scoring, "accuracy", lambda model, words, task, asked: scored(model, words, task, asked[:5])
+        recipe,
+        "task_accuracy",
+        lambda model, words, task, asked: scored(model, words, task, asked[:5]),
     )
-    recipe.run(tmp_path, recipe.Settings(steps=2, world_rows=8, english_rows=1, log_every=1))
+    recipe.train_and_save(
+        tmp_path, recipe.MicroMoeRecipe(steps=2, world_rows=8, english_rows=1, log_every=1)
+    )
     names = {"config.json", "model.safetensors", "tokenizer.json", "training.json"}
     assert names <= {file.name for file in tmp_path.iterdir()}
     log = json.loads((tmp_path / "training.json").read_text())

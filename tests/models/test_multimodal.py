@@ -6,9 +6,11 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
-from bench.models.anatomy import dissect
-from bench.models.multimodal import Samples, decoder_layers, locate, open_decoder
+from bench.models.structure.model_structure import inspect_model
+from bench.models.vlm.decoder_view import decoder_layers, open_decoder
+from bench.models.vlm.visual_tokens import locate_visual_tokens
 from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, IMAGE, MOE, VIDEO, build, prompt
 from tests.models.tiny_networks import build as text_model
 
@@ -17,7 +19,7 @@ from tests.models.tiny_networks import build as text_model
 def test_every_image_token_has_its_cell(name):
     network = build(name)
     call = prompt(name, [2, (3, 4), 6], [7, (3, 2), 2, (2, 2), 3], [9])
-    found = locate(network, call)
+    found = locate_visual_tokens(network, call)
     assert torch.equal(found.mask, call["input_ids"] == IMAGE)
     for number in range(3):
         inside = found.frame_BS == number
@@ -33,7 +35,7 @@ def test_a_call_without_pixels_has_no_visual_tokens():
     network = build("llava_llama")
     call = prompt("llava_llama", [3, (5, 5), 2])
     del call["pixel_values"]
-    assert locate(network, call) is None
+    assert locate_visual_tokens(network, call) is None
 
 
 def test_embedded_prompts_are_located_by_their_placeholder():
@@ -41,7 +43,7 @@ def test_embedded_prompts_are_located_by_their_placeholder():
     call = prompt("llava_llama", [3, (5, 5), 2])
     ids = call.pop("input_ids")
     call["inputs_embeds"] = network.get_input_embeddings()(ids)
-    assert torch.equal(locate(network, call).mask, ids == IMAGE)
+    assert torch.equal(locate_visual_tokens(network, call).mask, ids == IMAGE)
 
 
 def test_token_types_locate_images_in_embedded_prompts():
@@ -49,14 +51,14 @@ def test_token_types_locate_images_in_embedded_prompts():
     call = prompt("qwen2_vl", [3, (3, 4), 2])
     ids = call.pop("input_ids")
     call["inputs_embeds"] = torch.randn(*ids.shape, 32)
-    assert torch.equal(locate(network, call).mask, ids == IMAGE)
+    assert torch.equal(locate_visual_tokens(network, call).mask, ids == IMAGE)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
 def test_grids_are_read_off_positions_where_generate_leaves_them_out(name):
     network = build(name)
     call = prompt(name, [3, (3, 4), 2, (2, 5), 1])
-    expected = locate(network, call)
+    expected = locate_visual_tokens(network, call)
     grids = call.pop("image_grid_thw")
     positions, _ = network.model.get_rope_index(
         call["input_ids"], mm_token_type_ids=call["mm_token_type_ids"], image_grid_thw=grids
@@ -65,7 +67,7 @@ def test_grids_are_read_off_positions_where_generate_leaves_them_out(name):
     call["position_ids"] = positions
     features = (torch.zeros(12, 32), torch.zeros(10, 32))
     call["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    found = locate(network, call)
+    found = locate_visual_tokens(network, call)
     assert all(torch.equal(getattr(found, p), getattr(expected, p)) for p in vars(found))
 
 
@@ -73,7 +75,7 @@ def test_videos_have_a_frame_for_each_time_step():
     network = build("qwen2_vl")
     ids = torch.tensor([[5, 6, *[VIDEO] * 12, 7]])
     grid = torch.tensor([[2, 4, 6]])
-    found = locate(
+    found = locate_visual_tokens(
         network, {"input_ids": ids, "pixel_values_videos": torch.zeros(1), "video_grid_thw": grid}
     )
     assert found.frame_BS[0, 2:14].tolist() == [0] * 6 + [1] * 6
@@ -92,7 +94,7 @@ def test_videos_have_a_frame_for_each_time_step():
 def test_what_does_not_fit_is_said_in_one_sentence(change, message):
     call = prompt("llava_llama", [3, (5, 5), 2]) | change
     with pytest.raises(UserError, match=message) as said:
-        locate(build("llava_llama"), call)
+        locate_visual_tokens(build("llava_llama"), call)
     assert "\n" not in str(said.value)
 
 
@@ -100,26 +102,26 @@ def test_an_image_across_two_prompts_is_refused():
     call = prompt("qwen2_vl", [3, (2, 2), 2], [3, (2, 2), 2])
     call["image_grid_thw"] = torch.tensor([[1, 2, 12], [1, 2, 4]])
     with pytest.raises(UserError, match="one prompt and one chunk"):
-        locate(build("qwen2_vl"), call)
+        locate_visual_tokens(build("qwen2_vl"), call)
 
 
 def test_a_class_token_has_no_place():
     network = build("llava_llama")
     network.config.vision_feature_select_strategy = "full"
     with pytest.raises(UserError, match="class token"):
-        locate(network, prompt("llava_llama", [3, (5, 5), 2]))
+        locate_visual_tokens(network, prompt("llava_llama", [3, (5, 5), 2]))
 
 
 def test_unknown_families_and_decoders_are_named():
     with pytest.raises(UserError, match="multimodal architecture 'mixtral'"):
-        locate(text_model("mixtral"), {"pixel_values": 0})
+        locate_visual_tokens(text_model("mixtral"), {"pixel_values": 0})
     with pytest.raises(UserError, match="deepseek_v3, which is not supported"):
-        decoder_layers(dissect(text_model("deepseek_v3")))
+        decoder_layers(inspect_model(text_model("deepseek_v3")))
 
 
 def test_sliding_windows_are_refused():
     with pytest.raises(UserError, match="sliding window of 16"):
-        decoder_layers(dissect(build("llava_mistral", sliding_window=16)))
+        decoder_layers(inspect_model(build("llava_mistral", sliding_window=16)))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -127,7 +129,7 @@ def test_layers_are_understood_without_weights(name):
     network = build(name)
     with torch.device("meta"):
         hollow = type(network)(network.config)
-    layers = decoder_layers(dissect(hollow))
+    layers = decoder_layers(inspect_model(hollow))
     assert [layer.moe is not None for layer in layers] == [
         name in MOE and not (name == "llava_qwen2_moe" and index == 0) for index in range(4)
     ]
@@ -135,12 +137,12 @@ def test_layers_are_understood_without_weights(name):
     assert view.q.weight.shape == (view.heads * view.head_dim, 32)
     assert view.k.weight.shape == view.v.weight.shape == (view.groups * view.head_dim, 32)
     with pytest.raises(UserError, match="memory of one device"):
-        open_decoder(hollow, dissect(hollow))
+        open_decoder(hollow, inspect_model(hollow))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_views_compute_what_the_modules_compute(name):
-    layer = open_decoder(network := build(name), dissect(network)).layers[0]
+    layer = open_decoder(network := build(name), inspect_model(network)).layers[0]
     if layer.moe is None:
         x = torch.randn(3, 32)
         (unit,) = layer.units()
@@ -155,12 +157,12 @@ def test_a_decoder_without_attention_is_refused():
     network = nn.Module()
     network.layers, network.config = layers, transformers.PreTrainedConfig()
     with pytest.raises(UserError, match="kind without self_attn"):
-        decoder_layers(dissect(network))
+        decoder_layers(inspect_model(network))
 
 
 def test_samples_are_hashed_by_content():
     call = prompt("llava_llama", [3, (5, 5), 2])
-    same = Samples.of([dict(reversed(call.items()))])
-    assert Samples.of([call]).fingerprint == same.fingerprint
+    same = ProcessedPrompts.of([dict(reversed(call.items()))])
+    assert ProcessedPrompts.of([call]).fingerprint == same.fingerprint
     call["pixel_values"] = call["pixel_values"] + 1
-    assert Samples.of([call]).fingerprint != same.fingerprint
+    assert ProcessedPrompts.of([call]).fingerprint != same.fingerprint

@@ -1,8 +1,10 @@
+""""""
+
 import pytest
 import torch
 
-from bench.models.anatomy import dissect
-from bench.models.observation import observing
+from bench.models.expert_hooks import observe_experts
+from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
 
@@ -42,7 +44,7 @@ def test_output_is_coefficients_times_columns(name, layout):
     # Rows that begin alike have equal inputs at their first place, which could not be told apart.
     rows[:, 0] = 10 + torch.arange(len(rows))
     plain = network(rows).logits
-    blocks = dissect(network).moe
+    blocks = inspect_model(network).moe
     recorders = {block: Recorder(block) for block in blocks}
     inputs = {}
     hooks = [
@@ -51,7 +53,7 @@ def test_output_is_coefficients_times_columns(name, layout):
         )
         for block in blocks
     ]
-    with observing(recorders, chunk=7):
+    with observe_experts(recorders, chunk=7):
         torch.testing.assert_close(network(rows).logits, plain, rtol=1e-5, atol=1e-5)
     for hook in hooks:
         hook.remove()
@@ -70,8 +72,8 @@ def test_blocks_that_are_not_watched_compute_as_before():
     network = build("olmoe")
     rows = tokens()
     plain = network(rows).logits
-    block = dissect(network).moe[1]
-    with observing({block: Recorder(block)}):
+    block = inspect_model(network).moe[1]
+    with observe_experts({block: Recorder(block)}):
         torch.testing.assert_close(network(rows).logits, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -79,11 +81,11 @@ def test_is_undone_after_an_error():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     network = build("qwen2_moe")
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     before = network.config._experts_implementation
     known = set(ALL_EXPERTS_FUNCTIONS)
 
-    with pytest.raises(RuntimeError), observing({block: Recorder(block)}):
+    with pytest.raises(RuntimeError), observe_experts({block: Recorder(block)}):
         raise RuntimeError
     assert network.config._experts_implementation == before
     assert set(ALL_EXPERTS_FUNCTIONS) == known

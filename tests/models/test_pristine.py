@@ -1,10 +1,12 @@
+""""""
+
 import pytest
 import torch
 
-from bench.models import pristine as pristines
-from bench.models.config import ModelConfig
-from bench.models.loading import resolve
-from bench.models.pristine import Pristine
+from bench.models import base_model_cache
+from bench.models.base_model_cache import BaseModelCache
+from bench.models.source import resolve_model
+from bench.schema import ModelConfig
 from tests.models.tiny_networks import build, save
 
 
@@ -15,26 +17,28 @@ def source(tmp_path):
 
 def found(folder):
     asked = ModelConfig(name="tiny", source="local", path=str(folder), device="cpu")
-    return resolve(asked, offline=True)
+    return resolve_model(asked, offline=True)
 
 
 @pytest.fixture
 def loads(monkeypatch):
     done = []
-    real = pristines.load
-    monkeypatch.setattr(pristines, "load", lambda source: done.append(source) or real(source))
+    real = base_model_cache.load_model
+    monkeypatch.setattr(
+        base_model_cache, "load_model", lambda source: done.append(source) or real(source)
+    )
     return done
 
 
 def test_is_loaded_once_and_lent_unchanged(source, loads):
-    keeper = Pristine()
-    dense = keeper.borrow(source, will_change=False)
+    keeper = BaseModelCache()
+    dense = keeper.acquire(source, will_change=False)
     before = {k: v.clone() for k, v in dense.network.state_dict().items()}
-    lent = keeper.borrow(source, will_change=True)
+    lent = keeper.acquire(source, will_change=True)
     for weight in lent.network.parameters():
         weight.zero_()
-    assert lent.anatomy.moe[0].block is not dense.anatomy.moe[0].block
-    again = keeper.borrow(source, will_change=False)
+    assert lent.structure.moe[0].block is not dense.structure.moe[0].block
+    again = keeper.acquire(source, will_change=False)
     assert again is dense
     assert all(torch.equal(v, before[k]) for k, v in again.network.state_dict().items())
     assert len(loads) == 1
@@ -43,9 +47,11 @@ def test_is_loaded_once_and_lent_unchanged(source, loads):
 def test_what_is_kept_is_a_copy_like_those_that_are_lent(source, monkeypatch):
     """A loaded network lies scattered in memory and would lose against any copy of it."""
     first = []
-    real = pristines.load
-    monkeypatch.setattr(pristines, "load", lambda source: first.append(real(source)) or first[0])
-    kept = Pristine().borrow(source, will_change=False)
+    real = base_model_cache.load_model
+    monkeypatch.setattr(
+        base_model_cache, "load_model", lambda source: first.append(real(source)) or first[0]
+    )
+    kept = BaseModelCache().acquire(source, will_change=False)
     assert kept is not first[0]
     loaded = dict(first[0].network.named_parameters())
     for name, weight in kept.network.named_parameters():
@@ -54,20 +60,20 @@ def test_what_is_kept_is_a_copy_like_those_that_are_lent(source, monkeypatch):
 
 
 def test_is_given_away_when_a_copy_does_not_fit(source, loads, monkeypatch):
-    monkeypatch.setattr(pristines.devices, "free_bytes", lambda device: 0)
-    keeper = Pristine()
-    dense = keeper.borrow(source, will_change=False)
-    assert keeper.borrow(source, will_change=True) is dense
-    assert keeper.borrow(source, will_change=False) is not dense
+    monkeypatch.setattr(base_model_cache.devices, "free_bytes", lambda device: 0)
+    keeper = BaseModelCache()
+    dense = keeper.acquire(source, will_change=False)
+    assert keeper.acquire(source, will_change=True) is dense
+    assert keeper.acquire(source, will_change=False) is not dense
     assert len(loads) == 2
 
 
 def test_another_source_takes_its_place(source, loads, tmp_path):
-    keeper = Pristine()
-    keeper.borrow(source, will_change=False)
+    keeper = BaseModelCache()
+    keeper.acquire(source, will_change=False)
     other = found(save(build("mixtral", seed=1), tmp_path / "two"))
-    assert keeper.borrow(other, will_change=False).fingerprint == other.fingerprint
+    assert keeper.acquire(other, will_change=False).fingerprint == other.fingerprint
     assert loads == [source, other]
     keeper.release()
-    keeper.borrow(other, will_change=False)
+    keeper.acquire(other, will_change=False)
     assert len(loads) == 3

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.measurement.flops import count_text
-from bench.measurement.size import size
-from bench.models.anatomy import dissect
-from bench.models.anatomy.ragged import RaggedExperts, bucketed
-from bench.models.observation import observing
-from methods.micro_experts import per_expert, remove, zero
+from bench.measurement.flops.cost_rows import count_text_flops
+from bench.measurement.model_size import count_size
+from bench.models.expert_hooks import observe_experts
+from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.ragged_experts import RaggedExperts, make_buckets
+from methods.moe.micro_experts import channels_per_expert, delete_micro_experts, zero_micro_experts
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
 LAYOUTS = ["fused", "list"]
@@ -35,10 +35,10 @@ def some(block, share=0.5, empty=2, seed=0):
 def shrunk(name, layout="fused", align=ALIGN):
     """A network with micro-experts removed from every block, and one with the same ones zeroed."""
     small, dark = network_of(name, layout), network_of(name, layout)
-    for block, same in zip(dissect(small).moe, dissect(dark).moe, strict=True):
+    for block, same in zip(inspect_model(small).moe, inspect_model(dark).moe, strict=True):
         indices = some(block, seed=block.layer)
-        remove(block, indices, align)
-        zero(same, indices)
+        delete_micro_experts(block, indices, align)
+        zero_micro_experts(same, indices)
     return small, dark
 
 
@@ -52,10 +52,13 @@ def test_removed_computes_what_zeroed_does(name, layout):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_anatomy_sees_what_is_left(name):
-    before = dissect(network_of(name)).moe
+    before = inspect_model(network_of(name)).moe
     small, _ = shrunk(name)
-    for old, new in zip(before, dissect(small).moe, strict=True):
-        lost = {expert: len(gone) for expert, gone in per_expert(old, some(old, seed=old.layer))}
+    for old, new in zip(before, inspect_model(small).moe, strict=True):
+        lost = {
+            expert: len(gone)
+            for expert, gone in channels_per_expert(old, some(old, seed=old.layer))
+        }
         assert new.layout == "ragged"
         assert new.widths == tuple(w - lost.get(e, 0) for e, w in enumerate(old.widths))
         assert new.widths[2] == 0
@@ -71,7 +74,7 @@ def _name_of(owner, child):
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=20), st.sampled_from([1, 8, 16, 64]))
 def test_buckets_hold_every_expert_once_at_the_next_aligned_width(widths, align):
-    buckets = bucketed(widths, align)
+    buckets = make_buckets(widths, align)
     assert sorted(e for bucket in buckets for e in bucket.experts) == list(range(len(widths)))
     for bucket in buckets:
         assert bucket.width % align == 0
@@ -176,9 +179,9 @@ def test_observers_see_the_same_without_the_removed(name):
 
     seen = []
     for network in shrunk(name):
-        block, found = dissect(network).moe[-1], Seen()
+        block, found = inspect_model(network).moe[-1], Seen()
         forward = dict(block.experts.__dict__)
-        with observing({block: found}, chunk=5):
+        with observe_experts({block: found}, chunk=5):
             network(tokens())
         assert block.experts.__dict__.keys() == forward.keys()
         seen.append(found)
@@ -193,7 +196,7 @@ def test_observers_see_the_same_without_the_removed(name):
 def test_size_and_flops_drop_as_the_arithmetic_says(align):
     dense = network_of("qwen2_moe")
     small, _ = shrunk("qwen2_moe", align=align)
-    before, after = dissect(dense), dissect(small)
+    before, after = inspect_model(dense), inspect_model(small)
     batch, length = 3, 8  # 48 slots: every one of 6 experts is dealt as many
     stored = [
         sum(bucket.width * len(bucket.experts) for bucket in block.experts.buckets)
@@ -205,32 +208,34 @@ def test_size_and_flops_drop_as_the_arithmetic_says(align):
         per_slot = sum(old.widths) / 6 - routed / 6
         flops += 2 * 3 * 16 * batch * length * (2 * per_slot + old.d_shared - new.d_shared)
 
-    def counted(network, anatomy):
-        return size(network, anatomy).parameters, count_text(network, batch, length)[0].total
+    def counted(network, structure):
+        return count_size(network, structure).parameters, count_text_flops(network, batch, length)[
+            0
+        ].total
 
     dense_size, dense_flops = counted(dense, before)
     small_size, small_flops = counted(small, after)
     assert dense_size - small_size == weights
     assert dense_flops - small_flops == pytest.approx(flops)
-    assert size(small, after).bytes < size(dense, before).bytes
+    assert count_size(small, after).bytes < count_size(dense, before).bytes
 
 
 def test_removing_twice_is_removing_once():
     at_once, in_turn = network_of("qwen2_moe"), network_of("qwen2_moe")
-    for block in dissect(at_once).moe:
-        remove(block, torch.arange(0, 60), ALIGN)
+    for block in inspect_model(at_once).moe:
+        delete_micro_experts(block, torch.arange(0, 60), ALIGN)
     for start, stop in ((0, 40), (0, 20)):
-        for block in dissect(in_turn).moe:
-            remove(block, torch.arange(start, stop), ALIGN)
+        for block in inspect_model(in_turn).moe:
+            delete_micro_experts(block, torch.arange(start, stop), ALIGN)
     rows = tokens()
     assert torch.equal(at_once(rows).logits, in_turn(rows).logits)
-    assert dissect(at_once).moe[0].widths == (0, 0, 0, 8, 12, 12)
+    assert inspect_model(at_once).moe[0].widths == (0, 0, 0, 8, 12, 12)
 
 
 def test_what_was_removed_is_not_kept_by_old_descriptions():
     network = network_of("deepseek")
-    block = dissect(network).moe[0]
-    remove(block, torch.arange(0, 40), ALIGN)
+    block = inspect_model(network).moe[0]
+    delete_micro_experts(block, torch.arange(0, 40), ALIGN)
     for old in (block.experts, block.shared):
         assert all(weight.is_meta for weight in old.parameters())
     assert not any(weight.is_meta for weight in network.parameters())
@@ -239,7 +244,7 @@ def test_what_was_removed_is_not_kept_by_old_descriptions():
 def test_a_whole_block_may_go():
     network = network_of("mixtral")
     rows = tokens()
-    for block in dissect(network).moe[:1]:
-        remove(block, torch.arange(block.micro_experts), ALIGN)
-    assert dissect(network).moe[0].widths == (0,) * 6
+    for block in inspect_model(network).moe[:1]:
+        delete_micro_experts(block, torch.arange(block.micro_experts), ALIGN)
+    assert inspect_model(network).moe[0].widths == (0,) * 6
     assert network(rows).logits.isfinite().all()

@@ -5,14 +5,14 @@ import torch
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.measurement.config import CostsConfig
-from bench.measurement.costs import count
+from bench.measurement.costs import count_costs
 from bench.method import Context
-from bench.models.config import ModelConfig
-from bench.models.layerwise import LayerStream
-from bench.models.loading import load, resolve
-from bench.models.residence import is_offloaded, resident
-from methods.baselines.random_experts import RandomMicroExperts
+from bench.models.layer_stream import LayerStream
+from bench.models.loading import load_model
+from bench.models.offload import is_offloaded, onloaded
+from bench.models.source import resolve_model
+from bench.schema import CostsConfig, ModelConfig
+from methods.baselines.micro_expert_controls import RandomMicroExperts
 from methods.camera.pruning import CameraP
 from tests.models.tiny_networks import ARCHITECTURES, build, save, tokens
 
@@ -24,7 +24,7 @@ def folder(request, tmp_path):
 
 def loaded(folder, device_map=None):
     config = ModelConfig(name="tiny", source="local", path=str(folder), device_map=device_map)
-    return load(resolve(config, offline=True))
+    return load_model(resolve_model(config, offline=True))
 
 
 def pruned(model, **knobs):
@@ -34,8 +34,8 @@ def pruned(model, **knobs):
 
 def test_nothing_of_the_layers_is_in_memory(folder):
     model = loaded(folder, "offload_disk")
-    assert all(is_offloaded(layer) for layer in model.anatomy.layers)
-    for layer in model.anatomy.layers:
+    assert all(is_offloaded(layer) for layer in model.structure.layers)
+    for layer in model.structure.layers:
         assert all(weight.is_meta for weight in layer.parameters())
     assert model.device.type == "cpu"
 
@@ -58,14 +58,16 @@ def test_pruned_on_disk_is_pruned_in_memory(folder, knobs):
     assert reports[0] == reports[1]
     rows = tokens(seed=3)
     assert torch.equal(on_disk.network(rows).logits, in_memory.network(rows).logits)
-    assert all(weight.is_meta for layer in on_disk.anatomy.layers for weight in layer.parameters())
-    shapes = [block.widths for block in in_memory.anatomy.moe]
-    assert [block.widths for block in on_disk.anatomy.moe] == shapes
+    assert all(
+        weight.is_meta for layer in on_disk.structure.layers for weight in layer.parameters()
+    )
+    shapes = [block.widths for block in in_memory.structure.moe]
+    assert [block.widths for block in on_disk.structure.moe] == shapes
 
 
 def test_only_one_layer_is_in_memory_at_a_time(folder):
     model = loaded(folder, "offload_disk")
-    layers = model.anatomy.layers
+    layers = model.structure.layers
     with LayerStream(model.network, layers, tokens(), batch=2) as stream:
         for index in range(len(layers)):
             stream.run(index, advance=True)
@@ -75,40 +77,40 @@ def test_only_one_layer_is_in_memory_at_a_time(folder):
 
 
 def test_only_what_changed_is_written_back(folder, monkeypatch):
-    from bench.models import residence
+    from bench.models import offload
 
     model = loaded(folder, "offload_disk")
     written = []
-    write = residence._write
+    write = offload._write_weight
     monkeypatch.setattr(
-        residence, "_write", lambda place, key, w: written.append(key) or write(place, key, w)
+        offload, "_write_weight", lambda place, key, w: written.append(key) or write(place, key, w)
     )
-    layer = model.anatomy.layers[1]
-    with resident(layer):
+    layer = model.structure.layers[1]
+    with onloaded(layer):
         layer.input_layernorm.weight.mul_(2)
     assert written == ["model.layers.1.input_layernorm.weight"]
-    with resident(layer):
+    with onloaded(layer):
         assert float(layer.input_layernorm.weight.abs().sum()) > 0
     assert len(written) == 1
 
 
 def test_changes_are_kept_when_something_fails(folder):
     model = loaded(folder, "offload_disk")
-    layer = model.anatomy.layers[0]
-    with pytest.raises(ZeroDivisionError), resident(layer):
+    layer = model.structure.layers[0]
+    with pytest.raises(ZeroDivisionError), onloaded(layer):
         layer.input_layernorm.weight.zero_()
         raise ZeroDivisionError
-    with resident(layer):
+    with onloaded(layer):
         assert not layer.input_layernorm.weight.any()
 
 
 def test_costs_are_counted_without_loading_it_all(folder):
     costs = CostsConfig(name="tiny", batch=1, length=8)
     on_disk, in_memory = loaded(folder, "offload_disk"), loaded(folder)
-    assert count(on_disk, costs) == count(in_memory, costs)
+    assert count_costs(on_disk, costs) == count_costs(in_memory, costs)
     for model in (on_disk, in_memory):
         pruned(model)
-    assert count(on_disk, costs) == count(in_memory, costs)
+    assert count_costs(on_disk, costs) == count_costs(in_memory, costs)
 
 
 def test_methods_that_do_not_stream_still_refuse(folder):
@@ -120,9 +122,9 @@ def test_methods_that_do_not_stream_still_refuse(folder):
 def test_the_folder_on_disk_goes_with_the_network(folder, monkeypatch, tmp_path):
     import gc
 
-    from bench.models import placement
+    from bench.models import offload
 
-    monkeypatch.setattr(placement, "offload_folder", lambda: str(tmp_path / "weights"))
+    monkeypatch.setattr(offload, "offload_folder", lambda: str(tmp_path / "weights"))
     model = loaded(folder, "offload_disk")
     assert (tmp_path / "weights").is_dir()
     del model

@@ -7,13 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.errors import UserError
-from bench.models import structure
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
-from bench.models.loading import load, open_folder, resolve, skeleton
+from bench.models import replaced_modules
+from bench.models.loading import load_model, open_folder, skeleton
 from bench.models.model import Model
-from bench.models.saving import save
-from methods.micro_experts import remove, zero
+from bench.models.saving import save_model
+from bench.models.source import resolve_model
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.moe.micro_experts import delete_micro_experts, zero_micro_experts
 from tests.models.test_ragged import ALIGN, shrunk, some
 from tests.models.tiny_networks import ARCHITECTURES, build, tokenizer, tokens
 
@@ -27,7 +28,7 @@ def model_of(network):
 
 def written(network, folder, pad=False):
     folder.mkdir()
-    return save(model_of(network), folder, pad=pad)
+    return save_model(model_of(network), folder, pad=pad)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -38,8 +39,8 @@ def test_ragged_comes_back_through_slimbench(name, tmp_path):
     rows = tokens()
     torch.testing.assert_close(again.network(rows).logits, small(rows).logits, **CLOSE)
     assert type(again.network).__name__ == type(small).__name__
-    wanted = [block.widths for block in dissect(small).moe]
-    assert [block.widths for block in again.anatomy.moe] == wanted
+    wanted = [block.widths for block in inspect_model(small).moe]
+    assert [block.widths for block in again.structure.moe] == wanted
     assert again.copy().network(rows).logits.equal(again.network(rows).logits)
     assert not [file for file in (tmp_path / "out").iterdir() if file.suffix in (".bin", ".pt")]
 
@@ -51,31 +52,31 @@ def test_padded_comes_back_through_transformers(name, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     rows = tokens()
     torch.testing.assert_close(again(rows).logits, dark(rows).logits, **CLOSE)
-    assert not (tmp_path / "out" / structure.FILE).exists()
+    assert not (tmp_path / "out" / replaced_modules.DESCRIPTION_FILE).exists()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_width_needs_no_padding(name, tmp_path):
     network = build(name)
-    for block in dissect(network).moe:
+    for block in inspect_model(network).moe:
         shared = block.d_shared * 8 // 12 if block.d_shared else 0
         start = block.d_shared
         gone = list(range(shared, start))
         gone += [start + 12 * e + c for e in range(6) for c in range(8, 12)]
-        remove(block, torch.tensor(gone), ALIGN)
+        delete_micro_experts(block, torch.tensor(gone), ALIGN)
     rows = tokens()
     logits = network(rows).logits
     assert written(network, tmp_path / "out") == "stock"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(again(rows).logits, logits, **CLOSE)
-    assert set(dissect(again).moe[0].widths) == {8}
-    assert not (tmp_path / "out" / structure.FILE).exists()
+    assert set(inspect_model(again).moe[0].widths) == {8}
+    assert not (tmp_path / "out" / replaced_modules.DESCRIPTION_FILE).exists()
 
 
 def test_zeroed_is_an_ordinary_folder(tmp_path):
     network = build("phimoe")
-    for block in dissect(network).moe:
-        zero(block, some(block))
+    for block in inspect_model(network).moe:
+        zero_micro_experts(block, some(block))
     assert written(network, tmp_path / "out") == "stock"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)
@@ -85,7 +86,7 @@ def test_the_skeleton_of_a_ragged_folder_has_its_shapes(tmp_path):
     small, _ = shrunk("deepseek")
     written(small, tmp_path / "out")
     config = ModelConfig(name="tiny", source="local", path=str(tmp_path / "out"))
-    bones = skeleton(resolve(config, offline=True))
+    bones = skeleton(resolve_model(config, offline=True))
     assert all(weight.is_meta for weight in bones.parameters())
     shapes = {key: weight.shape for key, weight in small.state_dict().items()}
     assert {key: weight.shape for key, weight in bones.state_dict().items()} == shapes
@@ -104,11 +105,11 @@ def test_a_pruned_folder_can_be_pruned_again(tmp_path):
     small, _ = shrunk("mixtral")
     written(small, tmp_path / "first")
     again = open_folder(tmp_path / "first")
-    for block in again.anatomy.moe:
-        remove(block, torch.arange(0, block.micro_experts, 2), ALIGN)
-    again.__dict__.pop("anatomy")
+    for block in again.structure.moe:
+        delete_micro_experts(block, torch.arange(0, block.micro_experts, 2), ALIGN)
+    again.__dict__.pop("structure")
     (tmp_path / "second").mkdir()
-    save(again, tmp_path / "second", pad=False)
+    save_model(again, tmp_path / "second", pad=False)
     logits = again.network(tokens()).logits
     found = open_folder(tmp_path / "second").network(tokens()).logits
     torch.testing.assert_close(found, logits, **CLOSE)
@@ -133,7 +134,7 @@ def test_refuses_to_write_what_is_not_in_memory(tmp_path):
     written(build("mixtral"), tmp_path / "out")
     on_disk = open_folder(tmp_path / "out", device_map="offload_disk")
     with pytest.raises(UserError, match="from memory only"):
-        save(on_disk, tmp_path, pad=False)
+        save_model(on_disk, tmp_path, pad=False)
 
 
 @pytest.mark.parametrize(
@@ -150,12 +151,12 @@ def test_refuses_to_write_what_is_not_in_memory(tmp_path):
 def test_a_bad_description_is_one_sentence(damage, said, tmp_path):
     small, _ = shrunk("mixtral")
     written(small, tmp_path / "out")
-    file = tmp_path / "out" / structure.FILE
+    file = tmp_path / "out" / replaced_modules.DESCRIPTION_FILE
     file.write_text(damage(json.loads(file.read_text())))
     config = ModelConfig(name="tiny", source="local", path=str(tmp_path / "out"))
-    for read in (load, skeleton):
+    for read in (load_model, skeleton):
         with pytest.raises(UserError, match=said) as caught:
-            read(resolve(config, offline=True))
+            read(resolve_model(config, offline=True))
         assert "\n" not in str(caught.value)
 
 
@@ -167,7 +168,7 @@ def _with_class(description, path):
 def test_weights_that_do_not_fit_their_description_are_refused(tmp_path):
     small, _ = shrunk("mixtral")
     written(small, tmp_path / "out")
-    file = tmp_path / "out" / structure.FILE
+    file = tmp_path / "out" / replaced_modules.DESCRIPTION_FILE
     description = json.loads(file.read_text())
     entry = next(iter(description["modules"].values()))
     entry["widths"][0] = 0

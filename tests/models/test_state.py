@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bench.errors import UserError
-from bench.models import state
-from bench.models.state import refuse_not_finite, state_hash
+from bench.models import hashing
+from bench.models.hashing import refuse_not_finite, state_hash
 
 
 def network(dtype=torch.float32):
@@ -40,7 +40,7 @@ def test_exchanged_rows_names_and_dtypes_are_other_states():
 
 
 def test_a_tensor_in_many_chunks_counts_in_every_one(monkeypatch):
-    monkeypatch.setattr(state, "_CHUNK", 5)
+    monkeypatch.setattr(hashing, "_CHUNK", 5)
     made, other = nn.Linear(7, 9), nn.Linear(7, 9)
     other.load_state_dict(made.state_dict())
     assert state_hash(made) == state_hash(other)

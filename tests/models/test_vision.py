@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from bench.errors import MissingData, UserError
-from bench.models.vision import ARCHITECTURES, VisionConfig, build, load, save
+from bench.models.classifiers.architectures import ARCHITECTURES, build_classifier
+from bench.models.classifiers.classifier import VisionConfig
+from bench.models.classifiers.serialization import load_classifier_folder, save_classifier
 
 PUBLISHED = {
     # Weights of the common definitions: LeNet-5 on MNIST, the others with ten classes of 32x32
@@ -24,7 +26,7 @@ PUBLISHED = {
 def test_networks_have_the_size_of_their_definition(name):
     channels, size, count = PUBLISHED[name]
     with torch.device("meta"):
-        network = build(VisionConfig(architecture=name, channels=channels, size=size))
+        network = build_classifier(VisionConfig(architecture=name, channels=channels, size=size))
     assert sum(weight.numel() for weight in network.parameters()) == count
 
 
@@ -33,7 +35,7 @@ def test_resnet50_on_imagenet_is_torchvisions():
 
     with torch.device("meta"):
         theirs = resnet50()
-        ours = build(VisionConfig(architecture="resnet50", size=224, classes=1000))
+        ours = build_classifier(VisionConfig(architecture="resnet50", size=224, classes=1000))
     count = sum(weight.numel() for weight in theirs.parameters())
     assert sum(weight.numel() for weight in ours.parameters()) == count
     assert ours(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 1000)
@@ -42,7 +44,7 @@ def test_resnet50_on_imagenet_is_torchvisions():
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.startswith("micro")])
 def test_small_networks_learn_a_batch_and_come_back_from_a_folder(name, tmp_path):
     torch.manual_seed(0)
-    network = build(VisionConfig(architecture=name, channels=1, size=8)).train()
+    network = build_classifier(VisionConfig(architecture=name, channels=1, size=8)).train()
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     losses = []
@@ -53,21 +55,21 @@ def test_small_networks_learn_a_batch_and_come_back_from_a_folder(name, tmp_path
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    save(network, tmp_path)
-    again = load(tmp_path)
+    save_classifier(network, tmp_path)
+    again = load_classifier_folder(tmp_path)
     assert again.config == network.config and not again.training
     assert torch.equal(again(images), network.eval()(images))
 
 
 def test_an_unknown_architecture_is_one_sentence():
     with pytest.raises(UserError, match="did you mean 'resnet18'"):
-        build(VisionConfig(architecture="resnet8"))
+        build_classifier(VisionConfig(architecture="resnet8"))
 
 
 def test_a_folder_without_weights_is_one_sentence(tmp_path):
     VisionConfig(architecture="vgg16").write(tmp_path)
     with pytest.raises(MissingData, match=r"it has no model\.safetensors"):
-        load(tmp_path)
+        load_classifier_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +84,11 @@ def test_a_folder_without_weights_is_one_sentence(tmp_path):
     ],
 )
 def test_a_config_that_does_not_fit_is_one_sentence(change, tmp_path):
-    save(build(VisionConfig(architecture="micro_resnet", channels=1, size=8)), tmp_path)
+    save_classifier(
+        build_classifier(VisionConfig(architecture="micro_resnet", channels=1, size=8)), tmp_path
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError) as raised:
-        load(tmp_path)
+        load_classifier_folder(tmp_path)
     assert "\n" not in str(raised.value)

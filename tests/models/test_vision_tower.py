@@ -9,8 +9,8 @@ import transformers
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from bench.errors import UserError
-from bench.models.multimodal import frame_size, locate
-from bench.models.multimodal.tower import Tower, _by_token, watched
+from bench.models.vlm.vision_tower import Tower, _by_token, tower_parts
+from bench.models.vlm.visual_tokens import fixed_frame_size, locate_visual_tokens
 from tests.methods.visual_tokens.tiny_mllms import CLIP, IMAGE, TEXT, build, prompt
 
 BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3])
@@ -77,13 +77,13 @@ def test_patches_receive_attention_on_average(name):
 def test_the_layer_that_is_projected_is_read():
     network = build("llava_llama")
     layers = network.model.vision_tower.encoder.layers
-    assert watched(network)[1] is layers[-2].self_attn
+    assert tower_parts(network)[1] is layers[-2].self_attn
     network.config.vision_feature_layer = 2
-    assert watched(network)[1] is layers[1].self_attn
+    assert tower_parts(network)[1] is layers[1].self_attn
     network.config.vision_feature_layer = [-2, -1]
     with pytest.raises(UserError, match="attention is read at one layer only"):
-        watched(network)
-    assert watched(build("qwen2_5_vl"))[1] is not None
+        tower_parts(network)
+    assert tower_parts(build("qwen2_5_vl"))[1] is not None
 
 
 def test_unknown_towers_are_named():
@@ -101,7 +101,7 @@ def test_unknown_towers_are_named():
 @pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen2"])
 def test_frames_of_one_size(name):
     network, call = build(name), prompt(name, [2, (1, 1), 3])
-    tokens = locate(network, call)
-    size = frame_size(network.config)
+    tokens = locate_visual_tokens(network, call)
+    size = fixed_frame_size(network.config)
     assert size == (int(tokens.row_BS.max()) + 1, int(tokens.column_BS.max()) + 1)
-    assert frame_size(build("qwen2_vl").config) is None
+    assert fixed_frame_size(build("qwen2_vl").config) is None

@@ -10,8 +10,7 @@ from bench.models import deepseek_moe
 
 # Networks this small only wait for each other's threads.
 torch.set_num_threads(1)
-deepseek_moe.register()
-
+deepseek_moe.register_deepseek()
 VOCABULARY = 64
 SIZES = {
     "vocab_size": VOCABULARY,

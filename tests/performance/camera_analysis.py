@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from bench.models.anatomy import MoEBlock, dissect
-from bench.models.config import ModelConfig
-from bench.models.layerwise import LayerStream
+from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
-from bench.progress import SILENT
-from methods.camera.analysis import Walk, measure
+from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.moe_block import MoEBlock
+from bench.schema import ModelConfig
+from bench.ui import SILENT
+from methods.camera.analysis import WalkOptions, block_energies
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
 LENGTH, ROWS = 256, 32
 EXPERT_WIDTH = 288
-HOW = Walk(batch=16, chunk=4096, sequential=False)
+HOW = WalkOptions(batch=16, chunk=4096, sequential=False)
 
 
 def figures() -> list[Figure]:
@@ -42,7 +43,7 @@ def overhead(model: Model, rows_BL: Tensor) -> Figure:
     """Time one calibration forward with and without analysis."""
     took = times([lambda: analyse(model, rows_BL), lambda: forward(model, rows_BL)], rounds=5)
     value, median = ratio(*took)
-    size = f"{model.anatomy.parameters / 1e6:.0f}M parameters, {rows_BL.numel()} tokens"
+    size = f"{model.structure.parameters / 1e6:.0f}M parameters, {rows_BL.numel()} tokens"
     how = f"{size}; {min(took[0]):.2f} / {min(took[1]):.2f} s, minima of 5, by medians {median:.2f}"
     name = "forward with analysis / without"
     return Figure(name, value, "<= 1.15", value <= 1.15, how)
@@ -79,13 +80,13 @@ def small_model() -> Model:
 
 def analyse(model: Model, rows_BL: Tensor) -> list[Tensor]:
     """Send the rows through all layers and measure every energy on the way."""
-    measured = measure(model, rows_BL, HOW, SILENT)
+    measured = block_energies(model, rows_BL, HOW, SILENT)
     return [found.energies(0.95, normalised=False) for found in measured]
 
 
 def forward(model: Model, rows_BL: Tensor) -> None:
     """Send the rows through all layers, as calibration does without analysis."""
-    layers = model.anatomy.layers
+    layers = model.structure.layers
     with LayerStream(model.network, layers, rows_BL, HOW.batch) as stream:
         for index in range(len(layers)):
             stream.run(index, advance=True)
@@ -110,7 +111,9 @@ def published(model: Model, rows_BL: Tensor) -> list[Tensor]:
 @contextmanager
 def _inputs(model: Model) -> Iterator[dict[MoEBlock, list[tuple[Tensor, ...]]]]:
     """Keep what the experts of every block are called with, a call for each batch of rows."""
-    seen: dict[MoEBlock, list[tuple[Tensor, ...]]] = {b: [] for b in dissect(model.network).moe}
+    seen: dict[MoEBlock, list[tuple[Tensor, ...]]] = {
+        b: [] for b in inspect_model(model.network).moe
+    }
     handles = [
         block.experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args))
         for block, calls in seen.items()

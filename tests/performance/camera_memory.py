@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from bench.data.calibration import Calibration
 from bench.method import Context
+from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.loading import open_folder
 from bench.models.model import Model
-from bench.models.packed import packed_linears
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ
 from tests.models.tiny_networks import save
@@ -47,10 +47,10 @@ def analysis() -> Figure:
     method = CameraP(ratio=0.4, batch=BATCH, chunk=CHUNK)
     with tempfile.TemporaryDirectory() as name:
         model = open_folder(save(small_model().network, Path(name)), device_map="offload_disk")
-        layer = sum(weight.numel() * FLOAT for weight in model.anatomy.layers[0].parameters())
+        layer = sum(weight.numel() * FLOAT for weight in model.structure.layers[0].parameters())
         with Live() as live:
             method.apply(model, Context(0, Calibration(rows_BL, "")))
-    block = model.anatomy.moe[0]
+    block = model.structure.moe[0]
     waiting = rows_BL.numel() * block.d_model * FLOAT
     peak, allowed = live.peak - waiting, 2 * layer + chunk(block.d_model, EXPERT_WIDTH)
     how = f"peak {peak / 1e6:.0f} MB beside hidden states, a layer {layer / 1e6:.0f} MB"
@@ -69,7 +69,7 @@ def chunk(d_model: int, width: int) -> int:
 def packed() -> Figure:
     """Quantize a model's experts to 2.25 bits and count the bytes of what is stored."""
     model = small_model()
-    weights = model.anatomy.moe_parameters
+    weights = model.structure.moe_parameters
     rows_BL = torch.randint(64, (4, LENGTH), generator=torch.manual_seed(0))
     method = CameraQ(backend="rtn", attention_bits=16, shared_bits=16, dense_bits=16)
     method.apply(model, Context(0, Calibration(rows_BL, "")))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from bench.models.anatomy import MoEBlock, dissect
-from methods.camera.ranking import lowest
-from methods.micro_experts import remove
+from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.micro_experts import delete_micro_experts
+from methods.moe.ranking import lowest
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -96,7 +97,9 @@ def pruned(dense: nn.Module, share: float) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     liking_E1 = torch.randn(EXPERTS, 1, generator=generator).exp()
     score_EF = liking_E1 * torch.rand(EXPERTS, WIDTH, generator=generator)
-    remove(block, lowest(score_EF.flatten(), round(share * score_EF.numel())), align=8)
+    delete_micro_experts(
+        block, lowest(score_EF.flatten(), round(share * score_EF.numel())), align=8
+    )
     return small
 
 
@@ -108,7 +111,7 @@ def kept_work(block: MoEBlock, x_TD: Tensor) -> float:
 
 
 def _block(whole: nn.Module) -> MoEBlock:
-    return dissect(whole).moe[0]
+    return inspect_model(whole).moe[0]
 
 
 def _run(block: nn.Module, steps: Tensor) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.data.world import TASKS
+from bench.data.synthetic.world import TASKS
 from bench.evaluation import BenchmarkConfig, plan
-from bench.evaluation.text.building import PlannedTask
-from bench.evaluation.text.quiet import quiet
-from bench.evaluation.text.templates import compiled_once
+from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.text.lm_eval import cached_templates
+from bench.evaluation.text.planned_tasks import PlannedTask
 
 VARIABLE = "SLIMBENCH_REAL_TASKS"
 """A folder of parquet files, each named as the lm-eval task whose evaluated split it is."""
@@ -43,7 +43,7 @@ def requests(planned: PlannedTask, limit: int | None) -> list[Any]:
     """Return what the harness asks a model about the first documents, without asking."""
     (inner,) = planned.tasks.values()
     inner.set_fewshot_seed(1234)
-    with quiet(), compiled_once():
+    with quiet_lm_eval(), cached_templates():
         inner.build_all_requests(limit=limit, rank=0, world_size=1)
     return list(inner.instances)
 

@@ -8,14 +8,13 @@ trusted to a few per cent.
 
 from __future__ import annotations
 
-from bench.compose import run_config
-from bench.device import use_threads
-from bench.measurement.cost import Cost
-from bench.measurement.gains import rows
-from bench.measurement.subject import Subject
+from bench.config.composition import compose_run_config
+from bench.device.devices import set_threads
+from bench.measurement.quantities import Cost, MeasuredPair
+from bench.measurement.speedup import speedup_costs
 from bench.measurement.workload import Workload, workloads
-from bench.models import loading
-from bench.models.pristine import Pristine
+from bench.models import source as model_source
+from bench.models.base_model_cache import BaseModelCache
 from tests.performance.figure import Figure
 
 RUNS, GOOD = 10, 9
@@ -24,17 +23,17 @@ NEAR = 0.03
 
 def figures() -> list[Figure]:
     """Measure micro_moe against its own copy on one thread."""
-    use_threads(1)
-    config = run_config(["model=micro_moe", "costs=paper", "tracker=none"])
-    source = loading.resolve(config.model, offline=True)
-    pristine, timing = Pristine(), config.costs.timing
-    dense = pristine.borrow(source, will_change=False)
+    set_threads(1)
+    config = compose_run_config(["model=micro_moe", "costs=paper", "tracker=none"])
+    source = model_source.resolve_model(config.model, offline=True)
+    pristine, timing = BaseModelCache(), config.costs.timing
+    dense = pristine.acquire(source, will_change=False)
     (work,) = workloads(dense, timing)
     assert isinstance(work, Workload)
     found: dict[str, list[Cost]] = {}
     for _ in range(RUNS):
-        copy = pristine.borrow(source, will_change=True)
-        for row in rows(Subject(copy, pristine.beside(source)), work, timing, None):
+        copy = pristine.acquire(source, will_change=True)
+        for row in speedup_costs(MeasuredPair(copy, pristine.beside(source)), work, timing, None):
             if row.quantity == "speedup":
                 assert isinstance(row, Cost)
                 found.setdefault(row.scope, []).append(row)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-from bench.data import scenes
-from bench.models.zoo.micro_llava import FOLDER
+from bench.data.synthetic.scenes import question_sets
+from bench.models.embedded.micro_llava import FOLDER
 from tests.performance.figure import Figure
 
 ENOUGH, ABOVE = 0.8, 0.3
@@ -18,7 +18,7 @@ ENOUGH, ABOVE = 0.8, 0.3
 def figures() -> list[Figure]:
     """Accuracy of each task beside chance and beside a blank image."""
     results = json.loads((FOLDER / "training.json").read_text())["results"]
-    return [_figure(task, results) for task in scenes.TASKS]
+    return [_figure(task, results) for task in question_sets.TASKS]
 
 
 def _figure(task: str, results: dict[str, dict[str, float]]) -> Figure:

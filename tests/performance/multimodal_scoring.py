@@ -17,18 +17,16 @@ import datasets
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench.evaluation import BenchmarkConfig, Plan, evaluate, plan
-from bench.models import loading
-from bench.models.config import ModelConfig
+from bench.evaluation import BenchmarkConfig, PlannedBenchmark, evaluate, plan
+from bench.models import loading, source
 from bench.models.model import Model
+from bench.schema import ModelConfig
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
 IMAGES, QUESTIONS, ROUNDS, ANSWER = 2, 6, 5, 4
 SIDE, PATCH = 336, 14  # LLaVA-1.5's, which make 576 visual tokens
 GOAL = 4.0
-
-
 TASKS = ("pope", "gqa")
 
 
@@ -58,7 +56,7 @@ def _figure(model: Model, name: str, folder: Path) -> Figure:
     return Figure(f"{name}: speed-up", least, f">= {GOAL:g}", least >= GOAL, how)
 
 
-def exam(name: str, folder: Path, engine: str) -> Plan:
+def exam(name: str, folder: Path, engine: str) -> PlannedBenchmark:
     """Plan a task whose images come with six questions each, in the real data set's schema."""
     micro = BenchmarkConfig(name="e", harness="lmms_eval", suite="micro", tasks=(name,))
     (task,) = plan(micro, offline=True).scoring.tasks  # type: ignore[attr-defined]
@@ -87,9 +85,13 @@ def exam(name: str, folder: Path, engine: str) -> Plan:
 def llava() -> Model:
     """Return an untrained LLaVA of more than 50 million weights, with the embedded processor."""
     config = ModelConfig(
-        name="llava", source="zoo:micro_llava", kind="image_text", device="cpu", dtype="float32"
+        name="llava",
+        source="embedded:micro_llava",
+        kind="image_text",
+        device="cpu",
+        dtype="float32",
     )
-    model = loading.load(loading.resolve(config, offline=True))
+    model = loading.load_model(source.resolve_model(config, offline=True))
     small: Any = model.network.config
     torch.manual_seed(0)
     text = small.text_config.to_dict() | {
@@ -113,12 +115,12 @@ def llava() -> Model:
     return model
 
 
-def harness(adapter: Any, planned: Plan) -> None:
+def harness(adapter: Any, planned: PlannedBenchmark) -> None:
     """Let lmms-eval ask its own adapter."""
-    from bench.evaluation.multimodal import running
+    from bench.evaluation.multimodal import lmms_eval
 
     for each in planned.scoring.tasks:  # type: ignore[attr-defined]
-        running._run(adapter, each)
+        lmms_eval._run_harness(adapter, each)
 
 
 def reference(model: Model, folder: Path) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from bench.evaluation.text.adapter import Adapter
-from bench.evaluation.text.quiet import quiet
-from bench.evaluation.text.templates import compiled_once
-from bench.models import loading
-from bench.models.config import ModelConfig
+from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.evaluation.text.lm_eval import cached_templates
+from bench.models import loading, source
 from bench.models.model import Model
-from bench.progress import SILENT
+from bench.schema import ModelConfig
+from bench.ui import SILENT
 from tests.performance import exams
 from tests.performance.figure import Figure
 from tests.performance.text_scoring import reference
@@ -27,8 +27,10 @@ DOCUMENTS, ROUNDS, BATCH = 100, 3, 16
 def figures() -> list[Figure]:
     """Milliseconds a request outside the forward, ours over theirs, over the embedded tasks."""
     torch.set_num_threads(1)
-    config = ModelConfig(name="micro_moe", source="zoo:micro_moe", device="cpu", dtype="float32")
-    model = loading.load(loading.resolve(config, offline=True))
+    config = ModelConfig(
+        name="micro_moe", source="embedded:micro_moe", device="cpu", dtype="float32"
+    )
+    model = loading.load_model(source.resolve_model(config, offline=True))
     least = {name: _least(model, exams.task(name)) for name in exams.names()}
     ours, theirs = (sum(pair[i] for pair in least.values()) / len(least) for i in (0, 1))
     each = ", ".join(f"{name} {mine / its:.2f}" for name, (mine, its) in least.items())
@@ -45,7 +47,7 @@ def _least(model: Model, planned: Any) -> tuple[float, float]:
     ours, theirs = [], []
     for _ in range(ROUNDS):
         theirs.append(_outside(model, planned, lambda: reference(model, BATCH)))
-        ours.append(_outside(model, planned, lambda: Adapter(model, BATCH, SILENT, "shared")))
+        ours.append(_outside(model, planned, lambda: LmEvalAdapter(model, BATCH, SILENT, "shared")))
     return min(ours), min(theirs)
 
 
@@ -66,9 +68,9 @@ def _outside(model: Model, planned: Any, make: Callable[[], Any]) -> float:
     model.network.forward = timed  # type: ignore[method-assign]
     began = time.perf_counter()
     try:
-        with quiet(), redirect_stderr(StringIO()):
+        with quiet_lm_eval(), redirect_stderr(StringIO()):
             lm = make()
-            context = compiled_once() if isinstance(lm, Adapter) else quiet()
+            context = cached_templates() if isinstance(lm, LmEvalAdapter) else quiet_lm_eval()
             with context:
                 result = harness(lm, {"tasks": planned.tasks}, limit=DOCUMENTS, bootstrap_iters=0)
     finally:

@@ -9,15 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2MoeConfig,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
-from bench.models.config import ModelConfig
 from bench.models.model import Model
+from bench.schema import ModelConfig
 
 VOCABULARY = 50_304
 COMMON = {
@@ -53,5 +48,5 @@ def build(kind: str, words: Any) -> Model:
     """Return the `dense` or the `moe` network, in float32 on the CPU."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval().requires_grad_(False)
-    config = ModelConfig(name=kind, source="zoo:random")
+    config = ModelConfig(name=kind, source="embedded:random")
     return Model(config, network, words, "random", None, torch.device("cpu"))

@@ -54,12 +54,14 @@ def _first_forward() -> Figure:
 
 def _commands(folder: Path) -> tuple[list[str], list[str]]:
     """Write the embedded ARC documents as a file that both can read; return both commands."""
-    from bench.evaluation.text import embedded
-    from bench.evaluation.text.catalog import harness_folder
-    from bench.models.zoo.micro_moe import FOLDER
+    from bench.evaluation.text import task_data
+    from bench.evaluation.text.task_index import harness_folder
+    from bench.models.embedded.micro_moe import FOLDER
 
     file = folder / "arc.parquet"
-    embedded.splits(world="arc_easy", only="test")["test"].select(range(8)).to_parquet(file)
+    task_data.embedded_splits(world="arc_easy", only="test")["test"].select(range(8)).to_parquet(
+        file
+    )
     (folder / "timed.yaml").write_text(
         f"include: {harness_folder()}/arc/arc_easy.yaml\ntask: timed\n"
         "dataset_path: parquet\ndataset_name: null\n"
@@ -85,7 +87,7 @@ def _index() -> Figure:
     from lm_eval.tasks import TaskManager
 
     from bench.evaluation import plan
-    from bench.evaluation.config import BenchmarkConfig
+    from bench.schema import BenchmarkConfig
 
     nine = BenchmarkConfig(name="b", suite="micro", tasks=("arc_easy", "boolq", "piqa"))
     full, ours = times([TaskManager, lambda: plan(nine, offline=True)], rounds=5)

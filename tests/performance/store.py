@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, load
+from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, load
 from bench.records.index import INDEX
-from bench.records.store import RECORD, written
+from bench.records.store import RECORD, serialize_record
 from tests.performance.figure import Figure
 
 COUNT = 10_000
@@ -58,16 +58,16 @@ def _write(results: Path, number: int) -> None:
     record = _record(number)
     folder = results / "runs" / record.id
     folder.mkdir(parents=True)
-    (folder / RECORD).write_text(written(record))
+    (folder / RECORD).write_text(serialize_record(record))
 
 
 def _record(number: int) -> Record:
     ratio = number % 10 / 10
-    method = MethodPart(
+    method = AppliedMethod(
         name="camera_p", config={"ratio": ratio}, saving="removed", report={}, seconds=1.0
     )
     metrics = tuple(
-        MetricPart(
+        Metric(
             benchmark="camera_micro", task=task, metric=metric, filter="none", shots=0,
             split="test", value=number % 997 / 997, stderr=0.02, n=400, higher_is_better=True,
             headline=metric == "acc",
@@ -75,15 +75,15 @@ def _record(number: int) -> Record:
         for task in TASKS for metric in ("acc", "acc_norm")
     )  # fmt: skip
     costs = tuple(
-        CostPart(scope="model", quantity=quantity, unit="1", value=number, how="counted")
+        Cost(scope="model", quantity=quantity, unit="1", value=number, how="counted")
         for quantity in QUANTITIES
     )
     return Record(
         id=f"{number:012x}", started=f"2026-01-01T{number:08d}", finished="2026-01-02",
         group="sweep", command="bench run", environment={},
         config={"benchmark": {"name": "camera_micro"}},
-        model=ModelPart(
-            name="micro_moe", source="zoo:micro_moe", revision=None, fingerprint="f" * 64,
+        model=DenseModel(
+            name="micro_moe", source="embedded:micro_moe", revision=None, fingerprint="f" * 64,
             architecture="Qwen2MoeForCausalLM", parameters=2_310_000, bytes=9_240_000,
         ),
         methods=(method,), metrics=metrics, costs=costs, provenance={},

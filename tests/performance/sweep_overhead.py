@@ -18,6 +18,7 @@ WARM_UP = 2
 """Runs before the clock starts: imports, the loaded model, the caches of config files."""
 ROUNDS = 2
 AGAIN = 3
+
 # A run that does as little as a run can: one image through the smallest network.
 TRIVIAL = [
     "model=micro_lenet",

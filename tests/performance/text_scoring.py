@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from bench.evaluation.text.adapter import Adapter
-from bench.evaluation.text.question import Answers, Question, Scored
-from bench.evaluation.text.quiet import quiet
-from bench.evaluation.text.shared.trie import Trie
+from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.evaluation.text.prefix.trie import Trie
+from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods
 from bench.models.model import Model
-from bench.progress import SILENT
+from bench.ui import SILENT
 from tests.performance import exams, random_models
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
@@ -31,7 +31,6 @@ ROUNDS = 3
 SHOTS = {"zero": 0, "five": 5}
 DOCUMENTS = {"zero": 40, "five": 6}
 """The first so many documents of a task are asked about."""
-
 BATCH_SIZES = (1, 4, 16, 64)
 TOLERANCE = 1e-4
 
@@ -93,9 +92,9 @@ def measure(model: Model, asked: Sequence[Any]) -> tuple[float, float, str]:
     return least, saving(model, asked), how
 
 
-def _fresh(model: Model) -> list[Adapter]:
+def _fresh(model: Model) -> list[LmEvalAdapter]:
     """Return an adapter for each round and the warm-up, as one remembers what it answered."""
-    adapters = [Adapter(model, 16, SILENT, "shared") for _ in range(ROUNDS + 1)]
+    adapters = [LmEvalAdapter(model, 16, SILENT, "shared") for _ in range(ROUNDS + 1)]
     assert all(each.asked.used == "shared" for each in adapters), adapters[0].asked.reasons
     return adapters
 
@@ -104,7 +103,7 @@ def reference(model: Model, batch_size: int) -> Any:
     """Return lm-eval's own back end around the same network."""
     from lm_eval.models.huggingface import HFLM
 
-    with quiet():
+    with quiet_lm_eval():
         return HFLM(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch_size)
 
 
@@ -112,17 +111,17 @@ class Listening:
     """A scorer that only remembers what it is asked."""
 
     def __init__(self) -> None:
-        self.heard: list[Question] = []
+        self.heard: list[LoglikelihoodRequest] = []
 
-    def score(self, questions: Sequence[Question]) -> Iterator[Answers]:
+    def score(self, questions: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
         """Yield an answer that means nothing for each question."""
         self.heard += questions
-        yield [(number, Scored(0.0, False)) for number in range(len(questions))]
+        yield [(number, Loglikelihood(0.0, False)) for number in range(len(questions))]
 
 
 def saving(model: Model, asked: Sequence[Any]) -> float:
     """Return how many times fewer tokens the trie of the requests' inputs has."""
-    adapter, listening = Adapter(model, 1, SILENT, "plain"), Listening()
+    adapter, listening = LmEvalAdapter(model, 1, SILENT, "plain"), Listening()
     adapter.scorer = listening
     _ask(adapter, asked)
     distinct = {tuple(question.inputs) for question in listening.heard}

@@ -14,21 +14,23 @@ from typing import Any
 
 import torch
 
+from bench import schema
 from bench.data import prompts
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.planning import Plan
+from bench.evaluation.benchmark import PlannedBenchmark
 from bench.method import Context
-from bench.models.config import ModelConfig
-from bench.models.loading import load, resolve
+from bench.models.loading import load_model
 from bench.models.model import Model
+from bench.models.source import resolve_model
+from bench.schema import ModelConfig
+from methods.token_pruning.base import TokenPruning
 from methods.token_pruning.fastv import FastV
-from methods.token_pruning.pruning import TokenPruning
 from methods.token_pruning.visionzip import VisionZip
-from methods.visual_tokens.cost import Prompt, mean_neighbours, visual_share
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.strategy import VisualStrategy
-from methods.visual_tokens.work import shape_of, work_of
-from methods.visual_tokens.yopo import Shares, Yopo
+from methods.visual_engine.cost.closed_form import PromptLengths, mean_neighbours, visual_share
+from methods.visual_engine.cost.flops import decoder_shape, layer_costs
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.strategy import VisualStrategy
+from methods.visual_tokens.yopo import PaperRow, Yopo
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 from tests.performance.visual_kv import PRESETS
@@ -47,7 +49,7 @@ from tests.performance.visual_prefill import (
 KEPT = (64, 128)
 ROUNDS, QUESTIONS = 5, 60
 TASKS = ("gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mmbench_en_dev_static")
-WINDOWED = Shares(label="budget", heads=1.0, layers=1.0, neurons=1.0, window=5)
+WINDOWED = PaperRow(label="budget", heads=1.0, layers=1.0, neurons=1.0, window=5)
 
 
 def figures() -> list[Figure]:
@@ -103,7 +105,7 @@ def with_pixels() -> dict[str, Any]:
 
 def scored() -> list[Figure]:
     """Score each baseline, and a preset of the same visual FLOPs."""
-    model = load(resolve(micro(), offline=True))
+    model = load_model(resolve_model(micro(), offline=True))
     exam = plan(
         BenchmarkConfig(
             name="exam",
@@ -116,8 +118,8 @@ def scored() -> list[Figure]:
         ),
         offline=True,
     )
-    asked = prompts.PromptsConfig(name="embedded", source="embedded", count=40)
-    lent = prompts.resolve(asked, offline=True).process(model.processor)
+    asked = schema.PromptsConfig(name="embedded", source="embedded", count=40)
+    lent = prompts.resolve_prompts(asked, offline=True).process(model.processor)
     context = Context(seed=1, prompts=lent)
     dense = average(model, exam)
     found = []
@@ -138,23 +140,23 @@ def scored() -> list[Figure]:
 
 def micro() -> ModelConfig:
     """Return the config of the small model that ships."""
-    return ModelConfig(name="micro_llava", source="zoo:micro_llava", kind="image_text")
+    return ModelConfig(name="micro_llava", source="embedded:micro_llava", kind="image_text")
 
 
 def taken(
-    model: Model, method: VisualStrategy, context: Context, exam: Plan
+    model: Model, method: VisualStrategy, context: Context, exam: PlannedBenchmark
 ) -> tuple[float, float]:
     """Apply a method to a copy; return its share of visual FLOPs and its average accuracy."""
     own = model.copy()
     method.apply(own, context)
-    engine = engine_of(own.network)
+    engine = visual_engine_of(own.network)
     window = engine.plan.window
     seen = 64.0 if window is None else mean_neighbours(8, 8, window.radius)
-    lengths = Prompt(64, 4, 30, seen)
-    return visual_share(shape_of(engine), work_of(engine), lengths), average(own, exam)
+    lengths = PromptLengths(64, 4, 30, seen)
+    return visual_share(decoder_shape(engine), layer_costs(engine), lengths), average(own, exam)
 
 
-def average(model: Model, exam: Plan) -> float:
+def average(model: Model, exam: PlannedBenchmark) -> float:
     """Return the mean of the tasks' headline metrics."""
     metrics = evaluate(model, exam).metrics
     (mean,) = (metric.value for metric in metrics if metric.task == "average")

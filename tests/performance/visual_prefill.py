@@ -14,20 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measurement.analytic.decoder import decoder, head, text_config
-from bench.measurement.analytic.layout import Layout
+from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs, text_config
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from methods.visual_tokens.engine import Engine, engine_of
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.visual_engine.cost.flops import VisualFlops
+from methods.visual_engine.decoder import VisualEngine, visual_engine_of
+from methods.visual_engine.strategy import VisualStrategy
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.products import Told
 from methods.visual_tokens.sparse_ffn import SparseFFN
-from methods.visual_tokens.strategy import VisualStrategy
-from methods.visual_tokens.yopo import Shares, Yopo
+from methods.visual_tokens.yopo import PaperRow, Yopo
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -35,7 +34,7 @@ IMAGE, SIDE, BEFORE, AFTER = 999, 24, 35, 29
 THREADS = 1
 PRESET_ROUNDS, ALONE_ROUNDS = 5, 3
 GOALS = {torch.float32: 0.9, torch.bfloat16: 0.8}
-PRESET = Shares(label="12%", heads=0.5, layers=0.5, neurons=0.25, window=5)
+PRESET = PaperRow(label="12%", heads=0.5, layers=0.5, neurons=0.25, window=5)
 ALONE: tuple[VisualStrategy, ...] = (
     NeighborAttention(window=5),
     HeadPruning(keep=0.5, choose="random"),
@@ -112,22 +111,22 @@ def prefill(net: Any, inputs: dict[str, Any]) -> Callable[[], Tensor]:
     return run
 
 
-def applied(strategy: VisualStrategy, net: Any) -> Engine:
+def applied(strategy: VisualStrategy, net: Any) -> VisualEngine:
     """Apply a strategy to a network and return its engine."""
-    config = ModelConfig(name="random_llava", source="zoo:random_llava")
+    config = ModelConfig(name="random_llava", source="embedded:random_llava")
     model = Model(config, net, None, "", None, torch.device("cpu"))
     strategy.apply(model, Context(seed=1))
-    return engine_of(net)
+    return visual_engine_of(net)
 
 
 @torch.no_grad()
-def theory(engine: Engine, images: int = 1) -> float:
+def theory(engine: VisualEngine, images: int = 1) -> float:
     """Return the FLOPs of the network as transformers runs it over those of the engine."""
     net, inputs = engine.network, call(torch.float32, images)
     marked_BS = inputs["input_ids"] == IMAGE
-    dense = decoder(dissect(net).layers, text_config(net), Layout.prompt(marked_BS))
-    stock = (*dense, head(net, 1))
-    planned = (*(Told(engine).prefill(inputs) or ()), head(net, 1))
+    dense = decoder_macs(inspect_model(net).layers, text_config(net), CallTokens.prompt(marked_BS))
+    stock = (*dense, head_macs(net, 1))
+    planned = (*(VisualFlops(engine).prefill(inputs) or ()), head_macs(net, 1))
     return sum(p.macs for p in stock) / sum(p.macs for p in planned)
 
 

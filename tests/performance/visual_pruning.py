@@ -11,18 +11,19 @@ import statistics
 
 import torch
 
+from methods.token_pruning.base import TokenPruning
+from methods.token_pruning.controls import RandomTokens
 from methods.token_pruning.dart import DART
 from methods.token_pruning.divprune import DivPrune
 from methods.token_pruning.fastv import FastV
-from methods.token_pruning.pruning import TokenPruning
 from methods.token_pruning.pyramid_drop import PyramidDrop
-from methods.token_pruning.random_tokens import RandomTokens
 from methods.token_pruning.sparsevlm import SparseVLM
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 from tests.performance.visual_prefill import THREADS, applied, call, network, prefill, theory
 
 ROUNDS = 5
+
 # Of 16 layers and 576 tokens, each at about a quarter of the tokens; the control first.
 METHODS: tuple[TokenPruning, ...] = (
     RandomTokens(keep=144),

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bench.models.vision import Classifier, VisionConfig, build
-from methods.wgsef.export.classifier import smaller_classifier
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import Classifier, VisionConfig
 from methods.wgsef.groups.convolution import filters
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.training.allocation import Allocation
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.removal import smaller_classifier
+from methods.wgsef.solvers.allocation import Allocation
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -31,7 +32,7 @@ def figures() -> list[Figure]:
     found = []
     for name, goal in GOALS.items():
         torch.manual_seed(0)
-        dense = build(VisionConfig(architecture=name)).eval()
+        dense = build_classifier(VisionConfig(architecture=name)).eval()
         image_BCHH = torch.randn(BATCH, 3, 32, 32)
         small = _pruned(dense, image_BCHH[:1])
         whole, cut = times([_forward(n, image_BCHH) for n in (dense, small)], ROUNDS)
@@ -44,10 +45,10 @@ def figures() -> list[Figure]:
 
 def _pruned(dense: Classifier, example: torch.Tensor) -> Classifier:
     """Return the network without its weakest filters, the same share of every layer."""
-    network = build(dense.config).eval()
+    network = build_classifier(dense.config).eval()
     network.load_state_dict(dense.state_dict())
     families = filters(network, example)
-    partition = Partition(network, families)
+    partition = GroupPartition(network, families)
     keep_M = Allocation(partition, RATIO, "layer").select(partition.norms())
     partition.scale_(keep_M.double())
     return smaller_classifier(network, families, partition.split(~keep_M))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from methods.wgsef.envelope.newton import newton, newton_fixed
-from methods.wgsef.envelope.prox import envelope
+from methods.wgsef.prox.operators import prox_envelope
+from methods.wgsef.prox.root import newton_root, newton_root_fixed_passes
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -20,11 +20,13 @@ def figures() -> list[Figure]:
     norm_LM = torch.rand(LAYERS, GROUPS, dtype=torch.float64)
     layers = [norm_LM[i : i + 1] for i in range(LAYERS)]
     found = []
-    for root in (newton, newton_fixed):
+    for root in (newton_root, newton_root_fixed_passes):
         one_by_one, together = times(
             [
-                lambda root=root: [envelope(row, GROUPS // 4, 0.01, root=root) for row in layers],
-                lambda root=root: envelope(norm_LM, GROUPS // 4, 0.01, root=root),
+                lambda root=root: [
+                    prox_envelope(row, GROUPS // 4, 0.01, root=root) for row in layers
+                ],
+                lambda root=root: prox_envelope(norm_LM, GROUPS // 4, 0.01, root=root),
             ],
             rounds=15,
         )

@@ -13,21 +13,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from methods.wgsef.envelope.budget import Budget
-from methods.wgsef.envelope.newton import newton
-from methods.wgsef.envelope.sorting import by_sorting
-from methods.wgsef.envelope.tensors import envelope_, group_norms, scale_groups_
+from methods.wgsef.prox.root import BudgetEquation, newton_root, sorting_root
+from tests.methods.wgsef.envelope_oracles import envelope_, group_norms, scale_groups_
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
 LAM = 0.01
 GOALS = {1: 20.0, 9: 3.0, 64: 1.5, 576: 1.5}
 PARAMETERS = (10**5, 10**6, 10**7)
+
 # On a busy machine most rounds are interrupted; the least of many is one that was not.
 ROUNDS = 60
 LARGEST = PARAMETERS[-1]
 GROUPS = 10**6
 FASTER = 15.0
+
 # The machine's noise: a quotient of quotients within it has not grown.
 STEADY = 1.15
 
@@ -60,8 +60,8 @@ def _growth(quotients: dict[tuple[int, int], float], size: int) -> Figure:
 def _against_sorting() -> Figure:
     slope_LM = torch.randn(1, GROUPS, dtype=torch.float64).abs()
     offset_LM = torch.full((1, 1), LAM, dtype=torch.float64)
-    budget = Budget(slope_LM, offset_LM, torch.tensor([GROUPS / 4], dtype=torch.float64))
-    sorting, fast = times([lambda: by_sorting(budget), lambda: newton(budget)], rounds=5)
+    budget = BudgetEquation(slope_LM, offset_LM, torch.tensor([GROUPS / 4], dtype=torch.float64))
+    sorting, fast = times([lambda: sorting_root(budget), lambda: newton_root(budget)], rounds=5)
     value, median = ratio(sorting, fast)
     how = f"minimum of 5, interleaved; median {median:.1f}"
     goal = f">= {FASTER:g}"

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from bench.data.images import load
-from bench.models.vision import VisionConfig, build
+from bench.data.image_catalogue import load_image_set
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups.convolution import filters
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.solvers.envelope import Debiased, Envelope
-from methods.wgsef.solvers.solver import Magnitude, Scene, Solver
-from methods.wgsef.training.allocation import Allocation
-from methods.wgsef.training.optimizers import ProximalSGD
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeSolver
+from methods.wgsef.solvers.optimizers import ProximalSGD
+from methods.wgsef.solvers.solver import MagnitudeSolver, Solver, SolverContext
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -25,8 +26,11 @@ ROUNDS = 60
 def figures() -> list[Figure]:
     """Measure steps on real digits; every solver trains a network of its own."""
     torch.set_num_threads(1)
-    makers: dict[str, Callable[[Scene], Solver]] = {"envelope": Envelope, "debiased": Debiased}
-    plain, *others = times([_step(Magnitude), *(_step(m) for m in makers.values())], ROUNDS)
+    makers: dict[str, Callable[[SolverContext], Solver]] = {
+        "envelope": EnvelopeSolver,
+        "debiased": DebiasedSolver,
+    }
+    plain, *others = times([_step(MagnitudeSolver), *(_step(m) for m in makers.values())], ROUNDS)
     found = []
     for name, seconds in zip(makers, others, strict=True):
         # Of whole steps the least time is luck on a shared machine; the median is not.
@@ -37,15 +41,17 @@ def figures() -> list[Figure]:
     return found
 
 
-def _step(maker: Callable[[Scene], Solver]) -> Callable[[], object]:
+def _step(maker: Callable[[SolverContext], Solver]) -> Callable[[], object]:
     """Return a training step of a fresh small ResNet under a solver."""
     torch.manual_seed(0)
-    network = build(VisionConfig(architecture="micro_resnet", channels=1, size=8)).train()
-    image_BCHH, label_B = load("digits").train.fetch(torch.arange(BATCH), None)
-    partition = Partition(network, filters(network, image_BCHH[:1]))
+    network = build_classifier(
+        VisionConfig(architecture="micro_resnet", channels=1, size=8)
+    ).train()
+    image_BCHH, label_B = load_image_set("digits").train.fetch(torch.arange(BATCH), None)
+    partition = GroupPartition(network, filters(network, image_BCHH[:1]))
     allocation = Allocation(partition, 0.7)
     # Half way through the homotopy, where most groups are undecided.
-    solver = maker(Scene(network, partition, allocation, 4 * ROUNDS, 18, image_BCHH[:1]))
+    solver = maker(SolverContext(network, partition, allocation, 4 * ROUNDS, 18, image_BCHH[:1]))
     solver.step = ROUNDS
     optimizer = ProximalSGD(network.parameters(), solver, 0.01, 0.9)
 

@@ -6,29 +6,29 @@ import os
 import pytest
 
 from bench.errors import UserError
-from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store, run_id
+from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
 from bench.records import load as load_frame
 from bench.records import samples as load_samples
-from bench.records.atomic import write_bytes, write_folder
+from bench.records.atomic_files import write_bytes, write_folder
 
 
 def make(identifier="a" * 12, ratio=None, value=0.5):
     methods = ()
     if ratio is not None:
         methods = (
-            MethodPart(
+            AppliedMethod(
                 name="camera_p", config={"ratio": ratio}, saving="zeroed", report={}, seconds=1.0
             ),
         )
-    metric = MetricPart(
+    metric = Metric(
         benchmark="b", task="arc_easy", metric="acc", filter="none", shots=0, split="test",
         value=value, stderr=0.1, n=10, higher_is_better=True, headline=True,
     )  # fmt: skip
-    cost = CostPart(scope="model", quantity="parameters", unit="1", value=7.0, how="counted")
+    cost = Cost(scope="model", quantity="parameters", unit="1", value=7.0, how="counted")
     return Record(
         id=identifier, started="2026-01-01", finished="2026-01-01", group=None, command="bench run",
         config={"benchmark": {"name": "b"}}, environment={},
-        model=ModelPart(
+        model=DenseModel(
             name="m", source="s", revision=None, fingerprint="f", architecture="A",
             parameters=7, bytes=28,
         ),

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from bench.records.record import SCHEMA, CostPart, GapPart, ModelPart, Record, checksum
-from bench.records.store import Store, written
+from bench.records.record import SCHEMA, Cost, DenseModel, MissingMeasurement, Record, checksum
+from bench.records.store import Store, serialize_record
 
-MODEL = ModelPart(
+MODEL = DenseModel(
     name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
 )
 ID = "a" * 12
@@ -20,7 +20,7 @@ def made(costs, gaps):
 
 
 def written_as(version, record, folder):
-    content = json.loads(written(record)) | {"schema_version": version}
+    content = json.loads(serialize_record(record)) | {"schema_version": version}
     del content["checksum"]
     path = Path(folder) / "record.json"
     path.parent.mkdir(parents=True)
@@ -29,9 +29,9 @@ def written_as(version, record, folder):
 
 def test_flops_gaps_of_the_first_version_are_gaps(tmp_path):
     store = Store(tmp_path)
-    kept = CostPart(scope="model", quantity="bytes", unit="B", value=4, how="counted")
-    energy = GapPart(scope="1x8", quantity="energy", reason="no counter")
-    old = CostPart(
+    kept = Cost(scope="model", quantity="bytes", unit="B", value=4, how="counted")
+    energy = MissingMeasurement(scope="1x8", quantity="energy", reason="no counter")
+    old = Cost(
         scope="forward 1x8", quantity="flops_gaps", unit="1", value=2, how="counted",
         parts={"aten.addr": 1.0, "aten.odd_mm": 1.0},
     )  # fmt: skip
@@ -48,7 +48,7 @@ def test_flops_gaps_of_the_first_version_are_gaps(tmp_path):
 
 
 def test_a_record_of_today_is_read_as_it_was_written(tmp_path):
-    gap = GapPart(scope="forward 1x8", quantity="flops", reason="why", how="analytic")
+    gap = MissingMeasurement(scope="forward 1x8", quantity="flops", reason="why", how="analytic")
     record = made((), (gap,))
     Store(tmp_path).write(record, [], "")
     assert Store(tmp_path).get(ID) == record

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.reporting.board import board, comparable
+from bench.reporting.leaderboard import build_leaderboard, comparable
 from tests.reporting.html.synthetic import metric, record
 
 
@@ -13,7 +13,7 @@ def row_of(runs, wanted):
 def test_each_run_is_held_against_the_dense_run_of_its_model():
     dense, other = record(0), record(1, model="small")
     pruned = record(2, method="camera_p")
-    runs = board([dense, other, pruned])
+    runs = build_leaderboard([dense, other, pruned])
     assert {setting.name for setting in runs.settings} == {"tiny on nine", "small on nine"}
     row = row_of(runs, pruned)
     assert row.dense == dense.id
@@ -27,7 +27,7 @@ def test_another_limit_is_another_setting_and_is_named():
     dense, pruned = record(0), record(1, method="camera_p")
     config = {**pruned.config, "benchmark": {**pruned.config["benchmark"], "limit": 60}}
     limited = pruned.model_copy(update={"config": config})
-    runs = board([dense, limited])
+    runs = build_leaderboard([dense, limited])
     assert {setting.name for setting in runs.settings} == {
         "tiny on nine",
         "tiny on nine (limit 60)",
@@ -43,7 +43,7 @@ def test_other_weights_or_other_data_are_another_setting(change):
         update = {"provenance": {"data": {"boolq": {"fingerprint": change["data"]}}}}
     else:
         update = {"model": pruned.model.model_copy(update={"fingerprint": change["model"]})}
-    runs = board([dense, pruned.model_copy(update=update)])
+    runs = build_leaderboard([dense, pruned.model_copy(update=update)])
     assert len(runs.settings) == 2
     assert len({setting.name for setting in runs.settings}) == 2
 
@@ -51,14 +51,14 @@ def test_other_weights_or_other_data_are_another_setting(change):
 def test_numbers_of_different_identity_are_not_compared():
     dense, pruned = record(0), record(1, method="camera_p")
     fewer = (metric("average", 0.5, "mean", n=3), *pruned.metrics[1:])
-    runs = board([dense, pruned.model_copy(update={"metrics": fewer})])
+    runs = build_leaderboard([dense, pruned.model_copy(update={"metrics": fewer})])
     assert row_of(runs, pruned).retention is None
     assert comparable(dense.metrics[0], pruned.metrics[0])
     assert not comparable(dense.metrics[0], fewer[0])
 
 
 def test_zeroed_weights_are_no_real_saving():
-    runs = board([record(0), record(1, method="magnitude"), record(2, method="naee")])
+    runs = build_leaderboard([record(0), record(1, method="magnitude"), record(2, method="naee")])
     assert [(row.family, row.saving, row.real) for row in runs.rows] == [
         ("naee", "removed", True), ("magnitude", "zeroed", False), ("dense", "none", True),
     ]  # fmt: skip
@@ -67,7 +67,7 @@ def test_zeroed_weights_are_no_real_saving():
 def test_values_stand_in_the_order_of_the_settings_tasks():
     one = record(0)
     few = one.model_copy(update={"id": "b" * 12, "metrics": one.metrics[:2], "costs": ()})
-    runs = board([one, few])
+    runs = build_leaderboard([one, few])
     tasks = runs.settings[0].tasks
     assert tasks[0].task == "average"
     assert not any(cost.scope.startswith("phase") for cost in runs.settings[0].costs)

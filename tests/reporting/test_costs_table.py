@@ -2,18 +2,18 @@
 
 import pytest
 
-from bench.records.record import CostPart, GapPart, MethodPart, ModelPart, Record
-from bench.reporting.costs import duration, print_costs
+from bench.records.record import AppliedMethod, Cost, DenseModel, MissingMeasurement, Record
+from bench.reporting.cost_table import format_duration, print_costs
 from bench.reporting.summary import print_summary
 
 PREFILL, DECODE = "prefill 1x512", "decode 1x512"
-MODEL = ModelPart(
+MODEL = DenseModel(
     name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
 )
 
 
 def cost(scope, quantity, value, unit="s", note=None, **parts):
-    return CostPart(
+    return Cost(
         scope=scope, quantity=quantity, unit=unit, value=value, how="measured", parts=parts,
         note=note,
     )  # fmt: skip
@@ -26,7 +26,7 @@ def latency(scope, value, note=None):
 
 
 def recorded(*costs, gaps=(), saving="removed"):
-    method = MethodPart(name="cut", config={}, saving=saving, report={}, seconds=1)
+    method = AppliedMethod(name="cut", config={}, saving=saving, report={}, seconds=1)
     return Record(
         id="abcdef012345", started="", finished="", group=None, command="",
         config={"benchmark": {"name": "exam"}}, environment={"threads": 1}, model=MODEL,
@@ -73,9 +73,13 @@ def test_a_gain_stands_beside_what_theory_promised(capsys):
 
 def test_gaps_have_their_reasons_and_a_loaded_machine_a_mark(capsys):
     gaps = (
-        GapPart(scope=PREFILL, quantity="speedup", reason="masked"),
-        GapPart(scope="1x512", quantity="energy", reason="this GPU has no energy counter"),
-        GapPart(scope="8x512", quantity="energy", reason="this GPU has no energy counter"),
+        MissingMeasurement(scope=PREFILL, quantity="speedup", reason="masked"),
+        MissingMeasurement(
+            scope="1x512", quantity="energy", reason="this GPU has no energy counter"
+        ),
+        MissingMeasurement(
+            scope="8x512", quantity="energy", reason="this GPU has no energy counter"
+        ),
     )
     note = "the machine was loaded: others kept 0.7 of 1 cores"
     record = recorded(latency(PREFILL, 0.02, note), gaps=gaps, saving="masked")
@@ -95,7 +99,7 @@ def test_a_record_without_measurements_prints_nothing_more(capsys):
 
 
 def test_what_could_not_be_counted_is_said_also_where_nothing_was_measured(capsys):
-    gap = GapPart(
+    gap = MissingMeasurement(
         scope="forward 1x9", quantity="flops", reason="no formula for aten.addr", how="counted"
     )
     print_costs(recorded(gaps=(gap,)))
@@ -116,4 +120,4 @@ def test_a_wide_interval_has_its_own_mark(capsys):
     ("seconds", "text"), [(2.5, "2.5 s"), (0.0312, "31.2 ms"), (4.2e-5, "42 us")]
 )
 def test_a_time_has_three_digits(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

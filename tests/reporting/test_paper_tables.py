@@ -10,32 +10,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.compose import run_config
+from bench.config.composition import compose_run_config
 from bench.errors import UserError
-from bench.records import MethodPart, MetricPart, ModelPart, Record
-from bench.reporting.published import Published
+from bench.records import AppliedMethod, DenseModel, Metric, Record
 from bench.reporting.tables import (
-    Slot,
-    build,
-    load,
-    names,
-    order,
-    slots,
+    TableSlot,
+    build_table,
+    builder,
+    load_table_config,
+    table_names,
     table_of,
+    table_slots,
     tables_of,
-    writing,
+    writers,
 )
 from bench.reporting.tables import numbers as numbers_of
-from bench.reporting.tables.screen import print_table
-from bench.reporting.tables.table import Ours
+from bench.reporting.tables.published import PublishedCell
+from bench.reporting.tables.table import OurValue
+from bench.reporting.tables.writers import print_table
 
-MODEL = ModelPart(
+MODEL = DenseModel(
     name="m", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
 )
 
 
 def metric(task, value, name="acc", stderr=0.01, split="test", n=400, shots=0):
-    return MetricPart(
+    return Metric(
         benchmark="b", task=task, metric=name, filter="none", shots=shots, split=split,
         value=value, stderr=stderr, n=n, higher_is_better=True, headline=True,
     )  # fmt: skip
@@ -48,14 +48,14 @@ def mean_of_nine(value, **changes):
 def recorded(number, *metrics, run=(), limit=None, seconds=1.0, harness="lm_eval", started="1"):
     """A record of the run with these overrides, as `bench run` would leave it."""
     if run:
-        composed = run_config(list(run))
+        composed = compose_run_config(list(run))
         config = composed.model_dump(mode="json", exclude={"method"})
         config["method"] = {k: m.model_dump(mode="json") for k, m in composed.method.items()}
         calibrated = composed.uses_calibration
     else:
         config = {"benchmark": {"name": "b", "limit": limit, "harness": harness}}
         calibrated = False
-    method = MethodPart(name="x", config={}, saving="removed", report={}, seconds=seconds)
+    method = AppliedMethod(name="x", config={}, saving="removed", report={}, seconds=seconds)
     return Record(
         id=f"{number:012x}", started=started, finished="", group=None, command="", config=config,
         environment={}, model=MODEL, methods=(method,), metrics=metrics, costs=(),
@@ -72,10 +72,10 @@ DEEPSEEK = "DeepSeek-MoE-16B"
 
 def camera(**found):
     """`camera_main`'s DeepSeek block with some lines recorded, by row and setting."""
-    config = load("camera_main", chosen={"blocks": [DEEPSEEK]})
-    by_place = {(s.row, s.setting): s for s in slots(config)}
+    config = load_table_config("camera_main", chosen={"blocks": [DEEPSEEK]})
+    by_place = {(s.row, s.setting): s for s in table_slots(config)}
     places = {"dense": ("dense", ""), "pruned": ("Camera-P", "40%"), "naee": ("NAEE", "40%")}
-    return build(config, {by_place[places[name]]: [r] for name, r in found.items()})
+    return build_table(config, {by_place[places[name]]: [r] for name, r in found.items()})
 
 
 def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
@@ -126,30 +126,30 @@ def test_a_metric_of_another_name_is_not_ours():
     ],
 )  # fmt: skip
 def test_every_part_of_their_identity_counts_and_what_is_not_stated_is_assumed(field, value):
-    column = load("camera_main").columns["avg"]
+    column = load_table_config("camera_main").columns["avg"]
     theirs = {
         "paper": "p", "table": "t", "model": "m", "row": "r", "setting": "", "column": "avg",
         "metric": "", "filter": "", "shots": None, "split": "", "harness": "", "unit": "%",
         "relation": "=", "value": "50.0", "source": "s", "trust": "paper", "flag": "",
     }  # fmt: skip
-    silent = Published(**theirs)
+    silent = PublishedCell(**theirs)
     ours = [recorded(1, mean_of_nine(0.5))]
-    assert numbers_of.clash(column, ours, silent) is None
-    assert len(numbers_of.assumed(column, silent)) == 5
-    said = numbers_of.clash(column, ours, silent.model_copy(update={field: value}))
+    assert numbers_of.incomparable_reason(column, ours, silent) is None
+    assert len(numbers_of.unstated_parts(column, silent)) == 5
+    said = numbers_of.incomparable_reason(column, ours, silent.model_copy(update={field: value}))
     assert said.startswith(f"{field}: ours ")
     assert said.endswith(f"theirs {value}")
     odd = silent.model_copy(update={"unit": "points"})
-    assert numbers_of.clash(column, ours, odd) == "unit: ours %, theirs points"
+    assert numbers_of.incomparable_reason(column, ours, odd) == "unit: ours %, theirs points"
 
 
 def test_fine_tuned_rows_other_splits_and_other_flops_are_refused():
-    config = load("visual_table2", chosen={"blocks": ["LLaVA-1.5-7B"]})
+    config = load_table_config("visual_table2", chosen={"blocks": ["LLaVA-1.5-7B"]})
     gqa = metric("gqa", 0.61, name="exact_match", split="testdev")
     vqa = metric("vqav2_val", 0.77, name="exact_match", split="validation")
     record = recorded(1, gqa, vqa, harness="lmms_eval")
-    found = {slot: [record] for slot in slots(config) if slot.row in ("original", "YOPO 25%")}
-    table = build(config, found)
+    found = {slot: [record] for slot in table_slots(config) if slot.row in ("original", "YOPO 25%")}
+    table = build_table(config, found)
     place = {head.name: i for i, head in enumerate(table.heads)}
     dense = lines_of(table)["LLaVA-1.5-7B", "original", ""]
     assert dense.cells[place["GQA"]].difference == pytest.approx(61 - 62.3)
@@ -160,52 +160,52 @@ def test_fine_tuned_rows_other_splits_and_other_flops_are_refused():
 
 
 def test_a_time_is_never_subtracted_and_a_bound_is_no_number():
-    config = load("camera_analysis_time")
-    found = {s: [recorded(1, seconds=90.0)] for s in slots(config) if s.row == "Camera-P"}
-    cell = lines_of(build(config, found))[DEEPSEEK, "Camera-P", "20%"].cells[0]
+    config = load_table_config("camera_analysis_time")
+    found = {s: [recorded(1, seconds=90.0)] for s in table_slots(config) if s.row == "Camera-P"}
+    cell = lines_of(build_table(config, found))[DEEPSEEK, "Camera-P", "20%"].cells[0]
     assert cell.ours.value == 90
     assert (cell.theirs.text, cell.theirs.unit) == ("3", "min")
     assert "machine" in cell.refusal
-    assert numbers_of.converted(cell.theirs, "s") == 180
+    assert numbers_of.convert_unit(cell.theirs, "s") == 180
 
 
 def test_the_dense_baseline_comes_first_in_every_block():
-    for name in names():
+    for name in table_names():
         for scale in (None, "micro"):
-            config = load(name, scale)
+            config = load_table_config(name, scale)
             for block in config.blocks:
-                first = next(slot for slot in slots(config) if slot.block == block)
+                first = next(slot for slot in table_slots(config) if slot.block == block)
                 assert first.setting == ""
                 assert first.row in ("dense", "original", "vanilla")
 
 
 def test_several_seeds_are_a_mean_with_students_interval():
-    config = load("wgsef_grid", "micro")
-    slot = next(s for s in slots(config) if s.row == "WGSEF" and s.setting == "70%")
+    config = load_table_config("wgsef_grid", "micro")
+    slot = next(s for s in table_slots(config) if s.row == "WGSEF" and s.setting == "70%")
     assert [run[-1] for run in slot.runs] == ["seed=1", "seed=2"]
     records = [
         recorded(i, metric("digits", value), harness="images")
         for i, value in enumerate((0.90, 0.94))
     ]
-    cell = lines_of(build(config, {slot: records}))["micro_resnet", "WGSEF", "70%"].cells[0]
+    cell = lines_of(build_table(config, {slot: records}))["micro_resnet", "WGSEF", "70%"].cells[0]
     assert cell.ours.value == pytest.approx(92)
     assert cell.ours.stderr == pytest.approx(2)
     assert cell.ours.high - cell.ours.value == pytest.approx(2 * 12.7062, abs=1e-3)
     assert len(cell.ours.runs) == 2
-    alone = build(config, {slot: records[:1]})
+    alone = build_table(config, {slot: records[:1]})
     assert alone.lines == ()
 
 
 def micro_camera(**values):
     """`camera_main`'s stand-in with averages of some methods at 40 %, in %."""
-    config = load("camera_main", "micro")
+    config = load_table_config("camera_main", "micro")
     rows = {"pruned": "Camera-P", "naee": "NAEE", "d2": "D2-MoE", "random": "random experts"}
-    by_place = {(s.row, s.setting): s for s in slots(config)}
+    by_place = {(s.row, s.setting): s for s in table_slots(config)}
     found = {
         by_place[rows[name], "40%"]: [recorded(i, mean_of_nine(value / 100, stderr=0.002))]
         for i, (name, value) in enumerate(values.items())
     }
-    return build(config, found)
+    return build_table(config, found)
 
 
 def test_a_stand_in_says_so_and_is_compared_by_order_alone():
@@ -222,10 +222,10 @@ def test_a_stand_in_says_so_and_is_compared_by_order_alone():
     assert deepseek.tau == pytest.approx(1 / 3)
     assert (qwen.same, qwen.tau) == (3, pytest.approx(1.0))
     assert "Qwen3-30B-A3B" not in by_model
-    for form in writing.FORMS.values():
+    for form in writers.TABLE_FORMATS.values():
         text = form(table)
         assert "58.58" not in text
-    assert "STAND-IN" in writing.as_markdown(table).splitlines()[0]
+    assert "STAND-IN" in writers.as_markdown(table).splitlines()[0]
 
 
 def test_pairs_too_close_to_call_are_not_counted_for_either_side():
@@ -241,26 +241,26 @@ def test_pairs_too_close_to_call_are_not_counted_for_either_side():
 )
 def test_pairs_and_tau_against_counting(triples):
     rated = [
-        order.Rated(str(i), Ours(float(a), float(e), None, None, ()), float(b))
+        builder.RatedMethod(str(i), OurValue(float(a), float(e), None, None, ()), float(b))
         for i, (a, b, e) in enumerate(triples)
     ]
-    found = order.pairs(rated)
+    found = builder.count_pairs(rated)
     kinds = []
     for (a, b, e), (c, d, f) in combinations(triples, 2):
         sure = abs(a - c) > 1.959963984540054 * (e**2 + f**2) ** 0.5
         kinds.append("close" if not sure or a == c or b == d else (a > c) == (b > d))
     assert found == (kinds.count(True), kinds.count(False), kinds.count("close"))
-    assert order.tau(rated[:2]) is None
+    assert builder.kendall_tau(rated[:2]) is None
     signs = [((a > c) - (a < c), (b > d) - (b < d)) for (a, b, _), (c, d, _)
              in combinations(triples, 2)]  # fmt: skip
     scale = (sum(bool(x) for x, _ in signs) * sum(bool(y) for _, y in signs)) ** 0.5
     if len(rated) >= 3 and scale:
-        assert order.tau(rated) == pytest.approx(sum(x * y for x, y in signs) / scale)
+        assert builder.kendall_tau(rated) == pytest.approx(sum(x * y for x, y in signs) / scale)
 
 
 def test_records_are_found_by_what_decides_their_result():
-    config = load("camera_main", "micro")
-    run = next(s for s in slots(config) if (s.row, s.setting) == ("Camera-P", "40%")).runs[0]
+    config = load_table_config("camera_main", "micro")
+    run = next(s for s in table_slots(config) if (s.row, s.setting) == ("Camera-P", "40%")).runs[0]
     old = recorded(1, mean_of_nine(0.5), run=run, started="1")
     new = recorded(2, mean_of_nine(0.6), run=(*run, "tracker=none", "threads=7"), started="2")
     others = [
@@ -278,24 +278,24 @@ def test_records_are_found_by_what_decides_their_result():
     assert {(t.name, t.stand_in) for t in shown} == {("camera_main", True)}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", table_names())
 def test_runs_of_every_table_compose(name):
     """Every row once and every block once; settings differ in numbers alone."""
     for scale in (None, "micro"):
-        ours = [slot for slot in slots(load(name, scale)) if slot.runs]
+        ours = [slot for slot in table_slots(load_table_config(name, scale)) if slot.runs]
         rows = {slot.row: slot.runs[0] for slot in ours}
         blocks = {slot.block: slot.runs[0] for slot in ours}
         assert rows
         for run in {*rows.values(), *blocks.values()}:
             assert "$" not in " ".join(run)
-            run_config(list(run))
+            compose_run_config(list(run))
 
 
 def test_every_published_name_of_a_table_exists():
     """A misspelt row or column would only be an empty cell."""
-    for name in set(names()) - {"wgsef_grid"}:
-        config = load(name)
-        table = build(config, {})
+    for name in set(table_names()) - {"wgsef_grid"}:
+        config = load_table_config(name)
+        table = build_table(config, {})
         ours_alone = {"random experts", "round to nearest", "downsample", "bytes", "dense"}
         there = {line.name for line in table.lines}
         assert set(config.rows) - there <= ours_alone
@@ -312,7 +312,7 @@ def written(form):
         pruned=recorded(0xABC, mean_of_nine(0.59, stderr=0.004)),
         naee=recorded(9, mean_of_nine(0.55), limit=4),
     )
-    return table, writing.FORMS[form](table)
+    return table, writers.TABLE_FORMATS[form](table)
 
 
 def test_csv_has_one_line_per_cell_with_source_and_runs():
@@ -382,8 +382,8 @@ def test_html_is_one_whole_page_that_links_to_records():
 @pytest.mark.parametrize("width", [70, 400])
 def test_nothing_is_cut_on_a_terminal(width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
-    config = load("camera_deepseek_20")
-    print_table(build(config, {}))
+    config = load_table_config("camera_deepseek_20")
+    print_table(build_table(config, {}))
     out = capsys.readouterr().out
     assert "…" not in out
     for value in ("72.45", "69.32ᶜ", "31.46", "12.62", "61.03ˢ"):
@@ -401,29 +401,32 @@ def test_nothing_is_cut_on_a_terminal(width, monkeypatch, capsys):
 )
 def test_what_does_not_exist_is_named(name, scale, chosen, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        load(name, scale, chosen)
+        load_table_config(name, scale, chosen)
 
 
 def test_a_line_knows_where_it_is_not_ours():
-    community = slots(load("community_tokens"))
-    assert Slot("LLaVA-1.5-7B, as copied by later papers", "SIEVE", "64", ()) in community
-    micro = {(s.row, s.setting): s.runs for s in slots(load("community_tokens", "micro"))}
+    community = table_slots(load_table_config("community_tokens"))
+    assert TableSlot("LLaVA-1.5-7B, as copied by later papers", "SIEVE", "64", ()) in community
+    micro = {
+        (s.row, s.setting): s.runs
+        for s in table_slots(load_table_config("community_tokens", "micro"))
+    }
     assert micro["PyramidDrop", "64"] == ()
     assert micro["PyramidDrop", "192"] != ()
 
 
 def test_every_method_of_a_stand_in_fits_its_model():
-    from bench.models import loading
-    from bench.models.anatomy import dissect
+    from bench.models import loading, source
+    from bench.models.structure.model_structure import inspect_model
 
     anatomies = {}
-    for name in names():
-        ours = [slot for slot in slots(load(name, "micro")) if slot.runs]
+    for name in table_names():
+        ours = [slot for slot in table_slots(load_table_config(name, "micro")) if slot.runs]
         for run in {slot.row: slot.runs[0] for slot in ours}.values():
-            config = run_config(list(run))
+            config = compose_run_config(list(run))
             if config.model.name not in anatomies:
-                network = loading.skeleton(loading.resolve(config.model, offline=True))
-                anatomies[config.model.name] = dissect(network)
+                network = loading.skeleton(source.resolve_model(config.model, offline=True))
+                anatomies[config.model.name] = inspect_model(network)
             for method in config.method.values():
                 method.check(anatomies[config.model.name])
     assert set(anatomies) == {"micro_moe", "micro_llava", "micro_resnet"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.reporting.pareto import pareto
+from bench.reporting.plots.pareto import pareto_front
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25)
 
@@ -26,16 +26,16 @@ def undominated(points, sign):
 @given(POINTS, st.booleans())
 def test_the_front_is_what_no_point_dominates(points, higher_is_better):
     frame = pd.DataFrame(points, columns=["cost", "value"], dtype=float)
-    front = pareto(frame, higher_is_better=higher_is_better)
+    front = pareto_front(frame, higher_is_better=higher_is_better)
     assert sorted(front.index) == undominated(points, 1 if higher_is_better else -1)
     assert front["cost"].is_monotonic_increasing
 
 
 def test_points_without_a_number_are_left_out_and_columns_can_be_named():
     frame = pd.DataFrame({"bytes": [1.0, np.nan, 3.0], "acc": [0.5, 0.9, np.nan]})
-    assert list(pareto(frame, "bytes", "acc").index) == [0]
+    assert list(pareto_front(frame, "bytes", "acc").index) == [0]
 
 
 @pytest.mark.parametrize("column", ["cost", "value"])
 def test_an_empty_frame_has_an_empty_front(column):
-    assert pareto(pd.DataFrame({"cost": [], "value": []}))[column].empty
+    assert pareto_front(pd.DataFrame({"cost": [], "value": []}))[column].empty

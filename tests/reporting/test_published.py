@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from bench.errors import UserError
-from bench.reporting import published
-from bench.reporting.tables.numbers import FACTORS
+from bench.reporting.tables import published
+from bench.reporting.tables.numbers import UNITS
 
 ROOT = Path(__file__).parents[2]
-ALL = [(name, cell) for name in published.names() for cell in published.read(name)]
+ALL = [
+    (name, cell) for name in published.published_names() for cell in published.read_published(name)
+]
 
 
 def test_every_file_is_as_it_was_shipped():
@@ -31,12 +33,12 @@ def test_a_file_that_was_edited_is_refused(tmp_path, monkeypatch):
         file.write("\n")
     monkeypatch.setattr(published, "_folder", lambda: tmp_path)
     with pytest.raises(UserError, match=r"yopo\.csv was modified"):
-        published._content("yopo.csv")
-    assert published._content("camera.csv").startswith("paper,")
+        published._verified_text("yopo.csv")
+    assert published._verified_text("camera.csv").startswith("paper,")
 
 
 def test_every_cell_has_a_place_a_source_and_a_number():
-    known = published.sources()
+    known = published.published_sources()
     assert len(ALL) > 1500
     for _, cell in ALL:
         assert cell.paper
@@ -64,11 +66,11 @@ def test_accuracies_are_in_their_range():
 
 
 def test_a_missing_number_is_a_missing_cell():
-    main = published.cells("camera", ["main"])
+    main = published.published_cells("camera", ["main"])
     assert ("Qwen3-30B-A3B", "Camera-P", "20%", "avg") in main
     assert ("Qwen3-30B-A3B", "Camera-P", "40%", "avg") not in main
     assert ("DeepSeek-MoE-16B", "dense", "", "avg") not in main
-    assert published.read("wgsef") == ()
+    assert published.read_published("wgsef") == ()
 
 
 @pytest.mark.parametrize(
@@ -87,11 +89,13 @@ def test_a_missing_number_is_a_missing_cell():
     ],
 )
 def test_digits_are_those_that_were_printed(file, table, place, printed):
-    assert published.cells(file, [table])[place].text == printed
+    assert published.published_cells(file, [table])[place].text == printed
 
 
 def test_suspicious_cells_are_flagged():
-    flagged = {cell.place: cell.flag for cell in published.read("yopo") if cell.table == "table2"}
+    flagged = {
+        cell.place: cell.flag for cell in published.read_published("yopo") if cell.table == "table2"
+    }
     odd = ("LLaVA-1.5-7B", "PyramidDrop", "", "MME")
     assert "repeats" in flagged[odd]
     assert flagged["LLaVA-1.5-7B", "FastV", "", "MME"] == ""
@@ -99,17 +103,17 @@ def test_suspicious_cells_are_flagged():
 
 def test_the_most_trusted_source_stands():
     both = [
-        cell for cell in published.read("camera")
+        cell for cell in published.read_published("camera")
         if cell.place == ("DeepSeek-MoE-16B", "Camera-P", "20%", "Wiki2")
     ]  # fmt: skip
     assert {cell.trust for cell in both} == {"secondary", "authors_code"}
     assert len({cell.value for cell in both}) == 1
-    chosen = published.cells("camera", ["main", "deepseek_20"])[both[0].place]
+    chosen = published.published_cells("camera", ["main", "deepseek_20"])[both[0].place]
     assert chosen.trust == "authors_code"
 
 
 def test_the_dense_average_follows_from_its_row():
-    row = published.cells("camera", ["openpangu"])
+    row = published.published_cells("camera", ["openpangu"])
     tasks = ("BoolQ", "OBQA", "RTE", "Wino", "Hella", "PIQA", "MathQA", "ARC-e", "ARC-c")
     for name, setting in (("dense", ""), ("Camera-P", "20%"), ("Camera-P + Wanda", "36%")):
         place = ("openPangu-Embedded-7B-V1.1", name, setting)
@@ -120,12 +124,12 @@ def test_the_dense_average_follows_from_its_row():
 def test_units_that_tables_convert_are_known():
     units = {cell.unit for name, cell in ALL if cell.table in ("main", "table2", "community")}
     assert {"%", "perplexity", "points", "T"} <= units
-    assert {"%", "perplexity", "points", "T", "share", "s", "min", "h"} <= set(FACTORS)
+    assert {"%", "perplexity", "points", "T", "share", "s", "min", "h"} <= set(UNITS)
 
 
 def test_an_unknown_file_is_named_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'camera'"):
-        published.read("camra")
+        published.read_published("camra")
 
 
 def test_the_numbers_ship_inside_the_wheel():

@@ -2,21 +2,21 @@
 
 import pytest
 
-from bench.records.record import CostPart, MethodPart, MetricPart, ModelPart, Record
+from bench.records.record import AppliedMethod, Cost, DenseModel, Metric, Record
 from bench.reporting.summary import print_summary
 
-MODEL = ModelPart(
+MODEL = DenseModel(
     name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
 )
 
 
 def recorded(number, *methods, saving="removed", costs=()):
-    metric = MetricPart(
+    metric = Metric(
         benchmark="exam", task="average", metric="acc", filter="none", shots=0, split="test",
         value=number / 100, stderr=0.01, n=9, higher_is_better=True, headline=True,
     )  # fmt: skip
     parts = tuple(
-        MethodPart(name=name, config={"ratio": 0.2}, saving=saving, report={}, seconds=1)
+        AppliedMethod(name=name, config={"ratio": 0.2}, saving=saving, report={}, seconds=1)
         for name in methods
     )
     return Record(
@@ -58,8 +58,8 @@ def test_work_is_shown_and_a_masked_run_gains_no_time(monkeypatch, capsys):
 
     def costs(flops, seconds):
         return (
-            CostPart(scope=scope, quantity="flops", unit="FLOP", value=flops, how="counted"),
-            CostPart(scope=scope, quantity="seconds", unit="s", value=seconds, how="measured"),
+            Cost(scope=scope, quantity="flops", unit="FLOP", value=flops, how="counted"),
+            Cost(scope=scope, quantity="seconds", unit="s", value=seconds, how="measured"),
         )
 
     real = recorded(50, "skip", costs=costs(1e9, 0.25))

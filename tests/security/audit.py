@@ -27,6 +27,7 @@ LICENCES = re.compile(
     re.IGNORECASE,
 )
 """Anything that lets its user keep Apache-2.0 and link to it."""
+
 # Checked by hand, because their metadata name no licence that can be read.
 BY_HAND = {
     "nvidia": "NVIDIA's own terms, redistributable with CUDA; comes with torch on Linux",

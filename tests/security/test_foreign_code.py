@@ -2,11 +2,11 @@
 
 import pytest
 
-from bench.alternatives import alternatives
-from bench.cli import main
-from bench.compose import run_config
+from bench.cli.main import main
+from bench.config.composition import compose_run_config
+from bench.config.sweep_checks import single_runs
 from bench.errors import UserError
-from bench.trust import refuse_foreign_code
+from bench.security import refuse_foreign_code
 
 REFUSED = "only code from"
 
@@ -21,7 +21,7 @@ REFUSED = "only code from"
 ])  # fmt: skip
 def test_a_target_outside_the_packages_is_refused_however_deep(where):
     with pytest.raises(UserError, match=REFUSED):
-        run_config(["method=camera_p", where])
+        compose_run_config(["method=camera_p", where])
 
 
 @pytest.mark.parametrize("where", [
@@ -32,7 +32,7 @@ def test_a_target_outside_the_packages_is_refused_however_deep(where):
 ])  # fmt: skip
 def test_hydras_own_config_names_no_foreign_code_either(where):
     with pytest.raises(UserError, match=REFUSED):
-        alternatives(["-m", where])
+        single_runs(["-m", where])
 
 
 def test_a_package_that_the_user_names_may_run():
@@ -44,9 +44,9 @@ def test_a_package_that_the_user_names_may_run():
 
 
 def test_what_is_no_method_is_refused_even_from_a_named_package():
-    target = "methods.baselines.expert_frequency.Frequency"
+    target = "methods.baselines.expert_scores.ExpertTokenCounts"
     with pytest.raises(UserError, match="is not a"):
-        run_config(["method=camera_p", f"method.camera_p._target_={target}"])
+        compose_run_config(["method=camera_p", f"method.camera_p._target_={target}"])
 
 
 @pytest.mark.parametrize(

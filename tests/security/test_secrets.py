@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.cli import main
-from bench.secrets import HIDDEN, hide
-from methods.baselines.random_experts import RandomExperts
+from bench.cli.main import main
+from bench.security import REDACTED, redact
+from methods.baselines.micro_expert_controls import RandomExperts
 
 KEY, TOKEN, PASSWORD = (
     "0123456789abcdef" * 2 + "deadbeef",
@@ -34,9 +34,9 @@ def planted(monkeypatch, tmp_path):
 
 
 def test_texts_lose_every_kind_of_secret():
-    said = hide(f"a {KEY} b {TOKEN} c {PASSWORD} d")
-    assert said == f"a {HIDDEN} b {HIDDEN} c {HIDDEN} d"
-    assert hide("nothing to hide") == "nothing to hide"
+    said = redact(f"a {KEY} b {TOKEN} c {PASSWORD} d")
+    assert said == f"a {REDACTED} b {REDACTED} c {REDACTED} d"
+    assert redact("nothing to hide") == "nothing to hide"
 
 
 def leaked(folder, *texts):
@@ -65,7 +65,7 @@ def test_a_crash_tells_no_secret(tmp_path, capsys, monkeypatch, mode):
     given = ["run", *mode, *TINY, "method=random_experts", "tracker=none"]
     assert main([*given, f"results_dir={tmp_path / 'results'}"]) == 1
     said = capsys.readouterr()
-    assert f"401: key {HIDDEN}, token {HIDDEN}, password {HIDDEN} refused" in said.err
+    assert f"401: key {REDACTED}, token {REDACTED}, password {REDACTED} refused" in said.err
     assert "Traceback" not in said.err
     assert any("Traceback" in path.read_text() for path in tmp_path.rglob("*.log"))
     assert leaked(tmp_path, said.out, said.err) == []

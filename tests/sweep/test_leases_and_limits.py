@@ -7,17 +7,17 @@ import time
 import numpy as np
 import pytest
 
-from bench.device import visible_gpus
-from bench.sweep import lease as leases
-from bench.sweep.limits import TooLong, limited
+from bench.device.devices import visible_gpus
+from bench.sweeps.launchers import local as leases
+from bench.sweeps.launchers.local import JobTimeoutError, resource_limits
 
 DEVICES = ("test-a", "test-b")
 
 
 def take(queue, done):
     os.environ["CUDA_VISIBLE_DEVICES"] = "test-a,test-b"
-    leases._HELD.clear()
-    queue.put((leases.lease(DEVICES), os.environ["CUDA_VISIBLE_DEVICES"]))
+    leases._HELD_LOCKS.clear()
+    queue.put((leases.lease_device(DEVICES), os.environ["CUDA_VISIBLE_DEVICES"]))
     done.wait(30)
 
 
@@ -44,7 +44,7 @@ def test_two_processes_never_share_a_device_and_a_third_waits(tmp_path, monkeypa
 
 
 def test_without_devices_nothing_is_taken():
-    assert leases.lease(()) is None
+    assert leases.lease_device(()) is None
 
 
 def test_devices_are_those_that_the_environment_shows(monkeypatch):
@@ -57,12 +57,12 @@ def test_devices_are_those_that_the_environment_shows(monkeypatch):
 
 def test_time_runs_out():
     began = time.perf_counter()
-    with pytest.raises(TooLong, match=r"0\.001 minutes"), limited(0.001, None):
+    with pytest.raises(JobTimeoutError, match=r"0\.001 minutes"), resource_limits(0.001, None):
         time.sleep(30)
     assert time.perf_counter() - began < 10
 
 
 def test_memory_runs_out_and_the_process_goes_on():
-    with pytest.raises(MemoryError), limited(None, 0.01):
+    with pytest.raises(MemoryError), resource_limits(None, 0.01):
         np.ones(2**27)
     assert np.ones(2**20).sum() == 2**20

@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bench.errors import UserError
-from bench.sweep.early import Standing, is_hopeless
-from bench.sweep.space import distributions
+from bench.sweeps.optuna_sweeper import EarlyResult, is_dominated, optuna_distributions
 
 
 def space(*texts):
-    return distributions(OverridesParser.create().parse_overrides(list(texts)))
+    return optuna_distributions(OverridesParser.create().parse_overrides(list(texts)))
 
 
 def test_hydras_words_as_distributions():
@@ -40,7 +39,7 @@ def test_what_is_no_range(text):
 
 shares = st.floats(0, 1)
 standings = st.builds(
-    Standing, shares, st.floats(0, 0.2), st.tuples(st.floats(0, 9), st.floats(0, 9))
+    EarlyResult, shares, st.floats(0, 0.2), st.tuples(st.floats(0, 9), st.floats(0, 9))
 )
 
 
@@ -52,17 +51,17 @@ def test_hopeless_is_beaten_at_no_more_cost_and_beyond_doubt(mine, rivals, margi
         costs_no_more = rival.costs[0] <= mine.costs[0] and rival.costs[1] <= mine.costs[1]
         better = rival.accuracy > mine.accuracy and rival.accuracy - mine.accuracy > doubt
         slow = slow or (costs_no_more and better)
-    found = is_hopeless(mine, rivals, margin)
+    found = is_dominated(mine, rivals, margin)
     close = any(
         abs(r.accuracy - mine.accuracy - (r.error**2 + mine.error**2) ** 0.5 * margin) < 1e-9
         for r in rivals
     )
     assert found == slow or close
-    assert not is_hopeless(mine, [mine], margin)
+    assert not is_dominated(mine, [mine], margin)
 
 
 @given(st.lists(standings, min_size=1, max_size=6), st.floats(0, 4))
 def test_the_best_is_never_hopeless(trials, margin):
     best = max(trials, key=lambda trial: trial.accuracy)
-    assert not is_hopeless(best, trials, margin)
-    assert Standing.read(best.as_list()) == best
+    assert not is_dominated(best, trials, margin)
+    assert EarlyResult.read(best.to_json()) == best

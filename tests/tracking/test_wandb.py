@@ -4,43 +4,44 @@ import json
 
 import pytest
 
-from bench.records import CostPart, GapPart, MethodPart, MetricPart, ModelPart, Record, Store
-from bench.tracking import TrackerConfig, track
-from bench.tracking import wandb as tracker
+from bench.records import AppliedMethod, Cost, DenseModel, Metric, MissingMeasurement, Record, Store
+from bench.schema import TrackerConfig
+from bench.tracking import wandb_run as tracker
+from bench.tracking.tracker import track
 from tests.tracking.offline import entries
 
 
 @pytest.fixture
 def record():
-    metric = MetricPart(
+    metric = Metric(
         benchmark="b", task="arc_easy", metric="acc", filter="none", shots=0, split="test",
         value=0.625, stderr=0.1, n=8, higher_is_better=True, headline=True,
     )  # fmt: skip
     return Record(
         id="c" * 12, started="2026-01-01", finished="2026-01-01", group="sweep-1",
         command="bench run", config={"seed": 3, "tracker": {}}, environment={},
-        model=ModelPart(
+        model=DenseModel(
             name="tiny", source="s", revision=None, fingerprint="f", architecture="A",
             parameters=7, bytes=28,
         ),
         methods=(), metrics=(metric,), provenance={},
         costs=(
-            CostPart(scope="model", quantity="bytes", unit="B", value=28.0, how="counted"),
-            CostPart(
+            Cost(scope="model", quantity="bytes", unit="B", value=28.0, how="counted"),
+            Cost(
                 scope="prefill 1x8", quantity="latency", unit="s", value=0.5, how="measured",
                 parts={"p10": 0.25, "p90": 0.75}, note="the machine was loaded",
             ),
         ),
-        gaps=(GapPart(scope="1x8", quantity="energy", reason="no counter"),),
+        gaps=(MissingMeasurement(scope="1x8", quantity="energy", reason="no counter"),),
     )  # fmt: skip
 
 
 def test_a_cost_that_was_had_twice_keeps_both_numbers(record):
     def flops(value, how):
-        return CostPart(scope="token", quantity="flops", unit="FLOP", value=value, how=how)
+        return Cost(scope="token", quantity="flops", unit="FLOP", value=value, how=how)
 
     twice = record.model_copy(update={"costs": (flops(8.0, "counted"), flops(9.0, "analytic"))})
-    values = tracker.summary(twice)
+    values = tracker.wandb_summary(twice)
     assert values["cost/token/flops"] == 8.0
     assert values["cost/token/flops/analytic"] == 9.0
 
@@ -107,7 +108,7 @@ def test_a_tracker_that_fails_says_so_and_loses_nothing(store, record, monkeypat
     def broken(*_):
         raise ConnectionError("no such host")
 
-    monkeypatch.setattr(tracker, "send", broken)
+    monkeypatch.setattr(tracker, "send_record", broken)
     said = track(record, store, TrackerConfig())
     assert "no such host" in said
     assert f"bench track {record.id}" in said
@@ -123,7 +124,7 @@ def test_no_tracker_writes_nothing(store, record):
 
 def test_a_history_becomes_curves_over_the_methods_own_epochs(store, record):
     lines = [{"epoch": n, "alive": 10 - n, "accuracy": 0.5 + n / 10} for n in (1, 2, 3)]
-    method = MethodPart(
+    method = AppliedMethod(
         name="wgsef", config={}, saving="removed", report={"history": lines}, seconds=1.0
     )
     trained = record.model_copy(update={"id": "e" * 12, "methods": (method,)})

@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bench import tracking
 from bench.records import Store
-from bench.tracking import TrackerConfig, track
+from bench.schema import TrackerConfig
+from bench.tracking import tracker
+from bench.tracking.tracker import track
 from tests.records.test_store import make
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"
@@ -86,7 +87,7 @@ def online(monkeypatch, tmp_path):
     """Send a record to a server; return what was said and how long it took."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "_silent", [])
+    monkeypatch.setattr(tracker, "_unanswered_runs", [])
     store = Store(tmp_path / "results")
     store.write(make(), [{"task": "arc_easy", "doc_id": 0}], "seed: 3\n")
 

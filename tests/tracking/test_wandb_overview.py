@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import cli
+from bench.cli import main
 from bench.records import Store
-from bench.reporting.board import board
 from bench.reporting.html import write_report
-from bench.reporting.projection import overview, rebuild
-from bench.tracking import TrackerConfig, track_overview
+from bench.reporting.leaderboard import build_leaderboard
+from bench.reporting.wandb_sync import build_overview, sync_all
+from bench.schema import TrackerConfig
+from bench.tracking.tracker import track_overview
 from tests.reporting.html.synthetic import fill
 from tests.tracking.offline import entries
 
@@ -62,7 +63,7 @@ def media(folder, logged, key):
 def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
     records = store.all()
     page = write_report(store.root).path
-    found = overview(board(records), page, [paper_table(records[1].id)])
+    found = build_overview(build_leaderboard(records), page, [paper_table(records[1].id)])
     assert track_overview(found, TrackerConfig(mode="offline"), store.root) is None
     ((kind, logged, folder),) = offline_runs(store.root / "wandb_home")
     assert kind == "overview"
@@ -93,7 +94,7 @@ def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
 
 def test_a_project_is_rebuilt_from_its_records(store, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert cli.main(["track", "--results-dir", str(store.root)]) == 0
+    assert main.main(["track", "--results-dir", str(store.root)]) == 0
     said = capsys.readouterr().out.split("\n")
     assert [f"sent {record.id}" in said for record in store.all()] == [True] * 6
     assert "sent overview of slimbench" in said
@@ -107,7 +108,7 @@ def test_records_of_two_projects_get_two_overviews(store):
         config = {**record.config, "tracker": {"project": f"p{at % 2}", "mode": "offline"}}
         records[at] = record.model_copy(update={"config": config})
     page = write_report(store.root).path
-    sent = dict(rebuild(store, records[:2], page))
+    sent = dict(sync_all(store, records[:2], page))
     assert [name for name in sent if name.startswith("overview")] == [
         "overview of p0", "overview of p1",
     ]  # fmt: skip

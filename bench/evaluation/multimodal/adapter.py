@@ -18,19 +18,18 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
 from bench.errors import UserError
-from bench.evaluation.batches import Batches
-from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.engine import Asked, Engine
-from bench.evaluation.memory import Memory, key
-from bench.evaluation.multimodal import beginnings
-from bench.evaluation.multimodal.features import Features
-from bench.evaluation.multimodal.generation import Answer, Generation, Question
-from bench.evaluation.multimodal.prompts import Prompts, image_hash
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.harness import BackendReport
+from bench.evaluation.multimodal import shared_prefix
+from bench.evaluation.multimodal.generation import Answer, Generation, ImageQuestion
+from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache, image_hash
+from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
-from bench.progress import Progress
+from bench.schema import Backend, BenchmarkConfig
+from bench.ui import Progress
 
 
-class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
+class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model`; `engine` is the backend report.
 
     Questions about the same images are answered one after the other, so that a small cache holds
@@ -43,7 +42,7 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         model: Model,
         benchmark: BenchmarkConfig,
         progress: Progress,
-        memory: Memory | None = None,
+        memory: ResponseCache | None = None,
     ) -> None:
         super().__init__()
         if model.processor is None:
@@ -53,13 +52,15 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         model.network.eval()
         system = benchmark.system_prompt
         self.asked: dict[tuple[str, int], Answer] = {}
-        self.engine = _engine(model, benchmark.engine, progress)
-        self._memory = memory or Memory()
+        self.engine = _select_backend(model, benchmark.engine, progress)
+        self._memory = memory or ResponseCache()
         self._model = model
         self._progress = progress
-        self._prompts = Prompts(model, model.config.system_prompt if system is None else system)
-        self._features = Features(model, int(benchmark.image_cache_gib * 2**30))
-        self._batches = Batches(benchmark.batch_size, model.device, progress)
+        self._prompts = PromptEncoder(
+            model, model.config.system_prompt if system is None else system
+        )
+        self._features = VisionFeatureCache(model, int(benchmark.image_cache_gib * 2**30))
+        self._batches = AdaptiveBatches(benchmark.batch_size, model.device, progress)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return one answer per request; requests with equal settings share batches."""
@@ -73,11 +74,11 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
             options = requests[numbers[0]].args[1]
             generation = Generation(self._model, self._prompts, self._features, options, shares)
             answers = self._memory.batched(
-                [_key(requests[number]) for number in numbers],
+                [_request_key(requests[number]) for number in numbers],
                 [self._question(requests[number]) for number in numbers],
                 [1] * len(numbers),
                 self._batches,
-                partial(_answer, generation),
+                partial(_answer_fields, generation),
                 self._progress,
             )
             for number, fields in zip(numbers, answers, strict=True):
@@ -92,10 +93,10 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         The base class collects Python's garbage, which takes a third of a second each time.
         """
 
-    def _question(self, request: Instance) -> Question:
+    def _question(self, request: Instance) -> ImageQuestion:
         text, _, doc_to_visual, document, task, split = request.args
         # Images are opened late: the decoded images of a whole task may exceed the memory.
-        return Question(text, partial(self._open, doc_to_visual, document, task, split))
+        return ImageQuestion(text, partial(self._open, doc_to_visual, document, task, split))
 
     def _by_image(self, requests: list[Instance], numbers: list[int]) -> list[int]:
         """Group questions about the same images, in the order of the first question of each group.
@@ -124,21 +125,23 @@ class Adapter(lmms):  # type: ignore[misc]  # the harness has no types
         )
 
 
-def _answer(generation: Generation, questions: Sequence[Question]) -> list[list[str | None]]:
+def _answer_fields(
+    generation: Generation, questions: Sequence[ImageQuestion]
+) -> list[list[str | None]]:
     """Return answers as JSON values, the form that the response cache stores."""
     return [list(astuple(answer)) for answer in generation.run(questions)]
 
 
-def _key(request: Instance) -> str:
+def _request_key(request: Instance) -> str:
     """Name a request; the fingerprint of its data set covers the images of the document."""
     text, options, _, document, task, split = request.args
-    return key("question", task, split, document, text, options)
+    return request_key("question", task, split, document, text, options)
 
 
-def _engine(model: Model, wanted: Engine, progress: Progress) -> Asked:
+def _select_backend(model: Model, wanted: Backend, progress: Progress) -> BackendReport:
     """Return the backend report for a model: the requested backend, unless it is not supported."""
-    asked = Asked(wanted)
-    reason = beginnings.unfit(model) if wanted == "shared" else None
+    asked = BackendReport(wanted)
+    reason = shared_prefix.unsupported_reason(model) if wanted == "shared" else None
     if reason is not None:
         asked.because(reason)
         progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")

@@ -15,26 +15,30 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bench.errors import UserError
-from bench.evaluation.multimodal.beginnings import (
-    PER_TOKEN,
-    Encoded,
-    Start,
-    part,
-    prefill,
-    put,
-    spread,
-    starts,
+from bench.evaluation.multimodal.prompts import (
+    PromptEncoder,
+    VisionFeatureCache,
+    concatenate_outputs,
+    image_hash,
 )
-from bench.evaluation.multimodal.features import Features, join
-from bench.evaluation.multimodal.prompts import Prompts, image_hash
+from bench.evaluation.multimodal.shared_prefix import (
+    PER_TOKEN,
+    EncodedPrompt,
+    ImagePrefix,
+    expand_prefix_cache,
+    find_image_prefixes,
+    prefill,
+    scatter_texts,
+    slice_tokens,
+)
 from bench.models.model import Model
 
-LONGEST_ANSWER = 1024
+MAX_ANSWER_TOKENS = 1024
 """Default of `max_new_tokens`, as in lmms-eval's own adapters."""
 
 
 @dataclass(frozen=True)
-class Question:
+class ImageQuestion:
     """A task's text for one document, and its images, opened on demand."""
 
     text: str
@@ -59,8 +63,8 @@ class Generation:
     def __init__(
         self,
         model: Model,
-        prompts: Prompts,
-        features: Features,
+        prompts: PromptEncoder,
+        features: VisionFeatureCache,
         options: dict[str, Any],
         share: bool = False,
     ) -> None:
@@ -72,7 +76,7 @@ class Generation:
         self._features = features
         until = options.get("until") or []
         self._until: list[str] = [until] if isinstance(until, str) else [u for u in until if u]
-        self._longest = int(options.get("max_new_tokens") or LONGEST_ANSWER)
+        self._longest = int(options.get("max_new_tokens") or MAX_ANSWER_TOKENS)
         # The generation config comes first: chat models end a turn with a token that is not the
         # tokenizer's EOS, and may list several.
         own = network.generation_config.eos_token_id
@@ -82,7 +86,7 @@ class Generation:
         self._fill = int(token if token is not None else (self._ends or [0])[0])
 
     @torch.no_grad()
-    def run(self, questions: Sequence[Question]) -> list[Answer]:
+    def run(self, questions: Sequence[ImageQuestion]) -> list[Answer]:
         """Answer questions of any length, padded on the left."""
         shown = [question.open_images() for question in questions]
         hashes = [image_hash(images) if images else None for images in shown]
@@ -97,10 +101,10 @@ class Generation:
         texts = self._answer(encoded, hashes)
         return [Answer(*each) for each in zip(texts, written, hashes, strict=True)]
 
-    def _answer(self, encoded: list[Encoded], hashes: list[str | None]) -> list[str]:
+    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[str]:
         """Answer prompts: in one batch where they share a prefix, in another where they do not."""
         # Two batches, because only one of them has a cache to start from.
-        alike = starts(encoded, hashes, self._network.config) if self._share else []
+        alike = find_image_prefixes(encoded, hashes, self._network.config) if self._share else []
         rooms = [self._room(row["input_ids"].shape[1]) for row in encoded]
         texts = [""] * len(encoded)
         together = [place for start in alike for place in start.places]
@@ -108,25 +112,27 @@ class Generation:
         if others:
             rows, seen = [encoded[p] for p in others], [hashes[p] for p in others]
             inputs = self._padded(rows) | self._visual(rows, seen)
-            put(texts, others, self._continue(inputs, [rooms[p] for p in others]))
+            scatter_texts(texts, others, self._continue(inputs, [rooms[p] for p in others]))
         if together:
             inputs = self._begun(alike, encoded, hashes)
-            put(texts, together, self._continue(inputs, [rooms[p] for p in together]))
+            scatter_texts(texts, together, self._continue(inputs, [rooms[p] for p in together]))
         return texts
 
     def _begun(
-        self, alike: Sequence[Start], encoded: list[Encoded], hashes: list[str | None]
+        self, alike: Sequence[ImagePrefix], encoded: list[EncodedPrompt], hashes: list[str | None]
     ) -> dict[str, Any]:
         """Compute each prefix once; return the full prompts and a cache of their prefixes."""
         firsts = [encoded[start.places[0]] for start in alike]
-        heads = [part(row, 0, s.length) for row, s in zip(firsts, alike, strict=True)]
+        heads = [slice_tokens(row, 0, s.length) for row, s in zip(firsts, alike, strict=True)]
         head = self._padded(heads)
         seen = [hashes[start.places[0]] for start in alike]
         cache = prefill(self._network, head | self._visual(heads, seen))
         owner = [number for number, start in enumerate(alike) for _ in start.places]
         owner_B = torch.tensor(owner, device=self._model.device)
-        spread(self._network, cache, owner_B)
-        tails = [part(encoded[p], start.length, None) for start in alike for p in start.places]
+        expand_prefix_cache(self._network, cache, owner_B)
+        tails = [
+            slice_tokens(encoded[p], start.length, None) for start in alike for p in start.places
+        ]
         tail = self._padded(tails)
         # The full prompt is passed although its prefix is in the cache: `generate` feeds only the
         # tokens beyond the cache's length, and needs the mask of all of them. Padding stands before
@@ -147,19 +153,21 @@ class Generation:
             )
         return min(self._longest, room)
 
-    def _padded(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    def _padded(self, encoded: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
         """Pad all per-token outputs of the processor to one length."""
         width = max(row["input_ids"].shape[1] for row in encoded)
         names = [name for name in PER_TOKEN if name in encoded[0]]
         fills = {"input_ids": self._fill}
         return {
-            name: torch.cat([_left(row[name], width, fills.get(name, 0)) for row in encoded]).to(
-                self._model.device
-            )
+            name: torch.cat(
+                [_pad_left(row[name], width, fills.get(name, 0)) for row in encoded]
+            ).to(self._model.device)
             for name in names
         }
 
-    def _visual(self, encoded: Sequence[Encoded], hashes: Sequence[str | None]) -> dict[str, Any]:
+    def _visual(
+        self, encoded: Sequence[EncodedPrompt], hashes: Sequence[str | None]
+    ) -> dict[str, Any]:
         """Return the images as features, or as pixels if the network takes no features."""
         device, dtype = self._model.device, self._network.dtype
         per_row = [
@@ -182,11 +190,11 @@ class Generation:
         ]
         # Grids stay, as M-RoPE positions are computed from them; pixels would be encoded again.
         grids = {n: value for n, value in together.items() if not n.startswith("pixel_values")}
-        return grids | {"mm_encoder_outputs": {"image": join(outputs)}}
+        return grids | {"mm_encoder_outputs": {"image": concatenate_outputs(outputs)}}
 
     def _continue(self, inputs: dict[str, Any], rooms: list[int]) -> list[str]:
         width = inputs["input_ids"].shape[1]
-        stop = StopRows(self._model.tokenizer, self._until, rooms, width)
+        stop = PerRowStopping(self._model.tokenizer, self._until, rooms, width)
         # Every setting is given: a model's generation config may ask for sampling, with a
         # temperature that greedy decoding would warn about.
         made_BT = self._network.generate(
@@ -215,7 +223,7 @@ class Generation:
         return text
 
 
-class StopRows(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
+class PerRowStopping(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
     """Stops each row of a batch individually: at a stop string, or at its maximal length."""
 
     def __init__(self, tokenizer: Any, until: list[str], rooms: list[int], width: int) -> None:
@@ -238,6 +246,6 @@ class StopRows(StoppingCriteria):  # type: ignore[misc]  # transformers is not t
         return full_B | torch.tensor(stopped, device=input_ids.device)
 
 
-def _left(row_1T: Tensor, width: int, fill: int) -> Tensor:
+def _pad_left(row_1T: Tensor, width: int, fill: int) -> Tensor:
     padding = row_1T.new_full((1, width - row_1T.shape[1]), fill)
     return torch.cat([padding, row_1T], dim=1)

@@ -14,17 +14,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from bench.evaluation.batches import Batches
-from bench.evaluation.engine import Asked, Engine
-from bench.evaluation.memory import Answers, Memory, key
-from bench.evaluation.text.choosing import scorer
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.harness import BackendReport
+from bench.evaluation.response_cache import ResponseCache, Responses, request_key
 from bench.evaluation.text.generation import generate
-from bench.evaluation.text.question import Question, Scorer, question
+from bench.evaluation.text.requests import LoglikelihoodRequest, Scorer, truncated_request
+from bench.evaluation.text.scorers import select_scorer
 from bench.models.model import Model
-from bench.progress import Progress
+from bench.schema import Backend
+from bench.ui import Progress
 
 
-class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
+class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model` and reports the backend used.
 
     `scorer` computes the log-likelihoods that the response cache does not hold.
@@ -35,16 +36,16 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         model: Model,
         batch_size: int,
         progress: Progress,
-        engine: Engine = "shared",
-        memory: Memory | None = None,
+        engine: Backend = "shared",
+        memory: ResponseCache | None = None,
     ) -> None:
         super().__init__()
         model.network.eval()
         self.tokenizer = model.tokenizer
-        self.asked = Asked(engine)
-        self.batches = Batches(batch_size, model.device, progress)
-        self.scorer: Scorer = scorer(model, self.batches, progress, self.asked)
-        self._memory = memory or Memory()
+        self.asked = BackendReport(engine)
+        self.batches = AdaptiveBatches(batch_size, model.device, progress)
+        self.scorer: Scorer = select_scorer(model, self.batches, progress, self.asked)
+        self._memory = memory or ResponseCache()
         self._model = model
         self._progress = progress
         self._prefix_text: str = self.tokenizer.decode(self.prefix_token_id)
@@ -96,7 +97,9 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""
-        self._encode_once(text for pair in (r.args for r in requests) for text in _texts(*pair))
+        self._encode_once(
+            text for pair in (r.args for r in requests) for text in _texts_to_encode(*pair)
+        )
         # The base class splits context from continuation, with its rule for trailing spaces, and
         # calls `_loglikelihood_tokens`.
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
@@ -131,22 +134,24 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        questions = [question(self._model, *tokens) for _, *tokens in requests]
+        questions = [truncated_request(self._model, *tokens) for _, *tokens in requests]
         answers = self._memory.answers(
-            [key("loglikelihood", *each) for each in questions],
+            [request_key("loglikelihood", *each) for each in questions],
             lambda missing: self._score(missing, [questions[number] for number in missing]),
             self._progress,
         )
         return [(value, greedy) for value, greedy in answers]
 
-    def _score(self, numbers: Sequence[int], questions: Sequence[Question]) -> Iterator[Answers]:
+    def _score(
+        self, numbers: Sequence[int], questions: Sequence[LoglikelihoodRequest]
+    ) -> Iterator[Responses]:
         """Yield the responses of each batch, with indices into the full list of requests."""
         for batch in self.scorer.score(questions):
             # A list, because the journal is JSON: a resumed run must see what a fresh one sees.
             yield [(numbers[place], list(answer)) for place, answer in batch]
 
 
-def _texts(context: str, continuation: str) -> tuple[str, ...]:
+def _texts_to_encode(context: str, continuation: str) -> tuple[str, ...]:
     """Return the strings that lm-eval tokenizes for a request: the context, and all of it."""
     # `TemplateLM._encode_pair` moves trailing spaces of the context to the continuation before it
     # tokenizes. An empty context takes another path, which is not worth preparing.

@@ -19,18 +19,22 @@ from lm_eval.models.utils import (
 from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from bench.errors import UserError
-from bench.evaluation.batches import Batches
-from bench.evaluation.memory import Memory, key
-from bench.evaluation.seeding import SEED
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.harness import SEED
+from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
-from bench.progress import Progress
+from bench.ui import Progress
 
-Asked: TypeAlias = tuple[list[int], dict[str, Any]]
+GenerationRequest: TypeAlias = tuple[list[int], dict[str, Any]]
 """Tokens of a context, and the harness's generation settings for it."""
 
 
 def generate(
-    model: Model, asked: Sequence[Asked], batches: Batches, memory: Memory, progress: Progress
+    model: Model,
+    asked: Sequence[GenerationRequest],
+    batches: AdaptiveBatches,
+    memory: ResponseCache,
+    progress: Progress,
 ) -> list[str]:
     """Return one continuation per context; contexts with equal settings share batches.
 
@@ -44,9 +48,9 @@ def generate(
     for numbers in groups.values():
         # Longest first: padding stays small, and a batch that does not fit fails at the start.
         numbers.sort(key=lambda number: -len(asked[number][0]))
-        settings = Settings(model, asked[numbers[0]][1])
+        settings = GenerationSettings(model, asked[numbers[0]][1])
         contexts = [asked[number][0] for number in numbers]
-        keys = _keys(contexts, asked[numbers[0]][1])
+        keys = _request_keys(contexts, asked[numbers[0]][1])
         named = list(zip(keys, contexts, strict=True))
         sizes = list(map(len, contexts))
         answers = memory.batched(keys, named, sizes, batches, settings.run, progress)
@@ -55,19 +59,19 @@ def generate(
     return texts
 
 
-def _keys(contexts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
+def _request_keys(contexts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
     """Name each request by its context, its settings and the number of equal requests before it."""
     before: Counter[tuple[int, ...]] = Counter()
     keys = []
     for context in contexts:
         # Without the count, repetitions would be one request to the response cache, and a task that
         # takes several samples would get one sample several times.
-        keys.append(key("generation", context, options, before[tuple(context)]))
+        keys.append(request_key("generation", context, options, before[tuple(context)]))
         before[tuple(context)] += 1
     return keys
 
 
-class Settings:
+class GenerationSettings:
     """One set of generation settings, ready to run on batches of contexts."""
 
     def __init__(self, model: Model, options: dict[str, Any]) -> None:
@@ -100,7 +104,7 @@ class Settings:
             # The seed is a hash of the batch's keys: a resumed run must draw for a batch what the
             # interrupted run would have drawn, although it did not draw for the batches before. 15
             # hexadecimal digits, since torch takes a signed 64-bit seed.
-            torch.manual_seed(int(key(SEED, *(name for name, _ in named))[:15], 16))
+            torch.manual_seed(int(request_key(SEED, *(name for name, _ in named))[:15], 16))
         # On the left a context is truncated, as lm-eval does, and padded, so that all rows end at
         # one column and `generate` appends there.
         ids_BT, mask_BT = self._pad([context[-self._longest :] for context in contexts])

@@ -1,4 +1,6 @@
-"""Perplexity by the GPTQ protocol: exp of the mean, over windows, of the mean token loss.
+"""Perplexity by the GPTQ protocol and its windows.
+
+Perplexity by the GPTQ protocol: exp of the mean, over windows, of the mean token loss.
 
 Suffixes: B windows in a batch, T tokens in a window, V vocabulary.
 """
@@ -7,48 +9,47 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from bench.errors import UserError
-from bench.evaluation import budget
-from bench.evaluation.batches import Batches
-from bench.evaluation.config import BenchmarkConfig
-from bench.evaluation.memory import Memory, key
-from bench.evaluation.result import Metric
-from bench.evaluation.text.texts import PlannedText
-from bench.evaluation.text.windows import C4_WINDOWS, consecutive, drawn
+from bench.evaluation import batching
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.metrics import TaskMetric
+from bench.evaluation.response_cache import ResponseCache, request_key
+from bench.evaluation.text.task_data import PlannedText
 from bench.models.model import Model
-from bench.progress import Progress
+from bench.schema import BenchmarkConfig
+from bench.ui import Progress
 
 _TOKENS_PER_BATCH = 8192
 """Every position meets the output head, so logits rather than activations bound the batch."""
-
-_ON_A_PROCESSOR = budget.MOST["cpu"]
+_TOKENS_PER_CPU_BATCH = batching.MAX_TOKENS_BY_DEVICE["cpu"]
 """On a CPU, more tokens than its caches hold are no faster."""
 
 
-def measure(
+def measure_perplexity(
     model: Model,
     text: PlannedText,
     benchmark: BenchmarkConfig,
     progress: Progress,
-    memory: Memory,
-) -> tuple[Metric, list[dict[str, Any]]]:
+    memory: ResponseCache,
+) -> tuple[TaskMetric, list[dict[str, Any]]]:
     """Return the perplexity of a text, and one sample row per window."""
-    windows = cut(model, text, benchmark.limit)
-    tokens = _ON_A_PROCESSOR if model.device.type == "cpu" else _TOKENS_PER_BATCH
+    windows = cut_windows(model, text, benchmark.limit)
+    tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
     size = max(1, min(benchmark.batch_size, tokens // text.config.window))
     network = model.network.eval()
     losses = memory.batched(
-        [key("perplexity", text.name, window) for window in windows],
+        [request_key("perplexity", text.name, window) for window in windows],
         windows,
         [text.config.window] * len(windows),
-        Batches(size, model.device, progress),
+        AdaptiveBatches(size, model.device, progress),
         lambda batch: window_losses(network, torch.tensor(batch, device=model.device)),
         progress,
     )
@@ -58,7 +59,7 @@ def measure(
     return metric, _samples(text, windows, losses)
 
 
-def cut(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
+def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
     """Cut the text into the windows of its protocol; keep the first `limit`.
 
     Raises:
@@ -78,8 +79,10 @@ def cut(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
 
     try:
         if text.config.protocol == "gptq_c4":
-            return drawn(text.documents, encode, window, min(C4_WINDOWS, limit or C4_WINDOWS))
-        return consecutive(text.documents, encode, window)[:limit]
+            return random_windows(
+                text.documents, encode, window, min(C4_WINDOWS, limit or C4_WINDOWS)
+            )
+        return consecutive_windows(text.documents, encode, window)[:limit]
     except UserError as error:
         raise UserError(f"benchmark.perplexity.{text.name}: {error}") from error
 
@@ -109,9 +112,9 @@ def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
     return value, value * statistics.stdev(losses) / math.sqrt(len(losses))
 
 
-def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> Metric:
+def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> TaskMetric:
     value, stderr = perplexity(losses)
-    return Metric(
+    return TaskMetric(
         benchmark=benchmark.name,
         task=text.name,
         metric="perplexity",
@@ -141,3 +144,44 @@ def _samples(
         }
         for number, (tokens, loss) in enumerate(zip(windows, losses, strict=True))
     ]
+
+
+Encode = Callable[[str], list[int]]
+C4_WINDOWS = 256
+
+
+def consecutive_windows(documents: Sequence[str], encode: Encode, window: int) -> list[list[int]]:
+    """Join documents by blank lines, tokenize once and cut; the remainder is dropped."""
+    # Tokenized as one string, not per document: BOS appears once, and tokens may span a border.
+    # Published perplexities of WikiText-2 depend on both.
+    tokens = encode("\n\n".join(documents))
+    count = len(tokens) // window
+    if count == 0:
+        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {window}")
+    return [tokens[i * window : (i + 1) * window] for i in range(count)]
+
+
+def random_windows(
+    documents: Sequence[str], encode: Encode, window: int, count: int = C4_WINDOWS
+) -> list[list[int]]:
+    """Draw windows at random from documents longer than a window, with seed 0."""
+    # The order of draws is that of `get_c4` in GPTQ's datautils.py (a document until one is long
+    # enough, then an offset), from the same generator: any other order gives other windows and
+    # other perplexities. The offset's bound, too, is the script's, although it never draws the last
+    # window.
+    draw = random.Random(0)
+    too_short: set[int] = set()
+    windows: list[list[int]] = []
+    while len(windows) < count:
+        number = draw.randint(0, len(documents) - 1)
+        # A short document is not tokenized again, but still takes its draw, or the sequence would
+        # change.
+        tokens = [] if number in too_short else encode(documents[number])
+        if len(tokens) <= window:
+            too_short.add(number)
+            if len(too_short) == len(documents):
+                raise UserError(f"no document of the text is longer than a window of {window}")
+            continue
+        start = draw.randint(0, len(tokens) - window - 1)
+        windows.append(tokens[start : start + window])
+    return windows

@@ -1,7 +1,15 @@
 """Paired comparison of runs, sample by sample."""
 
-from bench.reporting.comparison.comparing import Comparison, Run, baseline_of, compare
+from bench.reporting.comparison.comparison import ComparedRun, Comparison, baseline_of, compare
 from bench.reporting.comparison.contrast import Contrast
-from bench.reporting.comparison.flips import Flip, flips
+from bench.reporting.comparison.flips import Flip, find_flips
 
-__all__ = ["Comparison", "Contrast", "Flip", "Run", "baseline_of", "compare", "flips"]
+__all__ = [
+    "ComparedRun",
+    "Comparison",
+    "Contrast",
+    "Flip",
+    "baseline_of",
+    "compare",
+    "find_flips",
+]

@@ -1,18 +1,27 @@
-"""Contrast of one number of a candidate with the baseline's: difference, interval, test, power."""
+"""One number against the baseline's, paired by unit.
+
+Scores of two runs paired by unit, and their bootstrap.
+
+Shapes: N units, S strata, R resamples; the two runs are columns, the baseline first.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bench.records import MetricPart
-from bench.reporting.comparison.pairing import Paired
+import numpy as np
+
+from bench.records import Metric
+from bench.reporting.comparison.metric_forms import UnitScores
 from bench.reporting.statistics import (
+    Floats,
     bootstrap_p,
-    detectable,
-    fewest_flips,
+    detectable_difference,
     mcnemar,
+    min_significant_flips,
     percentile_interval,
+    resampled_means,
 )
 
 
@@ -50,7 +59,7 @@ class Contrast:
     note: str | None = None
 
 
-def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
+def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
     """Compute interval, test, detectable difference and retention of one metric's pairs."""
     low, high = percentile_interval(paired.differences)
     # The spread of a statistic over bootstrap resamples estimates its standard error.
@@ -60,7 +69,7 @@ def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
         tested = mcnemar(paired.gained, paired.lost)
         # The normal approximation can promise more than the exact test can deliver: with fewer
         # flips than this no p-value reaches the level, so the larger bound counts.
-        p, mid, visible = tested.exact, tested.mid, fewest_flips() / paired.units
+        p, mid, visible = tested.exact, tested.mid, min_significant_flips() / paired.units
     else:
         p, mid, visible = bootstrap_p(paired.differences), None, 0.0
     return replace(
@@ -73,14 +82,14 @@ def contrast(run: str, metric: MetricPart, paired: Paired) -> Contrast:
         p=p,
         p_mid=mid,
         # 0 if the two runs never differ: then nothing is known about what could be seen.
-        detectable=max(detectable(error), visible) or None,
+        detectable=max(detectable_difference(error), visible) or None,
         retention=retained,
         retention_low=retained_low,
         retention_high=retained_high,
     )
 
 
-def unpaired(run: str, metric: MetricPart, baseline: float, candidate: float) -> Contrast:
+def unpaired_contrast(run: str, metric: Metric, baseline: float, candidate: float) -> Contrast:
     """Contrast two numbers that the samples do not reproduce, without interval and test."""
     return replace(
         _side_by_side(run, metric, metric.n, baseline, candidate),
@@ -88,9 +97,7 @@ def unpaired(run: str, metric: MetricPart, baseline: float, candidate: float) ->
     )
 
 
-def _side_by_side(
-    run: str, metric: MetricPart, n: int, baseline: float, candidate: float
-) -> Contrast:
+def _side_by_side(run: str, metric: Metric, n: int, baseline: float, candidate: float) -> Contrast:
     return Contrast(
         run=run,
         task=metric.task,
@@ -105,7 +112,7 @@ def _side_by_side(
 
 
 def _retention(
-    paired: Paired, higher_is_better: bool
+    paired: PairedScores, higher_is_better: bool
 ) -> tuple[float, float, float] | tuple[None, None, None]:
     """Return the percentage of the baseline that is left, with its interval.
 
@@ -120,3 +127,67 @@ def _retention(
         return None, None, None
     low, high = percentile_interval(100 * second_R / first_R)
     return 100 * over / under, low, high
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """One metric of a baseline and a candidate.
+
+    `draws` [R, 2] holds the metric's values over resamples. `gained` and `lost` count the units
+    that only one of the two has right; None if units are not simply right or wrong. `units` counts
+    the resampled units.
+    """
+
+    baseline: float
+    candidate: float
+    draws: Floats
+    units: int
+    gained: int | None = None
+    lost: int | None = None
+
+    @property
+    def difference(self) -> float:
+        """Candidate minus baseline."""
+        return self.candidate - self.baseline
+
+    @property
+    def differences(self) -> Floats:
+        """The difference in every resample, [R]."""
+        difference_R: Floats = self.draws[:, 1] - self.draws[:, 0]
+        return difference_R
+
+
+def pair_scores(
+    baseline: UnitScores, candidate: UnitScores, generator: np.random.Generator
+) -> PairedScores:
+    """Pair two runs by unit and resample each stratum independently."""
+    both = baseline.units.merge(candidate.units, on=["unit", "stratum"], validate="1:1")
+    # `unlike_samples` has made sure that both runs scored the same documents.
+    assert len(both) == len(baseline.units) == len(candidate.units)
+    drawn = [
+        # Resampling within a stratum keeps its size, as the metric's definition does: POPE's splits
+        # and MME's categories have a fixed number of questions.
+        resampled_means(group[["score_x", "score_y"]].to_numpy(), generator)
+        for _, group in both.groupby("stratum")
+    ]
+    means_R2S = np.stack(drawn, axis=-1)
+    draws_R2 = np.stack(
+        [baseline.value(means_R2S[:, 0]), candidate.value(means_R2S[:, 1])], axis=-1
+    )
+    gained = lost = None
+    if baseline.binary and candidate.binary:
+        gained = int((both["score_x"] < both["score_y"]).sum())
+        lost = int((both["score_x"] > both["score_y"]).sum())
+    return PairedScores(baseline.observed, candidate.observed, draws_R2, len(both), gained, lost)
+
+
+def mean_of_pairs(parts: list[PairedScores]) -> PairedScores:
+    """Return the unweighted mean of several metrics, each resampled independently."""
+    return PairedScores(
+        baseline=float(np.mean([part.baseline for part in parts])),
+        candidate=float(np.mean([part.candidate for part in parts])),
+        # The draws of the tasks are independent, so averaging them draw by draw gives the
+        # distribution of the mean.
+        draws=np.mean([part.draws for part in parts], axis=0),
+        units=sum(part.units for part in parts),
+    )

@@ -1,18 +1,22 @@
-"""Flips: samples on which two runs score differently, with the question and both answers."""
+"""Samples on which two runs differ, and their images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bench.records import MetricPart
-from bench.reporting.comparison.comparing import Run
-from bench.reporting.comparison.scores import rows_of
+from bench.errors import UserError
+from bench.evaluation import BenchmarkConfig, plan_once
+from bench.records import Metric, Record
+from bench.reporting.comparison.comparison import ComparedRun
+from bench.reporting.comparison.metric_forms import metric_rows
 
-PER_CHARACTER = "acc_norm"
+LENGTH_NORMALIZED = "acc_norm"
 """lm-eval's metric that divides the log-likelihood of a choice by its length in characters."""
 
 
@@ -31,8 +35,8 @@ class Flip:
     image: str | None
     prompt: str | None
     target: str | None
-    baseline_said: str | None
-    candidate_said: str | None
+    baseline_answer: str | None
+    candidate_answer: str | None
     baseline_score: float
     candidate_score: float
 
@@ -42,7 +46,9 @@ class Flip:
         return self.candidate_score < self.baseline_score
 
 
-def flips(baseline: Run, candidate: Run, metric: MetricPart, limit: int) -> list[Flip]:
+def find_flips(
+    baseline: ComparedRun, candidate: ComparedRun, metric: Metric, limit: int
+) -> list[Flip]:
     """Return up to `limit` samples that the candidate lost, and as many that it gained.
 
     The largest changes come first. A metric without a score per sample has no flips.
@@ -61,9 +67,9 @@ def flips(baseline: Run, candidate: Run, metric: MetricPart, limit: int) -> list
     return [_flip(candidate.record.id, metric, source, *rows) for rows in shown]
 
 
-def _scored(samples: pd.DataFrame, metric: MetricPart) -> pd.DataFrame | None:
+def _scored(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame | None:
     """Return a metric's samples by task and document with their `score`, if each has one."""
-    rows = rows_of(samples, metric)
+    rows = metric_rows(samples, metric)
     # `X_mean` (POPE's mean over splits) is computed from the per-answer scores of `X`.
     single = metric.metric.removesuffix("_mean")
     # A document with several rows has no single score that could flip.
@@ -74,7 +80,7 @@ def _scored(samples: pd.DataFrame, metric: MetricPart) -> pd.DataFrame | None:
 
 
 def _flip(
-    run: str, metric: MetricPart, source: str | None, mine: pd.Series[Any], its: pd.Series[Any]
+    run: str, metric: Metric, source: str | None, mine: pd.Series[Any], its: pd.Series[Any]
 ) -> Flip:
     return Flip(
         run=run,
@@ -84,8 +90,8 @@ def _flip(
         image=_text(mine, "image_hash"),
         prompt=_text(mine, "prompt"),
         target=_target(mine),
-        baseline_said=_said(mine, metric.metric),
-        candidate_said=_said(its, metric.metric),
+        baseline_answer=_answer(mine, metric.metric),
+        candidate_answer=_answer(its, metric.metric),
         baseline_score=float(mine["score"]),
         candidate_score=float(its["score"]),
     )
@@ -105,12 +111,51 @@ def _target(row: pd.Series[Any]) -> str | None:
     return target
 
 
-def _said(row: pd.Series[Any], metric: str) -> str | None:
+def _answer(row: pd.Series[Any], metric: str) -> str | None:
     """Return the choice with the highest log-likelihood, or the generated text or class."""
     choices = [str(choice) for choice in row["choices"]]
     likelihood_C = np.asarray(row["loglikelihoods"], dtype=float)
     if choices and len(choices) == len(likelihood_C):
-        if metric == PER_CHARACTER:
+        if metric == LENGTH_NORMALIZED:
             likelihood_C = likelihood_C / [max(len(choice), 1) for choice in choices]
         return choices[int(likelihood_C.argmax())]
     return _text(row, "response") or _text(row, "prediction")
+
+
+IMAGE_FOLDER = "pictures"
+
+
+def write_flip_images(
+    flipped: Sequence[Flip], record: Record, results_dir: Path
+) -> dict[str, list[Path]]:
+    """Write the images of flips as PNG files; return the files by image hash.
+
+    The benchmark is that of `record`. Files are named by the hash; an existing file is kept.
+
+    Raises:
+        MissingData: the benchmark's data are not on this machine and cannot be downloaded.
+        UserError: the images of a document differ from those of the run.
+    """
+    from bench.evaluation.multimodal.prompts import image_hash
+
+    wanted = {flip.image: flip for flip in flipped if flip.image}
+    if not wanted:
+        return {}
+    benchmark = BenchmarkConfig.model_validate(record.config["benchmark"])
+    plan = plan_once(benchmark, offline=bool(record.config.get("offline")))
+    written: dict[str, list[Path]] = {}
+    for name, flip in wanted.items():
+        images = plan.scoring.pictures(flip.task, flip.document)
+        if image_hash(images) != name:
+            raise UserError(
+                f"the images of {flip.task} document {flip.document} differ from the run's: the "
+                "data have changed since the run"
+            )
+        # 64 bits of the hash are enough to tell the images of one results folder apart.
+        stem = results_dir / IMAGE_FOLDER / name[:16]
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        written[name] = [Path(f"{stem}-{place}.png") for place in range(len(images))]
+        for path, image in zip(written[name], images, strict=True):
+            if not path.exists():
+                image.save(path)
+    return written

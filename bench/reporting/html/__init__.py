@@ -1,6 +1,10 @@
 """One self-contained HTML file over all records: no server, no network, nothing to install."""
 
-from bench.reporting.html.report import Written, write_report
-from bench.reporting.html.samples import Share
+from bench.reporting.html.report import WrittenReport, write_report
+from bench.reporting.html.samples import SampleShare
 
-__all__ = ["Share", "Written", "write_report"]
+__all__ = [
+    "SampleShare",
+    "WrittenReport",
+    "write_report",
+]

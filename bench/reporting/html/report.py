@@ -1,4 +1,10 @@
-"""HTML report from top to bottom: records -> leaderboard -> details and samples -> page -> file."""
+"""The HTML report: records, leaderboard, details, tables, page.
+
+A paper's table as the report shows it next to the runs.
+
+The protocols describe the part of a table that the page depends on. Numbers are in their column's
+unit.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +13,23 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bench.errors import UserError
 from bench.records import Record, Store
-from bench.records.atomic import write_bytes
-from bench.reporting.board import Board, Row, board
+from bench.records.atomic_files import write_bytes
 from bench.reporting.html import page, samples
-from bench.reporting.html.details import details
-from bench.reporting.html.samples import Share
-from bench.reporting.html.tables import PaperTable, described
-from bench.reporting.tables.building import tables_of
+from bench.reporting.html.samples import SampleShare
+from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
+from bench.reporting.tables.builder import tables_of
 
 # Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
 # small to open fast and large to compress well.
-RUNS_A_CHUNK = 50
+RUNS_PER_CHUNK = 50
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenReport:
     """The written report: its file and contents."""
 
     path: Path
@@ -42,9 +46,9 @@ class Written:
 def write_report(
     results_dir: Path,
     out: Path | None = None,
-    share: Share | None = None,
-    tables: Callable[[Sequence[Record]], Iterable[PaperTable]] = tables_of,
-) -> Written:
+    share: SampleShare | None = None,
+    tables: Callable[[Sequence[Record]], Iterable[Table]] = tables_of,
+) -> WrittenReport:
     """Write one HTML file over all records of a results folder, atomically.
 
     `out` defaults to `report.html` in the folder; `share` limits the embedded samples; `tables`
@@ -55,13 +59,15 @@ def write_report(
     """
     if not results_dir.is_dir():
         raise UserError(f"results_dir={results_dir}: no such folder, so there are no records")
-    store, share = Store(results_dir), share or Share()
+    store, share = Store(results_dir), share or SampleShare()
     records = store.all()
-    runs = board(records)
-    asked = list(samples.chunks(runs, store, share))
-    content = page.render(
-        index=_index(runs, store, share, asked, [described(table) for table in tables(records)]),
-        details=[[details(record) for record in few] for few in _chunks(runs)],
+    runs = build_leaderboard(records)
+    asked = list(samples.sample_chunks(runs, store, share))
+    content = page.render_page(
+        index=_report_index(
+            runs, store, share, asked, [table_entry(table) for table in tables(records)]
+        ),
+        details=[[run_details(record) for record in few] for few in _record_chunks(runs)],
         samples=asked,
     ).encode("utf-8", "replace")
     path = out or results_dir / "report.html"
@@ -74,19 +80,19 @@ def write_report(
         reason = error.strerror or str(error)
         raise UserError(f"out={path}: cannot be written ({reason})") from None
     shown = sum(len(chunk["runs"]) for chunk in asked)
-    return Written(path, len(records), shown, len(content))
+    return WrittenReport(path, len(records), shown, len(content))
 
 
-def _chunks(runs: Board) -> list[list[Record]]:
+def _record_chunks(runs: Leaderboard) -> list[list[Record]]:
     """Return the records in the order of the leaderboard, in chunks."""
     records = [row.record for row in runs.rows]
-    return [records[at : at + RUNS_A_CHUNK] for at in range(0, len(records), RUNS_A_CHUNK)]
+    return [records[at : at + RUNS_PER_CHUNK] for at in range(0, len(records), RUNS_PER_CHUNK)]
 
 
-def _index(
-    runs: Board,
+def _report_index(
+    runs: Leaderboard,
     store: Store,
-    share: Share,
+    share: SampleShare,
     asked: Sequence[dict[str, Any]],
     tables: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _index(
         "results": str(store.root),
         "settings": [asdict(setting) for setting in runs.settings],
         "runs": [
-            _run(row, at // RUNS_A_CHUNK, place.get(row.record.id))
+            _run_entry(row, at // RUNS_PER_CHUNK, place.get(row.record.id))
             for at, row in enumerate(runs.rows)
         ],
         "tables": tables,
@@ -108,7 +114,7 @@ def _index(
     }
 
 
-def _run(row: Row, chunk: int, samples_chunk: int | None) -> dict[str, Any]:
+def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> dict[str, Any]:
     """Return one run as the leaderboard and the plots read it."""
     record = row.record
     return {
@@ -126,4 +132,177 @@ def _run(row: Row, chunk: int, samples_chunk: int | None) -> dict[str, Any]:
         "kept": row.retention,
         "chunk": chunk,
         "samples": samples_chunk,
+    }
+
+
+MAX_LIST_LENGTH = 100
+"""List entries shown of a method's report; `record.json` has all of them."""
+
+
+def run_details(record: Record) -> dict[str, Any]:
+    """Return a record as plain data for the page of its run."""
+    content = record.model_dump(mode="json")
+    for method in content["methods"]:
+        method["report"] = shorten_lists(method["report"])
+    return content
+
+
+def shorten_lists(value: Any) -> Any:
+    """Cut long lists and append how many entries were cut."""
+    if isinstance(value, dict):
+        return {key: shorten_lists(item) for key, item in value.items()}
+    if isinstance(value, list):
+        cut = [shorten_lists(item) for item in value[:MAX_LIST_LENGTH]]
+        left = len(value) - len(cut)
+        return [*cut, f"{left} more in record.json"] if left else cut
+    return value
+
+
+class ColumnHead(Protocol):
+    """A column: its name and the unit of its numbers."""
+
+    @property
+    def name(self) -> str:
+        """The measured quantity."""
+
+    @property
+    def unit(self) -> str:
+        """The unit; `%` for percentages."""
+
+
+class OurValue(Protocol):
+    """Our number and the runs it comes from."""
+
+    @property
+    def value(self) -> float:
+        """The number."""
+
+    @property
+    def stderr(self) -> float | None:
+        """Its standard error, if it has one."""
+
+    @property
+    def runs(self) -> Sequence[str]:
+        """The ids of the runs."""
+
+
+class PublishedCell(Protocol):
+    """A published number as printed."""
+
+    @property
+    def text(self) -> str:
+        """The number as its source prints it."""
+
+    @property
+    def unit(self) -> str:
+        """The unit of the source."""
+
+    @property
+    def trust(self) -> str:
+        """The kind of source: the paper, its authors' code, third parties."""
+
+    @property
+    def flag(self) -> str:
+        """Why the number is suspicious; empty if it is not."""
+
+
+class TableCell(Protocol):
+    """Our number, the published one, and their difference or the reason why there is none."""
+
+    @property
+    def ours(self) -> OurValue | None:
+        """Our number; None if the run is missing."""
+
+    @property
+    def theirs(self) -> PublishedCell | None:
+        """The published number; None if there is none."""
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus theirs, for numbers of the same identity."""
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the published number lies in our interval."""
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the two are not subtracted."""
+
+
+class TableLine(Protocol):
+    """One method in one variant and section."""
+
+    @property
+    def block(self) -> str:
+        """The section of the table, usually a model."""
+
+    @property
+    def setting(self) -> str:
+        """The variant, a ratio for instance; may be empty."""
+
+    @property
+    def name(self) -> str:
+        """The method as the table calls it."""
+
+    @property
+    def cells(self) -> Sequence[TableCell]:
+        """One cell per column."""
+
+
+class Table(Protocol):
+    """A paper's table, reproduced."""
+
+    @property
+    def file(self) -> str:
+        """A name that no other table has."""
+
+    @property
+    def title(self) -> str:
+        """The title."""
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether small models stand in for the paper's."""
+
+    @property
+    def heads(self) -> Sequence[ColumnHead]:
+        """The columns."""
+
+    @property
+    def lines(self) -> Sequence[TableLine]:
+        """The rows, section by section."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sources and caveats, one sentence each."""
+
+
+def table_entry(table: Table) -> dict[str, Any]:
+    """Return a table as the page reads it."""
+    return {
+        "name": table.file,
+        "title": table.title,
+        "stand_in": table.stand_in,
+        "heads": [{"name": head.name, "unit": head.unit} for head in table.heads],
+        "lines": [
+            {
+                "block": line.block,
+                "label": f"{line.name} {line.setting}".strip(),
+                "cells": [_cell_entry(cell) for cell in line.cells],
+            }
+            for line in table.lines
+        ],
+        "notes": list(table.notes),
+    }
+
+
+def _cell_entry(cell: TableCell) -> dict[str, Any]:
+    ours, theirs = cell.ours, cell.theirs
+    return {
+        "ours": None if ours is None else [ours.value, ours.stderr, *ours.runs[:1]],
+        "theirs": None if theirs is None else [theirs.text, theirs.unit, theirs.trust, theirs.flag],
+        "difference": cell.difference,
+        "inside": cell.inside,
+        "refusal": cell.refusal,
     }

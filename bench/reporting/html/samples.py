@@ -16,25 +16,27 @@ from typing import Any
 
 from bench.records import Store
 from bench.records.store import SAMPLES
-from bench.reporting.board import Board, Row
+from bench.reporting.leaderboard import Leaderboard, LeaderboardRow
 
-ASKED = ("task", "filter", "doc_id", "target", "prompt", "choices")
-ANSWERED = ("loglikelihoods", "response", "prediction", "probability")
-NO_SCORE = frozenset({*ASKED, *ANSWERED, "doc_hash", "prompt_hash", "image_hash"})
-RUNS_A_CHUNK = 25
-LONGEST_TEXT = 4000
+QUESTION_COLUMNS = ("task", "filter", "doc_id", "target", "prompt", "choices")
+ANSWER_COLUMNS = ("loglikelihoods", "response", "prediction", "probability")
+NON_SCORE_COLUMNS = frozenset(
+    {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "doc_hash", "prompt_hash", "image_hash"}
+)
+RUNS_PER_CHUNK = 25
+MAX_TEXT_LENGTH = 4000
 """Characters shown of a prompt or an answer; windows of perplexity tasks are longer."""
 
 
 @dataclass(frozen=True)
-class Share:
+class SampleShare:
     """Embedded samples: `per_run` samples of each of the `runs` newest runs."""
 
     per_run: int = 40
     runs: int = 200
 
 
-def chunks(board: Board, store: Store, share: Share) -> Iterator[dict[str, Any]]:
+def sample_chunks(board: Leaderboard, store: Store, share: SampleShare) -> Iterator[dict[str, Any]]:
     """Yield chunks of `{texts, runs}`; samples refer to texts by position.
 
     Dense runs are included even if they are old, since all other runs are compared with them.
@@ -45,11 +47,11 @@ def chunks(board: Board, store: Store, share: Share) -> Iterator[dict[str, Any]]
     # first within a setting.
     rows = sorted((r for r in board.rows if r.record.id in wanted), key=lambda r: r.setting)
     for _, group in groupby(rows, key=lambda row: row.setting):
-        for few in _batched(group, RUNS_A_CHUNK):
-            yield _chunk(few, store, share.per_run)
+        for few in _batched(group, RUNS_PER_CHUNK):
+            yield _sample_chunk(few, store, share.per_run)
 
 
-def _batched(rows: Iterable[Row], size: int) -> Iterator[tuple[Row, ...]]:
+def _batched(rows: Iterable[LeaderboardRow], size: int) -> Iterator[tuple[LeaderboardRow, ...]]:
     """Yield tuples of `size` rows; the last one may be shorter."""
     left = iter(rows)
     # itertools.batched exists from Python 3.12 on.
@@ -57,15 +59,15 @@ def _batched(rows: Iterable[Row], size: int) -> Iterator[tuple[Row, ...]]:
         yield few
 
 
-def _chunk(rows: Iterable[Row], store: Store, per_run: int) -> dict[str, Any]:
+def _sample_chunk(rows: Iterable[LeaderboardRow], store: Store, per_run: int) -> dict[str, Any]:
     texts: dict[str, int] = {}
 
     def place(text: str | None) -> int | None:
-        return None if text is None else texts.setdefault(text[:LONGEST_TEXT], len(texts))
+        return None if text is None else texts.setdefault(text[:MAX_TEXT_LENGTH], len(texts))
 
     runs: dict[str, Any] = {}
     for row in rows:
-        total, read = read_some(store.folder(row.record.id) / SAMPLES, per_run)
+        total, read = read_samples(store.folder(row.record.id) / SAMPLES, per_run)
         for sample in read:
             sample["prompt"] = place(sample["prompt"])
             sample["choices"] = [place(choice) for choice in sample["choices"]]
@@ -73,7 +75,7 @@ def _chunk(rows: Iterable[Row], store: Store, per_run: int) -> dict[str, Any]:
     return {"texts": list(texts), "runs": runs}
 
 
-def read_some(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
+def read_samples(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
     """Return the number of a run's samples, and about `per_run` of them, evenly spaced per task."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -92,12 +94,12 @@ def read_some(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
         positions.setdefault(kind, []).append(position)
     # At least one sample of every task, even where that exceeds `per_run`.
     each = max(1, per_run // len(positions))
-    chosen = [p for place in positions.values() for p in spaced(place, each)]
+    chosen = [p for place in positions.values() for p in evenly_spaced(place, each)]
     rows = file.read().take(chosen).to_pylist()
     return file.metadata.num_rows, [_compact(row) for row in rows]
 
 
-def spaced(positions: list[int], count: int) -> list[int]:
+def evenly_spaced(positions: list[int], count: int) -> list[int]:
     """Return `count` of the positions, evenly spaced and starting with the first."""
     total = len(positions)
     return [positions[i * total // count] for i in range(count)] if total > count else positions
@@ -111,19 +113,19 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
         "filter": row.get("filter"),
         "doc": row.get("doc_id"),
         "prompt": row.get("prompt"),
-        "target": _text(row.get("target")),
+        "target": _optional_text(row.get("target")),
         "choices": row.get("choices") or [],
         # The page shows fewer digits than that, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
-        "answer": _text(row.get("prediction") if answer is None else answer),
+        "answer": _optional_text(row.get("prediction") if answer is None else answer),
         "sure": row.get("probability"),
         "scores": {
             key: value
             for key, value in row.items()
-            if key not in NO_SCORE and isinstance(value, float)
+            if key not in NON_SCORE_COLUMNS and isinstance(value, float)
         },
     }
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)[:LONGEST_TEXT]
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else str(value)[:MAX_TEXT_LENGTH]

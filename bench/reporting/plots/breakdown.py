@@ -13,27 +13,34 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bench.errors import UserError
-from bench.records import CostPart, Record
-from bench.reporting.plots.axes import legend, side_by_side, unit_axis
-from bench.reporting.plots.points import panels
-from bench.reporting.plots.style import COLOURS, HATCHES, INK, tint
+from bench.records import Cost, Record
+from bench.reporting.plots.points import group_panels
+from bench.reporting.plots.style import (
+    COLOURS,
+    HATCHES,
+    INK,
+    add_legend,
+    label_unit_axis,
+    panel_figure,
+    tint,
+)
 
 WALL = "wall"
-METHODS = "methods, the rest"
-OUTER = frozenset({METHODS, "scoring", "loading the model", "counting costs"})
+METHODS_REST = "methods, the rest"
+RUN_PHASES = frozenset({METHODS_REST, "scoring", "loading the model", "counting costs"})
 """Phases of every run; all other phases are parts of a method."""
-BAR, FRAME = 0.32, 1.1
+BAR_HEIGHT, FRAME_HEIGHT = 0.32, 1.1
 """Inches: the height of a bar and of everything around the bars."""
 
 
-class Fill(NamedTuple):
+class PartFill(NamedTuple):
     """Fill of a part: colour and hatch."""
 
     colour: tuple[float, float, float]
     hatch: str
 
 
-def parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.DataFrame:
+def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.DataFrame:
     """Return one row per run and per part of one of its costs.
 
     The parts must add up to the whole, which excludes the percentiles of a measured time. The parts
@@ -63,19 +70,19 @@ def parts(records: Sequence[Record], cost: str, scope: str | None = None) -> pd.
     return pd.DataFrame(rows)
 
 
-def draw(frame: pd.DataFrame) -> Figure:
+def draw_breakdown(frame: pd.DataFrame) -> Figure:
     """Draw one stacked bar per run; parts differ in colour and hatch."""
-    shown = list(panels(frame))
-    figure, axes = side_by_side([name for name, _ in shown])
+    shown = list(group_panels(frame))
+    figure, axes = panel_figure([name for name, _ in shown])
     most = max(group["run"].nunique() for _, group in shown)
-    figure.set_figheight(FRAME + BAR * most)
+    figure.set_figheight(FRAME_HEIGHT + BAR_HEIGHT * most)
     names = list(dict.fromkeys(frame[frame["value"] > 0]["part"]))
     fills = {
-        name: Fill(tint(COLOURS[i % len(COLOURS)]), HATCHES[i % len(HATCHES)])
+        name: PartFill(tint(COLOURS[i % len(COLOURS)]), HATCHES[i % len(HATCHES)])
         for i, name in enumerate(names)
     }
     for each, (_, group) in zip(axes, shown, strict=True):
-        _bars(each, group, fills)
+        _draw_bars(each, group, fills)
         # The limits of the fullest panel hold for all: bars are equally thick everywhere. Upper and
         # lower are swapped so that the first run is on top.
         each.set_ylim(most - 0.5, -0.5)
@@ -83,11 +90,11 @@ def draw(frame: pd.DataFrame) -> Figure:
         Patch(facecolor=fill.colour, hatch=fill.hatch, edgecolor=INK, linewidth=0.4, label=name)
         for name, fill in fills.items()
     ]
-    legend(figure, handles)
+    add_legend(figure, handles)
     return figure
 
 
-def _bars(axes: Axes, group: pd.DataFrame, fills: dict[str, Fill]) -> None:
+def _draw_bars(axes: Axes, group: pd.DataFrame, fills: dict[str, PartFill]) -> None:
     wide = group.pivot_table(index="label", columns="part", values="value", sort=False)
     left = pd.Series(0.0, index=wide.index)
     for part in (name for name in fills if name in wide):
@@ -99,7 +106,7 @@ def _bars(axes: Axes, group: pd.DataFrame, fills: dict[str, Fill]) -> None:
         left += length
     axes.grid(visible=False, axis="y")
     first = group.iloc[0]
-    unit_axis(axes, first["cost_name"], first["unit"], left.max())
+    label_unit_axis(axes, first["cost_name"], first["unit"], left.max())
 
 
 def _parts(
@@ -107,7 +114,7 @@ def _parts(
 ) -> Iterator[tuple[str, str, str, float]]:
     """Yield name of the cost, unit, part and value."""
     if quantity == WALL:
-        for part, seconds in _phases(record).items():
+        for part, seconds in _phase_seconds(record).items():
             yield "time of the run", "s", part, seconds
         return
     fitting = (c for c in record.costs if c.quantity == quantity and scope in (None, c.scope))
@@ -119,12 +126,12 @@ def _parts(
             yield name, found.unit, part.replace("_", " "), value
 
 
-def _adds_up(cost: CostPart) -> bool:
+def _adds_up(cost: Cost) -> bool:
     # 1 % for parts that were rounded or timed one by one.
     return bool(cost.parts) and math.isclose(sum(cost.parts.values()), cost.value, rel_tol=0.01)
 
 
-def _phases(record: Record) -> dict[str, float]:
+def _phase_seconds(record: Record) -> dict[str, float]:
     """Return the seconds of a run's disjoint phases.
 
     Phases of single tasks are summed under one name, as are those of single methods.
@@ -135,10 +142,10 @@ def _phases(record: Record) -> dict[str, float]:
             name = cost.scope.removeprefix("phase ")
             scoring = name.startswith(f"{record.model.name} on ")
             applying = name.startswith("applying ")
-            found["scoring" if scoring else METHODS if applying else name] += cost.value
+            found["scoring" if scoring else METHODS_REST if applying else name] += cost.value
     # Phases inside a method are timed within the method's own phase as well: they are subtracted
     # from it, or their time would be counted twice.
-    within = sum(value for name, value in found.items() if name not in OUTER)
-    if METHODS in found:
-        found[METHODS] = max(0.0, found[METHODS] - within)
+    within = sum(value for name, value in found.items() if name not in RUN_PHASES)
+    if METHODS_REST in found:
+        found[METHODS_REST] = max(0.0, found[METHODS_REST] - within)
     return dict(found)

@@ -1,17 +1,31 @@
-"""Curves of a metric against a knob, one line per family."""
+"""Curves against a knob, and curves of training."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.reporting.plots.axes import legend, metric_axis, of_families, side_by_side
-from bench.reporting.plots.points import panels
-from bench.reporting.plots.style import DENSE, Look, looks
+from bench.errors import UserError
+from bench.records import Record
+from bench.reporting.plots.points import group_panels
+from bench.reporting.plots.style import (
+    DENSE_STYLE,
+    PANEL_HEIGHT,
+    PANEL_WIDTH,
+    SeriesStyle,
+    add_legend,
+    family_handles,
+    label_metric_axis,
+    panel_figure,
+    series_styles,
+)
 
 
-def summarised(frame: pd.DataFrame) -> pd.DataFrame:
+def summarize_families(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row per family and amount: the mean of its runs and an error bar.
 
     The bar of a single run is its 95 % interval; that of several runs (seeds) spans their minimum
@@ -32,23 +46,25 @@ def summarised(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(frame: pd.DataFrame, knob: str) -> Figure:
+def draw_curves(frame: pd.DataFrame, knob: str) -> Figure:
     """Draw the rows of `summarised`; the dense model is a horizontal line with its interval."""
-    shown = list(panels(frame))
-    figure, axes = side_by_side([name for name, _ in shown])
+    shown = list(group_panels(frame))
+    figure, axes = panel_figure([name for name, _ in shown])
     # Families without a value of the knob are not drawn and must use up no style.
     with_amount = frame[frame["amount"].notna() | (frame["family"] == "dense")]
-    families = looks(with_amount["family"])
+    families = series_styles(with_amount["family"])
     for each, (_, group) in zip(axes, shown, strict=True):
-        _panel(each, group, families, knob)
-    legend(figure, of_families(families, joined=True))
+        _draw_curve_panel(each, group, families, knob)
+    add_legend(figure, family_handles(families, joined=True))
     return figure
 
 
-def _panel(axes: Axes, group: pd.DataFrame, families: dict[str, Look], knob: str) -> None:
+def _draw_curve_panel(
+    axes: Axes, group: pd.DataFrame, families: dict[str, SeriesStyle], knob: str
+) -> None:
     for family, line in group.groupby("family", sort=False):
         if family == "dense":
-            _dense(axes, line.iloc[0])
+            _draw_dense(axes, line.iloc[0])
             continue
         known = line.dropna(subset=["amount"]).sort_values("amount")
         if known.empty:
@@ -65,10 +81,66 @@ def _panel(axes: Axes, group: pd.DataFrame, families: dict[str, Look], knob: str
         )
     first = group.iloc[0]
     axes.set_xlabel(knob.replace("_", " "))
-    metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
+    label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
 
 
-def _dense(axes: Axes, row: pd.Series) -> None:
-    axes.axhline(row["value"], color=DENSE.colour, linewidth=1)
-    axes.axhspan(row["low"], row["high"], color=DENSE.colour, alpha=0.08, linewidth=0)
-    axes.plot([0], [row["value"]], color=DENSE.colour, marker=DENSE.marker, markersize=11)
+def _draw_dense(axes: Axes, row: pd.Series) -> None:
+    axes.axhline(row["value"], color=DENSE_STYLE.colour, linewidth=1)
+    axes.axhspan(row["low"], row["high"], color=DENSE_STYLE.colour, alpha=0.08, linewidth=0)
+    axes.plot(
+        [0], [row["value"]], color=DENSE_STYLE.colour, marker=DENSE_STYLE.marker, markersize=11
+    )
+
+
+STEP_KEYS = ("epoch", "step")
+HISTORY_QUANTITIES = ("loss", "accuracy", "alive")
+"""Drawn quantities, in this order, if a history has them."""
+
+
+def training_histories(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one row per run, step and quantity reported during training.
+
+    Raises:
+        UserError: none of the runs has trained anything.
+    """
+    rows = [
+        {"run": record.id, "label": f"{record.label} ({record.id[:8]})", **line}
+        for record in records
+        for line in _history_rows(record)
+    ]
+    if not rows:
+        raise UserError("none of the runs has a method that trains: there is no history to draw")
+    return pd.DataFrame(rows)
+
+
+def _history_rows(record: Record) -> Iterator[dict[str, Any]]:
+    for method in record.methods:
+        for line in method.report.get("history", []):
+            time = next((step for step in STEP_KEYS if step in line), None)
+            for name in HISTORY_QUANTITIES:
+                if time is not None and line.get(name) is not None:
+                    yield {"quantity": name, "time": time, "at": line[time], "value": line[name]}
+        # Short fine-tunings report a bare list with one loss per step.
+        for step, loss in enumerate(method.report.get("losses", []), start=1):
+            yield {"quantity": "loss", "time": "step", "at": step, "value": loss}
+
+
+def draw_training(frame: pd.DataFrame) -> Figure:
+    """Draw one panel per quantity and one line per run."""
+    quantities = [name for name in HISTORY_QUANTITIES if (frame["quantity"] == name).any()]
+    figure = Figure(figsize=(PANEL_WIDTH * len(quantities), PANEL_HEIGHT), layout="constrained")
+    styles = series_styles(frame["label"])
+    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for axes, quantity in zip(panels, quantities, strict=True):
+        shown = frame[frame["quantity"] == quantity]
+        for label, line in shown.groupby("label", sort=False):
+            look = styles[str(label)]
+            axes.plot(
+                line["at"], line["value"], color=look.colour, linestyle=look.line,
+                # About eight markers per line identify it in greyscale without hiding it.
+                marker=look.marker, markevery=max(1, len(line) // 8), markersize=4, label=label,
+            )  # fmt: skip
+        axes.set_xlabel(str(shown["time"].iloc[0]))
+        axes.set_title(quantity if quantity != "alive" else "groups alive", loc="left")
+    add_legend(figure, panels[0].get_legend_handles_labels()[0])
+    return figure

@@ -1,24 +1,24 @@
-"""Runs as points: one row per run with a metric, its error and a cost."""
+"""Runs as points and families of runs."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
-from bench.errors import unknown
-from bench.records import CostPart, MetricPart, Record, unreal
-from bench.reporting.plots.families import amount, families
+from bench.errors import UserError, unknown_name
+from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
 from bench.reporting.summary import PERCENT_METRICS
 
-Z = 1.96
+NORMAL_QUANTILE = 1.96
 """Half the width of a 95 % interval of a mean, in standard errors."""
-SPREADS = (("least", "most"), ("p10", "p90"))
+SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
 
 
-def points(
+def run_points(
     records: Sequence[Record],
     *,
     task: str = "average",
@@ -35,42 +35,42 @@ def points(
     Raises:
         UserError: no run has this task, or this cost.
     """
-    named = families(records, knob)
+    named = family_names(records, knob)
     metrics = {record.id: _headline(record, task) for record in records}
     if all(metric is None for metric in metrics.values()):
-        raise unknown("task", task, {m.task for r in records for m in r.metrics if m.headline})
+        raise unknown_name("task", task, {m.task for r in records for m in r.metrics if m.headline})
     rows = []
     for record in records:
         metric = metrics[record.id]
         if metric is None or metric.value is None:
             continue
-        row = _row(record, metric, named[record.id], amount(record, knob))
+        row = _point(record, metric, named[record.id], knob_value(record, knob))
         if cost is not None:
             found = _cost(record, cost, scope)
             # Every unit of time is stored in seconds, so "s" marks all measured times.
             if found is None or (found.unit == "s" and row["unreal"]):
                 continue
-            row |= _costs(found)
+            row |= _cost_columns(found)
         rows.append(row)
     if cost is not None and not rows:
-        raise unknown("cost", cost, {c.quantity for r in records for c in r.costs})
+        raise unknown_name("cost", cost, {c.quantity for r in records for c in r.costs})
     return pd.DataFrame(rows)
 
 
-def panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def group_panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the runs of each model on each benchmark, since only these share axes."""
     for (model, benchmark), group in frame.groupby(["model", "benchmark"], sort=False):
         yield f"{model} on {benchmark}", group
 
 
-def _headline(record: Record, task: str) -> MetricPart | None:
+def _headline(record: Record, task: str) -> Metric | None:
     shown = [metric for metric in record.metrics if metric.headline]
     if task == "average" and len(shown) == 1:
         return shown[0]
     return record.metric(task)
 
 
-def _row(record: Record, metric: MetricPart, family: str, knob: float | None) -> dict[str, Any]:
+def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, Any]:
     percent = metric.metric in PERCENT_METRICS
     factor = 100.0 if percent else 1.0
     assert metric.value is not None
@@ -85,18 +85,18 @@ def _row(record: Record, metric: MetricPart, family: str, knob: float | None) ->
         "metric": f"{metric.metric} %" if percent else metric.metric,
         "higher_is_better": metric.higher_is_better,
         "value": factor * metric.value,
-        "error": None if metric.stderr is None else factor * Z * metric.stderr,
-        "unreal": unreal(record.methods) is not None,
+        "error": None if metric.stderr is None else factor * NORMAL_QUANTILE * metric.stderr,
+        "unreal": without_real_saving(record.methods) is not None,
     }
 
 
-def _cost(record: Record, quantity: str, scope: str | None) -> CostPart | None:
+def _cost(record: Record, quantity: str, scope: str | None) -> Cost | None:
     found = [c for c in record.costs if c.quantity == quantity and scope in (None, c.scope)]
     return found[0] if found else None
 
 
-def _costs(cost: CostPart) -> dict[str, Any]:
-    ends = next((pair for pair in SPREADS if set(pair) <= cost.parts.keys()), None)
+def _cost_columns(cost: Cost) -> dict[str, Any]:
+    ends = next((pair for pair in SPREAD_KEYS if set(pair) <= cost.parts.keys()), None)
     low, high = (cost.parts[end] for end in ends) if ends else (cost.value, cost.value)
     return {
         "cost": cost.value,
@@ -105,3 +105,75 @@ def _costs(cost: CostPart) -> dict[str, Any]:
         "cost_name": f"{cost.quantity.replace('_', ' ')}, {cost.scope}",
         "unit": cost.unit,
     }
+
+
+AMOUNT_KNOBS = frozenset({"ratio", "keep", "k", "average", "budget", "bits", "threshold", "layers"})
+"""Knobs for the amount of compression; along them a family is one line."""
+
+
+def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, str]:
+    """Return each run's family by run id: its methods, and the knobs in which families differ.
+
+    `along` names one more knob that does not separate families.
+    """
+    # Knobs are compared among runs of the same methods only, and a name mentions just those that
+    # differ: with every knob in it, a legend would be unreadable.
+    alike: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        alike[tuple(method.name for method in record.methods)].append(record)
+    named = {}
+    for group in alike.values():
+        knobs = [_family_knobs(record, along.rpartition(".")[2]) for record in group]
+        differing = [key for key in knobs[0] if any(k.get(key) != knobs[0][key] for k in knobs)]
+        for record, own in zip(group, knobs, strict=True):
+            told = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
+            named[record.id] = (" + ".join(m.name for m in record.methods) or "dense") + told
+    return named
+
+
+def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], Any]:
+    """Return every knob of every method that is not an amount."""
+    skipped = AMOUNT_KNOBS | {along}
+    return {
+        (method.name, key): value
+        for method in record.methods
+        for key, value in method.config.items()
+        if key not in skipped
+    }
+
+
+def knob_value(record: Record, knob: str) -> float | None:
+    """Return the value of a knob of the first method that has it.
+
+    A dotted name is a path through methods and config: `camera_p.alpha`, `calibration.rows`. None
+    for a dense run, which has no amount, and if the knob is missing or not a number.
+    """
+    if not record.methods:
+        return None
+    if "." in knob:
+        value = _value_at(record, knob)
+    else:
+        value = next((m.config[knob] for m in record.methods if knob in m.config), None)
+    # Not isinstance: True is an int, and a switch is no amount.
+    return float(value) if type(value) in (int, float) else None
+
+
+def _value_at(record: Record, path: str) -> Any:
+    found: Any = {**record.config, **{method.name: method.config for method in record.methods}}
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def require_knob(records: Sequence[Record], knob: str) -> None:
+    """Raise unless some run has a numeric value of the knob."""
+    if all(knob_value(record, knob) is None for record in records):
+        known = sorted({key for r in records for m in r.methods for key in _numeric_knobs(m)})
+        raise UserError(
+            f"--knob {knob}: no run has a numeric value of it; numeric knobs of these methods: "
+            f"{', '.join(known) or 'none'}"
+        )
+
+
+def _numeric_knobs(method: AppliedMethod) -> list[str]:
+    return [key for key, value in method.config.items() if type(value) in (int, float)]

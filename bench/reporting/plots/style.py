@@ -1,4 +1,6 @@
-"""Style of figures: colours that colour-blind readers can tell apart, and never colour alone.
+"""Looks, colours, axes, panels, legends.
+
+Style of figures: colours that colour-blind readers can tell apart, and never colour alone.
 
 A family of runs has its own colour, marker, line and hatch, so that a figure says the same in
 greyscale. Colours: Okabe and Ito, Color Universal Design (2008), without the yellow, which is too
@@ -7,7 +9,7 @@ light for lines on white. Heat maps use cividis, whose lightness grows with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.errors import UserError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "***")
-HEAT = "cividis"
-INK, PALE = "#000000", "#7F7F7F"
-FORMATS = ("png", "svg", "pdf")
-
-SETTINGS: dict[Any, Any] = {
+HEATMAP = "cividis"
+INK, GREY = "#000000", "#7F7F7F"
+FIGURE_FORMATS = ("png", "svg", "pdf")
+RC_PARAMS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -52,7 +57,7 @@ makes equal figures equal files."""
 
 
 @dataclass(frozen=True)
-class Look:
+class SeriesStyle:
     """Style of one family."""
 
     colour: str
@@ -61,25 +66,25 @@ class Look:
     hatch: str
 
 
-DENSE = Look(INK, "*", "-", "")
+DENSE_STYLE = SeriesStyle(INK, "*", "-", "")
 """The dense model is black and has a star everywhere."""
 
 
-def looks(families: Iterable[str]) -> dict[str, Look]:
+def series_styles(families: Iterable[str]) -> dict[str, SeriesStyle]:
     """Return a style per family in order of appearance; the dense model has its own."""
     named = dict.fromkeys(families)
     # The cycles of colours, markers, lines and hatches have different lengths, so families that
     # share a colour differ in the rest.
     others = [name for name in named if name != "dense"]
-    found = dict(zip(others, islice(_cycle(), len(others)), strict=True))
-    return {"dense": DENSE, **found} if "dense" in named else found
+    found = dict(zip(others, islice(_cycle_styles(), len(others)), strict=True))
+    return {"dense": DENSE_STYLE, **found} if "dense" in named else found
 
 
-def _cycle() -> Iterator[Look]:
+def _cycle_styles() -> Iterator[SeriesStyle]:
     number = 0
     while True:
-        pick = (each[number % len(each)] for each in (COLOURS, MARKERS, LINES, HATCHES))
-        yield Look(*pick)
+        pick = (each[number % len(each)] for each in (COLOURS, MARKERS, LINE_STYLES, HATCHES))
+        yield SeriesStyle(*pick)
         number += 1
 
 
@@ -90,21 +95,21 @@ def tint(colour: str) -> tuple[float, float, float]:
 
 
 @contextmanager
-def drawing() -> Iterator[None]:
+def plot_settings() -> Iterator[None]:
     """Apply our settings within the context and restore the process's settings afterwards."""
-    with mpl.rc_context(SETTINGS):
+    with mpl.rc_context(RC_PARAMS):
         yield
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the file's suffix; equal figures give equal files.
 
     Raises:
         UserError: the format is none of the three, or the file cannot be written.
     """
     suffix = path.suffix.removeprefix(".").lower()
-    if suffix not in FORMATS:
-        raise UserError(f"--output {path}: the name must end in {', '.join(FORMATS)}")
+    if suffix not in FIGURE_FORMATS:
+        raise UserError(f"--output {path}: the name must end in {', '.join(FIGURE_FORMATS)}")
     # matplotlib writes its version into PNG and the time into SVG and PDF, which would make every
     # file differ.
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -113,3 +118,77 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, format=suffix, metadata=undated[suffix])
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+
+
+MAX_PANELS = 4
+PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2
+"""Inches per panel."""
+LEGEND_LINE_HEIGHT, LEGEND_LETTER_WIDTH = 0.2, 0.085
+"""Inches: the height of a line of the legend and the width of a letter in it."""
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+
+
+def panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with one titled panel per name.
+
+    Raises:
+        UserError: there are more panels than fit side by side.
+    """
+    if len(names) > MAX_PANELS:
+        raise UserError(
+            f"the runs span {len(names)} pairs of model and benchmark, but a figure holds at most "
+            f"{MAX_PANELS}: name the runs to draw"
+        )
+    figure = Figure(figsize=(PANEL_WIDTH * len(names), PANEL_HEIGHT), layout="constrained")
+    axes = list(figure.subplots(1, len(names), squeeze=False)[0])
+    for each, name in zip(axes, names, strict=True):
+        each.set_title(name, loc="left")
+    return figure, axes
+
+
+def add_legend(figure: Figure, handles: Sequence[Artist], title: str | None = None) -> None:
+    """Put one legend below all panels and enlarge the figure to make room for it."""
+    # The width is estimated from the number of letters: matplotlib knows real text sizes only after
+    # drawing, and a figure height set then would need a second layout.
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(
+        1, min(len(handles), int(figure.get_figwidth() / (0.6 + longest * LEGEND_LETTER_WIDTH)))
+    )
+    rows = -(-len(handles) // columns) + bool(title)
+    figure.set_figheight(figure.get_figheight() + rows * LEGEND_LINE_HEIGHT)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=title)
+
+
+def family_handles(families: dict[str, SeriesStyle], *, joined: bool) -> list[Line2D]:
+    """Return a legend handle per family: its marker, and its line if points are `joined`."""
+    return [
+        Line2D(
+            [], [], color=look.colour, marker=look.marker,
+            linestyle=look.line if joined else "none", label=name,
+        )
+        for name, look in families.items()
+    ]  # fmt: skip
+
+
+def zeroed_handle() -> Line2D:
+    """Return the legend handle of points whose weights are only zeroed or masked."""
+    return Line2D(
+        [], [], color=INK, marker="o", markerfacecolor="white", linestyle="none",
+        label="zeroed or masked: no real saving",
+    )  # fmt: skip
+
+
+def label_metric_axis(axes: Axes, name: str, task: str, higher_is_better: bool) -> None:
+    """Label the axis of a headline metric, and say so if lower is better."""
+    shown = name.replace("mean", "average") if task == "average" else f"{task} {name}"
+    axes.set_ylabel(shown if higher_is_better else f"{shown} (lower is better)")
+
+
+def label_unit_axis(axes: Axes, name: str, unit: str, largest: float) -> None:
+    """Label the axis of a cost, with the decimal prefix that suits the largest value."""
+    factor, prefix = next((p for p in PREFIXES if p[0] <= abs(largest)), PREFIXES[-1])
+    # matplotlib's own formatter would write a factor such as 1e9 at the end of the axis.
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    shown = f"{prefix}{'' if unit == '1' else unit}"
+    axes.set_xlabel(f"{name}, {shown}" if shown else name)

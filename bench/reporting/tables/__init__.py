@@ -1,23 +1,35 @@
 """Papers' tables: our numbers next to the published ones, from records alone."""
 
-from bench.reporting.tables.building import build, table_of, tables_of
-from bench.reporting.tables.config import TableConfig, load, names
-from bench.reporting.tables.slots import Slot, slots
-from bench.reporting.tables.table import Agreement, Cell, Head, Line, Ours, Table
+from bench.reporting.tables.builder import build_table, table_of, tables_of
+from bench.reporting.tables.table import (
+    ColumnHead,
+    OrderAgreement,
+    OurValue,
+    Table,
+    TableCell,
+    TableLine,
+)
+from bench.reporting.tables.table_config import (
+    TableConfig,
+    TableSlot,
+    load_table_config,
+    table_names,
+    table_slots,
+)
 
 __all__ = [
-    "Agreement",
-    "Cell",
-    "Head",
-    "Line",
-    "Ours",
-    "Slot",
+    "ColumnHead",
+    "OrderAgreement",
+    "OurValue",
     "Table",
+    "TableCell",
     "TableConfig",
-    "build",
-    "load",
-    "names",
-    "slots",
+    "TableLine",
+    "TableSlot",
+    "build_table",
+    "load_table_config",
+    "table_names",
     "table_of",
+    "table_slots",
     "tables_of",
 ]

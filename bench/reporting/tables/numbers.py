@@ -8,40 +8,40 @@ from collections.abc import Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
-from bench.reporting.tables.config import Column
-from bench.reporting.tables.table import Ours
+from bench.reporting.tables.table import OurValue
+from bench.reporting.tables.table_config import TableColumn
 
 if TYPE_CHECKING:
-    from bench.records import MetricPart, Record
-    from bench.reporting.published import Published
+    from bench.records import Metric, Record
+    from bench.reporting.tables.published import PublishedCell
 
-FACTORS = {
+UNITS = {
     "%": ("share", 0.01), "share": ("share", 1.0), "perplexity": ("perplexity", 1.0),
     "points": ("points", 1.0), "ms": ("time", 1e-3), "s": ("time", 1.0), "min": ("time", 60.0),
     "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
 }  # fmt: skip
 """The quantity that a unit measures, and its size in that quantity's basic unit."""
-NORMAL = 1.959963984540054
+NORMAL_QUANTILE = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution, as a constant so that building a table
 needs no scipy."""
-FIELDS = ("metric", "filter", "shots", "split", "harness")
+IDENTITY_FIELDS = ("metric", "filter", "shots", "split", "harness")
 """Together with the task, the full identity of a number."""
 
 
-def named(column: Column, variables: dict[str, str]) -> Column:
+def with_variables(column: TableColumn, variables: dict[str, str]) -> TableColumn:
     """Return the column with `$NAME` in its task substituted."""
     if column.task is None:
         return column
     return column.model_copy(update={"task": Template(column.task).safe_substitute(variables)})
 
 
-def ours(column: Column, records: Sequence[Record]) -> Ours | None:
+def our_value(column: TableColumn, records: Sequence[Record]) -> OurValue | None:
     """Return a column's number over the runs of a line, or None if one of them lacks it.
 
     A single run has the standard error over its samples; several runs (seeds) have the standard
     error of their mean, with Student's t for the interval.
     """
-    found = [_value(column, record) for record in records]
+    found = [_record_value(column, record) for record in records]
     values = [value for value, _ in filter(None, found)]
     if not values or len(values) < len(found):
         return None
@@ -50,25 +50,25 @@ def ours(column: Column, records: Sequence[Record]) -> Ours | None:
         stderr: float | None = statistics.stdev(values) / math.sqrt(len(values))
         # With two or three seeds a normal interval would be far too narrow: t is 12.7 and 4.3 where
         # the normal quantile is 1.96.
-        reach = _student(len(values) - 1)
+        reach = _student_quantile(len(values) - 1)
     else:
-        stderr, reach = next(error for _, error in filter(None, found)), NORMAL
+        stderr, reach = next(error for _, error in filter(None, found)), NORMAL_QUANTILE
     mean = math.fsum(values) / len(values)
     if stderr is None:
-        return Ours(mean, None, None, None, ids)
-    return Ours(mean, stderr, mean - reach * stderr, mean + reach * stderr, ids)
+        return OurValue(mean, None, None, None, ids)
+    return OurValue(mean, stderr, mean - reach * stderr, mean + reach * stderr, ids)
 
 
-def _student(freedom: int) -> float:
+def _student_quantile(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, freedom))
 
 
-def _value(column: Column, record: Record) -> tuple[float, float | None] | None:
+def _record_value(column: TableColumn, record: Record) -> tuple[float, float | None] | None:
     """Return a number of one record and its standard error, in the column's unit."""
-    factor = FACTORS[column.unit][1]
+    factor = UNITS[column.unit][1]
     if column.quantity == "method_seconds":
         # Here the time of applying all methods, from their reports; the cost of the same name is
         # the time spent in methods during a forward pass.
@@ -79,14 +79,14 @@ def _value(column: Column, record: Record) -> tuple[float, float | None] | None:
         # counts.
         same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
         return (same[0].value / factor, None) if same else None
-    metric = metric_of(column, record)
+    metric = column_metric(column, record)
     if metric is None or metric.value is None:
         return None
     error = None if metric.stderr is None else metric.stderr / factor
     return metric.value / factor, error
 
 
-def metric_of(column: Column, record: Record) -> MetricPart | None:
+def column_metric(column: TableColumn, record: Record) -> Metric | None:
     """Return the metric of a record that a column names."""
     same = [
         metric
@@ -97,29 +97,31 @@ def metric_of(column: Column, record: Record) -> MetricPart | None:
     return same[0] if same else None
 
 
-def clash(column: Column, records: Sequence[Record], theirs: Published) -> str | None:
+def incomparable_reason(
+    column: TableColumn, records: Sequence[Record], theirs: PublishedCell
+) -> str | None:
     """Return why our number and the published one differ in identity, or None if they do not.
 
     Parts of the identity that the source does not state are no difference; `assumed` lists them.
     """
-    kind = FACTORS[column.unit][0]
-    if FACTORS.get(theirs.unit, ("", 0))[0] != kind:
+    kind = UNITS[column.unit][0]
+    if UNITS.get(theirs.unit, ("", 0))[0] != kind:
         return f"unit: ours {column.unit}, theirs {theirs.unit or 'not stated'}"
-    for field in FIELDS:
+    for field in IDENTITY_FIELDS:
         wanted, given = getattr(column, field), getattr(theirs, field)
         # 0 shots is a statement, so only an empty field and None count as not stated.
         if given not in ("", None) and given != wanted:
             return f"{field}: ours {wanted}, theirs {given}"
     for record in records:
-        reason = _strays(column, record)
+        reason = _record_mismatch(column, record)
         if reason is not None:
             return reason
     return None
 
 
-def _strays(column: Column, record: Record) -> str | None:
+def _record_mismatch(column: TableColumn, record: Record) -> str | None:
     """Return how a record's number deviates from the one that the table asks for."""
-    metric = metric_of(column, record)
+    metric = column_metric(column, record)
     if metric is None:
         return None
     benchmark = record.config["benchmark"]
@@ -136,12 +138,12 @@ def _strays(column: Column, record: Record) -> str | None:
     return None
 
 
-def assumed(column: Column, theirs: Published) -> list[str]:
+def unstated_parts(column: TableColumn, theirs: PublishedCell) -> list[str]:
     """Return the parts of the identity that the table states and the source does not."""
-    unstated = [field for field in FIELDS if getattr(theirs, field) in ("", None)]
+    unstated = [field for field in IDENTITY_FIELDS if getattr(theirs, field) in ("", None)]
     return [f"{f} {getattr(column, f)}" for f in unstated if getattr(column, f) not in ("", None)]
 
 
-def converted(theirs: Published, unit: str) -> float:
+def convert_unit(theirs: PublishedCell, unit: str) -> float:
     """Return the published number in a different unit of the same quantity."""
-    return float(theirs.value) * FACTORS[theirs.unit][1] / FACTORS[unit][1]
+    return float(theirs.value) * UNITS[theirs.unit][1] / UNITS[unit][1]

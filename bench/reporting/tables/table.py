@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.reporting.published import Published
+from bench.reporting.tables.published import PublishedCell
 
 
 @dataclass(frozen=True)
-class Head:
+class ColumnHead:
     """A column: its name, the unit of its numbers, and whether lower is better."""
 
     name: str
@@ -20,7 +20,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Ours:
+class OurValue:
     """Our number: one run's, or the mean over seeds, with its 95 % interval if it has one."""
 
     value: float
@@ -31,33 +31,33 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """Our number, the published one, and their difference or the reason why there is none.
 
     `inside` states whether the published number lies in our interval. `theirs` is in the source's
     own unit.
     """
 
-    ours: Ours | None = None
-    theirs: Published | None = None
+    ours: OurValue | None = None
+    theirs: PublishedCell | None = None
     difference: float | None = None
     inside: bool | None = None
     refusal: str | None = None
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """One method in one variant and section; `runs` are the ids of its records."""
 
     block: str
     setting: str
     name: str
     runs: tuple[str, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
 
 
 @dataclass(frozen=True)
-class Agreement:
+class OrderAgreement:
     """Agreement with the source's order of methods: pairs in the same and in reversed order.
 
     `close` pairs are too close to call: zero lies in the 95 % interval of our difference. `tau` is
@@ -83,10 +83,10 @@ class Table:
     name: str
     title: str
     stand_in: bool
-    heads: tuple[Head, ...]
-    lines: tuple[Line, ...]
+    heads: tuple[ColumnHead, ...]
+    lines: tuple[TableLine, ...]
     notes: tuple[str, ...]
-    agreements: tuple[Agreement, ...]
+    agreements: tuple[OrderAgreement, ...]
 
     @property
     def file(self) -> str:

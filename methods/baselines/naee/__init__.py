@@ -1,1 +1,305 @@
-"""NAEE (arXiv 2402.14800): remove the set of experts that changes the block output least."""
+"""NAEE: error of a block without some experts, search, method.
+
+Output error of a block without some experts, from a few statistics per token.
+
+Shapes: B rows, P tokens kept of each row, T = B·P tokens, E routed experts, D d_model.
+
+With f_e(x) the output of expert e, A the router weights, A^S those without the experts in S, and δ
+= A - A^S, the block without S outputs y - Σ_e δ_e f_e(x). Against a target z, NAEE's error is
+
+    Σ_rows √( Σ_t ‖ z_t - y_t + Σ_e δ_te f_e(x_t) ‖₂² )
+
+(one Frobenius norm per calibration sample, summed over samples). So a token only needs ‖z - y‖²,
+the products f_e · (z - y) and the products f_e · f_e'. D drops out, and evaluating a set of experts
+costs E² multiplications per token instead of a forward pass of the block.
+
+Inputs and outputs of MoE blocks on calibration text.
+
+Shapes: B rows, L tokens per row, P of them kept, D d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.method import Context, MethodReport
+from bench.models.layer_stream import LayerStream
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from bench.ui import Progress
+from methods.baselines.expert_removal import ExpertState, RemovedExperts, WholeExpertPruning
+from methods.baselines.router_masks import dense_routing_weights, route
+from methods.moe.calibration_walk import require_finite
+from methods.moe.pruning import refuse_offloaded, require_calibration
+
+# Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.
+EXPERT_CHUNK = 256
+
+
+class BlockErrorModel:
+    """Error of one block as a function of the set of removed experts."""
+
+    @torch.no_grad()
+    def __init__(
+        self, block: MoEBlock, x_BPD: Tensor, y_BPD: Tensor, target_BPD: Tensor, form: ExpertState
+    ) -> None:
+        self._block, self._form = block, form
+        self._rows = len(x_BPD)
+        x_TD = x_BPD.flatten(0, 1)
+        missing_TD = (target_BPD - y_BPD).flatten(0, 1).double()
+        self._logits_TE, weight_TK, index_TK = block.router(x_TD)
+        self._weight_TE = dense_routing_weights(weight_TK, index_TK, block.num_experts).double()
+        self._offset_T = missing_TD.square().sum(1)
+        parts = [_inner_products(block, *part) for part in _chunks(x_TD, missing_TD)]
+        self._cross_TE = torch.cat([cross for cross, _ in parts])
+        self._gram_TEE = torch.cat([gram for _, gram in parts])
+        require_finite(block, self._offset_T, self._cross_TE, self._gram_TEE)
+
+    @torch.no_grad()
+    def error(self, dropped: Collection[int]) -> float:
+        """Return NAEE's error of the block without some experts, computed in float64."""
+        delta_TE = self._weight_TE - self._without(sorted(dropped))
+        # ‖m + Σ δ f‖² = ‖m‖² + δ·(2 f·m + (f·f') δ) with m = z - y.
+        change_TE = (self._gram_TEE @ delta_TE[:, :, None]).squeeze(2) + 2 * self._cross_TE
+        square_T = self._offset_T + (delta_TE * change_TE).sum(1)
+        square_B = square_T.view(self._rows, -1).sum(1)
+        # Rounding can leave a sum that should be zero slightly negative.
+        return float(square_B.clamp_min(0).sqrt().sum())
+
+    def _without(self, dropped: list[int]) -> Tensor:
+        """Return the router weights [T, E] of the block without some experts."""
+        # Zeroed experts keep their tokens: nothing is rerouted, their term is just missing.
+        if self._form != "dropped":
+            weight_TE = self._weight_TE.clone()
+            weight_TE[:, dropped] = 0
+            return weight_TE
+        gone = torch.tensor(dropped, dtype=torch.int64, device=self._logits_TE.device)
+        weight_TK, index_TK = route(self._block.router, self._logits_TE, gone)
+        return dense_routing_weights(weight_TK, index_TK, self._block.num_experts).double()
+
+
+def _chunks(x_TD: Tensor, missing_TD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(x_TD.split(EXPERT_CHUNK), missing_TD.split(EXPERT_CHUNK), strict=True)
+
+
+def _inner_products(block: MoEBlock, x_TD: Tensor, missing_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return f_e · (z - y) [T, E] and f_e · f_e' [T, E, E] of some tokens, float64."""
+    views = (block.expert(expert) for expert in range(block.num_experts))
+    # All experts on all tokens, not only on those routed to them: after a drop a token may reach
+    # any expert.
+    outputs = [view.combine(view.hidden(x_TD)) for view in views]
+    output_TED = torch.stack(outputs, dim=1).double()
+    cross_TE = (output_TED @ missing_TD[:, :, None]).squeeze(2)
+    return cross_TE, output_TED @ output_TED.mT
+
+
+@dataclass(frozen=True)
+class BlockIO:
+    """Inputs and outputs of a block for some tokens of every row."""
+
+    x_BPD: Tensor
+    y_BPD: Tensor
+
+
+def block_error_models(
+    model: Model,
+    tokens_BL: Tensor,
+    batch: int,
+    progressive: bool,
+    kept: int,
+    form: ExpertState,
+    told: Progress,
+) -> Iterator[tuple[MoEBlock, BlockErrorModel]]:
+    """Yield the error model of every block in layer order; the caller may modify the block.
+
+    `kept` tokens of each row are used, evenly spaced. With `progressive` inputs come from the
+    already pruned earlier layers, while the target is still the output of the unpruned model, for
+    which a second set of hidden states is advanced in parallel.
+    """
+    structure = model.structure
+    last = structure.moe[-1].layer
+    unchanged = None
+    if progressive:
+        unchanged = LayerStream(model.network, structure.layers, tokens_BL, batch)
+    with LayerStream(model.network, structure.layers, tokens_BL, batch) as stream:
+        for index in told.track(range(last + 1), "searching for experts to drop"):
+            blocks = [block for block in structure.moe if block.layer == index]
+            # As in the calibration walk: the layer runs again after pruning, unless nothing
+            # follows.
+            again = progressive and bool(blocks) and index < last
+            # Both streams share the network. The layer is still unpruned when the reference stream
+            # passes it, so it must advance here, before the caller prunes the layer.
+            targets = _run_layer(unchanged, index, blocks, kept, advance=True) if unchanged else {}
+            passed = _run_layer(stream, index, blocks, kept, advance=not again)
+            for block in blocks:
+                seen = passed[block]
+                target_BPD = targets.get(block, seen).y_BPD
+                yield block, BlockErrorModel(block, seen.x_BPD, seen.y_BPD, target_BPD, form)
+            if again:
+                stream.run(index, advance=True)
+
+
+def _run_layer(
+    stream: LayerStream, index: int, blocks: list[MoEBlock], kept: int, *, advance: bool
+) -> dict[MoEBlock, BlockIO]:
+    """Run all rows through a layer; return the inputs and outputs of its blocks."""
+    with _record_block_io(blocks, kept) as heard:
+        stream.run(index, advance=advance)
+    return {block: _concatenate(pieces) for block, pieces in heard.items()}
+
+
+def _concatenate(pieces: list[BlockIO]) -> BlockIO:
+    x, y = ([getattr(piece, name) for piece in pieces] for name in ("x_BPD", "y_BPD"))
+    return BlockIO(torch.cat(x), torch.cat(y))
+
+
+@contextmanager
+def _record_block_io(blocks: list[MoEBlock], kept: int) -> Iterator[dict[MoEBlock, list[BlockIO]]]:
+    """Record evenly spaced tokens at the input and output of some blocks."""
+    heard: dict[MoEBlock, list[BlockIO]] = {block: [] for block in blocks}
+    entered: dict[MoEBlock, Tensor] = {}
+
+    def thinned(state_BLD: Tensor) -> Tensor:
+        length = state_BLD.shape[1]
+        # Integer arithmetic: evenly spaced, distinct, and the same on every device.
+        place_P = torch.arange(kept, device=state_BLD.device) * length // kept
+        return state_BLD[:, place_P] if kept < length else state_BLD
+
+    with ExitStack() as stack:
+        for block in blocks:
+            # `block=block` binds the current block; a closure would see the last one of the loop.
+            def enter(_: nn.Module, args: tuple[Tensor, ...], block: MoEBlock = block) -> None:
+                entered[block] = thinned(args[0])
+
+            def leave(_: nn.Module, __: Any, y_BLD: Tensor, block: MoEBlock = block) -> None:
+                heard[block].append(BlockIO(entered.pop(block), thinned(y_BLD)))
+
+            stack.callback(block.block.register_forward_pre_hook(enter).remove)
+            stack.callback(block.block.register_forward_hook(leave).remove)
+        yield heard
+
+
+class Naee(WholeExpertPruning):
+    """Drop the routed experts whose removal changes the output of each block least.
+
+    As published every subset is tried; where there are more than `exhaustive_limit`, greedy
+    elimination is used and the report says so. `progressive` searches later layers on the outputs
+    of the pruned earlier ones, against the unpruned model's output. The search uses about `tokens`
+    calibration tokens, evenly spaced in all rows (the paper uses all); errors are summed over rows.
+    With `form=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    form: ExpertState = "dropped"
+    progressive: bool = True
+    exhaustive_limit: int = Field(default=20_000, ge=1)
+    tokens: int = Field(default=2048, ge=1)
+    batch: int = Field(default=8, ge=1)
+
+    def check(self, structure: ModelStructure) -> None:
+        """Also refuse experts of different widths: subsets would differ in size."""
+        super().check(structure)
+        for block in structure.moe:
+            if len(set(block.widths)) > 1:
+                raise UserError(
+                    f"the experts of {block.name} have different widths, but NAEE needs equal "
+                    "ones: apply it to the unpruned model"
+                )
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Search and drop, block by block; the report says how each block was searched."""
+        calibration = require_calibration(context)
+        structure = model.structure
+        refuse_offloaded(structure.moe)
+        rows, length = calibration.tokens.shape
+        # At least one token per row: every row is a term of the error.
+        kept = min(length, max(1, self.tokens // rows))
+        found = block_error_models(
+            model,
+            calibration.tokens,
+            self.batch,
+            self.progressive,
+            kept,
+            self.form,
+            context.progress,
+        )
+        layers = []
+        for (block, evidence), budget in zip(found, self.budgets(structure), strict=True):
+            chosen, search_report = self._choose(block, evidence, budget)
+            layers.append(self.run_jobs(block, chosen, structure, context.seed) | search_report)
+        return self.report(
+            model,
+            structure,
+            layers,
+            progressive=self.progressive,
+            calibration=calibration.fingerprint,
+            tokens=rows * kept,
+        )
+
+    def _choose(
+        self, block: MoEBlock, evidence: BlockErrorModel, budget: int
+    ) -> tuple[RemovedExperts, dict[str, Any]]:
+        """Return what a block loses. A partial expert is the one that would be dropped next."""
+        count, rest = divmod(budget, block.d_ff)
+        found = search_subset(block.num_experts, count, evidence.error, self.exhaustive_limit)
+        further = None
+        if rest:
+            further, _ = next_expert_to_drop(block.num_experts, found.dropped, evidence.error)
+        report = {"search": found.how, "subsets_tried": found.tried, "error": found.error}
+        return RemovedExperts(found.dropped, further, rest), report
+
+
+ErrorFunction = Callable[[tuple[int, ...]], float]
+
+
+@dataclass(frozen=True)
+class ExpertSubset:
+    """Experts to drop, the error without them, and the number of subsets tried."""
+
+    dropped: tuple[int, ...]
+    error: float
+    how: Literal["exhaustive", "greedy"]
+    tried: int
+
+
+def search_subset(experts: int, count: int, error: ErrorFunction, limit: int) -> ExpertSubset:
+    """Return `count` of `experts` experts to drop.
+
+    If there are at most `limit` subsets, all are tried, as in NAEE. Otherwise greedy elimination,
+    which is not in the paper: the expert whose removal adds the least error is removed first, then
+    the next one given the first, and so on; count · (experts - (count - 1) / 2) subsets are tried.
+    Ties go to the first candidate in both.
+    """
+    if math.comb(experts, count) <= limit:
+        errors = {subset: error(subset) for subset in combinations(range(experts), count)}
+        best = min(errors, key=errors.__getitem__)
+        return ExpertSubset(best, errors[best], "exhaustive", len(errors))
+    dropped: tuple[int, ...] = ()
+    lowest, tried = math.inf, 0
+    for _ in range(count):
+        expert, lowest = next_expert_to_drop(experts, dropped, error)
+        tried += experts - len(dropped)
+        dropped = (*dropped, expert)
+    return ExpertSubset(tuple(sorted(dropped)), lowest, "greedy", tried)
+
+
+def next_expert_to_drop(
+    experts: int, dropped: tuple[int, ...], error: ErrorFunction
+) -> tuple[int, float]:
+    """Return the expert whose removal on top of `dropped` adds the least error, and that error."""
+    left = [expert for expert in range(experts) if expert not in dropped]
+    errors = {expert: error((*dropped, expert)) for expert in left}
+    best = min(errors, key=errors.__getitem__)
+    return best, errors[best]

@@ -1,24 +1,39 @@
-"""Groups of convolutional networks: filters, channels, filter shapes, layer depths, single weights.
+"""Kinds of groups of convolutional networks, coupled ones from torch-pruning's graph.
+
+Groups of convolutional networks: filters, channels, filter shapes, layer depths, single weights.
 
 The kinds are those of arXiv 2212.12921 (abstract).
+
+Coupled groups of a convolutional or dense network, from torch-pruning's dependency graph.
+
+A filter can be removed only together with everything that depends on it: its BatchNorm scale and
+shift, the depthwise filter that it feeds, the filters added to it over a residual branch. They form
+one group, which is zero-invariant (Chen et al., Only Train Once, 2021): with all of its weights
+zero its output is exactly zero, whatever its readers do (WGSEF specification section 2).
 """
 
 from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.dependency import PRODUCERS, coupled_filters
-from methods.wgsef.groups.family import Family, Kind, Slice
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import Classifier, VisionConfig
+from methods.wgsef.groups.partition import GroupFamily, GroupKind, Slice
 
 
-def filters(network: nn.Module, example: Tensor) -> list[Family]:
+def filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return filters and hidden neurons, each with everything coupled to it."""
     return coupled_filters(network, example)
 
 
-def channels(network: nn.Module, example: Tensor) -> list[Family]:
+def channels(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return input channels: for each hidden feature map, the slices of all layers that read it.
 
     The mirror image of `filters`: the group owns the readers' slices, and the filter that produces
@@ -31,15 +46,15 @@ def channels(network: nn.Module, example: Tensor) -> list[Family]:
         reads = tuple(s for s in family.readers if s.tensor.endswith(".weight"))
         rest = tuple(s for s in family.readers if not s.tensor.endswith(".weight"))
         name = f"readers of {family.name}"
-        mirrored.append(Family(name, "channels", family.groups, reads, (*family.owned, *rest)))
+        mirrored.append(GroupFamily(name, "channels", family.groups, reads, (*family.owned, *rest)))
     return mirrored
 
 
-def filter_shapes(network: nn.Module, example: Tensor) -> list[Family]:
+def filter_shapes(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return filter shapes: one position (channel, row, column) of all filters of a layer."""
     reason = "a filter shape is only zeroed, since a dense kernel cannot skip it"
     return [
-        _elementwise(name, module, (1, 2, 3), reason)
+        _uncoupled_family(name, module, (1, 2, 3), reason)
         for name, module in network.named_modules()
         # In a depthwise convolution a filter has one channel, so a filter shape would be a slice
         # through unrelated channels.
@@ -47,19 +62,19 @@ def filter_shapes(network: nn.Module, example: Tensor) -> list[Family]:
     ]
 
 
-def weights(network: nn.Module, example: Tensor) -> list[Family]:
+def weights(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return the single weights of all convolutions and dense layers except the last one."""
     reason = "a single weight is only zeroed, since a dense kernel cannot skip it"
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, PRODUCERS)]
+    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)]
     return [
-        _elementwise(name, module, tuple(range(module.weight.ndim)), reason)
+        _uncoupled_family(name, module, tuple(range(module.weight.ndim)), reason)
         # The last layer gives the logits. Order of registration stands in for order of execution
         # here, which holds for the classifiers of this package.
         for name, module in layers[:-1]
     ]
 
 
-def depth(network: nn.Module, example: Tensor) -> list[Family]:
+def depth(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return the residual branches of the network as the groups of one family.
 
     A branch is a module named `branch` of a block that adds it to a shortcut. With all of its
@@ -78,15 +93,155 @@ def depth(network: nn.Module, example: Tensor) -> list[Family]:
         for group, name in enumerate(branches)
         for key, _ in network.get_submodule(name).named_parameters()
     ]
-    return [Family("residual branches", "depth", len(branches), tuple(owned))]
+    return [GroupFamily("residual branches", "depth", len(branches), tuple(owned))]
 
 
-def _elementwise(name: str, module: nn.Module, axes: tuple[int, ...], reason: str) -> Family:
+def _uncoupled_family(
+    name: str, module: nn.Module, axes: tuple[int, ...], reason: str
+) -> GroupFamily:
     """Return a family in which every unit is a group, zeroed but not removable."""
     weight = module.get_parameter("weight")
     count = 1
     for axis in axes:
         count *= weight.shape[axis]
-    kind: Kind = "weights" if len(axes) == weight.ndim else "filter_shapes"
+    kind: GroupKind = "weights" if len(axes) == weight.ndim else "filter_shapes"
     owned = Slice.whole(f"{name}.weight", axes, count)
-    return Family(name, kind, count, (owned,), removable=reason)
+    return GroupFamily(name, kind, count, (owned,), removable=reason)
+
+
+PRUNABLE_LAYERS = (nn.Conv2d, nn.Linear)
+
+
+def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
+    """Return one family per set of coupled layers; its groups are filters or dense neurons.
+
+    `example` is one input of the network, [1, channels, height, width]. The layer that computes the
+    logits keeps all of its outputs.
+
+    Raises:
+        UserError: the network cannot be traced.
+    """
+    # The tracer leaves hooks and gradients behind, so it runs on a copy.
+    traced = copy.deepcopy(network).eval().requires_grad_(True)
+    names = {module: name for name, module in traced.named_modules()}
+    try:
+        graph = _dependency_graph(traced, example)
+        last = last_layer(traced, example)
+        groups = list(
+            graph.get_all_groups(ignored_layers=[last], root_module_types=PRUNABLE_LAYERS)
+        )
+    # torch-pruning has no exception class of its own for a forward that it cannot follow, so any of
+    # these may mean that.
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{type(network).__name__} cannot be traced: {reason}") from error
+    families = [_family_of(group, names) for group in groups]
+    return [family for family in families if family is not None]
+
+
+def _dependency_graph(network: nn.Module, example: Tensor) -> Any:
+    import torch_pruning
+
+    with warnings.catch_warnings():
+        # The graph builder warns about parameters that it does not wrap; those are in no group and
+        # stay.
+        warnings.simplefilter("ignore")
+        return torch_pruning.DependencyGraph().build_dependency(network, example)
+
+
+def last_layer(network: nn.Module, example: Tensor) -> nn.Module:
+    """Return the convolution or dense layer that runs last, which computes the logits."""
+    order: list[nn.Module] = []
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        order.append(module)
+
+    # Registration order need not be execution order, so the forward decides which layer is last.
+    layers = [module for module in network.modules() if isinstance(module, PRUNABLE_LAYERS)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    with torch.no_grad():
+        network(example)
+    for handle in handles:
+        handle.remove()
+    return order[-1]
+
+
+def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:
+    """Return a dependency group as a family, or None if no layer reads it."""
+    owned: list[Slice] = []
+    readers: list[Slice] = []
+    producers: list[str] = []
+    for item in group:
+        module = item.dep.target.module
+        # torch-pruning adds pseudo-modules (reshape, concatenation, elementwise) that hold no
+        # weights.
+        if module not in names:
+            continue
+        units, groups = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
+        # The pruning function torch-pruning would call tells which side of the layer is cut. A
+        # depthwise convolution counts as outgoing: its filters are one per channel and go with the
+        # producer.
+        outgoing = "out_channels" in item.dep.handler.__name__
+        if isinstance(module, PRUNABLE_LAYERS) and not outgoing:
+            readers.append(Slice(f"{names[module]}.weight", (1,), units, groups))
+            continue
+        owned += _output_slices(names[module], module, units, groups)
+        if isinstance(module, PRUNABLE_LAYERS):
+            producers.append(names[module])
+        elif isinstance(module, nn.BatchNorm2d):
+            # Running statistics are buffers: they must shrink with the layer but have no gradient
+            # to prune by.
+            statistics = (f"{names[module]}.{name}" for name in ("running_mean", "running_var"))
+            readers += [Slice(name, (0,), units, groups) for name in statistics]
+    if not readers or not producers:
+        return None
+    # Root indices number the groups from 0 without gaps.
+    count = 1 + max(int(owned_slice.groups.max()) for owned_slice in owned)
+    return GroupFamily(producers[0], "filters", count, tuple(owned), tuple(readers))
+
+
+def _output_slices(name: str, module: nn.Module, units: Tensor, groups: Tensor) -> list[Slice]:
+    parameters = dict(module.named_parameters(recurse=False))
+    return [Slice(f"{name}.{key}", (0,), units, groups) for key in parameters]
+
+
+ConvolutionGroups = Literal["filters", "channels", "filter_shapes", "weights", "depth"]
+
+
+def families_of_kind(network: Classifier, kind: ConvolutionGroups) -> list[GroupFamily]:
+    """Return the groups of one kind.
+
+    Raises:
+        UserError: the network has none, or cannot be traced.
+    """
+    config = network.config
+    weight = next(network.parameters())
+    example = weight.new_zeros(1, config.channels, config.size, config.size)
+    kinds = {
+        "filters": filters,
+        "channels": channels,
+        "filter_shapes": filter_shapes,
+        "weights": weights,
+        "depth": depth,
+    }
+    return kinds[kind](network, example)
+
+
+def group_counts(config: VisionConfig, kind: ConvolutionGroups) -> list[int]:
+    """Return the number of groups of each family of a network with this config.
+
+    Raises:
+        UserError: the network has no such groups, or cannot be traced.
+    """
+    # Pydantic configs are not hashable, JSON text is: it is the cache key.
+    return _cached_group_counts(config.model_dump_json(), kind)
+
+
+# Building and tracing a network is slow, and every job of a sweep checks its budget against the
+# same few configs.
+@functools.lru_cache(maxsize=32)
+def _cached_group_counts(config: str, kind: ConvolutionGroups) -> list[int]:
+    # Initialising weights draws random numbers; a check must not shift the random state of the run.
+    with torch.random.fork_rng(devices=[]):
+        network = build_classifier(VisionConfig.model_validate_json(config))
+    return [family.groups for family in families_of_kind(network, kind)]

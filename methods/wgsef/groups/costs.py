@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.dependency import PRODUCERS
-from methods.wgsef.groups.family import Family
+from methods.wgsef.groups.convolution import PRUNABLE_LAYERS
+from methods.wgsef.groups.partition import GroupFamily
 
-Quantity = Literal["macs", "bytes"]
+CostUnit = Literal["macs", "bytes"]
+COUPLED_KINDS = ("filters", "channels")
 
-COUPLED = ("filters", "channels")
 
-
-class Costs:
+class GroupCosts:
     """Cost of a network's convolutions and dense layers as a function of the number of groups kept.
 
     Raises:
@@ -32,18 +31,22 @@ class Costs:
     """
 
     def __init__(
-        self, network: nn.Module, families: Sequence[Family], example: Tensor, quantity: Quantity
+        self,
+        network: nn.Module,
+        families: Sequence[GroupFamily],
+        example: Tensor,
+        quantity: CostUnit,
     ) -> None:
-        kinds = {family.kind for family in families} - set(COUPLED)
+        kinds = {family.kind for family in families} - set(COUPLED_KINDS)
         if kinds:
             raise UserError(
                 f"scope={quantity} needs groups whose removal makes layers smaller "
-                f"({' or '.join(COUPLED)}), got {', '.join(sorted(kinds))}"
+                f"({' or '.join(COUPLED_KINDS)}), got {', '.join(sorted(kinds))}"
             )
         layers: dict[str, nn.Module] = {
-            n: m for n, m in network.named_modules() if isinstance(m, PRODUCERS)
+            n: m for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)
         }
-        amounts = _amounts(network, layers, example, quantity)
+        amounts = _layer_costs(network, layers, example, quantity)
         self.size_F = torch.tensor([float(family.groups) for family in families])
         self._amount_Y = torch.tensor(amounts, dtype=torch.float64)
         # Fraction of each layer's outputs and inputs that one group of each family accounts for.
@@ -82,8 +85,8 @@ class Costs:
         return self.dense() - self.total(without_one_FF)
 
 
-def _amounts(
-    network: nn.Module, layers: dict[str, nn.Module], example: Tensor, quantity: Quantity
+def _layer_costs(
+    network: nn.Module, layers: dict[str, nn.Module], example: Tensor, quantity: CostUnit
 ) -> list[float]:
     """Return the multiply-adds for one example, or the bytes of the weights, of each layer."""
     sizes = [layer.get_parameter("weight") for layer in layers.values()]

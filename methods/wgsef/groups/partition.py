@@ -1,7 +1,18 @@
-"""All groups of a network at once: norms, sums, shrinking and zeroing without a loop over groups.
+"""Families of groups, and all groups of a network at once.
+
+All groups of a network at once: norms, sums, shrinking and zeroing without a loop over groups.
 
 Shapes: M groups of all families, family by family; L families, N groups of the largest family
 (families are padded to N with empty groups); R listed units of all slices; U units of a tensor.
+
+Groups as parts of tensors: slices, and families of groups of one kind.
+
+A family holds the groups of one kind in one place, such as the filters of one convolution with
+everything coupled to them. Its groups own slices, which are measured, shrunk and zeroed; an element
+belongs to at most one group. They also have readers: slices that have no effect once the group is
+zero and that are removed with it, such as the input channels of the next layer.
+
+Shapes: R listed units, M groups of a family, U units of a tensor.
 """
 
 from __future__ import annotations
@@ -9,18 +20,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.family import Family, Slice, inside, spread, unit_count
 
-Element = Callable[[Tensor], Tensor]
+ElementFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class _Bound:
+class _BoundSlice:
     """A slice with what every step needs to know of its parameter's shape.
 
     `inner` are the axes inside a unit, `outline` is the shape of one value per unit that broadcasts
@@ -34,14 +45,14 @@ class _Bound:
     units: Tensor | None
 
 
-class Partition:
+class GroupPartition:
     """The groups of `families` in a network whose tensors may change but are not replaced.
 
     Raises:
         UserError: there are no groups, or two groups own the same weight.
     """
 
-    def __init__(self, network: nn.Module, families: Sequence[Family]) -> None:
+    def __init__(self, network: nn.Module, families: Sequence[GroupFamily]) -> None:
         if not families:
             raise UserError(f"{type(network).__name__} has no groups that can be pruned")
         self.families = tuple(families)
@@ -55,7 +66,7 @@ class Partition:
         # change.
         self.elements_M = self.sum(torch.ones_like)
 
-    def sum(self, element: Element) -> Tensor:
+    def sum(self, element: ElementFunction) -> Tensor:
         """Return the sum over each group of `element(parameter)`, [M] fp64.
 
         `element` maps a parameter to a tensor of its shape, such as its Adam metric.
@@ -161,7 +172,7 @@ class Partition:
         places = [torch.arange(size) + row * width for row, size in enumerate(self.sizes)]
         self._place_M = torch.cat(places).to(self.device)
 
-    def _bind(self, owned: Slice) -> _Bound:
+    def _bind(self, owned: Slice) -> _BoundSlice:
         """Precompute what every step needs to know about a slice."""
         shape = self.parameters[owned.tensor].shape
         count = unit_count(shape, owned.axes)
@@ -170,7 +181,7 @@ class Partition:
         complete = torch.equal(owned.units, torch.arange(count))
         units = None if complete else owned.units.to(self.device)
         outline = [size if axis in owned.axes else 1 for axis, size in enumerate(shape)]
-        return _Bound(owned.tensor, inside(shape, owned.axes), outline, count, units)
+        return _BoundSlice(owned.tensor, inner_axes(shape, owned.axes), outline, count, units)
 
     def _per_slice(self, values_M: Tensor, fill: float) -> Iterator[tuple[str, Tensor]]:
         """Yield each slice's values in a shape that broadcasts over its parameter.
@@ -202,7 +213,9 @@ class Partition:
         return total_M.index_add_(0, self._group_R, value_R)
 
 
-def ownership(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -> dict[str, Tensor]:
+def ownership_counts(
+    parameters: dict[str, nn.Parameter], families: Sequence[GroupFamily]
+) -> dict[str, Tensor]:
     """Return the number of groups that own each element, for each parameter with groups."""
     counts: dict[str, Tensor] = {}
     for family in families:
@@ -212,16 +225,90 @@ def ownership(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -
             unit_U.index_add_(0, owned.units, torch.ones_like(owned.units, dtype=torch.int32))
             zeros = torch.zeros(shape, dtype=torch.int32)
             count = counts.setdefault(owned.tensor, zeros)
-            count += spread(unit_U, shape, owned.axes)
+            count += reshape_units(unit_U, shape, owned.axes)
     return counts
 
 
-def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[Family]) -> None:
+def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[GroupFamily]) -> None:
     """Raise if an element belongs to two groups; the envelope is defined on partitions."""
-    for tensor, count in ownership(parameters, families).items():
+    for tensor, count in ownership_counts(parameters, families).items():
         if int(count.max()) > 1:
             owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned)]
             raise UserError(
                 f"groups overlap in {tensor}: {' and '.join(dict.fromkeys(owners))} both own "
                 "weights of it; choose one kind of group per layer"
             )
+
+
+GroupKind = Literal[
+    "filters",
+    "channels",
+    "filter_shapes",
+    "weights",
+    "depth",
+    "neurons",
+    "heads",
+    "experts",
+    "micro_experts",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Units of one tensor and the groups to which they belong.
+
+    The tensor's `axes`, in ascending order and flattened together, number its units; all remaining
+    axes lie inside a unit. A filter of a convolution is a unit of axes (0,), a channel of (1,), a
+    filter shape of (1, 2, 3), a single weight of all axes, and the whole tensor of none. Unit
+    `units[r]` belongs to group `groups[r]`; both are [R] int64.
+    """
+
+    tensor: str
+    axes: tuple[int, ...]
+    units: Tensor
+    groups: Tensor
+
+    @classmethod
+    def whole(cls, tensor: str, axes: tuple[int, ...], groups: int, repeat: int = 1) -> Slice:
+        """Return the slice in which each group has `repeat` consecutive units."""
+        unit_R = torch.arange(groups * repeat)
+        return cls(tensor, axes, unit_R, unit_R // repeat)
+
+    def units_of(self, dead_M: Tensor) -> Tensor:
+        """Return the units of the groups that `dead_M` marks."""
+        return self.units[dead_M.to(self.groups.device)[self.groups]]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupFamily:
+    """M groups of one kind in one place.
+
+    `owned` is measured and shrunk; `readers` is only cut when groups are removed. `removable` is
+    None if the groups can be removed from the network, otherwise the reason why they cannot.
+    """
+
+    name: str
+    kind: GroupKind
+    groups: int
+    owned: tuple[Slice, ...]
+    readers: tuple[Slice, ...] = ()
+    removable: str | None = None
+
+
+def unit_count(shape: torch.Size, axes: tuple[int, ...]) -> int:
+    """Return the number of units of a tensor of this shape."""
+    count = 1
+    for axis in axes:
+        count *= shape[axis]
+    return count
+
+
+def inner_axes(shape: torch.Size, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes that lie inside a unit."""
+    return tuple(axis for axis in range(len(shape)) if axis not in axes)
+
+
+def reshape_units(unit_U: Tensor, shape: torch.Size, axes: tuple[int, ...]) -> Tensor:
+    """Return one value per unit in a shape that broadcasts over the tensor."""
+    # Ascending `axes` make this reshape agree with the flattened numbering of units.
+    return unit_U.reshape([size if axis in axes else 1 for axis, size in enumerate(shape)])

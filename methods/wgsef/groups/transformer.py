@@ -14,27 +14,27 @@ import torch
 from torch import nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.family import Family, Slice
+from methods.wgsef.groups.partition import GroupFamily, Slice
 
-_HEADS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_GATED = ("gate_proj", "up_proj", "down_proj")
+_ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def neurons(network: nn.Module) -> list[Family]:
+def neurons(network: nn.Module) -> list[GroupFamily]:
     """Return the hidden neurons of every dense FFN: rows of gate and up, columns of down.
 
     Raises:
         UserError: the network has no such FFN.
     """
     families = [
-        _neurons(name, module)
+        _neuron_family(name, module)
         for name, module in network.named_modules()
-        if all(isinstance(getattr(module, part, None), nn.Linear) for part in _GATED)
+        if all(isinstance(getattr(module, part, None), nn.Linear) for part in _FFN_PROJECTIONS)
     ]
-    return _some(families, network, "FFN with gate_proj, up_proj and down_proj")
+    return _require_families(families, network, "FFN with gate_proj, up_proj and down_proj")
 
 
-def heads(network: nn.Module) -> list[Family]:
+def heads(network: nn.Module) -> list[GroupFamily]:
     """Return attention heads; with grouped queries a KV head and its query heads are one group.
 
     A group owns rows of q, k and v, their biases, and columns of o.
@@ -43,14 +43,16 @@ def heads(network: nn.Module) -> list[Family]:
         UserError: the network has no such attention.
     """
     families = [
-        _heads(name, module)
+        _head_family(name, module)
         for name, module in network.named_modules()
-        if all(isinstance(getattr(module, part, None), nn.Linear) for part in _HEADS)
+        if all(
+            isinstance(getattr(module, part, None), nn.Linear) for part in _ATTENTION_PROJECTIONS
+        )
     ]
-    return _some(families, network, "attention with q_proj, k_proj, v_proj and o_proj")
+    return _require_families(families, network, "attention with q_proj, k_proj, v_proj and o_proj")
 
 
-def experts(network: nn.Module) -> list[Family]:
+def experts(network: nn.Module) -> list[GroupFamily]:
     """Return whole routed experts, one family per layer; the router keeps its outputs.
 
     Raises:
@@ -58,16 +60,16 @@ def experts(network: nn.Module) -> list[Family]:
     """
     reason = "the router still selects a zeroed expert; removing it would reroute its tokens"
     families = []
-    for name, count, _ in _fused(network):
+    for name, count, _ in _fused_experts(network):
         owned = (
             Slice.whole(f"{name}.gate_up_proj", (0,), count),
             Slice.whole(f"{name}.down_proj", (0,), count),
         )
-        families.append(Family(name, "experts", count, owned, removable=reason))
-    return _some(families, network, "fused experts")
+        families.append(GroupFamily(name, "experts", count, owned, removable=reason))
+    return _require_families(families, network, "fused experts")
 
 
-def micro_experts(network: nn.Module) -> list[Family]:
+def micro_experts(network: nn.Module) -> list[GroupFamily]:
     """Return the hidden neurons of routed experts, one family per layer for all of its experts.
 
     Raises:
@@ -75,7 +77,7 @@ def micro_experts(network: nn.Module) -> list[Family]:
     """
     reason = "the experts of a layer are one tensor; use a micro-expert pruning method to cut them"
     families = []
-    for name, count, hidden in _fused(network):
+    for name, count, hidden in _fused_experts(network):
         # Units number (expert, row) pairs flattened over axes (0, 1). `gate_up_proj` stacks I gate
         # rows and I up rows per expert, so neuron i of expert e has the units 2 I e + i and 2 I e +
         # I + i; in `down_proj` it is the column I e + i over axes (0, 2).
@@ -90,13 +92,13 @@ def micro_experts(network: nn.Module) -> list[Family]:
             torch.cat([group_R, group_R]),
         )
         down = Slice(f"{name}.down_proj", (0, 2), group_R, group_R)
-        family = Family(name, "micro_experts", count * hidden, (fused, down), removable=reason)
+        family = GroupFamily(name, "micro_experts", count * hidden, (fused, down), removable=reason)
         families.append(family)
-    return _some(families, network, "fused experts")
+    return _require_families(families, network, "fused experts")
 
 
-def _neurons(name: str, module: nn.Module) -> Family:
-    gate, up, down = (module.get_submodule(part) for part in _GATED)
+def _neuron_family(name: str, module: nn.Module) -> GroupFamily:
+    gate, up, down = (module.get_submodule(part) for part in _FFN_PROJECTIONS)
     assert isinstance(down, nn.Linear)
     owned = [
         Slice.whole(f"{name}.{part}.{key}", (0,), down.in_features)
@@ -104,10 +106,10 @@ def _neurons(name: str, module: nn.Module) -> Family:
         for key, _ in layer.named_parameters()
     ]
     owned.append(Slice.whole(f"{name}.down_proj.weight", (1,), down.in_features))
-    return Family(name, "neurons", down.in_features, tuple(owned))
+    return GroupFamily(name, "neurons", down.in_features, tuple(owned))
 
 
-def _heads(name: str, attention: Any) -> Family:
+def _head_family(name: str, attention: Any) -> GroupFamily:
     width = int(attention.head_dim)
     count = attention.k_proj.out_features // width
     # Rows of q per KV head: its query heads are consecutive, which is the order in which
@@ -119,10 +121,10 @@ def _heads(name: str, attention: Any) -> Family:
         for key, _ in getattr(attention, part).named_parameters()
     ]
     owned.append(Slice.whole(f"{name}.o_proj.weight", (1,), count, queries))
-    return Family(name, "heads", count, tuple(owned))
+    return GroupFamily(name, "heads", count, tuple(owned))
 
 
-def _fused(network: nn.Module) -> list[tuple[str, int, int]]:
+def _fused_experts(network: nn.Module) -> list[tuple[str, int, int]]:
     """Return name, number of experts and hidden width of each module of fused experts."""
     found = []
     for name, module in network.named_modules():
@@ -134,7 +136,9 @@ def _fused(network: nn.Module) -> list[tuple[str, int, int]]:
     return found
 
 
-def _some(families: list[Family], network: nn.Module, what: str) -> list[Family]:
+def _require_families(
+    families: list[GroupFamily], network: nn.Module, what: str
+) -> list[GroupFamily]:
     if not families:
         raise UserError(f"{type(network).__name__} has no {what}")
     return families

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.wgsef.envelope import prox
-from methods.wgsef.envelope.value import gradient_factor
-from methods.wgsef.solvers.half_space import HalfSpace
-from methods.wgsef.solvers.solver import Scene, Solver
-from methods.wgsef.training.allocation import Strength
-from methods.wgsef.training.optimizers import Stepping
-from methods.wgsef.training.schedule import homotopy
+from methods.wgsef.prox import operators
+from methods.wgsef.prox.value import gradient_factor
+from methods.wgsef.solvers.allocation import ProxParameters
+from methods.wgsef.solvers.group_lasso import HalfSpaceSolver
+from methods.wgsef.solvers.optimizers import ProximalOptimizer
+from methods.wgsef.solvers.schedules import homotopy_ratio
+from methods.wgsef.solvers.solver import Solver, SolverContext
 
 
-class Envelope(Solver):
+class EnvelopeSolver(Solver):
     """Algorithm 2 of arXiv 2212.12921: Prox-SGD with the WGSEF, at the final k from the start.
 
     The weights are d_j = 1 / (mean norm of the layer)^2, which makes layers comparable under one
@@ -27,11 +27,11 @@ class Envelope(Solver):
 
     ridge = True
 
-    def __init__(self, scene: Scene, strength: float = 0.1, every: int = 1) -> None:
+    def __init__(self, scene: SolverContext, strength: float = 0.1, every: int = 1) -> None:
         super().__init__(scene)
         self._strength, self._every = strength, every
 
-    def shrink(self, optimizer: Stepping) -> None:
+    def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the operator every `every` steps, scaling its strength by `every`."""
         if self.step % self._every:
             return
@@ -39,16 +39,16 @@ class Envelope(Solver):
         # The operator needs lam > 0; the rate is 0 at the end of the cosine schedule.
         if lam == 0:
             return
-        strength = Strength(lam, self.unit_M.square(), group_metric(self, optimizer))
+        strength = ProxParameters(lam, self.unit_M.square(), group_metric(self, optimizer))
         allocation = self.scene.allocation
         # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
         scale_M, self.gate_M = allocation.shrink(
-            prox.envelope, self.partition.norms(), strength, 1.0
+            operators.prox_envelope, self.partition.norms(), strength, 1.0
         )
         self.partition.scale_(scale_M)
 
 
-class EnvelopeHalfSpace(HalfSpace):
+class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
     """Algorithm 2 first, then half-space steps on the same objective: "WGSEF + HSPG".
 
     According to the paper's reviewers its experiments report this pair. No details were found, so
@@ -58,12 +58,12 @@ class EnvelopeHalfSpace(HalfSpace):
     ridge = True
 
     def __init__(
-        self, scene: Scene, strength: float = 0.1, epsilon: float = 0.0, warmup: float = 0.5
+        self, scene: SolverContext, strength: float = 0.1, epsilon: float = 0.0, warmup: float = 0.5
     ) -> None:
         super().__init__(scene, strength, epsilon, warmup)
-        self._proximal = Envelope(scene, strength)
+        self._proximal = EnvelopeSolver(scene, strength)
 
-    def proximal_step(self, optimizer: Stepping) -> None:
+    def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator of the envelope."""
         # The inner solver normalised by the weights at construction; after a resume only
         # `self.unit_M` holds the units of the original start.
@@ -78,7 +78,7 @@ class EnvelopeHalfSpace(HalfSpace):
         return allocation.flat(gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0)))
 
 
-class Debiased(Solver):
+class DebiasedSolver(Solver):
     """Homotopy of the debiased operator: ends with at most k groups, by construction.
 
     The ratio lam d goes from 0 to 1 and k from all groups to the target, so groups fade out
@@ -86,13 +86,13 @@ class Debiased(Solver):
     layer has mean norm 1, so at ratio 1 it is the top k of `score`.
     """
 
-    def __init__(self, scene: Scene, reach: float = 1.0) -> None:
+    def __init__(self, scene: SolverContext, reach: float = 1.0) -> None:
         super().__init__(scene)
         self._reach = reach
 
-    def shrink(self, optimizer: Stepping) -> None:
+    def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the operator at this point of the homotopy; at its end, select the top k."""
-        ratio = self._reach * homotopy(self.progress)
+        ratio = self._reach * homotopy_ratio(self.progress)
         allocation, score_M = self.scene.allocation, self.score()
         # The operator divides by 1 - ratio; its limit is hard selection.
         if ratio >= 1:
@@ -102,12 +102,12 @@ class Debiased(Solver):
             # metric, where one ratio holds for all layers. Factors do not depend on the unit, so
             # they apply to the weights as is.
             scale_M, self.gate_M = allocation.shrink(
-                prox.debiased, score_M, Strength(ratio), self.progress
+                operators.prox_debiased, score_M, ProxParameters(ratio), self.progress
             )
         self.partition.scale_(scale_M)
 
 
-def group_metric(solver: Solver, optimizer: Stepping) -> Tensor | None:
+def group_metric(solver: Solver, optimizer: ProximalOptimizer) -> Tensor | None:
     """Return the mean of the optimizer's metric over each group, [M]; None for a Euclidean step."""
     # A metric that varies inside a group has no closed-form operator and costs tens of passes
     # (`envelope_elementwise`); its mean over the group keeps one pass.

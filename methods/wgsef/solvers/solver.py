@@ -1,4 +1,6 @@
-"""Base class of all solvers, and the two that do not act during sparse training.
+"""The Solver base, its context, magnitude, frozen, iterative hard thresholding.
+
+Base class of all solvers, and the two that do not act during sparse training.
 
 Shapes: M groups of all families.
 """
@@ -10,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.training.allocation import Allocation
-from methods.wgsef.training.optimizers import Stepping
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.optimizers import ProximalOptimizer
 
-_NOT_WHOLE = 1 - 1e-9
+_WHOLE_GATE = 1 - 1e-9
 
 
 @dataclass(frozen=True)
-class Scene:
+class SolverContext:
     """Inputs of a solver: the network, its groups, the budget and the length of the training.
 
     `steps` is the number of steps until the mask is frozen, `epoch` that of one epoch; `example` is
@@ -26,7 +28,7 @@ class Scene:
     """
 
     network: nn.Module
-    partition: Partition
+    partition: GroupPartition
     allocation: Allocation
     steps: int
     epoch: int
@@ -41,7 +43,7 @@ class Solver:
 
     ridge = False
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: SolverContext) -> None:
         self.scene = scene
         self.partition = scene.partition
         self.step = 0
@@ -58,21 +60,21 @@ class Solver:
     @property
     def fractional(self) -> int:
         """Number of groups that the last operator left neither whole nor zero."""
-        between_M = (self.gate_M > 0) & (self.gate_M < _NOT_WHOLE)
+        between_M = (self.gate_M > 0) & (self.gate_M < _WHOLE_GATE)
         # A half-space step may have zeroed a group since the last proximal step.
         return int((between_M & self.partition.alive()).sum())
 
-    def before(self, optimizer: Stepping) -> None:
+    def before(self, optimizer: ProximalOptimizer) -> None:
         """Change gradients, before the optimizer's step."""
 
-    def after(self, optimizer: Stepping) -> None:
+    def after(self, optimizer: ProximalOptimizer) -> None:
         """Change weights, after the optimizer's step."""
         # Counted first, so that `progress` reaches 1 at the last step before the selection.
         self.step += 1
         with torch.no_grad():
             self.shrink(optimizer)
 
-    def shrink(self, optimizer: Stepping) -> None:
+    def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Change the weights of groups; the part of `after` in which solvers differ."""
 
     def score(self) -> Tensor:
@@ -95,29 +97,41 @@ class Solver:
         self.gate_M = state["gate_M"].to(self.unit_M.device)
 
 
-class Frozen(Solver):
+class FrozenSolver(Solver):
     """Holds removed groups at zero during the fine-tuning after the selection."""
 
-    def __init__(self, scene: Scene, keep_M: Tensor) -> None:
+    def __init__(self, scene: SolverContext, keep_M: Tensor) -> None:
         super().__init__(scene)
         self.keep_M = keep_M
 
-    def shrink(self, optimizer: Stepping) -> None:
+    def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Zero what momentum or weight decay has moved."""
         # Masking gradients would not do: momentum from before the selection still moves the
         # weights.
         self.partition.scale_(self.keep_M.double())
 
 
-class Magnitude(Solver):
+class MagnitudeSolver(Solver):
     """Trains densely; the selection at the end keeps the groups of largest norm.
 
     This is the limit lam d -> 1 of the debiased operator (WGSEF specification section 4).
     """
 
 
-def layer_units(partition: Partition) -> Tensor:
+def layer_units(partition: GroupPartition) -> Tensor:
     """Return one over the mean norm of each group's family, [M]; 1 if that mean is 0."""
     means = [norms.mean().expand(len(norms)) for norms in partition.split(partition.norms())]
     mean_M = torch.cat(means)
     return torch.where(mean_M > 0, 1 / mean_M, torch.ones_like(mean_M))
+
+
+class HardThresholdSolver(Solver):
+    """Gradient step, then projection onto k groups; k follows the cubic schedule.
+
+    Dropped groups may come back, since their gradients are still applied.
+    """
+
+    def shrink(self, optimizer: ProximalOptimizer) -> None:
+        """Zero all groups except those of highest score that the budget of this step allows."""
+        keep_M = self.scene.allocation.select(self.score(), self.progress)
+        self.partition.scale_(keep_M.double())

@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 
-from bench.data.images import load as load_images
+from bench.data.image_catalogue import load_image_set as load_images
 from bench.errors import MissingData, UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.models.config import ModelConfig
-from bench.models.loading import load, resolve
+from bench.models.loading import load_model
+from bench.models.source import resolve_model
+from bench.schema import ModelConfig
 
 
 def classifier(name="micro_lenet"):
-    config = ModelConfig(name=name, source=f"zoo:{name}", kind="image_classifier", device="cpu")
-    return load(resolve(config, offline=True))
+    config = ModelConfig(
+        name=name, source=f"embedded:{name}", kind="image_classifier", device="cpu"
+    )
+    return load_model(resolve_model(config, offline=True))
 
 
 def benchmark(limit=None, batch_size=100, **images):
@@ -27,7 +30,7 @@ def benchmark(limit=None, batch_size=100, **images):
 def test_the_accuracy_is_the_count_of_right_classes(split):
     model = classifier()
     splits = load_images("digits")
-    chosen = (splits if split == "test" else splits.for_choosing()).test
+    chosen = (splits if split == "test" else splits.for_selection()).test
     image_BCHH, label_B = chosen.fetch(torch.arange(len(chosen)), None)
     with torch.no_grad():
         logit_BK = model.network(image_BCHH)
@@ -68,6 +71,6 @@ def test_missing_images_are_one_sentence(name, tmp_path):
 
 
 def test_a_language_model_is_refused_by_its_kind():
-    language = ModelConfig(name="micro_moe", source="zoo:micro_moe")
+    language = ModelConfig(name="micro_moe", source="embedded:micro_moe")
     with pytest.raises(UserError, match="needs a model of kind image_classifier"):
         plan(benchmark(), offline=True).refuse_unfit(language)

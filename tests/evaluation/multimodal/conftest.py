@@ -7,8 +7,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from bench.models.config import ModelConfig
 from bench.models.model import Model
+from bench.schema import ModelConfig
 
 IMAGE, PAD, END, BEGIN = "<image>", "<pad>", "</s>", "<s>"
 SPECIAL = (PAD, BEGIN, END, IMAGE, "<video>", "<img>", "</img>")
@@ -80,7 +80,7 @@ def random(network, seed):
 
 def wrap(name, network, processor, **settings):
     return Model(
-        config=ModelConfig(name=name, source="zoo:tiny", kind="image_text", **settings),
+        config=ModelConfig(name=name, source="embedded:tiny", kind="image_text", **settings),
         network=network,
         tokenizer=processor.tokenizer,
         processor=processor,

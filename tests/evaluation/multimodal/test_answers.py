@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.device import pick
-from bench.evaluation.batches import Batches
-from bench.evaluation.multimodal.features import Features
-from bench.evaluation.multimodal.generation import Generation, Question, StopRows
-from bench.evaluation.multimodal.prompts import Prompts
-from bench.progress import SILENT
+from bench.device.devices import select_device
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.multimodal.generation import Generation, ImageQuestion, PerRowStopping
+from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache
+from bench.ui import SILENT
 
 ARCHITECTURES = ("llava", "qwen2_vl", "internvl")
 
@@ -27,13 +26,14 @@ def questions():
     shown = [[picture(0)], [picture(1, (40, 20))], [picture(0)], [], [picture(2, (16, 64))]]
     asked = ["Is it red?", "What?", "A longer question\nthan the others: blue?", "No image", "yes?"]
     return [
-        Question(text, lambda found=found: found) for text, found in zip(asked, shown, strict=True)
+        ImageQuestion(text, lambda found=found: found)
+        for text, found in zip(asked, shown, strict=True)
     ]
 
 
 def plain(model, question, new, until=()):
     """The definition: encode prompt and pixels, forward the whole sequence, take the best token."""
-    prompts, images = Prompts(model, None), question.open_images()
+    prompts, images = PromptEncoder(model, None), question.open_images()
     call = prompts.encode(prompts.render(question.text, len(images)), images)
     made = []
     while len(made) < new:
@@ -54,9 +54,9 @@ def plain(model, question, new, until=()):
 
 
 def answer(model, asked, batch, gib=1.0, **options):
-    features = Features(model, int(gib * 2**30))
-    generation = Generation(model, Prompts(model, None), features, options)
-    each = Batches(batch, pick("cpu"), SILENT).each(asked, generation.run)
+    features = VisionFeatureCache(model, int(gib * 2**30))
+    generation = Generation(model, PromptEncoder(model, None), features, options)
+    each = AdaptiveBatches(batch, select_device("cpu"), SILENT).each(asked, generation.run)
     return [answer.text for answers in each for answer in answers]
 
 
@@ -91,19 +91,19 @@ def test_an_image_seen_twice_is_encoded_once_and_answers_stay(name, mllms, monke
 def test_a_network_that_takes_no_features_is_given_pixels(name, mllms, monkeypatch):
     model, asked = mllms[name], questions()
     expected = answer(model, asked, 3, max_new_tokens=5)
-    monkeypatch.setattr(Features, "of", None)
-    features = Features(model, 0)
+    monkeypatch.setattr(VisionFeatureCache, "of", None)
+    features = VisionFeatureCache(model, 0)
     features.supported = False
-    generation = Generation(model, Prompts(model, None), features, {"max_new_tokens": 5})
+    generation = Generation(model, PromptEncoder(model, None), features, {"max_new_tokens": 5})
     assert [each.text for each in generation.run(asked)] == expected
 
 
 def test_the_memory_for_images_is_bounded(llava):
-    one = Features(llava, 2**30)
-    inputs = Prompts(llava, None).encode("<image>", [picture(0)])
+    one = VisionFeatureCache(llava, 2**30)
+    inputs = PromptEncoder(llava, None).encode("<image>", [picture(0)])
     one.of("a", inputs, torch.device("cpu"))
     size = one._bytes
-    features = Features(llava, 2 * size)
+    features = VisionFeatureCache(llava, 2 * size)
     for key in ("a", "b", "a", "c"):
         features.of(key, inputs, torch.device("cpu"))
     assert list(features._kept) == ["a", "c"]
@@ -122,9 +122,9 @@ def test_rows_stop_by_themselves_at_a_string(llava):
 def test_a_row_is_done_when_full_or_at_a_string_over_two_tokens(llava):
     tokenizer = llava.tokenizer
     ids = torch.tensor([tokenizer.encode("xyz", add_special_tokens=False)] * 2)
-    assert StopRows(tokenizer, ["yz"], [9, 9], 0)(ids, None).tolist() == [True, True]
-    assert StopRows(tokenizer, ["yz"], [9, 9], 2)(ids, None).tolist() == [False, False]
-    assert StopRows(tokenizer, [], [3, 4], 0)(ids, None).tolist() == [True, False]
+    assert PerRowStopping(tokenizer, ["yz"], [9, 9], 0)(ids, None).tolist() == [True, True]
+    assert PerRowStopping(tokenizer, ["yz"], [9, 9], 2)(ids, None).tolist() == [False, False]
+    assert PerRowStopping(tokenizer, [], [3, 4], 0)(ids, None).tolist() == [True, False]
 
 
 def test_a_question_without_room_for_an_answer_is_refused(mllms):
@@ -140,6 +140,6 @@ def test_a_question_without_room_for_an_answer_is_refused(mllms):
 
 def test_vicuna_with_its_sentence_is_what_the_harness_sends(llava):
     """lmms-eval's `llava_hf` writes this for a tokenizer without a template of its own."""
-    said = Prompts(llava, "A chat.").render("Is it red?", 1)
+    said = PromptEncoder(llava, "A chat.").render("Is it red?", 1)
     assert said == "A chat. USER: <image>\nIs it red? ASSISTANT:"
-    assert Prompts(llava, "").render("Hm?", 0) == "USER: Hm? ASSISTANT:"
+    assert PromptEncoder(llava, "").render("Hm?", 0) == "USER: Hm? ASSISTANT:"

@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.batches import Batches
-from bench.evaluation.multimodal import beginnings
-from bench.evaluation.multimodal.features import Features
-from bench.evaluation.multimodal.generation import Generation, Question
-from bench.evaluation.multimodal.prompts import Prompts
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.multimodal import shared_prefix
+from bench.evaluation.multimodal.generation import Generation, ImageQuestion
+from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache
 from bench.method import Context
-from bench.progress import SILENT
+from bench.ui import SILENT
 
 ARCHITECTURES = ("llava", "qwen2_vl", "internvl")
 
@@ -28,13 +27,15 @@ def questions():
     """Three about one image, two about a larger one, one about a third, one without."""
     images = [picture(0)] * 3 + [picture(1, (40, 20))] * 2 + [picture(2)]
     texts = ["Is it red?", "Is it a long question about blue?", "What?", "Why?", "Who is it?", "A?"]
-    asked = [Question(t, lambda i=i: [i]) for t, i in zip(texts, images, strict=True)]
-    return [*asked, Question("No image", list)]
+    asked = [ImageQuestion(t, lambda i=i: [i]) for t, i in zip(texts, images, strict=True)]
+    return [*asked, ImageQuestion("No image", list)]
 
 
 def answers(model, asked, batch=8, share=True, **options):
-    generation = Generation(model, Prompts(model, None), Features(model, 2**30), options, share)
-    each = Batches(batch, torch.device("cpu"), SILENT).each(asked, generation.run)
+    generation = Generation(
+        model, PromptEncoder(model, None), VisionFeatureCache(model, 2**30), options, share
+    )
+    each = AdaptiveBatches(batch, torch.device("cpu"), SILENT).each(asked, generation.run)
     return [answer.text for answers in each for answer in answers]
 
 
@@ -68,16 +69,16 @@ def test_a_question_before_its_image_shares_nothing():
     image, config = 9, type("Config", (), {"image_token_id": 9})
     rows = [[1, 2, image, 3], [1, 4, image, 3], [1, 2, image, 5], [1, 2, image, 6]]
     encoded = [{"input_ids": torch.tensor([row])} for row in rows]
-    assert beginnings.starts(encoded[:2], ["a", "a"], config) == []
-    assert beginnings.starts(encoded[::2], ["a", "b"], config) == []
-    (start,) = beginnings.starts(encoded, ["b", "c", "a", "a"], config)
-    assert start == beginnings.Start((2, 3), 3)
+    assert shared_prefix.find_image_prefixes(encoded[:2], ["a", "a"], config) == []
+    assert shared_prefix.find_image_prefixes(encoded[::2], ["a", "b"], config) == []
+    (start,) = shared_prefix.find_image_prefixes(encoded, ["b", "c", "a", "a"], config)
+    assert start == shared_prefix.ImagePrefix((2, 3), 3)
 
 
 def test_a_prompt_that_is_another_s_beginning_keeps_a_token_of_its_own():
     config = type("Config", (), {"image_token_id": 9})
     encoded = [{"input_ids": torch.tensor([row])} for row in ([9, 1, 2], [9, 1, 2, 3], [9, 1, 2])]
-    (start,) = beginnings.starts(encoded, ["a"] * 3, config)
+    (start,) = shared_prefix.find_image_prefixes(encoded, ["a"] * 3, config)
     assert start.length == 2
 
 
@@ -90,14 +91,14 @@ def micro(engine, **options):
 @pytest.fixture(scope="module")
 def micro_llava():
     from bench.errors import UserError
-    from bench.models import loading
-    from bench.models.config import ModelConfig
+    from bench.models import loading, source
+    from bench.schema import ModelConfig
 
     config = ModelConfig(
-        name="micro_llava", source="zoo:micro_llava", kind="image_text", device="cpu"
+        name="micro_llava", source="embedded:micro_llava", kind="image_text", device="cpu"
     )
     try:
-        return loading.load(loading.resolve(config, offline=True))
+        return loading.load_model(source.resolve_model(config, offline=True))
     except UserError as error:
         pytest.skip(str(error))
 
@@ -155,5 +156,8 @@ def test_a_window_shorter_than_the_prompts_is_asked_plainly(llava):
     config = type(llava.network.config)(**llava.network.config.to_dict())
     config.get_text_config().sliding_window = 64
     slides.network = type("Network", (), {"config": config})
-    assert beginnings.unfit(slides) == "the network has sliding attention over 64 tokens"
-    assert beginnings.unfit(llava) is None
+    assert (
+        shared_prefix.unsupported_reason(slides)
+        == "the network has sliding attention over 64 tokens"
+    )
+    assert shared_prefix.unsupported_reason(llava) is None

@@ -13,7 +13,7 @@ import pytest
 from lmms_eval.api.task import ConfigurableTask
 
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.multimodal import catalog, definition
+from bench.evaluation.multimodal import task_index
 
 TASKS = ("vqav2_val", "scienceqa_img", "pope", "mme")
 VICUNA = (
@@ -52,7 +52,7 @@ def test_it_equals_the_harness_with_its_own_model(config, theirs, mllms, tmp_pat
     for planned in ours.scoring.tasks:
         folder = tmp_path / planned.name
         planned.task.dataset.save_to_disk(folder)
-        defined = definition._with_includes(catalog.find(planned.name))
+        defined = task_index._with_includes(task_index.find_task_file(planned.name))
         defined |= {
             "dataset_path": str(folder),
             "dataset_name": None,

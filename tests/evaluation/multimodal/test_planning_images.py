@@ -3,11 +3,11 @@
 import datasets
 import pytest
 
-from bench.data.scenes import documents, images
+from bench.data.synthetic.scenes import documents, scene_images
 from bench.errors import MissingData, UserError
 from bench.evaluation import BenchmarkConfig, plan
-from bench.evaluation.multimodal import catalog
-from bench.models.config import ModelConfig
+from bench.evaluation.multimodal import task_index
+from bench.schema import ModelConfig
 
 
 def config(*tasks, suite="real", **settings):
@@ -38,9 +38,11 @@ def test_a_local_file_is_read_in_place_of_the_hub(pope):
 def test_gqa_takes_a_folder_of_instructions_and_images(tmp_path):
     rows = documents("gqa")[:4]
     write(rows, tmp_path / "testdev_balanced_instructions.parquet")
-    write(images("gqa"), tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet")
+    write(
+        scene_images("gqa"), tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
+    )
     (task,) = plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True).scoring.tasks
-    shown = {row["id"]: row["image"] for row in images("gqa")}
+    shown = {row["id"]: row["image"] for row in scene_images("gqa")}
     for document, row in zip(task.task.dataset["testdev"], rows, strict=True):
         (image,) = task.task.doc_to_visual(document)
         assert image.tobytes() == shown[row["imageId"]].convert("RGB").tobytes()
@@ -87,9 +89,9 @@ def test_everything_missing_is_named_at_once(pope, monkeypatch):
     monkeypatch.setattr(hub, "go_offline", lambda: None)
 
     def absent(repository, part, **_):
-        raise hub.Unreachable(hub.spell(repository, part))
+        raise hub.DatasetUnreachable(hub.dataset_name(repository, part))
 
-    monkeypatch.setattr(hub, "load", absent)
+    monkeypatch.setattr(hub, "load_dataset", absent)
     asked = config("gqa", "pope", "mme", data={"pope": pope})
     with pytest.raises(MissingData) as said:
         plan(asked, offline=True)
@@ -117,12 +119,12 @@ def test_wrong_input_is_one_sentence(asked, reason):
 def test_a_text_model_is_refused_before_it_is_loaded():
     scoring = plan(config("pope", suite="micro", limit=1), offline=True)
     with pytest.raises(UserError, match="needs a model of kind image_text"):
-        scoring.refuse_unfit(ModelConfig(name="m", source="zoo:m"))
+        scoring.refuse_unfit(ModelConfig(name="m", source="embedded:m"))
 
 
 def test_ours_includes_a_file_that_the_harness_has():
-    assert set(catalog.micro_names()) == {
+    assert set(task_index.micro_names()) == {
         "gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev_static",
     }  # fmt: skip
-    for name in catalog.micro_names():
-        assert catalog.find(name) == catalog._search(name)
+    for name in task_index.micro_names():
+        assert task_index.find_task_file(name) == task_index._search_task_files(name)

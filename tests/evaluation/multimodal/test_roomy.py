@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from bench.evaluation.multimodal.roomy import ROOM, RoomyLayer, roomy
+from bench.evaluation.multimodal.shared_prefix import GROWTH, PreallocatedCacheLayer, preallocated
 
 OWNER_B = torch.tensor([0, 0, 1, 0, 1])
 
@@ -19,11 +19,13 @@ def grown(length):
     return layer
 
 
-@pytest.mark.parametrize("calls", [[7, 1, 1], [ROOM, 1, 1], [ROOM + 9, 1], [1] * (2 * ROOM + 5)])
+@pytest.mark.parametrize(
+    "calls", [[7, 1, 1], [GROWTH, 1, 1], [GROWTH + 9, 1], [1] * (2 * GROWTH + 5)]
+)
 def test_it_grows_like_the_layer_that_copies(calls):
-    plain, ours = grown(11), roomy(grown(11), OWNER_B)
+    plain, ours = grown(11), preallocated(grown(11), OWNER_B)
     plain.batch_select_indices(OWNER_B)
-    assert isinstance(ours, RoomyLayer)
+    assert isinstance(ours, PreallocatedCacheLayer)
     for number, length in enumerate(calls):
         keys, values = drawn(5, 3, length, 4) + number, drawn(5, 3, length, 5) - number
         found, wanted = ours.update(keys, values), plain.update(keys, values)
@@ -32,9 +34,9 @@ def test_it_grows_like_the_layer_that_copies(calls):
 
 
 def test_an_answer_does_not_move_what_came_before_it():
-    ours = roomy(grown(11), OWNER_B)
+    ours = preallocated(grown(11), OWNER_B)
     where = ours.keys.data_ptr()
-    for _ in range(ROOM):
+    for _ in range(GROWTH):
         ours.update(drawn(5, 3, 1, 4), drawn(5, 3, 1, 5))
     assert ours.keys.data_ptr() == where
     ours.update(drawn(5, 3, 1, 4), drawn(5, 3, 1, 5))
@@ -47,5 +49,5 @@ def test_a_layer_of_another_kind_stays_itself():
 
     other = Other()
     other.update(drawn(2, 3, 4, 4), drawn(2, 3, 4, 5))
-    assert roomy(other, OWNER_B) is other
+    assert preallocated(other, OWNER_B) is other
     assert other.keys.shape[0] == 5

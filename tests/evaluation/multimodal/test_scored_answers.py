@@ -7,9 +7,9 @@ import pytest
 from lmms_eval.api.model import lmms
 
 from bench.evaluation import BenchmarkConfig, plan
-from bench.evaluation.average import average
-from bench.evaluation.multimodal import derived, scores
-from bench.evaluation.multimodal.running import _run
+from bench.evaluation.metrics import headline_average
+from bench.evaluation.multimodal import derived_metrics, lmms_eval
+from bench.evaluation.multimodal.lmms_eval import _run_harness
 
 LETTERS = "ABCD"
 RIGHT = {
@@ -51,7 +51,10 @@ def planned(*tasks, **settings):
 
 
 def scored(config, task, function):
-    return {m.metric: m for m in scores.metrics(config, task, _run(Answering(function), task))}
+    return {
+        m.metric: m
+        for m in lmms_eval.task_metrics(config, task, _run_harness(Answering(function), task))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_mme_stands_in_the_mean_as_a_share(seven):
     rows = []
     for task in tasks:
         rows += scored(config, task, lambda _, doc, t=task: RIGHT[t.name](doc)).values()
-    (mean,) = average(config, rows)
+    (mean,) = headline_average(config, rows)
     assert (mean.value, mean.n, mean.stderr) == (1.0, 7, 0.0)
     assert next(row for row in rows if row.task == "mme" and row.headline).value > 1
 
@@ -137,7 +140,7 @@ def test_mme_stands_in_the_mean_as_a_share(seven):
 def test_mmbench_wants_all_rotations_right():
     config, (task,) = planned("mmbench_en_dev_static")
     rows = task.task.dataset_no_image[task.split]
-    questions = {doc["index"] % derived.ROTATION for doc in rows}
+    questions = {doc["index"] % derived_metrics.ROTATION_STRIDE for doc in rows}
     assert len(questions) < len(rows)
     perfect = scored(config, task, lambda _, doc: doc["answer"])
     assert perfect["mmbench_accuracy"].value == 1
@@ -149,7 +152,9 @@ def test_mmbench_wants_all_rotations_right():
     once = scored(
         config,
         task,
-        lambda _, doc: "zzz" if doc["index"] == first + derived.ROTATION else doc["answer"],
+        lambda _, doc: (
+            "zzz" if doc["index"] == first + derived_metrics.ROTATION_STRIDE else doc["answer"]
+        ),
     )
     assert once["mmbench_accuracy"].value == pytest.approx(1 - 1 / len(questions))
     assert once["mmbench_accuracy"].value * 100 == pytest.approx(once["gpt_eval_score"].value)

@@ -11,13 +11,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate as harness
 
-from bench.data.world import TASKS
+from bench.data.synthetic.world import TASKS
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.text.adapter import Adapter
-from bench.evaluation.text.quiet import quiet
-from bench.models.config import ModelConfig
-from bench.progress import SILENT
+from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.schema import ModelConfig
+from bench.ui import SILENT
 
 
 def reference(model, batch_size=4):
@@ -77,14 +77,16 @@ def test_real_tasks_agree_per_sample(model, task, shots):
 
 
 def test_the_shipped_model_agrees_too():
-    from bench.models import loading
+    from bench.models import loading, source
 
-    config = ModelConfig(name="micro_moe", source="zoo:micro_moe", device="cpu", dtype="float32")
+    config = ModelConfig(
+        name="micro_moe", source="embedded:micro_moe", device="cpu", dtype="float32"
+    )
     try:
-        source = loading.resolve(config, offline=True)
+        source = source.resolve_model(config, offline=True)
     except UserError as error:
         pytest.skip(str(error))
-    assert_equal_on_all_nine(loading.load(source), shots=0, limit=6)
+    assert_equal_on_all_nine(loading.load_model(source), shots=0, limit=6)
 
 
 def assert_equal_on_all_nine(model, shots, limit, engine="shared", ties=0):
@@ -132,7 +134,7 @@ def plainly(model, benchmark):
     }
     for task in tasks.values():
         task.set_fewshot_seed(1234)
-    with quiet():
+    with quiet_lm_eval():
         lm = reference(model, batch_size=32)
         return harness(lm, {"tasks": tasks}, limit=benchmark.limit, bootstrap_iters=1)
 
@@ -172,13 +174,13 @@ PAIRS = [
 @pytest.mark.parametrize(("batch_size", "engine"), [(1, "shared"), (3, "plain"), (64, "plain")])
 def test_pairs_agree_at_any_batch_size(model, batch_size, engine, add_bos):
     model = _with(model, add_bos=add_bos)
-    ours = answers(Adapter(model, batch_size, SILENT, engine), "loglikelihood", PAIRS)
+    ours = answers(LmEvalAdapter(model, batch_size, SILENT, engine), "loglikelihood", PAIRS)
     assert_same(ours, answers(reference(model), "loglikelihood", PAIRS))
 
 
 @pytest.mark.parametrize("engine", ["shared", "plain"])
 def test_a_context_that_is_too_long_is_cut_on_the_left(short_model, engine):
-    ours = answers(Adapter(short_model, 3, SILENT, engine), "loglikelihood", PAIRS)
+    ours = answers(LmEvalAdapter(short_model, 3, SILENT, engine), "loglikelihood", PAIRS)
     assert_same(ours, answers(reference(short_model), "loglikelihood", PAIRS))
 
 
@@ -192,21 +194,23 @@ def test_a_tokenizer_that_adds_bos_adds_it_once(tokenizer, model):
     begins = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end[0], eos_token=end[0])
     model = _with(model, tokenizer=begins)
     pairs = [*PAIRS, (f"{end[0]}already begun", " and ended")]
-    ours = answers(Adapter(model, 4, SILENT), "loglikelihood", pairs)
+    ours = answers(LmEvalAdapter(model, 4, SILENT), "loglikelihood", pairs)
     assert_same(ours, answers(reference(model), "loglikelihood", pairs))
 
 
 @pytest.mark.parametrize("engine", ["shared", "plain"])
 def test_rolling_windows_agree(short_model, engine):
     texts = [("one short text",), ("a text of several windows, " * 12,), ("another",)]
-    ours = answers(Adapter(short_model, 2, SILENT, engine), "loglikelihood_rolling", texts)
+    ours = answers(LmEvalAdapter(short_model, 2, SILENT, engine), "loglikelihood_rolling", texts)
     theirs = answers(reference(short_model), "loglikelihood_rolling", texts)
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def test_generation_agrees_and_stops(model):
     free = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
-    first = answers(Adapter(model, 4, SILENT), "generate_until", [("The first word", free)])[0]
+    first = answers(LmEvalAdapter(model, 4, SILENT), "generate_until", [("The first word", free)])[
+        0
+    ]
     stop = first[5:7]
     asked = [
         ("The first word", free),
@@ -214,18 +218,18 @@ def test_generation_agrees_and_stops(model):
         ("Another context, a longer one", {**free, "until": [stop]}),
         ("a long context " * 40, free),
     ]
-    ours = answers(Adapter(model, 4, SILENT), "generate_until", asked)
+    ours = answers(LmEvalAdapter(model, 4, SILENT), "generate_until", asked)
     assert ours == answers(reference(model), "generate_until", asked)
     assert stop
     assert ours[1] == first.split(stop)[0]
 
 
 def test_bfloat16_is_close_to_float32(model, half_model):
-    exact = answers(Adapter(model, 4, SILENT), "loglikelihood", PAIRS)
-    rough = answers(Adapter(half_model, 4, SILENT), "loglikelihood", PAIRS)
+    exact = answers(LmEvalAdapter(model, 4, SILENT), "loglikelihood", PAIRS)
+    rough = answers(LmEvalAdapter(half_model, 4, SILENT), "loglikelihood", PAIRS)
     for (value, _), (near, _), (_, continuation) in zip(exact, rough, PAIRS, strict=True):
         assert near == pytest.approx(value, abs=0.1 * len(continuation))
-    alone = answers(Adapter(half_model, 1, SILENT), "loglikelihood", PAIRS)
+    alone = answers(LmEvalAdapter(half_model, 1, SILENT), "loglikelihood", PAIRS)
     assert [value for value, _ in rough] == pytest.approx([value for value, _ in alone], abs=0.2)
 
 

@@ -9,17 +9,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from bench.data.world import TASKS, splits
+from bench.data.synthetic.world import TASKS, documents_by_split
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.local_files import COLUMNS
-from bench.evaluation.text.definition import restrict
+from bench.evaluation.local_files import TEXT_COLUMNS
+from bench.evaluation.text.task_index import restrict_to_splits
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real_tasks"
 
 
 def rows_of(task, split=None, count=8):
-    data = splits(task)
+    data = documents_by_split(task)
     return data[split or ("test" if "test" in data else "validation")][:count]
 
 
@@ -40,7 +40,7 @@ def planned(task, path, **options):
 
 
 def test_every_task_has_its_columns_listed():
-    assert set(COLUMNS) == set(TASKS)
+    assert set(TEXT_COLUMNS) == set(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -120,9 +120,9 @@ def test_a_key_that_names_no_task_is_refused_with_the_nearest():
 
 def test_restricting_a_definition_keeps_what_is_there():
     defined = {"training_split": "train", "validation_split": "dev", "test_split": "test"}
-    whole = restrict(defined, {"train", "dev", "test"})
+    whole = restrict_to_splits(defined, {"train", "dev", "test"})
     assert {**whole, "fewshot_split": None} == {**defined, **whole}
-    alone = restrict({**defined, "test_split": None}, {"dev"})
+    alone = restrict_to_splits({**defined, "test_split": None}, {"dev"})
     assert alone["test_split"] == alone["fewshot_split"] == "dev"
     assert alone["training_split"] is alone["validation_split"] is None
 

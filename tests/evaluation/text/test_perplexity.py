@@ -9,8 +9,7 @@ import torch
 from bench.data import english
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
-from bench.evaluation.text.perplexity import perplexity
-from bench.evaluation.text.windows import consecutive, drawn
+from bench.evaluation.text.perplexity import consecutive_windows, perplexity, random_windows
 
 
 def measured(model, config, **options):
@@ -55,12 +54,12 @@ def test_the_batch_changes_nothing(model, batch_size):
 
 
 def test_windows_follow_each_other_and_the_remainder_is_dropped():
-    assert consecutive(["abc", "d"], lambda text: list(text.encode()), 2) == [
+    assert consecutive_windows(["abc", "d"], lambda text: list(text.encode()), 2) == [
         list(b"ab"),
         list(b"c\n"),
         list(b"\nd"),
     ]
-    assert len(consecutive(["abcde"], lambda text: list(text.encode()), 2)) == 2
+    assert len(consecutive_windows(["abcde"], lambda text: list(text.encode()), 2)) == 2
 
 
 def test_c4_windows_are_drawn_as_the_gptq_scripts_draw_them():
@@ -75,14 +74,14 @@ def test_c4_windows_are_drawn_as_the_gptq_scripts_draw_them():
                 break
         start = draw.randint(0, len(numbered[number]) - 10 - 1)
         expected.append(numbered[number][start : start + 10])
-    assert drawn(documents, lambda text: list(range(len(text))), 10) == expected
+    assert random_windows(documents, lambda text: list(range(len(text))), 10) == expected
 
 
 def test_too_little_text_is_refused():
     with pytest.raises(UserError, match="3 tokens, less than one window of 4"):
-        consecutive(["abc"], lambda text: list(text.encode()), 4)
+        consecutive_windows(["abc"], lambda text: list(text.encode()), 4)
     with pytest.raises(UserError, match="no document"):
-        drawn(["abc", "abcd"], lambda text: list(text.encode()), 4)
+        random_windows(["abc", "abcd"], lambda text: list(text.encode()), 4)
 
 
 def test_a_text_file_is_measured_and_its_faults_are_named(model, tmp_path):

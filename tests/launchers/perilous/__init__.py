@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 from bench.method import Context, Method, MethodReport
-from bench.models.anatomy import Anatomy
 from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
 
 
 class Perilous(Method):
@@ -16,7 +16,7 @@ class Perilous(Method):
     marker: str | None = None
     ratio: float = 0.0
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """Take any network."""
 
     def apply(self, model: Model, context: Context) -> MethodReport:

@@ -6,10 +6,10 @@ from torch.overrides import TorchFunctionMode
 
 from bench.data.calibration import Calibration
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from methods.micro_experts import spans, view
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.moe.micro_experts import expert_spans, expert_view
 from tests.models.tiny_networks import build, tokens, unfuse
 
 
@@ -29,15 +29,15 @@ def context(seed=0, rows=None):
 
 
 def applied(method, network, seed=0, rows=None):
-    method.check(dissect(network))
+    method.check(inspect_model(network))
     return method.apply(model_of(network), context(seed, rows))
 
 
 def zeroed(block):
     """The flat indices of micro-experts that are zero in all three matrices."""
     flat = []
-    for expert, place in spans(block):
-        part = view(block, expert)
+    for expert, place in expert_spans(block):
+        part = expert_view(block, expert)
         dead = ~(part.gate.any(1) | part.up.any(1) | part.down.any(0))
         flat += [place.start + int(i) for i in dead.nonzero()]
     return flat
@@ -46,7 +46,7 @@ def zeroed(block):
 def block_inputs(network, rows):
     """What goes into every MoE block when rows pass, [B, L, D] each."""
     inputs = {}
-    blocks = dissect(network).moe
+    blocks = inspect_model(network).moe
     hooks = [
         block.block.register_forward_pre_hook(
             lambda _, args, name=block.name: inputs.update({name: args[0].clone()})

@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
-from bench.measurement.config import CostsConfig
-from bench.measurement.costs import count
-from bench.measurement.size import size
-from bench.models import own
-from bench.models.anatomy import dissect
-from bench.progress import SILENT
-from methods.baselines.d2_moe.assembling import Inputs, assemble
-from methods.baselines.d2_moe.compression import D2Moe
-from methods.baselines.d2_moe.experts import SharedBaseExperts
-from methods.baselines.d2_moe.factors import factorise
-from methods.baselines.d2_moe.ranks import ranks
+from bench.measurement.costs import count_costs
+from bench.measurement.model_size import count_size
+from bench.models import replaced_modules
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import CostsConfig
+from bench.ui import SILENT
+from methods.baselines.d2_moe.factorization import InputMoments, assemble_experts, low_rank_factors
+from methods.baselines.d2_moe.method import D2Moe, solve_ranks
+from methods.baselines.d2_moe.shared_base_experts import SharedBaseExperts
 from tests.methods.baselines.applying import (
     applied,
     block_inputs,
@@ -34,7 +32,7 @@ from tests.models.tiny_networks import ARCHITECTURES, Expert, build, llama, toke
 
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(1, 30), st.integers(0, 9000))
 def test_ranks_use_the_budget_but_for_less_than_one_rank(experts, d_model, width, kept):
-    found = ranks(experts, d_model, width, kept)
+    found = solve_ranks(experts, d_model, width, kept)
     left = kept - 3 * d_model * width
     assert (found is None) == (left < 0)
     if found is not None:
@@ -47,7 +45,7 @@ def test_ranks_use_the_budget_but_for_less_than_one_rank(experts, d_model, width
 def test_factors_are_the_best_of_their_rank_for_the_inputs():
     torch.manual_seed(0)
     delta, x = torch.randn(7, 5).double(), torch.randn(40, 5).double() @ torch.randn(5, 5).double()
-    left, right = factorise(delta, x.T @ x, 2, damping=1e-12)
+    left, right = low_rank_factors(delta, x.T @ x, 2, damping=1e-12)
     error = ((delta - left @ right) @ x.T).square().sum()
     # The other way: by the symmetric root of the Gram matrix, from its eigenvectors.
     values, vectors = torch.linalg.eigh(x.T @ x)
@@ -63,16 +61,16 @@ def test_factors_are_the_best_of_their_rank_for_the_inputs():
 
 def test_an_expert_without_tokens_gets_the_plain_svd_and_rank_zero_nothing():
     delta = torch.randn(4, 6)
-    left, right = factorise(delta, torch.zeros(6, 6), 4, damping=1e-4)
+    left, right = low_rank_factors(delta, torch.zeros(6, 6), 4, damping=1e-4)
     torch.testing.assert_close((left @ right).float(), delta, rtol=1e-5, atol=1e-5)
-    left, right = factorise(delta, torch.eye(6), 0, damping=1e-4)
+    left, right = low_rank_factors(delta, torch.eye(6), 0, damping=1e-4)
     assert (left.shape, right.shape) == ((4, 0), (0, 6))
 
 
 def slow_bases(network, frequencies):
     """Σ f F W / Σ f F of every block by torch.autograd, one row and one expert at a time."""
     bases = []
-    for block, often in zip(dissect(network).moe, frequencies, strict=True):
+    for block, often in zip(inspect_model(network).moe, frequencies, strict=True):
         held = list(block.experts.parameters())
         network.requires_grad_(False)
         for weight in held:
@@ -118,7 +116,9 @@ def test_base_is_the_fisher_weighted_mean(name, layout):
     network = network_of(name, layout)
     wanted = [weight.requires_grad for weight in network.parameters()]
     frequencies = []
-    for block, x_BLD in zip(dissect(network).moe, block_inputs(network, tokens()), strict=True):
+    for block, x_BLD in zip(
+        inspect_model(network).moe, block_inputs(network, tokens()), strict=True
+    ):
         _, _, index = block.router(x_BLD.flatten(0, 1))
         frequencies.append([int((index == expert).sum()) for expert in range(6)])
     found = D2Moe(ratio=0.3)._bases(model_of(network), tokens(), SILENT)
@@ -131,8 +131,8 @@ def test_base_is_the_fisher_weighted_mean(name, layout):
 
 def _multiplied_out(network, plain):
     """`plain` with every expert replaced by what `network` has for it: base + left right."""
-    parts = zip(network.model.layers, dissect(plain).layers, strict=True)
-    by_layer = {block.layer: block for block in dissect(plain).moe}
+    parts = zip(network.model.layers, inspect_model(plain).layers, strict=True)
+    by_layer = {block.layer: block for block in inspect_model(plain).moe}
     for number, (compressed, _) in enumerate(parts):
         if number not in by_layer:
             continue
@@ -150,7 +150,7 @@ def _multiplied_out(network, plain):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_runs_as_its_experts_multiplied_out_with_fewer_weights(name, layout, ratio):
     network, rows = network_of(name, layout), tokens()
-    blocks, before = dissect(network).moe, numel(network)
+    blocks, before = inspect_model(network).moe, numel(network)
     report = applied(D2Moe(ratio=ratio), network)
     assert report.saving == "removed"
     removed = before - numel(network)
@@ -167,7 +167,9 @@ def test_is_built_again_from_its_description(layout):
     network, rows = network_of("qwen2_moe", layout), tokens()
     applied(D2Moe(ratio=0.4), network)
     again = network_of("qwen2_moe", layout)
-    own.restructure(again, json.loads(json.dumps(own.structures(network))))
+    replaced_modules.install_replaced_modules(
+        again, json.loads(json.dumps(replaced_modules.replaced_modules(network)))
+    )
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(rows).logits, network(rows).logits)
 
@@ -177,36 +179,40 @@ def test_full_ranks_give_the_network_back():
     before = network(rows).logits
     method, model = D2Moe(ratio=0.3), model_of(network)
     bases = method._bases(model, rows, SILENT)
-    for block in model.anatomy.moe:
+    for block in model.structure.moe:
         base = bases[block]
-        block.block.experts = assemble(block, base, Inputs(block), [12] * 18, damping=1e-4)
+        block.block.experts = assemble_experts(
+            block, base, InputMoments(block), [12] * 18, damping=1e-4
+        )
     torch.testing.assert_close(network(rows).logits, before, rtol=1e-5, atol=1e-5)
 
 
 def test_inputs_are_what_the_matrices_are_given():
     network = build("mixtral")
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     x_TD = block_inputs(network, tokens())[0].flatten(0, 1)
     _, _, index = block.router(x_TD)
-    inputs = Inputs(block)
-    from bench.models.observation import observing
+    inputs = InputMoments(block)
+    from bench.models.expert_hooks import observe_experts
 
-    with observing({block: inputs}, chunk=7):
+    with observe_experts({block: inputs}, chunk=7):
         network(tokens())
     for expert in range(6):
         x_SD = x_TD[(index == expert).any(1)]
         hidden = block.expert(expert).hidden(x_SD)
-        torch.testing.assert_close(inputs.of_block_EDD[expert].float(), x_SD.T @ x_SD)
-        torch.testing.assert_close(inputs.of_down_EFF[expert].float(), hidden.T @ hidden)
+        torch.testing.assert_close(inputs.input_gram_EDD[expert].float(), x_SD.T @ x_SD)
+        torch.testing.assert_close(inputs.hidden_gram_EFF[expert].float(), hidden.T @ hidden)
 
 
 def test_costs_are_counted_on_the_shared_form():
     config = CostsConfig(name="tiny", batch=2, length=9)
     network = build("qwen2_moe")
-    before = {c.quantity: c.value for c in count(model_of(copy.deepcopy(network)), config).costs}
+    before = {
+        c.quantity: c.value for c in count_costs(model_of(copy.deepcopy(network)), config).costs
+    }
     model = model_of(network)
     report = D2Moe(ratio=0.55).apply(model, context())
-    after = {c.quantity: c.value for c in count(model, config).costs}
+    after = {c.quantity: c.value for c in count_costs(model, config).costs}
     assert after["parameters"] == before["parameters"] - report.details["removed_parameters"]
     assert after["flops"] < before["flops"]
 
@@ -232,14 +238,14 @@ def test_ratio_zero_is_the_identity():
 
 def test_refuses_what_it_cannot_merge():
     with pytest.raises(UserError, match=r"LlamaForCausalLM.*has none"):
-        D2Moe(ratio=0.2).check(dissect(llama()))
+        D2Moe(ratio=0.2).check(inspect_model(llama()))
     with pytest.raises(UserError, match="needs one as its base"):
-        D2Moe(ratio=0.9).check(dissect(build("mixtral")))
+        D2Moe(ratio=0.9).check(inspect_model(build("mixtral")))
     network = unfuse(build("mixtral"))
-    experts = dissect(network).moe[0].experts
+    experts = inspect_model(network).moe[0].experts
     experts[0] = Expert(torch.ones(5, 16), torch.ones(5, 16), torch.ones(16, 5), experts[0].act_fn)
     with pytest.raises(UserError, match="different widths"):
-        D2Moe(ratio=0.2).check(dissect(network))
+        D2Moe(ratio=0.2).check(inspect_model(network))
 
 
 def test_refuses_activations_that_are_not_numbers():
@@ -251,9 +257,9 @@ def test_refuses_activations_that_are_not_numbers():
 
 def test_active_parameters_are_bases_and_the_factors_of_a_tokens_experts():
     network = network_of("qwen2_moe")
-    config, before = network.config, size(network, dissect(network))
+    config, before = network.config, count_size(network, inspect_model(network))
     applied(D2Moe(ratio=0.3), network)
-    after = size(network, dissect(network))
+    after = count_size(network, inspect_model(network))
     experts = [m for m in network.modules() if isinstance(m, SharedBaseExperts)]
     factors = sum(p.numel() for m in experts for n, p in m.named_parameters() if "base" not in n)
     idle = factors * (1 - config.num_experts_per_tok / config.num_experts)

@@ -7,10 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
-from bench.models.anatomy import dissect
-from bench.progress import SILENT
-from methods.activations import Activations
-from methods.camera.energy import Moments, column_norms, energy
+from bench.models.structure.model_structure import inspect_model
+from bench.ui import SILENT
+from methods.camera.energy import energy
 from methods.camera.loss_aware import (
     CameraLossAware,
     OutputMetric,
@@ -18,25 +17,28 @@ from methods.camera.loss_aware import (
     output_metrics,
     sensitivity,
 )
-from methods.micro_experts import spans, view
-from methods.walking import walk
+from methods.moe.calibration_statistics import Activations, Moments, squared_column_norms
+from methods.moe.calibration_walk import walk_blocks
+from methods.moe.micro_experts import expert_spans, expert_view
 from tests.methods.baselines.applying import applied, model_of, network_of, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
 def square_sums(network):
     method = CameraLossAware(ratio=0)
-    seen = walk(model_of(network), tokens(), Activations, method._watching, 2, False, SILENT)
+    seen = walk_blocks(model_of(network), tokens(), Activations, method._watching, 2, False, SILENT)
     return [found.square_sum() for _, found in seen]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_with_an_identity_it_is_the_energy_at_alpha_zero(name):
     network = build(name)
-    for block, square_sum_N in zip(dissect(network).moe, square_sums(network), strict=True):
+    for block, square_sum_N in zip(inspect_model(network).moe, square_sums(network), strict=True):
         moments = Moments(block.micro_experts, torch.device("cpu"))
         moments.square_sum_N = square_sum_N
-        norms = torch.cat([column_norms(view(block, e).down) for e, _ in spans(block)])
+        norms = torch.cat(
+            [squared_column_norms(expert_view(block, e).down) for e, _ in expert_spans(block)]
+        )
         mine = loss_aware_energy(block, square_sum_N, torch.eye(16))
         torch.testing.assert_close(mine, energy(moments, norms, 0.0), rtol=1e-6, atol=0)
 
@@ -47,7 +49,7 @@ def test_metric_is_the_mean_outer_product_of_gradients(name, layout):
     network = network_of(name, layout)
     found = output_metrics(model_of(network), tokens(), SILENT)
     assert all(weight.grad is None and not weight.requires_grad for weight in network.parameters())
-    blocks, expected = dissect(network).moe, []
+    blocks, expected = inspect_model(network).moe, []
     for block in blocks:
         sums = torch.zeros(16, 16, dtype=torch.float64)
         for row in tokens():
@@ -70,14 +72,14 @@ def test_sensitivity_column_by_column():
 
 
 def test_a_metric_of_nothing_is_zero():
-    assert not OutputMetric(dissect(build("olmoe")).moe[0]).metric().any()
+    assert not OutputMetric(inspect_model(build("olmoe")).moe[0]).metric().any()
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_zeroes_the_lowest_in_its_scope(name, scope):
     network = build(name)
-    blocks = dissect(network).moe
+    blocks = inspect_model(network).moe
     metrics = output_metrics(model_of(network), tokens(), SILENT)
     energies = [
         loss_aware_energy(block, square_sum_N, metric)

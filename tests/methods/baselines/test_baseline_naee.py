@@ -6,20 +6,17 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.models.anatomy import dissect
-from bench.progress import SILENT
-from methods.baselines.naee.evidence import Evidence
-from methods.baselines.naee.gathering import gather
-from methods.baselines.naee.pruning import Naee
-from methods.baselines.naee.search import next_to_go, search
-from methods.micro_experts import spans, zero
-from tests.methods.baselines.applying import (
-    Masked,
-    applied,
-    block_inputs,
-    model_of,
-    network_of,
+from bench.models.structure.model_structure import inspect_model
+from bench.ui import SILENT
+from methods.baselines.naee import (
+    BlockErrorModel,
+    Naee,
+    block_error_models,
+    next_expert_to_drop,
+    search_subset,
 )
+from methods.moe.micro_experts import expert_spans, zero_micro_experts
+from tests.methods.baselines.applying import Masked, applied, block_inputs, model_of, network_of
 from tests.models.tiny_networks import ARCHITECTURES, Expert, build, tokens, unfuse
 
 
@@ -27,8 +24,10 @@ def slow_error(block, x_BLD, z_BLD, dropped, form):
     """Run the block without some experts; Frobenius norm a row in float64, summed over rows."""
     kept = {key: value.clone() for key, value in block.block.state_dict().items()}
     if form == "zeroed":
-        places = dict(spans(block))
-        zero(block, torch.tensor([i for e in dropped for i in range(*places[e].indices(999))]))
+        places = dict(expert_spans(block))
+        zero_micro_experts(
+            block, torch.tensor([i for e in dropped for i in range(*places[e].indices(999))])
+        )
         y_BLD = block.block(x_BLD)
     else:
         with Masked(block, dropped):
@@ -43,10 +42,10 @@ def slow_error(block, x_BLD, z_BLD, dropped, form):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_error_is_that_of_the_block_without_them(name, layout, form):
     network = network_of(name, layout)
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     x_BLD = block_inputs(network, tokens())[0]
     y_BLD = block.block(x_BLD)
-    evidence = Evidence(block, x_BLD, y_BLD, y_BLD, form)
+    evidence = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, form)
     assert evidence.error(()) == 0
     for dropped in [(0,), (5,), (1, 4), (0, 3), (1, 2, 4, 5)]:
         expected = slow_error(block, x_BLD, y_BLD, dropped, form)
@@ -58,11 +57,11 @@ def test_progressive_compares_pruned_inputs_with_the_unpruned_output(name):
     dense, pruned = build(name), build(name)
     targets = [
         block.block(x)
-        for block, x in zip(dissect(dense).moe, block_inputs(dense, tokens()), strict=True)
+        for block, x in zip(inspect_model(dense).moe, block_inputs(dense, tokens()), strict=True)
     ]
-    walk = gather(model_of(pruned), tokens(), 2, True, 12, "dropped", SILENT)
+    walk = block_error_models(model_of(pruned), tokens(), 2, True, 12, "dropped", SILENT)
     block, _ = next(walk)
-    zero(block, torch.arange(40))
+    zero_micro_experts(block, torch.arange(40))
     later, evidence = next(walk)
 
     x_BLD = block_inputs(pruned, tokens())[1]
@@ -73,14 +72,14 @@ def test_progressive_compares_pruned_inputs_with_the_unpruned_output(name):
 
 
 def test_not_progressive_sees_the_unpruned_model_throughout():
-    walk = gather(model_of(build("olmoe")), tokens(), 2, False, 12, "dropped", SILENT)
+    walk = block_error_models(model_of(build("olmoe")), tokens(), 2, False, 12, "dropped", SILENT)
     errors = []
     for block, evidence in walk:
         errors.append(evidence.error((1, 2)))
-        zero(block, torch.arange(40))
+        zero_micro_experts(block, torch.arange(40))
     network = build("olmoe")
     for found, block, x in zip(
-        errors, dissect(network).moe, block_inputs(network, tokens()), strict=True
+        errors, inspect_model(network).moe, block_inputs(network, tokens()), strict=True
     ):
         assert found == pytest.approx(slow_error(block, x, block.block(x), (1, 2), "dropped"))
 
@@ -93,9 +92,9 @@ def test_drops_the_best_subset_of_every_layer(name, form):
     report = applied(Naee(ratio=0.45, form=form), network).details["layers"]
     slow, dense = build(name), build(name)
     for number, layer in enumerate(report):
-        block = dissect(slow).moe[number]
+        block = inspect_model(slow).moe[number]
         x_BLD = block_inputs(slow, tokens())[number]
-        z_BLD = dissect(dense).moe[number].block(block_inputs(dense, tokens())[number])
+        z_BLD = inspect_model(dense).moe[number].block(block_inputs(dense, tokens())[number])
         count, rest = divmod(int(0.45 * block.micro_experts), 12)
         assert count > 1
         errors = {
@@ -115,11 +114,11 @@ def test_drops_the_best_subset_of_every_layer(name, form):
 
 def test_greedy_takes_one_after_the_other():
     network = unfuse(build("qwen2_moe"))
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     x_BLD = block_inputs(network, tokens())[0]
     y_BLD = block.block(x_BLD)
-    evidence = Evidence(block, x_BLD, y_BLD, y_BLD, "dropped")
-    found = search(6, 3, evidence.error, limit=19)
+    evidence = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, "dropped")
+    found = search_subset(6, 3, evidence.error, limit=19)
 
     dropped = []
     for _ in range(3):
@@ -129,7 +128,7 @@ def test_greedy_takes_one_after_the_other():
     assert (found.how, found.tried) == ("greedy", 6 + 5 + 4)
     assert found.dropped == tuple(sorted(dropped))
     assert found.error == pytest.approx(min(errors.values()), rel=1e-5)
-    best = search(6, 3, evidence.error, limit=20)
+    best = search_subset(6, 3, evidence.error, limit=20)
     assert (best.how, best.tried) == ("exhaustive", 20)
     assert best.error <= found.error
 
@@ -140,9 +139,9 @@ def test_greedy_can_be_wrong_where_all_subsets_are_not():
     def error(subset):
         return table[tuple(sorted(subset))]
 
-    assert search(3, 2, error, limit=2).dropped == (0, 1)
-    assert search(3, 2, error, limit=3).dropped == (1, 2)
-    assert next_to_go(3, (1,), error) == (2, 3)
+    assert search_subset(3, 2, error, limit=2).dropped == (0, 1)
+    assert search_subset(3, 2, error, limit=3).dropped == (1, 2)
+    assert next_expert_to_drop(3, (1,), error) == (2, 3)
 
 
 def test_searches_on_evenly_spaced_tokens_of_every_row():
@@ -150,7 +149,7 @@ def test_searches_on_evenly_spaced_tokens_of_every_row():
     assert report["tokens"] == 5 * 4
     everything = applied(Naee(ratio=0.4, tokens=10_000), build("mixtral")).details
     assert everything["tokens"] == 60
-    walk = gather(model_of(build("mixtral")), tokens(), 2, False, 4, "dropped", SILENT)
+    walk = block_error_models(model_of(build("mixtral")), tokens(), 2, False, 4, "dropped", SILENT)
     block, evidence = next(walk)
     x_BLD = block_inputs(build("mixtral"), tokens())[0][:, ::3]
     expected = slow_error(block, x_BLD, block.block(x_BLD), (1, 3), "dropped")
@@ -159,10 +158,10 @@ def test_searches_on_evenly_spaced_tokens_of_every_row():
 
 def test_refuses_experts_of_different_width():
     network = unfuse(build("mixtral"))
-    experts = dissect(network).moe[0].experts
+    experts = inspect_model(network).moe[0].experts
     experts[0] = Expert(torch.ones(5, 16), torch.ones(5, 16), torch.ones(16, 5), experts[0].act_fn)
     with pytest.raises(UserError, match="different widths"):
-        Naee(ratio=0.2).check(dissect(network))
+        Naee(ratio=0.2).check(inspect_model(network))
 
 
 def test_refuses_activations_that_are_not_numbers():

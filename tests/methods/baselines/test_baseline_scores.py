@@ -4,33 +4,22 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.models.anatomy import dissect
-from bench.progress import SILENT
-from methods.activations import Activations
-from methods.baselines.expert_frequency import ExpertFrequency
-from methods.baselines.micro_scores import (
-    ActivationOnly,
-    Magnitude,
-    magnitudes,
-)
-from methods.baselines.random_experts import RandomMicroExperts
-from methods.baselines.reap import Reap
+from bench.models.structure.model_structure import inspect_model
+from bench.ui import SILENT
+from methods.baselines.expert_scores import ExpertFrequency, Reap
+from methods.baselines.micro_expert_controls import ActivationOnly, Magnitude, RandomMicroExperts
 from methods.camera.loss_aware import CameraLossAware
-from methods.micro_experts import SHARED, spans, view, zero
-from tests.methods.baselines.applying import (
-    applied,
-    block_inputs,
-    model_of,
-    network_of,
-    zeroed,
-)
+from methods.moe.calibration_statistics import Activations
+from methods.moe.micro_experts import SHARED, expert_spans, expert_view, zero_micro_experts
+from methods.moe.ranking import magnitudes
+from tests.methods.baselines.applying import applied, block_inputs, model_of, network_of, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
 def routed_tokens(network):
     """Every (block number, expert, token's input, router's weight), one at a time."""
     inputs = block_inputs(network, tokens())
-    for number, (block, x) in enumerate(zip(dissect(network).moe, inputs, strict=True)):
+    for number, (block, x) in enumerate(zip(inspect_model(network).moe, inputs, strict=True)):
         x_TD = x.flatten(0, 1)
         _, weights, experts = block.router(x_TD)
         for token in range(len(x_TD)):
@@ -42,7 +31,7 @@ def routed_tokens(network):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reap_and_frequency_token_by_token(name, layout):
     network = network_of(name, layout)
-    blocks = dissect(network).moe
+    blocks = inspect_model(network).moe
     norms = [[[] for _ in range(6)] for _ in blocks]
     for number, expert, x_D, weight in routed_tokens(network):
         part = blocks[number].expert(expert)
@@ -63,8 +52,8 @@ def test_reap_and_frequency_token_by_token(name, layout):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_activations_alone_token_by_token(name):
     network = build(name)
-    block = dissect(network).moe[0]
-    places = dict(spans(block))
+    block = inspect_model(network).moe[0]
+    places = dict(expert_spans(block))
     expected = torch.zeros(block.micro_experts, dtype=torch.float64)
     for number, expert, x_D, weight in routed_tokens(network):
         if number == 0:
@@ -89,8 +78,11 @@ def test_activations_alone_token_by_token(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_magnitude_is_the_norm_of_down_columns(name, layout):
     network = network_of(name, layout)
-    blocks = dissect(network).moe
-    columns = [torch.cat([view(block, e).down.T for e, _ in spans(block)]) for block in blocks]
+    blocks = inspect_model(network).moe
+    columns = [
+        torch.cat([expert_view(block, e).down.T for e, _ in expert_spans(block)])
+        for block in blocks
+    ]
     expected = [
         sorted(range(len(w)), key=lambda i: float(w[i].norm()))[: int(0.3 * len(w))]
         for w in columns
@@ -125,9 +117,9 @@ def test_sequential_scores_see_the_change():
     assert together[1]["scores"] != pytest.approx(after[1]["scores"], rel=1e-3)
     changed = build("mixtral")
     lost = [e * 12 + c for e in after[0]["whole_experts"] for c in range(12)]
-    block = dissect(changed).moe[0]
+    block = inspect_model(changed).moe[0]
     partial = set(zeroed_by(Reap(ratio=0.4, form="zeroed"), "mixtral")) - set(lost)
-    zero(block, torch.tensor(sorted({*lost, *partial})))
+    zero_micro_experts(block, torch.tensor(sorted({*lost, *partial})))
     alone = applied(Reap(ratio=0, form="zeroed"), changed).details["layers"]
     assert alone[1]["scores"] == pytest.approx(after[1]["scores"], rel=1e-5)
 
@@ -135,7 +127,7 @@ def test_sequential_scores_see_the_change():
 def zeroed_by(method, name):
     network = build(name)
     applied(method, network)
-    return zeroed(dissect(network).moe[0])
+    return zeroed(inspect_model(network).moe[0])
 
 
 @pytest.mark.parametrize("method", [Reap, ActivationOnly])

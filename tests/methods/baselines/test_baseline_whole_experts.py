@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import UserError
-from bench.models.anatomy import dissect
-from methods.baselines.expert_frequency import ExpertFrequency
-from methods.baselines.naee.pruning import Naee
-from methods.baselines.random_experts import RandomExperts
-from methods.baselines.reap import Reap
-from methods.baselines.whole_experts import cut
+from bench.models.structure.model_structure import inspect_model
+from methods.baselines.expert_removal import select_whole_experts
+from methods.baselines.expert_scores import ExpertFrequency, Reap
+from methods.baselines.micro_expert_controls import RandomExperts
+from methods.baselines.naee import Naee
 from tests.methods.baselines.applying import applied, context, model_of, network_of, numel, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 
@@ -24,7 +23,7 @@ METHODS = [RandomExperts, ExpertFrequency, Reap, Naee]
 def test_a_cut_spends_the_budget_in_order(widths, data):
     order = data.draw(st.permutations(range(len(widths))))
     budget = data.draw(st.integers(0, sum(widths)))
-    chosen = cut(widths, order, budget)
+    chosen = select_whole_experts(widths, order, budget)
     assert sum(widths[expert] for expert in chosen.whole) + chosen.rest == budget
     assert list(chosen.whole) == order[: len(chosen.whole)]
     assert (chosen.further is None) == (chosen.rest == 0)
@@ -42,7 +41,7 @@ def test_zeroed_takes_what_camera_p_takes_and_leaves_the_router(name, layout, me
     report = applied(method(ratio=0.3, form="zeroed"), network)
     assert report.saving == "zeroed"
     assert numel(network) == before
-    for block, layer in zip(dissect(network).moe, report.details["layers"], strict=True):
+    for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
         assert len(zeroed(block)) == layer["removed"] == int(0.3 * block.micro_experts)
         assert layer["removed"] == 12 * len(layer["whole_experts"]) + (
             layer["partial_expert"]["removed"] if layer["partial_expert"] else 0
@@ -73,7 +72,7 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, layout, m
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_dropped_really_removes_whole_experts(name, layout, method):
     network = network_of(name, layout)
-    before, blocks = numel(network), dissect(network).moe
+    before, blocks = numel(network), inspect_model(network).moe
     report = applied(method(ratio=0.3, form="dropped"), network)
     layers, expert = report.details["layers"], 3 * 16 * 12
     whole = sum(len(layer["whole_experts"]) for layer in layers)
@@ -85,7 +84,7 @@ def test_dropped_really_removes_whole_experts(name, layout, method):
     )
     assert removed - kept_as_zeros == expert * whole
     assert removed == 3 * 16 * sum(int(0.3 * block.micro_experts) for block in blocks)
-    for block, layer in zip(dissect(network).moe, layers, strict=True):
+    for block, layer in zip(inspect_model(network).moe, layers, strict=True):
         assert block.num_experts == 6 - len(layer["whole_experts"]) < 6
         assert len(zeroed(block)) == layer["zeroed_micro_experts"]
     assert network(tokens()).logits.isfinite().all()
@@ -104,19 +103,19 @@ def test_ratio_zero_is_the_identity(method, form):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_to_leave_fewer_experts_than_a_token_goes_to(method):
-    anatomy = dissect(build("mixtral"))
-    method(ratio=0.67, form="dropped").check(anatomy)
+    structure = inspect_model(build("mixtral"))
+    method(ratio=0.67, form="dropped").check(structure)
     with pytest.raises(UserError, match="leaves 1 of 6 experts"):
-        method(ratio=0.84, form="dropped").check(anatomy)
-    method(ratio=0.84, form="zeroed").check(anatomy)
+        method(ratio=0.84, form="dropped").check(structure)
+    method(ratio=0.84, form="zeroed").check(structure)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_models_and_ratios_that_do_not_fit(method):
     with pytest.raises(UserError, match=r"LlamaForCausalLM.*has none"):
-        method(ratio=0.2).check(dissect(llama()))
+        method(ratio=0.2).check(inspect_model(llama()))
     with pytest.raises(UserError, match="its routed experts have 72"):
-        method(ratio=0.9).check(dissect(build("deepseek")))
+        method(ratio=0.9).check(inspect_model(build("deepseek")))
 
 
 def test_random_choices_follow_the_seed():

@@ -4,13 +4,12 @@ import torch
 
 from bench.data.calibration import Calibration
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
+from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.model import Model
-from bench.models.packed import packed_linears
-from methods.camera.quant_dagger import CameraQDagger
-from methods.camera.quant_joint import CameraPQ
-from methods.camera.quantization import CameraQ
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.camera.joint import CameraPQ
+from methods.camera.quantization import CameraQ, CameraQDagger
 from methods.quantization.mixture import Mc
 from methods.quantization.uniform import Gptq, Rtn
 from tests.models.tiny_networks import build, tokens, unfuse
@@ -43,13 +42,13 @@ def context(rows=5, length=12):
 
 
 def applied(method, network, lent=None):
-    method.check(dissect(network))
+    method.check(inspect_model(network))
     return method.apply(model_of(network), lent or context())
 
 
 def rounded_in_place(packed, network):
     """Write the numbers that a packed network's codes stand for into an ordinary network."""
-    for theirs, ours in zip(dissect(packed).moe, dissect(network).moe, strict=True):
+    for theirs, ours in zip(inspect_model(packed).moe, inspect_model(network).moe, strict=True):
         for expert in range(ours.num_experts):
             source, target = theirs.expert(expert), ours.expert(expert)
             target.zero(torch.arange(target.width))

@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 
-from bench.models.anatomy import dissect
-from bench.models.observation import observing
-from bench.models.packed import packed_linears
-from methods.camera.quant_joint import CameraPQ, solve
-from methods.camera.quant_replacement import Options, Replacement
+from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.expert_hooks import observe_experts
+from bench.models.structure.model_structure import inspect_model
+from methods.camera.joint import BitOptions, CameraPQ, ReplacementErrors, solve_bit_budget
+from methods.moe.quantizer.grid import round_weights
 from methods.quantization.mixture import Mc
-from methods.quantization.rtn import rounded
 from tests.methods.quantization.quantized_networks import SMALL, applied, context, model_of
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
@@ -37,10 +36,10 @@ class Tokens:
 
 def watched(network, observer):
     """Let calibration text pass through a network with its first MoE block watched."""
-    block = dissect(network).moe[0]
+    block = inspect_model(network).moe[0]
     other = Tokens()
     for each in (observer(block), other):
-        with observing({block: each}, chunk=7):
+        with observe_experts({block: each}, chunk=7):
             network(tokens())
         if each is not other:
             measured = each
@@ -50,9 +49,9 @@ def watched(network, observer):
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_replacement_error_is_that_of_replacing_one_micro_expert(name, layout):
-    options = Options(bits=(3, 1, 0), group=8, block=1, clip="minmax")
+    options = BitOptions(bits=(3, 1, 0), group=8, block=1, clip="minmax")
     network = build(name) if layout == "fused" else unfuse(build(name))
-    block, measured, seen = watched(network, lambda block: Replacement(block, options))
+    block, measured, seen = watched(network, lambda block: ReplacementErrors(block, options))
     losses_IO = iter(measured.losses)
     for expert, parts in enumerate(measured.blocks):
         view = block.expert(expert)
@@ -68,7 +67,7 @@ def test_replacement_error_is_that_of_replacing_one_micro_expert(name, layout):
                 """What the micro-expert adds to the block's output."""
                 gate, up, down = view.gate[channel], view.up[channel], view.down[:, channel]
                 if bits is not None:
-                    gate, up, down = (rounded(part, bits, 8) for part in (gate, up, down))
+                    gate, up, down = (round_weights(part, bits, 8) for part in (gate, up, down))
                 return (view.act(x @ gate.T) * (x @ up.T) @ down.T) * weight[:, None]
 
             exact = output(None)
@@ -97,16 +96,16 @@ def test_bytes_stay_within_the_budget(scope, budget_bits):
     bits = report.details["bits"]["experts"]
     assert bits["weight_bits"] + bits["overhead_bits"] == 8 * sum(held.values())
     removed = [layer["removed"] for layer in report.details["layers"]]
-    kept = [sum(block.widths) for block in dissect(network).moe]
+    kept = [sum(block.widths) for block in inspect_model(network).moe]
     assert [72 - count for count in removed] == kept
 
 
 def test_more_bytes_never_foresee_more_error():
-    options = Options(bits=(4, 3, 2, 1, 0), group=8, block=4, clip="minmax")
-    block, measured, _ = watched(build("olmoe"), lambda block: Replacement(block, options))
+    options = BitOptions(bits=(4, 3, 2, 1, 0), group=8, block=4, clip="minmax")
+    block, measured, _ = watched(build("olmoe"), lambda block: ReplacementErrors(block, options))
     errors = []
     for budget in range(0, 40000, 4000):
-        (chosen,) = solve([measured], budget)
+        (chosen,) = solve_bit_budget([measured], budget)
         cost = options.costs(block)[torch.arange(len(chosen)), chosen].sum()
         assert cost <= budget
         errors.append(float(measured.losses[torch.arange(len(chosen)), chosen].sum()))
@@ -117,7 +116,7 @@ def test_more_bytes_never_foresee_more_error():
 def test_nothing_kept_is_an_expert_that_adds_nothing():
     network = build("deepseek")
     applied(CameraPQ(budget_bits=1e-6, block=4, **SMALL), network)
-    blocks = dissect(network).moe
+    blocks = inspect_model(network).moe
     assert all(block.widths == (0,) * 6 for block in blocks)
     x, index = torch.randn(3, 16), torch.tensor([[0, 1]] * 3)
     assert not blocks[0].experts(x, index, torch.ones(3, 2)).any()
@@ -136,7 +135,9 @@ def test_mixture_weighs_frequency_router_and_rounding_error():
         view = block.expert(expert)
         factor = (len(x_SD) / total) ** 0.5 * float(weight_S.mean()) ** 2
         for bits, found in zip((4, 2, 1), loss_B, strict=True):
-            gate, up, down = (rounded(part, bits, 8) for part in (view.gate, view.up, view.down))
+            gate, up, down = (
+                round_weights(part, bits, 8) for part in (view.gate, view.up, view.down)
+            )
             y_SD = view.combine(view.hidden(x_SD))
             error = y_SD - (view.act(x_SD @ gate.T) * (x_SD @ up.T)) @ down.T
             assert float(found) == pytest.approx(factor * float(error.norm()), rel=1e-3)

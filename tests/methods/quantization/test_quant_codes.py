@@ -1,3 +1,5 @@
+""""""
+
 import copy
 
 import pytest
@@ -5,24 +7,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.models.packed import Level, PackedLinear, PackedShape
-from bench.models.packed.codes import pack, packed_size, planes, unpack
+from bench.models.bitpacking.packed_modules import PackedLinear
+from bench.models.bitpacking.packed_shape import (
+    Level,
+    PackedShape,
+    bit_planes,
+    pack_codes,
+    packed_size,
+    unpack_codes,
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 100), st.integers(0, 2**32))
 def test_codes_come_back_and_take_no_more_than_their_bits(bits, count, seed):
     codes_N = torch.randint(2**bits, (count,), generator=torch.manual_seed(seed))
-    packed = pack(codes_N.to(torch.uint8), bits)
-    assert torch.equal(unpack(packed, bits, count), codes_N.to(torch.uint8))
+    packed = pack_codes(codes_N.to(torch.uint8), bits)
+    assert torch.equal(unpack_codes(packed, bits, count), codes_N.to(torch.uint8))
     assert len(packed) == packed_size(count, bits)
-    assert 8 * len(packed) - bits * count in range(8 * len(planes(bits)))
+    assert 8 * len(packed) - bits * count in range(8 * len(bit_planes(bits)))
 
 
 def test_three_bits_take_three_bits():
     assert packed_size(8000, 3) == 3000
-    assert planes(3) == [(2, 1), (1, 0)]
-    assert planes(8) == [(8, 0)]
+    assert bit_planes(3) == [(2, 1), (1, 0)]
+    assert bit_planes(8) == [(8, 0)]
 
 
 SHAPES = [

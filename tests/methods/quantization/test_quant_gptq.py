@@ -1,11 +1,11 @@
+""""""
+
 import pytest
 import torch
 
-from bench.models.packed import Level, PackedShape
-from methods.quantization.gptq import gptq
-from methods.quantization.grid import fit, row_bits
-from methods.quantization.hessian import Hessian, inverse_factor
-from methods.quantization.rtn import round_to_nearest
+from bench.models.bitpacking.packed_shape import Level, PackedShape
+from methods.moe.quantizer.gptq import Hessian, gptq, inverse_factor
+from methods.moe.quantizer.grid import fit_grid, round_to_nearest, row_bits
 
 BY_ROWS = PackedShape(12, 16, (Level(4, 3), Level(3, 4), Level(2, 4), Level(1, 1)), "rows", 8)
 BY_COLUMNS = PackedShape(12, 16, (Level(3, 6), Level(2, 10)), "columns", 4)
@@ -32,7 +32,7 @@ def slow(weight_RC, x_SC, shape, damping):
     hessian_CC += damping * hessian_CC.diagonal().mean() * torch.eye(len(hessian_CC))
     bits_RG, done_RC = row_bits(shape, torch.device("cpu")), torch.zeros_like(left_RC)
     for number, group in enumerate(shape.groups()):
-        grid = fit(left_RC[:, group], bits_RG[:, number])
+        grid = fit_grid(left_RC[:, group], bits_RG[:, number])
         for column in range(group.start, group.stop):
             inverse_FF = torch.linalg.inv(hessian_CC[column:, column:])
             here_R1 = left_RC[:, column, None]

@@ -1,10 +1,11 @@
+""""""
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.quantization.grid import fit
-from methods.quantization.rtn import round_to_nearest, rounded
+from methods.moe.quantizer.grid import fit_grid, round_to_nearest, round_weights
 
 
 def matrix(rows=16, columns=32, seed=0):
@@ -15,7 +16,7 @@ def matrix(rows=16, columns=32, seed=0):
 @given(st.integers(2, 8), st.integers(0, 2**32))
 def test_no_weight_is_further_away_than_half_a_step(bits, seed):
     weight_RC = matrix(seed=seed)
-    grid = fit(weight_RC, torch.full((16,), bits))
+    grid = fit_grid(weight_RC, torch.full((16,), bits))
     codes_RC = grid.codes(weight_RC)
     assert codes_RC.min() >= 0
     assert codes_RC.max() <= 2**bits - 1
@@ -26,7 +27,7 @@ def test_no_weight_is_further_away_than_half_a_step(bits, seed):
 
 def test_one_bit_is_mean_plus_or_minus_mean_deviation():
     weight_RC = matrix()
-    grid = fit(weight_RC, torch.ones(16, dtype=torch.int64))
+    grid = fit_grid(weight_RC, torch.ones(16, dtype=torch.int64))
     mean_R = weight_RC.mean(1)
     spread_R = (weight_RC - mean_R[:, None]).abs().mean(1)
     low_R, high_R = grid.offset[:, 0], (grid.offset + grid.scale)[:, 0]
@@ -40,7 +41,7 @@ def test_one_bit_is_mean_plus_or_minus_mean_deviation():
 def test_rows_may_have_different_bits():
     weight_RC = matrix()
     bits_R = torch.tensor([1, 2, 3, 4] * 4)
-    codes_RC = fit(weight_RC, bits_R).codes(weight_RC)
+    codes_RC = fit_grid(weight_RC, bits_R).codes(weight_RC)
     assert torch.equal(codes_RC.amax(1), 2.0**bits_R - 1)
 
 
@@ -48,7 +49,7 @@ def test_rows_may_have_different_bits():
 def test_least_error_is_never_worse_than_the_whole_range(bits):
     weight_RC = matrix()
     errors = [
-        (weight_RC - rounded(weight_RC, bits, 16, clip)).square().sum(1)
+        (weight_RC - round_weights(weight_RC, bits, 16, clip)).square().sum(1)
         for clip in ("mse", "minmax")
     ]
     assert (errors[0] <= errors[1]).all()
@@ -58,7 +59,7 @@ def test_least_error_is_never_worse_than_the_whole_range(bits):
 def test_constant_rows_are_exact():
     weight_RC = torch.tensor([[0.0] * 8, [0.5] * 8, [-2.0] * 8])
     for bits in (1, 2, 8):
-        assert torch.equal(rounded(weight_RC, bits, 4), weight_RC)
+        assert torch.equal(round_weights(weight_RC, bits, 4), weight_RC)
 
 
 def test_values_of_the_codes_are_the_rounded_weights():

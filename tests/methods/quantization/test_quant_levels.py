@@ -1,3 +1,5 @@
+""""""
+
 import itertools
 from fractions import Fraction
 
@@ -8,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.errors import UserError
-from bench.models.packed import Level
-from methods.camera.bits import block_size, by_energy, share_out, units
-from methods.quantization.choice import choose
-from methods.quantization.levels import level_sizes, mean_of
+from bench.models.bitpacking.packed_shape import Level
+from methods.camera.allocation import block_size, distribute_levels, energy_order, rank_blocks
+from methods.moe.quantizer.bit_budget import (
+    level_sizes,
+    mean_bits_of,
+    solve_multiple_choice_knapsack,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -34,7 +39,7 @@ def test_shares_decide_where_the_mean_leaves_a_choice():
     assert level_sizes([3, 2, 1], [1, 6, 1], Fraction(2), 90112) == [11264, 67584, 11264]
     assert level_sizes([3, 2, 1], [1, 1, 1], Fraction(2), 72) == [24, 24, 24]
     assert level_sizes([3, 2, 1], None, Fraction(2), 72) == [24, 24, 24]
-    assert mean_of([8, 4, 2], [0.1, 0.3, 0.6]) == Fraction(16, 5)
+    assert mean_bits_of([8, 4, 2], [0.1, 0.3, 0.6]) == Fraction(16, 5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -74,7 +79,7 @@ def test_share_out_keeps_totals_and_follows_the_energies(widths, block, scope, s
     count = sum(widths)
     levels = [Level(3, count // 4), Level(2, count // 3)]
     levels.append(Level(1, count - levels[0].size - levels[1].size))
-    dealt = share_out(units(energies, block, scope), levels, len(widths))
+    dealt = distribute_levels(rank_blocks(energies, block, scope), levels, len(widths))
 
     for level in levels:
         assert sum(n for own in dealt for b, n in own if b == level.bits) == level.size
@@ -90,14 +95,14 @@ def test_share_out_keeps_totals_and_follows_the_energies(widths, block, scope, s
 def test_layer_scope_gives_bits_to_the_strong_expert_and_expert_scope_to_all():
     energies = [torch.arange(8.0) + 100, torch.arange(8.0)]
     levels = [Level(3, 8), Level(1, 8)]
-    layer = share_out(units(energies, 2, "layer"), levels, 2)
-    expert = share_out(units(energies, 2, "expert"), levels, 2)
+    layer = distribute_levels(rank_blocks(energies, 2, "layer"), levels, 2)
+    expert = distribute_levels(rank_blocks(energies, 2, "expert"), levels, 2)
     assert layer == [[Level(3, 8)], [Level(1, 8)]]
     assert expert == [[Level(3, 4), Level(1, 4)]] * 2
 
 
 def test_order_is_of_falling_energy_and_stable():
-    assert by_energy(torch.tensor([1.0, 3.0, 1.0, 2.0])).tolist() == [1, 3, 0, 2]
+    assert energy_order(torch.tensor([1.0, 3.0, 1.0, 2.0])).tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +129,9 @@ def test_choice_is_the_best_of_all(items, seed):
     ]
     if not allowed:
         with pytest.raises(UserError, match="budget"):
-            choose(loss_IO, cost_IO, budget, need)
+            solve_multiple_choice_knapsack(loss_IO, cost_IO, budget, need)
         return
     best = min(loss_IO[range(items), c].sum() for c in allowed)
-    found = choose(loss_IO, cost_IO, budget, need)
+    found = solve_multiple_choice_knapsack(loss_IO, cost_IO, budget, need)
     assert found.tolist() in allowed
     assert loss_IO[range(items), found].sum() == pytest.approx(best, rel=1e-6)

@@ -1,3 +1,5 @@
+""""""
+
 import json
 
 import pytest
@@ -5,15 +7,14 @@ import torch
 from pydantic import ValidationError
 
 from bench.errors import UserError
-from bench.measurement.size import size
+from bench.measurement.model_size import count_size
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.packed import packed_linears
-from methods.camera.bits import by_energy
+from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.structure.model_structure import inspect_model
+from methods.camera.allocation import energy_order
+from methods.camera.joint import CameraPQ
 from methods.camera.pruning import CameraP
-from methods.camera.quant_dagger import CameraQDagger
-from methods.camera.quant_joint import CameraPQ
-from methods.camera.quantization import CameraQ
+from methods.camera.quantization import CameraQ, CameraQDagger
 from methods.quantization.mixture import Mc
 from methods.quantization.uniform import Gptq, Rtn
 from tests.methods.quantization.quantized_networks import (
@@ -25,12 +26,7 @@ from tests.methods.quantization.quantized_networks import (
     network_of,
     rounded_in_place,
 )
-from tests.models.tiny_networks import (
-    ARCHITECTURES,
-    build,
-    llama,
-    tokens,
-)
+from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -46,8 +42,8 @@ def test_packed_equals_rounded_in_place(name, architecture, layout):
     torch.testing.assert_close(packed(rows).logits, rounded(rows).logits, rtol=1e-5, atol=1e-5)
     assert report.saving == "quantized"
     assert report.details["bytes_after"] < report.details["bytes_before"]
-    assert report.details["bytes_after"] == size(packed).bytes
-    assert len(report.details["layers"]) == len(dissect(packed).moe)
+    assert report.details["bytes_after"] == count_size(packed).bytes
+    assert len(report.details["layers"]) == len(inspect_model(packed).moe)
     json.dumps(report.details, allow_nan=False)
 
 
@@ -127,7 +123,7 @@ def test_mean_is_exact_and_counted_with_and_without_grids():
 def test_gate_row_up_row_and_down_column_have_the_same_bits():
     network = build("olmoe")
     applied(METHODS["camera_q"], network)
-    for block in dissect(network).moe:
+    for block in inspect_model(network).moe:
         for expert in block.experts:
             gate, up, down = expert.gate_proj.shape, expert.up_proj.shape, expert.down_proj.shape
             assert gate.levels == up.levels == down.levels
@@ -138,10 +134,10 @@ def test_gate_row_up_row_and_down_column_have_the_same_bits():
 def test_the_order_of_micro_experts_does_not_matter(architecture):
     network, rows = build(architecture), tokens()
     before = network(rows).logits
-    for block in dissect(network).moe:
+    for block in inspect_model(network).moe:
         for expert in range(block.num_experts):
             view = block.expert(expert)
-            order_F = by_energy(torch.rand(view.width))
+            order_F = energy_order(torch.rand(view.width))
             view.gate.copy_(view.gate[order_F])
             view.up.copy_(view.up[order_F])
             view.down.copy_(view.down[:, order_F])
@@ -154,7 +150,7 @@ def test_gptq_errs_less_than_rounding_and_energy_groups_less_than_equal_bits():
     def uneven():
         """A network whose micro-experts matter as differently as those of trained ones."""
         network = build("qwen3_moe")
-        for block in dissect(network).moe:
+        for block in inspect_model(network).moe:
             for expert in range(block.num_experts):
                 block.expert(expert).down.mul_(torch.randn(12).exp())
         return network
@@ -217,7 +213,7 @@ def test_packed_weights_cannot_be_changed_again(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_refuses_a_model_without_experts(name):
     with pytest.raises(UserError, match=r"LlamaForCausalLM.*has none"):
-        METHODS[name].check(dissect(llama()))
+        METHODS[name].check(inspect_model(llama()))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "rtn"])
@@ -281,4 +277,4 @@ def test_refuses_wrong_knobs(kind, knobs):
 )
 def test_refuses_budgets_that_some_layer_cannot_keep(method, reason):
     with pytest.raises(UserError, match=reason):
-        method.check(dissect(build("mixtral")))
+        method.check(inspect_model(build("mixtral")))

@@ -9,16 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from methods.token_pruning.contextual import merged, spaced
-from methods.token_pruning.coverage import covering
-from methods.token_pruning.density_peaks import clusters, summed
-from methods.token_pruning.determinantal import most_likely, relevance
-from methods.token_pruning.duplication import least_alike, pivots
-from methods.token_pruning.farthest import farthest_points
-from methods.token_pruning.grid import subsampled
-from methods.token_pruning.outliers import absorbing, outliers, with_uniform
-from methods.token_pruning.ranking import best
-from methods.token_pruning.raters import raters
+from methods.token_pruning.base import top_tokens
+from methods.token_pruning.cdpruner import greedy_dpp_map, normalized_relevance
+from methods.token_pruning.controls import even_grid_cells
+from methods.token_pruning.dart import least_similar_to_pivots, select_pivots
+from methods.token_pruning.divprune import farthest_points
+from methods.token_pruning.prumerge_plus import (
+    absorb_neighbours,
+    count_outliers,
+    outliers_and_uniform,
+)
+from methods.token_pruning.scope import greedy_coverage
+from methods.token_pruning.sparsevlm import cluster_by_density, cluster_sums, select_raters
+from methods.token_pruning.visionzip import evenly_spaced, merge_into_targets
 
 # Two frames of other sizes and budgets, the shorter one filled up with what must not matter.
 COUNTS, KEEP, WIDTH = (9, 6), (4, 3), 24
@@ -47,7 +50,7 @@ SEEDS = pytest.mark.parametrize("seed", range(6))
 def test_the_best_are_the_highest_and_of_equals_the_first(seed):
     _, valid, keep, rng = frames(seed)
     score = torch.randint(0, 4, valid.shape, generator=rng).float()
-    mask = best(score, valid, keep)
+    mask = top_tokens(score, valid, keep)
     for i, (count, k) in enumerate(zip(COUNTS, KEEP, strict=True)):
         order = sorted(range(count), key=lambda j: (-score[i, j], j))
         assert places(mask[i]) == set(order[:k])
@@ -72,7 +75,7 @@ def test_divprune_is_farthest_point_sampling(seed):
 def test_scope_is_saliency_times_added_coverage(seed, alpha):
     x, valid, keep, rng = frames(seed)
     saliency = torch.rand(valid.shape, generator=rng)
-    mask = covering(x, saliency, valid, keep, alpha)
+    mask = greedy_coverage(x, saliency, valid, keep, alpha)
     for i, (count, k) in enumerate(zip(COUNTS, KEEP, strict=True)):
         chosen = []
 
@@ -93,8 +96,8 @@ def test_scope_is_saliency_times_added_coverage(seed, alpha):
 def test_cdpruner_raises_the_determinant_most(seed):
     x, valid, keep, rng = frames(seed)
     similar = torch.rand(valid.shape, generator=rng)
-    r = relevance(similar, valid)
-    mask = most_likely(x, r, valid, keep)
+    r = normalized_relevance(similar, valid)
+    mask = greedy_dpp_map(x, r, valid, keep)
     for i, (count, k) in enumerate(zip(COUNTS, KEEP, strict=True)):
         low, high = similar[i, :count].min(), similar[i, :count].max()
         direct = ((similar[i, :count] - low + 1e-6) / (high - low)).double()
@@ -111,13 +114,13 @@ def test_cdpruner_raises_the_determinant_most(seed):
 def test_cdpruner_goes_on_when_the_chosen_tokens_span_the_rest():
     x = torch.randn(1, 8, 2, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(1, 8, dtype=torch.bool)
-    mask = most_likely(x, torch.ones(1, 8), valid, torch.tensor([6]))
+    mask = greedy_dpp_map(x, torch.ones(1, 8), valid, torch.tensor([6]))
     assert mask.sum() == 6
 
 
 def test_equal_similarities_are_equally_relevant():
     valid = torch.ones(1, 4, dtype=torch.bool)
-    assert torch.equal(relevance(torch.full((1, 4), 0.3), valid), torch.ones(1, 4))
+    assert torch.equal(normalized_relevance(torch.full((1, 4), 0.3), valid), torch.ones(1, 4))
 
 
 @SEEDS
@@ -125,8 +128,8 @@ def test_density_peaks(seed):
     x, valid, _, rng = frames(seed)
     member = valid & (torch.rand(valid.shape, generator=rng) < 0.8)
     count = torch.tensor([3, 2])
-    centre, owner = clusters(x, member, count)
-    sums = summed(x, member, owner)
+    centre, owner = cluster_by_density(x, member, count)
+    sums = cluster_sums(x, member, owner)
     for i in range(len(COUNTS)):
         tokens, number = sorted(places(member[i])), int(count[i])
         apart = {
@@ -160,7 +163,7 @@ def test_even_distances(total, count, seed):
     allowed = torch.rand(1, total, generator=torch.Generator().manual_seed(seed)) < 0.7
     there = sorted(places(allowed[0]))
     count = min(count, len(there))
-    mask = spaced(allowed, torch.tensor([count]))
+    mask = evenly_spaced(allowed, torch.tensor([count]))
     direct = {there[j * len(there) // count] for j in range(count)}
     assert places(mask[0]) == direct and len(direct) == count
 
@@ -173,7 +176,7 @@ def test_visionzip_merges_by_nearest_key(seed):
     target[0, [1, 4]] = True
     target[1, 3] = True
     source = valid & ~target & (torch.rand(valid.shape, generator=rng) < 0.7)
-    means = merged(x, keys, target, source)
+    means = merge_into_targets(x, keys, target, source)
     for i in range(len(COUNTS)):
         goals = sorted(places(target[i]))
         joins = {
@@ -192,8 +195,8 @@ def test_prumerge_outliers_and_what_they_absorb(seed):
     attention = torch.rand(valid.shape, generator=rng) ** 6
     attention[~valid] = 9.0
     keys = torch.randn(*valid.shape, 5, generator=rng)
-    count_I, mask = outliers(attention, valid), with_uniform(attention, valid, keep)
-    states = absorbing(x, keys, attention, valid, 3)
+    count_I, mask = count_outliers(attention, valid), outliers_and_uniform(attention, valid, keep)
+    states = absorb_neighbours(x, keys, attention, valid, 3)
     for i, (count, k) in enumerate(zip(COUNTS, KEEP, strict=True)):
         values = attention[i, :count].numpy().astype(np.float64)
         low, high = np.percentile(values, 25), np.percentile(values, 75)
@@ -220,9 +223,9 @@ def test_dart_takes_what_is_least_like_each_pivot(seed, words):
     text = torch.randn(2, 4, WIDTH, generator=rng)
     text_keys = torch.randn(2, 4, 5, generator=rng)
     question = torch.tensor([[False, True, True, True]] * 2)
-    visual = pivots(keys, valid, torch.tensor([2, 2]))
-    said = pivots(text_keys, question, torch.tensor([words, words]))
-    mask = least_alike(x, text, valid, visual, said, keep)
+    visual = select_pivots(keys, valid, torch.tensor([2, 2]))
+    said = select_pivots(text_keys, question, torch.tensor([words, words]))
+    mask = least_similar_to_pivots(x, text, valid, visual, said, keep)
     for i, (count, k) in enumerate(zip(COUNTS, (7, 5), strict=True)):
         own = sorted(range(count), key=lambda a: -float(keys[i, a].abs().sum()))[:2]
         asked = sorted(range(1, 4), key=lambda a: -float(text_keys[i, a].abs().sum()))[:words]
@@ -242,7 +245,7 @@ def test_raters_are_more_similar_than_the_average(seed):
     visual, text = torch.randn(2, 5, 8, generator=rng), torch.randn(2, 6, 8, generator=rng)
     valid = torch.tensor([[True] * 5, [False, False, True, True, True]])
     question = torch.tensor([[False, True, True, True, True, True], [False] * 4 + [True] * 2])
-    mask = raters(visual, valid, text, question)
+    mask = select_raters(visual, valid, text, question)
     for b in range(2):
         words, tokens = sorted(places(question[b])), sorted(places(valid[b]))
         mean = dict.fromkeys(words, 0.0)
@@ -256,7 +259,9 @@ def test_raters_are_more_similar_than_the_average(seed):
 
 def test_a_single_word_rates():
     question = torch.tensor([[False, True]])
-    mask = raters(torch.randn(1, 3, 4), torch.ones(1, 3).bool(), torch.randn(1, 2, 4), question)
+    mask = select_raters(
+        torch.randn(1, 3, 4), torch.ones(1, 3).bool(), torch.randn(1, 2, 4), question
+    )
     assert torch.equal(mask, question)
 
 
@@ -264,7 +269,7 @@ def test_a_single_word_rates():
 @settings(max_examples=80, deadline=None)
 def test_a_coarser_grid_is_even(rows, columns, data):
     keep = data.draw(st.integers(1, rows * columns))
-    cells = subsampled(rows, columns, keep)
+    cells = even_grid_cells(rows, columns, keep)
     assert len(set(cells)) == len(cells) == keep
     assert all(0 <= row < rows and 0 <= column < columns for row, column in cells)
     counts = [len(list(group)) for _, group in itertools.groupby(row for row, _ in cells)]
@@ -272,6 +277,6 @@ def test_a_coarser_grid_is_even(rows, columns, data):
 
 
 def test_every_second_row_and_column():
-    assert subsampled(24, 24, 144) == [
+    assert even_grid_cells(24, 24, 144) == [
         (row, column) for row in range(1, 24, 2) for column in range(1, 24, 2)
     ]

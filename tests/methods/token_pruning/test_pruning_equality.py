@@ -4,15 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from methods.token_pruning.controls import RandomTokens
 from methods.token_pruning.fastv import FastV
-from methods.token_pruning.random_tokens import RandomTokens
-from methods.token_pruning.vtw import VTW
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.layer_drop import LayerDrop
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.plan import VisualPlan
+from methods.visual_tokens.layer_drop import VTW, LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.plan import VisualPlan
-from methods.visual_tokens.reference import Removal, masked
 from tests.methods.token_pruning.watching import CONTEXT, METHODS, applied, loaded, removals, spied
+from tests.methods.visual_tokens.masked_reference import Removal, masked_reference
 from tests.methods.visual_tokens.test_visual_equality import text_of
 from tests.methods.visual_tokens.test_visual_strategies import context as images
 from tests.methods.visual_tokens.test_visual_strategies import four
@@ -20,6 +19,7 @@ from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 
 TOLERANCE = 1e-5
 NAMES = ["llava_llama", "qwen2_vl", "internvl_qwen3"]
+
 # Other offsets, padding, numbers of images and sizes of images; the last sample has none.
 BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3], [9])
 
@@ -35,9 +35,9 @@ def assert_skipped_is_masked(name, network, engine, call, tokens=4):
         # generate counts positions without padding, on which a choice may depend.
         seen.clear()
         got = network.generate(**call, **settings, return_dict_in_generate=True)
-        with masked(stock, engine.plan, gone):
+        with masked_reference(stock, engine.plan, gone):
             expected = stock(**call).logits
-        with masked(stock, engine.plan, removals(seen, shape)):
+        with masked_reference(stock, engine.plan, removals(seen, shape)):
             wanted = stock.generate(**call, **settings, return_dict_in_generate=True)
     assert gone
     where = text_of(call)
@@ -69,7 +69,7 @@ def test_pruning_composes_with_every_strategy(name, method):
     model, lent = loaded(name), images(name)
     for each in [METHODS[method], *four()]:
         each.apply(model, lent)
-    engine = engine_of(model.network)
+    engine = visual_engine_of(model.network)
     assert_skipped_is_masked(name, model.network, engine, prompt(name, *BATCH))
 
 
@@ -102,7 +102,7 @@ def test_vtw_is_layer_drop_alone_and_the_removal_of_everything(name):
     ours = network(**call).logits
     assert torch.equal(ours, dropped(**call).logits)
     stock = build(name)
-    with masked(stock, VisualPlan.dense(4), [Removal(2, call["input_ids"] == IMAGE)]):
+    with masked_reference(stock, VisualPlan.dense(4), [Removal(2, call["input_ids"] == IMAGE)]):
         expected = stock(**call).logits
     assert (ours - expected)[text_of(call)].abs().max() < TOLERANCE
 
@@ -131,7 +131,7 @@ def test_a_second_turn_goes_on_with_the_pruned_cache(name, method, second):
     ours = network(**then, past_key_values=caches[0]).logits
     if second == [4]:
         assert visual == [layer.visual_keys.shape[2] for layer in caches[0].layers]
-        with masked(stock, engine.plan, gone):
+        with masked_reference(stock, engine.plan, gone):
             stock(**first, past_key_values=caches[1])
             expected = stock(**then, past_key_values=caches[1]).logits
         assert (ours - expected).abs().max() < TOLERANCE
@@ -155,7 +155,7 @@ def test_beams_follow_the_tower():
         for r in gone
     ]
     stock = build("llava_llama")
-    with masked(stock, engine.plan, gone):
+    with masked_reference(stock, engine.plan, gone):
         expected = stock.generate(**call, max_new_tokens=5, num_beams=3, do_sample=False)
     assert torch.equal(ours, expected)
 

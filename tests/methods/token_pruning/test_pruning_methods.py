@@ -10,22 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bench.compose import run_config
+from bench.config.composition import compose_run_config
 from bench.errors import UserError
+from methods.token_pruning.controls import Downsample, RandomTokens
 from methods.token_pruning.divprune import DivPrune
-from methods.token_pruning.downsample import Downsample
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
-from methods.token_pruning.random_tokens import RandomTokens
 from methods.token_pruning.sparsevlm import SparseVLM
-from methods.token_pruning.vtw import VTW
-from methods.visual_tokens.cache import cache_bytes
-from methods.visual_tokens.cost import LayerWork, Prompt
-from methods.visual_tokens.cost import cache_bytes as expected_bytes
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.quota import Quota, left_after
-from methods.visual_tokens.work import average_tokens, shape_of, work_of
+from methods.visual_engine.cost.closed_form import LayerCost, PromptLengths
+from methods.visual_engine.cost.closed_form import analytic_cache_bytes as expected_bytes
+from methods.visual_engine.cost.flops import average_tokens, decoder_shape, layer_costs
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.kv_cache import split_cache_bytes
+from methods.visual_engine.settings import Quota, tokens_left
+from methods.visual_tokens.layer_drop import VTW, LayerDrop
 from tests.methods.token_pruning.watching import CONTEXT, METHODS, applied, loaded
 from tests.methods.visual_tokens.tiny_mllms import build, prompt
 
@@ -60,10 +58,10 @@ def test_averages_that_cannot_be_met():
 def test_pyramid_drop_of_32_layers():
     selections = PyramidDrop()._selections(32, CONTEXT)
     assert [each.after for each in selections] == [8, 16, 24]
-    left = [left_after([s.quota for s in selections[: i + 1]], 576) for i in range(3)]
+    left = [tokens_left([s.quota for s in selections[: i + 1]], 576) for i in range(3)]
     assert left == [288, 144, 72]
     steep = PyramidDrop(average=0.3)._selections(32, CONTEXT)
-    left = [576] + [left_after([s.quota for s in steep[: i + 1]], 576) for i in range(3)]
+    left = [576] + [tokens_left([s.quota for s in steep[: i + 1]], 576) for i in range(3)]
     assert sum(left) / 4 == pytest.approx(0.3 * 576, abs=1)
 
 
@@ -72,7 +70,7 @@ def test_sparsevlm_tables_average_what_they_are_called(average):
     selections = SparseVLM(average=average)._selections(32, CONTEXT)
     assert [each.after for each in selections] == [2, 6, 15]
     tokens = [
-        left_after([s.quota for s in selections if s.after <= layer], 576) for layer in range(32)
+        tokens_left([s.quota for s in selections if s.after <= layer], 576) for layer in range(32)
     ]
     assert sum(tokens) / 32 == pytest.approx(average, rel=0.08)
     plain = SparseVLM(average=average, recycle=False)._selections(32, CONTEXT)
@@ -98,16 +96,16 @@ def test_amounts_are_numbers_shares_or_everything():
 def test_one_budget_at_a_time():
     for knobs in ({"average": 5}, {"keep": None}):
         with pytest.raises(UserError, match="set exactly one, the other to null"):
-            FastV(**knobs).check(loaded("llava_llama").anatomy)
+            FastV(**knobs).check(loaded("llava_llama").structure)
 
 
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
-        FastV(after=9, keep=3, average=None).check(loaded("llava_llama").anatomy)
+        FastV(after=9, keep=3, average=None).check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="form=official: token pruning removes tokens"):
-        DivPrune(form="official").check(loaded("llava_llama").anatomy)
+        DivPrune(form="official").check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="one share for each"):
-        SparseVLM(keep=(0.5,)).check(loaded("llava_llama").anatomy)
+        SparseVLM(keep=(0.5,)).check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="fastv reads the attention of layer 1, but dart already"):
         applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
@@ -153,22 +151,25 @@ def test_the_cache_is_what_the_work_says(name, method):
     network, engine = applied(name, METHODS[method])
     call = prompt(name, [6, (5, 5), 4])
     visual = int((call["input_ids"] == 60).sum())
-    lengths = Prompt(visual, 6, 10, 0.0)
+    lengths = PromptLengths(visual, 6, 10, 0.0)
     cache = network(**call, logits_to_keep=1).past_key_values
-    assert cache_bytes(cache) == expected_bytes(shape_of(engine), work_of(engine), lengths, 4)
+    assert split_cache_bytes(cache) == expected_bytes(
+        decoder_shape(engine), layer_costs(engine), lengths, 4
+    )
 
 
 def test_work_comes_back_from_a_report():
     model = loaded("llava_llama")
     details = METHODS["sparsevlm"].apply(model, CONTEXT).details
     again = [
-        LayerWork(**layer | {"quotas": tuple(Quota(**quota) for quota in layer["quotas"])})
+        LayerCost(**layer | {"quotas": tuple(Quota(**quota) for quota in layer["quotas"])})
         for layer in details["work"]
     ]
-    assert [layer.tokens(Prompt(50, 0, 4, 50, frames=2)) for layer in again] == [
-        layer.tokens(Prompt(50, 0, 4, 50, frames=2)) for layer in work_of(engine_of(model.network))
+    assert [layer.tokens(PromptLengths(50, 0, 4, 50, frames=2)) for layer in again] == [
+        layer.tokens(PromptLengths(50, 0, 4, 50, frames=2))
+        for layer in layer_costs(visual_engine_of(model.network))
     ]
-    assert again[0].tokens(Prompt(50, 0, 4, 50, frames=2)) == 50
+    assert again[0].tokens(PromptLengths(50, 0, 4, 50, frames=2)) == 50
 
 
 def test_choosing_is_timed_apart():
@@ -177,7 +178,7 @@ def test_choosing_is_timed_apart():
     with engine.overhead.measured() as overhead:
         network.generate(**call, max_new_tokens=3)
     assert overhead.selections == 2 and overhead.seconds > 0
-    assert not engine.overhead.synchronised
+    assert not engine.overhead.synchronized
     overhead.reset()
     assert engine.overhead.seconds == 0
 
@@ -187,7 +188,7 @@ def test_every_config_makes_its_method(name):
     knobs = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     module, _, kind = knobs.pop("_target_").rpartition(".")
     method = getattr(importlib.import_module(module), kind)(**knobs)
-    assert run_config([f"method={name}"]).method == {name: method}
+    assert compose_run_config([f"method={name}"]).method == {name: method}
     network = build("llava_llama", num_hidden_layers=32, hidden_size=16, intermediate_size=8)
     model = loaded("llava_llama")
     model.network = network

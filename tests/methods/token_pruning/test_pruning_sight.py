@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.models.multimodal import locate
+from bench.models.vlm.visual_tokens import locate_visual_tokens
 from methods.token_pruning.dart import DART
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
@@ -30,7 +30,7 @@ def eager(name, call):
 
 def frame_places(name, call, network):
     """For every frame its sample and the places of its tokens in the sequence."""
-    tokens = locate(network, call)
+    tokens = locate_visual_tokens(network, call)
     for number in range(int(tokens.frame_BS.max()) + 1):
         sample, place = (tokens.frame_BS == number).nonzero().T
         yield int(sample[0]), place

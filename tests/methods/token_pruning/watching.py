@@ -5,21 +5,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.method import Context
-from bench.models.config import ModelConfig
 from bench.models.model import Model
+from bench.schema import ModelConfig
 from methods.token_pruning.cdpruner import CDPruner
+from methods.token_pruning.controls import Downsample, RandomTokens
 from methods.token_pruning.dart import DART
 from methods.token_pruning.divprune import DivPrune
-from methods.token_pruning.downsample import Downsample
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.prumerge_plus import PruMergePlus
 from methods.token_pruning.pyramid_drop import PyramidDrop
-from methods.token_pruning.random_tokens import RandomTokens
-from methods.token_pruning.scope import Scope
+from methods.token_pruning.scope import SCOPE
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.reference import Removal
+from methods.visual_engine.decoder import visual_engine_of
+from tests.methods.visual_tokens.masked_reference import Removal
 from tests.methods.visual_tokens.tiny_mllms import build
 
 # Every method with settings that prune hard in four layers and a dozen tokens.
@@ -32,7 +31,7 @@ METHODS = {
     "dart": DART(after=2, keep=7, average=None, visual_pivots=2, text_pivots=2),
     "divprune": DivPrune(keep=0.4),
     "cdpruner": CDPruner(keep=5),
-    "scope": Scope(keep=5),
+    "scope": SCOPE(keep=5),
     "random_tokens": RandomTokens(keep=0.4),
     "downsample": Downsample(keep=6),
 }
@@ -40,7 +39,7 @@ CONTEXT = Context(seed=3)
 
 
 def loaded(name, **changes):
-    config = ModelConfig(name="tiny", source="zoo:tiny")
+    config = ModelConfig(name="tiny", source="embedded:tiny")
     return Model(config, build(name, **changes), None, "", None, torch.device("cpu"))
 
 
@@ -49,7 +48,7 @@ def applied(name, *methods, **changes):
     model = loaded(name, **changes)
     for method in methods:
         method.apply(model, CONTEXT)
-    return model.network, engine_of(model.network)
+    return model.network, visual_engine_of(model.network)
 
 
 @dataclass

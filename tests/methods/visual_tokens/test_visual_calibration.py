@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import MissingData, UserError
 from bench.method import Context
-from bench.models.multimodal import Samples
-from bench.progress import SILENT
-from methods.visual_tokens.calibration import measure
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.findings import load
+from bench.ui import SILENT
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_tokens.allocation import earliest_cut
+from methods.visual_tokens.calibration import calibrate, load_calibration_stats
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
-from methods.visual_tokens.selection import earliest_cut
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from tests.methods.visual_tokens.test_visual_strategies import context, loaded
 from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
@@ -25,9 +24,9 @@ ROWS = ([4, (3, 4), 5], [2, (2, 2), 7])
 
 
 def found(name, **changes):
-    engine = engine_of(build(name, **changes))
+    engine = visual_engine_of(build(name, **changes))
     call = prompt(name, *ROWS)
-    return engine, call, measure(engine, Samples.of([call]), SILENT)
+    return engine, call, calibrate(engine, ProcessedPrompts.of([call]), SILENT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,12 +89,12 @@ def test_cuts_cost_what_running_them_costs(name):
 
 def test_findings_do_not_depend_on_what_was_reordered_before():
     fresh = found("llava_llama")[2]
-    engine = engine_of(build("llava_llama"))
+    engine = visual_engine_of(build("llava_llama"))
     rng = torch.Generator().manual_seed(0)
     engine.plan.keep_heads([(3, 1)] * 4)
     engine.plan.keep_neurons([(torch.randperm(48, generator=rng)[:9],)] * 4)
     engine.prepared.reorder()
-    again = measure(engine, Samples.of([prompt("llava_llama", *ROWS)]), SILENT)
+    again = calibrate(engine, ProcessedPrompts.of([prompt("llava_llama", *ROWS)]), SILENT)
     assert torch.allclose(again.last, fresh.last, rtol=1e-4)
     assert torch.allclose(again.neurons[2][0], fresh.neurons[2][0], rtol=1e-4)
 
@@ -119,14 +118,14 @@ def test_a_threshold_keeps_the_first_layers_whole():
 def test_saved_findings_come_back(tmp_path):
     _engine, _, findings = found("qwen3_vl_moe")
     findings.save(tmp_path)
-    again = load(tmp_path)
+    again = load_calibration_stats(tmp_path)
     assert again.origin == findings.origin
     assert again.cut_kl == findings.cut_kl and torch.equal(again.last, findings.last)
 
     model = loaded("qwen3_vl_moe")
     details = SparseFFN(keep=0.5, settings=str(tmp_path)).apply(model, Context(seed=1)).details
     assert details["scores"] == findings.origin
-    kept = engine_of(model.network).plan.layers[2].neurons
+    kept = visual_engine_of(model.network).plan.layers[2].neurons
     for indices, score in zip(kept, findings.neurons[2], strict=True):
         assert set(indices.tolist()) == set(score.topk(6).indices.tolist())
 
@@ -154,14 +153,14 @@ def test_layers_are_cut_where_the_answer_stays():
     assert [earliest_cut(findings, x) for x in (1.0, 0.25, 0.1, 0.0)] == [1, 2, 4, 4]
     model, lent = loaded("llava_llama"), context("llava_llama")
     details = LayerDrop(max_kl=1e9).apply(model, lent).details
-    assert details["layers"] == 1 and engine_of(model.network).plan.cut == 1
+    assert details["layers"] == 1 and visual_engine_of(model.network).plan.cut == 1
 
 
 def test_images_are_measured_once_a_run(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "methods.visual_tokens.calibration.measure",
-        lambda *given: calls.append(given) or measure(*given),
+        "methods.visual_tokens.calibration.calibrate",
+        lambda *given: calls.append(given) or calibrate(*given),
     )
     model, lent = loaded("llava_llama"), context("llava_llama")
     HeadPruning(keep=0.75).apply(model, lent)

@@ -2,38 +2,43 @@
 
 import pytest
 
-from methods.visual_tokens.cost import (
-    LayerWork,
-    Prompt,
-    Shape,
-    last_visual,
+from methods.visual_engine.cost.closed_form import (
+    DecoderShape,
+    LayerCost,
+    PromptLengths,
+    last_visual_layer,
     mean_neighbours,
     visual_share,
 )
-from methods.visual_tokens.official_counts import OFFICIAL_COUNTS
+from methods.visual_tokens.head_pruning import RELEASED_HEAD_COUNTS
 
-SEVEN = Shape(4096, 32, 32, 128, (11008,) * 32)
-THIRTEEN = Shape(5120, 40, 40, 128, (13824,) * 40)
+SEVEN = DecoderShape(4096, 32, 32, 128, (11008,) * 32)
+THIRTEEN = DecoderShape(5120, 40, 40, 128, (13824,) * 40)
+
 # Heads that the released 13B masks keep in the 20 layers below the cut (spec 1.2).
 THIRTEEN_30 = [40, 40, 40, 38, 31, 32, 29, 27, 33, 29, 33, 28, 33, 32, 32, 34, 39, 33, 32, 35]
 THIRTEEN_20 = [40, 40, 29, 24, 7, 21, 16, 11, 21, 21, 19, 20, 23, 28, 24, 25, 32, 26, 26, 25]
+
 # Spec 2: the linear share with heads as in the label, with the heads that the released masks keep
 # below the cut, and with only keys and values made of visual rows in their last layer.
 CONFIGURATIONS = [
-    (SEVEN, 24, OFFICIAL_COUNTS["llava_7b_24"][:16], 1 / 2, 0.285, 0.297, 0.282),
-    (SEVEN, 16, OFFICIAL_COUNTS["llava_7b_16"][:16], 1 / 4, 0.163, 0.169, 0.160),
+    (SEVEN, 24, RELEASED_HEAD_COUNTS["llava_7b_24"][:16], 1 / 2, 0.285, 0.297, 0.282),
+    (SEVEN, 16, RELEASED_HEAD_COUNTS["llava_7b_16"][:16], 1 / 4, 0.163, 0.169, 0.160),
     (THIRTEEN, 30, THIRTEEN_30, 1 / 2, 0.286, 0.301, 0.289),
     (THIRTEEN, 20, THIRTEEN_20, 1 / 4, 0.164, 0.179, 0.173),
 ]
-ALONE, SEEING = Prompt(576, 0, 0, 0.0), Prompt(576, 35, 64, mean_neighbours(24, 24, 2))
+ALONE, SEEING = (
+    PromptLengths(576, 0, 0, 0.0),
+    PromptLengths(576, 35, 64, mean_neighbours(24, 24, 2)),
+)
 
 
 def linear(shape, heads, neurons, prompt, *, last=False):
     """A configuration of the paper, half of the layers, counted linearly in heads."""
-    work = [LayerWork(kept, kept, kept, shape.widths[0] * neurons) for kept in heads]
+    work = [LayerCost(kept, kept, kept, shape.widths[0] * neurons) for kept in heads]
     if last:
-        work[-1] = last_visual(work[-1])
-    work += [LayerWork.none()] * (shape.depth - len(heads))
+        work[-1] = last_visual_layer(work[-1])
+    work += [LayerCost.none()] * (shape.depth - len(heads))
     return visual_share(shape, work, prompt)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.plan import Window
-from methods.visual_tokens.reference import masked
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.settings import Window
+from tests.methods.visual_tokens.masked_reference import masked_reference
 from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, IMAGE, build, prompt
 
 TOLERANCE = 1e-5
@@ -40,7 +40,7 @@ def planned(name, *, heads=True, neurons=True, window=SMALL, cut=3, **changes):
     """A network under a plan, and an untouched copy of it."""
     network = build(name)
     stock = copy.deepcopy(network)
-    engine = engine_of(network)
+    engine = visual_engine_of(network)
     engine.plan.agree("skip")
     engine.plan.see(window)
     engine.plan.cut_at(cut)
@@ -61,7 +61,7 @@ def assert_equal(network, stock, plan, call, tokens=16):
     """Same logits at every text position, then the same greedy tokens and their logits."""
     settings = {"max_new_tokens": tokens, "do_sample": False, "output_logits": True}
     with torch.no_grad():
-        with masked(stock, plan):
+        with masked_reference(stock, plan):
             expected = stock(**call).logits
             wanted = stock.generate(**call, **settings, return_dict_in_generate=True)
         ours = network(**call).logits
@@ -82,7 +82,7 @@ def test_skip_equals_mask_and_every_setting_matters(name):
     def changed():
         return (network(**call).logits[text_of(call)] - before).abs().max() > 1e-3
 
-    engine = engine_of(network)
+    engine = visual_engine_of(network)
     for change, back in (
         (lambda: plan.see(Window(2)), lambda: plan.see(Window(1))),
         (lambda: plan.cut_at(2), lambda: plan.cut_at(3)),
@@ -114,7 +114,7 @@ def test_padding_on_the_right(name):
     for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
         if key in call:
             call[key][1] = call[key][1].roll(-padding)
-    with torch.no_grad(), masked(stock, plan):
+    with torch.no_grad(), masked_reference(stock, plan):
         expected = stock(**call).logits
     with torch.no_grad():
         ours = network(**call).logits
@@ -158,8 +158,8 @@ def test_an_image_may_begin_the_prompt_and_text_may_lie_between_images(name):
     ],
 )
 def test_many_tokens_go_in_bands(rows, monkeypatch):
-    monkeypatch.setattr("methods.visual_tokens.windows.BAND_QUERIES", 40)
-    monkeypatch.setattr("methods.visual_tokens.attendance.BANDED_FROM", 1)
+    monkeypatch.setattr("methods.visual_engine.masks.BAND_QUERIES", 40)
+    monkeypatch.setattr("methods.visual_engine.masks.BANDED_FROM", 1)
     assert_equal(*planned("qwen2_vl"), prompt("qwen2_vl", *rows), tokens=3)
     assert_equal(*planned("qwen2_vl", window=Window(2, True)), prompt("qwen2_vl", *rows), tokens=3)
 
@@ -178,7 +178,7 @@ def test_grouped_heads_kept_in_part_need_their_group_only():
 def test_reordered_weights_compute_the_same(name):
     network, stock, plan = planned(name)
     dense = stock(**(call := prompt(name, [5, (3, 4), 6]))).logits
-    engine = engine_of(network)
+    engine = visual_engine_of(network)
     engine.prepared.reorder()
     with engine.dense():
         assert (network(**call).logits - dense).abs().max() < TOLERANCE
@@ -207,7 +207,7 @@ def test_a_copy_of_the_network_has_a_plan_of_its_own():
     twin = copy.deepcopy(network)
     call = prompt("llava_llama", [5, (3, 4), 6])
     before = network(**call).logits
-    engine_of(twin).plan.cut_at(1)
+    visual_engine_of(twin).plan.cut_at(1)
     twin.model.language_model.layers[0].mlp.up_proj.weight.mul_(3)
     assert (twin(**call).logits - before)[text_of(call)].abs().max() > 1e-2
     assert torch.equal(network(**call).logits, before)
@@ -217,7 +217,7 @@ def test_gradients_reach_the_weights_that_visual_rows_use():
     network, stock, plan = planned("llava_llama")
     call = prompt("llava_llama", [5, (3, 4), 6])
     where = text_of(call)
-    with masked(stock, plan):
+    with masked_reference(stock, plan):
         stock.requires_grad_(True)
         stock(**call).logits[where].square().sum().backward()
     network.requires_grad_(True)

@@ -5,16 +5,21 @@ import json
 import pytest
 import torch
 
-from bench.data import scenes
-from bench.data.conversations import Conversation, embedded, from_file
+from bench.data.chat import Conversation
+from bench.data.conversations import conversations_from_file, embedded_conversations
+from bench.data.synthetic.scenes import training_conversations
 from bench.errors import MissingData, UserError
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
+from bench.models.embedded.micro_llava.network import new_model, new_processor
 from bench.models.model import Model
-from bench.models.zoo.micro_llava.network import new_model, new_processor
-from methods.visual_tokens.fine_tuning.examples import IGNORED, Examples
-from methods.visual_tokens.fine_tuning.method import VisualFineTuning, trainable
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.visual_tokens.fine_tuning import (
+    IGNORED,
+    TrainingExamples,
+    VisualFineTuning,
+    trainable_parameters,
+)
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from tests.models.tiny_networks import build as build_text
@@ -24,7 +29,7 @@ FEW = {"data": "embedded", "count": 8, "batch": 2, "accumulate": 2, "learning_ra
 
 @pytest.fixture(scope="module")
 def processor():
-    said = scenes.conversations("train", 40, 3)
+    said = training_conversations.draw_conversations("train", 40, 3)
     return new_processor([f"{q} {a}" for talk in said for q, a in talk.turns], 300)
 
 
@@ -37,7 +42,7 @@ def model(processor):
 
 
 def picture():
-    return embedded(1, 0)[0].image
+    return embedded_conversations(1, 0)[0].image
 
 
 def test_the_loss_is_on_answers_alone(processor):
@@ -45,7 +50,7 @@ def test_the_loss_is_on_answers_alone(processor):
         Conversation(picture(), [("What color is it?", "red"), ("How many circles?", "two")]),
         Conversation(picture(), [("Is there a star?", "no")]),
     ]
-    batch = Examples(processor, 500).batch(talks)
+    batch = TrainingExamples(processor, 500).batch(talks)
     for number, talk in enumerate(talks):
         kept = batch["labels"][number] != IGNORED
         said = processor.tokenizer.decode(batch["labels"][number][kept])
@@ -57,7 +62,7 @@ def test_the_loss_is_on_answers_alone(processor):
 
 def test_the_tokens_are_those_of_the_whole_conversation(processor):
     talk = Conversation(picture(), [("What color is it?", "red"), ("How many circles?", "two")])
-    ours = Examples(processor, 500).batch([talk])["input_ids"][0]
+    ours = TrainingExamples(processor, 500).batch([talk])["input_ids"][0]
     messages = []
     for number, (question, answer) in enumerate(talk.turns):
         parts = [{"type": "image"}] if number == 0 else []
@@ -81,14 +86,16 @@ def test_training_under_strategies_lowers_the_loss_and_leaves_the_tower(model):
     assert changed and not any("vision_tower" in name for name in changed)
     assert any("multi_modal_projector" in name for name in changed)
     assert not any(weight.requires_grad for weight in model.network.parameters())
-    assert report.details["trained_parameters"] == sum(w.numel() for w in trainable(model.network))
+    assert report.details["trained_parameters"] == sum(
+        w.numel() for w in trainable_parameters(model.network)
+    )
 
 
 def test_what_was_trained_is_what_runs(model):
     """Weights cut out before the training must not serve the network after it."""
     half = model.network.to(torch.bfloat16)
     SparseFFN(keep=0.5, choose="first", reorder=False).apply(model, Context(seed=1))
-    call = Examples(model.processor, 500).batch([embedded(1, 4)[0]])
+    call = TrainingExamples(model.processor, 500).batch([embedded_conversations(1, 4)[0]])
     call.pop("labels")
     call["pixel_values"] = call["pixel_values"].to(torch.bfloat16)
     with torch.no_grad():
@@ -132,7 +139,7 @@ def row(**changes):
 def test_llavas_layout_is_read(tmp_path):
     picture().save(tmp_path / "a.png")
     text_only = {"id": "2", "conversations": row()["conversations"]}
-    talks = from_file(llava_file(tmp_path, [row(), text_only]), str(tmp_path))
+    talks = conversations_from_file(llava_file(tmp_path, [row(), text_only]), str(tmp_path))
     assert len(talks) == 1
     assert talks[0].turns == [("What is it?", "a circle")]
     assert talks[0].image.size == picture().size
@@ -149,17 +156,17 @@ def test_llavas_layout_is_read(tmp_path):
 )
 def test_another_layout_is_one_sentence(tmp_path, rows, said):
     with pytest.raises(UserError, match=said):
-        from_file(llava_file(tmp_path, rows), str(tmp_path))
+        conversations_from_file(llava_file(tmp_path, rows), str(tmp_path))
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path, model):
     with pytest.raises(MissingData, match=r"none\.json"):
-        from_file(str(tmp_path / "none.json"), str(tmp_path))
+        conversations_from_file(str(tmp_path / "none.json"), str(tmp_path))
     with pytest.raises(UserError, match="fewer than the"):
         VisualFineTuning(**FEW | {"count": 2}).apply(model, Context(seed=1))
     with pytest.raises(UserError, match="longest=20"):
         VisualFineTuning(**FEW, longest=20).apply(model, Context(seed=1))
     with pytest.raises(UserError, match="not a vision-language model"):
-        VisualFineTuning(**FEW).check(dissect(build_text("qwen2_moe")))
+        VisualFineTuning(**FEW).check(inspect_model(build_text("qwen2_moe")))
     with pytest.raises(ValueError, match="needs path and images"):
         VisualFineTuning()

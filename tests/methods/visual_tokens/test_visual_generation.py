@@ -7,12 +7,12 @@ import torch
 from transformers import DynamicCache
 
 from bench.errors import UserError
-from methods.visual_tokens.cache import cache_bytes
-from methods.visual_tokens.cost import Prompt
-from methods.visual_tokens.cost import cache_bytes as expected_bytes
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.reference import masked
-from methods.visual_tokens.work import shape_of, work_of
+from methods.visual_engine.cost.closed_form import PromptLengths
+from methods.visual_engine.cost.closed_form import analytic_cache_bytes as expected_bytes
+from methods.visual_engine.cost.flops import decoder_shape, layer_costs
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.kv_cache import split_cache_bytes
+from tests.methods.visual_tokens.masked_reference import masked_reference
 from tests.methods.visual_tokens.test_visual_equality import BATCH, assert_equal, planned
 from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, build, prompt
 
@@ -36,7 +36,7 @@ def test_sampling_draws_the_same_tokens(name):
     call = prompt(name, *BATCH)
     torch.manual_seed(5)
     ours = network.generate(**call, max_new_tokens=6, do_sample=True)
-    with masked(stock, plan):
+    with masked_reference(stock, plan):
         torch.manual_seed(5)
         expected = stock.generate(**call, max_new_tokens=6, do_sample=True)
     assert torch.equal(ours, expected)
@@ -46,7 +46,7 @@ def test_beams_follow_their_cache():
     network, stock, plan = planned("llava_llama")
     call = prompt("llava_llama", [5, (5, 5), 6])
     ours = network.generate(**call, max_new_tokens=6, num_beams=3, do_sample=False)
-    with masked(stock, plan):
+    with masked_reference(stock, plan):
         expected = stock.generate(**call, max_new_tokens=6, num_beams=3, do_sample=False)
     assert torch.equal(ours, expected)
 
@@ -66,7 +66,7 @@ def test_turns_go_on_from_the_cache(name, turns, window):
     settings = {} if window else {"window": None}
     network, stock, plan = planned(name, **settings)
     caches = DynamicCache(), DynamicCache()
-    with torch.no_grad(), masked(stock, plan):
+    with torch.no_grad(), masked_reference(stock, plan):
         for number, row in enumerate(turns):
             call = prompt(name, row, seed=number)
             past = caches[0].get_seq_length()
@@ -84,7 +84,7 @@ def test_generate_continues_a_conversation():
     answers = []
     for net in (network, stock):
         cache = DynamicCache()
-        with masked(stock, plan):
+        with masked_reference(stock, plan):
             told = net.generate(**first, past_key_values=cache, max_new_tokens=4, do_sample=False)
             more = torch.cat([told, torch.tensor([[7, 8, 9]])], dim=1)
             answers.append(
@@ -107,10 +107,12 @@ def test_cache_holds_what_arithmetic_says(name):
     network, _, _plan = planned(name)
     call = prompt(name, [5, (5, 5), 6])
     cache = network(**call, use_cache=True).past_key_values
-    engine = engine_of(network)
+    engine = visual_engine_of(network)
     visual = int((call["input_ids"] == 60).sum())
-    lengths = Prompt(visual, 5, 11, visual)
-    assert cache_bytes(cache) == expected_bytes(shape_of(engine), work_of(engine), lengths, 4)
+    lengths = PromptLengths(visual, 5, 11, visual)
+    assert split_cache_bytes(cache) == expected_bytes(
+        decoder_shape(engine), layer_costs(engine), lengths, 4
+    )
 
 
 def test_cropping_forgets_text_and_never_images():

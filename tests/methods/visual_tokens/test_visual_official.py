@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.method import Context
-from methods.visual_tokens.engine import engine_of
+from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
@@ -82,7 +82,7 @@ def test_prefill_equals_the_transcription(cut):
     network, stock = official(cut), build("llava_llama")
     call = prompt("llava_llama", [4, (5, 5), 6])
     visual = call["input_ids"][0] == IMAGE
-    plan = engine_of(network).plan
+    plan = visual_engine_of(network).plan
     expected = zeroed_after_softmax(stock, plan, visual, embedded(stock, call))
     assert (network(**call).logits - expected).abs().max() < 1e-5
 

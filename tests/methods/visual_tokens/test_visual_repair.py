@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.models.multimodal import locate
-from methods.visual_tokens.engine import engine_of
+from bench.models.vlm.visual_tokens import locate_visual_tokens
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.weight_slices import head_channels
 from methods.visual_tokens.sparse_ffn import SparseFFN
-from methods.visual_tokens.weights import spans
 from methods.visual_tokens.yopo import Yopo
 from tests.methods.visual_tokens.test_visual_strategies import SHARES, context, loaded
 from tests.methods.visual_tokens.tiny_mllms import IMAGE, prompt
@@ -32,7 +32,7 @@ def activations(engine, lent, module):
         rows.clear()
         with engine.dense():
             engine.network(**call)
-        found.append(rows[0][locate(engine.network, call).mask])
+        found.append(rows[0][locate_visual_tokens(engine.network, call).mask])
     hook.remove()
     return torch.cat(found).double()
 
@@ -49,12 +49,12 @@ def test_the_error_of_no_layer_grows(name):
 @pytest.mark.parametrize("reorder", [True, False])
 def test_columns_solve_the_damped_least_squares_problem(reorder):
     model, lent, told = repaired("llava_llama", reorder=reorder)
-    engine = engine_of(model.network)
+    engine = visual_engine_of(model.network)
     for layer in engine.decoder.layers[:2]:
         weights = engine.prepared.layer(layer.index)
         (unit,) = layer.units()
         places = engine.prepared.places(layer)[0]
-        heads = spans(weights.heads.kept, weights.view.head_dim)
+        heads = head_channels(weights.heads.kept, weights.view.head_dim)
         cases = {
             "feed_forward": (layer.feed_forward.down_proj, unit.down, places),
             "attention": (layer.attention.o_proj, weights.view.o.weight, heads),
@@ -92,7 +92,7 @@ def test_text_goes_on_with_the_weights_as_they_are():
 
 def test_a_repair_lasts_until_other_neurons_are_kept():
     model, lent, _ = repaired("llava_llama")
-    engine = engine_of(model.network)
+    engine = visual_engine_of(model.network)
     assert len(engine.plan.repairs) == 2
     twin = copy.deepcopy(model.network)
     call = prompt("llava_llama", [4, (5, 5), 5], seed=9)
@@ -103,7 +103,7 @@ def test_a_repair_lasts_until_other_neurons_are_kept():
 
 def test_what_was_moved_since_is_noticed():
     model, _, _ = repaired("llava_llama", reorder=False)
-    engine = engine_of(model.network)
+    engine = visual_engine_of(model.network)
     engine.prepared.reorder()
     with pytest.raises(UserError, match="list the method with repair=true last"):
         model.network(**prompt("llava_llama", [4, (5, 5), 5]))

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.visual_tokens import windows
-from methods.visual_tokens.plan import Window
-from methods.visual_tokens.rows import rows_where
-from methods.visual_tokens.windows import Cells, bands, neighbours
+from methods.visual_engine import masks
+from methods.visual_engine.masks import window_bands, window_mask
+from methods.visual_engine.settings import Window
+from methods.visual_engine.token_index import Cells, rows_where
 
 marks = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4)
 frames = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3)
@@ -41,25 +41,25 @@ def cells(shapes):
 @settings(max_examples=60, deadline=None)
 @given(frames, st.integers(0, 3), st.booleans(), st.integers(1, 30))
 def test_bands_cover_every_query_once_and_all_that_it_sees(shapes, radius, causal, size):
-    before, windows.BAND_QUERIES = windows.BAND_QUERIES, size
+    before, masks.BAND_QUERIES = masks.BAND_QUERIES, size
     try:
         window, where = Window(radius, causal), cells(shapes)
-        near = neighbours(where, where, window)
+        near = window_mask(where, where, window)
         covered = torch.zeros_like(near)
         queries = []
-        for query, key in bands(where, window):
+        for query, key in window_bands(where, window):
             queries += range(query.start, query.stop)
-            covered[query, key] = neighbours(where.part(query), where.part(key), window)
+            covered[query, key] = window_mask(where.part(query), where.part(key), window)
         assert queries == list(range(len(where.row_N)))
         assert torch.equal(covered, near)
     finally:
-        windows.BAND_QUERIES = before
+        masks.BAND_QUERIES = before
 
 
 def test_neighbours_by_their_definition():
     where = cells([(3, 4), (2, 2)])
     for causal in (False, True):
-        near = neighbours(where, where, Window(1, causal))
+        near = window_mask(where, where, Window(1, causal))
         for i in range(16):
             for j in range(16):
                 close = max(
@@ -71,5 +71,8 @@ def test_neighbours_by_their_definition():
 
 def test_frames_that_lost_tokens_have_no_bands():
     where = cells([(4, 4)])
-    assert bands(where.part(slice(1, 16)), Window(1)) is None
-    assert bands(Cells(*(part[[0, 1, 2, 5]] for part in vars(where).values())), Window(1)) is None
+    assert window_bands(where.part(slice(1, 16)), Window(1)) is None
+    assert (
+        window_bands(Cells(*(part[[0, 1, 2, 5]] for part in vars(where).values())), Window(1))
+        is None
+    )

@@ -10,38 +10,38 @@ from pydantic import ValidationError
 from torch import nn
 
 from bench.data.calibration import Calibration
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from bench.models.multimodal import Samples, decoder_layers
+from bench.models.structure.model_structure import inspect_model
+from bench.models.vlm.decoder_view import decoder_layers
+from bench.schema import ModelConfig
 from methods.camera.pruning import CameraP
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.head_pruning import HeadPruning
+from methods.visual_engine.cost.flops import decoder_shape, layer_costs
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_tokens.allocation import top_heads_by_count, top_heads_by_share
+from methods.visual_tokens.head_pruning import RELEASED_HEAD_COUNTS, HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
-from methods.visual_tokens.official_counts import OFFICIAL_COUNTS
-from methods.visual_tokens.reference import masked
-from methods.visual_tokens.selection import best, best_by_count
 from methods.visual_tokens.sparse_ffn import SparseFFN
-from methods.visual_tokens.work import shape_of, work_of
-from methods.visual_tokens.yopo import Shares, Yopo
+from methods.visual_tokens.yopo import PaperRow, Yopo
+from tests.methods.visual_tokens.masked_reference import masked_reference
 from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 from tests.models.tiny_networks import build as text_model
 
-SHARES = Shares(label="12%", heads=0.6, layers=0.75, neurons=0.25, window=3)
+SHARES = PaperRow(label="12%", heads=0.6, layers=0.75, neurons=0.25, window=3)
 
 
 def loaded(name, **changes):
     network = build(name, **changes)
-    config = ModelConfig(name="tiny", source="zoo:tiny")
+    config = ModelConfig(name="tiny", source="embedded:tiny")
     return Model(config, network, None, "", None, torch.device("cpu"))
 
 
 def context(name, samples=3):
     calls = [prompt(name, [4, (3, 4), 5], seed=seed) for seed in range(samples)]
-    return Context(seed=1, prompts=Samples.of(calls))
+    return Context(seed=1, prompts=ProcessedPrompts.of(calls))
 
 
 def four(**common):
@@ -77,20 +77,20 @@ def test_a_preset_is_the_four_together_and_equals_its_mask(name):
     single = loaded(name)
     for method in four():
         method.apply(single, lent)
-    plan = engine_of(model.network).plan
-    assert plan.layers[1].heads == engine_of(single.network).plan.layers[1].heads
+    plan = visual_engine_of(model.network).plan
+    assert plan.layers[1].heads == visual_engine_of(single.network).plan.layers[1].heads
     call = prompt(name, [4, (3, 4), 5], seed=9)
     where = call["input_ids"] != IMAGE
-    with masked(stock, plan):
+    with masked_reference(stock, plan):
         expected = stock(**call).logits[where]
     assert (model.network(**call).logits[where] - expected).abs().max() < 1e-5
 
 
 def test_a_preset_has_rows_for_single_architectures():
-    row = Shares(label="69%", heads=1.0, layers=0.5, neurons=1.0, window=0)
+    row = PaperRow(label="69%", heads=1.0, layers=0.5, neurons=1.0, window=0)
     model = loaded("qwen2_vl")
     report = Yopo(shares=SHARES, models={"qwen2_vl": row}).apply(model, Context(seed=1))
-    plan = engine_of(model.network).plan
+    plan = visual_engine_of(model.network).plan
     assert report.details["label"] == "69%"
     assert (plan.cut, plan.window, plan.layers[0].heads) == (2, None, None)
 
@@ -100,8 +100,8 @@ def test_a_budget_is_met_and_used_up(budget):
     model = loaded("llava_llama", num_hidden_layers=6)
     lent = context("llava_llama")
     report = Yopo(shares=SHARES, budget=budget, whole_layers=1).apply(model, lent).details
-    engine = engine_of(model.network)
-    shape, work = shape_of(engine), work_of(engine)
+    engine = visual_engine_of(model.network)
+    shape, work = decoder_shape(engine), layer_costs(engine)
     one_head = 2 * 2 * shape.head_dim / (2 * 4 * shape.d_model) / shape.depth
     assert budget - 3 * one_head <= report["visual_share"] <= budget
     assert report["heads"] == sum(layer.heads for layer in work)
@@ -116,8 +116,8 @@ def test_a_budget_that_cannot_be_met_says_what_can():
 def test_official_counts_are_reachable():
     score = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
     for name, total in (("llava_7b_8", 260), ("llava_7b_16", 499), ("llava_7b_24", 773)):
-        kept = best_by_count(score, OFFICIAL_COUNTS[name])
-        assert [len(layer) for layer in kept] == OFFICIAL_COUNTS[name]
+        kept = top_heads_by_count(score, RELEASED_HEAD_COUNTS[name])
+        assert [len(layer) for layer in kept] == RELEASED_HEAD_COUNTS[name]
         assert sum(map(len, kept)) == total
 
 
@@ -126,7 +126,7 @@ def test_counts_given_by_hand():
     report = HeadPruning(counts=[4, 1, 0, 2]).apply(model, context("llava_llama"))
     assert [len(layer) for layer in report.details["heads"]] == [4, 1, 0, 2]
     with pytest.raises(UserError, match=r"counts has 2 entries, .* has 4 layers"):
-        HeadPruning(counts=[4, 1]).check(model.anatomy)
+        HeadPruning(counts=[4, 1]).check(model.structure)
     with pytest.raises(UserError, match="a layer can keep 0 to 4 heads"):
         HeadPruning(counts=[9, 1, 1, 1]).apply(model, context("llava_llama"))
 
@@ -134,7 +134,7 @@ def test_counts_given_by_hand():
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
 def test_one_threshold_for_all_layers(share):
     score = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
-    kept = best(score, share, whole_layers=1, reached=4)
+    kept = top_heads_by_share(score, share, whole_layers=1, reached=4)
     assert sum(map(len, kept)) == round(share * 32)
     assert len(kept[0]) == 8 and kept[4] == kept[5] == ()
     stay = [score[layer, head] for layer in (1, 2, 3) for head in kept[layer]]
@@ -144,7 +144,7 @@ def test_one_threshold_for_all_layers(share):
 
 def test_too_small_a_share_is_refused():
     with pytest.raises(UserError, match="3 heads in 4 layers cannot be kept: the first 1"):
-        best(torch.rand(4, 8), 0.1, whole_layers=1, reached=4)
+        top_heads_by_share(torch.rand(4, 8), 0.1, whole_layers=1, reached=4)
 
 
 @pytest.mark.parametrize("choose", ["first", "random"])
@@ -152,7 +152,7 @@ def test_controls_need_no_images(choose):
     model = loaded("llava_llama")
     for method in (HeadPruning(keep=0.75, choose=choose), SparseFFN(choose=choose)):
         assert method.apply(model, Context(seed=3)).details["scores"] == choose
-    kept = engine_of(model.network).plan.layers[0].neurons[0]
+    kept = visual_engine_of(model.network).plan.layers[0].neurons[0]
     assert len(kept) == 12
     assert (kept.tolist() == list(range(12))) == (choose == "first")
 
@@ -185,17 +185,17 @@ def test_wrong_knobs_are_refused(kind, knobs):
 
 def test_what_does_not_fit_is_said_before_weights_are_loaded():
     with pytest.raises(UserError, match="not a vision-language model"):
-        SparseFFN().check(dissect(text_model("mixtral")))
+        SparseFFN().check(inspect_model(text_model("mixtral")))
     with pytest.raises(UserError, match="has 4 layers"):
-        LayerDrop(layers=9).check(dissect(build("llava_llama")))
+        LayerDrop(layers=9).check(inspect_model(build("llava_llama")))
     with pytest.raises(UserError, match="does not support MoE models"):
-        SparseFFN(form="official").check(dissect(build("qwen3_vl_moe")))
+        SparseFFN(form="official").check(inspect_model(build("qwen3_vl_moe")))
 
 
 def test_images_are_asked_for():
     with pytest.raises(UserError, match="prompts with images"):
         SparseFFN().apply(loaded("llava_llama"), Context(seed=1))
-    imageless = Context(seed=1, prompts=Samples.of([prompt("llava_llama", [9])]))
+    imageless = Context(seed=1, prompts=ProcessedPrompts.of([prompt("llava_llama", [9])]))
     with pytest.raises(UserError, match="has no image"):
         SparseFFN().apply(loaded("llava_llama"), imageless)
 
@@ -218,13 +218,13 @@ def test_composes_with_zeroed_experts(first):
         lambda m: Yopo(shares=SHARES, whole_layers=1, heads="first", neurons="first").apply(
             m, lent
         ),
-        lambda m: [block.expert(1).zero(torch.arange(6)) for block in m.anatomy.moe],
+        lambda m: [block.expert(1).zero(torch.arange(6)) for block in m.structure.moe],
     ]
     for change in changes if first else reversed(changes):
         change(model)
         model.network(**call)
-    [block.expert(1).zero(torch.arange(6)) for block in dissect(stock).moe]
-    with masked(stock, copy.deepcopy(engine_of(model.network).plan)):
+    [block.expert(1).zero(torch.arange(6)) for block in inspect_model(stock).moe]
+    with masked_reference(stock, copy.deepcopy(visual_engine_of(model.network).plan)):
         expected = stock(**call).logits[where]
     assert (model.network(**call).logits[where] - expected).abs().max() < 1e-5
 
@@ -245,12 +245,12 @@ def test_composes_with_removed_micro_experts(name, visual_first):
     if visual_first:
         CameraP(**camera, state="removed").apply(model, text)
     CameraP(**camera, state="zeroed").apply(stock, text)
-    plan = copy.deepcopy(engine_of(model.network).plan)
+    plan = copy.deepcopy(visual_engine_of(model.network).plan)
     if not visual_first:
-        for layer, mine in zip(decoder_layers(stock.anatomy), plan.layers, strict=True):
+        for layer, mine in zip(decoder_layers(stock.structure), plan.layers, strict=True):
             plan.layers[layer.index] = replace(mine, neurons=kept_of(layer, mine.neurons))
     where = call["input_ids"] != IMAGE
-    with masked(stock.network, plan):
+    with masked_reference(stock.network, plan):
         expected = stock.network(**call).logits[where]
     assert (model.network(**call).logits[where] - expected).abs().max() < 1e-5
 

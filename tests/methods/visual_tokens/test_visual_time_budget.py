@@ -7,26 +7,26 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from methods.visual_tokens import budget as budgets
-from methods.visual_tokens.engine import engine_of
-from methods.visual_tokens.stopwatch import Stopwatch
-from methods.visual_tokens.work import work_of
+from methods.visual_engine.cost.flops import layer_costs
+from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_tokens import search as budgets
+from methods.visual_tokens.search import PrefillTimer
 from methods.visual_tokens.yopo import Yopo
 from tests.methods.visual_tokens.test_visual_strategies import SHARES, context, loaded
 
 
-class Arithmetic(Stopwatch):
+class Arithmetic(PrefillTimer):
     """Says that a prefill takes time for its layers alone, whatever heads and neurons cost."""
 
     def share(self) -> float:
         self.readings += 1
-        work = work_of(self._engine)
+        work = layer_costs(self._engine)
         return 0.2 + 0.8 * sum(layer.heads > 0 for layer in work) / len(work)
 
 
 @pytest.fixture
 def arithmetic(monkeypatch):
-    monkeypatch.setattr(budgets, "Stopwatch", Arithmetic)
+    monkeypatch.setattr(budgets, "PrefillTimer", Arithmetic)
 
 
 def fitted(budget):
@@ -38,7 +38,7 @@ def fitted(budget):
 @pytest.mark.parametrize("budget", [0.45, 0.7, 0.85])
 def test_the_measured_time_meets_the_budget(arithmetic, budget):
     model, details = fitted(budget)
-    engine = engine_of(model.network)
+    engine = visual_engine_of(model.network)
     assert details["seconds_share"] <= budget
     assert details["seconds_share"] == Arithmetic.share(Arithmetic(engine, context_samples()))
     assert details["layers"] <= int((budget - 0.2) / 0.8 * 4)
@@ -64,10 +64,10 @@ def test_a_reading_is_a_ratio_and_leaves_the_plan_as_it_was():
     Yopo(shares=SHARES, whole_layers=1, heads="first", neurons="first").apply(
         model, context("llava_llama")
     )
-    engine, samples = engine_of(model.network), context_samples()
+    engine, samples = visual_engine_of(model.network), context_samples()
     call = dict(samples.inputs[0])
     before, revision = model.network(**call).logits, engine.plan.revision
-    watch = Stopwatch(engine, samples)
+    watch = PrefillTimer(engine, samples)
     assert 0 < watch.share() < 50
     assert watch.readings == 1 and engine.plan.revision == revision
     assert torch.equal(model.network(**call).logits, before)

@@ -59,6 +59,7 @@ QWEN25 = {key: QWEN3[key] for key in list(QWEN3)[:6]} | {
     "window_size": 16,
     "fullatt_block_indexes": [1],
 }
+
 # Text decoder, its own settings; the families below say which vision part goes with it.
 ARCHITECTURES = {
     "llava_llama": ("Llava", "llama", {}),

@@ -2,12 +2,13 @@
 
 import torch
 
-from bench.models.vision import VisionConfig, build
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups import convolution
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.solvers.solver import Scene
-from methods.wgsef.training.allocation import Allocation
-from methods.wgsef.training.optimizers import ProximalSGD
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.optimizers import ProximalSGD
+from methods.wgsef.solvers.solver import SolverContext
 
 RATE = 0.1
 
@@ -15,12 +16,12 @@ RATE = 0.1
 def set_scene():
     """A small VGG with groups of unlike norms, half of which may stay."""
     torch.manual_seed(0)
-    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     image = torch.randn(1, 1, 8, 8)
-    partition = Partition(network, convolution.filters(network, image))
+    partition = GroupPartition(network, convolution.filters(network, image))
     partition.scale_(torch.rand(partition.groups).double() + 0.2)
     allocation = Allocation(partition, 0.5)
-    return Scene(network, partition, allocation, steps=10, epoch=5, example=image)
+    return SolverContext(network, partition, allocation, steps=10, epoch=5, example=image)
 
 
 def gradients(scene, seed=1):

@@ -7,15 +7,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from bench.data.calibration import Calibration
-from bench.data.prompts import Samples
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from methods.wgsef.layerwise.decoder import OnPrompts, OnText
-from methods.wgsef.layerwise.problem import Reconstruction
-from methods.wgsef.layerwise.selection import by_elimination, by_energy, by_homotopy
+from bench.schema import ModelConfig
+from methods.wgsef.layerwise.dense_decoder import OnPrompts, OnText
+from methods.wgsef.layerwise.reconstruction import Reconstruction
 from tests.methods.visual_tokens import tiny_mllms
+from tests.methods.wgsef.layerwise_oracles import by_elimination, by_energy, by_homotopy
 from tests.models import tiny_networks
 
 SIZES = {
@@ -43,7 +43,7 @@ def tokens():
 def applied(network, method, prompts=None):
     config = ModelConfig(name="tiny", source="tests")
     model = Model(config, network, None, "", None, torch.device("cpu"))
-    method.check(model.anatomy)
+    method.check(model.structure)
     return model, method.apply(model, Context(0, Calibration(tokens(), "text"), prompts))
 
 
@@ -143,7 +143,7 @@ def test_layers_see_what_the_pruned_ones_before_them_produce():
 def test_a_vision_language_model_loses_heads_of_its_decoder_only(atoms):
     network, stock = tiny_mllms.build("llava_llama"), tiny_mllms.build("llava_llama")
     call = tiny_mllms.prompt("llava_llama", [4, (5, 5), 5], [7, (5, 5), 5])
-    samples = Samples.of([call])
+    samples = ProcessedPrompts.of([call])
     zeroed, _ = applied(network, OnPrompts(atoms=atoms, ratio=0.5, state="zeroed"), samples)
     removed, report = applied(
         tiny_mllms.build("llava_llama"), OnPrompts(atoms=atoms, ratio=0.5), samples

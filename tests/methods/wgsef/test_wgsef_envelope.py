@@ -11,15 +11,20 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from bench.errors import UserError
-from methods.wgsef.envelope import value as function
-from methods.wgsef.envelope.elementwise import envelope_elementwise
-from methods.wgsef.envelope.newton import newton, newton_fixed
-from methods.wgsef.envelope.prox import debiased, envelope, hard, keeps_exactly_k
-from methods.wgsef.envelope.selection import by_selection
-from methods.wgsef.envelope.sorting import by_sorting
-from methods.wgsef.envelope.tensors import debiased_, envelope_, group_norms
+from methods.wgsef.prox import value as function
+from methods.wgsef.prox.operators import prox_debiased, prox_envelope, select_top_k
+from methods.wgsef.prox.root import newton_root, newton_root_fixed_passes, sorting_root
+from tests.methods.wgsef import envelope_oracles as oracles
+from tests.methods.wgsef.envelope_oracles import (
+    debiased_,
+    envelope_,
+    envelope_elementwise,
+    group_norms,
+    keeps_exactly_k,
+    selection_root,
+)
 
-ROOTS = [newton, newton_fixed, by_selection, by_sorting]
+ROOTS = [newton_root, newton_root_fixed_passes, selection_root, sorting_root]
 
 
 def draw(seed: int):
@@ -42,8 +47,8 @@ problems = st.integers(0, 2**32 - 1).map(draw)
 
 
 def relative_gap(v_LMG, y_LMG, weight_LM, k):
-    gap_L = function.fenchel_young_gap(v_LMG, y_LMG, weight_LM, k)
-    size_L = function.conjugate(y_LMG.norm(dim=-1), weight_LM, k) + 1e-30
+    gap_L = oracles.fenchel_young_gap(v_LMG, y_LMG, weight_LM, k)
+    size_L = function.envelope_conjugate(y_LMG.norm(dim=-1), weight_LM, k) + 1e-30
     return float((gap_L / size_L).abs().max())
 
 
@@ -51,7 +56,7 @@ def relative_gap(v_LMG, y_LMG, weight_LM, k):
 @given(problems)
 def test_the_proximal_point_has_its_fenchel_young_certificate(problem):
     t_LMG, weight_LM, k, lam = problem
-    v_LMG = envelope(t_LMG.norm(dim=-1), k, lam, weight_LM).scale[..., None] * t_LMG
+    v_LMG = prox_envelope(t_LMG.norm(dim=-1), k, lam, weight_LM).scale[..., None] * t_LMG
     assert relative_gap(v_LMG, (t_LMG - v_LMG) / lam, weight_LM, k) <= 1e-10
 
 
@@ -67,10 +72,13 @@ def test_the_certificate_holds_on_thousands_of_problems(problem):
 def test_all_roots_agree(problem):
     t_LMG, weight_LM, k, lam = problem
     norm_LM = t_LMG.norm(dim=-1)
-    expected = envelope(norm_LM, k, lam, weight_LM, root=by_sorting).scale
+    expected = prox_envelope(norm_LM, k, lam, weight_LM, root=sorting_root).scale
     for root in ROOTS:
         torch.testing.assert_close(
-            envelope(norm_LM, k, lam, weight_LM, root=root).scale, expected, atol=1e-12, rtol=1e-12
+            prox_envelope(norm_LM, k, lam, weight_LM, root=root).scale,
+            expected,
+            atol=1e-12,
+            rtol=1e-12,
         )
 
 
@@ -80,9 +88,9 @@ def test_value_equals_the_k_support_form_and_bounds_the_ridge(problem):
     t_LMG, weight_LM, k, _ = problem
     norm_LM = t_LMG.norm(dim=-1)
     k_L = torch.full((3,), float(k)).double()
-    closed_L = function.value_in_closed_form(norm_LM, weight_LM, k)
-    torch.testing.assert_close(function.value(norm_LM, weight_LM, k_L), closed_L)
-    excess_L = function.excess(norm_LM, weight_LM, k_L)
+    closed_L = oracles.value_in_closed_form(norm_LM, weight_LM, k)
+    torch.testing.assert_close(function.envelope_value(norm_LM, weight_LM, k_L), closed_L)
+    excess_L = oracles.sparsity_excess(norm_LM, weight_LM, k_L)
     sparse_L = (norm_LM > 0).sum(-1) <= k
     assert (excess_L[sparse_L].abs() <= 1e-12 * closed_L[sparse_L]).all()
     assert (excess_L[~sparse_L] > 1e-9).all()
@@ -93,7 +101,7 @@ def test_value_equals_the_k_support_form_and_bounds_the_ridge(problem):
 def test_exactly_k_groups_are_left_when_and_only_when_the_criterion_says_so(problem):
     t_LMG, weight_LM, k, lam = problem
     norm_LM = t_LMG.norm(dim=-1)
-    alive_L = envelope(norm_LM, k, lam, weight_LM).alive
+    alive_L = prox_envelope(norm_LM, k, lam, weight_LM).alive
     assert torch.equal(keeps_exactly_k(norm_LM, k, lam, weight_LM), alive_L == k)
     assert (alive_L >= (norm_LM > 0).sum(-1).clamp(max=k)).all()
 
@@ -103,7 +111,7 @@ def test_exactly_k_groups_are_left_when_and_only_when_the_criterion_says_so(prob
 def test_the_one_line_form_is_the_same_operator(problem):
     t_LMG, weight_LM, k, lam = problem
     norm_LM = t_LMG.norm(dim=-1) + 0.1
-    shrinkage = envelope(norm_LM, k, lam, weight_LM)
+    shrinkage = prox_envelope(norm_LM, k, lam, weight_LM)
     slope_LM = (lam * weight_LM).sqrt() * norm_LM
     fractional_LM = (shrinkage.gate > 0) & (shrinkage.gate < 1 - 1e-9)
     for row in range(3):
@@ -120,10 +128,10 @@ def test_end_points_are_squared_group_lasso_and_weight_decay():
     norm_LM, weight_LM = torch.rand(4, 9).double() + 0.1, torch.rand(4, 9).double() + 0.5
     one_L, all_L = torch.ones(4).double(), torch.full((4,), 9.0).double()
     lasso_L = 0.5 * (weight_LM.sqrt() * norm_LM).sum(-1).square()
-    torch.testing.assert_close(function.value(norm_LM, weight_LM, one_L), lasso_L)
+    torch.testing.assert_close(function.envelope_value(norm_LM, weight_LM, one_L), lasso_L)
     ridge_L = 0.5 * (weight_LM * norm_LM.square()).sum(-1)
-    torch.testing.assert_close(function.value(norm_LM, weight_LM, all_L), ridge_L)
-    decayed_LM = envelope(norm_LM, 9, 0.3, weight_LM).scale
+    torch.testing.assert_close(function.envelope_value(norm_LM, weight_LM, all_L), ridge_L)
+    decayed_LM = prox_envelope(norm_LM, 9, 0.3, weight_LM).scale
     torch.testing.assert_close(decayed_LM, 1 / (1 + 0.3 * weight_LM))
 
 
@@ -135,8 +143,8 @@ def test_gradient_agrees_with_finite_differences():
     for j in range(8):
         step = torch.zeros_like(norm_LM)
         step[0, j] = 1e-6
-        rise = function.value(norm_LM + step, weight_LM, k_L)
-        fall = function.value(norm_LM - step, weight_LM, k_L)
+        rise = function.envelope_value(norm_LM + step, weight_LM, k_L)
+        fall = function.envelope_value(norm_LM - step, weight_LM, k_L)
         assert float((rise - fall) / 2e-6) == pytest.approx(float(slope_LM[0, j]), rel=1e-6)
 
 
@@ -145,7 +153,7 @@ def test_gradient_agrees_with_finite_differences():
 def test_the_debiased_point_is_optimal_and_keeps_whole_groups_unshrunk(problem, ratio):
     t_LMG, weight_LM, k, _ = problem
     lam = ratio / float(weight_LM.max())
-    shrinkage = debiased(t_LMG.norm(dim=-1), k, lam, weight_LM)
+    shrinkage = prox_debiased(t_LMG.norm(dim=-1), k, lam, weight_LM)
     v_LMG = shrinkage.scale[..., None] * t_LMG
     # Optimality: (t - v) / lam + d v is a subgradient of F at v.
     y_LMG = (t_LMG - v_LMG) / lam + weight_LM[..., None] * v_LMG
@@ -159,7 +167,9 @@ def test_the_debiased_point_is_optimal_and_keeps_whole_groups_unshrunk(problem, 
 def test_the_debiased_point_tends_to_hard_selection(problem):
     t_LMG, _, k, _ = problem
     norm_LM = torch.linspace(1, 2, t_LMG.shape[1]).double()[torch.randperm(t_LMG.shape[1])][None]
-    torch.testing.assert_close(debiased(norm_LM, k, 1 - 1e-9).scale, hard(norm_LM, k).scale)
+    torch.testing.assert_close(
+        prox_debiased(norm_LM, k, 1 - 1e-9).scale, select_top_k(norm_LM, k).scale
+    )
 
 
 def test_the_debiased_step_descends_on_a_quadratic():
@@ -173,11 +183,15 @@ def test_the_debiased_step_descends_on_a_quadratic():
 
     def objective(x_N):
         loss = 0.5 * x_N @ hessian_NN @ x_N - target_N @ x_N
-        return loss + rho * function.excess(x_N.reshape(20, 3).norm(dim=1)[None], weight_LM, k_L)
+        return loss + rho * oracles.sparsity_excess(
+            x_N.reshape(20, 3).norm(dim=1)[None], weight_LM, k_L
+        )
 
     for _ in range(200):
         t_MG = (x_N - alpha * (hessian_NN @ x_N - target_N)).reshape(20, 3)
-        new_N = (debiased(t_MG.norm(dim=1)[None], k, alpha * rho).scale[0][:, None] * t_MG).ravel()
+        new_N = (
+            prox_debiased(t_MG.norm(dim=1)[None], k, alpha * rho).scale[0][:, None] * t_MG
+        ).ravel()
         bound = 0.5 * (2 / alpha - smooth - rho) * (new_N - x_N).square().sum()
         assert objective(new_N) <= objective(x_N) - bound + 1e-12
         x_N = new_N
@@ -195,7 +209,7 @@ def test_metrics_and_costs_agree_with_a_generic_solver(problem, with_costs):
     budget = k * float(cost_M.sum()) / groups
     cost_LM = cost_M[None] if with_costs else None
     norm_M = t_MG.norm(dim=1)
-    found_M = envelope(
+    found_M = prox_envelope(
         norm_M[None], budget if with_costs else k, lam, weight_M[None], metric_M[None], cost_LM
     ).gate[0]
 
@@ -222,7 +236,7 @@ def test_the_elementwise_metric_is_the_group_metric_where_that_is_constant(probl
     t_LMG, weight_LM, k, lam = problem
     metric_M1 = torch.linspace(0.5, 2, t_LMG.shape[1]).double()[:, None]
     found_MG = envelope_elementwise(t_LMG[0], metric_M1.expand_as(t_LMG[0]), k, lam, weight_LM[0])
-    scale_LM = envelope(t_LMG[:1].norm(dim=-1), k, lam, weight_LM[:1], metric_M1.T).scale
+    scale_LM = prox_envelope(t_LMG[:1].norm(dim=-1), k, lam, weight_LM[:1], metric_M1.T).scale
     torch.testing.assert_close(found_MG, scale_LM[0][:, None] * t_LMG[0], atol=1e-10, rtol=1e-10)
 
 
@@ -242,7 +256,7 @@ def test_weights_in_place_get_the_operator_of_their_rows(dtype, elements):
     weight_MG = torch.randn(500, elements).to(dtype)
     before_MG = weight_MG.double()
     shrinkage = envelope_(weight_MG, 100, 0.5)
-    expected = envelope(before_MG.norm(dim=1)[None], 100, 0.5).scale[0]
+    expected = prox_envelope(before_MG.norm(dim=1)[None], 100, 0.5).scale[0]
     torch.testing.assert_close(
         weight_MG.double(),
         expected[:, None] * before_MG,
@@ -258,29 +272,29 @@ def test_rows_are_solved_together_as_they_are_alone():
     torch.manual_seed(0)
     norm_LM = torch.rand(64, 300).double()
     k_L = torch.randint(1, 300, (64,)).double()
-    together = envelope(norm_LM, k_L, 0.1).scale
-    alone = [envelope(norm_LM[i : i + 1], int(k_L[i]), 0.1).scale for i in range(64)]
+    together = prox_envelope(norm_LM, k_L, 0.1).scale
+    alone = [prox_envelope(norm_LM[i : i + 1], int(k_L[i]), 0.1).scale for i in range(64)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_long_rows_in_blocks_agree_with_sorting():
     torch.manual_seed(0)
     norm_LM = torch.randn(1, 700_000).double().abs()
-    fast = envelope(norm_LM, 1000, 5.0).scale
-    torch.testing.assert_close(fast, envelope(norm_LM, 1000, 5.0, root=by_sorting).scale)
+    fast = prox_envelope(norm_LM, 1000, 5.0).scale
+    torch.testing.assert_close(fast, prox_envelope(norm_LM, 1000, 5.0, root=sorting_root).scale)
 
 
 @pytest.mark.parametrize("k", [0, -1, 6])
 def test_an_impossible_k_is_one_sentence(k):
     with pytest.raises(UserError, match=rf"k must be in \(0, 5\] .*got {k}"):
-        envelope(torch.rand(1, 5), k, 0.1)
+        prox_envelope(torch.rand(1, 5), k, 0.1)
 
 
 def test_a_debiased_ratio_of_one_is_one_sentence():
     with pytest.raises(UserError, match=r"below 1, got 1\.2"):
-        debiased(torch.rand(1, 5), 2, 0.6, torch.tensor([[1.0, 1.0, 2.0, 1.0, 1.0]]))
+        prox_debiased(torch.rand(1, 5), 2, 0.6, torch.tensor([[1.0, 1.0, 2.0, 1.0, 1.0]]))
 
 
 def test_a_strength_of_zero_is_one_sentence():
     with pytest.raises(UserError, match="lam must be above 0, got 0"):
-        envelope(torch.rand(1, 5), 2, 0.0)
+        prox_envelope(torch.rand(1, 5), 2, 0.0)

@@ -6,12 +6,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.errors import UserError
-from bench.models.vision import VisionConfig, build, load, save, to_onnx
-from methods.wgsef.export.classifier import smaller_classifier
-from methods.wgsef.export.transformer import smaller_language_model
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
+from bench.models.classifiers.serialization import (
+    load_classifier_folder,
+    save_classifier,
+    save_onnx,
+)
 from methods.wgsef.groups import convolution, transformer
-from methods.wgsef.groups.family import Family, Slice
-from methods.wgsef.groups.partition import Partition
+from methods.wgsef.groups.partition import GroupFamily, GroupPartition, Slice
+from methods.wgsef.removal import smaller_classifier, smaller_language_model
 
 MICRO = ["micro_lenet", "micro_vgg", "micro_resnet", "micro_mobilenet", "micro_densenet"]
 
@@ -19,7 +23,7 @@ MICRO = ["micro_lenet", "micro_vgg", "micro_resnet", "micro_mobilenet", "micro_d
 def network(name, size=8):
     """A network in evaluation mode whose BatchNorms have seen data: means and shifts are not 0."""
     torch.manual_seed(0)
-    built = build(VisionConfig(architecture=name, channels=1, size=size))
+    built = build_classifier(VisionConfig(architecture=name, channels=1, size=size))
     for module in built.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.weight, 1, 0.3)
@@ -31,7 +35,7 @@ def network(name, size=8):
 
 def kill(built, families, share=0.6):
     """Zero a random share of all groups and return which, family by family."""
-    partition = Partition(built, families)
+    partition = GroupPartition(built, families)
     dead_M = torch.rand(partition.groups) < share
     partition.scale_((~dead_M).double())
     return partition.split(dead_M)
@@ -74,7 +78,7 @@ def test_a_dead_residual_branch_is_left_out():
     built = network("micro_resnet")
     images = torch.randn(4, 1, 8, 8)
     families = convolution.depth(built, images[:1])
-    Partition(built, families).scale_(torch.tensor([1.0, 0.0, 1.0]).double())
+    GroupPartition(built, families).scale_(torch.tensor([1.0, 0.0, 1.0]).double())
     smaller = smaller_classifier(built, families, [torch.tensor([False, True, False])])
     assert smaller.config.removed == ("features.2.branch",)
     torch.testing.assert_close(smaller(images), built(images), atol=1e-5, rtol=1e-5)
@@ -102,17 +106,21 @@ def test_a_layer_that_lost_all_groups_keeps_one():
 @pytest.mark.parametrize("name", ["micro_mobilenet", "micro_densenet"])
 def test_a_pruned_network_comes_back_from_its_folder(name, tmp_path):
     _, _, smaller, images = zeroed_and_removed(name, "filters")
-    save(smaller, tmp_path)
-    torch.testing.assert_close(load(tmp_path)(images), smaller(images), rtol=0, atol=0)
+    save_classifier(smaller, tmp_path)
+    torch.testing.assert_close(
+        load_classifier_folder(tmp_path)(images), smaller(images), rtol=0, atol=0
+    )
 
 
 def test_a_network_pruned_twice_comes_back_too(tmp_path):
     _, _, smaller, images = zeroed_and_removed("micro_resnet", "filters")
     families = convolution.depth(smaller, images[:1])
-    Partition(smaller, families).scale_(torch.tensor([0.0, 1.0, 1.0]).double())
+    GroupPartition(smaller, families).scale_(torch.tensor([0.0, 1.0, 1.0]).double())
     twice = smaller_classifier(smaller, families, [torch.tensor([True, False, False])])
-    save(twice, tmp_path)
-    torch.testing.assert_close(load(tmp_path)(images), smaller(images), atol=1e-5, rtol=1e-5)
+    save_classifier(twice, tmp_path)
+    torch.testing.assert_close(
+        load_classifier_folder(tmp_path)(images), smaller(images), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,7 @@ def test_a_network_pruned_twice_comes_back_too(tmp_path):
 )
 def test_onnx_computes_the_same(name, tmp_path):
     _, _, smaller, images = zeroed_and_removed(name, "filters")
-    session = onnxruntime.InferenceSession(to_onnx(smaller, tmp_path))
+    session = onnxruntime.InferenceSession(save_onnx(smaller, tmp_path))
     (logits,) = session.run(None, {"image": images.numpy()})
     expected = smaller(images).detach()
     torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-4, rtol=1e-4)
@@ -152,14 +160,14 @@ def test_overlapping_groups_are_one_sentence():
     images = torch.zeros(1, 1, 8, 8)
     both = [*convolution.filters(built, images), *convolution.depth(built, images)]
     with pytest.raises(UserError, match=r"groups overlap in .* choose one kind of group per layer"):
-        Partition(built, both)
+        GroupPartition(built, both)
 
 
 def test_an_element_twice_in_one_family_overlaps_too():
     built = network("micro_vgg")
     twice = Slice("head.2.weight", (0,), torch.tensor([0, 0]), torch.tensor([0, 1]))
     with pytest.raises(UserError, match=r"groups overlap in head\.2\.weight"):
-        Partition(built, [Family("head", "filters", 2, (twice,))])
+        GroupPartition(built, [GroupFamily("head", "filters", 2, (twice,))])
 
 
 def language_model():
@@ -181,7 +189,7 @@ def language_model():
 def test_a_language_model_without_its_dead_groups_is_loaded_again(make, kept, tmp_path):
     network, tokens = language_model(), torch.arange(14).reshape(2, 7)
     families = make(network)
-    partition = Partition(network, families)
+    partition = GroupPartition(network, families)
     dead = [torch.randperm(f.groups) >= k for f, k in zip(families, kept, strict=True)]
     partition.scale_((~torch.cat(dead)).double())
     zeroed = network(tokens).logits
@@ -196,7 +204,7 @@ def test_layers_of_different_sizes_are_one_sentence():
     network = language_model()
     families = transformer.neurons(network)
     dead = [torch.arange(48) >= 20, torch.arange(48) >= 24]
-    Partition(network, families).scale_((~torch.cat(dead)).double())
+    GroupPartition(network, families).scale_((~torch.cat(dead)).double())
     with pytest.raises(UserError, match="keep between 20 and 24 neurons: use scope=layer"):
         smaller_language_model(network, families, dead)
 
@@ -205,7 +213,7 @@ def test_a_number_of_heads_that_transformers_refuses_is_one_sentence():
     network = language_model()
     families = transformer.heads(network)
     dead = [torch.arange(4) == 2, torch.arange(4) == 1]
-    Partition(network, families).scale_((~torch.cat(dead)).double())
+    GroupPartition(network, families).scale_((~torch.cat(dead)).double())
     with pytest.raises(UserError, match=r"could not reload 3 heads per layer: .*multiple") as said:
         smaller_language_model(network, families, dead)
     assert "\n" not in str(said.value)

@@ -6,13 +6,13 @@ import torch
 from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
+from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
-from bench.models.observation import observing
-from methods.activations import Activations
-from methods.micro_experts import spans, view
-from methods.wgsef.finetuning import WgsefFinetune
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.moe.calibration_statistics import Activations
+from methods.moe.micro_experts import expert_spans, expert_view
+from methods.wgsef.fine_tuning import WgsefFinetune
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 
 SHORT = {"steps": 6, "rows": 4, "ratio": 0.4, "align": 4}
@@ -22,7 +22,7 @@ def applied(network, seed=0, **knobs):
     config = ModelConfig(name="tiny", source="tests")
     model = Model(config, network, None, "", None, torch.device("cpu"))
     method = WgsefFinetune(**(SHORT | knobs))
-    method.check(model.anatomy)
+    method.check(model.structure)
     return model, method.apply(model, Context(seed, Calibration(tokens(), "calibration")))
 
 
@@ -30,12 +30,12 @@ def applied(network, seed=0, **knobs):
 def test_the_budget_goes_and_removed_equals_zeroed(name):
     zeroed, report = applied(build(name), state="zeroed")
     removed, again = applied(build(name), state="removed")
-    budgets = [int(0.4 * block.micro_experts) for block in dissect(build(name)).moe]
+    budgets = [int(0.4 * block.micro_experts) for block in inspect_model(build(name)).moe]
     for found in (report, again):
         assert [layer["removed"] for layer in found.details["layers"]] == budgets
         assert found.details["alive_before_selection"] == sum(
             sum(block.widths) - budget
-            for block, budget in zip(dissect(build(name)).moe, budgets, strict=True)
+            for block, budget in zip(inspect_model(build(name)).moe, budgets, strict=True)
         )
     ids = tokens()[:2]
     torch.testing.assert_close(
@@ -70,19 +70,19 @@ def test_at_a_rate_of_almost_nothing_it_keeps_what_has_most_energy():
     network = build(name)
     model, _ = applied(build(name), rate=1e-12, state="zeroed")
     ids = tokens()
-    blocks = dissect(network).moe
+    blocks = inspect_model(network).moe
     seen = {block: Activations(block) for block in blocks}
-    with observing(seen, 4096), torch.no_grad():
+    with observe_experts(seen, 4096), torch.no_grad():
         network(ids)
-    for block, after in zip(blocks, model.anatomy.moe, strict=True):
+    for block, after in zip(blocks, model.structure.moe, strict=True):
         energy, alive = [], []
         power_N = seen[block].square_sum()
-        for expert, place in spans(block):
+        for expert, place in expert_spans(block):
             if expert < 0:
                 continue
-            norm = view(block, expert).down.double().square().sum(0)
+            norm = expert_view(block, expert).down.double().square().sum(0)
             energy.append(power_N[place] * norm)
-            alive.append(view(after, expert).down.any(0))
+            alive.append(expert_view(after, expert).down.any(0))
         energy_M, alive_M = torch.cat(energy), torch.cat(alive)
         assert energy_M[alive_M].min() >= energy_M[~alive_M].max() * (1 - 1e-4)
 

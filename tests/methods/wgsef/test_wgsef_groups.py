@@ -5,11 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bench.errors import UserError
-from bench.models.vision import VisionConfig, build
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups import convolution, transformer
-from methods.wgsef.groups.costs import Costs
-from methods.wgsef.groups.family import inside
-from methods.wgsef.groups.partition import Partition
+from methods.wgsef.groups.costs import GroupCosts
+from methods.wgsef.groups.partition import GroupPartition, inner_axes
 
 KINDS = ["filters", "channels", "filter_shapes", "weights", "depth"]
 SMALL = {
@@ -24,7 +24,7 @@ SMALL = {
 
 def convnet(name="micro_resnet"):
     torch.manual_seed(0)
-    network = build(VisionConfig(architecture=name, channels=1, size=8)).eval()
+    network = build_classifier(VisionConfig(architecture=name, channels=1, size=8)).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.bias, 0, 0.3)
@@ -50,7 +50,7 @@ def vectors(partition):
         parts = [[] for _ in range(family.groups)]
         for owned in family.owned:
             weight = partition.parameters[owned.tensor].detach()
-            order = (*owned.axes, *inside(weight.shape, owned.axes))
+            order = (*owned.axes, *inner_axes(weight.shape, owned.axes))
             count = int(torch.tensor([weight.shape[a] for a in owned.axes]).prod())
             units = weight.permute(order).reshape(count, -1)
             for unit, group in zip(owned.units.tolist(), owned.groups.tolist(), strict=True):
@@ -62,7 +62,9 @@ def vectors(partition):
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_are_those_of_the_groups_weights(kind):
     network = convnet()
-    partition = Partition(network, getattr(convolution, kind)(network, torch.zeros(1, 1, 8, 8)))
+    partition = GroupPartition(
+        network, getattr(convolution, kind)(network, torch.zeros(1, 1, 8, 8))
+    )
     expected = vectors(partition)
     norms = torch.stack([vector.double().norm() for vector in expected])
     torch.testing.assert_close(partition.norms(), norms, rtol=1e-5, atol=1e-6)
@@ -72,14 +74,14 @@ def test_norms_are_those_of_the_groups_weights(kind):
 
 @pytest.mark.parametrize("make", [transformer.neurons, transformer.heads])
 def test_norms_of_transformer_groups(make):
-    partition = Partition(network := llama(), make(network))
+    partition = GroupPartition(network := llama(), make(network))
     norms = torch.stack([vector.double().norm() for vector in vectors(partition)])
     torch.testing.assert_close(partition.norms(), norms, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [transformer.experts, transformer.micro_experts])
 def test_norms_of_expert_groups(make):
-    partition = Partition(network := moe(), make(network))
+    partition = GroupPartition(network := moe(), make(network))
     norms = torch.stack([vector.double().norm() for vector in vectors(partition)])
     torch.testing.assert_close(partition.norms(), norms, rtol=1e-5, atol=1e-6)
 
@@ -89,7 +91,7 @@ def test_a_zero_filter_is_invisible_whatever_its_readers_do(name):
     network = convnet(name)
     images = torch.randn(3, 1, 8, 8)
     families = convolution.filters(network, images[:1])
-    partition = Partition(network, families)
+    partition = GroupPartition(network, families)
     dead_M = torch.rand(partition.groups) < 0.5
     partition.scale_((~dead_M).double())
     before = network(images)
@@ -122,7 +124,7 @@ def observed(network, name, tokens):
 )
 def test_zeroing_all_groups_of_a_layer_silences_it(make, network, inner):
     network = network()
-    partition = Partition(network, make(network))
+    partition = GroupPartition(network, make(network))
     tokens = torch.randint(0, 50, (2, 7))
     assert observed(network, inner, tokens).abs().max() > 0
     partition.scale_(torch.zeros(partition.groups))
@@ -132,7 +134,7 @@ def test_zeroing_all_groups_of_a_layer_silences_it(make, network, inner):
 def test_a_head_group_holds_a_kv_head_with_its_query_heads():
     network = llama()
     family = transformer.heads(network)[0]
-    partition = Partition(network, [family])
+    partition = GroupPartition(network, [family])
     partition.scale_(torch.tensor([0.0, 1.0]).double())
     attention = network.model.layers[0].self_attn
     assert family.groups == 2
@@ -154,7 +156,7 @@ def test_a_network_without_branches_is_one_sentence():
 
 def test_spreading_and_adding_reach_the_weights_of_each_group():
     network = convnet("micro_densenet")
-    partition = Partition(network, convolution.filters(network, torch.zeros(1, 1, 8, 8)))
+    partition = GroupPartition(network, convolution.filters(network, torch.zeros(1, 1, 8, 8)))
     before = {name: weight.detach().clone() for name, weight in partition.parameters.items()}
     value_M = torch.arange(1.0, partition.groups + 1).double()
     spread = partition.spread(value_M)
@@ -168,7 +170,7 @@ def test_spreading_and_adding_reach_the_weights_of_each_group():
 
 def test_rows_are_padded_families_and_flat_undoes_them():
     network = convnet()
-    partition = Partition(network, convolution.filters(network, torch.zeros(1, 1, 8, 8)))
+    partition = GroupPartition(network, convolution.filters(network, torch.zeros(1, 1, 8, 8)))
     value_M = torch.rand(partition.groups)
     rows = partition.rows(value_M)
     assert rows.shape == (len(partition.sizes), max(partition.sizes))
@@ -179,20 +181,20 @@ def test_rows_are_padded_families_and_flat_undoes_them():
 
 @pytest.mark.parametrize("name", ["micro_vgg", "micro_resnet", "micro_mobilenet", "micro_densenet"])
 def test_costs_are_those_of_the_network_that_is_left(name):
-    from methods.wgsef.export.classifier import smaller_classifier
+    from methods.wgsef.removal import smaller_classifier
 
     network = convnet(name)
     image = torch.zeros(1, 1, 8, 8)
     families = convolution.filters(network, image)
-    partition = Partition(network, families)
+    partition = GroupPartition(network, families)
     dead_M = torch.rand(partition.groups) < 0.5
     partition.scale_((~dead_M).double())
     dead = partition.split(dead_M)
     smaller = smaller_classifier(network, families, dead)
     kept_1F = torch.tensor([[int((~gone).sum()) for gone in dead]])
     for quantity in ("macs", "bytes"):
-        predicted = float(Costs(network, families, image, quantity).total(kept_1F))
-        left = Costs(smaller, convolution.filters(smaller, image), image, quantity).dense()
+        predicted = float(GroupCosts(network, families, image, quantity).total(kept_1F))
+        left = GroupCosts(smaller, convolution.filters(smaller, image), image, quantity).dense()
         assert predicted == pytest.approx(left, rel=1e-9)
 
 
@@ -200,4 +202,4 @@ def test_a_cost_budget_over_single_weights_is_one_sentence():
     network = convnet()
     image = torch.zeros(1, 1, 8, 8)
     with pytest.raises(UserError, match=r"scope=macs needs groups .*got weights"):
-        Costs(network, convolution.weights(network, image), image, "macs")
+        GroupCosts(network, convolution.weights(network, image), image, "macs")

@@ -5,20 +5,23 @@ import torch
 
 from bench.data.calibration import Calibration
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
 from bench.models.model import Model
-from methods.micro_experts import spans, view
-from methods.wgsef.layerwise import joint
-from methods.wgsef.layerwise.problem import Reconstruction
-from methods.wgsef.layerwise.pruning import WgsefLayerwise
-from methods.wgsef.layerwise.selection import by_elimination, by_energy, by_homotopy
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.moe.micro_experts import expert_spans, expert_view
+from methods.wgsef.layerwise import reconstruction
+from methods.wgsef.layerwise.moe_layers import WgsefLayerwise
+from methods.wgsef.layerwise.reconstruction import Reconstruction
+from tests.methods.wgsef.layerwise_oracles import by_elimination, by_energy, by_homotopy
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 PAIRS = [
-    (joint.energy, by_energy),
-    (joint.elimination, by_elimination),
-    (joint.homotopy_path, lambda problem, k: by_homotopy(problem, k, joint.HOMOTOPY_STEPS)),
+    (reconstruction.select_by_energy, by_energy),
+    (reconstruction.select_by_elimination, by_elimination),
+    (
+        reconstruction.select_by_homotopy,
+        lambda problem, k: by_homotopy(problem, k, reconstruction.HOMOTOPY_STEPS),
+    ),
 ]
 
 
@@ -58,7 +61,7 @@ def applied(network, **knobs):
     config = ModelConfig(name="tiny", source="tests")
     model = Model(config, network, None, "", None, torch.device("cpu"))
     method = WgsefLayerwise(**{"ratio": 0.4, **knobs})
-    method.check(model.anatomy)
+    method.check(model.structure)
     context = Context(seed=0, calibration=Calibration(tokens(), "calibration"))
     return model, method.apply(model, context)
 
@@ -70,7 +73,7 @@ def test_it_removes_the_budget_and_removed_equals_zeroed(name, selector):
     removed, again = applied(build(name), selector=selector, state="removed", align=4)
     for found in (report, again):
         assert found.details["removed_micro_experts"] == sum(
-            int(0.4 * block.micro_experts) for block in dissect(build(name)).moe
+            int(0.4 * block.micro_experts) for block in inspect_model(build(name)).moe
         )
     assert [x["kept_per_expert"] for x in report.details["layers"]] == [
         x["kept_per_expert"] for x in again.details["layers"]
@@ -84,8 +87,8 @@ def test_it_removes_the_budget_and_removed_equals_zeroed(name, selector):
 def test_a_share_of_each_expert_is_a_share_of_each_expert():
     name = next(iter(ARCHITECTURES))
     _, report = applied(build(name), scope="expert", ratio=0.5, state="zeroed")
-    for block, layer in zip(dissect(build(name)).moe, report.details["layers"], strict=True):
-        widths = [place.stop - place.start for _, place in spans(block)]
+    for block, layer in zip(inspect_model(build(name)).moe, report.details["layers"], strict=True):
+        widths = [place.stop - place.start for _, place in expert_spans(block)]
         left = layer["kept_per_expert"]
         assert all(abs(kept - width / 2) <= 1 for kept, width in zip(left, widths, strict=True))
 
@@ -97,8 +100,8 @@ def test_the_refit_never_adds_to_the_error_and_leaves_the_others_alone():
         assert layer["refit"]["error_after"] <= layer["refit"]["error_before"]
     before = build(name)
     after, _ = applied(build(name), refit=False, state="zeroed")
-    for old, new in zip(dissect(before).moe, after.anatomy.moe, strict=True):
-        for expert, _ in spans(old):
-            one, two = view(old, expert).down, view(new, expert).down
+    for old, new in zip(inspect_model(before).moe, after.structure.moe, strict=True):
+        for expert, _ in expert_spans(old):
+            one, two = expert_view(old, expert).down, expert_view(new, expert).down
             stays = two.any(0)
             assert torch.equal(one[:, stays], two[:, stays])

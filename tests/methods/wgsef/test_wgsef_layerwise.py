@@ -5,9 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from methods.wgsef.envelope.value import fenchel_young_gap
-from methods.wgsef.layerwise.problem import Reconstruction
-from methods.wgsef.layerwise.selection import (
+from methods.wgsef.layerwise.reconstruction import Reconstruction
+from tests.methods.wgsef.envelope_oracles import fenchel_young_gap
+from tests.methods.wgsef.layerwise_oracles import (
     by_elimination,
     by_energy,
     by_envelope,

@@ -10,22 +10,25 @@ from pydantic import ValidationError
 
 from bench.errors import UserError
 from bench.method import Context
-from bench.models.anatomy import dissect
-from bench.models.config import ModelConfig
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
-from bench.models.vision import VisionConfig, build
-from methods.wgsef import method as methods
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.wgsef import sparse_training as methods
 
 CONF = Path(__file__).parents[3] / "conf" / "method"
-FILES = sorted(path for path in CONF.glob("*.yaml") if "methods.wgsef.method." in path.read_text())
-
-
+FILES = sorted(
+    path for path in CONF.glob("*.yaml") if "methods.wgsef.sparse_training." in path.read_text()
+)
 FOLLOWED = {"data": "digits", "data_folder": None, "split": "test"}
 
 
 def model(name="micro_vgg", **changes):
     torch.manual_seed(0)
-    network = build(VisionConfig(**{"architecture": name, "channels": 1, "size": 8, **changes}))
+    network = build_classifier(
+        VisionConfig(**{"architecture": name, "channels": 1, "size": 8, **changes})
+    )
     config = ModelConfig(name=name, source=name)
     return Model(config, network, None, "", None, torch.device("cpu"))
 
@@ -88,9 +91,9 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
 
 
 def test_a_language_model_is_one_sentence():
-    anatomy = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
+    structure = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
     with pytest.raises(UserError, match="this model is LlamaForCausalLM"):
-        methods.Wgsef().check(anatomy)
+        methods.Wgsef().check(structure)
 
 
 def test_images_of_another_size_are_one_sentence():
@@ -109,7 +112,7 @@ def test_knobs_out_of_range_are_refused(wrong):
 def test_k_groups_stay_when_k_is_given():
     subject = model()
     wgsef = methods.Wgsef(k=50, recipe={"epochs": 1, "batch": 200})
-    wgsef.check(subject.anatomy)
+    wgsef.check(subject.structure)
     report = wgsef.apply(subject, Context(seed=0))
     assert report.details["kept"] == report.details["alive_before_selection"] == 50
 
@@ -126,17 +129,17 @@ def test_k_groups_stay_when_k_is_given():
 )
 def test_what_cannot_be_is_refused_before_a_weight_is_loaded(knobs, said):
     with torch.device("meta"):
-        network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+        network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     with pytest.raises(UserError, match=said):
-        methods.Wgsef(**knobs).check(dissect(network))
+        methods.Wgsef(**knobs).check(inspect_model(network))
 
 
 def test_looking_at_a_network_draws_nothing_from_the_runs_generator():
     with torch.device("meta"):
-        network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+        network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8))
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    methods.Wgsef().check(dissect(network))
+    methods.Wgsef().check(inspect_model(network))
     assert torch.equal(before, torch.random.get_rng_state())
 
 

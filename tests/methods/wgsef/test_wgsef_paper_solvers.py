@@ -5,17 +5,9 @@ import math
 import pytest
 import torch
 
-from methods.wgsef.solvers.envelope import Debiased, Envelope, EnvelopeHalfSpace
-from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
-from tests.methods.wgsef.stage import (
-    RATE,
-    close,
-    gradients,
-    groups,
-    set_scene,
-    sgd_step,
-    units,
-)
+from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeHalfSpaceSolver, EnvelopeSolver
+from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
+from tests.methods.wgsef.stage import RATE, close, gradients, groups, set_scene, sgd_step, units
 
 
 @pytest.fixture
@@ -24,7 +16,7 @@ def scene():
 
 
 def test_the_envelope_solver_minimises_its_objective_over_gates(scene):
-    solver = Envelope(scene, strength=5.0)
+    solver = EnvelopeSolver(scene, strength=5.0)
     unit = units(scene)
     x, g = sgd_step(scene, solver)
     t = [xj - RATE * gj for xj, gj in zip(x, g, strict=True)]
@@ -52,7 +44,7 @@ def unprotected(scene, scores):
 
 
 def test_the_envelope_after_adam_acts_in_the_group_mean_of_adams_metric(scene):
-    solver = Envelope(scene, strength=5.0)
+    solver = EnvelopeSolver(scene, strength=5.0)
     gradients(scene)
     optimizer = ProximalAdam(scene.network.parameters(), solver, RATE)
     seen = {}
@@ -71,7 +63,7 @@ def test_the_envelope_after_adam_acts_in_the_group_mean_of_adams_metric(scene):
 
 
 def test_the_half_space_step_of_the_envelope_uses_its_gradient(scene):
-    solver = EnvelopeHalfSpace(scene, strength=0.2, warmup=0.0)
+    solver = EnvelopeHalfSpaceSolver(scene, strength=0.2, warmup=0.0)
     unit, k = units(scene), scene.allocation.k(1.0)
     x, g = sgd_step(scene, solver)
     z = sorted((u * float(xj.norm()) for u, xj in zip(unit, x, strict=True)), reverse=True)
@@ -88,7 +80,7 @@ def test_the_half_space_step_of_the_envelope_uses_its_gradient(scene):
 
 
 def test_the_debiased_homotopy_ends_with_at_most_k_groups(scene):
-    solver = Debiased(scene)
+    solver = DebiasedSolver(scene)
     optimizer = ProximalSGD(scene.network.parameters(), solver, RATE)
     alive = []
     for step in range(scene.steps):

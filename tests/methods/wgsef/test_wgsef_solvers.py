@@ -7,17 +7,21 @@ import torch
 from scipy.optimize import minimize
 
 from bench.errors import UserError
-from bench.models.vision import VisionConfig, build
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups import convolution
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.solvers.gradients import DeepHoyer, Slimming
-from methods.wgsef.solvers.group_lasso import AdaptiveGroupLasso, GroupLasso
-from methods.wgsef.solvers.half_space import AdaHspg, Hspg
-from methods.wgsef.solvers.hard_threshold import HardThreshold
-from methods.wgsef.solvers.solver import Magnitude, Scene
-from methods.wgsef.solvers.torch_pruning import GroupNorm, GrowingReg
-from methods.wgsef.training.allocation import Allocation
-from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.group_lasso import (
+    AdaHspgSolver,
+    AdaptiveGroupLassoSolver,
+    GroupLassoSolver,
+    HspgSolver,
+)
+from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
+from methods.wgsef.solvers.penalties import DeepHoyerSolver, SlimmingSolver
+from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, SolverContext
+from methods.wgsef.solvers.torch_pruning_solvers import GroupNormSolver, GrowingRegSolver
 from tests.methods.wgsef.stage import (
     RATE,
     close,
@@ -36,7 +40,7 @@ def scene():
 
 
 def test_group_lasso_is_the_block_soft_threshold(scene):
-    x, g = sgd_step(scene, GroupLasso(scene, 0.5))
+    x, g = sgd_step(scene, GroupLassoSolver(scene, 0.5))
     expected = []
     for xj, gj in zip(x, g, strict=True):
         t = xj - RATE * gj
@@ -47,12 +51,12 @@ def test_group_lasso_is_the_block_soft_threshold(scene):
 
 @pytest.mark.parametrize("adam", [False, True])
 def test_adaptive_group_lasso_minimises_its_objective(scene, adam):
-    solver = AdaptiveGroupLasso(scene, 0.3)
+    solver = AdaptiveGroupLassoSolver(scene, 0.3)
     gradients(scene)
     x = groups(scene)
     make = ProximalAdam if adam else ProximalSGD
     optimizer = make(scene.network.parameters(), solver, RATE)
-    plain = make(clone(scene), Magnitude(scene), RATE)
+    plain = make(clone(scene), MagnitudeSolver(scene), RATE)
     plain.step()
     named = dict(zip(scene.partition.parameters, plain.param_groups[0]["params"], strict=True))
     t = groups(scene, {n: w.detach() for n, w in named.items()})
@@ -83,7 +87,7 @@ def clone(scene):
 
 
 def test_hspg_projects_what_left_its_half_space(scene):
-    solver = Hspg(scene, strength=0.5, epsilon=0.2, warmup=0.0)
+    solver = HspgSolver(scene, strength=0.5, epsilon=0.2, warmup=0.0)
     scene.partition.scale_((torch.arange(scene.partition.groups) % 7 > 0).double())
     x, g = sgd_step(scene, solver)
     expected = []
@@ -98,7 +102,7 @@ def test_hspg_projects_what_left_its_half_space(scene):
 
 
 def test_hspg_begins_as_prox_sg(scene):
-    x, g = sgd_step(scene, Hspg(scene, strength=0.5, warmup=0.5))
+    x, g = sgd_step(scene, HspgSolver(scene, strength=0.5, warmup=0.5))
     expected = []
     for xj, gj in zip(x, g, strict=True):
         t = xj - RATE * gj
@@ -108,7 +112,7 @@ def test_hspg_begins_as_prox_sg(scene):
 
 def test_adahspg_chooses_its_step_by_what_moves_more(scene):
     for mu, chosen in ((0.0, True), (1e9, False)):
-        solver = AdaHspg(scene, strength=0.5, mu=mu)
+        solver = AdaHspgSolver(scene, strength=0.5, mu=mu)
         optimizer = ProximalSGD(scene.network.parameters(), solver, RATE)
         for _ in range(scene.epoch):
             gradients(scene)
@@ -117,7 +121,7 @@ def test_adahspg_chooses_its_step_by_what_moves_more(scene):
 
 
 def test_deep_hoyer_adds_the_gradient_of_its_penalty(scene):
-    solver = DeepHoyer(scene, strength=0.7)
+    solver = DeepHoyerSolver(scene, strength=0.7)
     named = {
         n: w.detach().double().requires_grad_(True) for n, w in scene.partition.parameters.items()
     }
@@ -144,7 +148,7 @@ def test_slimming_adds_the_sign_of_every_scale_and_ranks_by_it(scene):
         n: m.weight for n, m in scene.network.named_modules() if type(m).__name__ == "BatchNorm2d"
     }
     before = {n: w.grad.clone() for n, w in scales.items()}
-    solver = Slimming(scene, strength=0.3)
+    solver = SlimmingSolver(scene, strength=0.3)
     solver.before(ProximalSGD(scene.network.parameters(), solver, RATE))
     for name, weight in scales.items():
         torch.testing.assert_close(weight.grad, before[name] + 0.3 * weight.detach().sign())
@@ -156,16 +160,16 @@ def test_slimming_adds_the_sign_of_every_scale_and_ranks_by_it(scene):
 
 
 def test_slimming_without_batchnorm_is_one_sentence():
-    network = build(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+    network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8))
     image = torch.zeros(1, 1, 8, 8)
-    partition = Partition(network, convolution.filters(network, image))
-    scene = Scene(network, partition, Allocation(partition, 0.5), 10, 5, image)
+    partition = GroupPartition(network, convolution.filters(network, image))
+    scene = SolverContext(network, partition, Allocation(partition, 0.5), 10, 5, image)
     with pytest.raises(UserError, match=r"slimming needs BatchNorm scales, but .* has none"):
-        Slimming(scene, 0.1)
+        SlimmingSolver(scene, 0.1)
 
 
 def test_iterative_hard_thresholding_keeps_the_largest(scene):
-    solver = HardThreshold(scene)
+    solver = HardThresholdSolver(scene)
     solver.step = 9
     unit = units(scene)
     x, g = sgd_step(scene, solver)
@@ -182,7 +186,7 @@ def test_iterative_hard_thresholding_keeps_the_largest(scene):
     close(groups(scene), [t[j] if j in kept else torch.zeros_like(t[j]) for j in range(len(t))])
 
 
-@pytest.mark.parametrize("make", [GroupNorm, GrowingReg])
+@pytest.mark.parametrize("make", [GroupNormSolver, GrowingRegSolver])
 def test_torch_prunings_penalty_grows_as_the_group_weakens(scene, make):
     gradients(scene)
     before = slopes(scene)
@@ -204,9 +208,9 @@ def test_torch_prunings_penalty_grows_as_the_group_weakens(scene, make):
 
 
 def test_torch_prunings_solvers_refuse_other_groups():
-    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     image = torch.zeros(1, 1, 8, 8)
-    partition = Partition(network, convolution.filter_shapes(network, image))
-    scene = Scene(network, partition, Allocation(partition, 0.5), 10, 5, image)
+    partition = GroupPartition(network, convolution.filter_shapes(network, image))
+    scene = SolverContext(network, partition, Allocation(partition, 0.5), 10, 5, image)
     with pytest.raises(UserError, match="need groups=filters, got filter_shapes"):
-        GroupNorm(scene)
+        GroupNormSolver(scene)

@@ -5,32 +5,30 @@ import json
 import pytest
 import torch
 
-from bench.data.images import Splits, TensorSet
+from bench.data.image_sets import Splits, TensorSet
 from bench.errors import UserError
-from bench.models.vision import VisionConfig, build
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from methods import checkpoint
 from methods.wgsef.groups import convolution
-from methods.wgsef.groups.costs import Costs
-from methods.wgsef.groups.partition import Partition
-from methods.wgsef.solvers.envelope import Debiased, Envelope, EnvelopeHalfSpace
-from methods.wgsef.solvers.group_lasso import AdaptiveGroupLasso
-from methods.wgsef.solvers.half_space import AdaHspg
-from methods.wgsef.solvers.hard_threshold import HardThreshold
-from methods.wgsef.solvers.solver import Magnitude
-from methods.wgsef.solvers.torch_pruning import GrowingReg
-from methods.wgsef.training.allocation import Allocation
-from methods.wgsef.training.optimizers import ProximalAdam, ProximalSGD
-from methods.wgsef.training.recipe import Recipe
-from methods.wgsef.training.schedule import cubic, learning_rate
-from methods.wgsef.training.trainer import Task, Trainer
+from methods.wgsef.groups.costs import GroupCosts
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeHalfSpaceSolver, EnvelopeSolver
+from methods.wgsef.solvers.group_lasso import AdaHspgSolver, AdaptiveGroupLassoSolver
+from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
+from methods.wgsef.solvers.schedules import cubic_sparsity, learning_rate_factor
+from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver
+from methods.wgsef.solvers.torch_pruning_solvers import GrowingRegSolver
+from methods.wgsef.trainer import SparseTrainingRecipe, Trainer, TrainingJob
 
 SOLVERS = {
-    "debiased": Debiased,
-    "envelope": Envelope,
-    "envelope_half_space": EnvelopeHalfSpace,
-    "adahspg": lambda scene: AdaHspg(scene, 1e-2),
-    "growing_reg": GrowingReg,
-    "hard_threshold": HardThreshold,
+    "debiased": DebiasedSolver,
+    "envelope": EnvelopeSolver,
+    "envelope_half_space": EnvelopeHalfSpaceSolver,
+    "adahspg": lambda scene: AdaHspgSolver(scene, 1e-2),
+    "growing_reg": GrowingRegSolver,
+    "hard_threshold": HardThresholdSolver,
 }
 
 
@@ -44,18 +42,18 @@ def splits(count=48):
 
 def trainer(solver, folder=None, scope="global", sparsity=0.5, save_every=0, optimizer="sgd"):
     torch.manual_seed(0)
-    network = build(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     image = torch.zeros(1, 1, 8, 8)
     families = convolution.filters(network, image)
-    costs = Costs(network, families, image, scope) if scope in ("macs", "bytes") else None
-    partition = Partition(network, families)
+    costs = GroupCosts(network, families, image, scope) if scope in ("macs", "bytes") else None
+    partition = GroupPartition(network, families)
     allocation = Allocation(partition, sparsity, scope, costs=costs)
     rate = 0.05 if optimizer == "sgd" else 2e-3
-    recipe = Recipe(
+    recipe = SparseTrainingRecipe(
         epochs=3, batch=8, rate=rate, optimizer=optimizer, save_every=save_every, sparse_share=0.6
     )
     return Trainer(
-        Task(network, splits(), partition, allocation, solver, recipe, 7, folder)
+        TrainingJob(network, splits(), partition, allocation, solver, recipe, 7, folder)
     ), network
 
 
@@ -100,25 +98,25 @@ def test_a_killed_run_ends_in_the_very_same_weights(name, optimizer, kill, tmp_p
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     first = checkpoint.Checkpoint(3, {"a": torch.ones(2)}, {"loss": 0.1})
-    checkpoint.write(tmp_path, first)
+    checkpoint.write_checkpoint(tmp_path, first)
     monkeypatch.setattr(json, "dumps", lambda value: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        checkpoint.write(tmp_path, checkpoint.Checkpoint(4, {"a": torch.zeros(2)}, {}))
+        checkpoint.write_checkpoint(tmp_path, checkpoint.Checkpoint(4, {"a": torch.zeros(2)}, {}))
     monkeypatch.undo()
-    found = checkpoint.read(tmp_path)
+    found = checkpoint.read_checkpoint(tmp_path)
     assert found.step == 3 and found.state == {"loss": 0.1} and found.tensors["a"].sum() == 2
-    checkpoint.write(tmp_path, checkpoint.Checkpoint(5, {"a": torch.zeros(2)}, {}))
-    assert checkpoint.read(tmp_path).step == 5
+    checkpoint.write_checkpoint(tmp_path, checkpoint.Checkpoint(5, {"a": torch.zeros(2)}, {}))
+    assert checkpoint.read_checkpoint(tmp_path).step == 5
     assert [p.name for p in tmp_path.glob("step-*") if "tmp" not in p.name] == ["step-000000005"]
 
 
 def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path):
-    trainer(Debiased, tmp_path)[0].run()
+    trainer(DebiasedSolver, tmp_path)[0].run()
     with pytest.raises(UserError, match="holds a checkpoint of a different run"):
-        trainer(Debiased, tmp_path, optimizer="adam")[0].run()
+        trainer(DebiasedSolver, tmp_path, optimizer="adam")[0].run()
 
 
-@pytest.mark.parametrize("solver", [Debiased, Magnitude])
+@pytest.mark.parametrize("solver", [DebiasedSolver, MagnitudeSolver])
 @pytest.mark.parametrize("sparsity", [0.3, 0.9])
 def test_a_global_budget_leaves_exactly_k_groups(solver, sparsity):
     run, _ = trainer(solver, sparsity=sparsity)
@@ -126,14 +124,14 @@ def test_a_global_budget_leaves_exactly_k_groups(solver, sparsity):
     partition = run._task.partition
     k = partition.groups - int(sparsity * partition.groups)
     assert int(outcome.keep.sum()) == int(partition.alive().sum()) == k
-    assert outcome.alive == (k if solver is Debiased else partition.groups)
+    assert outcome.alive == (k if solver is DebiasedSolver else partition.groups)
     floors = [max(1, -(-size // 20)) for size in partition.sizes]
     left = [int(part.sum()) for part in partition.split(outcome.keep)]
     assert all(count >= floor for count, floor in zip(left, floors, strict=True))
 
 
 def test_a_budget_per_layer_leaves_its_share_of_each():
-    run, _ = trainer(Debiased, scope="layer", sparsity=0.5)
+    run, _ = trainer(DebiasedSolver, scope="layer", sparsity=0.5)
     outcome = run.run()
     partition = run._task.partition
     left = [int(part.sum()) for part in partition.split(outcome.keep)]
@@ -141,19 +139,19 @@ def test_a_budget_per_layer_leaves_its_share_of_each():
 
 
 @pytest.mark.parametrize("scope", ["macs", "bytes"])
-@pytest.mark.parametrize("solver", [Debiased, Envelope])
+@pytest.mark.parametrize("solver", [DebiasedSolver, EnvelopeSolver])
 def test_a_cost_budget_is_met_and_used(scope, solver):
     run, network = trainer(solver, scope=scope, sparsity=0.6)
     outcome = run.run()
     partition = run._task.partition
-    costs = Costs(network, partition.families, torch.zeros(1, 1, 8, 8), scope)
+    costs = GroupCosts(network, partition.families, torch.zeros(1, 1, 8, 8), scope)
     kept = torch.tensor([[int(part.sum()) for part in partition.split(outcome.keep)]])
     spent = float(costs.total(kept)) / costs.dense()
     assert 0.3 < spent <= 0.4
 
 
 def test_dead_groups_stay_dead_while_the_others_are_tuned():
-    run, _ = trainer(Debiased, sparsity=0.7)
+    run, _ = trainer(DebiasedSolver, sparsity=0.7)
     outcome = run.run()
     assert torch.equal(run._task.partition.alive(), outcome.keep)
     assert [line["epoch"] for line in outcome.history] == [1, 2, 3]
@@ -199,26 +197,30 @@ def noop(self, optimizer):
 
 
 def test_schedules_begin_and_end_where_they_say():
-    assert [cubic(p) for p in (-1, 0, 1, 2)] == [0, 0, 1, 1]
-    assert learning_rate(0.05, 0.7) == 1
-    assert learning_rate(0.7, 0.7) == pytest.approx(0)
-    assert learning_rate(0.7001, 0.7) == pytest.approx(0.5, abs=1e-3)
-    assert learning_rate(1.0, 0.7) == pytest.approx(0)
+    assert [cubic_sparsity(p) for p in (-1, 0, 1, 2)] == [0, 0, 1, 1]
+    assert learning_rate_factor(0.05, 0.7) == 1
+    assert learning_rate_factor(0.7, 0.7) == pytest.approx(0)
+    assert learning_rate_factor(0.7001, 0.7) == pytest.approx(0.5, abs=1e-3)
+    assert learning_rate_factor(1.0, 0.7) == pytest.approx(0)
 
 
 def test_floors_above_the_budget_are_one_sentence():
     with pytest.raises(UserError, match=r"leaves 1 of 160 groups, fewer than the floors .*\(10\)"):
-        trainer(Debiased, sparsity=0.995)
+        trainer(DebiasedSolver, sparsity=0.995)
 
 
 def test_a_batch_above_the_data_is_one_sentence():
-    run, _ = trainer(Debiased)
+    run, _ = trainer(DebiasedSolver)
     task = run._task
-    small = Recipe(epochs=1, batch=64)
+    small = SparseTrainingRecipe(epochs=1, batch=64)
     with pytest.raises(UserError, match="a batch of 64 is larger"):
-        Trainer(Task(task.network, splits(20), task.partition, task.allocation, Debiased, small, 0))
+        Trainer(
+            TrainingJob(
+                task.network, splits(20), task.partition, task.allocation, DebiasedSolver, small, 0
+            )
+        )
 
 
 def test_the_adaptive_group_lasso_trains_with_adam():
-    run, _ = trainer(lambda scene: AdaptiveGroupLasso(scene, 1e-3), optimizer="adam")
+    run, _ = trainer(lambda scene: AdaptiveGroupLassoSolver(scene, 1e-3), optimizer="adam")
     assert 0 < int(run.run().keep.sum()) <= 80

@@ -1,8 +1,8 @@
 """Records with samples, made up so that every form of a number can be compared."""
 
-from bench.records.record import MethodPart, MetricPart, ModelPart, Record
+from bench.records.record import AppliedMethod, DenseModel, Metric, Record
 
-MODEL = ModelPart(
+MODEL = DenseModel(
     name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
 )
 VERSIONS = {"lm-eval": "0.4.13", "lmms-eval": "0.7.3", "slimbench": "0.1.0"}
@@ -14,13 +14,13 @@ def metric(task, value, n, name="acc", **more):
         "split": "test", "value": value, "stderr": None, "n": n, "higher_is_better": True,
         "headline": True,
     }  # fmt: skip
-    return MetricPart(**{**fields, **more})
+    return Metric(**{**fields, **more})
 
 
 def record(identifier, metrics, method=None, harness="lm_eval", **more):
     methods = ()
     if method is not None:
-        methods = (MethodPart(name=method, config={}, saving="removed", report={}, seconds=1.0),)
+        methods = (AppliedMethod(name=method, config={}, saving="removed", report={}, seconds=1.0),)
     benchmark = {"name": "exam", "harness": harness, "perplexity": {}}
     data = {row.task: {"fingerprint": f"data of {row.task}", "location": "here"} for row in metrics}
     fields = {

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.cli import main
+from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import Store
-from bench.reporting.comparison import Run, baseline_of, compare, flips
-from bench.reporting.comparison.scores import scores
+from bench.reporting.comparison import ComparedRun, baseline_of, compare, find_flips
+from bench.reporting.comparison.metric_forms import unit_scores
 from tests.reporting.comparison.made_runs import metric, record, rows
 
 DENSE = [1.0] * 30 + [0.0] * 10
@@ -25,7 +25,7 @@ def run(identifier, tasks, method=None, **more):
         mean = float(np.mean([row.value for row in metrics]))
         metrics.append(metric("average", mean, len(metrics), "mean"))
     found = pd.DataFrame([row for task, s in tasks.items() for row in rows(task, s)])
-    return Run(record(identifier, metrics, method, **more), found)
+    return ComparedRun(record(identifier, metrics, method, **more), found)
 
 
 def only(baseline, candidate, task):
@@ -45,7 +45,7 @@ def test_an_accuracy_is_tested_on_the_samples_that_flipped():
 
 def test_pairing_goes_by_document_and_not_by_order():
     baseline, candidate = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
-    shuffled = Run(candidate.record, candidate.samples.sample(frac=1, random_state=0))
+    shuffled = ComparedRun(candidate.record, candidate.samples.sample(frac=1, random_state=0))
     assert only(baseline, shuffled, "t") == only(baseline, candidate, "t")
 
 
@@ -71,7 +71,7 @@ def test_a_task_outside_the_average_does_not_enter_it():
         metrics = [*base.record.metrics, perplexity]
         config = {"benchmark": {**base.record.config["benchmark"], "perplexity": {"text": {}}}}
         changed = base.record.model_copy(update={"metrics": tuple(metrics), "config": config})
-        return Run(changed, pd.concat([base.samples, text]))
+        return ComparedRun(changed, pd.concat([base.samples, text]))
 
     ours = with_text(run("a", {"t": DENSE, "u": PRUNED}))
     theirs = with_text(run("b", {"t": PRUNED, "u": PRUNED}, "prune"))
@@ -100,7 +100,7 @@ def test_numbers_that_samples_do_not_give_again_stand_side_by_side_only():
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
     harness_f1 = metric("t", 0.42, 40, "f1")
     ours, theirs = (
-        Run(each.record.model_copy(update={"metrics": (harness_f1,)}), each.samples)
+        ComparedRun(each.record.model_copy(update={"metrics": (harness_f1,)}), each.samples)
         for each in (ours, theirs)
     )
     found = only(ours, theirs, "t")
@@ -122,7 +122,7 @@ def test_numbers_that_samples_do_not_give_again_stand_side_by_side_only():
 def test_another_identity_is_refused_by_name(change, said):
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
     changed = theirs.record.metrics[0].model_copy(update=change)
-    other = Run(theirs.record.model_copy(update={"metrics": (changed,)}), theirs.samples)
+    other = ComparedRun(theirs.record.model_copy(update={"metrics": (changed,)}), theirs.samples)
     with pytest.raises(UserError, match=said):
         compare(ours, [other])
 
@@ -150,7 +150,7 @@ def test_other_documents_or_prompts_are_refused_by_number(column, said):
 def test_a_run_without_samples_is_refused():
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
     with pytest.raises(UserError, match="one of the runs has no recorded samples"):
-        compare(ours, [Run(theirs.record, pd.DataFrame())])
+        compare(ours, [ComparedRun(theirs.record, pd.DataFrame())])
 
 
 def test_one_refused_task_leaves_the_others_and_no_average():
@@ -175,39 +175,39 @@ def test_the_baseline_is_the_one_dense_run():
 def test_the_forms_of_the_harnesses_are_found_by_the_value_that_they_give():
     pope = rows("pope", [1, 0, 1, 1], "pope_accuracy", category=["random"] * 3 + ["popular"])
     mean = metric("pope", (2 / 3 + 1) / 2, 4, "pope_accuracy_mean")
-    assert scores(pd.DataFrame(pope), mean).observed == pytest.approx(mean.value)
+    assert unit_scores(pd.DataFrame(pope), mean).observed == pytest.approx(mean.value)
 
     right = [1, 1, 1, 0, 1, 1]
     units, parts = ["x", "x", "y", "y", "z", "z"], ["count"] * 4 + ["colour"] * 2
     mme = pd.DataFrame(rows("mme", right, "mme_perception_score", unit=units, category=parts))
     points = (200 + 50) / 2 + 200
-    assert scores(mme, metric("mme", points, 6, "mme_perception_score")).binary is False
-    share = scores(mme, metric("mme", points / 400, 3, "mme_perception_share"))
+    assert unit_scores(mme, metric("mme", points, 6, "mme_perception_score")).binary is False
+    share = unit_scores(mme, metric("mme", points / 400, 3, "mme_perception_share"))
     assert len(share.units) == 3
-    assert scores(mme, metric("mme", points + 1, 6, "mme_perception_score")) is None
+    assert unit_scores(mme, metric("mme", points + 1, 6, "mme_perception_score")) is None
 
     said = ["A", "A. a dog", "B", "C"]
     turned = rows(
         "mmbench_en", [0] * 4, "unused", unit=["1", "1", "2", "2"], response=said,
         target=["A", "A", "B", "B"],
     )  # fmt: skip
-    found = scores(pd.DataFrame(turned), metric("mmbench_en", 0.5, 2, "mmbench_accuracy"))
+    found = unit_scores(pd.DataFrame(turned), metric("mmbench_en", 0.5, 2, "mmbench_accuracy"))
     assert found.units["score"].tolist() == [1, 0]
 
     group = pd.DataFrame([*rows("mmlu_a", [1, 0, 0]), *rows("mmlu_b", [1])])
-    assert scores(group, metric("mmlu", 0.5, 4)).binary is True
-    assert scores(group, metric("mmlu", 2 / 3, 4)).units["stratum"].nunique() == 2
+    assert unit_scores(group, metric("mmlu", 0.5, 4)).binary is True
+    assert unit_scores(group, metric("mmlu", 2 / 3, 4)).units["stratum"].nunique() == 2
 
 
 def test_flips_say_what_was_asked_and_what_each_run_answered():
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
-    found = flips(ours, theirs, ours.record.metrics[0], 2)
+    found = find_flips(ours, theirs, ours.record.metrics[0], 2)
     assert [(flip.document, flip.lost) for flip in found] == [
         (20, True), (21, True), (38, False), (39, False),
     ]  # fmt: skip
     assert (found[0].prompt, found[0].target, found[0].source) == ("t? 20", "yes", "here")
     # The first choice is the likelier one where the score is 0, the second where it is 1.
-    assert (found[0].baseline_said, found[0].candidate_said) == ("not so", "yes")
+    assert (found[0].baseline_answer, found[0].candidate_answer) == ("not so", "yes")
 
 
 def test_a_length_normalised_metric_reads_the_answers_by_its_own_rule():
@@ -215,9 +215,9 @@ def test_a_length_normalised_metric_reads_the_answers_by_its_own_rule():
     for each in (ours, theirs):
         each.samples.at[0, "loglikelihoods"] = [-1.0, -1.5]
         each.samples["acc_norm"] = each.samples["acc"]
-    (plain,) = flips(ours, theirs, metric("t", 1.0, 1, "acc"), 1)
-    (normed,) = flips(ours, theirs, metric("t", 1.0, 1, "acc_norm"), 1)
-    assert (plain.baseline_said, normed.baseline_said) == ("yes", "not so")
+    (plain,) = find_flips(ours, theirs, metric("t", 1.0, 1, "acc"), 1)
+    (normed,) = find_flips(ours, theirs, metric("t", 1.0, 1, "acc_norm"), 1)
+    assert (plain.baseline_answer, normed.baseline_answer) == ("yes", "not so")
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.cli import main
-from bench.compose import run_config
-from bench.data import scenes
+from bench.cli.main import main
+from bench.config.composition import compose_run_config
+from bench.data.synthetic.scenes import question_sets
 from bench.evaluation.multimodal.prompts import image_hash
 from bench.records import Store
 from tests.reporting.comparison.made_runs import metric, record, rows
@@ -16,14 +16,14 @@ from tests.reporting.comparison.made_runs import metric, record, rows
 
 def asked(document):
     """The image of a document of the scenes' gqa as a run would have hashed it."""
-    row = scenes.documents("gqa")[document]
-    return {each["id"]: each["image"] for each in scenes.images("gqa")}[row["imageId"]]
+    row = question_sets.documents("gqa")[document]
+    return {each["id"]: each["image"] for each in question_sets.scene_images("gqa")}[row["imageId"]]
 
 
 @pytest.fixture
 def runs(tmp_path):
     """Two runs that differ on document 1 of gqa; return the folder and a way to store them."""
-    benchmark = run_config(
+    benchmark = compose_run_config(
         ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[gqa]"]
     ).benchmark
 

@@ -2,7 +2,7 @@
 
 import random
 
-from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store, run_id
+from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
 
 METHODS = {
     "camera_p": "removed", "random_experts": "zeroed", "rtn": "quantized", "naee": "removed",
@@ -13,7 +13,7 @@ VERSIONS = {"slimbench": "0.1.0", "torch": "2.14.1", "transformers": "5.23.0"}
 
 
 def metric(task, value, metric="acc", n=400):
-    return MetricPart(
+    return Metric(
         benchmark="nine", task=task, metric=metric, filter="none", shots=0, split="test",
         value=value, stderr=0.02, n=n, higher_is_better=True, headline=True, task_version="1.0",
     )  # fmt: skip
@@ -29,16 +29,14 @@ def record(number, *, model="tiny", method=None, ratio=0.4, rng=None, command=No
     methods = ()
     if method is not None:
         methods = (
-            MethodPart(
+            AppliedMethod(
                 name=method, config={"ratio": ratio, "align": 8}, saving=saving, seconds=1.5,
                 report={"layers": [{"layer": i, "removed": 460 + i} for i in range(24)]},
             ),
         )  # fmt: skip
 
     def cost(scope, quantity, unit, value, how="counted", **parts):
-        return CostPart(
-            scope=scope, quantity=quantity, unit=unit, value=value, how=how, parts=parts
-        )
+        return Cost(scope=scope, quantity=quantity, unit=unit, value=value, how=how, parts=parts)
 
     phases = (cost(f"phase {model} on {task}", "wall", "s", 2.5, "measured") for task in TASKS)
     minute = f"{number // 1440 % 28 + 1:02}T{number // 60 % 24:02}:{number % 60:02}"
@@ -54,8 +52,8 @@ def record(number, *, model="tiny", method=None, ratio=0.4, rng=None, command=No
             "method": {m.name: m.config for m in methods}, "ratio": ratio, "seed": 1234,
         },
         environment={"platform": "Linux", "cpu": "x86_64", "gpus": [], "versions": VERSIONS},
-        model=ModelPart(
-            name=model, source=f"zoo:{model}", revision=None, fingerprint=f"{model}{'f' * 40}",
+        model=DenseModel(
+            name=model, source=f"embedded:{model}", revision=None, fingerprint=f"{model}{'f' * 40}",
             architecture="Qwen2MoeForCausalLM", parameters=2305152, bytes=9220736,
         ),
         methods=methods,

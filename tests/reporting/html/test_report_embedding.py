@@ -9,7 +9,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.reporting.html.embedding import json_text, packed, policy
+from bench.reporting.html.page import gzip_base64, json_text, security_policy
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
@@ -28,7 +28,7 @@ def test_json_comes_back_and_has_no_sign_of_markup(value):
 
 @given(plain)
 def test_a_packed_value_comes_back(value):
-    text = packed(value)
+    text = gzip_base64(value)
     assert json.loads(gzip.decompress(base64.b64decode(text))) == value
     assert not set("<>&'\"") & set(text)
 
@@ -43,12 +43,12 @@ def test_what_json_cannot_say_is_null():
 
 
 def test_a_lone_surrogate_does_not_break_the_page():
-    assert json.loads(gzip.decompress(base64.b64decode(packed("a\ud800")))) == "a?"
+    assert json.loads(gzip.decompress(base64.b64decode(gzip_base64("a\ud800")))) == "a?"
 
 
 def test_the_policy_allows_these_scripts_by_hash_and_no_network():
     digest = base64.b64encode(hashlib.sha256(b"let a = 1;").digest()).decode()
-    rules = dict(rule.split(" ", 1) for rule in policy(["let a = 1;"]).split("; "))
+    rules = dict(rule.split(" ", 1) for rule in security_policy(["let a = 1;"]).split("; "))
     assert rules["script-src"] == f"'sha256-{digest}'"
     assert rules["default-src"] == "'none'"
-    assert "http" not in policy(["let a = 1;"])
+    assert "http" not in security_policy(["let a = 1;"])

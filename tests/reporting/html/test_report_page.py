@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import cli
+from bench.cli import main
 from bench.reporting.html import page, write_report
-from bench.reporting.html.details import LONGEST_LIST, shortened
+from bench.reporting.html.report import MAX_LIST_LENGTH, shorten_lists
 from tests.reporting.html.synthetic import fill
 
 VENDOR = importlib.resources.files("bench.reporting.html") / "vendor"
@@ -80,7 +80,7 @@ def test_the_policy_names_exactly_the_scripts_of_the_page(written):
     found = Elements(written[0].path.read_text())
     digests = {base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in found.plain}
     assert set(re.findall(r"'sha256-([^']+)'", found.policy)) == digests
-    assert len(digests) == len(page.vendored()) + 1
+    assert len(digests) == len(page.vendored_scripts()) + 1
 
 
 def test_libraries_are_as_released_with_their_licences():
@@ -96,7 +96,7 @@ def test_libraries_are_as_released_with_their_licences():
 
 
 def test_no_script_can_end_its_own_element():
-    for script in (*page.vendored(), page.application()):
+    for script in (*page.vendored_scripts(), page.app_script()):
         assert "</script" not in script.lower()
 
 
@@ -104,7 +104,7 @@ def test_the_command_writes_where_it_is_told(written, tmp_path, capsys):
     report, _ = written
     out = tmp_path / "deep" / "my.html"
     root = str(report.path.parent)
-    assert cli.main(["report", "--results-dir", root, "--out", str(out), "--samples", "0"]) == 0
+    assert main.main(["report", "--results-dir", root, "--out", str(out), "--samples", "0"]) == 0
     assert f"wrote {out} (6 runs, 0 with samples, " in capsys.readouterr().out
     assert json.loads(Elements(out.read_text()).scripts["index"])["runs"][0]["samples"] is None
 
@@ -120,7 +120,7 @@ def test_the_command_writes_where_it_is_told(written, tmp_path, capsys):
 )
 def test_wrong_arguments_are_one_sentence(tmp_path, capsys, given, said):
     where = [] if "--results-dir" in given else ["--results-dir", str(tmp_path)]
-    assert cli.main(["report", *where, *given]) == 2
+    assert main.main(["report", *where, *given]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -152,7 +152,7 @@ def test_a_papers_table_lights_up(written, tmp_path):
 
 
 def test_long_lists_of_a_report_are_cut_and_say_so():
-    cut = shortened({"a": list(range(LONGEST_LIST + 7)), "b": [1, 2]})
+    cut = shorten_lists({"a": list(range(MAX_LIST_LENGTH + 7)), "b": [1, 2]})
     assert cut["b"] == [1, 2]
-    assert cut["a"][:LONGEST_LIST] == list(range(LONGEST_LIST))
-    assert cut["a"][LONGEST_LIST:] == ["7 more in record.json"]
+    assert cut["a"][:MAX_LIST_LENGTH] == list(range(MAX_LIST_LENGTH))
+    assert cut["a"][MAX_LIST_LENGTH:] == ["7 more in record.json"]

@@ -7,14 +7,20 @@ from hypothesis import strategies as st
 
 from bench.records import Store
 from bench.records.store import SAMPLES
-from bench.reporting.board import board
-from bench.reporting.html.samples import LONGEST_TEXT, Share, chunks, read_some, spaced
+from bench.reporting.html.samples import (
+    MAX_TEXT_LENGTH,
+    SampleShare,
+    evenly_spaced,
+    read_samples,
+    sample_chunks,
+)
+from bench.reporting.leaderboard import build_leaderboard
 from tests.reporting.html.synthetic import TASKS, fill, record, samples
 
 
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_positions_are_spaced_evenly(total, count):
-    places = spaced(list(range(total)), count)
+    places = evenly_spaced(list(range(total)), count)
     assert len(places) == min(total, count)
     assert places == sorted(set(places))
     gaps = {after - before for before, after in itertools.pairwise(places)}
@@ -25,7 +31,7 @@ def test_positions_are_spaced_evenly(total, count):
 def test_runs_of_a_setting_show_the_same_questions(tmp_path):
     store = Store(tmp_path)
     records = fill(tmp_path, 3, models=("tiny",))
-    (chunk,) = chunks(board(records), store, Share(per_run=16))
+    (chunk,) = sample_chunks(build_leaderboard(records), store, SampleShare(per_run=16))
     asked = [
         [(sample["task"], sample["doc"]) for sample in run["samples"]]
         for run in chunk["runs"].values()
@@ -42,11 +48,13 @@ def test_the_newest_runs_and_their_dense_run_have_samples(tmp_path):
     records = fill(tmp_path, 8, models=("tiny",))
     shown = [
         run
-        for chunk in chunks(board(records), store, Share(per_run=8, runs=2))
+        for chunk in sample_chunks(
+            build_leaderboard(records), store, SampleShare(per_run=8, runs=2)
+        )
         for run in chunk["runs"]
     ]
     assert set(shown) == {records[0].id, records[6].id, records[7].id}
-    assert list(chunks(board(records), store, Share(per_run=0))) == []
+    assert list(sample_chunks(build_leaderboard(records), store, SampleShare(per_run=0))) == []
 
 
 def test_answers_and_scores_are_those_of_the_file(tmp_path):
@@ -54,7 +62,7 @@ def test_answers_and_scores_are_those_of_the_file(tmp_path):
     one = record(1, method="camera_p")
     rows = samples(one, 4)
     store.write(one, rows, "")
-    total, read = read_some(store.folder(one.id) / SAMPLES, 1000)
+    total, read = read_samples(store.folder(one.id) / SAMPLES, 1000)
     assert total == len(read) == len(rows)
     for row, shown in zip(rows, read, strict=True):
         assert shown["scores"] == {"acc": row["acc"]}
@@ -63,17 +71,17 @@ def test_answers_and_scores_are_those_of_the_file(tmp_path):
 
 
 def test_missing_empty_and_broken_files_show_nothing(tmp_path):
-    assert read_some(tmp_path / "none.parquet", 8) == (0, [])
+    assert read_samples(tmp_path / "none.parquet", 8) == (0, [])
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
-    assert read_some(tmp_path / "bad.parquet", 8) == (0, [])
+    assert read_samples(tmp_path / "bad.parquet", 8) == (0, [])
     store = Store(tmp_path)
     store.write(record(0), [], "")
-    assert read_some(store.folder(record(0).id) / SAMPLES, 8) == (0, [])
+    assert read_samples(store.folder(record(0).id) / SAMPLES, 8) == (0, [])
 
 
 def test_long_texts_are_cut(tmp_path):
     store = Store(tmp_path)
     one = record(0)
     store.write(one, samples(one, 1, prompt="x" * 9000), "")
-    (chunk,) = chunks(board([one]), store, Share())
-    assert max(map(len, chunk["texts"])) == LONGEST_TEXT
+    (chunk,) = sample_chunks(build_leaderboard([one]), store, SampleShare())
+    assert max(map(len, chunk["texts"])) == MAX_TEXT_LENGTH

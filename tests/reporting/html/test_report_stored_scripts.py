@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.records import MethodPart, Store
+from bench.records import AppliedMethod, Store
 from bench.reporting.html import write_report
 from tests.reporting.html.synthetic import record, samples
 
@@ -21,7 +21,7 @@ def poisoned(tmp_path_factory):
     store = Store(root)
     dense = record(0)
     plain = record(1, method="camera_p")
-    method = MethodPart(
+    method = AppliedMethod(
         name=EVIL, config={EVIL: EVIL}, saving=EVIL, seconds=1.0,
         report={EVIL: [EVIL], "history": [{"epoch": n, EVIL: n} for n in (1, 2)]},
     )  # fmt: skip

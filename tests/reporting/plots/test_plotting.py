@@ -6,35 +6,34 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.cli import main
+from bench.cli.main import main
 from bench.errors import UserError
-from bench.records import CostPart, MethodPart, MetricPart, ModelPart, Record, Store
-from bench.reporting.allocation import grids
-from bench.reporting.plots import breakdown, curves, reliability, training
-from bench.reporting.plots.families import amount, families
-from bench.reporting.plots.points import points
-from bench.reporting.plots.style import looks
-from bench.reporting.statistics.intervals import CONFIDENCE
+from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
+from bench.reporting.plots import breakdown, calibration_curves, curves
+from bench.reporting.plots.allocation import allocation_grids
+from bench.reporting.plots.points import family_names, knob_value, run_points
+from bench.reporting.plots.style import series_styles
+from bench.reporting.statistics import CONFIDENCE
 
-MODEL = ModelPart(
+MODEL = DenseModel(
     name="tiny", source="x", revision=None, fingerprint="0", architecture="a", parameters=1, bytes=4
 )
 
 
 def cost(quantity, value, scope="forward", unit="FLOP", **parts):
-    return CostPart(
-        scope=scope, quantity=quantity, unit=unit, value=value, how="counted", parts=parts
-    )
+    return Cost(scope=scope, quantity=quantity, unit=unit, value=value, how="counted", parts=parts)
 
 
 def made(identifier, value, flops, method=None, saving="removed", report=None, costs=(), **knobs):
-    metric = MetricPart(
+    metric = Metric(
         benchmark="exam", task="average", metric="mean", filter="none", shots=0, split="test",
         value=value, stderr=0.01, n=2, higher_is_better=True, headline=True,
     )  # fmt: skip
     methods = ()
     if method is not None:
-        part = MethodPart(name=method, config=knobs, saving=saving, report=report or {}, seconds=1)
+        part = AppliedMethod(
+            name=method, config=knobs, saving=saving, report=report or {}, seconds=1
+        )
         methods = (part,)
     return Record(
         id=identifier.ljust(12, "0"), started=identifier, finished="", group=None, command="",
@@ -68,7 +67,7 @@ def records():
 
 
 def test_points_are_in_percent_with_half_an_interval(records):
-    frame = points(records, cost="flops")
+    frame = run_points(records, cost="flops")
     assert frame["value"].tolist() == pytest.approx([70, 65, 60, 50])
     assert frame["error"].tolist() == pytest.approx([1.96] * 4)
     assert frame["cost"].tolist() == [8e9, 6e9, 4e9, 8e9]
@@ -81,7 +80,7 @@ def test_a_masked_run_has_no_time(records):
         record.model_copy(update={"costs": (cost("seconds", 1.0, unit="s", least=0.5, most=3.0),)})
         for record in records
     ]
-    frame = points(timed, cost="seconds")
+    frame = run_points(timed, cost="seconds")
     assert frame["run"].str[0].tolist() == ["a", "b", "c"]
     assert frame["cost_low"].tolist() == [0.5] * 3
     assert frame["cost_high"].tolist() == [3.0] * 3
@@ -94,28 +93,28 @@ def test_runs_that_differ_in_more_than_an_amount_are_two_families():
         made("c", 0.7, 1.0, "prune", ratio=0.4, refit=True),
         made("d", 0.7, 1.0, "other", ratio=0.4, refit=True),
     ]
-    assert list(families(runs).values()) == [
+    assert list(family_names(runs).values()) == [
         "dense", "prune, refit=False", "prune, refit=True", "other",
     ]  # fmt: skip
-    assert len(set(families(runs, along="prune.refit").values())) == 3
+    assert len(set(family_names(runs, along="prune.refit").values())) == 3
 
 
 def test_a_knob_is_a_methods_own_or_a_path_and_never_a_default_of_the_run(records):
-    assert [amount(record, "ratio") for record in records] == [None, 0.2, 0.4, 0.2]
-    assert amount(records[1], "calibration.rows") == 8
-    assert amount(records[1], "prune.ratio") == 0.2
-    assert amount(made("e", 0.5, 1.0, "quantize"), "ratio") is None
+    assert [knob_value(record, "ratio") for record in records] == [None, 0.2, 0.4, 0.2]
+    assert knob_value(records[1], "calibration.rows") == 8
+    assert knob_value(records[1], "prune.ratio") == 0.2
+    assert knob_value(made("e", 0.5, 1.0, "quantize"), "ratio") is None
 
 
 def test_seeds_become_one_point_with_their_range(records):
     seeds = [made(f"e{i}", value, 4e9, "prune", ratio=0.4) for i, value in enumerate((0.5, 0.7))]
-    frame = curves.summarised(points([*records, *seeds]))
+    frame = curves.summarize_families(run_points([*records, *seeds]))
     (row,) = frame[(frame["family"] == "prune") & (frame["amount"] == 0.4)].to_dict("records")
     assert (row["value"], row["low"], row["high"], row["runs"]) == pytest.approx((60, 50, 70, 3))
 
 
 def test_experts_become_a_map_of_what_is_kept_and_one_of_energy(records):
-    kept, energy = grids(records)
+    kept, energy = allocation_grids(records)
     assert kept.columns == ("shared", "0", "1")
     assert kept.values.tolist() == [[1, 0, 1], [1, 0, 0.75]]
     assert energy.values.tolist() == [[0.25, 0.5, 0.25]] * 2
@@ -129,7 +128,7 @@ def test_heads_groups_and_bits_become_maps():
     found = {
         grid.quantity: grid.values.tolist()
         for report in (heads, groups, bits)
-        for grid in grids([made("a", 0.5, 1.0, "m", report=report)])
+        for grid in allocation_grids([made("a", 0.5, 1.0, "m", report=report)])
     }
     assert found == {
         "heads kept for visual tokens": [[1, 1], [0, 1]],
@@ -141,11 +140,11 @@ def test_heads_groups_and_bits_become_maps():
 
 
 def test_the_parts_of_a_cost_add_up_and_a_spread_is_none(records):
-    frame = breakdown.parts(records, "flops")
+    frame = breakdown.cost_parts(records, "flops")
     assert frame.groupby("run")["value"].sum().tolist() == pytest.approx([8e9, 6e9, 4e9, 8e9])
     spread = made("e", 0.5, 1.0, costs=(cost("seconds", 1.0, unit="s", least=0.5, most=3.0),))
     with pytest.raises(UserError, match="--cost seconds: no run records parts of it; choose one"):
-        breakdown.parts([spread], "seconds")
+        breakdown.cost_parts([spread], "seconds")
 
 
 def test_time_within_a_method_is_not_counted_twice():
@@ -154,19 +153,19 @@ def test_time_within_a_method_is_not_counted_twice():
         "loading the model": 0.5,
     }  # fmt: skip
     costs = [cost("wall", v, scope=f"phase {name}", unit="s") for name, v in walls.items()]
-    frame = breakdown.parts([made("a", 0.5, 1.0, "prune", costs=costs)], "wall")
+    frame = breakdown.cost_parts([made("a", 0.5, 1.0, "prune", costs=costs)], "wall")
     assert dict(zip(frame["part"], frame["value"], strict=True)) == {
         "methods, the rest": 2.0, "watching experts": 3.0, "scoring": 3.0, "loading the model": 0.5,
     }  # fmt: skip
 
 
 def test_training_keeps_every_number_of_every_epoch(records):
-    frame = training.histories(records)
+    frame = curves.training_histories(records)
     assert frame[["quantity", "at", "value"]].values.tolist() == [
         ["loss", 1, 2.0], ["accuracy", 1, 0.5], ["loss", 2, 1.0], ["accuracy", 2, 0.7],
     ]  # fmt: skip
     with pytest.raises(UserError, match="no history"):
-        training.histories(records[:2])
+        curves.training_histories(records[:2])
 
 
 def test_confidence_is_the_softmax_of_the_choices_and_the_error_its_gap():
@@ -176,16 +175,18 @@ def test_confidence_is_the_softmax_of_the_choices_and_the_error_its_gap():
             "loglikelihoods": [[0.0, np.log(4)], [0.0, np.log(9), -np.inf], [-1.0]],
         }
     )
-    found = reliability.confidences(samples)
+    found = calibration_curves.answer_confidences(samples)
     assert found["confidence"].tolist() == pytest.approx([0.8, 0.9])
-    bins = reliability.binned(found)
-    assert reliability.expected_error(bins) == pytest.approx((abs(1 - 0.8) + abs(0 - 0.9)) / 2)
+    bins = calibration_curves.bin_answers(found)
+    assert calibration_curves.expected_calibration_error(bins) == pytest.approx(
+        (abs(1 - 0.8) + abs(0 - 0.9)) / 2
+    )
     classified = samples.assign(probability=[0.7, None, None], loglikelihoods=[[], [], []])
-    assert reliability.confidences(classified)["confidence"].tolist() == [0.7]
+    assert calibration_curves.answer_confidences(classified)["confidence"].tolist() == [0.7]
 
 
 def test_families_differ_in_more_than_colour():
-    found = looks(["dense", *(f"family {i}" for i in range(60))])
+    found = series_styles(["dense", *(f"family {i}" for i in range(60))])
     assert len(set(found.values())) == 61
     assert len({(look.colour, look.marker) for look in found.values()}) == 61
     same_colour = [look for look in found.values() if look.colour == found["family 0"].colour]

@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench.reporting.statistics import (
+    _multinomial_counts,
+    _uniform_counts,
     bootstrap_p,
-    detectable,
-    fewest_flips,
+    detectable_difference,
     holm,
     mcnemar,
+    min_significant_flips,
     percentile_interval,
     resampled_means,
 )
-from bench.reporting.statistics.resampling import _counted, _multinomial
 
 COUNTS = st.integers(0, 200)
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -101,7 +102,7 @@ def test_the_interval_is_that_of_scipy(kinds):
     assert ours == pytest.approx((theirs.low, theirs.high), abs=2 * noise)
 
 
-@pytest.mark.parametrize("draw", [_multinomial, _counted])
+@pytest.mark.parametrize("draw", [_multinomial_counts, _uniform_counts])
 def test_counts_have_the_moments_of_the_multinomial(draw):
     times_K = np.array([1, 5, 14])
     count_RK = np.concatenate(list(draw(times_K, 40_000, np.random.default_rng(0))))
@@ -148,7 +149,7 @@ def test_a_detectable_difference_is_found_in_four_cases_of_five():
     """A simulation of the test that the formula is about."""
     generator = np.random.default_rng(0)
     samples, spread = 200, 0.6
-    truth = detectable(spread / math.sqrt(samples))
+    truth = detectable_difference(spread / math.sqrt(samples))
     mean_T = generator.normal(truth, spread / math.sqrt(samples), size=20_000)
     found = np.abs(mean_T) > stats.norm.ppf(0.975) * spread / math.sqrt(samples)
     assert found.mean() == pytest.approx(0.8, abs=0.01)
@@ -156,6 +157,6 @@ def test_a_detectable_difference_is_found_in_four_cases_of_five():
 
 @given(st.floats(0.001, 0.2))
 def test_fewer_flips_than_the_fewest_are_never_significant(level):
-    fewest = fewest_flips(level)
+    fewest = min_significant_flips(level)
     assert mcnemar(0, fewest).exact <= level
     assert mcnemar(0, fewest - 1).exact > level

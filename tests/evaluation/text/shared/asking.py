@@ -2,23 +2,23 @@
 
 import torch
 
-from bench.evaluation.budget import TokenBudget
-from bench.evaluation.engine import Asked
-from bench.evaluation.text.question import Question, Scored
-from bench.evaluation.text.shared.forward import Forward
-from bench.evaluation.text.shared.groves import LIMITS
-from bench.evaluation.text.shared.scoring import SharedScorer
-from bench.progress import SILENT
+from bench.evaluation.batching import TokenBudget
+from bench.evaluation.harness import BackendReport
+from bench.evaluation.text.prefix.forward import Forward
+from bench.evaluation.text.prefix.packing import DEFAULT_LIMITS
+from bench.evaluation.text.prefix.scorer import PrefixSharingScorer
+from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest
+from bench.ui import SILENT
 
 CPU = torch.device("cpu")
 VOCABULARY = 40
 
 
-def shared(network, questions, tokens=2048, window=None, limits=LIMITS):
+def shared(network, questions, tokens=2048, window=None, limits=DEFAULT_LIMITS):
     """Score with the shared engine; return the answers in order and what was noted."""
-    asked = Asked("shared")
+    asked = BackendReport("shared")
     budget = TokenBudget(tokens, CPU, SILENT)
-    scorer = SharedScorer(Forward(network, CPU), budget, asked, window, limits)
+    scorer = PrefixSharingScorer(Forward(network, CPU), budget, asked, window, limits)
     found = [answer for batch in scorer.score(questions) for answer in batch]
     assert sorted(number for number, _ in found) == list(range(len(questions)))
     return [answer for _, answer in sorted(found)], asked
@@ -33,7 +33,7 @@ def one_by_one(network, questions):
         logp = logits.double().log_softmax(-1)
         wanted = torch.tensor(targets)
         value = logp[torch.arange(len(targets)), wanted].sum()
-        answers.append(Scored(float(value), bool((logp.argmax(-1) == wanted).all())))
+        answers.append(Loglikelihood(float(value), bool((logp.argmax(-1) == wanted).all())))
     return answers
 
 
@@ -52,5 +52,5 @@ def tree(generator, documents, stem, depth, choices, most):
         context = [*beginning, *tokens(draw(1, depth))]
         for _ in range(choices):
             answer = tokens(draw(1, most))
-            questions.append(Question(context + answer[:-1], answer))
+            questions.append(LoglikelihoodRequest(context + answer[:-1], answer))
     return questions

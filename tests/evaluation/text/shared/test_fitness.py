@@ -9,9 +9,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.text.shared import fitness
-from bench.models.config import ModelConfig
+from bench.evaluation.text.prefix import support
 from bench.models.model import Model
+from bench.schema import ModelConfig
 
 WIDTH = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTH["num_key_value_heads"] = 4
@@ -21,20 +21,20 @@ def model_of(kind, attention="eager", **changes):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**WIDTH, initializer_range=0.3, **changes)
     network = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    asked = ModelConfig(name=kind, source="zoo:tiny")
+    asked = ModelConfig(name=kind, source="embedded:tiny")
     network.eval().requires_grad_(False)
     return Model(asked, network, None, "0", None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "mixtral", "opt", "phi", "stablelm"])
 def test_networks_of_attention_are_taken(kind):
-    assert fitness.unfit(model_of(kind)) is None
+    assert support.unsupported_reason(model_of(kind)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_taken_too(dtype):
     model = model_of("llama", "sdpa")
-    assert fitness.unfit(replace(model, network=model.network.to(dtype))) is None
+    assert support.unsupported_reason(replace(model, network=model.network.to(dtype))) is None
 
 
 REFUSED = {
@@ -48,7 +48,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_others_are_refused_by_name(kind):
     more = {"layer_types": ["linear_attention", "full_attention"]} if kind == "qwen3_next" else {}
-    assert REFUSED[kind] in fitness.unfit(model_of(kind, **more))
+    assert REFUSED[kind] in support.unsupported_reason(model_of(kind, **more))
 
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
@@ -60,7 +60,7 @@ def test_a_network_that_ignores_what_it_is_given_is_found_out(ignored):
         return stock(*args, **{**kwargs, ignored: None})
 
     model.network.model.forward = forward
-    assert "log-likelihoods differ in a packed sequence" in fitness.unfit(model)
+    assert "log-likelihoods differ in a packed sequence" in support.unsupported_reason(model)
 
 
 def test_a_network_that_fails_on_branches_is_asked_plainly():
@@ -73,7 +73,7 @@ def test_a_network_that_fails_on_branches_is_asked_plainly():
         return stock(*args, attention_mask=attention_mask, **kwargs)
 
     model.network.model.forward = forward
-    assert fitness.unfit(model).endswith("ValueError no mask of four dimensions")
+    assert support.unsupported_reason(model).endswith("ValueError no mask of four dimensions")
 
 
 def test_running_out_of_memory_is_not_taken_for_a_fault():
@@ -84,7 +84,7 @@ def test_running_out_of_memory_is_not_taken_for_a_fault():
 
     model.network.model.forward = forward
     with pytest.raises(UserError, match="a single prompt of 14 tokens does not fit into memory"):
-        fitness.unfit(model)
+        support.unsupported_reason(model)
 
 
 def test_the_evaluation_says_which_engine_it_was(model):

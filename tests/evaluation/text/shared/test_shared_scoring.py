@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.errors import UserError
-from bench.evaluation.budget import TokenBudget
-from bench.evaluation.engine import Asked
-from bench.evaluation.text.question import Question
-from bench.evaluation.text.shared import mask
-from bench.evaluation.text.shared.forward import Forward
-from bench.evaluation.text.shared.groves import Limits
-from bench.evaluation.text.shared.scoring import SharedScorer
-from bench.progress import SILENT, Progress
+from bench.evaluation.batching import TokenBudget
+from bench.evaluation.harness import BackendReport
+from bench.evaluation.text.prefix import forward
+from bench.evaluation.text.prefix.forward import Forward
+from bench.evaluation.text.prefix.packing import PackingLimits
+from bench.evaluation.text.prefix.scorer import PrefixSharingScorer
+from bench.evaluation.text.requests import LoglikelihoodRequest
+from bench.ui import SILENT, Progress
 from tests.evaluation.text.shared.asking import (
     CPU,
     VOCABULARY,
@@ -110,10 +110,15 @@ ASKED = st.lists(st.tuples(TOKENS, st.integers(1, 13)), min_size=1, max_size=30)
 
 
 @settings(max_examples=40)
-@given(ASKED, st.sampled_from([3, 30, 2048]), st.sampled_from([Limits(8, 20, 3), Limits()]))
+@given(
+    ASKED,
+    st.sampled_from([3, 30, 2048]),
+    st.sampled_from([PackingLimits(8, 20, 3), PackingLimits()]),
+)
 def test_any_trie_in_any_batches(llama, asked, tokens, limits):
     questions = [
-        Question(inputs[:-1], inputs[max(1, len(inputs) - count) :]) for inputs, count in asked
+        LoglikelihoodRequest(inputs[:-1], inputs[max(1, len(inputs) - count) :])
+        for inputs, count in asked
     ]
     found, _ = shared(llama, questions, tokens, limits=limits)
     assert_same(found, one_by_one(llama, questions))
@@ -161,11 +166,11 @@ class Full(Forward):
 
 @pytest.mark.parametrize("room", [45, 60, 150, 300])
 def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room):
-    said, asked = io.StringIO(), Asked("shared")
+    said, asked = io.StringIO(), BackendReport("shared")
     forward = Full(llama, CPU)
     forward.room = room
     budget = TokenBudget(2048, CPU, Progress(Console(file=said)))
-    scorer = SharedScorer(forward, budget, asked)
+    scorer = PrefixSharingScorer(forward, budget, asked)
     found = dict(answer for batch in scorer.score(FOREST) for answer in batch)
     whole, _ = shared(llama, FOREST)
     assert_same([found[number] for number in range(len(FOREST))], whole)
@@ -175,13 +180,17 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room
 
 
 def test_one_path_that_does_not_fit_is_refused(llama):
-    scorer = SharedScorer(Full(llama, CPU), TokenBudget(64, CPU, SILENT), Asked("shared"))
+    scorer = PrefixSharingScorer(
+        Full(llama, CPU), TokenBudget(64, CPU, SILENT), BackendReport("shared")
+    )
     with pytest.raises(UserError, match="a single prompt of 2 tokens does not fit"):
-        list(scorer.score([Question([1, 2], [3])]))
+        list(scorer.score([LoglikelihoodRequest([1, 2], [3])]))
 
 
 def test_answers_come_batch_by_batch(llama):
-    scorer = SharedScorer(Forward(llama, CPU), TokenBudget(90, CPU, SILENT), Asked("shared"))
+    scorer = PrefixSharingScorer(
+        Forward(llama, CPU), TokenBudget(90, CPU, SILENT), BackendReport("shared")
+    )
     batches = list(scorer.score(FOREST + ON_A_TRUNK))
     assert len(batches) > 2
     assert all(batches)
@@ -190,9 +199,9 @@ def test_answers_come_batch_by_batch(llama):
 def test_the_block_mask_of_flex_attention_is_the_additive_one():
     from torch.nn.attention.flex_attention import create_mask
 
-    ends_BT = torch.tensor([[6, 3, 3, 6, 5, 6], [1, 2, 3, 4, 5, 6]])
-    blocks = mask.blocks(ends_BT, 2)
+    subtree_end_BT = torch.tensor([[6, 3, 3, 6, 5, 6], [1, 2, 3, 4, 5, 6]])
+    blocks = forward.flex_block_mask(subtree_end_BT, 2)
     dense = create_mask(blocks.mask_mod, 2, None, 6, 8, device="cpu")
-    additive = mask.additive(ends_BT, 2, torch.float32)
+    additive = forward.additive_tree_mask(subtree_end_BT, 2, torch.float32)
     assert (dense == (additive == 0)).all()
     assert dense.any() and not dense.all()

@@ -3,17 +3,17 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.evaluation.text.question import Question
-from bench.evaluation.text.shared import groves
-from bench.evaluation.text.shared.rows import lay, lay_trunk
-from bench.evaluation.text.shared.trie import Trie
+from bench.evaluation.text.prefix import packing
+from bench.evaluation.text.prefix.packing import pack, pack_prefix
+from bench.evaluation.text.prefix.trie import Trie
+from bench.evaluation.text.requests import LoglikelihoodRequest
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 INPUTS = st.lists(TOKENS, min_size=1, max_size=25)
 
 
 def trie_of(inputs):
-    return Trie([Question(tokens, [0] * (1 + len(tokens) // 2)) for tokens in inputs])
+    return Trie([LoglikelihoodRequest(tokens, [0] * (1 + len(tokens) // 2)) for tokens in inputs])
 
 
 def prefixes(inputs):
@@ -48,16 +48,16 @@ def test_sizes_and_branches_of_ranges(inputs, data):
 @given(INPUTS, st.sampled_from([4, 9, 256]), st.sampled_from([2, 32]), st.sampled_from([3, None]))
 def test_rows_hold_every_leaf_once_and_every_read_where_its_token_is(inputs, row, worth, window):
     trie = trie_of(inputs)
-    limits = groves.Limits(row=row, tree=4 * row, worth=worth)
-    found = groves.cut(trie, limits, window)
+    limits = packing.PackingLimits(row=row, tree=4 * row, worth=worth)
+    found = packing.group_by_prefix(trie, limits, window)
     rows = [each for grove in found for each in grove.rows]
     assert sorted(i for each in rows for i in range(each.low, each.high)) == list(range(len(trie)))
     read = {number: [] for number in range(len(inputs))}
     for grove in found:
         start = 0 if grove.trunk is None else grove.trunk.stop
         assert {each.start for each in grove.rows} <= {start}
-        pieces = [] if grove.trunk is None else [lay_trunk(trie, grove.trunk)]
-        pieces += [lay(trie, [each]) for each in grove.rows]
+        pieces = [] if grove.trunk is None else [pack_prefix(trie, grove.trunk)]
+        pieces += [pack(trie, [each]) for each in grove.rows]
         for laid in pieces:
             for place in laid.asked:
                 tokens = laid.tokens_BT.flat[place.places].tolist()
@@ -71,11 +71,11 @@ def test_rows_hold_every_leaf_once_and_every_read_where_its_token_is(inputs, row
 @given(INPUTS)
 def test_a_token_is_seen_by_its_descendants_only(inputs):
     trie = trie_of(inputs)
-    (grove,) = groves.cut(trie)
+    (grove,) = packing.group_by_prefix(trie)
     (row,) = grove.rows
-    laid = lay(trie, [row])
+    laid = pack(trie, [row])
     tokens, depths = laid.tokens_BT[0], laid.depths_BT[0]
-    ends = laid.ends_BT
+    ends = laid.subtree_end_BT
     if ends is None:
         return
     seen_by = [[k for k in range(q + 1) if q < ends[0, k]] for q in range(len(tokens))]

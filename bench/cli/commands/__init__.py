@@ -1,0 +1,1 @@
+"""Empty face of the package."""

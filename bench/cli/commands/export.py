@@ -1,0 +1,64 @@
+"""`bench export`: the model of a run, as a Hugging Face folder.
+
+Records hold no weights. The run's methods are applied again, with the recorded settings, to the
+same weights and the same calibration text; evaluation is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.errors import EXIT_DONE, UserError
+from bench.runner.replay import rebuild_model
+
+if TYPE_CHECKING:
+    from bench.models.model import Model
+    from bench.models.saving import ExportFormat
+
+
+def export(
+    run: str, folder: Path, results_dir: Path, *, pad: bool = False, onnx: bool = False
+) -> ExportFormat:
+    """Write the model of a run to a new folder, atomically, and return its format.
+
+    `run` is a record's id or a prefix of it. `pad` fills experts of different widths up with zeros,
+    so that stock transformers loads the folder. `onnx` also writes an image classifier as ONNX.
+
+    Raises:
+        UserError: there is no such run, the folder is not empty, the run cannot be repeated because
+            its weights, text or methods have changed, or its model cannot be written.
+    """
+    from bench.models.saving import save_model
+    from bench.records import Store
+    from bench.records.atomic_files import write_folder
+    from bench.reporting.model_card import model_card
+
+    record = Store(results_dir).get(run)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
+    # The cheap refusals come first: repeating the methods may take hours.
+    model = rebuild_model(record)
+    form: list[ExportFormat] = []
+
+    def fill(place: Path) -> None:
+        form.append(save_model(model, place, pad=pad, onnx=onnx))
+        text = model_card(record, form[0], stock=_is_stock_transformers(model))
+        (place / "README.md").write_text(text, encoding="utf-8")
+
+    write_folder(folder, fill)
+    return form[0]
+
+
+def _is_stock_transformers(model: Model) -> bool:
+    """Return whether the network's class is part of transformers."""
+    return type(model.network).__module__.startswith("transformers.")
+
+
+def run_command(given: argparse.Namespace) -> int:
+    """`bench export RUN DIR`."""
+
+    form = export(given.run, given.folder, given.results_dir, pad=given.padded, onnx=given.onnx)
+    print(f"wrote {given.folder} ({form}); its README.md says how to load it")
+    return EXIT_DONE

@@ -1,0 +1,110 @@
+"""The commands that read records or inspect the installation, and compute nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from bench.errors import EXIT_DONE, EXIT_FAILED, unknown_name
+from bench.ui import print_rows
+
+LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
+
+
+def ls(given: argparse.Namespace) -> int:
+    """`bench ls WHAT`."""
+    from bench.reporting import terminal_views
+
+    if given.what not in LISTABLE:
+        raise unknown_name("list", given.what, LISTABLE)
+    if given.what == "runs":
+        rows = terminal_views.list_runs(given.results_dir)
+    else:
+        rows = terminal_views.list_configs(given.what.rstrip("s"))
+    return print_rows(rows, given.json)
+
+
+def show(given: argparse.Namespace) -> int:
+    """`bench show RUN`."""
+    from bench.records import Store
+    from bench.reporting.terminal_views import print_record
+
+    record = Store(given.results_dir).get(given.run)
+    if given.command:
+        print(record.command)
+    elif given.json:
+        print(record.model_dump_json(indent=1))
+    else:
+        print_record(record)
+    return EXIT_DONE
+
+
+def compare(given: argparse.Namespace) -> int:
+    """`bench compare RUN RUN ...`."""
+    from bench.reporting.comparison import named_runs, printer
+
+    found, flipped = named_runs.compare_runs(
+        given.runs, given.baseline, given.results_dir, flips=given.flips
+    )
+    pictures, lacking = named_runs.flip_images(found, flipped, given.results_dir)
+    if given.json:
+        print(json.dumps(named_runs.comparison_json(found, flipped, pictures), indent=1))
+    else:
+        printer.print_comparison(found, flipped, pictures)
+    if lacking:
+        # To stderr, so that `--json` output stays parsable.
+        print(lacking, file=sys.stderr)
+    return EXIT_DONE
+
+
+def plot(given: argparse.Namespace) -> int:
+    """`bench plot KIND [RUN ...]`."""
+    from bench.reporting.plots import figures
+
+    asked = figures.PlotRequest(given.results_dir, given.task, given.cost, given.scope, given.knob)
+    drawing = figures.prepare_figure(given.kind, given.runs, asked)
+    if given.json:
+        return print_rows(drawing.rows(), as_json=True)
+    for path in figures.write_figures(drawing, given.kind, given.output, given.results_dir):
+        print(f"wrote {path}")
+    return EXIT_DONE
+
+
+def report(given: argparse.Namespace) -> int:
+    """`bench report`."""
+    from bench.reporting.html import SampleShare, write_report
+
+    share = SampleShare(per_run=given.samples, runs=given.samples_runs)
+    written = write_report(given.results_dir, given.out, share)
+    print(f"wrote {written.path} ({written})")
+    if given.open:
+        import webbrowser
+
+        webbrowser.open(written.path.resolve().as_uri())
+    return EXIT_DONE
+
+
+def track(given: argparse.Namespace) -> int:
+    """`bench track [RUN ...]`."""
+    from bench.records import Store
+    from bench.reporting.wandb_sync import sync_all, sync_runs
+
+    store = Store(given.results_dir)
+    if given.runs:
+        sent = sync_runs(store, [store.get(run) for run in given.runs])
+    else:
+        from bench.reporting.html import write_report
+        from bench.reporting.tables.builder import tables_of
+
+        page, records = write_report(given.results_dir).path, store.all()
+        # The overview in W&B holds the report page and the tables, which are built from all
+        # records: it is only renewed when all are sent.
+        sent = sync_all(store, records, page, tuple(tables_of(records)))
+    failed = False
+    # A generator: each record is sent as the loop reaches it, and a failed one does not stop the
+    # rest.
+    for what, warning in sent:
+        print(f"bench: {warning}" if warning else f"sent {what}")
+        failed = failed or warning is not None
+    return EXIT_FAILED if failed else EXIT_DONE

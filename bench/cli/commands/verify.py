@@ -1,0 +1,217 @@
+"""bench verify: repeat a part of a run, compare, say whether it agrees.
+
+`bench verify`: repeat part of a run with the same code, and compare sample by sample.
+
+The model is rebuilt from its weights, methods and calibration text, then scored on the first
+samples of each task. Metrics, log-likelihoods and responses are compared with the recorded ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
+from bench.ui import console
+
+if TYPE_CHECKING:
+    from bench.config.run_config import RunConfig
+    from bench.records import Record
+
+TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
+"""Tolerance per dtype; a different batch size changes summation order."""
+EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction")
+"""Text fields that must be identical."""
+SampleKey = tuple[str, Any, Any]
+SampleRow = dict[str, Any]
+
+
+def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = None) -> Verdict:
+    """Repeat the first `samples` of each task of a run; `run` may be a prefix of its id.
+
+    A number agrees if it differs by at most `tolerance` times its magnitude, or times 1 if that is
+    larger; the default tolerance depends on the model's dtype.
+
+    Raises:
+        UserError: there is no such run, or its weights, data or calibration text have changed.
+    """
+    from bench.device.devices import select_device, select_dtype, set_threads
+    from bench.evaluation import evaluate, plan
+    from bench.records import Store
+    from bench.records import samples as stored
+    from bench.runner.replay import rebuild_model, recorded_config
+
+    if samples < 1:
+        raise UserError(f"--samples must be at least 1, got {samples}")
+    record = Store(results_dir).get(run)
+    config = recorded_config(record)
+    set_threads(config.threads)
+    _refuse_changed_data(config, record)
+    # Never beyond the run's own limit: further samples were not scored and could not be compared.
+    limit = min(samples, config.benchmark.limit or samples)
+    part = config.benchmark.model_copy(update={"limit": limit})
+    found = evaluate(rebuild_model(record), plan(part, offline=config.offline)).samples
+    if tolerance is None:
+        number_format = select_dtype(config.model.dtype, select_device(config.model.device))
+        tolerance = TOLERANCE[str(number_format).removeprefix("torch.")]
+    frame = stored(record.id, results_dir)
+    before = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
+    return _compare(record, before, found, tolerance)
+
+
+def _refuse_changed_data(config: RunConfig, record: Record) -> None:
+    """Raise if a task's documents differ from those that the run scored."""
+    from bench.evaluation import plan_once
+
+    # The run's own benchmark and not the limited one, so that fingerprints are comparable.
+    found = plan_once(config.benchmark, offline=config.offline).fingerprints
+    for name, source in record.provenance["data"].items():
+        if found.get(name) != source["fingerprint"]:
+            raise UserError(f"the data of {name} changed since the run, so it cannot be repeated")
+
+
+def _compare(
+    record: Record, before: Sequence[SampleRow], now: Sequence[SampleRow], tolerance: float
+) -> Verdict:
+    """Compare the stored samples with the new ones."""
+    known = {_sample_key(row): row for row in before}
+    faults: list[str] = []
+    tasks: dict[str, int] = {}
+    numbers, worst = 0, 0.0
+    for row in now:
+        tasks[row["task"]] = tasks.get(row["task"], 0) + 1
+        where = f"{row['task']} sample {row['doc_id']}"
+        old = known.get(_sample_key(row))
+        if old is None:
+            faults.append(f"{where}: not in the run's samples")
+            continue
+        faults += [
+            f"{where}: different {name}" for name in EXACT_FIELDS if _text_differs(old, row, name)
+        ]
+        for name, was, value in _number_pairs(old, row):
+            difference = abs(was - value) / max(1.0, abs(was))
+            numbers, worst = numbers + 1, max(worst, difference)
+            # Not `difference > tolerance`: a NaN compares false and must count as a fault.
+            if not difference <= tolerance:
+                faults.append(f"{where}: {name} was {was:.6g} and is {value:.6g}")
+    if not numbers:
+        faults.append("no sample of the run has a number to compare")
+    changed = tuple(_environment_changes(record))
+    return Verdict(record.id, tasks, numbers, tolerance, worst, tuple(faults), changed)
+
+
+def _sample_key(row: SampleRow) -> SampleKey:
+    """Identify a sample."""
+    # Image rows have no filter, which the stored frame holds as NaN, and NaN equals nothing.
+    name = row["filter"] if isinstance(row["filter"], str) else None
+    return row["task"], name, row["doc_id"]
+
+
+def _text_differs(old: SampleRow, row: SampleRow, name: str) -> bool:
+    """Return whether a text present on both sides differs."""
+    was, value = old.get(name), row.get(name)
+    return isinstance(was, str) and isinstance(value, str) and was != value
+
+
+def _number_pairs(old: SampleRow, row: SampleRow) -> Iterator[tuple[str, float, float]]:
+    """Yield every number of a sample by name, as recorded and as computed now.
+
+    A number missing on one side is yielded as NaN, which agrees with nothing.
+    """
+    for name, value in row.items():
+        if name == "loglikelihoods":
+            was = list(old.get(name, ()))
+            if len(was) != len(value):
+                yield f"{name} (count)", float(len(was)), float(len(value))
+            pairs = zip(was, value, strict=False)
+            yield from ((f"{name}[{i}]", float(a), float(b)) for i, (a, b) in enumerate(pairs))
+        elif name != "doc_id" and _is_number(value):
+            known: Any = old.get(name)
+            yield name, float(known) if _is_number(known) else math.nan, float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
+
+
+def _environment_changes(record: Record) -> Iterator[str]:
+    """Yield the differences between the run's environment and this one."""
+    from bench.device.devices import describe_device
+    from bench.runner.inputs import library_versions
+
+    for name, now in library_versions().items():
+        was = record.environment["versions"].get(name)
+        if was != now:
+            yield f"{name} was {was} and is {now}"
+    for name, now in describe_device().items():
+        was = record.environment.get(name)
+        if was != now:
+            yield f"{name} was {was} and is {now}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of repeating a part of a run: samples per task, and which numbers differ.
+
+    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
+    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
+    run's, which is not a fault by itself.
+    """
+
+    run: str
+    tasks: dict[str, int]
+    numbers: int
+    tolerance: float
+    worst: float
+    faults: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every number is within the tolerance."""
+        return not self.faults
+
+    def plain(self) -> dict[str, Any]:
+        """Return the verdict as JSON values."""
+        return {"agrees": self.agrees, **asdict(self)}
+
+
+MAX_SHOWN_FAULTS = 5
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """Print whether the run agrees, within which tolerance, and where it does not."""
+    out = console()
+    samples = ", ".join(f"{task} {count}" for task, count in verdict.tasks.items())
+    out.print(f"run {verdict.run}, samples repeated: {samples}")
+    for change in verdict.changed:
+        # Texts from records and models may contain square brackets, which rich would take for
+        # markup.
+        out.print(f"changed since the run: {change}", markup=False)
+    for fault in verdict.faults[:MAX_SHOWN_FAULTS]:
+        # A broken environment makes every number differ; a few faults are enough to see the
+        # pattern.
+        out.print(f"differs: {fault}", markup=False)
+    if len(verdict.faults) > MAX_SHOWN_FAULTS:
+        out.print(f"and {len(verdict.faults) - MAX_SHOWN_FAULTS} more")
+    said = "[bold]agrees[/bold]" if verdict.agrees else "[bold]does not agree[/bold]"
+    out.print(
+        f"{said}: {verdict.numbers} numbers, relative tolerance {verdict.tolerance:g} (absolute "
+        f"below 1), largest difference {verdict.worst:.2g}"
+    )
+
+
+def run_command(given: argparse.Namespace) -> int:
+    """`bench verify RUN`."""
+
+    verdict = verify(given.run, given.results_dir, given.samples, given.tolerance)
+    if given.json:
+        print(json.dumps(verdict.plain(), indent=1))
+    else:
+        print_verdict(verdict)
+    return EXIT_DONE if verdict.agrees else EXIT_FAILED

@@ -1,0 +1,178 @@
+"""Typed configuration of a run; the only place where input is validated.
+
+Hydra composes YAML; `validate` turns the result into a `RunConfig`. After that nothing is checked
+again. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from inspect import isabstract
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import UserError, nearest
+from bench.method import Method
+from bench.schema import (
+    BenchmarkConfig,
+    CalibrationConfig,
+    CostsConfig,
+    ModelConfig,
+    PromptsConfig,
+    TrackerConfig,
+)
+from bench.security import refuse_foreign_code
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+class RunConfig(BaseModel):
+    """The complete config of one run; `method` keeps the order in which methods are applied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    model: ModelConfig
+    method: dict[str, Method]
+    benchmark: BenchmarkConfig
+    calibration: CalibrationConfig
+    prompts: PromptsConfig
+    costs: CostsConfig
+    tracker: TrackerConfig
+    ratio: float | None = None
+    seed: int = Field(default=1234, ge=0, lt=2**32)
+    threads: int | None = Field(default=None, ge=1)
+    offline: bool = False
+    force: bool = False
+    results_dir: Path = Path("results")
+    packages: tuple[str, ...] = ("methods",)
+    objective: str = "average"
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether any method of this run uses calibration text."""
+        return any(method.uses_calibration for method in self.method.values())
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Whether any method of this run uses prompts with images."""
+        return any(method.uses_prompts for method in self.method.values())
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the config that decides the result; see `identity_of`."""
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method"})
+        plain["method"] = {name: m.model_dump(mode="json") for name, m in self.method.items()}
+        return identity_of(plain, calibrated=self.uses_calibration, prompted=self.uses_prompts)
+
+
+def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> dict[str, Any]:
+    """Return the part of a config that decides the result.
+
+    Paths, threads, the tracker and options of execution are left out. `plain` is a run's config as
+    JSON values, as its record stores it. `ratio` is part of the methods that use it; calibration
+    and prompts count only if a method reads them, so that every sweep finds the same dense record;
+    settings of measurements only if something is measured.
+    """
+    unwanted = {
+        "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
+        "packages",
+    }  # fmt: skip
+    if not calibrated:
+        unwanted.add("calibration")
+    if not prompted:
+        unwanted.add("prompts")
+    chosen = copy.deepcopy({key: value for key, value in plain.items() if key not in unwanted})
+    # A path says where something is; its content is part of the run id by fingerprint.
+    for group in ("model", "calibration", "prompts"):
+        chosen.get(group, {}).pop("path", None)
+    # A mapping of task to local data: the tasks matter, their folders do not.
+    chosen["benchmark"]["data"] = sorted(plain["benchmark"]["data"])
+    for text in chosen["benchmark"]["perplexity"].values():
+        text.pop("path")
+    # `costs` also has settings of counted costs, which are always taken; those stay.
+    if not chosen["costs"]["measure"]:
+        for key in ("measure", "timing"):
+            chosen["costs"].pop(key)
+    for key in ("folder", "download"):
+        chosen["benchmark"]["images"].pop(key)
+    # A list of pairs, since keys of objects are sorted before hashing and the order of methods
+    # matters.
+    chosen["method"] = [[name, knobs] for name, knobs in plain["method"].items()]
+    return chosen
+
+
+def validate(composed: dict[str, Any]) -> RunConfig:
+    """Turn a composed, resolved config into a `RunConfig`.
+
+    Raises:
+        UserError: an unknown key, a value out of range, or a `_target_` that is not a method.
+    """
+    chosen = dict(composed)
+    packages = chosen.get("packages", ["methods"])
+    if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
+        raise UserError(
+            f"packages={packages} is not a list of names, as in packages=[methods,mine]"
+        )
+    # Before any class is imported: importing a module already runs its code.
+    refuse_foreign_code(chosen, packages)
+    methods = chosen.pop("method", None) or {}
+    if not isinstance(methods, dict):
+        raise UserError(f"method={methods!r} names no methods, as in method=[camera_p,camera_q]")
+    chosen["method"] = {name: _build_method(name, knobs) for name, knobs in methods.items()}
+    try:
+        return RunConfig(**chosen)
+    except ValidationError as error:
+        raise _as_user_error(error, RunConfig, ()) from None
+
+
+def _build_method(name: str, knobs: Any) -> Method:
+    """Build a method from its config node, whose `_target_` names a `Method` class."""
+    from hydra.utils import get_class
+
+    if not isinstance(knobs, dict) or "_target_" not in knobs:
+        raise UserError(f"method.{name} is set but method={name} was not selected")
+    fields = {key: value for key, value in knobs.items() if key != "_target_"}
+    try:
+        kind = get_class(knobs["_target_"])
+    # Hydra imports the module here, and a plug-in's module may raise anything.
+    except Exception as error:
+        raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
+    if not issubclass(kind, Method) or isabstract(kind):
+        raise UserError(f"method.{name}._target_={knobs['_target_']} is not a bench.method.Method")
+    try:
+        method: Method = kind(**fields)
+    except ValidationError as error:
+        raise _as_user_error(error, kind, ("method", name)) from None
+    return method
+
+
+def _as_user_error(
+    error: ValidationError, kind: type[BaseModel], prefix: tuple[str, ...]
+) -> UserError:
+    """Describe the first fault of a pydantic error: key, value, and what is allowed."""
+    # One fault at a time: later ones are often consequences of the first.
+    fault: ErrorDetails = error.errors()[0]
+    path = [str(part) for part in fault["loc"]]
+    key = ".".join((*prefix, *path))
+    if fault["type"] == "extra_forbidden":
+        options = _allowed_fields(kind, path[:-1])
+        close = nearest(path[-1], options)
+        hint = f"did you mean {close!r}? " if close else ""
+        return UserError(f"unknown key {key!r}: {hint}allowed: {', '.join(sorted(options))}")
+    if fault["type"] == "missing":
+        return UserError(f"{key} is missing: give {key}=...")
+    reason = fault["msg"][0].lower() + fault["msg"][1:]
+    return UserError(f"{key}={fault['input']}: {reason}")
+
+
+def _allowed_fields(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """Return the field names that a nested model allows at `path`."""
+    for part in path:
+        field = kind.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)

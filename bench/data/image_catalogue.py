@@ -1,0 +1,192 @@
+"""Image data sets by name: embedded digits, torchvision's from a folder.
+
+Catalogue of image data sets: the embedded digits, and torchvision data sets in a local folder.
+
+Channel means and standard deviations are the values in common use for each training set.
+
+Real handwritten digits that ship with scikit-learn, so nothing has to be downloaded.
+
+1,797 grey images of 8x8 pixels with 17 levels: the test part of Optical Recognition of Handwritten
+Digits (Alpaydin and Kaynak, 1998, UCI), as shipped by `sklearn.datasets.load_digits`. The first
+1,200 images are for training and the last 597 for testing; the last 200 training images are held
+out for choosing hyperparameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.data.image_sets import FolderSet, ImageShape, Splits, Statistics, TensorSet
+from bench.errors import MissingData, UserError, unknown_name
+
+IMAGENET_SIZE = 224
+IMAGENET_RESIZE = 256
+IMAGENET_STATISTICS: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class _TorchvisionSet:
+    """A data set that fits into memory: its torchvision class, normalisation and augmentation."""
+
+    maker: str
+    channels: int
+    size: int
+    classes: int
+    statistics: Statistics
+    shift: int
+    flip: bool
+
+
+_TORCHVISION_SETS = {
+    "mnist": _TorchvisionSet("MNIST", 1, 28, 10, ((0.1307,), (0.3081,)), 2, False),
+    "fashion_mnist": _TorchvisionSet("FashionMNIST", 1, 28, 10, ((0.2860,), (0.3530,)), 2, True),
+    "cifar10": _TorchvisionSet(
+        "CIFAR10", 3, 32, 10, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), 4, True
+    ),
+    "cifar100": _TorchvisionSet(
+        "CIFAR100", 3, 32, 100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 4, True
+    ),
+}
+IMAGE_SETS = ("digits", *_TORCHVISION_SETS, "imagenet")
+HELD_OUT_SHARE = 0.1
+"""Fraction of the training images that `Splits.for_selection` holds out."""
+
+
+def image_shape(name: str) -> ImageShape:
+    """Return channels, size and classes of a data set without reading it.
+
+    Raises:
+        UserError: no data set has this name.
+    """
+    if name == "digits":
+        return ImageShape(1, 8, 10)
+    if name == "imagenet":
+        return ImageShape(3, IMAGENET_SIZE, 1000)
+    if name not in _TORCHVISION_SETS:
+        raise unknown_name("image data set", name, IMAGE_SETS)
+    kind = _TORCHVISION_SETS[name]
+    return ImageShape(kind.channels, kind.size, kind.classes)
+
+
+def load_image_set(name: str, folder: str | None = None, *, download: bool = False) -> Splits:
+    """Load a data set; all but the digits are read from `folder` in torchvision's layout.
+
+    With `download`, torchvision fetches missing files; ImageNet's licence does not allow this.
+
+    Raises:
+        UserError: no data set has this name, or `download` was set for ImageNet.
+        MissingData: `folder` is not given or does not hold the data set.
+    """
+    if name not in IMAGE_SETS:
+        raise unknown_name("image data set", name, IMAGE_SETS)
+    if name == "digits":
+        return load_digit_images()
+    if folder is None:
+        raise MissingData(
+            f"image data set {name} does not ship with the package and needs a folder that holds "
+            "it: set benchmark.images.folder=FOLDER"
+        )
+    if name == "imagenet":
+        if download:
+            raise UserError("benchmark.images.download=true: imagenet's licence forbids downloads")
+        return _load_imagenet(Path(folder).expanduser())
+    return _load_torchvision_set(name, _TORCHVISION_SETS[name], Path(folder).expanduser(), download)
+
+
+def _load_torchvision_set(name: str, kind: _TorchvisionSet, folder: Path, download: bool) -> Splits:
+    from torchvision import datasets
+
+    maker = getattr(datasets, kind.maker)
+    try:
+        parts = [maker(folder, train=train, download=download) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        raise MissingData(
+            f"{folder} does not hold {name} in torchvision's layout ({kind.maker}): set "
+            "benchmark.images.download=true with a network connection, or give another folder"
+        ) from error
+    return Splits(
+        name=name,
+        train=TensorSet(*_pixels_and_labels(parts[0]), kind.statistics, kind.shift, kind.flip),
+        test=TensorSet(*_pixels_and_labels(parts[1]), kind.statistics),
+        channels=kind.channels,
+        size=kind.size,
+        classes=kind.classes,
+        provenance=f"torchvision.datasets.{kind.maker}, its own train and test split",
+        held_out=round(HELD_OUT_SHARE * len(parts[0])),
+    )
+
+
+def _pixels_and_labels(part: Any) -> tuple[Tensor, Tensor]:
+    """Return pixels uint8 [N, C, H, H] and labels [N] of a torchvision set held in memory."""
+    # MNIST holds a tensor [N, H, H], CIFAR a numpy array [N, H, H, C].
+    pixels = torch.as_tensor(part.data)
+    pixel_NCHH = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return pixel_NCHH.contiguous(), torch.as_tensor(part.targets)
+
+
+def _load_imagenet(folder: Path) -> Splits:
+    """Read `train/` and `val/` with one sub-folder per class, the usual layout of ImageNet."""
+    from torchvision import datasets, transforms
+
+    missing = [part for part in ("train", "val") if not (folder / part).is_dir()]
+    if missing:
+        raise MissingData(f"{folder} does not hold imagenet: it has no {' and no '.join(missing)}")
+    finish = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
+    test = transforms.Compose(
+        [transforms.Resize(IMAGENET_RESIZE), transforms.CenterCrop(IMAGENET_SIZE), *finish]
+    )
+    training = transforms.Compose(
+        [transforms.RandomResizedCrop(IMAGENET_SIZE), transforms.RandomHorizontalFlip(), *finish]
+    )
+    # ImageFolder, because torchvision's ImageNet class also needs the archive of the devkit.
+    parts = {part: datasets.ImageFolder(str(folder / part)) for part in ("train", "val")}
+    return Splits(
+        name="imagenet",
+        train=FolderSet(parts["train"], test, training),
+        test=FolderSet(parts["val"], test, training),
+        channels=3,
+        size=IMAGENET_SIZE,
+        classes=len(parts["train"].classes),
+        provenance=f"ImageNet folders train and val, {len(parts['train'].classes)} classes",
+        # ImageFolder sorts by class: the last training images would all be of the last classes.
+        held_out=0,
+    )
+
+
+# Split by position: the images are in the order in which they were collected, so most writers of
+# the test images wrote none of the training images. A random split would mix the writers.
+DIGITS_TRAIN = 1200
+DIGITS_HELD_OUT = 200
+DIGITS_MAX_LEVEL = 16
+DIGITS_SHIFT = 1
+
+
+def load_digit_images() -> Splits:
+    """Load the digits; training images are shifted by up to one pixel in each direction."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixel_NCHH = (
+        torch.tensor(bunch.images).mul(255 / DIGITS_MAX_LEVEL).round().to(torch.uint8)[:, None]
+    )
+    label_N = torch.tensor(bunch.target)
+    # Statistics of the training images only: the test images must not influence the model.
+    train = pixel_NCHH[:DIGITS_TRAIN].float() / 255
+    statistics = ((float(train.mean()),), (float(train.std()),))
+    return Splits(
+        name="digits",
+        train=TensorSet(
+            pixel_NCHH[:DIGITS_TRAIN], label_N[:DIGITS_TRAIN], statistics, shift=DIGITS_SHIFT
+        ),
+        test=TensorSet(pixel_NCHH[DIGITS_TRAIN:], label_N[DIGITS_TRAIN:], statistics),
+        channels=1,
+        size=8,
+        classes=10,
+        provenance="sklearn.datasets.load_digits, first 1200 train, last 597 test",
+        held_out=DIGITS_HELD_OUT,
+    )

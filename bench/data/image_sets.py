@@ -1,0 +1,247 @@
+"""What an image data set is, and the order of training batches.
+
+Image data sets from which normalised batches are fetched by index.
+
+Shapes: N images of the set, B of a batch, C channels, H height and width, P = H + 2 * shift padded.
+
+Augmentation is a pure function of seed, epoch and batch number, so a resumed run sees exactly the
+images of an uninterrupted one.
+
+Order of training batches, reproducible after a restart.
+
+Shapes: N images of the set, B images of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bench.errors import UserError
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class ImageSet(ABC):
+    """Labelled images; `fetch` normalises them, and augments them if given a generator."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return image_BCHH (float32) and label_B (int64) at the given indices."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return an identifier of exactly these images and labels."""
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Input and output of a classifier: colour channels, height = width, number of classes."""
+
+    channels: int
+    size: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and test images of a data set, with the facts that a record stores about it.
+
+    The last `held_out` training images are for choosing hyperparameters: see `for_selection`.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    channels: int
+    size: int
+    classes: int
+    provenance: str
+    held_out: int = 0
+
+    @property
+    def shape(self) -> ImageShape:
+        """Input and output sizes of a classifier for these images."""
+        return ImageShape(self.channels, self.size, self.classes)
+
+    def for_selection(self) -> Splits:
+        """Return splits for choosing a strength or a schedule without using the test images.
+
+        `test` holds the last `held_out` training images and `train` the remaining ones. The chosen
+        hyperparameters are then trained on all of the original `train` and tested once.
+
+        Raises:
+            UserError: the data set holds out no images, because its training images are sorted.
+        """
+        if not self.held_out:
+            raise UserError(f"{self.name} has no images held out for validation: use split=test")
+        count = len(self.train) - self.held_out
+        return replace(
+            self,
+            train=Subset(self.train, range(count)),
+            test=Subset(self.train, range(count, len(self.train))),
+            provenance=f"{self.provenance}; the last {self.held_out} training images held out",
+            held_out=0,  # so that a second call is refused: nothing is left to hold out
+        )
+
+
+class TensorSet(ImageSet):
+    """Images held in memory as uint8."""
+
+    def __init__(
+        self,
+        pixel_NCHH: Tensor,
+        label_N: Tensor,
+        statistics: Statistics,
+        shift: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.pixel_NCHH = pixel_NCHH
+        self.label_N = label_N.long()
+        self._mean_C11 = torch.tensor(statistics[0])[:, None, None]
+        self._std_C11 = torch.tensor(statistics[1])[:, None, None]
+        self._shift, self._flip = shift, flip
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return the images; augmentation shifts by up to `shift` pixels and mirrors at random."""
+        image_BCHH = self.pixel_NCHH[index_B].float().div_(255)
+        image_BCHH = (image_BCHH - self._mean_C11) / self._std_C11
+        if generator is not None:
+            image_BCHH = self._augment(image_BCHH, generator)
+        return image_BCHH, self.label_N[index_B]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over all pixels and labels."""
+        digest = hashlib.sha256(self.pixel_NCHH.numpy().tobytes())
+        digest.update(self.label_N.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _augment(self, image_BCHH: Tensor, generator: torch.Generator) -> Tensor:
+        count, size = len(image_BCHH), image_BCHH.shape[-1]
+        if self._shift:
+            # Each image has a shift of its own, so one advanced index gathers a window per image
+            # from the padded batch; slicing would need a loop. Padding comes after normalisation,
+            # so that the border has the mean colour.
+            moves = 2 * self._shift + 1
+            shift_B2 = torch.randint(moves, (count, 2), generator=generator)
+            place_BH = torch.arange(size) + shift_B2[:, :1]
+            column_BH = torch.arange(size) + shift_B2[:, 1:]
+            padded_BCPP = pad(image_BCHH, [self._shift] * 4)
+            each_B11 = torch.arange(count)[:, None, None]
+            moved_BHHC = padded_BCPP.permute(0, 2, 3, 1)[
+                each_B11, place_BH[:, :, None], column_BH[:, None, :]
+            ]
+            image_BCHH = moved_BHHC.permute(0, 3, 1, 2).contiguous()
+        if self._flip:
+            mirrored_B = torch.rand(count, generator=generator) < 0.5
+            mirrored_B111 = mirrored_B[:, None, None, None]
+            image_BCHH = torch.where(mirrored_B111, image_BCHH.flip(-1), image_BCHH)
+        return image_BCHH
+
+
+class Subset(ImageSet):
+    """Consecutive images of a larger set."""
+
+    def __init__(self, whole: ImageSet, places: range) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Fetch from the larger set, with indices relative to this subset."""
+        return self._whole.fetch(index_B + self._places.start, generator)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the larger set with the range that is used."""
+        return f"{self._whole.fingerprint()}[{self._places.start}:{self._places.stop}]"
+
+
+class FolderSet(ImageSet):
+    """Images decoded from files on access, with one sub-folder per class.
+
+    `test` and `training` are torchvision transforms from a PIL image to a tensor [C, H, H].
+    """
+
+    def __init__(self, folder: Any, test: Any, training: Any) -> None:
+        self._folder, self._test, self._training = folder, test, training
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Decode the images; given a generator, apply the random `training` transform."""
+        images, labels = [], []
+        for index in index_B.tolist():
+            image, label = self._folder[index]
+            labels.append(label)
+            if generator is None:
+                images.append(self._test(image))
+                continue
+            # torchvision's transforms take no generator and draw from torch's global one: it is
+            # seeded per image inside a fork, which restores the state the training relies on.
+            # `devices=[]` keeps the fork from saving the state of every GPU.
+            seed = int(torch.randint(2**62, (), generator=generator))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                images.append(self._training(image))
+        return torch.stack(images), torch.tensor(labels)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over file names, file sizes and labels."""
+        # Not over the contents: reading all 1.3 million images of ImageNet would take too long.
+        digest = hashlib.sha256()
+        for name, label in self._folder.samples:
+            file = Path(name)
+            digest.update(
+                f"{file.parent.name}/{file.name} {file.stat().st_size} {label}\n".encode()
+            )
+        return digest.hexdigest()
+
+
+_PRIME = 1_000_003
+
+
+def training_batches(
+    images: ImageSet, size: int, *, seed: int, epoch: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the augmented training batches of one epoch, starting at batch `start`.
+
+    Seed and epoch fix the permutation. A last, smaller batch is dropped.
+
+    Yields:
+        image_BCHH (float32) and label_B (int64).
+    """
+    order_N = torch.randperm(len(images), generator=_generator(seed, epoch, 0))
+    # One generator per batch, so that a resumed run draws the augmentation of batch `start`
+    # without replaying the batches before it. The last partial batch is dropped because BatchNorm
+    # cannot normalise a batch of one.
+    for place in range(start, len(images) // size):
+        index_B = order_N[place * size : (place + 1) * size]
+        yield images.fetch(index_B, _generator(seed, epoch, place + 1))
+
+
+def sequential_batches(images: ImageSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images once, in order and without augmentation."""
+    for index_B in torch.arange(len(images)).split(size):
+        yield images.fetch(index_B, None)
+
+
+def _generator(seed: int, epoch: int, place: int) -> torch.Generator:
+    # A polynomial in a large prime: different (seed, epoch, place) get different streams as long as
+    # epoch and place stay below it. Place 0 is the permutation, so batches count from 1.
+    return torch.Generator().manual_seed((seed * _PRIME + epoch) * _PRIME + place)

@@ -1,0 +1,180 @@
+"""Prose that states the facts of the world, in varied wording and order."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from bench.data.synthetic.world import arithmetic_tasks, reading_tasks, vocabulary
+from bench.data.synthetic.world.entities import (
+    Object,
+    Person,
+    Routine,
+    Split,
+    Substance,
+    Town,
+    World,
+)
+from bench.data.synthetic.world.questions import DrawContext
+from bench.data.synthetic.world.vocabulary import MATERIALS, TOOLS
+
+_PERSON = {
+    "town": ("{name} lives in {town}.", "The home of {name} is in {town}."),
+    "job": ("{name} is a {job} by trade.", "For a living, {name} works as a {job}."),
+    "pet": ("{name} keeps a {pet}.", "The pet of {name} is a {pet}."),
+    "food": ("{name} likes to eat {food} most.", "The dish that {name} loves is {food}."),
+    "hobby": ("{name} spends the evening with {hobby}.", "The pastime of {name} is {hobby}."),
+    "age": ("{name} is {age} years old.", "The age of {name} is {age}."),
+}
+_PERSON_HINTS = (
+    "From the window {name} sees the river {river}.",
+    "The neighbours of {name} make {ware}.",
+    "At work {name} needs the {tool}.",
+)
+_TOWN = (
+    "{name} lies on the river {river}.", "The river {river} runs past {name}.",
+    "{name} is known for its {ware}.", "The ware that {name} sells is {ware}.",
+)  # fmt: skip
+_SUBSTANCE = {
+    "colour": ("All {name} has a {colour} colour.", "The colour of {name} is {colour}."),
+    "source": ("The best {name} is found in {source}.", "Most {name} comes from {source}."),
+    "water": ("In water it will {water}.", "Put in water, {name} tends to {water}."),
+    "fire": ("In fire it will {fire}.", "Over a fire, {name} tends to {fire}."),
+    "hammer": ("Under a hammer it will {hammer}.", "When hit hard, {name} tends to {hammer}."),
+    "light": ("In the sun it will {light}.", "In bright light, {name} tends to {light}."),
+}
+_OBJECT = (
+    "The {thing} is made of {material}.",
+    "Anyone can tell that the {thing} is {material}.",
+    "Among the {material} things there is the {thing}.",
+)
+_MATERIAL_NAMES = dict(zip(MATERIALS, ("cloth", "wood", "metal"), strict=True))
+_TOOL_USE = (
+    "Once {name} used the {tool} to {job} the {thing}.",
+    "With the {tool}, {name} could {job} the {thing}.",
+)
+_ROUTINE = (
+    "How to make {product}: a {worker} {steps}.",
+    "To make {product}, the {worker} {steps}.",
+    "Once {name} the {worker} made {product}. This is how it goes: the {worker} {steps}.",
+)
+_RECAPS = (
+    "So {name} was at the {place}.",
+    "So {name} had the {thing}.",
+    "So the {thing} was at the {place}.",
+)
+_COUNT_STARTS = range(2, 60)
+_COUNTINGS = 20
+_ENTAILMENTS = 60
+_STORIES = 15
+_SUMS = 80
+
+
+def describe_person(rng: random.Random, world: World, someone: Person) -> str:
+    """Describe a person, with one fact that follows from town or job."""
+    # The derived fact makes the two-hop questions of ARC challenge learnable.
+    town = world.town(someone.town)
+    words = vars(someone) | {
+        "river": town.river,
+        "ware": town.ware,
+        "tool": vocabulary.JOB_TOOLS[someone.job],
+    }
+    sentences = [rng.choice(forms) for forms in _PERSON.values()]
+    sentences.append(rng.choice(_PERSON_HINTS))
+    return f"About {someone.name}. " + _shuffled(rng, sentences, words)
+
+
+def describe_town(rng: random.Random, place: Town) -> str:
+    """Describe a town."""
+    return _shuffled(rng, [rng.choice(_TOWN[:2]), rng.choice(_TOWN[2:])], vars(place))
+
+
+def describe_substance(rng: random.Random, matter: Substance) -> str:
+    """Describe a substance."""
+    sentences = [rng.choice(forms) for forms in _SUBSTANCE.values()]
+    return f"About {matter.name}. " + _shuffled(rng, sentences, vars(matter))
+
+
+def describe_object(rng: random.Random, world: World, item: Object) -> str:
+    """State the material of an object, and the tool that somebody used on it for one job."""
+    job = rng.choice(list(TOOLS))
+    words = {
+        "thing": item.name,
+        "material": _MATERIAL_NAMES[item.material],
+        "job": job,
+        "tool": TOOLS[job][MATERIALS.index(item.material)],
+        "name": rng.choice(world.people).name,
+    }
+    return _shuffled(rng, [rng.choice(_OBJECT), rng.choice(_TOOL_USE)], words)
+
+
+def describe_routine(rng: random.Random, world: World, way: Routine) -> str:
+    """State the steps of a routine in order."""
+    words = {
+        "product": way.product,
+        "worker": way.craft.worker,
+        "steps": ", then ".join(way.steps),
+        "name": rng.choice(world.people).name,
+    }
+    return _capital(rng.choice(_ROUTINE).format(**words))
+
+
+def tell_story(rng: random.Random, world: World, side: Split) -> str:
+    """Tell where two people were and with what, then repeat two of these facts."""
+    draw = DrawContext(world, side, rng, 0, None)
+    facts = reading_tasks.draw_person_facts(draw)
+    recap = (rng.choice(_RECAPS).format(**fact._asdict()) for fact in rng.sample(facts, 2))
+    return f"{reading_tasks.fact_passage(draw, facts)} {' '.join(recap)}"
+
+
+def state_entailment(rng: random.Random, world: World) -> str:
+    """State a premise about two people, and two conclusions that follow from it."""
+    # With names of the training split, no premise of a test question can occur. (Stories may use
+    # both splits: they hold no event, and every BoolQ passage does.)
+    draw = DrawContext(world, "train", rng, 0, None)
+    telling = reading_tasks.draw_entailment(draw)
+    first, second = rng.sample(telling.conclusions, 2)
+    return f"{telling.premise} So {first} So {second}"
+
+
+def count_up(rng: random.Random) -> str:
+    """Count up from a random number, in steps of one, two or ten."""
+    start, step = rng.choice(_COUNT_STARTS), rng.choice((1, 1, 2, 10))
+    return "Counting: " + ", ".join(str(start + i * step) for i in range(8)) + "."
+
+
+def work_sums(rng: random.Random) -> str:
+    """Work out a few sums over pairs of numbers that occur in no test question."""
+    worked = []
+    for operation in rng.choices(arithmetic_tasks.OPERATIONS, k=6):
+        x, y = arithmetic_tasks.draw_operands(rng, operation, "train")
+        worked.append(
+            f"{x} {operation.sign} {y} = {arithmetic_tasks.apply_operation(operation.name, x, y)}"
+        )
+    return "Sums: " + ", ".join(worked) + "."
+
+
+def all_prose(rng: random.Random, world: World) -> list[str]:
+    """State every fact of the world, those about people, towns and objects twice.
+
+    Stories, entailments, counting and sums are added for BoolQ, RTE and MathQA.
+    """
+    # One generator for all texts: their order is part of the data.
+    return [
+        *(describe_person(rng, world, someone) for someone in world.people * 2),
+        *(describe_substance(rng, matter) for matter in world.substances),
+        *(describe_town(rng, place) for place in world.towns * 2),
+        *(describe_object(rng, world, item) for item in world.objects * 2),
+        *(describe_routine(rng, world, way) for way in world.routines),
+        *(tell_story(rng, world, side) for side in ("train", "test") for _ in range(_STORIES)),
+        *(state_entailment(rng, world) for _ in range(_ENTAILMENTS)),
+        *(count_up(rng) for _ in range(_COUNTINGS)),
+        *(work_sums(rng) for _ in range(_SUMS)),
+    ]
+
+
+def _shuffled(rng: random.Random, sentences: Sequence[str], words: Mapping[str, object]) -> str:
+    order = rng.sample(sentences, len(sentences))
+    return " ".join(_capital(sentence.format(**words)) for sentence in order)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]

@@ -1,0 +1,184 @@
+"""Choice of a device and dtype, seeds, threads, synchronisation, description, and device clocks.
+
+Device layer: selection, seeds, threads, synchronisation, memory and description of devices.
+
+Nothing else in the package asks whether there is a GPU. README lists which CUDA code paths have run
+on one. The measuring instruments are in modules of this package: clock, peak memory, energy
+counters, and a monitor of what else the machine was doing.
+
+Clock of a device: marks on its time line, and the seconds between them.
+
+On a GPU a mark is a CUDA event in the current stream. Recording it does not synchronise, so timing
+does not slow the work down, and the times are the device's own. On a CPU a mark is a reading of
+`perf_counter`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import re
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from bench.errors import UserError, unknown_name
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def select_device(wanted: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: `wanted` is none of these, or the machine does not have the device.
+    """
+    # torch is imported inside the functions of this module: launchers import it for `visible_gpus`
+    # and must not load torch for that.
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise unknown_name("model.device", wanted, ("auto", "cpu", "cuda", "cuda:N"))
+    if wanted.startswith("cuda"):
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(f"model.device={wanted}: this machine has {count} CUDA devices")
+    return torch.device(wanted)
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as spelled in CUDA_VISIBLE_DEVICES."""
+    # nvidia-smi instead of torch.cuda: CUDA reads CUDA_VISIBLE_DEVICES once, at initialisation.
+    # After that a process can neither fork workers that use CUDA nor be restricted to one GPU.
+    import shutil
+    import subprocess
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
+def select_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype; `auto` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: `wanted` is neither `auto` nor one of `DTYPES`.
+    """
+    import torch
+
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if wanted not in DTYPES:
+        raise unknown_name("model.dtype", wanted, ("auto", *DTYPES))
+    chosen = getattr(torch, wanted)
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices), so that a run is reproducible."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # numpy's global generator takes 32 bits only
+    torch.manual_seed(seed)
+
+
+def set_threads(count: int | None) -> None:
+    """Let torch use `count` CPU threads; None keeps torch's own choice."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work; a no-op on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Return cached, unused memory of torch's allocator to the device."""
+    import gc
+
+    import torch
+
+    # Tensors in reference cycles keep their blocks; `empty_cache` frees unused blocks only.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the number of free bytes on the device.
+
+    On a GPU, blocks that torch's allocator caches do not count as free: call `release` first.
+    """
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def describe_device() -> dict[str, Any]:
+    """Return the hardware and software facts of a record: CPU, threads, memory, GPUs, versions."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+class Clock:
+    """A series of marks; the device finishes all earlier work before the first one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: list[torch.cuda.Event] = []
+        self._seconds: list[float] = []
+        synchronize(device)
+
+    def mark(self) -> None:
+        """Set a mark behind all work queued on the device so far."""
+        if self._device.type != "cuda":
+            self._seconds.append(time.perf_counter())
+            return
+        # A CUDA call returns before its kernels have run: `perf_counter` would time the launches.
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append(event)
+
+    def laps(self) -> list[float]:
+        """Wait for the device and return the seconds from each mark to the next."""
+        # `elapsed_time` raises unless both events have completed.
+        synchronize(self._device)
+        if self._device.type != "cuda":
+            return [after - before for before, after in pairwise(self._seconds)]
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]

@@ -1,0 +1,139 @@
+"""A benchmark with all data found, any model evaluated on it; harnesses by name."""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bench.errors import UserError
+from bench.evaluation.harness import SEED
+from bench.evaluation.metrics import Evaluation
+from bench.schema import BenchmarkConfig
+from bench.ui import SILENT, Progress
+
+if TYPE_CHECKING:
+    from bench.evaluation.harness import DocumentSource, Harness
+    from bench.evaluation.response_cache import ResponseCache
+    from bench.models.model import Model
+    from bench.schema import ModelConfig
+
+# Names, not functions: resolving one imports its harness, and lmms-eval alone takes seconds.
+PLANNERS = {
+    "lm_eval": "bench.evaluation.text.lm_eval:plan_text",
+    "lmms_eval": "bench.evaluation.multimodal.lmms_eval:plan_multimodal",
+    "images": "bench.evaluation.images:plan_images",
+}
+
+
+class Planner(Protocol):
+    """Function that finds the data of one harness's benchmarks."""
+
+    def __call__(self, benchmark: BenchmarkConfig, *, offline: bool) -> Harness:
+        """Return the benchmark, ready to score any model."""
+
+
+@dataclass(frozen=True)
+class PlannedBenchmark:
+    """A benchmark whose data are loaded; any number of models can be evaluated on it."""
+
+    benchmark: BenchmarkConfig
+    scoring: Harness
+
+    @property
+    def sources(self) -> dict[str, DocumentSource]:
+        """Where the documents of each task and each text came from."""
+        return self.scoring.sources
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of the documents per task and per text."""
+        return {name: source.fingerprint for name, source in self.sources.items()}
+
+    @property
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """Sources as stored in a record: origin, location, revision and fingerprint."""
+        return {name: asdict(source) for name, source in self.sources.items()}
+
+    def refuse_unfit(self, model: ModelConfig) -> None:
+        """Raise UserError unless the benchmark's harness supports this kind of model."""
+        if model.kind not in self.scoring.kinds:
+            raise UserError(
+                f"benchmark={self.benchmark.name} needs a model of kind "
+                f"{' or '.join(self.scoring.kinds)}; model={model.name} is {model.kind}"
+            )
+
+
+def plan(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
+    """Find and load all data of a benchmark; everything that is missing is reported at once.
+
+    Without a network, or with `offline`, the process stays off the hub from then on.
+
+    Raises:
+        MissingData: data are neither cached nor reachable on the hub.
+        UserError: the config names a task, a metric, a file or a text that does not exist or fit.
+    """
+    return PlannedBenchmark(benchmark, _planned_harness(benchmark, offline=offline))
+
+
+def _planned_harness(benchmark: BenchmarkConfig, *, offline: bool) -> Harness:
+    planner: Planner = pkgutil.resolve_name(PLANNERS[benchmark.harness])
+    return planner(benchmark, offline=offline)
+
+
+def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
+    """Return `plan(...)`, reusing the last result while the local files are unchanged.
+
+    The runs of a sweep share their benchmark, and building its tasks takes longer than many runs.
+    """
+    paths = [path for path in benchmark.data.values() if path]
+    paths += [text.path for text in benchmark.perplexity.values() if text.path]
+    files = [Path(path) for path in sorted(paths)]
+    # Only files can be stamped. A folder is planned once per process: replacing a file in it during
+    # a sweep goes unnoticed.
+    stamps = [(f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+    # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
+    return _cached_plan(benchmark.model_dump_json(), tuple(stamps), offline)
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_plan(
+    benchmark: str, stamps: tuple[tuple[int, int], ...], offline: bool
+) -> PlannedBenchmark:
+    """Build a plan; `stamps` only invalidates a stale one."""
+    return plan(BenchmarkConfig.model_validate_json(benchmark), offline=offline)
+
+
+def prefetch_benchmark(benchmark: BenchmarkConfig) -> list[str]:
+    """Download what a benchmark needs into the usual caches; return the data sets now present.
+
+    Each entry names a hub data set and its commit; data that need no network are not listed.
+    """
+    found = plan(benchmark, offline=False).sources.values()
+    return sorted({f"{s.location}@{s.revision or 'main'}" for s in found if s.origin == "hub"})
+
+
+def evaluate(
+    model: Model,
+    plan: PlannedBenchmark,
+    progress: Progress = SILENT,
+    memory: ResponseCache | None = None,
+) -> Evaluation:
+    """Score the model on every task of the plan.
+
+    `memory` is the response cache of this run, holding what an interrupted attempt had answered. A
+    cache is never shared between models.
+    """
+    # Imported late: planning and `bench --help` import this package and must not load torch.
+    from bench.device.devices import seed_everything
+    from bench.evaluation.metrics import align_rows, headline_average
+    from bench.evaluation.response_cache import ResponseCache
+
+    seed_everything(SEED)
+    # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
+    metrics, rows, asked = plan.scoring.score(model, progress, memory or ResponseCache())
+    metrics += headline_average(plan.benchmark, metrics)
+    engine = None if asked is None else asked.plain()
+    return Evaluation(tuple(metrics), align_rows(rows), engine)

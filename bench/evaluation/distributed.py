@@ -1,0 +1,115 @@
+"""Distributed evaluation: several processes, one per device, each with a copy of the model.
+
+They are started by `accelerate launch -m bench.cli run ...` or `torchrun`. Each process gets all
+requests from the harness and computes its share; responses are then exchanged, so that every
+process has all of them, and the first process writes. Python objects are exchanged, a few bytes per
+response.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+IndexedResponses = list[tuple[int, Any]]
+"""Responses, each with the index of its request."""
+
+# torch's default is 10 minutes (NCCL) or 30 (Gloo), but processes meet only at the end of a task,
+# and their shares may differ by hours where estimates of the work are off.
+COLLECTIVE_TIMEOUT = timedelta(days=2)
+"""Timeout of collectives: how long a process waits for the slowest one."""
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Environment variables by which launchers tell a process its place."""
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process: rank `number` of `count`."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.number == 0
+
+    def share(self, work: Sequence[int]) -> range:
+        """Return the indices of this process's items: neighbours with an equal part of the work."""
+        # Contiguous, because callers sort by length or by prefix: neighbours pad little in one
+        # batch and share prefixes. An item belongs to the process in whose part its midpoint lies,
+        # which assigns every item exactly once without communication. `or 1` covers items that all
+        # have no work.
+        ends = [0, *accumulate(work)]
+        owner = [
+            min(self.count - 1, (begin + end) * self.count // (2 * ends[-1] or 1))
+            for begin, end in pairwise(ends)
+        ]
+        mine = [place for place, rank in enumerate(owner) if rank == self.number]
+        return range(mine[0], mine[-1] + 1) if mine else range(0)
+
+    def spread(
+        self,
+        order: Sequence[int],
+        work: Sequence[int],
+        score: Callable[[list[int]], Iterable[IndexedResponses]],
+    ) -> Iterator[IndexedResponses]:
+        """Yield the responses to all indices, batch by batch.
+
+        This process's own come first, then those of all others at once. Indices are partitioned in
+        the given `order`, each weighted by its `work`; `score` computes the responses to one part.
+        """
+        mine = [order[number] for number in self.share(work)]
+        own: IndexedResponses = []
+        for answers in score(mine):
+            own += answers
+            yield answers
+        # The exchange is a barrier: every process must reach it, even one with an empty share. If
+        # one raises before it, the others wait until the timeout, which the launcher cuts short by
+        # killing all processes when one exits.
+        known = set(mine)
+        others = [each for each in self.together(own) if each[0] not in known]
+        if others:
+            yield others
+
+    def together(self, found: list[Value]) -> list[Value]:
+        """Return the items of all processes, concatenated by rank."""
+        if self.count == 1:
+            return found
+        from accelerate.utils import gather_object
+
+        everything: list[Value] = gather_object(found)
+        return everything
+
+    def broadcast(self, value: Value) -> Value:
+        """Return the first process's value on every process."""
+        return self.together([value])[0]
+
+
+@cache
+def current_process_group() -> ProcessGroup:
+    """Return this process's place in the group; the first call connects to the other processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ProcessGroup()
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=COLLECTIVE_TIMEOUT)
+    return ProcessGroup(state.process_index, state.num_processes)
+
+
+@contextmanager
+def hidden_from_harness() -> Iterator[None]:
+    """Hide the distributed environment from a harness, which would partition documents again."""
+    before = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)

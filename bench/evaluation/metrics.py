@@ -1,0 +1,140 @@
+"""Metrics and sample rows of an evaluation, and the one number that stands for a benchmark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bench.schema import BenchmarkConfig
+
+if TYPE_CHECKING:
+    from bench.records.record import Metric
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """One number with all that is needed to compare it with another.
+
+    `headline` marks the single metric that represents its task; `split` and `filter` are the
+    harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
+    """
+
+    benchmark: str
+    task: str
+    metric: str
+    filter: str
+    shots: int
+    split: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+    headline: bool
+    task_version: str | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All metrics of one model on one benchmark, and one row per scored sample.
+
+    `engine` is the backend report as JSON, None for harnesses without a choice of backend.
+    """
+
+    metrics: tuple[TaskMetric, ...]
+    samples: tuple[dict[str, Any], ...]
+    engine: dict[str, Any] | None = None
+
+
+Row = TypeVar("Row", TaskMetric, "Metric")
+AVERAGE = "average"
+SHARE_METRICS = {"mme_perception_score": "mme_perception_share"}
+"""Headline metrics that are sums of points, and the metric of the same task that scales them."""
+
+
+def headline_average(benchmark: BenchmarkConfig, rows: Sequence[TaskMetric]) -> list[TaskMetric]:
+    """Return the unweighted mean of the headline metrics as a list of one, or an empty list.
+
+    Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
+    since it cannot be averaged with accuracies in [0, 1]. There is no average of fewer than two
+    headline metrics, nor of metrics of which some are better high and some better low.
+    """
+    shown = averaged_headlines(rows, benchmark.perplexity)
+    if not shown:
+        return []
+    errors = [row.stderr for row in shown if row.stderr is not None]
+    known = len(errors) == len(shown)
+    return [
+        TaskMetric(
+            benchmark=benchmark.name,
+            task=AVERAGE,
+            metric="mean",
+            filter="none",
+            shots=max(row.shots for row in shown),
+            split=common_split({row.split for row in shown}),
+            value=math.fsum(row.value for row in shown) / len(shown),
+            # Standard error of a mean of independent estimates: sqrt(sum of squares) / n. One
+            # unknown error makes the whole unknown; treating it as 0 would understate it.
+            stderr=math.hypot(*errors) / len(shown) if known else None,
+            n=len(shown),
+            higher_is_better=shown[0].higher_is_better,
+            headline=True,
+            task_version=None,
+        )
+    ]
+
+
+def averaged_headlines(rows: Sequence[Row], perplexity: Container[str]) -> list[Row]:
+    """Return the metrics whose mean is the average; empty if no average is defined.
+
+    `perplexity` holds the names of the perplexities. `rows` are metrics fresh from a harness, or
+    those of a record; an average that is already among them is skipped.
+    """
+    shown = [
+        _comparable(row, rows)
+        for row in rows
+        if row.headline and row.task != AVERAGE and row.task not in perplexity
+    ]
+    mixed = len({row.higher_is_better for row in shown}) > 1
+    return [] if len(shown) < 2 or mixed else shown
+
+
+def _comparable(headline: Row, rows: Sequence[Row]) -> Row:
+    """Return the metric that represents a headline in the mean: its share, if it has one."""
+    share = SHARE_METRICS.get(headline.metric)
+    same = (row for row in rows if row.task == headline.task and row.metric == share)
+    return next(same, headline)
+
+
+def common_split(splits: set[str]) -> str:
+    """Return the split that all rows share, or `mixed`."""
+    return splits.pop() if len(splits) == 1 else "mixed"
+
+
+SAMPLE_COLUMNS: dict[str, Any] = {
+    "task": None,
+    "filter": None,
+    "doc_id": None,
+    "doc_hash": None,
+    "prompt_hash": None,
+    "target": None,
+    "prompt": None,
+    "choices": (),
+    "loglikelihoods": (),
+    "greedy": (),
+    "response": None,
+    "n_tokens": None,
+}
+"""First columns of every sample row, with the value used where a task has none."""
+SAMPLE_METRICS = ("acc", "acc_norm", "exact_match")
+"""Metric columns that are always present; further metrics append theirs."""
+
+
+def align_rows(found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Give all rows the same columns in the same order; a missing list is empty, the rest None."""
+    extra = dict.fromkeys(key for row in found for key in row if key not in SAMPLE_COLUMNS)
+    blank = {**SAMPLE_COLUMNS, **dict.fromkeys(SAMPLE_METRICS), **dict.fromkeys(extra)}
+    whole = ({**blank, **row} for row in found)
+    # Blanks are tuples, and every row gets a list of its own: a shared list would alias all rows.
+    return tuple({k: list(v) if v == () else v for k, v in row.items()} for row in whole)

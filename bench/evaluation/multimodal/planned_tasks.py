@@ -1,0 +1,158 @@
+"""The harness's task objects, and which documents a limit leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from lmms_eval.api.task import ConfigurableTask
+from PIL.Image import Image
+
+from bench.errors import UserError, unknown_name
+from bench.evaluation.harness import DocumentSource
+from bench.evaluation.harness_logs import quiet
+from bench.evaluation.multimodal import derived_metrics, task_data, task_index
+from bench.evaluation.multimodal.task_data import ImageDocuments
+from bench.evaluation.multimodal.task_index import evaluated_split
+from bench.schema import BenchmarkConfig
+
+
+class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no types
+    """A task of lmms-eval in everything but the download of its data."""
+
+    def __init__(self, defined: dict[str, Any], rows: datasets.Dataset) -> None:
+        # Before the base class, whose constructor calls `download`.
+        self._rows = rows
+        super().__init__(config=defined)
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
+        """Install the documents, and a copy without images for code that reads text only."""
+        split = evaluated_split(dict(vars(self.config)))
+        images = [n for n, kind in self._rows.features.items() if isinstance(kind, datasets.Image)]
+        self.dataset = datasets.DatasetDict({split: self._rows})
+        self.dataset_no_image = datasets.DatasetDict({split: self._rows.remove_columns(images)})
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One task with its documents.
+
+    `places` are the indices of its documents in the whole data set, `headline` is its metric.
+    """
+
+    name: str
+    task: LoadedTask
+    split: str
+    places: tuple[int, ...]
+    source: DocumentSource
+    headline: str
+
+    def pictures(self, number: int) -> list[Image]:
+        """Return the images shown with a document, given its index into `places`."""
+        with quiet():
+            return list(self.task.doc_to_visual(self.task.dataset[self.split][number]))
+
+
+def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
+    """Build one task.
+
+    Raises:
+        Unreachable: its data are neither cached nor reachable on the hub.
+        UserError: the task is not supported, or the user's rows or metric do not fit it.
+    """
+    find = (
+        task_index.find_micro_task_file if benchmark.suite == "micro" else task_index.find_task_file
+    )
+    with quiet():
+        defined = task_index.read_task_definition(find(name), benchmark)
+        found = task_data.load_image_documents(name, defined, benchmark)
+        places = select_documents(name, found.rows, benchmark.limit)
+        task = _loaded_task(name, _with_local_images(defined, found), found, places, benchmark)
+    headline = _headline(name, list(task.aggregation()), benchmark)
+    split = task_index.evaluated_split(defined)
+    return PlannedTask(name, task, split, tuple(places), found.source, headline)
+
+
+def _with_local_images(defined: dict[str, Any], found: ImageDocuments) -> dict[str, Any]:
+    """Point a task at its images; the harness's own function would load them from the hub."""
+    bound = {**defined, "dataset_kwargs": None, "num_fewshot": 0}
+    for key in ("test_split", "validation_split"):
+        bound[key] = str(bound[key]).strip() if bound.get(key) else None
+    # Only the scored split is loaded, so the harness must not look for others.
+    bound["training_split"] = bound["fewshot_split"] = None
+    if found.album is not None:
+        bound["doc_to_visual"] = found.album.doc_to_visual
+    return bound
+
+
+def _loaded_task(
+    name: str,
+    defined: dict[str, Any],
+    found: ImageDocuments,
+    places: list[int],
+    benchmark: BenchmarkConfig,
+) -> LoadedTask:
+    rows = found.rows.select(places)
+    if name not in benchmark.data:
+        return LoadedTask(defined, rows)
+    try:
+        task = LoadedTask(defined, rows)
+        # Tried on one row now: otherwise the first failure would come after the model is loaded.
+        task.doc_to_visual(rows[0])
+    except Exception as error:  # task functions raise anything on such rows
+        reason = f"{type(error).__name__} {error}"
+        key = f"benchmark.data.{name}={benchmark.data[name]}"
+        raise UserError(f"{key}: the rows do not fit {name}: {reason}") from error
+    return task
+
+
+def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> str:
+    """Return the metric that represents a task: the configured one, or the harness's first."""
+    metrics = [*offered, *derived_metrics.always_derived_from(offered)]
+    metric = benchmark.metrics.get(name, metrics[0])
+    if metric not in metrics:
+        raise unknown_name(f"metric benchmark.metrics.{name}", metric, metrics)
+    return metric
+
+
+UnitRule = tuple[tuple[str, ...], Callable[..., Any]]
+SCORING_UNITS: dict[str, UnitRule] = {
+    # Two questions about an image; the second half of the score counts images with both correct.
+    "mme": (("category", "question_id"), lambda category, question: (category, question)),
+    # A question and its copies with rotated options, whose indices are a million apart.
+    "mmbench": (("index",), lambda index: index % 1_000_000),
+}
+
+
+def select_documents(name: str, rows: datasets.Dataset, limit: int | None) -> list[int]:
+    """Return the indices of the documents to score, in order.
+
+    Documents that are scored together are all in or all out, so a limit may be exceeded by a few.
+    """
+    if limit is None or limit >= len(rows):
+        return list(range(len(rows)))
+    rule = _unit_rule(name)
+    if rule is None:
+        return list(range(limit))
+    columns, key = rule
+    keys = [key(*values) for values in zip(*(rows[column] for column in columns), strict=True)]
+    wanted = set(keys[:limit])
+    return [place for place, each in enumerate(keys) if each in wanted]
+
+
+def scoring_unit(name: str, document: dict[str, Any]) -> str | None:
+    """Return the name of the unit a document is scored in, or None if it is scored alone."""
+    rule = _unit_rule(name)
+    if rule is None:
+        return None
+    columns, key = rule
+    return str(key(*(document[column] for column in columns)))
+
+
+def _unit_rule(name: str) -> UnitRule | None:
+    """Return the columns and the function that define the units of a task, if it has any."""
+    families = (key for key in SCORING_UNITS if name == key or name.startswith(f"{key}_"))
+    family = next(families, None)
+    return None if family is None else SCORING_UNITS[family]

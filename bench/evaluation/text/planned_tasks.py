@@ -1,0 +1,162 @@
+"""The harness's task objects for the names that a benchmark lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+from bench.data import hub
+from bench.errors import UserError, unknown_name
+from bench.evaluation.harness import DocumentSource, hub_source
+from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.text import task_data, task_index
+from bench.schema import BenchmarkConfig
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One scored name: a task, or a group of tasks whose scores the harness aggregates.
+
+    `tasks` and `groups` are the harness's objects. `headline` is the metric that represents the
+    name and the filter through which it is read; filter None means the first one.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    sources: dict[str, DocumentSource]
+    headline: tuple[str, str | None]
+
+
+def scored_names(benchmark: BenchmarkConfig) -> list[str]:
+    """Return the names to score: those of `tasks`, with each tag expanded to its tasks."""
+    if benchmark.suite == "micro":
+        return list(benchmark.tasks)
+    with quiet_lm_eval():
+        expanded = [task for name in benchmark.tasks for task in task_index.expand_tag(name)]
+    return list(dict.fromkeys(expanded))
+
+
+def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
+    """Build one task or one group of tasks.
+
+    Raises:
+        Unreachable: its data are neither cached nor reachable on the hub.
+        UserError: the task is not supported, or the user's rows or metric do not fit it.
+    """
+    find = (
+        task_index.find_micro_task_file if benchmark.suite == "micro" else task_index.find_task_file
+    )
+    file = find(name)
+    with quiet_lm_eval():
+        if file is None:
+            return _build_group(name, benchmark)
+        task, source = _build_one(name, task_index.read_task_definition(file), benchmark)
+    return _planned_task(name, {name: task}, {}, {name: source}, benchmark)
+
+
+def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
+    if name in benchmark.data:
+        raise UserError(f"benchmark.data.{name}: {name} is a group; list its tasks instead")
+    try:
+        loaded = task_index.load_task_group(name)
+    except (OSError, ValueError) as error:  # raised by `datasets` when data are missing
+        raise hub.unreachable_error(", ".join(task_index.group_data_sets(name)), error) from error
+    sources = {leaf: _source_of(task) for leaf, task in loaded["tasks"].items()}
+    return _planned_task(name, loaded["tasks"], loaded["groups"], sources, benchmark)
+
+
+def _build_one(
+    name: str, defined: dict[str, Any], benchmark: BenchmarkConfig
+) -> tuple[Any, DocumentSource]:
+    if "class" in defined:
+        if name in benchmark.data:
+            raise UserError(f"benchmark.data.{name}: {name} loads its data in Python code")
+        return _build_python(defined)
+    defined["num_fewshot"] = task_index.num_shots(defined, benchmark.num_fewshot)
+    data, source = task_data.load_documents(name, defined, benchmark)
+    # With zero shots only the scored split is kept: the harness would process every document of
+    # a training split, however large, before it scores the first question.
+    present = set(data) if defined["num_fewshot"] else {task_index.evaluated_split(defined)}
+    fitted = task_index.restrict_to_splits(defined, present) | {"custom_dataset": lambda **_: data}
+    if name not in benchmark.data:
+        return _construct(fitted), source
+    return _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}"), source
+
+
+def _build_python(defined: dict[str, Any]) -> tuple[Any, DocumentSource]:
+    """Build a task that is a Python class of the harness and loads its data itself."""
+    try:
+        task = _construct(defined)
+    except (OSError, ValueError) as error:  # as in `_build_group`
+        raise hub.unreachable_error(str(defined["class"].DATASET_PATH), error) from error
+    return task, _source_of(task)
+
+
+def _source_of(task: Any) -> DocumentSource:
+    """Describe the data of a task that the harness loaded itself."""
+    data = getattr(task, "dataset", None)
+    location = hub.dataset_name(task.DATASET_PATH or "", task.DATASET_NAME)
+    # No data set of `datasets`, for instance documents made in code: the task's name must identify
+    # it.
+    if not isinstance(data, dict):
+        return DocumentSource("harness", location, None, task.task_name)
+    return hub_source(location, hub.commit_of(data), task_data.content_fingerprint(data))
+
+
+def _construct_local(defined: dict[str, Any], key: str) -> Any:
+    try:
+        return _construct(defined)
+    except Exception as error:  # templates and task functions raise anything on such rows
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{key}: the rows do not fit {defined['task']}: {reason}") from error
+
+
+def _construct(defined: dict[str, Any]) -> Any:
+    # Without its default index, which takes seconds to build and is not needed for a full
+    # definition.
+    (task,) = TaskManager(include_defaults=False).load([defined])["tasks"].values()
+    return task
+
+
+def _planned_task(
+    name: str,
+    tasks: dict[str, Any],
+    members: dict[str, Any],
+    sources: dict[str, DocumentSource],
+    benchmark: BenchmarkConfig,
+) -> PlannedTask:
+    for leaf, task in tasks.items():
+        _refuse_unsupported(leaf, task)
+        # Set on the built task, since members of a group and Python classes never pass through
+        # `_build_one`.
+        wanted = task_index.num_shots(
+            {"num_fewshot": task.get_config("num_fewshot")}, benchmark.num_fewshot
+        )
+        task.set_config("num_fewshot", wanted)
+    offered = _offered_metrics(members[name].aggregate_metric_list if members else None, tasks)
+    return PlannedTask(name, tasks, members, sources, _headline(name, offered, benchmark))
+
+
+def _refuse_unsupported(name: str, task: Any) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"task {name!r} needs images or audio; lm_eval benchmarks are text only")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"task {name!r} executes generated code, which slimbench refuses")
+
+
+def _offered_metrics(aggregated: Iterable[Any] | None, tasks: dict[str, Any]) -> list[str]:
+    if aggregated:
+        return [metric.metric for metric in aggregated]
+    return list(dict.fromkeys(metric for task in tasks.values() for metric in task.aggregation()))
+
+
+def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> tuple[str, str | None]:
+    """Split `METRIC` or `METRIC,FILTER`, the harness's notation; default: the first metric."""
+    metric, _, chosen = benchmark.metrics.get(name, offered[0]).partition(",")
+    if metric not in offered:
+        raise unknown_name(f"metric benchmark.metrics.{name}", metric, offered)
+    return metric, chosen or None

@@ -1,0 +1,119 @@
+"""Check whether a model supports prefix sharing: static checks, then a numerical probe."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.device.memory import is_out_of_memory
+from bench.evaluation.batching import TokenBudget
+from bench.evaluation.harness import BackendReport
+from bench.evaluation.text.prefix.forward import Forward
+from bench.evaluation.text.prefix.packing import PackedSequence, PrefixGroup, SharedPrefix
+from bench.evaluation.text.prefix.scorer import LoglikelihoodAccumulator, PrefixSharingScorer
+from bench.evaluation.text.prefix.trie import Trie
+from bench.evaluation.text.requests import LoglikelihoodRequest
+from bench.models.model import Model
+from bench.models.structure.attention_span import non_attention_layer, text_config
+from bench.ui import SILENT
+
+REQUIRED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values")
+SUPPORTED_ATTENTION = ("sdpa", "eager", "flex_attention")
+PROBE_PREFIX, PROBE_BRANCH = 6, 8
+"""Tokens of the probe: in the prefix that its two paths share, and in each branch."""
+
+# In float32 only the order of summation differs between layouts. Half precision rounds activations
+# in every layer, and kernels for masked and unmasked attention round differently; 2 % of a sum of
+# nine log-probabilities covers that. A branch that sees another branch's tokens, or positions that
+# are off by a branch, change the predictions themselves, by far more than that on random tokens.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+HALF_TOLERANCE = 0.02
+"""Allowed relative difference of the probe's log-likelihoods; a wrong mask moves them by more."""
+
+
+def unsupported_reason(model: Model) -> str | None:
+    """Return why a network needs the padded backend, or None if it supports prefix sharing."""
+    return _static_reason(model.network) or _probe_reason(model)
+
+
+def _static_reason(network: Any) -> str | None:
+    """Check signature, output head, attention kernel and layer types, without a forward."""
+    missing = set(REQUIRED_ARGUMENTS) - set(inspect.signature(network.forward).parameters)
+    if missing:
+        return f"the network's forward has no argument {min(missing)}"
+    if getattr(network, "get_output_embeddings", lambda: None)() is None:
+        return "the network has no output head that could be restricted to scored positions"
+    # FlashAttention takes causal and padding masks only.
+    attention = network.config._attn_implementation
+    if attention not in SUPPORTED_ATTENTION:
+        return f"model.attention={attention} supports no tree attention mask"
+    foreign = non_attention_layer(network)
+    return None if foreign is None else f"the network has {foreign} layers"
+
+
+def _probe_reason(model: Model) -> str | None:
+    """Score two paths apart, in one packed sequence, and after a cached prefix; all must agree."""
+    # A probe rather than a list of architectures: whether a mask and positions are honoured depends
+    # on the version of transformers, on remote code, on the attention kernel and on what a method
+    # has done to the network, and a network that ignores them gives wrong numbers without an error.
+    trie = _probe_trie(model)
+    alone = PrefixGroup(None, [_probe_sequence(trie, 0, 1, 0), _probe_sequence(trie, 1, 2, 0)])
+    branches = PrefixGroup(None, [_probe_sequence(trie, 0, 2, 0)])
+    trunk = PrefixGroup(
+        SharedPrefix(None, 0, 2, 0, PROBE_PREFIX), [_probe_sequence(trie, 0, 2, PROBE_PREFIX)]
+    )
+    try:
+        wanted = _probe_loglikelihoods(model, trie, alone)
+        found = {"in a packed sequence": _probe_loglikelihoods(model, trie, branches)}
+        found["after a cached prefix"] = _probe_loglikelihoods(model, trie, trunk)
+    # Errors of a forward on a mask or cache that it does not expect. Running out of memory is no
+    # verdict on the network.
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        return f"the network fails on packed sequences: {type(error).__name__} {reason}"
+    network: Any = model.network
+    allowed = TOLERANCE.get(network.dtype, HALF_TOLERANCE)
+    for how, values in found.items():
+        off = float(np.abs(values / wanted - 1).max())
+        if not off <= allowed:  # true for NaN as well
+            return f"log-likelihoods differ {how}, by a relative {off:.2g}"
+    return None
+
+
+def _probe_trie(model: Model) -> Trie:
+    """Make two paths with a common prefix, of random tokens of the vocabulary."""
+    draw = np.random.default_rng(0)
+    vocabulary = int(text_config(model.network).vocab_size)
+    stem = draw.integers(vocabulary, size=PROBE_PREFIX).tolist()
+    questions = []
+    for first in range(2):
+        # The branches begin with tokens 0 and 1, so that they part exactly there; the rest is
+        # random, so that no mistake cancels out.
+        branch = [first, *draw.integers(vocabulary, size=PROBE_BRANCH).tolist()]
+        questions.append(LoglikelihoodRequest(stem + branch[:-1], branch))
+    return Trie(questions)
+
+
+def _probe_loglikelihoods(model: Model, trie: Trie, grove: PrefixGroup) -> Any:
+    """Return the log-likelihoods of the probe's two paths, computed in one of the three layouts."""
+    budget = TokenBudget(4096, model.device, SILENT)
+    scorer = PrefixSharingScorer(
+        Forward(model.network, model.device), budget, BackendReport("shared")
+    )
+    # Only the number of targets matters here: the accumulator counts what is still missing.
+    questions = [LoglikelihoodRequest([], [0] * (PROBE_BRANCH + 1)) for _ in trie.leaves]
+    answers = dict(
+        a
+        for batch in scorer.walk(trie, [grove], LoglikelihoodAccumulator(questions))
+        for a in batch
+    )
+    return np.array([answers[number].value for number in sorted(answers)])
+
+
+def _probe_sequence(trie: Trie, low: int, high: int, start: int) -> PackedSequence:
+    return PackedSequence(low, high, start, trie.size(low, high, start))

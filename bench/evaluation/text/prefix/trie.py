@@ -1,0 +1,100 @@
+"""Inputs of many requests as a trie of tokens, stored as its leaves in sorted order.
+
+In that order a subtree is a range of leaves, and the lengths of the common prefixes of neighbours
+describe all branches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.evaluation.text.requests import LoglikelihoodRequest
+
+Ints: TypeAlias = NDArray[np.int64]
+
+
+class Read(NamedTuple):
+    """Request `number` reads how likely the targets are after the tokens from `start` on."""
+
+    number: int
+    start: int
+    targets: Ints
+
+
+class Trie:
+    """Distinct inputs; none is a prefix of another. Each has the reads along its path.
+
+    `shared[i]` is the number of tokens that leaf i has in common with leaf i - 1.
+    """
+
+    def __init__(self, questions: Sequence[LoglikelihoodRequest]) -> None:
+        self.leaves: list[Ints] = []
+        self.reads: list[list[Read]] = []
+        for tokens, reads in _merge_prefixes(questions):
+            self.leaves.append(tokens)
+            self.reads.append(reads)
+        common = [_common_prefix_length(left, right) for left, right in pairwise(self.leaves)]
+        self.shared: Ints = np.array([0, *common][: len(self.leaves)], dtype=np.int64)
+        self.lengths: Ints = np.array([len(leaf) for leaf in self.leaves], dtype=np.int64)
+        # Tokens that each leaf adds to the one before it, summed: `size` is then two look-ups.
+        self._own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, each shared one counted once."""
+        return int(self._own[-1])
+
+    def size(self, low: int, high: int, depth: int) -> int:
+        """Return the number of tokens of leaves `low` to `high` below a depth that they share."""
+        # From `_own[low + 1]`, not `_own[low]`: the first leaf counts in full below `depth`, since
+        # what it shares with the leaf before it is not in this range. Only the later leaves count
+        # what they add.
+        return int(self.lengths[low] - depth + self._own[high] - self._own[low + 1])
+
+    def common(self, low: int, high: int) -> int:
+        """Return the depth down to which leaves `low` to `high` are one path."""
+        # In sorted order the first and the last leaf agree as far as the least agreeing neighbours.
+        return int(self.shared[low + 1 : high].min() if high - low > 1 else self.lengths[low])
+
+    def branches(self, low: int, high: int, depth: int) -> list[tuple[int, int]]:
+        """Return the ranges of leaves that part at a depth, in order."""
+        cuts = low + 1 + np.flatnonzero(self.shared[low + 1 : high] == depth)
+        return list(pairwise([low, *cuts.tolist(), high]))
+
+
+def _merge_prefixes(questions: Sequence[LoglikelihoodRequest]) -> list[tuple[Ints, list[Read]]]:
+    """Sort inputs and drop those that are prefixes of others."""
+    asked: dict[bytes, list[Read]] = defaultdict(list)
+    for number, (inputs, targets) in enumerate(questions):
+        # Big-endian words sort as bytes like the tokens themselves, and bytes compare fast.
+        key = np.array(inputs, dtype=">u4").tobytes()
+        start = len(inputs) - len(targets)
+        asked[key].append(Read(number, start, np.array(targets, dtype=np.int64)))
+    keys = sorted(asked)
+    found: list[tuple[Ints, list[Read]]] = []
+    waiting: list[Read] = []
+    for key, following in zip(keys, [*keys[1:], b""], strict=True):
+        # The reads of a dropped prefix are kept for the leaf that extends it. In sorted order a
+        # prefix stands directly before what it begins, so comparing with the next key is enough,
+        # and reads wait until a key is not extended by its successor.
+        waiting += asked[key]
+        if not following.startswith(key):
+            found.append((np.frombuffer(key, dtype=">u4").astype(np.int64), waiting))
+            waiting = []
+    return found
+
+
+def _common_prefix_length(left: Ints, right: Ints) -> int:
+    """Return the length of the common prefix of two inputs; neither is a prefix of the other."""
+    short: Any = min(len(left), len(right))
+    # argmax of booleans is the first True, which exists because the inputs differ.
+    return int(np.argmax(left[:short] != right[:short]))

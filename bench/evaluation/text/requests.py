@@ -1,0 +1,55 @@
+"""Loglikelihood requests, their results, the scorer protocol, and truncation as in lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+from bench.errors import UserError
+from bench.models.model import Model
+
+Tokens: TypeAlias = list[int]
+
+
+class Loglikelihood(NamedTuple):
+    """The log-likelihood of a continuation, and whether it is the greedy one."""
+
+    value: float
+    greedy: bool
+
+
+class LoglikelihoodRequest(NamedTuple):
+    """One input of the network, and the tokens that its last positions should predict."""
+
+    inputs: Tokens
+    targets: Tokens
+
+
+Loglikelihoods: TypeAlias = list[tuple[int, Loglikelihood]]
+"""Log-likelihoods by index of request."""
+
+
+class Scorer(Protocol):
+    """Scores requests batch by batch, in an order of its choice."""
+
+    def score(self, questions: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
+        """Yield the responses of each batch as soon as they are there; every index exactly once."""
+
+
+def truncated_request(model: Model, context: Tokens, continuation: Tokens) -> LoglikelihoodRequest:
+    """Return a request as the network sees it, truncated on the left to the model's length.
+
+    Raises:
+        UserError: the continuation is empty or longer than the model's length.
+    """
+    longest = model.max_length
+    if not 0 < len(continuation) <= longest:
+        raise UserError(
+            f"a continuation of {len(continuation)} tokens cannot be scored: "
+            f"model {model.name} takes 1 to {longest}"
+        )
+    # The rule of lm-eval's `hf` model, which must be matched to the token: keep the last max_length
+    # + 1 tokens, then drop the last one. That one is only ever predicted, never an input, which is
+    # why one token more than the network takes still fits; the left end goes, so the continuation
+    # stays whole.
+    return LoglikelihoodRequest((context + continuation)[-(longest + 1) : -1], continuation)

@@ -1,0 +1,147 @@
+"""Documents of one task and texts of perplexities: a file, the embedded world, the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from bench.data import english, hub
+from bench.data.synthetic.world import documents, fingerprint
+from bench.data.synthetic.world import documents_by_split as world_splits
+from bench.errors import UserError
+from bench.evaluation import local_files
+from bench.evaluation.harness import DocumentSource, file_source, hub_source
+from bench.evaluation.local_files import SUFFIXES, read_rows
+from bench.evaluation.text.task_index import evaluated_split
+from bench.schema import BenchmarkConfig, PerplexityConfig
+
+Splits = dict[str, Any]
+"""Data sets by name of split."""
+
+
+def load_documents(
+    name: str, defined: dict[str, Any], benchmark: BenchmarkConfig
+) -> tuple[Splits, DocumentSource]:
+    """Return the splits that the benchmark gives a task, and where they came from."""
+    path = benchmark.data.get(name)
+    if path:
+        return local_files.load_local_rows(name, path, evaluated_split(defined))
+    if benchmark.suite == "micro":
+        return _documents_from_function(defined, only=_single_split(defined)), world_source(name)
+    if "custom_dataset" in defined:
+        data = _documents_from_function(defined)
+        return data, DocumentSource("harness", name, None, content_fingerprint(data))
+    return _documents_from_hub(defined)
+
+
+def _single_split(defined: dict[str, Any]) -> str | None:
+    """Return the single split needed by a task without few-shot examples, else None."""
+    return None if defined.get("num_fewshot") else evaluated_split(defined)
+
+
+def _documents_from_function(defined: dict[str, Any], **options: Any) -> Splits:
+    given = {**(defined.get("metadata") or {}), **(defined.get("dataset_kwargs") or {})}
+    data: Splits = defined["custom_dataset"](**given, **options)
+    return data
+
+
+def _documents_from_hub(defined: dict[str, Any]) -> tuple[Splits, DocumentSource]:
+    options = dict(defined.get("dataset_kwargs") or {})
+    options.pop("trust_remote_code", None)  # `datasets` rejects it by now
+    location = (defined["dataset_path"], defined.get("dataset_name"))
+    data = hub.load_dataset(*location, **options)
+    return data, hub_source(
+        hub.dataset_name(*location), hub.commit_of(data), content_fingerprint(data)
+    )
+
+
+def content_fingerprint(data: Splits) -> str:
+    """Return the identity of loaded documents."""
+    # The library's own hash of how the data came to be. It is there already, whereas hashing the
+    # rows could mean reading gigabytes.
+    return "-".join(
+        str(getattr(split, "_fingerprint", name)) for name, split in sorted(data.items())
+    )
+
+
+def embedded_splits(*, world: str, only: str | None = None, **_: Any) -> datasets.DatasetDict:
+    """Return the splits of one task of the world; our task files name this as `custom_dataset`.
+
+    `only` restricts the result to the scored split, so that nothing else is generated. Further
+    arguments are metadata of the task, which the harness passes along; they are ignored.
+    """
+    rows = {only: documents(world, "test")} if only else world_splits(world)
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(split) for name, split in rows.items()}
+    )
+
+
+def world_source(task: str) -> DocumentSource:
+    """Describe the embedded documents of a task."""
+    return DocumentSource("embedded", f"world:{task}", None, fingerprint(task))
+
+
+_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+# C4 is measured on the first validation shard alone, as in GPTQ's scripts: the published numbers
+# depend on it.
+_C4_SHARD = ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz")
+
+
+@dataclass(frozen=True)
+class PlannedText:
+    """A text as a sequence of documents, with the perplexity to be measured on it."""
+
+    name: str
+    config: PerplexityConfig
+    documents: Sequence[str]
+    split: str
+    source: DocumentSource
+
+
+def load_perplexity_text(name: str, config: PerplexityConfig) -> PlannedText:
+    """Read the text that a perplexity names, or the file that replaces it."""
+    split = "validation" if config.text == "c4" else "test"
+    if config.path is not None:
+        documents, source = _text_from_file(
+            f"benchmark.perplexity.{name}.path={config.path}", config.path
+        )
+    elif config.text == "english":
+        documents = [english.test_text()]
+        source = DocumentSource("embedded", "english", None, english.fingerprint())
+    else:
+        documents, source = _text_from_hub(config, split)
+    return PlannedText(name, config, documents, split, source)
+
+
+def _text_from_hub(config: PerplexityConfig, split: str) -> tuple[Sequence[str], DocumentSource]:
+    if config.text == "c4":
+        file = hub.download_file(*_C4_SHARD)
+        rows = read_rows(file, hub.dataset_name(*_C4_SHARD))
+        source = hub_source(hub.dataset_name(*_C4_SHARD), hub.commit_in_path(file), file.name)
+        return [row["text"] for row in rows], source
+    data = hub.load_dataset(*_WIKITEXT2)
+    loaded = str(data[split]._fingerprint)
+    return data[split]["text"], hub_source(
+        hub.dataset_name(*_WIKITEXT2), hub.commit_of(data), loaded
+    )
+
+
+def _text_from_file(key: str, path: str) -> tuple[Sequence[str], DocumentSource]:
+    """Read the column `text` of a table, or any other file as one document of plain text."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{key}: no such file")
+    if file.suffix in SUFFIXES:
+        rows = read_rows(file, key)
+        if not all(isinstance(row.get("text"), str) for row in rows):
+            raise UserError(f"{key}: {file.name} needs a column 'text' of strings")
+        return [row["text"] for row in rows], file_source([file])
+    try:
+        return [file.read_text(encoding="utf-8")], file_source([file])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {file.name} is not UTF-8 text: {error}") from error

@@ -1,0 +1,181 @@
+"""The same for vision tower, projector, image prompts.
+
+Analytic cost of vision tower and projector: every patch passes every layer of the tower.
+
+Shapes: P patches of a frame, c patches merged into a visual token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs, text_config
+from bench.models.macs import (
+    MatmulCost,
+    VisualLayer,
+    attention_cost,
+    flops_provider_of,
+    matrix_weights,
+)
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.vlm.vision_tower import CLASS_TOKEN_MODELS, patches_per_token, tower_parts
+from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
+
+ModelInputs = Mapping[str, Any]
+
+
+@torch.no_grad()
+def image_prompt_macs(
+    network: nn.Module, structure: ModelStructure, inputs: ModelInputs
+) -> list[MatmulCost]:
+    """Return the multiply-adds of a prompt with its images and of the logits of its last token.
+
+    Raises:
+        UserError: there is no image, or a part has no analytic FLOP formula.
+    """
+    marked = _require_visual_tokens(network, inputs).mask
+    # A method that skips work leaves its own FLOP account on the network; it returns None where
+    # the stock decoder is unchanged.
+    plan = flops_provider_of(network)
+    planned = None if plan is None else plan.prefill(inputs)
+    if planned is None:
+        planned = list(
+            decoder_macs(structure.layers, text_config(network), CallTokens.prompt(marked))
+        )
+    vision = vision_macs(network, inputs, int(marked.sum()))
+    return [*vision, *planned, head_macs(network, len(marked))]
+
+
+@torch.no_grad()
+def token_after_prompt_macs(
+    network: nn.Module, structure: ModelStructure, inputs: ModelInputs
+) -> list[MatmulCost]:
+    """Return the multiply-adds of the first token generated after a prompt.
+
+    Raises:
+        UserError: there is no image, or the decoder has no analytic FLOP formula.
+    """
+    batch, length = _require_visual_tokens(network, inputs).mask.shape
+    plan = flops_provider_of(network)
+    planned = None if plan is None else plan.token(inputs)
+    if planned is None:
+        layout = CallTokens.text(batch, 1, past=length)
+        planned = list(decoder_macs(structure.layers, text_config(network), layout))
+    return [*planned, head_macs(network, batch)]
+
+
+@torch.no_grad()
+def visual_layers(
+    network: nn.Module, structure: ModelStructure, inputs: ModelInputs
+) -> list[VisualLayer]:
+    """Return per decoder layer the quantities that papers' FLOP conventions use."""
+    plan = flops_provider_of(network)
+    if plan is not None:
+        return plan.layers(inputs)
+    # Without a method every layer sees all visual tokens with all heads and neurons.
+    visual = int(_require_visual_tokens(network, inputs).mask.sum())
+    return [VisualLayer(visual)] * len(structure.layers)
+
+
+def _require_visual_tokens(network: nn.Module, inputs: ModelInputs) -> VisualTokens:
+    tokens = locate_visual_tokens(network, inputs)
+    if tokens is None:
+        raise UserError("the inputs contain no image, so there are no visual tokens to count")
+    return tokens
+
+
+GRID_INPUTS = ("image_grid_thw", "video_grid_thw")
+
+
+def vision_macs(network: nn.Module, inputs: Mapping[str, Any], tokens: int) -> list[MatmulCost]:
+    """Return the multiply-adds of encoding the images of a call into `tokens` visual tokens.
+
+    Raises:
+        UserError: the vision tower is of an unsupported type.
+    """
+    config = cast(Any, network.config)
+    module, _, projector = tower_parts(network)
+    if config.model_type in CLASS_TOKEN_MODELS:
+        # These towers take images of one size, so the patches divide evenly among the images.
+        # Qwen's towers take any size and receive a (time, height, width) grid per image instead.
+        patches = tokens * patches_per_token(config)
+        images = int(inputs["pixel_values"].shape[0])
+        encoded = _class_token_tower(module, patches // images, images)
+    else:
+        grids = [row for name in GRID_INPUTS for row in _grid_rows(inputs.get(name))]
+        encoded = _patch_tower(module, config, grids)
+    return [*encoded, *_projector_macs(module, projector, tokens)]
+
+
+def _class_token_tower(module: nn.Module, patches: int, images: int) -> Iterator[MatmulCost]:
+    """Yield a tower in which the class token and all patches of an image attend to each other."""
+    part = cast(Any, module)
+    embedding = next(m for m in part.embeddings.modules() if isinstance(m, nn.Conv2d))
+    yield MatmulCost("vision", float(images * patches * matrix_weights(embedding)), "visual")
+    rows = patches + 1
+    # CLIP names these `layers` and `self_attn`, InternVL's tower `layer` and `attention`.
+    for layer in getattr(part.encoder, "layers", None) or part.encoder.layer:
+        attention = getattr(layer, "self_attn", None) or layer.attention
+        # Multiply-adds per (query, key) pair: q · k and weight · v, over all heads.
+        per_pair = 2 * attention.num_heads * attention.head_dim
+        yield MatmulCost("vision", float(images * rows * matrix_weights(layer)), "visual")
+        pairs = images * rows * rows
+        yield attention_cost("visual", pairs, pairs, per_pair, part="vision")
+
+
+def _patch_tower(
+    module: nn.Module, config: Any, grids: Sequence[Sequence[int]]
+) -> Iterator[MatmulCost]:
+    """Yield a tower without class token; attention covers a frame or, in some layers, a window."""
+    part, vision = cast(Any, module), config.vision_config
+    frames = [height * width for time, height, width in grids for _ in range(time)]
+    patches = sum(frames)
+    yield MatmulCost("vision", float(patches * matrix_weights(part.patch_embed)), "visual")
+    # Qwen2.5-VL lists the few layers with full attention; without the list every layer has it.
+    full = getattr(vision, "fullatt_block_indexes", None)
+    windows = frames if full is None else _window_sizes(vision, grids)
+    for index, block in enumerate(part.blocks):
+        lengths = frames if full is None or index in full else windows
+        pairs = sum(length * length for length in lengths)
+        yield MatmulCost("vision", float(patches * matrix_weights(block)), "visual")
+        # qkv is one fused matrix: a third of its outputs is the width of q, of k and of v.
+        per_pair = 2 * block.attn.qkv.out_features // 3
+        yield attention_cost("visual", pairs, pairs, per_pair, part="vision")
+
+
+def _window_sizes(vision: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+    """Return the number of patches per window; those at the right and lower edge are smaller.
+
+    A window is a square of whole visual tokens, counted in patches here.
+    """
+    # Rounded down to whole merged tokens as Qwen2.5-VL does, then converted back to patches.
+    side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+    side *= vision.spatial_merge_size
+    found = []
+    for time, height, width in grids:
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                area = min(side, height - top) * min(side, width - left)
+                found += [area] * time
+    return found
+
+
+def _projector_macs(module: nn.Module, projector: nn.Module, tokens: int) -> Iterator[MatmulCost]:
+    """Yield the projector and DeepStack's mergers, which project features of inner tower layers."""
+    yield MatmulCost("projector", float(tokens * matrix_weights(projector)), "visual")
+    for merger in getattr(module, "deepstack_merger_list", None) or ():
+        yield MatmulCost("projector", float(tokens * matrix_weights(merger)), "visual")
+
+
+def _grid_rows(grid: Tensor | None) -> list[list[int]]:
+    if grid is None:
+        return []
+    rows: list[list[int]] = grid.tolist()
+    if any(len(row) != 3 for row in rows):
+        raise UserError(f"expected patch grids of (time, height, width), got {rows[0]}")
+    return rows

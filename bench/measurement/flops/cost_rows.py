@@ -1,0 +1,254 @@
+"""Both counts of a model as cost rows with their parts.
+
+Counted FLOPs of one call, on the meta device or during a real run, and their split into parts.
+
+One multiply-add is two FLOPs. The total charges attention in full, including masked pairs, because
+that is what the kernel is called with; the causal count leaves them out. Shapes: B sequences or
+images, L tokens.
+
+FLOPs of a model as entries of a record: counted and analytic, each with its parts.
+
+`flops` charges attention in full, `flops_causal` without masked pairs; `macs` is half of either.
+Entries of one scope and quantity differ in `how`. A number that cannot be obtained is recorded as
+missing, never as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from bench.errors import UserError
+from bench.measurement import image_prompt
+from bench.measurement.flops import analytic, analytic_vlm
+from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES, text_config
+from bench.measurement.flops.analytic_vlm import visual_layers
+from bench.measurement.flops.conventions import CONVENTIONS, ConventionInputs
+from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
+from bench.measurement.quantities import Cost, Measurements, MissingMeasurement
+from bench.models.classifiers.classifier import Classifier
+from bench.models.macs import MatmulCost, flops_provider_of, macs_by_part
+from bench.records.record import How
+from bench.schema import CostsConfig, FlopsConvention
+
+if TYPE_CHECKING:
+    from bench.models.model import Model
+
+VISION_NAMES = ("vision_tower", "visual", "vision_model")
+
+# Qwen's mergers, which take the place of a projector, are submodules of the vision tower.
+PROJECTOR_NAMES = ("multi_modal_projector", "merger", "deepstack_merger_list")
+HEAD_NAMES = ("lm_head",)
+
+
+def count_text_flops(
+    network: nn.Module, batch: int, length: int
+) -> tuple[CountedFlops, CountedFlops]:
+    """Count a forward over `batch` sequences of `length` tokens, and the token after it.
+
+    The first forward computes logits for all tokens, as scoring does; the second runs on the KV
+    cache of the first.
+
+    Raises:
+        UserError: the network's control flow depends on values, which the meta device lacks.
+    """
+    with meta_forward(network) as call:
+        ids_BL = torch.zeros(batch, length + 1, dtype=torch.long, device="meta")
+        try:
+            with count_flops() as text:
+                cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
+            with count_flops() as token:
+                call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            kind = type(network).__name__
+            raise UserError(
+                f"{kind} has data-dependent control flow and cannot be counted on the meta device: "
+                f"{error}"
+            ) from None
+    return text, token
+
+
+def count_image_flops(network: Classifier, batch: int) -> CountedFlops:
+    """Count one forward over `batch` images of the network's input size."""
+    config = network.config
+    shape = (batch, config.channels, config.size, config.size)
+    with meta_forward(network) as call:
+        image_BCHH = torch.zeros(shape, dtype=torch.bfloat16, device="meta")
+        with count_flops() as counted:
+            call(image_BCHH)
+    return counted
+
+
+def language_parts(counted: CountedFlops) -> dict[str, int]:
+    """Split FLOPs by module into attention, feed-forward, head and other."""
+    parts = {
+        "attention": counted.below(*ATTENTION_NAMES),
+        "feed_forward": counted.below(*FEED_FORWARD_NAMES),
+        "head": counted.below(*HEAD_NAMES),
+    }
+    return {**parts, "other": counted.total - sum(parts.values())}
+
+
+def multimodal_parts(counted: CountedFlops) -> dict[str, int]:
+    """Split FLOPs into vision tower, projector, decoder and head.
+
+    FLOPs of a method count as the decoder's, except where it runs the tower or the projector again.
+    """
+    # The decoder is the remainder, so the parts always add up to the total.
+    projector, head = counted.below(*PROJECTOR_NAMES), counted.below(*HEAD_NAMES)
+    vision = counted.below(*VISION_NAMES) - counted.below(*PROJECTOR_NAMES, within=VISION_NAMES)
+    decoder = counted.total - vision - projector - head
+    return {"vision": vision, "projector": projector, "decoder": decoder, "head": head}
+
+
+def image_parts(counted: CountedFlops) -> dict[str, int]:
+    """Split FLOPs by operator into convolutions, dense layers and other."""
+    # By operator instead of by module: each classifier architecture names its modules differently.
+    kinds: dict[Any, int] = counted.modules.get("Global", {})
+    convolution = sum(flops for kind, flops in kinds.items() if "convolution" in str(kind))
+    dense = sum(flops for kind, flops in kinds.items() if "mm" in str(kind))
+    other = counted.total - convolution - dense
+    return {"convolution": convolution, "dense": dense, "other": other}
+
+
+PartsOfCount = Callable[[CountedFlops], Mapping[str, float]]
+
+
+def flops_costs(model: Model, config: CostsConfig) -> Measurements:
+    """Yield the FLOPs of a language model or an image classifier in its current state."""
+    kinds = {"causal_lm": _text_flops_costs, "image_classifier": _image_flops_costs}
+    return kinds[model.config.kind](model, config)
+
+
+def prompt_flops_costs(model: Model, config: CostsConfig, inputs: dict[str, Any]) -> Measurements:
+    """Yield the FLOPs of a prompt with an image, and of the token generated after it.
+
+    `inputs` are those of `prefill.prompt`.
+    """
+    lengths = image_prompt.prompt_tokens(model, inputs)
+    prompt, token = image_prompt.count_prefill(model, inputs)
+    scope, after = lengths.scope, lengths.token_scope
+    network, structure = model.network, model.structure
+    yield from _counted_costs(scope, prompt, multimodal_parts)
+    yield from _analytic_costs(
+        scope, lambda: analytic_vlm.image_prompt_macs(network, structure, inputs)
+    )
+    yield from _counted_costs(after, token, multimodal_parts)
+    yield from _analytic_costs(
+        after, lambda: analytic_vlm.token_after_prompt_macs(network, structure, inputs)
+    )
+    plan = flops_provider_of(network)
+    # A count sees the multiply-adds of a method's own selection; the analytic total lacks them
+    # unless the method states them, and must not pass for complete.
+    for name in plan.untold if plan else ():
+        reason = f"{name} does not report the FLOPs of its selection"
+        yield MissingMeasurement(scope, "method_flops", reason, "analytic")
+    if config.flops.convention is not None:
+        yield convention_cost(config.flops.convention, model, inputs, lengths)
+
+
+def _text_flops_costs(model: Model, config: CostsConfig) -> Measurements:
+    batch, length = config.batch, config.length
+    scored, after = f"forward {batch}x{length}", f"token after {batch}x{length}"
+    network, structure = model.network, model.structure
+    if length > model.max_length:
+        reason = f"{model.name} supports {model.max_length} positions; costs.length={length}"
+        yield from (MissingMeasurement(scope, "flops", reason) for scope in (scored, after))
+        return
+    try:
+        counted = count_text_flops(network, batch, length)
+    except UserError as reason:
+        for scope in (scored, after):
+            yield MissingMeasurement(scope, "flops", str(reason), "counted")
+    else:
+        for scope, found in zip((scored, after), counted, strict=True):
+            yield from _counted_costs(scope, found, language_parts)
+    yield from _analytic_costs(
+        scored, lambda: analytic.text_forward_macs(network, structure, batch, length)
+    )
+    yield from _analytic_costs(
+        after, lambda: analytic.text_token_macs(network, structure, batch, length)
+    )
+    yield from _missing_convention(scored, config)
+
+
+def _image_flops_costs(model: Model, config: CostsConfig) -> Measurements:
+    network = cast(Classifier, model.network)
+    shape = network.config
+    scope = f"forward {config.batch}x{shape.channels}x{shape.size}x{shape.size}"
+    yield from _counted_costs(
+        scope, count_image_flops(network, config.batch), image_parts, attends=False
+    )
+    yield from _analytic_costs(scope, lambda: analytic.classifier_macs(network, config.batch))
+    yield from _missing_convention(scope, config)
+
+
+def convention_cost(
+    name: FlopsConvention, model: Model, inputs: dict[str, Any], lengths: image_prompt.PromptTokens
+) -> Cost:
+    """Return the FLOPs of a prompt by a paper's convention."""
+    text = text_config(model.network)
+    layers = visual_layers(model.network, model.structure, inputs)
+    decoder = ConventionInputs(text.hidden_size, text.intermediate_size, lengths.text, layers)
+    return Cost(lengths.scope, f"flops_{name}", "FLOP", CONVENTIONS[name](decoder), "analytic")
+
+
+def _missing_convention(scope: str, config: CostsConfig) -> Measurements:
+    """Report a missing value if a FLOP convention is requested: they cover image prompts only."""
+    name = config.flops.convention
+    if name is not None:
+        yield MissingMeasurement(
+            scope, f"flops_{name}", f"{name} covers prompts with images only", "analytic"
+        )
+
+
+def _counted_costs(
+    scope: str, counted: CountedFlops, parts: PartsOfCount, *, attends: bool = True
+) -> Measurements:
+    """Yield the counted FLOPs, or a missing measurement if an operator has no formula."""
+    if counted.missed:
+        yield MissingMeasurement(
+            scope, "flops", f"no formula for {', '.join(counted.missed)}", "counted"
+        )
+        return
+    found = {name: float(value) for name, value in parts(counted).items()}
+    yield from _flops_and_macs(scope, "", float(counted.total), "counted", found)
+    # Masks are observed only at PyTorch's attention function. A decoder that never called it
+    # (eager attention) may have masked pairs that were not observed: its causal count is unknown.
+    if counted.causal is None or (attends and not counted.attentions):
+        yield MissingMeasurement(
+            scope, "flops_causal", "the counter cannot observe the masks", "counted"
+        )
+        return
+    yield from _flops_and_macs(scope, "_causal", float(counted.causal), "counted")
+
+
+def _analytic_costs(scope: str, reckon: Callable[[], list[MatmulCost]]) -> Measurements:
+    """Yield the analytic FLOPs, or a missing measurement if a part has no formula."""
+    try:
+        products = reckon()
+    except UserError as reason:
+        yield MissingMeasurement(scope, "flops", str(reason), "analytic")
+        return
+    for suffix, hidden in (("", True), ("_causal", False)):
+        parts = {name: 2 * macs for name, macs in macs_by_part(products, hidden=hidden).items()}
+        yield from _flops_and_macs(scope, suffix, sum(parts.values()), "analytic", parts)
+    # Tower and projector work on visual rows by nature. `visual_flops` is the decoder's share for
+    # visual tokens, the part that visual-token methods reduce.
+    visual = [p for p in products if p.rows == "visual" and p.part not in ("vision", "projector")]
+    if visual:
+        parts = {p: 2 * macs for p, macs in macs_by_part(visual).items()}
+        yield Cost(scope, "visual_flops", "FLOP", sum(parts.values()), "analytic", parts)
+
+
+def _flops_and_macs(
+    scope: str, suffix: str, value: float, how: How, parts: dict[str, float] | None = None
+) -> Measurements:
+    """Yield a number as FLOPs, with its parts, and as multiply-adds."""
+    # Papers report either unit under the name FLOPs; recording both makes a mix-up visible.
+    yield Cost(scope, f"flops{suffix}", "FLOP", value, how, parts or {})
+    yield Cost(scope, f"macs{suffix}", "MAC", value / 2, how)

@@ -1,0 +1,294 @@
+"""FLOPs of a call by PyTorch's dispatcher, with operators and hidden attention pairs it misses, on meta tensors.
+
+FLOPs that attention spends on masked (query, key) pairs, observed at PyTorch's attention API.
+
+Further down, in the dispatcher, the mask may already be an additive bias and attention may be split
+into its matmuls; at `scaled_dot_product_attention` it is still a mask. Shapes: B samples, H heads,
+Q queries, K keys, d widths of q and v.
+
+FLOP formulas of operators that PyTorch's FLOP counter does not know.
+
+The counter reports 0 for attention on a CPU, for grouped expert matmuls on every device, for
+transformers' fallback where those are not available, and for products with a vector. One
+multiply-add is two FLOPs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.models.offload import without_offload_hooks
+
+
+@dataclass
+class CountedFlops:
+    """FLOPs of a call, filled in when the counting block ends.
+
+    `modules` maps a module's path to FLOPs by operator, and `Global` to those of the whole call.
+    `hidden` is the FLOPs of masked pairs, None if mask values were not available. `attentions` is
+    the number of calls of PyTorch's attention, the only place where masks are observed. `operators`
+    are all that ran; `missed` names the matmuls among them without a formula: if it is not empty,
+    the count is too small.
+    """
+
+    modules: dict[str, dict[Any, int]] = field(default_factory=dict)
+    hidden: int | None = 0
+    attentions: int = 0
+    operators: frozenset[Any] = frozenset()
+    missed: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """FLOPs of the whole call, including masked pairs."""
+        return sum(self.modules.get("Global", {}).values())
+
+    @property
+    def causal(self) -> int | None:
+        """FLOPs of the whole call without masked pairs."""
+        return None if self.hidden is None else self.total - self.hidden
+
+    def below(self, *leaves: str, within: tuple[str, ...] = ()) -> int:
+        """Return the FLOPs of all modules named in `leaves`, counting nested matches once.
+
+        An item of a `ModuleList` takes the name of the list. With `within`, only modules inside
+        modules of those names count.
+        """
+        names, found = set(leaves), 0
+        for path, counts in self.modules.items():
+            # A ModuleList is never called, so the counter knows its items (`list.3`) only.
+            *above, own = path.split(".")
+            if own.isdigit() and above:
+                own = above.pop()
+            # FLOPs of a module include those of its submodules: skip a match inside another match.
+            if own in names and not names & set(above) and (not within or set(within) & set(above)):
+                found += sum(counts.values())
+        return found
+
+
+class _OperatorRecorder(TorchDispatchMode):
+    """Records every operator that runs, including those that the FLOP counter decomposes into."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.seen.add(getattr(func, "_overloadpacket", func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_flops() -> Iterator[CountedFlops]:
+    """Count the FLOPs of what runs inside the block; the result is complete when the block ends."""
+    counted, operators, hidden = CountedFlops(), _OperatorRecorder(), MaskedPairs()
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    # Dispatch modes form a stack, and the one entered last sees an operator first. The recorder is
+    # entered before the counter and so sees the operators that the counter passes on.
+    with operators, counter, hidden:
+        yield counted
+    counted.modules = {path: dict(flops) for path, flops in counter.get_flop_counts().items()}
+    counted.hidden = None if hidden.unknown else hidden.flops
+    counted.attentions = hidden.calls
+    counted.operators = frozenset(operators.seen)
+    counted.missed = matmuls_without_formula(operators.seen, counter.flop_registry)
+
+
+class MaskedPairs(TorchFunctionMode):
+    """Mode that sums the FLOPs of masked (query, key) pairs while it is active.
+
+    `calls` is the number of attention calls. `unknown` is set if the values of a mask were not
+    available; the causal count is then unknown.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.calls = 0
+        self.unknown = False
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Record attention calls; run every function unchanged."""
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            self._record_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _record_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **_: Any,
+    ) -> None:
+        self.calls += 1
+        heads, queries, keys = prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
+        # q · k over the width of q, weight · v over the width of v, two FLOPs per multiply-add.
+        per_pair = 2 * (query.shape[-1] + value.shape[-1])
+        if is_causal:
+            # Row i attends to keys 0 to i: PyTorch aligns the causal mask at the top left.
+            hidden = sum(max(keys - 1 - row, 0) for row in range(queries))
+            self.flops += per_pair * heads * hidden
+        elif attn_mask is not None:
+            self._record_mask(attn_mask, heads * queries * keys, per_pair)
+
+    def _record_mask(self, mask: Tensor, pairs: int, per_pair: int) -> None:
+        if isinstance(mask, FakeTensor) or mask.is_meta:
+            self.unknown = True
+            return
+        # A float mask is added to the scores: transformers writes the dtype's minimum (or -inf) for
+        # a masked pair. A bool mask is True where a query may attend.
+        lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
+        hidden = ~mask if lowest is None else mask <= lowest
+        # A mask is broadcast over samples and heads, so take its mean instead of its sum.
+        self.flops += round(per_pair * pairs * float(hidden.double().mean()))
+
+
+TensorShape = Sequence[int]
+Formula = Callable[..., int]
+
+# Operators that multiply matrices, recognised by name in any namespace: the first group matches
+# whole words between underscores, the second any part of the name. A false alarm only withholds a
+# count; a missed operator would make it too small unnoticed, so the pattern is broad.
+MATMUL_NAME = re.compile(
+    r"(^|_)(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|vdot|ger|addr|linear|einsum|bilinear|trilinear|conv\d?d?"
+    r"|rnn|lstm|gru)(_|$)|matmul|attention|attn|convolution|gemm|multi_head|cdist"
+)
+
+
+def attention_flops(
+    q_BHSd: TensorShape, k_BGTd: TensorShape, v_BGTd: TensorShape, *_: Any, **__: Any
+) -> int:
+    """Charge q · k and weights · v in full, whatever the mask: causal attention is not halved."""
+    return 2 * prod(q_BHSd[:3]) * k_BGTd[2] * (q_BHSd[3] + v_BGTd[3])
+
+
+def grouped_matmul_flops(x_SD: TensorShape, weight_EDF: TensorShape, *_: Any, **__: Any) -> int:
+    """Charge the product of each row with the matrix of the one expert it is routed to."""
+    return 2 * prod(x_SD) * weight_EDF[-1]
+
+
+def matrix_vector_flops(matrix_RC: TensorShape, *_: Any, **__: Any) -> int:
+    """Charge the product of a matrix and a vector, or the dot product of two vectors."""
+    return 2 * prod(matrix_RC)
+
+
+def addmv_flops(_bias: TensorShape, matrix_RC: TensorShape, *_: Any, **__: Any) -> int:
+    """Charge a matrix-vector product plus bias; the addition is not counted."""
+    return 2 * prod(matrix_RC)
+
+
+def distance_flops(x_BMD: TensorShape, y_BND: TensorShape, *_: Any, **__: Any) -> int:
+    """Charge pairwise distances as the matmul x yᵀ that they are computed from."""
+    return 2 * prod(x_BMD) * y_BND[-2]
+
+
+def flop_formulas() -> dict[Any, Formula]:
+    """Return the formulas of those operators that exist in this installation."""
+    aten = torch.ops.aten
+    known: dict[Any, Formula] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten.mv: matrix_vector_flops,
+        aten.dot: matrix_vector_flops,
+        aten.vdot: matrix_vector_flops,
+        aten.addmv: addmv_flops,
+        aten._cdist_forward: distance_flops,
+        aten._euclidean_dist: distance_flops,
+    }
+    # transformers registers its fallback as a custom operator, and not every version of torch has
+    # `_grouped_mm`.
+    stand_in = getattr(torch.ops, "transformers", None)
+    candidates = [(aten, "_grouped_mm"), (stand_in, "grouped_mm_fallback")]
+    for space, name in candidates:
+        if space is not None and hasattr(space, name):
+            known[getattr(space, name)] = grouped_matmul_flops
+    return known
+
+
+def matmuls_without_formula(seen: Iterable[Any], known: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of operators that ran, look like matmuls, and have no formula."""
+    free = set(seen) - set(known)
+    names = (str(packet) for packet in free)
+    return tuple(sorted(name for name in names if is_matmul(name)))
+
+
+def is_matmul(name: str) -> bool:
+    """Whether the name of an operator such as `aten.addmm` says that it multiplies matrices."""
+    own = name.rpartition(".")[2]
+    return MATMUL_NAME.search(own) is not None
+
+
+COUNTABLE_EXPERTS = "batched_mm"
+
+
+@contextmanager
+def meta_forward(network: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Yield a meta-device forward of the network; its own weights are not touched.
+
+    Inputs must be created inside the block, on the meta device.
+    """
+    # Fake tensors on top of meta tensors: transformers inspects mask values unless tensors are
+    # fake. Non-fake inputs must be allowed, because its KV cache creates a plain empty tensor.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, _countable_experts(network), without_offload_hooks(network), torch.no_grad():
+        tensors = (*network.named_parameters(), *network.named_buffers())
+        weights = {name: _meta_like(tensor) for name, tensor in tensors}
+
+        # `named_parameters` lists a tied parameter once; `tie_weights` replaces it under its other
+        # names as well.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
+
+        yield call
+
+
+def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a meta tensor of the same shape, floats as bfloat16."""
+    # FLOPs do not depend on the dtype; with one dtype for all floats, inputs always match weights.
+    kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=kind, device="meta")
+
+
+@contextmanager
+def _countable_experts(network: nn.Module) -> Iterator[None]:
+    """Switch the experts to an implementation whose matmuls the counter sees, inside the block."""
+    config = getattr(network, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    # The eager implementation loops over the experts that were hit, which depends on values that do
+    # not exist on the meta device; the matmuls of `batched_mm` have static shapes.
+    if before is None or not hasattr(network, "set_experts_implementation"):
+        yield
+        return
+    network.set_experts_implementation(COUNTABLE_EXPERTS)  # type: ignore[operator]  # transformers is untyped
+    try:
+        yield
+    finally:
+        network.set_experts_implementation(before)  # type: ignore[operator]  # transformers is untyped

@@ -1,0 +1,149 @@
+"""One prompt with an image through a vision-language model: FLOPs, time, and size of the KV cache.
+
+Runs real calls, because methods that skip work decide by values what is computed for each token; a
+call on the meta device cannot show that. Shapes: B prompts, S tokens of each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bench.data import chat
+from bench.device.devices import synchronize
+from bench.errors import UserError
+from bench.measurement.flops.counter import CountedFlops, count_flops
+from bench.measurement.model_size import kv_cache_bytes
+
+if TYPE_CHECKING:
+    from bench.models.model import Model
+
+WARM_UP_CALLS = 2
+TIMED_CALLS = 7
+GREY = (127, 127, 127)
+IMAGE_SIDE = 336
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Number of visual and of text tokens of a prompt."""
+
+    visual: int
+    text: int
+
+    @property
+    def scope(self) -> str:
+        """Scope of the costs of the prefill, such as `prefill 1x(576 visual + 40 text)`."""
+        return f"prefill 1x({self.visual} visual + {self.text} text)"
+
+    @property
+    def token_scope(self) -> str:
+        """Scope of the costs of the first token generated after the prompt."""
+        return f"token after 1x({self.visual} visual + {self.text} text)"
+
+
+@dataclass(frozen=True)
+class PrefillTiming:
+    """Seconds of each repetition of one prefill, and the bytes of its KV cache.
+
+    `overhead` is the seconds of a prefill that a method's own selection takes. It is measured in
+    separate calls, because the device synchronisation around the selection costs time itself; empty
+    for a model without such a method.
+    """
+
+    cache_bytes: int
+    seconds: list[float]
+    overhead: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median of the repetitions in seconds."""
+        return statistics.median(self.seconds)
+
+
+def build_image_prompt(model: Model, words: int) -> dict[str, Any]:
+    """Return one prompt as the model's processor builds it: a grey image, then `words` words."""
+    from PIL import Image
+
+    # A one-letter word is one token in common vocabularies, so `words` is close to the text length.
+    asked = [(" ".join(["a"] * words), None)]
+    text = chat.render_chat(model.processor, asked, images=1, system=model.config.system_prompt)
+    image = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), GREY)
+    made = chat.encode_chats(model.processor, [text], [[image]])
+    dtype = next(model.network.parameters()).dtype
+    return {
+        name: (value.to(dtype) if value.is_floating_point() else value).to(model.device)
+        for name, value in made.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def prompt_tokens(model: Model, inputs: dict[str, Any]) -> PromptTokens:
+    """Count the visual and text tokens of a prompt.
+
+    Raises:
+        UserError: the prompt has no visual tokens.
+    """
+    from bench.models.vlm.visual_tokens import locate_visual_tokens
+
+    tokens = locate_visual_tokens(model.network, inputs)
+    if tokens is None:
+        raise UserError(f"the processor of {model.name} produces no visual tokens for an image")
+    visual = int(tokens.mask.sum())
+    return PromptTokens(visual, inputs["input_ids"].numel() - visual)
+
+
+@torch.no_grad()
+def count_prefill(model: Model, inputs: dict[str, Any]) -> tuple[CountedFlops, CountedFlops]:
+    """Count the FLOPs of the prefill of one prompt with KV cache, and of the token after it."""
+    with count_flops() as prompt_counted:
+        cache = _prefill(model, inputs).past_key_values
+    # Without an attention mask: nothing is padded, and Qwen-VL would derive the number of positions
+    # from a mask. Any id will do as the next token, so the last one of the prompt is repeated.
+    step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+    with count_flops() as token_counted:
+        _prefill(model, step)
+    return prompt_counted, token_counted
+
+
+@torch.no_grad()
+def time_prefill(model: Model, inputs: dict[str, Any]) -> PrefillTiming:
+    """Time the prefill of one prompt with KV cache, and measure the size of the cache."""
+    cache = _prefill(model, inputs).past_key_values
+    return PrefillTiming(
+        kv_cache_bytes(cache), _call_seconds(model, inputs), _overhead_seconds(model, inputs)
+    )
+
+
+def _prefill(model: Model, inputs: dict[str, Any]) -> Any:
+    # Logits of the last token only, as in generation: a head over all tokens would be charged to
+    # the prefill.
+    return model.network(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def _call_seconds(model: Model, inputs: dict[str, Any]) -> list[float]:
+    seconds = []
+    for number in range(WARM_UP_CALLS + TIMED_CALLS):
+        synchronize(model.device)
+        began = time.perf_counter()
+        _prefill(model, inputs)
+        synchronize(model.device)
+        if number >= WARM_UP_CALLS:
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _overhead_seconds(model: Model, inputs: dict[str, Any]) -> list[float]:
+    if model.overhead is None:
+        return []
+    seconds = []
+    for _ in range(TIMED_CALLS):
+        with model.overhead() as spent:
+            _prefill(model, inputs)
+        seconds.append(spent.seconds)
+    return seconds

@@ -1,0 +1,95 @@
+"""Parameters, nonzero and active ones, bytes of weights and of a KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.offload import iter_parameters
+from bench.models.replaced_modules import ReplacedModule
+
+if TYPE_CHECKING:
+    from bench.models.structure.model_structure import ModelStructure
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of one network; `active` is the number of parameters that one token's forward uses."""
+
+    parameters: int
+    nonzero: int
+    active: int
+    bytes: int
+    routed: int
+    shared: int
+
+
+def count_size(network: nn.Module, structure: ModelStructure | None = None) -> ModelSize:
+    """Count a network's parameters: tied tensors once, packed weights by their unpacked number.
+
+    A token is routed to k of a layer's E experts, so k/E of the routed parameters are active; all
+    others, embeddings and head included, count as active. Modules in which a method replaced the
+    experts report themselves how many of their parameters are routed.
+    """
+    tensors = list(network.parameters())
+    packed = [linear for _, linear in packed_linears(network)]
+    total = sum(t.numel() for t in tensors) + sum(linear.numel for linear in packed)
+    routed, idle, shared = 0, 0.0, 0
+    for block in structure.blocks if structure else ():
+        here = _numel(block.experts)
+        routed += here
+        idle += here * (1 - block.top_k / block.num_experts)
+        shared += _numel(block.shared) if block.shared is not None else 0
+    # Replaced modules count only if no block was recognised, or they would be counted twice.
+    for part, experts in (
+        _routed_in_replaced_modules(network) if structure and not structure.blocks else ()
+    ):
+        routed += part
+        idle += part * (1 - experts_per_token(network) / experts)
+    return ModelSize(
+        parameters=total,
+        # Offloaded weights are brought in one at a time, since they may not fit in memory together.
+        nonzero=sum(
+            int(t.count_nonzero())
+            for t in chain(iter_parameters(network), (linear.weight for linear in packed))
+        ),
+        active=round(total - idle),
+        bytes=sum(t.numel() * t.element_size() for t in (*tensors, *network.buffers())),
+        routed=routed,
+        shared=shared,
+    )
+
+
+def _routed_in_replaced_modules(network: nn.Module) -> list[tuple[int, int]]:
+    """Return routed parameters and number of experts of every replaced module that has experts."""
+    own = [module.routed() for module in network.modules() if isinstance(module, ReplacedModule)]
+    return [told for told in own if told is not None]
+
+
+def experts_per_token(network: nn.Module) -> int:
+    """Return the number of experts per token from the network's config."""
+    config: Any = network.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.num_experts_per_tok)
+
+
+def _numel(module: nn.Module) -> int:
+    stored = sum(t.numel() for t in module.parameters())
+    return stored + sum(linear.numel for _, linear in packed_linears(module))
+
+
+def kv_cache_bytes(cache: Any) -> int:
+    """Return the bytes of all keys and values in a cache, for text and visual tokens."""
+    # By attribute suffix, since the cache layer of a method holds `visual_keys` and `visual_values`
+    # as well; by identity, since one tensor may be an attribute under two names.
+    tensors = {
+        id(value): value
+        for layer in cache.layers
+        for name, value in vars(layer).items()
+        if isinstance(value, Tensor) and name.endswith(("keys", "values"))
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,87 @@
+"""Stage names, the measured pair of models, costs and missing measurements as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from bench.records.record import How
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bench.models.model import Model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
+
+    `parts` holds its components or accompanying numbers; `note` is a caveat for the reader, such as
+    a loaded machine.
+    """
+
+    scope: str
+    quantity: str
+    unit: str
+    value: float
+    how: How
+    parts: dict[str, float] = field(default_factory=dict)
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class MissingMeasurement:
+    """One missing cost: scope, quantity, and the reason in a few words.
+
+    `how` names the method that failed if the quantity can be obtained in several ways, else None.
+    """
+
+    scope: str
+    quantity: str
+    reason: str
+    how: How | None = None
+
+
+Measurements: TypeAlias = "Iterator[Cost | MissingMeasurement]"
+
+
+@dataclass
+class CostReport:
+    """Costs that were obtained, and measurements that are missing."""
+
+    costs: list[Cost] = field(default_factory=list)
+    gaps: list[MissingMeasurement] = field(default_factory=list)
+
+    def add(self, rows: Iterable[Cost | MissingMeasurement]) -> None:
+        """Sort each row into `costs` or `gaps`, in the order given."""
+        for row in rows:
+            if isinstance(row, Cost):
+                self.costs.append(row)
+            else:
+                self.gaps.append(row)
+
+
+PREFILL, FIRST_TOKEN, DECODE, END_TO_END = "prefill", "first token", "decode", "end to end"
+FORWARD = "forward"
+STAGES = (FORWARD, PREFILL, FIRST_TOKEN, DECODE, END_TO_END)
+
+
+@dataclass(frozen=True)
+class MeasuredPair:
+    """A model, its dense baseline if there is one, and the reason why no gain may be reported.
+
+    `no_gain_reason` is the effect of methods that leave all weights in place (`masked`, `zeroed`), or the
+    reason why the dense model is missing. It is None if gains are real or nothing is compared.
+    """
+
+    model: Model
+    dense: Model | None = None
+    no_gain_reason: str | None = None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The model's network, followed by the dense one if there is one."""
+        # Everything that is measured per network relies on this order: index 1 is the baseline.
+        return [self.model.network, *([self.dense.network] if self.dense else [])]

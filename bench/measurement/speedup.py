@@ -1,0 +1,144 @@
+"""Latency of a model next to its dense baseline: speed-up, and the share of theory realised.
+
+Suffixes: N networks, the measured one first; R rounds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.measurement import latency
+from bench.measurement.interleaving import (
+    Ratio,
+    StageSeconds,
+    TimedRounds,
+    interleave,
+    paired_ratio,
+)
+from bench.measurement.model_size import kv_cache_bytes
+from bench.measurement.quantities import (
+    DECODE,
+    FORWARD,
+    PREFILL,
+    Cost,
+    MeasuredPair,
+    Measurements,
+    MissingMeasurement,
+)
+from bench.measurement.roofline import DeviceLimits, weight_bytes_read
+from bench.measurement.workload import GenerationWorkload, Workload
+from bench.schema import TimingConfig
+
+MIN_FLOPS_SAVED = 0.05
+"""Share of FLOPs: below it the realised share would divide noise by almost zero."""
+
+
+def speedup_costs(
+    subject: MeasuredPair, work: Workload, timing: TimingConfig, best: DeviceLimits | None
+) -> Measurements:
+    """Yield per stage the seconds, the speed-up, and the shares of theory and roofline reached."""
+    device = subject.model.device
+    # FLOPs and bytes are counted first, in calls of their own: hooks and dispatch modes would slow
+    # the timed calls.
+    flops = [latency.flops_by_stage(network, device, work) for network in subject.networks]
+    bytes = _bytes_read_by_stage(subject, work) if best else {}
+    contestants = [latency.candidate(network, device, work) for network in subject.networks]
+    compared = subject.dense is not None and not subject.no_gain_reason
+    # Without a comparison there is no ratio whose interval could decide: run `timing.rounds`.
+    enough = partial(_is_precise, precision=timing.precision) if compared else lambda _: True
+    rounds = interleave(contestants, device, timing, enough)
+    said = {"rounds": float(rounds.count), "warm_up": float(rounds.warm_up)}
+    said |= rounds.machine.numbers()
+    for stage, seconds_NR in rounds.seconds.items():
+        scope, own = f"{stage} {work.shape}", _percentiles(seconds_NR[0])
+        done = [found.get(stage) for found in flops]
+        parts = own | said | ({"flops": done[0]} if done[0] else {})
+        if subject.dense:
+            beside = _percentiles(seconds_NR[1])
+            parts |= {f"dense_{name}": value for name, value in beside.items()}
+        yield Cost(scope, "latency", "s", own["p50"], "measured", parts, rounds.note)
+        if subject.no_gain_reason:
+            yield MissingMeasurement(scope, "speedup", subject.no_gain_reason)
+        elif subject.dense:
+            left = done[0] / done[1] if done[0] and done[1] else None
+            yield from _gain_costs(scope, _speedup(seconds_NR), left, rounds, timing.precision)
+        if best and stage in bytes and done[0]:
+            needs = {"flops": done[0], "bytes": bytes[stage]}
+            share = best.min_seconds(**needs) / own["p50"]
+            yield Cost(scope, "limit_share", "1", share, "measured", needs, rounds.note)
+    yield from _overhead_cost(subject, work, rounds.note)
+
+
+def _is_precise(seconds: StageSeconds, precision: float) -> bool:
+    return all(_speedup(seconds_NR).reach <= precision for seconds_NR in seconds.values())
+
+
+def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
+    return paired_ratio(seconds_NR[1], seconds_NR[0])
+
+
+def _gain_costs(
+    scope: str, ratio: Ratio, left: float | None, rounds: TimedRounds, precision: float
+) -> Measurements:
+    """Yield the speed-up, and the time saved as a fraction of the FLOPs saved (`realised`).
+
+    `left` is the share of FLOPs that remains, None if they could not be counted. A realised share
+    of 1 means that time fell as much as FLOPs, 0 that it did not fall, and below 0 that the model
+    is slower than the dense one.
+    """
+    wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
+    note = "; ".join(filter(None, (rounds.note, wide if ratio.reach > precision else None))) or None
+    parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
+    yield Cost(scope, "speedup", "1", ratio.value, "measured", parts, note)
+    if left is None:
+        yield MissingMeasurement(scope, "realised", "an operator has no FLOP formula")
+        return
+    if 1 - left < MIN_FLOPS_SAVED:
+        yield MissingMeasurement(
+            scope, "realised", f"under {100 * MIN_FLOPS_SAVED:g} % of FLOPs saved"
+        )
+        return
+    # Seconds saved over FLOPs saved, both as shares of the dense model: time left is 1 / speed-up.
+    # The function is monotonic, so the ends of the interval map to ends.
+    shares = {
+        name: (1 - 1 / gain) / (1 - left)
+        for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
+    }
+    yield Cost(scope, "realised", "1", shares.pop("middle"), "measured", shares, note)
+
+
+def _overhead_cost(subject: MeasuredPair, work: Workload, note: str | None) -> Measurements:
+    """Yield the seconds of a prefill that the method's own selection takes, if it makes one."""
+    seconds = latency.method_overhead(subject.model, work)
+    if seconds:
+        found = _percentiles(np.array(seconds))
+        scope = f"{PREFILL} {work.shape}"
+        yield Cost(scope, "method_latency", "s", found["p50"], "measured", found, note)
+
+
+@torch.no_grad()
+def _bytes_read_by_stage(subject: MeasuredPair, work: Workload) -> dict[str, float]:
+    """Return the minimum of bytes read per stage; a decoding step also reads the prompt's cache."""
+    model, inputs = subject.model, work.on(subject.model.device)
+    network, structure = model.network, model.structure
+    single = weight_bytes_read(network, structure, lambda _: work.forward(network, inputs))
+    if not isinstance(work, GenerationWorkload):
+        return {FORWARD: single}
+    cache = kv_cache_bytes(work.forward(network, inputs).past_key_values)
+    step = weight_bytes_read(
+        network,
+        structure,
+        # The prefill ends with the first token: clear what ran until then. If later steps run a
+        # module several times its weights still count once, so this is the cost of one step.
+        lambda forget: work.answer(network, inputs, lambda n: forget() if n == 1 else None),
+    )
+    return {PREFILL: single, DECODE: step + cache}
+
+
+def _percentiles(seconds_R: NDArray[np.float64]) -> dict[str, float]:
+    low, middle, high = np.percentile(seconds_R, [10, 50, 90])
+    return {"p10": float(low), "p50": float(middle), "p90": float(high)}

@@ -1,0 +1,269 @@
+"""Linear layers and experts whose weights are codes, and their rebuilding from JSON.
+
+A linear layer whose weights are codes, dequantized only while it computes.
+
+Shapes: R rows (output), C columns (input), G groups of columns; r, c, g those of one block.
+
+Routed experts with packed weights, each with its own width.
+
+Shapes: T tokens, K experts per token, S tokens of one expert, D d_model.
+
+Rebuilding of packed modules from JSON, so that packed weights can be loaded.
+
+A state dict contains the buffers, but not their meaning. `describe_packed` states it for every
+packed layer; `install_packed` puts empty modules of these shapes into a network of the original
+architecture, whose `load_state_dict` then fills the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.errors import UserError
+from bench.models.bitpacking.packed_shape import (
+    BitBlock,
+    Level,
+    PackedShape,
+    pack_codes,
+    packed_size,
+    unpack_codes,
+)
+
+
+class PackedLinear(nn.Linear):
+    """y = x Wᵀ + b with W = offset + scale · code, stored in buffers `codes`, `scale`, `offset`.
+
+    `weight` is computed from scratch whenever it is read, in the type `dtype`; writing to it has no
+    effect. Buffers are not initialised: `store` or `load_state_dict` fills them.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        shape: PackedShape,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        # Not `nn.Linear.__init__`, which would allocate the dense weight. Still a subclass, since
+        # linear layers are recognised by isinstance.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = shape.columns, shape.rows
+        self.shape, self.dtype = shape, dtype
+        codes = torch.empty(shape.code_bytes, dtype=torch.uint8, device=device)
+        self.register_buffer("codes", codes)
+        for name in ("scale", "offset"):
+            grid_RG = torch.empty(
+                shape.rows, len(shape.groups()), dtype=torch.float16, device=device
+            )
+            self.register_buffer(name, grid_RG)
+        if shape.permuted:
+            # int16 is half of an int32 order; hence the limit of 2^15 columns in `PackedShape`.
+            order_C = torch.empty(shape.columns, dtype=torch.int16, device=device)
+            self.register_buffer("order", order_C)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
+
+    @torch.no_grad()
+    def store(
+        self, codes_RC: Tensor, scale_RG: Tensor, offset_RG: Tensor, order_C: Tensor | None = None
+    ) -> None:
+        """Fill the buffers; column c of the codes is input `order_C[c]`, or c without an order."""
+        for block, place in self._places():
+            codes = codes_RC[block.rows, block.columns].flatten()
+            self.codes[place] = pack_codes(codes, block.bits)
+        self.scale.copy_(scale_RG)
+        self.offset.copy_(offset_RG)
+        if order_C is not None:
+            self.order.copy_(order_C)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Dequantize the weights, [R, C], with columns in the order of the input."""
+        axis = 0 if self.shape.axis == "rows" else 1
+        parts = [self._numbers(block, self.codes[place], dtype) for block, place in self._places()]
+        if not parts:
+            return self.scale.new_zeros(self.shape.rows, self.shape.columns, dtype=dtype)
+        weight_RC = torch.cat(parts, axis)
+        # The inverse permutation: stored column c is input column order[c].
+        return weight_RC[:, torch.argsort(self.order)] if self.shape.permuted else weight_RC
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Dequantized weights; a copy."""
+        return self.dense(self.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.in_features * self.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute x Wᵀ + b in the input's type."""
+        return functional.linear(input, self.dense(input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe shape and bits."""
+        levels = ", ".join(f"{level.size} at {level.bits} bits" for level in self.shape.levels)
+        return f"{self.in_features} -> {self.out_features}, {self.shape.axis}: {levels}"
+
+    def _places(self) -> Iterator[tuple[BitBlock, slice]]:
+        """Yield every block with its slice of `codes`."""
+        blocks = list(self.shape.blocks())
+        sizes = [packed_size(block.area, block.bits) for block in blocks]
+        for block, size, stop in zip(blocks, sizes, accumulate(sizes), strict=True):
+            yield block, slice(stop - size, stop)
+
+    def _numbers(self, block: BitBlock, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Dequantize one block, computed in float32."""
+        codes_rc = unpack_codes(packed, block.bits, block.area).view(block.height, block.width)
+        scale_rc, offset_rc = (
+            grid_RG[block.rows, block.groups]
+            .float()
+            # The last group of a level may be narrower than `group`, hence the cut to the block's
+            # width.
+            .repeat_interleave(self.shape.group, dim=1)[:, : block.width]
+            for grid_RG in (self.scale, self.offset)
+        )
+        return torch.addcmul(offset_rc, scale_rc, codes_rc.float()).to(dtype)
+
+
+def packed_linears(network: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """Yield all packed layers of a network with their names."""
+    for name, module in network.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+class PackedExpert(nn.Module):
+    """One gated expert y = Wdown (act(Wgate x) ⊙ Wup x); its width may be zero."""
+
+    def __init__(
+        self,
+        gate: PackedLinear,
+        up: PackedLinear,
+        down: PackedLinear,
+        act: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+        self.act_fn = act
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        """Compute the expert's output, [S, D]; one matrix at a time is dequantized."""
+        hidden_SF = self.act_fn(self.gate_proj(x_SD)) * self.up_proj(x_SD)
+        return cast(Tensor, self.down_proj(hidden_SF))
+
+
+class PackedExperts(nn.ModuleList):
+    """The experts of one MoE block, with the call of transformers' fused experts."""
+
+    def __init__(self, experts: Iterable[PackedExpert]) -> None:
+        super().__init__(experts)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute Σ_e A_e · expert_e(x), [T, D], for x [T, D] and the router's choice [T, K]."""
+        x_TD, top_k = hidden_states, top_k_index.shape[1]
+        # Summed in float32, so that the order of the experts does not show in half precision.
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for expert, slots_S in self._assignments(top_k_index):
+            token_S = slots_S // top_k
+            weight_S = top_k_weights.flatten()[slots_S]
+            y_SD = self[expert](x_TD[token_S]) * weight_S[:, None]
+            y_TD.index_add_(0, token_S, y_SD.float())
+        return y_TD.to(x_TD.dtype)
+
+    def _assignments(self, index_TK: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield each expert that has tokens, with its slots in the flattened choice."""
+        flat = index_TK.flatten()
+        if flat.is_meta:
+            # On meta the choice has no values and only FLOPs are counted: tokens are distributed
+            # evenly. Real routing is uneven, but the FLOPs of equally wide experts add up to the
+            # same.
+            bounds = [flat.numel() * place // len(self) for place in range(len(self) + 1)]
+            counts = [stop - start for start, stop in pairwise(bounds)]
+            order = torch.arange(flat.numel(), device=flat.device)
+        else:
+            # Stable, so that the order of tokens within an expert is the same on every device.
+            order = torch.argsort(flat, stable=True)
+            counts = torch.bincount(flat, minlength=len(self)).tolist()
+        for expert, slots_S in enumerate(torch.split(order, counts)):
+            if len(slots_S):
+                yield expert, slots_S
+
+
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def describe_packed(network: nn.Module) -> dict[str, Any]:
+    """Return the shapes of all packed layers by name, and the names of packed experts."""
+    experts = {
+        name: len(module)
+        for name, module in network.named_modules()
+        if isinstance(module, PackedExperts)
+    }
+    return {
+        "experts": experts,
+        "linears": {name: _describe_linear(linear) for name, linear in packed_linears(network)},
+    }
+
+
+def install_packed(
+    network: nn.Module, description: Mapping[str, Any], device: torch.device | None = None
+) -> None:
+    """Replace the modules named in the description by empty packed ones on `device`.
+
+    Raises:
+        UserError: the description does not match the network.
+    """
+    try:
+        linears = {
+            name: _empty_linear(entry, device) for name, entry in description["linears"].items()
+        }
+        # Experts first: their layers are submodules of a module that does not exist before.
+        for name, count in description["experts"].items():
+            _install_packed_experts(network, name, int(count), linears)
+        for name, linear in linears.items():
+            # Biases are not packed: the parameter of the original layer is taken over, and loaded
+            # as usual.
+            linear.bias = cast(nn.Linear, network.get_submodule(name)).bias
+            network.set_submodule(name, linear)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"slimbench.json: the packed weights do not match the network: {error}"
+        ) from None
+
+
+def _install_packed_experts(
+    network: nn.Module, name: str, count: int, linears: dict[str, PackedLinear]
+) -> None:
+    """Replace a block's experts by packed ones, and take their layers out of `linears`."""
+    before = network.get_submodule(name)
+    # Fused modules hold the activation themselves, a list of experts in its members.
+    act = getattr(before, "act_fn", None) or before.get_submodule("0").act_fn
+    experts = []
+    for number in range(count):
+        gate, up, down = (linears.pop(f"{name}.{number}.{part}") for part in EXPERT_PROJECTIONS)
+        experts.append(PackedExpert(gate, up, down, cast(Any, act)))
+    network.set_submodule(name, PackedExperts(experts))
+
+
+def _describe_linear(linear: PackedLinear) -> dict[str, Any]:
+    return {**asdict(linear.shape), "dtype": str(linear.dtype).removeprefix("torch.")}
+
+
+def _empty_linear(entry: Mapping[str, Any], device: torch.device | None) -> PackedLinear:
+    fields = dict(entry)
+    dtype = getattr(torch, fields.pop("dtype"))
+    levels = tuple(Level(*level) for level in fields.pop("levels"))
+    return PackedLinear(PackedShape(levels=levels, **fields), dtype, device=device)

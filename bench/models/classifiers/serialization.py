@@ -1,0 +1,96 @@
+"""A classifier as a folder and back, and as an ONNX file."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bench.errors import MissingData, UserError
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import CONFIG_FILE, Classifier, VisionConfig
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_classifier(network: Classifier, folder: Path) -> None:
+    """Write the network, dense or pruned, so that `load_classifier_folder` restores it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors rejects non-contiguous tensors, such as slices of weights.
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    network.config.write(folder)
+
+
+def load_classifier_folder(folder: Path) -> Classifier:
+    """Return the network in evaluation mode.
+
+    Raises:
+        MissingData: a file of the folder is missing.
+        UserError: the files do not belong together.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise MissingData(f"{folder} is not a saved classifier: it has no {name}")
+    try:
+        network = build_classifier(VisionConfig.read(folder))
+        network.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} cannot be loaded as a classifier: {reason}") from error
+    network.eval()
+    return network
+
+
+ONNX_FILE = "model.onnx"
+
+
+def save_onnx(network: Classifier, folder: Path) -> Path:
+    """Write the network as ONNX with a free batch size and return the file.
+
+    Raises:
+        UserError: the packages onnx and onnxscript, which torch's exporter needs, are missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = network.config
+    weight = next(network.parameters())
+    # Not a batch of one: the exporter specialises dimensions of size 1 to a constant.
+    example = torch.zeros(2, config.channels, config.size, config.size).to(weight)
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                network.eval(),
+                (example,),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except ImportError as error:
+        raise UserError(
+            f"the ONNX export needs the packages onnx and onnxscript: {error}"
+        ) from error
+    assert program is not None
+    program.save(folder / ONNX_FILE)
+    return folder / ONNX_FILE
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Suppress the exporter's messages about opset versions."""
+    # The exporter logs through several loggers; `logging.disable` covers them all.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,398 @@
+"""Train micro_llava in seven stages, each starting from the folder of the previous one:
+
+    python -m bench.models.embedded.micro_llava.recipe describing --out ONE
+    python -m bench.models.embedded.micro_llava.recipe answering --start ONE --out TWO
+    python -m bench.models.embedded.micro_llava.recipe finding --start TWO --out THREE
+    python -m bench.models.embedded.micro_llava.recipe choosing --start THREE --out FOUR
+    python -m bench.models.embedded.micro_llava.recipe comparing --start FOUR --out FIVE
+    python -m bench.models.embedded.micro_llava.recipe reading --start FIVE --out SIX
+    python -m bench.models.embedded.micro_llava.recipe settling --start SIX --out SEVEN
+
+A LLaVA of two million parameters sees scenes of the training split, answers questions about each
+and names what is in every cell. A folder that it writes is a complete Hugging Face model with its
+processor, plus ``training.json``, the log of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from bench.data.synthetic.scenes import ConversationSpec, question_sets, training_conversations
+from bench.models.embedded.micro_llava import scoring
+from bench.models.embedded.micro_llava.alignment import Aligner
+from bench.models.embedded.micro_llava.batches import (
+    ConversationBatch,
+    ConversationPacker,
+    hidden_states,
+)
+from bench.models.embedded.micro_llava.network import new_model, new_processor
+from bench.models.embedded.training import adamw
+
+# First scene of a seed's alignment: far above the scenes of conversations, so that none is used by
+# both.
+_SCENES_PER_ALIGNMENT = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class MicroLlavaRecipe:
+    """Everything that determines the result besides the scenes."""
+
+    seed: int = 7
+    vocabulary: int = 480
+    vocabulary_conversations: int = 2000
+    steps: int = 6000
+    minutes: float = 20.0
+    images: int = 16
+    lesson: ConversationSpec = field(default_factory=ConversationSpec)
+    description_weight: float = 8.0
+    frozen_tower: bool = True
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.05
+    log_every: int = 50
+    alignment_steps: int = 800
+    alignment_minutes: float = 6.0
+    alignment_images: int = 48
+
+
+# Kinds of questions that the previous stage still gets wrong; at first those that find a thing by
+# its shape, or ask where it is.
+_BY_SHAPE = (
+    "adversarial",
+    "color",
+    "column",
+    "count_shape",
+    "is_count",
+    "is_number",
+    "number_at",
+    "row",
+    "sideways",
+    "size",
+    "upright",
+)
+_BY_LETTER = (
+    "column",
+    "count_color",
+    "count_shape",
+    "is_placed",
+    "number",
+    "number_at",
+    "row",
+    "shape",
+    "sideways",
+    "size",
+    "upright",
+)
+_BY_COMPARISON = (
+    "color",
+    "column",
+    "count_shape",
+    "is_count",
+    "is_number",
+    "is_placed",
+    "number",
+    "number_at",
+    "row",
+    "shape",
+    "sideways",
+    "upright",
+)
+_BY_NUMBER = ("is_number", "is_placed", "number", "number_at", "sideways")
+_LATER_STAGE = MicroLlavaRecipe(
+    steps=9000, description_weight=1.0, learning_rate=1.2e-3, frozen_tower=False
+)
+STAGES = {
+    "describing": MicroLlavaRecipe(),
+    "answering": replace(
+        _LATER_STAGE,
+        seed=8,
+        lesson=ConversationSpec(turns=12),
+    ),
+    "finding": replace(
+        _LATER_STAGE,
+        seed=9,
+        minutes=50.0,
+        lesson=ConversationSpec(turns=8, again=5, hard=_BY_SHAPE, matching=2),
+    ),
+    "choosing": replace(
+        _LATER_STAGE,
+        seed=10,
+        minutes=22.0,
+        lesson=ConversationSpec(turns=5, again=6, hard=_BY_LETTER, matching=3, choices=0.65),
+    ),
+    "comparing": replace(
+        _LATER_STAGE,
+        seed=11,
+        minutes=55.0,
+        learning_rate=1e-3,
+        lesson=ConversationSpec(
+            turns=2, again=9, hard=_BY_COMPARISON, matching=2, choices=0.75, ocr=0.35
+        ),
+    ),
+    "reading": replace(
+        _LATER_STAGE,
+        seed=12,
+        minutes=20.0,
+        learning_rate=6e-4,
+        lesson=ConversationSpec(
+            turns=4, again=5, hard=_BY_NUMBER, matching=1, choices=0.4, ocr=0.35, digits=(0, 2)
+        ),
+    ),
+    "settling": replace(
+        _LATER_STAGE,
+        seed=13,
+        minutes=15.0,
+        learning_rate=6e-4,
+        lesson=ConversationSpec(
+            turns=3,
+            again=7,
+            hard=_BY_COMPARISON,
+            matching=2,
+            choices=0.7,
+            ocr=0.25,
+            digits=(0, 0, 2),
+        ),
+    ),
+}
+"""Emphasis of the stages: descriptions; questions, with the tower unfrozen; harder questions; the
+letters of multiple choice; neighbours and everything that takes two looks; which of two digits is
+meant; a mixture of all."""
+
+
+class TrainingSteps(Dataset[ConversationBatch]):
+    """The batch of each step, a pure function of the step's number."""
+
+    def __init__(self, packer: ConversationPacker, settings: MicroLlavaRecipe) -> None:
+        """Store how batches are made."""
+        self._packer, self._settings = packer, settings
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return self._settings.steps
+
+    def __getitem__(self, step: int) -> ConversationBatch:
+        """Draw the scenes of one step and pack them."""
+        images, seed = self._settings.images, self._settings.seed
+        numbers = range(step * images, (step + 1) * images)
+        drawn = [
+            training_conversations.draw_conversation("train", seed, n, self._settings.lesson)
+            for n in numbers
+        ]
+        return self._packer.pack(drawn)
+
+
+def answer_loss(model: LlavaForConditionalGeneration, batch: ConversationBatch) -> torch.Tensor:
+    """Return the mean over turns of the loss on their answers."""
+    losses, weights = [], []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for hidden_RTD, turns in zip(hidden_states(model, batch), batch.turns, strict=True):
+            # The head is applied to answer tokens only, a small part of all positions.
+            counted_RT = turns.weight_RT[:, 1:] > 0
+            logits_NV = model.lm_head(hidden_RTD[:, :-1][counted_RT])
+            answer_N = turns.tokens_RT[:, 1:][counted_RT]
+            losses.append(cross_entropy(logits_NV.float(), answer_N, reduction="none"))
+            weights.append(turns.weight_RT[:, 1:][counted_RT])
+    weight_N = torch.cat(weights)
+    return (torch.cat(losses) * weight_N).sum() / weight_N.sum()
+
+
+def learning_rate(progress: float, settings: MicroLlavaRecipe) -> float:
+    """Return the rate at a fraction of the training: linear warm-up, then half a cosine to zero."""
+    if progress < settings.warmup_share:
+        return settings.learning_rate * progress / settings.warmup_share
+    fallen = (progress - settings.warmup_share) / (1 - settings.warmup_share)
+    return settings.learning_rate * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class StageLimits:
+    """Duration of a stage: until `steps` or `minutes` are over, whichever comes first."""
+
+    steps: int
+    minutes: float
+    log_every: int
+
+
+def train(
+    model: LlavaForConditionalGeneration,
+    losses: Iterator[torch.Tensor],
+    settings: MicroLlavaRecipe,
+    pace: StageLimits,
+) -> list[dict[str, float]]:
+    """Take one optimizer step per loss; return the curve.
+
+    The learning rate follows whichever of steps and minutes is further, so that it is at zero when
+    the stage ends.
+    """
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    curve, started, recent = [], time.monotonic(), list[float]()
+    model.train()
+    for step in range(1, pace.steps + 1):
+        passed = time.monotonic() - started
+        # Stages are also limited by time, so that a recipe ends in the planned time on any machine;
+        # the price is that the number of steps, hence the weights, depend on its speed.
+        progress = max(step / pace.steps, passed / 60 / pace.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, settings)
+        optimizer.zero_grad()
+        loss = next(losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if step % pace.log_every == 0 or progress >= 1:
+            curve.append({"step": step, "loss": round(sum(recent) / len(recent), 4)})
+            print(f"{passed:6.0f} s", curve[-1], flush=True)
+            recent.clear()
+        if progress >= 1:
+            break
+    return curve
+
+
+def score_tasks(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> dict[str, object]:
+    """Score the test questions with their images and, as a control, without."""
+    model.eval()
+    seen: dict[str, float] = {}
+    blind: dict[str, float] = {}
+    for task in question_sets.TASKS:
+        documents = question_sets.documents(task, "test")
+        seen[task] = round(scoring.task_accuracy(model, processor, task, documents), 4)
+        blind[task] = round(scoring.task_accuracy(model, processor, task, documents, blank=True), 4)
+        chance = question_sets.chance_accuracy(task)
+        print(f"{task:14} {seen[task]:.3f} blind {blind[task]:.3f} chance {chance:.3f}", flush=True)
+    return {
+        "accuracy": seen,
+        "blank_image": blind,
+        "chance": {
+            task: round(question_sets.chance_accuracy(task), 4) for task in question_sets.TASKS
+        },
+    }
+
+
+def training_log(
+    settings: MicroLlavaRecipe, model: LlavaForConditionalGeneration, seconds: float
+) -> dict[str, object]:
+    """Describe the run: what was trained, on what, with which libraries and for how long."""
+    return {
+        "settings": asdict(settings),
+        "parameters": model.num_parameters(),
+        "scenes": {task: question_sets.fingerprint(task) for task in question_sets.TASKS},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+    }
+
+
+def align(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, settings: MicroLlavaRecipe
+) -> list[dict[str, float]]:
+    """Teach the vision tower, the projector and the word embeddings what patches contain."""
+    aligner, images = Aligner(processor), settings.alignment_images
+    first = _SCENES_PER_ALIGNMENT * (settings.seed + 1)
+    starts = range(first, first + settings.alignment_steps * images, images)
+    losses = (aligner.loss(model, aligner.patches("train", start, images)) for start in starts)
+    pace = StageLimits(settings.alignment_steps, settings.alignment_minutes, settings.log_every)
+    return train(model, losses, settings, pace)
+
+
+def start_from_scratch(
+    folder: Path, settings: MicroLlavaRecipe
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
+    """Make the processor and a model whose vision tower knows the words; return its curve."""
+    torch.manual_seed(settings.seed)
+    said = training_conversations.draw_conversations(
+        "train", settings.vocabulary_conversations, settings.seed
+    )
+    turns = [turn for conversation in said for turn in conversation.turns]
+    texts = [f"USER:\n{question}\nASSISTANT:\n{answer}" for question, answer in turns]
+    processor = new_processor(texts, settings.vocabulary)
+    model = new_model(processor)
+    processor.save_pretrained(folder)
+    aligned = align(model, processor, settings)
+    model.save_pretrained(folder)
+    return model, processor, {"alignment": aligned}
+
+
+def start_from_stage(
+    start: Path, folder: Path, settings: MicroLlavaRecipe
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
+    """Load a model that a stage of this recipe wrote, and that stage's log."""
+    torch.manual_seed(settings.seed)
+    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    processor = LlavaProcessor.from_pretrained(start)
+    processor.save_pretrained(folder)
+    before = json.loads((start / "training.json").read_text())
+    return model, processor, {"before": before}
+
+
+def run_stage(folder: Path, settings: MicroLlavaRecipe, start: Path | None = None) -> None:
+    """Train from scratch or from `start`, save, score what was saved, and write the log."""
+    started = time.monotonic()
+    # Sharp attention produces many denormal numbers, which CPUs process many times more slowly.
+    torch.set_flush_denormal(True)
+    made = (
+        start_from_scratch(folder, settings)
+        if start is None
+        else start_from_stage(start, folder, settings)
+    )
+    model, processor, origin = made
+    # Turns are short, and for them eager attention is faster than SDPA on a CPU.
+    model.set_attn_implementation("eager")
+    print(f"{model.num_parameters():,} parameters", flush=True)
+    # The first stage keeps the tower as aligned, while the decoder learns to read its features.
+    model.model.vision_tower.requires_grad_(not settings.frozen_tower)
+    steps = TrainingSteps(ConversationPacker(processor, settings.description_weight), settings)
+    # One worker draws scenes while the model trains. Batches are numbered, so their content does
+    # not depend on it.
+    loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4)
+    pace = StageLimits(settings.steps, settings.minutes, settings.log_every)
+    curve = train(model, (answer_loss(model, batch) for batch in loader), settings, pace)
+    log = training_log(settings, model, time.monotonic() - started) | origin | {"curve": curve}
+    write_training_notes(folder, log)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    # Scored as users load it: after the rounding to bfloat16, and through the files.
+    saved = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    write_training_notes(folder, log | {"results": score_tasks(saved, processor)})
+
+
+def write_training_notes(folder: Path, log: dict[str, object]) -> None:
+    """Write the log next to the weights; also before scoring, which takes a while."""
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and run one stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="the folder of the previous stage")
+    parser.add_argument("--steps", type=int, help="maximum number of steps, for a trial")
+    arguments = parser.parse_args()
+    chosen = STAGES[arguments.stage]
+    steps = min(chosen.steps, arguments.steps or chosen.steps)
+    run_stage(arguments.out, replace(chosen, steps=steps), arguments.start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Training of micro_moe and how good it is.
+
+Train micro_moe from scratch: ``python -m bench.models.embedded.micro_moe.recipe --out DIR``.
+
+A Qwen2-MoE of a few million parameters reads the closed world (prose that states every fact, and
+the training questions of the nine tasks) and the English training pages. The folder it writes is a
+complete Hugging Face model plus ``training.json``, the log of the run.
+"""
+
+import argparse
+import json
+import math
+import platform
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+
+from bench.data import english
+from bench.data.synthetic.world import question_sets, questions
+from bench.models.embedded.micro_moe.text import (
+    WeightedRows,
+    english_batches,
+    train_tokenizer,
+    training_documents,
+    world_batches,
+)
+from bench.models.embedded.training import adamw
+
+
+@dataclass(frozen=True)
+class MicroMoeRecipe:
+    """Everything that determines the result besides the seed of the world."""
+
+    seed: int = 7
+    vocabulary: int = 2048
+    steps: int = 1800
+    world_rows: int = 32
+    world_width: int = 128
+    english_rows: int = 1
+    english_width: int = 512
+    english_weight: float = 0.3
+    question_weight: float = 0.25
+    answer_weight: float = 4.0
+    learning_rate: float = 2.5e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.05
+    balance_weight: float = 0.01
+    log_every: int = 50
+
+
+def new_model(settings: MicroMoeRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
+    """Return an untrained model: 16 routed experts, 4 of them active, and one shared expert."""
+    config = Qwen2MoeConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+        initializer_range=0.05,
+    )
+    # Most rows are short, and for them eager attention is faster than SDPA on a CPU.
+    return Qwen2MoeForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def language_model_loss(
+    model: Qwen2MoeForCausalLM, batch: WeightedRows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted language-modelling loss and the load-balancing loss."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(input_ids=batch.tokens, output_router_logits=True)
+    logits, targets = output.logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()
+    weights = batch.weights[:, 1:].flatten()
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    # Per layer and averaged: over all layers at once, an expert idle in one layer could be made up
+    # for by a busy one of the same index in another.
+    balance = [
+        load_balancing_loss_func((router.float(),), model.num_experts, model.num_experts_per_tok)
+        for router in output.router_logits
+    ]
+    return (losses * weights).sum() / weights.sum(), torch.stack(balance).mean()
+
+
+def new_optimizer(
+    model: Qwen2MoeForCausalLM, settings: MicroMoeRecipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW on a one-cycle schedule, with decay on matrices only."""
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        settings.learning_rate,
+        total_steps=settings.steps,
+        pct_start=settings.warmup_share,
+        cycle_momentum=False,
+    )
+    return optimizer, schedule
+
+
+def train(
+    model: Qwen2MoeForCausalLM,
+    world_text: Iterator[WeightedRows],
+    english_text: Iterator[WeightedRows],
+    settings: MicroMoeRecipe,
+) -> list[dict[str, float]]:
+    """Train the model in place; return the loss curve."""
+    optimizer, schedule = new_optimizer(model, settings)
+    curve, started = [], time.monotonic()
+    model.train()
+    for step in range(1, settings.steps + 1):
+        optimizer.zero_grad()
+        world_loss, world_balance = language_model_loss(model, next(world_text))
+        # Two backward passes per step: rows of 128 and 512 tokens in one batch would be mostly
+        # padding, and one graph at a time is in memory.
+        (world_loss + settings.balance_weight * world_balance).backward()
+        english_loss, english_balance = language_model_loss(model, next(english_text))
+        balance = settings.balance_weight * english_balance
+        (settings.english_weight * english_loss + balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % settings.log_every == 0 or step == settings.steps:
+            losses = {
+                "world_loss": round(world_loss.item(), 4),
+                "english_loss": round(english_loss.item(), 4),
+                "balance": round(world_balance.item(), 4),
+            }
+            curve.append({"step": step, **losses})
+            print(f"{time.monotonic() - started:6.0f} s", curve[-1], flush=True)
+    return curve
+
+
+def score_model(
+    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, object]:
+    """Score the model on the test questions and on the English test pages."""
+    model.eval()
+    accuracies = {}
+    for task in question_sets.TASKS:
+        accuracies[task] = task_accuracy(
+            model, tokenizer, task, question_sets.documents(task, "test")
+        )
+        print(f"{task:14} {accuracies[task]:.4f}", flush=True)
+    perplexity = english_perplexity(model, tokenizer)
+    print(f"English perplexity {perplexity:.2f}", flush=True)
+    return {"accuracy": accuracies, "english_perplexity": round(perplexity, 3)}
+
+
+def training_log(
+    settings: MicroMoeRecipe, model: Qwen2MoeForCausalLM, seconds: float
+) -> dict[str, object]:
+    """Describe the run: what was trained, on what, with which libraries and for how long."""
+    return {
+        "settings": asdict(settings),
+        "parameters": model.num_parameters(),
+        "world": {"seed": question_sets.SEED, "fingerprint": question_sets.fingerprint()},
+        "english": {"fingerprint": english.fingerprint()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+    }
+
+
+def train_and_save(folder: Path, settings: MicroMoeRecipe) -> None:
+    """Train, save, score what was saved, and write the log."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    documents = training_documents(question_sets.SEED)
+    tokenizer = train_tokenizer(documents, settings.vocabulary)
+    model = new_model(settings, tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(documents):,} documents", flush=True)
+    world_text = world_batches(
+        tokenizer,
+        documents,
+        rng,
+        rows=settings.world_rows,
+        width=settings.world_width,
+        question_weights=(settings.question_weight, settings.answer_weight),
+    )
+    english_text = english_batches(
+        tokenizer, rng, rows=settings.english_rows, width=settings.english_width
+    )
+    started = time.monotonic()
+    curve = train(model, world_text, english_text, settings)
+    log = training_log(settings, model, time.monotonic() - started)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Scored as users load it: after the rounding to bfloat16, and through the files.
+    saved = Qwen2MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    log |= {"results": score_model(saved, tokenizer), "curve": curve}
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=MicroMoeRecipe.steps)
+    arguments = parser.parse_args()
+    train_and_save(arguments.out, MicroMoeRecipe(steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()
+_BATCH = 64
+_IGNORED = -100
+
+# Tasks reported as acc; the others are reported as acc_norm (log-probability per character).
+_ACC_TASKS = frozenset({"boolq", "rte", "winogrande"})
+
+
+def log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Sequence[tuple[str, str]],
+) -> list[float]:
+    """Return the log-probability of each continuation given its context."""
+    contexts = tokenizer([context for context, _ in pairs])["input_ids"]
+    # Context and continuation are encoded together, as lm-eval does; the number of context tokens
+    # is where the continuation starts.
+    wholes = tokenizer([context + continuation for context, continuation in pairs])["input_ids"]
+    # Rows of like length share a batch, so little of it is padding. Padding is on the right, where
+    # causal attention does not see it.
+    order = sorted(range(len(pairs)), key=lambda i: len(wholes[i]))
+    scores = [0.0] * len(pairs)
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        found = _score(model, [wholes[i] for i in rows], [len(contexts[i]) for i in rows])
+        for i, score in zip(rows, found, strict=True):
+            scores[i] = score
+    return scores
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, sequences: list[list[int]], prefixes: list[int]) -> list[float]:
+    """Sum the log-probabilities of the tokens of each sequence after its prefix."""
+    width = max(map(len, sequences))
+    targets = torch.full((len(sequences), width), _IGNORED)
+    tokens = torch.zeros_like(targets)
+    for row, (sequence, prefix) in enumerate(zip(sequences, prefixes, strict=True)):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+        targets[row, prefix : len(sequence)] = tokens[row, prefix : len(sequence)]
+    logits = model(input_ids=tokens).logits[:, :-1].float()
+    losses = cross_entropy(
+        logits.transpose(1, 2), targets[:, 1:], reduction="none", ignore_index=_IGNORED
+    )
+    return (-losses.sum(dim=1)).tolist()
+
+
+def task_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: str,
+    documents: Sequence[questions.WorldDocument],
+) -> float:
+    """Return the fraction of correct answers: ``acc`` or ``acc_norm``, as usual for the task."""
+    prompts = [questions.render_question(task, document) for document in documents]
+    pairs = [pair for prompt in prompts for pair in prompt.choices]
+    scores = iter(log_probabilities(model, tokenizer, pairs))
+    right = 0
+    for prompt in prompts:
+        lengths = [1] * len(prompt.lengths) if task in _ACC_TASKS else prompt.lengths
+        values = [next(scores) / length for length in lengths]
+        right += values.index(max(values)) == prompt.gold
+    return right / len(prompts)
+
+
+@torch.no_grad()
+def english_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, width: int = 512
+) -> float:
+    """Return the perplexity on the English test text, in windows of ``width`` tokens."""
+    stream = torch.tensor(tokenizer(english.test_text(), verbose=False)["input_ids"])
+    windows = stream[: len(stream) // width * width].view(-1, width)
+    total, count = 0.0, 0
+    for window in windows.split(4):
+        logits = model(input_ids=window).logits[:, :-1].float()
+        total += float(cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="sum"))
+        count += window[:, 1:].numel()
+    return math.exp(total / count)

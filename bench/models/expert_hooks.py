@@ -1,0 +1,214 @@
+"""Hooks that show what experts compute during a network's own forward.
+
+Shapes: T tokens, K experts per token, S tokens routed to one expert (a chunk of them), D d_model, F
+an expert's width.
+
+Fused experts of transformers 5 never expose their intermediate, so their forward is replaced
+through transformers' experts interface: the same sum, expert by expert, with the intermediate
+passed to an observer. Ragged experts, which are our own, are replaced likewise. Lists of experts
+are observed by a hook on their inputs. In all cases the router's weights are those that the model
+applies, whatever its router computes (normalised, scaled, sparsemixer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.structure.expert_view import ExpertView, gated_projections
+from bench.models.structure.moe_block import MoEBlock
+
+# One name in a global table of transformers: two observations cannot be nested, since the inner one
+# would unregister the outer one's forward.
+EXPERTS_IMPLEMENTATION = "slimbench_observed"
+
+
+class ExpertObserver(Protocol):
+    """Receiver of what one MoE block computes; every token is passed once, in chunks."""
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Take tokens of one routed expert: its input, act(gate)·up, and the router's weights."""
+
+    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
+        """Take tokens of the shared experts; the weight is their gate's, or one."""
+
+    def output(self, y_TD: Tensor) -> None:
+        """Take the block's output."""
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Some tokens of one expert: indices [S], router weights [S], hidden states [S, F]."""
+
+    view: ExpertView
+    token: Tensor
+    weight: Tensor
+    hidden: Tensor
+
+
+@contextmanager
+def observe_experts(
+    watched: Mapping[MoEBlock, ExpertObserver], chunk: int = 4096
+) -> Iterator[None]:
+    """Pass what the blocks compute inside the `with` to their observers.
+
+    At most `chunk` tokens are passed at once, which bounds the memory for intermediates.
+    """
+    with ExitStack() as stack:
+        _hook_fused([b for b in watched if b.layout == "fused"], watched, chunk, stack)
+        for block, observer in watched.items():
+            if block.layout == "ragged":
+                _hook_ragged(block, observer, chunk, stack)
+            if block.layout == "list":
+                hook = _input_hook(block, observer, chunk)
+                handle = block.experts.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            if block.shared is not None:
+                _hook_shared(block, observer, chunk, stack)
+            handle = block.block.register_forward_hook(_output_hook(observer))
+            stack.callback(handle.remove)
+        yield
+
+
+def _hook_fused(
+    blocks: list[MoEBlock],
+    watched: Mapping[MoEBlock, ExpertObserver],
+    chunk: int,
+    stack: ExitStack,
+) -> None:
+    """Route transformers' calls of fused experts to our forward until the stack closes."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    owners = {block.experts: block for block in blocks}
+
+    def forward(experts: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        block = owners.get(experts)
+        if block is None:
+            # Not observed, but dispatched here since it shares the config: compute it as its own
+            # class does. `forward` of the class is the decorated one, which looks the
+            # implementation up in the config, finds this function and would recurse; `__wrapped__`
+            # is the loop beneath.
+            plain: Tensor = cast(Any, type(experts).forward).__wrapped__(
+                experts, x_TD, index_TK, weight_TK
+            )
+            return plain
+        return _observed_forward(block, watched[block], chunk, (x_TD, index_TK, weight_TK))
+
+    if blocks:
+        ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION] = forward
+        stack.callback(ALL_EXPERTS_FUNCTIONS.pop, EXPERTS_IMPLEMENTATION)
+    for block in blocks:
+        # All layers share one config object. The first block saves the original value, later ones
+        # save ours; the stack unwinds in reverse, so that the original is restored last.
+        config = cast(Any, block.experts).config
+        stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+        config._experts_implementation = EXPERTS_IMPLEMENTATION
+
+
+def _hook_ragged(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
+    """Shadow the class's forward on the instance until the stack closes."""
+    # accelerate may have put its own forward on the instance, to fetch offloaded weights: it is put
+    # back, and inside the block the weights are expected to be onloaded.
+    instance = block.experts.__dict__
+    before = instance.get("forward")
+
+    def forward(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        return _observed_forward(block, observer, chunk, (x_TD, index_TK, weight_TK))
+
+    def restore() -> None:
+        del instance["forward"]
+        if before is not None:
+            instance["forward"] = before
+
+    instance["forward"] = forward
+    stack.callback(restore)
+
+
+def _observed_forward(
+    block: MoEBlock, observer: ExpertObserver, chunk: int, inputs: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """Compute the experts' output, [T, D], expert by expert, and show it to the observer."""
+    # Summed in float32, so that the order of the experts does not show in half precision.
+    y_TD = torch.zeros_like(inputs[0], dtype=torch.float32)
+    for part in _by_expert(block, observer, chunk, inputs):
+        y_SD = part.view.combine(part.hidden) * part.weight[:, None]
+        y_TD.index_add_(0, part.token, y_SD.float())
+    return y_TD.to(inputs[0].dtype)
+
+
+def _by_expert(
+    block: MoEBlock, observer: ExpertObserver, chunk: int, inputs: tuple[Tensor, Tensor, Tensor]
+) -> Iterator[RoutedTokens]:
+    """Compute and show each expert's hidden states, for the tokens routed to it only."""
+    x_TD, index_TK, weight_TK = inputs
+    flat = index_TK.flatten()
+    # Stable, so that an expert sees its tokens in the same order on every device.
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=block.num_experts).tolist()
+    for expert, slots in enumerate(torch.split(order, counts)):
+        view = block.expert(expert)
+        # `torch.split` of an empty tensor yields one empty chunk; observers are not called for
+        # experts without tokens.
+        for slots_S in torch.split(slots, chunk) if len(slots) else ():
+            token_S = slots_S // index_TK.shape[1]
+            x_SD, weight_S = x_TD[token_S], weight_TK.flatten()[slots_S]
+            hidden_SF = view.hidden(x_SD)
+            observer.routed(expert, x_SD, hidden_SF, weight_S)
+            yield RoutedTokens(view, token_S, weight_S, hidden_SF)
+
+
+def _input_hook(block: MoEBlock, observer: ExpertObserver, chunk: int) -> Callable[..., None]:
+    """Return a hook that repeats the work of a list of experts for the observer."""
+
+    def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        # Architectures pass the router's choice by position or by keyword, but always in this
+        # order.
+        x_TD, index_TK, weight_TK = (*args, *kwargs.values())
+        for _part in _by_expert(block, observer, chunk, (x_TD, index_TK, weight_TK)):
+            pass
+
+    return before
+
+
+def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
+    """Show the shared experts' input, the input of their down projection, and their gate."""
+    shared = cast(nn.Module, block.shared)
+    linears = gated_projections(shared)
+    assert linears is not None
+    # Two hooks see one call: on entry the input x, and before the down projection its argument,
+    # which is act(gate)·up without computing it again. The stack pairs them.
+    entered: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entered.append(args[0].flatten(0, -2))
+
+    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Popped, so that no activation outlives its forward.
+        x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
+        weight_T = _shared_weight(block, x_TD)
+        pieces = (torch.split(part, chunk) for part in (x_TD, hidden_TF, weight_T))
+        for x, h, weight in zip(*pieces, strict=True):
+            observer.shared(x, h, weight)
+
+    stack.callback(shared.register_forward_pre_hook(enter).remove)
+    stack.callback(linears[2].register_forward_pre_hook(hidden).remove)
+
+
+def _shared_weight(block: MoEBlock, x_TD: Tensor) -> Tensor:
+    """Return the factor of the shared experts' output, [T]."""
+    if block.shared_gate is None:
+        return x_TD.new_ones(x_TD.shape[0])
+    return torch.sigmoid(block.shared_gate(x_TD)).squeeze(-1)
+
+
+def _output_hook(observer: ExpertObserver) -> Callable[..., None]:
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        observer.output(output.flatten(0, -2))
+
+    return after

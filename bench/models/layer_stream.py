@@ -1,0 +1,118 @@
+"""A decoder run one layer at a time over many rows, so that a method can change each layer in turn.
+
+Shapes: B rows, L tokens per row, D d_model.
+
+All rows have the same length and no padding, so everything that a layer receives besides the hidden
+states (masks, positions, rotary embeddings) depends only on the number of rows in a batch. It is
+recorded by sending each batch size once through a decoder whose layers return their input.
+
+A model larger than its device runs the same way: the weights of one layer at a time are on the
+device, and hidden states wait in CPU memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.offload import execution_device, is_offloaded, onloaded
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LayerStream:
+    """Hidden states of all rows at the input of the current decoder layer.
+
+    As a context manager it also onloads the weights of the current layer, so that they can be
+    changed until the stream moves to another layer or the block ends.
+    """
+
+    def __init__(
+        self, network: Any, layers: tuple[nn.Module, ...], tokens_BL: Tensor, batch: int
+    ) -> None:
+        self.layers = layers
+        self._arguments: dict[int, list[LayerArguments]] = {}
+        self._states: list[Tensor] = []
+        self._device = execution_device(network.get_input_embeddings())
+        offloaded = any(is_offloaded(layer) for layer in layers)
+        # Hidden states of all calibration rows can exceed the weights of one layer many times; a
+        # model that was offloaded for lack of memory has no room for them on the device.
+        self._waiting = torch.device("cpu") if offloaded else self._device
+        self._onloaded_index: int | None = None
+        self._onload_stack = ExitStack()
+        for rows_BL in torch.split(tokens_BL, batch):
+            self._enter(network, rows_BL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._onload_stack.close()
+
+    @torch.no_grad()
+    def run(self, index: int, *, advance: bool) -> None:
+        """Send all rows through layer `index`; with `advance` the outputs become the next inputs.
+
+        Hooks and observers on the layer see every row exactly once per call.
+        """
+        self.onload_layer(index)
+        for place, state_BLD in enumerate(self._states):
+            args, kwargs = self._arguments[len(state_BLD)][index]
+            output = self.layers[index](state_BLD.to(self._device), *args, **kwargs)
+            if advance:
+                # Some decoder layers return (hidden states, ...), others the tensor alone.
+                output_BLD = output[0] if isinstance(output, tuple) else output
+                self._states[place] = output_BLD.to(self._waiting)
+
+    def onload_layer(self, index: int) -> None:
+        """Write back the weights of the previous layer and onload those of layer `index`."""
+        # A layer is usually run twice (observe, then advance after the change). Its weights are
+        # written back once, when the stream leaves it.
+        if self._onloaded_index != index:
+            self._onload_stack.close()
+            self._onload_stack.enter_context(onloaded(self.layers[index]))
+            self._onloaded_index = index
+
+    @torch.no_grad()
+    def _enter(self, network: Any, rows_BL: Tensor) -> None:
+        """Store the embeddings of some rows, and each layer's arguments for this batch size."""
+        with _recorded_arguments(self.layers) as (inputs, arguments):
+            network.get_decoder()(input_ids=rows_BL.to(self._device), use_cache=False)
+        self._states.append(inputs[0].to(self._waiting))
+        # Arguments are stored per number of rows, since masks and positions have a batch dimension
+        # and the last batch can be smaller. Equal batch sizes share one entry: rows have one length
+        # and no padding, so the content is the same as well.
+        self._arguments.setdefault(len(rows_BL), arguments)
+
+
+@contextmanager
+def _recorded_arguments(
+    layers: tuple[nn.Module, ...],
+) -> Iterator[tuple[list[Tensor], list[LayerArguments]]]:
+    """Make layers return their input and record the arguments of their calls."""
+    inputs: list[Tensor] = []
+    arguments: list[LayerArguments] = []
+
+    # One forward of the decoder with pass-through layers records the arguments of all layers and
+    # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder that unpacks or
+    # indexes a tuple from its layers would cut this tensor along the batch.
+    def passing(hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        inputs.append(hidden_BLD)
+        arguments.append((args, kwargs))
+        return hidden_BLD
+
+    # accelerate also replaces `forward` on instances; its wrapper is restored afterwards.
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.__dict__["forward"] = passing
+    try:
+        yield inputs, arguments
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.__dict__["forward"]
+            if forward is not None:
+                layer.__dict__["forward"] = forward

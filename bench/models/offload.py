@@ -1,0 +1,267 @@
+"""Weights in CPU memory or on disk, onloaded while a layer changes; the device map of large models.
+
+Onloading of offloaded weights while a layer is modified, and writing them back.
+
+accelerate keeps a model larger than its device in pieces: a hook on every module fetches the
+module's weights before its forward and drops them afterwards. This suffices to run the model, but a
+method that changes a layer needs the weights to stay, and the changed ones to be kept.
+
+Device map of a model that is larger than its device.
+
+`offload_cpu` and `offload_disk` keep every decoder layer in CPU memory or on disk and everything
+else on the device; other maps are accelerate's own. The folder for weights on disk lives as long as
+the network.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.structure.model_structure import inspect_model
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether any weight of a module is fetched from CPU memory or disk when needed."""
+    return any(True for _ in _offloaded_submodules(module))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device on which a module computes, wherever its weights are stored."""
+    for _, _, hook in _offloaded_submodules(module):
+        return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Hold all weights of a module on its device inside the block; keep what was changed.
+
+    Inside, the module runs and can be changed like any other; submodules may be replaced. At the
+    end, changed and new weights are written back to where the module's weights were: CPU memory, or
+    safetensors files on disk. A module that is not offloaded is left alone.
+    """
+    stays = _Onloaded(module)
+    try:
+        yield
+    finally:
+        stays.end()
+
+
+@contextmanager
+def without_offload_hooks(network: nn.Module) -> Iterator[None]:
+    """Run modules without accelerate's hooks, for counting on the meta device."""
+    # accelerate wraps `forward` on the instance; without that attribute the class's own forward is
+    # found. On meta there is nothing to fetch, and the hooks would read whole layers from disk.
+    hooked = [m for m in network.modules() if "_hf_hook" in m.__dict__]
+    before = [module.__dict__.pop("forward") for module in hooked]
+    try:
+        yield
+    finally:
+        for module, forward in zip(hooked, before, strict=True):
+            module.__dict__["forward"] = forward
+
+
+def iter_parameters(network: nn.Module) -> Iterator[Tensor]:
+    """Yield every parameter of a network once, loading offloaded ones one at a time."""
+    seen: set[nn.Parameter] = set()
+    for module in network.modules():
+        hook = _offload_hook(module)
+        for name, weight in module.named_parameters(recurse=False):
+            if weight not in seen:
+                # Offloaded parameters are meta tensors in the module. Tied ones are one object and
+                # come once.
+                yield hook.weights_map[name] if hook and weight.is_meta else weight
+            seen.add(weight)
+
+
+def _offloaded_submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yield name, submodule and hook of all submodules whose weights are offloaded."""
+    for name, part in module.named_modules():
+        hook = _offload_hook(part)
+        if hook is not None:
+            yield name, part, hook
+
+
+def _offload_hook(module: nn.Module) -> Any:
+    """Return accelerate's hook that fetches a module's own weights, alone or in a sequence."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((single for single in hooks if getattr(single, "offload", False)), None)
+
+
+@dataclass
+class _WeightStore:
+    """Storage of a module's weights: accelerate's map, and the module's prefix in it."""
+
+    weights: Any
+    prefix: str
+    device: torch.device
+    folder: Path | None
+    loaded: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def keep(self, name: str, weight: Tensor) -> None:
+        """Write one weight, unless it is unchanged."""
+        known = self.loaded.get(name)
+        # Identity and `_version` together mean untouched. A replaced parameter is another object,
+        # whose version may be equal; an in-place write keeps the object and raises its version.
+        # Writing back unchanged weights would turn a read-only pass over a model on disk into a
+        # full copy.
+        if known is not None and known[0] is weight and known[1] == weight._version:
+            return
+        key = f"{self.prefix}{name}"
+        if key not in self.weights.all_keys:
+            self.weights.all_keys.append(key)
+        if self.folder is None:
+            self.weights.state_dict[key] = weight.detach().cpu()
+        else:
+            self.weights.index[key] = _write_weight(self.folder, key, weight.detach())
+
+    def forget(self, name: str) -> None:
+        """Remove a weight that the module no longer has."""
+        key = f"{self.prefix}{name}"
+        self.weights.state_dict.pop(key, None)
+        self.weights.all_keys.remove(key)
+        file = Path(self.weights.index.pop(key, {}).get("safetensors_file", ""))
+        # The model's own folder is only read; files that were written for this model next to it are
+        # deleted.
+        if file.parent == self.folder:
+            file.unlink(missing_ok=True)
+
+
+class _Onloaded:
+    """Weights of one module held on its device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        from accelerate.hooks import remove_hook_from_module
+
+        self._module = module
+        self._store: _WeightStore | None = None
+        # All submodules of a layer share one accelerate dataset, so the first hook gives the store
+        # for all of them.
+        for name, part, hook in list(_offloaded_submodules(module)):
+            store = self._store = self._store or _weight_store(name, hook)
+            remove_hook_from_module(part)
+            for own, weight in list(part.named_parameters(recurse=False)):
+                path = f"{name}.{own}" if name else own
+                # On a CPU a tensor is a memory map of its file, which `keep` may replace while the
+                # tensor is in use: it is copied. On a GPU the transfer is the copy.
+                mapped = store.device.type == "cpu"
+                value = store.weights[store.prefix + path].to(store.device, copy=mapped)
+                held = nn.Parameter(value, requires_grad=weight.requires_grad)
+                part.register_parameter(own, held)
+                store.loaded[path] = (held, held._version)
+
+    def end(self) -> None:
+        """Write back what changed and offload the weights again."""
+        if self._store is None:
+            return
+        # The module may have different parameters than at the start: replaced experts bring new
+        # names and drop old ones.
+        present = dict(self._module.named_parameters())
+        for name, weight in present.items():
+            self._store.keep(name, weight)
+        for name in self._store.loaded.keys() - present.keys():
+            self._store.forget(name)
+        for name, part in self._module.named_modules():
+            if any(True for _ in part.parameters(recurse=False)):
+                _attach_offload_hook(part, name, self._store)
+
+
+def _weight_store(name: str, hook: Any) -> _WeightStore:
+    """Derive the storage from the hook of the submodule called `name`."""
+    weights = hook.weights_map.dataset
+    own = f"{name}." if name else ""
+    # The dataset's keys are full names in the model. A hook's prefix ends with the submodule's name
+    # inside this module; without that part it is the prefix of the module itself.
+    prefix = hook.weights_map.prefix.removesuffix(own)
+    on_disk = any(key.startswith(prefix) for key in weights.index)
+    folder = Path(weights.save_folder) if on_disk else None
+    return _WeightStore(weights, prefix, torch.device(hook.execution_device), folder)
+
+
+def _attach_offload_hook(part: nn.Module, name: str, store: _WeightStore) -> None:
+    """Attach accelerate's hook that fetches a submodule's weights from the store."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import PrefixedDataset
+
+    own = f"{name}." if name else ""
+    hook = AlignDevicesHook(
+        execution_device=store.device,
+        offload=True,
+        weights_map=PrefixedDataset(store.weights, store.prefix + own),
+    )
+    add_hook_to_module(part, hook)
+
+
+def _write_weight(folder: Path, key: str, weight: Tensor) -> dict[str, str]:
+    """Write one weight to its own file and return its entry in accelerate's index."""
+    from safetensors.torch import save_file
+
+    file = folder / f"{key}.safetensors"
+    # Written under another name and renamed: the old file may be mapped by tensors that are still
+    # read, and an interrupted write must not leave half a file under the name in the index.
+    partial = file.with_suffix(".partial")
+    save_file({key: weight.contiguous()}, partial)
+    partial.replace(file)
+    kind = str(weight.dtype).removeprefix("torch.")
+    return {"safetensors_file": str(file), "weight_name": key, "dtype": kind}
+
+
+OFFLOAD_TARGETS = {"offload_cpu": "cpu", "offload_disk": "disk"}
+DeviceMap = str | dict[str, Any]
+
+
+def device_map(
+    wanted: str | None, device: torch.device, skeleton: Callable[[], nn.Module]
+) -> DeviceMap | None:
+    """Return the device map for `from_pretrained`; None loads the model into CPU memory.
+
+    `skeleton` returns the network on the meta device, in which the parts are looked up.
+    """
+    if wanted in OFFLOAD_TARGETS:
+        return _offloaded_layers_map(skeleton(), device, OFFLOAD_TARGETS[wanted])
+    # On a GPU the files are read there directly, so that the host never holds the whole model.
+    return wanted or ({"": device} if device.type == "cuda" else None)
+
+
+def _offloaded_layers_map(skeleton: nn.Module, device: torch.device, place: str) -> dict[str, Any]:
+    """Map decoder layers to `place`, and every other part with a tensor to the device."""
+    layers = set(inspect_model(skeleton).layers)
+    found: dict[str, Any] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        # The map must cover every tensor. An entry covers a module with all its children, so a
+        # layer and a part with tensors of its own are entered whole, and only containers are
+        # descended into.
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if module in layers:
+            found[name] = place
+        elif own:
+            found[name] = str(device)
+        else:
+            for child_name, child in module.named_children():
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(skeleton, "")
+    return found
+
+
+def offload_folder() -> str:
+    """Create a folder for weights on disk."""
+    return tempfile.mkdtemp(prefix="slimbench-weights-")
+
+
+def remove_folder_with(network: nn.Module, folder: str) -> None:
+    """Remove a folder once the network is garbage-collected."""
+    # Not `atexit`: a sweep loads many models in one process, each with its weights on disk.
+    weakref.finalize(network, shutil.rmtree, folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Structure of a network: its decoder layers and MoE blocks."""

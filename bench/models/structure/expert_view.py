@@ -1,0 +1,85 @@
+"""View of one gated expert as micro-experts, wherever its weights are stored.
+
+Shapes: D d_model, F the expert's intermediate width, S routed tokens.
+
+Micro-expert c of an expert is row c of the gate matrix, row c of the up matrix and column c of the
+down matrix: 3·D weights (CAMERA, arXiv 2508.02322, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Names of (gate, up, down) in per-expert modules: Llama's and Qwen's, then Mixtral's (w2 is down).
+PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+@dataclass(frozen=True)
+class ExpertView:
+    """The three matrices of one expert, sharing memory with the network.
+
+    `gate` and `up`, both [F, D], hold one micro-expert per row, `down` [D, F] one per column; `act`
+    is the activation of the gate. Writing to them changes the network.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    act: Callable[[Tensor], Tensor]
+
+    @property
+    def width(self) -> int:
+        """Number of micro-experts."""
+        return self.gate.shape[0]
+
+    def hidden(self, x_SD: Tensor) -> Tensor:
+        """Compute act(x Wgateᵀ) · (x Wupᵀ), [S, F]: the coefficient of every micro-expert."""
+        gate_SF = functional.linear(x_SD, self.gate)
+        return self.act(gate_SF) * functional.linear(x_SD, self.up)
+
+    def combine(self, hidden_SF: Tensor) -> Tensor:
+        """Compute hidden Wdownᵀ, [S, D]: the expert's output before the router's weight."""
+        return functional.linear(hidden_SF, self.down)
+
+    @torch.no_grad()
+    def zero(self, channels: Tensor) -> None:
+        """Zero the micro-experts with these indices in all three matrices."""
+        self.gate[channels] = 0
+        self.up[channels] = 0
+        self.down[:, channels] = 0
+
+
+def fused_view(experts: nn.Module, expert: int) -> ExpertView:
+    """View expert `expert` of a fused module: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+    # `detach` drops the graph but keeps the storage: in-place writes reach the parameter, and
+    # autograd does not object to changing a leaf.
+    gate_up_GD = cast(Tensor, experts.gate_up_proj).detach()[expert]
+    width = gate_up_GD.shape[0] // 2
+    down_DF = cast(Tensor, experts.down_proj).detach()[expert]
+    act = cast(Callable[[Tensor], Tensor], experts.act_fn)
+    return ExpertView(gate_up_GD[:width], gate_up_GD[width:], down_DF, act)
+
+
+def gated_projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
+    """Return the (gate, up, down) linears of a gated feed-forward module, else None."""
+    for names in PROJECTION_NAMES:
+        found = [getattr(module, name, None) for name in names]
+        if all(isinstance(part, nn.Linear) for part in found):
+            gate, up, down = (cast(nn.Linear, part) for part in found)
+            return gate, up, down
+    return None
+
+
+def module_view(module: nn.Module) -> ExpertView:
+    """View a gated feed-forward module, such as a shared expert, as an expert."""
+    linears = gated_projections(module)
+    if linears is None:
+        raise TypeError(f"{type(module).__name__} is not a gated feed-forward module")
+    gate, up, down = (linear.weight.detach() for linear in linears)
+    return ExpertView(gate, up, down, cast(Callable[[Tensor], Tensor], module.act_fn))

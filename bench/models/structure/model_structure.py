@@ -1,0 +1,124 @@
+"""Decoder layers and MoE blocks of a network, found on any device including meta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bench.errors import UserError
+from bench.models.classifiers.classifier import Classifier, VisionConfig
+from bench.models.structure.moe_block import MoEBlock, UnsupportedStructure, moe_block_of
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """Parts of a network that methods change.
+
+    `layers` are the decoder layers in order. An image classifier has none; `vision` describes it
+    instead. `parameters` counts every weight once, tied ones too. `refusal` is the reason why the
+    MoE blocks are not supported; reading `moe` then raises it.
+    """
+
+    architecture: str
+    model_type: str
+    layers: tuple[nn.Module, ...]
+    parameters: int
+    blocks: tuple[MoEBlock, ...] = ()
+    refusal: str | None = None
+    vision: VisionConfig | None = None
+
+    @property
+    def moe(self) -> tuple[MoEBlock, ...]:
+        """MoE blocks in layer order, without dense layers; raises `UserError` if unsupported."""
+        if self.refusal is not None:
+            raise UserError(self.refusal)
+        return self.blocks
+
+    @property
+    def moe_parameters(self) -> int:
+        """Number of weights in all routed and shared experts."""
+        return sum(block.parameters for block in self.moe)
+
+
+def inspect_model(network: nn.Module) -> ModelStructure:
+    """Inspect the modules of a network and return its structure; nothing is computed."""
+    if isinstance(network, Classifier):
+        return _classifier_structure(network)
+    config = getattr(network, "config", None)
+    architecture = type(network).__name__
+    layers = _decoder_layers(network)
+    blocks: tuple[MoEBlock, ...] = ()
+    # The refusal is stored, not raised: such a network can be evaluated and its other parts
+    # changed; only readers of `moe` must fail.
+    refusal = None
+    try:
+        blocks = _moe_blocks(network, layers, _text_config(config))
+    except UnsupportedStructure as difference:
+        refusal = f"{architecture} has experts in an unsupported form: {difference}"
+    return ModelStructure(
+        architecture=architecture,
+        model_type=str(getattr(config, "model_type", architecture)),
+        layers=layers,
+        parameters=sum(weight.numel() for weight in network.parameters()),
+        blocks=blocks,
+        refusal=refusal,
+    )
+
+
+def _classifier_structure(network: Classifier) -> ModelStructure:
+    return ModelStructure(
+        architecture=network.config.architecture,
+        model_type="image_classifier",
+        layers=(),
+        parameters=sum(weight.numel() for weight in network.parameters()),
+        vision=network.config,
+    )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _decoder_layers(network: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the longest of the outermost module lists of the decoder, or an empty tuple."""
+    whole: Any = network
+    decoder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
+    stacks = [
+        (name.count("."), -len(module), tuple(module))
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    # Lists deeper in the tree are experts or sublayers of one layer, so the fewest dots come first.
+    # Of lists at the same depth the longest wins: a decoder with two stacks would silently be
+    # reduced to the longer one.
+    return min(stacks, key=lambda stack: stack[:2], default=(0, 0, ()))[2]
+
+
+def _moe_blocks(
+    network: nn.Module, layers: tuple[nn.Module, ...], config: Any
+) -> tuple[MoEBlock, ...]:
+    # The `experts` attribute identifies a block, since every model family in transformers defines
+    # block classes of its own.
+    names = {module: name for name, module in network.named_modules()}
+    top_k = getattr(config, "num_experts_per_tok", None)
+    found = []
+    for index, layer in enumerate(layers):
+        owners = [m for m in layer.modules() if isinstance(getattr(m, "experts", None), nn.Module)]
+        if not owners:
+            _refuse_hidden_experts(layer, names)
+        for block in owners:
+            try:
+                found.append(moe_block_of(index, names[block], block, top_k))
+            except UnsupportedStructure as difference:
+                raise UnsupportedStructure(f"in {names[block]}, {difference}") from None
+    return tuple(found)
+
+
+def _refuse_hidden_experts(layer: nn.Module, names: dict[nn.Module, str]) -> None:
+    for module in layer.modules():
+        # Without this check, such a layer would pass as dense and methods would silently skip its
+        # experts.
+        if "Experts" in type(module).__name__:
+            raise UnsupportedStructure(f"{names[module]} is a {type(module).__name__}")

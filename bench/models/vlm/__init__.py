@@ -1,0 +1,1 @@
+"""Vision-language models: positions of visual tokens, and the contents of decoder layers."""

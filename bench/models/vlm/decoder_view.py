@@ -1,0 +1,238 @@
+"""The decoder of a vision-language model as matrices, however they are stored.
+
+Shapes: D d_model, H query heads, G key-value heads, d a head's width, F the feed-forward's width.
+
+A layer is supported when it computes x + attention(norm(x)) and then x + feed_forward(norm(x)),
+with rotary positions on halves of a head and full causal attention. Modules do not show that, so
+supported decoders are listed by name, and a test compares each with transformers' own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.structure.expert_view import ExpertView, gated_projections
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock, UnsupportedStructure, moe_block_of
+
+# Values of the text config's `model_type`. Before adding one, add it to the equality test.
+SUPPORTED_DECODERS = (
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A weight [out, in] and a bias [out], views of the network's own."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Projection:
+        """Slice the outputs `start` to `stop`, as views."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Projection(self.weight[start:stop], bias)
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """The four projections of a layer's attention: q [H·d, D], k and v [G·d, D], o [D, H·d].
+
+    `q_norm` and `k_norm`, if any, act on single heads before rotation.
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    heads: int
+    groups: int
+    head_dim: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer: the module and its parts.
+
+    `found` describes its MoE block as loaded; it is None in a dense layer.
+    """
+
+    index: int
+    module: nn.Module
+    attention_norm: nn.Module
+    feed_forward_norm: nn.Module
+    attention: nn.Module
+    feed_forward: nn.Module
+    found: MoEBlock | None
+
+    @property
+    def moe(self) -> MoEBlock | None:
+        """The MoE block in its current state, since a method may have replaced its experts."""
+        if self.found is None:
+            return None
+        try:
+            # Inspected at every access: experts are replaced in the block, whose module object
+            # stays.
+            return moe_block_of(self.index, self.found.name, self.found.block, self.found.top_k)
+        except UnsupportedStructure as difference:
+            raise UserError(f"in {self.found.name}, {difference}") from None
+
+    def attention_view(self) -> AttentionView:
+        """View the current projections, since a method may have replaced them."""
+        return _attention_view(cast(Any, self.attention))
+
+    def units(self) -> tuple[ExpertView, ...]:
+        """View every gated feed-forward of the layer: the dense one, or all experts.
+
+        Routed experts come first, by index, then the shared experts as one.
+        """
+        moe = self.moe
+        if moe is None:
+            return (feed_forward_view(self.feed_forward),)
+        routed = [moe.expert(index) for index in range(moe.num_experts)]
+        shared = moe.shared_view()
+        return tuple(routed) if shared is None else (*routed, shared)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model inside a vision-language model.
+
+    `inner` is the module that receives ids and pixels and calls `module`, the text decoder.
+    """
+
+    inner: nn.Module
+    module: nn.Module
+    layers: tuple[DecoderLayer, ...]
+
+    @property
+    def config(self) -> Any:
+        """The text decoder's own config."""
+        return self.module.config
+
+
+def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
+    """Return the decoder of a vision-language model.
+
+    Raises:
+        UserError: the decoder is not supported, or its weights are not all on one device.
+    """
+    inner = cast(Any, network).model
+    layers = decoder_layers(structure)
+    devices = {weight.device for layer in layers for weight in layer.module.parameters()}
+    # Offloaded weights are meta tensors in the modules: views of them would be empty.
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        raise UserError(
+            f"the decoder of {structure.architecture} must be in the memory of one device, but it is "
+            f"on {', '.join(sorted(map(str, devices)))}: change model.device_map"
+        )
+    return Decoder(inner=inner, module=inner.language_model, layers=layers)
+
+
+def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
+    """Return the layers of a model's decoder from its modules alone; no weights are needed."""
+    blocks = {block.layer: block for block in structure.moe}
+    found = []
+    for index, module in enumerate(structure.layers):
+        layer = cast(Any, module)
+        config = getattr(getattr(layer, "self_attn", None), "config", None)
+        _refuse_unsupported(structure, config)
+        found.append(
+            DecoderLayer(
+                index=index,
+                module=module,
+                attention_norm=layer.input_layernorm,
+                feed_forward_norm=layer.post_attention_layernorm,
+                attention=layer.self_attn,
+                feed_forward=layer.mlp,
+                found=blocks.get(index),
+            )
+        )
+    return tuple(found)
+
+
+def feed_forward_view(module: nn.Module) -> ExpertView:
+    """View a dense feed-forward as gate, up and down; gate and up may be one matrix.
+
+    Unlike views of experts, these stay in the autograd graph, for training.
+    """
+    part = cast(Any, module)
+    separate = gated_projections(module)
+    if separate is not None:
+        gate, up, down = (linear.weight for linear in separate)
+        return ExpertView(gate, up, down, part.act_fn)
+    if not isinstance(getattr(module, "gate_up_proj", None), nn.Linear):
+        raise UserError(
+            f"the feed-forward {type(module).__name__} has no gate, up and down matrices"
+        )
+    # Phi-3's order: gate rows first; its activation is called `activation_fn`.
+    gate, up = part.gate_up_proj.weight.chunk(2, dim=0)
+    return ExpertView(gate, up, part.down_proj.weight, part.activation_fn)
+
+
+def _refuse_unsupported(structure: ModelStructure, config: Any) -> None:
+    """Raise unless the layer belongs to a supported decoder with full attention."""
+    kind = getattr(config, "model_type", None)
+    if kind not in SUPPORTED_DECODERS:
+        raise UserError(
+            f"the decoder of {structure.architecture} is a {kind or 'kind without self_attn'}, which "
+            f"is not supported: choose a model with one of {', '.join(SUPPORTED_DECODERS)}"
+        )
+    sliding = getattr(config, "sliding_window", None)
+    types: Sequence[str] = getattr(config, "layer_types", None) or ()
+    # A window at least as long as the longest sequence never hides anything. Without `layer_types`,
+    # a config with a window applies it in all layers.
+    everything = sliding is None or sliding >= config.max_position_embeddings
+    if not everything and ("sliding_attention" in types or not types):
+        raise UserError(
+            f"the decoder of {structure.architecture} attends in a sliding window of {sliding} "
+            "tokens, which visual-token methods do not support"
+        )
+
+
+def _attention_view(module: Any) -> AttentionView:
+    """View the projections of an attention module, separate or fused into one matrix."""
+    config, width = module.config, module.head_dim
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if hasattr(module, "qkv_proj"):
+        fused = _projection(module.qkv_proj)
+        # Rows of a fused matrix (Phi-3): all query heads, then all key heads, then all value heads.
+        ends = (heads * width, (heads + groups) * width, (heads + 2 * groups) * width)
+        q, k, v = fused.rows(0, ends[0]), fused.rows(ends[0], ends[1]), fused.rows(ends[1], ends[2])
+    else:
+        q, k, v = (_projection(getattr(module, f"{name}_proj")) for name in "qkv")
+    return AttentionView(
+        q=q,
+        k=k,
+        v=v,
+        o=_projection(module.o_proj),
+        q_norm=getattr(module, "q_norm", None),
+        k_norm=getattr(module, "k_norm", None),
+        heads=heads,
+        groups=groups,
+        head_dim=width,
+        scaling=module.scaling,
+    )
+
+
+def _projection(linear: nn.Linear) -> Projection:
+    """View a linear's weight and bias, still in the autograd graph."""
+    return Projection(linear.weight, linear.bias)

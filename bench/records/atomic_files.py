@@ -1,0 +1,89 @@
+"""Atomic writes of files and folders: temporary in the same folder, flush, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader sees either the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic within one file system only.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            # Before the rename: otherwise a power cut could leave the new name with empty content.
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:  # Ctrl-C included: no temporary file may stay behind
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Create a folder in one step: `fill` writes into a temporary one, which is then renamed.
+
+    An existing folder is replaced: it is moved aside first and removed last.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        fill(temporary)
+        for file in temporary.iterdir():
+            _sync_file(file)
+        # mkdtemp makes folders private (0700); records are shared like any other file.
+        temporary.chmod(0o755)
+        _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; delete an existing folder only once `new` is in place."""
+    if not path.exists():
+        new.rename(path)
+        return
+    # POSIX cannot replace a non-empty folder by a rename, so two renames are needed. A kill between
+    # them leaves `path` missing; `mend` brings the old folder back.
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
+    path.rename(old / path.name)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def repair_interrupted_write(path: Path) -> None:
+    """Clean up after a kill in the middle of `write_folder`; call with exclusive access to `path`.
+
+    The old folder is restored if the kill came between the two renames; temporary folders are
+    removed.
+    """
+    for old in path.parent.glob(f".old-{path.name}.*"):
+        if not path.exists() and (old / path.name).exists():
+            (old / path.name).rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside the folder survive a power cut."""
+    # On POSIX a rename is an entry of the folder, which has to be synced in addition to the file.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

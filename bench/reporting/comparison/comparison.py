@@ -1,0 +1,252 @@
+"""Baseline, pairs of numbers that may be subtracted, the family of tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.errors import UserError
+from bench.evaluation.metrics import AVERAGE, averaged_headlines
+from bench.records import Metric, Record
+from bench.reporting.comparison.contrast import (
+    Contrast,
+    PairedScores,
+    mean_of_pairs,
+    pair_scores,
+    paired_contrast,
+    unpaired_contrast,
+)
+from bench.reporting.comparison.metric_forms import metric_rows, unit_scores
+from bench.reporting.statistics import holm
+
+SEED = 0
+"""Fixed, so that the same runs always give the same intervals."""
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A record with its samples, one row per sample."""
+
+    record: Record
+    samples: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates against one baseline; `refused` states, one sentence each, what was not paired."""
+
+    baseline: Record
+    candidates: tuple[Record, ...]
+    contrasts: tuple[Contrast, ...]
+    refused: tuple[str, ...]
+
+
+def baseline_of(records: Sequence[Record]) -> Record:
+    """Return the only dense run among several.
+
+    Raises:
+        UserError: no run is dense, or more than one is.
+    """
+    dense = [record for record in records if not record.methods]
+    if len(dense) == 1:
+        return dense[0]
+    found = "none of the runs is" if not dense else f"{len(dense)} of the runs are"
+    ids = ", ".join(record.id[:8] for record in dense or records)
+    raise UserError(f"{found} dense: choose the baseline with --baseline, one of {ids}")
+
+
+def compare(baseline: ComparedRun, candidates: Sequence[ComparedRun]) -> Comparison:
+    """Compare every candidate with the baseline, per task and on average.
+
+    Raises:
+        UserError: not a single number of any candidate can be compared.
+    """
+    contrasts: list[Contrast] = []
+    refused: list[str] = []
+    for candidate in candidates:
+        one = _RunPair(baseline, candidate)
+        contrasts += one.contrasts()
+        refused += one.refused
+    if not contrasts:
+        reason = refused[0] if refused else "the runs have no task in common"
+        raise UserError(f"nothing to compare: {reason}")
+    # Averages are a family of their own: they are computed from the samples of the tasks, and would
+    # make the correction of every task harsher without adding evidence.
+    corrected = _holm_corrected(_holm_corrected(contrasts, average=True), average=False)
+    records = tuple(candidate.record for candidate in candidates)
+    return Comparison(baseline.record, records, tuple(corrected), tuple(dict.fromkeys(refused)))
+
+
+def _holm_corrected(contrasts: list[Contrast], *, average: bool) -> list[Contrast]:
+    """Apply Holm's correction to one family of tests: the averages, or everything else."""
+    family = [c for c in contrasts if c.p is not None and (c.task == AVERAGE) == average]
+    adjusted = holm([c.p for c in family if c.p is not None])
+    # By object identity: two contrasts with equal fields are still two tests, and `replace` below
+    # needs to find each of them again.
+    by_place = dict(zip(map(id, family), adjusted, strict=True))
+    return [replace(c, p_holm=by_place[id(c)]) if id(c) in by_place else c for c in contrasts]
+
+
+class _RunPair:
+    """A baseline and one candidate; different tasks are resampled independently."""
+
+    def __init__(self, baseline: ComparedRun, candidate: ComparedRun) -> None:
+        self.baseline, self.candidate = baseline, candidate
+        self.refused: list[str] = []
+        # A generator per candidate: naming one more leaves the intervals of the others as they are.
+        self._generator = np.random.default_rng(SEED)
+        self._paired: dict[tuple[str, str], PairedScores | None] = {}
+
+    def contrasts(self) -> list[Contrast]:
+        """Return the average, if both runs have one, and every task that both scored."""
+        ours, theirs = self.baseline.record, self.candidate.record
+        tasks = [
+            (mine, its)
+            for mine in ours.metrics
+            if mine.headline and mine.task != AVERAGE
+            if (its := theirs.metric(mine.task)) is not None
+        ]
+        # Tasks before the average, whose draws reuse those of its tasks.
+        found = [made for mine, its in tasks if (made := self._task(mine, its)) is not None]
+        return [*self._average(), *found]
+
+    def _task(self, mine: Metric, its: Metric) -> Contrast | None:
+        """Contrast one headline metric; None if the two numbers may not be subtracted."""
+        if not self._same(mine, its):
+            return None
+        paired = self._pair(mine, its)
+        run = self.candidate.record.id
+        if paired is not None:
+            return paired_contrast(run, mine, paired)
+        # `_same` has refused values that are missing or not finite.
+        assert mine.value is not None and its.value is not None
+        return unpaired_contrast(run, mine, mine.value, its.value)
+
+    def _same(self, mine: Metric, its: Metric) -> bool:
+        """Whether two numbers may be subtracted; if not, record the reason."""
+        ours, theirs = self.baseline, self.candidate
+        reason = identity_mismatch((ours.record, mine), (theirs.record, its))
+        reason = reason or sample_mismatch(ours.samples, theirs.samples, mine)
+        for record, row in ((ours.record, mine), (theirs.record, its)):
+            if reason is None and (row.value is None or not math.isfinite(row.value)):
+                reason = f"{row.task} is not compared: run {record.id[:8]} has no finite value"
+        self.refused += [reason] if reason else []
+        return reason is None
+
+    def _pair(self, mine: Metric, its: Metric) -> PairedScores | None:
+        """Pair two numbers of one identity; None if the samples do not reproduce them."""
+        key = (mine.task, mine.metric)
+        # Cached: the average must use the very resamples that its tasks were reported with, and
+        # drawing again would advance the generator.
+        if key not in self._paired:
+            ours = unit_scores(self.baseline.samples, mine)
+            theirs = unit_scores(self.candidate.samples, its)
+            self._paired[key] = (
+                None
+                if ours is None or theirs is None
+                else pair_scores(ours, theirs, self._generator)
+            )
+        return self._paired[key]
+
+    def _average(self) -> list[Contrast]:
+        """Contrast the averages by the benchmark's own rule, if both average the same metrics."""
+        ours, theirs = self.baseline.record, self.candidate.record
+        mine, its = ours.metric(AVERAGE), theirs.metric(AVERAGE)
+        if mine is None or its is None or mine.value is None or its.value is None:
+            return []
+        rows, others = _averaged_metrics(ours), _averaged_metrics(theirs)
+        if [_metric_key(row) for row in rows] != [_metric_key(row) for row in others]:
+            self.refused.append("average is not compared: the runs average different tasks")
+            return []
+        both = list(zip(rows, others, strict=True))
+        if not all(self._same(row, other) for row, other in both):
+            self.refused.append("average is not compared: one of its tasks is not compared")
+            return []
+        parts = [self._pair(row, other) for row, other in both]
+        whole = [part for part in parts if part is not None]
+        # A task without sample scores cannot be resampled, so the mean has no interval.
+        if len(whole) < len(parts):
+            return [unpaired_contrast(theirs.id, mine, mine.value, its.value)]
+        return [paired_contrast(theirs.id, mine, mean_of_pairs(whole))]
+
+
+def _averaged_metrics(record: Record) -> list[Metric]:
+    return averaged_headlines(record.metrics, record.config["benchmark"].get("perplexity", {}))
+
+
+def _metric_key(metric: Metric) -> tuple[str, str]:
+    return metric.task, metric.metric
+
+
+HARNESS_LIBRARIES = {"lm_eval": "lm-eval", "lmms_eval": "lmms-eval", "images": "slimbench"}
+"""The library whose version is part of the identity, by harness."""
+HASH_COLUMNS = {"doc_hash": "document", "prompt_hash": "prompt"}
+
+
+def metric_identity(record: Record, metric: Metric) -> dict[str, Any]:
+    """Return everything that two comparable numbers must share, under the names users know."""
+    library = HARNESS_LIBRARIES[record.config["benchmark"]["harness"]]
+    source = record.provenance.get("data", {}).get(metric.task) or {}
+    return {
+        "metric": metric.metric,
+        "filter": metric.filter,
+        "shots": metric.shots,
+        "split": metric.split,
+        "task version": metric.task_version,
+        "harness": f"{library} {record.environment.get('versions', {}).get(library)}",
+        "data fingerprint": source.get("fingerprint"),
+        "samples": metric.n,
+    }
+
+
+def identity_mismatch(ours: tuple[Record, Metric], theirs: tuple[Record, Metric]) -> str | None:
+    """Return one sentence on the first difference between two identities, or None."""
+    record, metric = ours
+    other_record, other = theirs
+    mine, its = metric_identity(record, metric), metric_identity(other_record, other)
+    for name, value in mine.items():
+        if value != its[name]:
+            return (
+                f"{metric.task} is not compared: its {name} is {value} in run {record.id[:8]} "
+                f"and {its[name]} in run {other_record.id[:8]}{_cure(name)}"
+            )
+    return None
+
+
+def sample_mismatch(ours: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> str | None:
+    """Return one sentence on the first difference between two runs' samples, or None."""
+    if ours.empty or theirs.empty:
+        return f"{metric.task} is not compared: one of the runs has no recorded samples"
+    mine, its = _samples_by_document(ours, metric), _samples_by_document(theirs, metric)
+    if not mine.index.equals(its.index):
+        return f"{metric.task} is not compared: the runs scored different documents"
+    for column, noun in _shared_hashes(mine, its):
+        # Equal task versions and data fingerprints do not guarantee equal prompts (a chat template
+        # may have changed), so the questions themselves are compared. NaN differs from itself,
+        # hence `fillna`.
+        unlike = mine[column].fillna("") != its[column].fillna("")
+        if unlike.any():
+            task, number = unlike.index[int(unlike.to_numpy().argmax())]
+            return (
+                f"{metric.task} is not compared: the {noun} of {task} document {number} differs "
+                f"between the runs, as do {int(unlike.sum()) - 1} more"
+            )
+    return None
+
+
+def _samples_by_document(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    return metric_rows(samples, metric).set_index(["task", "doc_id"]).sort_index()
+
+
+def _shared_hashes(mine: pd.DataFrame, its: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    # A hash that only one of the runs recorded cannot be compared.
+    return ((c, noun) for c, noun in HASH_COLUMNS.items() if c in mine and c in its)
+
+
+def _cure(name: str) -> str:
+    return ": give both the same benchmark.limit" if name == "samples" else ""

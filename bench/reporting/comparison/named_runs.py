@@ -1,0 +1,81 @@
+"""Handler of `bench compare`: from the named runs to objects, JSON and images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from bench.records import Record, Store, samples
+from bench.reporting.comparison import flips as flip_samples
+from bench.reporting.comparison.comparison import ComparedRun, Comparison, baseline_of, compare
+from bench.reporting.comparison.flips import Flip
+from bench.reporting.comparison.flips import find_flips as flips_of
+from bench.reporting.comparison.printer import power_sentences
+
+
+def compare_runs(
+    runs: Sequence[str], baseline: str | None, results_dir: Path, *, flips: int = 0
+) -> tuple[Comparison, list[Flip]]:
+    """Compare runs named by their ids or id prefixes, and collect up to `flips` flips per task.
+
+    Raises:
+        UserError: a run is unknown, only one is named, or the baseline is ambiguous.
+    """
+    store = Store(results_dir)
+    # Two prefixes may name the same run; by id it is compared once.
+    records = list({record.id: record for record in map(store.get, runs)}.values())
+    against = store.get(baseline) if baseline is not None else baseline_of(records)
+    candidates = [record for record in records if record.id != against.id]
+    if not candidates:
+        raise UserError(f"only run {against.id[:8]} is named: name at least two runs to compare")
+    ours, *theirs = (ComparedRun(r, samples(r.id, results_dir)) for r in (against, *candidates))
+    comparison = compare(ours, theirs)
+    return comparison, [flip for run in theirs for flip in _all_flips(comparison, ours, run, flips)]
+
+
+def _all_flips(
+    comparison: Comparison, ours: ComparedRun, theirs: ComparedRun, limit: int
+) -> list[Flip]:
+    """Return the flips of every compared task."""
+    if limit < 1:
+        return []
+    # Only compared tasks: a refused one scored different questions, where a flip means nothing.
+    tasks = [c.task for c in comparison.contrasts if c.run == theirs.record.id]
+    metrics = [m for m in map(ours.record.metric, tasks) if m is not None]
+    return [flip for metric in metrics for flip in flips_of(ours, theirs, metric, limit)]
+
+
+def flip_images(
+    comparison: Comparison, flipped: Sequence[Flip], results_dir: Path
+) -> tuple[dict[str, list[Path]], str | None]:
+    """Write the images of flips; return the files by hash, or the reason why there are none."""
+    try:
+        return flip_samples.write_flip_images(flipped, comparison.baseline, results_dir), None
+    # The data may be gone from this machine. A comparison is worth printing without images, so the
+    # reason is reported and not raised.
+    except UserError as error:
+        return {}, f"images of flips are not shown: {error}"
+
+
+def comparison_json(
+    comparison: Comparison, flipped: Sequence[Flip], written: Mapping[str, Sequence[Path]]
+) -> dict[str, Any]:
+    """Return a comparison as JSON values; `written` maps image hashes to the written files."""
+    return {
+        "baseline": _run_json(comparison.baseline),
+        "candidates": [_run_json(record) for record in comparison.candidates],
+        "contrasts": [asdict(row) for row in comparison.contrasts],
+        "power": power_sentences(comparison),
+        "refused": list(comparison.refused),
+        "flips": [
+            asdict(flip) | {"pictures": [str(path) for path in written.get(flip.image or "", ())]}
+            for flip in flipped
+        ],
+    }
+
+
+def _run_json(record: Record) -> dict[str, Any]:
+    return {"run": record.id, "model": record.model.name, "label": record.label}

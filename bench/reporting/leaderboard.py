@@ -1,0 +1,228 @@
+"""Leaderboard: groups of comparable runs, each run compared with its dense model.
+
+A setting is everything that must be equal for two runs to be compared: the weights, their dtype,
+the seed they were trained from, and the benchmark with its limits. Each run is compared with the
+dense run of its own setting, number by number, and only where the identity of the numbers is the
+same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.records import Cost, Metric, Record, without_real_saving
+from bench.reporting.summary import PERCENT_METRICS
+
+AVERAGE = "average"
+MODEL_KEYS = ("dtype", "max_length", "seed")
+BENCHMARK_KEYS = ("tasks", "perplexity", "num_fewshot", "limit")
+"""Keys of the benchmark config that decide which questions are evaluated. With the keys of LOADED,
+which decide the model, they identify a setting."""
+MAX_DIFFERENCE_CHARS = 24
+
+
+@dataclass(frozen=True)
+class HeadlineColumn:
+    """One headline number of a setting."""
+
+    task: str
+    metric: str
+    percent: bool
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class CostColumn:
+    """One cost that runs of a setting report."""
+
+    scope: str
+    quantity: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A group of comparable runs: one model on one benchmark, evaluated in the same way."""
+
+    name: str
+    model: str
+    benchmark: str
+    tasks: tuple[HeadlineColumn, ...]
+    costs: tuple[CostColumn, ...]
+
+
+@dataclass(frozen=True)
+class LeaderboardRow:
+    """One run: its numbers in the order of its setting's tasks and costs.
+
+    `dense` is the id of the setting's dense run. `values` holds pairs of value and standard error.
+    `retention` is the fraction of the dense score that is left.
+    """
+
+    record: Record
+    setting: int
+    dense: str | None
+    values: tuple[tuple[float, float | None] | None, ...]
+    costs: tuple[float | None, ...]
+    retention: float | None
+
+    @property
+    def family(self) -> str:
+        """The methods' names without their ratios; `dense` if there are none."""
+        return " + ".join(method.name for method in self.record.methods) or "dense"
+
+    @property
+    def saving(self) -> str:
+        """The effect on weights or computation: removed, zeroed, packed, skipped."""
+        kinds = dict.fromkeys(m.saving for m in self.record.methods if m.saving != "none")
+        return "+".join(kinds) or "none"
+
+    @property
+    def real(self) -> bool:
+        """Whether costs can have fallen: false if weights are only zeroed or masked."""
+        return without_real_saving(self.record.methods) is None
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """All runs, newest first, and the settings they belong to."""
+
+    settings: tuple[Setting, ...]
+    rows: tuple[LeaderboardRow, ...]
+
+
+def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
+    """Group records into settings and compare each with the dense run of its setting."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    keys: dict[str, dict[str, str]] = {}
+    # Newest first: `next` below then takes the newest dense run of a setting as its reference. The
+    # key is serialized because a dictionary cannot be hashed.
+    for record in sorted(records, key=lambda r: r.started, reverse=True):
+        key = _setting_key(record)
+        keys[text := json.dumps(key, sort_keys=True)] = key
+        groups[text].append(record)
+    names = _setting_names(list(keys.values()))
+    settings: list[Setting] = []
+    rows: list[LeaderboardRow] = []
+    for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
+        setting = _setting(name, group)
+        settings.append(setting)
+        dense = next((record for record in group if not record.methods), None)
+        rows += [_row(record, index, setting, dense) for record in group]
+    rows.sort(key=lambda row: row.record.started, reverse=True)
+    return Leaderboard(tuple(settings), tuple(rows))
+
+
+def comparable(one: Metric, other: Metric) -> bool:
+    """Return whether two numbers have the same identity, so that they may be subtracted."""
+    return _identity(one) == _identity(other)
+
+
+def _identity(metric: Metric) -> tuple[object, ...]:
+    names = (metric.task, metric.metric, metric.filter, metric.shots, metric.split)
+    return (*names, metric.task_version, metric.n)
+
+
+def _setting_key(record: Record) -> dict[str, str]:
+    """Return everything two comparable runs must share, by name, without unset entries."""
+    asked, model = record.config["benchmark"], record.config.get("model", {})
+    data = record.provenance.get("data", {})
+    # One hash over the fingerprints of all tasks: a setting may have dozens of them, and a key has
+    # to stay short enough to name the setting by.
+    prints = [data[task].get("fingerprint") for task in sorted(data)]
+    said = {
+        "model": record.model.name,
+        "weights": record.model.fingerprint[:8],
+        "benchmark": asked["name"],
+        "data": hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:8] if prints else None,
+        **{name: model.get(name) for name in MODEL_KEYS},
+        **{name: asked.get(name) for name in BENCHMARK_KEYS},
+    }
+    return {
+        # Unset entries are dropped, so that a record written before a key existed falls into the
+        # same setting as one where the key has its empty default.
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in said.items()
+        if value not in (None, {}, [])
+    }
+
+
+def _setting_names(keys: Sequence[dict[str, str]]) -> list[str]:
+    """Name each setting by model and benchmark, plus the entries that differ between namesakes."""
+    plain = [f"{key['model']} on {key['benchmark']}" for key in keys]
+    names = []
+    for name, key in zip(plain, keys, strict=True):
+        others = [other for same, other in zip(plain, keys, strict=True) if same == name]
+        differs = [part for part in key if any(o.get(part) != key[part] for o in others)]
+        said = ", ".join(f"{part} {key[part][:MAX_DIFFERENCE_CHARS]}" for part in differs)
+        names.append(f"{name} ({said})" if said else name)
+    return names
+
+
+def _setting(name: str, group: Sequence[Record]) -> Setting:
+    # Oldest first: where records disagree about a task, the newest one wins. The average moves to
+    # the front, since the first task is the setting's score.
+    tasks = {
+        m.task: _headline_column(m)
+        for record in reversed(group)
+        for m in record.metrics
+        if m.headline
+    }
+    first = {AVERAGE: tasks[AVERAGE]} if AVERAGE in tasks else {}
+    costs = {
+        (c.scope, c.quantity): CostColumn(c.scope, c.quantity, c.unit)
+        for record in group
+        for c in record.costs
+        # Phases split the wall time of the run itself; they say nothing about the model.
+        if not c.scope.startswith("phase ")
+    }
+    return Setting(
+        name=name,
+        model=group[0].model.name,
+        benchmark=str(group[0].config["benchmark"]["name"]),
+        tasks=tuple((first | tasks).values()),
+        costs=tuple(costs.values()),
+    )
+
+
+def _headline_column(metric: Metric) -> HeadlineColumn:
+    return HeadlineColumn(
+        metric.task, metric.metric, metric.metric in PERCENT_METRICS, metric.higher_is_better
+    )
+
+
+def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> LeaderboardRow:
+    metrics = {m.task: m for m in record.metrics if m.headline}
+    costs = {(c.scope, c.quantity): c for c in record.costs}
+    found = [metrics.get(task.task) for task in setting.tasks]
+    return LeaderboardRow(
+        record=record,
+        setting=index,
+        dense=dense.id if dense else None,
+        values=tuple(_value(metric) for metric in found),
+        costs=tuple(_cost(costs.get((c.scope, c.quantity))) for c in setting.costs),
+        retention=_retention(found[0], dense) if found else None,
+    )
+
+
+def _value(metric: Metric | None) -> tuple[float, float | None] | None:
+    return None if metric is None or metric.value is None else (metric.value, metric.stderr)
+
+
+def _cost(cost: Cost | None) -> float | None:
+    return None if cost is None else cost.value
+
+
+def _retention(metric: Metric | None, dense: Record | None) -> float | None:
+    """Return the fraction of the dense score that is left; None where lower is better."""
+    before = dense.metric(metric.task) if dense and metric else None
+    if metric is None or before is None or not metric.value or not before.value:
+        return None
+    # Where lower is better the ratio would read upside down; `bench compare` inverts it instead.
+    if not comparable(metric, before) or not metric.higher_is_better:
+        return None
+    return metric.value / before.value

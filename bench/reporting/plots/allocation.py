@@ -1,0 +1,202 @@
+"""Per-layer allocation as heat maps.
+
+Per-layer pruning allocation, read from the method reports of records.
+
+A method's report has no fixed schema; the keys read here are `layers[].{layer, experts,
+width_per_expert, removed_per_expert, energy_per_expert, mean_bits}`, `heads` with `shape.heads`,
+`work` with `shape`, and `kept_by_layer` with `groups_by_layer`.
+
+Shapes: L layers, E experts, H heads.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.errors import UserError
+from bench.records import AppliedMethod, Record
+from bench.reporting.plots.style import HEATMAP
+from bench.reporting.statistics import Floats
+
+
+@dataclass(frozen=True)
+class AllocationGrid:
+    """A matrix of numbers for a heat map; unknown ones are NaN. `most` is the top of the scale."""
+
+    title: str
+    quantity: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Floats
+    row_name: str = "layer"
+    column_name: str = "layer"
+    most: float | None = 1.0
+
+
+def allocation_grids(records: Sequence[Record]) -> list[AllocationGrid]:
+    """Return all heat maps: grids of single runs, then profiles with one row per run."""
+    found = [grid for record in records for grid in _run_grids(record)]
+    return [*found, *_layer_profiles(records)]
+
+
+def _run_grids(record: Record) -> Iterator[AllocationGrid]:
+    """Yield the grids of a run whose rows are layers."""
+    for method in record.methods:
+        title = f"{record.model.name}, {record.label}"
+        yield from _expert_grids(title, method)
+        yield from _head_grids(title, method)
+
+
+def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
+    """Yield the kept fraction of each expert's micro-experts, and each expert's share of energy."""
+    layers = [layer for layer in _layer_reports(method) if "width_per_expert" in layer]
+    # Columns are experts: layers that list different ones cannot share a grid.
+    if not layers or len({tuple(layer["experts"]) for layer in layers}) > 1:
+        return
+    rows = tuple(str(layer["layer"]) for layer in layers)
+    columns = tuple(str(expert) for expert in layers[0]["experts"])
+    width_LE = np.array([layer["width_per_expert"] for layer in layers], dtype=float)
+    gone_LE = np.array([layer["removed_per_expert"] for layer in layers], dtype=float)
+    # An expert that an earlier method emptied has width 0: NaN leaves its cell blank, while 0 would
+    # read as pruned by this method.
+    kept_LE = np.divide(
+        width_LE - gone_LE, width_LE, out=np.full_like(width_LE, np.nan), where=width_LE > 0
+    )
+    yield AllocationGrid(title, "micro-experts kept", rows, columns, kept_LE, column_name="expert")
+    if all("energy_per_expert" in layer for layer in layers):
+        energy_LE = np.array([layer["energy_per_expert"] for layer in layers], dtype=float)
+        # The bound avoids 0/0 in a layer that calibration never reached.
+        share_LE = energy_LE / np.maximum(energy_LE.sum(axis=1, keepdims=True), 1e-300)
+        yield AllocationGrid(
+            title, "share of the layer's energy", rows, columns, share_LE,
+            column_name="expert", most=None,
+        )  # fmt: skip
+
+
+def _head_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
+    """Yield the heads that still attend to the image."""
+    report = method.report
+    # A budget search reports `heads` too, as their total number and not as lists by layer.
+    kept = report.get("heads") or report.get("head_pruning", {}).get("heads")
+    count = report.get("shape", {}).get("heads")
+    if not kept or not count or not isinstance(kept[0], list):
+        return
+    kept_LH = np.zeros((len(kept), count))
+    for layer, heads in enumerate(kept):
+        kept_LH[layer, heads] = 1
+    rows, columns = _index_labels(len(kept)), _index_labels(count)
+    yield AllocationGrid(
+        title, "heads kept for visual tokens", rows, columns, kept_LH, column_name="head"
+    )
+
+
+def _layer_profiles(records: Sequence[Record]) -> Iterator[AllocationGrid]:
+    """Yield one grid per quantity and model, with one row per run."""
+    lines: dict[tuple[str, str, tuple[str, ...]], dict[str, list[float]]] = defaultdict(dict)
+    for record in records:
+        for method in record.methods:
+            for quantity, by_layer in _layer_quantities(method).items():
+                # The layers are part of the key: rows of a grid must have the same columns, and
+                # methods may report different subsets of layers.
+                key = (record.model.name, quantity, tuple(by_layer))
+                row = f"{record.label} ({record.id[:8]})"
+                lines[key][row] = list(by_layer.values())
+    for (model, quantity, columns), rows in lines.items():
+        most = None if quantity == BITS_PER_WEIGHT else 1.0
+        values = np.array(list(rows.values()), dtype=float)
+        yield AllocationGrid(model, quantity, tuple(rows), columns, values, row_name="", most=most)
+
+
+BITS_PER_WEIGHT = "bits per weight"
+
+
+def _layer_quantities(method: AppliedMethod) -> dict[str, dict[str, float]]:
+    """Return every quantity that a method reports as one number per layer."""
+    report, found = method.report, dict[str, dict[str, float]]()
+    if report.get("groups_by_layer"):
+        groups, kept = report["groups_by_layer"], report["kept_by_layer"]
+        found["groups alive"] = {name: kept[name] / groups[name] for name in groups}
+    bits = {str(e["layer"]): e["mean_bits"] for e in _layer_reports(method) if "mean_bits" in e}
+    if bits:
+        found[BITS_PER_WEIGHT] = bits
+    if report.get("work") and report.get("shape"):
+        shape, work = report["shape"], report["work"]
+        for name, whole in (("heads", [shape["heads"]] * len(work)), ("neurons", shape["widths"])):
+            share = [layer[name] / width for layer, width in zip(work, whole, strict=True)]
+            found[f"{name} for visual tokens"] = dict(
+                zip(_index_labels(len(work)), share, strict=True)
+            )
+    return found
+
+
+def _layer_reports(method: AppliedMethod) -> list[dict[str, Any]]:
+    """Return the report of each layer; some methods store a plain number under `layers`."""
+    layers = method.report.get("layers")
+    return [e for e in layers if isinstance(e, dict)] if isinstance(layers, list) else []
+
+
+def _index_labels(count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(count))
+
+
+ROW_HEIGHT, FRAME_HEIGHT = 0.3, 0.95
+"""Inches: the height of a row and of everything around the rows."""
+FIGURE_WIDTH = 7.0
+MAX_ANNOTATED_COLUMNS = 24
+"""The largest number of columns with numbers written into the cells."""
+MAX_HEATMAPS = 16
+
+
+def draw_allocation(grids: Sequence[AllocationGrid]) -> Figure:
+    """Draw grids below each other, each with its own scale; lighter is more, in greyscale as well.
+
+    Raises:
+        UserError: there are more grids than fit on a page.
+    """
+    if len(grids) > MAX_HEATMAPS:
+        raise UserError(
+            f"at most {MAX_HEATMAPS} heat maps per page, got {len(grids)}: select fewer runs"
+        )
+    # Rows have the same height in all maps, whatever the number of layers.
+    heights = [len(grid.rows) * ROW_HEIGHT + FRAME_HEIGHT for grid in grids]
+    figure = Figure(figsize=(FIGURE_WIDTH, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)
+    for each, grid in zip(axes[:, 0], grids, strict=True):
+        _draw_heatmap(figure, each, grid)
+    return figure
+
+
+def _draw_heatmap(figure: Figure, axes: Axes, grid: AllocationGrid) -> None:
+    axes.grid(visible=False)
+    most = grid.most if grid.most is not None else float(np.nanmax(grid.values))
+    image = axes.imshow(grid.values, cmap=HEATMAP, vmin=0, vmax=most or 1, aspect="auto")
+    axes.set_title(f"{grid.quantity}: {grid.title}", loc="left")
+    axes.set_yticks(range(len(grid.rows)), grid.rows)
+    axes.set_ylabel(grid.row_name)
+    axes.set_xlabel(grid.column_name)
+    long = max(map(len, grid.columns)) > 6
+    if len(grid.columns) <= MAX_ANNOTATED_COLUMNS:
+        axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize="x-small")
+        if long:
+            axes.tick_params(axis="x", labelrotation=15)
+        _annotate_cells(axes, grid, most)
+    figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
+
+
+def _annotate_cells(axes: Axes, grid: AllocationGrid, most: float) -> None:
+    for (row, column), value in np.ndenumerate(grid.values):
+        if not np.isnan(value):
+            # The upper part of cividis is too light for white text, the lower too dark for black.
+            ink = "black" if value > 0.55 * most else "white"
+            text = f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.3g}"
+            axes.text(
+                column, row, text if value else "0",
+                ha="center", va="center", color=ink, fontsize="x-small",
+            )  # fmt: skip

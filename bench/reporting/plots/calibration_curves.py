@@ -1,0 +1,119 @@
+"""Calibration curves: accuracy by confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.errors import UserError
+from bench.reporting.comparison import ComparedRun
+from bench.reporting.plots.points import group_panels
+from bench.reporting.plots.style import GREY, SeriesStyle, add_legend, panel_figure, series_styles
+
+BINS = 10
+
+
+def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
+    """Return `confidence` and `right` of every sample whose answer is one of several.
+
+    The confidence in a choice is the softmax of the choices' log-likelihoods; the confidence in a
+    class is the classifier's probability. Generated answers have none. `right` is what the task's
+    accuracy counts.
+    """
+    if samples.empty:
+        return pd.DataFrame(columns=["confidence", "right"])
+    graded = samples[samples["acc"].notna()].astype({"acc": float})
+    # A single log-likelihood is that of a text, not of a choice: its softmax is always 1.
+    scores = graded["loglikelihoods"].map(len) > 1
+    chosen = graded[scores]["loglikelihoods"].map(_highest_share)
+    found = [pd.DataFrame({"confidence": chosen, "right": graded[scores]["acc"]})]
+    if "probability" in graded:
+        classified = graded.dropna(subset=["probability"])
+        found.append(
+            pd.DataFrame({"confidence": classified["probability"], "right": classified["acc"]})
+        )
+    return pd.concat(found).astype(float)
+
+
+def _highest_share(loglikelihoods: np.ndarray) -> float:
+    """Return the softmax of the largest entry."""
+    value_C = np.asarray(loglikelihoods, dtype=float)
+    # Shifted by the maximum against underflow, the largest term is exp(0) = 1.
+    return float(1 / np.exp(value_C - value_C.max()).sum())
+
+
+def bin_answers(answers: pd.DataFrame) -> pd.DataFrame:
+    """Return mean confidence, accuracy and size of each bin of equal width."""
+    # A confidence of exactly 1 belongs to the last bin, not to one of its own.
+    place = np.minimum((answers["confidence"] * BINS).astype(int), BINS - 1)
+    grouped = answers.groupby(place)
+    means = grouped.mean().rename(columns={"right": "accuracy"})
+    return means.assign(n=grouped.size()).rename_axis("bin").reset_index()
+
+
+def expected_calibration_error(bins: pd.DataFrame) -> float:
+    """Return the expected calibration error: the mean gap of the bins, weighted by size.
+
+    Source: Naeini, Cooper and Hauskrecht (AAAI 2015); Guo et al., arXiv 1706.04599, equation 3.
+    """
+    gap = (bins["accuracy"] - bins["confidence"]).abs()
+    return float((gap * bins["n"]).sum() / bins["n"].sum())
+
+
+def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
+    """Return the bins of every run, with its expected calibration error.
+
+    Raises:
+        UserError: no run has answers with probabilities.
+    """
+    frames = []
+    for run in runs:
+        answers = answer_confidences(run.samples)
+        if answers.empty:
+            continue
+        bins = bin_answers(answers)
+        frames.append(
+            bins.assign(
+                run=run.record.id,
+                model=run.record.model.name,
+                benchmark=run.record.config["benchmark"]["name"],
+                name=f"{run.record.label} ({run.record.id[:8]})" if run.record.methods else "dense",
+                expected_error=expected_calibration_error(bins),
+            )
+        )
+    if not frames:
+        raise UserError("none of the runs scores choices or classes: no answer has a probability")
+    return pd.concat(frames, ignore_index=True)
+
+
+def draw_calibration(frame: pd.DataFrame) -> Figure:
+    """Draw the rows of `curves`; on the diagonal, accuracy equals confidence."""
+    shown = list(group_panels(frame))
+    figure, axes = panel_figure([name for name, _ in shown])
+    figure.set_figheight(4)
+    styles = series_styles(frame["name"])
+    for each, (_, group) in zip(axes, shown, strict=True):
+        _draw_calibration_panel(each, group, styles)
+    handles = [handle for each in axes for handle in each.get_legend_handles_labels()[0]]
+    add_legend(figure, handles, title="expected calibration error")
+    return figure
+
+
+def _draw_calibration_panel(
+    axes: Axes, group: pd.DataFrame, styles: dict[str, SeriesStyle]
+) -> None:
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    for name, line in group.groupby("name", sort=False):
+        look = styles[str(name)]
+        axes.plot(
+            line["confidence"], line["accuracy"], color=look.colour, marker=look.marker,
+            linestyle=look.line, label=f"{name}: {line['expected_error'].iloc[0]:.3f}",
+        )  # fmt: skip
+    axes.set_xlabel("confidence (probability of the answer)")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(-0.02, 1.02)

@@ -1,0 +1,137 @@
+"""Handler of `bench plot`: from the named runs to figures in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bench.errors import UserError, unknown_name
+from bench.records import Record, Store, samples
+from bench.reporting.comparison import ComparedRun
+from bench.reporting.plots import allocation, breakdown, calibration_curves, curves, pareto
+from bench.reporting.plots import allocation as where
+from bench.reporting.plots.points import require_knob, run_points
+from bench.reporting.plots.style import FIGURE_FORMATS, plot_settings, save_figure
+
+
+@dataclass(frozen=True)
+class PlotRequest:
+    """Options of a figure; each kind of plot reads those that concern it."""
+
+    results_dir: Path
+    task: str = "average"
+    cost: str = "flops"
+    scope: str | None = None
+    knob: str = "ratio"
+
+
+@dataclass(frozen=True)
+class PreparedFigure:
+    """The data of a figure and the function that draws it."""
+
+    data: pd.DataFrame
+    draw: Callable[[], Figure]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the data as JSON values."""
+        # Through pandas' own JSON, which turns NaN into null and numpy numbers into plain ones.
+        found: list[dict[str, Any]] = json.loads(self.data.to_json(orient="records"))
+        return found
+
+
+def prepare_figure(kind: str, runs: Sequence[str], asked: PlotRequest) -> PreparedFigure:
+    """Prepare a figure of the named runs, or of all recorded runs.
+
+    Raises:
+        UserError: the kind or a run is unknown, or the runs have no data for this kind.
+    """
+    if kind not in PLOT_KINDS:
+        raise unknown_name("kind of plot", kind, PLOT_KINDS)
+    store = Store(asked.results_dir)
+    records = list(map(store.get, runs)) if runs else store.all()
+    if not records:
+        raise UserError(f"nothing to plot: there are no runs in {store.runs}")
+    return PLOT_KINDS[kind](sorted(records, key=_plot_order), asked)
+
+
+def _plot_order(record: Record) -> tuple[str, str, bool, str]:
+    """Order runs by panel, the dense model first, then by label."""
+    # Styles are assigned in this order, and consecutive ones differ most, so that neighbours in a
+    # legend do not look alike.
+    benchmark = str(record.config["benchmark"]["name"])
+    return record.model.name, benchmark, bool(record.methods), record.label
+
+
+def write_figures(
+    drawing_of: PreparedFigure, kind: str, outputs: Sequence[Path], results_dir: Path
+) -> list[Path]:
+    """Write a figure to the given files, or in every format to `RESULTS/plots/KIND.*`."""
+    paths = list(outputs) or [
+        results_dir / "plots" / f"{kind}.{suffix}" for suffix in FIGURE_FORMATS
+    ]
+    # matplotlib applies its settings when artists are created, so the figure is drawn, and not only
+    # saved, within the context.
+    with plot_settings():
+        figure = drawing_of.draw()
+        for path in paths:
+            save_figure(figure, path)
+    return paths
+
+
+def _front(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+    found = run_points(
+        records, task=asked.task, cost=asked.cost, scope=asked.scope, knob=asked.knob
+    )
+    return PreparedFigure(found, lambda: pareto.draw_fronts(found))
+
+
+def _curves(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+    require_knob(records, asked.knob)
+    found = curves.summarize_families(run_points(records, task=asked.task, knob=asked.knob))
+    return PreparedFigure(found, lambda: curves.draw_curves(found, asked.knob))
+
+
+def _allocation(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+    found = where.allocation_grids(records)
+    if not found:
+        raise UserError("none of the runs has a method that reports per-layer results")
+    cells = [
+        {"title": grid.title, "quantity": grid.quantity, "row": row, "column": column, "value": v}
+        for grid in found
+        for row, line in zip(grid.rows, grid.values.tolist(), strict=True)
+        for column, v in zip(grid.columns, line, strict=True)
+    ]
+    return PreparedFigure(pd.DataFrame(cells), lambda: allocation.draw_allocation(found))
+
+
+def _breakdown(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+    found = breakdown.cost_parts(records, asked.cost, asked.scope)
+    return PreparedFigure(found, lambda: breakdown.draw_breakdown(found))
+
+
+def _calibration(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+    found = calibration_curves.confidence_curves(
+        [ComparedRun(r, samples(r.id, asked.results_dir)) for r in records]
+    )
+    return PreparedFigure(found, lambda: calibration_curves.draw_calibration(found))
+
+
+def _training(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+    found = curves.training_histories(records)
+    return PreparedFigure(found, lambda: curves.draw_training(found))
+
+
+PLOT_KINDS: dict[str, Callable[[list[Record], PlotRequest], PreparedFigure]] = {
+    "front": _front,
+    "curves": _curves,
+    "allocation": _allocation,
+    "breakdown": _breakdown,
+    "calibration": _calibration,
+    "training": _training,
+}

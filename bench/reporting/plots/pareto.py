@@ -1,0 +1,88 @@
+"""Pareto-optimal runs and their fronts."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.reporting.plots.points import group_panels
+from bench.reporting.plots.style import (
+    GREY,
+    SeriesStyle,
+    add_legend,
+    family_handles,
+    label_metric_axis,
+    label_unit_axis,
+    panel_figure,
+    series_styles,
+    zeroed_handle,
+)
+
+
+def draw_fronts(frame: pd.DataFrame) -> Figure:
+    """Draw the rows of `points(cost=...)`; a grey line joins the Pareto-optimal ones.
+
+    Bars are 95 % intervals of the metric, and the spread of a measured cost.
+    """
+    shown = list(group_panels(frame))
+    figure, axes = panel_figure([name for name, _ in shown])
+    families = series_styles(frame["family"])
+    for each, (_, group) in zip(axes, shown, strict=True):
+        _draw_front_panel(each, group, families)
+    unreal = [zeroed_handle()] if frame["unreal"].any() else []
+    add_legend(figure, [*family_handles(families, joined=False), *unreal])
+    return figure
+
+
+def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, SeriesStyle]) -> None:
+    first = group.iloc[0]
+    front = pareto_front(group, higher_is_better=bool(first["higher_is_better"]))
+    # Below everything else and pale: the line is a guide to the eye, not a measurement.
+    axes.plot(front["cost"], front["value"], color=GREY, linewidth=3, alpha=0.5, zorder=1)
+    for _, row in group.iterrows():
+        look = families[row["family"]]
+        axes.errorbar(
+            row["cost"],
+            row["value"],
+            yerr=None if pd.isna(row["error"]) else row["error"],
+            xerr=[[row["cost"] - row["cost_low"]], [row["cost_high"] - row["cost"]]],
+            color=look.colour,
+            marker=look.marker,
+            # A star of the common size looks much smaller than the other markers.
+            markersize=11 if look.marker == "*" else None,
+            markerfacecolor="white" if row["unreal"] else look.colour,
+            elinewidth=0.8,
+        )
+        # Hollow points carry no label: their cost is not real, and more labels would overlap.
+        if not pd.isna(row["amount"]) and not row["unreal"]:
+            axes.annotate(
+                f"{row['amount']:g}",
+                (row["cost"], row["value"]),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize="x-small",
+                color=look.colour,
+            )
+    label_unit_axis(axes, first["cost_name"], first["unit"], group["cost"].max())
+    label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
+
+
+def pareto_front(
+    frame: pd.DataFrame, cost: str = "cost", value: str = "value", *, higher_is_better: bool = True
+) -> pd.DataFrame:
+    """Return the rows that no other row dominates, cheapest first.
+
+    A row dominates another if it costs no more and is no worse, and is strictly better in one of
+    the two. Rows equal in both do not dominate each other. Rows without a cost or a value are
+    dropped. `cost` and `value` name numeric columns; a lower cost is better.
+    """
+    known = frame.dropna(subset=[cost, value])
+    ranked = known.sort_values([cost, value], ascending=[True, not higher_is_better], kind="stable")
+    # Sorted by cost and then by value, a row is on the front exactly if it is better than every row
+    # before it. Rows equal in both take the verdict of the first of them: compared with each other,
+    # only the first would pass.
+    worth = ranked[value] if higher_is_better else -ranked[value]
+    best_before = worth.cummax().shift(fill_value=-float("inf"))
+    alike = [ranked[cost], ranked[value]]
+    return ranked[(worth > best_before).groupby(alike).transform("first")]

@@ -1,0 +1,326 @@
+"""From records to a table, and the order of methods here and in the source."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bench.reporting.tables import numbers, published
+from bench.reporting.tables.numbers import NORMAL_QUANTILE
+from bench.reporting.tables.table import (
+    ColumnHead,
+    OrderAgreement,
+    OurValue,
+    Table,
+    TableCell,
+    TableLine,
+)
+from bench.reporting.tables.table_config import (
+    MICRO,
+    Overrides,
+    TableColumn,
+    TableConfig,
+    TableSlot,
+    load_table_config,
+    table_names,
+    table_slots,
+)
+
+if TYPE_CHECKING:
+    from bench.records import Record
+    from bench.reporting.tables.published import PublishedCell
+
+PublishedCells = Mapping[tuple[str, str, str, str], "PublishedCell"]
+"""Published cells of a section by model, row, variant (the file's `setting`) and column."""
+
+
+def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
+    """Return a table filled from records; among records of one run the newest counts."""
+    config = load_table_config(name, scale)
+    return build_table(config, _match_records(table_slots(config), records))
+
+
+def tables_of(records: Sequence[Record]) -> Iterator[Table]:
+    """Yield every table, real or stand-in, of which at least one line has a record."""
+    for name in table_names():
+        for scale in (None, MICRO):
+            table = table_of(name, records, scale)
+            if any(line.runs for line in table.lines):
+                yield table
+
+
+def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]) -> Table:
+    """Put the records of each line next to the published cells."""
+    theirs = {name: _section_cells(config, name) for name in config.blocks}
+    lines = [
+        _table_line(config, slot, found.get(slot, ()), theirs[slot.block])
+        for slot in table_slots(config)
+    ]
+    columns = config.columns.items()
+    return Table(
+        name=config.name,
+        title=config.title,
+        stand_in=config.stand_in,
+        heads=tuple(ColumnHead(name, c.unit, c.lower_is_better) for name, c in columns),
+        # A line with neither our number nor a published one is left out; one with either stays,
+        # since a gap in the reproduction has to be visible.
+        lines=tuple(line for line in lines if line.runs or any(c.theirs for c in line.cells)),
+        notes=tuple(_notes(config, theirs)),
+        agreements=tuple(_agreements(config, lines, theirs)),
+    )
+
+
+def _section_cells(config: TableConfig, block: str) -> PublishedCells:
+    tables = config.blocks[block].tables or config.published.tables
+    return published.published_cells(config.published.file, tables)
+
+
+def _table_line(
+    config: TableConfig, slot: TableSlot, records: Sequence[Record], theirs: PublishedCells
+) -> TableLine:
+    # A mean over some of the seeds would change when the rest arrives: all or nothing.
+    whole = records if len(records) == len(slot.runs) else ()
+    cells = [_table_cell(config, slot, name, whole, theirs) for name in config.columns]
+    ids = tuple(record.id for record in whole)
+    return TableLine(slot.block, slot.setting, slot.row, ids, tuple(cells))
+
+
+def _table_cell(
+    config: TableConfig,
+    slot: TableSlot,
+    name: str,
+    records: Sequence[Record],
+    theirs: PublishedCells,
+) -> TableCell:
+    """Fill one cell; a stand-in shows our number only."""
+    column = numbers.with_variables(config.columns[name], config.blocks[slot.block].variables)
+    ours = numbers.our_value(column, records) if records else None
+    if config.stand_in:
+        return TableCell(ours)
+    cell = _published_in_section(config, slot.block, slot.row, slot.setting, name, theirs)
+    if ours is None or cell is None:
+        return TableCell(ours, cell)
+    # The reason with the widest scope wins: what the table's author knows about a row, then about a
+    # column, then what the identities say.
+    reason = config.rows[slot.row].differs or column.differs
+    reason = reason or numbers.incomparable_reason(column, records, cell)
+    if reason is None and cell.relation != "=":
+        reason = f"the published number is a bound: {cell.text}"
+    if reason is not None:
+        return TableCell(ours, cell, refusal=f"{name}: {reason}")
+    value = numbers.convert_unit(cell, column.unit)
+    inside = None
+    if ours.low is not None and ours.high is not None:
+        inside = ours.low <= value <= ours.high
+    return TableCell(ours, cell, difference=ours.value - value, inside=inside)
+
+
+def _published_in_section(
+    config: TableConfig, block: str, row: str, setting: str, column: str, theirs: PublishedCells
+) -> PublishedCell | None:
+    """Return the published cell of a section's first model."""
+    model = (config.blocks[block].published or (block,))[0]
+    return _published_of_model(config, model, row, setting, column, theirs)
+
+
+def _published_of_model(
+    config: TableConfig, model: str, row: str, setting: str, column: str, theirs: PublishedCells
+) -> PublishedCell | None:
+    place = config.rows[row].published or row, config.columns[column].published or column
+    return theirs.get((model, place[0], setting, place[1]))
+
+
+def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterator[str]:
+    """Yield what the source leaves open and what is suspicious in it."""
+    if config.stand_in:
+        return
+    rows = {row.published or name for name, row in config.rows.items()}
+    for name, column in config.columns.items():
+        cells = [
+            cell
+            for block, places in theirs.items()
+            for cell in places.values()
+            if cell.model in (config.blocks[block].published or (block,))
+            and cell.row in rows
+            and cell.column == (column.published or name)
+        ]
+        if cells and column.differs is None:
+            open_parts = dict.fromkeys(
+                part for c in cells for part in numbers.unstated_parts(column, c)
+            )
+            if open_parts:
+                yield f"{name}: not stated by the source, assumed as ours: {', '.join(open_parts)}"
+        for cell in cells:
+            if cell.flag:
+                where = " ".join(filter(None, (cell.model, cell.row, cell.setting, name)))
+                yield f"{where}, {cell.text}: {cell.flag}"
+
+
+def _agreements(
+    config: TableConfig, lines: Sequence[TableLine], theirs: Mapping[str, PublishedCells]
+) -> Iterator[OrderAgreement]:
+    """Compare the order of methods with each published model, variant by variant."""
+    settings = list(config.settings) or [""]
+    for block, part in config.blocks.items():
+        # A section may stand for several models of the source; each of them gives an order of its
+        # own.
+        for model in part.published or (block,):
+            for setting in settings:
+                same = [ln for ln in lines if (ln.block, ln.setting) == (block, setting)]
+                for place, (name, column) in enumerate(config.columns.items()):
+                    rated = list(_rated_methods(config, model, same, place, name, theirs[block]))
+                    if len(rated) >= 2:
+                        yield _agreement(block, model, setting, name, column, rated)
+
+
+def _rated_methods(
+    config: TableConfig,
+    model: str,
+    lines: Sequence[TableLine],
+    place: int,
+    name: str,
+    theirs: PublishedCells,
+) -> Iterator[RatedMethod]:
+    """Yield the methods for which both numbers are known."""
+    for line in lines:
+        ours = line.cells[place].ours
+        cell = _published_of_model(config, model, line.name, line.setting, name, theirs)
+        # A bound cannot be ranked: the number behind it is unknown.
+        if ours is not None and cell is not None and cell.relation == "=":
+            factor = numbers.UNITS[cell.unit][1]
+            yield RatedMethod(line.name, ours, float(cell.value) * factor)
+
+
+def _agreement(
+    block: str, model: str, setting: str, name: str, column: TableColumn, rated: list[RatedMethod]
+) -> OrderAgreement:
+    methods, lower = [r.name for r in rated], column.lower_is_better
+    counted = count_pairs(rated)
+    return OrderAgreement(
+        block=block,
+        model=model,
+        setting=setting,
+        column=name,
+        ours=best_first(methods, [r.ours.value for r in rated], lower),
+        theirs=best_first(methods, [r.theirs for r in rated], lower),
+        same=counted.same,
+        other=counted.other,
+        close=counted.close,
+        tau=kendall_tau(rated),
+    )
+
+
+def _match_records(
+    lines: Sequence[TableSlot], records: Sequence[Record]
+) -> dict[TableSlot, list[Record]]:
+    """Find the records of each line by everything that determines a result, except the device."""
+    # Identities are exact but need a run to be composed by Hydra, which is slow. The choices of
+    # config groups can be read from the overrides and rule out nearly all records first.
+    named: dict[_RunChoices, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.started, reverse=True):
+        named.setdefault(_choices_of_record(record), []).append(record)
+    found: dict[TableSlot, list[Record]] = {}
+    for slot in lines:
+        hits = [_newest_record(run, named.get(_choices_in_overrides(run), ())) for run in slot.runs]
+        if hits and all(hits):
+            found[slot] = [hit for hit in hits if hit is not None]
+    return found
+
+
+class _RunChoices(NamedTuple):
+    """A run's choices of config groups: cheap to compare before anything is composed."""
+
+    model: str
+    benchmark: str
+    methods: tuple[str, ...]
+
+
+def _choices_of_record(record: Record) -> _RunChoices:
+    config = record.config
+    return _RunChoices(
+        config["model"]["name"], config["benchmark"]["name"], tuple(config["method"])
+    )
+
+
+def _choices_in_overrides(run: Overrides) -> _RunChoices:
+    chosen = dict(override.split("=", 1) for override in run)
+    methods = chosen.get("method", "").strip("[]").split(",")
+    # `method=dense` and no method at all are the same run.
+    named = tuple(name for name in methods if name not in ("", "dense"))
+    return _RunChoices(chosen.get("model", ""), chosen.get("benchmark", ""), named)
+
+
+def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:
+    """Return the first of the records (newest first) whose identity equals the run's."""
+    from bench.config.run_config import identity_of
+
+    for record in likely:
+        # The provenance shows whether the run read calibration text or prompts. Settings that no
+        # method read have no influence and are left out of the identity.
+        calibrated = record.provenance.get("calibration") is not None
+        prompted = record.provenance.get("prompts") is not None
+        found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
+        if found == _composed_identity(run):
+            return record
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _composed_identity(run: Overrides) -> dict[str, Any]:
+    """Compose a run and return its identity; cached, because composing is slow."""
+    from bench.config.composition import compose_run_config
+
+    return compose_run_config(list(run)).identity()
+
+
+class RatedMethod(NamedTuple):
+    """One method with both of its numbers."""
+
+    name: str
+    ours: OurValue
+    theirs: float
+
+
+class PairCounts(NamedTuple):
+    """Counts of pairs of methods: same order, reversed order, too close to call."""
+
+    same: int
+    other: int
+    close: int
+
+
+def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:
+    """Compare all pairs of methods; a tie on either side counts as close."""
+    same = other = close = 0
+    for one, two in combinations(rated, 2):
+        here, there = one.ours.value - two.ours.value, one.theirs - two.theirs
+        error = math.hypot(one.ours.stderr or 0.0, two.ours.stderr or 0.0)
+        # The errors of the two methods are treated as independent. Both are scored on the same
+        # samples, so the error of the difference is usually smaller and some close pairs are not.
+        if abs(here) <= NORMAL_QUANTILE * error or here * there == 0:
+            close += 1
+        elif here * there > 0:
+            same += 1
+        else:
+            other += 1
+    return PairCounts(same, other, close)
+
+
+def kendall_tau(rated: Sequence[RatedMethod]) -> float | None:
+    """Return Kendall's tau-b between our values and theirs; None for fewer than three methods."""
+    if len(rated) < 3:
+        return None
+    from scipy.stats import kendalltau
+
+    value = float(kendalltau([r.ours.value for r in rated], [r.theirs for r in rated]).statistic)
+    # Kendall's tau is undefined where all values of one side are equal.
+    return None if math.isnan(value) else value
+
+
+def best_first(names: Sequence[str], values: Sequence[float], lower: bool) -> tuple[str, ...]:
+    """Return the names, the best value first."""
+    ranked = sorted(zip(values, names, strict=True), key=lambda pair: pair[0], reverse=not lower)
+    return tuple(name for _, name in ranked)

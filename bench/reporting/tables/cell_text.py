@@ -1,0 +1,122 @@
+"""Text of cells, headings and notes, the same in every format of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.reporting.tables.published import Trust
+from bench.reporting.tables.table import (
+    ColumnHead,
+    OrderAgreement,
+    OurValue,
+    Table,
+    TableCell,
+    TableLine,
+)
+from bench.ui import format_quantity
+
+DIGITS = {"%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "s": 3, "min": 3, "h": 4}
+TRUST_MARKS: dict[Trust, str] = {
+    "paper": "",
+    "authors_code": "ᶜ",
+    "secondary": "ˢ",
+    "third_party": "ᵗ",
+}
+SUSPICIOUS, EMPTY = "!", "-"
+STAND_IN = (
+    "STAND-IN on the embedded models: not the paper's models or data, so nothing is subtracted "
+    "from the paper; only the order of methods is compared"
+)
+LEGEND = (
+    "theirs: unmarked from the paper, ᶜ from its authors' repository, ˢ from a note about the "
+    "paper, ᵗ run or reprinted by others, ! suspicious. ± is one standard error; in, out: theirs "
+    "lies inside, outside our 95 % interval"
+)
+CELL_KINDS = ("ours", "theirs", "difference")
+
+
+def heading_text(table: Table) -> str:
+    """Return the title; that of a stand-in says so."""
+    return f"{table.title}: {STAND_IN}" if table.stand_in else table.title
+
+
+def column_text(head: ColumnHead) -> str:
+    """Return a column's name and unit."""
+    # A unit that repeats the name, as in "Perplexity perplexity", is left out.
+    told = {"count", head.name, head.name.rstrip("s")}
+    return head.name if head.unit in told else f"{head.name} {head.unit}"
+
+
+def line_text(line: TableLine) -> str:
+    """Return a method and its variant."""
+    return f"{line.name} {line.setting}".strip()
+
+
+def our_text(number: OurValue | None, unit: str) -> str:
+    """Return our number with its standard error."""
+    if number is None:
+        return EMPTY
+    if unit in ("count", "FLOP"):
+        return format_quantity(number.value)
+    digits = DIGITS[unit]
+    text = f"{number.value:.{digits}f}"
+    return text if number.stderr is None else f"{text} ±{number.stderr:.{digits}f}"
+
+
+def their_text(cell: TableCell, unit: str) -> str:
+    """Return the published number as printed, with its marks, and its unit if it is not `unit`."""
+    if cell.theirs is None:
+        return EMPTY
+    own = "" if cell.theirs.unit == unit else f" {cell.theirs.unit}"
+    flag = SUSPICIOUS if cell.theirs.flag else ""
+    return f"{cell.theirs.text}{own}{TRUST_MARKS[cell.theirs.trust]}{flag}"
+
+
+def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
+    """Return ours minus theirs and whether theirs is in our interval, or the reason's number."""
+    if cell.refusal is not None:
+        return f"not subtracted [{refusals.index(cell.refusal) + 1}]"
+    if cell.difference is None:
+        return EMPTY
+    text = f"{cell.difference:+.{DIGITS.get(unit, 2)}f}"
+    return text if cell.inside is None else f"{text} {'in' if cell.inside else 'out'}"
+
+
+def cell_texts(table: Table, cell: TableCell, unit: str) -> tuple[str, str, str]:
+    """Return a cell's three texts in the order of `KINDS`."""
+    refused = difference_text(cell, unit, table.refusals)
+    return our_text(cell.ours, unit), their_text(cell, unit), refused
+
+
+def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
+    """Return the kinds of number that a line has; at least our own."""
+    texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.heads, strict=True)]
+    said = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
+    # A line without any number still shows its name and an empty cell.
+    return tuple(said) or ("ours",)
+
+
+def agreement_text(found: OrderAgreement) -> str:
+    """Return one sentence on the order of methods."""
+    where = " ".join(filter(None, (found.block, found.setting, found.column)))
+    whose = "" if found.model == found.block else f" of {found.model}"
+    pairs = found.same + found.other + found.close
+    said = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
+    said += f", {found.other} reversed, {found.close} too close to call"
+    if found.tau is not None:
+        said += f"; Kendall's tau {found.tau:+.2f}"
+    return f"{said}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
+
+
+def footnotes(table: Table) -> list[str]:
+    """Return everything below a table, in order."""
+    shown = [] if table.stand_in else [LEGEND]
+    # Numbered by their place in `refusals`, to which the cells refer.
+    shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
+    return [*shown, *table.notes]
+
+
+def lines_by_section(table: Table) -> list[tuple[str, list[TableLine]]]:
+    """Return the lines by section, in order."""
+    names = dict.fromkeys(line.block for line in table.lines)
+    return [(name, [line for line in table.lines if line.block == name]) for name in names]

@@ -1,0 +1,137 @@
+"""Published numbers of papers as data: one row per cell, with its source and its trust level.
+
+The files are `results/published/*.csv`. An empty field means that the source does not state it; a
+cell that no source reports has no row. Values keep the printed digits.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import importlib.resources
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bench.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+PACKAGE, SOURCES, SUMS = "results.published", "sources.csv", "SHA256SUMS"
+Trust = Literal["paper", "authors_code", "secondary", "third_party"]
+TRUST: dict[Trust, int] = {"paper": 0, "authors_code": 1, "secondary": 2, "third_party": 3}
+"""From the most to the least trusted: the paper or its own figure, the authors' repository, a note
+about the paper, a third party's run or reprint."""
+
+
+class PublishedCell(BaseModel):
+    """One published cell.
+
+    `model`, `row`, `setting` and `column` locate it in its table; `metric`, `filter`, `shots`,
+    `split` and `harness` identify what it measures, as far as the source states it. `relation` is
+    `<` or `>` if the source gives a bound. `flag` explains why the number is suspicious.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    paper: str
+    table: str
+    model: str
+    row: str
+    setting: str
+    column: str
+    metric: str
+    filter: str
+    shots: int | None
+    split: str
+    harness: str
+    unit: str
+    relation: Literal["=", "<", ">"]
+    # Decimal keeps trailing zeros: 71.20 must not be reprinted as 71.2.
+    value: Decimal
+    source: str
+    trust: Trust
+    flag: str
+
+    @property
+    def place(self) -> tuple[str, str, str, str]:
+        """The position of the cell in its table."""
+        return (self.model, self.row, self.setting, self.column)
+
+    @property
+    def text(self) -> str:
+        """The number as printed, with the sign of a bound."""
+        return f"{'' if self.relation == '=' else self.relation + ' '}{self.value}"
+
+
+def published_names() -> list[str]:
+    """Return the names of the files that `read` accepts."""
+    files = (file.name for file in _folder().iterdir())
+    return sorted(
+        name.removesuffix(".csv") for name in files if name.endswith(".csv") and name != SOURCES
+    )
+
+
+@functools.cache
+def read_published(name: str) -> tuple[PublishedCell, ...]:
+    """Return all cells of one file.
+
+    Raises:
+        UserError: there is no such file, or it was modified after release.
+    """
+    if name not in published_names():
+        raise unknown_name("published file", name, published_names())
+    content = _verified_text(f"{name}.csv")
+    return tuple(
+        PublishedCell.model_validate({**row, "shots": row["shots"] or None})
+        for row in csv.DictReader(content.splitlines())
+    )
+
+
+def published_cells(
+    name: str, tables: Sequence[str]
+) -> dict[tuple[str, str, str, str], PublishedCell]:
+    """Return the cells of some tables of a file by position.
+
+    If several sources report a cell, the most trusted one wins; among equals the table named first,
+    then the first row in the file.
+    """
+    rows = [cell for cell in read_published(name) if cell.table in tables]
+    rows.sort(key=lambda cell: (TRUST[cell.trust], tables.index(cell.table)))
+    found: dict[tuple[str, str, str, str], PublishedCell] = {}
+    # The sort is stable and `setdefault` keeps the first cell of a position, which together give
+    # the order of precedence above.
+    for cell in rows:
+        found.setdefault(cell.place, cell)
+    return found
+
+
+def published_sources() -> dict[str, str]:
+    """Return the description of each source tag."""
+    rows = csv.DictReader(_verified_text(SOURCES).splitlines())
+    return {row["source"]: row["about"] for row in rows}
+
+
+def checksums() -> Iterator[tuple[str, str, str]]:
+    """Yield the name, the released SHA-256 and the actual SHA-256 of every file."""
+    for line in (_folder() / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        yield name, digest, hashlib.sha256((_folder() / name).read_bytes()).hexdigest()
+
+
+def _verified_text(file: str) -> str:
+    """Return the text of a file after checking it against its released checksum."""
+    for name, shipped, found in checksums():
+        # An edited number is no longer a published one, and every comparison with it would be wrong
+        # without a sign of it.
+        if name == file and shipped != found:
+            raise UserError(f"{PACKAGE}/{name} was modified (SHA-256 {found[:12]}): restore it")
+    return (_folder() / file).read_text(encoding="utf-8")
+
+
+def _folder() -> Traversable:
+    return importlib.resources.files(PACKAGE)

@@ -1,0 +1,219 @@
+"""What conf/table/NAME.yaml says, and its slots for runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from string import Template
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import UserError, unknown_name
+
+CONFIG_GROUP, MICRO = "table", "micro"
+Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
+PARTS = ("blocks", "rows", "settings", "columns")
+"""The parts of a table that can be selected on the command line: `rows=[Camera-P,NAEE]`."""
+
+
+class _TableModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PublishedTables(_TableModel):
+    """Source of the published cells: a file of `bench.reporting.tables.published` and tables in it."""
+
+    file: str
+    tables: tuple[str, ...]
+
+
+class TableSection(_TableModel):
+    """A section: lines that share a model; `run` is None if slimbench has no such model.
+
+    `published` names the source's models that the section stands for, `tables` the tables they are
+    in if not in the table's own.
+    """
+
+    run: tuple[str, ...] | None = ()
+    variables: dict[str, str] = Field(default_factory=dict)
+    published: tuple[str, ...] | None = None
+    tables: tuple[str, ...] | None = None
+
+
+class TableRow(_TableModel):
+    """A method, once per variant, or once only with `settings: false`.
+
+    A list of variants restricts where the method can be run; in the others only the published
+    number is shown. `run` holds its overrides, None if slimbench has no such method. `published` is
+    its name in the source. `differs` explains why its numbers are not those of the source's row.
+    """
+
+    run: tuple[str, ...] | None = None
+    settings: bool | tuple[str, ...] = True
+    published: str | None = None
+    differs: str | None = None
+
+
+class TableColumn(_TableModel):
+    """Identity of a number: of a task (`task`, `metric`, ...) or of a cost (`quantity`, `scope`).
+
+    `of` is the number of tasks in an average. `published` is the column's name in the source;
+    `differs` explains why the source's numbers are different ones. `$NAME` in `task` is a variable
+    of the section.
+    """
+
+    task: str | None = None
+    metric: str = ""
+    filter: str = "none"
+    shots: int | None = 0
+    split: str = ""
+    harness: str = ""
+    of: int | None = None
+    quantity: str | None = None
+    scope: str = "model"
+    unit: Unit = "%"
+    lower_is_better: bool = False
+    published: str | None = None
+    differs: str | None = None
+
+
+class TableConfig(_TableModel):
+    """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
+
+    `settings` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
+    `stand_in` runs on different models than the source's and is never subtracted from it.
+    """
+
+    name: str
+    title: str
+    published: PublishedTables
+    runs: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    blocks: dict[str, TableSection]
+    settings: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
+    rows: dict[str, TableRow]
+    columns: dict[str, TableColumn]
+    stand_in: bool = False
+
+
+def table_names() -> list[str]:
+    """Return the names of all tables, third-party ones included."""
+    from bench.config.composition import config_names
+
+    return config_names(CONFIG_GROUP)
+
+
+def load_table_config(
+    name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None
+) -> Any:
+    """Return one table's config; with `scale="micro"`, the config of its stand-in.
+
+    The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
+    `chosen` restricts the table to some sections, rows, variants or columns.
+
+    Raises:
+        UserError: there is no such table, scale, section, row, variant or column.
+    """
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    from bench.config.composition import hydra_config_tree
+
+    if name not in table_names():
+        raise unknown_name("table", name, table_names())
+    if scale not in (None, MICRO):
+        raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
+    with hydra_config_tree():
+        composed = compose(f"{CONFIG_GROUP}/{name}")
+    plain: Any = OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True)
+    micro = plain.pop(MICRO, None)
+    if scale == MICRO:
+        # `stand_in` is set here and not in the file, so that no stand-in can pass for the real
+        # table.
+        plain = _without_nulls(_merged(plain, {**(micro or {}), "stand_in": True}))
+    # After the merge: names that only the stand-in has can be chosen as well.
+    for part, kept in (chosen or {}).items():
+        plain[part] = _selected(part, plain.get(part, {}), kept)
+    try:
+        return TableConfig(name=name, **plain)
+    except ValidationError as error:
+        # The first fault is enough; later ones often follow from it.
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise UserError(f"table {name}: {key}: {fault['msg'].lower()}") from None
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings key by key; all other values of `above` replace those of `below`."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merged(below[key], value) if both else value
+    return merged
+
+
+def _without_nulls(plain: dict[str, Any]) -> dict[str, Any]:
+    """Drop sections, rows, variants and columns that are null."""
+    for part in PARTS:
+        plain[part] = {k: v for k, v in plain.get(part, {}).items() if v is not None}
+    return plain
+
+
+def _selected(part: str, there: dict[str, Any], kept: list[str]) -> dict[str, Any]:
+    for name in kept:
+        if name not in there:
+            raise unknown_name(f"name in {part}", name, there)
+    return {name: value for name, value in there.items() if name in kept}
+
+
+Overrides = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TableSlot:
+    """One line and the overrides of its runs, one per seed; no runs if it cannot be run here."""
+
+    block: str
+    row: str
+    setting: str
+    runs: tuple[Overrides, ...]
+
+
+def table_slots(config: TableConfig) -> list[TableSlot]:
+    """Return every line of a table: per section first rows without a variant, then by variant."""
+    return [
+        TableSlot(block, row, setting, tuple(_slot_runs(config, block, row, setting)))
+        for block in config.blocks
+        for row, setting in _row_order(config)
+    ]
+
+
+def _row_order(config: TableConfig) -> Iterator[tuple[str, str]]:
+    """Yield rows with their variants; an empty string means no variant."""
+    fixed = [name for name, row in config.rows.items() if not row.settings or not config.settings]
+    # The dense baseline has no variant, so it opens every section.
+    yield from ((name, "") for name in fixed)
+    for setting in config.settings:
+        yield from ((name, setting) for name in config.rows if name not in fixed)
+
+
+def _slot_runs(config: TableConfig, block: str, row: str, setting: str) -> Iterator[Overrides]:
+    method, model = config.rows[row], config.blocks[block]
+    possible = not isinstance(method.settings, tuple) or setting in method.settings
+    if method.run is None or model.run is None or not possible:
+        return
+    variables = {**model.variables, **config.settings.get(setting, {})}
+    # From general to specific, as Hydra lets the last override of a key win.
+    texts = (*config.runs, *model.run, *method.run)
+    run = tuple(Template(text).safe_substitute(variables) for text in texts)
+    for seed in config.seeds or (None,):
+        yield with_overrides(run, () if seed is None else (f"seed={seed}",))
+
+
+def with_overrides(run: Overrides, given: Overrides) -> Overrides:
+    """Return a run's overrides with `given` appended; `given` wins where both set a key."""
+    # An override that loses is dropped, so that every reader of the overrides finds one value per
+    # key.
+    keys = {override.split("=")[0] for override in given}
+    return (*(override for override in run if override.split("=")[0] not in keys), *given)

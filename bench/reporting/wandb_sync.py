@@ -1,0 +1,139 @@
+"""Rebuild a W&B project from records: one W&B run per record and one overview of all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.records import Record, Store
+from bench.reporting.html.report import Table, TableCell
+from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, Setting, build_leaderboard
+from bench.schema import TrackerConfig
+from bench.tracking.tracker import track, track_overview
+from bench.tracking.wandb_run import Overview, ScatterPlot, WandbTable
+
+RUN_COLUMNS = (
+    "run",
+    "model",
+    "benchmark",
+    "setting",
+    "method",
+    "weights",
+    "started",
+    "score",
+    "kept",
+)
+
+
+def sync_all(
+    store: Store,
+    records: Sequence[Record],
+    page: Path,
+    tables: Sequence[Table] = (),
+) -> Iterator[tuple[str, str | None]]:
+    """Send all records and one overview per project; yield each name and its error, if any."""
+    yield from sync_runs(store, records)
+    projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
+    for record in records:
+        projects[tracker_of(record)].append(record)
+    for config, group in projects.items():
+        found = build_overview(build_leaderboard(group), page, tables)
+        yield f"overview of {config.project}", track_overview(found, config, store.root)
+
+
+def sync_runs(store: Store, records: Sequence[Record]) -> Iterator[tuple[str, str | None]]:
+    """Send records; yield each id with one sentence if sending failed."""
+    for record in records:
+        yield record.id, track(record, store, tracker_of(record))
+
+
+def tracker_of(record: Record) -> TrackerConfig:
+    """Return where a record is sent: its own tracker settings, always with kind `wandb`."""
+    # A run without a tracker is sent as well: the user asked for all records to be in W&B.
+    return TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
+
+
+def build_overview(runs: Leaderboard, page: Path | None, tables: Sequence[Table] = ()) -> Overview:
+    """Return the leaderboard, one Pareto plot per setting, and the papers' tables as plain rows."""
+    plots = (_scatter(runs, index) for index in range(len(runs.settings)))
+    return Overview(
+        leaderboard=_leaderboard(runs),
+        pareto={plot.title: plot for plot in plots if plot is not None},
+        tables={table.file: _table_rows(table) for table in tables},
+        page=page,
+    )
+
+
+def _leaderboard(runs: Leaderboard) -> WandbTable:
+    """Return one row per run, with a column for every task and cost of any setting."""
+    # Settings differ in tasks and costs, and W&B wants one rectangular table: the columns are the
+    # union in order of appearance, and cells a setting does not have stay empty.
+    tasks = dict.fromkeys(task.task for setting in runs.settings for task in setting.tasks)
+    costs = dict.fromkeys(
+        f"{cost.quantity} of {cost.scope}" for setting in runs.settings for cost in setting.costs
+    )
+    rows = []
+    for row in runs.rows:
+        setting = runs.settings[row.setting]
+        scored = dict(zip((t.task for t in setting.tasks), map(_score, row.values), strict=True))
+        named = (f"{cost.quantity} of {cost.scope}" for cost in setting.costs)
+        spent = dict(zip(named, row.costs, strict=True))
+        numbers = [*(scored.get(task) for task in tasks), *(spent.get(cost) for cost in costs)]
+        rows.append([*_run_cells(row, setting), *numbers])
+    return WandbTable((*RUN_COLUMNS, *tasks, *costs), rows)
+
+
+def _run_cells(row: LeaderboardRow, setting: Setting) -> list[str | float | None]:
+    record = row.record
+    named = [record.id, setting.model, setting.benchmark, setting.name, record.label]
+    score = _score(row.values[0]) if row.values else None
+    return [*named, row.saving, record.started, score, row.retention]
+
+
+def _score(value: tuple[float, float | None] | None) -> float | None:
+    return None if value is None else value[0]
+
+
+def _scatter(runs: Leaderboard, index: int) -> ScatterPlot | None:
+    """Return score against FLOPs, or against the first cost if FLOPs were not counted."""
+    setting = runs.settings[index]
+    if not setting.tasks or not setting.costs:
+        return None
+    kinds = [cost.quantity for cost in setting.costs]
+    at = kinds.index("flops") if "flops" in kinds else 0
+    x, y = f"{kinds[at]} of {setting.costs[at].scope}", setting.tasks[0].task
+    rows = [
+        [row.record.id, row.record.label, row.saving, row.real, row.costs[at], score]
+        for row in runs.rows
+        if row.setting == index
+        and (score := _score(row.values[0])) is not None
+        and row.costs[at] is not None
+    ]
+    data = WandbTable(("run", "method", "weights", "real saving", x, y), rows)
+    return ScatterPlot(setting.name, x, y, data) if rows else None
+
+
+def _table_rows(table: Table) -> WandbTable:
+    """Return one row per cell, so that W&B can filter and group by any column."""
+    rows = [
+        [
+            line.block,
+            f"{line.name} {line.setting}".strip(),
+            head.name,
+            head.unit,
+            *_cell_values(cell),
+        ]
+        for line in table.lines
+        for head, cell in zip(table.heads, line.cells, strict=True)
+    ]
+    said = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
+    return WandbTable(("block", "row", "column", "unit", *said), rows)
+
+
+def _cell_values(cell: TableCell) -> list[str | float | bool | None]:
+    ours, theirs = cell.ours, cell.theirs
+    own: list[str | float | None] = [None, None, None]
+    if ours is not None:
+        own = [ours.value, ours.stderr, next(iter(ours.runs), None)]
+    return [*own, theirs.text if theirs else None, cell.difference, cell.inside, cell.refusal]

@@ -1,0 +1,300 @@
+"""The typed sections of a config: model, benchmark, calibration, prompts, costs, tracker; a leaf that imports pydantic only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+ModelKind = Literal["causal_lm", "image_text", "image_classifier"]
+"""Inputs and outputs of a model: text to text, images and text to text, image to class."""
+
+
+class ModelConfig(BaseModel):
+    """One entry of the `model` config group.
+
+    `source` is a Hugging Face id, or `embedded:NAME` for a small trained model that ships with the
+    package. `path`, when given, is a local folder that is read instead; `source: local` needs one.
+    `fresh:ARCHITECTURE` is an untrained image classifier for the data set `images`, its weights
+    drawn with `seed`.
+
+    `device_map` is for models larger than one device: `offload_cpu` and `offload_disk` keep the
+    decoder layers in CPU memory or on disk and onload them one at a time; every other value
+    (`auto`, `balanced`, ...) is passed to accelerate.
+
+    `allow_remote_code` is set by a model's config, `trust_remote_code` by the user; code from the
+    model's repository runs only with both and with a `revision` that is a commit.
+
+    `system_prompt` is the sentence that an image_text model saw before each question in training.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    source: str
+    # Validated even when absent: the rule below is about a missing path.
+    path: str | None = Field(default=None, validate_default=True)
+    revision: str = "main"
+    kind: ModelKind = "causal_lm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    allow_remote_code: bool = False
+    trust_remote_code: bool = False
+    max_length: int | None = Field(default=None, ge=8)
+    add_bos: bool | None = None
+    images: str | None = None
+    seed: int | None = Field(default=None, ge=0)
+    system_prompt: str | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _local_needs_path(cls, path: str | None, others: ValidationInfo) -> str | None:
+        # `others.data` holds the fields declared above `path`, so `source` must stay before it.
+        if path is None and others.data.get("source") == "local":
+            raise ValueError("model=local needs model.path=FOLDER")
+        return path
+
+
+class PerplexityConfig(BaseModel):
+    """One perplexity: the text, the windowing protocol and the window length in tokens.
+
+    `gptq_wikitext2` joins the documents of the test split and cuts them into consecutive windows,
+    `gptq_c4` draws 256 random windows with seed 0, `consecutive` applies the first protocol to any
+    text. `path` replaces the text by a local file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Literal["wikitext2", "c4", "english"]
+    protocol: Literal["gptq_wikitext2", "gptq_c4", "consecutive"] = "consecutive"
+    window: int = Field(default=2048, ge=8)
+    path: str | None = None
+
+
+class ImagesConfig(BaseModel):
+    """The labelled images of a classification benchmark.
+
+    `data` is the name of a data set in `bench.data.image_catalogue` and `folder` its location; `download`
+    lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for the part of
+    the training images that is held out for choosing hyperparameters.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = "digits"
+    folder: str | None = None
+    download: bool = False
+    split: Literal["test", "validation"] = "test"
+
+
+Backend = Literal["shared", "plain"]
+
+
+class BenchmarkConfig(BaseModel):
+    """One entry of the `benchmark` config group: harness tasks, perplexities, or both.
+
+    `harness` selects the evaluator: `lm_eval` for text, `lmms_eval` for questions about images, or
+    `images` for our own top-1 accuracy of classifiers, which reads `images` and ignores the keys
+    about text. `suite` selects the data of the tasks: `real` (the harness's own data sets) or
+    `micro` (the embedded data, in the same schemas).
+
+    `metrics` maps a task to its headline metric, as `METRIC` or `METRIC,FILTER`; a task that is not
+    listed uses its first metric. The unweighted mean of the headline metrics is the benchmark's
+    `average`. `data` maps a task to a local parquet or JSON Lines file in the real data set's
+    schema, or to a folder with one such file per split; null means no file. `num_fewshot: null`
+    keeps each task's own number of shots.
+
+    `backend` selects how log-likelihoods and answers are computed: `prefix_sharing` runs tokens
+    that requests have in common through the network once; `padded` is the harness's own protocol
+    with one row per request. Results are the same. A model that does not support prefix sharing
+    falls back to the padded backend, and the record states the backend used and the reason.
+
+    Only `lmms_eval` reads the last three keys. `system_prompt` replaces the model's own system
+    prompt; an empty string removes it. `ocr_tokens` adds TextVQA's OCR tokens to the prompt, as in
+    LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the CPU
+    memory for encoded images; 0 encodes an image again for every question.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    harness: Literal["lm_eval", "lmms_eval", "images"] = "lm_eval"
+    suite: Literal["real", "micro"] = "real"
+    tasks: tuple[str, ...] = ()
+    metrics: dict[str, str] = Field(default_factory=dict)
+    perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
+    num_fewshot: int | None = Field(default=0, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    engine: Backend = "shared"
+    limit: int | None = Field(default=None, ge=1)
+    data: dict[str, str] = Field(default_factory=dict)
+    images: ImagesConfig = ImagesConfig()
+    system_prompt: str | None = None
+    ocr_tokens: bool = True
+    image_cache_gib: float = Field(default=2.0, ge=0)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _without_blanks(cls, data: Any) -> Any:
+        """Drop null entries: config files list them only to make them overridable."""
+        if not isinstance(data, dict):
+            return data
+        return {task: path for task, path in data.items() if path is not None}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        # Metrics of tasks, of perplexities and the average share one namespace: the name alone.
+        both = {*self.tasks, "average"} & self.perplexity.keys()
+        if both:
+            raise ValueError(f"benchmark.perplexity.{both.pop()}: a task has this name; rename it")
+        return self
+
+
+MeasuredQuantity = Literal["latency", "memory", "energy", "limits"]
+"""Quantities that can be measured in addition to the counts; `limits` is the device's roofline."""
+SizeList = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class TimingConfig(BaseModel):
+    """Shapes at which a model is measured, and the number of repetitions.
+
+    Language models run every batch with every length in tokens; vision-language models every batch
+    with every number of words after one image; image classifiers every batch. A generation has
+    `new_tokens` tokens.
+
+    A round times each candidate once. Warm-up ends when the times have settled, after at most
+    `warm_up` rounds. At least `rounds` rounds follow; more are added until the interval of every
+    ratio extends at most `precision` of its value to either side, up to `most_rounds` rounds or
+    `most_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
+    all rounds are repeated, in `attempts` attempts at most; the best one is kept and marked.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batches: SizeList = (1,)
+    lengths: SizeList = (512,)
+    words: SizeList = (32,)
+    # The first token belongs to the prefill: seconds per decoded token need a second one.
+    new_tokens: int = Field(default=32, ge=2)
+    rounds: int = Field(default=15, ge=5)
+    precision: float = Field(default=0.03, gt=0, lt=1)
+    most_rounds: int = Field(default=200, ge=5)
+    most_seconds: float = Field(default=90.0, gt=0)
+    warm_up: int = Field(default=20, ge=1)
+    attempts: int = Field(default=2, ge=1)
+    # Per window: a GPU's energy counter advances only about every 0.1 s.
+    energy_seconds: float = Field(default=3.0, gt=0)
+
+
+FlopsConvention = Literal["yopo", "pyramiddrop", "visionzip", "fastv", "vtw"]
+
+
+class FlopsConfig(BaseModel):
+    """Paper's FLOP `convention` to report next to slimbench's own counts; none by default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    convention: FlopsConvention | None = None
+
+
+class CostsConfig(BaseModel):
+    """One entry of the `costs` config group.
+
+    FLOPs are counted at `batch` sequences of `length` tokens for a language model, and at one image
+    and `words` words for a vision-language model. `measure` lists what is measured in addition, at
+    the shapes of `timing`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    batch: int = Field(default=1, ge=1)
+    length: int = Field(default=512, ge=1)
+    words: int = Field(default=32, ge=1)
+    flops: FlopsConfig = FlopsConfig()
+    measure: tuple[MeasuredQuantity, ...] = ()
+    timing: TimingConfig = TimingConfig()
+
+
+class PromptsConfig(BaseModel):
+    """Source of the image prompts, their number, and the batch size of a forward.
+
+    `embedded` draws scenes that appear in no task. `file` reads a parquet file at `path`, `hub` the
+    `split` of the data set `dataset` (with configuration `subset`); both draw `count` rows with
+    `seed` and read the columns named by `image_column` and `question_column`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    source: Literal["embedded", "file", "hub"]
+    path: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    question_column: str = "question"
+    count: int = Field(default=100, ge=1)
+    batch: int = Field(default=10, ge=1)
+    seed: int = Field(default=1234, ge=0)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.source == "file") != (self.path is not None):
+            raise ValueError("prompts.path is required by source=file and by no other source")
+        if (self.source == "hub") != (self.dataset is not None):
+            raise ValueError("prompts.dataset is required by source=hub and by no other source")
+        return self
+
+
+WANDB_INIT_SECONDS = 20.0
+"""A healthy server answers much sooner; the client's own limit is 90 s."""
+
+
+class TrackerConfig(BaseModel):
+    """One entry of the `tracker` config group: Weights & Biases, or none.
+
+    Sending a record is abandoned after `timeout` seconds; `bench track` sends it later.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["wandb", "none"] = "wandb"
+    project: str = "slimbench"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+    timeout: float = Field(default=120, gt=0)
+
+
+class CalibrationConfig(BaseModel):
+    """Source of the calibration text, number and length of its rows, and sampling seed.
+
+    `embedded` takes half of its rows from the closed world's corpus and half from English prose,
+    both of which are available offline. `text` reads one UTF-8 file at `path`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    source: Literal["embedded", "english", "world", "wikitext2", "c4", "text"]
+    path: str | None = Field(default=None, validate_default=True)
+    rows: int = Field(default=128, ge=1)
+    length: int = Field(default=2048, ge=2)
+    seed: int = Field(default=1234, ge=0)
+
+    @field_validator("path")
+    @classmethod
+    def _path_for_text_only(cls, path: str | None, others: ValidationInfo) -> str | None:
+        if (others.data.get("source") == "text") != (path is not None):
+            raise ValueError("calibration.path is required by source=text and by no other source")
+        return path

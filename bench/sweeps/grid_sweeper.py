@@ -1,0 +1,103 @@
+"""Grids and listed runs, written down before they are launched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from bench.errors import UserError
+from bench.sweeps.plan import SweepPlan, read_plan
+from bench.sweeps.status import unfinished_jobs
+
+
+class LaunchingSweeper(Sweeper):  # type: ignore[misc]  # Hydra has no types
+    """Sweeper that holds the configured launcher."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep the objects that Hydra passes, and instantiate the launcher."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+
+class GridSweeper(LaunchingSweeper):
+    """Hydra's basic grid, stored in the sweep's plan so that it can be inspected and resumed.
+
+    Unlike Hydra's own sweeper it does not compose every job up front: all alternatives have been
+    validated before the sweep starts.
+    """
+
+    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None) -> None:
+        """Take the grid of the config, and the number of jobs per launch (null: all at once)."""
+        self.params = dict(params or {})
+        self.max_batch_size = max_batch_size
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch the jobs that are neither done nor running elsewhere, in the order of the plan."""
+        folder = Path(self.config.hydra.sweep.dir)
+        # `bench run` has written the plan already, unless Hydra was started in another way.
+        plan = read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")
+        plan = plan.with_jobs(self.jobs(arguments), complete=True)
+        waiting = iter([list(job.overrides) for job in unfinished_jobs(plan)])
+        launched = 0
+        while batch := list(itertools.islice(waiting, self.max_batch_size)):
+            self.launcher.launch(batch, initial_job_idx=launched)
+            launched += len(batch)
+
+    def jobs(self, arguments: list[str]) -> list[list[str]]:
+        """Return the overrides of every job; the command line wins over the config."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        recipe = [f"{key}={values}" for key, values in self.params.items()]
+        return grid_jobs(parser.parse_overrides([*recipe, *arguments]))
+
+
+class ListSweeper(GridSweeper):
+    """Runs that are not a product of values: each is listed with its own overrides.
+
+    bench run -m hydra/sweeper=listed "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
+    """
+
+    def __init__(self, runs: Sequence[Sequence[str]]) -> None:
+        """Take the overrides of each run."""
+        super().__init__(max_batch_size=None, params=None)
+        self.runs = [list(run) for run in runs]
+
+    def jobs(self, arguments: list[str]) -> list[list[str]]:
+        """Return the overrides of each listed run, followed by those of the command line."""
+        # Last, so that they win.
+        return [[*run, *arguments] for run in self.runs]
+
+
+def grid_jobs(asked: list[Override]) -> list[list[str]]:
+    """Return every combination of the values; the last key varies fastest.
+
+    A later override of the same key wins, so that the command line wins over the config.
+
+    Raises:
+        UserError: an override is an interval, which only a search can sample.
+    """
+    values: dict[str, list[str]] = {}
+    for override in asked:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [str(override.input_line)]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UserError(
+                f"{override.input_line} is a continuous range: a grid needs choices; "
+                "use a search for ranges (hydra/sweeper=search)"
+            )
+    return [list(job) for job in itertools.product(*values.values())]

@@ -1,0 +1,152 @@
+"""One job of a sweep, run under a lock, with a small status file.
+
+A failing job never stops the others, and the outcome is the same whether a launcher ran the job in
+this process or on another machine. The lock distinguishes a running job from one whose process has
+died: the kernel releases it however the process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from bench.errors import UserError, error_sentence
+from bench.records.atomic_files import write_bytes
+from bench.security import redact
+
+if TYPE_CHECKING:
+    from bench.records import Record
+
+JOBS = "jobs"
+StatusDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A requested run: the command that repeats it, and the sweep it belongs to (`group`)."""
+
+    command: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A record, whether it existed before (`reused`), and the tracker's warning."""
+
+    record: Record
+    reused: bool
+    warning: str | None = None
+
+
+def perform_job(
+    folder: Path, number: int, asked: RunRequest, perform: Callable[[], RunResult]
+) -> RunResult | None:
+    """Run one job and keep its status below `folder`; a failure is recorded, not raised.
+
+    A second process with the same job waits for the first and then finds its record. An
+    interruption is not a failure of the job: it is recorded as `waiting` and raised.
+    """
+    note: StatusDict = {"number": number, "command": asked.command, "state": "running"}
+    note |= {"host": platform.node(), "pid": os.getpid(), "started": _now()}
+    result = None
+    path = _status_path(folder, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        write_status(folder, note)
+        try:
+            result = perform()
+            note |= {"state": "done", "run": result.record.id, "reused": result.reused}
+            note |= {"warning": result.warning}
+        except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
+            note |= {"state": "failed", "reason": failure_reason(error)}
+            # A UserError needs no traceback: its message is the whole story.
+            if not isinstance(error, UserError):
+                note["log"] = str(_write_traceback(path, error))
+        except BaseException:
+            note |= {"state": "waiting", "reason": "interrupted", "finished": _now()}
+            # A full disk may be what interrupted the run, and then this write fails too; the job
+            # then counts as lost, and resuming the sweep runs it again just the same.
+            with suppress(OSError):
+                write_status(folder, note)
+            raise
+        write_status(folder, {**note, "finished": _now()})
+    return result
+
+
+def write_status(folder: Path, note: StatusDict) -> None:
+    """Write the status of a job atomically."""
+    # Commands and error messages may hold tokens, and status files are shared.
+    text = redact(json.dumps(note, indent=1))
+    write_bytes(_status_path(folder, note["number"]), (text + "\n").encode())
+
+
+def read_status(folder: Path, number: int) -> StatusDict | None:
+    """Return the status of a job, or None if it has not started or the file is damaged."""
+    try:
+        note = json.loads(_status_path(folder, number).read_text())
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and "state" in note else None
+
+
+def clear_status(folder: Path, number: int) -> None:
+    """Remove the status of a job that is to be started again, so that it counts as waiting."""
+    _status_path(folder, number).unlink(missing_ok=True)
+
+
+def is_running(folder: Path, number: int) -> bool:
+    """Whether a process on any machine is working on the job at the moment."""
+    try:
+        with FileLock(_status_path(folder, number).with_suffix(".lock"), blocking=False):
+            return False
+    except (Timeout, OSError):  # in doubt it runs: starting a job twice is worse than waiting
+        return True
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return the reason of a failure in one sentence."""
+    return str(error) if isinstance(error, UserError) else error_sentence(error)
+
+
+def _status_path(folder: Path, number: int) -> Path:
+    return folder / JOBS / f"{number:05d}.json"
+
+
+def _write_traceback(note: Path, error: Exception) -> Path:
+    """Write the traceback to a log file next to the status file and return its path."""
+    path = note.with_suffix(".log")
+    text = "".join(traceback.format_exception(error))
+    write_bytes(path, redact(text).encode())
+    return path
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+STUDY_FILE = "study.json"
+
+
+def objective_value(record: Record, name: str) -> float | None:
+    """Return the number that a search optimises: a task's headline metric, or a cost.
+
+    A benchmark with one task has no `average`; the task's own metric stands for it.
+    """
+    metric = record.metric(name)
+    headlines = [metric for metric in record.metrics if metric.headline]
+    if metric is None and name == "average" and len(headlines) == 1:
+        metric = headlines[0]
+    if metric is not None:
+        return metric.value
+    found = [cost.value for cost in record.costs if cost.quantity == name]
+    return found[0] if found else None

@@ -1,0 +1,275 @@
+"""The in-process launcher and what all launchers share: calls that travel, lost workers, one device per job, limits.
+
+Shared base of all launchers: jobs that can be pickled, and a retry for lost workers.
+
+hydra-joblib-launcher and hydra-submitit-launcher (1.2.0, both of 2022) abort a whole sweep when one
+worker is lost, and hydra-ray-launcher (1.2.2) needs cloudpickle < 3, which Ray itself no longer
+uses. These are therefore thin launchers around joblib, submitit and Ray themselves.
+
+One job per device: a worker process locks one GPU of its machine until it ends.
+
+The lock is a file in the machine's temporary folder, so that two sweeps on one machine never share
+a device, and the kernel releases it however the process ends. Slurm and Ray assign devices
+themselves and do not need this.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import resource
+import shlex
+import signal
+import tempfile
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from bench.records import Store
+from bench.sweeps.job import (
+    clear_status,
+    failure_reason,
+    objective_value,
+    read_status,
+    write_status,
+)
+from bench.sweeps.plan import read_plan
+from bench.sweeps.status import LOST_WORKER
+
+
+@dataclass
+class RemoteJob:
+    """One self-contained job: it can be pickled, sent to another process and called there."""
+
+    context: HydraContext
+    config: DictConfig
+    task: TaskFunction
+    singletons: dict[Any, Any]
+    overrides: list[str]
+    number: int
+    where: str
+    devices: tuple[str, ...] = ()
+    minutes: float | None = None
+    memory_gb: float | None = None
+
+    def __call__(self) -> None:
+        """Run the job in this process; its outcome is in its status file."""
+        # Relative paths in the overrides refer to the folder where the sweep was started.
+        os.chdir(self.where)
+        # Before anything can initialise CUDA, which reads CUDA_VISIBLE_DEVICES once.
+        lease_device(self.devices)
+        # A fresh process lacks Hydra's resolvers and singletons; the main process sends the latter.
+        setup_globals()
+        Singleton.set_state(self.singletons)
+        try:
+            loader = self.context.config_loader
+            config = loader.load_sweep_config(self.config, list(self.overrides))
+        except Exception as error:  # values that are valid alone may fail in combination
+            self.fail(failure_reason(error))
+            return
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = self.number
+        with resource_limits(self.minutes, self.memory_gb):
+            run_job(
+                hydra_context=self.context,
+                config=config,
+                task_function=self.task,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+
+    def checkpoint(self) -> Any:
+        """Return what submitit requeues when Slurm preempts the job: the same job.
+
+        A run keeps what it has finished, so the second start resumes where this one stops.
+        """
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+    def fail(self, why: str) -> None:
+        """Record that the job failed for a reason that the job itself could not record."""
+        note = read_status(self.folder, self.number) or {}
+        command = note.get("command") or shlex.join(["bench", "run", *self.overrides])
+        failed = {"number": self.number, "command": command, "state": "failed", "reason": why}
+        write_status(self.folder, note | failed)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the sweep."""
+        return Path(str(self.config.hydra.sweep.dir))
+
+    @property
+    def has_started(self) -> bool:
+        """Whether any process has started this job."""
+        return read_status(self.folder, self.number) is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this job is done or has failed by itself, and was not lost."""
+        # A lost job still says "running", an interrupted one "waiting".
+        note = read_status(self.folder, self.number)
+        return note is not None and note["state"] in ("done", "failed")
+
+
+class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
+    """Launcher that runs lost jobs a second time, and then marks them as failed."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Keep the settings of the launcher's config; subclasses document their own."""
+        self.settings = settings
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep the objects that Hydra passes to a launcher."""
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    @abstractmethod
+    def run_jobs(self, calls: list[RemoteJob]) -> None:
+        """Run the jobs; return when each has ended or is lost. The status files say which."""
+
+    def limits(self) -> dict[str, Any]:
+        """Return device and limit fields of `Call` that the job's own process has to enforce."""
+        return {}
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run the jobs; a job that fails or is lost raises nothing."""
+        calls = self._calls(job_overrides, initial_job_idx)
+        # Status files of an earlier attempt would make these jobs look ended.
+        for call in calls:
+            clear_status(call.folder, call.number)
+        self.run_jobs(calls)
+        lost = [call for call in calls if not call.has_ended]
+        if lost:
+            self.run_jobs(lost)
+        # Once only: a job that kills its worker (out of memory, say) would do so for ever.
+        for call in lost:
+            if not call.has_ended:
+                note = read_status(call.folder, call.number) or {}
+                call.fail(LOST_WORKER.format(host=note.get("host", "the machine it was sent to")))
+        return [self._job_return(call) for call in calls]
+
+    def _job_return(self, call: RemoteJob) -> JobReturn:
+        """Return the objective of the job's record, which foreign sweepers optimise."""
+        note = read_status(call.folder, call.number) or {}
+        record = Store(call.folder.parent.parent).find(str(note.get("run")))
+        # COMPLETED even for a failed job: Hydra raises the error of a FAILED one when the value is
+        # read, which would end the sweep.
+        returned = JobReturn(overrides=call.overrides, status=JobStatus.COMPLETED)
+        returned.return_value = record and objective_value(record, str(self.config.objective))
+        return returned
+
+    def _calls(self, jobs: Sequence[Sequence[str]], first: int) -> list[RemoteJob]:
+        """Build the jobs, numbered as in the plan."""
+        # A resumed sweep launches only what is missing, so the launch index is not the job number.
+        # Jobs of a foreign sweeper are not planned and keep the launch index.
+        plan = read_plan(Path(str(self.config.hydra.sweep.dir)))
+        limits = self.limits()
+        numbers = [plan.number(overrides) if plan else None for overrides in jobs]
+        return [
+            RemoteJob(
+                context=self.hydra_context,
+                config=self.config,
+                task=self.task_function,
+                singletons=Singleton.get_state(),
+                overrides=list(overrides),
+                number=first + place if number is None else number,
+                where=str(Path.cwd()),
+                **limits,
+            )
+            for place, (overrides, number) in enumerate(zip(jobs, numbers, strict=True))
+        ]
+
+
+class LocalLauncher(RetryingLauncher):
+    """Runs one job after the other in this process, which keeps libraries and the dense model."""
+
+    def run_jobs(self, calls: list[RemoteJob]) -> None:
+        """Run the jobs in order."""
+        for call in calls:
+            call()
+
+
+_HELD_LOCKS: list[FileLock] = []
+POLL_SECONDS = 0.5
+
+
+def lease_device(devices: Sequence[str]) -> str | None:
+    """Lock the first free one of `devices`, waiting if necessary, and hide all others.
+
+    Must be called before CUDA is initialised in this process. Returns the device, or None if
+    `devices` is empty. A process that already holds a device keeps it.
+    """
+    if not devices:
+        return None
+    if _HELD_LOCKS:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+    # One folder per user, readable by that user only: in a shared /tmp another user's files could
+    # not be locked. Devices are therefore not protected against other users.
+    folder = Path(tempfile.gettempdir()) / f"slimbench-devices-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    while True:
+        for device in devices:
+            lock = FileLock(folder / f"{device.replace('/', '_')}.lock", blocking=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            # The module keeps a reference, or the lock would be released when it is collected.
+            _HELD_LOCKS.append(lock)
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
+            return device
+        time.sleep(POLL_SECONDS)
+
+
+GIB = 2**30
+
+
+class JobTimeoutError(Exception):
+    """A job ran longer than its launcher allows."""
+
+
+@contextmanager
+def resource_limits(minutes: float | None, memory_gb: float | None) -> Iterator[None]:
+    """Raise `TooLong` in the block after `minutes`, and MemoryError beyond `memory_gb` of data.
+
+    The memory limit covers private allocations of the process, not mapped files or device memory.
+    Must be entered in the main thread, where Python delivers signals.
+    """
+
+    def expire(signum: int, frame: FrameType | None) -> NoReturn:
+        raise JobTimeoutError(f"the job ran longer than its limit of {minutes:g} minutes")
+
+    # RLIMIT_DATA instead of RLIMIT_AS: the address space includes mapped weights and what CUDA
+    # reserves, far beyond the memory in use.
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        if memory_gb is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * GIB), hard))
+        if minutes is not None:
+            signal.signal(signal.SIGALRM, expire)
+            signal.setitimer(signal.ITIMER_REAL, minutes * 60)
+        yield
+    finally:
+        if minutes is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

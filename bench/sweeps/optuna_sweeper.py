@@ -1,0 +1,374 @@
+"""Optuna's trials as jobs: search space, early stopping, trials told.
+
+Optuna sweeper: asks Optuna for trials, launches them as jobs, and reports their objectives.
+
+The released version of hydra-optuna-sweeper needs Optuna 2, so this uses Optuna's ask-and-tell
+interface. Jobs go through Hydra's launcher, so a search runs on Slurm or Ray just like a grid.
+
+Early stopping of search trials, by their result on a few early tasks.
+
+Optuna's pruners support a single objective only. With several objectives, a trial is stopped if
+another trial costs no more and is clearly better on the same early tasks: by `margin` standard
+errors of the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from bench.errors import UserError, optional_module
+from bench.records import Store
+from bench.records.atomic_files import write_bytes
+from bench.sweeps.grid_sweeper import LaunchingSweeper
+from bench.sweeps.job import STUDY_FILE, objective_value, read_status
+from bench.sweeps.plan import SweepPlan, read_plan
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from optuna import Study, Trial
+
+    from bench.records import Record
+
+# User attributes of a trial: its result on the early tasks, its run id, why it failed.
+EARLY_ATTRIBUTE, RUN_ATTRIBUTE, REASON_ATTRIBUTE = "early", "run", "reason"
+
+
+class OptunaSweeper(LaunchingSweeper):
+    """Searches `space` for Pareto-optimal trade-offs between `objectives`.
+
+    Args:
+        study: name; its journal is `results_dir/studies/NAME.log`; an existing study is resumed.
+        trials: number of finished trials, pruned ones included.
+        parallel: number of trials that are asked for and launched at once.
+        seed: seed of Optuna's TPE sampler.
+        objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
+        space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
+            `choice(a,b)`; `tag(log,interval(...))` samples logarithmically.
+        early: tasks to score first; dominated trials stop there.
+        margin: standard errors by which a trial must be behind to be stopped.
+    """
+
+    def __init__(
+        self, study: str, trials: int, parallel: int, seed: int, objectives: list[str],
+        space: dict[str, str], early: list[str], margin: float,
+    ) -> None:  # fmt: skip
+        self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
+        self.objectives = _directions(objectives)
+        self.space, self.early, self.margin = dict(space), list(early), margin
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run trials until the study has `trials` of them, then write its results."""
+        # Fails before any work if Optuna is not installed.
+        optional_module("optuna", "search")
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        ranges = [f"{key}={values}" for key, values in self.space.items()]
+        # A key given on the command line replaces its range of the config.
+        given = {text.partition("=")[0] for text in arguments}
+        ranges = [text for text in ranges if text.partition("=")[0] not in given]
+        space, fixed = optuna_distributions(parser.parse_overrides([*ranges, *arguments]))
+        folder = Path(self.config.hydra.sweep.dir)
+        journal = folder.parent.parent / "studies" / f"{self.name}.log"
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # One process per study: requeueing takes every RUNNING trial for one of a dead process.
+            with FileLock(journal.with_suffix(".lock"), blocking=False):
+                study = self._study(journal)
+                self._run_trials(study, folder, space, fixed)
+        except Timeout:
+            raise UserError(
+                f"hydra.sweeper.study={self.name} is in use by another process: "
+                "wait for it, or choose another name"
+            ) from None
+        _write_study(study, self.objectives, folder)
+        plan = read_plan(folder)
+        if plan is not None:
+            plan.with_jobs([], complete=True)
+
+    def _study(self, journal: Path) -> Study:
+        """Open or create the study; Optuna's journal is append-only text and survives a crash."""
+        optuna: Any = optional_module("optuna", "search")
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=self.name,
+            sampler=optuna.samplers.TPESampler(seed=self.seed),
+            directions=list(self.objectives.values()),
+            load_if_exists=True,
+        )
+        # Optuna stores the directions only: values of different quantities would be mixed silently.
+        if study.user_attrs.get("objectives", self.objectives) != self.objectives:
+            raise UserError(
+                f"hydra.sweeper.study={self.name} exists with different objectives "
+                f"({study.user_attrs['objectives']}): choose another name"
+            )
+        study.set_user_attr("objectives", self.objectives)
+        _requeue_interrupted(study)
+        return study
+
+    def _run_trials(
+        self, study: Study, folder: Path, space: dict[str, Any], fixed: list[str]
+    ) -> None:
+        left = self.trials - len(_ended_trials(study))
+        # Failed trials count as asked here, but not as ended: the next resume asks for them again,
+        # while this loop is guaranteed to stop.
+        while left > 0:
+            asked = [study.ask(space) for _ in range(min(self.parallel, left))]
+            left -= len(asked)
+            jobs = {t.number: [*fixed, *(f"{k}={v}" for k, v in t.params.items())] for t in asked}
+            promising = self._drop_hopeless(study, folder, asked, jobs)
+            records = self._launch(folder, [jobs[trial.number] for trial in promising])
+            for trial, came in zip(promising, records, strict=True):
+                self._tell(study, trial, came)
+            # After every batch, so that an interrupted search can be inspected.
+            _write_study(study, self.objectives, folder)
+
+    def _drop_hopeless(
+        self, study: Study, folder: Path, asked: list[Trial], jobs: dict[int, list[str]]
+    ) -> list[Trial]:
+        """Score the early tasks of the trials and return those that are not dominated."""
+        if not self.early:
+            return asked
+        short = [f"benchmark.tasks=[{','.join(self.early)}]"]
+        # Perplexity is scored next to the tasks and would make the short run long.
+        if "perplexity" in self.config.benchmark:
+            short.append("~benchmark.perplexity")
+        standings: dict[int, EarlyResult] = {}
+        for trial, came in zip(
+            asked, self._launch(folder, [[*jobs[t.number], *short] for t in asked]), strict=True
+        ):
+            if isinstance(came, str):
+                self._tell(study, trial, came)
+                continue
+            standings[trial.number] = EarlyResult.of(came, self._costs(came))
+            trial.set_user_attr(EARLY_ATTRIBUTE, standings[trial.number].to_json())
+        rivals = [EarlyResult.read(t.user_attrs[EARLY_ATTRIBUTE]) for t in _completed_trials(study)
+                  if EARLY_ATTRIBUTE in t.user_attrs]  # fmt: skip
+        # Trials of the same batch compete as well; otherwise the first batch could stop none.
+        rivals += standings.values()
+        promising = []
+        for trial in asked:
+            mine = standings.get(trial.number)
+            if mine is not None and is_dominated(mine, rivals, self.margin):
+                _prune(study, trial)
+            elif mine is not None:
+                promising.append(trial)
+        return promising
+
+    def _costs(self, record: Record) -> tuple[float, ...]:
+        small = [name for name, direction in self.objectives.items() if direction == "minimize"]
+        return tuple(
+            value for name in small if (value := objective_value(record, name)) is not None
+        )
+
+    def _launch(self, folder: Path, jobs: list[list[str]]) -> list[Record | str]:
+        """Run jobs; return the record of each, or the reason why there is none."""
+        if not jobs:
+            return []
+        plan = (read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")).with_jobs(
+            jobs, complete=False
+        )
+        self.launcher.launch(jobs, initial_job_idx=len(plan.jobs) - len(jobs))
+        store = Store(folder.parent.parent)
+        came: list[Record | str] = []
+        for job in jobs:
+            number = plan.number(job)
+            note = read_status(folder, number) if number is not None else None
+            record = store.find(note["run"]) if note and note["state"] == "done" else None
+            came.append(record or (note or {}).get("reason", "it never started"))
+        return came
+
+    def _tell(self, study: Study, trial: Trial, came: Record | str) -> None:
+        """Report the objectives of a trial to Optuna, or its failure."""
+        from optuna.trial import TrialState
+
+        if isinstance(came, str):
+            trial.set_user_attr(REASON_ATTRIBUTE, came)
+            study.tell(trial, state=TrialState.FAIL)
+            return
+        values = [objective_value(came, name) for name in self.objectives]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            missing = list(self.objectives)[values.index(None)]
+            trial.set_user_attr(REASON_ATTRIBUTE, f"run {came.id} has no {missing}")
+            study.tell(trial, state=TrialState.FAIL)
+            return
+        trial.set_user_attr(RUN_ATTRIBUTE, came.id)
+        study.tell(trial, known)
+
+
+def _directions(objectives: list[str]) -> dict[str, str]:
+    """Parse texts such as `maximize average` into {average: maximize}, in order."""
+    found = {}
+    for text in objectives:
+        direction, _, name = str(text).partition(" ")
+        if direction not in ("maximize", "minimize") or not name.strip():
+            raise UserError(
+                f"hydra.sweeper.objectives={text!r}: allowed: `maximize NAME`, `minimize NAME`"
+            )
+        found[name.strip()] = direction
+    if not found:
+        raise UserError("hydra.sweeper.objectives is empty: set it to [maximize average], say")
+    return found
+
+
+def _requeue_interrupted(study: Study) -> None:
+    """Requeue trials that a killed process left running, and failed ones."""
+    from optuna.trial import TrialState
+
+    ended = [trial.params for trial in _ended_trials(study)]
+    again: list[dict[str, Any]] = []
+    # A trial cannot return from FAIL, so its parameters are enqueued as a new one, once each,
+    # unless a repetition has ended or is waiting already.
+    for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.params and trial.params not in (*ended, *again):
+            again.append(trial.params)
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
+    for params in again:
+        if params not in queued:
+            study.enqueue_trial(params)
+
+
+def _ended_trials(study: Study) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+
+
+def _completed_trials(study: Study) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(states=(TrialState.COMPLETE,)))
+
+
+def _prune(study: Study, trial: Trial) -> None:
+    from optuna.trial import TrialState
+
+    study.tell(trial, state=TrialState.PRUNED)
+
+
+def _write_study(study: Study, objectives: dict[str, str], folder: Path) -> None:
+    """Write all trials, with the Pareto-optimal ones marked, for reports and plots."""
+    front = {trial.number for trial in study.best_trials} if _completed_trials(study) else set()
+    trials = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "values": trial.values,
+            "params": trial.params,
+            "run": trial.user_attrs.get(RUN_ATTRIBUTE),
+            "reason": trial.user_attrs.get(REASON_ATTRIBUTE),
+            "front": trial.number in front,
+        }
+        for trial in study.trials
+    ]
+    text = json.dumps({"study": study.study_name, "objectives": objectives, "trials": trials})
+    write_bytes(folder / STUDY_FILE, text.encode())
+
+
+def optuna_distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any], list[str]]:
+    """Return a distribution per swept key, and the remaining overrides unchanged.
+
+    Raises:
+        UserError: no key is swept, or a range is empty or invalid.
+    """
+    from hydra.core.override_parser.types import ValueType
+
+    space: dict[str, Any] = {}
+    fixed: list[str] = []
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            fixed.append(f"{key}={override.get_value_element_as_str()}")
+        elif override.value_type == ValueType.INTERVAL_SWEEP:
+            space[key] = _interval_distribution(key, override.value())
+        elif override.value_type == ValueType.RANGE_SWEEP:
+            space[key] = _range_distribution(key, override.value())
+        else:
+            space[key] = _choice_distribution(override)
+    if not space:
+        raise UserError("a search needs a range: set hydra.sweeper.space.KEY='interval(0.1,0.7)'")
+    return space, fixed
+
+
+def _interval_distribution(key: str, interval: Any) -> Any:
+    # Hydra's intervals are of real numbers; integers are searched with `range`.
+    from optuna.distributions import FloatDistribution
+
+    low, high = interval.start, interval.end
+    try:
+        return FloatDistribution(low, high, log="log" in interval.tags)
+    except ValueError as error:
+        raise UserError(f"{key}=interval({low},{high}): {error}") from None
+
+
+def _range_distribution(key: str, values: Any) -> Any:
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    # The end is exclusive as in Python, but Optuna's bounds are inclusive: pass the last value.
+    numbers = list(values.range())
+    if not numbers:
+        raise UserError(f"{key}: the range is empty")
+    if all(isinstance(number, int) for number in numbers):
+        return IntDistribution(numbers[0], numbers[-1], step=int(values.step))
+    return FloatDistribution(numbers[0], numbers[-1], step=float(values.step))
+
+
+def _choice_distribution(override: Override) -> Any:
+    from optuna.distributions import CategoricalDistribution
+
+    return CategoricalDistribution([str(value) for value in override.sweep_string_iterator()])
+
+
+@dataclass(frozen=True)
+class EarlyResult:
+    """A trial after its early tasks: mean accuracy, its standard error, and costs to minimise."""
+
+    accuracy: float
+    error: float
+    costs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, record: Record, costs: tuple[float, ...]) -> EarlyResult:
+        """Read the record of the early tasks; without any score the accuracy is 0."""
+        # A benchmark of one task has no average; its headline metric takes the place.
+        average = record.metric("average")
+        metric = average or next((m for m in record.metrics if m.headline), None)
+        value = metric.value if metric and metric.value is not None else 0.0
+        return cls(value, (metric.stderr or 0.0) if metric else 0.0, costs)
+
+    def to_json(self) -> list[Any]:
+        """Return the values as a JSON list, the inverse of `read`."""
+        return [self.accuracy, self.error, list(self.costs)]
+
+    @classmethod
+    def read(cls, kept: list[Any]) -> EarlyResult:
+        """Restore what `to_json` returned."""
+        return cls(kept[0], kept[1], tuple(kept[2]))
+
+
+def is_dominated(mine: EarlyResult, rivals: Iterable[EarlyResult], margin: float) -> bool:
+    """Whether a rival costs no more and is better by more than `margin` standard errors."""
+    return any(_dominates(rival, mine, margin) for rival in rivals)
+
+
+def _dominates(rival: EarlyResult, mine: EarlyResult, margin: float) -> bool:
+    # Both accuracies are estimates, so their errors add in quadrature. The items are the same,
+    # which correlates the errors and makes this bound conservative. `lead > 0` stops a trial from
+    # dominating itself when errors are 0.
+    cheaper = all(a <= b for a, b in zip(rival.costs, mine.costs, strict=True))
+    lead = rival.accuracy - mine.accuracy
+    return cheaper and lead > 0 and lead > margin * math.hypot(rival.error, mine.error)

@@ -1,0 +1,222 @@
+"""What a sweep was asked to run and the inputs that decide it.
+
+Plan of a sweep, written before its first job starts and read to resume it.
+
+It is stored as `results/sweeps/NAME/plan.json`; NAME is the start time, and the group that the
+records of the sweep share.
+
+Fingerprint of everything that decides a sweep's results; importing it loads no model library.
+
+Whether a run must be executed is decided by its id. The fingerprint only answers sooner, without
+composing the runs, and counts as changed when in doubt. Files enter by size and modification time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock
+
+from bench.errors import UserError, nearest
+from bench.records.atomic_files import write_bytes
+from bench.security import redact
+
+SWEEPS, PLAN = "sweeps", "plan.json"
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class SweepFingerprint:
+    """Files and packages that decide the results, and a hash of their state."""
+
+    files: list[str]
+    packages: list[str]
+    state: str
+
+    @classmethod
+    def of(cls, files: Iterable[Path], packages: Iterable[str]) -> SweepFingerprint:
+        """Record the current state of data and model files and of the packages with the code."""
+        # Absolute, because the sweep may be resumed from another folder.
+        named = sorted({str(file.absolute()) for file in files})
+        code = sorted({"bench", "conf", *packages})
+        return cls(named, code, _fingerprint(named, code))
+
+    def stand(self) -> bool:
+        """Whether nothing has changed since the state was recorded."""
+        return _fingerprint(self.files, self.packages) == self.state
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """One sweep: its arguments (`asked`), working folder (`where`), and jobs in order.
+
+    A job is the overrides of one run; its index in `jobs` is its number. `inputs` is None if
+    something may change without a trace on this machine, such as a branch on the hub. A plan is
+    `complete` once all jobs are known; a search adds them as it proceeds.
+    """
+
+    folder: Path
+    asked: tuple[str, ...]
+    where: str
+    started: str
+    inputs: SweepFingerprint | None = None
+    jobs: tuple[tuple[str, ...], ...] = ()
+    complete: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep, stored as `group` in its records."""
+        return self.folder.name
+
+    @property
+    def results_dir(self) -> Path:
+        """Results folder that contains the sweep."""
+        return self.folder.parent.parent
+
+    def number(self, overrides: Sequence[str]) -> int | None:
+        """Return the number of a job, or None if it is not planned (made by a foreign sweeper)."""
+        try:
+            return self.jobs.index(tuple(overrides))
+        except ValueError:
+            return None
+
+    def with_jobs(self, jobs: Iterable[Sequence[str]], *, complete: bool) -> SweepPlan:
+        """Add the jobs that are not planned yet, write the plan, and return it."""
+        # Read again under the lock: two commands may extend one sweep. The dict drops duplicates
+        # and keeps the order, so that jobs keep their numbers.
+        with FileLock(self.folder / f"{PLAN}.lock"):
+            known = read_plan(self.folder) or self
+            together = dict.fromkeys([*known.jobs, *map(tuple, jobs)])
+            grown = replace(self, jobs=tuple(together), complete=complete)
+            grown.write()
+        return grown
+
+    def write(self) -> None:
+        """Write the plan atomically."""
+        # The folder is where the plan lies; without it a results folder can be moved.
+        text = json.dumps({"schema_version": PLAN_SCHEMA, **asdict(self), "folder": None}, indent=1)
+        write_bytes(self.folder / PLAN, (redact(text) + "\n").encode())
+
+
+def create_plan(
+    results_dir: Path, asked: Sequence[str], inputs: SweepFingerprint | None
+) -> SweepPlan:
+    """Create a new sweep, named by the current time, and write its plan."""
+    now = datetime.now(UTC)
+    folder = (results_dir / SWEEPS / now.strftime("%Y%m%d-%H%M%S-%f")).absolute()
+    plan = SweepPlan(
+        folder, tuple(asked), str(Path.cwd()), now.isoformat(timespec="milliseconds"), inputs
+    )
+    plan.write()
+    return plan
+
+
+def existing_sweep(results_dir: Path, asked: Sequence[str]) -> SweepPlan | None:
+    """Return the latest sweep with the same arguments and working folder, if nothing has changed.
+
+    Jobs of it that are done need not even be composed again.
+    """
+    # Only the latest one counts: if its inputs have changed, an older sweep is outdated as well.
+    for plan in reversed(all_sweeps(results_dir)):
+        if plan.asked == tuple(asked) and plan.where == str(Path.cwd()):
+            return plan if plan.inputs and plan.inputs.stand() else None
+    return None
+
+
+def all_sweeps(results_dir: Path) -> list[SweepPlan]:
+    """Return all sweeps of a results folder, oldest first; unreadable plans are left out."""
+    folders = sorted((results_dir / SWEEPS).glob("*"))
+    return [plan for folder in folders if (plan := read_plan(folder.absolute()))]
+
+
+def find_sweep(results_dir: Path, name: str) -> SweepPlan:
+    """Return the sweep whose name starts with `name`; `latest` is the most recent one.
+
+    Raises:
+        UserError: no sweep matches, or several do.
+    """
+    plans = all_sweeps(results_dir)
+    if name == "latest":
+        matches = plans[-1:]
+    else:
+        matches = [plan for plan in plans if plan.name.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"sweep {name!r} is ambiguous: {', '.join(p.name for p in matches)}")
+    close = nearest(name, [plan.name for plan in plans])
+    hint = f"did you mean {close!r}?" if close else f"{len(plans)} sweeps in {results_dir / SWEEPS}"
+    raise UserError(f"unknown sweep {name!r}: {hint}")
+
+
+def read_plan(folder: Path) -> SweepPlan | None:
+    """Read the plan in a folder; return None if it is missing, damaged or of another schema."""
+    try:
+        said = json.loads((folder / PLAN).read_text())
+        if said.pop("schema_version") != PLAN_SCHEMA:
+            return None
+        said["folder"] = folder
+        said["asked"] = tuple(said["asked"])
+        said["jobs"] = tuple(tuple(job) for job in said["jobs"])
+        said["inputs"] = SweepFingerprint(**said["inputs"]) if said["inputs"] else None
+        return SweepPlan(**said)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+FINGERPRINTED_LIBRARIES = (
+    "slimbench",
+    "torch",
+    "transformers",
+    "lm-eval",
+    "lmms-eval",
+    "hydra-core",
+)
+PROGRAM_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".jinja", ".gz", ".txt"}
+
+
+def _fingerprint(files: list[str], packages: list[str]) -> str:
+    # The host is part of it: modification times compare within one machine only.
+    digest = hashlib.sha256(f"{platform.node()} {platform.python_version()}\n".encode())
+    for line in (*_library_versions(), *_file_stamps(files, packages)):
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def _library_versions() -> Iterator[str]:
+    for name in FINGERPRINTED_LIBRARIES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"{name} not installed"
+
+
+def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
+    """Yield path, size and modification time of every file, in a fixed order."""
+    for name in files:
+        path = Path(name)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            yield _file_stamp(file)
+    for package in packages:
+        # `find_spec` locates a top-level package without importing it.
+        found = importlib.util.find_spec(package)
+        for root in (found.submodule_search_locations or []) if found else []:
+            for file in sorted(Path(root).rglob("*")):
+                if file.suffix in PROGRAM_SUFFIXES:
+                    yield _file_stamp(file)
+
+
+def _file_stamp(file: Path) -> str:
+    try:
+        seen = file.stat()
+    except OSError:
+        return f"{file} missing"
+    return str(file) if file.is_dir() else f"{file} {seen.st_size} {seen.st_mtime_ns}"

@@ -1,0 +1,104 @@
+"""Status of a sweep: its plan joined with the status files of its jobs and with the records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bench.records import Store
+from bench.sweeps.job import JOBS, RunResult, StatusDict, is_running, read_status
+from bench.sweeps.plan import SweepPlan
+
+JobState = Literal["waiting", "running", "done", "failed"]
+LOST_WORKER = "the worker on {host} died (killed, out of memory, or preempted)"
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """Current state of one job; `reason` is one sentence, `log` the path of the details."""
+
+    number: int
+    overrides: tuple[str, ...]
+    state: JobState
+    run: str | None = None
+    reason: str | None = None
+    log: str | None = None
+    host: str | None = None
+
+
+def sweep_jobs(plan: SweepPlan) -> list[SweepJob]:
+    """Return every job of a sweep in order."""
+    store = Store(plan.results_dir)
+    numbers = dict(enumerate(plan.jobs))
+    # A foreign sweeper makes up jobs that are not in the plan; their status files show them.
+    for path in (plan.folder / JOBS).glob("[0-9]*.json"):
+        numbers.setdefault(int(path.stem), ())
+    return [_read_job(plan, store, number, numbers[number]) for number in sorted(numbers)]
+
+
+def job_rows(plan: SweepPlan) -> list[dict[str, Any]]:
+    """Return one row per job, with only those overrides that not all jobs share."""
+    states = sweep_jobs(plan)
+    shared = set.intersection(*(set(job.overrides) for job in states)) if len(states) > 1 else set()
+    return [
+        {
+            "job": job.number,
+            "state": job.state,
+            "run": job.run,
+            "asks": " ".join(given for given in job.overrides if given not in shared),
+            "reason": job.reason,
+            "log": job.log,
+        }
+        for job in states
+    ]
+
+
+def unfinished_jobs(plan: SweepPlan) -> list[SweepJob]:
+    """Return the jobs that are waiting, failed or lost, but none that is running elsewhere."""
+    return [job for job in sweep_jobs(plan) if job.state in ("waiting", "failed")]
+
+
+def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
+    """Yield each job's record, or an error summary; jobs without an outcome are skipped."""
+    store = Store(plan.results_dir)
+    for job in sweep_jobs(plan):
+        note = read_status(plan.folder, job.number) or {}
+        if job.state == "done" and job.run:
+            yield RunResult(store.get(job.run), bool(note.get("reused")), note.get("warning"))
+        elif job.state == "failed":
+            where = f" (details: {job.log})" if job.log else ""
+            asked = note.get("command") or " ".join(job.overrides)
+            yield f"{asked}: {job.reason}{where}"
+
+
+def sweep_summary(plan: SweepPlan) -> dict[str, Any]:
+    """Return one row about a sweep with the number of its jobs per state."""
+    states = [job.state for job in sweep_jobs(plan)]
+    counts = {state: states.count(state) for state in ("waiting", "running", "done", "failed")}
+    return {"sweep": plan.name, **counts, "asked": " ".join(plan.asked)}
+
+
+def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, ...]) -> SweepJob:
+    note = read_status(plan.folder, number)
+    if note is None:
+        return SweepJob(number, overrides, "waiting")
+    log, host = note.get("log"), note.get("host")
+    known: dict[str, Any] = {"number": number, "overrides": overrides, "log": log, "host": host}
+    if note["state"] == "done":
+        return _finished_job(store, note, known)
+    # "running" is what a killed process leaves behind too; only the lock tells them apart.
+    if note["state"] == "running":
+        if is_running(plan.folder, number):
+            return SweepJob(**known, state="running")
+        return SweepJob(**known, state="failed", reason=LOST_WORKER.format(host=host))
+    state: JobState = "failed" if note["state"] == "failed" else "waiting"
+    return SweepJob(**known, state=state, reason=note.get("reason"))
+
+
+def _finished_job(store: Store, note: StatusDict, known: dict[str, Any]) -> SweepJob:
+    # A job is done only while its record exists: a deleted record makes `resume` run it again.
+    run = str(note.get("run"))
+    if (store.folder(run) / "record.json").is_file():
+        return SweepJob(**known, state="done", run=run)
+    return SweepJob(**known, state="waiting", reason=f"its record {run} no longer exists")

@@ -1,0 +1,227 @@
+"""A record and a project's overview as runs of Weights & Biases.
+
+A record as a run of Weights & Biases: config, metrics, costs, tables, and the record itself.
+
+W&B only mirrors the records: it can be rebuilt from them at any time with `bench track`, and its
+failure never fails a run. All its files stay inside the results folder.
+
+Overview of a W&B project: leaderboard, Pareto plots, paper tables and the HTML report.
+
+One W&B run of job type `overview` holds it. W&B groups panels into sections by the part of a key
+before the first `/`, so the keys alone define the layout:
+
+    leaderboard/runs     every run with its numbers, sortable and filterable in W&B
+    pareto/<setting>     a scatter plot of score against cost, with its data
+    tables/<name>        a paper's table: our values and the published ones
+    report/page          the HTML report itself
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.records.record import Record
+from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
+
+WandbMode = Literal["online", "offline", "disabled"]
+WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
+
+
+def send_record(record: Record, folder: Path, config: TrackerConfig, results_dir: Path) -> str:
+    """Log one record, whose files are in `folder`; return the URL or folder of the W&B run.
+
+    Raises:
+        Exception: any error of W&B; the caller decides whether it matters.
+    """
+    with open_wandb_run(
+        config,
+        results_dir,
+        name=f"{record.model.name} {record.label}",
+        job_type="run",
+        group=record.group,
+        tags=[record.model.name, *(m.name for m in record.methods)],
+        config_of_run={**record.config, "record": record.id},
+    ) as (wandb, run, kept):
+        _log_record(wandb, run, record, folder)
+    return kept
+
+
+@contextmanager
+def open_wandb_run(
+    config: TrackerConfig,
+    results_dir: Path,
+    *,
+    config_of_run: dict[str, Any] | None = None,
+    **described: Any,
+) -> Iterator[tuple[Any, Any, str]]:
+    """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
+
+    The run is finished even if the block raises.
+    """
+    # Absolute, so that it stays valid if the working directory changes.
+    home = (results_dir / "wandb_home").resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    with _wandb_files_below(home):
+        # Imported with the variables set, so that not even the import writes elsewhere.
+        import wandb
+
+        chosen = wandb_mode(config)
+        run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            config=config_of_run,
+            dir=str(home),
+            mode=chosen,
+            # A host program may already have a W&B run open, which must not be taken over.
+            reinit="create_new",
+            settings=wandb.Settings(
+                console="off", silent=True, init_timeout=min(WANDB_INIT_SECONDS, config.timeout)
+            ),
+            **described,
+        )
+        try:
+            yield wandb, run, str(run.settings.sync_dir if chosen == "offline" else run.url)
+        finally:
+            run.finish()
+
+
+def _log_record(wandb: Any, run: Any, record: Record, folder: Path) -> None:
+    run.summary.update(wandb_summary(record))
+    metrics = [m.model_dump() for m in record.metrics]
+    # Tables hold plain values only, so the parts of a cost become JSON text.
+    costs = [{**c.model_dump(), "parts": json.dumps(c.parts)} for c in record.costs]
+    gaps = [g.model_dump() for g in record.gaps]
+    for name, rows in (("metrics", metrics), ("costs", costs), ("gaps", gaps)):
+        if rows:
+            columns = list(rows[0])
+            data = [[row[column] for column in columns] for row in rows]
+            run.log({name: wandb.Table(columns=columns, data=data)})
+    _log_histories(run, record)
+    artifact = wandb.Artifact(f"record-{record.id}", type="record")
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact)
+
+
+def _log_histories(run: Any, record: Record) -> None:
+    """Log the training history that a method reports, as curves over its own epochs.
+
+    A report's `history` is a list of dicts of numbers, each with its `epoch`.
+    """
+    for method in record.methods:
+        lines = method.report.get("history", [])
+        if lines:
+            # W&B's x axis is the log call by default, which two methods of a run would share.
+            run.define_metric(f"{method.name}/*", step_metric=f"{method.name}/epoch")
+        for line in lines:
+            run.log({f"{method.name}/{key}": value for key, value in line.items()})
+
+
+def wandb_summary(record: Record) -> dict[str, float]:
+    """Return the numbers of a record as a flat dict: `task/metric` and `cost/scope/quantity`.
+
+    If a cost has both a counted and an analytic value, the first is logged under `quantity` and the
+    second under `quantity/analytic`.
+    """
+    values = {f"{m.task}/{m.metric}": m.value for m in record.metrics if m.value is not None}
+    for cost in record.costs:
+        name = f"cost/{cost.scope}/{cost.quantity}"
+        values[f"{name}/{cost.how}" if name in values else name] = cost.value
+    return values
+
+
+def wandb_mode(config: TrackerConfig) -> WandbMode:
+    """Resolve the mode; `auto` is online for a user who is logged in, else offline."""
+    if config.mode != "auto":
+        return config.mode
+    # W&B's own variable decides before the login does, as in any other use of wandb.
+    asked = os.environ.get("WANDB_MODE")
+    for known in WANDB_MODES:
+        if asked == known:
+            return known
+    import wandb
+
+    return "online" if wandb.api.api_key else "offline"
+
+
+@contextmanager
+def _wandb_files_below(home: Path) -> Iterator[None]:
+    """Keep all files of W&B, staging included, below `home`, and zero_dropped_neurons its output."""
+    names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
+    # Restored afterwards: the caller may be a notebook that uses W&B itself.
+    before = {name: os.environ.get(name) for name in (*names, "WANDB_SILENT")}
+    os.environ.update({**dict.fromkeys(names, str(home)), "WANDB_SILENT": "true"})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclass(frozen=True)
+class WandbTable:
+    """A table of plain values."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | bool | None]]
+
+
+@dataclass(frozen=True)
+class ScatterPlot:
+    """A scatter plot of columns `x` and `y` of `data`."""
+
+    title: str
+    x: str
+    y: str
+    data: WandbTable
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Contents of a project's overview; names are unique within each part."""
+
+    leaderboard: WandbTable
+    pareto: dict[str, ScatterPlot] = field(default_factory=dict)
+    tables: dict[str, WandbTable] = field(default_factory=dict)
+    page: Path | None = None
+
+
+def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) -> str:
+    """Log the overview as a separate W&B run; return its URL or folder.
+
+    Raises:
+        Exception: any error of W&B; the caller decides whether it matters.
+    """
+    # No run id is given, so every overview is a new W&B run; the latest one is current.
+    with open_wandb_run(config, results_dir, name="overview", job_type="overview") as (
+        wandb,
+        run,
+        kept,
+    ):
+        run.log({"leaderboard/runs": _to_wandb(wandb, overview.leaderboard)})
+        for name, plot in overview.pareto.items():
+            drawn = wandb.plot.scatter(
+                _to_wandb(wandb, plot.data), plot.x, plot.y, title=plot.title
+            )
+            run.log({f"pareto/{name}": drawn})
+        for name, rows in overview.tables.items():
+            run.log({f"tables/{name}": _to_wandb(wandb, rows)})
+        if overview.page is not None:
+            # `inject` would add W&B's own style sheet to the page.
+            run.log({"report/page": wandb.Html(overview.page.read_text("utf-8"), inject=False)})
+    return kept
+
+
+def _to_wandb(wandb: Any, rows: WandbTable) -> Any:
+    # Columns may hold missing values next to numbers or text, so their types are mixed.
+    return wandb.Table(
+        columns=list(rows.columns), data=[list(row) for row in rows.rows], allow_mixed_types=True
+    )

@@ -1,0 +1,167 @@
+"""The D2-MoE baseline and its ranks.
+
+The D2-MoE baseline: replace the experts of a block by one base and low-rank differences.
+
+Shapes: B rows, L tokens per row.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.method import Context, MethodReport
+from bench.models.expert_hooks import observe_experts
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from bench.ui import Progress
+from methods.baselines.d2_moe.factorization import (
+    FisherMean,
+    GateUpDown,
+    InputMoments,
+    assemble_experts,
+)
+from methods.baselines.expert_scores import ExpertTokenCounts
+from methods.moe.calibration_statistics import backpropagate_loss, enable_gradients
+from methods.moe.calibration_walk import walk_blocks
+from methods.moe.micro_experts import invalidate_structure
+from methods.moe.pruning import MoEPruning, refuse_offloaded, require_calibration
+
+
+class D2Moe(MoEPruning):
+    """Merge the routed experts of a block into a base plus low-rank differences.
+
+    Ranks follow from the budget: a block keeps at most as many weights as CAMERA-P leaves it at the
+    same ratio, falling short by fewer weights than one rank takes. Shared experts and routers stay.
+    All statistics are those of the unmodified model. `damping` is relative to the mean diagonal of
+    each Gram matrix. Not implemented: the published code can also prune the base at run time
+    (`pp_ratio`); here that share is zero, so all compression comes from the differences.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    batch: int = Field(default=8, ge=1)
+    chunk: int = Field(default=4096, ge=1)
+    damping: float = Field(default=1e-4, gt=0)
+
+    def check(self, structure: ModelStructure) -> None:
+        """Also refuse experts of different shapes, and a ratio that leaves no room for the base."""
+        super().check(structure)
+        for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
+            if len(set(block.widths)) > 1:
+                raise UserError(
+                    f"the experts of {block.name} have different widths and cannot be merged: "
+                    "apply D2-MoE to the unpruned model"
+                )
+            if self._ranks(block, budget) is None:
+                raise UserError(
+                    f"ratio={self.ratio} leaves {block.name} fewer weights than one of its "
+                    f"{block.num_experts} experts has, but D2-MoE needs one as its base: use a "
+                    "lower ratio"
+                )
+
+    def _ranks(self, block: MoEBlock, budget: int) -> list[int] | None:
+        kept = 3 * block.d_model * (sum(block.widths) - budget)
+        return solve_ranks(block.num_experts, block.d_model, block.d_ff, kept)
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Measure, merge and factorize; the report counts the remaining weights."""
+        calibration = require_calibration(context)
+        structure = model.structure
+        refuse_offloaded(structure.moe)
+        layers = []
+        if any(self.budgets(structure)):
+            layers = self._compress(model, calibration.tokens, context.progress)
+        removed = sum(layer["removed_parameters"] for layer in layers)
+        details = {
+            "asked": {"ratio": self.ratio, "base": self.base},
+            "removed_parameters": removed,
+            "ratio_of_moe": removed / structure.moe_parameters,
+            "ratio_of_total": removed / structure.parameters,
+            "calibration": calibration.fingerprint,
+            "tokens": calibration.tokens.numel(),
+            "layers": layers,
+        }
+        return MethodReport("removed" if removed else "none", details)
+
+    def _compress(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[dict[str, Any]]:
+        """Replace the experts of every block, all measured on the unmodified model."""
+        # Before the walk below, which replaces experts as it goes.
+        bases = self._bases(model, tokens_BL, told)
+        seen = walk_blocks(
+            model, tokens_BL, InputMoments, self._watching, self.batch, sequential=False, told=told
+        )
+        layers = [
+            # pop: a base is three float64 matrices, freed as soon as its block is built.
+            self._replace(block, bases.pop(block), inputs, budget)
+            for (block, inputs), budget in zip(seen, self.budgets(model.structure), strict=True)
+        ]
+        invalidate_structure(model)
+        return layers
+
+    def _watching(self, seen: dict[MoEBlock, Any]) -> AbstractContextManager[None]:
+        return observe_experts(seen, self.chunk)
+
+    def _bases(self, model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEBlock, GateUpDown]:
+        """Return the Fisher-weighted mean of every block, from one backward pass per row."""
+        counted = walk_blocks(
+            model,
+            tokens_BL,
+            ExpertTokenCounts,
+            self._watching,
+            self.batch,
+            sequential=False,
+            told=told,
+        )
+        means = {block: FisherMean(block, seen.scores()) for block, seen in counted}
+        weights = [source.weight for mean in means.values() for source in mean.sources]
+        with enable_gradients(model.network, weights), ExitStack() as stack:
+            for mean in means.values():
+                stack.enter_context(mean.listening())
+            # One row per backward pass: Fisher information is a mean of squared per-row gradients,
+            # and a batch would give the square of their sum.
+            for row_1L in told.track(tokens_BL.split(1), "gathering Fisher information"):
+                backpropagate_loss(model.network, row_1L)
+        return {block: mean.base() for block, mean in means.items()}
+
+    def _replace(
+        self, block: MoEBlock, base: GateUpDown, inputs: InputMoments, budget: int
+    ) -> dict[str, Any]:
+        """Replace the experts of one block; return its report entry."""
+        of_each = self._ranks(block, budget)
+        # Without a budget the block stays as published: a base would only add weights.
+        if of_each is None or not budget:
+            return {"layer": block.layer, "removed_parameters": 0}
+        before = _parameter_count(block.experts)
+        block.block.experts = assemble_experts(block, base, inputs, of_each, self.damping)
+        after = _parameter_count(block.block.experts)
+        return {
+            "layer": block.layer,
+            "ranks": of_each,
+            "parameters": after,
+            "removed_parameters": before - after,
+        }
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def solve_ranks(experts: int, d_model: int, width: int, kept: int) -> list[int] | None:
+    """Return the rank of every expert's gate, up and down difference, in this order.
+
+    `kept` weights pay for one base expert, 3 · d_model · width, and for the factors of 3 ·
+    `experts` differences at d_model + width per rank. All ranks are equal, except that the first
+    ones are one higher to use the remainder, so fewer than d_model + width weights of the budget
+    stay unused. None if `kept` does not cover the base.
+    """
+    for_factors = kept - 3 * d_model * width
+    if for_factors < 0:
+        return None
+    same, more = divmod(for_factors // (d_model + width), 3 * experts)
+    return [same + (place < more) for place in range(3 * experts)]

@@ -1,0 +1,285 @@
+"""Base class of methods that remove whole routed experts, and the removal.
+
+Removal of whole experts such that the router sends their tokens to the remaining ones.
+
+Weights of dropped experts are not stored. Where all blocks are alike and no router has groups, the
+experts' rows of the router are removed too, and the network is a published architecture with fewer
+experts. Otherwise routers are wrapped (`MaskedRouter`) and experts are stored as `RaggedExperts`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.method import MethodReport
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from bench.models.structure.ragged_experts import RaggedExperts
+from methods.baselines.router_masks import MaskedRouter, check_router
+from methods.moe.micro_experts import (
+    delete_micro_experts,
+    expert_spans,
+    invalidate_structure,
+    per_expert_counts,
+    zero_micro_experts,
+)
+from methods.moe.pruning import MoEPruning, achieved_ratios
+
+ExpertState = Literal["zeroed", "removed", "dropped"]
+
+
+@dataclass(frozen=True)
+class RemovedExperts:
+    """What one block loses: `whole` experts, and `rest` micro-experts of the expert `further`."""
+
+    whole: tuple[int, ...]
+    further: int | None = None
+    rest: int = 0
+
+
+def select_whole_experts(
+    widths: Sequence[int], order: Sequence[int], budget: int
+) -> RemovedExperts:
+    """Spend a budget of micro-experts on experts in the given order.
+
+    The first expert that is wider than the remaining budget loses just that many micro-experts, and
+    no later expert is considered.
+    """
+    whole: list[int] = []
+    for expert in order:
+        # Stopping here, instead of looking for a narrower expert further on, keeps the order that
+        # the method chose. All of the budget is spent, so methods compare at equal size.
+        if widths[expert] > budget:
+            return RemovedExperts(tuple(whole), expert if budget else None, budget)
+        whole.append(expert)
+        budget -= widths[expert]
+    return RemovedExperts(tuple(whole))
+
+
+class WholeExpertPruning(MoEPruning):
+    """A method that removes whole routed experts from every block.
+
+    A block loses exactly as many micro-experts as CAMERA-P removes at the same ratio: whole experts
+    as long as they fit, and random micro-experts of one further expert for the rest.
+
+    `form` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
+    it contributes nothing, as in CAMERA-P. `removed`: the same outputs without storing its weights;
+    widths are then stored as multiples of `align`. `dropped`: the router no longer selects it,
+    tokens are routed to the remaining experts by the model's own rule, and its weights are not
+    stored; only the micro-experts of the partial expert are stored zeros.
+    """
+
+    form: ExpertState = "zeroed"
+    align: int = Field(default=16, ge=1)
+
+    def check(self, structure: ModelStructure) -> None:
+        """Also refuse a ratio that routed experts alone cannot reach."""
+        super().check(structure)
+        budgets = (math.floor(self.share(structure) * b.micro_experts) for b in structure.moe)
+        for block, budget in zip(structure.moe, budgets, strict=True):
+            if budget > sum(block.widths):
+                raise UserError(
+                    f"ratio={self.ratio} removes {budget} micro-experts of {block.name}, but its "
+                    f"routed experts have {sum(block.widths)}: use a lower ratio"
+                )
+            if self.form == "dropped":
+                check_router(block)
+                self._check_enough_stay(block, budget)
+
+    def _check_enough_stay(self, block: MoEBlock, budget: int) -> None:
+        """Refuse a budget with which some choice leaves fewer than top-k experts."""
+        # The worst case: removing the narrowest experts first removes the largest number. Checked
+        # up front because the scores that decide are known only after calibration.
+        narrow_first = sorted(range(block.num_experts), key=lambda expert: block.widths[expert])
+        left = block.num_experts - len(
+            select_whole_experts(block.widths, narrow_first, budget).whole
+        )
+        if left < block.top_k:
+            raise UserError(
+                f"ratio={self.ratio} leaves {left} of {block.num_experts} experts in {block.name}, "
+                f"but a token is routed to {block.top_k}: use a lower ratio or form=zeroed"
+            )
+
+    def run_jobs(
+        self, block: MoEBlock, chosen: RemovedExperts, structure: ModelStructure, seed: int
+    ) -> dict[str, Any]:
+        """Remove the chosen experts from one block; return its report entry."""
+        whole, rest = _flat_indices(block, chosen.whole), _draw_partial(block, chosen, seed)
+        further = {"expert": chosen.further, "removed": chosen.rest}
+        # Counted before anything changes: `block` describes the block as it was.
+        layer: dict[str, Any] = {
+            "layer": block.layer,
+            "removed": len(whole) + len(rest),
+            **per_expert_counts(block, _index_tensor(whole + rest)),
+            "whole_experts": sorted(chosen.whole),
+            "partial_expert": further if rest else None,
+        }
+        if self.form == "dropped":
+            # Before the drop, while flat indices still address the block's original experts.
+            zero_micro_experts(block, _index_tensor(rest))
+            if whole:
+                check_router(block)
+                layer["router"] = router_mode(structure)
+                drop_experts(block, chosen.whole, layer["router"])
+            return layer | {"zeroed_micro_experts": len(rest)}
+        if self.form == "zeroed":
+            zero_micro_experts(block, _index_tensor(whole + rest))
+            return layer | {"zeroed_micro_experts": len(whole) + len(rest)}
+        if layer["removed"]:
+            layer["padding_micro_experts"] = delete_micro_experts(
+                block, _index_tensor(whole + rest), self.align
+            )
+        return layer
+
+    def report(
+        self, model: Model, structure: ModelStructure, layers: list[dict[str, Any]], **more: Any
+    ) -> MethodReport:
+        """Build the report of all blocks.
+
+        `structure` is the structure before removal: ratios refer to that model.
+        """
+        removed = [layer["removed"] for layer in layers]
+        zeroed = [layer.get("zeroed_micro_experts", 0) for layer in layers]
+        if self.form == "dropped":
+            # Only when all blocks are done: the config holds one expert count for all layers.
+            update_expert_count(model, router_mode(structure))
+        elif self.form == "removed":
+            invalidate_structure(model)
+        details = {
+            "asked": {"ratio": self.ratio, "base": self.base},
+            "form": self.form,
+            **achieved_ratios(structure, removed),
+            "zeroed_parameters": achieved_ratios(structure, zeroed)["removed_parameters"],
+            **more,
+            "layers": layers,
+        }
+        if not sum(removed):
+            return MethodReport("none", details)
+        # A report of `removed` needs at least one weight that is no longer stored.
+        return MethodReport("zeroed" if removed == zeroed else "removed", details)
+
+
+def _index_tensor(places: Sequence[int]) -> Tensor:
+    return torch.tensor(sorted(places), dtype=torch.int64)
+
+
+def _flat_indices(block: MoEBlock, experts: Sequence[int]) -> list[int]:
+    """Return the flat indices of all micro-experts of some experts."""
+    places = dict(expert_spans(block))
+    return [i for e in experts for i in range(places[e].start, places[e].stop)]
+
+
+def _draw_partial(block: MoEBlock, chosen: RemovedExperts, seed: int) -> list[int]:
+    """Draw the micro-experts that the partial expert loses, independently of other blocks."""
+    if chosen.further is None:
+        return []
+    rng = random.Random(f"{seed}:{block.name}")
+    return rng.sample(_flat_indices(block, [chosen.further]), chosen.rest)
+
+
+RouterMode = Literal["rows removed", "masked"]
+
+# Names of the number of routed experts in modules and configs; `out_features` is a linear router.
+EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
+
+
+def router_mode(structure: ModelStructure) -> RouterMode:
+    """Return how routers are changed in a model that loses experts.
+
+    A router with groups splits its experts into equal parts by index, so removing rows would move
+    experts between groups. Blocks that differ would end up with different numbers of experts, which
+    no published config can express.
+    """
+    grouped = any((getattr(block.router, "num_group", None) or 1) > 1 for block in structure.moe)
+    alike = len({(block.widths, block.d_shared) for block in structure.moe}) == 1
+    # Ragged experts have no published layout to fall back to, whatever their widths.
+    ragged = any(block.layout == "ragged" for block in structure.moe)
+    return "rows removed" if alike and not grouped and not ragged else "masked"
+
+
+@torch.no_grad()
+def drop_experts(block: MoEBlock, dropped: Sequence[int], form: RouterMode) -> None:
+    """Remove routed experts from a block, of which at least `top_k` must stay.
+
+    `block` is stale afterwards: call `settle` when all blocks are done.
+    """
+    kept = [expert for expert in range(block.num_experts) if expert not in set(dropped)]
+    if form == "masked":
+        _replace_child(block.block, block.router, MaskedRouter(block.router, kept))
+        _replace_child(block.block, block.experts, _kept_experts(block, kept))
+        return
+    tensors = (*block.router.named_parameters(), *block.router.named_buffers())
+    for name, tensor in tensors:
+        # Buffers too: DeepSeek-V3's score correction bias has one value per expert.
+        if tensor.shape[0] == block.num_experts:
+            _keep_rows(block.router, name, kept)
+    if block.layout == "fused":
+        for name in ("gate_up_proj", "down_proj"):
+            _keep_rows(block.experts, name, kept)
+    else:
+        # From the end, so that the remaining indices stay valid.
+        for expert in sorted(dropped, reverse=True):
+            del cast(nn.ModuleList, block.experts)[expert]
+    # Modules cache the count that they were built with, and route or loop by it.
+    for module in (block.block, block.experts, block.router):
+        _update_counts(module, block.num_experts, len(kept))
+
+
+def update_expert_count(model: Model, form: RouterMode) -> None:
+    """Update the model after all blocks have lost the same number of experts.
+
+    Its cached structure is invalidated. Where router rows were removed, the config gets the new
+    expert count, so stock transformers can load what `save_pretrained` writes.
+    """
+    # Read before the cached structure is invalidated.
+    before = model.structure.moe[0].num_experts
+    invalidate_structure(model)
+    if form == "rows removed":
+        after = model.structure.moe[0].num_experts
+        _update_counts(cast(Any, model.network).config, before, after)
+
+
+def _kept_experts(block: MoEBlock, kept: Sequence[int]) -> RaggedExperts:
+    """Store the kept experts of a block as `RaggedExperts` without padding."""
+    views = [block.expert(expert) for expert in kept]
+    like, widths = views[0].down, [view.width for view in views]
+    made = RaggedExperts(
+        widths, block.d_model, views[0].act, align=1, dtype=like.dtype, device=like.device
+    )
+    for place, source in enumerate(views):
+        target = made.view(place)
+        target.gate.copy_(source.gate)
+        target.up.copy_(source.up)
+        target.down.copy_(source.down)
+    return made
+
+
+def _replace_child(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    # Found by identity: the child's name differs between architectures.
+    name = next(name for name, child in owner.named_children() if child is old)
+    setattr(owner, name, new.requires_grad_(False).train(old.training))
+
+
+def _keep_rows(module: nn.Module, name: str, kept: Sequence[int]) -> None:
+    """Reduce a parameter or buffer to the rows of the kept experts."""
+    tensor: Tensor = getattr(module, name)
+    rows = tensor.detach()[list(kept)].clone()
+    if isinstance(tensor, nn.Parameter):
+        rows = nn.Parameter(rows, requires_grad=tensor.requires_grad)
+    setattr(module, name, rows)
+
+
+def _update_counts(owner: object, before: int, after: int) -> None:
+    for name in EXPERT_COUNT_NAMES:
+        if getattr(owner, name, None) == before:
+            setattr(owner, name, after)

@@ -1,0 +1,309 @@
+"""CAMERA-PQ: pruning and bits in one decision.
+
+CAMERA-PQ: pruning and quantization in one decision, 0 to 8 bits per block of micro-experts.
+
+Not in the paper, whose fixed groups can neither drop a micro-expert nor trade its bits for others.
+
+Error in a layer's output when a micro-expert is rounded or removed.
+
+Shapes: S tokens of one expert, F its width, N routed micro-experts of a layer, D d_model, O bit
+options, I blocks of micro-experts, n micro-experts of one block.
+
+A micro-expert adds φ_t w to the output of token t. Rounded to b bits it adds φ̂_t ŵ; replacing it
+alone causes, summed over tokens, the squared error
+
+    e(b) = Σ_t ‖φ_t w - φ̂_t ŵ‖² = ‖φ‖²‖w‖² - 2 ⟨φ, φ̂⟩⟨w, ŵ⟩ + ‖φ̂‖²‖ŵ‖²
+
+At 0 bits that is ‖φ‖²‖w‖², CAMERA's energy at α = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.method import Context
+from bench.models.bitpacking.packed_shape import GRID_BITS, Level
+from bench.models.expert_hooks import observe_experts
+from bench.models.model import Model
+from bench.models.structure.expert_view import ExpertView
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from methods.camera.allocation import block_lengths, block_size, energy_order
+from methods.moe.calibration_statistics import squared_column_norms
+from methods.moe.calibration_walk import require_finite, walk_blocks
+from methods.moe.pruning import require_calibration
+from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
+from methods.moe.quantizer.expert_plan import ExpertPlan, tied_plan
+from methods.moe.quantizer.grid import Clip, round_weights
+from methods.moe.quantizer.method import MoEQuantization, check_falling
+from methods.moe.quantizer.observers import NullObserver, Planner
+
+BitWidthOrZero = Annotated[int, Field(ge=0, le=8)]
+BitChoicesOrZero = Annotated[
+    tuple[BitWidthOrZero, ...], Field(min_length=1), AfterValidator(check_falling)
+]
+
+
+class CameraPQ(MoEQuantization):
+    """Choose bits per block of micro-experts, 0 meaning removal, under a byte budget, exactly.
+
+    The choice minimises the summed error of replacing each micro-expert alone, which at 0 bits is
+    its energy at α = 0. `budget_bits` is the mean bits per routed weight, scales and offsets
+    included. The budget holds per `layer`, each measured on the outputs of the quantized layers
+    before it, or with scope `model` over all layers together, measured in one pass before anything
+    changes. `block` is as in CAMERA-Q.
+    """
+
+    bits: BitChoicesOrZero = (4, 3, 2, 1, 0)
+    budget_bits: float = Field(default=2.25, gt=0, allow_inf_nan=False)
+    scope: Literal["layer", "model"] = "layer"
+    block: int | None = Field(default=None, ge=1)
+
+    def check(self, structure: ModelStructure) -> None:
+        """Also refuse a budget below the cost of the fewest bits."""
+        super().check(structure)
+        for block in structure.moe:
+            # Per block the cheapest option, which is the fewest bits: 0 costs nothing, not even a
+            # grid.
+            least = int(self.options(block).costs(block).amin(1).sum())
+            if least > self.budget(block):
+                need = least / (3 * block.d_model * sum(block.widths))
+                raise UserError(
+                    f"budget_bits={self.budget_bits} is too low for {block.name}: with scales and "
+                    f"offsets, bits={list(self.bits)} need {need:.3g} at least"
+                )
+
+    def options(self, block: MoEBlock) -> BitOptions:
+        """Return the options of a block."""
+        size = self.block or block_size(block.widths, self.group)
+        return BitOptions(self.bits, self.group, size, self.clip)
+
+    def budget(self, block: MoEBlock) -> int:
+        """Return the budget in bits of a block's routed experts."""
+        return math.floor(exact_fraction(self.budget_bits) * 3 * block.d_model * sum(block.widths))
+
+    def planner(self, block: MoEBlock) -> Planner:
+        """Return the planner that measures a block and solves for its own budget."""
+        return SolvingPlanner(self, block)
+
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """With scope `model`, measure and solve for all blocks before anything changes."""
+        if self.scope == "layer":
+            return self.planner
+        measured = self._measure(model, context)
+        blocks = [found.block for found in measured]
+        chosen = solve_bit_budget(measured, sum(self.budget(block) for block in blocks))
+        made = zip(blocks, measured, chosen, strict=True)
+        decided = {block.name: DecidedPlanner(found, chosen_I) for block, found, chosen_I in made}
+        return lambda block: decided[block.name]
+
+    def _measure(self, model: Model, context: Context) -> list[ReplacementErrors]:
+        def start(block: MoEBlock) -> ReplacementErrors:
+            return ReplacementErrors(block, self.options(block))
+
+        def watching(seen: dict[MoEBlock, ReplacementErrors]) -> AbstractContextManager[None]:
+            return observe_experts(seen, self.chunk)
+
+        tokens_BL = require_calibration(context).tokens
+        found = walk_blocks(model, tokens_BL, start, watching, self.batch, False, context.progress)
+        # Errors need the original weights, which the walk offloads or the caller quantizes later.
+        return [measured.settled() for _, measured in found]
+
+
+class ReplacementErrors(NullObserver):
+    """Measures the errors e(b) of a layer's routed micro-experts."""
+
+    def __init__(self, block: MoEBlock, options: BitOptions) -> None:
+        self.block, self.options = block, options
+        device = block.expert(0).down.device
+        self._overlaps = [Overlaps(width, len(options.bits), device) for width in block.widths]
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert, recomputed for every bit option."""
+        view, seen = self.block.expert(expert), self._overlaps[expert]
+        weight_S1 = weight_S.float()[:, None]
+        phi_SF = hidden_SF.float() * weight_S1
+        seen.square_F += phi_SF.square().sum(0, dtype=torch.float64)
+        for option, bits in enumerate(self.options.bits):
+            if bits:
+                # Gate and up rounded, down not: φ̂ is the coefficient only. The rounding of the
+                # down column enters through ⟨w, ŵ⟩ and ‖ŵ‖², which need no tokens.
+                hat_SF = self._rounded(view, bits).hidden(x_SD.float()) * weight_S1
+                seen.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
+                seen.rounded_OF[option] += hat_SF.square().sum(0, dtype=torch.float64)
+
+    @cached_property
+    def blocks(self) -> list[tuple[Tensor, ...]]:
+        """Per expert, its micro-experts' indices by falling energy, split into blocks."""
+        found = []
+        for expert, seen in enumerate(self._overlaps):
+            order_F = energy_order(
+                seen.square_F * squared_column_norms(self.block.expert(expert).down)
+            )
+            sizes = block_lengths(len(order_F), self.options.block)
+            found.append(torch.split(order_F, sizes) if sizes else ())
+        return found
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """The summed error of every block at every bit option, float64 [I, O] on the CPU."""
+        rows = [
+            self._losses(expert, chosen_n)
+            for expert, parts in enumerate(self.blocks)
+            for chosen_n in parts
+        ]
+        loss_IO = torch.stack(rows).cpu()
+        require_finite(self.block, loss_IO)
+        return loss_IO
+
+    @cached_property
+    def energy(self) -> float:
+        """The summed error of removing each micro-expert alone."""
+        return sum(
+            float((seen.square_F * squared_column_norms(self.block.expert(expert).down)).sum())
+            for expert, seen in enumerate(self._overlaps)
+        )
+
+    def settled(self) -> ReplacementErrors:
+        """Compute everything that needs the block's weights, and return self."""
+        # Cached properties: reading them stores their values.
+        _ = self.blocks, self.losses, self.energy
+        return self
+
+    def _losses(self, expert: int, chosen_n: Tensor) -> Tensor:
+        """Return the errors of one block, float64 [O]."""
+        seen, group = self._overlaps[expert], self.options.block
+        down_Dn = self.block.expert(expert).down[:, chosen_n].float()
+        energy_n = seen.square_F[chosen_n] * squared_column_norms(down_Dn)
+        losses = []
+        for option, bits in enumerate(self.options.bits):
+            loss_n = energy_n
+            if bits:
+                # Rounded as one group, since the block is one group of the stored down matrix: the
+                # error depends on which micro-experts share the grid.
+                hat_Dn = round_weights(down_Dn, bits, group, self.options.clip)
+                inner_n = (down_Dn * hat_Dn).sum(0, dtype=torch.float64)
+                cross_n = seen.cross_OF[option, chosen_n] * inner_n
+                square_n = seen.rounded_OF[option, chosen_n] * squared_column_norms(hat_Dn)
+                loss_n = energy_n - 2 * cross_n + square_n
+            losses.append(loss_n.sum())
+        return torch.stack(losses)
+
+    def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
+        group, clip = self.options.group, self.options.clip
+        gate, up = (round_weights(weight, bits, group, clip) for weight in (view.gate, view.up))
+        return ExpertView(gate, up, view.down, view.act)
+
+
+class SolvingPlanner(ReplacementErrors):
+    """Measures a layer, then solves for its own budget."""
+
+    def __init__(self, method: CameraPQ, block: MoEBlock) -> None:
+        super().__init__(block, method.options(block))
+        self._budget = method.budget(block)
+        self._decided: DecidedPlanner
+
+    def plans(self) -> list[ExpertPlan]:
+        """Solve, and return a plan for every expert."""
+        (chosen_I,) = solve_bit_budget([self], self._budget)
+        self._decided = DecidedPlanner(self, chosen_I)
+        return self._decided.plans()
+
+    def details(self) -> dict[str, Any]:
+        """Return what was removed, and the predicted error."""
+        return self._decided.details()
+
+
+class DecidedPlanner(NullObserver):
+    """Plans a choice already made: an option for every block of micro-experts."""
+
+    def __init__(self, measured: ReplacementErrors, chosen_I: list[int]) -> None:
+        self._measured, self._chosen_I = measured, chosen_I
+        self._bits_I = [measured.options.bits[option] for option in chosen_I]
+
+    def plans(self) -> list[ExpertPlan]:
+        """Return a plan for every expert: falling bits, then falling energy."""
+        # The choices are one flat list over experts; each expert consumes as many as it has blocks.
+        remaining = iter(self._bits_I)
+        return [self._plan([(next(remaining), p) for p in own]) for own in self._measured.blocks]
+
+    def details(self) -> dict[str, Any]:
+        """Return what was removed, and the predicted error."""
+        measured = self._measured
+        parts = [part for own in measured.blocks for part in own]
+        removed = [len(p) for p, bits in zip(parts, self._bits_I, strict=True) if not bits]
+        places = torch.arange(len(self._chosen_I))
+        error = float(measured.losses[places, self._chosen_I].sum())
+        return {
+            "block": measured.options.block,
+            "removed": sum(removed),
+            "foreseen_relative_error": error / measured.energy if measured.energy else 0.0,
+        }
+
+    def _plan(self, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:
+        options, block = self._measured.options, self._measured.block
+        # A stable sort keeps blocks of equal bits in order of energy, so that each level is
+        # contiguous.
+        kept = sorted((part for part in parts if part[0]), key=lambda part: -part[0])
+        order_f = torch.cat([chosen_n for _, chosen_n in kept] or [torch.zeros(0).long()])
+        # The group size of down is the block size: one grid per row and block, as `Options.costs`
+        # counts. Only an expert's last block is smaller, and it comes last in its level.
+        levels = [Level(b, sum(len(p) for own, p in kept if own == b)) for b in options.bits if b]
+        return tied_plan(order_f, levels, block.d_model, options.group, options.block)
+
+
+def solve_bit_budget(measured: Sequence[ReplacementErrors], budget: int) -> list[list[int]]:
+    """Return the choices of every layer with the least total error under one budget in bits.
+
+    Errors count relative to the energy of their layer, so that a layer with large outputs does not
+    take the whole budget. For a single layer this changes nothing.
+    """
+    losses = [found.losses / (found.energy or 1.0) for found in measured]
+    costs = [found.options.costs(found.block) for found in measured]
+    chosen = solve_multiple_choice_knapsack(
+        torch.cat(losses).numpy(), torch.cat(costs).numpy(), budget
+    )
+    parts = torch.split(torch.from_numpy(chosen), [len(cost_IO) for cost_IO in costs])
+    return [part.tolist() for part in parts]
+
+
+@dataclass(frozen=True)
+class BitOptions:
+    """Bit options, group sizes of inputs (`group`) and of down columns (`block`), clipping."""
+
+    bits: tuple[int, ...]
+    group: int
+    block: int
+    clip: Clip
+
+    def costs(self, block: MoEBlock) -> Tensor:
+        """Return the bits that every block of micro-experts takes, grids included, int64 [I, O].
+
+        Each of n micro-experts has two rows (gate, up) with a grid per group of inputs; the down
+        matrix has a grid per row for the columns of the block.
+        """
+        sizes = [n for width in block.widths for n in block_lengths(width, self.block)]
+        size_I1 = torch.tensor(sizes, dtype=torch.int64)[:, None]
+        # -(-a // b) is the ceiling. Dropped blocks (0 bits) store no grid.
+        grids_I1 = 2 * size_I1 * -(-block.d_model // self.group) + block.d_model
+        bits_O = torch.tensor(self.bits)
+        return 3 * block.d_model * size_I1 * bits_O + GRID_BITS * grids_I1 * (bits_O > 0)
+
+
+class Overlaps:
+    """‖φ‖², and for every bit option ⟨φ, φ̂⟩ and ‖φ̂‖², of one expert's micro-experts."""
+
+    def __init__(self, width: int, options: int, device: torch.device) -> None:
+        self.square_F = torch.zeros(width, dtype=torch.float64, device=device)
+        self.cross_OF = torch.zeros(options, width, dtype=torch.float64, device=device)
+        self.rounded_OF = torch.zeros_like(self.cross_OF)

@@ -1,0 +1,1 @@
+"""What the MoE families share."""

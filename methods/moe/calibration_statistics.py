@@ -1,0 +1,146 @@
+"""Calibration statistics: moments of micro-experts, input Gram matrices, gradients of the loss.
+
+Squared activations of every micro-expert of a MoE block on calibration text.
+
+Shapes: N micro-experts of a layer (shared ones first), S tokens of one expert, T tokens, D d_model,
+F an expert's width.
+
+Gradients of the next-token loss on calibration text.
+
+Shapes: B rows, L tokens per row, V vocabulary entries.
+
+Gram matrices of the inputs of linear layers, accumulated by hooks while a network runs.
+
+Shapes: B rows, S tokens, T marked tokens, F inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.micro_experts import SHARED, expert_spans, expert_view
+
+
+class Activations:
+    """Observer that sums φ² over tokens per micro-expert, φ including the router weight."""
+
+    def __init__(self, block: MoEBlock) -> None:
+        self._places = dict(expert_spans(block))
+        # On the device of the first routed expert: no decoder layer is split over devices, so the
+        # sums live where their terms are computed.
+        self._moments = Moments(block.micro_experts, expert_view(block, 0).down.device)
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert."""
+        self._moments.add(self._places[expert], hidden_SF, weight_S)
+
+    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
+        """Add all tokens of the shared experts."""
+        self._moments.add(self._places[SHARED], hidden_TF, weight_T)
+
+    def output(self, y_TD: Tensor) -> None:
+        """Ignore the block output."""
+
+    def square_sum(self) -> Tensor:
+        """Return Σ_t φ², float64 [N]."""
+        return self._moments.square_sum_N
+
+
+@contextmanager
+def enable_gradients(network: nn.Module, weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Enable gradients for all activations and for the given weights, and for no other weight.
+
+    On exit every weight gets its `requires_grad` back and all gradients are freed.
+    """
+    before = [(weight, weight.requires_grad) for weight in network.parameters()]
+    network.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    # With every weight frozen nothing would require a gradient and no graph would be recorded.
+    # Starting it at the embedding output costs no weight gradient.
+    embedding: nn.Module = cast(Any, network).get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+        for weight, wanted in before:
+            weight.requires_grad_(wanted)
+            weight.grad = None
+
+
+def backpropagate_loss(network: nn.Module, rows_BL: Tensor) -> float:
+    """Run a forward and a backward pass on some rows and return the loss.
+
+    The loss is -Σ log p(next token) in nats, summed over all tokens, so the gradient at a token
+    does not depend on how many rows or tokens share a batch.
+    """
+    device = cast(Any, network).get_input_embeddings().weight.device
+    rows_BL = rows_BL.to(device)
+    # A caller's no_grad must not reach this pass.
+    with torch.enable_grad():
+        logits_BLV = network(input_ids=rows_BL, use_cache=False).logits
+        predicted = logits_BLV[:, :-1].flatten(0, 1).float()
+        # With a device map the logits may be on another device than the embeddings.
+        targets = rows_BL[:, 1:].flatten().to(predicted.device)
+        loss = cross_entropy(predicted, targets, reduction="sum")
+        loss.backward()
+    return float(loss.detach())
+
+
+@contextmanager
+def record_input_grams(
+    modules: Sequence[nn.Module], marked_BS: Tensor, found: dict[nn.Module, Tensor]
+) -> Iterator[None]:
+    """Add ΦᵀΦ of the modules' inputs at the marked tokens to `found`, float64 [F, F].
+
+    `found` accumulates over calls. The hooks exist only inside the `with` block.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # float64: a Gram matrix squares the condition number of Φ, and a least-squares solve
+        # follows.
+        phi_TF = args[0][marked_BS.to(args[0].device)].double()
+        gram_FF = phi_TF.T @ phi_TF
+        found[module] = found[module] + gram_FF if module in found else gram_FF
+
+    hooks = [m.register_forward_pre_hook(cast(Callable[..., None], before)) for m in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Moments:
+    """Σ_t φ² and max_t φ² of N micro-experts, accumulated chunk by chunk.
+
+    Each chunk is computed in float32 and accumulated in float64, so that neither the chunk size nor
+    the model's half precision affects a ranking. Tokens not routed to an expert have φ = 0 and need
+    not be added.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.square_sum_N = torch.zeros(count, dtype=torch.float64, device=device)
+        self.peak_square_N = torch.zeros(count, dtype=torch.float32, device=device)
+
+    def add(self, where: slice, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add φ = weight · hidden of the micro-experts in the slice `where`; S must not be zero."""
+        square_SF = (hidden_SF.float() * weight_S.float()[:, None]).square_()
+        self.square_sum_N[where] += square_SF.sum(0)
+        # A slice is a view, so the maximum is written into the moments in place.
+        peak_square_F = self.peak_square_N[where]
+        torch.maximum(peak_square_F, square_SF.amax(0), out=peak_square_F)
+
+
+def squared_column_norms(down_DF: Tensor) -> Tensor:
+    """Return the squared norm ‖w_i‖₂² of every column of a down matrix, float64 [F]."""
+    # Squares in float32, summed in float64: in half precision they could overflow.
+    return down_DF.float().square().sum(0, dtype=torch.float64)

@@ -1,0 +1,108 @@
+"""Least-squares refit of the kept down columns, to compensate for the removed ones.
+
+Shapes: S tokens of one expert, F its width, K the kept micro-experts, R the removed ones, D
+d_model.
+
+Removing the micro-experts R of an expert leaves, with φ including the router weight,
+
+    min_V ‖Φ_R W_R + Φ_K (W_K - V)‖²   =>   V = W_K + (Φ_KᵀΦ_K)⁻¹ Φ_KᵀΦ_R W_R
+
+where a row of W is a down column. The only statistic needed is the Gram matrix ΦᵀΦ, [F, F]. Damping
+pulls V towards W_K, not towards zero: V minimises the error plus λ‖V - W_K‖². Its error is
+therefore never above that of W_K, and an expert that calibration never reached is unchanged. For λ
+→ 0 it is ordinary least squares. CAMERA itself does not refit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.micro_experts import SHARED, expert_spans, expert_view
+
+
+class ExpertGrams:
+    """Observer that accumulates ΦᵀΦ of every expert of a block.
+
+    Products and sums are float64, since ΦᵀΦ has the squared condition number of Φ.
+    """
+
+    def __init__(self, block: MoEBlock) -> None:
+        device = expert_view(block, 0).down.device
+        self.block = block
+        self.gram_FF = {
+            expert: torch.zeros(width, width, dtype=torch.float64, device=device)
+            for expert, width in ((e, place.stop - place.start) for e, place in expert_spans(block))
+        }
+
+    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
+        """Add the tokens of one routed expert."""
+        phi_SF = hidden_SF.double() * weight_S.double()[:, None]
+        self.gram_FF[expert].addmm_(phi_SF.T, phi_SF)
+
+    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
+        """Add all tokens of the shared experts."""
+        self.routed(SHARED, x_TD, hidden_TF, weight_T)
+
+    def output(self, y_TD: Tensor) -> None:
+        """Ignore the block output."""
+
+
+def refit_columns(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: float) -> Tensor:
+    """Return the refitted kept down columns, float64 [D, K].
+
+    `damping` is λ relative to the mean of the diagonal of Φ_KᵀΦ_K.
+    """
+    removed = torch.ones(len(gram_FF), dtype=torch.bool, device=gram_FF.device)
+    removed[kept_K] = False
+    gram_KK, gram_KR = gram_FF[kept_K][:, kept_K], gram_FF[kept_K][:, removed]
+    wide_RD = down_DF.double()[:, removed].T
+    kept_KD = down_DF.double()[:, kept_K].T
+    scale = float(gram_KK.diagonal().mean()) if len(kept_K) else 0.0
+    # No text reached this expert, or nothing of it is kept: there is nothing to fit.
+    if not scale:
+        return kept_KD.T
+    # The solve below gives the update V - W_K, so the ridge penalises the change and not the
+    # columns themselves.
+    ridge_KK = gram_KK + damping * scale * torch.eye(
+        len(kept_K), dtype=gram_KK.dtype, device=gram_KK.device
+    )
+    # Reported instead of raised, to name the option that cures it.
+    factor, failed = torch.linalg.cholesky_ex(ridge_KK)
+    if bool(failed):
+        raise UserError(f"refit_damping={damping} is too small for this calibration text: raise it")
+    return (kept_KD + torch.cholesky_solve(gram_KR @ wide_RD, factor)).T
+
+
+def refit_error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Tensor) -> float:
+    """Return ‖Φ W - Φ_K V‖², summed over tokens, where columns V replace all of W."""
+    # Tr(Δ G Δᵀ) with Δ = W - V on kept columns and W on removed ones: no pass over tokens.
+    difference_DF = down_DF.double().clone()
+    difference_DF[:, kept_K] -= columns_DK.double()
+    return float((difference_DF @ gram_FF * difference_DF).sum())
+
+
+@torch.no_grad()
+def refit_experts(
+    grams: ExpertGrams, removed: dict[int, Tensor], damping: float
+) -> dict[str, float]:
+    """Refit every expert that loses micro-experts, in place; return both summed errors.
+
+    `removed` maps an expert to the micro-experts it loses, whose own columns are left unchanged.
+    The errors before and after are sums over experts; cancellation between experts on a token is
+    ignored.
+    """
+    before = after = 0.0
+    for expert, gone in removed.items():
+        down_DF, gram_FF = expert_view(grams.block, expert).down, grams.gram_FF[expert]
+        stays = torch.ones(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
+        stays[gone.to(down_DF.device)] = False
+        kept_K = stays.nonzero().flatten()
+        # Rounded to the stored dtype first, so that the reported error is that of what is stored.
+        columns_DK = refit_columns(gram_FF, down_DF, kept_K, damping).to(down_DF.dtype)
+        before += refit_error(gram_FF, down_DF, kept_K, down_DF[:, kept_K])
+        after += refit_error(gram_FF, down_DF, kept_K, columns_DK)
+        down_DF[:, kept_K] = columns_DK
+    return {"error_before": before, "error_after": after}

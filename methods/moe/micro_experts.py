@@ -1,0 +1,174 @@
+"""Micro-experts of a block in one flat order; zeroed, or removed for good.
+
+Micro-experts of a MoE block in one flat order, and their removal.
+
+The order is that of the official CAMERA code: shared experts first, then expert by expert; N
+micro-experts per block. Every micro-expert has the same 3·D weights, so shares of micro-experts are
+shares of parameters.
+
+Physical removal of micro-experts from a MoE block: only what is kept is stored and run.
+
+Shapes: D d_model, F an expert's width, KEPT the micro-experts that are kept.
+
+The router is unchanged: it chooses among as many experts as before, and an expert without any
+micro-expert adds zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.model import Model
+from bench.models.structure.expert_view import ExpertView
+from bench.models.structure.moe_block import MoEBlock
+from bench.models.structure.ragged_experts import GatedExpert, RaggedExperts
+
+SHARED = -1
+
+
+def expert_spans(block: MoEBlock) -> list[tuple[int, slice]]:
+    """Return (expert, its slice of the flat order) for every expert; shared ones are `SHARED`."""
+    owners = [SHARED] if block.shared is not None else []
+    widths = [block.d_shared] if block.shared is not None else []
+    owners += range(block.num_experts)
+    widths += block.widths
+    stops = list(accumulate(widths))
+    starts = [stop - width for stop, width in zip(stops, widths, strict=True)]
+    return [(o, slice(*ends)) for o, *ends in zip(owners, starts, stops, strict=True)]
+
+
+def expert_view(block: MoEBlock, expert: int) -> ExpertView:
+    """Return a routed expert, or for `SHARED` all shared experts as one."""
+    found = block.shared_view() if expert == SHARED else block.expert(expert)
+    assert found is not None
+    return found
+
+
+def channels_per_expert(block: MoEBlock, indices: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Translate flat indices to (expert, channels within it); untouched experts are left out."""
+    # A mask, not a search per index: indices may come in any order and may be hundreds of
+    # thousands.
+    chosen_N = torch.zeros(block.micro_experts, dtype=torch.bool, device=indices.device)
+    chosen_N[indices] = True
+    for expert, place in expert_spans(block):
+        channels = chosen_N[place].nonzero().flatten()
+        if len(channels):
+            yield expert, channels
+
+
+def per_expert_counts(block: MoEBlock, indices: Tensor) -> dict[str, list[Any]]:
+    """Return the width of each expert and the number of chosen micro-experts, for a report.
+
+    Experts that lose nothing are listed with 0.
+    """
+    width = {expert: place.stop - place.start for expert, place in expert_spans(block)}
+    lost = dict.fromkeys(width, 0)
+    # Starting from zeros keeps experts that lose nothing in the report.
+    lost |= {expert: len(channels) for expert, channels in channels_per_expert(block, indices)}
+    return {
+        "experts": ["shared" if expert == SHARED else expert for expert in width],
+        "width_per_expert": list(width.values()),
+        "removed_per_expert": list(lost.values()),
+    }
+
+
+def zero_micro_experts(block: MoEBlock, indices: Tensor) -> None:
+    """Set the micro-experts at flat indices to zero; shapes and router are unchanged."""
+    for expert, channels in channels_per_expert(block, indices):
+        found = expert_view(block, expert)
+        found.zero(channels.to(found.gate.device))
+
+
+def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
+    """Remove the micro-experts at flat indices from the network; return the stored padding.
+
+    Experts whose remaining widths round up to the same multiple of `align` share a bucket; the
+    padding counts the zero micro-experts that fill the buckets up. `block` is stale afterwards:
+    call `Model.invalidate_structure()`.
+    """
+    gone = dict(channels_per_expert(block, indices))
+    # Shared experts are one dense gated module and are simply narrowed; only routed experts, whose
+    # widths then differ, need ragged storage with padding.
+    if SHARED in gone:
+        keep_shared(block, _complement(gone.pop(SHARED), block.d_shared))
+    if not gone:
+        return 0
+    kept = {expert: _complement(lost, block.widths[expert]) for expert, lost in gone.items()}
+    return keep_routed(block, kept, align).padding
+
+
+def invalidate_structure(model: Model) -> None:
+    """Drop the model's cached structure; call it after replacing modules."""
+    # `Model.structure` is a cached_property: its value lives in the instance dict.
+    model.__dict__.pop("structure", None)
+
+
+def _complement(channels: Tensor, width: int) -> Tensor:
+    # nonzero() returns ascending indices, which keeps the channel order of the original weights.
+    stays = torch.ones(width, dtype=torch.bool, device=channels.device)
+    stays[channels] = False
+    return stays.nonzero().flatten()
+
+
+@torch.no_grad()
+def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> RaggedExperts:
+    """Replace the routed experts by ragged ones that hold only some of their micro-experts.
+
+    `kept` maps an expert to the indices [KEPT] to keep, ascending; experts that are not in it stay
+    whole. `block` is out of date afterwards: inspect the network again.
+    """
+    views = [block.expert(index) for index in range(block.num_experts)]
+    widths = [len(kept[e]) if e in kept else view.width for e, view in enumerate(views)]
+    # All experts of a block share dtype and device.
+    like = views[0].down
+    ragged = RaggedExperts(
+        widths, block.d_model, views[0].act, align, dtype=like.dtype, device=like.device
+    )
+    for expert, view in enumerate(views):
+        _copy_micro_experts(view, ragged.view(expert), kept.get(expert))
+    _replace_child(block.block, block.experts, ragged)
+    return ragged
+
+
+@torch.no_grad()
+def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
+    """Replace the shared experts by one that holds only the micro-experts `kept` [KEPT]."""
+    view = block.shared_view()
+    if view is None or block.shared is None:
+        raise ValueError(f"{block.name} has no shared experts")
+    gated = GatedExpert(
+        len(kept), block.d_model, view.act, dtype=view.down.dtype, device=view.down.device
+    )
+    target = ExpertView(
+        gated.gate_proj.weight.detach(),
+        gated.up_proj.weight.detach(),
+        gated.down_proj.weight.detach(),
+        view.act,
+    )
+    _copy_micro_experts(view, target, kept)
+    _replace_child(block.block, block.shared, gated)
+    return gated
+
+
+def _copy_micro_experts(source: ExpertView, target: ExpertView, kept: Tensor | None) -> None:
+    if kept is None:
+        kept = torch.arange(source.width, device=source.down.device)
+    # Indices may come from a ranking on the CPU.
+    kept = kept.to(source.down.device)
+    target.gate.copy_(source.gate.index_select(0, kept))
+    target.up.copy_(source.up.index_select(0, kept))
+    target.down.copy_(source.down.index_select(1, kept))
+
+
+def _replace_child(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a child module, in the same mode and without gradients."""
+    name = next(name for name, child in owner.named_children() if child is old)
+    setattr(owner, name, new.requires_grad_(False).train(old.training))
+    # Descriptions of the block (`MoEBlock`) still refer to the old module: its memory is freed now
+    # instead of when they are.
+    old.to("meta")

@@ -1,0 +1,154 @@
+"""Base classes of methods with a ratio and of those that choose micro-experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from bench.data.calibration import Calibration
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.micro_experts import (
+    delete_micro_experts,
+    expert_view,
+    invalidate_structure,
+    per_expert_counts,
+    zero_micro_experts,
+)
+
+
+class MoEPruning(Method):
+    """A method with a `ratio`: the share of weights to remove.
+
+    `base` defines the whole: `moe`, the weights of all routed and shared experts, or `total`, all
+    weights of the model, the removed ones still being taken from the experts only. The papers' 20 %
+    of DeepSeek-MoE-16B is 0.2 of `total` and about 0.21 of `moe`.
+    """
+
+    ratio: float = Field(ge=0, lt=1)
+    base: Literal["moe", "total"] = "moe"
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse a model without MoE blocks, and a ratio that would remove every expert."""
+        if not structure.moe:
+            raise UserError(
+                f"{type(self).__name__} removes experts, but {structure.architecture} "
+                f"({structure.model_type}) has none: choose a mixture-of-experts model"
+            )
+        share = self.share(structure)
+        if share >= 1:
+            most = structure.moe_parameters / structure.parameters
+            raise UserError(
+                f"ratio={self.ratio} with base=total would remove every expert: experts hold only "
+                f"{most:.1%} of the weights of {structure.architecture}; use a lower ratio"
+            )
+
+    def share(self, structure: ModelStructure) -> Fraction:
+        """Return the share of expert weights to remove as an exact fraction."""
+        # repr gives the decimal as typed. The binary float is slightly off, and its product with a
+        # count may floor to one micro-expert less: 0.29 * 100 is 28.999...
+        ratio = Fraction(repr(self.ratio))
+        if self.base == "moe":
+            return ratio
+        return ratio * structure.parameters / structure.moe_parameters
+
+    def budgets(self, structure: ModelStructure) -> list[int]:
+        """Return the number of micro-experts to remove per block: the same share, rounded down."""
+        share = self.share(structure)
+        return [math.floor(share * block.micro_experts) for block in structure.moe]
+
+
+def achieved_ratios(structure: ModelStructure, removed: Sequence[int]) -> dict[str, Any]:
+    """Return the counts and the achieved ratio on both bases, as stored in the record."""
+    micro_experts = sum(block.micro_experts for block in structure.moe)
+    # A micro-expert is one gate row, one up row and one down column: 3·D weights.
+    weights = sum(
+        3 * block.d_model * count for block, count in zip(structure.moe, removed, strict=True)
+    )
+    return {
+        "removed_micro_experts": sum(removed),
+        "micro_experts": micro_experts,
+        "removed_parameters": weights,
+        "ratio_of_moe": weights / structure.moe_parameters,
+        "ratio_of_total": weights / structure.parameters,
+    }
+
+
+def refuse_offloaded(blocks: Sequence[MoEBlock]) -> None:
+    """Raise if expert weights are offloaded or packed, and so cannot be modified in place."""
+    refuse_packed(blocks)
+    for block in blocks:
+        # accelerate keeps offloaded weights on the meta device. The first expert stands for the
+        # block.
+        if expert_view(block, 0).down.is_meta:
+            raise UserError(
+                f"the weights of {block.name} are offloaded, but this method modifies them in "
+                "memory: choose a model.device_map that fits"
+            )
+
+
+def refuse_packed(blocks: Sequence[MoEBlock]) -> None:
+    """Raise if expert weights are packed, and so cannot be modified."""
+    for block in blocks:
+        if any(True for _ in packed_linears(block.block)):
+            raise UserError(
+                f"the weights of {block.name} are quantized already: list pruning methods before "
+                "the quantization method, and use only one of the latter"
+            )
+
+
+def require_calibration(context: Context) -> Calibration:
+    """Return the calibration text of a run; raise if the run has none."""
+    if context.calibration is None:
+        raise UserError("this method needs calibration text: set calibration=NAME")
+    return context.calibration
+
+
+class MicroExpertPruning(MoEPruning):
+    """A method that removes selected micro-experts from every block.
+
+    `state` says how: `zeroed` as in the CAMERA paper, or `removed`, which computes the same
+    function without storing the weights; widths are then stored as multiples of `align`.
+    """
+
+    state: Literal["zeroed", "removed"] = "zeroed"
+    align: int = Field(default=16, ge=1)
+
+    def remove_micro_experts(self, block: MoEBlock, indices: Tensor) -> dict[str, Any]:
+        """Remove the micro-experts at flat indices from one block; return its report entry."""
+        # Counted first: after removal the block no longer describes the network.
+        layer = {"layer": block.layer, "removed": len(indices), **per_expert_counts(block, indices)}
+        if self.state == "zeroed":
+            zero_micro_experts(block, indices)
+        # With nothing to remove the block stays in its published layout, not a ragged one.
+        elif len(indices):
+            layer["padding_micro_experts"] = delete_micro_experts(block, indices, self.align)
+        return layer
+
+    def build_report(
+        self, model: Model, structure: ModelStructure, layers: list[dict[str, Any]], **more: Any
+    ) -> MethodReport:
+        """Build the report of all blocks.
+
+        `structure` is the structure before removal: ratios refer to that model.
+        """
+        if self.state == "removed":
+            invalidate_structure(model)
+        removed = [layer["removed"] for layer in layers]
+        details = {
+            "asked": {"ratio": self.ratio, "base": self.base},
+            **achieved_ratios(structure, removed),
+            "padding_micro_experts": sum(layer.get("padding_micro_experts", 0) for layer in layers),
+            **more,
+            "layers": layers,
+        }
+        return MethodReport(self.state if sum(removed) else "none", details)

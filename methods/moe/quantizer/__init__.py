@@ -1,0 +1,1 @@
+"""The MoE quantizer that CAMERA-Q, GPTQ, RTN and MC share."""

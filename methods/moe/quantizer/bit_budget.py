@@ -1,0 +1,187 @@
+"""Exact shares of bits, the integer program, and the count of bits stored.
+
+Division of N equal parts among bit widths with an exact mean.
+
+Shapes: L levels of bits.
+
+Exact choice of one option per item under a budget, by integer programming.
+
+Shapes: I items, O options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch import nn
+
+from bench.errors import UserError
+from bench.models.bitpacking.packed_shape import PackedShape
+
+
+def exact_fraction(decimal: float) -> Fraction:
+    """Return a float as the decimal that it prints as, an exact fraction."""
+    return Fraction(repr(decimal))
+
+
+def mean_bits_of(bits: Sequence[int], shares: Sequence[float]) -> Fraction:
+    """Return the mean bits of parts whose sizes are in proportion to `shares`."""
+    weights = [exact_fraction(share) for share in shares]
+    return sum((b * w for b, w in zip(bits, weights, strict=True)), Fraction()) / sum(weights)
+
+
+def level_sizes(
+    bits: Sequence[int], shares: Sequence[float] | None, mean: Fraction, count: int
+) -> list[int]:
+    """Divide `count` parts among the levels, as close to `shares` as the exact mean allows.
+
+    Without `shares`, as close to equal parts as possible. The parts get B bits in total, the
+    largest total up to mean · count that the levels can produce: the mean is exact where mean ·
+    count itself can be produced, and elsewhere less than 8 / count below it. An integer program:
+    minimise Σ_l |n_l - s_l N| with Σ n_l = N and Σ b_l n_l = B.
+
+    Raises:
+        UserError: no such division exists.
+    """
+    proportions = (
+        [exact_fraction(share) for share in shares] if shares else [Fraction(1)] * len(bits)
+    )
+    wanted_L = np.array([float(p * count / sum(proportions)) for p in proportions])
+    levels, total = len(bits), _largest_reachable_total(bits, mean, count)
+    eye, ones = np.eye(levels), np.ones(levels)
+    # The variables are n_l and t_l ≥ |n_l - s_l N|, which linearises the absolute value: n - t ≤ sN
+    # and -n - t ≤ -sN. Only t has a cost.
+    nothing = np.zeros(levels)
+    found = milp(
+        c=np.concatenate((nothing, ones)),
+        integrality=np.concatenate((ones, nothing)),
+        bounds=Bounds(0, np.inf),
+        constraints=[
+            LinearConstraint(np.concatenate((ones, nothing)), count, count),
+            LinearConstraint(np.concatenate((np.array(bits), nothing)), total, total),
+            LinearConstraint(np.hstack((eye, -eye)), -np.inf, wanted_L),
+            LinearConstraint(np.hstack((-eye, -eye)), -np.inf, -wanted_L),
+        ],
+    )
+    if not found.success:
+        raise UserError(
+            f"bits={list(bits)} cannot give a mean of {float(mean):g} bits over {count} "
+            "micro-experts: choose different bits or a different mean_bits"
+        )
+    return [round(size) for size in found.x[:levels]]
+
+
+def _largest_reachable_total(bits: Sequence[int], mean: Fraction, count: int) -> int:
+    """Return the largest total of bits up to mean · count that the levels can produce."""
+    total = math.floor(mean * count)
+    # Moving a part from one level to another changes the total by a difference of bits, so totals
+    # are congruent to bits[0] · count modulo the gcd of the differences. Rounding down, never up:
+    # mean_bits is a budget. Python's % is not negative, so this also holds when the total is below
+    # bits[0] · count.
+    step = math.gcd(*(b - bits[0] for b in bits))
+    return total - (total - bits[0] * count) % step if step else total
+
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def solve_multiple_choice_knapsack(
+    loss_IO: FloatArray, cost_IO: IntArray, budget: int, at_least: Mapping[int, int] | None = None
+) -> IntArray:
+    """Return the option of every item, [I], of least total loss within a cost of `budget`.
+
+    min Σ_io loss_io z_io  with  Σ_o z_io = 1,  Σ_io cost_io z_io ≤ budget,  z binary (a
+    multiple-choice knapsack). `at_least` maps an option to the number of items that must take it.
+    HiGHS proves optimality up to 1e-9 of the greatest loss.
+
+    Raises:
+        UserError: no choice is within the budget.
+    """
+    items, options = loss_IO.shape
+    if not items:
+        return np.zeros(0, dtype=np.int64)
+    # Costs in units of their gcd: the program is the same, with coefficients small enough that the
+    # solver's tolerances stay far below one unit.
+    step = int(np.gcd.reduce(cost_IO, axis=None)) or 1
+    # Variable i * options + o is z_io, as in a flattened [I, O] array.
+    every = np.arange(items * options)
+    one_each = csr_array((np.ones(every.size), (every // options, every)))
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(cost_IO.reshape(1, -1) / step, -np.inf, budget // step),
+    ]
+    for option, count in (at_least or {}).items():
+        constraints.append(LinearConstraint((every % options == option)[None], count, np.inf))
+    # HiGHS stops at an absolute gap of 1e-6; losses scaled to at most 1000 make that 1e-9 of the
+    # greatest.
+    scale = float(np.abs(loss_IO).max()) / 1000
+    found = milp(
+        c=loss_IO.flatten() / (scale or 1.0),
+        integrality=np.ones(every.size),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0},
+    )
+    if not found.success:
+        raise UserError(f"no choice of bits fits into a budget of {budget} bits: raise the budget")
+    # argmax instead of a comparison with 1: the solver returns floats that are integral up to a
+    # tolerance.
+    return np.asarray(found.x.reshape(items, options).argmax(1), dtype=np.int64)
+
+
+@dataclass
+class BitCount:
+    """Number of weights before quantization, and the bits that they and their grids take now."""
+
+    weights: int = 0
+    weight_bits: int = 0
+    overhead_bits: int = 0
+
+    def add(self, weights: int, shapes: Iterable[PackedShape]) -> None:
+        """Add matrices that replace `weights` weights.
+
+        Removed weights are included in `weights` but not in `shapes`.
+        """
+        self.weights += weights
+        for shape in shapes:
+            self.weight_bits += shape.weight_bits
+            self.overhead_bits += shape.overhead_bits
+
+    def summary(self) -> dict[str, Any]:
+        """Return the mean bits per weight, without and with scales, offsets and column orders."""
+        total = self.weight_bits + self.overhead_bits
+        return {
+            "weights": self.weights,
+            "weight_bits": self.weight_bits,
+            "overhead_bits": self.overhead_bits,
+            "mean_bits": self.weight_bits / self.weights if self.weights else 0.0,
+            "mean_bits_with_overhead": total / self.weights if self.weights else 0.0,
+        }
+
+
+def weights_by_bits(shapes: Iterable[PackedShape]) -> dict[str, int]:
+    """Return the number of weights per bit width."""
+    counts: Counter[int] = Counter()
+    for shape in shapes:
+        for block in shape.blocks():
+            counts[block.bits] += block.area
+    # Strings: the record is JSON, whose keys cannot be integers.
+    return {str(bits): counts[bits] for bits in sorted(counts)}
+
+
+def stored_bytes(network: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers."""
+    # parameters() yields a tied tensor once, which is how often it is stored.
+    held = chain(network.parameters(), network.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -1,0 +1,131 @@
+"""GPTQ and the Hessian that it needs.
+
+GPTQ (arXiv 2210.17323): round column by column, compensating each error in the later columns.
+
+Shapes: R rows, C columns, c columns of one group.
+
+With H the Hessian of the output error, rounding column q of a row costs (w_q - ŵ_q)² / [H_F⁻¹]_qq,
+where F are the columns not yet rounded, and the optimal update of those is δ_F = -(w_q - ŵ_q) /
+[H_F⁻¹]_qq · (H_F⁻¹)_:q (equations 2 and 3). The Cholesky factor U of H⁻¹, Uᵀ U = H⁻¹, holds all of
+these rows: (H_F⁻¹)_:q / [H_F⁻¹]_qq = U_q: / U_qq. Rows of the matrix are independent, so each may
+have its own bits.
+
+Second moment of the inputs of a matrix: the Hessian of its output error.
+
+Shapes: S tokens, C input columns. With outputs y = W x, the squared error of a different Ŵ over the
+calibration tokens is Σ_t ‖(W - Ŵ) x_t‖² = tr(Δ H Δᵀ), H = Σ_t x_t x_tᵀ (GPTQ, arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, fit_grid
+
+
+def gptq(
+    weight_RC: Tensor,
+    factor_CC: Tensor,
+    groups: list[slice],
+    bits_RG: Tensor,
+    clip: Clip = "minmax",
+) -> QuantizedMatrix:
+    """Return the quantized matrix, given U with Uᵀ U = H⁻¹ of its damped Hessian.
+
+    A group's grid is fitted when its first column is reached, to the weights as updated by then.
+    Everything is computed in the dtype of `factor_CC`.
+    """
+    left_RC = weight_RC.to(factor_CC.dtype, copy=True)
+    codes_RC = torch.zeros_like(left_RC, dtype=torch.uint8)
+    scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
+    offset_RG = torch.zeros_like(scale_RG)
+    for number, group in enumerate(groups):
+        # Fitted to the compensated weights, since these are rounded, not the original ones.
+        grid = fit_grid(left_RC[:, group], bits_RG[:, number], clip)
+        codes_Rc, error_Rc = _round_group(left_RC[:, group], factor_CC[group, group], grid)
+        # Equation 3 for all later groups at once. An update of a column beyond the group is linear
+        # in the errors of the group's columns, so it can wait until the group is done and become
+        # one matrix product (the paper's lazy batch updates).
+        left_RC[:, group.stop :] -= error_Rc @ factor_CC[group, group.stop :]
+        codes_RC[:, group] = codes_Rc.to(torch.uint8)
+        scale_RG[:, number] = grid.scale[:, 0].half()
+        offset_RG[:, number] = grid.offset[:, 0].half()
+    return QuantizedMatrix(codes_RC, scale_RG, offset_RG)
+
+
+def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
+    """Round one group; return its codes and (w - ŵ) / U_qq of every column."""
+    # The argument is a view of the caller's matrix, whose columns are not to be changed here.
+    left_Rc = weight_Rc.clone()
+    codes_Rc, error_Rc = torch.empty_like(left_Rc), torch.empty_like(left_Rc)
+    for column in range(left_Rc.shape[1]):
+        here_R1 = left_Rc[:, column, None]
+        codes_R1 = grid.codes(here_R1)
+        # (w - ŵ) / U_qq times row q of U is the update of equation 3: U_q: / U_qq replaces
+        # (H_F⁻¹)_:q / [H_F⁻¹]_qq, so no inverse has to be downdated per column. Row q of U is zero
+        # left of q: columns already rounded are not touched.
+        error_R1 = (here_R1 - grid.values(codes_R1)) / factor_cc[column, column]
+        left_Rc[:, column:] -= error_R1 @ factor_cc[column, None, column:]
+        codes_Rc[:, column], error_Rc[:, column] = codes_R1[:, 0], error_R1[:, 0]
+    return codes_Rc, error_Rc
+
+
+# Attempts to factorize a Hessian; the damping grows tenfold after each failure.
+MAX_DAMPING_ATTEMPTS = 4
+
+
+class Hessian:
+    """Σ_t x_t x_tᵀ in float32, [C, C], and the number of tokens in the sum."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x_SC: Tensor) -> None:
+        """Add some tokens."""
+        x_SC = x_SC.float()
+        self.sum_CC.addmm_(x_SC.T, x_SC)
+        self.tokens += len(x_SC)
+
+    def ordered(self, order_C: Tensor) -> Hessian:
+        """Return the Hessian of the given columns in the given order."""
+        other = Hessian(0, self.sum_CC.device)
+        other.sum_CC = self.sum_CC[order_C][:, order_C]
+        other.tokens = self.tokens
+        return other
+
+
+def inverse_factor(hessian: Hessian, damping: float) -> tuple[Tensor, float] | None:
+    """Return U upper triangular with Uᵀ U = (H + λ I)⁻¹, float64 [C, C], and the damping used.
+
+    λ is `damping` times the mean of H's diagonal. The damping is scaled up by columns / tokens if
+    there are fewer tokens than columns, and tenfold while the factorization still fails. Inputs
+    that were always zero additionally get the mean diagonal. Returns None if no damping suffices,
+    or if H is zero or not finite.
+    """
+    columns = len(hessian.sum_CC)
+    diagonal_C = hessian.sum_CC.diagonal().double()
+    mean = float(diagonal_C.mean()) if columns else 0.0
+    if not 0 < mean < float("inf"):
+        return None
+    # H has rank at most `tokens`: with fewer tokens than columns it is singular, and the fewer
+    # there are, the noisier are the directions that it does contain.
+    damping *= max(1.0, columns / hessian.tokens)
+    # A dead input has a zero row and column, so any positive diagonal decouples it from the other
+    # columns. The mean, not 1 as in the GPTQ code, keeps the matrix well scaled whatever the
+    # magnitude of the activations.
+    dead_C = diagonal_C == 0
+    for _ in range(MAX_DAMPING_ATTEMPTS):
+        # float64: H is ill-conditioned, and it is factorized, inverted and factorized again.
+        damped_CC = hessian.sum_CC.double()
+        damped_CC.diagonal().add_(damping * mean + dead_C * mean)
+        # cholesky_ex reports failure instead of raising: a singular Hessian is expected here.
+        lower_CC, fault = torch.linalg.cholesky_ex(damped_CC)
+        if not fault:
+            inverse_CC = torch.cholesky_inverse(lower_CC)
+            upper_CC, fault = torch.linalg.cholesky_ex(inverse_CC, upper=True)
+            if not fault:
+                return upper_CC, damping
+        damping *= 10
+    return None

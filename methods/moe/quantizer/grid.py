@@ -1,0 +1,157 @@
+"""Grids of equally spaced values and rounding to nearest.
+
+Quantization grids: equally spaced values, one grid per row of a group of weights.
+
+Shapes: R rows, C columns of a matrix, c columns of one group, G groups. A weight is offset + scale
+· code with code 0 … 2^bits - 1. Scale and offset are rounded to float16 before any code is chosen,
+because that is how they are stored.
+
+Rounding to nearest: every weight to the nearest value of its grid, without calibration.
+
+Shapes: R rows, C columns, G groups of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bench.models.bitpacking.packed_shape import PackedShape
+
+Clip = Literal["minmax", "mse"]
+
+# Fractions of the range that clip="mse" tries, from 1.0 down to 0.3.
+CLIP_SHARES = tuple(step / 20 for step in range(20, 5, -1))
+
+
+@dataclass(frozen=True)
+class QuantGrid:
+    """Scale, offset and largest code of every row, all [R, 1]."""
+
+    scale: Tensor
+    offset: Tensor
+    top: Tensor
+
+    def codes(self, weight_Rc: Tensor) -> Tensor:
+        """Return the nearest codes as floats; a row of scale 0 gets code 0."""
+        # A row of equal weights, or of a range that underflows in float16, has scale 0 and its
+        # value in the offset. Dividing by 1 instead avoids 0 / 0 = NaN, and the product below
+        # forces code 0.
+        step = torch.where(self.scale > 0, self.scale, 1)
+        codes_Rc = torch.round((weight_Rc - self.offset) / step).clamp(min=0)
+        return torch.minimum(codes_Rc, self.top) * (self.scale > 0)
+
+    def values(self, codes_Rc: Tensor) -> Tensor:
+        """Return the weights that the codes represent."""
+        return self.offset + self.scale * codes_Rc
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A quantized matrix: codes uint8 [R, C], scale and offset float16 [R, G]."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def rows(self, place: slice) -> QuantizedMatrix:
+        """Return a slice of the rows."""
+        return QuantizedMatrix(self.codes[place], self.scale[place], self.offset[place])
+
+    def values(self, groups: Sequence[slice]) -> Tensor:
+        """Return the dequantized weights, float32 [R, C]."""
+        widths = torch.tensor([g.stop - g.start for g in groups], device=self.codes.device)
+        scale_RC, offset_RC = (
+            grid_RG.float().repeat_interleave(widths, dim=1)
+            for grid_RG in (self.scale, self.offset)
+        )
+        return torch.addcmul(offset_RC, scale_RC, self.codes.float())
+
+
+def row_bits(shape: PackedShape, device: torch.device) -> Tensor:
+    """Return the bits of every row in every group, int64 [R, G]."""
+    bits_RG = torch.zeros(shape.rows, len(shape.groups()), dtype=torch.int64, device=device)
+    for block in shape.blocks():
+        bits_RG[block.rows, block.groups] = block.bits
+    return bits_RG
+
+
+def fit_grid(weight_Rc: Tensor, bits_R: Tensor, clip: Clip = "minmax") -> QuantGrid:
+    """Fit a grid to every row of one group.
+
+    `minmax` spans the least to the greatest weight; `mse` shrinks that range about its middle to
+    the fraction of least squared error. One bit is binary quantization: mean ± mean absolute
+    deviation, which has the least squared error of all pairs that are symmetric about the mean.
+    """
+    low_R1, high_R1 = weight_Rc.amin(1, keepdim=True), weight_Rc.amax(1, keepdim=True)
+    top_R1 = (2**bits_R - 1).to(weight_Rc)[:, None]
+    grid = _grid_between(low_R1, high_R1, top_R1)
+    if clip == "mse":
+        grid = _least_error_grid(weight_Rc, low_R1, high_R1, top_R1)
+    mean_R1 = weight_Rc.mean(1, keepdim=True)
+    spread_R1 = (weight_Rc - mean_R1).abs().mean(1, keepdim=True)
+    # Computed for all rows, since one group may mix rows of different bits. For these rows the
+    # largest code is 1, so the two values of the grid are the two ends.
+    binary = _grid_between(mean_R1 - spread_R1, mean_R1 + spread_R1, top_R1)
+    return _select_grid_rows(bits_R[:, None] == 1, binary, grid)
+
+
+def _grid_between(low_R1: Tensor, high_R1: Tensor, top_R1: Tensor) -> QuantGrid:
+    # Rounded to float16 here, so that codes are chosen for the grid that is stored, not for one
+    # that is slightly off.
+    scale_R1, offset_R1 = (high_R1 - low_R1) / top_R1, low_R1
+    return QuantGrid(scale_R1.half().to(low_R1), offset_R1.half().to(low_R1), top_R1)
+
+
+def _least_error_grid(
+    weight_Rc: Tensor, low_R1: Tensor, high_R1: Tensor, top_R1: Tensor
+) -> QuantGrid:
+    """Return, row by row, the grid over the fraction of the range with the least squared error."""
+    middle_R1, half_R1 = (high_R1 + low_R1) / 2, (high_R1 - low_R1) / 2
+    best, least_R1 = _grid_between(low_R1, high_R1, top_R1), torch.full_like(low_R1, torch.inf)
+    # A search instead of a formula: the error of rounding is not convex in the range, and 15
+    # candidates are cheap. Ties keep the wider range, which is tried first.
+    for share in CLIP_SHARES:
+        grid = _grid_between(middle_R1 - share * half_R1, middle_R1 + share * half_R1, top_R1)
+        error_Rc = weight_Rc - grid.values(grid.codes(weight_Rc))
+        error_R1 = error_Rc.square().sum(1, keepdim=True)
+        best = _select_grid_rows(error_R1 < least_R1, grid, best)
+        least_R1 = torch.minimum(least_R1, error_R1)
+    return best
+
+
+def _select_grid_rows(choose_R1: Tensor, one: QuantGrid, other: QuantGrid) -> QuantGrid:
+    return QuantGrid(
+        # `top` depends on the bits only and is the same in both.
+        torch.where(choose_R1, one.scale, other.scale),
+        torch.where(choose_R1, one.offset, other.offset),
+        one.top,
+    )
+
+
+def round_to_nearest(
+    weight_RC: Tensor, groups: list[slice], bits_RG: Tensor, clip: Clip = "minmax"
+) -> QuantizedMatrix:
+    """Return the quantized matrix; each group of columns has its own grids."""
+    weight_RC = weight_RC.float()
+    codes_RC = torch.zeros_like(weight_RC, dtype=torch.uint8)
+    scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
+    offset_RG = torch.zeros_like(scale_RG)
+    for number, group in enumerate(groups):
+        grid = fit_grid(weight_RC[:, group], bits_RG[:, number], clip)
+        codes_RC[:, group] = grid.codes(weight_RC[:, group]).to(torch.uint8)
+        scale_RG[:, number] = grid.scale[:, 0].half()
+        offset_RG[:, number] = grid.offset[:, 0].half()
+    return QuantizedMatrix(codes_RC, scale_RG, offset_RG)
+
+
+def round_weights(weight_RC: Tensor, bits: int, group: int, clip: Clip = "minmax") -> Tensor:
+    """Quantize weights to `bits` and return the dequantized values, float32."""
+    columns = weight_RC.shape[1]
+    groups = [slice(start, min(start + group, columns)) for start in range(0, columns, group)]
+    bits_RG = torch.full((len(weight_RC), len(groups)), bits, device=weight_RC.device)
+    return round_to_nearest(weight_RC, groups, bits_RG, clip).values(groups)

@@ -1,0 +1,233 @@
+"""A network quantized layer by layer on what quantized layers produce; other linear layers.
+
+Linear layers outside the routed experts, and Hessians of their inputs.
+
+Shapes: S tokens, C input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.bitpacking.packed_modules import PackedExperts
+from bench.models.bitpacking.packed_shape import Level, PackedShape
+from bench.models.expert_hooks import ExpertObserver, observe_experts
+from bench.models.layer_stream import LayerStream
+from bench.models.model import Model
+from bench.models.offload import onloaded
+from bench.models.structure.expert_view import gated_projections
+from bench.models.structure.moe_block import MoEBlock
+from bench.ui import Progress
+from methods.moe.quantizer.bit_budget import BitCount, weights_by_bits
+from methods.moe.quantizer.gptq import Hessian
+from methods.moe.quantizer.observers import BlockHessians, CompositeObserver, Planner
+from methods.moe.quantizer.rounding import Rounder
+
+UNQUANTIZED_BITS = 16
+LinearRole = Literal["attention", "dense", "shared", "head"]
+
+
+@dataclass
+class Quantizer:
+    """Quantizes a network; `bit_counts` accumulates the bits used, by kind of weight.
+
+    `bits` are the bit widths of everything but the routed experts, whose plans `planner` makes; 16
+    leaves weights unquantized. `batch` rows pass through a layer together, and observers see at
+    most `chunk` tokens at a time.
+    """
+
+    backend: Rounder
+    planner: Callable[[MoEBlock], Planner]
+    bits: Mapping[LinearRole, int]
+    group: int
+    batch: int
+    chunk: int
+    bit_counts: dict[str, BitCount] = field(default_factory=dict)
+
+    def run(
+        self, model: Model, tokens_BL: Tensor | None, progress: Progress
+    ) -> Iterator[dict[str, Any]]:
+        """Quantize all layers and the head; yield the record entry of each MoE block.
+
+        Without tokens nothing is observed: planner and rounder must then work without calibration.
+
+        Raises:
+            UserError: the head is to be quantized but is tied to the embeddings, or
+                calibration produced activations that are not finite.
+        """
+        # Checked first: a tied head has to fail before hours of quantization, not after.
+        head = self._head(model.network)
+        structure, stream = model.structure, None
+        with ExitStack() as stack:
+            if tokens_BL is not None:
+                stream = LayerStream(model.network, structure.layers, tokens_BL, self.batch)
+                stack.enter_context(stream)
+            for index, layer in enumerate(progress.track(structure.layers, "quantizing layers")):
+                blocks = [block for block in structure.moe if block.layer == index]
+                # A stream owns the onloading of its layers; without one each layer is onloaded
+                # here.
+                with onloaded(layer) if stream is None else _onloaded_layer(stream, index):
+                    yield from self._layer(index, layer, blocks, stream)
+        if head is not None:
+            with onloaded(head.linear):
+                # No Hessian: the stream ends at the last layer, before the final norm and the head.
+                self._linear(head, None)
+
+    def _layer(
+        self, index: int, layer: nn.Module, blocks: list[MoEBlock], stream: LayerStream | None
+    ) -> Iterator[dict[str, Any]]:
+        """Observe a layer, quantize it, and advance the calibration text through it."""
+        places = [p for p in find_linears(layer, blocks) if self.bits[p.kind] != UNQUANTIZED_BITS]
+        planners = {block: self.planner(block) for block in blocks}
+        seen = _LayerHessians({}, {})
+        if stream is not None:
+            # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
+            if self.backend.kind == "gptq":
+                inputs = {place.linear: _empty_hessian(place.linear) for place in places}
+                seen = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
+            # A layer runs twice. Once with its original weights, to measure its true inputs and
+            # hidden states; the hidden states between layers do not advance.
+            with (
+                observe_experts(seen.beside(planners), self.chunk),
+                accumulate_hessians(seen.inputs),
+            ):
+                stream.run(index, advance=False)
+        for block, planner in planners.items():
+            yield self._block(block, planner, seen.experts.get(block))
+        for place in places:
+            self._linear(place, seen.inputs.get(place.linear))
+        if stream is not None:
+            # Once more, quantized: the next layer is calibrated on inputs that contain the errors
+            # made so far, as in GPTQ, so it can compensate for them.
+            stream.run(index, advance=True)
+
+    def _block(
+        self, block: MoEBlock, planner: Planner, seen: BlockHessians | None
+    ) -> dict[str, Any]:
+        """Replace a block's experts by packed ones; return its record entry."""
+        if seen is not None:
+            seen.refuse_not_finite()
+        plans, packed = planner.plans(), []
+        before = self.backend.used.copy()
+        for expert, plan in enumerate(plans):
+            hessians = None if seen is None else seen.experts[expert]
+            packed.append(self.backend.expert(block.expert(expert), plan, hessians))
+        block.block.experts = PackedExperts(packed)
+        # Bits are relative to the weights before: removed micro-experts count as 0 bits.
+        shapes = [shape for plan in plans for shape in plan.shapes]
+        here = BitCount()
+        for tally in (here, self.bit_counts.setdefault("experts", BitCount())):
+            tally.add(3 * block.d_model * sum(block.widths), shapes)
+        return {
+            "layer": block.layer,
+            "name": block.name,
+            **here.summary(),
+            "weights_by_bits": weights_by_bits(shapes),
+            # Counter subtraction: only what this block added.
+            "rounding": dict(self.backend.used - before),
+            **planner.details(),
+        }
+
+    def _linear(self, place: LinearSlot, seen: Hessian | None) -> None:
+        rows, columns = place.linear.weight.shape
+        level = Level(self.bits[place.kind], rows)
+        shape = PackedShape(rows, columns, (level,), group=self.group)
+        place.put(self.backend.linear(place.linear, shape, seen))
+        self.bit_counts.setdefault(place.kind, BitCount()).add(rows * columns, [shape])
+
+    def _head(self, network: Any) -> LinearSlot | None:
+        """Return the head if it is to be quantized. It is rounded to nearest."""
+        head = network.get_output_embeddings()
+        if self.bits["head"] == UNQUANTIZED_BITS or head is None:
+            return None
+        # Packing a tied head would either break the tie or change the embeddings.
+        if head.weight is network.get_input_embeddings().weight:
+            raise UserError(
+                "cannot quantize lm_head, which is tied to the embeddings: set head_bits=16"
+            )
+        name = next(name for name, module in network.named_modules() if module is head)
+        return LinearSlot("head", network, name, head)
+
+
+@contextmanager
+def _onloaded_layer(stream: LayerStream, index: int) -> Iterator[None]:
+    """Onload a layer; its weights stay until the stream moves to the next one."""
+    stream.onload_layer(index)
+    yield
+
+
+@dataclass
+class _LayerHessians:
+    """Hessians of one layer: those of its MoE blocks and those of its other linear layers."""
+
+    experts: dict[MoEBlock, BlockHessians]
+    inputs: dict[nn.Linear, Hessian]
+
+    def beside(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
+        """Combine the planner and the Hessians of every block into one observer."""
+        return {
+            block: CompositeObserver(
+                [o for o in (planner, self.experts.get(block)) if o is not None]
+            )
+            for block, planner in planners.items()
+        }
+
+
+def _empty_hessian(linear: nn.Linear) -> Hessian:
+    return Hessian(linear.in_features, linear.weight.device)
+
+
+@dataclass(frozen=True)
+class LinearSlot:
+    """A linear layer, its role, and its name relative to `owner`."""
+
+    kind: LinearRole
+    owner: nn.Module
+    name: str
+    linear: nn.Linear
+
+    def put(self, other: nn.Module) -> None:
+        """Replace the layer."""
+        self.owner.set_submodule(self.name, other)
+
+
+def find_linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[LinearSlot]:
+    """Return the linear layers of a decoder layer except routers and routed experts.
+
+    The role of a gated feed-forward layer is `dense`, or `shared` in a MoE block; all others are
+    `attention`.
+    """
+    shared = {m for b in blocks if b.shared is not None for m in b.shared.modules()}
+    # Everything in a MoE block but the shared experts: routed experts have their own plans, and
+    # routers and the gate of the shared experts are small, sensitive, and never quantized.
+    routing = {m for b in blocks for m in b.block.modules()} - shared
+    # Recognised by structure and not by name, so this holds for all architectures.
+    gated = {part for module in layer.modules() for part in gated_projections(module) or ()}
+    found = []
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and module not in routing:
+            dense: LinearRole = "dense" if module in gated else "attention"
+            found.append(LinearSlot("shared" if module in shared else dense, layer, name, module))
+    return found
+
+
+@contextmanager
+def accumulate_hessians(seen: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
+    """Add the inputs of the layers to their Hessians inside the `with` block."""
+    with ExitStack() as stack:
+        for linear, hessian in seen.items():
+            stack.callback(linear.register_forward_pre_hook(_hessian_hook(hessian)).remove)
+        yield
+
+
+def _hessian_hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hessian.add(args[0].flatten(0, -2))
+
+    return before

@@ -1,0 +1,121 @@
+"""Base class of methods that quantize a MoE model: options, layer walk, report."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.micro_experts import invalidate_structure
+from methods.moe.pruning import refuse_packed, require_calibration
+from methods.moe.quantizer.bit_budget import stored_bytes
+from methods.moe.quantizer.grid import Clip
+from methods.moe.quantizer.layer_walk import Quantizer
+from methods.moe.quantizer.observers import Planner
+from methods.moe.quantizer.rounding import Rounder
+
+BitWidth = Annotated[int, Field(ge=1, le=8)]
+
+
+def check_falling(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Require strictly falling bits: levels are assigned in this order."""
+    if list(bits) != sorted(set(bits), reverse=True):
+        raise ValueError("list each bit width once, in falling order")
+    return bits
+
+
+BitChoices = Annotated[tuple[BitWidth, ...], Field(min_length=1), AfterValidator(check_falling)]
+BitWidthOrUnquantized = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
+
+
+class MoEQuantization(Method):
+    """A method that packs the routed experts; a subclass's `planner` allocates their bits.
+
+    Attention, shared experts, dense feed-forward layers and the head have one bit width each, where
+    16 means unquantized; routers and embeddings are never quantized. The papers do not state
+    theirs; 8 for attention and shared experts is what a later comparison used for all its rows
+    (DartMoQP). The head is rounded to nearest.
+
+    Every row has one grid per `group` input columns, from least to greatest weight or, with
+    `clip=mse`, of least squared error. GPTQ adds `damping` times the mean diagonal to a Hessian;
+    experts with fewer than `min_tokens` calibration tokens are rounded to nearest.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    backend: Literal["gptq", "rtn"] = "gptq"
+    group: int = Field(default=128, ge=1)
+    clip: Clip = "minmax"
+    damping: float = Field(default=0.01, gt=0)
+    min_tokens: int = Field(default=32, ge=1)
+    attention_bits: BitWidthOrUnquantized = 8
+    shared_bits: BitWidthOrUnquantized = 8
+    dense_bits: BitWidthOrUnquantized = 8
+    head_bits: BitWidthOrUnquantized = 16
+    batch: int = Field(default=8, ge=1)
+    chunk: int = Field(default=4096, ge=1)
+
+    @abstractmethod
+    def planner(self, block: MoEBlock) -> Planner:
+        """Return the observer of one block that then plans the bits of its experts."""
+
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """Return the factory of planners.
+
+        A subclass may override it to inspect the whole model first.
+        """
+        return self.planner
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse a model without MoE blocks."""
+        if not structure.moe:
+            raise UserError(
+                f"{type(self).__name__} quantizes experts, but {structure.architecture} "
+                f"({structure.model_type}) has none: choose a mixture-of-experts model"
+            )
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Quantize layer by layer; the report holds the bits of every block."""
+        # Packed weights cannot be quantized again. Offloaded ones are fine: the walk onloads them.
+        refuse_packed(model.structure.moe)
+        started, before = time.perf_counter(), stored_bytes(model.network)
+        calibration = require_calibration(context) if self.uses_calibration else None
+        quantizer = self._quantizer(self.planners(model, context))
+        tokens_BL = None if calibration is None else calibration.tokens
+        # Exhausted here: the generator quantizes as it is consumed.
+        layers = list(quantizer.run(model, tokens_BL, context.progress))
+        invalidate_structure(model)
+        details: dict[str, Any] = {
+            "bits": {kind: tally.summary() for kind, tally in quantizer.bit_counts.items()},
+            "bytes_before": before,
+            "bytes_after": stored_bytes(model.network),
+            "rounding": dict(quantizer.backend.used),
+            "calibration": None if calibration is None else calibration.fingerprint,
+            "tokens": 0 if calibration is None else calibration.tokens.numel(),
+            "seconds": time.perf_counter() - started,
+            "layers": layers,
+        }
+        return MethodReport("quantized", details)
+
+    def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
+        return Quantizer(
+            backend=Rounder(self.backend, self.clip, self.damping, self.min_tokens),
+            planner=planner,
+            bits={
+                "attention": self.attention_bits,
+                "shared": self.shared_bits,
+                "dense": self.dense_bits,
+                "head": self.head_bits,
+            },
+            group=self.group,
+            batch=self.batch,
+            chunk=self.chunk,
+        )

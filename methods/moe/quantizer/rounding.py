@@ -1,0 +1,113 @@
+"""Rounding of matrices and experts: to nearest, or by GPTQ given enough calibration tokens.
+
+Shapes: R rows, C columns, D d_model, F an expert's width, f the kept micro-experts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.bitpacking.packed_modules import PackedExpert, PackedLinear
+from bench.models.bitpacking.packed_shape import PackedShape
+from bench.models.structure.expert_view import ExpertView
+from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan
+from methods.moe.quantizer.gptq import Hessian, gptq, inverse_factor
+from methods.moe.quantizer.grid import Clip, QuantizedMatrix, round_to_nearest, row_bits
+
+
+@dataclass(frozen=True)
+class ExpertHessians:
+    """Second moments of an expert's inputs [D, D] and of its hidden states [F, F]."""
+
+    inputs: Hessian
+    hidden: Hessian
+
+
+@dataclass
+class Rounder:
+    """Rounds matrices, and counts in `used` how: `gptq`, `damped` or `rtn`.
+
+    `damped` is GPTQ with more damping than configured. A matrix with fewer than `min_tokens`
+    calibration tokens, or whose Hessian cannot be inverted, is rounded to nearest.
+    """
+
+    kind: Literal["rtn", "gptq"]
+    clip: Clip = "minmax"
+    damping: float = 0.01
+    min_tokens: int = 32
+    used: Counter[str] = field(default_factory=Counter)
+
+    def expert(
+        self, view: ExpertView, plan: ExpertPlan, seen: ExpertHessians | None
+    ) -> PackedExpert:
+        """Pack an expert according to its plan."""
+        # Rows of gate and up and columns of down are permuted (or dropped) alike, which leaves the
+        # expert's function unchanged; only the down Hessian has micro-experts as columns and must
+        # follow.
+        order_f, inputs, hidden = plan.order_f, None, None
+        if seen is not None:
+            inputs, hidden = seen.inputs, seen.hidden.ordered(order_f)
+        gate, up = self._pair(view.gate[order_f], view.up[order_f], plan, inputs)
+        down = self.matrix(view.down[:, order_f], plan.down, hidden)
+        return PackedExpert(gate, up, down, view.act)
+
+    def linear(self, linear: nn.Linear, shape: PackedShape, seen: Hessian | None) -> PackedLinear:
+        """Pack a linear layer; its bias is kept as it is."""
+        packed = self.matrix(linear.weight.detach(), MatrixPlan(shape), seen)
+        packed.bias = linear.bias
+        return packed
+
+    def matrix(self, weight_RC: Tensor, plan: MatrixPlan, seen: Hessian | None) -> PackedLinear:
+        """Pack one matrix according to its plan."""
+        if plan.order_C is not None:
+            weight_RC = weight_RC[:, plan.order_C]
+            seen = seen.ordered(plan.order_C) if seen is not None else None
+        bits_RG = row_bits(plan.shape, weight_RC.device)
+        return _pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, seen))
+
+    def _pair(
+        self, gate_fD: Tensor, up_fD: Tensor, plan: ExpertPlan, inputs: Hessian | None
+    ) -> tuple[PackedLinear, PackedLinear]:
+        # `tied` plans use one object for both: same columns, same order, same bits. GPTQ treats
+        # rows independently, so stacking the matrices gives the same codes as two calls, with one
+        # inversion and one pass over the columns.
+        if plan.gate is not plan.up:
+            return self.matrix(gate_fD, plan.gate, inputs), self.matrix(up_fD, plan.up, inputs)
+        shape, width = plan.gate.shape, len(gate_fD)
+        bits_RG = row_bits(shape, gate_fD.device).repeat(2, 1)
+        both = self._round(torch.cat((gate_fD, up_fD)), shape, bits_RG, inputs)
+        halves = both.rows(slice(0, width)), both.rows(slice(width, 2 * width))
+        gate, up = (_pack(gate_fD, plan.gate, half) for half in halves)
+        return gate, up
+
+    def _round(
+        self, weight_RC: Tensor, shape: PackedShape, bits_RG: Tensor, seen: Hessian | None
+    ) -> QuantizedMatrix:
+        if self.kind == "gptq" and seen is not None and seen.tokens >= self.min_tokens:
+            found = inverse_factor(seen, self.damping)
+            if found is not None:
+                factor_CC, damping = found
+                self.used["gptq" if damping == self.damping else "damped"] += 1
+                # Inverted in float64, where conditioning matters; the loop over columns runs in
+                # float32.
+                return gptq(weight_RC, factor_CC.float(), shape.groups(), bits_RG, self.clip)
+        self.used["rtn"] += 1
+        return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip)
+
+
+def _pack(weight_RC: Tensor, plan: MatrixPlan, quantized: QuantizedMatrix) -> PackedLinear:
+    """Build the packed module, on the device and in the dtype of the weights."""
+    # Scales are stored as float16, whose largest value is 65504.
+    if not bool(quantized.scale.isfinite().all() & quantized.offset.isfinite().all()):
+        raise UserError(
+            "cannot quantize weights that are not finite or exceed the range of float16 scales"
+        )
+    packed = PackedLinear(plan.shape, weight_RC.dtype, device=weight_RC.device)
+    packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
+    return packed

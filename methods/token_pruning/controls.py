@@ -1,0 +1,83 @@
+"""Controls: a coarser grid, random tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.method import Context
+from methods.token_pruning.base import BeforeDecoder, top_tokens
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+from methods.visual_engine.selection_step import SelectionSizes
+
+
+class Downsample(BeforeDecoder):
+    """Keep tokens that are spread evenly over the image."""
+
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        if sight.frames.counts != sight.whole:
+            raise UserError("downsample needs whole images: list it before other token pruning")
+        keep_IM = torch.zeros_like(sight.valid)
+        for number, (count, keep) in enumerate(
+            zip(sight.frames.counts, keep_I.tolist(), strict=True)
+        ):
+            # Frames are packed in raster order, so the width of a whole frame follows from its last
+            # column and cell (row, column) has index row · columns + column. After other token
+            # pruning neither holds, which is why partial frames are refused above.
+            columns = int(sight.cells.column_N[number, :count].max()) + 1
+            cells = even_grid_cells(count // columns, columns, keep)
+            keep_IM[number, [row * columns + column for row, column in cells]] = True
+        return TokenSelection(keep_IM)
+
+    def _macs(self, sizes: SelectionSizes) -> float:
+        return 0.0
+
+
+def even_grid_cells(rows: int, columns: int, keep: int) -> list[tuple[int, int]]:
+    """List `keep` cells (row, column) of a grid, spread evenly over it.
+
+    The number of grid rows used makes distances between cells similar in both directions; cells are
+    shared among those rows as evenly as possible and centred. 144 cells of 24x24 are every second
+    row and column.
+    """
+    # Square spacing: used / rows = (keep / used) / columns, solved for the rows used.
+    used = round((keep * rows / columns) ** 0.5)
+    # No row can hold more than `columns` cells, so at least ⌈keep / columns⌉ rows are needed.
+    used = min(rows, max(used, -(-keep // columns), 1))
+    cells = []
+    for i in range(used):
+        # Differences of rounded-down multiples sum to `keep` exactly, whatever the remainder.
+        count = keep * (i + 1) // used - keep * i // used
+        row = (2 * i + 1) * rows // (2 * used)
+        cells += [(row, (2 * j + 1) * columns // (2 * count)) for j in range(count)]
+    return cells
+
+
+class RandomTokens(BeforeDecoder):
+    """Keep random tokens, the same ones in all images of one size, drawn from the run's seed.
+
+    A sample's tokens therefore depend neither on the batch nor on the order of evaluation; average
+    over the draw by running several seeds.
+    """
+
+    def _bound_choose(self, context: Context) -> Any:
+        return partial(self._drawn, seed=context.seed)
+
+    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        return self._drawn(sight, keep_I, seed=0)
+
+    def _macs(self, sizes: SelectionSizes) -> float:
+        return 0.0
+
+    def _drawn(self, sight: SelectionInputs, keep_I: Tensor, seed: int) -> TokenSelection:
+        score_IM = torch.zeros(sight.valid.shape)
+        for number, count in enumerate(sight.frames.counts):
+            # A new generator per frame, on the CPU: the draw depends on seed and frame size alone,
+            # not on the frame's number in the batch or on the device.
+            generator = torch.Generator().manual_seed(seed)
+            score_IM[number, :count] = torch.rand(count, generator=generator)
+        return TokenSelection(top_tokens(score_IM.to(keep_I.device), sight.valid, keep_I))

@@ -1,0 +1,321 @@
+"""The engine: the text decoder's forward on two streams, and its own overhead.
+
+The engine: a vision-language model run with less work for its visual tokens.
+
+Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model.
+
+The engine replaces the text decoder's forward, so the model's own `generate` works unchanged. A
+call without images, and with no image in its cache, is passed to the original decoder. Any other
+call runs here, top to bottom in `_run`. Pruning steps divide the decoder into stages; from one
+stage to the next visual tokens are removed for good.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache as remembered
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from bench.device.devices import synchronize
+from bench.errors import UserError
+from bench.models.structure.model_structure import ModelStructure, inspect_model
+from bench.models.vlm.decoder_view import open_decoder
+from bench.models.vlm.vision_tower import Tower, TowerOutput
+from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
+from methods.visual_engine.attention import Rotary
+from methods.visual_engine.forward_state import (
+    ForwardState,
+    VisualTokensState,
+    all_visual_tokens,
+    match_tower_output,
+)
+from methods.visual_engine.kv_cache import is_split_cache, split_cache
+from methods.visual_engine.layer import Streams, two_stream_layer
+from methods.visual_engine.masked_mode import MaskedMode
+from methods.visual_engine.plan import VisualPlan
+from methods.visual_engine.token_index import TokenRows, rows_where
+from methods.visual_engine.weight_cache import WeightCache
+
+if TYPE_CHECKING:
+    from methods.visual_tokens.calibration_stats import CalibrationStats
+
+ENGINE_ATTRIBUTE = "slimbench_visual_engine"
+
+
+class VisualEngine:
+    """Runs one network under its `VisualPlan`, from the moment it is created."""
+
+    def __init__(self, network: nn.Module, structure: ModelStructure) -> None:
+        self.network = network
+        self.decoder = open_decoder(network, structure)
+        self.plan = VisualPlan.dense(len(self.decoder.layers))
+        self.prepared = WeightCache(self.decoder, self.plan)
+        self.official = MaskedMode(network, self.decoder, self.plan)
+        self.findings: dict[str, CalibrationStats] = {}
+        self.overhead = SelectionOverhead()
+        self.tower: Tower | None = None
+        self._tokens: VisualTokens | None = None
+        self._bypassed = False
+        module = cast(Any, self.decoder.module)
+        self._stock: Callable[..., Any] = module.forward
+        # On the instance, so that transformers' class and all other models stay as they are.
+        module.forward = self.forward
+        self.decoder.inner.register_forward_pre_hook(self._note, with_kwargs=True)
+        setattr(network, ENGINE_ATTRIBUTE, self)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Run the network without any plan inside the block."""
+        before, self._bypassed = self._bypassed, True
+        try:
+            yield
+        finally:
+            self._bypassed = before
+
+    def watch_tower(self) -> None:
+        """Record what the vision tower computes, for pruning steps that read it."""
+        if self.tower is None:
+            self.tower = Tower(self.network)
+
+    def _note(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Locate the visual tokens of the call that is about to reach the decoder."""
+        # Only the inner model sees token ids and pixels; the decoder below it gets embeddings. What
+        # the hook finds is kept until the decoder's forward takes it.
+        call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
+        self._tokens = locate_visual_tokens(self.network, call | call.pop("kwargs", {}))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one call: by the original decoder, in masked mode, or on two streams."""
+        # Taken before any test below, together with the tower's recordings: a call that returns
+        # early must not leave them for the next one, whose images they are not.
+        tokens, self._tokens = self._tokens, None
+        encoded = self._encoded(tokens)
+        cache = kwargs.get("past_key_values")
+        if self._bypassed or self.plan.form is None:
+            return self._stock(*args, **kwargs)
+        # Masked mode decides for itself about text-only calls: it keeps its marks on the cache, not
+        # in a split cache.
+        if self.plan.form == "official":
+            return self.official.run(self._stock, tokens, *args, **kwargs)
+        # A text-only call still has to run here if images are in its cache: only the engine knows
+        # how to read the visual part.
+        if tokens is None and not is_split_cache(cache):
+            return self._stock(*args, **kwargs)
+        return self._run(tokens, encoded, **kwargs)
+
+    def _encoded(self, tokens: VisualTokens | None) -> Callable[[], TowerOutput | None]:
+        """Return a lazy reader for vision-tower outputs of this call."""
+        tower = self.tower
+        runs = [] if tower is None else tower.take()
+
+        # Reading recomputes a layer's attention in the tower: not at all in a call that prunes
+        # nothing, once if several steps prune.
+        @remembered
+        def read() -> TowerOutput | None:
+            if tower is None or tokens is None or not runs:
+                return None
+            return match_tower_output(tower.read(runs), tokens)
+
+        return read
+
+    def _run(
+        self,
+        tokens: VisualTokens | None,
+        encoded: Callable[[], TowerOutput | None],
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        deepstack_visual_embeds: list[Tensor] | None = None,
+        **_: Any,
+    ) -> MoeModelOutputWithPast:
+        """Split the call into two streams, run them through all layers, put text rows back."""
+        config = self.decoder.config
+        cache = past_key_values
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=config)
+        text, visual = split_rows(inputs_embeds, tokens, attention_mask)
+        offset = 0 if cache is None else cache.get_seq_length()
+        stages = len(self.plan.selections) + 1
+        if cache is not None and not is_split_cache(cache):
+            past_mask = None if attention_mask is None else attention_mask[:, :offset]
+            device = inputs_embeds.device
+            depth = len(self.decoder.layers)
+            split_cache(cache, depth, stages, len(inputs_embeds), past_mask, device)
+        if cache is not None and len(cache.layers[0].cached_tokens.visual) != stages:
+            raise UserError("the selections of visual tokens were changed within a conversation")
+
+        angles = self._angles(inputs_embeds, position_ids, offset)
+        there: VisualTokensState | None = None
+        if tokens is not None and visual is not None:
+            stacked = _deepstack_rows(deepstack_visual_embeds, inputs_embeds, tokens, visual)
+            there = all_visual_tokens(tokens, visual, _take_angles(visual, angles), stacked)
+        streams = Streams(
+            text.take(inputs_embeds), None if visual is None else visual.take(inputs_embeds)
+        )
+        rotary, window = _take_angles(text, angles), self.plan.window
+        passage = ForwardState(text, rotary, tokens, there, window, streams, cache, offset)
+        x_BTD = self._through_layers(streams, passage, encoded)
+        passage.commit_to_cache(inputs_embeds.shape[1])
+        norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
+        # Visual rows of the output stay zero: after the last layer only text rows are read, for
+        # logits.
+        whole_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
+        return MoeModelOutputWithPast(last_hidden_state=whole_BSD, past_key_values=cache)
+
+    def _through_layers(
+        self, streams: Streams, passage: ForwardState, encoded: Callable[[], TowerOutput | None]
+    ) -> Tensor:
+        """Return the text rows after the last layer; visual rows end at the cut."""
+        cut, selections, stage = self.plan.cut, self.plan.selections, 0
+        for layer in self.decoder.layers:
+            # Several steps may follow the same layer. `stage` counts the steps passed, also in
+            # calls without visual rows, because it selects the cached positions that the layer can
+            # see.
+            for selection in selections[stage:] if layer.index < cut else ():
+                if selection.after > layer.index:
+                    break
+                if passage.visual is not None:
+                    with self.overhead.clocked(streams.text_BTD.device):
+                        streams = passage.select(selection, streams, encoded)
+                stage += 1
+            call = passage.call(stage)
+            if layer.index < cut:
+                streams = two_stream_layer(
+                    streams,
+                    layer,
+                    self.prepared.layer(layer.index),
+                    call,
+                    last=layer.index == cut - 1,
+                    watched=self.plan.watches(layer.index),
+                )
+            elif streams.text_BTD.shape[1]:
+                streams.text_BTD = layer.module(
+                    streams.text_BTD,
+                    attention_mask=call.who.text_BTK,
+                    position_embeddings=call.text_rotary,
+                    past_key_values=call.cache,
+                    use_cache=call.cache is not None,
+                )
+            # DeepStack (Qwen3-VL) adds tower features after each of the first layers, to visual
+            # rows only. They are narrowed by each pruning step together with the rows.
+            stacked = [] if passage.visual is None else passage.visual.stacked
+            if streams.visual_BND is not None and layer.index < len(stacked):
+                streams.visual_BND = streams.visual_BND + stacked[layer.index]
+        return streams.text_BTD
+
+    def _angles(
+        self, x_BSD: Tensor, positions: Tensor | None, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of every token's rotation, [B or 1, S, up to d].
+
+        Positions may be [B, S], [3, B, S] (M-RoPE) or [4, B, S], whose first part is for packed
+        text only.
+        """
+        rotary = cast(Any, self.decoder.module.rotary_emb)
+        if positions is None:
+            positions = torch.arange(offset, offset + x_BSD.shape[1], device=x_BSD.device)[None]
+        if positions.ndim == 3 and positions.shape[0] == 4:
+            positions = positions[1:]
+        if positions.ndim == 2 and hasattr(rotary, "mrope_section"):
+            positions = positions[None].expand(3, -1, -1)
+        cos, sin = rotary(x_BSD, positions)
+        return cos, sin
+
+
+def visual_engine_of(network: nn.Module) -> VisualEngine:
+    """Return the network's engine, created at the first call."""
+    known = getattr(network, ENGINE_ATTRIBUTE, None)
+    return (
+        known if isinstance(known, VisualEngine) else VisualEngine(network, inspect_model(network))
+    )
+
+
+def split_rows(
+    x_BSD: Tensor, tokens: VisualTokens | None, mask: Tensor | None
+) -> tuple[TokenRows, TokenRows | None]:
+    """Separate text rows and visual rows; padding belongs to neither.
+
+    Raises:
+        UserError: the attention mask is not a padding mask of two dimensions.
+    """
+    if mask is not None and mask.ndim != 2:
+        raise UserError("visual token strategies need a padding mask of two dimensions")
+    batch, length = x_BSD.shape[:2]
+    # Generation: one text row per sample, real in every sample, so that the mask need not be read,
+    # which on a GPU would be a synchronisation per token.
+    if length == 1 and tokens is None:
+        return TokenRows(torch.zeros(batch, 1, dtype=torch.int64, device=x_BSD.device), None), None
+    every = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
+    real_BS = every if mask is None else mask[:, -length:].bool()
+    if tokens is None:
+        return rows_where(real_BS), None
+    return rows_where(real_BS & ~tokens.mask), rows_where(tokens.mask)
+
+
+def _take_angles(rows: TokenRows, angles: Rotary) -> Rotary:
+    return rows.take(angles[0]), rows.take(angles[1])
+
+
+def _deepstack_rows(
+    embeds: list[Tensor] | None, x_BSD: Tensor, tokens: VisualTokens, visual: TokenRows
+) -> list[Tensor]:
+    """Return what DeepStack adds to visual rows after each of the first layers, [B, N, D] each."""
+    if not embeds:
+        return []
+    # The embeddings come flat over the batch, in the order of visual tokens. Scattering them into
+    # zeros restores their positions in the sequence, from which each sample takes its own rows.
+    empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
+    return [visual.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
+
+
+@dataclass
+class SelectionOverhead:
+    """Seconds spent in pruning steps, and their number, since the last `reset`.
+
+    Exact only if `synchronized`: otherwise a GPU may still be working when the clock stops.
+    """
+
+    seconds: float = 0.0
+    selections: int = 0
+    synchronized: bool = False
+
+    def reset(self) -> None:
+        """Set both to zero."""
+        self.seconds, self.selections = 0.0, 0
+
+    @contextmanager
+    def measured(self) -> Iterator[SelectionOverhead]:
+        """Reset, and synchronise with the device around every pruning step inside the block."""
+        self.reset()
+        before, self.synchronized = self.synchronized, True
+        try:
+            yield self
+        finally:
+            self.synchronized = before
+
+    @contextmanager
+    def clocked(self, device: torch.device) -> Iterator[None]:
+        """Add the time of the block as one pruning step."""
+        self._wait(device)
+        start = time.perf_counter()
+        yield
+        self._wait(device)
+        self.seconds += time.perf_counter() - start
+        self.selections += 1
+
+    def _wait(self, device: torch.device) -> None:
+        # Off by default: waiting for the device at every step would slow down the prefill that is
+        # being measured.
+        if self.synchronized:
+            synchronize(device)

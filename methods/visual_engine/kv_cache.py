@@ -1,0 +1,189 @@
+"""A KV cache with a separate visual part: fewer heads, fewer layers, written once per image.
+
+Shapes: B samples, G key-value heads, V key-value heads kept for visual tokens, T cached text
+tokens, N cached visual tokens, d a head's width.
+
+The text part grows as in transformers' DynamicLayer. The length that a layer reports is logical,
+text and visual tokens together, because positions of new tokens are counted from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from bench.errors import UserError
+from methods.visual_engine.token_index import TokenRows
+
+
+@dataclass(frozen=True)
+class CachedPositions:
+    """Positions of cached tokens of one kind in their sequences, int64 [B, R], and which are real.
+
+    `alike`: every sample has them at the same positions and all are real; `full`: all are real.
+    """
+
+    index_BR: Tensor
+    valid_BR: Tensor
+    alike: bool = True
+    full: bool = True
+
+    @staticmethod
+    def none(batch: int, device: torch.device) -> CachedPositions:
+        """Return an empty set of positions."""
+        index_BR = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        return CachedPositions(index_BR, index_BR.bool())
+
+    def extended_by(self, rows: TokenRows, offset: int) -> CachedPositions:
+        """Append the rows of a call that starts `offset` tokens into its sequences."""
+        return CachedPositions(
+            torch.cat([self.index_BR, rows.index_BR + offset], dim=1),
+            torch.cat([self.valid_BR, rows.validity], dim=1),
+            self.alike and rows.valid_BR is None,
+            self.full and rows.full,
+        )
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> CachedPositions:
+        """Apply one change to both tensors: reordering, repeating or selecting samples."""
+        return replace(self, index_BR=change(self.index_BR), valid_BR=change(self.valid_BR))
+
+
+@dataclass
+class CachedTokens:
+    """Positions of cached text, and of the visual tokens left in each stage of the plan."""
+
+    text: CachedPositions
+    visual: list[CachedPositions]
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply one change to all positions."""
+        self.text = self.text.changed(change)
+        self.visual = [stage.changed(change) for stage in self.visual]
+
+
+class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """One layer's keys and values: text [B, G, T, d] as usual, visual [B, V, N, d] apart.
+
+    The first layer of a cache also holds the positions of all cached tokens.
+    """
+
+    def __init__(self, cached_tokens: CachedTokens | None) -> None:
+        super().__init__()
+        self.visual_keys: Tensor | None = None
+        self.visual_values: Tensor | None = None
+        self.cached_tokens = cached_tokens
+        self.length = 0
+
+    def add_visual(self, keys_BVNd: Tensor, values_BVNd: Tensor) -> tuple[Tensor, Tensor]:
+        """Append an image's keys and values to those of earlier images; return all of them."""
+        if self.visual_keys is not None:
+            keys_BVNd = torch.cat([self.visual_keys, keys_BVNd], dim=2)
+            values_BVNd = torch.cat([cast(Tensor, self.visual_values), values_BVNd], dim=2)
+        self.visual_keys, self.visual_values = keys_BVNd, values_BVNd
+        return keys_BVNd, values_BVNd
+
+    def get_seq_length(self) -> int:
+        """Return the number of cached tokens, visual ones included."""
+        return self.length
+
+    def bytes(self) -> int:
+        """Return the size of all keys and values of this layer."""
+        held = (self.keys, self.values, self.visual_keys, self.visual_values)
+        return sum(part.numel() * part.element_size() for part in held if part is not None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, which must be text.
+
+        Raises:
+            UserError: an image is among them.
+        """
+        count = abs(tokens_to_remove)
+        if count > self.keys.shape[-2]:
+            raise UserError(f"cannot crop the cache by {count} tokens: the range contains an image")
+        super().crop(tokens_to_remove)
+        self.length -= count
+        if self.cached_tokens is not None and count:
+            self.cached_tokens.text = self.cached_tokens.text.changed(lambda part: part[:, :-count])
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        self.visual_keys = self.visual_values = None
+        self.length = 0
+        if self.cached_tokens is not None:
+            self.cached_tokens.apply(lambda part: part[:, :0])
+
+    def offload(self) -> None:
+        """Refuse: transformers would offload the text part only."""
+        raise UserError("visual token strategies do not work with an offloaded cache")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder samples as a beam search does."""
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        self._change(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the selected samples."""
+        self._change(lambda part: part[indices])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("keys", "values", "visual_keys", "visual_values"):
+            part = getattr(self, name)
+            if part is not None:
+                setattr(self, name, change(part))
+        if self.cached_tokens is not None:
+            self.cached_tokens.apply(change)
+
+
+def is_split_cache(cache: Any) -> bool:
+    """Whether a cache has a separate visual part."""
+    return bool(cache is not None and cache.layers and isinstance(cache.layers[0], SplitCacheLayer))
+
+
+def split_cache(
+    cache: Any, depth: int, stages: int, batch: int, mask_BP: Tensor | None, device: torch.device
+) -> None:
+    """Turn a cache in place into one with a separate visual part; text that it holds stays.
+
+    `stages` is the number of stages of the plan. `mask_BP` marks the cached tokens that are real;
+    None means all.
+
+    Raises:
+        UserError: it is not a growing cache of full attention.
+    """
+    # In place, because `generate` created the cache and keeps its own reference: it would pass the
+    # old object to every later call.
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        kind = type(cache).__name__
+        raise UserError(f"visual token strategies need a DynamicCache on the device, not {kind}")
+    past = cache.get_seq_length()
+    if any(layer.is_initialized and type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UserError("visual token strategies need a cache of full attention layers only")
+    places_BP = torch.arange(past, device=device).expand(batch, past)
+    real_BP = torch.ones_like(places_BP, dtype=torch.bool) if mask_BP is None else mask_BP.bool()
+    whole = mask_BP is None or bool(real_BP.all())
+    text = CachedPositions(places_BP, real_BP, whole, whole)
+    # transformers applies crop, reset and reordering layer by layer. All layers share the same
+    # positions, so only the first one holds them: each operation then changes them exactly once.
+    cached_tokens = CachedTokens(text, [CachedPositions.none(batch, device)] * stages)
+    before = cache.layers
+    cache.layers = [
+        SplitCacheLayer(cached_tokens if index == 0 else None) for index in range(depth)
+    ]
+    for old, new in zip(before, cache.layers, strict=False):
+        if old.is_initialized:
+            new.lazy_initialization(old.keys, old.values)
+            new.keys, new.values, new.length = old.keys, old.values, past
+
+
+def split_cache_bytes(cache: DynamicCache) -> int:
+    """Return the size of a split cache's keys and values."""
+    return sum(layer.bytes() for layer in cache.layers)

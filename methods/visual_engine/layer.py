@@ -1,0 +1,176 @@
+"""One decoder layer on two streams: all work for text rows, reduced work for visual rows.
+
+Shapes: B samples, T text rows, N visual rows, D d_model, h kept heads, V key-value heads that they
+read, d a head's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from bench.models.vlm.decoder_view import DecoderLayer
+from methods.visual_engine.attention import (
+    Rotary,
+    StreamQKV,
+    joint_attention,
+    norm_and_rotate,
+    split_heads,
+    text_attention,
+    text_only_attention,
+    visual_attention,
+)
+from methods.visual_engine.kv_cache import SplitCacheLayer
+from methods.visual_engine.masks import AttentionMasks
+from methods.visual_engine.selection_inputs import LayerQK
+from methods.visual_engine.weight_slices import VisualWeights, project
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """Shared inputs of all layers of one call: masks, angles of both streams, the cache."""
+
+    who: AttentionMasks
+    text_rotary: Rotary
+    visual_rotary: Rotary | None
+    cache: Any | None
+
+    def layer(self, index: int) -> SplitCacheLayer | None:
+        """Return one layer's cache, if there is a cache."""
+        return None if self.cache is None else cast(SplitCacheLayer, self.cache.layers[index])
+
+
+@dataclass
+class Streams:
+    """Hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once removed.
+
+    `ran` holds the queries and keys of the preceding layer if a pruning step will read them.
+    """
+
+    text_BTD: Tensor
+    visual_BND: Tensor | None
+    ran: LayerQK | None = None
+
+
+def two_stream_layer(
+    streams: Streams,
+    layer: DecoderLayer,
+    weights: VisualWeights,
+    call: CallContext,
+    *,
+    last: bool,
+    watched: bool = False,
+) -> Streams:
+    """Run both streams through one layer.
+
+    In the `last` layer that visual rows reach, only their keys and values are computed, since
+    nothing else of them is read. A `watched` layer's queries and keys are kept for the pruning step
+    after it.
+    """
+    visual = streams.visual_BND
+    text_in = layer.attention_norm(streams.text_BTD)
+    text = _project_text(text_in, weights, call, layer.index)
+    if visual is None:
+        out_BHTd = text_attention(text, _cached_visual(call.layer(layer.index)), weights, call.who)
+        return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
+    own = _project_visual(layer.attention_norm(visual), weights, call, last)
+    seen = _cache_visual(own, call.layer(layer.index)) if weights.heads.kept else None
+    if last:
+        out_BHTd = text_attention(text, seen, weights, call.who)
+        return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
+    out_BHTd, out_BhNd = _attend_streams(text, own, seen, weights, call.who)
+    x_BND = visual + _project_output(out_BhNd, weights, visual)
+    x_BND = x_BND + weights.feed_forward(layer.feed_forward_norm(x_BND))
+    ran = None
+    if watched:
+        ran = LayerQK(layer.index, text, None if seen is None else seen[0], weights, call.who)
+    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND, ran)
+
+
+def _project_text(
+    x_BTD: Tensor, weights: VisualWeights, call: CallContext, index: int
+) -> StreamQKV:
+    view = weights.view
+    q = norm_and_rotate(project(x_BTD, view.q), view, view.q_norm, call.text_rotary)
+    k = norm_and_rotate(project(x_BTD, view.k), view, view.k_norm, call.text_rotary)
+    v = split_heads(project(x_BTD, view.v), view.head_dim)
+    if call.cache is not None:
+        k, v = call.cache.update(k, v, index)
+    return StreamQKV(q, k, v)
+
+
+def _project_visual(
+    x_BND: Tensor, weights: VisualWeights, call: CallContext, last: bool
+) -> StreamQKV:
+    """Project visual rows for the kept heads; no queries in the last layer."""
+    view, rotary = weights.view, cast(Rotary, call.visual_rotary)
+    q = None
+    # A layer without kept heads has a projection of no rows under `dropped=silent`: nothing to
+    # compute, and no shape to split into heads.
+    if not last and weights.q.weight.shape[0]:
+        q = norm_and_rotate(project(x_BND, weights.q), view, view.q_norm, rotary)
+    k = norm_and_rotate(project(x_BND, weights.k), view, view.k_norm, rotary)
+    v = split_heads(project(x_BND, weights.v), view.head_dim)
+    return StreamQKV(q, k, v)
+
+
+def _cache_visual(own: StreamQKV, cache: SplitCacheLayer | None) -> tuple[Tensor, Tensor]:
+    """Append the new visual keys and values to the cache; return all so far."""
+    return (own.k, own.v) if cache is None else cache.add_visual(own.k, own.v)
+
+
+def _cached_visual(cache: SplitCacheLayer | None) -> tuple[Tensor, Tensor] | None:
+    if cache is None or cache.visual_keys is None:
+        return None
+    return cache.visual_keys, cast(Tensor, cache.visual_values)
+
+
+def _attend_streams(
+    text: StreamQKV,
+    own: StreamQKV,
+    seen: tuple[Tensor, Tensor] | None,
+    weights: VisualWeights,
+    who: AttentionMasks,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the attention of text rows, and of visual rows for the heads in `weights.q`.
+
+    `seen` holds keys and values of all visual tokens so far; None if no head is kept.
+    """
+    kept, parts = len(weights.heads.kept), []
+    if seen is None:
+        out_BHTd = text_attention(text, None, weights, who)
+    else:
+        q_BhNd = cast(Tensor, own.q)[:, :kept]
+        if who.order is not None:
+            # `order` exists only in a first call, where the call's own keys are all there are.
+            new = StreamQKV(q_BhNd, own.k, own.v)
+            out_BHTd, out_BhNd = joint_attention(text, new, weights, who)
+        else:
+            out_BHTd = text_attention(text, seen, weights, who)
+            out_BhNd = visual_attention(text, StreamQKV(q_BhNd, *seen), weights, who)
+        parts.append(out_BhNd)
+    if own.q is not None and own.q.shape[1] > kept:
+        parts.append(text_only_attention(text, own.q[:, kept:], weights, who))
+    return out_BHTd, torch.cat(parts, dim=1) if parts else None
+
+
+def _project_output(out_BhNd: Tensor | None, weights: VisualWeights, visual: Tensor) -> Tensor:
+    """Return what attention adds to visual rows, [B, N, D]."""
+    if out_BhNd is not None:
+        return project(out_BhNd.transpose(1, 2).flatten(2), weights.o)
+    # Without heads the projection of nothing is its bias, which the masked reference adds as well.
+    return torch.zeros_like(visual) if weights.o.bias is None else weights.o.bias.expand_as(visual)
+
+
+def _finish_text(x_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer) -> Tensor:
+    """Add attention and feed-forward to text rows, [B, T, D]."""
+    # A call may consist of images only.
+    if not x_BTD.shape[1]:
+        return x_BTD
+    view = layer.attention_view()
+    x_BTD = x_BTD + project(out_BHTd.transpose(1, 2).flatten(2), view.o)
+    feed_forward: Tensor = layer.feed_forward(layer.feed_forward_norm(x_BTD))
+    return x_BTD + feed_forward

@@ -1,0 +1,265 @@
+"""What each stream attends to in one call: masks, windows, bands.
+
+Attention masks of text rows and visual rows, computed once per call and used by every layer.
+
+Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens. Text
+keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both. Where
+both are concatenated, visual keys come first. Masks are bool with True for "may attend", [B or 1,
+1, queries, keys]; None means that every query attends to every key.
+
+Windows of visual attention on the patch grid, as masks and as bands of grid rows.
+
+Shapes: Q visual queries, K visual keys, N visual rows of one sample.
+
+A token at cell (r, c) attends to the cell (r', c') of the same frame if max(|r - r'|, |c - c'|) is
+at most the radius; windows end at the frame's border. Frame -1 marks padding; padding rows attend
+to each other, which keeps a softmax over them finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.visual_engine.kv_cache import CachedPositions
+from methods.visual_engine.settings import Window
+from methods.visual_engine.token_index import Cells, TokenRows
+
+# Number of visual rows from which windows are computed in bands instead of under one dense mask.
+# On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2) both break even between 100 and 150
+# rows: below, another kernel call costs more than the skipped keys; at 256 bands take 0.56 of the
+# time. Another value costs time only, never exactness.
+BANDED_FROM = 128
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class MaskBlock:
+    """Visual queries that attend to the same range of keys, under one mask.
+
+    `keys` are positions among the visual keys; the first `text_keys` text keys follow them.
+    """
+
+    samples: slice
+    queries: slice
+    keys: slice
+    text_keys: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMasks:
+    """All attention masks of one call.
+
+    `causal`: text rows attend to text in plain causal order, so no mask is needed; otherwise
+    `text_BTK` is the mask over text keys. `mixed_BTK` is the mask of text rows over visual and text
+    keys. `blocks` cover all visual rows, unless visual rows, too, are in plain causal order: then
+    `blocks` is empty and `order` [T + N] sorts [text | visual] rows into the call's order.
+    `before_BNK` is the mask of visual rows over text keys alone.
+    """
+
+    causal: bool
+    text_BTK: Tensor | None
+    mixed_BTK: Tensor | None
+    before_BNK: Tensor | None
+    blocks: tuple[MaskBlock, ...]
+    order: Tensor | None
+
+
+@dataclass(frozen=True)
+class StreamPositions:
+    """Positions of one kind of tokens: those of the call's queries and those of all keys so far."""
+
+    query: Tensor
+    key: Tensor
+    key_valid: Tensor
+
+    def sees(self, other: StreamPositions) -> Tensor:
+        """Mark the keys of `other` at or before each query of this stream, [B, 1, Q, K]."""
+        earlier = self.query[:, :, None] >= other.key[:, None, :]
+        return (earlier & other.key_valid[:, None, :])[:, None]
+
+    def can_attend_to_self(self) -> Tensor:
+        """Mark the keys of this stream that its own queries attend to, [B, 1, Q, K]."""
+        # Padding rows are queries like any other. Each attends at least to itself: a softmax over
+        # nothing is NaN in some kernels, and NaN times 0 stays NaN.
+        new = self.query.shape[1]
+        own = torch.eye(new, dtype=torch.bool, device=self.query.device)
+        past = torch.zeros(new, self.key.shape[1] - new, dtype=torch.bool, device=own.device)
+        return self.sees(self) | torch.cat([past, own], dim=1)
+
+
+@dataclass(frozen=True)
+class PastPositions:
+    """The tokens of earlier calls that a layer's cache holds."""
+
+    text: CachedPositions
+    visual: CachedPositions
+
+
+def attention_masks(
+    text: TokenRows,
+    visual: TokenRows | None,
+    cells: Cells | None,
+    window: Window | None,
+    past: PastPositions | None,
+    offset: int,
+) -> AttentionMasks:
+    """Compute the masks of one call that starts `offset` tokens into its sequences.
+
+    `visual` and `cells` [B, N] are None in a call without images, `past` in a first call.
+    """
+    places = _stream_positions(text, offset, past.text if past else None)
+    seen = _visual_positions(visual, offset, past, places)
+    # Four properties decide what can be left out. `alike`: no padding, and every sample has text at
+    # the same positions; one row of masks then serves the whole batch. `full`: no padding, wherever
+    # the text is. `alone`: one text row after everything else, as in generation; it attends to all
+    # keys and needs no mask, and `full` is enough for that. `causal`: `alike` in a first call; the
+    # kernel's own causal flag then replaces the text mask. It does not with a past, because SDPA
+    # aligns the flag's triangle with the first key, not with the last.
+    alike = text.valid_BR is None and (past is None or (past.text.alike and past.visual.alike))
+    full = text.full and (past is None or (past.text.full and past.visual.full))
+    alone = full and text.count == 1 and visual is None
+    causal = alike and offset == 0
+    text_mask = None if causal or alone else places.can_attend_to_self()
+    mixed = None if alone else torch.cat([places.sees(seen), places.can_attend_to_self()], dim=-1)
+    if visual is None or cells is None:
+        return AttentionMasks(causal, text_mask, mixed, None, (), None)
+    before = seen.sees(places)
+    if alike and visual.valid_BR is None:
+        mixed, before = None if mixed is None else mixed[:1], before[:1]
+    if window is None and causal and visual.valid_BR is None:
+        # Without a window, visual rows are causal as well. Both streams in the order of the call
+        # are then one plain causal attention, which runs without any mask.
+        order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()
+        return AttentionMasks(causal, text_mask, mixed, before, (), order)
+    if window is None:
+        blocks: tuple[MaskBlock, ...] = (
+            _mask_block(ALL, ALL, ALL, seen.can_attend_to_self(), before),
+        )
+    else:
+        first_key = seen.key.shape[1] - visual.count
+        blocks = _window_blocks(cells, window, before, first_key)
+    return AttentionMasks(causal, text_mask, mixed, before, blocks, None)
+
+
+def _stream_positions(
+    rows: TokenRows, offset: int, past: CachedPositions | None
+) -> StreamPositions:
+    if past is None:
+        query = rows.index_BR + offset
+        return StreamPositions(query, query, rows.validity)
+    whole = past.extended_by(rows, offset)
+    return StreamPositions(rows.index_BR + offset, whole.index_BR, whole.valid_BR)
+
+
+def _visual_positions(
+    visual: TokenRows | None, offset: int, past: PastPositions | None, text: StreamPositions
+) -> StreamPositions:
+    """Return the positions of visual tokens; in a call without images only past ones."""
+    if visual is not None:
+        return _stream_positions(visual, offset, past.visual if past else None)
+    none = text.query[:, :0]
+    if past is None:
+        return StreamPositions(none, none, none.bool())
+    return StreamPositions(none, past.visual.index_BR, past.visual.valid_BR)
+
+
+def _window_blocks(
+    cells: Cells, window: Window, before: Tensor, first_key: int
+) -> tuple[MaskBlock, ...]:
+    """Cut the visual rows into blocks whose windows are computed at once.
+
+    A few rows share one dense mask; many are cut into bands of grid rows, for all samples together
+    if their grids are equal and for each sample alone otherwise.
+    """
+    alike, (batch, count) = cells.alike(), cells.frame_N.shape
+    samples = [ALL] if alike else [slice(b, b + 1) for b in range(batch)]
+    # One block with all keys: for few rows, and where the rows are not whole frames in raster
+    # order, as after token pruning.
+    whole = (slice(0, count), slice(0, count))
+    blocks = []
+    for chosen in samples if count >= BANDED_FROM else [ALL]:
+        own = cells.of(slice(0, 1) if alike else chosen)
+        pairs = window_bands(own.sample(0), window) if count >= BANDED_FROM else None
+        for queries, keys in [whole] if pairs is None else pairs:
+            near = window_mask(own.part(queries), own.part(keys), window)[:, None]
+            text = before[chosen if before.shape[0] > 1 else ALL][:, :, queries]
+            moved = slice(first_key + keys.start, first_key + keys.stop)
+            blocks.append(_mask_block(chosen, queries, moved, near, text))
+    return tuple(blocks)
+
+
+def _mask_block(
+    samples: slice, queries: slice, keys: slice, near: Tensor, before: Tensor
+) -> MaskBlock:
+    """Join the masks over visual and text keys."""
+    # Visual rows never attend to text after their image, so the text keys behind the last one that
+    # is used are cut off, which saves the product with the whole question. Unused keys in front or
+    # between stay: keys must remain one slice, since gathering them would copy all of them per
+    # layer.
+    used = before.flatten(0, -2).any(dim=0).nonzero()
+    text_keys = int(used[-1]) + 1 if len(used) else 0
+    batch = max(near.shape[0], before.shape[0])
+    parts = [part.expand(batch, -1, -1, -1) for part in (near, before[..., :text_keys])]
+    return MaskBlock(samples, queries, keys, text_keys, torch.cat(parts, dim=-1))
+
+
+# Approximate number of queries per band: long enough for efficient matmuls, short enough to skip
+# most keys. On 2 cores of an AMD EPYC (float32, 16 heads of 64, radius 2), 576 rows take 13.0 ms
+# under one dense mask and 5.9, 4.4, 5.6, 6.4 and 9.9 ms in bands of 24, 48, 96, 192 and 384.
+BAND_QUERIES = 96
+
+
+def window_mask(query: Cells, key: Cells, window: Window) -> Tensor:
+    """Mark the visual keys in each query's window, bool [..., Q, K]."""
+
+    def distance(q: Tensor, k: Tensor) -> Tensor:
+        return q[..., :, None] - k[..., None, :]
+
+    down, right = distance(query.row_N, key.row_N), distance(query.column_N, key.column_N)
+    near = torch.maximum(down.abs(), right.abs()) <= window.radius
+    if window.causal:
+        near &= (down > 0) | ((down == 0) & (right >= 0))
+    return near & (distance(query.frame_N, key.frame_N) == 0)
+
+
+def window_bands(cells: Cells, window: Window) -> list[tuple[slice, slice]] | None:
+    """Cut one sample's rows into bands of whole grid rows, with the keys in reach of each.
+
+    Each pair is (queries, keys) as positions among the N rows. None if the rows are not whole
+    frames in raster order, as after token pruning.
+    """
+    frame_N = cells.frame_N.cpu()
+    _, counts = torch.unique_consecutive(frame_N, return_counts=True)
+    found, start = [], 0
+    for count in counts.tolist():
+        part = slice(start, start + count)
+        # Padding (frame -1) gets no band: no query, so its output stays zero.
+        width = int(cells.column_N[part].max()) + 1
+        if int(frame_N[start]) >= 0:
+            if not _is_raster(cells.part(part), width):
+                return None
+            found += _frame_bands(part, width, window.radius)
+        start += count
+    return found
+
+
+def _is_raster(frame: Cells, width: int) -> bool:
+    order = torch.arange(len(frame.row_N), device=frame.row_N.device)
+    return bool((frame.row_N * width + frame.column_N == order).all())
+
+
+def _frame_bands(frame: slice, width: int, radius: int) -> list[tuple[slice, slice]]:
+    """Cut one frame into bands, each with the surrounding rows in reach of its windows."""
+    height = (frame.stop - frame.start) // width
+    step = max(1, BAND_QUERIES // width)
+    pieces = []
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        first, last = max(0, top - radius), min(height, bottom + radius)
+        query = slice(frame.start + top * width, frame.start + bottom * width)
+        pieces.append((query, slice(frame.start + first * width, frame.start + last * width)))
+    return pieces

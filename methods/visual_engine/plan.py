@@ -1,0 +1,131 @@
+"""VisualPlan: what is computed for visual tokens; the one object that strategies add to.
+
+Head and neuron numbers always refer to the network as it was loaded, even after its weights have
+been reordered. Numbers of layers, heads and neurons start at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bench.errors import UserError
+from methods.visual_engine.selection_step import TokenPruningStep
+from methods.visual_engine.settings import DroppedHeads, Execution, LayerPlan, Window
+
+if TYPE_CHECKING:
+    from methods.visual_engine.settings import RepairedProjections
+
+
+@dataclass
+class VisualPlan:
+    """The settings of all layers of one network.
+
+    Layers from `cut` on compute nothing for visual tokens. `dropped` sets what a dropped head
+    contributes to visual rows: nothing (`silent`, as in the official LLaVA code), or attention to
+    text alone (`text`). `selections` are sorted by when they happen, so stage s of the decoder is
+    what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
+    when other heads or neurons are kept. `revision` grows with every change, so that cached weights
+    can be refreshed.
+    """
+
+    layers: list[LayerPlan]
+    cut: int
+    window: Window | None = None
+    dropped: DroppedHeads = "silent"
+    form: Execution | None = None
+    selections: list[TokenPruningStep] = field(default_factory=list)
+    repairs: dict[int, RepairedProjections] = field(default_factory=dict)
+    # Not compared: two plans with the same settings are equal, however often they were changed.
+    revision: int = field(default=0, compare=False)
+
+    @staticmethod
+    def dense(depth: int) -> VisualPlan:
+        """Return the plan of a network that treats visual tokens as text."""
+        return VisualPlan([LayerPlan()] * depth, cut=depth)
+
+    def agree(self, form: Execution) -> None:
+        """Set how the plan is carried out; all strategies of a run must agree.
+
+        Raises:
+            UserError: an earlier strategy chose differently.
+        """
+        if self.form not in (None, form):
+            raise UserError(f"form={form} cannot be combined with form={self.form}: choose one")
+        self.form = form
+        self.revision += 1
+
+    def keep_heads(self, heads: list[tuple[int, ...]]) -> None:
+        """Set the query heads of every layer."""
+        self.layers = [
+            LayerPlan(tuple(sorted(kept)), layer.neurons)
+            for kept, layer in zip(heads, self.layers, strict=True)
+        ]
+        # Refitted columns compensate for exactly the heads and neurons that were dropped then.
+        self.repair({})
+
+    def keep_neurons(self, neurons: list[tuple[Tensor, ...]]) -> None:
+        """Set the neurons of every feed-forward of every layer."""
+        self.layers = [
+            LayerPlan(layer.heads, tuple(kept.sort().values for kept in units))
+            for units, layer in zip(neurons, self.layers, strict=True)
+        ]
+        self.repair({})
+
+    def repair(self, repairs: dict[int, RepairedProjections]) -> None:
+        """Set the refitted projections of some layers."""
+        self.repairs = repairs
+        self.revision += 1
+
+    def see(self, window: Window | None) -> None:
+        """Set the window of visual attention; None is causal attention to everything."""
+        self.window = window
+        self.revision += 1
+
+    def cut_at(self, cut: int) -> None:
+        """Remove visual tokens before layer `cut`; with `cut` = depth every layer has them.
+
+        Raises:
+            UserError: `cut` is out of range.
+        """
+        if not 1 <= cut <= len(self.layers):
+            raise UserError(
+                f"visual tokens can leave after 1 to {len(self.layers)} layers, not {cut}"
+            )
+        self.cut = cut
+        self.revision += 1
+
+    def select(self, selection: TokenPruningStep) -> None:
+        """Add a pruning step; steps after the same layer run in the order in which they were added.
+
+        Raises:
+            UserError: the layer does not exist, or the step reads attention that an earlier step
+                after the same layer has invalidated.
+        """
+        if not 0 <= selection.after < len(self.layers):
+            raise UserError(
+                f"{selection.name} selects after {selection.after} layers, but the decoder has "
+                f"{len(self.layers)}: allowed are 0 to {len(self.layers) - 1}"
+            )
+        # Python's sort is stable, which preserves the order of steps after the same layer.
+        self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
+        self.revision += 1
+        for first, then in pairwise(self.selections):
+            # The first step removes rows, so the queries and keys of the preceding layer no longer
+            # match the rows that the second one would score.
+            if then.attention and first.after == then.after:
+                raise UserError(
+                    f"{then.name} reads the attention of layer {then.after - 1}, but {first.name} "
+                    "already prunes there: set another `after` for one of them"
+                )
+
+    def reaching(self, layer: int) -> list[TokenPruningStep]:
+        """Return the pruning steps carried out before a layer runs."""
+        return [selection for selection in self.selections if selection.after <= layer]
+
+    def watches(self, layer: int) -> bool:
+        """Whether a pruning step reads the queries and keys of a layer."""
+        return any(s.attention and s.after == layer + 1 < self.cut for s in self.selections)

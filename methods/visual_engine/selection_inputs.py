@@ -1,0 +1,188 @@
+"""Inputs of a pruning step that chooses among visual tokens, and its result.
+
+Shapes: B samples, I frames, M visual tokens of a frame, T text rows, R some of them, N visual rows
+of the call, D d_model, h query heads that attend to visual tokens, K visual and text keys, d a
+head's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.vlm.vision_tower import TowerOutput
+from methods.visual_engine.attention import StreamQKV, kv_heads_for, select_heads
+from methods.visual_engine.masks import AttentionMasks
+from methods.visual_engine.token_index import Cells, Frames, TokenRows, rows_after_images
+from methods.visual_engine.weight_slices import VisualWeights
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Tokens of each frame that stay, bool [I, M], and new states for some of them.
+
+    `states_IMD` replaces the states marked by `changed_IM`: tokens into which others were merged.
+    """
+
+    keep_IM: Tensor
+    changed_IM: Tensor | None = None
+    states_IMD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerQK:
+    """Queries and keys of the preceding layer.
+
+    `visual_k` are the keys of all visual tokens so far for the heads kept in that layer, the call's
+    own last.
+    """
+
+    layer: int
+    text: StreamQKV
+    visual_k: Tensor | None
+    weights: VisualWeights
+    who: AttentionMasks
+
+
+@dataclass(frozen=True)
+class InputEmbeddings:
+    """Input embeddings of both streams, [B, T, D] and [B, N, D], and the real visual rows."""
+
+    text_BTD: Tensor
+    visual_BND: Tensor
+    visual_valid_BN: Tensor
+
+
+@dataclass(frozen=True)
+class SelectionInputs:
+    """Inputs of a pruning step: one call at one point of the decoder.
+
+    `states_IMD` are the visual tokens' hidden states, or their embeddings before the decoder;
+    `cells` their cells in their frames [I, M]; `whole` the number of tokens each frame came with.
+    `text_BTD` are the text rows' states, `text` their positions. `entered` are both streams as they
+    entered the decoder, with all visual rows. `ran` is None before the first layer; `encoded` holds
+    the vision tower's outputs by frame, V being [I, M], and is None unless the tower is recorded.
+    """
+
+    name: str
+    frames: Frames
+    cells: Cells
+    states_IMD: Tensor
+    whole: tuple[int, ...]
+    visual: TokenRows
+    text: TokenRows
+    text_BTD: Tensor
+    entered: InputEmbeddings
+    ran: LayerQK | None
+    encoded: TowerOutput | None
+
+    @property
+    def valid(self) -> Tensor:
+        """Real tokens of each frame, bool [I, M]."""
+        return self.frames.valid_IM
+
+    def question(self) -> Tensor:
+        """Mark the text rows after the last image of their sample, bool [B, T]."""
+        return rows_after_images(self.text, self.visual)
+
+    def asked(self) -> Tensor:
+        """Like `question_rows`, but raise if a sample with an image has no text after it.
+
+        Raises:
+            UserError: an image ends its prompt.
+        """
+        question_BT = self.question()
+        if not bool(question_BT.any(dim=1)[self.frames.sample_I].all()):
+            raise UserError(
+                f"{self.name} chooses an image's tokens by the text after them, but a prompt of "
+                "this call ends with its image: put the question after the image"
+            )
+        return question_BT
+
+    def last_text(self) -> TokenRows:
+        """Return the last text row of every sample, which must come after its images.
+
+        Raises:
+            UserError: an image ends its prompt.
+        """
+        self.asked()
+        # Rows are aligned at the right, so the last text row has the same index in every sample.
+        places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
+        return TokenRows(places_B1, None)
+
+    def attention(self, rows: TokenRows) -> Tensor:
+        """Return the attention of each given text row to each visual token, [I, R, M].
+
+        The softmax is over all keys that a row attends to, visual and text, in float32; the mean is
+        over the heads that attend to visual tokens. `rows` are positions among the text rows.
+        """
+        ran = self._attended()
+        scores_BhRK = self._scores(rows, ran)
+        # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
+        # where the layer itself ran in plain causal order without it.
+        mask = cast(Tensor, ran.who.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
+        index = rows.index_BR[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
+        weight = scores_BhRK.masked_fill(~mask.gather(2, index), -torch.inf).softmax(dim=-1)
+        return self._own(weight, ran).transpose(1, 2)
+
+    def products(self, rows: TokenRows) -> Tensor:
+        """Return the scaled q · k of given text rows with visual keys, [I, R, M]."""
+        ran = self._attended()
+        return self._own(self._scores(rows, ran), ran).transpose(1, 2)
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
+
+        Both for the key-value heads that visual tokens have, after rotation.
+        """
+        ran = self._attended()
+        groups = ran.weights.heads.groups
+        # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
+        visual = cast(Tensor, ran.visual_k)[:, :, -self.visual.count :]
+        text = select_heads(ran.text.k, groups)[:, :, -self.text.count :]
+        return (
+            self.frames.pack(visual.transpose(1, 2).flatten(2)),
+            text.transpose(1, 2).flatten(2),
+        )
+
+    def tower(self) -> TowerOutput:
+        """Return the vision tower's outputs.
+
+        Raises:
+            UserError: the call's images were encoded before the tower was recorded.
+        """
+        if self.encoded is None:
+            raise UserError(
+                f"{self.name} reads the vision tower, but the images of this call were encoded "
+                "elsewhere: call the model with their pixels"
+            )
+        return self.encoded
+
+    def _attended(self) -> LayerQK:
+        """Return the preceding layer, in which some head must attend to visual tokens."""
+        ran = cast(LayerQK, self.ran)
+        if ran.visual_k is None:
+            raise UserError(
+                f"{self.name} reads the attention of layer {ran.layer}, in which no head attends "
+                "to visual tokens: keep some there or set another `after`"
+            )
+        return ran
+
+    def _scores(self, rows: TokenRows, ran: LayerQK) -> Tensor:
+        """Return scaled q · k of given text rows with visual and text keys, [B, h, R, K]."""
+        heads = ran.weights.heads
+        q_BhTd = select_heads(cast(Tensor, ran.text.q), heads.kept).float()
+        index = rows.index_BR[:, None, :, None].expand(-1, q_BhTd.shape[1], -1, q_BhTd.shape[3])
+        visual_k = select_heads(cast(Tensor, ran.visual_k), heads.reads)
+        k = torch.cat([visual_k, kv_heads_for(ran.text.k, heads.kept, heads.per_group)], dim=2)
+        return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * ran.weights.view.scaling
+
+    def _own(self, x_BhRK: Tensor, ran: LayerQK) -> Tensor:
+        """Return the mean over heads for the call's own visual tokens, [I, M, R]."""
+        seen = cast(Tensor, ran.visual_k).shape[2]
+        mean_BRN = x_BhRK[..., seen - self.visual.count : seen].mean(dim=1)
+        return self.frames.pack(mean_BRN.transpose(1, 2))

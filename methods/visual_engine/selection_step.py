@@ -1,0 +1,67 @@
+"""Sizes from which a pruning step computes the multiply-adds of its choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bench.models.vlm.vision_tower import TowerSizes
+from methods.visual_engine.settings import Quota
+
+if TYPE_CHECKING:
+    from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+
+
+@dataclass(frozen=True)
+class SelectionSizes:
+    """Input sizes of a pruning step: `counts` tokens of each frame, of which `kept` stay.
+
+    A text row of one of the `samples` has `keys` text and visual rows to attend to, `text` of them
+    text. `asked` is the number of text rows after the last image, `entered` that of visual rows
+    that entered the decoder, both of the sample that has most. `heads` heads of width `head_dim`
+    attend to visual tokens in the preceding layer; `width` is d_model. `tower` is None unless the
+    vision tower is recorded.
+    """
+
+    counts: tuple[int, ...]
+    kept: tuple[int, ...]
+    samples: int
+    keys: int
+    text: int
+    asked: int
+    entered: int
+    heads: int
+    head_dim: int
+    width: int
+    tower: TowerSizes | None
+
+    @property
+    def pairs(self) -> int:
+        """Number of token pairs in frames padded to one length."""
+        return len(self.counts) * max(self.counts) ** 2
+
+    @property
+    def row_macs(self) -> int:
+        """Multiply-adds of q · k for one text row per sample against all keys, in all heads."""
+        return self.samples * self.heads * self.keys * self.head_dim
+
+
+@dataclass(frozen=True)
+class TokenPruningStep:
+    """One point of the plan at which visual tokens are removed for good.
+
+    It is carried out when `after` layers have run, 0 being before the decoder. Every frame keeps
+    `quota` tokens or fewer, chosen by `choose`; a frame that has no more than its quota is left
+    unchanged. `attention` requests the queries and keys of the preceding layer; `name` is for
+    messages. `macs` counts the multiply-adds of the choice itself; None means unknown.
+    """
+
+    name: str
+    after: int
+    quota: Quota
+    choose: Callable[[SelectionInputs, Tensor], TokenSelection]
+    attention: bool = False
+    macs: Callable[[SelectionSizes], float] | None = None

@@ -1,0 +1,138 @@
+"""Number of visual tokens of a frame that stay after a pruning step.
+
+n is the number of tokens that the frame came with, m the number that it has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Quota:
+    """`share` · n + `count` tokens of a frame stay, rounded, and at least one.
+
+    Unless `recycled` is 0, the removed ones return as ⌊`recycled` · (m - kept)⌋ + 1 merged tokens.
+    """
+
+    share: float = 0.0
+    count: float = 0.0
+    recycled: float = 0.0
+
+    @staticmethod
+    def of(keep: float | str) -> Quota:
+        """Return the quota of a number (int) or share (float) of a frame's tokens, or of "all"."""
+        if isinstance(keep, str):
+            return Quota(share=1.0)
+        return Quota(count=keep) if isinstance(keep, int) else Quota(share=keep)
+
+    @staticmethod
+    def averaging(average: float | str, after: int, depth: int) -> Quota:
+        """Return the quota that makes a frame average this many tokens over all layers.
+
+        With K = `after` layers of all n tokens and L - K layers of k, the average is (K n + (L - K)
+        k) / L (FastV), which is solved for k.
+
+        Raises:
+            UserError: the first K layers alone exceed the given share.
+        """
+        want, rest = Quota.of(average), depth - after
+        quota = Quota((depth * want.share - after) / rest, depth * want.count / rest)
+        # A share can be judged without a frame; a number of tokens depends on n and is judged in
+        # `kept`.
+        if quota.count == 0 and quota.share <= 0:
+            raise UserError(
+                f"average={average} cannot be met: {after} of {depth} layers with all tokens make "
+                f"{after / depth:.3g} already; raise average= or prune earlier"
+            )
+        return quota
+
+    def kept(self, n: int, m: int) -> int:
+        """Return the number of a frame's m tokens that stay.
+
+        Raises:
+            UserError: the first layers alone exceed the given average number of tokens.
+        """
+        wanted = self.share * n + self.count
+        if wanted <= 0:
+            raise UserError(
+                f"the average number of tokens cannot be met on an image of {n} tokens: its first "
+                "layers, with all of them, exceed it; raise average= or prune earlier"
+            )
+        return min(m, max(1, round(wanted)))
+
+    def left(self, n: int, m: int) -> int:
+        """Return the number of a frame's tokens afterwards, merged ones included."""
+        kept = self.kept(n, m)
+        return kept + self.merged(m - kept)
+
+    def merged(self, gone: int) -> int:
+        """Return how many merged tokens replace `gone` removed ones."""
+        return int(self.recycled * gone + 1e-9) + 1 if self.recycled and gone else 0
+
+
+def tokens_left(quotas: Sequence[Quota], n: int) -> int:
+    """Return the number of tokens left of a frame of n after several pruning steps."""
+    m = n
+    for quota in quotas if n else ():
+        m = quota.left(n, m)
+    return m
+
+
+Execution = Literal["skip", "official"]
+DroppedHeads = Literal["silent", "text"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Square of visual tokens in one frame that a visual token attends to.
+
+    It extends `radius` rows and columns to each side; `causal` excludes cells that come later in
+    raster order.
+    """
+
+    radius: int
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's settings; None means everything.
+
+    `heads` are the query heads used for visual tokens, `neurons` one index tensor [kept] for each
+    gated feed-forward of the layer (`DecoderLayer.units`).
+    """
+
+    heads: tuple[int, ...] | None = None
+    neurons: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RepairedProjections:
+    """Columns of one layer's projections, refitted for visual rows by least squares.
+
+    `o` [D, h·d] are those of the kept heads at the positions `heads`, `down` [D, f] those of a
+    dense feed-forward's neurons at the positions `neurons`; None if not refitted.
+    """
+
+    heads: tuple[int, ...]
+    o: Tensor | None
+    neurons: Tensor | None
+    down: Tensor | None
+
+    def fits(self, heads: tuple[int, ...], places: tuple[Tensor, ...] | None) -> bool:
+        """Whether the kept heads and neurons are still where the columns were refitted."""
+        # Positions, not numbers: the columns are stored in the order of the weights, which
+        # reordering or removing neurons afterwards would change.
+        if self.down is None:
+            return self.o is None or heads == self.heads
+        assert self.neurons is not None
+        same = places is not None and torch.equal(places[0].cpu(), self.neurons.cpu())
+        return same and (self.o is None or heads == self.heads)

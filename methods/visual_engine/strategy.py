@@ -1,0 +1,90 @@
+"""Base class of visual strategies: supported models, and access to the network's plan."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import asdict
+from typing import Any
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.macs import FLOPS_PROVIDER_ATTRIBUTE
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from bench.models.vlm.decoder_view import decoder_layers
+from bench.models.vlm.visual_tokens import FRAME_READERS, fixed_frame_size
+from methods.visual_engine.cost.flops import (
+    VisualFlops,
+    average_tokens,
+    decoder_shape,
+    layer_costs,
+    token_stages,
+)
+from methods.visual_engine.decoder import VisualEngine, visual_engine_of
+from methods.visual_engine.settings import Execution
+
+
+class VisualStrategy(Method):
+    """A method that adds its settings to the network's plan; several compose in any order.
+
+    `form` sets how the plan is carried out, and must be the same for all strategies of a run.
+    `skip` computes only what is read and normalises over the remaining keys. `official` computes
+    everything and zeroes attention weights after the softmax, as the paper's released LLaVA code
+    does: for its released checkpoints and for comparison; it saves no work.
+    """
+
+    form: Execution = "skip"
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse a model without images or with an unsupported decoder.
+
+        Raises:
+            UserError: the model does not fit the strategy.
+        """
+        if structure.model_type not in FRAME_READERS:
+            raise UserError(
+                f"{type(self).__name__} needs visual tokens, but {structure.architecture} is not a "
+                f"vision-language model that is supported: {', '.join(sorted(FRAME_READERS))}"
+            )
+        decoder_layers(structure)
+        if self.form == "official" and structure.moe:
+            raise UserError("form=official does not support MoE models")
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Add the settings; from now on the network follows the whole plan.
+
+        The report's `shape` and `work` are the inputs of the closed-form FLOPs and bytes of the
+        plan.
+        """
+        engine = visual_engine_of(model.network)
+        engine.plan.agree(self.form)
+        # On the network, not in the report: it then reflects every later change of the plan, and is
+        # copied with the network.
+        setattr(model.network, FLOPS_PROVIDER_ATTRIBUTE, VisualFlops(engine))
+        # Masked mode keeps its marks of visual tokens as an attribute of the cache, which does not
+        # follow when the rows of a shared prefix are distributed to several prompts.
+        model.needs_prompt = model.needs_prompt or self.form == "official"
+        details = self.configure(engine, model, context)
+        details |= {
+            "shape": asdict(decoder_shape(engine)),
+            "work": [asdict(layer) for layer in layer_costs(engine)],
+        }
+        return MethodReport("skipped" if self.form == "skip" else "masked", details)
+
+    @abstractmethod
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        """Add this strategy's settings to the plan and describe them in JSON values."""
+
+
+def tokens_by_stage(engine: VisualEngine) -> dict[str, Any]:
+    """Report a frame's tokens by stage of the whole plan, and their average over layers.
+
+    All are None for models without a fixed image size; a cost for any size can be computed from the
+    report's `work`.
+    """
+    size = fixed_frame_size(engine.network.config)
+    if size is None:
+        return {"frame": None, "stages": None, "average_tokens": None}
+    stages = token_stages(engine, size[0] * size[1])
+    average = average_tokens(stages)
+    return {"frame": size[0] * size[1], "stages": stages, "average_tokens": average}

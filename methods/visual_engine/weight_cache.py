@@ -1,0 +1,226 @@
+"""Slices of all layers, heads and neurons moved to the front, positions of the original ones.
+
+Weight slices for visual rows, cut once per layer and refreshed when plan or network change.
+
+Shapes: H query heads, F a feed-forward's width.
+
+Permutations that move kept heads and neurons to the front, so weight slices are views.
+
+An exact change of parameters: the network computes the same function. Shapes: D d_model, H query
+heads, G key-value heads, d a head's width, F a feed-forward's width.
+
+Current order of a feed-forward's neurons, also after other methods removed some.
+
+Shapes: F neurons of the loaded network, N neurons that are left, P remembered values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.models.structure.expert_view import ExpertView
+from bench.models.vlm.decoder_view import AttentionView, Decoder, DecoderLayer, Projection
+from methods.visual_engine.plan import VisualPlan
+from methods.visual_engine.weight_slices import VisualWeights, slice_weights
+
+Version = tuple[int, ...]
+
+
+class WeightCache:
+    """Cached per-layer weight slices and the current position of each original head and neuron."""
+
+    def __init__(self, decoder: Decoder, plan: VisualPlan) -> None:
+        self.decoder = decoder
+        self.plan = plan
+        self._heads = [list(range(layer.attention_view().heads)) for layer in decoder.layers]
+        self._neurons = [[NeuronOrder(unit) for unit in layer.units()] for layer in decoder.layers]
+        self._kept: dict[int, tuple[Version, VisualWeights]] = {}
+
+    def layer(self, index: int) -> VisualWeights:
+        """Return one layer's weights for visual rows.
+
+        They are cut again if the plan or a weight has changed since, and at every call while
+        weights are being trained, so that gradients reach the network.
+        """
+        layer = self.decoder.layers[index]
+        version = (self.plan.revision, *_weight_versions(layer))
+        known = self._kept.get(index)
+        if known is not None and known[0] == version:
+            return known[1]
+        weights = slice_weights(
+            layer,
+            self.plan.layers[index],
+            self._heads[index],
+            self.places(layer),
+            self.plan.dropped,
+            self.plan.repairs.get(index),
+        )
+        # Slices of trained weights belong to one autograd graph, which backward frees: a cached
+        # slice would fail in the next backward.
+        if not torch.is_grad_enabled() or not _is_trained(layer):
+            self._kept[index] = (version, weights)
+        return weights
+
+    def head_order(self) -> list[list[int]]:
+        """Return the number of the head at each position, for every layer."""
+        return [list(order) for order in self._heads]
+
+    def numbered(self, layer: int, unit: int, value_F: Tensor) -> Tensor:
+        """Order values of a feed-forward's neurons by their numbers in the loaded network."""
+        order = self._neurons[layer][unit]
+        return torch.zeros(order.width).scatter(0, order.now(len(value_F)), value_F)
+
+    def reorder(self) -> None:
+        """Move kept heads and neurons of every layer to the front of its weights."""
+        for layer, plan in zip(self.decoder.layers, self.plan.layers, strict=True):
+            if plan.heads is not None:
+                self._front_heads(layer, set(plan.heads))
+            if plan.neurons is not None:
+                self._front_neurons(layer, plan.neurons)
+
+    def _front_heads(self, layer: DecoderLayer, kept: set[int]) -> None:
+        view, order = layer.attention_view(), self._heads[layer.index]
+        places = kept_heads_first(kept, order, view.heads // view.groups)
+        if places != list(range(view.heads)):
+            permute_heads(view, places)
+            self._heads[layer.index] = [order[place] for place in places]
+
+    def _front_neurons(self, layer: DecoderLayer, kept: Sequence[Tensor]) -> None:
+        orders = self._neurons[layer.index]
+        for unit, order, chosen in zip(layer.units(), orders, kept, strict=True):
+            now_F = order.follow(unit)
+            # A stable sort of 0 (kept) and 1 (dropped): kept neurons come first, both kinds in
+            # their present order, so a second call with the same plan moves nothing.
+            moved_F = (~torch.isin(now_F, chosen.cpu())).to(torch.uint8).argsort(stable=True)
+            if bool((moved_F[1:] < moved_F[:-1]).any()):
+                permute_neurons(unit, moved_F)
+                order.moved(moved_F)
+
+    def places(self, layer: DecoderLayer) -> tuple[Tensor, ...] | None:
+        """Return the present positions of each feed-forward's kept neurons; None for all."""
+        kept = self.plan.layers[layer.index].neurons
+        if kept is None:
+            return None
+        orders = zip(layer.units(), self._neurons[layer.index], kept, strict=True)
+        return tuple(
+            torch.isin(order.follow(unit), chosen.cpu()).nonzero()[:, 0]
+            for unit, order, chosen in orders
+        )
+
+
+def _weight_versions(layer: DecoderLayer) -> Version:
+    """Return numbers that change if a weight of the layer is replaced or written to."""
+    # Both are needed: `id` changes if a weight is replaced by another tensor, `_version` if it is
+    # changed in place. Writes through `.data` change neither, so code that makes them must call
+    # `increment_version`.
+    weights = layer.module.parameters()
+    return tuple(number for weight in weights for number in (id(weight), weight._version))
+
+
+def _is_trained(layer: DecoderLayer) -> bool:
+    return any(weight.requires_grad for weight in layer.module.parameters())
+
+
+def kept_heads_first(kept: Collection[int], order: Sequence[int], per_group: int) -> list[int]:
+    """Return positions of heads with kept ones first, as far as key-value groups allow.
+
+    `order` is the head at each position; `kept` are heads. Groups stay together: those with a kept
+    head come first, and in each group its kept heads do.
+    """
+    # Groups stay whole because query head i reads key-value head i // per_group: moved alone, it
+    # would read different keys. K and V are therefore sliced by group, all groups with a kept head,
+    # and kept query heads are contiguous only within their groups.
+    groups = [range(first, first + per_group) for first in range(0, len(order), per_group)]
+    inside = [sorted(group, key=lambda place: order[place] not in kept) for group in groups]
+    inside.sort(key=lambda group: order[group[0]] not in kept)
+    return [place for group in inside for place in group]
+
+
+@torch.no_grad()
+def permute_heads(view: AttentionView, places: Sequence[int]) -> None:
+    """Permute a layer's heads in place; `places` [H] are the old positions in new order."""
+    per_group = view.heads // view.groups
+    # Query heads of a group stay adjacent, so the first one of each gives the group's new place.
+    groups = [places[first] // per_group for first in range(0, view.heads, per_group)]
+    for projection, moved in ((view.q, places), (view.k, groups), (view.v, groups)):
+        _permute_rows(projection, head_channels(moved, view.head_dim))
+    o_DE = view.o.weight
+    o_DE.copy_(o_DE[:, head_channels(places, view.head_dim).to(o_DE.device)])
+
+
+@torch.no_grad()
+def permute_neurons(unit: ExpertView, places_F: Tensor) -> None:
+    """Permute the neurons of a gated feed-forward in place."""
+    places_F = places_F.to(unit.gate.device)
+    unit.gate.copy_(unit.gate[places_F])
+    unit.up.copy_(unit.up[places_F])
+    unit.down.copy_(unit.down[:, places_F])
+
+
+def _permute_rows(projection: Projection, rows: Tensor) -> None:
+    for part in (projection.weight, projection.bias):
+        if part is not None:
+            part.copy_(part[rows.to(part.device)])
+
+
+def head_channels(heads: Sequence[int], width: int) -> Tensor:
+    """Return the channel indices of some heads."""
+    return (torch.tensor(heads)[:, None] * width + torch.arange(width)).flatten()
+
+
+# Leading values of a gate row that identify a neuron: enough for trained weights even in half
+# precision, and little memory for all experts of a network.
+FINGERPRINT_LENGTH = 8
+
+
+class NeuronOrder:
+    """The order of one feed-forward's neurons, by their numbers in the loaded network.
+
+    After neurons have been removed, the remaining ones are identified by their gate rows, which
+    removal does not change.
+    """
+
+    def __init__(self, unit: ExpertView) -> None:
+        self.width = unit.width
+        self._rows_FP = unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu().clone()
+        self._order_N = torch.arange(self.width)
+
+    def now(self, width: int) -> Tensor:
+        """Return the numbers of the neurons in their present order, [N]."""
+        assert len(self._order_N) == width
+        return self._order_N
+
+    def moved(self, places_N: Tensor) -> None:
+        """Record a rearrangement; `places` are the old positions in their new order."""
+        self._order_N = self._order_N[places_N]
+
+    def follow(self, unit: ExpertView) -> Tensor:
+        """Return the numbers of a feed-forward's neurons as it is now, [N].
+
+        Raises:
+            UserError: a neuron is not one of those that were loaded.
+        """
+        # Only a change of width is looked at: comparing rows at every call would copy weights to
+        # the CPU. A method that permutes neurons without removing any is therefore not noticed.
+        if unit.width != len(self._order_N):
+            self._order_N = self._match_by_gate_rows(unit)
+        return self._order_N
+
+    def _match_by_gate_rows(self, unit: ExpertView) -> Tensor:
+        """Find each neuron's number by the beginning of its gate row."""
+        # Bit-exact values as dictionary keys: removal copies rows, so equal neurons have equal
+        # bits. Duplicate rows (all-zero gates, say) share the last one's number, which is harmless
+        # only if they compute the same.
+        numbers = {tuple(row): number for number, row in enumerate(self._rows_FP.tolist())}
+        rows_NP = unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu().tolist()
+        found = [numbers.get(tuple(row)) for row in rows_NP]
+        if None in found:
+            raise UserError(
+                "a method changed a feed-forward of which visual tokens use a part, in a way that "
+                "cannot be followed: list that method before the visual token strategies"
+            )
+        return torch.tensor(found, dtype=torch.int64)

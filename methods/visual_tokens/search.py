@@ -1,0 +1,263 @@
+"""Settings that meet a budget of FLOPs or seconds.
+
+Search for settings that meet a cost budget with the least harm predicted from calibration.
+
+The harm of a layer cut, of fewer heads and of fewer neurons is measured separately for each, as the
+KL divergence in nats from the dense answer with nothing else changed; the three are assumed to add
+up (as operation pruning does, arXiv 2507.02909). The cost is `visual_share`, linear in heads.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.data.prompts import ProcessedPrompts
+from bench.device.devices import Clock
+from bench.errors import UserError
+from bench.ui import Progress
+from methods.visual_engine.cost.closed_form import (
+    DecoderShape,
+    PromptLengths,
+    mean_neighbours,
+    visual_share,
+)
+from methods.visual_engine.cost.flops import decoder_shape, layer_costs
+from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.plan import VisualPlan
+from methods.visual_tokens.allocation import KeptUnits, top_heads_in_total, top_neurons
+from methods.visual_tokens.calibration_stats import CalibrationStats
+
+HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
+NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+MAX_READINGS = 24
+"""Maximum number of settings that are timed."""
+ESTIMATE_MARGIN = 1.1
+"""Estimates up to this factor above a time budget are still measured."""
+
+
+@dataclass(frozen=True)
+class StrategyShares:
+    """A candidate: layers that visual tokens reach, total heads kept, share of neurons kept."""
+
+    cut: int
+    heads: int
+    neurons: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Result of a search: settings, share of visual FLOPs, predicted harm in nats.
+
+    `seconds` is the measured share of the dense prefill's time, if the budget is one of time.
+    """
+
+    settings: StrategyShares
+    share: float
+    harm: float
+    seconds: float | None = None
+
+
+class BudgetSearch:
+    """One search on one network. Candidates are tried by setting the engine's plan."""
+
+    def __init__(
+        self,
+        engine: VisualEngine,
+        findings: CalibrationStats,
+        samples: ProcessedPrompts,
+        whole_layers: int,
+    ) -> None:
+        self.engine, self.findings, self.samples = engine, findings, samples
+        self.shape: DecoderShape = decoder_shape(engine)
+        self.whole_layers = min(whole_layers, self.shape.depth)
+        # 0.4 of the samples is the paper's vote (more than 40 of 100), the default of head_pruning.
+        self.score_LH = findings.head_statistic(votes=0.4)
+        self.prompt = _with_window(findings.prompt, engine.plan)
+
+    @torch.no_grad()
+    def fit(self, budget: float, progress: Progress) -> SearchResult:
+        """Leave the engine with the least harmful settings that cost at most `budget`; return them.
+
+        Raises:
+            UserError: even the cheapest settings cost more.
+        """
+        candidates = self._candidates(progress)
+        meeting = [found for found in candidates if found.share <= budget]
+        if not meeting:
+            least = min(found.share for found in candidates)
+            raise UserError(
+                f"budget={budget} cannot be met: the least that any settings leave is {least:.4f} "
+                "of the visual computation; raise budget or lower whole_layers"
+            )
+        # The grid of head shares is coarse, so the winner usually leaves part of the budget unused:
+        # it is spent on more heads.
+        settings = self._filled(meeting[0].settings, budget)
+        return SearchResult(settings, self._share(settings), meeting[0].harm)
+
+    @torch.no_grad()
+    def fit_seconds(self, budget: float, progress: Progress) -> SearchResult:
+        """Like `fit`, but `budget` is a share of the dense prefill's measured time.
+
+        Candidates are measured in order of predicted harm. Those that a running estimate puts well
+        above the budget are skipped; the estimate takes time to be linear in visual FLOPs and is
+        corrected by the last measurement.
+
+        Raises:
+            UserError: none of the measured settings is fast enough.
+        """
+        watch = PrefillTimer(self.engine, self.samples)
+        text = self.prompt.text / (self.prompt.text + self.prompt.visual)
+        correction, fastest = 1.0, float("inf")
+        for found in self._candidates(progress):
+            # Text rows are always computed in full, so only the visual fraction of the prompt
+            # shrinks.
+            estimate = text + (1 - text) * found.share
+            if correction * estimate > ESTIMATE_MARGIN * budget:
+                continue
+            self._share(found.settings)
+            measured = watch.share()
+            fastest = min(fastest, measured)
+            if measured <= budget:
+                return replace(found, seconds=measured)
+            if watch.readings == MAX_READINGS:
+                break
+            correction = measured / estimate
+        tried = f"{watch.readings} settings were timed, the fastest takes {fastest:.3f}"
+        if not watch.readings:
+            tried = "none was timed, since even the cheapest is estimated to take more"
+        raise UserError(
+            f"budget={budget} of the dense prefill's time cannot be met: {tried}; "
+            "raise budget or lower whole_layers"
+        )
+
+    def _candidates(self, progress: Progress) -> list[SearchResult]:
+        """Return all settings, the least predicted harm first."""
+        harm = self._harm(progress)
+        found = []
+        for cut, heads, neurons in product(range(1, self.shape.depth + 1), *self._levels()):
+            settings = StrategyShares(cut, self._total(cut, heads), neurons)
+            expected = self._cut_harm(cut) + harm["heads", heads] + harm["neurons", neurons]
+            found.append(SearchResult(settings, self._share(settings), expected))
+        return sorted(found, key=lambda fitted: fitted.harm)
+
+    def _levels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return HEAD_SHARES, NEURON_SHARES
+
+    def _total(self, cut: int, share: float) -> int:
+        """Return the number of heads kept if layers after the whole ones keep this share."""
+        whole, heads = min(self.whole_layers, cut), self.shape.heads
+        return whole * heads + round(share * (cut - whole) * heads)
+
+    def _filled(self, settings: StrategyShares, budget: float) -> StrategyShares:
+        """Raise the number of heads as far as the budget allows."""
+        # Bisection is exact here: cost is linear, hence monotonic, in the number of heads.
+        low, high = settings.heads, settings.cut * self.shape.heads
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._share(replace(settings, heads=middle)) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return replace(settings, heads=low)
+
+    def _share(self, settings: StrategyShares) -> float:
+        """Set the plan to these settings and return their share of visual FLOPs."""
+        plan = self.engine.plan
+        plan.cut_at(settings.cut)
+        plan.keep_heads(self._kept(settings))
+        plan.keep_neurons(self._neurons(settings.neurons))
+        return visual_share(self.shape, layer_costs(self.engine), self.prompt)
+
+    def _kept(self, settings: StrategyShares) -> KeptUnits:
+        whole = min(self.whole_layers, settings.cut)
+        return top_heads_in_total(self.score_LH, settings.heads, whole, settings.cut)
+
+    def _neurons(self, share: float) -> list[tuple[Tensor, ...]]:
+        return [
+            tuple(top_neurons(score_F, share) for score_F in units)
+            for units in self.findings.neurons
+        ]
+
+    def _cut_harm(self, cut: int) -> float:
+        return self.findings.cut_kl[cut - 1]
+
+    def _harm(self, progress: Progress) -> dict[tuple[str, float], float]:
+        """Measure fewer heads and fewer neurons, each with everything else kept."""
+        dense = list(self._answers(dense=True))
+        # Ten measurements, one per share and kind, instead of one per combination of layers, heads
+        # and neurons, which would be thousands. The price is the assumption that harms add up.
+        depth, harm = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
+        tried = [("heads", share) for share in HEAD_SHARES[1:]]
+        tried += [("neurons", share) for share in NEURON_SHARES[1:]]
+        for what, share in progress.track(tried, "measuring the harm of cuts"):
+            heads = self._total(depth, share if what == "heads" else 1.0)
+            self._share(StrategyShares(depth, heads, share if what == "neurons" else 1.0))
+            answers = self._answers(dense=False)
+            parts = [_kl_divergence(p, q) for p, q in zip(dense, answers, strict=True)]
+            harm[what, share] = float(torch.stack(parts).mean())
+        return harm
+
+    def _answers(self, *, dense: bool) -> Iterator[Tensor]:
+        """Yield log probabilities of each sample's next token, [B, vocabulary]."""
+        for call in self.samples.inputs:
+            if dense:
+                with self.engine.dense():
+                    logits = self.engine.network(**call, use_cache=False, logits_to_keep=1).logits
+            else:
+                logits = self.engine.network(**call, use_cache=False, logits_to_keep=1).logits
+            yield logits[:, -1].double().log_softmax(dim=-1)
+
+
+def _with_window(prompt: PromptLengths, plan: VisualPlan) -> PromptLengths:
+    """Set the mean number of visual keys that a window leaves, assuming a square grid."""
+    if plan.window is None:
+        return prompt
+    side = max(1, round(prompt.visual**0.5))
+    seen = mean_neighbours(side, side, plan.window.radius)
+    return replace(prompt, neighbours=seen)
+
+
+def _kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
+    """Return KL(p ‖ q) of log probabilities, averaged over samples."""
+    return (p_BV.exp() * (p_BV - q_BV)).sum(dim=-1).mean()
+
+
+TIMING_ROUNDS = 5
+
+
+class PrefillTimer:
+    """Times one prompt's prefill, dense and planned in turn."""
+
+    def __init__(self, engine: VisualEngine, samples: ProcessedPrompts) -> None:
+        self._engine = engine
+        self._call: dict[str, Any] = dict(samples.inputs[0])
+        self.readings = 0
+
+    @torch.no_grad()
+    def share(self) -> float:
+        """Return the median time of the plan divided by that of the dense network."""
+        self.readings += 1
+        planned, dense = [], []
+        for number in range(TIMING_ROUNDS + 1):
+            # Alternating runs see the same machine: a clock that changes or a neighbour's load hits
+            # both, and medians discard the runs it hits alone.
+            took = self._seconds()
+            with self._engine.dense():
+                whole = self._seconds()
+            # The first round pays for weight slices, kernel selection and allocation.
+            if number:
+                planned.append(took)
+                dense.append(whole)
+        return statistics.median(planned) / statistics.median(dense)
+
+    def _seconds(self) -> float:
+        clock = Clock(next(self._engine.network.parameters()).device)
+        clock.mark()
+        self._engine.network(**self._call, use_cache=True, logits_to_keep=1)
+        clock.mark()
+        return clock.laps()[0]

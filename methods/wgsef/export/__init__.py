@@ -1,1 +1,0 @@
-"""Physical removal of dead groups, and export of the smaller network."""

@@ -1,0 +1,207 @@
+"""WGSEF without training on dense decoders: FFN neurons or heads that best reconstruct each layer.
+
+Shapes: B prompts or rows, S tokens, T tokens in all, M activations a layer reads out (an FFN's
+neurons, or all heads side by side), D d_model, A atoms, K kept activations.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from methods.moe.calibration_statistics import record_input_grams
+from methods.moe.least_squares import refit_columns, refit_error
+from methods.moe.pruning import require_calibration
+from methods.wgsef.groups import transformer
+from methods.wgsef.groups.partition import GroupFamily
+from methods.wgsef.layerwise.moe_layers import SELECTORS
+from methods.wgsef.layerwise.reconstruction import Reconstruction
+from methods.wgsef.removal import smaller_language_model
+
+ModelInputs = Mapping[str, Tensor]
+LAYERS_AT_ONCE = 4
+"""Layers measured per pass; the [M, M] Gram matrices are float64, too large to hold all at once."""
+_OUTPUT_PROJECTION = {"neurons": "down_proj", "heads": "o_proj"}
+
+
+class WgsefDecoder(Method):
+    """Keep the neurons, or heads, of each layer that reconstruct its output best.
+
+    With grouped queries a head is a KV head with its query heads. Each layer loses the fraction
+    `ratio`, since transformers builds all layers with one config; at least one atom stays.
+    `selector` is that of `wgsef_layerwise`. `refit` fits the remaining columns by least squares.
+    With `sequential`, layers are measured `LAYERS_AT_ONCE` at a time on what the pruned layers
+    before them produce.
+    """
+
+    atoms: Literal["neurons", "heads"]
+    ratio: float = Field(ge=0, lt=1)
+    selector: Literal["debiased", "greedy", "energy"] = "debiased"
+    refit: bool = True
+    refit_damping: float = Field(default=1e-4, gt=0)
+    sequential: bool = True
+    state: Literal["zeroed", "removed"] = "removed"
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse networks whose layers have no such atoms."""
+        if not structure.layers:
+            raise UserError(
+                f"{structure.architecture} has no decoder layers to prune {self.atoms} in"
+            )
+        for layer in structure.layers:
+            self._family(layer, structure.architecture)
+
+    @torch.no_grad()
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Measure, select and refit a few layers at a time, then remove all dead atoms at once."""
+        structure, names = model.structure, {m: name for name, m in model.network.named_modules()}
+        found = [self._family(layer, structure.architecture) for layer in structure.layers]
+        families = [
+            _qualified(family, names[layer])
+            for family, layer in zip(found, structure.layers, strict=True)
+        ]
+        calls, fingerprint = self._calls(context, model)
+        step = LAYERS_AT_ONCE if self.sequential else len(families)
+        layers, dead = list[dict[str, Any]](), list[Tensor]()
+        starts = list(range(0, len(families), step))
+        for start in context.progress.track(starts, f"choosing {self.atoms}"):
+            group = families[start : start + step]
+            readouts = [self._readout(model.network, family) for family in group]
+            grams, tokens = _grams(model, calls, readouts)
+            for family, readout in zip(group, readouts, strict=True):
+                gone_A, told = self._choose(family, readout, grams[readout], tokens)
+                # Zeroed now, so that the next layers are measured behind a pruned one; cut at the
+                # end, since shapes must agree with the config as long as the network runs.
+                _zero_atoms(model.network, family, gone_A)
+                dead.append(gone_A)
+                layers.append({"layer": len(layers), **told})
+        removed = sum(int(gone_A.sum()) for gone_A in dead)
+        if removed and self.state == "removed":
+            model.network = smaller_language_model(model.network, families, dead)
+            model.__dict__.pop("structure", None)
+        details = {
+            "asked": {"ratio": self.ratio},
+            f"removed_{self.atoms}": removed,
+            self.atoms: sum(family.groups for family in families),
+            "calibration": fingerprint,
+            "layers": layers,
+        }
+        return MethodReport(self.state if removed else "none", details)
+
+    @abstractmethod
+    def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
+        """Return the inputs on which activations are measured, and their fingerprint."""
+
+    def _family(self, layer: nn.Module, architecture: str) -> GroupFamily:
+        """Return the atoms of one layer; names are relative to it."""
+        make = transformer.neurons if self.atoms == "neurons" else transformer.heads
+        try:
+            found = make(layer)
+        except UserError as missing:
+            raise UserError(f"{architecture} has a layer without {self.atoms}: {missing}") from None
+        if len(found) != 1:
+            raise UserError(
+                f"{architecture} has {len(found)} FFNs per layer, this method needs one: use "
+                "wgsef_layerwise for mixtures of experts"
+            )
+        return found[0]
+
+    def _readout(self, network: nn.Module, family: GroupFamily) -> nn.Linear:
+        return cast(
+            nn.Linear, network.get_submodule(f"{family.name}.{_OUTPUT_PROJECTION[self.atoms]}")
+        )
+
+    def _choose(
+        self, family: GroupFamily, readout: nn.Linear, gram_MM: Tensor, tokens: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
+        if not bool(gram_MM.isfinite().all()):
+            raise UserError(
+                f"calibration produced NaN or infinite activations in {family.name}: try "
+                "model.dtype=float32 or different calibration data"
+            )
+        width = readout.in_features // family.groups
+        # `int` rounds the number to remove down, so no layer loses more than `ratio`.
+        count = max(1, family.groups - int(self.ratio * family.groups))
+        problem = Reconstruction.of(gram_MM / tokens, readout.weight.T, width)
+        (kept_A,) = SELECTORS[self.selector]([problem], count)
+        told: dict[str, Any] = {"kept": kept_A.nonzero().flatten().tolist()}
+        kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
+        if self.refit and len(kept_K) < readout.in_features:
+            weight_DM = readout.weight
+            # The selection works on zeroed atoms; the columns that stay can take over part of the
+            # lost output.
+            columns_DK = refit_columns(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
+            told["refit"] = {
+                "error_before": refit_error(gram_MM, weight_DM, kept_K, weight_DM[:, kept_K]),
+                "error_after": refit_error(gram_MM, weight_DM, kept_K, columns_DK),
+            }
+            weight_DM[:, kept_K] = columns_DK
+        return ~kept_A, told
+
+
+class OnText(WgsefDecoder):
+    """Calibrated on the run's calibration text."""
+
+    uses_calibration: ClassVar[bool] = True
+    batch: int = Field(default=8, ge=1)
+
+    def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
+        calibration = require_calibration(context)
+        rows = calibration.tokens.to(model.device).split(self.batch)
+        return [{"input_ids": rows_BS} for rows_BS in rows], calibration.fingerprint
+
+
+class OnPrompts(WgsefDecoder):
+    """Calibrated on the run's prompts with images, on text and visual tokens alike."""
+
+    @property
+    def uses_prompts(self) -> bool:
+        """This method always needs prompts with images."""
+        return True
+
+    def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
+        if context.prompts is None:
+            raise UserError("this method needs prompts with images: set prompts=NAME")
+        return context.prompts.inputs, context.prompts.fingerprint
+
+
+def _grams(
+    model: Model, calls: Sequence[ModelInputs], readouts: Sequence[nn.Linear]
+) -> tuple[dict[nn.Module, Tensor], int]:
+    """Return ΦᵀΦ of the inputs of the projections, float64 [M, M], and the number of tokens."""
+    found: dict[nn.Module, Tensor] = {}
+    tokens = 0
+    for call in calls:
+        mask = call.get("attention_mask")
+        real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
+        tokens += int(real_BS.sum())
+        with record_input_grams(readouts, real_BS.bool(), found):
+            # Only activations inside the layers are needed: logits of the last position are the
+            # least the forward can compute.
+            cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
+    return found, tokens
+
+
+def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None:
+    for part in family.owned:
+        weight = network.get_parameter(part.tensor)
+        weight.data.movedim(part.axes[0], 0)[part.units_of(gone_A).to(weight.device)] = 0
+
+
+def _qualified(family: GroupFamily, layer: str) -> GroupFamily:
+    """Return a layer's atoms with names relative to the whole network."""
+    owned = tuple(
+        type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
+        for part in family.owned
+    )
+    return GroupFamily(f"{layer}.{family.name}", family.kind, family.groups, owned)

@@ -1,0 +1,94 @@
+"""WGSEF without training: the micro-experts of each MoE layer that best reconstruct its output.
+
+Shapes: T tokens, F an expert's width, D d_model, N micro-experts of a layer (shared ones first).
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bench.method import Context, MethodReport
+from bench.models.model import Model
+from bench.models.structure.moe_block import MoEBlock
+from methods.moe.calibration_walk import CalibratedPruning, require_finite
+from methods.moe.least_squares import ExpertGrams, refit_experts
+from methods.moe.micro_experts import channels_per_expert, expert_spans, expert_view
+from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
+from methods.moe.ranking import apportion
+from methods.wgsef.layerwise import reconstruction
+from methods.wgsef.layerwise.reconstruction import Reconstruction
+
+SELECTORS: dict[str, reconstruction.Selector] = {
+    "debiased": reconstruction.select_by_homotopy,
+    "greedy": reconstruction.select_by_elimination,
+    "energy": reconstruction.select_by_energy,
+}
+
+
+class WgsefLayerwise(MicroExpertPruning, CalibratedPruning):
+    """Select micro-experts by how well those that stay reconstruct the outputs of their experts.
+
+    Atoms are micro-experts, with the routing weight included in their activations; calibration text
+    gives each expert's Gram matrix in one pass. `selector`: `debiased` follows the homotopy of the
+    debiased WGSEF, `greedy` eliminates backwards, `energy` keeps the largest RMS(phi) ||w||.
+    `scope: layer` lets all experts of a layer compete, `expert` removes the same fraction from
+    each. `refit` fits the remaining down columns by least squares; without it they are unchanged,
+    so that selectors can be compared on their own. `ratio` and `base` have the meaning they have in
+    camera_p.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+
+    selector: Literal["debiased", "greedy", "energy"] = "debiased"
+    scope: Literal["layer", "expert"] = "layer"
+    refit: bool = True
+    refit_damping: float = Field(default=1e-4, gt=0)
+
+    @torch.no_grad()
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Measure, select, refit and remove, layer by layer."""
+        calibration = require_calibration(context)
+        structure = model.structure
+        refuse_offloaded(structure.moe)
+        tokens = calibration.tokens.numel()
+        layers = []
+        seen = self.watch(model, calibration.tokens, ExpertGrams, context.progress)
+        for (block, grams), budget in zip(seen, self.budgets(structure), strict=True):
+            require_finite(block, *grams.gram_FF.values())
+            layers.append(self._prune(block, grams, tokens, budget))
+        more = {"calibration": calibration.fingerprint, "tokens": tokens}
+        return self.build_report(model, structure, layers, **more)
+
+    def _prune(
+        self, block: MoEBlock, grams: ExpertGrams, tokens: int, budget: int
+    ) -> dict[str, Any]:
+        """Prune one block and report what stays of each expert, shared ones first."""
+        problems = [
+            # All tokens of the text, not those routed to the expert: errors of different experts
+            # are then in one unit, and a rarely used expert weighs little.
+            Reconstruction.of(grams.gram_FF[expert] / tokens, expert_view(block, expert).down.T)
+            for expert, _ in expert_spans(block)
+        ]
+        kept = self._selected(problems, budget)
+        gone = (~torch.cat(kept)).nonzero().flatten()
+        report: dict[str, Any] = {"kept_per_expert": [int(mask.sum()) for mask in kept]}
+        if self.refit and len(gone):
+            report["refit"] = refit_experts(
+                grams, dict(channels_per_expert(block, gone)), self.refit_damping
+            )
+        return self.remove_micro_experts(block, gone) | report
+
+    def _selected(self, problems: list[Reconstruction], budget: int) -> list[Tensor]:
+        """Return masks of the atoms that stay, one per expert."""
+        select = SELECTORS[self.selector]
+        sizes = [problem.atoms for problem in problems]
+        if self.scope == "layer":
+            return select(problems, sum(sizes) - budget)
+        # `apportion` rounds the shares so that they add up to the budget exactly.
+        counts = zip(problems, sizes, apportion(sizes, budget), strict=True)
+        return list(chain.from_iterable(select([p], size - gone) for p, size, gone in counts))

@@ -1,0 +1,180 @@
+"""Proximal operators of the WGSEF: factors that shrink each group.
+
+Shapes: L rows (layers), M groups in a row, G elements in a group; weight and metric arguments are
+numbers, or tensors of [L, M] or [L, 1] in the norms' dtype.
+
+Every operator sees the groups of its argument t only through their norms ||t_j|| and returns
+factors: the proximal point is v_j = scale_j t_j. `lam` is step size times regularisation weight; a
+metric h_j replaces 1/2 ||v - t||^2 by 1/2 sum_j h_j ||v_j - t_j||^2. Formulas: WGSEF specification
+1.1 to 1.3 (derived; arXiv 2212.12921 proves the linear time of the first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.errors import UserError
+from methods.wgsef.prox.root import BudgetEquation, newton_root
+
+RootSolver = Callable[[BudgetEquation], Tensor]
+FloatOrTensor = float | Tensor
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Factors of the proximal point and the gates u behind them, both [L, M].
+
+    A gate is 1 for a group that is kept whole, 0 for a removed one, and in between for a fractional
+    one, which the operator shrank as group lasso does.
+    """
+
+    scale: Tensor
+    gate: Tensor
+
+    @property
+    def alive(self) -> Tensor:
+        """Number of non-zero groups per row."""
+        return (self.gate > 0).sum(-1)
+
+    @property
+    def fractional(self) -> Tensor:
+        """Number of groups per row that are neither whole nor zero."""
+        # Mirrors the guard of `BudgetEquation.gates` at the upper end, where rounding does the
+        # same.
+        nearly_one = 1 - (1e-9 if self.gate.dtype == torch.float64 else 1e-5)
+        return ((self.gate > 0) & (self.gate < nearly_one)).sum(-1)
+
+
+def prox_envelope(
+    norm_LM: Tensor,
+    k: FloatOrTensor,
+    lam: float,
+    weight: FloatOrTensor = 1.0,
+    metric: FloatOrTensor = 1.0,
+    cost_LM: Tensor | None = None,
+    root: RootSolver = newton_root,
+) -> Shrinkage:
+    """Return prox_{lam F}: scale_j = u_j / (u_j + b_j) with u_j = clip(eta a_j - b_j, 0, 1).
+
+    Here a_j = sqrt(lam d_j) ||t_j||, b_j = lam d_j / h_j and eta makes sum_j u_j = k. The strongest
+    groups see only weight decay, those in the middle group lasso, and the rest are zero. With costs
+    the budget is sum_j c_j u_j = k, in units of the costs, and a_j is divided by sqrt(c_j).
+
+    Raises:
+        UserError: k is 0 or less, or above the number (or the total cost) of groups; lam is not
+            positive.
+    """
+    _refuse_impossible_arguments(norm_LM, k, lam, cost_LM)
+    strength = weight * lam
+    offset = strength / metric
+    gate_LM = _solve_gates(_slopes(strength**0.5, norm_LM), offset, k, cost_LM, root)
+    return Shrinkage(_shrink_factor(gate_LM, offset), gate_LM)
+
+
+def prox_debiased(
+    norm_LM: Tensor,
+    k: FloatOrTensor,
+    lam: float,
+    weight: FloatOrTensor = 1.0,
+    metric: FloatOrTensor = 1.0,
+    cost_LM: Tensor | None = None,
+    root: RootSolver = newton_root,
+) -> Shrinkage:
+    """Return prox_{lam h_k} of h_k = F - 1/2 sum_j d_j ||v_j||^2; kept groups are not shrunk.
+
+    With r_j = lam d_j / h_j < 1 it is `envelope` at t / (1 - r) in the metric h (1 - r): a_j =
+    sqrt(lam d_j) ||t_j|| / (1 - r_j), b_j = r_j / (1 - r_j). As r approaches 1 the operator becomes
+    hard top-k selection (specification 1.2).
+
+    Raises:
+        UserError: some r_j is 1 or more, lam is not positive, or k is impossible.
+    """
+    _refuse_impossible_arguments(norm_LM, k, lam, cost_LM)
+    strength = weight * lam
+    ratio = strength / metric
+    _refuse_ratios_from_one(ratio)
+    rest = 1 - ratio
+    offset = ratio / rest
+    gate_LM = _solve_gates(_slopes(strength**0.5 / rest, norm_LM), offset, k, cost_LM, root)
+    # For a whole group u = 1: (1 / (1 + b)) / (1 - r) = 1 exactly, since 1 + b = 1 / (1 - r). That
+    # is what makes the operator unbiased.
+    return Shrinkage(_shrink_factor(gate_LM, offset).div_(rest), gate_LM)
+
+
+def select_top_k(score_LM: Tensor, k: int) -> Shrinkage:
+    """Return the limit of `debiased` at ratio 1: keep the k groups of highest score.
+
+    Raises:
+        UserError: k is impossible.
+    """
+    _refuse_impossible_arguments(score_LM, k, 1.0, None)
+    kept_LM = torch.zeros_like(score_LM)
+    # topk returns exactly k groups even with ties, which a threshold on the k-th score would not.
+    kept_LM.scatter_(-1, score_LM.topk(k, -1).indices, 1.0)
+    return Shrinkage(kept_LM, kept_LM)
+
+
+def _slopes(factor: FloatOrTensor, norm_LM: Tensor) -> Tensor:
+    """Return factor times norm, or just the norm if one factor holds for all groups."""
+    # A common factor only changes the unit of eta; leaving it out saves a pass.
+    return factor * norm_LM if isinstance(factor, Tensor) else norm_LM
+
+
+def _solve_gates(
+    slope_LM: Tensor,
+    offset: FloatOrTensor,
+    k: FloatOrTensor,
+    cost_LM: Tensor | None,
+    root: RootSolver,
+) -> Tensor:
+    if cost_LM is not None:
+        cost_LM = cost_LM.to(slope_LM)
+        # Under sum c_j u_j = k the minimiser is u_j = clip(eta a_j / sqrt(c_j) - b_j, 0, 1)
+        # (specification 1.3): an expensive group must be that much stronger to be kept.
+        slope_LM = slope_LM / cost_LM.sqrt()
+    k_L = torch.as_tensor(k, dtype=slope_LM.dtype, device=slope_LM.device)
+    offset_LM = _as_column(offset, slope_LM)
+    budget = BudgetEquation(slope_LM, offset_LM, k_L.expand(len(slope_LM)), cost_LM)
+    return budget.gates(root(budget))
+
+
+def _shrink_factor(gate_LM: Tensor, offset: FloatOrTensor) -> Tensor:
+    """Return u / (u + b), with a single temporary tensor."""
+    return (gate_LM + offset).reciprocal_().mul_(gate_LM)
+
+
+def _as_column(number: FloatOrTensor, like_LM: Tensor) -> Tensor:
+    """Return a number or tensor as a tensor that broadcasts over the groups of each row."""
+    tensor = torch.as_tensor(number, dtype=like_LM.dtype, device=like_LM.device)
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
+
+
+def _refuse_ratios_from_one(ratio: FloatOrTensor) -> None:
+    # Reading the maximum from a GPU would synchronise in each training step, so there it is
+    # trusted.
+    if isinstance(ratio, Tensor) and ratio.device.type != "cpu":
+        return
+    largest = float(ratio.max()) if isinstance(ratio, Tensor) else ratio
+    if largest >= 1:
+        raise UserError(
+            f"the debiased operator needs lam * weight / metric below 1, got {largest:.6g}: "
+            "lower lam, or select the top k directly"
+        )
+
+
+def _refuse_impossible_arguments(
+    norm_LM: Tensor, k: FloatOrTensor, lam: float, cost_LM: Tensor | None
+) -> None:
+    """Raise unless lam > 0 and 0 < k <= what the row has; a tensor k is not checked."""
+    if not lam > 0:
+        raise UserError(f"lam must be above 0, got {lam:g}")
+    if isinstance(k, Tensor):
+        return
+    most = norm_LM.shape[-1] if cost_LM is None else float(cost_LM.sum(-1).max())
+    if not 0 < k <= most:
+        what = "groups" if cost_LM is None else "total cost"
+        raise UserError(f"k must be in (0, {most:g}] ({what}), got {k:g}")

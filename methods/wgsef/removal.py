@@ -1,0 +1,224 @@
+"""Dead groups physically removed, from classifiers and language models.
+
+Physical removal: the network without its dead groups, with the same outputs.
+
+Shapes: M groups of a family.
+
+Removal for language models, in a shape that transformers can load again.
+
+transformers builds all layers of a model with one config, so every layer has to keep the same
+number of neurons or heads; a budget per layer (scope `layer`) does that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.classifiers.classifier import Classifier
+from methods.wgsef.groups.partition import GroupFamily
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The smaller network, its new weight shapes by layer, and the names of removed branches.
+
+    `kept` is the number of groups left in each family, after rounding.
+    """
+
+    network: nn.Module
+    shapes: dict[str, tuple[int, ...]]
+    branches: tuple[str, ...]
+    kept: dict[str, int]
+
+
+def remove_groups(
+    network: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
+) -> Removal:
+    """Return a copy of the network without the groups that `dead` marks, one [M] per family.
+
+    Each family keeps at least one group. Kept counts are rounded up to a multiple (8 or 64 suit
+    most kernels) as far as the family has groups; some zero groups then stay.
+
+    Raises:
+        UserError: groups of this kind cannot be removed, or a dead one is not zero.
+    """
+    _refuse_unremovable(network, families, dead)
+    smaller = copy.deepcopy(network)
+    gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    branches: list[str] = []
+    kept = {}
+    for family, dead_M in zip(families, dead, strict=True):
+        if family.kind == "depth":
+            leaving_M, parts = dead_M, family.owned
+            branches += _dead_branches(family, dead_M)
+        else:
+            leaving_M, parts = _round_up_kept(dead_M, multiple), (*family.owned, *family.readers)
+            for part in parts:
+                # Indices are collected first and cut once per tensor and axis: cutting family by
+                # family would shift the units of the next one.
+                gone[part.tensor, part.axes[0]].append(part.units_of(leaving_M))
+        kept[family.name] = int((~leaving_M).sum())
+    layers = _delete_units(smaller, gone)
+    shapes = {n: tuple(smaller.get_submodule(n).get_parameter("weight").shape) for n in layers}
+    for name in branches:
+        parent, _, leaf = name.rpartition(".")
+        setattr(smaller.get_submodule(parent), leaf, None)
+    return Removal(smaller, shapes, tuple(branches), kept)
+
+
+def _refuse_unremovable(
+    network: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor]
+) -> None:
+    """Raise for groups that cannot be removed or whose weights are not zero."""
+    tensors = dict(network.named_parameters())
+    for family, dead_M in zip(families, dead, strict=True):
+        if family.removable is not None and bool(dead_M.any()):
+            raise UserError(f"the {family.kind} of {family.name} stay zeroed: {family.removable}")
+        for part in family.owned:
+            units = part.units_of(dead_M)
+            if part.axes:
+                living = tensors[part.tensor].detach().movedim(part.axes[0], 0)[units]
+            else:
+                # Without axes the tensor is a single unit: the factor is 1 if its group is dead,
+                # else 0.
+                living = tensors[part.tensor].detach() * len(units)
+            if bool(living.any()):
+                raise UserError(f"{family.name} has a group marked dead whose weights are not zero")
+
+
+def _round_up_kept(dead_M: Tensor, multiple: int) -> Tensor:
+    """Return the groups to remove so that the kept count is a multiple; the first dead stay."""
+    alive = int((~dead_M).sum())
+    wanted = min(len(dead_M), max(1, math.ceil(alive / multiple)) * multiple)
+    place_M = dead_M.int().cumsum(0)
+    return dead_M & (place_M > wanted - alive)
+
+
+def _dead_branches(family: GroupFamily, dead_M: Tensor) -> list[str]:
+    """Return the names of the residual branches whose groups are dead."""
+    dead_groups = set(dead_M.nonzero()[:, 0].tolist())
+    owners = [p.tensor for p in family.owned if int(p.groups[0]) in dead_groups]
+    # A parameter inside a branch names it by its path; several parameters give one branch.
+    names = (tensor[: tensor.index(".branch.") + len(".branch")] for tensor in owners)
+    return list(dict.fromkeys(names))
+
+
+def _delete_units(network: nn.Module, gone: dict[tuple[str, int], list[Tensor]]) -> list[str]:
+    """Delete units of tensors axis by axis, and return the names of the layers that shrank."""
+    layers: dict[str, None] = {}
+    for (tensor, axis), parts in gone.items():
+        name, _, key = tensor.rpartition(".")
+        layer = network.get_submodule(name)
+        old = getattr(layer, key)
+        leave = torch.zeros(old.shape[axis], dtype=torch.bool, device=old.device)
+        leave[torch.cat(parts).to(old.device)] = True
+        if not bool(leave.any()):
+            continue
+        left = old.detach().index_select(axis, (~leave).nonzero()[:, 0])
+        if isinstance(old, nn.Parameter):
+            setattr(layer, key, nn.Parameter(left, requires_grad=old.requires_grad))
+        else:
+            # BatchNorm's running statistics shrink with its weights.
+            layer.register_buffer(key, left)
+        layers[name] = None
+    for name in layers:
+        _update_layer_sizes(network.get_submodule(name))
+    return list(layers)
+
+
+def _update_layer_sizes(layer: nn.Module) -> None:
+    """Make a layer's own size attributes agree with its weight."""
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups > 1:
+            # A depthwise convolution stays depthwise: one group per remaining channel.
+            layer.groups = layer.weight.shape[0]
+        layer.out_channels = layer.weight.shape[0]
+        layer.in_channels = layer.weight.shape[1] * layer.groups
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.BatchNorm2d):
+        layer.num_features = layer.weight.shape[0]
+
+
+def smaller_classifier(
+    network: Classifier, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
+) -> Classifier:
+    """Return the classifier without its dead groups; `bench.models.classifiers.serialization.save_classifier` can write it.
+
+    Raises:
+        UserError: the groups cannot be removed; see `removal.remove`.
+    """
+    removal = remove_groups(network, families, dead, multiple)
+    smaller = removal.network
+    assert isinstance(smaller, Classifier)
+    config = network.config
+    # The network may have been pruned before: earlier shapes hold where this removal changed
+    # nothing, and shapes inside branches that are gone now would refer to modules that do not
+    # exist.
+    cut = {**config.shapes, **removal.shapes}
+    gone = (*config.removed, *removal.branches)
+    shapes = {n: s for n, s in cut.items() if not any(n.startswith(f"{b}.") for b in gone)}
+    smaller.config = config.model_copy(update={"shapes": shapes, "removed": gone})
+    return smaller
+
+
+def smaller_language_model(
+    network: nn.Module, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
+) -> nn.Module:
+    """Return the model without its dead neurons or heads; `save_pretrained` can write it.
+
+    Raises:
+        UserError: the layers keep different numbers, or the groups are of two kinds or of one that
+            cannot be removed.
+    """
+    kinds = {family.kind for family in families}
+    if len(kinds) != 1:
+        raise UserError(f"only one kind of group can be removed, got {' and '.join(sorted(kinds))}")
+    removal = remove_groups(network, families, dead, multiple)
+    counts = set(removal.kept.values())
+    if len(counts) != 1:
+        raise UserError(
+            f"transformers cannot load layers of different sizes, but these keep between "
+            f"{min(counts)} and {max(counts)} {kinds.pop()}: use scope=layer"
+        )
+    smaller: Any = removal.network
+    # In a vision-language model the decoder's sizes are in a nested config.
+    config = smaller.config.get_text_config()
+    count = counts.pop()
+    if kinds == {"neurons"}:
+        config.intermediate_size = count
+    else:
+        _set_head_counts(config, count)
+    _refuse_unloadable_config(config, f"{count} {kinds.pop()} per layer")
+    return removal.network
+
+
+def _set_head_counts(config: Any, kv_heads: int) -> None:
+    """Set the numbers of KV and query heads, and the head width, in the config."""
+    # Without an explicit head_dim transformers derives it as hidden_size / num_attention_heads,
+    # which is wrong as soon as heads are missing.
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // config.num_key_value_heads
+    config.head_dim = width
+    config.num_key_value_heads = kv_heads
+    config.num_attention_heads = kv_heads * queries
+
+
+def _refuse_unloadable_config(config: Any, what: str) -> None:
+    """Raise if transformers' own config validation would refuse this config on loading."""
+    try:
+        # `validate` exists only in versions whose configs are strict dataclasses.
+        getattr(config, "validate", lambda: None)()
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"transformers could not reload {what}: {reason}") from error

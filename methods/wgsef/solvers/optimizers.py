@@ -1,0 +1,126 @@
+"""SGD and Adam whose step ends with a proximal operator.
+
+A solver may act twice per step: `before`, to add to gradients or read the weights, and `after`, to
+shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the operator has to
+act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF specification
+section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class ProximalOptimizer(Protocol):
+    """Interface of an optimizer towards its solver."""
+
+    adaptive: bool
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of this step."""
+
+    def metric(self, parameter: Tensor) -> Tensor:
+        """Return the metric of the step, elementwise; ones for a Euclidean step.
+
+        The step is rate times gradient divided by metric.
+        """
+
+
+class StepHooks(Protocol):
+    """Interface of a solver towards its optimizer."""
+
+    def before(self, optimizer: ProximalOptimizer) -> None:
+        """Change gradients, before the step."""
+
+    def after(self, optimizer: ProximalOptimizer) -> None:
+        """Change weights, after the step."""
+
+
+class ProximalSGD(torch.optim.SGD):
+    """Stochastic gradient descent with momentum, followed by the solver's operator."""
+
+    adaptive = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        solver: StepHooks,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.solver = solver
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of this step."""
+        return float(self.param_groups[0]["lr"])
+
+    def metric(self, parameter: Tensor) -> Tensor:
+        """Return ones: the step is Euclidean."""
+        return torch.ones_like(parameter)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; `closure`, if given, computes loss and gradients first."""
+        loss = _run_closure(closure)
+        self.solver.before(self)
+        super().step()
+        self.solver.after(self)
+        return loss
+
+
+class ProximalAdam(torch.optim.AdamW):
+    """Adam with decoupled weight decay, followed by the solver's operator in Adam's metric."""
+
+    adaptive = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        solver: StepHooks,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.solver = solver
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of this step."""
+        return float(self.param_groups[0]["lr"])
+
+    def metric(self, parameter: Tensor) -> Tensor:
+        """Return sqrt(v_hat) + eps, by which Adam divides the step; ones before the first step."""
+        state = self.state.get(parameter)
+        if not state:
+            return torch.ones_like(parameter)
+        beta, eps = self.param_groups[0]["betas"][1], self.param_groups[0]["eps"]
+        second: Tensor = state["exp_avg_sq"]
+        # torch.optim.AdamW stores the uncorrected second moment and the step count; eps is added
+        # after the root, as there.
+        corrected: Tensor = second / (1 - beta ** float(state["step"]))
+        return corrected.sqrt_().add_(eps)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; `closure`, if given, computes loss and gradients first."""
+        loss = _run_closure(closure)
+        self.solver.before(self)
+        super().step()
+        self.solver.after(self)
+        return loss
+
+
+def _run_closure(closure: Any) -> Any:
+    if closure is None:
+        return None
+    # torch's own `step` runs a closure like this, but here it must run before the solver's
+    # `before`.
+    with torch.enable_grad():
+        return closure()

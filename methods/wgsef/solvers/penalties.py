@@ -1,0 +1,78 @@
+"""Solvers that add the gradient of a penalty to the loss: group DeepHoyer and network slimming.
+
+Shapes: M groups of all families, L families, N groups of the largest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from methods.wgsef.solvers.optimizers import ProximalOptimizer
+from methods.wgsef.solvers.solver import Solver, SolverContext
+
+
+class DeepHoyerSolver(Solver):
+    """The group Hoyer-square penalty of each layer (Yang, Wen and Li, 2020).
+
+    H(v) = (sum_j ||v_j||)^2 / sum_j ||v_j||^2, added with weight `strength` per family. It is
+    invariant to scale, so its gradient moves weight from small groups to large ones.
+    """
+
+    def __init__(self, scene: SolverContext, strength: float) -> None:
+        super().__init__(scene)
+        self._strength = strength
+
+    @torch.no_grad()
+    def before(self, optimizer: ProximalOptimizer) -> None:
+        """Add strength dH/dv_j = strength (2 S / (Q ||v_j||) - 2 S^2 / Q^2) v_j."""
+        norm_M = self.partition.norms()
+        norm_LN = self.partition.rows(norm_M)
+        sum_L1 = norm_LN.sum(-1, keepdim=True)
+        square_L1 = norm_LN.square().sum(-1, keepdim=True)
+        factor_LN = 2 * sum_L1 / square_L1 * (1 / norm_LN - sum_L1 / square_L1)
+        # At a zero group the penalty has a kink; 0 is a subgradient there. This also clears the
+        # padding.
+        factor_LN = torch.where(norm_LN > 0, factor_LN, 0.0)
+        self.partition.add_to_gradients_(self._strength * self.partition.flat(factor_LN))
+
+
+class SlimmingSolver(Solver):
+    """Network slimming (Liu et al., 2017): an L1 penalty on BatchNorm scales, ranked by them.
+
+    Raises:
+        UserError: a family of groups has no BatchNorm scale.
+    """
+
+    def __init__(self, scene: SolverContext, strength: float) -> None:
+        super().__init__(scene)
+        self._strength = strength
+        network = scene.network
+        norms = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        self._scales = {f"{name}.weight" for name in norms}
+        for family in scene.partition.families:
+            if not any(owned.tensor in self._scales for owned in family.owned):
+                raise UserError(f"slimming needs BatchNorm scales, but {family.name} has none")
+
+    @torch.no_grad()
+    def before(self, optimizer: ProximalOptimizer) -> None:
+        """Add strength sign(gamma) to the gradient of each BatchNorm scale."""
+        for name in self._scales:
+            weight = self.partition.parameters[name]
+            if weight.grad is not None:
+                weight.grad.add_(weight.sign(), alpha=self._strength)
+
+    def score(self) -> Tensor:
+        """Return the mean |gamma| of each group, [M], not normalised by layer."""
+        # As in the paper: one global threshold on |gamma|, which BatchNorm makes comparable across
+        # layers. A coupled group has several BatchNorms, so it is their mean.
+        chosen = self._scales
+        parameters = self.partition.parameters
+        total_M = self.partition.sum_named(
+            lambda name: parameters[name].detach().abs() * (name in chosen)
+        )
+        count_M = self.partition.sum_named(
+            lambda name: torch.full_like(parameters[name], float(name in chosen))
+        )
+        return total_M / count_M

@@ -1,0 +1,284 @@
+"""One training: recipe, dense steps, selection, fine-tuning under the mask, accuracy.
+
+One training: dense steps with a solver, a selection, and fine-tuning under its mask.
+
+Shapes: B images, C channels, H height and width; M groups.
+
+Top-1 accuracy of a classifier.
+
+Shapes: B images, C channels, H height and width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bench.data.image_sets import ImageSet, Splits, sequential_batches, training_batches
+from bench.errors import UserError
+from bench.ui import SILENT, Progress
+from methods import checkpoint
+from methods.checkpoint import Checkpoint, CheckpointManager
+from methods.wgsef.groups.partition import GroupPartition
+from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
+from methods.wgsef.solvers.schedules import learning_rate_factor
+from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext
+
+HistoryLine = dict[str, float]
+
+
+class SparseTrainingRecipe(BaseModel):
+    """Training settings that all solvers share, so that they can be compared.
+
+    The solver acts during the first `sparse_share` of the steps; then the groups to keep are
+    selected, the mask is frozen and the rest of the steps fine-tunes. `decay` skips the weights of
+    groups if the solver decays them itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=30, ge=1)
+    batch: int = Field(default=64, ge=2)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    rate: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    decay: float = Field(default=5e-4, ge=0)
+    sparse_share: float = Field(default=0.7, ge=0.1, le=1)
+    save_every: int = Field(default=0, ge=0, description="steps; 0 saves after every epoch")
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Network, data, settings and budget of one training.
+
+    `identity` names everything else that the training depends on; a checkpoint with a different
+    identity is refused. `on_epoch` receives each line of the history as it is written.
+    """
+
+    network: nn.Module
+    splits: Splits
+    partition: GroupPartition
+    allocation: Allocation
+    solver: Callable[[SolverContext], Solver]
+    recipe: SparseTrainingRecipe
+    seed: int
+    folder: Path | None = None
+    identity: str = ""
+    progress: Progress = SILENT
+    on_epoch: Callable[[HistoryLine], None] | None = None
+
+
+@dataclass
+class TrainingOutcome:
+    """The mask [M] of kept groups, the number alive before the selection, and the history."""
+
+    keep: Tensor
+    alive: int
+    fractional: int
+    history: list[HistoryLine] = field(default_factory=list)
+
+
+class Trainer:
+    """Carries out a training job; call `run` once."""
+
+    def __init__(self, task: TrainingJob) -> None:
+        self._task = task
+        self._keeper = CheckpointManager(task.folder, task.progress)
+        self._device = task.partition.device
+        self._epoch_steps = len(task.splits.train) // task.recipe.batch
+        if self._epoch_steps == 0:
+            raise UserError(f"a batch of {task.recipe.batch} is larger than the training set")
+        self._total = self._epoch_steps * task.recipe.epochs
+        self._sparse = max(1, round(task.recipe.sparse_share * self._total))
+        self._scene = self._solver_context()
+        self._solver: Solver = task.solver(self._scene)
+        self._optimizer = self._make_optimizer()
+        self._step, self._loss = 0, 0.0
+        self._outcome: TrainingOutcome | None = None
+        self._history: list[HistoryLine] = []
+
+    def run(self) -> TrainingOutcome:
+        """Train to the end, resuming from the last checkpoint if there is one."""
+        self._resume()
+        task = self._task
+        with task.progress.phase(f"training on {task.splits.name}", task.recipe.epochs):
+            task.progress.step(len(self._history))
+            while self._step < self._total:
+                self._train_epoch()
+                task.progress.step()
+        # With sparse_share=1 the solver acts until the last step, so the selection is still to be
+        # made.
+        outcome = self._outcome or self._freeze()
+        outcome.history = self._history
+        task.network.eval()
+        return outcome
+
+    def _solver_context(self) -> SolverContext:
+        task = self._task
+        image_1CHH, _ = task.splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
+        return SolverContext(
+            network=task.network,
+            partition=task.partition,
+            allocation=task.allocation,
+            steps=self._sparse,
+            epoch=self._epoch_steps,
+            example=image_1CHH.to(self._device),
+        )
+
+    def _make_optimizer(self) -> ProximalSGD | ProximalAdam:
+        """Return the optimizer; if the solver decays groups itself, they get no weight decay."""
+        recipe, owned = self._task.recipe, self._task.partition.owned_parameters()
+        # The envelope already contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
+        exempt = set(owned) if self._solver.ridge else set()
+        named = dict(self._task.network.named_parameters())
+        decayed = [weight for name, weight in named.items() if name not in exempt]
+        groups: list[dict[str, Any]] = [{"params": decayed}]
+        if exempt:
+            groups.append({"params": [named[n] for n in named if n in exempt], "weight_decay": 0.0})
+        if recipe.optimizer == "adam":
+            return ProximalAdam(groups, self._solver, recipe.rate, weight_decay=recipe.decay)
+        return ProximalSGD(groups, self._solver, recipe.rate, recipe.momentum, recipe.decay)
+
+    def _train_epoch(self) -> None:
+        """Train one epoch, or what remains of it after a resume."""
+        task, recipe = self._task, self._task.recipe
+        # Batches are a function of seed, epoch and position, so a resumed epoch sees exactly the
+        # batches that the interrupted one still had to see.
+        epoch, start = divmod(self._step, self._epoch_steps)
+        # Loaded networks are in eval mode with gradients off, and a resumed one is as well.
+        task.network.requires_grad_(True).train()
+        fetched = training_batches(
+            task.splits.train, recipe.batch, seed=task.seed, epoch=epoch, start=start
+        )
+        for image_BCHH, label_B in fetched:
+            if self._step == self._sparse and self._outcome is None:
+                self._freeze()
+            self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
+            due = recipe.save_every and self._step % recipe.save_every == 0
+            # The end of an epoch saves anyway, after its line of history is written.
+            if due and self._step % self._epoch_steps:
+                self._save()
+        self._close_epoch(epoch)
+
+    def _train_step(self, image_BCHH: Tensor, label_B: Tensor) -> None:
+        recipe = self._task.recipe
+        rate = recipe.rate * learning_rate_factor(
+            (self._step + 1) / self._total, recipe.sparse_share
+        )
+        # Set by step and not by a torch scheduler, whose state would have to be part of the
+        # checkpoint.
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        loss = cross_entropy(self._task.network(image_BCHH), label_B)
+        loss.backward()
+        self._optimizer.step()
+        self._loss += float(loss.detach())
+        self._step += 1
+
+    def _close_epoch(self, epoch: int) -> None:
+        """Append a line of history and save a checkpoint."""
+        task = self._task
+        line: HistoryLine = {
+            "epoch": epoch + 1,
+            "loss": self._loss / self._epoch_steps,
+            "rate": self._optimizer.rate,
+            "k": task.allocation.k(min(1.0, self._step / self._sparse)),
+            "alive": int(task.partition.alive().sum()),
+            "fractional": self._solver.fractional,
+            "accuracy": accuracy(task.network, task.splits.test),
+        }
+        self._loss = 0.0
+        self._history.append(line)
+        self._save()
+        if task.on_epoch is not None:
+            task.on_epoch(line)
+
+    def _freeze(self) -> TrainingOutcome:
+        """Select the groups to keep, zero all others and hold them at zero from now on."""
+        partition = self._task.partition
+        alive_M = partition.alive()
+        # The selection always fills the budget; groups that are already zero must not be counted as
+        # kept.
+        keep_M = self._task.allocation.select(self._solver.score()) & alive_M
+        self._outcome = TrainingOutcome(keep_M, int(alive_M.sum()), self._solver.fractional)
+        partition.scale_(keep_M.double())
+        self._hold()
+        return self._outcome
+
+    def _hold(self) -> None:
+        assert self._outcome is not None
+        self._solver = FrozenSolver(self._scene, self._outcome.keep)
+        self._optimizer.solver = self._solver
+
+    def _save(self) -> None:
+        self._keeper.keep(self._checkpoint)
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = checkpoint.prefixed_tensors(
+            network=self._task.network.state_dict(),
+            optimizer=checkpoint.optimizer_tensors(self._optimizer),
+            solver=self._solver.state(),
+            outcome={"keep": self._outcome.keep} if self._outcome else {},
+        )
+        state: dict[str, Any] = {
+            "identity": self._identity(),
+            "loss": self._loss,
+            "history": self._history,
+        }
+        if self._outcome:
+            state["before"] = [self._outcome.alive, self._outcome.fractional]
+        return Checkpoint(self._step, tensors, state)
+
+    def _resume(self) -> None:
+        """Continue from the last checkpoint in the folder, if it belongs to this training."""
+        saved = self._keeper.last()
+        if saved is None:
+            return
+        if saved.state["identity"] != self._identity():
+            raise UserError(
+                f"{self._task.folder} holds a checkpoint of a different run: remove it or set "
+                "checkpoints= to another folder"
+            )
+        self._task.network.load_state_dict(saved.part("network"))
+        checkpoint.load_optimizer(self._optimizer, saved.part("optimizer"))
+        if kept := saved.part("outcome"):
+            keep_M = kept["keep"].to(self._device)
+            # The frozen solver has to be in place before its state is loaded below.
+            self._outcome = TrainingOutcome(keep_M, *saved.state["before"])
+            self._hold()
+        self._solver.load(saved.part("solver"))
+        self._step, self._loss = saved.step, saved.state["loss"]
+        self._history = saved.state["history"]
+
+    def _identity(self) -> str:
+        task = self._task
+        recipe = task.recipe.model_dump_json()
+        return f"{task.identity} {task.splits.name} seed {task.seed} {recipe}"
+
+
+_EVALUATION_BATCH = 256
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: ImageSet) -> float:
+    """Return the fraction of images whose highest logit is that of their label."""
+    device = next(network.parameters()).device
+    # Called between epochs of a training: the mode must be as it was, or BatchNorm would stop
+    # updating.
+    training = network.training
+    network.eval()
+    right = 0
+    for image_BCHH, label_B in sequential_batches(images, _EVALUATION_BATCH):
+        logit_BK = network(image_BCHH.to(device))
+        right += int((logit_BK.argmax(-1).cpu() == label_B).sum())
+    network.train(training)
+    return right / len(images)

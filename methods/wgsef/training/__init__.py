@@ -1,1 +1,0 @@
-"""Training towards few groups: optimizers, schedules, budgets, the training loop, checkpoints."""
