@@ -1,10 +1,9 @@
 """How many files a reader meets on the way from the command line to the first changed weight.
 
 The job is the smallest real one: CAMERA-P on the embedded mixture of experts, one task, four
-documents. It runs in a process of its own under `sys.setprofile`; a file counts when a function
-of it is called, so importing a module is free and so are class bodies. The first change of a
-weight is taken from the weights themselves: every call of the file that removes micro-experts is
-followed by a look at the versions that PyTorch keeps of each parameter.
+documents. It runs in a process of its own under `sys.setprofile`. A file counts when one of its
+functions is called before micro-experts are removed; what runs while a module is imported
+(decorators, class bodies) does not count, since nobody reads that on the way.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60
@@ -28,27 +28,20 @@ JOB = (
 def traced(results: str) -> int:
     """Run the job in this process and print one file per line, in the order of their first call."""
     files: list[str] = []
-    seen: set[str] = set()
     changed = False
 
-    def look(frame, event, argument):
+    def look(frame: FrameType, event: str, argument: object) -> None:
         nonlocal changed
-        if event != "call" or changed:
+        name = frame.f_code.co_filename
+        if event != "call" or not name.startswith(str(ROOT)):
             return
-        code = frame.f_code
-        if not code.co_filename.startswith(str(ROOT)) or code.co_name in ("<module>", "<genexpr>"):
-            return
-        if code.co_name == frame.f_locals.get("__qualname__"):  # the body of a class
-            return
-        path = Path(code.co_filename).relative_to(ROOT)
-        if path.parts[0] not in ("bench", "methods", "hydra_plugins"):
-            return
-        if str(path) not in seen and not _is_class_body(frame):
-            seen.add(str(path))
-            files.append(str(path))
-        if str(path) == CHANGING and code.co_name in FUNCTIONS:
+        path = str(Path(name).relative_to(ROOT))
+        if path == CHANGING and frame.f_code.co_name in FUNCTIONS:
             changed = True
             sys.setprofile(None)
+        counted = path.split("/")[0] in ("bench", "methods", "hydra_plugins")
+        if counted and path not in files and not _while_importing(frame):
+            files.append(path)
 
     from bench.cli.main import main as bench
 
@@ -64,9 +57,13 @@ def traced(results: str) -> int:
     return code if changed else 1
 
 
-def _is_class_body(frame) -> bool:
-    """A class body runs as a call named like the class, with `__module__` among its locals."""
-    return "__module__" in frame.f_locals and "__qualname__" in frame.f_locals
+def _while_importing(frame: FrameType | None) -> bool:
+    """Whether the call belongs to the execution of a module's top level: decorators, bases."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(str(ROOT)):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main() -> int:
