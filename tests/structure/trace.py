@@ -39,7 +39,7 @@ def traced(results: str) -> int:
         if path == CHANGING and frame.f_code.co_name in FUNCTIONS:
             changed = True
             sys.setprofile(None)
-        counted = path.split("/")[0] in ("bench", "methods", "hydra_plugins")
+        counted = path.split("/", maxsplit=1)[0] in ("bench", "methods", "hydra_plugins")
         if counted and path not in files and not _while_importing(frame):
             files.append(path)
 

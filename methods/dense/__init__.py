@@ -1,0 +1,1 @@
+"""Methods for decoders without experts: single weights of linear layers, and whole layers."""

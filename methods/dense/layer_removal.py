@@ -1,0 +1,133 @@
+"""ShortGPT: whole decoder layers removed by how little they turn the hidden state.
+
+Shapes: B rows, L tokens per row, D d_model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.layer_stream import LayerStream
+from bench.models.model import Model
+from bench.models.structure.model_structure import ModelStructure
+from methods.dense.sparsity import count_zeroed
+
+
+class ShortGPT(Method):
+    """Remove the layers with the lowest block influence (ShortGPT, arXiv 2403.03853).
+
+    The influence of a layer is Σ over tokens of 1 - cos(input, output). All layers are scored once
+    on the dense model and the lowest `count` go at once; without `count` it is the share `ratio`,
+    rounded down. The order of the layers that stay is kept.
+    """
+
+    uses_calibration: ClassVar[bool] = True
+    ratio: float = Field(default=0.25, ge=0, lt=1)
+    count: int | None = Field(default=None, ge=0)
+    batch: int = Field(default=8, ge=1)
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse a network without layers, and a count that leaves none."""
+        if not structure.layers:
+            raise UserError(f"shortgpt needs a decoder; {structure.architecture} has no layers")
+        if self.count is not None and self.count >= len(structure.layers):
+            raise UserError(
+                f"count={self.count} would remove all {len(structure.layers)} layers of "
+                f"{structure.architecture}: at most {len(structure.layers) - 1}"
+            )
+
+    @torch.no_grad()
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Score all layers, remove the lowest, and renumber what stays."""
+        if context.calibration is None:
+            raise UserError("this method needs calibration text: set calibration=NAME")
+        layers = model.structure.layers
+        influence = self._influences(model, context)
+        count = count_zeroed(self.ratio, len(layers)) if self.count is None else self.count
+        # Stable, so that of equal layers the earlier one goes.
+        lowest = sorted(range(len(layers)), key=lambda index: influence[index])[:count]
+        kept = [index for index in range(len(layers)) if index not in lowest]
+        if lowest:
+            keep_layers(model, kept)
+        details = {
+            "asked": {"ratio": self.ratio, "count": self.count},
+            "removed_layers": sorted(lowest),
+            "layers": [
+                {"layer": index, "influence": value, "kept": index in kept}
+                for index, value in enumerate(influence)
+            ],
+            "calibration": context.calibration.fingerprint,
+        }
+        return MethodReport("removed" if lowest else "none", details)
+
+    def _influences(self, model: Model, context: Context) -> list[float]:
+        assert context.calibration is not None
+        layers, found = model.structure.layers, [0.0] * len(model.structure.layers)
+
+        def observe(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            found[places[layer]] += float(block_influence(before, after).sum())
+
+        # Hooks on the layers and not `output_hidden_states`: there, the last state comes after the
+        # final norm, which would inflate the influence of the last layer.
+        places = {layer: index for index, layer in enumerate(layers)}
+        handles = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers]
+        try:
+            tokens_BL = context.calibration.tokens
+            with LayerStream(model.network, layers, tokens_BL, self.batch) as stream:
+                # Entering the stream sends the text through layers that return their input, which
+                # calls the hooks as well.
+                found[:] = [0.0] * len(layers)
+                for index in context.progress.track(range(len(layers)), "scoring layers"):
+                    stream.run(index, advance=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def block_influence(before_BLD: Tensor, after_BLD: Tensor) -> Tensor:
+    """Return 1 - cos of every token's state before and after a layer, [B, L] in float32.
+
+    A state of zeros has no direction; its cosine counts as 0.5, as in the release. float32 even for
+    half-precision states: near 1 the steps of float16 are 5e-4, and layers would tie.
+    """
+    before_BLD, after_BLD = before_BLD.float(), after_BLD.float()
+    product_BL = (before_BLD * after_BLD).sum(-1)
+    cosine_BL = product_BL / (before_BLD.norm(dim=-1) * after_BLD.norm(dim=-1))
+    influence_BL: Tensor = 1 - cosine_BL.nan_to_num(nan=0.5)
+    return influence_BL
+
+
+def keep_layers(model: Model, kept: list[int]) -> None:
+    """Remove all decoder layers but those at the indices, and make the config agree.
+
+    The config's number of layers, every list in it with one entry per layer (`layer_types`), and
+    the `layer_idx` by which attention finds its place in the KV cache are updated.
+    """
+    layers = model.structure.layers
+    network: Any = model.network
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and tuple(child) == layers:
+                setattr(module, name, nn.ModuleList(layers[index] for index in kept))
+    config = network.config.get_text_config()
+    for key, value in list(vars(config).items()):
+        if key.endswith("_only_layers") and isinstance(value, list):  # a list of layer numbers
+            setattr(config, key, [kept.index(index) for index in value if index in kept])
+        # By name and length: a list of tokens may have as many entries as there are layers.
+        elif "layer" in key and isinstance(value, list) and len(value) == len(layers):
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+    for place, index in enumerate(kept):
+        for module in layers[index].modules():
+            if getattr(module, "layer_idx", None) == index:
+                module.layer_idx = place  # type: ignore[assignment]  # modules declare no fields
+    model.__dict__.pop("structure", None)

@@ -1,0 +1,192 @@
+"""Single weights of dense decoders zeroed: magnitude, Wanda, SparseGPT.
+
+The weights stay in memory as zeros, so no method here claims a gain in time or bytes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from bench.errors import UserError
+from bench.method import Context, Method, MethodReport
+from bench.models.layer_stream import LayerStream
+from bench.models.model import Model
+from bench.models.offload import onloaded
+from bench.models.structure.model_structure import ModelStructure
+from methods.dense.linear_layers import (
+    InputProducts,
+    InputSquares,
+    LinearLayer,
+    linear_layers,
+    observed_inputs,
+    refuse_packed,
+    require_dense_decoder,
+)
+from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
+
+
+class WeightPruning(Method):
+    """Zero the share `ratio` of the weights of every linear layer of every decoder layer.
+
+    Embeddings, norms and the head are left alone, as in the releases. `pattern` is `unstructured`
+    or n:m, n zeros in every m consecutive inputs; the ratio must then be n/m.
+    """
+
+    label: ClassVar[str]
+    ratio: float = Field(ge=0, lt=1)
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+
+    @model_validator(mode="after")
+    def _ratio_of_pattern(self) -> WeightPruning:
+        pattern = Pattern.parse(self.pattern)
+        if pattern is not None and self.ratio != pattern.ratio:
+            raise ValueError(
+                f"pattern={self.pattern} zeroes {float(pattern.ratio):g} of the weights, but "
+                f"ratio={self.ratio:g}: set ratio={float(pattern.ratio):g}"
+            )
+        return self
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse mixtures of experts, and inputs that do not divide into runs of the pattern."""
+        require_dense_decoder(structure, self.label)
+        pattern = Pattern.parse(self.pattern)
+        for index, layer in enumerate(structure.layers):
+            for linear in linear_layers(layer):
+                columns = linear.weight.shape[1]
+                if pattern is not None and columns % pattern.run:
+                    raise UserError(
+                        f"pattern={self.pattern} needs inputs in runs of {pattern.run}; "
+                        f"{linear.name} of layer {index} has {columns}"
+                    )
+
+    def _report(self, layers: list[dict[str, int]], fingerprint: str | None) -> MethodReport:
+        zeroed = sum(layer["zeroed"] for layer in layers)
+        details = {
+            "asked": {"ratio": self.ratio, "pattern": self.pattern},
+            "zeroed_weights": zeroed,
+            "weights": sum(layer["weights"] for layer in layers),
+            "layers": layers,
+        }
+        if fingerprint is not None:
+            details["calibration"] = fingerprint
+        return MethodReport("zeroed" if zeroed else "none", details)
+
+
+class WeightMagnitude(WeightPruning):
+    """Magnitude pruning per matrix, the control of Wanda's and SparseGPT's papers."""
+
+    label: ClassVar[str] = "weight_magnitude"
+
+    @torch.no_grad()
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Zero the smallest weights of each matrix; no calibration text is read."""
+        layers = []
+        track = context.progress.track(model.structure.layers, "pruning layers")
+        for index, layer in enumerate(track):
+            refuse_packed(layer, index)
+            with onloaded(layer):
+                for linear in linear_layers(layer):
+                    weight_RC = linear.weight
+                    pattern = Pattern.parse(self.pattern)
+                    weight_RC[magnitude_mask(weight_RC, self.ratio, pattern)] = 0
+                layers.append(_layer_entry(index, linear_layers(layer)))
+        return self._report(layers, None)
+
+
+class CalibratedWeightPruning(WeightPruning):
+    """Prunes each layer on the output of the pruned layers before it, as the releases do."""
+
+    uses_calibration: ClassVar[bool] = True
+    batch: int = Field(default=8, ge=1)
+
+    @torch.no_grad()
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Send the calibration text through the model layer by layer and prune each in turn."""
+        if context.calibration is None:
+            raise UserError("this method needs calibration text: set calibration=NAME")
+        structure, layers = model.structure, list[dict[str, int]]()
+        tokens_BL = context.calibration.tokens
+        with LayerStream(model.network, structure.layers, tokens_BL, self.batch) as stream:
+            track = context.progress.track(structure.layers, "pruning layers")
+            for index, layer in enumerate(track):
+                refuse_packed(layer, index)
+                stream.onload_layer(index)
+                linears = linear_layers(layer)
+                # All projections of a layer are measured on the same inputs, before any of them is
+                # pruned: the default of both releases.
+                found = {
+                    linear.module: self._statistics(linear.weight.shape[1], linear.weight.device)
+                    for linear in linears
+                }
+                with observed_inputs(found):
+                    stream.run(index, advance=False)
+                for linear in linears:
+                    total = found[linear.module].total
+                    if not bool(total.isfinite().all()):
+                        raise UserError(
+                            f"calibration produced NaN or infinite inputs of {linear.name} in "
+                            f"layer {index}: try model.dtype=float32 or a different text"
+                        )
+                    self._prune(linear.weight, total)
+                layers.append(_layer_entry(index, linears))
+                if index + 1 < len(structure.layers):
+                    stream.run(index, advance=True)
+        return self._report(layers, context.calibration.fingerprint)
+
+    @abstractmethod
+    def _statistics(self, columns: int, device: torch.device) -> InputSquares | InputProducts:
+        """Return empty statistics of the inputs of one projection."""
+
+    @abstractmethod
+    def _prune(self, weight_RC: Tensor, total: Tensor) -> None:
+        """Zero weights of one projection in place, given the total of its statistics."""
+
+
+class Wanda(CalibratedWeightPruning):
+    """Wanda: weights by magnitude times the norm of their input (arXiv 2306.11695)."""
+
+    label: ClassVar[str] = "wanda"
+
+    def _statistics(self, columns: int, device: torch.device) -> InputSquares:
+        return InputSquares(columns, device)
+
+    def _prune(self, weight_RC: Tensor, total: Tensor) -> None:
+        pattern = Pattern.parse(self.pattern)
+        weight_RC[wanda_mask(weight_RC, total.sqrt(), self.ratio, pattern)] = 0
+
+
+class SparseGPT(CalibratedWeightPruning):
+    """SparseGPT: weights zeroed one column at a time, the rest repaired (arXiv 2301.00774)."""
+
+    label: ClassVar[str] = "sparsegpt"
+    block: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _block_of_whole_runs(self) -> SparseGPT:
+        pattern = Pattern.parse(self.pattern)
+        if pattern is not None and self.block % pattern.run:
+            raise ValueError(
+                f"block={self.block} must be a multiple of {pattern.run} for pattern={self.pattern}"
+            )
+        return self
+
+    def _statistics(self, columns: int, device: torch.device) -> InputProducts:
+        return InputProducts(columns, device)
+
+    def _prune(self, weight_RC: Tensor, total: Tensor) -> None:
+        pattern = Pattern.parse(self.pattern)
+        weight_RC.copy_(sparsegpt(weight_RC, total, self.ratio, pattern, self.block))
+
+
+def _layer_entry(index: int, linears: list[LinearLayer]) -> dict[str, int]:
+    """Count the zeros that a layer now holds."""
+    return {
+        "layer": index,
+        "weights": sum(linear.weight.numel() for linear in linears),
+        "zeroed": sum(int((linear.weight == 0).sum()) for linear in linears),
+    }
