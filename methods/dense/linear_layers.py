@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.structure.model_structure import ModelStructure
+
+Projection = TypeVar("Projection", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,13 @@ def refuse_packed(layer: nn.Module, index: int) -> None:
         )
 
 
+class InputStatistics(Protocol):
+    """What is accumulated of the inputs of a projection."""
+
+    def add(self, x_TC: Tensor) -> None:
+        """Add some tokens."""
+
+
 class InputSquares:
     """Σ x² of every input of a projection, [C] in float32."""
 
@@ -96,11 +106,11 @@ class InputProducts:
 
 @contextmanager
 def observed_inputs(
-    statistics: Mapping[nn.Module, InputSquares | InputProducts],
+    statistics: Mapping[Projection, InputStatistics],
 ) -> Iterator[None]:
     """Add the inputs of every call of the modules to their statistics."""
 
-    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def observe(module: Projection, args: tuple[Tensor, ...]) -> None:
         statistics[module].add(args[0].flatten(0, -2))
 
     with ExitStack() as stack:
