@@ -9,10 +9,11 @@ in place and reports in numbers what it did.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from bench.ui import SILENT, Progress
 
@@ -27,16 +28,41 @@ if TYPE_CHECKING:
 Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
 
-@dataclass(frozen=True)
-class MethodReport:
-    """Result of a method: how its effect is realised, and its counts for the record.
+class LayerReport(BaseModel):
+    """What a method did to one layer.
 
-    `saving` decides which gains a record may claim: zeroed and masked weights still cost time and
-    memory. `details` holds only JSON values.
+    The declared fields are those that figures read; None where they mean nothing to the method. A
+    method adds further JSON values under names of its own. Lists per expert are in the order of
+    `experts`, which names shared experts as well.
     """
 
-    saving: Effect
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    layer: int
+    experts: list[str | int] | None = None
+    removed: int | None = None
+    width_per_expert: list[int] | None = None
+    removed_per_expert: list[int] | None = None
+    energy_per_expert: list[float] | None = None
+    mean_bits: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        # A null in a record would read as a measurement that failed.
+        return {name: value for name, value in serialize(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """Result of a method: its effect on the weights, and its counts for the record.
+
+    `effect` decides which gains a record may claim: zeroed and masked weights still cost time and
+    memory. `details` holds only JSON values; what is reported per layer goes to `layers`.
+    """
+
+    effect: Effect
     details: dict[str, Any] = field(default_factory=dict)
+    layers: Sequence[LayerReport] = ()
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class BenchmarkConfig(BaseModel):
         return self
 
 
-MeasuredQuantity = Literal["latency", "memory", "energy", "limits"]
+MeasuredQuantity = Literal["latency", "memory", "energy", "roofline"]
 """Quantities that can be measured in addition to the counts; `limits` is the device's roofline."""
 SizeList = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 

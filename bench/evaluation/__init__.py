@@ -10,7 +10,7 @@ from bench.evaluation.benchmark import (
     plan_once,
     prefetch_benchmark,
 )
-from bench.evaluation.metrics import Evaluation, TaskMetric
+from bench.evaluation.metrics import Evaluation
 from bench.schema import BenchmarkConfig, PerplexityConfig
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Evaluation",
     "PerplexityConfig",
     "PlannedBenchmark",
-    "TaskMetric",
     "evaluate",
     "plan",
     "plan_once",

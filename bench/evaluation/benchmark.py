@@ -135,5 +135,5 @@ def evaluate(
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
     metrics, rows, asked = plan.scoring.score(model, progress, memory or ResponseCache())
     metrics += headline_average(plan.benchmark, metrics)
-    engine = None if asked is None else asked.plain()
-    return Evaluation(tuple(metrics), align_rows(rows), engine)
+    backend = None if asked is None else asked.plain()
+    return Evaluation(tuple(metrics), align_rows(rows), backend)

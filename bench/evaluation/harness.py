@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from bench.evaluation.metrics import TaskMetric
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
+    from bench.records.record import Metric
     from bench.schema import ModelKind
     from bench.ui import Progress
 
@@ -32,7 +32,7 @@ class BackendReport:
     through the network, `given` the number that the padded backend would have sent.
     """
 
-    wanted: Backend
+    requested: Backend
     used: Backend = "plain"
     reasons: list[str] = field(default_factory=list)
     tokens_per_batch: int | None = None
@@ -57,7 +57,7 @@ class BackendReport:
 class ScoredBenchmark(NamedTuple):
     """The metrics of a model, one row per scored sample, and the backend report if there is one."""
 
-    metrics: list[TaskMetric]
+    metrics: list[Metric]
     rows: SampleRows
     asked: BackendReport | None = None
 

@@ -5,55 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
+from bench.records.record import Metric
 from bench.schema import BenchmarkConfig
-
-if TYPE_CHECKING:
-    from bench.records.record import Metric
-
-
-@dataclass(frozen=True)
-class TaskMetric:
-    """One number with all that is needed to compare it with another.
-
-    `headline` marks the single metric that represents its task; `split` and `filter` are the
-    harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
-    """
-
-    benchmark: str
-    task: str
-    metric: str
-    filter: str
-    shots: int
-    split: str
-    value: float
-    stderr: float | None
-    n: int
-    higher_is_better: bool
-    headline: bool
-    task_version: str | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """All metrics of one model on one benchmark, and one row per scored sample.
 
-    `engine` is the backend report as JSON, None for harnesses without a choice of backend.
+    `backend` is the backend report as JSON, None for harnesses without a choice of backend.
     """
 
-    metrics: tuple[TaskMetric, ...]
+    metrics: tuple[Metric, ...]
     samples: tuple[dict[str, Any], ...]
-    engine: dict[str, Any] | None = None
+    backend: dict[str, Any] | None = None
 
 
-Row = TypeVar("Row", TaskMetric, "Metric")
 AVERAGE = "average"
 SHARE_METRICS = {"mme_perception_score": "mme_perception_share"}
 """Headline metrics that are sums of points, and the metric of the same task that scales them."""
 
 
-def headline_average(benchmark: BenchmarkConfig, rows: Sequence[TaskMetric]) -> list[TaskMetric]:
+def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list[Metric]:
     """Return the unweighted mean of the headline metrics as a list of one, or an empty list.
 
     Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
@@ -65,15 +40,17 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[TaskMetric]) -> 
         return []
     errors = [row.stderr for row in shown if row.stderr is not None]
     known = len(errors) == len(shown)
+    # A value that is not finite is null in a record; it makes the mean unknown as well.
+    values = [math.nan if row.value is None else row.value for row in shown]
     return [
-        TaskMetric(
+        Metric(
             benchmark=benchmark.name,
             task=AVERAGE,
             metric="mean",
             filter="none",
             shots=max(row.shots for row in shown),
             split=common_split({row.split for row in shown}),
-            value=math.fsum(row.value for row in shown) / len(shown),
+            value=math.fsum(values) / len(shown),
             # Standard error of a mean of independent estimates: sqrt(sum of squares) / n. One
             # unknown error makes the whole unknown; treating it as 0 would understate it.
             stderr=math.hypot(*errors) / len(shown) if known else None,
@@ -85,7 +62,7 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[TaskMetric]) -> 
     ]
 
 
-def averaged_headlines(rows: Sequence[Row], perplexity: Container[str]) -> list[Row]:
+def averaged_headlines(rows: Sequence[Metric], perplexity: Container[str]) -> list[Metric]:
     """Return the metrics whose mean is the average; empty if no average is defined.
 
     `perplexity` holds the names of the perplexities. `rows` are metrics fresh from a harness, or
@@ -100,7 +77,7 @@ def averaged_headlines(rows: Sequence[Row], perplexity: Container[str]) -> list[
     return [] if len(shown) < 2 or mixed else shown
 
 
-def _comparable(headline: Row, rows: Sequence[Row]) -> Row:
+def _comparable(headline: Metric, rows: Sequence[Metric]) -> Metric:
     """Return the metric that represents a headline in the mean: its share, if it has one."""
     share = SHARE_METRICS.get(headline.metric)
     same = (row for row in rows if row.task == headline.task and row.metric == share)

@@ -18,15 +18,10 @@ from bench.device.memory import is_out_of_memory
 from bench.measurement import energy, image_prompt, memory, speedup
 from bench.measurement.flops.cost_rows import flops_costs, prompt_flops_costs
 from bench.measurement.model_size import count_size
-from bench.measurement.quantities import (
-    Cost,
-    CostReport,
-    MeasuredPair,
-    Measurements,
-    MissingMeasurement,
-)
+from bench.measurement.quantities import CostReport, MeasuredPair, Measurements
 from bench.measurement.roofline import DeviceLimits, device_limits
 from bench.measurement.workload import Workload, workloads
+from bench.records.record import Cost, MissingMeasurement
 from bench.schema import CostsConfig
 from bench.ui import SILENT, Progress
 
@@ -58,11 +53,30 @@ def _size_costs(model: Model) -> list[Cost]:
     other = counted.parameters - counted.routed - counted.shared
     parts = {"routed": counted.routed, "shared": counted.shared, "other": other}
     return [
-        Cost("model", "parameters", "1", counted.parameters, "counted", dict(parts)),
-        Cost("model", "nonzero_parameters", "1", counted.nonzero, "counted"),
+        Cost(
+            scope="model",
+            quantity="parameters",
+            unit="1",
+            value=counted.parameters,
+            how="counted",
+            parts=dict(parts),
+        ),
+        Cost(
+            scope="model",
+            quantity="nonzero_parameters",
+            unit="1",
+            value=counted.nonzero,
+            how="counted",
+        ),
         # Analytic, because it assumes top-k of equally large experts instead of observing routing.
-        Cost("model", "active_parameters", "1", counted.active, "analytic"),
-        Cost("model", "bytes", "B", counted.bytes, "counted"),
+        Cost(
+            scope="model",
+            quantity="active_parameters",
+            unit="1",
+            value=counted.active,
+            how="analytic",
+        ),
+        Cost(scope="model", quantity="bytes", unit="B", value=counted.bytes, how="counted"),
     ]
 
 
@@ -72,12 +86,28 @@ def _prefill_costs(model: Model, inputs: dict[str, Any]) -> list[Cost]:
         image_prompt.time_prefill(model, inputs),
     )
     costs = [
-        Cost(scope, "cache_bytes", "B", found.cache_bytes, "counted"),
-        Cost(scope, "seconds", "s", found.median, "measured", _min_and_max(found.seconds)),
+        Cost(scope=scope, quantity="cache_bytes", unit="B", value=found.cache_bytes, how="counted"),
+        Cost(
+            scope=scope,
+            quantity="seconds",
+            unit="s",
+            value=found.median,
+            how="measured",
+            parts=_min_and_max(found.seconds),
+        ),
     ]
     if found.overhead:
         middle, spread = statistics.median(found.overhead), _min_and_max(found.overhead)
-        costs.append(Cost(scope, "method_seconds", "s", middle, "measured", spread))
+        costs.append(
+            Cost(
+                scope=scope,
+                quantity="method_seconds",
+                unit="s",
+                value=middle,
+                how="measured",
+                parts=spread,
+            )
+        )
     return costs
 
 
@@ -87,7 +117,10 @@ def _min_and_max(seconds: list[float]) -> dict[str, float]:
 
 def phase_costs(seconds: dict[str, float]) -> list[Cost]:
     """Return the wall time of each phase of a run as a cost."""
-    return [Cost(f"phase {name}", "wall", "s", s, "measured") for name, s in seconds.items()]
+    return [
+        Cost(scope=f"phase {name}", quantity="wall", unit="s", value=s, how="measured")
+        for name, s in seconds.items()
+    ]
 
 
 def measure_costs(
@@ -99,16 +132,18 @@ def measure_costs(
         return found
     if "memory" in config.measure:
         disk = memory.disk_bytes(model.network)
-        found.costs.append(Cost("model", "disk_bytes", "B", disk, "counted"))
+        found.costs.append(
+            Cost(scope="model", quantity="disk_bytes", unit="B", value=disk, how="counted")
+        )
     best = None
-    if "limits" in config.measure:
+    if "roofline" in config.measure:
         best = _limits_of_device(model)
         found.add(_device_limit_costs(best, model))
     # Out of memory ends one shape, not the run: smaller shapes of the grid still give numbers, and
     # those of this shape that were yielded before the error are kept.
     for work in workloads(model, config.timing):
         if isinstance(work, MissingMeasurement):
-            found.gaps.append(work)
+            found.missing.append(work)
             continue
         progress.step(doing=f"measuring {work.shape}")
         try:
@@ -116,7 +151,11 @@ def measure_costs(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            found.gaps.append(MissingMeasurement(work.shape, "further cost", "out of memory"))
+            found.missing.append(
+                MissingMeasurement(
+                    scope=work.shape, quantity="further cost", reason="out of memory"
+                )
+            )
         # Free cached blocks, so that a shape does not fail for the fragments of the one before.
         release_memory(model.device)
     return found
@@ -145,11 +184,20 @@ def _limits_of_device(model: Model) -> DeviceLimits | None:
 
 def _device_limit_costs(best: DeviceLimits | None, model: Model) -> Measurements:
     if best is None:
-        yield MissingMeasurement("device", "limits", "out of memory")
+        yield MissingMeasurement(scope="device", quantity="roofline", reason="out of memory")
         return
     kind = str(_dtype(model)).removeprefix("torch.")
-    yield Cost("device", "matrix_rate", "FLOP/s", best.matrix_rate, "measured", note=kind)
-    yield Cost("device", "copy_bandwidth", "B/s", best.bandwidth, "measured")
+    yield Cost(
+        scope="device",
+        quantity="matrix_rate",
+        unit="FLOP/s",
+        value=best.matrix_rate,
+        how="measured",
+        note=kind,
+    )
+    yield Cost(
+        scope="device", quantity="copy_bandwidth", unit="B/s", value=best.bandwidth, how="measured"
+    )
 
 
 def _dtype(model: Model) -> torch.dtype:

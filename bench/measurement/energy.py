@@ -12,16 +12,9 @@ import torch
 from bench.device.devices import synchronize
 from bench.device.energy_counters import EnergyMeter, Unavailable, energy_meter
 from bench.device.machine import MachineMonitor
-from bench.measurement.quantities import (
-    END_TO_END,
-    FORWARD,
-    PREFILL,
-    Cost,
-    MeasuredPair,
-    Measurements,
-    MissingMeasurement,
-)
+from bench.measurement.quantities import END_TO_END, FORWARD, PREFILL, MeasuredPair, Measurements
 from bench.measurement.workload import GenerationWorkload, Workload
+from bench.records.record import Cost, MissingMeasurement
 
 WINDOWS = 3
 
@@ -36,7 +29,7 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
     try:
         counter = energy_meter(device)
     except Unavailable as reason:
-        yield MissingMeasurement(work.shape, "energy", str(reason))
+        yield MissingMeasurement(scope=work.shape, quantity="energy", reason=str(reason))
         return
     inputs = work.on(device)
     forwards = [partial(work.forward, network, inputs) for network in subject.networks]
@@ -50,17 +43,34 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
             with MachineMonitor(device) as watch:
                 spent = joules_per_call(calls, counter, device, seconds)
         except Unavailable as reason:  # a counter may vanish between two readings
-            yield MissingMeasurement(scope, "energy", str(reason))
+            yield MissingMeasurement(scope=scope, quantity="energy", reason=str(reason))
             continue
         # What the counter covers (a GPU board, a CPU package) always belongs to the number.
         note = "; ".join(filter(None, (counter.how, watch.reading.fault)))
         parts = {"dense": spent[1]} if subject.dense else {}
-        yield Cost(scope, "energy", "J", spent[0], "measured", parts, note)
+        yield Cost(
+            scope=scope,
+            quantity="energy",
+            unit="J",
+            value=spent[0],
+            how="measured",
+            parts=parts,
+            note=note,
+        )
         if subject.no_gain_reason:
-            yield MissingMeasurement(scope, "energy_saved", subject.no_gain_reason)
+            yield MissingMeasurement(
+                scope=scope, quantity="energy_saved", reason=subject.no_gain_reason
+            )
         elif subject.dense:
             saved = 1 - spent[0] / spent[1]
-            yield Cost(scope, "energy_saved", "1", saved, "measured", note=note)
+            yield Cost(
+                scope=scope,
+                quantity="energy_saved",
+                unit="1",
+                value=saved,
+                how="measured",
+                note=note,
+            )
 
 
 def joules_per_call(

@@ -12,8 +12,9 @@ from torch import nn
 from bench.device.devices import release_memory
 from bench.device.memory import PeakMemory
 from bench.measurement.model_size import kv_cache_bytes
-from bench.measurement.quantities import DECODE, FORWARD, PREFILL, Cost, Measurements
+from bench.measurement.quantities import DECODE, FORWARD, PREFILL, Measurements
 from bench.measurement.workload import GenerationWorkload, Workload
+from bench.records.record import Cost
 
 if TYPE_CHECKING:
     from bench.models.model import Model
@@ -41,10 +42,10 @@ def memory_costs(model: Model, work: Workload) -> Measurements:
         # Restart after the first token, so that the peak of the prefill is not charged to decoding.
         cache = work.answer(network, inputs, lambda n: peak.restart() if n == 1 else None)
     yield _peak_cost(network, decode, peak)
-    yield Cost(prefill, "cache_bytes", "B", filled, "counted")
+    yield Cost(scope=prefill, quantity="cache_bytes", unit="B", value=filled, how="counted")
     # The last generated token is never fed back, so the cache grows by new_tokens - 1.
     each = (kv_cache_bytes(cache) - filled) / (work.new_tokens - 1) / work.batch
-    yield Cost(decode, "cache_bytes_per_token", "B", each, "counted")
+    yield Cost(scope=decode, quantity="cache_bytes_per_token", unit="B", value=each, how="counted")
 
 
 def disk_bytes(network: nn.Module) -> int:
@@ -61,7 +62,15 @@ def _peak_cost(network: nn.Module, scope: str, peak: PeakMemory) -> Cost:
     tensors = (*network.parameters(), *network.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parts = {"weights": float(weights), "above": float(peak.above)}
-    return Cost(scope, "peak_bytes", "B", weights + peak.above, "measured", parts, peak.how)
+    return Cost(
+        scope=scope,
+        quantity="peak_bytes",
+        unit="B",
+        value=weights + peak.above,
+        how="measured",
+        parts=parts,
+        note=peak.how,
+    )
 
 
 TOLERATED_GROWTH = 256 * 2**20

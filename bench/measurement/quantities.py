@@ -6,42 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from bench.records.record import How
+from bench.records.record import Cost, MissingMeasurement
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bench.models.model import Model
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
-
-    `parts` holds its components or accompanying numbers; `note` is a caveat for the reader, such as
-    a loaded machine.
-    """
-
-    scope: str
-    quantity: str
-    unit: str
-    value: float
-    how: How
-    parts: dict[str, float] = field(default_factory=dict)
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class MissingMeasurement:
-    """One missing cost: scope, quantity, and the reason in a few words.
-
-    `how` names the method that failed if the quantity can be obtained in several ways, else None.
-    """
-
-    scope: str
-    quantity: str
-    reason: str
-    how: How | None = None
 
 
 Measurements: TypeAlias = "Iterator[Cost | MissingMeasurement]"
@@ -52,15 +22,15 @@ class CostReport:
     """Costs that were obtained, and measurements that are missing."""
 
     costs: list[Cost] = field(default_factory=list)
-    gaps: list[MissingMeasurement] = field(default_factory=list)
+    missing: list[MissingMeasurement] = field(default_factory=list)
 
     def add(self, rows: Iterable[Cost | MissingMeasurement]) -> None:
-        """Sort each row into `costs` or `gaps`, in the order given."""
+        """Sort each row into `costs` or `missing`, in the order given."""
         for row in rows:
             if isinstance(row, Cost):
                 self.costs.append(row)
             else:
-                self.gaps.append(row)
+                self.missing.append(row)
 
 
 PREFILL, FIRST_TOKEN, DECODE, END_TO_END = "prefill", "first token", "decode", "end to end"

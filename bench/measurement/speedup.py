@@ -20,17 +20,10 @@ from bench.measurement.interleaving import (
     paired_ratio,
 )
 from bench.measurement.model_size import kv_cache_bytes
-from bench.measurement.quantities import (
-    DECODE,
-    FORWARD,
-    PREFILL,
-    Cost,
-    MeasuredPair,
-    Measurements,
-    MissingMeasurement,
-)
+from bench.measurement.quantities import DECODE, FORWARD, PREFILL, MeasuredPair, Measurements
 from bench.measurement.roofline import DeviceLimits, weight_bytes_read
 from bench.measurement.workload import GenerationWorkload, Workload
+from bench.records.record import Cost, MissingMeasurement
 from bench.schema import TimingConfig
 
 MIN_FLOPS_SAVED = 0.05
@@ -60,16 +53,32 @@ def speedup_costs(
         if subject.dense:
             beside = _percentiles(seconds_NR[1])
             parts |= {f"dense_{name}": value for name, value in beside.items()}
-        yield Cost(scope, "latency", "s", own["p50"], "measured", parts, rounds.note)
+        yield Cost(
+            scope=scope,
+            quantity="latency",
+            unit="s",
+            value=own["p50"],
+            how="measured",
+            parts=parts,
+            note=rounds.note,
+        )
         if subject.no_gain_reason:
-            yield MissingMeasurement(scope, "speedup", subject.no_gain_reason)
+            yield MissingMeasurement(scope=scope, quantity="speedup", reason=subject.no_gain_reason)
         elif subject.dense:
             left = done[0] / done[1] if done[0] and done[1] else None
             yield from _gain_costs(scope, _speedup(seconds_NR), left, rounds, timing.precision)
         if best and stage in bytes and done[0]:
             needs = {"flops": done[0], "bytes": bytes[stage]}
             share = best.min_seconds(**needs) / own["p50"]
-            yield Cost(scope, "limit_share", "1", share, "measured", needs, rounds.note)
+            yield Cost(
+                scope=scope,
+                quantity="roofline_efficiency",
+                unit="1",
+                value=share,
+                how="measured",
+                parts=needs,
+                note=rounds.note,
+            )
     yield from _overhead_cost(subject, work, rounds.note)
 
 
@@ -84,7 +93,7 @@ def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
 def _gain_costs(
     scope: str, ratio: Ratio, left: float | None, rounds: TimedRounds, precision: float
 ) -> Measurements:
-    """Yield the speed-up, and the time saved as a fraction of the FLOPs saved (`realised`).
+    """Yield the speed-up, and how much of the speed-up that the FLOPs allow was realised.
 
     `left` is the share of FLOPs that remains, None if they could not be counted. A realised share
     of 1 means that time fell as much as FLOPs, 0 that it did not fall, and below 0 that the model
@@ -93,13 +102,27 @@ def _gain_costs(
     wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
     note = "; ".join(filter(None, (rounds.note, wide if ratio.reach > precision else None))) or None
     parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
-    yield Cost(scope, "speedup", "1", ratio.value, "measured", parts, note)
+    yield Cost(
+        scope=scope,
+        quantity="speedup",
+        unit="1",
+        value=ratio.value,
+        how="measured",
+        parts=parts,
+        note=note,
+    )
     if left is None:
-        yield MissingMeasurement(scope, "realised", "an operator has no FLOP formula")
+        yield MissingMeasurement(
+            scope=scope,
+            quantity="realised_speedup_fraction",
+            reason="an operator has no FLOP formula",
+        )
         return
     if 1 - left < MIN_FLOPS_SAVED:
         yield MissingMeasurement(
-            scope, "realised", f"under {100 * MIN_FLOPS_SAVED:g} % of FLOPs saved"
+            scope=scope,
+            quantity="realised_speedup_fraction",
+            reason=f"under {100 * MIN_FLOPS_SAVED:g} % of FLOPs saved",
         )
         return
     # Seconds saved over FLOPs saved, both as shares of the dense model: time left is 1 / speed-up.
@@ -108,7 +131,15 @@ def _gain_costs(
         name: (1 - 1 / gain) / (1 - left)
         for name, gain in (("low", ratio.low), ("high", ratio.high), ("middle", ratio.value))
     }
-    yield Cost(scope, "realised", "1", shares.pop("middle"), "measured", shares, note)
+    yield Cost(
+        scope=scope,
+        quantity="realised_speedup_fraction",
+        unit="1",
+        value=shares.pop("middle"),
+        how="measured",
+        parts=shares,
+        note=note,
+    )
 
 
 def _overhead_cost(subject: MeasuredPair, work: Workload, note: str | None) -> Measurements:
@@ -117,7 +148,15 @@ def _overhead_cost(subject: MeasuredPair, work: Workload, note: str | None) -> M
     if seconds:
         found = _percentiles(np.array(seconds))
         scope = f"{PREFILL} {work.shape}"
-        yield Cost(scope, "method_latency", "s", found["p50"], "measured", found, note)
+        yield Cost(
+            scope=scope,
+            quantity="method_latency",
+            unit="s",
+            value=found["p50"],
+            how="measured",
+            parts=found,
+            note=note,
+        )
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from bench.errors import UserError
 from bench.measurement.image_prompt import build_image_prompt
-from bench.measurement.quantities import MissingMeasurement
 from bench.models.classifiers.classifier import Classifier
 from bench.models.model import max_sequence_length
+from bench.records.record import MissingMeasurement
 from bench.schema import TimingConfig
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def workloads(model: Model, timing: TimingConfig) -> Iterator[Workload | Missing
                 f"{model.name} supports {model.max_length} positions; a prompt of {work.prompt} "
                 f"and {work.new_tokens} new tokens exceed them"
             )
-            yield MissingMeasurement(work.shape, "latency", reason)
+            yield MissingMeasurement(scope=work.shape, quantity="latency", reason=reason)
         else:
             yield work
 

@@ -72,7 +72,7 @@ def _schema() -> pa.Schema:
 
     text, number, whole, truth = pa.string(), pa.float64(), pa.int64(), pa.bool_()
     columns = dict.fromkeys(
-        ("run", "started", "group", "model", "label", "methods", "saving"), text
+        ("run", "started", "sweep", "model", "label", "methods", "effect"), text
     )
     columns |= {"ratio": number, "kind": text}
     columns |= dict.fromkeys(("benchmark", "task", "metric", "filter"), text)
@@ -123,11 +123,11 @@ def _rows_of_record(record: Record, stamp: str) -> list[dict[str, Any]]:
     described = {
         "run": record.id,
         "started": record.started,
-        "group": record.group,
+        "sweep": record.sweep,
         "model": record.model.name,
         "label": record.label,
         "methods": _join_names([method.name for method in record.methods]) or "dense",
-        "saving": _join_names([method.saving for method in record.methods]) or "none",
+        "effect": _join_names([method.effect for method in record.methods]) or "none",
         "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
         "stamp": stamp,
     }
@@ -144,7 +144,7 @@ def load(results_dir: str | Path = "results") -> pd.DataFrame:
     """Return all records of a results folder as one data frame in long format.
 
     There is one row per metric (`kind == "metric"`) and per cost (`kind == "cost"`); the columns
-    that describe the run (`run`, `model`, `label`, `methods`, `saving`, `started`, `group`) repeat.
+    that describe the run (`run`, `model`, `label`, `methods`, `effect`, `started`, `sweep`) repeat.
     Unreadable records are left out; `bench ls runs` names them.
     """
     # The stamp is internal to the index.

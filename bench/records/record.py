@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 2
+from bench.method import LayerReport
+
+SCHEMA = 3
 ID_DIGITS = 12
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 How = Literal["counted", "measured", "analytic"]
@@ -34,22 +36,28 @@ class DenseModel(_FrozenModel):
 
 
 class AppliedMethod(_FrozenModel):
-    """One applied method: its config, how its effect is realised, and its own report.
+    """One applied method: its config, its effect on the weights, and its own report.
 
-    `seconds` is the time of applying it, calibration included. `peak_bytes` is the peak memory of
-    applying it on top of what was in use before; None if memory was not measured.
+    `layers` holds what it reports per layer, `report` everything else. `seconds` is the time of
+    applying it, calibration included. `peak_bytes` is the peak memory of applying it on top of what
+    was in use before; None if memory was not measured.
     """
 
     name: str
     config: dict[str, Any]
-    saving: str
+    effect: str
     report: dict[str, Any]
+    layers: tuple[LayerReport, ...] = ()
     seconds: float
     peak_bytes: int | None = None
 
 
 class Metric(_FrozenModel):
-    """One metric of a task, with everything that identifies it."""
+    """One metric of a task, with everything that is needed to compare it with another.
+
+    `headline` marks the single metric that represents its task; `split` and `filter` are the
+    harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
+    """
 
     benchmark: str
     task: str
@@ -68,7 +76,8 @@ class Metric(_FrozenModel):
 class Cost(_FrozenModel):
     """One cost: what it is a cost of (`scope`), quantity, unit, value, and how it was obtained.
 
-    `note` is a caveat for the reader, such as a loaded machine.
+    `parts` holds its components or accompanying numbers; `note` is a caveat for the reader, such as
+    a loaded machine.
     """
 
     scope: str
@@ -95,13 +104,13 @@ class MissingMeasurement(_FrozenModel):
 class Record(_FrozenModel):
     """One run; `id` is a hash of its inputs, see `run_id`."""
 
-    # Raise SCHEMA, and teach `versions.py` the old form, with every change of the fields.
+    # Raise SCHEMA, and teach `migrations.py` the old form, with every change of the fields.
     schema_version: int = SCHEMA
     id: str
     status: Literal["done"] = "done"
     started: str
     finished: str
-    group: str | None
+    sweep: str | None
     command: str
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -109,7 +118,7 @@ class Record(_FrozenModel):
     methods: tuple[AppliedMethod, ...]
     metrics: tuple[Metric, ...]
     costs: tuple[Cost, ...]
-    gaps: tuple[MissingMeasurement, ...] = ()
+    missing: tuple[MissingMeasurement, ...] = ()
     provenance: dict[str, Any]
 
     @property
@@ -124,9 +133,9 @@ class Record(_FrozenModel):
         found = [m for m in self.metrics if m.task == task and m.headline]
         return found[0] if found else None
 
-    def gap(self, quantity: str, scope: str) -> MissingMeasurement | None:
+    def missing_cost(self, quantity: str, scope: str) -> MissingMeasurement | None:
         """Return why a cost is missing, or None if it is there or was not requested."""
-        found = [g for g in self.gaps if g.quantity == quantity and g.scope == scope]
+        found = [m for m in self.missing if m.quantity == quantity and m.scope == scope]
         return found[0] if found else None
 
     def cost(self, quantity: str, scope: str = "model") -> Cost | None:
@@ -142,8 +151,8 @@ def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
     A run with such methods only may claim no gain in time or memory.
     """
     # As a dict instead of a set, to keep the order in which methods were applied.
-    savings = dict.fromkeys(method.saving for method in methods)
-    return "+".join(savings) if savings and savings.keys() <= EFFECTS_WITHOUT_SAVING else None
+    effects = dict.fromkeys(method.effect for method in methods)
+    return "+".join(effects) if effects and effects.keys() <= EFFECTS_WITHOUT_SAVING else None
 
 
 def run_id(inputs: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, Record, checksum
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
-RESPONSES = "answers.journal"
+RESPONSES = "responses.journal"
 
 
 class Store:
@@ -206,7 +206,7 @@ def _parse_record(text: str) -> Record:
     if wanted is not None and wanted != checksum(content):
         raise ValueError("its checksum does not match: the file was changed or damaged")
     try:
-        return migrate(Record(**content))
+        return Record(**migrate(content))
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))

@@ -59,11 +59,11 @@ def measured_scopes(record: Record) -> list[str]:
 
 def speedup_text(record: Record, scope: str) -> str:
     """Format a speed-up with its share of the theoretical one: `1.31 (62 %)`."""
-    missing = record.gap("speedup", scope)
+    missing = record.missing_cost("speedup", scope)
     found = record.cost("speedup", scope)
     if found is None:
         return missing.reason if missing else "-"
-    share = record.cost("realised", scope)
+    share = record.cost("realised_speedup_fraction", scope)
     of_theory = f" ({100 * share.value:.0f} %)" if share else ""
     return f"{found.value:.2f}{of_theory}{MARK if found.note else ''}"
 
@@ -117,19 +117,21 @@ def _theory(record: Record, scope: str) -> str:
 
 
 def _realised(record: Record, scope: str) -> str:
-    cost = record.cost("realised", scope)
+    cost = record.cost("realised_speedup_fraction", scope)
     return (
-        _missing_reason(record, "realised", scope) if cost is None else f"{100 * cost.value:.0f} %"
+        _missing_reason(record, "realised_speedup_fraction", scope)
+        if cost is None
+        else f"{100 * cost.value:.0f} %"
     )
 
 
 def _missing_reason(record: Record, quantity: str, scope: str) -> str:
-    gap = record.gap(quantity, scope)
+    gap = record.missing_cost(quantity, scope)
     return gap.reason if gap else "-"
 
 
 def _roofline_share(record: Record, scope: str) -> str:
-    cost = record.cost("limit_share", scope)
+    cost = record.cost("roofline_efficiency", scope)
     return "-" if cost is None else f"{100 * cost.value:.0f} %"
 
 
@@ -199,9 +201,9 @@ def _note_lines(record: Record) -> Iterator[str]:
 def _missing_lines(record: Record) -> Iterator[str]:
     """Yield one line per reason with everything that is missing for it."""
     by_reason: dict[tuple[str, str], list[str]] = {}
-    for gap in record.gaps:
+    for gap in record.missing:
         # The table shows the reason of a missing speed-up in its own cell.
-        if gap.quantity not in ("speedup", "realised"):
+        if gap.quantity not in ("speedup", "realised_speedup_fraction"):
             missing = " ".join(filter(None, (gap.how, gap.quantity.replace("_", " "))))
             by_reason.setdefault((missing, gap.reason), []).append(gap.scope)
     for (missing, reason), scopes in by_reason.items():

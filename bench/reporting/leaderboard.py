@@ -76,9 +76,9 @@ class LeaderboardRow:
         return " + ".join(method.name for method in self.record.methods) or "dense"
 
     @property
-    def saving(self) -> str:
+    def effect(self) -> str:
         """The effect on weights or computation: removed, zeroed, packed, skipped."""
-        kinds = dict.fromkeys(m.saving for m in self.record.methods if m.saving != "none")
+        kinds = dict.fromkeys(m.effect for m in self.record.methods if m.effect != "none")
         return "+".join(kinds) or "none"
 
     @property

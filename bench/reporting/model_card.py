@@ -90,7 +90,7 @@ def _provenance_section(record: Record) -> str:
         lines.append(f"- {name} {version}")
     for method in record.methods:
         knobs = json.dumps(method.config, indent=1)
-        lines += ["", f"### {method.name}: weights {method.saving}", "", "```json", knobs, "```"]
+        lines += ["", f"### {method.name}: weights {method.effect}", "", "```json", knobs, "```"]
     left = record.cost("parameters")
     if left is not None:
         lines += ["", f"Parameters in memory: {int(left.value):,}."]

@@ -164,5 +164,5 @@ def _headline_scopes(records: Sequence[Record]) -> list[str]:
 
 
 def _effect(record: Record) -> str:
-    savings = dict.fromkeys(m.saving for m in record.methods if m.saving != "none")
-    return "+".join(savings) or "unchanged"
+    effects = dict.fromkeys(m.effect for m in record.methods if m.effect != "none")
+    return "+".join(effects) or "unchanged"

@@ -70,7 +70,7 @@ def print_record(record: Record) -> None:
     out = console()
     model = record.model
     out.print(f"[bold]{record.id}[/bold]  {model.name}  {record.label}")
-    out.print(f"started {record.started}, finished {record.finished}, sweep {record.group or '-'}")
+    out.print(f"started {record.started}, finished {record.finished}, sweep {record.sweep or '-'}")
     out.print(f"command: {record.command}", soft_wrap=True)
     revision = f" at {model.revision}" if model.revision else ""
     out.print(f"weights: {model.source}{revision}, {model.architecture}")
@@ -78,7 +78,7 @@ def print_record(record: Record) -> None:
     for method in record.methods:
         knobs = ", ".join(f"{key}={value}" for key, value in method.config.items())
         out.print(
-            f"method {method.name}: weights {method.saving}, {method.seconds:.2f} s ({knobs})"
+            f"method {method.name}: weights {method.effect}, {method.seconds:.2f} s ({knobs})"
         )
     draw_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
     # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.

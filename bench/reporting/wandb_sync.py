@@ -88,7 +88,7 @@ def _run_cells(row: LeaderboardRow, setting: Setting) -> list[str | float | None
     record = row.record
     named = [record.id, setting.model, setting.benchmark, setting.name, record.label]
     score = _score(row.values[0]) if row.values else None
-    return [*named, row.saving, record.started, score, row.retention]
+    return [*named, row.effect, record.started, score, row.retention]
 
 
 def _score(value: tuple[float, float | None] | None) -> float | None:
@@ -104,7 +104,7 @@ def _scatter(runs: Leaderboard, index: int) -> ScatterPlot | None:
     at = kinds.index("flops") if "flops" in kinds else 0
     x, y = f"{kinds[at]} of {setting.costs[at].scope}", setting.tasks[0].task
     rows = [
-        [row.record.id, row.record.label, row.saving, row.real, row.costs[at], score]
+        [row.record.id, row.record.label, row.effect, row.real, row.costs[at], score]
         for row in runs.rows
         if row.setting == index
         and (score := _score(row.values[0])) is not None

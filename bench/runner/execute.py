@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,7 +118,7 @@ def _execute_run(
     from bench.evaluation.response_cache import ResponseCache
     from bench.measurement.costs import measure_costs, phase_costs
     from bench.models.hashing import state_hash
-    from bench.records import Cost, Metric, MissingMeasurement, Record
+    from bench.records import Record
 
     started = _now()
     set_threads(config.threads)
@@ -153,21 +152,20 @@ def _execute_run(
         *_method_memory_costs(methods),
         *phase_costs(progress.seconds),
     ]
-    gaps = [*after.gaps, *measured.gaps]
     record = Record(
         id=inputs.id,
         started=started,
         finished=_now(),
-        group=asked.group,
+        sweep=asked.sweep,
         command=asked.command,
         config=_plain_config(config),
         environment={**describe_device(), "versions": inputs.versions},
         model=_dense_model(model, (before or after).costs),
         methods=tuple(methods),
-        metrics=tuple(Metric(**asdict(metric)) for metric in evaluation.metrics),
-        costs=tuple(Cost(**asdict(cost)) for cost in costs),
-        gaps=tuple(MissingMeasurement(**asdict(gap)) for gap in gaps),
-        provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
+        metrics=evaluation.metrics,
+        costs=tuple(costs),
+        missing=(*after.missing, *measured.missing),
+        provenance=_provenance(config, inputs) | {"backend": evaluation.backend},
     )
     if current_process_group().is_first:
         with progress.phase("writing the record"):

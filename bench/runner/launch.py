@@ -273,7 +273,7 @@ def _run_job(composed: DictConfig, perform: ExecuteRun, outcome: LaunchOutcome) 
     command = shlex.join(["bench", "run", *about.overrides.task])
     if about.mode == RunMode.MULTIRUN:
         folder = Path(about.sweep.dir)
-        asked = RunRequest(command, group=folder.name)
+        asked = RunRequest(command, sweep=folder.name)
         plan = read_plan(folder)
         # A resumed sweep launches only its missing jobs, which Hydra numbers from 0; the plan knows
         # the original number of a job by its overrides.

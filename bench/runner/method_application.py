@@ -50,8 +50,9 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
             AppliedMethod(
                 name=name,
                 config=knobs,
-                saving=report.saving,
+                effect=report.effect,
                 report=report.details,
+                layers=tuple(report.layers),
                 seconds=took,
                 peak_bytes=peak.above if peak else None,
             )

@@ -12,17 +12,22 @@ from bench.runner.inputs import RunInputs, _plain_config
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
-    from bench.measurement.quantities import Cost
     from bench.models.model import Model
-    from bench.records import AppliedMethod, DenseModel
+    from bench.records import AppliedMethod, Cost, DenseModel
 
 
 def _method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
     """Return the peak memory of each method while it was applied."""
-    from bench.measurement.quantities import Cost
+    from bench.records import Cost
 
     return [
-        Cost(f"phase applying {method.name}", "peak_bytes", "B", method.peak_bytes, "measured")
+        Cost(
+            scope=f"phase applying {method.name}",
+            quantity="peak_bytes",
+            unit="B",
+            value=method.peak_bytes,
+            how="measured",
+        )
         for method in methods
         if method.peak_bytes is not None
     ]

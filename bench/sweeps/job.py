@@ -33,10 +33,10 @@ StatusDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A requested run: the command that repeats it, and the sweep it belongs to (`group`)."""
+    """A requested run: the command that repeats it, and the sweep it belongs to."""
 
     command: str
-    group: str | None = None
+    sweep: str | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def send_record(record: Record, folder: Path, config: TrackerConfig, results_dir
         results_dir,
         name=f"{record.model.name} {record.label}",
         job_type="run",
-        group=record.group,
+        group=record.sweep,
         tags=[record.model.name, *(m.name for m in record.methods)],
         config_of_run={**record.config, "record": record.id},
     ) as (wandb, run, kept):
@@ -96,8 +96,8 @@ def _log_record(wandb: Any, run: Any, record: Record, folder: Path) -> None:
     metrics = [m.model_dump() for m in record.metrics]
     # Tables hold plain values only, so the parts of a cost become JSON text.
     costs = [{**c.model_dump(), "parts": json.dumps(c.parts)} for c in record.costs]
-    gaps = [g.model_dump() for g in record.gaps]
-    for name, rows in (("metrics", metrics), ("costs", costs), ("gaps", gaps)):
+    missing = [m.model_dump() for m in record.missing]
+    for name, rows in (("metrics", metrics), ("costs", costs), ("missing", missing)):
         if rows:
             columns = list(rows[0])
             data = [[row[column] for column in columns] for row in rows]

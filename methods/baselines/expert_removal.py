@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import MethodReport
+from bench.method import Effect, LayerReport, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -161,12 +161,12 @@ class WholeExpertPruning(MoEPruning):
             **achieved_ratios(structure, removed),
             "zeroed_parameters": achieved_ratios(structure, zeroed)["removed_parameters"],
             **more,
-            "layers": layers,
         }
-        if not sum(removed):
-            return MethodReport("none", details)
-        # A report of `removed` needs at least one weight that is no longer stored.
-        return MethodReport("zeroed" if removed == zeroed else "removed", details)
+        effect: Effect = "none"
+        if sum(removed):
+            # A report of `removed` needs at least one weight that is no longer stored.
+            effect = "zeroed" if removed == zeroed else "removed"
+        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
 
 def _index_tensor(places: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from bench.data.calibration import Calibration
-from bench.method import Context, MethodReport
+from bench.method import Context, LayerReport, MethodReport
 from bench.models.model import Model
 from bench.models.offload import onloaded
 from bench.models.structure.moe_block import MoEBlock
@@ -128,9 +128,9 @@ class CameraP(MoEPruning):
             "calibration": calibration.fingerprint,
             "tokens": calibration.tokens.numel(),
             "seconds": time.perf_counter() - started,
-            "layers": layers,
         }
-        return MethodReport(self.state if sum(removed) else "none", details)
+        effect = self.state if sum(removed) else "none"
+        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
     @property
     def _alpha(self) -> float:

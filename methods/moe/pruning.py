@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -149,6 +149,6 @@ class MicroExpertPruning(MoEPruning):
             **achieved_ratios(structure, removed),
             "padding_micro_experts": sum(layer.get("padding_micro_experts", 0) for layer in layers),
             **more,
-            "layers": layers,
         }
-        return MethodReport(self.state if sum(removed) else "none", details)
+        effect = self.state if sum(removed) else "none"
+        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])

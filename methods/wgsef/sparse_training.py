@@ -120,7 +120,7 @@ class SparseTraining(Method):
         # The cached structure describes the old network.
         model.__dict__.pop("structure", None)
         details = self._details(partition, outcome, splits)
-        return MethodReport(saving="removed" if removable else "zeroed", details=details)
+        return MethodReport(effect="removed" if removable else "zeroed", details=details)
 
     def _network(self, model: Model, seed: int) -> Classifier:
         """Return the classifier to train, with fresh weights if `restart` is set."""

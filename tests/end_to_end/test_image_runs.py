@@ -38,7 +38,7 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     (folder,) = (bench.results / "runs").iterdir()
     record = json.loads((folder / "record.json").read_text())
     (method,) = record["methods"]
-    assert method["saving"] == "removed"
+    assert method["effect"] == "removed"
     report = method["report"]
     assert [line["epoch"] for line in report["history"]] == [1, 2]
     assert {"alive", "fractional", "accuracy", "k"} <= set(report["history"][0])

@@ -40,8 +40,14 @@ def test_a_run_has_its_measured_costs_in_the_record_and_in_one_table(record):
 
 def test_a_zeroed_run_says_so_where_its_gain_would_be(record):
     made, out = record("method=random_experts", "costs.measure=[latency]")
-    assert not [cost for cost in made["costs"] if cost["quantity"] in ("speedup", "realised")]
-    reasons = {gap["scope"]: gap["reason"] for gap in made["gaps"] if gap["quantity"] == "speedup"}
+    assert not [
+        cost
+        for cost in made["costs"]
+        if cost["quantity"] in ("speedup", "realised_speedup_fraction")
+    ]
+    reasons = {
+        gap["scope"]: gap["reason"] for gap in made["missing"] if gap["quantity"] == "speedup"
+    }
     assert reasons["prefill 1x24"] == reasons["decode 1x24"] == "zeroed"
     (line,) = [row for row in out.splitlines() if row.startswith(" prefill 1x24 speed-up")]
     assert "zeroed" in line
@@ -69,7 +75,9 @@ def test_what_cannot_be_measured_is_one_sentence_before_anything_is_loaded(bench
 def test_lengths_that_the_model_cannot_take_are_named_beside_the_others(record):
     made, out = record("costs.measure=[memory]", "costs.timing.lengths=[24,5000]")
     reason = "micro_moe supports 1024 positions; a prompt of 5000 and 2 new tokens exceed them"
-    assert {"scope": "1x5000", "quantity": "latency", "reason": reason, "how": None} in made["gaps"]
+    assert {"scope": "1x5000", "quantity": "latency", "reason": reason, "how": None} in made[
+        "missing"
+    ]
     assert f"no latency for 1x5000: {reason}" in out
 
 

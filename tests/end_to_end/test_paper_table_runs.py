@@ -41,7 +41,7 @@ def test_a_stand_in_table_runs_what_is_missing_and_nothing_twice(call):
     assert files == {f"camera_main_micro.{form}" for form in ("csv", "md", "tex", "html")}
     pruned = next(record for record in records if record.methods)
     assert pruned.command.startswith("bench run benchmark=camera_micro threads=1 model=micro_moe")
-    assert pruned.group is not None
+    assert pruned.sweep is not None
 
     before = {p: p.stat().st_mtime_ns for p in (call.results / "runs").rglob("*.json")}
     code, again, _ = call("table", *given, "-m", "hydra/launcher=basic", "--json")

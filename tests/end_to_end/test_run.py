@@ -20,7 +20,7 @@ def test_a_run_leaves_one_whole_record_and_is_not_repeated(bench):
     assert code == 0
     assert "camera_p" in out
     (record,) = Store(bench.results).all()
-    assert record.methods[0].saving == "removed"
+    assert record.methods[0].effect == "removed"
     assert {m.task for m in record.metrics} >= {*question_sets.TASKS, "average", "english"}
     assert record.cost("parameters").value < record.model.parameters
     assert record.provenance["seed"] == 1234
@@ -62,7 +62,7 @@ def test_a_sweep_shares_group_and_dense_record(bench):
         "camera_p 0.2", "camera_p 0.5", "dense",
         "random_experts 0.2 + camera_p 0.2", "random_experts 0.5 + camera_p 0.5",
     ]  # fmt: skip
-    assert len({record.group for record in records}) == 1
+    assert len({record.sweep for record in records}) == 1
     assert out.count("dense") == 1
     assert len({record.model.fingerprint for record in records}) == 1
 

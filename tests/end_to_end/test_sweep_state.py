@@ -47,7 +47,7 @@ def test_only_what_failed_is_run_again(tmp_path, capsys, monkeypatch):
     after = {record.id: record.started for record in Store(tmp_path).all()}
     assert len(after) == 3
     assert started.items() <= after.items()
-    assert len({record.group for record in Store(tmp_path).all()}) == 1
+    assert len({record.sweep for record in Store(tmp_path).all()}) == 1
 
     began = time.perf_counter()
     assert main(sweep) == 0

@@ -120,7 +120,7 @@ def test_a_strategy_and_pruned_experts_compose(bench, moe_llava):
     code, _, err = bench("run", *local, *FEW, "method=[yopo_25,camera_p]", "ratio=0.4")
     assert code == 0, err
     (record,) = Store(bench.results).all()
-    assert [method.saving for method in record.methods] == ["skipped", "removed"]
+    assert [method.effect for method in record.methods] == ["skipped", "removed"]
     assert record.provenance["prompts"] and record.provenance["calibration"]
     assert record.cost("parameters").value < record.model.parameters
 

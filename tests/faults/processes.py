@@ -143,7 +143,7 @@ def largest_batch(log):
 
 def journals(results):
     """Return the journals of the runs that are not finished."""
-    return list((results / "unfinished").glob("*/answers.journal"))
+    return list((results / "unfinished").glob("*/responses.journal"))
 
 
 def lines(results):
@@ -160,7 +160,7 @@ def timeless(record):
         method["report"].pop("seconds", None)
     content["config"].pop("results_dir")
     content["provenance"].pop("git_commit")
-    (content["provenance"]["engine"] or {}).pop("spent", None)  # of the last attempt only
+    (content["provenance"]["backend"] or {}).pop("spent", None)  # of the last attempt only
     content["command"] = None
     return content
 

@@ -75,7 +75,7 @@ def whole(tmp_path_factory):
             code, said = run(folder / "results", *arguments, before=counting(log), small=())
             assert code == 0, said
             seconds = time.monotonic() - began
-            engine = only(folder / "results").provenance["engine"]
+            engine = only(folder / "results").provenance["backend"]
             assert engine["used"] == case.split()[1], engine
             batches = len(log.read_text().splitlines())
             made[case] = Whole(arguments, folder / "results", seconds, batches, largest_batch(log))

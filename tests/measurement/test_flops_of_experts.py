@@ -65,7 +65,7 @@ def pruned(network, ratio):
     """CAMERA-P with its micro-experts really gone, none left of some experts."""
     model = loaded(network)
     text = Calibration(tokens(rows=3), "calibration")
-    assert CameraP(ratio=ratio, align=4).apply(model, Context(0, text)).saving == "removed"
+    assert CameraP(ratio=ratio, align=4).apply(model, Context(0, text)).effect == "removed"
     return model.network
 
 

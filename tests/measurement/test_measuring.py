@@ -48,7 +48,7 @@ def rows(found, quantity):
 
 
 def missing(found, quantity):
-    return {gap.scope: gap.reason for gap in found.gaps if gap.quantity == quantity}
+    return {gap.scope: gap.reason for gap in found.missing if gap.quantity == quantity}
 
 
 def llama_flops(tokens, keys, heads_of, inner):
@@ -60,11 +60,11 @@ def llama_flops(tokens, keys, heads_of, inner):
 
 def test_nothing_is_measured_unless_it_is_asked_for():
     found = measure_costs(MeasuredPair(model(llama())), config())
-    assert (found.costs, found.gaps) == ([], [])
+    assert (found.costs, found.missing) == ([], [])
 
 
 def test_every_stage_has_its_time_and_the_flops_of_the_very_call():
-    found = measure_costs(MeasuredPair(model(llama())), config("latency", "limits"))
+    found = measure_costs(MeasuredPair(model(llama())), config("latency", "roofline"))
     latency = rows(found, "latency")
     assert list(latency) == ["prefill 1x16", "first token 1x16", "decode 1x16", "end to end 1x16"]
     prefill = llama_flops(16, 16, 1, 64)
@@ -75,7 +75,7 @@ def test_every_stage_has_its_time_and_the_flops_of_the_very_call():
         assert 0 < cost.parts["p10"] <= cost.value <= cost.parts["p90"]
         assert cost.parts["threads"] == torch.get_num_threads()
     assert latency["first token 1x16"].value < latency["end to end 1x16"].value
-    assert set(rows(found, "limit_share")) == {"prefill 1x16", "decode 1x16"}
+    assert set(rows(found, "roofline_efficiency")) == {"prefill 1x16", "decode 1x16"}
     assert rows(found, "matrix_rate")["device"].value > 1e8
     assert rows(found, "speedup") == missing(found, "speedup") == {}
 
@@ -88,7 +88,7 @@ def test_a_smaller_model_has_a_gain_beside_the_theoretical_one():
     assert speedup.parts["theory"] == pytest.approx(theory)
     assert speedup.parts["low"] <= speedup.value <= speedup.parts["high"]
     assert speedup.value > 1
-    realised = rows(found, "realised")["prefill 1x16"]
+    realised = rows(found, "realised_speedup_fraction")["prefill 1x16"]
     assert realised.value == pytest.approx((1 - 1 / speedup.value) / (1 - 1 / theory))
     assert realised.parts["low"] <= realised.value <= realised.parts["high"]
     assert "dense_p50" in rows(found, "latency")["decode 1x16"].parts
@@ -100,7 +100,7 @@ def test_a_model_with_all_its_work_left_claims_no_gain(word):
     found = measure_costs(
         MeasuredPair(model(network), model(network), no_gain_reason=word), config("latency")
     )
-    assert rows(found, "speedup") == rows(found, "realised") == {}
+    assert rows(found, "speedup") == rows(found, "realised_speedup_fraction") == {}
     assert set(missing(found, "speedup").values()) == {word}
     assert set(missing(found, "speedup")) == set(rows(found, "latency"))
 
@@ -108,7 +108,7 @@ def test_a_model_with_all_its_work_left_claims_no_gain(word):
 def test_the_same_flops_leave_no_theoretical_gain_to_realise():
     network = llama()
     found = measure_costs(MeasuredPair(model(network), model(network)), config("latency"))
-    assert set(missing(found, "realised").values()) == {"under 5 % of FLOPs saved"}
+    assert set(missing(found, "realised_speedup_fraction").values()) == {"under 5 % of FLOPs saved"}
 
 
 def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
@@ -218,12 +218,12 @@ def test_an_image_classifier_is_timed_in_one_call():
     ).eval()
     found = measure_costs(
         MeasuredPair(model(network, "image_classifier")),
-        config("latency", "memory", "limits", batches=(1, 2)),
+        config("latency", "memory", "roofline", batches=(1, 2)),
     )
     scopes = [f"{stage} {b}x1x28x28" for b in (1, 2) for stage in ("forward", "end to end")]
     assert list(rows(found, "latency")) == scopes
     weights = sum(weight.numel() for weight in network.parameters())
-    share = rows(found, "limit_share")["forward 2x1x28x28"]
+    share = rows(found, "roofline_efficiency")["forward 2x1x28x28"]
     assert share.parts["bytes"] == 4 * weights
     assert list(rows(found, "peak_bytes")) == ["forward 1x1x28x28", "forward 2x1x28x28"]
 
@@ -318,7 +318,7 @@ def test_a_device_without_room_for_its_limits_leaves_a_gap_and_no_shares(monkeyp
         torch.empty(2**60, dtype=torch.uint8)
 
     monkeypatch.setattr(costs, "device_limits", crowded)
-    found = measure_costs(MeasuredPair(model(llama())), config("latency", "limits"))
-    assert missing(found, "limits") == {"device": "out of memory"}
-    assert rows(found, "limit_share") == {}
+    found = measure_costs(MeasuredPair(model(llama())), config("latency", "roofline"))
+    assert missing(found, "roofline") == {"device": "out of memory"}
+    assert rows(found, "roofline_efficiency") == {}
     assert rows(found, "latency")

@@ -11,11 +11,11 @@ from bench.errors import UserError
 from bench.measurement import image_prompt
 from bench.measurement.costs import count_costs
 from bench.measurement.flops.cost_rows import flops_costs, prompt_flops_costs
-from bench.measurement.quantities import Cost, MissingMeasurement
 from bench.method import Context
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
+from bench.records.record import Cost, MissingMeasurement
 from bench.schema import CostsConfig, FlopsConfig, ModelConfig
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.layer_drop import LayerDrop
@@ -133,7 +133,11 @@ def test_a_convention_of_prompts_is_missing_where_there_are_none():
     config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
     rows = list(flops_costs(model_of(tiny_networks.llama()), config))
     reason = "yopo covers prompts with images only"
-    assert gaps(rows) == [MissingMeasurement("forward 1x9", "flops_yopo", reason, "analytic")]
+    assert gaps(rows) == [
+        MissingMeasurement(
+            scope="forward 1x9", quantity="flops_yopo", reason=reason, how="analytic"
+        )
+    ]
 
 
 def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
@@ -195,6 +199,11 @@ def test_an_operator_without_a_formula_takes_the_count_with_it():
     network.head.append(Odd())
     counted = list(flops_costs(model_of(network, "image_classifier"), QUICK))
     assert gaps(counted) == [
-        MissingMeasurement("forward 2x1x8x8", "flops", "no formula for aten.addr", "counted")
+        MissingMeasurement(
+            scope="forward 2x1x8x8",
+            quantity="flops",
+            reason="no formula for aten.addr",
+            how="counted",
+        )
     ]
     assert not [row for row in counted if isinstance(row, Cost) and row.how == "counted"]

@@ -46,8 +46,8 @@ def test_layers_lose_different_shares_and_together_the_budget(sequential):
         build("qwen2_moe"), ratio=0.5, allocation="least_error", sequential=sequential
     )
     uniform = pruned(build("qwen2_moe"), ratio=0.5)[1]
-    removed = [layer["removed"] for layer in report.details["layers"]]
-    even = [layer["removed"] for layer in uniform.details["layers"]]
+    removed = [layer.removed for layer in report.layers]
+    even = [layer.removed for layer in uniform.layers]
     assert sum(removed) == sum(even)
     assert removed != even
     assert [block.micro_experts for block in model.structure.moe] == [92 - n for n in removed]

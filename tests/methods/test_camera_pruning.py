@@ -70,9 +70,9 @@ def test_zeroes_exactly_the_budget_and_nothing_else(name, layout, method):
     report = applied(method(ratio=0.3), network)
     structure = inspect_model(network)
 
-    assert report.saving == "zeroed"
-    for block, layer in zip(structure.moe, report.details["layers"], strict=True):
-        assert len(zeroed(block)) == layer["removed"] == int(0.3 * block.micro_experts)
+    assert report.effect == "zeroed"
+    for block, layer in zip(structure.moe, report.layers, strict=True):
+        assert len(zeroed(block)) == layer.removed == int(0.3 * block.micro_experts)
     removed = report.details["removed_micro_experts"]
     assert report.details["removed_parameters"] == removed * 3 * 16
     assert report.details["ratio_of_moe"] == pytest.approx(0.3, abs=0.01)
@@ -92,7 +92,7 @@ def test_ratio_zero_is_the_identity(method):
     network, rows = build("deepseek"), tokens()
     before = network(rows).logits
     report = applied(method(ratio=0), network)
-    assert report.saving == "none"
+    assert report.effect == "none"
     assert torch.equal(network(rows).logits, before)
 
 
@@ -165,15 +165,15 @@ def test_flat_order_is_shared_first_then_expert_by_expert():
 def test_random_experts_go_whole_but_for_one():
     network = build("deepseek")
     report = applied(RandomExperts(ratio=0.5), network)
-    for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
+    for block, layer in zip(inspect_model(network).moe, report.layers, strict=True):
         lost = {e: len(c) for e, c in channels_per_expert(block, torch.tensor(zeroed(block)))}
         # 48 of 24 shared and 72 routed micro-experts: four experts of twelve.
-        assert lost == dict.fromkeys(layer["whole_experts"], 12)
+        assert lost == dict.fromkeys(layer.whole_experts, 12)
         assert len(lost) == 4
-        assert layer["partial_expert"] is None
-    uneven = applied(RandomExperts(ratio=0.3), build("deepseek")).details["layers"][0]
-    assert len(uneven["whole_experts"]) == 2
-    assert uneven["partial_expert"]["removed"] == 28 - 24
+        assert layer.partial_expert is None
+    uneven = applied(RandomExperts(ratio=0.3), build("deepseek")).layers[0]
+    assert len(uneven.whole_experts) == 2
+    assert uneven.partial_expert["removed"] == 28 - 24
 
 
 @pytest.mark.parametrize("method", CONTROLS)
@@ -240,7 +240,7 @@ def test_emptied_experts_are_counted_and_add_nothing():
     network = build("mixtral")
     block = inspect_model(network).moe[0]
     zero_micro_experts(block, torch.arange(12))
-    report = applied(camera(ratio=0.2), network).details["layers"][0]
-    assert report["emptied_experts"] == 1
-    assert report["removed_per_expert"][0] == 12
+    report = applied(camera(ratio=0.2), network).layers[0]
+    assert report.emptied_experts == 1
+    assert report.removed_per_expert[0] == 12
     assert not block.expert(0).combine(block.expert(0).hidden(torch.randn(3, 16))).any()

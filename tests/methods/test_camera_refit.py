@@ -91,11 +91,11 @@ def test_it_lowers_the_error_of_the_outputs(name, state):
         reports.append(report)
     plain, fitted = reports
     # Later layers are measured on other outputs, so only the first one must choose the same.
-    removed = [report.details["layers"][0]["removed_per_expert"] for report in reports]
+    removed = [report.layers[0].removed_per_expert for report in reports]
     assert removed[0] == removed[1]
-    for layer in fitted.details["layers"]:
-        assert layer["refit"]["error_after"] < layer["refit"]["error_before"]
-    assert "refit" not in plain.details["layers"][0]
+    for layer in fitted.layers:
+        assert layer.refit["error_after"] < layer.refit["error_before"]
+    assert "refit" not in plain.layers[0].model_extra
     assert errors[1] < errors[0]
 
 

@@ -41,7 +41,7 @@ def test_removed_and_zeroed_give_the_same_logits(name, layout, scope):
     torch.testing.assert_close(
         small.network(rows).logits, dark.network(rows).logits, rtol=1e-5, atol=1e-5
     )
-    assert (report.saving, other.saving) == ("removed", "zeroed")
+    assert (report.effect, other.effect) == ("removed", "zeroed")
     gone = report.details["removed_parameters"]
     assert gone == other.details["removed_parameters"]
     padding = 3 * 16 * report.details["padding_micro_experts"]
@@ -64,7 +64,7 @@ def test_ratio_zero_leaves_the_network_as_it_is():
     network = build("qwen2_moe")
     before = copy.deepcopy(network.state_dict())
     model, report = pruned(network, ratio=0)
-    assert report.saving == "none"
+    assert report.effect == "none"
     assert [block.layout for block in model.structure.moe] == ["fused", "fused"]
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
@@ -72,11 +72,11 @@ def test_ratio_zero_leaves_the_network_as_it_is():
 def test_work_that_remains_follows_the_calibration_text():
     _, report = pruned(build("mixtral"), ratio=0.5, sequential=False)
     network = build("mixtral")
-    for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
+    for block, layer in zip(inspect_model(network).moe, report.layers, strict=True):
         visits = _visits(build("mixtral"), block.layer)
-        left = [12 - lost for lost in layer["removed_per_expert"]]
+        left = [12 - lost for lost in layer.removed_per_expert]
         expected = sum(n * w for n, w in zip(visits, left, strict=True)) / sum(visits) / 12
-        assert layer["kept_work"] == pytest.approx(expected)
+        assert layer.kept_work == pytest.approx(expected)
 
 
 def _visits(network, layer):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from bench.config.composition import compose_run_config
 from bench.device.devices import set_threads
-from bench.measurement.quantities import Cost, MeasuredPair
+from bench.measurement.quantities import MeasuredPair
 from bench.measurement.speedup import speedup_costs
 from bench.measurement.workload import Workload, workloads
 from bench.models import source as model_source
 from bench.models.base_model_cache import BaseModelCache
+from bench.records.record import Cost
 from tests.performance.figure import Figure
 
 RUNS, GOOD = 10, 9

@@ -64,7 +64,7 @@ def _write(results: Path, number: int) -> None:
 def _record(number: int) -> Record:
     ratio = number % 10 / 10
     method = AppliedMethod(
-        name="camera_p", config={"ratio": ratio}, saving="removed", report={}, seconds=1.0
+        name="camera_p", config={"ratio": ratio}, effect="removed", report={}, seconds=1.0
     )
     metrics = tuple(
         Metric(

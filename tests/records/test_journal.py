@@ -13,7 +13,7 @@ ENTRIES = [[["k1", [-1.25, True]]], [["k2", "ja\nnein ü"]], [["k3", float("inf"
 
 
 def filled(folder, identity="w"):
-    path = folder / "a" / "answers.journal"
+    path = folder / "a" / "responses.journal"
     with Journal(path, identity) as journal:
         for entry in ENTRIES:
             journal.append(entry)
@@ -77,8 +77,8 @@ def test_another_format_or_identity_is_set_aside(tmp_path, header, said):
     path.write_bytes(b"%08x %b\n" % (zlib.crc32(text), text) + rest)
     whole = path.read_bytes()
     entries, (note,) = found(path)
-    assert entries == [] and said in note and "answers.journal.aside1" in note
-    assert path.with_name("answers.journal.aside1").read_bytes() == whole
+    assert entries == [] and said in note and "responses.journal.aside1" in note
+    assert path.with_name("responses.journal.aside1").read_bytes() == whole
     assert found(path) == ([], [])
 
 

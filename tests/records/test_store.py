@@ -17,7 +17,7 @@ def make(identifier="a" * 12, ratio=None, value=0.5):
     if ratio is not None:
         methods = (
             AppliedMethod(
-                name="camera_p", config={"ratio": ratio}, saving="zeroed", report={}, seconds=1.0
+                name="camera_p", config={"ratio": ratio}, effect="zeroed", report={}, seconds=1.0
             ),
         )
     metric = Metric(
@@ -26,7 +26,7 @@ def make(identifier="a" * 12, ratio=None, value=0.5):
     )  # fmt: skip
     cost = Cost(scope="model", quantity="parameters", unit="1", value=7.0, how="counted")
     return Record(
-        id=identifier, started="2026-01-01", finished="2026-01-01", group=None, command="bench run",
+        id=identifier, started="2026-01-01", finished="2026-01-01", sweep=None, command="bench run",
         config={"benchmark": {"name": "b"}}, environment={},
         model=DenseModel(
             name="m", source="s", revision=None, fingerprint="f", architecture="A",

@@ -59,7 +59,7 @@ def test_numbers_of_different_identity_are_not_compared():
 
 def test_zeroed_weights_are_no_real_saving():
     runs = build_leaderboard([record(0), record(1, method="magnitude"), record(2, method="naee")])
-    assert [(row.family, row.saving, row.real) for row in runs.rows] == [
+    assert [(row.family, row.effect, row.real) for row in runs.rows] == [
         ("naee", "removed", True), ("magnitude", "zeroed", False), ("dense", "none", True),
     ]  # fmt: skip
 

@@ -25,12 +25,12 @@ def latency(scope, value, note=None):
     return cost(scope, "latency", value, note=note, **spread, **dense)
 
 
-def recorded(*costs, gaps=(), saving="removed"):
-    method = AppliedMethod(name="cut", config={}, saving=saving, report={}, seconds=1)
+def recorded(*costs, missing=(), effect="removed"):
+    method = AppliedMethod(name="cut", config={}, effect=effect, report={}, seconds=1)
     return Record(
-        id="abcdef012345", started="", finished="", group=None, command="",
+        id="abcdef012345", started="", finished="", sweep=None, command="",
         config={"benchmark": {"name": "exam"}}, environment={"threads": 1}, model=MODEL,
-        methods=(method,), metrics=(), costs=costs, gaps=gaps, provenance={},
+        methods=(method,), metrics=(), costs=costs, missing=missing, provenance={},
     )  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def test_a_gain_stands_beside_what_theory_promised(capsys):
     record = recorded(
         latency(PREFILL, 0.02),
         cost(PREFILL, "speedup", 1.5, "1", low=1.45, high=1.55, theory=2.0),
-        cost(PREFILL, "realised", 2 / 3, "1", low=0.6, high=0.7),
-        cost(PREFILL, "limit_share", 0.41, "1"),
+        cost(PREFILL, "realised_speedup_fraction", 2 / 3, "1", low=0.6, high=0.7),
+        cost(PREFILL, "roofline_efficiency", 0.41, "1"),
         cost(PREFILL, "peak_bytes", 2e7, "B"),
         cost("model", "disk_bytes", 5e6, "B"),
         cost(DECODE, "cache_bytes_per_token", 4096, "B"),
@@ -72,7 +72,7 @@ def test_a_gain_stands_beside_what_theory_promised(capsys):
 
 
 def test_gaps_have_their_reasons_and_a_loaded_machine_a_mark(capsys):
-    gaps = (
+    missing = (
         MissingMeasurement(scope=PREFILL, quantity="speedup", reason="masked"),
         MissingMeasurement(
             scope="1x512", quantity="energy", reason="this GPU has no energy counter"
@@ -82,7 +82,7 @@ def test_gaps_have_their_reasons_and_a_loaded_machine_a_mark(capsys):
         ),
     )
     note = "the machine was loaded: others kept 0.7 of 1 cores"
-    record = recorded(latency(PREFILL, 0.02, note), gaps=gaps, saving="masked")
+    record = recorded(latency(PREFILL, 0.02, note), missing=missing, effect="masked")
     print_costs(record)
     out = capsys.readouterr().out
     assert "masked" in line(out, PREFILL)
@@ -102,7 +102,7 @@ def test_what_could_not_be_counted_is_said_also_where_nothing_was_measured(capsy
     gap = MissingMeasurement(
         scope="forward 1x9", quantity="flops", reason="no formula for aten.addr", how="counted"
     )
-    print_costs(recorded(gaps=(gap,)))
+    print_costs(recorded(missing=(gap,)))
     assert capsys.readouterr().out == "no counted flops for forward 1x9: no formula for aten.addr\n"
 
 

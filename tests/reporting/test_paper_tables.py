@@ -55,9 +55,9 @@ def recorded(number, *metrics, run=(), limit=None, seconds=1.0, harness="lm_eval
     else:
         config = {"benchmark": {"name": "b", "limit": limit, "harness": harness}}
         calibrated = False
-    method = AppliedMethod(name="x", config={}, saving="removed", report={}, seconds=seconds)
+    method = AppliedMethod(name="x", config={}, effect="removed", report={}, seconds=seconds)
     return Record(
-        id=f"{number:012x}", started=started, finished="", group=None, command="", config=config,
+        id=f"{number:012x}", started=started, finished="", sweep=None, command="", config=config,
         environment={}, model=MODEL, methods=(method,), metrics=metrics, costs=(),
         provenance={"calibration": "0" if calibrated else None, "prompts": None},
     )  # fmt: skip

@@ -10,17 +10,17 @@ MODEL = DenseModel(
 )
 
 
-def recorded(number, *methods, saving="removed", costs=()):
+def recorded(number, *methods, effect="removed", costs=()):
     metric = Metric(
         benchmark="exam", task="average", metric="acc", filter="none", shots=0, split="test",
         value=number / 100, stderr=0.01, n=9, higher_is_better=True, headline=True,
     )  # fmt: skip
     parts = tuple(
-        AppliedMethod(name=name, config={"ratio": 0.2}, saving=saving, report={}, seconds=1)
+        AppliedMethod(name=name, config={"ratio": 0.2}, effect=effect, report={}, seconds=1)
         for name in methods
     )
     return Record(
-        id=f"{number:x}".ljust(12, "0"), started="", finished="", group=None, command="",
+        id=f"{number:x}".ljust(12, "0"), started="", finished="", sweep=None, command="",
         config={"benchmark": {"name": "exam"}}, environment={}, model=MODEL, methods=parts,
         metrics=(metric,), costs=costs, provenance={},
     )  # fmt: skip
@@ -63,7 +63,7 @@ def test_work_is_shown_and_a_masked_run_gains_no_time(monkeypatch, capsys):
         )
 
     real = recorded(50, "skip", costs=costs(1e9, 0.25))
-    masked = recorded(51, "mask", saving="masked", costs=costs(2e9, 0.125))
+    masked = recorded(51, "mask", effect="masked", costs=costs(2e9, 0.125))
     print_summary([real, masked])
     out = capsys.readouterr().out
     assert "1.00 G" in out and "2.00 G" in out

@@ -18,7 +18,7 @@ def record():
         value=0.625, stderr=0.1, n=8, higher_is_better=True, headline=True,
     )  # fmt: skip
     return Record(
-        id="c" * 12, started="2026-01-01", finished="2026-01-01", group="sweep-1",
+        id="c" * 12, started="2026-01-01", finished="2026-01-01", sweep="sweep-1",
         command="bench run", config={"seed": 3, "tracker": {}}, environment={},
         model=DenseModel(
             name="tiny", source="s", revision=None, fingerprint="f", architecture="A",
@@ -32,7 +32,7 @@ def record():
                 parts={"p10": 0.25, "p90": 0.75}, note="the machine was loaded",
             ),
         ),
-        gaps=(MissingMeasurement(scope="1x8", quantity="energy", reason="no counter"),),
+        missing=(MissingMeasurement(scope="1x8", quantity="energy", reason="no counter"),),
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
     ]
     assert costs[1]["note"] == "the machine was loaded"
     assert json.loads(costs[1]["parts"]) == {"p10": 0.25, "p90": 0.75}
-    assert tables["gaps"]["data"] == [["1x8", "energy", "no counter", None]]
+    assert tables["missing"]["data"] == [["1x8", "energy", "no counter", None]]
 
 
 def test_two_records_in_one_process_are_two_runs(store, record):
@@ -125,7 +125,7 @@ def test_no_tracker_writes_nothing(store, record):
 def test_a_history_becomes_curves_over_the_methods_own_epochs(store, record):
     lines = [{"epoch": n, "alive": 10 - n, "accuracy": 0.5 + n / 10} for n in (1, 2, 3)]
     method = AppliedMethod(
-        name="wgsef", config={}, saving="removed", report={"history": lines}, seconds=1.0
+        name="wgsef", config={}, effect="removed", report={"history": lines}, seconds=1.0
     )
     trained = record.model_copy(update={"id": "e" * 12, "methods": (method,)})
     store.write(trained, [], "")

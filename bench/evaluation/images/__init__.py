@@ -18,10 +18,10 @@ from bench.data import image_catalogue, image_sets
 from bench.data.image_sets import ImageSet, Splits
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.harness import DocumentSource, Origin, SampleRows, ScoredBenchmark
-from bench.evaluation.metrics import TaskMetric
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.classifiers.classifier import Classifier
 from bench.models.model import Model
+from bench.records.record import Metric
 from bench.schema import BenchmarkConfig, ModelKind
 from bench.ui import Progress
 
@@ -131,10 +131,10 @@ def _sample_rows(
     return rows
 
 
-def _accuracy_metric(scoring: ImageHarness, right: list[float]) -> TaskMetric:
+def _accuracy_metric(scoring: ImageHarness, right: list[float]) -> Metric:
     """Return the accuracy with the standard error of a Bernoulli mean, n - 1 in its denominator."""
     count, share = len(right), sum(right) / len(right)
-    return TaskMetric(
+    return Metric(
         benchmark=scoring.benchmark.name,
         task=scoring.splits.name,
         metric=ACCURACY,

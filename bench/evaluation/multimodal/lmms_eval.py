@@ -17,12 +17,12 @@ from bench.errors import MissingData, UserError, unknown_name
 from bench.evaluation.distributed import hidden_from_harness
 from bench.evaluation.harness import DocumentSource, SampleRows, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet
-from bench.evaluation.metrics import TaskMetric
 from bench.evaluation.multimodal import derived_metrics
 from bench.evaluation.multimodal.adapter import LmmsEvalAdapter
 from bench.evaluation.multimodal.planned_tasks import PlannedTask, scoring_unit
 from bench.evaluation.response_cache import ResponseCache
 from bench.models.model import Model
+from bench.records.record import Metric
 from bench.schema import BenchmarkConfig, ModelKind
 from bench.ui import Progress
 
@@ -108,7 +108,7 @@ def score_image_questions(
 ) -> ScoredBenchmark:
     """Score the model on every task; images are encoded once for all of them."""
     adapter = LmmsEvalAdapter(model, benchmark, progress, memory)
-    metrics: list[TaskMetric] = []
+    metrics: list[Metric] = []
     rows: SampleRows = []
     for task in tasks:
         with progress.phase(f"{model.name} on {task.name}"):
@@ -147,7 +147,7 @@ MEAN_METRICS = frozenset({"pope_accuracy"})
 
 def task_metrics(
     benchmark: BenchmarkConfig, planned: PlannedTask, result: dict[str, Any]
-) -> list[TaskMetric]:
+) -> list[Metric]:
     """Return every metric of a task, those of the harness first."""
     samples = result["samples"][planned.name]
     row = partial(_metric, benchmark, planned)
@@ -161,11 +161,11 @@ def task_metrics(
 
 
 def _harness_metrics(
-    row: Callable[..., TaskMetric],
+    row: Callable[..., Metric],
     planned: PlannedTask,
     scores: dict[str, Any],
     samples: list[dict[str, Any]],
-) -> list[TaskMetric]:
+) -> list[Metric]:
     found = []
     for metric in planned.task.aggregation():
         keys = [key for key in scores if key.partition(",")[0] == metric]
@@ -189,8 +189,8 @@ def _metric(
     value: float,
     stderr: float | None,
     n: int,
-) -> TaskMetric:
-    return TaskMetric(
+) -> Metric:
+    return Metric(
         benchmark=benchmark.name,
         task=planned.name,
         metric=metric,

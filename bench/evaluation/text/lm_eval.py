@@ -16,7 +16,7 @@ from bench.data import hub
 from bench.errors import MissingData, unknown_name
 from bench.evaluation.harness import SEED, DocumentSource, SampleRows, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
-from bench.evaluation.metrics import TaskMetric, common_split
+from bench.evaluation.metrics import common_split
 from bench.evaluation.response_cache import ResponseCache
 from bench.evaluation.text import perplexity, planned_tasks, task_data
 from bench.evaluation.text.adapter import LmEvalAdapter
@@ -24,6 +24,7 @@ from bench.evaluation.text.planned_tasks import PlannedTask
 from bench.evaluation.text.task_data import PlannedText
 from bench.evaluation.text.task_index import evaluated_split
 from bench.models.model import Model
+from bench.records.record import Metric
 from bench.schema import BenchmarkConfig, ModelKind
 from bench.ui import Progress
 
@@ -120,7 +121,7 @@ def score_text(
     # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
     # memory.
     adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.engine, memory)
-    metrics: list[TaskMetric] = []
+    metrics: list[Metric] = []
     rows: SampleRows = []
     for task in tasks:
         with progress.phase(f"{model.name} on {task.name}"), cached_templates():
@@ -162,9 +163,9 @@ def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None
 
 def task_metrics(
     benchmark: BenchmarkConfig, planned: PlannedTask, result: dict[str, Any]
-) -> list[TaskMetric]:
+) -> list[Metric]:
     """Return every metric that the harness reports for a task, or for a group and its tasks."""
-    rows: list[TaskMetric] = []
+    rows: list[Metric] = []
     for name, scores in result["results"].items():
         # Results are keyed `METRIC,FILTER`; standard errors stand among them as
         # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
@@ -190,7 +191,7 @@ def _metric(
     key: str,
     *,
     headline: bool,
-) -> TaskMetric:
+) -> Metric:
     metric, _, through = key.partition(",")
     scores = result["results"][name]
     # The value is "N/A" where the harness computed none.
@@ -198,7 +199,7 @@ def _metric(
     better = result["higher_is_better"].get(name, {}).get(metric)
     version = result["versions"].get(name)
     leaves = _leaf_tasks(planned, name)
-    return TaskMetric(
+    return Metric(
         benchmark=benchmark.name,
         task=name,
         metric=metric,

@@ -20,10 +20,10 @@ from torch.nn import functional
 from bench.errors import UserError
 from bench.evaluation import batching
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.metrics import TaskMetric
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.evaluation.text.task_data import PlannedText
 from bench.models.model import Model
+from bench.records.record import Metric
 from bench.schema import BenchmarkConfig
 from bench.ui import Progress
 
@@ -39,7 +39,7 @@ def measure_perplexity(
     benchmark: BenchmarkConfig,
     progress: Progress,
     memory: ResponseCache,
-) -> tuple[TaskMetric, list[dict[str, Any]]]:
+) -> tuple[Metric, list[dict[str, Any]]]:
     """Return the perplexity of a text, and one sample row per window."""
     windows = cut_windows(model, text, benchmark.limit)
     tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
@@ -54,7 +54,7 @@ def measure_perplexity(
         progress,
     )
     metric = _metric(benchmark, text, losses)
-    if not math.isfinite(metric.value):
+    if metric.value is None or not math.isfinite(metric.value):
         progress.console.print(f"[red]{text.name}: perplexity is {metric.value}[/red]")
     return metric, _samples(text, windows, losses)
 
@@ -112,9 +112,9 @@ def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
     return value, value * statistics.stdev(losses) / math.sqrt(len(losses))
 
 
-def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> TaskMetric:
+def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> Metric:
     value, stderr = perplexity(losses)
-    return TaskMetric(
+    return Metric(
         benchmark=benchmark.name,
         task=text.name,
         metric="perplexity",

@@ -43,7 +43,7 @@ def select_scorer(
 def _local_scorer(
     model: Model, batches: AdaptiveBatches, progress: Progress, asked: BackendReport
 ) -> Scorer:
-    if asked.wanted == "plain":
+    if asked.requested == "plain":
         return PaddedScorer(model, batches)
     from bench.evaluation.text.prefix import support
     from bench.evaluation.text.prefix.forward import Forward

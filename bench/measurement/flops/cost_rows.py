@@ -29,10 +29,10 @@ from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES
 from bench.measurement.flops.analytic_vlm import visual_layers
 from bench.measurement.flops.conventions import CONVENTIONS, ConventionInputs
 from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
-from bench.measurement.quantities import Cost, Measurements, MissingMeasurement
+from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import MatmulCost, flops_provider_of, macs_by_part
-from bench.records.record import How
+from bench.records.record import Cost, How, MissingMeasurement
 from bench.schema import CostsConfig, FlopsConvention
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ def prompt_flops_costs(model: Model, config: CostsConfig, inputs: dict[str, Any]
     # unless the method states them, and must not pass for complete.
     for name in plan.untold if plan else ():
         reason = f"{name} does not report the FLOPs of its selection"
-        yield MissingMeasurement(scope, "method_flops", reason, "analytic")
+        yield MissingMeasurement(
+            scope=scope, quantity="method_flops", reason=reason, how="analytic"
+        )
     if config.flops.convention is not None:
         yield convention_cost(config.flops.convention, model, inputs, lengths)
 
@@ -157,13 +159,18 @@ def _text_flops_costs(model: Model, config: CostsConfig) -> Measurements:
     network, structure = model.network, model.structure
     if length > model.max_length:
         reason = f"{model.name} supports {model.max_length} positions; costs.length={length}"
-        yield from (MissingMeasurement(scope, "flops", reason) for scope in (scored, after))
+        yield from (
+            MissingMeasurement(scope=scope, quantity="flops", reason=reason)
+            for scope in (scored, after)
+        )
         return
     try:
         counted = count_text_flops(network, batch, length)
     except UserError as reason:
         for scope in (scored, after):
-            yield MissingMeasurement(scope, "flops", str(reason), "counted")
+            yield MissingMeasurement(
+                scope=scope, quantity="flops", reason=str(reason), how="counted"
+            )
     else:
         for scope, found in zip((scored, after), counted, strict=True):
             yield from _counted_costs(scope, found, language_parts)
@@ -194,7 +201,13 @@ def convention_cost(
     text = text_config(model.network)
     layers = visual_layers(model.network, model.structure, inputs)
     decoder = ConventionInputs(text.hidden_size, text.intermediate_size, lengths.text, layers)
-    return Cost(lengths.scope, f"flops_{name}", "FLOP", CONVENTIONS[name](decoder), "analytic")
+    return Cost(
+        scope=lengths.scope,
+        quantity=f"flops_{name}",
+        unit="FLOP",
+        value=CONVENTIONS[name](decoder),
+        how="analytic",
+    )
 
 
 def _missing_convention(scope: str, config: CostsConfig) -> Measurements:
@@ -202,7 +215,10 @@ def _missing_convention(scope: str, config: CostsConfig) -> Measurements:
     name = config.flops.convention
     if name is not None:
         yield MissingMeasurement(
-            scope, f"flops_{name}", f"{name} covers prompts with images only", "analytic"
+            scope=scope,
+            quantity=f"flops_{name}",
+            reason=f"{name} covers prompts with images only",
+            how="analytic",
         )
 
 
@@ -212,7 +228,10 @@ def _counted_costs(
     """Yield the counted FLOPs, or a missing measurement if an operator has no formula."""
     if counted.missed:
         yield MissingMeasurement(
-            scope, "flops", f"no formula for {', '.join(counted.missed)}", "counted"
+            scope=scope,
+            quantity="flops",
+            reason=f"no formula for {', '.join(counted.missed)}",
+            how="counted",
         )
         return
     found = {name: float(value) for name, value in parts(counted).items()}
@@ -221,7 +240,10 @@ def _counted_costs(
     # (eager attention) may have masked pairs that were not observed: its causal count is unknown.
     if counted.causal is None or (attends and not counted.attentions):
         yield MissingMeasurement(
-            scope, "flops_causal", "the counter cannot observe the masks", "counted"
+            scope=scope,
+            quantity="flops_causal",
+            reason="the counter cannot observe the masks",
+            how="counted",
         )
         return
     yield from _flops_and_macs(scope, "_causal", float(counted.causal), "counted")
@@ -232,7 +254,7 @@ def _analytic_costs(scope: str, reckon: Callable[[], list[MatmulCost]]) -> Measu
     try:
         products = reckon()
     except UserError as reason:
-        yield MissingMeasurement(scope, "flops", str(reason), "analytic")
+        yield MissingMeasurement(scope=scope, quantity="flops", reason=str(reason), how="analytic")
         return
     for suffix, hidden in (("", True), ("_causal", False)):
         parts = {name: 2 * macs for name, macs in macs_by_part(products, hidden=hidden).items()}
@@ -242,7 +264,14 @@ def _analytic_costs(scope: str, reckon: Callable[[], list[MatmulCost]]) -> Measu
     visual = [p for p in products if p.rows == "visual" and p.part not in ("vision", "projector")]
     if visual:
         parts = {p: 2 * macs for p, macs in macs_by_part(visual).items()}
-        yield Cost(scope, "visual_flops", "FLOP", sum(parts.values()), "analytic", parts)
+        yield Cost(
+            scope=scope,
+            quantity="visual_flops",
+            unit="FLOP",
+            value=sum(parts.values()),
+            how="analytic",
+            parts=parts,
+        )
 
 
 def _flops_and_macs(
@@ -250,5 +279,7 @@ def _flops_and_macs(
 ) -> Measurements:
     """Yield a number as FLOPs, with its parts, and as multiply-adds."""
     # Papers report either unit under the name FLOPs; recording both makes a mix-up visible.
-    yield Cost(scope, f"flops{suffix}", "FLOP", value, how, parts or {})
-    yield Cost(scope, f"macs{suffix}", "MAC", value / 2, how)
+    yield Cost(
+        scope=scope, quantity=f"flops{suffix}", unit="FLOP", value=value, how=how, parts=parts or {}
+    )
+    yield Cost(scope=scope, quantity=f"macs{suffix}", unit="MAC", value=value / 2, how=how)

@@ -2,9 +2,9 @@
 
 Per-layer pruning allocation, read from the method reports of records.
 
-A method's report has no fixed schema; the keys read here are `layers[].{layer, experts,
-width_per_expert, removed_per_expert, energy_per_expert, mean_bits}`, `heads` with `shape.heads`,
-`work` with `shape`, and `kept_by_layer` with `groups_by_layer`.
+Read are a method's `layers` (see `bench.method.LayerReport`) and, of the rest of its report, which
+has no fixed schema, `heads` with `shape.heads`, `work` with `shape`, and `kept_by_layer` with
+`groups_by_layer`.
 
 Shapes: L layers, E experts, H heads.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -56,22 +55,22 @@ def _run_grids(record: Record) -> Iterator[AllocationGrid]:
 
 def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
     """Yield the kept fraction of each expert's micro-experts, and each expert's share of energy."""
-    layers = [layer for layer in _layer_reports(method) if "width_per_expert" in layer]
+    layers = [layer for layer in method.layers if layer.width_per_expert is not None]
     # Columns are experts: layers that list different ones cannot share a grid.
-    if not layers or len({tuple(layer["experts"]) for layer in layers}) > 1:
+    if not layers or len({tuple(layer.experts or ()) for layer in layers}) > 1:
         return
-    rows = tuple(str(layer["layer"]) for layer in layers)
-    columns = tuple(str(expert) for expert in layers[0]["experts"])
-    width_LE = np.array([layer["width_per_expert"] for layer in layers], dtype=float)
-    gone_LE = np.array([layer["removed_per_expert"] for layer in layers], dtype=float)
+    rows = tuple(str(layer.layer) for layer in layers)
+    columns = tuple(str(expert) for expert in layers[0].experts or ())
+    width_LE = np.array([layer.width_per_expert for layer in layers], dtype=float)
+    gone_LE = np.array([layer.removed_per_expert for layer in layers], dtype=float)
     # An expert that an earlier method emptied has width 0: NaN leaves its cell blank, while 0 would
     # read as pruned by this method.
     kept_LE = np.divide(
         width_LE - gone_LE, width_LE, out=np.full_like(width_LE, np.nan), where=width_LE > 0
     )
     yield AllocationGrid(title, "micro-experts kept", rows, columns, kept_LE, column_name="expert")
-    if all("energy_per_expert" in layer for layer in layers):
-        energy_LE = np.array([layer["energy_per_expert"] for layer in layers], dtype=float)
+    if all(layer.energy_per_expert is not None for layer in layers):
+        energy_LE = np.array([layer.energy_per_expert for layer in layers], dtype=float)
         # The bound avoids 0/0 in a layer that calibration never reached.
         share_LE = energy_LE / np.maximum(energy_LE.sum(axis=1, keepdims=True), 1e-300)
         yield AllocationGrid(
@@ -123,7 +122,7 @@ def _layer_quantities(method: AppliedMethod) -> dict[str, dict[str, float]]:
     if report.get("groups_by_layer"):
         groups, kept = report["groups_by_layer"], report["kept_by_layer"]
         found["groups alive"] = {name: kept[name] / groups[name] for name in groups}
-    bits = {str(e["layer"]): e["mean_bits"] for e in _layer_reports(method) if "mean_bits" in e}
+    bits = {str(e.layer): e.mean_bits for e in method.layers if e.mean_bits is not None}
     if bits:
         found[BITS_PER_WEIGHT] = bits
     if report.get("work") and report.get("shape"):
@@ -134,12 +133,6 @@ def _layer_quantities(method: AppliedMethod) -> dict[str, dict[str, float]]:
                 zip(_index_labels(len(work)), share, strict=True)
             )
     return found
-
-
-def _layer_reports(method: AppliedMethod) -> list[dict[str, Any]]:
-    """Return the report of each layer; some methods store a plain number under `layers`."""
-    layers = method.report.get("layers")
-    return [e for e in layers if isinstance(e, dict)] if isinstance(layers, list) else []
 
 
 def _index_labels(count: int) -> tuple[str, ...]:

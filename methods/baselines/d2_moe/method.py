@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport
+from bench.method import Context, Effect, LayerReport, MethodReport
 from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -85,9 +85,9 @@ class D2Moe(MoEPruning):
             "ratio_of_total": removed / structure.parameters,
             "calibration": calibration.fingerprint,
             "tokens": calibration.tokens.numel(),
-            "layers": layers,
         }
-        return MethodReport("removed" if removed else "none", details)
+        effect: Effect = "removed" if removed else "none"
+        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
     def _compress(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[dict[str, Any]]:
         """Replace the experts of every block, all measured on the unmodified model."""

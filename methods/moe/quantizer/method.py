@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -101,9 +101,8 @@ class MoEQuantization(Method):
             "calibration": None if calibration is None else calibration.fingerprint,
             "tokens": 0 if calibration is None else calibration.tokens.numel(),
             "seconds": time.perf_counter() - started,
-            "layers": layers,
         }
-        return MethodReport("quantized", details)
+        return MethodReport("quantized", details, [LayerReport(**layer) for layer in layers])
 
     def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
         return Quantizer(

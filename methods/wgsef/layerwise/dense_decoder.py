@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods.moe.calibration_statistics import record_input_grams
@@ -93,9 +93,9 @@ class WgsefDecoder(Method):
             f"removed_{self.atoms}": removed,
             self.atoms: sum(family.groups for family in families),
             "calibration": fingerprint,
-            "layers": layers,
         }
-        return MethodReport(self.state if removed else "none", details)
+        effect = self.state if removed else "none"
+        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
     @abstractmethod
     def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:

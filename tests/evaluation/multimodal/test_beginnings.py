@@ -133,7 +133,7 @@ def test_both_engines_give_the_same_record_whatever_is_skipped(micro_llava, meth
     shared, plain = evaluate(model, micro("shared")), evaluate(model, micro("plain"))
     assert shared.samples == plain.samples
     assert shared.metrics == plain.metrics
-    assert (shared.engine["used"], plain.engine["used"]) == ("shared", "plain")
+    assert (shared.backend["used"], plain.backend["used"]) == ("shared", "plain")
 
 
 def fastv():
@@ -146,8 +146,8 @@ def fastv():
 def test_a_method_that_looks_at_whole_prompts_is_asked_plainly(micro_llava, method):
     model = applied(micro_llava, method())
     found = evaluate(model, micro("shared", tasks=("pope",), limit=6))
-    assert found.engine["used"] == "plain"
-    assert found.engine["reasons"] == ["a method needs whole prompts"]
+    assert found.backend["used"] == "plain"
+    assert found.backend["reasons"] == ["a method needs whole prompts"]
     assert found.samples == evaluate(model, micro("plain", tasks=("pope",), limit=6)).samples
 
 

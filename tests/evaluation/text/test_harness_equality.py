@@ -102,7 +102,7 @@ def assert_equal(model, benchmark, ties=0):
     and the harness's own answer is then a thousandth from the one in float64.
     """
     evaluation = evaluate(model, plan(benchmark, offline=True))
-    assert evaluation.engine["used"] == benchmark.engine
+    assert evaluation.backend["used"] == benchmark.engine
     ours = {(row["task"], row["doc_id"]): row for row in evaluation.samples}
     scores = {(m.task, m.metric): m for m in evaluation.metrics}
 

@@ -27,4 +27,4 @@ class Perilous(Method):
                 marker.touch()
             os.kill(os.getpid(), getattr(signal, self.signal))
             signal.pause()
-        return MethodReport(saving="none", details={})
+        return MethodReport(effect="none", details={})

@@ -152,7 +152,7 @@ def test_runs_as_its_experts_multiplied_out_with_fewer_weights(name, layout, rat
     network, rows = network_of(name, layout), tokens()
     blocks, before = inspect_model(network).moe, numel(network)
     report = applied(D2Moe(ratio=ratio), network)
-    assert report.saving == "removed"
+    assert report.effect == "removed"
     removed = before - numel(network)
     asked = [3 * 16 * int(ratio * block.micro_experts) for block in blocks]
     assert report.details["removed_parameters"] == removed
@@ -232,7 +232,7 @@ def test_compresses_better_than_without_differences():
 def test_ratio_zero_is_the_identity():
     network, rows = build("deepseek"), tokens()
     before = network(rows).logits
-    assert applied(D2Moe(ratio=0), network).saving == "none"
+    assert applied(D2Moe(ratio=0), network).effect == "none"
     assert torch.equal(network(rows).logits, before)
 
 

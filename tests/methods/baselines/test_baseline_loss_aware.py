@@ -90,7 +90,7 @@ def test_zeroes_the_lowest_in_its_scope(name, scope):
     report = applied(CameraLossAware(ratio=0.3, scope=scope, batch=5), network)
     removed = [zeroed(block) for block in blocks]
     budgets = [int(0.3 * block.micro_experts) for block in blocks]
-    assert [layer["removed"] for layer in report.details["layers"]] == list(map(len, removed))
+    assert [layer.removed for layer in report.layers] == list(map(len, removed))
     assert report.details["removed_micro_experts"] == sum(budgets)
     if scope == "layer":
         order = [torch.argsort(e, stable=True)[:n] for e, n in zip(energies, budgets, strict=True)]
@@ -107,7 +107,7 @@ def test_zeroes_the_lowest_in_its_scope(name, scope):
 def test_ratio_zero_is_the_identity():
     network, rows = build("mixtral"), tokens()
     before = network(rows).logits
-    assert applied(CameraLossAware(ratio=0), network).saving == "none"
+    assert applied(CameraLossAware(ratio=0), network).effect == "none"
     assert torch.equal(network(rows).logits, before)
 
 

@@ -89,7 +89,7 @@ def test_not_progressive_sees_the_unpruned_model_throughout():
 def test_drops_the_best_subset_of_every_layer(name, form):
     """All subsets, layer after layer, each on what the pruned ones before it produce."""
     network = build(name)
-    report = applied(Naee(ratio=0.45, form=form), network).details["layers"]
+    report = applied(Naee(ratio=0.45, form=form), network).layers
     slow, dense = build(name), build(name)
     for number, layer in enumerate(report):
         block = inspect_model(slow).moe[number]
@@ -102,13 +102,13 @@ def test_drops_the_best_subset_of_every_layer(name, form):
             for subset in combinations(range(6), count)
         }
         best = min(errors, key=errors.get)
-        assert tuple(layer["whole_experts"]) == best
-        assert layer["error"] == pytest.approx(errors[best], rel=1e-4)
-        assert (layer["search"], layer["subsets_tried"]) == ("exhaustive", len(errors))
+        assert tuple(layer.whole_experts) == best
+        assert layer.error == pytest.approx(errors[best], rel=1e-4)
+        assert (layer.search, layer.subsets_tried) == ("exhaustive", len(errors))
         if rest:
             left = [e for e in range(6) if e not in best]
             more = {e: slow_error(block, x_BLD, z_BLD, (*best, e), form) for e in left}
-            assert layer["partial_expert"] == {"expert": min(more, key=more.get), "removed": rest}
+            assert layer.partial_expert == {"expert": min(more, key=more.get), "removed": rest}
         slow.model.layers[block.layer].mlp = network.model.layers[block.layer].mlp
 
 

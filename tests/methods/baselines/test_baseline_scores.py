@@ -39,8 +39,8 @@ def test_reap_and_frequency_token_by_token(name, layout):
         norms[number][expert].append(float(weight * (part.down @ hidden).norm()))
 
     knobs = {"sequential": False, "form": "zeroed", "batch": 2, "chunk": 5}
-    reap = applied(Reap(ratio=0.3, **knobs), network_of(name, layout)).details["layers"]
-    often = applied(ExpertFrequency(ratio=0.3, **knobs), network_of(name, layout)).details["layers"]
+    reap = applied(Reap(ratio=0.3, **knobs), network_of(name, layout)).layers
+    often = applied(ExpertFrequency(ratio=0.3, **knobs), network_of(name, layout)).layers
     for here, mine, counts in zip(norms, reap, often, strict=True):
         assert counts["scores"] == [len(values) for values in here]
         means = [sum(values) / len(values) if values else 0.0 for values in here]
@@ -90,7 +90,7 @@ def test_magnitude_is_the_norm_of_down_columns(name, layout):
     for block, w in zip(blocks, columns, strict=True):
         torch.testing.assert_close(magnitudes(block), w.double().square().sum(1))
     report = applied(Magnitude(ratio=0.3), network)
-    assert report.saving == "zeroed"
+    assert report.effect == "zeroed"
     assert [zeroed(block) for block in blocks] == [sorted(chosen) for chosen in expected]
 
 
@@ -101,7 +101,7 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, method):
     before = sum(weight.numel() for weight in network.parameters())
     applied(method(ratio=0.3), zeros)
     report = applied(method(ratio=0.3, state="removed", align=1), network)
-    assert report.saving == "removed"
+    assert report.effect == "removed"
     after = sum(weight.numel() for weight in network.parameters())
     assert before - after == report.details["removed_parameters"] > 0
     torch.testing.assert_close(network(rows).logits, zeros(rows).logits, rtol=1e-5, atol=1e-5)
@@ -110,18 +110,18 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, method):
 def test_sequential_scores_see_the_change():
     def second(sequential):
         method = Reap(ratio=0.4, form="zeroed", sequential=sequential)
-        return applied(method, build("mixtral")).details["layers"]
+        return applied(method, build("mixtral")).layers
 
     together, after = second(False), second(True)
-    assert together[0]["scores"] == after[0]["scores"]
-    assert together[1]["scores"] != pytest.approx(after[1]["scores"], rel=1e-3)
+    assert together[0]["scores"] == after[0].scores
+    assert together[1]["scores"] != pytest.approx(after[1].scores, rel=1e-3)
     changed = build("mixtral")
-    lost = [e * 12 + c for e in after[0]["whole_experts"] for c in range(12)]
+    lost = [e * 12 + c for e in after[0].whole_experts for c in range(12)]
     block = inspect_model(changed).moe[0]
     partial = set(zeroed_by(Reap(ratio=0.4, form="zeroed"), "mixtral")) - set(lost)
     zero_micro_experts(block, torch.tensor(sorted({*lost, *partial})))
-    alone = applied(Reap(ratio=0, form="zeroed"), changed).details["layers"]
-    assert alone[1]["scores"] == pytest.approx(after[1]["scores"], rel=1e-5)
+    alone = applied(Reap(ratio=0, form="zeroed"), changed).layers
+    assert alone[1].scores == pytest.approx(after[1].scores, rel=1e-5)
 
 
 def zeroed_by(method, name):

@@ -39,12 +39,12 @@ def test_zeroed_takes_what_camera_p_takes_and_leaves_the_router(name, layout, me
     network = network_of(name, layout)
     before = numel(network)
     report = applied(method(ratio=0.3, form="zeroed"), network)
-    assert report.saving == "zeroed"
+    assert report.effect == "zeroed"
     assert numel(network) == before
-    for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
-        assert len(zeroed(block)) == layer["removed"] == int(0.3 * block.micro_experts)
-        assert layer["removed"] == 12 * len(layer["whole_experts"]) + (
-            layer["partial_expert"]["removed"] if layer["partial_expert"] else 0
+    for block, layer in zip(inspect_model(network).moe, report.layers, strict=True):
+        assert len(zeroed(block)) == layer.removed == int(0.3 * block.micro_experts)
+        assert layer.removed == 12 * len(layer.whole_experts) + (
+            layer.partial_expert["removed"] if layer.partial_expert else 0
         )
     json.dumps(report.details, allow_nan=False)
 
@@ -57,7 +57,7 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, layout, m
     before = numel(network)
     expected = applied(method(ratio=0.3, form="zeroed"), zeroed_network)
     report = applied(method(ratio=0.3, form="removed", align=1), network)
-    assert report.saving == "removed"
+    assert report.effect == "removed"
     assert before - numel(network) == report.details["removed_parameters"]
     assert report.details["removed_parameters"] == expected.details["removed_parameters"]
     assert report.details["zeroed_parameters"] == 0
@@ -74,10 +74,10 @@ def test_dropped_really_removes_whole_experts(name, layout, method):
     network = network_of(name, layout)
     before, blocks = numel(network), inspect_model(network).moe
     report = applied(method(ratio=0.3, form="dropped"), network)
-    layers, expert = report.details["layers"], 3 * 16 * 12
-    whole = sum(len(layer["whole_experts"]) for layer in layers)
-    routers = 16 * whole if layers[0]["router"] == "rows removed" else 0
-    assert report.saving == "removed"
+    layers, expert = report.layers, 3 * 16 * 12
+    whole = sum(len(layer.whole_experts) for layer in layers)
+    routers = 16 * whole if layers[0].router == "rows removed" else 0
+    assert report.effect == "removed"
     assert before - numel(network) == expert * whole + routers
     removed, kept_as_zeros = (
         report.details[key] for key in ("removed_parameters", "zeroed_parameters")
@@ -85,8 +85,8 @@ def test_dropped_really_removes_whole_experts(name, layout, method):
     assert removed - kept_as_zeros == expert * whole
     assert removed == 3 * 16 * sum(int(0.3 * block.micro_experts) for block in blocks)
     for block, layer in zip(inspect_model(network).moe, layers, strict=True):
-        assert block.num_experts == 6 - len(layer["whole_experts"]) < 6
-        assert len(zeroed(block)) == layer["zeroed_micro_experts"]
+        assert block.num_experts == 6 - len(layer.whole_experts) < 6
+        assert len(zeroed(block)) == layer.zeroed_micro_experts
     assert network(tokens()).logits.isfinite().all()
     json.dumps(report.details, allow_nan=False)
 
@@ -97,7 +97,7 @@ def test_ratio_zero_is_the_identity(method, form):
     network, rows = build("deepseek_v3"), tokens()
     before = network(rows).logits
     report = applied(method(ratio=0, form=form), network)
-    assert report.saving == "none"
+    assert report.effect == "none"
     assert torch.equal(network(rows).logits, before)
 
 
@@ -120,8 +120,8 @@ def test_refuses_models_and_ratios_that_do_not_fit(method):
 
 def test_random_choices_follow_the_seed():
     def chosen(seed):
-        layers = applied(RandomExperts(ratio=0.4), build("olmoe"), seed).details["layers"]
-        return [layer["whole_experts"] for layer in layers]
+        layers = applied(RandomExperts(ratio=0.4), build("olmoe"), seed).layers
+        return [layer.whole_experts for layer in layers]
 
     assert chosen(1) == chosen(1)
     assert chosen(1) != chosen(2)

@@ -95,7 +95,7 @@ def test_bytes_stay_within_the_budget(scope, budget_bits):
         assert max(held.values()) <= weights * budget_bits / 8
     bits = report.details["bits"]["experts"]
     assert bits["weight_bits"] + bits["overhead_bits"] == 8 * sum(held.values())
-    removed = [layer["removed"] for layer in report.details["layers"]]
+    removed = [layer.removed for layer in report.layers]
     kept = [sum(block.widths) for block in inspect_model(network).moe]
     assert [72 - count for count in removed] == kept
 

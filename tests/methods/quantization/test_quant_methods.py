@@ -40,10 +40,10 @@ def test_packed_equals_rounded_in_place(name, architecture, layout):
     rounded = rounded_in_place(packed, network_of(architecture, layout))
     rows = tokens(seed=1)
     torch.testing.assert_close(packed(rows).logits, rounded(rows).logits, rtol=1e-5, atol=1e-5)
-    assert report.saving == "quantized"
+    assert report.effect == "quantized"
     assert report.details["bytes_after"] < report.details["bytes_before"]
     assert report.details["bytes_after"] == count_size(packed).bytes
-    assert len(report.details["layers"]) == len(inspect_model(packed).moe)
+    assert len(report.layers) == len(inspect_model(packed).moe)
     json.dumps(report.details, allow_nan=False)
 
 
@@ -107,17 +107,17 @@ def test_other_layers_get_the_bits_of_their_kind():
 
 def test_mean_is_exact_and_counted_with_and_without_grids():
     network = build("mixtral")
-    found = applied(METHODS["camera_q"], network).details
-    bits = found["bits"]["experts"]
+    report = applied(METHODS["camera_q"], network)
+    bits = report.details["bits"]["experts"]
     assert bits["weight_bits"] == 2 * bits["weights"] == 2 * 3 * 6 * 3 * 12 * 16
     assert bits["mean_bits"] == 2
     packed = [linear for name, linear in packed_linears(network) if ".experts." in name]
     grids = sum(linear.scale.numel() for linear in packed)
     assert bits["overhead_bits"] == 32 * grids
     assert bits["mean_bits_with_overhead"] == pytest.approx(2 + 32 * grids / bits["weights"])
-    for layer in found["layers"]:
-        assert layer["weight_bits"] == 2 * layer["weights"]
-        assert layer["weights_by_bits"] == {"1": 864, "2": 1728, "3": 864}
+    for layer in report.layers:
+        assert layer.weight_bits == 2 * layer.weights
+        assert layer.weights_by_bits == {"1": 864, "2": 1728, "3": 864}
 
 
 def test_gate_row_up_row_and_down_column_have_the_same_bits():
@@ -195,7 +195,7 @@ def test_composes_after_pruning(name):
     applied(CameraP(ratio=0.4), network)
     before = network(tokens()).logits
     report = applied(METHODS[name], network)
-    assert report.saving == "quantized"
+    assert report.effect == "quantized"
     after = network(tokens()).logits
     assert after.isfinite().all()
     assert float((after - before).square().mean()) < float(before.square().mean())

@@ -121,7 +121,7 @@ def test_reports_are_what_happens(method):
     cache = model.network(**prompt("llava_llama", [4, (5, 5), 6])).past_key_values
     tokens = [layer.visual_keys.shape[2] for layer in cache.layers]
     told = [s["tokens"] for s in details["stages"] for _ in range(s["first"], s["until"])]
-    assert report.saving == "skipped" and details["frame"] == 25
+    assert report.effect == "skipped" and details["frame"] == 25
     assert told == tokens
     assert details["average_tokens"] == pytest.approx(sum(tokens) / 4)
 

@@ -62,7 +62,7 @@ def official(cut=3):
         SparseFFN(keep=0.3, choose="first", **common).apply(model, Context(seed=1)),
         LayerDrop(layers=cut, **common).apply(model, Context(seed=1)),
     ]
-    assert {report.saving for report in reports} == {"masked"}
+    assert {report.effect for report in reports} == {"masked"}
     return model.network
 
 

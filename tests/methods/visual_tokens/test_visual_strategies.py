@@ -60,7 +60,7 @@ def test_any_order_gives_the_same_model():
     for order in permutations(four()):
         model = loaded("llava_llama")
         for method in order:
-            assert method.apply(model, context("llava_llama")).saving == "skipped"
+            assert method.apply(model, context("llava_llama")).effect == "skipped"
         answers.append(model.network(**call).logits[where])
     assert all(torch.allclose(answers[0], answer, atol=1e-5) for answer in answers)
     assert (answers[0] - build("llava_llama")(**call).logits[where]).abs().max() > 1e-2

@@ -109,10 +109,10 @@ def test_removed_equals_zeroed_and_every_layer_keeps_its_share(atoms, kind):
     torch.testing.assert_close(removed.network(ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(stock(ids).logits, expected, atol=1e-3)
     all_of_them = 40 if atoms == "neurons" else 4
-    for layer in report.details["layers"]:
-        assert len(layer["kept"]) == all_of_them // 2
-        assert layer["refit"]["error_after"] <= layer["refit"]["error_before"]
-    assert report.saving == "removed"
+    for layer in report.layers:
+        assert len(layer.kept) == all_of_them // 2
+        assert layer.refit["error_after"] <= layer.refit["error_before"]
+    assert report.effect == "removed"
     assert removed.network.num_parameters() < stock.num_parameters()
 
 
@@ -127,16 +127,16 @@ def test_what_is_removed_can_be_saved_and_loaded(atoms, tmp_path):
 @BOTH
 def test_nothing_asked_changes_nothing(atoms):
     network, report = applied(decoder(), OnText(atoms=atoms, ratio=0.0))
-    assert report.saving == "none"
+    assert report.effect == "none"
     assert torch.equal(network.network(tokens()).logits, decoder()(tokens()).logits)
 
 
 def test_layers_see_what_the_pruned_ones_before_them_produce():
     _, sequential = applied(decoder(), OnText(atoms="neurons", ratio=0.5))
     _, at_once = applied(decoder(), OnText(atoms="neurons", ratio=0.5, sequential=False))
-    first, last = sequential.details["layers"], at_once.details["layers"]
+    first, last = sequential.layers, at_once.layers
     assert first[:4] == last[:4]
-    assert first[4]["refit"] != last[4]["refit"]
+    assert first[4].refit != last[4].refit
 
 
 @BOTH

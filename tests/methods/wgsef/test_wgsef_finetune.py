@@ -32,7 +32,7 @@ def test_the_budget_goes_and_removed_equals_zeroed(name):
     removed, again = applied(build(name), state="removed")
     budgets = [int(0.4 * block.micro_experts) for block in inspect_model(build(name)).moe]
     for found in (report, again):
-        assert [layer["removed"] for layer in found.details["layers"]] == budgets
+        assert [layer.removed for layer in found.layers] == budgets
         assert found.details["alive_before_selection"] == sum(
             sum(block.widths) - budget
             for block, budget in zip(inspect_model(build(name)).moe, budgets, strict=True)

@@ -75,9 +75,7 @@ def test_it_removes_the_budget_and_removed_equals_zeroed(name, selector):
         assert found.details["removed_micro_experts"] == sum(
             int(0.4 * block.micro_experts) for block in inspect_model(build(name)).moe
         )
-    assert [x["kept_per_expert"] for x in report.details["layers"]] == [
-        x["kept_per_expert"] for x in again.details["layers"]
-    ]
+    assert [x.kept_per_expert for x in report.layers] == [x.kept_per_expert for x in again.layers]
     ids = tokens()[:2]
     torch.testing.assert_close(
         removed.network(ids).logits, zeroed.network(ids).logits, atol=1e-5, rtol=1e-5
@@ -87,17 +85,17 @@ def test_it_removes_the_budget_and_removed_equals_zeroed(name, selector):
 def test_a_share_of_each_expert_is_a_share_of_each_expert():
     name = next(iter(ARCHITECTURES))
     _, report = applied(build(name), scope="expert", ratio=0.5, state="zeroed")
-    for block, layer in zip(inspect_model(build(name)).moe, report.details["layers"], strict=True):
+    for block, layer in zip(inspect_model(build(name)).moe, report.layers, strict=True):
         widths = [place.stop - place.start for _, place in expert_spans(block)]
-        left = layer["kept_per_expert"]
+        left = layer.kept_per_expert
         assert all(abs(kept - width / 2) <= 1 for kept, width in zip(left, widths, strict=True))
 
 
 def test_the_refit_never_adds_to_the_error_and_leaves_the_others_alone():
     name = next(iter(ARCHITECTURES))
     _, report = applied(build(name), state="zeroed", sequential=False)
-    for layer in report.details["layers"]:
-        assert layer["refit"]["error_after"] <= layer["refit"]["error_before"]
+    for layer in report.layers:
+        assert layer.refit["error_after"] <= layer.refit["error_before"]
     before = build(name)
     after, _ = applied(build(name), refit=False, state="zeroed")
     for old, new in zip(inspect_model(before).moe, after.structure.moe, strict=True):

@@ -48,7 +48,7 @@ def test_every_config_is_a_method_that_removes_the_share_it_was_given(path):
     subject = model()
     dense = sum(weight.numel() for weight in subject.network.parameters())
     report = maker(**given).apply(subject, Context(seed=0))
-    assert report.saving == "removed"
+    assert report.effect == "removed"
     assert report.details["kept"] == report.details["groups"] // 2 == 80
     assert sum(report.details["kept_by_layer"].values()) == 80
     assert sum(weight.numel() for weight in subject.network.parameters()) < 0.6 * dense
@@ -66,7 +66,7 @@ def test_groups_that_cannot_be_removed_are_reported_as_zeroed():
     wgsef = methods.Wgsef(groups="filter_shapes", recipe={"epochs": 1, "batch": 200})
     subject = model()
     report = wgsef.apply(subject, Context(seed=0))
-    assert report.saving == "zeroed"
+    assert report.effect == "zeroed"
     zero = sum(int((weight == 0).sum()) for weight in subject.network.parameters())
     assert zero > 0.4 * sum(weight.numel() for weight in subject.network.parameters())
 

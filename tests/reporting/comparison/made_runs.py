@@ -20,11 +20,11 @@ def metric(task, value, n, name="acc", **more):
 def record(identifier, metrics, method=None, harness="lm_eval", **more):
     methods = ()
     if method is not None:
-        methods = (AppliedMethod(name=method, config={}, saving="removed", report={}, seconds=1.0),)
+        methods = (AppliedMethod(name=method, config={}, effect="removed", report={}, seconds=1.0),)
     benchmark = {"name": "exam", "harness": harness, "perplexity": {}}
     data = {row.task: {"fingerprint": f"data of {row.task}", "location": "here"} for row in metrics}
     fields = {
-        "id": identifier.ljust(12, "0"), "started": identifier, "finished": "", "group": None,
+        "id": identifier.ljust(12, "0"), "started": identifier, "finished": "", "sweep": None,
         "command": "", "config": {"benchmark": benchmark}, "environment": {"versions": VERSIONS},
         "model": MODEL, "methods": methods, "metrics": tuple(metrics), "costs": (),
         "provenance": {"data": data},

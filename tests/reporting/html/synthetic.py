@@ -22,16 +22,16 @@ def metric(task, value, metric="acc", n=400):
 def record(number, *, model="tiny", method=None, ratio=0.4, rng=None, command=None):
     """One run; `number` makes its id and its place in time."""
     rng = rng or random.Random(number)
-    saving = METHODS.get(method, "removed")
-    left = 1.0 if method is None or saving == "zeroed" else 1 - ratio * rng.uniform(0.4, 0.9)
+    effect = METHODS.get(method, "removed")
+    left = 1.0 if method is None or effect == "zeroed" else 1 - ratio * rng.uniform(0.4, 0.9)
     drop = 0.0 if method is None else ratio**2 * rng.uniform(0.1, 0.9)
     values = {task: max(0.2, 0.75 - drop + rng.gauss(0, 0.01)) for task in TASKS}
     methods = ()
     if method is not None:
         methods = (
             AppliedMethod(
-                name=method, config={"ratio": ratio, "align": 8}, saving=saving, seconds=1.5,
-                report={"layers": [{"layer": i, "removed": 460 + i} for i in range(24)]},
+                name=method, config={"ratio": ratio, "align": 8}, effect=effect, seconds=1.5,
+                report={}, layers=[{"layer": i, "removed": 460 + i} for i in range(24)],
             ),
         )  # fmt: skip
 
@@ -44,7 +44,7 @@ def record(number, *, model="tiny", method=None, ratio=0.4, rng=None, command=No
         id=run_id({"number": number}),
         started=f"2026-01-{minute}:00.000+00:00",
         finished=f"2026-01-{minute}:30.000+00:00",
-        group=f"sweep-{number // 50}",
+        sweep=f"sweep-{number // 50}",
         command=command or f"bench run model={model} method={method or 'dense'} ratio={ratio}",
         config={
             "model": {"name": model, "dtype": "auto", "seed": None},

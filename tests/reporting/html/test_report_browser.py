@@ -128,7 +128,7 @@ def brute_force_front(records):
     points = [
         (r.cost("flops", "forward 1x512").value, r.metric("average").value, r.id)
         for r in records
-        if not r.methods or r.methods[0].saving not in ("zeroed", "masked")
+        if not r.methods or r.methods[0].effect not in ("zeroed", "masked")
     ]
 
     def beaten(one):

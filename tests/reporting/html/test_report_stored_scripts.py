@@ -22,7 +22,7 @@ def poisoned(tmp_path_factory):
     dense = record(0)
     plain = record(1, method="camera_p")
     method = AppliedMethod(
-        name=EVIL, config={EVIL: EVIL}, saving=EVIL, seconds=1.0,
+        name=EVIL, config={EVIL: EVIL}, effect=EVIL, seconds=1.0,
         report={EVIL: [EVIL], "history": [{"epoch": n, EVIL: n} for n in (1, 2)]},
     )  # fmt: skip
     first = plain.metrics[1].model_copy(update={"task": EVIL, "metric": EVIL, "filter": EVIL})

@@ -24,7 +24,17 @@ def cost(quantity, value, scope="forward", unit="FLOP", **parts):
     return Cost(scope=scope, quantity=quantity, unit=unit, value=value, how="counted", parts=parts)
 
 
-def made(identifier, value, flops, method=None, saving="removed", report=None, costs=(), **knobs):
+def made(
+    identifier,
+    value,
+    flops,
+    method=None,
+    effect="removed",
+    report=None,
+    layers=(),
+    costs=(),
+    **knobs,
+):
     metric = Metric(
         benchmark="exam", task="average", metric="mean", filter="none", shots=0, split="test",
         value=value, stderr=0.01, n=2, higher_is_better=True, headline=True,
@@ -32,11 +42,11 @@ def made(identifier, value, flops, method=None, saving="removed", report=None, c
     methods = ()
     if method is not None:
         part = AppliedMethod(
-            name=method, config=knobs, saving=saving, report=report or {}, seconds=1
+            name=method, config=knobs, effect=effect, report=report or {}, layers=layers, seconds=1
         )
         methods = (part,)
     return Record(
-        id=identifier.ljust(12, "0"), started=identifier, finished="", group=None, command="",
+        id=identifier.ljust(12, "0"), started=identifier, finished="", sweep=None, command="",
         config={"benchmark": {"name": "exam"}, "calibration": {"rows": 8}, "ratio": 0.2},
         environment={}, model=MODEL, methods=methods, metrics=(metric,),
         costs=(cost("flops", flops, attention=flops / 4, experts=3 * flops / 4), *costs),
@@ -44,15 +54,13 @@ def made(identifier, value, flops, method=None, saving="removed", report=None, c
     )  # fmt: skip
 
 
-REPORT = {
-    "layers": [
-        {
-            "layer": number, "experts": ["shared", 0, 1], "width_per_expert": [4, 8, 8],
-            "removed_per_expert": [0, 8, 2 * number], "energy_per_expert": [1.0, 2.0, 1.0],
-        }
-        for number in range(2)
-    ]
-}  # fmt: skip
+LAYERS = [
+    {
+        "layer": number, "experts": ["shared", 0, 1], "width_per_expert": [4, 8, 8],
+        "removed_per_expert": [0, 8, 2 * number], "energy_per_expert": [1.0, 2.0, 1.0],
+    }
+    for number in range(2)
+]  # fmt: skip
 HISTORY = [{"epoch": 1, "loss": 2.0, "accuracy": 0.5}, {"epoch": 2, "loss": 1.0, "accuracy": 0.7}]
 
 
@@ -60,9 +68,9 @@ HISTORY = [{"epoch": 1, "loss": 2.0, "accuracy": 0.5}, {"epoch": 2, "loss": 1.0,
 def records():
     return [
         made("a", 0.7, 8e9),
-        made("b", 0.65, 6e9, "prune", ratio=0.2, report=REPORT),
+        made("b", 0.65, 6e9, "prune", ratio=0.2, layers=LAYERS),
         made("c", 0.6, 4e9, "prune", ratio=0.4, report={"history": HISTORY}),
-        made("d", 0.5, 8e9, "mask", saving="masked", ratio=0.2),
+        made("d", 0.5, 8e9, "mask", effect="masked", ratio=0.2),
     ]
 
 
@@ -124,11 +132,11 @@ def test_heads_groups_and_bits_become_maps():
     work = [{"heads": 2, "neurons": 4}, {"heads": 1, "neurons": 0}]
     heads = {"heads": [[0, 1], [1]], "shape": {"heads": 2, "widths": [4, 4]}, "work": work}
     groups = {"kept_by_layer": {"x": 1, "y": 3}, "groups_by_layer": {"x": 4, "y": 3}}
-    bits = {"layers": [{"layer": 0, "mean_bits": 2.25}, {"layer": 1, "mean_bits": 2.5}]}
+    bits = [{"layer": 0, "mean_bits": 2.25}, {"layer": 1, "mean_bits": 2.5}]
     found = {
         grid.quantity: grid.values.tolist()
-        for report in (heads, groups, bits)
-        for grid in allocation_grids([made("a", 0.5, 1.0, "m", report=report)])
+        for report, layers in ((heads, ()), (groups, ()), ({}, bits))
+        for grid in allocation_grids([made("a", 0.5, 1.0, "m", report=report, layers=layers)])
     }
     assert found == {
         "heads kept for visual tokens": [[1, 1], [0, 1]],

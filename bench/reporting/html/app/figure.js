@@ -101,7 +101,7 @@ function tipOf(point, task, quantityOf) {
     run.label,
     `${words(task.task)}  ${fixed(point.y, task.percent ? 1 : 2)}${unit(task)}${error}`,
     `${words(quantityOf.quantity)}  ${cost(point.x, quantityOf.unit)}`,
-    `weights ${run.saving === "none" ? "unchanged" : run.saving}`,
+    `weights ${run.effect === "none" ? "unchanged" : run.effect}`,
     `run ${run.id}`,
   ].join("\n");
 }

@@ -56,7 +56,7 @@ function tick(value, unitOf) {
 }
 
 // Effects of methods on weights, in words.
-const SAVINGS = {
+const EFFECTS = {
   none: "unchanged",
   removed: "removed",
   zeroed: "zeroed: no gain in time or memory",
@@ -64,4 +64,4 @@ const SAVINGS = {
   quantized: "stored in fewer bits",
   skipped: "unchanged: computation is skipped",
 };
-const explained = (saving) => saving.split("+").map((kind) => SAVINGS[kind] ?? kind).join(" + ");
+const explained = (effect) => effect.split("+").map((kind) => EFFECTS[kind] ?? kind).join(" + ");

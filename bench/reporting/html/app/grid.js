@@ -85,7 +85,7 @@ function RunLink({ run }) {
   return html`<a class="run" href=${runAddress(run.id)}><${Mark} family=${run.family} /><span>${run.label}</span></a>`;
 }
 
-function Saving({ saving }) {
-  if (saving === "none") return html`<span class="quiet">${MISSING}</span>`;
-  return html`<span class="badges">${saving.split("+").map((kind) => html`<span class="badge ${kind}" title="weights: ${explained(kind)}">${kind}</span>`)}</span>`;
+function Effect({ effect }) {
+  if (effect === "none") return html`<span class="quiet">${MISSING}</span>`;
+  return html`<span class="badges">${effect.split("+").map((kind) => html`<span class="badge ${kind}" title="weights: ${explained(kind)}">${kind}</span>`)}</span>`;
 }

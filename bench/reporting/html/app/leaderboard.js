@@ -62,8 +62,8 @@ const KEPT = {
   cell: (run) => run.kept === null ? MISSING : html`<span class="kept"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.kept)) * 100}%` }}></i></span>${fixed(run.kept * 100, 1)} %</span>`,
 };
 const SAVED = {
-  key: "saving", title: "Weights", hint: "effect on weights or computation", first: "up",
-  value: (run) => run.saving, cell: (run) => html`<${Saving} saving=${run.saving} />`,
+  key: "effect", title: "Weights", hint: "effect on weights or computation", first: "up",
+  value: (run) => run.effect, cell: (run) => html`<${Effect} effect=${run.effect} />`,
 };
 const STARTED = {
   key: "started", title: "Started", hint: "UTC", number: true, first: "down",
@@ -91,8 +91,8 @@ function Leaderboard({ route }) {
         options=${[["", "all"], ...INDEX.settings.map((one, at) => [String(at), one.name])]} />
       <${Choice} label="Method" value=${asked.family ?? ""} onChange=${(value) => change({ family: value })}
         options=${[["", "all"], ...FAMILIES.map((family) => [family, family])]} />
-      <${Choice} label="Weights" value=${asked.saving ?? ""} onChange=${(value) => change({ saving: value })}
-        options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.saving))].sort().map((kind) => [kind, kind === "none" ? "unchanged" : kind])]} />
+      <${Choice} label="Weights" value=${asked.effect ?? ""} onChange=${(value) => change({ effect: value })}
+        options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.effect))].sort().map((kind) => [kind, kind === "none" ? "unchanged" : kind])]} />
     </form>
     <p class="counted"><span role="status">${count(rows.length, "run")}${rows.length < INDEX.runs.length ? ` of ${INDEX.runs.length.toLocaleString("en")}` : ""}</span>
       ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!asked.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}
@@ -103,13 +103,13 @@ function Leaderboard({ route }) {
   </main>`;
 }
 
-function filtered({ q = "", setting, family, saving }) {
+function filtered({ q = "", setting, family, effect }) {
   const parts = q.toLowerCase().split(/\s+/).filter(Boolean);
   return INDEX.runs.filter((run) => {
     if (setting && run.setting !== Number(setting)) return false;
     if (family && run.family !== family) return false;
-    if (saving && run.saving !== saving) return false;
-    const text = `${run.label} ${run.where.name} ${run.group ?? ""} ${run.id}`.toLowerCase();
+    if (effect && run.effect !== effect) return false;
+    const text = `${run.label} ${run.where.name} ${run.sweep ?? ""} ${run.id}`.toLowerCase();
     return parts.every((part) => text.includes(part));
   });
 }

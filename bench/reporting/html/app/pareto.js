@@ -51,7 +51,7 @@ function Pareto({ route }) {
       { title: `${words(task.task)} ${unit(task)}`, number: true, cell: ({ run }) => html`<${Scored} pair=${run.values[taskAt]} task=${task} />` },
       { title: words(quantityOf.quantity), number: true, cell: ({ x }) => cost(x, quantityOf.unit) },
       { title: "of dense", number: true, cell: ({ run }) => factor(shareOf(run, costAt)) },
-      { title: "Weights", cell: ({ run }) => html`<${Saving} saving=${run.saving} />` },
+      { title: "Weights", cell: ({ run }) => html`<${Effect} effect=${run.effect} />` },
     ]} />
   </main>`;
 }

@@ -12,12 +12,12 @@ function RunPage({ id }) {
   return html`<main id="main" tabindex="-1">
     <p class="crumbs"><a href=${address("leaderboard", { setting: run.setting })}>${run.where.name}</a></p>
     <h1><${Mark} family=${run.family} size=${60} /> ${run.label}</h1>
-    <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.group && html`, sweep <a href=${address("leaderboard", { q: run.group })}>${run.group}</a>`}</p>
+    <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}</p>
     <dl class="figures">
       ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} task=${task} /> ${unit(task)}</dd></div>`}
       ${run.kept !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.kept * 100, 1)} %</dd></div>`}
       ${denseRun && shareColumns([run]).filter((column) => column.value(run) !== null).map((column) => html`<div><dt>${column.title} of dense</dt><dd>${column.cell(run)}</dd></div>`)}
-      <div><dt>weights</dt><dd class="words">${explained(run.saving)}</dd></div>
+      <div><dt>weights</dt><dd class="words">${explained(run.effect)}</dd></div>
     </dl>
     ${record && dense !== undefined ? html`<${Record} run=${run} record=${record} dense=${dense} />` : html`<p class="quiet">Unpacking…</p>`}
   </main>`;
@@ -91,7 +91,7 @@ function Costs({ record, dense, run }) {
   const share = (one) => {
     const then = before.get(`${one.scope} ${one.quantity}`);
     if (!then || !then.value) return MISSING;
-    return one.unit === "s" && !run.real ? html`<span class="quiet">no gain: ${run.saving}</span>` : factor(one.value / then.value);
+    return one.unit === "s" && !run.real ? html`<span class="quiet">no gain: ${run.effect}</span>` : factor(one.value / then.value);
   };
   const parts = (one) => Object.entries(one.parts).filter(([, value]) => value).map(([name, value]) => `${words(name)} ${cost(value, one.unit)}`).join(", ");
   return html`<${Plain} caption="Costs" rows=${rows} columns=${[
@@ -111,9 +111,10 @@ function Phases({ phases }) {
 }
 
 function Method({ method }) {
-  const { history, ...report } = method.report;
+  const { history, ...details } = method.report;
+  const report = method.layers.length > 0 ? { ...details, layers: method.layers } : details;
   return html`<h2>${method.name}</h2>
-    <p>Weights ${explained(method.saving)}. Applied in ${seconds(method.seconds)}.</p>
+    <p>Weights ${explained(method.effect)}. Applied in ${seconds(method.seconds)}.</p>
     <dl class="knobs">${Object.entries(method.config).map(([key, value]) => html`<div><dt>${key}</dt><dd>${plain(value)}</dd></div>`)}</dl>
     ${Array.isArray(history) && history.length > 1 && html`<${History} lines=${history.filter((line) => typeof line === "object")} />`}
     ${Object.keys(report).length > 0 && html`<details><summary>Method report</summary><pre class="yaml">${yaml(report)}</pre></details>`}`;

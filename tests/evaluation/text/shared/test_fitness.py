@@ -90,7 +90,7 @@ def test_running_out_of_memory_is_not_taken_for_a_fault():
 def test_the_evaluation_says_which_engine_it_was(model):
     def asked(model, engine):
         options = {"suite": "micro", "tasks": ("boolq",), "limit": 3, "engine": engine}
-        return evaluate(model, plan(BenchmarkConfig(name="b", **options), offline=True)).engine
+        return evaluate(model, plan(BenchmarkConfig(name="b", **options), offline=True)).backend
 
     shared, plain = asked(model, "shared"), asked(model, "plain")
     assert (shared["wanted"], shared["used"], shared["reasons"]) == ("shared", "shared", [])
