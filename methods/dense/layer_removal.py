@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -58,13 +58,13 @@ class ShortGPT(Method):
         details = {
             "asked": {"ratio": self.ratio, "count": self.count},
             "removed_layers": sorted(lowest),
-            "layers": [
-                {"layer": index, "influence": value, "kept": index in kept}
-                for index, value in enumerate(influence)
-            ],
             "calibration": context.calibration.fingerprint,
         }
-        return MethodReport("removed" if lowest else "none", details)
+        reports = [
+            LayerReport.model_validate({"layer": index, "influence": value, "kept": index in kept})
+            for index, value in enumerate(influence)
+        ]
+        return MethodReport("removed" if lowest else "none", details, reports)
 
     def _influences(self, model: Model, context: Context) -> list[float]:
         assert context.calibration is not None

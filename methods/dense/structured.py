@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
@@ -61,8 +61,9 @@ class StructuredPruning(Method):
                 remove_units(unit, gone_U, None if means is None else means[place])
         if removed:
             describe_in_config(model, units)
-        details |= {"removed_weights": removed, "layers": list(layers.values())}
-        return MethodReport("removed" if removed else "none", details)
+        details["removed_weights"] = removed
+        reports = [LayerReport.model_validate(entry) for entry in layers.values()]
+        return MethodReport("removed" if removed else "none", details, reports)
 
 
 class Flap(StructuredPruning):

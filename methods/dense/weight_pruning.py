@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import onloaded
@@ -70,11 +70,11 @@ class WeightPruning(Method):
             "asked": {"ratio": self.ratio, "pattern": self.pattern},
             "zeroed_weights": zeroed,
             "weights": sum(layer["weights"] for layer in layers),
-            "layers": layers,
         }
         if fingerprint is not None:
             details["calibration"] = fingerprint
-        return MethodReport("zeroed" if zeroed else "none", details)
+        reports = [LayerReport.model_validate(layer) for layer in layers]
+        return MethodReport("zeroed" if zeroed else "none", details, reports)
 
 
 class WeightMagnitude(WeightPruning):

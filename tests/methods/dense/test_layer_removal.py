@@ -54,11 +54,11 @@ def test_the_influence_of_a_layer_is_that_of_a_loop_over_tokens():
     for handle in handles:
         handle.remove()
     _, report = short(llama(), count=1)
-    for entry, (before, after) in zip(report.details["layers"], states, strict=True):
+    for entry, (before, after) in zip(report.layers, states, strict=True):
         total = 0.0
         for b, a in zip(before.flatten(0, 1).double(), after.flatten(0, 1).double(), strict=True):
             total += 1 - float(b @ a / (b.norm() * a.norm()))
-        assert entry["influence"] == pytest.approx(total, rel=1e-4)
+        assert entry.model_extra["influence"] == pytest.approx(total, rel=1e-4)
 
 
 def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first():
@@ -68,7 +68,7 @@ def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first():
     dense = network(tokens(), use_cache=False).logits
     model, report = short(network, count=1)
     assert report.details["removed_layers"] == [2]
-    assert report.details["layers"][2]["influence"] == pytest.approx(0, abs=1e-3)
+    assert report.layers[2].model_extra["influence"] == pytest.approx(0, abs=1e-3)
     torch.testing.assert_close(model.network(tokens(), use_cache=False).logits, dense)
 
 

@@ -132,7 +132,7 @@ def test_flap_scores_are_those_of_a_loop():
     gone = globally_lowest(expected, [u.weights_per_unit for u in units], 0.3)
     _, report = pruned(network(), Flap(ratio=0.3))
     for unit, gone_U in zip(units, gone, strict=True):
-        entry = report.details["layers"][unit.layer]
+        entry = report.layers[unit.layer].model_extra
         assert entry[f"removed_{unit.kind}"] == int(gone_U.sum())
 
 
@@ -183,7 +183,8 @@ def test_taylor_scores_are_sums_over_the_weights_of_a_unit():
 
 def test_protected_layers_keep_all_and_the_rest_loses_the_ratio():
     model, report = pruned(network(), LLMPruner(ratio=0.25, protect_first=1, protect_last=1))
-    removed = [(e["removed_heads"], e["removed_neurons"]) for e in report.details["layers"]]
+    extra = [entry.model_extra for entry in report.layers]
+    removed = [(e["removed_heads"], e["removed_neurons"]) for e in extra]
     assert removed == [(0, 0), (1, 6), (0, 0)]
     assert model.structure.layers[1].mlp.down_proj.in_features == 18
 
