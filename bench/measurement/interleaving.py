@@ -38,7 +38,7 @@ class TimedRounds:
     """Times of all rounds and the state of the machine; `note` says why they may be unreliable."""
 
     seconds: StageSeconds
-    warm_up: int
+    warmup_rounds: int
     settled: bool
     machine: MachineReading
 
@@ -50,7 +50,7 @@ class TimedRounds:
     @property
     def note(self) -> str | None:
         """Caveat for the reader of these numbers; None if there is none."""
-        unsettled = None if self.settled else f"times had not settled after {self.warm_up} rounds"
+        unsettled = None if self.settled else f"times had not settled after {self.warmup_rounds} rounds"
         return "; ".join(filter(None, (self.machine.fault, unsettled))) or None
 
 
@@ -66,7 +66,7 @@ def interleave(
     `timing.rounds` rounds more are added until `enough` returns True or a limit of the config is
     reached. Of several attempts on a loaded machine, the one with the least foreign load is kept.
     """
-    warm_up, settled = _warm_up(contestants, timing.warm_up)
+    warm_up, settled = _warm_up(contestants, timing.max_warmup_rounds)
     attempts: list[TimedRounds] = []
     for _ in range(timing.attempts):
         with MachineMonitor(device) as watch:
@@ -111,12 +111,12 @@ def _time_rounds(
         seconds = {
             stage: np.array([[lap[stage] for lap in laps] for laps in kept]) for stage in kept[0][0]
         }
-        # Time is checked between batches of rounds only, so `most_seconds` is a soft limit: a
+        # Time is checked between batches of rounds only, so `max_seconds` is a soft limit: a
         # started batch is completed, which keeps the number of rounds equal for all candidates.
-        late = time.perf_counter() - began >= timing.most_seconds
-        if late or wanted >= timing.most_rounds or enough(seconds):
+        late = time.perf_counter() - began >= timing.max_seconds
+        if late or wanted >= timing.max_rounds or enough(seconds):
             return seconds
-        wanted = min(wanted + ROUNDS_PER_CHECK, timing.most_rounds)
+        wanted = min(wanted + ROUNDS_PER_CHECK, timing.max_rounds)
 
 
 RESAMPLES = 10_000

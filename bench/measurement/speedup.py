@@ -44,7 +44,7 @@ def speedup_costs(
     # Without a comparison there is no ratio whose interval could decide: run `timing.rounds`.
     enough = partial(_is_precise, precision=timing.precision) if compared else lambda _: True
     rounds = interleave(contestants, device, timing, enough)
-    said = {"rounds": float(rounds.count), "warm_up": float(rounds.warm_up)}
+    said = {"rounds": float(rounds.count), "warm_up": float(rounds.warmup_rounds)}
     said |= rounds.machine.numbers()
     for stage, seconds_NR in rounds.seconds.items():
         scope, own = f"{stage} {work.shape}", _percentiles(seconds_NR[0])

@@ -66,7 +66,7 @@ class GridSweeper(LaunchingSweeper):
 class ListSweeper(GridSweeper):
     """Runs that are not a product of values: each is listed with its own overrides.
 
-    bench run -m hydra/sweeper=listed "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
+    bench run -m hydra/sweeper=list "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
     """
 
     def __init__(self, runs: Sequence[Sequence[str]]) -> None:
@@ -98,6 +98,6 @@ def grid_jobs(asked: list[Override]) -> list[list[str]]:
         else:
             raise UserError(
                 f"{override.input_line} is a continuous range: a grid needs choices; "
-                "use a search for ranges (hydra/sweeper=search)"
+                "use a search for ranges (hydra/sweeper=optuna)"
             )
     return [list(job) for job in itertools.product(*values.values())]

@@ -38,8 +38,8 @@ def model(network, kind="causal_lm"):
 
 
 def config(*measured, **timing):
-    small = {"lengths": (16,), "new_tokens": 3, "rounds": 5, "warm_up": 1, "attempts": 1}
-    small |= {"most_rounds": 5}
+    small = {"lengths": (16,), "new_tokens": 3, "rounds": 5, "max_warmup_rounds": 1, "attempts": 1}
+    small |= {"max_rounds": 5}
     return CostsConfig(name="test", measure=measured, timing={**small, **timing})
 
 
@@ -113,7 +113,7 @@ def test_the_same_flops_leave_no_theoretical_gain_to_realise():
 
 def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
     network = llama()
-    wanted = config("latency", precision=1e-9, most_rounds=6)
+    wanted = config("latency", precision=1e-9, max_rounds=6)
     found = measure_costs(MeasuredPair(model(network), model(network)), wanted)
     for scope, speedup in rows(found, "speedup").items():
         assert speedup.note.endswith("is still wider than 1e-07 % to one side")
@@ -123,7 +123,7 @@ def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
 
 def test_rounds_are_added_only_where_a_ratio_is_claimed():
     network = llama()
-    wanted = config("latency", precision=1e-9, most_rounds=9)
+    wanted = config("latency", precision=1e-9, max_rounds=9)
     for subject in (
         MeasuredPair(model(network)),
         MeasuredPair(model(network), model(network), no_gain_reason="masked"),
