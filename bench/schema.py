@@ -195,6 +195,15 @@ class TimingConfig(BaseModel):
     # Per window: a GPU's energy counter advances only about every 0.1 s.
     energy_seconds: float = Field(default=3.0, gt=0)
 
+    @model_validator(mode="after")
+    def _rounds_within_limit(self) -> Self:
+        if self.rounds > self.max_rounds:
+            raise ValueError(
+                f"costs.timing.rounds={self.rounds} is above "
+                f"costs.timing.max_rounds={self.max_rounds}: raise max_rounds"
+            )
+        return self
+
 
 FlopsConvention = Literal["yopo", "pyramiddrop", "visionzip", "fastv", "vtw"]
 

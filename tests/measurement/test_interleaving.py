@@ -70,7 +70,9 @@ def test_warm_up_lasts_until_times_have_settled(machine):
     (one,), _ = runners(map(float, falling + [1] * 99))
     rounds = interleave([one], CPU, TimingConfig(rounds=5))
     assert rounds.settled
-    assert rounds.warmup_rounds == 12  # the first with a median of 1 in its last three and three before
+    assert (
+        rounds.warmup_rounds == 12
+    )  # the first with a median of 1 in its last three and three before
     assert set(rounds.seconds["prefill"][0]) == {1.0}
 
 

@@ -67,9 +67,9 @@ def test_each_way_a_job_can_go(plan):
     assert [job.number for job in unfinished_jobs(plan)] == [1, 2]
     assert sweep_summary(plan) | {"sweep": ""} == {
         "sweep": "", "waiting": 1, "running": 0, "done": 1, "failed": 1,
-        "asked": "-m ratio=0.2,0.4,0.6",
+        "arguments": "-m ratio=0.2,0.4,0.6",
     }  # fmt: skip
-    assert [row["asks"] for row in job_rows(plan)] == ["ratio=0.2", "ratio=0.4", "ratio=0.6"]
+    assert [row["overrides"] for row in job_rows(plan)] == ["ratio=0.2", "ratio=0.4", "ratio=0.6"]
     came = list(job_results(plan))
     assert came[0].record.id == IDENTIFIER
     assert "the disk caught fire" in came[1]
@@ -146,12 +146,12 @@ def test_the_same_sweep_goes_on_only_while_its_inputs_stand(tmp_path, monkeypatc
     data = tmp_path / "questions.parquet"
     data.write_text("1")
     results = tmp_path / "results"
-    plan = create_plan(results, ["-m"], SweepFingerprint.of([data], ["methods"]))
+    plan = create_plan(results, ["-m"], SweepFingerprint.record_now([data], ["methods"]))
     assert existing_sweep(results, ["-m"]) == plan
     assert existing_sweep(results, ["-m", "seed=2"]) is None
     data.write_text("22")
     assert existing_sweep(results, ["-m"]) is None
-    plan = create_plan(results, ["-m"], SweepFingerprint.of([data], ["methods"]))
+    plan = create_plan(results, ["-m"], SweepFingerprint.record_now([data], ["methods"]))
     assert existing_sweep(results, ["-m"]) == plan
     monkeypatch.chdir(tmp_path)
     assert existing_sweep(results, ["-m"]) is None
