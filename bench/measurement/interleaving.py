@@ -64,7 +64,7 @@ def interleave(
 
     The order is reversed every round, so that no candidate always comes first. After
     `timing.rounds` rounds, more are added until `is_precise` returns True or a limit of the config
-    is reached. Of several attempts on a loaded machine, the one with the least foreign load is kept.
+    is reached. Of several attempts on a loaded machine the one with the least foreign load is kept.
     """
     warmup_rounds, settled = _warm_up(candidates, timing.max_warmup_rounds)
     attempts: list[TimedRounds] = []

@@ -96,6 +96,6 @@ def grid_jobs(overrides: list[Override]) -> list[list[str]]:
         else:
             raise UserError(
                 f"{override.input_line} is a continuous range, but a grid needs single values: "
-                "list values, or search the range with hydra/sweeper=optuna"
+                "list the values, or use a search (hydra/sweeper=optuna)"
             )
     return [list(job) for job in itertools.product(*values.values())]

@@ -152,8 +152,8 @@ class OptunaSweeper(LaunchingSweeper):
                 continue
             results[trial.number] = EarlyResult.from_record(outcome, self._costs(outcome))
             trial.set_user_attr(EARLY_ATTRIBUTE, results[trial.number].to_json())
-        rivals = [EarlyResult.from_json(t.user_attrs[EARLY_ATTRIBUTE]) for t in _completed_trials(study)
-                  if EARLY_ATTRIBUTE in t.user_attrs]  # fmt: skip
+        stored = [trial.user_attrs.get(EARLY_ATTRIBUTE) for trial in _completed_trials(study)]
+        rivals = [EarlyResult.from_json(values) for values in stored if values is not None]
         # Trials of the same batch compete as well; otherwise the first batch could stop none.
         rivals += results.values()
         promising = []

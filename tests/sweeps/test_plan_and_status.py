@@ -1,5 +1,6 @@
 """A sweep's plan and its jobs' notes: what is shown, what is gone on with, what is never lost."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.errors import UserError
+from bench.errors import Stopped, UserError
 from bench.records import Store
+from bench.records.atomic_files import write_bytes
 from bench.sweeps import (
     RunRequest,
     RunResult,
@@ -171,3 +173,19 @@ def test_notes_hold_no_secret(plan, monkeypatch):
     assert any("[hidden] was refused" in text for text in texts)
     assert not any("planted-secret" in text for text in texts)
     assert json.loads((plan.folder / "jobs" / "00000.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("writes_before", [0, 1])
+def test_a_full_disk_stops_the_sweep_and_not_one_job(plan, monkeypatch, writes_before):
+    """Whether the first status of a job meets it or the last."""
+    left = [writes_before]
+
+    def write(path, content):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        write_bytes(path, content)
+
+    monkeypatch.setattr("bench.sweeps.job.write_bytes", write)
+    with pytest.raises(Stopped, match=r"No space left on device.*same command"):
+        perform_job(plan.folder, 0, ASKED, lambda: record(plan))
