@@ -161,7 +161,7 @@ class BenchmarkConfig(BaseModel):
 
 
 MeasuredQuantity = Literal["latency", "memory", "energy", "roofline"]
-"""Quantities that can be measured in addition to the counts; `limits` is the device's roofline."""
+"""Quantities that can be measured in addition to the counts; `roofline` is what the device can do at best."""
 SizeList = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -173,9 +173,9 @@ class TimingConfig(BaseModel):
     `new_tokens` tokens.
 
     A round times each candidate once. Warm-up ends when the times have settled, after at most
-    `warm_up` rounds. At least `rounds` rounds follow; more are added until the interval of every
-    ratio extends at most `precision` of its value to either side, up to `most_rounds` rounds or
-    `most_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
+    `max_warmup_rounds` rounds. At least `rounds` rounds follow; more are added until the interval of every
+    ratio extends at most `precision` of its value to either side, up to `max_rounds` rounds or
+    `max_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
     all rounds are repeated, in `attempts` attempts at most; the best one is kept and marked.
     """
 
@@ -188,12 +188,21 @@ class TimingConfig(BaseModel):
     new_tokens: int = Field(default=32, ge=2)
     rounds: int = Field(default=15, ge=5)
     precision: float = Field(default=0.03, gt=0, lt=1)
-    most_rounds: int = Field(default=200, ge=5)
-    most_seconds: float = Field(default=90.0, gt=0)
-    warm_up: int = Field(default=20, ge=1)
+    max_rounds: int = Field(default=200, ge=5)
+    max_seconds: float = Field(default=90.0, gt=0)
+    max_warmup_rounds: int = Field(default=20, ge=1)
     attempts: int = Field(default=2, ge=1)
     # Per window: a GPU's energy counter advances only about every 0.1 s.
     energy_seconds: float = Field(default=3.0, gt=0)
+
+    @model_validator(mode="after")
+    def _rounds_within_limit(self) -> Self:
+        if self.rounds > self.max_rounds:
+            raise ValueError(
+                f"costs.timing.rounds={self.rounds} is above "
+                f"costs.timing.max_rounds={self.max_rounds}: raise max_rounds"
+            )
+        return self
 
 
 FlopsConvention = Literal["yopo", "pyramiddrop", "visionzip", "fastv", "vtw"]

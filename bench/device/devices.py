@@ -20,6 +20,7 @@ import platform
 import random
 import re
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -182,3 +183,15 @@ class Clock:
         if self._device.type != "cuda":
             return [after - before for before, after in pairwise(self._seconds)]
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]
+
+
+def call_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, until the device has finished its work."""
+    clock = Clock(device)
+    clock.mark()
+    result = call()
+    clock.mark()
+    (seconds,) = clock.laps()
+    # Only after the last mark: freeing the memory of the result is not the work of the call.
+    del result
+    return seconds

@@ -1,6 +1,4 @@
-"""All costs of a run: counted before and after, measured beside the dense model.
-
-Measured costs of a model next to its dense baseline, as entries of a record.
+"""All costs of a run: counted before and after the methods, measured next to the dense model.
 
 A number that cannot be obtained becomes a missing measurement with its reason. A model whose
 weights were only zeroed or masked gets its times like any other, but no speed-up.
@@ -17,7 +15,7 @@ from bench.device.devices import release_memory
 from bench.device.memory import is_out_of_memory
 from bench.measurement import energy, image_prompt, memory, speedup
 from bench.measurement.flops.cost_rows import flops_costs, prompt_flops_costs
-from bench.measurement.model_size import count_size
+from bench.measurement.model_size import count_size, parameter_dtype
 from bench.measurement.quantities import CostReport, MeasuredPair, Measurements
 from bench.measurement.roofline import DeviceLimits, device_limits
 from bench.measurement.workload import Workload, workloads
@@ -81,10 +79,8 @@ def _size_costs(model: Model) -> list[Cost]:
 
 
 def _prefill_costs(model: Model, inputs: dict[str, Any]) -> list[Cost]:
-    scope, found = (
-        image_prompt.prompt_tokens(model, inputs).scope,
-        image_prompt.time_prefill(model, inputs),
-    )
+    scope = image_prompt.prompt_tokens(model, inputs).scope
+    found = image_prompt.time_prefill(model, inputs)
     costs = [
         Cost(scope=scope, quantity="cache_bytes", unit="B", value=found.cache_bytes, how="counted"),
         Cost(
@@ -175,7 +171,7 @@ def _costs_at_shape(
 def _limits_of_device(model: Model) -> DeviceLimits | None:
     """Return the limits of the model's device, or None if it lacks the memory to measure them."""
     try:
-        return device_limits(model.device, _dtype(model), torch.get_num_threads())
+        return device_limits(model.device, parameter_dtype(model.network), torch.get_num_threads())
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -186,7 +182,7 @@ def _device_limit_costs(best: DeviceLimits | None, model: Model) -> Measurements
     if best is None:
         yield MissingMeasurement(scope="device", quantity="roofline", reason="out of memory")
         return
-    kind = str(_dtype(model)).removeprefix("torch.")
+    kind = str(parameter_dtype(model.network)).removeprefix("torch.")
     yield Cost(
         scope="device",
         quantity="matrix_rate",
@@ -198,7 +194,3 @@ def _device_limit_costs(best: DeviceLimits | None, model: Model) -> Measurements
     yield Cost(
         scope="device", quantity="copy_bandwidth", unit="B/s", value=best.bandwidth, how="measured"
     )
-
-
-def _dtype(model: Model) -> torch.dtype:
-    return next(model.network.parameters()).dtype

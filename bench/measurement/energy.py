@@ -35,18 +35,18 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
     forwards = [partial(work.forward, network, inputs) for network in subject.networks]
     stages: dict[str, Sequence[Callable[[], object]]] = {FORWARD: forwards}
     if isinstance(work, GenerationWorkload):
-        answers = [partial(work.answer, network, inputs) for network in subject.networks]
-        stages = {PREFILL: forwards, END_TO_END: answers}
+        generations = [partial(work.generate, network, inputs) for network in subject.networks]
+        stages = {PREFILL: forwards, END_TO_END: generations}
     for stage, calls in stages.items():
         scope = f"{stage} {work.shape}"
         try:
-            with MachineMonitor(device) as watch:
+            with MachineMonitor(device) as monitor:
                 spent = joules_per_call(calls, counter, device, seconds)
         except Unavailable as reason:  # a counter may vanish between two readings
             yield MissingMeasurement(scope=scope, quantity="energy", reason=str(reason))
             continue
         # What the counter covers (a GPU board, a CPU package) always belongs to the number.
-        note = "; ".join(filter(None, (counter.how, watch.reading.fault)))
+        note = "; ".join(filter(None, (counter.how, monitor.reading.fault)))
         parts = {"dense": spent[1]} if subject.dense else {}
         yield Cost(
             scope=scope,
@@ -60,6 +60,13 @@ def energy_costs(subject: MeasuredPair, work: Workload, seconds: float) -> Measu
         if subject.no_gain_reason:
             yield MissingMeasurement(
                 scope=scope, quantity="energy_saved", reason=subject.no_gain_reason
+            )
+        elif subject.dense and spent[1] <= 0:
+            # A counter with coarse steps, or one that wraps, may not advance in a short window.
+            yield MissingMeasurement(
+                scope=scope,
+                quantity="energy_saved",
+                reason="the energy counter did not advance for the dense model",
             )
         elif subject.dense:
             saved = 1 - spent[0] / spent[1]
@@ -80,12 +87,15 @@ def joules_per_call(
 
     A window lasts at least `seconds`: a GPU's counter advances only every tenth of a second.
     """
+    # The first call of a network allocates and compiles, which must not enter the first window.
+    for call in calls:
+        call()
     # In turn, so that drift of the machine's temperature or load affects all candidates alike.
-    kept: list[list[float]] = [[] for _ in calls]
+    joules: list[list[float]] = [[] for _ in calls]
     for _ in range(WINDOWS):
-        for call, found in zip(calls, kept, strict=True):
-            found.append(_joules_in_window(call, meter, device, seconds))
-    return [statistics.median(found) for found in kept]
+        for call, windows in zip(calls, joules, strict=True):
+            windows.append(_joules_in_window(call, meter, device, seconds))
+    return [statistics.median(windows) for windows in joules]
 
 
 def _joules_in_window(
@@ -94,8 +104,8 @@ def _joules_in_window(
     """Repeat a call for `seconds`; return the joules per call."""
     # Energy of work queued earlier must not fall into the window.
     synchronize(device)
-    before, began, count = meter.joules(), time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    before, started, count = meter.joules(), time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
         call()
         # Per call, not per window: otherwise the loop would only enqueue kernels and overrun the
         # window by the length of the queue.

@@ -7,23 +7,24 @@ call on the meta device cannot show that. Shapes: B prompts, S tokens of each.
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bench.data import chat
-from bench.device.devices import synchronize
+from bench.device.devices import call_seconds
 from bench.errors import UserError
 from bench.measurement.flops.counter import CountedFlops, count_flops
-from bench.measurement.model_size import kv_cache_bytes
+from bench.measurement.model_size import kv_cache_bytes, parameter_dtype
 
 if TYPE_CHECKING:
     from bench.models.model import Model
 
-WARM_UP_CALLS = 2
+WARM_UP_CALLS = 3
 TIMED_CALLS = 7
 GREY = (127, 127, 127)
 IMAGE_SIDE = 336
@@ -51,9 +52,8 @@ class PromptTokens:
 class PrefillTiming:
     """Seconds of each repetition of one prefill, and the bytes of its KV cache.
 
-    `overhead` is the seconds of a prefill that a method's own selection takes. It is measured in
-    separate calls, because the device synchronisation around the selection costs time itself; empty
-    for a model without such a method.
+    `overhead` is the seconds of a prefill that a method's own selection takes, see
+    `method_overhead`.
     """
 
     cache_bytes: int
@@ -71,14 +71,14 @@ def build_image_prompt(model: Model, words: int) -> dict[str, Any]:
     from PIL import Image
 
     # A one-letter word is one token in common vocabularies, so `words` is close to the text length.
-    asked = [(" ".join(["a"] * words), None)]
-    text = chat.render_chat(model.processor, asked, images=1, system=model.config.system_prompt)
+    turns = [(" ".join(["a"] * words), None)]
+    text = chat.render_chat(model.processor, turns, images=1, system=model.config.system_prompt)
     image = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), GREY)
-    made = chat.encode_chats(model.processor, [text], [[image]])
-    dtype = next(model.network.parameters()).dtype
+    encoded = chat.encode_chats(model.processor, [text], [[image]])
+    dtype = parameter_dtype(model.network)
     return {
         name: (value.to(dtype) if value.is_floating_point() else value).to(model.device)
-        for name, value in made.items()
+        for name, value in encoded.items()
         if isinstance(value, Tensor)
     }
 
@@ -114,10 +114,13 @@ def count_prefill(model: Model, inputs: dict[str, Any]) -> tuple[CountedFlops, C
 @torch.no_grad()
 def time_prefill(model: Model, inputs: dict[str, Any]) -> PrefillTiming:
     """Time the prefill of one prompt with KV cache, and measure the size of the cache."""
-    cache = _prefill(model, inputs).past_key_values
-    return PrefillTiming(
-        kv_cache_bytes(cache), _call_seconds(model, inputs), _overhead_seconds(model, inputs)
-    )
+    prefill = partial(_prefill, model, inputs)
+    cache_bytes = kv_cache_bytes(prefill().past_key_values)
+    # The call above is the first of the warm-up.
+    for _ in range(WARM_UP_CALLS - 1):
+        prefill()
+    seconds = [call_seconds(prefill, model.device) for _ in range(TIMED_CALLS)]
+    return PrefillTiming(cache_bytes, seconds, method_overhead(model, prefill))
 
 
 def _prefill(model: Model, inputs: dict[str, Any]) -> Any:
@@ -126,24 +129,18 @@ def _prefill(model: Model, inputs: dict[str, Any]) -> Any:
     return model.network(**inputs, use_cache=True, logits_to_keep=1)
 
 
-def _call_seconds(model: Model, inputs: dict[str, Any]) -> list[float]:
-    seconds = []
-    for number in range(WARM_UP_CALLS + TIMED_CALLS):
-        synchronize(model.device)
-        began = time.perf_counter()
-        _prefill(model, inputs)
-        synchronize(model.device)
-        if number >= WARM_UP_CALLS:
-            seconds.append(time.perf_counter() - began)
-    return seconds
+@torch.no_grad()
+def method_overhead(model: Model, prefill: Callable[[], object]) -> list[float]:
+    """Return the seconds that a method's own selection takes, one value per prefill.
 
-
-def _overhead_seconds(model: Model, inputs: dict[str, Any]) -> list[float]:
+    Measured in separate calls, because the device synchronisation around the selection costs time
+    itself. Empty for a model without such a method.
+    """
     if model.overhead is None:
         return []
     seconds = []
     for _ in range(TIMED_CALLS):
-        with model.overhead() as spent:
-            _prefill(model, inputs)
-        seconds.append(spent.seconds)
+        with model.overhead() as overhead:
+            prefill()
+        seconds.append(overhead.seconds)
     return seconds

@@ -1,6 +1,4 @@
-"""Candidates timed in turn in one process, and the ratio of two with its interval.
-
-Ratio of two interleaved timings, with a confidence interval.
+"""Candidates timed in turn in one process, and the ratio of two with its confidence interval.
 
 Suffixes: R rounds, S resamples.
 """
@@ -38,7 +36,7 @@ class TimedRounds:
     """Times of all rounds and the state of the machine; `note` says why they may be unreliable."""
 
     seconds: StageSeconds
-    warm_up: int
+    warmup_rounds: int
     settled: bool
     machine: MachineReading
 
@@ -50,73 +48,77 @@ class TimedRounds:
     @property
     def note(self) -> str | None:
         """Caveat for the reader of these numbers; None if there is none."""
-        unsettled = None if self.settled else f"times had not settled after {self.warm_up} rounds"
+        unsettled = (
+            None if self.settled else f"times had not settled after {self.warmup_rounds} rounds"
+        )
         return "; ".join(filter(None, (self.machine.fault, unsettled))) or None
 
 
 def interleave(
-    contestants: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     device: torch.device,
     timing: TimingConfig,
-    enough: StoppingRule = lambda _: True,
+    is_precise: StoppingRule = lambda _: True,
 ) -> TimedRounds:
     """Warm up, then time the candidates round by round; repeat if the machine was loaded.
 
     The order is reversed every round, so that no candidate always comes first. After
-    `timing.rounds` rounds more are added until `enough` returns True or a limit of the config is
-    reached. Of several attempts on a loaded machine, the one with the least foreign load is kept.
+    `timing.rounds` rounds, more are added until `is_precise` returns True or a limit of the config
+    is reached. Of several attempts on a loaded machine the one with the least foreign load is kept.
     """
-    warm_up, settled = _warm_up(contestants, timing.warm_up)
+    warmup_rounds, settled = _warm_up(candidates, timing.max_warmup_rounds)
     attempts: list[TimedRounds] = []
     for _ in range(timing.attempts):
-        with MachineMonitor(device) as watch:
-            seconds = _time_rounds(contestants, timing, enough)
-        attempts.append(TimedRounds(seconds, warm_up, settled, watch.reading))
-        if watch.reading.fault is None:
+        with MachineMonitor(device) as monitor:
+            seconds = _time_rounds(candidates, timing, is_precise)
+        attempts.append(TimedRounds(seconds, warmup_rounds, settled, monitor.reading))
+        if monitor.reading.fault is None:
             break
     return min(attempts, key=lambda each: (bool(each.machine.fault), each.machine.others))
 
 
-def _warm_up(contestants: Sequence[Candidate], most: int) -> tuple[int, bool]:
+def _warm_up(candidates: Sequence[Candidate], max_rounds: int) -> tuple[int, bool]:
     """Run rounds until their times have settled; return how many, and whether they settled."""
     # The sum over candidates and stages decides: all of them must be warm.
-    took: list[float] = []
-    for number in range(1, most + 1):
-        took.append(sum(sum(contestant().values()) for contestant in contestants))
-        if _is_settled(took):
+    round_seconds: list[float] = []
+    for number in range(1, max_rounds + 1):
+        round_seconds.append(sum(sum(candidate().values()) for candidate in candidates))
+        if _is_settled(round_seconds):
             return number, True
-    return most, False
+    return max_rounds, False
 
 
-def _is_settled(took: Sequence[float]) -> bool:
+def _is_settled(round_seconds: Sequence[float]) -> bool:
     """Whether the median of the last three rounds is within 3 % of that of the three before."""
-    if len(took) < 2 * SETTLING_WINDOW:
+    if len(round_seconds) < 2 * SETTLING_WINDOW:
         return False
-    before = statistics.median(took[-2 * SETTLING_WINDOW : -SETTLING_WINDOW])
-    return abs(statistics.median(took[-SETTLING_WINDOW:]) / before - 1) < SETTLING_TOLERANCE
+    before = statistics.median(round_seconds[-2 * SETTLING_WINDOW : -SETTLING_WINDOW])
+    now = statistics.median(round_seconds[-SETTLING_WINDOW:])
+    return abs(now / before - 1) < SETTLING_TOLERANCE
 
 
 def _time_rounds(
-    contestants: Sequence[Candidate], timing: TimingConfig, enough: StoppingRule
+    candidates: Sequence[Candidate], timing: TimingConfig, is_precise: StoppingRule
 ) -> StageSeconds:
-    """Run rounds until `enough` is satisfied or a limit of the config is reached."""
-    kept: list[list[dict[str, float]]] = [[] for _ in contestants]
-    order, began = list(range(len(contestants))), time.perf_counter()
-    wanted = timing.rounds
+    """Run rounds until `is_precise` is satisfied or a limit of the config is reached."""
+    measured: list[list[dict[str, float]]] = [[] for _ in candidates]
+    order, started = list(range(len(candidates))), time.perf_counter()
+    target = timing.rounds
     while True:
-        while len(kept[0]) < wanted:
+        while len(measured[0]) < target:
             for number in order:
-                kept[number].append(contestants[number]())
+                measured[number].append(candidates[number]())
             order.reverse()
         seconds = {
-            stage: np.array([[lap[stage] for lap in laps] for laps in kept]) for stage in kept[0][0]
+            stage: np.array([[lap[stage] for lap in laps] for laps in measured])
+            for stage in measured[0][0]
         }
-        # Time is checked between batches of rounds only, so `most_seconds` is a soft limit: a
+        # Time is checked between batches of rounds only, so `max_seconds` is a soft limit: a
         # started batch is completed, which keeps the number of rounds equal for all candidates.
-        late = time.perf_counter() - began >= timing.most_seconds
-        if late or wanted >= timing.most_rounds or enough(seconds):
+        late = time.perf_counter() - started >= timing.max_seconds
+        if late or target >= timing.max_rounds or is_precise(seconds):
             return seconds
-        wanted = min(wanted + ROUNDS_PER_CHECK, timing.most_rounds)
+        target = min(target + ROUNDS_PER_CHECK, timing.max_rounds)
 
 
 RESAMPLES = 10_000
@@ -133,21 +135,21 @@ class Ratio:
     high: float
 
     @property
-    def reach(self) -> float:
+    def relative_reach(self) -> float:
         """Distance from the ratio to the farther end of the interval, as a share of the ratio."""
         return max(self.high - self.value, self.value - self.low) / self.value
 
 
-def paired_ratio(above_R: NDArray[np.float64], below_R: NDArray[np.float64]) -> Ratio:
-    """Return the median over rounds of above / below, with a bootstrap interval over rounds.
+def paired_ratio(numerator_R: NDArray[np.float64], denominator_R: NDArray[np.float64]) -> Ratio:
+    """Return the median over rounds of the ratio, with a bootstrap interval over rounds.
 
     Both times of a round were taken one after the other, so their ratio cancels what slowed the
     whole round; the ratio of the two medians does not.
     """
-    ratio_R = above_R / below_R
+    ratio_R = numerator_R / denominator_R
     # A fixed seed: the same times always give the same interval.
-    draws = np.random.default_rng(0)
-    chosen_SR = draws.integers(len(ratio_R), size=(RESAMPLES, len(ratio_R)))
+    rng = np.random.default_rng(0)
+    chosen_SR = rng.integers(len(ratio_R), size=(RESAMPLES, len(ratio_R)))
     median_S = np.median(ratio_R[chosen_SR], axis=1)
     tail = _tail_probability(len(ratio_R))
     low, high = np.quantile(median_S, [tail, 1 - tail])

@@ -1,6 +1,4 @@
-"""Seconds of a call by stage, and the FLOPs they are compared with.
-
-Latency of a model per stage.
+"""Seconds of a call per stage, and the FLOPs that a measured speed-up is compared with.
 
 - `prefill`: one call over the prompts, inputs on the device, until the KV cache is filled.
 - `first token`: from prompts in host memory to the ids of the first tokens in host memory.
@@ -9,9 +7,7 @@ Latency of a model per stage.
 - `forward`: one call of an image classifier; its `end to end` includes the transfer of images and
   classes.
 
-FLOPs of a call, the theory that a measured speed-up is compared with.
-
-They are counted in the same call that is timed, so that both skip the same work, whatever a method
+FLOPs are counted in the same call that is timed, so that both skip the same work, whatever a method
 does. Only this module connects timing to FLOP counting.
 """
 
@@ -19,11 +15,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from bench.device.devices import Clock
+from bench.device.devices import Clock, call_seconds
 from bench.measurement.flops.counter import count_flops
 from bench.measurement.interleaving import Candidate
 from bench.measurement.quantities import DECODE, END_TO_END, FIRST_TOKEN, FORWARD, PREFILL
@@ -32,9 +29,6 @@ from bench.measurement.workload import GenerationWorkload, Workload
 if TYPE_CHECKING:
     from torch import nn
 
-    from bench.models.model import Model
-
-OVERHEAD_CALLS = 7
 MIN_TIMED_SECONDS = 0.02
 
 
@@ -42,59 +36,67 @@ def candidate(network: nn.Module, device: torch.device, work: Workload) -> Candi
     """Return a callable that runs the workload once and returns the seconds of each stage."""
     resident = work.on(device)
 
-    def forward() -> float:
-        clock = Clock(device)
-        clock.mark()
-        made = work.forward(network, resident)
-        clock.mark()
-        (seconds,) = clock.laps()
-        del made  # only after the last mark: freeing memory is not the network's work
-        return seconds
+    def forward() -> object:
+        return work.forward(network, resident)
 
-    def classify() -> float:
-        clock = Clock(device)
-        clock.mark()
-        # `cpu()` waits for the device, so the mark after it includes the transfer back.
-        work.forward(network, work.on(device)).argmax(-1).cpu()
-        clock.mark()
-        return clock.laps()[0]
+    def classify() -> object:
+        # `cpu()` waits for the device, so the time includes the transfer back.
+        return work.forward(network, work.on(device)).argmax(-1).cpu()
 
-    def answer() -> list[float]:
-        asked = cast(GenerationWorkload, work)
+    def generate(generation: GenerationWorkload) -> list[float]:
         clock = Clock(device)
         # One mark before and one per token: the laps are the first token, then each decoding step.
         clock.mark()
-        asked.answer(network, asked.on(device), lambda _: clock.mark())
+        generation.generate(network, generation.on(device), lambda _: clock.mark())
         return clock.laps()
 
     @torch.no_grad()
     def once() -> dict[str, float]:
         if not isinstance(work, GenerationWorkload):
-            return {FORWARD: _median_seconds(forward), END_TO_END: _median_seconds(classify)}
-        first, *others = answer()
+            return {
+                FORWARD: _median_seconds(forward, device),
+                END_TO_END: _median_seconds(classify, device),
+            }
+        first, *others = generate(work)
         times = {
             FIRST_TOKEN: first,
             DECODE: statistics.fmean(others),
             END_TO_END: first + sum(others),
         }
-        return {PREFILL: _median_seconds(forward), **times}
+        return {PREFILL: _median_seconds(forward, device), **times}
 
     return once
 
 
-def _median_seconds(call: Callable[[], float]) -> float:
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median seconds of one call, over as many calls as take 20 ms together.
 
     A single call of less than a millisecond is too noisy.
     """
-    seconds = [call()]
+    seconds = [call_seconds(call, device)]
     while sum(seconds) < MIN_TIMED_SECONDS:
-        seconds.append(call())
+        seconds.append(call_seconds(call, device))
     return statistics.median(seconds)
 
 
+@dataclass(frozen=True)
+class StageFlops:
+    """FLOPs of a stage: `total` with masked pairs, `computed` without those a kernel may skip."""
+
+    total: float
+    computed: float
+
+    def decoding_step(self, prefill: StageFlops, steps: int) -> StageFlops:
+        """Return the mean of the `steps` that follow the prefill in this generation."""
+        return StageFlops(
+            (self.total - prefill.total) / steps, (self.computed - prefill.computed) / steps
+        )
+
+
 @torch.no_grad()
-def flops_by_stage(network: nn.Module, device: torch.device, work: Workload) -> dict[str, float]:
+def flops_by_stage(
+    network: nn.Module, device: torch.device, work: Workload
+) -> dict[str, StageFlops]:
     """Return the FLOPs of each stage, counted in the same calls that are timed.
 
     A stage is left out if one of its operators has no FLOP formula.
@@ -105,33 +107,19 @@ def flops_by_stage(network: nn.Module, device: torch.device, work: Workload) -> 
         return {}
     if not isinstance(work, GenerationWorkload):
         return {FORWARD: single, END_TO_END: single}
-    whole = stage_flops(lambda: work.answer(network, inputs))
+    whole = stage_flops(lambda: work.generate(network, inputs))
     if whole is None:
         return {PREFILL: single, FIRST_TOKEN: single}
     # A generation is one prefill, which yields the first token, and new_tokens - 1 decoding steps.
-    decode = (whole - single) / (work.new_tokens - 1)
+    decode = whole.decoding_step(single, work.new_tokens - 1)
     return {PREFILL: single, FIRST_TOKEN: single, DECODE: decode, END_TO_END: whole}
 
 
-@torch.no_grad()
-def method_overhead(model: Model, work: Workload) -> list[float]:
-    """Return the seconds that a method's own selection takes, one value per prefill.
-
-    Measured in separate calls, because the device synchronisation around the selection costs time
-    itself. Empty for a model without such a method.
-    """
-    if model.overhead is None:
-        return []
-    inputs, seconds = work.on(model.device), []
-    for _ in range(OVERHEAD_CALLS):
-        with model.overhead() as spent:
-            work.forward(model.network, inputs)
-        seconds.append(spent.seconds)
-    return seconds
-
-
-def stage_flops(call: Callable[[], object]) -> int | None:
+def stage_flops(call: Callable[[], object]) -> StageFlops | None:
     """Return the FLOPs of a call, two per multiply-add; None if an operator has no formula."""
     with count_flops() as counted:
         call()
-    return None if counted.missed else counted.total
+    if counted.without_formula:
+        return None
+    computed = counted.total if counted.causal is None else counted.causal
+    return StageFlops(counted.total, computed)

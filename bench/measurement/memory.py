@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.device.devices import release_memory
 from bench.device.memory import PeakMemory
-from bench.measurement.model_size import kv_cache_bytes
+from bench.measurement.model_size import kv_cache_bytes, tensor_bytes
 from bench.measurement.quantities import DECODE, FORWARD, PREFILL, Measurements
 from bench.measurement.workload import GenerationWorkload, Workload
 from bench.records.record import Cost
@@ -29,18 +29,18 @@ def memory_costs(model: Model, work: Workload) -> Measurements:
     """
     inputs, network = work.on(model.device), model.network
     with PeakMemory(model.device) as peak:
-        made = work.forward(network, inputs)
+        output = work.forward(network, inputs)
     if not isinstance(work, GenerationWorkload):
         yield _peak_cost(network, f"{FORWARD} {work.shape}", peak)
         return
     prefill, decode = f"{PREFILL} {work.shape}", f"{DECODE} {work.shape}"
     yield _peak_cost(network, prefill, peak)
-    filled = kv_cache_bytes(made.past_key_values)
+    filled = kv_cache_bytes(output.past_key_values)
     # The cache of the prefill must be gone before the next baseline is taken.
-    del made
+    del output
     with PeakMemory(model.device) as peak:
         # Restart after the first token, so that the peak of the prefill is not charged to decoding.
-        cache = work.answer(network, inputs, lambda n: peak.restart() if n == 1 else None)
+        cache = work.generate(network, inputs, lambda n: peak.restart() if n == 1 else None)
     yield _peak_cost(network, decode, peak)
     yield Cost(scope=prefill, quantity="cache_bytes", unit="B", value=filled, how="counted")
     # The last generated token is never fed back, so the cache grows by new_tokens - 1.
@@ -55,12 +55,11 @@ def disk_bytes(network: nn.Module) -> int:
         (tensor.data_ptr() if tensor.numel() and not tensor.is_meta else id(tensor)): tensor
         for tensor in network.state_dict(keep_vars=True).values()
     }
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    return tensor_bytes(kept.values())
 
 
 def _peak_cost(network: nn.Module, scope: str, peak: PeakMemory) -> Cost:
-    tensors = (*network.parameters(), *network.buffers())
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    weights = tensor_bytes((*network.parameters(), *network.buffers()))
     parts = {"weights": float(weights), "above": float(peak.above)}
     return Cost(
         scope=scope,
@@ -78,19 +77,19 @@ TOLERATED_GROWTH = 256 * 2**20
 
 
 class LeakMonitor:
-    """Records memory in use at construction, less the network's own; `left` returns the growth."""
+    """Compares the memory in use, less the network's own, with that at construction."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._device = device
         self._before = self._used() - _network_bytes(network)
 
-    def left(self, network: nn.Module) -> int:
+    def leaked_bytes(self, network: nn.Module) -> int:
         """Return how many more bytes are in use now, or 0 if the growth is tolerable."""
         # Collecting garbage is slow, so it is done only if there seems to be a leak.
         if self._growth(network) > TOLERATED_GROWTH:
             release_memory(self._device)
-        grown = self._growth(network)
-        return grown if grown > TOLERATED_GROWTH else 0
+        growth = self._growth(network)
+        return growth if growth > TOLERATED_GROWTH else 0
 
     def _growth(self, network: nn.Module) -> int:
         return self._used() - _network_bytes(network) - self._before
@@ -100,10 +99,10 @@ class LeakMonitor:
         if self._device.type == "cuda":
             return int(torch.cuda.memory_allocated(self._device))
         # Shared pages are mapped files, such as weights read by mmap: the kernel can drop them.
-        held = psutil.Process().memory_info()
-        return int(held.rss - getattr(held, "shared", 0))
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def _network_bytes(network: nn.Module) -> int:
-    held = chain(network.parameters(), network.buffers())
-    return sum(t.numel() * t.element_size() for t in held if not t.is_meta)
+    tensors = chain(network.parameters(), network.buffers())
+    return tensor_bytes(tensor for tensor in tensors if not tensor.is_meta)

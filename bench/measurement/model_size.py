@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bench.models.bitpacking.packed_modules import packed_linears
@@ -58,7 +60,7 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
             for t in chain(iter_parameters(network), (linear.weight for linear in packed))
         ),
         active=round(total - idle),
-        bytes=sum(t.numel() * t.element_size() for t in (*tensors, *network.buffers())),
+        bytes=tensor_bytes((*tensors, *network.buffers())),
         routed=routed,
         shared=shared,
     )
@@ -66,8 +68,18 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
 
 def _routed_in_replaced_modules(network: nn.Module) -> list[tuple[int, int]]:
     """Return routed parameters and number of experts of every replaced module that has experts."""
-    own = [module.routed() for module in network.modules() if isinstance(module, ReplacedModule)]
-    return [told for told in own if told is not None]
+    counts = [module.routed() for module in network.modules() if isinstance(module, ReplacedModule)]
+    return [count for count in counts if count is not None]
+
+
+def parameter_dtype(network: nn.Module) -> torch.dtype:
+    """Return the dtype of the first parameter, which stands for the network's."""
+    return next(network.parameters()).dtype
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of all elements of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def experts_per_token(network: nn.Module) -> int:
@@ -92,4 +104,4 @@ def kv_cache_bytes(cache: Any) -> int:
         for name, value in vars(layer).items()
         if isinstance(value, Tensor) and name.endswith(("keys", "values"))
     }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return tensor_bytes(tensors.values())

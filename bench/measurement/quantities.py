@@ -1,4 +1,4 @@
-"""Stage names, the measured pair of models, costs and missing measurements as they come."""
+"""What measurements share: names of stages, the measured pair of models, the report of costs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ STAGES = (FORWARD, PREFILL, FIRST_TOKEN, DECODE, END_TO_END)
 class MeasuredPair:
     """A model, its dense baseline if there is one, and the reason why no gain may be reported.
 
-    `no_gain_reason` is the effect of methods that leave all weights in place (`masked`, `zeroed`), or the
-    reason why the dense model is missing. It is None if gains are real or nothing is compared.
+    `no_gain_reason` is the effect of methods that leave all weights in place (`masked`, `zeroed`),
+    or the reason why the dense model is missing. It is None if gains are real or nothing is
+    compared.
     """
 
     model: Model

@@ -1,14 +1,11 @@
-"""What a device can do at best, the fewest bytes of a call, and the least time it needs.
-
-Roofline of a device: its measured peak rates, and the minimum time that a call needs.
+"""Roofline of a device: its measured peak rates, and the minimum time that a call needs.
 
 A call cannot be faster than its FLOPs at the rate of a large matmul, nor than its bytes at the
 bandwidth of a large copy (roofline model: Williams, Waterman, Patterson, CACM 2009).
 
-Minimum bytes that a call must read: the weights of all modules that run in it, each once.
-
-This is a lower bound, so that the share of the roofline is never overstated: of E routed experts
-only the k of a single token are charged; embeddings and activations are not charged at all.
+The bytes are the weights of all modules that run in a call, each once. This is a lower bound, so
+that the share of the roofline is never overstated: of E routed experts only the k of a single token
+are charged; embeddings and activations are not charged at all.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from bench.device.devices import Clock
+from bench.device.devices import call_seconds
 from bench.measurement.model_size import experts_per_token
 from bench.models.replaced_modules import ReplacedModule
 
@@ -69,12 +66,7 @@ def _fastest_seconds(device: torch.device, call: Callable[[], object]) -> float:
     """Return the seconds of the fastest of several calls, after a warm-up call."""
     # The fastest, since a limit must not be understated: a share of it could exceed 1.
     call()
-    clock = Clock(device)
-    clock.mark()
-    for _ in range(REPEATS):
-        call()
-        clock.mark()
-    return min(clock.laps())
+    return min(call_seconds(call, device) for _ in range(REPEATS))
 
 
 def weight_bytes_read(
@@ -85,12 +77,12 @@ def weight_bytes_read(
     `call` receives a function that discards the modules recorded so far.
     """
     share = _active_expert_shares(network, structure)
-    with _executed_modules(network) as ran:
-        call(ran.clear)
+    with _executed_modules(network) as executed:
+        call(executed.clear)
     # By identity of the tensor, so that tied weights are charged once.
     weights = {
         id(tensor): tensor.numel() * tensor.element_size() * share.get(module, 1.0)
-        for module in ran
+        for module in executed
         if not isinstance(module, nn.Embedding)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
@@ -100,14 +92,14 @@ def weight_bytes_read(
 @contextmanager
 def _executed_modules(network: nn.Module) -> Iterator[set[nn.Module]]:
     """Collect the modules whose forward runs inside the block."""
-    seen: set[nn.Module] = set()
+    executed: set[nn.Module] = set()
 
-    def see(module: nn.Module, _: object) -> None:
-        seen.add(module)
+    def record(module: nn.Module, _: object) -> None:
+        executed.add(module)
 
-    hooks = [module.register_forward_pre_hook(see) for module in network.modules()]
+    hooks = [module.register_forward_pre_hook(record) for module in network.modules()]
     try:
-        yield seen
+        yield executed
     finally:
         for hook in hooks:
             hook.remove()
@@ -125,13 +117,13 @@ def _active_expert_shares(network: nn.Module, structure: ModelStructure) -> dict
             for module in block.experts.modules()
         }
     shares: dict[nn.Module, float] = {}
-    for own in network.modules():
-        told = own.routed() if isinstance(own, ReplacedModule) else None
-        if told is not None:
-            routed, experts = told
+    for module in network.modules():
+        counts = module.routed() if isinstance(module, ReplacedModule) else None
+        if counts is not None:
+            routed, experts = counts
             # Not all weights of a replaced module are routed, so k/E does not apply to the whole:
             # subtract what a token leaves unused. One share holds for all its submodules.
             idle = routed * (1 - experts_per_token(network) / experts)
-            share = 1 - idle / sum(weight.numel() for weight in own.parameters())
-            shares |= dict.fromkeys(own.modules(), share)
+            share = 1 - idle / sum(weight.numel() for weight in module.parameters())
+            shares |= dict.fromkeys(module.modules(), share)
     return shares

@@ -1,4 +1,4 @@
-"""Latency of a model next to its dense baseline: speed-up, and the share of theory realised.
+"""Latency of a model next to its dense baseline: speed-up, and the fraction of it realised.
 
 Suffixes: N networks, the measured one first; R rounds.
 """
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.measurement import latency
+from bench.measurement.image_prompt import method_overhead
 from bench.measurement.interleaving import (
     Ratio,
     StageSeconds,
@@ -19,6 +20,7 @@ from bench.measurement.interleaving import (
     interleave,
     paired_ratio,
 )
+from bench.measurement.latency import StageFlops
 from bench.measurement.model_size import kv_cache_bytes
 from bench.measurement.quantities import DECODE, FORWARD, PREFILL, MeasuredPair, Measurements
 from bench.measurement.roofline import DeviceLimits, weight_bytes_read
@@ -38,43 +40,30 @@ def speedup_costs(
     # FLOPs and bytes are counted first, in calls of their own: hooks and dispatch modes would slow
     # the timed calls.
     flops = [latency.flops_by_stage(network, device, work) for network in subject.networks]
-    bytes = _bytes_read_by_stage(subject, work) if best else {}
-    contestants = [latency.candidate(network, device, work) for network in subject.networks]
+    bytes_read = _bytes_read_by_stage(subject, work) if best else {}
+    candidates = [latency.candidate(network, device, work) for network in subject.networks]
     compared = subject.dense is not None and not subject.no_gain_reason
     # Without a comparison there is no ratio whose interval could decide: run `timing.rounds`.
-    enough = partial(_is_precise, precision=timing.precision) if compared else lambda _: True
-    rounds = interleave(contestants, device, timing, enough)
-    said = {"rounds": float(rounds.count), "warm_up": float(rounds.warm_up)}
-    said |= rounds.machine.numbers()
+    is_precise = partial(_is_precise, precision=timing.precision) if compared else lambda _: True
+    rounds = interleave(candidates, device, timing, is_precise)
     for stage, seconds_NR in rounds.seconds.items():
-        scope, own = f"{stage} {work.shape}", _percentiles(seconds_NR[0])
-        done = [found.get(stage) for found in flops]
-        parts = own | said | ({"flops": done[0]} if done[0] else {})
-        if subject.dense:
-            beside = _percentiles(seconds_NR[1])
-            parts |= {f"dense_{name}": value for name, value in beside.items()}
-        yield Cost(
-            scope=scope,
-            quantity="latency",
-            unit="s",
-            value=own["p50"],
-            how="measured",
-            parts=parts,
-            note=rounds.note,
-        )
+        scope = f"{stage} {work.shape}"
+        done = [by_stage.get(stage) for by_stage in flops]
+        latency_cost = _latency_cost(scope, seconds_NR, done[0], rounds)
+        yield latency_cost
         if subject.no_gain_reason:
             yield MissingMeasurement(scope=scope, quantity="speedup", reason=subject.no_gain_reason)
         elif subject.dense:
-            left = done[0] / done[1] if done[0] and done[1] else None
+            left = done[0].total / done[1].total if done[0] and done[1] else None
             yield from _gain_costs(scope, _speedup(seconds_NR), left, rounds, timing.precision)
-        if best and stage in bytes and done[0]:
-            needs = {"flops": done[0], "bytes": bytes[stage]}
-            share = best.min_seconds(**needs) / own["p50"]
+        if best and stage in bytes_read and done[0]:
+            # Causal kernels skip masked pairs: with them the least time would be overstated.
+            needs = {"flops": done[0].computed, "bytes": bytes_read[stage]}
             yield Cost(
                 scope=scope,
                 quantity="roofline_efficiency",
                 unit="1",
-                value=share,
+                value=best.min_seconds(**needs) / latency_cost.value,
                 how="measured",
                 parts=needs,
                 note=rounds.note,
@@ -82,8 +71,31 @@ def speedup_costs(
     yield from _overhead_cost(subject, work, rounds.note)
 
 
+def _latency_cost(
+    scope: str, seconds_NR: NDArray[np.float64], flops: StageFlops | None, rounds: TimedRounds
+) -> Cost:
+    """Return the median seconds of a stage, with its spread and the state of the machine."""
+    own = _percentiles(seconds_NR[0])
+    parts = own | {"rounds": float(rounds.count), "warm_up": float(rounds.warmup_rounds)}
+    parts |= rounds.machine.numbers()
+    if flops:
+        parts["flops"] = flops.total
+    # With a baseline there are two networks, the dense one second.
+    for dense_R in seconds_NR[1:]:
+        parts |= {f"dense_{name}": value for name, value in _percentiles(dense_R).items()}
+    return Cost(
+        scope=scope,
+        quantity="latency",
+        unit="s",
+        value=own["p50"],
+        how="measured",
+        parts=parts,
+        note=rounds.note,
+    )
+
+
 def _is_precise(seconds: StageSeconds, precision: float) -> bool:
-    return all(_speedup(seconds_NR).reach <= precision for seconds_NR in seconds.values())
+    return all(_speedup(seconds_NR).relative_reach <= precision for seconds_NR in seconds.values())
 
 
 def _speedup(seconds_NR: NDArray[np.float64]) -> Ratio:
@@ -100,7 +112,10 @@ def _gain_costs(
     is slower than the dense one.
     """
     wide = f"the interval of the speed-up is still wider than {100 * precision:g} % to one side"
-    note = "; ".join(filter(None, (rounds.note, wide if ratio.reach > precision else None))) or None
+    note = (
+        "; ".join(filter(None, (rounds.note, wide if ratio.relative_reach > precision else None)))
+        or None
+    )
     parts = {"low": ratio.low, "high": ratio.high} | ({"theory": 1 / left} if left else {})
     yield Cost(
         scope=scope,
@@ -144,7 +159,9 @@ def _gain_costs(
 
 def _overhead_cost(subject: MeasuredPair, work: Workload, note: str | None) -> Measurements:
     """Yield the seconds of a prefill that the method's own selection takes, if it makes one."""
-    seconds = latency.method_overhead(subject.model, work)
+    model = subject.model
+    inputs = work.on(model.device)
+    seconds = method_overhead(model, lambda: work.forward(model.network, inputs))
     if seconds:
         found = _percentiles(np.array(seconds))
         scope = f"{PREFILL} {work.shape}"
@@ -173,7 +190,7 @@ def _bytes_read_by_stage(subject: MeasuredPair, work: Workload) -> dict[str, flo
         structure,
         # The prefill ends with the first token: clear what ran until then. If later steps run a
         # module several times its weights still count once, so this is the cost of one step.
-        lambda forget: work.answer(network, inputs, lambda n: forget() if n == 1 else None),
+        lambda forget: work.generate(network, inputs, lambda n: forget() if n == 1 else None),
     )
     return {PREFILL: single, DECODE: step + cache}
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from bench.errors import UserError
 from bench.measurement.image_prompt import build_image_prompt
+from bench.measurement.model_size import parameter_dtype
 from bench.models.classifiers.classifier import Classifier
 from bench.models.model import max_sequence_length
 from bench.records.record import MissingMeasurement
@@ -59,7 +60,7 @@ class GenerationWorkload(Workload):
         """Prefill the prompts into a KV cache, with logits for their last tokens only."""
         return network(**inputs, use_cache=True, logits_to_keep=1)
 
-    def answer(
+    def generate(
         self,
         network: nn.Module,
         inputs: dict[str, Tensor],
@@ -69,11 +70,11 @@ class GenerationWorkload(Workload):
 
         `on_token` is called with 1, 2, ... as soon as the id of that token is in host memory.
         """
-        answering: Any = network
+        generator: Any = network
         # Some checkpoints list several end tokens; `generate` wants one id to pad with.
-        end = answering.generation_config.eos_token_id
+        end = generator.generation_config.eos_token_id
         first = end[0] if isinstance(end, list) else end
-        made = answering.generate(
+        output = generator.generate(
             **inputs,
             min_new_tokens=self.new_tokens,
             max_new_tokens=self.new_tokens,
@@ -88,7 +89,7 @@ class GenerationWorkload(Workload):
             streamer=_TokenListener(on_token),
             return_dict_in_generate=True,
         )
-        return made.past_key_values
+        return output.past_key_values
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,13 @@ class _TokenListener(BaseStreamer):  # type: ignore[misc]  # transformers is not
 
     def __init__(self, on_token: Callable[[int], object]) -> None:
         self._on_token = on_token
-        self._heard = 0
+        self._tokens_seen = 0
 
     def put(self, value: Tensor) -> None:
         """Receive the ids of the prompt, then of each new token, all in host memory."""
-        if self._heard:
-            self._on_token(self._heard)
-        self._heard += 1
+        if self._tokens_seen:
+            self._on_token(self._tokens_seen)
+        self._tokens_seen += 1
 
     def end(self) -> None:
         """Do nothing: the last token has been reported already."""
@@ -160,9 +161,9 @@ def _text_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     # Random tokens, since every vocabulary has them and time hardly depends on the ids.
     network: Any = model.network
     vocabulary = network.get_input_embeddings().num_embeddings
-    draws = torch.Generator().manual_seed(SEED)
+    rng = torch.Generator().manual_seed(SEED)
     for batch, length in product(timing.batches, timing.lengths):
-        ids_BL = torch.randint(vocabulary, (batch, length), generator=draws)
+        ids_BL = torch.randint(vocabulary, (batch, length), generator=rng)
         inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
         yield GenerationWorkload(f"{batch}x{length}", batch, inputs, length, timing.new_tokens)
 
@@ -186,9 +187,9 @@ def _image_prompt_workloads(model: Model, timing: TimingConfig) -> Iterator[Work
 
 def _classification_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     config = cast(Classifier, model.network).config
-    draws = torch.Generator().manual_seed(SEED)
-    dtype = next(model.network.parameters()).dtype
+    rng = torch.Generator().manual_seed(SEED)
+    dtype = parameter_dtype(model.network)
     for batch in timing.batches:
         shape = (batch, config.channels, config.size, config.size)
-        image_BCHH = torch.randn(shape, generator=draws).to(dtype)
+        image_BCHH = torch.randn(shape, generator=rng).to(dtype)
         yield ClassificationWorkload("x".join(map(str, shape)), batch, {"image_BCHH": image_BCHH})

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from bench.errors import UNWRITABLE_ERRNOS, Stopped
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -36,8 +39,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         fill(temporary)
-        for file in temporary.iterdir():
-            _sync_file(file)
+        # A folder has to be synced as well: its entries are its content.
+        for path_inside in temporary.rglob("*"):
+            _sync(path_inside)
         # mkdtemp makes folders private (0700); records are shared like any other file.
         temporary.chmod(0o755)
         _swap(temporary, path)
@@ -53,7 +57,7 @@ def _swap(new: Path, path: Path) -> None:
         new.rename(path)
         return
     # POSIX cannot replace a non-empty folder by a rename, so two renames are needed. A kill between
-    # them leaves `path` missing; `mend` brings the old folder back.
+    # them leaves `path` missing; `repair_interrupted_write` brings the old folder back.
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
     path.rename(old / path.name)
     new.rename(path)
@@ -74,16 +78,30 @@ def repair_interrupted_write(path: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename inside the folder survive a power cut."""
     # On POSIX a rename is an entry of the folder, which has to be synced in addition to the file.
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    # By descriptor, since a folder cannot be opened as a Python file.
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def disk_errors_as_stopped(results_dir: Path) -> Iterator[None]:
+    """Convert out-of-space errors into `Stopped`, so that a later run can resume."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE_ERRNOS:
+            raise
+        raise Stopped(
+            f"results_dir={results_dir}: {error.strerror}; "
+            "free some space and run the same command to resume"
+        ) from error

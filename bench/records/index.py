@@ -1,6 +1,4 @@
-"""All records as one Parquet index and as data frames.
-
-Index of all records as one Parquet file, so that thousands of them load as one data frame.
+"""Index of all records as one Parquet file, so that thousands of them load as one data frame.
 
 The index is a cache and can be deleted at any time. A row is used only while the file of its record
 is the one it was read from (same inode, size and modification time) and the record schema is the
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INDEX = "index.parquet"
+UNREADABLE = "unreadable"
 
 
 def index_table(store: Store) -> pa.Table:
@@ -36,19 +35,19 @@ def index_table(store: Store) -> pa.Table:
     pairs = kept.group_by(["run", "stamp"]).aggregate([]).to_pylist()
     valid = {pair["run"] for pair in pairs if stamps.get(pair["run"]) == pair["stamp"]}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
-    rows = [
-        row
-        for run, record in fresh.items()
-        if record
-        for row in _rows_of_record(record, stamps[run])
-    ]
+    rows: list[dict[str, Any]] = []
+    for run, record in fresh.items():
+        # An unreadable record gets a row as well, or its file would be parsed on every call.
+        unreadable = [{"run": run, "kind": UNREADABLE, "stamp": stamps[run]}]
+        rows += _rows_of_record(record, stamps[run]) if record else unreadable
     # The second test finds deleted records, whose rows must leave the index.
-    if not rows and len(valid) == len(pairs):
-        return kept
-    current = kept.filter(pc.is_in(kept["run"], value_set=pa.array(sorted(valid), pa.string())))
-    merged = _sorted_by_start(pa.concat_tables([current, pa.Table.from_pylist(rows, kept.schema)]))
-    _write_index(store.root / INDEX, merged)
-    return merged
+    if rows or len(valid) < len(pairs):
+        known = pa.array(sorted(valid), pa.string())
+        current = kept.filter(pc.is_in(kept["run"], value_set=known))
+        added = pa.Table.from_pylist(rows, kept.schema)
+        kept = _sorted_by_start(pa.concat_tables([current, added]))
+        _write_index(store.root / INDEX, kept)
+    return kept.filter(pc.not_equal(kept["kind"], UNREADABLE))
 
 
 def _record_stamps(store: Store) -> dict[str, str]:

@@ -5,7 +5,8 @@ and identity. A torn last line is cut off, a damaged line is skipped, and a file
 format or identity is moved aside. None of these is an error; each is reported in `notes`.
 
 An entry has reached the kernel when `append` returns, so it survives a kill of the process. The
-file is synced to disk at most once per second; a power cut loses only the entries since then.
+file is synced to disk at most once per second and at the end; a power cut loses only the entries
+since then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import time
 import zlib
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +50,10 @@ class Journal:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        # `append` syncs only while entries come in, so the last ones may not be on the disk yet. A
+        # full disk must not hide the error that ended the block: a kill needs no sync.
+        with suppress(OSError):
+            os.fsync(self._file)
         os.close(self._file)
 
     def append(self, entry: Any) -> None:

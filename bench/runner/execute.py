@@ -7,12 +7,11 @@ Nothing heavy is imported at module level, so that `import bench` and `bench --h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.errors import UNWRITABLE_ERRNOS, Stopped
 from bench.runner.inputs import RunInputs, _plain_config, check_run, resolve_run
 from bench.runner.method_application import apply_methods
 from bench.runner.record_builder import (
@@ -67,6 +66,7 @@ def execute(config: RunConfig, asked: RunRequest) -> RunResult:
     """Execute one run and return its record; a recorded run is not executed again."""
     from bench.evaluation.distributed import current_process_group
     from bench.records import Store
+    from bench.records.atomic_files import disk_errors_as_stopped
     from bench.sweeps import RunResult
     from bench.tracking.tracker import track
     from bench.ui import Progress
@@ -74,7 +74,7 @@ def execute(config: RunConfig, asked: RunRequest) -> RunResult:
     ranks = current_process_group()
     progress = Progress(quiet=not ranks.is_first)
     store = Store(config.results_dir)
-    with _disk_errors_as_stopped(store):
+    with disk_errors_as_stopped(store.root):
         store.ensure_writable()
     inputs = resolve_run(config)
 
@@ -84,7 +84,7 @@ def execute(config: RunConfig, asked: RunRequest) -> RunResult:
     # Two processes with the same run: the second waits, then finds the record. Of the processes of
     # one distributed run only the first takes the lock, or they would wait for each other.
     claim = store.claim(inputs.id, on_wait=say) if ranks.is_first else nullcontext()
-    with _disk_errors_as_stopped(store), claim:
+    with disk_errors_as_stopped(store.root), claim:
         known = None if config.force else store.find(inputs.id)
         # All processes must take the same branch: one that evaluates alone would wait in an
         # exchange forever.
@@ -192,17 +192,3 @@ def _measured_pair(
     dense = _base_model_cache().beside(source)
     missing = None if dense else "the dense model did not fit into memory next to this one"
     return MeasuredPair(model, dense, no_gain_reason=without_real_saving(methods) or missing)
-
-
-@contextmanager
-def _disk_errors_as_stopped(store: Store) -> Iterator[None]:
-    """Convert out-of-space errors into `Stopped`, so that a later run can resume."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE_ERRNOS:
-            raise
-        raise Stopped(
-            f"results_dir={store.root}: {error.strerror}; "
-            "free some space and run the same command to resume"
-        ) from error

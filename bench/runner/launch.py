@@ -120,8 +120,8 @@ def resume_plan(plan: SweepPlan, perform: ExecuteRun, reused: bool = False) -> L
 
 def _run_sweep(plan: SweepPlan, perform: ExecuteRun) -> LaunchOutcome:
     """Let Hydra launch the unfinished jobs of a sweep, and collect the results of all jobs."""
-    with _working_directory(plan.where):
-        overrides = [*plan.asked, f"hydra.sweep.dir={plan.folder}"]
+    with _working_directory(plan.working_folder):
+        overrides = [*plan.arguments, f"hydra.sweep.dir={plan.folder}"]
         _run_hydra(overrides, perform, LaunchOutcome())
     # The sweeper may have extended the plan on disk meanwhile.
     return _sweep_outcome(read_plan(plan.folder) or plan)
@@ -155,7 +155,7 @@ def _sweep_fingerprint(
         return None
     kinds = {type(method) for config in configs for method in config.method.values()}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
-    return SweepFingerprint.of({file for group in known for file in group}, packages)
+    return SweepFingerprint.record_now({file for group in known for file in group}, packages)
 
 
 def _flags_first(overrides: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
     for name, method in config.method.items():
         # Two methods must not find each other's checkpoints.
         own = replace(context, folder=context.folder / name if context.folder else None)
-        watch = LeakMonitor(model.network, model.device)
+        leaks = LeakMonitor(model.network, model.device)
         highest = PeakMemory(model.device) if watched else nullcontext()
         with context.progress.phase(f"applying {name}"), _attribute_errors(name), highest as peak:
             began = time.perf_counter()
@@ -40,9 +40,9 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
             synchronize(model.device)
             took = time.perf_counter() - began
         refuse_not_finite(model.network, name)
-        if left := watch.left(model.network):
+        if leaked := leaks.leaked_bytes(model.network):
             context.progress.warn(
-                f"{name} leaks {left / 2**20:.0f} MiB besides the model's own memory: "
+                f"{name} leaks {leaked / 2**20:.0f} MiB besides the model's own memory: "
                 "a long sweep will run out of memory"
             )
         knobs = method.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Grids and listed runs, written down before they are launched."""
+"""Sweepers for grids and for lists of runs, whose jobs are planned before they are launched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from bench.errors import UserError
-from bench.sweeps.plan import SweepPlan, read_plan
+from bench.sweeps.plan import plan_in
 from bench.sweeps.status import unfinished_jobs
 
 
@@ -47,9 +47,7 @@ class GridSweeper(LaunchingSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the jobs that are neither done nor running elsewhere, in the order of the plan."""
         folder = Path(self.config.hydra.sweep.dir)
-        # `bench run` has written the plan already, unless Hydra was started in another way.
-        plan = read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")
-        plan = plan.with_jobs(self.jobs(arguments), complete=True)
+        plan = plan_in(folder).with_jobs(self.jobs(arguments), complete=True)
         waiting = iter([list(job.overrides) for job in unfinished_jobs(plan)])
         launched = 0
         while batch := list(itertools.islice(waiting, self.max_batch_size)):
@@ -59,14 +57,14 @@ class GridSweeper(LaunchingSweeper):
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """Return the overrides of every job; the command line wins over the config."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        recipe = [f"{key}={values}" for key, values in self.params.items()]
-        return grid_jobs(parser.parse_overrides([*recipe, *arguments]))
+        configured = [f"{key}={values}" for key, values in self.params.items()]
+        return grid_jobs(parser.parse_overrides([*configured, *arguments]))
 
 
 class ListSweeper(GridSweeper):
     """Runs that are not a product of values: each is listed with its own overrides.
 
-    bench run -m hydra/sweeper=listed "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
+    bench run -m hydra/sweeper=list "hydra.sweeper.runs=[['method=dense'],['method=gptq']]"
     """
 
     def __init__(self, runs: Sequence[Sequence[str]]) -> None:
@@ -80,7 +78,7 @@ class ListSweeper(GridSweeper):
         return [[*run, *arguments] for run in self.runs]
 
 
-def grid_jobs(asked: list[Override]) -> list[list[str]]:
+def grid_jobs(overrides: list[Override]) -> list[list[str]]:
     """Return every combination of the values; the last key varies fastest.
 
     A later override of the same key wins, so that the command line wins over the config.
@@ -89,7 +87,7 @@ def grid_jobs(asked: list[Override]) -> list[list[str]]:
         UserError: an override is an interval, which only a search can sample.
     """
     values: dict[str, list[str]] = {}
-    for override in asked:
+    for override in overrides:
         key = override.get_key_element()
         if not override.is_sweep_override():
             values[key] = [str(override.input_line)]
@@ -97,7 +95,7 @@ def grid_jobs(asked: list[Override]) -> list[list[str]]:
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             raise UserError(
-                f"{override.input_line} is a continuous range: a grid needs choices; "
-                "use a search for ranges (hydra/sweeper=search)"
+                f"{override.input_line} is a continuous range, but a grid needs single values: "
+                "list the values, or use a search (hydra/sweeper=optuna)"
             )
     return [list(job) for job in itertools.product(*values.values())]

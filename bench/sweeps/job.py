@@ -1,4 +1,4 @@
-"""One job of a sweep, run under a lock, with a small status file.
+"""One job of a sweep, run under a lock, with a small status file; and the value a search optimises.
 
 A failing job never stops the others, and the outcome is the same whether a launcher ran the job in
 this process or on another machine. The lock distinguishes a running job from one whose process has
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from bench.errors import UserError, error_sentence
-from bench.records.atomic_files import write_bytes
+from bench.records.atomic_files import disk_errors_as_stopped, write_bytes
 from bench.security import redact
 
 if TYPE_CHECKING:
@@ -49,54 +49,56 @@ class RunResult:
 
 
 def perform_job(
-    folder: Path, number: int, asked: RunRequest, perform: Callable[[], RunResult]
+    folder: Path, number: int, request: RunRequest, perform: Callable[[], RunResult]
 ) -> RunResult | None:
     """Run one job and keep its status below `folder`; a failure is recorded, not raised.
 
     A second process with the same job waits for the first and then finds its record. An
     interruption is not a failure of the job: it is recorded as `waiting` and raised.
     """
-    note: StatusDict = {"number": number, "command": asked.command, "state": "running"}
-    note |= {"host": platform.node(), "pid": os.getpid(), "started": _now()}
+    status: StatusDict = {"number": number, "command": request.command, "state": "running"}
+    status |= {"host": platform.node(), "pid": os.getpid(), "started": _now()}
     result = None
     path = _status_path(folder, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        write_status(folder, note)
-        try:
-            result = perform()
-            note |= {"state": "done", "run": result.record.id, "reused": result.reused}
-            note |= {"warning": result.warning}
-        except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
-            note |= {"state": "failed", "reason": failure_reason(error)}
-            # A UserError needs no traceback: its message is the whole story.
-            if not isinstance(error, UserError):
-                note["log"] = str(_write_traceback(path, error))
-        except BaseException:
-            note |= {"state": "waiting", "reason": "interrupted", "finished": _now()}
-            # A full disk may be what interrupted the run, and then this write fails too; the job
-            # then counts as lost, and resuming the sweep runs it again just the same.
-            with suppress(OSError):
-                write_status(folder, note)
-            raise
-        write_status(folder, {**note, "finished": _now()})
+    # A full disk fails every job alike, so it stops the sweep instead of this job; a status that
+    # could not be written counts as lost, and resuming the sweep runs the job again.
+    with disk_errors_as_stopped(folder.parent.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            write_status(folder, status)
+            try:
+                result = perform()
+                status |= {"state": "done", "run": result.record.id, "reused": result.reused}
+                status |= {"warning": result.warning}
+            except Exception as error:  # one job's failure, whatever it is, must not stop the sweep
+                status |= {"state": "failed", "reason": failure_reason(error)}
+                # A UserError needs no traceback: its message is the whole story.
+                if not isinstance(error, UserError):
+                    status["log"] = str(_write_traceback(path, error))
+            except BaseException:
+                status |= {"state": "waiting", "reason": "interrupted", "finished": _now()}
+                # A full disk may be what interrupted the run, and then this write fails too.
+                with suppress(OSError):
+                    write_status(folder, status)
+                raise
+            write_status(folder, {**status, "finished": _now()})
     return result
 
 
-def write_status(folder: Path, note: StatusDict) -> None:
+def write_status(folder: Path, status: StatusDict) -> None:
     """Write the status of a job atomically."""
     # Commands and error messages may hold tokens, and status files are shared.
-    text = redact(json.dumps(note, indent=1))
-    write_bytes(_status_path(folder, note["number"]), (text + "\n").encode())
+    text = redact(json.dumps(status, indent=1))
+    write_bytes(_status_path(folder, status["number"]), (text + "\n").encode())
 
 
 def read_status(folder: Path, number: int) -> StatusDict | None:
     """Return the status of a job, or None if it has not started or the file is damaged."""
     try:
-        note = json.loads(_status_path(folder, number).read_text())
+        status = json.loads(_status_path(folder, number).read_text())
     except (OSError, ValueError):
         return None
-    return note if isinstance(note, dict) and "state" in note else None
+    return status if isinstance(status, dict) and "state" in status else None
 
 
 def clear_status(folder: Path, number: int) -> None:
@@ -122,9 +124,9 @@ def _status_path(folder: Path, number: int) -> Path:
     return folder / JOBS / f"{number:05d}.json"
 
 
-def _write_traceback(note: Path, error: Exception) -> Path:
+def _write_traceback(status_file: Path, error: Exception) -> Path:
     """Write the traceback to a log file next to the status file and return its path."""
-    path = note.with_suffix(".log")
+    path = status_file.with_suffix(".log")
     text = "".join(traceback.format_exception(error))
     write_bytes(path, redact(text).encode())
     return path

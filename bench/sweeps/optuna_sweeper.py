@@ -1,15 +1,11 @@
-"""Optuna's trials as jobs: search space, early stopping, trials told.
-
-Optuna sweeper: asks Optuna for trials, launches them as jobs, and reports their objectives.
+"""Optuna sweeper: asks Optuna for trials, launches them as jobs, and reports their objectives.
 
 The released version of hydra-optuna-sweeper needs Optuna 2, so this uses Optuna's ask-and-tell
 interface. Jobs go through Hydra's launcher, so a search runs on Slurm or Ray just like a grid.
 
-Early stopping of search trials, by their result on a few early tasks.
-
-Optuna's pruners support a single objective only. With several objectives, a trial is stopped if
-another trial costs no more and is clearly better on the same early tasks: by `margin` standard
-errors of the difference.
+A trial may be stopped after a few early tasks. Optuna's pruners support a single objective only.
+With several objectives, a trial is stopped if another trial costs no more and is clearly better on
+the same early tasks: by `early_margin` standard errors of the difference.
 """
 
 from __future__ import annotations
@@ -27,9 +23,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from bench.errors import UserError, optional_module
 from bench.records import Store
 from bench.records.atomic_files import write_bytes
+from bench.security import redact
 from bench.sweeps.grid_sweeper import LaunchingSweeper
 from bench.sweeps.job import STUDY_FILE, objective_value, read_status
-from bench.sweeps.plan import SweepPlan, read_plan
+from bench.sweeps.plan import plan_in, read_plan
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -52,17 +49,21 @@ class OptunaSweeper(LaunchingSweeper):
         objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
         space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
             `choice(a,b)`; `tag(log,interval(...))` samples logarithmically.
-        early: tasks to score first; dominated trials stop there.
-        margin: standard errors by which a trial must be behind to be stopped.
+        early_tasks: tasks to score first; dominated trials stop there.
+        early_margin: standard errors by which a trial must be behind to be stopped.
     """
 
     def __init__(
         self, study: str, trials: int, parallel: int, seed: int, objectives: list[str],
-        space: dict[str, str], early: list[str], margin: float,
+        space: dict[str, str], early_tasks: list[str], early_margin: float,
     ) -> None:  # fmt: skip
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
         self.objectives = _directions(objectives)
-        self.space, self.early, self.margin = dict(space), list(early), margin
+        self.space, self.early_tasks, self.early_margin = (
+            dict(space),
+            list(early_tasks),
+            early_margin,
+        )
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until the study has `trials` of them, then write its results."""
@@ -119,47 +120,46 @@ class OptunaSweeper(LaunchingSweeper):
     def _run_trials(
         self, study: Study, folder: Path, space: dict[str, Any], fixed: list[str]
     ) -> None:
-        left = self.trials - len(_ended_trials(study))
+        remaining = self.trials - len(_ended_trials(study))
         # Failed trials count as asked here, but not as ended: the next resume asks for them again,
         # while this loop is guaranteed to stop.
-        while left > 0:
-            asked = [study.ask(space) for _ in range(min(self.parallel, left))]
-            left -= len(asked)
-            jobs = {t.number: [*fixed, *(f"{k}={v}" for k, v in t.params.items())] for t in asked}
-            promising = self._drop_hopeless(study, folder, asked, jobs)
-            records = self._launch(folder, [jobs[trial.number] for trial in promising])
-            for trial, came in zip(promising, records, strict=True):
-                self._tell(study, trial, came)
+        while remaining > 0:
+            trials = [study.ask(space) for _ in range(min(self.parallel, remaining))]
+            remaining -= len(trials)
+            jobs = {t.number: [*fixed, *(f"{k}={v}" for k, v in t.params.items())] for t in trials}
+            promising = self._drop_hopeless(study, folder, trials, jobs)
+            outcomes = self._launch(folder, [jobs[trial.number] for trial in promising])
+            for trial, outcome in zip(promising, outcomes, strict=True):
+                self._tell(study, trial, outcome)
             # After every batch, so that an interrupted search can be inspected.
             _write_study(study, self.objectives, folder)
 
     def _drop_hopeless(
-        self, study: Study, folder: Path, asked: list[Trial], jobs: dict[int, list[str]]
+        self, study: Study, folder: Path, trials: list[Trial], jobs: dict[int, list[str]]
     ) -> list[Trial]:
         """Score the early tasks of the trials and return those that are not dominated."""
-        if not self.early:
-            return asked
-        short = [f"benchmark.tasks=[{','.join(self.early)}]"]
+        if not self.early_tasks:
+            return trials
+        short = [f"benchmark.tasks=[{','.join(self.early_tasks)}]"]
         # Perplexity is scored next to the tasks and would make the short run long.
         if "perplexity" in self.config.benchmark:
             short.append("~benchmark.perplexity")
-        standings: dict[int, EarlyResult] = {}
-        for trial, came in zip(
-            asked, self._launch(folder, [[*jobs[t.number], *short] for t in asked]), strict=True
-        ):
-            if isinstance(came, str):
-                self._tell(study, trial, came)
+        results: dict[int, EarlyResult] = {}
+        outcomes = self._launch(folder, [[*jobs[t.number], *short] for t in trials])
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self._tell(study, trial, outcome)
                 continue
-            standings[trial.number] = EarlyResult.of(came, self._costs(came))
-            trial.set_user_attr(EARLY_ATTRIBUTE, standings[trial.number].to_json())
-        rivals = [EarlyResult.read(t.user_attrs[EARLY_ATTRIBUTE]) for t in _completed_trials(study)
-                  if EARLY_ATTRIBUTE in t.user_attrs]  # fmt: skip
+            results[trial.number] = EarlyResult.from_record(outcome, self._costs(outcome))
+            trial.set_user_attr(EARLY_ATTRIBUTE, results[trial.number].to_json())
+        stored = [trial.user_attrs.get(EARLY_ATTRIBUTE) for trial in _completed_trials(study)]
+        rivals = [EarlyResult.from_json(values) for values in stored if values is not None]
         # Trials of the same batch compete as well; otherwise the first batch could stop none.
-        rivals += standings.values()
+        rivals += results.values()
         promising = []
-        for trial in asked:
-            mine = standings.get(trial.number)
-            if mine is not None and is_dominated(mine, rivals, self.margin):
+        for trial in trials:
+            mine = results.get(trial.number)
+            if mine is not None and is_dominated(mine, rivals, self.early_margin):
                 _prune(study, trial)
             elif mine is not None:
                 promising.append(trial)
@@ -167,43 +167,42 @@ class OptunaSweeper(LaunchingSweeper):
 
     def _costs(self, record: Record) -> tuple[float, ...]:
         small = [name for name, direction in self.objectives.items() if direction == "minimize"]
-        return tuple(
-            value for name in small if (value := objective_value(record, name)) is not None
-        )
+        values = [objective_value(record, name) for name in small]
+        # One place per objective, or two trials could not be compared. A trial without a number is
+        # no cheaper than any other, so it stops none.
+        return tuple(math.inf if value is None else value for value in values)
 
     def _launch(self, folder: Path, jobs: list[list[str]]) -> list[Record | str]:
         """Run jobs; return the record of each, or the reason why there is none."""
         if not jobs:
             return []
-        plan = (read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")).with_jobs(
-            jobs, complete=False
-        )
+        plan = plan_in(folder).with_jobs(jobs, complete=False)
         self.launcher.launch(jobs, initial_job_idx=len(plan.jobs) - len(jobs))
         store = Store(folder.parent.parent)
-        came: list[Record | str] = []
+        outcomes: list[Record | str] = []
         for job in jobs:
             number = plan.number(job)
-            note = read_status(folder, number) if number is not None else None
-            record = store.find(note["run"]) if note and note["state"] == "done" else None
-            came.append(record or (note or {}).get("reason", "it never started"))
-        return came
+            status = read_status(folder, number) if number is not None else None
+            record = store.find(status["run"]) if status and status["state"] == "done" else None
+            outcomes.append(record or (status or {}).get("reason", "it never started"))
+        return outcomes
 
-    def _tell(self, study: Study, trial: Trial, came: Record | str) -> None:
+    def _tell(self, study: Study, trial: Trial, outcome: Record | str) -> None:
         """Report the objectives of a trial to Optuna, or its failure."""
         from optuna.trial import TrialState
 
-        if isinstance(came, str):
-            trial.set_user_attr(REASON_ATTRIBUTE, came)
+        if isinstance(outcome, str):
+            trial.set_user_attr(REASON_ATTRIBUTE, outcome)
             study.tell(trial, state=TrialState.FAIL)
             return
-        values = [objective_value(came, name) for name in self.objectives]
+        values = [objective_value(outcome, name) for name in self.objectives]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             missing = list(self.objectives)[values.index(None)]
-            trial.set_user_attr(REASON_ATTRIBUTE, f"run {came.id} has no {missing}")
+            trial.set_user_attr(REASON_ATTRIBUTE, f"run {outcome.id} has no {missing}")
             study.tell(trial, state=TrialState.FAIL)
             return
-        trial.set_user_attr(RUN_ATTRIBUTE, came.id)
+        trial.set_user_attr(RUN_ATTRIBUTE, outcome.id)
         study.tell(trial, known)
 
 
@@ -218,7 +217,9 @@ def _directions(objectives: list[str]) -> dict[str, str]:
             )
         found[name.strip()] = direction
     if not found:
-        raise UserError("hydra.sweeper.objectives is empty: set it to [maximize average], say")
+        raise UserError(
+            "hydra.sweeper.objectives is empty: set it, for example to [maximize average]"
+        )
     return found
 
 
@@ -276,7 +277,8 @@ def _write_study(study: Study, objectives: dict[str, str], folder: Path) -> None
         for trial in study.trials
     ]
     text = json.dumps({"study": study.study_name, "objectives": objectives, "trials": trials})
-    write_bytes(folder / STUDY_FILE, text.encode())
+    # Parameters and reasons may hold tokens, and a results folder is shared, as with status files.
+    write_bytes(folder / STUDY_FILE, redact(text).encode())
 
 
 def optuna_distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any], list[str]]:
@@ -342,7 +344,7 @@ class EarlyResult:
     costs: tuple[float, ...]
 
     @classmethod
-    def of(cls, record: Record, costs: tuple[float, ...]) -> EarlyResult:
+    def from_record(cls, record: Record, costs: tuple[float, ...]) -> EarlyResult:
         """Read the record of the early tasks; without any score the accuracy is 0."""
         # A benchmark of one task has no average; its headline metric takes the place.
         average = record.metric("average")
@@ -351,11 +353,11 @@ class EarlyResult:
         return cls(value, (metric.stderr or 0.0) if metric else 0.0, costs)
 
     def to_json(self) -> list[Any]:
-        """Return the values as a JSON list, the inverse of `read`."""
+        """Return the values as a JSON list, the inverse of `from_json`."""
         return [self.accuracy, self.error, list(self.costs)]
 
     @classmethod
-    def read(cls, kept: list[Any]) -> EarlyResult:
+    def from_json(cls, kept: list[Any]) -> EarlyResult:
         """Restore what `to_json` returned."""
         return cls(kept[0], kept[1], tuple(kept[2]))
 

@@ -1,14 +1,12 @@
-"""What a sweep was asked to run and the inputs that decide it.
+"""Plan of a sweep, written before its first job starts and read to resume it.
 
-Plan of a sweep, written before its first job starts and read to resume it.
+It is stored as `results/sweeps/NAME/plan.json`; NAME is the start time, and the name of the sweep
+in its records.
 
-It is stored as `results/sweeps/NAME/plan.json`; NAME is the start time, and the group that the
-records of the sweep share.
-
-Fingerprint of everything that decides a sweep's results; importing it loads no model library.
-
-Whether a run must be executed is decided by its id. The fingerprint only answers sooner, without
-composing the runs, and counts as changed when in doubt. Files enter by size and modification time.
+With the plan goes a fingerprint of everything that decides the results. Whether a run must be
+executed is decided by its id; the fingerprint only answers sooner, without composing the runs or
+loading a model library, and counts as changed when in doubt. Files enter by size and modification
+time.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from bench.records.atomic_files import write_bytes
 from bench.security import redact
 
 SWEEPS, PLAN = "sweeps", "plan.json"
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -42,38 +40,38 @@ class SweepFingerprint:
     state: str
 
     @classmethod
-    def of(cls, files: Iterable[Path], packages: Iterable[str]) -> SweepFingerprint:
+    def record_now(cls, files: Iterable[Path], packages: Iterable[str]) -> SweepFingerprint:
         """Record the current state of data and model files and of the packages with the code."""
         # Absolute, because the sweep may be resumed from another folder.
         named = sorted({str(file.absolute()) for file in files})
         code = sorted({"bench", "conf", *packages})
         return cls(named, code, _fingerprint(named, code))
 
-    def stand(self) -> bool:
+    def is_current(self) -> bool:
         """Whether nothing has changed since the state was recorded."""
         return _fingerprint(self.files, self.packages) == self.state
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """One sweep: its arguments (`asked`), working folder (`where`), and jobs in order.
+    """One sweep: its arguments, the folder where it was started, and its jobs in order.
 
-    A job is the overrides of one run; its index in `jobs` is its number. `inputs` is None if
+    A job is the overrides of one run; its index in `jobs` is its number. `fingerprint` is None if
     something may change without a trace on this machine, such as a branch on the hub. A plan is
     `complete` once all jobs are known; a search adds them as it proceeds.
     """
 
     folder: Path
-    asked: tuple[str, ...]
-    where: str
+    arguments: tuple[str, ...]
+    working_folder: str
     started: str
-    inputs: SweepFingerprint | None = None
+    fingerprint: SweepFingerprint | None = None
     jobs: tuple[tuple[str, ...], ...] = ()
     complete: bool = False
 
     @property
     def name(self) -> str:
-        """Name of the sweep, stored as `group` in its records."""
+        """Name of the sweep, stored as `sweep` in its records."""
         return self.folder.name
 
     @property
@@ -107,27 +105,31 @@ class SweepPlan:
 
 
 def create_plan(
-    results_dir: Path, asked: Sequence[str], inputs: SweepFingerprint | None
+    results_dir: Path, arguments: Sequence[str], fingerprint: SweepFingerprint | None
 ) -> SweepPlan:
     """Create a new sweep, named by the current time, and write its plan."""
     now = datetime.now(UTC)
     folder = (results_dir / SWEEPS / now.strftime("%Y%m%d-%H%M%S-%f")).absolute()
     plan = SweepPlan(
-        folder, tuple(asked), str(Path.cwd()), now.isoformat(timespec="milliseconds"), inputs
+        folder,
+        tuple(arguments),
+        str(Path.cwd()),
+        now.isoformat(timespec="milliseconds"),
+        fingerprint,
     )
     plan.write()
     return plan
 
 
-def existing_sweep(results_dir: Path, asked: Sequence[str]) -> SweepPlan | None:
+def existing_sweep(results_dir: Path, arguments: Sequence[str]) -> SweepPlan | None:
     """Return the latest sweep with the same arguments and working folder, if nothing has changed.
 
     Jobs of it that are done need not even be composed again.
     """
-    # Only the latest one counts: if its inputs have changed, an older sweep is outdated as well.
+    # Only the latest one counts: if its fingerprint has changed, older sweeps are outdated too.
     for plan in reversed(all_sweeps(results_dir)):
-        if plan.asked == tuple(asked) and plan.where == str(Path.cwd()):
-            return plan if plan.inputs and plan.inputs.stand() else None
+        if plan.arguments == tuple(arguments) and plan.working_folder == str(Path.cwd()):
+            return plan if plan.fingerprint and plan.fingerprint.is_current() else None
     return None
 
 
@@ -160,16 +162,22 @@ def find_sweep(results_dir: Path, name: str) -> SweepPlan:
 def read_plan(folder: Path) -> SweepPlan | None:
     """Read the plan in a folder; return None if it is missing, damaged or of another schema."""
     try:
-        said = json.loads((folder / PLAN).read_text())
-        if said.pop("schema_version") != PLAN_SCHEMA:
+        content = json.loads((folder / PLAN).read_text())
+        if content.pop("schema_version") != PLAN_SCHEMA:
             return None
-        said["folder"] = folder
-        said["asked"] = tuple(said["asked"])
-        said["jobs"] = tuple(tuple(job) for job in said["jobs"])
-        said["inputs"] = SweepFingerprint(**said["inputs"]) if said["inputs"] else None
-        return SweepPlan(**said)
+        content["folder"] = folder
+        content["arguments"] = tuple(content["arguments"])
+        content["jobs"] = tuple(tuple(job) for job in content["jobs"])
+        state = content["fingerprint"]
+        content["fingerprint"] = SweepFingerprint(**state) if state else None
+        return SweepPlan(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def plan_in(folder: Path) -> SweepPlan:
+    """Return the plan in a folder, or an empty one: a sweeper may run without `bench run`."""
+    return read_plan(folder) or SweepPlan(folder, (), str(Path.cwd()), "")
 
 
 FINGERPRINTED_LIBRARIES = (

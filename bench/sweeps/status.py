@@ -46,7 +46,7 @@ def job_rows(plan: SweepPlan) -> list[dict[str, Any]]:
             "job": job.number,
             "state": job.state,
             "run": job.run,
-            "asks": " ".join(given for given in job.overrides if given not in shared),
+            "overrides": " ".join(given for given in job.overrides if given not in shared),
             "reason": job.reason,
             "log": job.log,
         }
@@ -67,16 +67,16 @@ def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
         if job.state == "done" and job.run:
             yield RunResult(store.get(job.run), bool(note.get("reused")), note.get("warning"))
         elif job.state == "failed":
-            where = f" (details: {job.log})" if job.log else ""
-            asked = note.get("command") or " ".join(job.overrides)
-            yield f"{asked}: {job.reason}{where}"
+            log = f" (details: {job.log})" if job.log else ""
+            command = note.get("command") or " ".join(job.overrides)
+            yield f"{command}: {job.reason}{log}"
 
 
 def sweep_summary(plan: SweepPlan) -> dict[str, Any]:
     """Return one row about a sweep with the number of its jobs per state."""
     states = [job.state for job in sweep_jobs(plan)]
     counts = {state: states.count(state) for state in ("waiting", "running", "done", "failed")}
-    return {"sweep": plan.name, **counts, "asked": " ".join(plan.asked)}
+    return {"sweep": plan.name, **counts, "arguments": " ".join(plan.arguments)}
 
 
 def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, ...]) -> SweepJob:

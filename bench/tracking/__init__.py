@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""Experiment trackers: W&B, or none."""

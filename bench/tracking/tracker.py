@@ -45,7 +45,7 @@ def track_overview(overview: Overview, config: TrackerConfig, results_dir: Path)
     return None
 
 
-def _send(record: Record, store: Store, config: TrackerConfig) -> str:
+def _send(record: Record, store: Store, config: TrackerConfig) -> str | None:
     """Send online from a subprocess that can be abandoned, or write offline in this process."""
     from bench.tracking.upload import UploadTimeout, upload_in_subprocess
     from bench.tracking.wandb_run import send_record, wandb_mode

@@ -31,7 +31,7 @@ def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> 
     """Send a stored record from a separate process; return the URL of the W&B run.
 
     Raises:
-        NotSent: the upload failed or timed out.
+        UploadFailed: the upload failed or timed out.
     """
     command = [sys.executable, "-m", _MODULE, run, str(results_dir), config.model_dump_json()]
     began = time.monotonic()
@@ -46,7 +46,7 @@ def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> 
         start_new_session=True,
     )
     try:
-        said, complained = process.communicate(timeout=config.timeout)
+        output, errors = process.communicate(timeout=config.timeout)
     except subprocess.TimeoutExpired:
         raise UploadTimeout(f"no answer within {config.timeout:g} s") from None
     finally:
@@ -54,12 +54,12 @@ def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> 
         _kill_process_group(process)
     if process.returncode != 0:
         # The last line of stderr is the one that `main` prints; earlier ones are the client's.
-        lines = complained.strip().splitlines() or [f"exit code {process.returncode}"]
+        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         # The client may give up by itself before our timeout; after so long a wait that means a
         # silent server as well.
         waited = time.monotonic() - began > WANDB_INIT_SECONDS
         raise (UploadTimeout if waited else UploadFailed)(lines[-1])
-    return said.strip().splitlines()[-1]
+    return output.strip().splitlines()[-1]
 
 
 def _kill_process_group(process: subprocess.Popen[str]) -> None:
@@ -77,14 +77,14 @@ def main(run: str, results_dir: str, config: str) -> None:
     from bench.tracking.wandb_run import send_record
 
     store = Store(Path(results_dir))
-    code, said = 0, ""
+    code, url = 0, ""
     try:
         chosen = TrackerConfig.model_validate_json(config)
-        said = send_record(store.get(run), store.folder(run), chosen, store.root)
+        url = send_record(store.get(run), store.folder(run), chosen, store.root) or ""
     except Exception as error:  # whatever it is, the parent gets it as one line
         code = 1
         print(error_sentence(error), file=sys.stderr)
-    print(said, flush=True)
+    print(url, flush=True)
     sys.stderr.flush()
     # `os._exit` skips atexit handlers and buffers alike, hence the explicit flushes.
     os._exit(code)

@@ -1,13 +1,11 @@
-"""A record and a project's overview as runs of Weights & Biases.
+"""A record and a project's overview as runs of Weights & Biases (W&B).
 
-A record as a run of Weights & Biases: config, metrics, costs, tables, and the record itself.
+A record becomes a W&B run with its config, metrics, costs, tables, and the record itself. W&B only
+mirrors the records: it can be rebuilt from them at any time with `bench track`, and its failure
+never fails a run. All its files stay inside the results folder.
 
-W&B only mirrors the records: it can be rebuilt from them at any time with `bench track`, and its
-failure never fails a run. All its files stay inside the results folder.
-
-Overview of a W&B project: leaderboard, Pareto plots, paper tables and the HTML report.
-
-One W&B run of job type `overview` holds it. W&B groups panels into sections by the part of a key
+The overview is one W&B run of job type `overview` with leaderboard, Pareto plots, paper tables and
+the HTML report. W&B groups panels into sections by the part of a key
 before the first `/`, so the keys alone define the layout:
 
     leaderboard/runs     every run with its numbers, sortable and filterable in W&B
@@ -33,8 +31,12 @@ WandbMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
 
 
-def send_record(record: Record, folder: Path, config: TrackerConfig, results_dir: Path) -> str:
+def send_record(
+    record: Record, folder: Path, config: TrackerConfig, results_dir: Path
+) -> str | None:
     """Log one record, whose files are in `folder`; return the URL or folder of the W&B run.
+
+    None if W&B is disabled.
 
     Raises:
         Exception: any error of W&B; the caller decides whether it matters.
@@ -59,10 +61,11 @@ def open_wandb_run(
     *,
     config_of_run: dict[str, Any] | None = None,
     **described: Any,
-) -> Iterator[tuple[Any, Any, str]]:
+) -> Iterator[tuple[Any, Any, str | None]]:
     """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
 
-    The run is finished even if the block raises.
+    The third is None if W&B is disabled, since then nothing is kept. The run is finished even if
+    the block raises.
     """
     # Absolute, so that it stays valid if the working directory changes.
     home = (results_dir / "wandb_home").resolve()
@@ -86,7 +89,8 @@ def open_wandb_run(
             **described,
         )
         try:
-            yield wandb, run, str(run.settings.sync_dir if chosen == "offline" else run.url)
+            kept = run.settings.sync_dir if chosen == "offline" else run.url
+            yield wandb, run, None if kept is None else str(kept)
         finally:
             run.finish()
 
@@ -140,9 +144,9 @@ def wandb_mode(config: TrackerConfig) -> WandbMode:
     if config.mode != "auto":
         return config.mode
     # W&B's own variable decides before the login does, as in any other use of wandb.
-    asked = os.environ.get("WANDB_MODE")
+    chosen = os.environ.get("WANDB_MODE")
     for known in WANDB_MODES:
-        if asked == known:
+        if chosen == known:
             return known
     import wandb
 
@@ -151,7 +155,7 @@ def wandb_mode(config: TrackerConfig) -> WandbMode:
 
 @contextmanager
 def _wandb_files_below(home: Path) -> Iterator[None]:
-    """Keep all files of W&B, staging included, below `home`, and zero_dropped_neurons its output."""
+    """Keep all files of W&B, staging included, below `home`, and silence it."""
     names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")
     # Restored afterwards: the caller may be a notebook that uses W&B itself.
     before = {name: os.environ.get(name) for name in (*names, "WANDB_SILENT")}
@@ -194,8 +198,8 @@ class Overview:
     page: Path | None = None
 
 
-def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) -> str:
-    """Log the overview as a separate W&B run; return its URL or folder.
+def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) -> str | None:
+    """Log the overview as a separate W&B run; return its URL or folder, None if W&B is disabled.
 
     Raises:
         Exception: any error of W&B; the caller decides whether it matters.

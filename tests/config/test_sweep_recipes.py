@@ -34,7 +34,7 @@ def test_a_launcher_is_a_plugin_of_ours_with_limits(launcher):
         known = Plugins.instance().class_name_to_class
         assert issubclass(known[own.launcher["_target_"]], Launcher)
         assert issubclass(known[own.sweeper["_target_"]], Sweeper)
-        if launcher == "here":
+        if launcher == "local":
             return
         assert {"timeout_min", "mem_gb"} <= set(own.launcher)
         devices = {"devices", "gpus_per_node", "gpus_per_job", "parallel"}

@@ -35,7 +35,7 @@ def test_only_what_failed_is_run_again(tmp_path, capsys, monkeypatch):
         assert main(sweep) == 1
     rows = status()
     assert [row["state"] for row in rows] == ["done", "failed", "done"]
-    assert [row["asks"] for row in rows] == ["ratio=0.2", "ratio=0.4", "ratio=0.6"]
+    assert [row["overrides"] for row in rows] == ["ratio=0.2", "ratio=0.4", "ratio=0.6"]
     assert rows[1]["reason"] == (
         "RuntimeError: the disk caught fire, while applying method random_experts"
     )

@@ -58,7 +58,7 @@ def test_rounds_take_turns_and_every_other_runs_backwards(machine):
     machine.loads = [0.0]
     pair, diary = runners([1.0] * 99, [2.0] * 99)
     rounds = interleave(pair, CPU, TimingConfig(rounds=6))
-    assert rounds.warm_up == 6
+    assert rounds.warmup_rounds == 6
     assert "".join(diary) == "ab" * 6 + "abba" * 3
     np.testing.assert_array_equal(rounds.seconds["prefill"], [[1.0] * 6, [2.0] * 6])
     assert rounds.note is None
@@ -70,14 +70,16 @@ def test_warm_up_lasts_until_times_have_settled(machine):
     (one,), _ = runners(map(float, falling + [1] * 99))
     rounds = interleave([one], CPU, TimingConfig(rounds=5))
     assert rounds.settled
-    assert rounds.warm_up == 12  # the first with a median of 1 in its last three and three before
+    assert (
+        rounds.warmup_rounds == 12
+    )  # the first with a median of 1 in its last three and three before
     assert set(rounds.seconds["prefill"][0]) == {1.0}
 
 
 def test_times_that_never_settle_are_marked(machine):
     machine.loads = [0.0]
     (one,), _ = runners(1.5**n for n in range(99))
-    rounds = interleave([one], CPU, TimingConfig(rounds=5, warm_up=9))
+    rounds = interleave([one], CPU, TimingConfig(rounds=5, max_warmup_rounds=9))
     assert rounds.note == "times had not settled after 9 rounds"
 
 
@@ -107,7 +109,7 @@ def test_rounds_are_added_until_they_are_enough(machine):
         asked.append(seconds["prefill"].shape[1])
         return asked[-1] >= 12
 
-    rounds = interleave(pair, CPU, TimingConfig(rounds=6, warm_up=1), enough)
+    rounds = interleave(pair, CPU, TimingConfig(rounds=6, max_warmup_rounds=1), enough)
     assert asked == [6, 11, 16]
     assert rounds.count == 16
     # After every look the other one is first.
@@ -117,12 +119,12 @@ def test_rounds_are_added_until_they_are_enough(machine):
 def test_no_round_is_added_beyond_the_most(machine):
     machine.loads = [0.0]
     pair, _ = runners([1.0] * 99, [2.0] * 99)
-    limits = TimingConfig(rounds=6, warm_up=1, most_rounds=13)
+    limits = TimingConfig(rounds=6, max_warmup_rounds=1, max_rounds=13)
     assert interleave(pair, CPU, limits, lambda _: False).count == 13
 
 
 def test_no_round_is_added_when_they_have_taken_too_long(machine):
     machine.loads = [0.0]
     pair, _ = runners([1.0] * 99, [2.0] * 99)
-    limits = TimingConfig(rounds=6, warm_up=1, most_seconds=1e-9)
+    limits = TimingConfig(rounds=6, max_warmup_rounds=1, max_seconds=1e-9)
     assert interleave(pair, CPU, limits, lambda _: False).count == 6

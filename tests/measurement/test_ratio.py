@@ -54,7 +54,7 @@ def test_going_on_until_the_interval_is_narrow_leaves_its_coverage_alone():
         above_R, below_R = draws.lognormal(0, 0.04, (2, 200))
         for rounds in range(15, 201, 5):
             ratio = paired_ratio(1.5 * above_R[:rounds], below_R[:rounds])
-            if ratio.reach <= 0.03:
+            if ratio.relative_reach <= 0.03:
                 break
         covered += ratio.low <= 1.5 <= ratio.high
         near += abs(ratio.value / 1.5 - 1) <= 0.03

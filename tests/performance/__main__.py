@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-NOT_FIGURES = {"__main__", "exams", "figure", "interleaved", "random_models"}
+NOT_FIGURES = {"__main__", "figure", "interleaved", "random_models", "timed_tasks"}
 
 
 def names() -> list[str]:

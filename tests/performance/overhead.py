@@ -17,7 +17,7 @@ from bench.models import loading, source
 from bench.models.model import Model
 from bench.schema import ModelConfig
 from bench.ui import SILENT
-from tests.performance import exams
+from tests.performance import timed_tasks
 from tests.performance.figure import Figure
 from tests.performance.text_scoring import reference
 
@@ -31,7 +31,7 @@ def figures() -> list[Figure]:
         name="micro_moe", source="embedded:micro_moe", device="cpu", dtype="float32"
     )
     model = loading.load_model(source.resolve_model(config, offline=True))
-    least = {name: _least(model, exams.task(name)) for name in exams.names()}
+    least = {name: _least(model, timed_tasks.task(name)) for name in timed_tasks.names()}
     ours, theirs = (sum(pair[i] for pair in least.values()) / len(least) for i in (0, 1))
     each = ", ".join(f"{name} {mine / its:.2f}" for name, (mine, its) in least.items())
     how = (

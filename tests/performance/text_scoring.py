@@ -4,7 +4,7 @@ The token saving is how many times fewer tokens a trie of a task's inputs has th
 inputs that `hf` sends, which answers choices of one token together. Speed is to follow it.
 
 On one core all of it takes an hour: `text_scoring:dense,arc_easy,zero` measures one piece. Words
-are the kinds of model, the exams and the shots; what is not said is all of it.
+are the kinds of model, the tasks and the shots; what is not given is all of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.evaluation.text.prefix.trie import Trie
 from bench.evaluation.text.requests import Loglikelihood, LoglikelihoodRequest, Loglikelihoods
 from bench.models.model import Model
 from bench.ui import SILENT
-from tests.performance import exams, random_models
+from tests.performance import random_models, timed_tasks
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -39,8 +39,12 @@ def figures(*words: str) -> list[Figure]:
     """Speed-up over token saving for each task, zero-shot; the speed-up itself with five shots."""
     torch.set_num_threads(1)
     kinds, names, shots = _chosen(words)
-    everything = {name: exams.requests(exams.task(name), None) for name in exams.names()}
-    spoken = random_models.tokenizer(t for asked in everything.values() for t in exams.texts(asked))
+    everything = {
+        name: timed_tasks.requests(timed_tasks.task(name), None) for name in timed_tasks.names()
+    }
+    spoken = random_models.tokenizer(
+        t for asked in everything.values() for t in timed_tasks.texts(asked)
+    )
     found = []
     for kind in kinds:
         model = random_models.build(kind, spoken)
@@ -49,8 +53,8 @@ def figures(*words: str) -> list[Figure]:
 
 
 def _chosen(words: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the kinds, the exams and the shots that some words choose."""
-    offered = [list(random_models.CONFIGS), exams.names(), list(SHOTS)]
+    """Yield the kinds, the tasks and the shots that some words choose."""
+    offered = [list(random_models.CONFIGS), timed_tasks.names(), list(SHOTS)]
     known = [word for each in offered for word in each]
     unknown = set(words).difference(known)
     if unknown:
@@ -60,7 +64,7 @@ def _chosen(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _figure(model: Model, name: str, shots: str) -> Figure:
-    asked = exams.requests(exams.task(name, SHOTS[shots]), DOCUMENTS[shots])
+    asked = timed_tasks.requests(timed_tasks.task(name, SHOTS[shots]), DOCUMENTS[shots])
     speed, saving, how = measure(model, asked)
     label = f"{model.name}, {name}, {shots}-shot"
     how = f"{speed:.2f} times faster, {saving:.2f} times fewer tokens; {how}"

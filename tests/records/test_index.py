@@ -94,3 +94,17 @@ def test_damaged_samples_are_one_sentence(store):
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"samples\.parquet cannot be read: .*force=true"):
         samples("0" * 12, store.root)
+
+
+def test_an_unreadable_record_is_read_once_and_again_only_when_changed(store, monkeypatch):
+    path = store.folder("0" * 12) / "record.json"
+    whole = path.read_text()
+    path.write_text("{")
+    parsed = []
+    find = Store.find
+    monkeypatch.setattr(Store, "find", lambda self, run: parsed.append(run) or find(self, run))
+    for _ in range(2):
+        assert set(load(store.root).run) == {"0" * 11 + "1", "0" * 11 + "2"}
+    assert sorted(parsed) == sorted(store.ids())
+    path.write_text(whole)
+    assert "0" * 12 in set(load(store.root).run)

@@ -102,3 +102,13 @@ def test_what_does_not_fit_leaves_the_file_as_it_was(tmp_path, monkeypatch):
         assert path.read_bytes() == before
         journal.append(["fits"])
     assert found(path) == ([*ENTRIES, ["fits"]], [])
+
+
+def test_a_closed_journal_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("bench.records.journal.SYNC_SECONDS", 1e9)
+    monkeypatch.setattr("bench.records.journal.os.fsync", synced.append)
+    with Journal(tmp_path / "responses.journal", "w") as journal:
+        journal.append(["an entry"])
+        before = len(synced)
+    assert len(synced) == before + 1

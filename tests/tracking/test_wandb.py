@@ -140,3 +140,9 @@ def test_a_history_becomes_curves_over_the_methods_own_epochs(store, record):
     ]
     curve = [(r["wgsef/epoch"], r["wgsef/alive"]) for r in rows if "wgsef/alive" in r]
     assert curve == [(1, 9), (2, 8), (3, 7)]
+
+
+def test_a_disabled_client_keeps_the_run_nowhere(store, record):
+    assert track(record, store, TrackerConfig(mode="disabled")) is None
+    note = json.loads((store.root / "tracked" / f"{record.id}.json").read_text())
+    assert note["kept"] is None

@@ -258,7 +258,7 @@ def _launch_runs(
     from bench.runner.launch import LaunchOutcome, launch
 
     listed = ",".join(f"[{','.join(map(_quoted, run))}]" for run in runs)
-    sweep = ["-m", "hydra/sweeper=listed", f"hydra.sweeper.runs=[{listed}]"]
+    sweep = ["-m", "hydra/sweeper=list", f"hydra.sweeper.runs=[{listed}]"]
     # Overrides of single runs are inside `runs` already; the rest configures the launcher.
     launcher = [o for o in shared if o.startswith("hydra")]
     try:

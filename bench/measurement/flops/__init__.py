@@ -1,1 +1,1 @@
-"""Analytic FLOPs: multiply-adds of each part of a network, from shapes alone, without a run."""
+"""FLOPs of a call: counted, by arithmetic from shapes, and by papers' conventions."""

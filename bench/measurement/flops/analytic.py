@@ -1,8 +1,9 @@
-"""FLOPs by arithmetic: tokens of a call, decoder, head, classifier.
+"""Analytic multiply-adds of decoders, their heads and image classifiers, from shapes alone.
 
-Analytic cost of an image classifier.
+`CallTokens` describes the tokens of a call. In a classifier, a convolution uses each of its weights
+once per position of its output.
 
-A convolution uses each of its weights once per position of its output.
+Shapes: B samples, S tokens of a prompt, L new tokens of a call.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FEED_FORWARD_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 
 
 def decoder_macs(
-    layers: Sequence[nn.Module], config: Any, layout: CallTokens
+    layers: Sequence[nn.Module], config: Any, tokens: CallTokens
 ) -> Iterator[MatmulCost]:
     """Yield the multiply-adds of all layers; `config` is that of the language part.
 
@@ -50,15 +51,17 @@ def decoder_macs(
             _named_submodule(layer, FEED_FORWARD_NAMES),
         )
         per_pair, window = macs_per_pair(attention), _sliding_window(config, index)
-        for rows, places in layout.kinds():
-            count = layout.batch * len(places)
-            past = layout.batch * layout.past
+        for rows, positions in tokens.by_token_kind():
+            count = tokens.batch * len(positions)
+            past = tokens.batch * tokens.past
             # A prefill charges the full Q x K rectangle even under a sliding window, because the
             # kernel is called with it. In decoding, the cache of a sliding-window layer has been
             # cropped to the window, so the kernel receives no more keys than that.
-            keys = layout.keys if window is None or not layout.past else min(layout.keys, window)
+            keys = tokens.keys if window is None or not tokens.past else min(tokens.keys, window)
             yield projection_cost(attention, count, past, rows)
-            yield attention_cost(rows, count * keys, layout.seen(places, window), per_pair)
+            yield attention_cost(
+                rows, count * keys, tokens.visible_pairs(positions, window), per_pair
+            )
             yield from feed_forward_costs(mlp, count, rows, top_k)
 
 
@@ -111,8 +114,8 @@ def text_forward_macs(
     Raises:
         UserError: a part of the network has no analytic FLOP formula.
     """
-    layout = CallTokens.text(batch, length)
-    layers = decoder_macs(structure.layers, text_config(network), layout)
+    tokens = CallTokens.text(batch, length)
+    layers = decoder_macs(structure.layers, text_config(network), tokens)
     return [*layers, head_macs(network, batch * length)]
 
 
@@ -124,35 +127,35 @@ def text_token_macs(
     Raises:
         UserError: a part of the network has no analytic FLOP formula.
     """
-    layout = CallTokens.text(batch, 1, past=length)
+    tokens = CallTokens.text(batch, 1, past=length)
     return [
-        *decoder_macs(structure.layers, text_config(network), layout),
+        *decoder_macs(structure.layers, text_config(network), tokens),
         head_macs(network, batch),
     ]
 
 
 @dataclass(frozen=True)
 class CallTokens:
-    """New tokens of a call: `places`, positions in the sequence, int64 [L]; `visual`, bool [L].
+    """New tokens of a call: `positions` in the sequence, int64 [L]; `visual`, bool [L].
 
     All `batch` sequences have the same tokens. `past` tokens are already in the KV cache.
     """
 
-    places: Tensor
+    positions: Tensor
     visual: Tensor
     batch: int = 1
     past: int = 0
 
     @staticmethod
     def text(batch: int, length: int, past: int = 0) -> CallTokens:
-        """Return the layout of a call without images."""
+        """Return the tokens of a call without images."""
         return CallTokens(
             torch.arange(past, past + length), torch.zeros(length, dtype=torch.bool), batch, past
         )
 
     @staticmethod
     def prompt(visual_BS: Tensor) -> CallTokens:
-        """Return the layout of a prompt; all samples of `visual_BS` must have the same mask."""
+        """Return the tokens of a prompt; all samples of `visual_BS` must have the same mask."""
         # The first sample stands for all: measured prompts are copies of one prompt.
         visual_S = visual_BS[0].cpu()
         return CallTokens(torch.arange(len(visual_S)), visual_S, len(visual_BS))
@@ -160,23 +163,23 @@ class CallTokens:
     @property
     def keys(self) -> int:
         """Number of keys of one sequence, cached ones included."""
-        return self.past + len(self.places)
+        return self.past + len(self.positions)
 
-    def kinds(self) -> list[tuple[TokenKind, Tensor]]:
+    def by_token_kind(self) -> list[tuple[TokenKind, Tensor]]:
         """Return the positions of text and of visual tokens; a kind without tokens is left out."""
         both: list[tuple[TokenKind, Tensor]] = [
-            ("text", self.places[~self.visual]),
-            ("visual", self.places[self.visual]),
+            ("text", self.positions[~self.visual]),
+            ("visual", self.positions[self.visual]),
         ]
-        return [(rows, places) for rows, places in both if len(places)]
+        return [(rows, positions) for rows, positions in both if len(positions)]
 
-    def seen(self, places: Tensor, window: int | None) -> int:
-        """Return the number of causal (query, key) pairs of the tokens at `places`.
+    def visible_pairs(self, positions: Tensor, window: int | None) -> int:
+        """Return the number of causal (query, key) pairs of the tokens at `positions`.
 
         A token attends to itself and to earlier tokens, at most `window` keys in all.
         """
         # Positions count from 0 and include the cache, so the token at p has p + 1 keys.
-        keys = places + 1
+        keys = positions + 1
         return int((keys if window is None else keys.clamp(max=window)).sum()) * self.batch
 
 
@@ -192,8 +195,8 @@ def classifier_macs(network: Classifier, batch: int) -> list[MatmulCost]:
     def note(layer: nn.Module, _: Any, output: Tensor) -> None:
         kind: NetworkPart = "convolution" if isinstance(layer, nn.Conv2d) else "dense"
         # A dense layer has no spatial dimensions; the product over none of them is 1.
-        places = output.shape[0] * output.shape[2:].numel()
-        products.append(MatmulCost(kind, float(places * matrix_weights(layer))))
+        positions = output.shape[0] * output.shape[2:].numel()
+        products.append(MatmulCost(kind, float(positions * matrix_weights(layer))))
 
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(note) for layer in layers]

@@ -1,6 +1,6 @@
-"""The same for vision tower, projector, image prompts.
+"""Analytic multiply-adds of prompts with images: vision tower, projector and decoder.
 
-Analytic cost of vision tower and projector: every patch passes every layer of the tower.
+Every patch passes every layer of the tower.
 
 Shapes: P patches of a frame, c patches merged into a visual token.
 """
@@ -64,8 +64,8 @@ def token_after_prompt_macs(
     plan = flops_provider_of(network)
     planned = None if plan is None else plan.token(inputs)
     if planned is None:
-        layout = CallTokens.text(batch, 1, past=length)
-        planned = list(decoder_macs(structure.layers, text_config(network), layout))
+        tokens = CallTokens.text(batch, 1, past=length)
+        planned = list(decoder_macs(structure.layers, text_config(network), tokens))
     return [*planned, head_macs(network, batch)]
 
 

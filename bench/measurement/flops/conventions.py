@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConventionInputs:
-    """Inputs of a convention: d (`width`), m (`inner`), t (`text`) and the work of each layer.
+    """Inputs of a convention: d (`width`), m (`intermediate`), t (`text`), the work of each layer.
 
     A layer after the last one with visual tokens still states the share of heads it would keep.
     """
 
     width: int
-    inner: int
+    intermediate: int
     text: int
     layers: Sequence[VisualLayer]
 
@@ -40,7 +40,7 @@ def yopo(decoder: ConventionInputs) -> float:
     2410.06169. That h enters squared is inferred from the rows labelled 25 % and 12 % (and from
     Qwen2-VL's 30.51 of 44.25); the true cost of a projection is linear in h.
     """
-    d, m, total = decoder.width, decoder.inner, 0.0
+    d, m, total = decoder.width, decoder.intermediate, 0.0
     # Averaged over all layers: one without visual tokens still states the heads it would keep.
     share = sum(layer.heads for layer in decoder.layers) / len(decoder.layers)
     for layer in decoder.layers:
@@ -55,7 +55,7 @@ def pyramid_drop(decoder: ConventionInputs) -> float:
 
     It gives the 3.82 T of LLaVA-1.5-7B in PyramidDrop (arXiv 2410.17247) and VisionZip.
     """
-    d, m = decoder.width, decoder.inner
+    d, m = decoder.width, decoder.intermediate
     tokens = (layer.tokens for layer in decoder.layers)
     return sum(4.0 * n * d**2 + 3.0 * n * d * m + 2.0 * n**2 * d for n in tokens)
 
@@ -67,7 +67,7 @@ def fast_v(decoder: ConventionInputs) -> float:
     2403.06764; VTW uses the same formula). For LLaVA-1.5-7B with 46 text tokens it gives 3.23 T,
     whereas VTW's table prints 8.48 T, computed by a different program (lzhxmu/VTW, issue 7).
     """
-    d, m = decoder.width, decoder.inner
+    d, m = decoder.width, decoder.intermediate
     tokens = (decoder.text + layer.tokens for layer in decoder.layers)
     return sum(4.0 * n * d**2 + 2.0 * n**2 * d + 2.0 * n * d * m for n in tokens)
 
@@ -79,3 +79,11 @@ CONVENTIONS: dict[FlopsConvention, Callable[[ConventionInputs], float]] = {
     "fastv": fast_v,
     "vtw": fast_v,
 }
+CONVENTION_UNITS: dict[FlopsConvention, str] = {
+    "yopo": "FLOP",
+    "pyramiddrop": "MAC",
+    "visionzip": "MAC",
+    "fastv": "MAC",
+    "vtw": "MAC",
+}
+"""Unit of a convention. Only YOPO counts a multiply-add as two; the others call MACs FLOPs."""

@@ -1,16 +1,11 @@
-"""Both counts of a model as cost rows with their parts.
+"""FLOPs of a model as costs of a record: counted and analytic, each with its parts.
 
-Counted FLOPs of one call, on the meta device or during a real run, and their split into parts.
+One multiply-add is two FLOPs. `flops` charges attention in full, including masked pairs, because
+that is what the kernel is called with; `flops_causal` leaves them out; `macs` is half of either.
+Costs of one scope and quantity differ in `how`: `counted` on the meta device or during a real run,
+`analytic` from shapes. A number that cannot be obtained is recorded as missing, never as zero.
 
-One multiply-add is two FLOPs. The total charges attention in full, including masked pairs, because
-that is what the kernel is called with; the causal count leaves them out. Shapes: B sequences or
-images, L tokens.
-
-FLOPs of a model as entries of a record: counted and analytic, each with its parts.
-
-`flops` charges attention in full, `flops_causal` without masked pairs; `macs` is half of either.
-Entries of one scope and quantity differ in `how`. A number that cannot be obtained is recorded as
-missing, never as zero.
+Shapes: B sequences or images, L tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from bench.measurement import image_prompt
 from bench.measurement.flops import analytic, analytic_vlm
 from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES, text_config
 from bench.measurement.flops.analytic_vlm import visual_layers
-from bench.measurement.flops.conventions import CONVENTIONS, ConventionInputs
+from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, ConventionInputs
 from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
 from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
@@ -86,9 +81,9 @@ def count_image_flops(network: Classifier, batch: int) -> CountedFlops:
 def language_parts(counted: CountedFlops) -> dict[str, int]:
     """Split FLOPs by module into attention, feed-forward, head and other."""
     parts = {
-        "attention": counted.below(*ATTENTION_NAMES),
-        "feed_forward": counted.below(*FEED_FORWARD_NAMES),
-        "head": counted.below(*HEAD_NAMES),
+        "attention": counted.in_modules(*ATTENTION_NAMES),
+        "feed_forward": counted.in_modules(*FEED_FORWARD_NAMES),
+        "head": counted.in_modules(*HEAD_NAMES),
     }
     return {**parts, "other": counted.total - sum(parts.values())}
 
@@ -99,8 +94,10 @@ def multimodal_parts(counted: CountedFlops) -> dict[str, int]:
     FLOPs of a method count as the decoder's, except where it runs the tower or the projector again.
     """
     # The decoder is the remainder, so the parts always add up to the total.
-    projector, head = counted.below(*PROJECTOR_NAMES), counted.below(*HEAD_NAMES)
-    vision = counted.below(*VISION_NAMES) - counted.below(*PROJECTOR_NAMES, within=VISION_NAMES)
+    projector, head = counted.in_modules(*PROJECTOR_NAMES), counted.in_modules(*HEAD_NAMES)
+    vision = counted.in_modules(*VISION_NAMES) - counted.in_modules(
+        *PROJECTOR_NAMES, within=VISION_NAMES
+    )
     decoder = counted.total - vision - projector - head
     return {"vision": vision, "projector": projector, "decoder": decoder, "head": head}
 
@@ -127,7 +124,7 @@ def flops_costs(model: Model, config: CostsConfig) -> Measurements:
 def prompt_flops_costs(model: Model, config: CostsConfig, inputs: dict[str, Any]) -> Measurements:
     """Yield the FLOPs of a prompt with an image, and of the token generated after it.
 
-    `inputs` are those of `prefill.prompt`.
+    `inputs` are those of `image_prompt.build_image_prompt`.
     """
     lengths = image_prompt.prompt_tokens(model, inputs)
     prompt, token = image_prompt.count_prefill(model, inputs)
@@ -204,7 +201,7 @@ def convention_cost(
     return Cost(
         scope=lengths.scope,
         quantity=f"flops_{name}",
-        unit="FLOP",
+        unit=CONVENTION_UNITS[name],
         value=CONVENTIONS[name](decoder),
         how="analytic",
     )
@@ -226,11 +223,11 @@ def _counted_costs(
     scope: str, counted: CountedFlops, parts: PartsOfCount, *, attends: bool = True
 ) -> Measurements:
     """Yield the counted FLOPs, or a missing measurement if an operator has no formula."""
-    if counted.missed:
+    if counted.without_formula:
         yield MissingMeasurement(
             scope=scope,
             quantity="flops",
-            reason=f"no formula for {', '.join(counted.missed)}",
+            reason=f"no formula for {', '.join(counted.without_formula)}",
             how="counted",
         )
         return
@@ -238,7 +235,7 @@ def _counted_costs(
     yield from _flops_and_macs(scope, "", float(counted.total), "counted", found)
     # Masks are observed only at PyTorch's attention function. A decoder that never called it
     # (eager attention) may have masked pairs that were not observed: its causal count is unknown.
-    if counted.causal is None or (attends and not counted.attentions):
+    if counted.causal is None or (attends and not counted.attention_calls):
         yield MissingMeasurement(
             scope=scope,
             quantity="flops_causal",
@@ -249,10 +246,10 @@ def _counted_costs(
     yield from _flops_and_macs(scope, "_causal", float(counted.causal), "counted")
 
 
-def _analytic_costs(scope: str, reckon: Callable[[], list[MatmulCost]]) -> Measurements:
+def _analytic_costs(scope: str, compute: Callable[[], list[MatmulCost]]) -> Measurements:
     """Yield the analytic FLOPs, or a missing measurement if a part has no formula."""
     try:
-        products = reckon()
+        products = compute()
     except UserError as reason:
         yield MissingMeasurement(scope=scope, quantity="flops", reason=str(reason), how="analytic")
         return

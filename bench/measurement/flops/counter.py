@@ -1,16 +1,15 @@
-"""FLOPs of a call by PyTorch's dispatcher, with operators and hidden attention pairs it misses, on meta tensors.
+"""FLOPs of a call, counted by PyTorch's dispatcher, also on the meta device.
 
-FLOPs that attention spends on masked (query, key) pairs, observed at PyTorch's attention API.
+PyTorch's counter reports 0 for attention on a CPU, for grouped expert matmuls on every device, for
+transformers' fallback where those are not available, and for products with a vector. Their formulas
+are here. One multiply-add is two FLOPs.
 
+FLOPs that attention spends on masked (query, key) pairs are observed at PyTorch's attention API.
 Further down, in the dispatcher, the mask may already be an additive bias and attention may be split
-into its matmuls; at `scaled_dot_product_attention` it is still a mask. Shapes: B samples, H heads,
-Q queries, K keys, d widths of q and v.
+into its matmuls; at `scaled_dot_product_attention` it is still a mask.
 
-FLOP formulas of operators that PyTorch's FLOP counter does not know.
-
-The counter reports 0 for attention on a CPU, for grouped expert matmuls on every device, for
-transformers' fallback where those are not available, and for products with a vector. One
-multiply-add is two FLOPs.
+Shapes: B samples, H heads, Q queries, K keys, d widths of q and v, R rows, C columns, S routed
+rows, E experts, D and F widths of a matrix.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ class CountedFlops:
     """FLOPs of a call, filled in when the counting block ends.
 
     `modules` maps a module's path to FLOPs by operator, and `Global` to those of the whole call.
-    `hidden` is the FLOPs of masked pairs, None if mask values were not available. `attentions` is
-    the number of calls of PyTorch's attention, the only place where masks are observed. `operators`
-    are all that ran; `missed` names the matmuls among them without a formula: if it is not empty,
-    the count is too small.
+    `masked` is the FLOPs of masked pairs, None if mask values were not available. `attention_calls`
+    is the number of calls of PyTorch's attention, the only place where masks are observed.
+    `operators` are all that ran; `without_formula` names the matmuls among them without a formula:
+    if it is not empty, the count is too small.
     """
 
     modules: dict[str, dict[Any, int]] = field(default_factory=dict)
-    hidden: int | None = 0
-    attentions: int = 0
+    masked: int | None = 0
+    attention_calls: int = 0
     operators: frozenset[Any] = frozenset()
-    missed: tuple[str, ...] = ()
+    without_formula: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -59,9 +58,9 @@ class CountedFlops:
     @property
     def causal(self) -> int | None:
         """FLOPs of the whole call without masked pairs."""
-        return None if self.hidden is None else self.total - self.hidden
+        return None if self.masked is None else self.total - self.masked
 
-    def below(self, *leaves: str, within: tuple[str, ...] = ()) -> int:
+    def in_modules(self, *leaves: str, within: tuple[str, ...] = ()) -> int:
         """Return the FLOPs of all modules named in `leaves`, counting nested matches once.
 
         An item of a `ModuleList` takes the name of the list. With `within`, only modules inside
@@ -100,31 +99,31 @@ class _OperatorRecorder(TorchDispatchMode):
 @contextmanager
 def count_flops() -> Iterator[CountedFlops]:
     """Count the FLOPs of what runs inside the block; the result is complete when the block ends."""
-    counted, operators, hidden = CountedFlops(), _OperatorRecorder(), MaskedPairs()
+    counted, operators, masked = CountedFlops(), _OperatorRecorder(), MaskedPairs()
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     # Dispatch modes form a stack, and the one entered last sees an operator first. The recorder is
     # entered before the counter and so sees the operators that the counter passes on.
-    with operators, counter, hidden:
+    with operators, counter, masked:
         yield counted
     counted.modules = {path: dict(flops) for path, flops in counter.get_flop_counts().items()}
-    counted.hidden = None if hidden.unknown else hidden.flops
-    counted.attentions = hidden.calls
+    counted.masked = None if masked.has_unknown_mask else masked.flops
+    counted.attention_calls = masked.attention_calls
     counted.operators = frozenset(operators.seen)
-    counted.missed = matmuls_without_formula(operators.seen, counter.flop_registry)
+    counted.without_formula = matmuls_without_formula(operators.seen, counter.flop_registry)
 
 
 class MaskedPairs(TorchFunctionMode):
     """Mode that sums the FLOPs of masked (query, key) pairs while it is active.
 
-    `calls` is the number of attention calls. `unknown` is set if the values of a mask were not
-    available; the causal count is then unknown.
+    `has_unknown_mask` is set if the values of a mask were not available; the causal count is then
+    unknown.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self.calls = 0
-        self.unknown = False
+        self.attention_calls = 0
+        self.has_unknown_mask = False
 
     def __torch_function__(
         self,
@@ -149,7 +148,7 @@ class MaskedPairs(TorchFunctionMode):
         is_causal: bool = False,
         **_: Any,
     ) -> None:
-        self.calls += 1
+        self.attention_calls += 1
         heads, queries, keys = prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
         # q · k over the width of q, weight · v over the width of v, two FLOPs per multiply-add.
         per_pair = 2 * (query.shape[-1] + value.shape[-1])
@@ -162,7 +161,7 @@ class MaskedPairs(TorchFunctionMode):
 
     def _record_mask(self, mask: Tensor, pairs: int, per_pair: int) -> None:
         if isinstance(mask, FakeTensor) or mask.is_meta:
-            self.unknown = True
+            self.has_unknown_mask = True
             return
         # A float mask is added to the scores: transformers writes the dtype's minimum (or -inf) for
         # a masked pair. A bool mask is True where a query may attend.

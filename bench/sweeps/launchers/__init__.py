@@ -1,1 +1,1 @@
-"""Hydra sweepers, which define the jobs of a sweep, and launchers, which run them."""
+"""Hydra launchers, which run the jobs of a sweep."""

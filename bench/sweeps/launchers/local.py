@@ -1,16 +1,12 @@
-"""The in-process launcher and what all launchers share: calls that travel, lost workers, one device per job, limits.
-
-Shared base of all launchers: jobs that can be pickled, and a retry for lost workers.
+"""In-process launcher, and what all launchers share: jobs that can be pickled, a retry, limits.
 
 hydra-joblib-launcher and hydra-submitit-launcher (1.2.0, both of 2022) abort a whole sweep when one
 worker is lost, and hydra-ray-launcher (1.2.2) needs cloudpickle < 3, which Ray itself no longer
 uses. These are therefore thin launchers around joblib, submitit and Ray themselves.
 
-One job per device: a worker process locks one GPU of its machine until it ends.
-
-The lock is a file in the machine's temporary folder, so that two sweeps on one machine never share
-a device, and the kernel releases it however the process ends. Slurm and Ray assign devices
-themselves and do not need this.
+A worker process locks one GPU of its machine until it ends. The lock is a file in the machine's
+temporary folder, so that two sweeps on one machine never share a device, and the kernel releases it
+however the process ends. Slurm and Ray assign devices themselves and do not need this.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
@@ -59,15 +55,15 @@ class RemoteJob:
     singletons: dict[Any, Any]
     overrides: list[str]
     number: int
-    where: str
+    working_folder: str
     devices: tuple[str, ...] = ()
-    minutes: float | None = None
+    time_limit_minutes: float | None = None
     memory_gb: float | None = None
 
     def __call__(self) -> None:
         """Run the job in this process; its outcome is in its status file."""
         # Relative paths in the overrides refer to the folder where the sweep was started.
-        os.chdir(self.where)
+        os.chdir(self.working_folder)
         # Before anything can initialise CUDA, which reads CUDA_VISIBLE_DEVICES once.
         lease_device(self.devices)
         # A fresh process lacks Hydra's resolvers and singletons; the main process sends the latter.
@@ -77,11 +73,11 @@ class RemoteJob:
             loader = self.context.config_loader
             config = loader.load_sweep_config(self.config, list(self.overrides))
         except Exception as error:  # values that are valid alone may fail in combination
-            self.fail(failure_reason(error))
+            self.mark_failed(failure_reason(error))
             return
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = self.number
-        with resource_limits(self.minutes, self.memory_gb):
+        with resource_limits(self.time_limit_minutes, self.memory_gb):
             run_job(
                 hydra_context=self.context,
                 config=config,
@@ -99,12 +95,12 @@ class RemoteJob:
 
         return submitit.helpers.DelayedSubmission(self)
 
-    def fail(self, why: str) -> None:
+    def mark_failed(self, reason: str) -> None:
         """Record that the job failed for a reason that the job itself could not record."""
-        note = read_status(self.folder, self.number) or {}
-        command = note.get("command") or shlex.join(["bench", "run", *self.overrides])
-        failed = {"number": self.number, "command": command, "state": "failed", "reason": why}
-        write_status(self.folder, note | failed)
+        status = read_status(self.folder, self.number) or {}
+        command = status.get("command") or shlex.join(["bench", "run", *self.overrides])
+        failed = {"number": self.number, "command": command, "state": "failed", "reason": reason}
+        write_status(self.folder, status | failed)
 
     @property
     def folder(self) -> Path:
@@ -120,8 +116,16 @@ class RemoteJob:
     def has_ended(self) -> bool:
         """Whether this job is done or has failed by itself, and was not lost."""
         # A lost job still says "running", an interrupted one "waiting".
-        note = read_status(self.folder, self.number)
-        return note is not None and note["state"] in ("done", "failed")
+        status = read_status(self.folder, self.number)
+        return status is not None and status["state"] in ("done", "failed")
+
+
+class JobLimits(TypedDict, total=False):
+    """Fields of `RemoteJob` that limit a job; what is left out has no limit."""
+
+    devices: tuple[str, ...]
+    time_limit_minutes: float | None
+    memory_gb: float | None
 
 
 class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
@@ -140,49 +144,50 @@ class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
         self.config = config
 
     @abstractmethod
-    def run_jobs(self, calls: list[RemoteJob]) -> None:
+    def run_jobs(self, jobs: list[RemoteJob]) -> None:
         """Run the jobs; return when each has ended or is lost. The status files say which."""
 
-    def limits(self) -> dict[str, Any]:
-        """Return device and limit fields of `Call` that the job's own process has to enforce."""
-        return {}
+    def job_limits(self) -> JobLimits:
+        """Return the devices and limits that the job's own process has to enforce."""
+        return JobLimits()
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run the jobs; a job that fails or is lost raises nothing."""
-        calls = self._calls(job_overrides, initial_job_idx)
+        jobs = self._make_jobs(job_overrides, initial_job_idx)
         # Status files of an earlier attempt would make these jobs look ended.
-        for call in calls:
-            clear_status(call.folder, call.number)
-        self.run_jobs(calls)
-        lost = [call for call in calls if not call.has_ended]
+        for job in jobs:
+            clear_status(job.folder, job.number)
+        self.run_jobs(jobs)
+        lost = [job for job in jobs if not job.has_ended]
         if lost:
             self.run_jobs(lost)
-        # Once only: a job that kills its worker (out of memory, say) would do so for ever.
-        for call in lost:
-            if not call.has_ended:
-                note = read_status(call.folder, call.number) or {}
-                call.fail(LOST_WORKER.format(host=note.get("host", "the machine it was sent to")))
-        return [self._job_return(call) for call in calls]
+        # Once only: a job that kills its worker (out of memory, for example) would do so for ever.
+        for job in lost:
+            if not job.has_ended:
+                status = read_status(job.folder, job.number) or {}
+                host = status.get("host", "the machine it was sent to")
+                job.mark_failed(LOST_WORKER.format(host=host))
+        return [self._job_return(job) for job in jobs]
 
-    def _job_return(self, call: RemoteJob) -> JobReturn:
+    def _job_return(self, job: RemoteJob) -> JobReturn:
         """Return the objective of the job's record, which foreign sweepers optimise."""
-        note = read_status(call.folder, call.number) or {}
-        record = Store(call.folder.parent.parent).find(str(note.get("run")))
+        status = read_status(job.folder, job.number) or {}
+        record = Store(job.folder.parent.parent).find(str(status.get("run")))
         # COMPLETED even for a failed job: Hydra raises the error of a FAILED one when the value is
         # read, which would end the sweep.
-        returned = JobReturn(overrides=call.overrides, status=JobStatus.COMPLETED)
+        returned = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
         returned.return_value = record and objective_value(record, str(self.config.objective))
         return returned
 
-    def _calls(self, jobs: Sequence[Sequence[str]], first: int) -> list[RemoteJob]:
+    def _make_jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[RemoteJob]:
         """Build the jobs, numbered as in the plan."""
         # A resumed sweep launches only what is missing, so the launch index is not the job number.
         # Jobs of a foreign sweeper are not planned and keep the launch index.
         plan = read_plan(Path(str(self.config.hydra.sweep.dir)))
-        limits = self.limits()
-        numbers = [plan.number(overrides) if plan else None for overrides in jobs]
+        limits = self.job_limits()
+        numbers = [plan.number(overrides) if plan else None for overrides in job_overrides]
         return [
             RemoteJob(
                 context=self.hydra_context,
@@ -191,20 +196,26 @@ class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
                 singletons=Singleton.get_state(),
                 overrides=list(overrides),
                 number=first + place if number is None else number,
-                where=str(Path.cwd()),
+                working_folder=str(Path.cwd()),
                 **limits,
             )
-            for place, (overrides, number) in enumerate(zip(jobs, numbers, strict=True))
+            for place, (overrides, number) in enumerate(zip(job_overrides, numbers, strict=True))
         ]
 
 
 class LocalLauncher(RetryingLauncher):
     """Runs one job after the other in this process, which keeps libraries and the dense model."""
 
-    def run_jobs(self, calls: list[RemoteJob]) -> None:
+    def run_jobs(self, jobs: list[RemoteJob]) -> None:
         """Run the jobs in order."""
-        for call in calls:
-            call()
+        for job in jobs:
+            job()
+
+
+def run_remote_job(job: RemoteJob) -> None:
+    """Run a job in a worker process; a function of a module pickles by name."""
+    # Not the command's entry point: a worker's own handler of SIGTERM stays in place.
+    job()
 
 
 _HELD_LOCKS: list[FileLock] = []
@@ -248,7 +259,7 @@ class JobTimeoutError(Exception):
 
 @contextmanager
 def resource_limits(minutes: float | None, memory_gb: float | None) -> Iterator[None]:
-    """Raise `TooLong` in the block after `minutes`, and MemoryError beyond `memory_gb` of data.
+    """Raise `JobTimeoutError` after `minutes` in the block, and MemoryError beyond `memory_gb`.
 
     The memory limit covers private allocations of the process, not mapped files or device memory.
     Must be entered in the main thread, where Python delivers signals.
@@ -271,5 +282,7 @@ def resource_limits(minutes: float | None, memory_gb: float | None) -> Iterator[
     finally:
         if minutes is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            # None: a library installed the handler from C, and Python can neither return it nor
+            # put it back. The default is the nearest.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -8,9 +8,14 @@ from typing import Any
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
-from bench.sweeps.launchers.local import RemoteJob, RetryingLauncher
+from bench.sweeps.launchers.local import (
+    GIB,
+    JobLimits,
+    RemoteJob,
+    RetryingLauncher,
+    run_remote_job,
+)
 
-GIB = 2**30
 START_ATTEMPTS = 3
 """Attempts to start Ray: a busy machine may exceed the 30 s that Ray gives a node to start."""
 
@@ -18,18 +23,18 @@ START_ATTEMPTS = 3
 class RayLauncher(RetryingLauncher):
     """Launcher on Ray, which assigns CPUs, memory and devices, and sets CUDA_VISIBLE_DEVICES."""
 
-    def limits(self) -> dict[str, Any]:
+    def job_limits(self) -> JobLimits:
         """Return the time limit: Ray has none for tasks, so the job enforces it."""
-        return {"minutes": self.settings.get("timeout_min")}
+        return {"time_limit_minutes": self.settings.get("timeout_min")}
 
-    def run_jobs(self, calls: list[RemoteJob]) -> None:
+    def run_jobs(self, jobs: list[RemoteJob]) -> None:
         """Send all jobs to the cluster and wait until each has ended or is lost."""
         _set_ray_environment()
         ray: Any = optional_module("ray", "ray")
         started = self._connect(ray)
         try:
-            run = ray.remote(_run_job).options(**self._needs())
-            for task in [run.remote(call) for call in calls]:
+            run = ray.remote(run_remote_job).options(**self._needs())
+            for task in [run.remote(job) for job in jobs]:
                 try:
                     ray.get(task)
                 except ray.exceptions.RayError:
@@ -85,14 +90,9 @@ def _set_ray_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def _run_job(call: RemoteJob) -> None:
-    # A plain function, not the command's entry point: Ray's handler of SIGTERM stays in place.
-    call()
-
-
 def _import_path_variables() -> dict[str, str]:
     """Return a PYTHONPATH with which workers find the packages of this process."""
     given = os.environ.get("PYTHONPATH", "")
     # The folder that contains `bench`, counted from this file: adapt the index if it moves.
-    here = str(Path(__file__).parents[2])
+    here = str(Path(__file__).parents[3])
     return {"PYTHONPATH": os.pathsep.join(p for p in (here, given) if p)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
-from bench.sweeps.launchers.local import RemoteJob, RetryingLauncher
+from bench.sweeps.launchers.local import JobLimits, RemoteJob, RetryingLauncher
 
 # Settings that are not passed on to submitit under the same name.
 OWN_SETTINGS = {"cluster", "parallel", "max_num_timeout", "mem_gb"}
@@ -35,26 +35,26 @@ class SubmititLauncher(RetryingLauncher):
         """Whether jobs go to Slurm instead of processes of this machine."""
         return bool(self.settings["cluster"] == "slurm")
 
-    def limits(self) -> dict[str, Any]:
+    def job_limits(self) -> JobLimits:
         """Return memory limit and devices for local processes; Slurm enforces its own."""
         # submitit's local executor enforces `timeout_min` itself, but neither memory nor devices.
         if self.uses_slurm:
             return {}
         return {"devices": tuple(visible_gpus()), "memory_gb": self.settings.get("mem_gb")}
 
-    def run_jobs(self, calls: list[RemoteJob]) -> None:
+    def run_jobs(self, jobs: list[RemoteJob]) -> None:
         """Submit the jobs and wait for all of them, whether they succeed or not."""
         # submitit replaces %j by the job id, so that every job has its own log folder.
-        executor = self._executor(calls[0].folder / "submitit" / "%j")
-        at_once = len(calls)
+        executor = self._executor(jobs[0].folder / "submitit" / "%j")
+        at_once = len(jobs)
         if not self.uses_slurm:  # Slurm has a queue, a single machine has none
             at_once = int(self.settings.get("parallel") or len(visible_gpus()) or 2)
-        waiting = iter(calls)
-        while some := list(islice(waiting, at_once)):
+        waiting = iter(jobs)
+        while batch := list(islice(waiting, at_once)):
             # One batch becomes one Slurm array: a single sbatch call, whatever the number of jobs.
             with executor.batch():
-                jobs = [executor.submit(call) for call in some]
-            self._wait(jobs)
+                submitted = [executor.submit(job) for job in batch]
+            self._wait(submitted)
 
     def _wait(self, jobs: list[Any]) -> None:
         """Wait for all jobs; on an interruption cancel local ones and leave Slurm's queued."""

@@ -42,11 +42,11 @@ def test_reap_and_frequency_token_by_token(name, layout):
     reap = applied(Reap(ratio=0.3, **knobs), network_of(name, layout)).layers
     often = applied(ExpertFrequency(ratio=0.3, **knobs), network_of(name, layout)).layers
     for here, mine, counts in zip(norms, reap, often, strict=True):
-        assert counts["scores"] == [len(values) for values in here]
+        assert counts.scores == [len(values) for values in here]
         means = [sum(values) / len(values) if values else 0.0 for values in here]
-        assert mine["scores"] == pytest.approx(means, rel=1e-5)
+        assert mine.scores == pytest.approx(means, rel=1e-5)
         order = sorted(range(6), key=lambda expert: means[expert])
-        assert mine["whole_experts"] == sorted(order[: len(mine["whole_experts"])])
+        assert mine.whole_experts == sorted(order[: len(mine.whole_experts)])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -113,8 +113,8 @@ def test_sequential_scores_see_the_change():
         return applied(method, build("mixtral")).layers
 
     together, after = second(False), second(True)
-    assert together[0]["scores"] == after[0].scores
-    assert together[1]["scores"] != pytest.approx(after[1].scores, rel=1e-3)
+    assert together[0].scores == after[0].scores
+    assert together[1].scores != pytest.approx(after[1].scores, rel=1e-3)
     changed = build("mixtral")
     lost = [e * 12 + c for e in after[0].whole_experts for c in range(12)]
     block = inspect_model(changed).moe[0]

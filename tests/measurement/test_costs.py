@@ -38,8 +38,8 @@ def model(network, kind="causal_lm"):
 
 
 def config(*measured, **timing):
-    small = {"lengths": (16,), "new_tokens": 3, "rounds": 5, "warm_up": 1, "attempts": 1}
-    small |= {"most_rounds": 5}
+    small = {"lengths": (16,), "new_tokens": 3, "rounds": 5, "max_warmup_rounds": 1, "attempts": 1}
+    small |= {"max_rounds": 5}
     return CostsConfig(name="test", measure=measured, timing={**small, **timing})
 
 
@@ -113,7 +113,7 @@ def test_the_same_flops_leave_no_theoretical_gain_to_realise():
 
 def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
     network = llama()
-    wanted = config("latency", precision=1e-9, most_rounds=6)
+    wanted = config("latency", precision=1e-9, max_rounds=6)
     found = measure_costs(MeasuredPair(model(network), model(network)), wanted)
     for scope, speedup in rows(found, "speedup").items():
         assert speedup.note.endswith("is still wider than 1e-07 % to one side")
@@ -123,7 +123,7 @@ def test_a_ratio_that_stays_wide_is_marked_and_its_neighbours_are_not():
 
 def test_rounds_are_added_only_where_a_ratio_is_claimed():
     network = llama()
-    wanted = config("latency", precision=1e-9, most_rounds=9)
+    wanted = config("latency", precision=1e-9, max_rounds=9)
     for subject in (
         MeasuredPair(model(network)),
         MeasuredPair(model(network), model(network), no_gain_reason="masked"),
@@ -289,7 +289,7 @@ def test_energy_of_a_call_is_the_counters_over_the_calls(monkeypatch):
 
     monkeypatch.setattr(energy, "energy_meter", lambda device: counter)
     monkeypatch.setattr(type(work), "forward", spending(3.0, type(work).forward))
-    monkeypatch.setattr(type(work), "answer", spending(5.0, type(work).answer))
+    monkeypatch.setattr(type(work), "generate", spending(5.0, type(work).generate))
     found = measure_costs(
         MeasuredPair(model(network), model(network)), config("energy", energy_seconds=0.01)
     )
@@ -298,6 +298,53 @@ def test_energy_of_a_call_is_the_counters_over_the_calls(monkeypatch):
     assert spent["end to end 1x16"].value == pytest.approx(5.0)
     assert spent["end to end 1x16"].parts["dense"] == pytest.approx(5.0)
     assert rows(found, "energy_saved")["prefill 1x16"].value == pytest.approx(0.0)
+
+
+def test_a_counter_that_stands_still_saves_nothing_and_divides_by_nothing(monkeypatch):
+    class Stuck:
+        how = "a counter with coarse steps"
+
+        def joules(self):
+            return 7.0
+
+    network = llama()
+    monkeypatch.setattr(energy, "energy_meter", lambda device: Stuck())
+    found = measure_costs(
+        MeasuredPair(model(network), model(network)), config("energy", energy_seconds=0.01)
+    )
+    assert rows(found, "energy_saved") == {}
+    assert "did not advance" in missing(found, "energy_saved")["prefill 1x16"]
+
+
+def test_the_first_call_of_a_network_is_in_no_window(monkeypatch):
+    """The first call costs 100 J, every later one 1 J."""
+
+    class Counter:
+        how, spent = "told", 0.0
+
+        def joules(self):
+            return self.spent
+
+    counter, calls = Counter(), []
+
+    def call():
+        counter.spent += 1.0 if calls else 100.0
+        calls.append(1)
+
+    monkeypatch.setattr(energy, "WINDOWS", 1)
+    assert energy.joules_per_call([call], counter, CPU, 1e-9) == [1.0]
+
+
+def test_the_roofline_charges_no_pair_that_a_mask_hides():
+    found = measure_costs(MeasuredPair(model(llama())), config("latency", "roofline"))
+    charged = rows(found, "roofline_efficiency")["prefill 1x16"].parts["flops"]
+    hidden = LAYERS * 4 * WIDTH * (16 * 15 // 2)
+    assert charged == rows(found, "latency")["prefill 1x16"].parts["flops"] - hidden
+
+
+def test_more_rounds_than_the_limit_are_refused():
+    with pytest.raises(ValueError, match=r"rounds=30 is above .*max_rounds=20"):
+        config("latency", rounds=30, max_rounds=20)
 
 
 def test_the_least_time_is_that_of_the_scarcer_resource():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 
 import numpy as np
@@ -66,3 +67,12 @@ def test_memory_runs_out_and_the_process_goes_on():
     with pytest.raises(MemoryError), resource_limits(None, 0.01):
         np.ones(2**27)
     assert np.ones(2**20).sum() == 2**20
+
+
+def test_a_handler_that_python_cannot_put_back_becomes_the_default(monkeypatch):
+    """`getsignal` returns None for a handler that a library installed from C."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with resource_limits(1.0, None):
+        pass
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL

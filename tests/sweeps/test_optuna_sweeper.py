@@ -18,7 +18,7 @@ TINY = [
     "benchmark.limit=8", "costs.length=32", "threads=1", "tracker=none",
 ]  # fmt: skip
 SEARCH = [
-    *TINY, "-m", "hydra/sweeper=search", "hydra.sweeper.study=tiny",
+    *TINY, "-m", "hydra/sweeper=optuna", "hydra.sweeper.study=tiny",
     "hydra.sweeper.objectives=[maximize average, minimize nonzero_parameters]",
     "ratio=interval(0.1,0.7)",
 ]  # fmt: skip
@@ -32,8 +32,8 @@ def study(results):
 def test_a_search_prunes_goes_on_and_keeps_the_front(tmp_path, capsys):
     results = tmp_path / "results"
     asked = [
-        "run", *SEARCH, f"results_dir={results}", "hydra.sweeper.early=[arc_easy]",
-        "hydra.sweeper.margin=0", "hydra.sweeper.parallel=2", "hydra.sweeper.seed=3",
+        "run", *SEARCH, f"results_dir={results}", "hydra.sweeper.early_tasks=[arc_easy]",
+        "hydra.sweeper.early_margin=0", "hydra.sweeper.parallel=2", "hydra.sweeper.seed=3",
     ]  # fmt: skip
     assert main([*asked, "hydra.sweeper.trials=4"]) == 0
     assert "Pareto-optimal trials" in capsys.readouterr().out

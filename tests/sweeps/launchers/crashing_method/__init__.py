@@ -9,7 +9,7 @@ from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 
 
-class Perilous(Method):
+class CrashingMethod(Method):
     """Sends its own process a signal: each time, or only until `marker` exists."""
 
     signal: str

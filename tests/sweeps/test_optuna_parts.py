@@ -1,5 +1,9 @@
 """What a search is made of: ranges in Hydra's words, and the rule for hopeless trials."""
 
+import json
+import math
+
+import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -7,7 +11,14 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bench.errors import UserError
-from bench.sweeps.optuna_sweeper import EarlyResult, is_dominated, optuna_distributions
+from bench.sweeps.optuna_sweeper import (
+    EarlyResult,
+    OptunaSweeper,
+    _write_study,
+    is_dominated,
+    optuna_distributions,
+)
+from tests.records.test_store import make
 
 
 def space(*texts):
@@ -38,12 +49,12 @@ def test_what_is_no_range(text):
 
 
 shares = st.floats(0, 1)
-standings = st.builds(
+results = st.builds(
     EarlyResult, shares, st.floats(0, 0.2), st.tuples(st.floats(0, 9), st.floats(0, 9))
 )
 
 
-@given(standings, st.lists(standings, max_size=5), st.floats(0, 4))
+@given(results, st.lists(results, max_size=5), st.floats(0, 4))
 def test_hopeless_is_beaten_at_no_more_cost_and_beyond_doubt(mine, rivals, margin):
     slow = False
     for rival in rivals:
@@ -60,8 +71,38 @@ def test_hopeless_is_beaten_at_no_more_cost_and_beyond_doubt(mine, rivals, margi
     assert not is_dominated(mine, [mine], margin)
 
 
-@given(st.lists(standings, min_size=1, max_size=6), st.floats(0, 4))
+@given(st.lists(results, min_size=1, max_size=6), st.floats(0, 4))
 def test_the_best_is_never_hopeless(trials, margin):
     best = max(trials, key=lambda trial: trial.accuracy)
     assert not is_dominated(best, trials, margin)
-    assert EarlyResult.read(best.to_json()) == best
+    assert EarlyResult.from_json(best.to_json()) == best
+
+
+def sweeper():
+    return OptunaSweeper(
+        study="s", trials=2, parallel=1, seed=0, space={"ratio": "interval(0.1,0.7)"},
+        objectives=["maximize average", "minimize nonzero_parameters", "minimize parameters"],
+        early_tasks=["t"], early_margin=0.0,
+    )  # fmt: skip
+
+
+def test_a_trial_without_one_of_the_costs_is_compared_and_stops_none():
+    whole = make("a" * 12)
+    costs = sweeper()._costs(whole)
+    assert costs == (math.inf, 7.0)
+    unknown, known = EarlyResult(0.9, 0.0, costs), EarlyResult(0.5, 0.0, (3.0, 7.0))
+    assert not is_dominated(known, [unknown], 0.0)
+    assert is_dominated(EarlyResult(0.1, 0.0, costs), [known], 0.0)
+    assert EarlyResult.from_json(json.loads(json.dumps(unknown.to_json()))) == unknown
+
+
+def test_the_file_of_a_study_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret-0123456789")
+    study = optuna.create_study(direction="maximize")
+    trial = study.ask({"key": CategoricalDistribution(["planted-secret-0123456789"])})
+    trial.set_user_attr("reason", "planted-secret-0123456789 was refused")
+    study.tell(trial, 0.5)
+    _write_study(study, {"average": "maximize"}, tmp_path)
+    text = (tmp_path / "study.json").read_text()
+    assert "planted-secret" not in text and "[hidden] was refused" in text
+    assert json.loads(text)["trials"][0]["front"]

@@ -18,7 +18,7 @@ TINY = [
     "benchmark.tasks=[arc_easy]", "~benchmark.perplexity", "benchmark.limit=2", "costs.length=32",
     "calibration.rows=2", "calibration.length=128", "threads=1", "tracker=none",
 ]  # fmt: skip
-PERIL = ["hydra.searchpath=[pkg://perilous.conf]", "packages=[methods,perilous]"]
+CRASHING = ["hydra.searchpath=[pkg://crashing_method.conf]", "packages=[methods,crashing_method]"]
 ONE_AT_A_TIME = {
     "joblib": ["hydra.launcher.jobs=1"],
     "slurm_local": ["hydra.launcher.parallel=1"],
@@ -37,8 +37,8 @@ def bench(*arguments, **environment):
 
 @pytest.fixture(autouse=True)
 def import_path(monkeypatch):
-    """Let this process and its children find the packages of this working tree and `perilous`."""
-    root = str(HERE.parents[1])
+    """Let this process and its children import this working tree and `crashing_method`."""
+    root = str(HERE.parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(str(HERE))
 
@@ -74,8 +74,8 @@ def _untimed(report):
 )
 def test_a_lost_or_preempted_worker_costs_nothing(tmp_path, launcher, harm, preempted_by):
     sweep = [
-        *TINY, *PERIL, "-m", "method=perilous", f"method.perilous.signal={harm}",
-        f"method.perilous.marker={tmp_path / 'marker'}", "seed=1,2",
+        *TINY, *CRASHING, "-m", "method=crashing_method", f"method.crashing_method.signal={harm}",
+        f"method.crashing_method.marker={tmp_path / 'marker'}", "seed=1,2",
     ]  # fmt: skip
     there, here = tmp_path / "there", tmp_path / "here"
     done = bench(
@@ -124,7 +124,8 @@ def test_a_sweep_that_is_told_to_stop_takes_its_jobs_along_and_goes_on_later(tmp
 def test_a_worker_that_always_dies_fails_alone(tmp_path, capsys):
     results = tmp_path / "results"
     sweep = [
-        *TINY, *PERIL, "-m", "method=perilous,dense,random_experts", f"results_dir={results}",
+        *TINY, *CRASHING, "-m", "method=crashing_method,dense,random_experts",
+        f"results_dir={results}",
         "hydra/launcher=joblib", "hydra.launcher.jobs=1",
     ]  # fmt: skip
     done = bench("run", *sweep)

@@ -17,7 +17,7 @@ from bench.schema import ModelConfig
 from methods.baselines.d2_moe.method import D2Moe
 from methods.camera.pruning import CameraP
 from methods.quantization.uniform import Gptq
-from tests.measurement.agreeing import agree
+from tests.measurement.flops.agreement import agree
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 
 EXPERTS = {

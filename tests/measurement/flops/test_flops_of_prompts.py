@@ -24,7 +24,7 @@ from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.sparse_ffn import SparseFFN
-from tests.measurement.agreeing import agree
+from tests.measurement.flops.agreement import agree
 from tests.methods.token_pruning.watching import METHODS
 from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, build, prompt
 

@@ -13,7 +13,7 @@ from bench.models.macs import macs_by_part
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
-from tests.measurement.agreeing import agree
+from tests.measurement.flops.agreement import agree
 
 MICRO = ["micro_lenet", "micro_vgg", "micro_resnet", "micro_mobilenet", "micro_densenet"]
 PAPER = ["lenet5", "vgg16", "resnet18", "resnet50", "mobilenet_v1", "densenet40"]

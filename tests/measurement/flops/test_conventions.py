@@ -6,7 +6,7 @@ import transformers
 
 from bench.measurement.flops.analytic import CallTokens, decoder_macs, text_config
 from bench.measurement.flops.analytic_vlm import image_prompt_macs, visual_layers
-from bench.measurement.flops.conventions import CONVENTIONS, ConventionInputs
+from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, ConventionInputs
 from bench.models.macs import VisualLayer, macs_by_part, matrix_weights
 from bench.models.structure.model_structure import inspect_model
 from methods.visual_engine.cost.flops import VisualFlops
@@ -170,3 +170,14 @@ def test_linear_shares_of_what_really_runs(mask, neurons, linear):
     whole_share = 36 * 32 * (4 * 256**2 + 3 * 256 * 688 + 2 * 36 * 256)
     assert left / whole_share == pytest.approx(linear, abs=4e-3)
     assert dense < whole_share * 1.05
+
+
+def test_a_convention_that_counts_multiply_adds_is_no_flop():
+    """One visual token in one layer, no text: YOPO counts two per multiply-add, the rest one."""
+    decoder = ConventionInputs(64, 128, 0, [VisualLayer(1)])
+    exact = 4 * 64**2 + 3 * 64 * 128 + 2 * 64
+    assert CONVENTIONS["yopo"](decoder) == 2 * exact
+    assert CONVENTIONS["pyramiddrop"](decoder) == exact
+    assert CONVENTION_UNITS["yopo"] == "FLOP"
+    assert {unit for name, unit in CONVENTION_UNITS.items() if name != "yopo"} == {"MAC"}
+    assert CONVENTION_UNITS.keys() == CONVENTIONS.keys()

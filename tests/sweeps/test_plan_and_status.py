@@ -1,5 +1,6 @@
 """A sweep's plan and its jobs' notes: what is shown, what is gone on with, what is never lost."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.errors import UserError
+from bench.errors import Stopped, UserError
 from bench.records import Store
+from bench.records.atomic_files import write_bytes
 from bench.sweeps import (
     RunRequest,
     RunResult,
@@ -67,9 +69,9 @@ def test_each_way_a_job_can_go(plan):
     assert [job.number for job in unfinished_jobs(plan)] == [1, 2]
     assert sweep_summary(plan) | {"sweep": ""} == {
         "sweep": "", "waiting": 1, "running": 0, "done": 1, "failed": 1,
-        "asked": "-m ratio=0.2,0.4,0.6",
+        "arguments": "-m ratio=0.2,0.4,0.6",
     }  # fmt: skip
-    assert [row["asks"] for row in job_rows(plan)] == ["ratio=0.2", "ratio=0.4", "ratio=0.6"]
+    assert [row["overrides"] for row in job_rows(plan)] == ["ratio=0.2", "ratio=0.4", "ratio=0.6"]
     came = list(job_results(plan))
     assert came[0].record.id == IDENTIFIER
     assert "the disk caught fire" in came[1]
@@ -146,12 +148,12 @@ def test_the_same_sweep_goes_on_only_while_its_inputs_stand(tmp_path, monkeypatc
     data = tmp_path / "questions.parquet"
     data.write_text("1")
     results = tmp_path / "results"
-    plan = create_plan(results, ["-m"], SweepFingerprint.of([data], ["methods"]))
+    plan = create_plan(results, ["-m"], SweepFingerprint.record_now([data], ["methods"]))
     assert existing_sweep(results, ["-m"]) == plan
     assert existing_sweep(results, ["-m", "seed=2"]) is None
     data.write_text("22")
     assert existing_sweep(results, ["-m"]) is None
-    plan = create_plan(results, ["-m"], SweepFingerprint.of([data], ["methods"]))
+    plan = create_plan(results, ["-m"], SweepFingerprint.record_now([data], ["methods"]))
     assert existing_sweep(results, ["-m"]) == plan
     monkeypatch.chdir(tmp_path)
     assert existing_sweep(results, ["-m"]) is None
@@ -171,3 +173,19 @@ def test_notes_hold_no_secret(plan, monkeypatch):
     assert any("[hidden] was refused" in text for text in texts)
     assert not any("planted-secret" in text for text in texts)
     assert json.loads((plan.folder / "jobs" / "00000.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("writes_before", [0, 1])
+def test_a_full_disk_stops_the_sweep_and_not_one_job(plan, monkeypatch, writes_before):
+    """Whether the first status of a job meets it or the last."""
+    left = [writes_before]
+
+    def write(path, content):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        write_bytes(path, content)
+
+    monkeypatch.setattr("bench.sweeps.job.write_bytes", write)
+    with pytest.raises(Stopped, match=r"No space left on device.*same command"):
+        perform_job(plan.folder, 0, ASKED, lambda: record(plan))
