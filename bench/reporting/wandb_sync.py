@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.records import Record, Store
-from bench.reporting.html.report import Table, TableCell
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, Setting, build_leaderboard
+from bench.reporting.tables.cell_text import line_text
+from bench.reporting.tables.table import Table, TableCell
 from bench.schema import TrackerConfig
 from bench.tracking.tracker import track, track_overview
 from bench.tracking.wandb_run import Overview, ScatterPlot, WandbTable
@@ -118,21 +119,21 @@ def _table_rows(table: Table) -> WandbTable:
     """Return one row per cell, so that W&B can filter and group by any column."""
     rows = [
         [
-            line.block,
-            f"{line.name} {line.setting}".strip(),
+            line.section,
+            line_text(line),
             head.name,
             head.unit,
             *_cell_values(cell),
         ]
         for line in table.lines
-        for head, cell in zip(table.heads, line.cells, strict=True)
+        for head, cell in zip(table.columns, line.cells, strict=True)
     ]
     said = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
-    return WandbTable(("block", "row", "column", "unit", *said), rows)
+    return WandbTable(("section", "row", "column", "unit", *said), rows)
 
 
 def _cell_values(cell: TableCell) -> list[str | float | bool | None]:
-    ours, theirs = cell.ours, cell.theirs
+    ours, theirs = cell.ours, cell.published
     own: list[str | float | None] = [None, None, None]
     if ours is not None:
         own = [ours.value, ours.stderr, next(iter(ours.runs), None)]

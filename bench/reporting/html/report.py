@@ -1,9 +1,7 @@
-"""The HTML report: records, leaderboard, details, tables, page.
+"""The HTML report over all records of a results folder: collected, packed, written.
 
-A paper's table as the report shows it next to the runs.
-
-The protocols describe the part of a table that the page depends on. Numbers are in their column's
-unit.
+The page gets an index at once (leaderboard, papers' tables), and chunks of records and samples
+that it unpacks when a run is opened.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bench.errors import UserError
 from bench.records import Record, Store
@@ -22,6 +20,8 @@ from bench.reporting.html import page, samples
 from bench.reporting.html.samples import SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
 from bench.reporting.tables.builder import tables_of
+from bench.reporting.tables.cell_text import line_text
+from bench.reporting.tables.table import Table, TableCell
 
 # Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
 # small to open fast and large to compress well.
@@ -158,137 +158,17 @@ def shorten_lists(value: Any) -> Any:
     return value
 
 
-class ColumnHead(Protocol):
-    """A column: its name and the unit of its numbers."""
-
-    @property
-    def name(self) -> str:
-        """The measured quantity."""
-
-    @property
-    def unit(self) -> str:
-        """The unit; `%` for percentages."""
-
-
-class OurValue(Protocol):
-    """Our number and the runs it comes from."""
-
-    @property
-    def value(self) -> float:
-        """The number."""
-
-    @property
-    def stderr(self) -> float | None:
-        """Its standard error, if it has one."""
-
-    @property
-    def runs(self) -> Sequence[str]:
-        """The ids of the runs."""
-
-
-class PublishedCell(Protocol):
-    """A published number as printed."""
-
-    @property
-    def text(self) -> str:
-        """The number as its source prints it."""
-
-    @property
-    def unit(self) -> str:
-        """The unit of the source."""
-
-    @property
-    def trust(self) -> str:
-        """The kind of source: the paper, its authors' code, third parties."""
-
-    @property
-    def flag(self) -> str:
-        """Why the number is suspicious; empty if it is not."""
-
-
-class TableCell(Protocol):
-    """Our number, the published one, and their difference or the reason why there is none."""
-
-    @property
-    def ours(self) -> OurValue | None:
-        """Our number; None if the run is missing."""
-
-    @property
-    def theirs(self) -> PublishedCell | None:
-        """The published number; None if there is none."""
-
-    @property
-    def difference(self) -> float | None:
-        """Ours minus theirs, for numbers of the same identity."""
-
-    @property
-    def inside(self) -> bool | None:
-        """Whether the published number lies in our interval."""
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the two are not subtracted."""
-
-
-class TableLine(Protocol):
-    """One method in one variant and section."""
-
-    @property
-    def block(self) -> str:
-        """The section of the table, usually a model."""
-
-    @property
-    def setting(self) -> str:
-        """The variant, a ratio for instance; may be empty."""
-
-    @property
-    def name(self) -> str:
-        """The method as the table calls it."""
-
-    @property
-    def cells(self) -> Sequence[TableCell]:
-        """One cell per column."""
-
-
-class Table(Protocol):
-    """A paper's table, reproduced."""
-
-    @property
-    def file(self) -> str:
-        """A name that no other table has."""
-
-    @property
-    def title(self) -> str:
-        """The title."""
-
-    @property
-    def stand_in(self) -> bool:
-        """Whether small models stand in for the paper's."""
-
-    @property
-    def heads(self) -> Sequence[ColumnHead]:
-        """The columns."""
-
-    @property
-    def lines(self) -> Sequence[TableLine]:
-        """The rows, section by section."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Sources and caveats, one sentence each."""
-
-
 def table_entry(table: Table) -> dict[str, Any]:
     """Return a table as the page reads it."""
     return {
         "name": table.file,
         "title": table.title,
         "stand_in": table.stand_in,
-        "heads": [{"name": head.name, "unit": head.unit} for head in table.heads],
+        "columns": [{"name": head.name, "unit": head.unit} for head in table.columns],
         "lines": [
             {
-                "block": line.block,
-                "label": f"{line.name} {line.setting}".strip(),
+                "section": line.section,
+                "label": line_text(line),
                 "cells": [_cell_entry(cell) for cell in line.cells],
             }
             for line in table.lines
@@ -298,7 +178,7 @@ def table_entry(table: Table) -> dict[str, Any]:
 
 
 def _cell_entry(cell: TableCell) -> dict[str, Any]:
-    ours, theirs = cell.ours, cell.theirs
+    ours, theirs = cell.ours, cell.published
     return {
         "ours": None if ours is None else [ours.value, ours.stderr, *ours.runs[:1]],
         "theirs": None if theirs is None else [theirs.text, theirs.unit, theirs.trust, theirs.flag],

@@ -49,7 +49,7 @@ def column_text(head: ColumnHead) -> str:
 
 def line_text(line: TableLine) -> str:
     """Return a method and its variant."""
-    return f"{line.name} {line.setting}".strip()
+    return f"{line.name} {line.variant}".strip()
 
 
 def our_text(number: OurValue | None, unit: str) -> str:
@@ -65,11 +65,11 @@ def our_text(number: OurValue | None, unit: str) -> str:
 
 def their_text(cell: TableCell, unit: str) -> str:
     """Return the published number as printed, with its marks, and its unit if it is not `unit`."""
-    if cell.theirs is None:
+    if cell.published is None:
         return EMPTY
-    own = "" if cell.theirs.unit == unit else f" {cell.theirs.unit}"
-    flag = SUSPICIOUS if cell.theirs.flag else ""
-    return f"{cell.theirs.text}{own}{TRUST_MARKS[cell.theirs.trust]}{flag}"
+    own = "" if cell.published.unit == unit else f" {cell.published.unit}"
+    flag = SUSPICIOUS if cell.published.flag else ""
+    return f"{cell.published.text}{own}{TRUST_MARKS[cell.published.trust]}{flag}"
 
 
 def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
@@ -90,7 +90,7 @@ def cell_texts(table: Table, cell: TableCell, unit: str) -> tuple[str, str, str]
 
 def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
     """Return the kinds of number that a line has; at least our own."""
-    texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.heads, strict=True)]
+    texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.columns, strict=True)]
     said = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
     # A line without any number still shows its name and an empty cell.
     return tuple(said) or ("ours",)
@@ -98,11 +98,11 @@ def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
 
 def agreement_text(found: OrderAgreement) -> str:
     """Return one sentence on the order of methods."""
-    where = " ".join(filter(None, (found.block, found.setting, found.column)))
-    whose = "" if found.model == found.block else f" of {found.model}"
-    pairs = found.same + found.other + found.close
+    where = " ".join(filter(None, (found.section, found.variant, found.column)))
+    whose = "" if found.model == found.section else f" of {found.model}"
+    pairs = found.same + found.reversed + found.close
     said = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
-    said += f", {found.other} reversed, {found.close} too close to call"
+    said += f", {found.reversed} reversed, {found.close} too close to call"
     if found.tau is not None:
         said += f"; Kendall's tau {found.tau:+.2f}"
     return f"{said}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
@@ -118,5 +118,5 @@ def footnotes(table: Table) -> list[str]:
 
 def lines_by_section(table: Table) -> list[tuple[str, list[TableLine]]]:
     """Return the lines by section, in order."""
-    names = dict.fromkeys(line.block for line in table.lines)
-    return [(name, [line for line in table.lines if line.block == name]) for name in names]
+    names = dict.fromkeys(line.section for line in table.lines)
+    return [(name, [line for line in table.lines if line.section == name]) for name in names]

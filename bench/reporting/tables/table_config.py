@@ -13,7 +13,7 @@ from bench.errors import UserError, unknown_name
 
 CONFIG_GROUP, MICRO = "table", "micro"
 Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
-PARTS = ("blocks", "rows", "settings", "columns")
+PARTS = ("sections", "rows", "variants", "columns")
 """The parts of a table that can be selected on the command line: `rows=[Camera-P,NAEE]`."""
 
 
@@ -22,7 +22,7 @@ class _TableModel(BaseModel):
 
 
 class PublishedTables(_TableModel):
-    """Source of the published cells: a file of `bench.reporting.tables.published` and tables in it."""
+    """Source of the published cells: a file of `results/published`, and tables in it."""
 
     file: str
     tables: tuple[str, ...]
@@ -42,7 +42,7 @@ class TableSection(_TableModel):
 
 
 class TableRow(_TableModel):
-    """A method, once per variant, or once only with `settings: false`.
+    """A method, once per variant, or once only with `variants: false`.
 
     A list of variants restricts where the method can be run; in the others only the published
     number is shown. `run` holds its overrides, None if slimbench has no such method. `published` is
@@ -50,7 +50,7 @@ class TableRow(_TableModel):
     """
 
     run: tuple[str, ...] | None = None
-    settings: bool | tuple[str, ...] = True
+    variants: bool | tuple[str, ...] = True
     published: str | None = None
     differs: str | None = None
 
@@ -81,7 +81,7 @@ class TableColumn(_TableModel):
 class TableConfig(_TableModel):
     """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
 
-    `settings` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
+    `variants` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
     `stand_in` runs on different models than the source's and is never subtracted from it.
     """
 
@@ -90,8 +90,8 @@ class TableConfig(_TableModel):
     published: PublishedTables
     runs: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
-    blocks: dict[str, TableSection]
-    settings: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
+    sections: dict[str, TableSection]
+    variants: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
     rows: dict[str, TableRow]
     columns: dict[str, TableColumn]
     stand_in: bool = False
@@ -174,36 +174,36 @@ Overrides = tuple[str, ...]
 class TableSlot:
     """One line and the overrides of its runs, one per seed; no runs if it cannot be run here."""
 
-    block: str
+    section: str
     row: str
-    setting: str
+    variant: str
     runs: tuple[Overrides, ...]
 
 
 def table_slots(config: TableConfig) -> list[TableSlot]:
     """Return every line of a table: per section first rows without a variant, then by variant."""
     return [
-        TableSlot(block, row, setting, tuple(_slot_runs(config, block, row, setting)))
-        for block in config.blocks
-        for row, setting in _row_order(config)
+        TableSlot(section, row, variant, tuple(_slot_runs(config, section, row, variant)))
+        for section in config.sections
+        for row, variant in _row_order(config)
     ]
 
 
 def _row_order(config: TableConfig) -> Iterator[tuple[str, str]]:
     """Yield rows with their variants; an empty string means no variant."""
-    fixed = [name for name, row in config.rows.items() if not row.settings or not config.settings]
+    fixed = [name for name, row in config.rows.items() if not row.variants or not config.variants]
     # The dense baseline has no variant, so it opens every section.
     yield from ((name, "") for name in fixed)
-    for setting in config.settings:
-        yield from ((name, setting) for name in config.rows if name not in fixed)
+    for variant in config.variants:
+        yield from ((name, variant) for name in config.rows if name not in fixed)
 
 
-def _slot_runs(config: TableConfig, block: str, row: str, setting: str) -> Iterator[Overrides]:
-    method, model = config.rows[row], config.blocks[block]
-    possible = not isinstance(method.settings, tuple) or setting in method.settings
+def _slot_runs(config: TableConfig, section: str, row: str, variant: str) -> Iterator[Overrides]:
+    method, model = config.rows[row], config.sections[section]
+    possible = not isinstance(method.variants, tuple) or variant in method.variants
     if method.run is None or model.run is None or not possible:
         return
-    variables = {**model.variables, **config.settings.get(setting, {})}
+    variables = {**model.variables, **config.variants.get(variant, {})}
     # From general to specific, as Hydra lets the last override of a key win.
     texts = (*config.runs, *model.run, *method.run)
     run = tuple(Template(text).safe_substitute(variables) for text in texts)

@@ -7,14 +7,13 @@ import importlib.resources
 import json
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 
 from bench.cli import main
 from bench.reporting.html import page, write_report
 from bench.reporting.html.report import MAX_LIST_LENGTH, shorten_lists
-from tests.reporting.html.synthetic import fill
+from tests.reporting.html.synthetic import fill, paper_table
 
 VENDOR = importlib.resources.files("bench.reporting.html") / "vendor"
 
@@ -128,16 +127,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path, capsys, given, said):
 
 def test_a_papers_table_lights_up(written, tmp_path):
     report, records = written
-    cell = SimpleNamespace(
-        ours=SimpleNamespace(value=61.5, stderr=0.8, runs=(records[1].id,)),
-        theirs=SimpleNamespace(text="60.9", unit="%", trust="paper", flag=""),
-        difference=0.6, inside=True, refusal=None,
-    )  # fmt: skip
-    line = SimpleNamespace(block="tiny", setting="40 %", name="CAMERA-P", cells=(cell,))
-    table = SimpleNamespace(
-        file="main", title="Main", stand_in=False, lines=(line,), notes=("n",),
-        heads=(SimpleNamespace(name="boolq", unit="%"),),
-    )  # fmt: skip
+    table = paper_table(records[1].id)
     asked = []
 
     def tables(found):

@@ -16,10 +16,10 @@ function Tables({ route }) {
       aria-current=${one === table ? "page" : undefined}>${words(one.name)}</a>`)}</nav>
     <p class="lead">${table.title}</p>
     ${table.stand_in && html`<p class="notice">A stand-in on the embedded models: neither the paper's models nor its data, so nothing is subtracted from the paper; only the order of methods is compared.</p>`}
-    ${d3.groups(table.lines, (line) => line.block).map(([block, lines]) => html`<h2>${block}</h2>
-      <${Plain} caption="${table.title}: ${block}" rows=${lines} columns=${[
+    ${d3.groups(table.lines, (line) => line.section).map(([section, lines]) => html`<h2>${section}</h2>
+      <${Plain} caption="${table.title}: ${section}" rows=${lines} columns=${[
         { title: "", cell: (line) => line.label },
-        ...table.heads.map((head, at) => ({
+        ...table.columns.map((head, at) => ({
           title: `${head.name}${["count", head.name].includes(head.unit) ? "" : ` ${head.unit}`}`, number: true,
           cell: (line) => html`<${Beside} cell=${line.cells[at]} head=${head} reasons=${reasons} />`,
         })),
