@@ -11,7 +11,7 @@ from bench.reporting.leaderboard import build_leaderboard
 from bench.reporting.wandb_sync import build_overview, sync_all
 from bench.schema import TrackerConfig
 from bench.tracking.tracker import track_overview
-from tests.reporting.html.synthetic import fill, paper_table
+from tests.reporting.html.synthetic_records import fill, paper_table
 from tests.tracking.offline import entries
 
 

@@ -6,6 +6,8 @@ that it unpacks when a run is opened.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
-from bench.records import Record, Store
+from bench.records import Metric, Record, Store
 from bench.records.atomic_files import write_bytes
 from bench.reporting.html import page, samples
 from bench.reporting.html.samples import SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
+from bench.reporting.record_numbers import PERCENT_METRICS, metric_identity
 from bench.reporting.tables.builder import tables_of
 from bench.reporting.tables.cell_text import line_text
 from bench.reporting.tables.table import Table, TableCell
@@ -140,11 +143,23 @@ MAX_LIST_LENGTH = 100
 
 
 def run_details(record: Record) -> dict[str, Any]:
-    """Return a record as plain data for the page of its run."""
+    """Return a record as plain data for the page of its run.
+
+    A metric also has its `identity` (equal ones may be subtracted), and `percent` if it is a share.
+    """
     content = record.model_dump(mode="json")
+    for metric, entry in zip(record.metrics, content["metrics"], strict=True):
+        entry["identity"] = _identity_digest(record, metric)
+        entry["percent"] = metric.metric in PERCENT_METRICS
     for method in content["methods"]:
         method["report"] = shorten_lists(method["report"])
     return content
+
+
+def _identity_digest(record: Record, metric: Metric) -> str:
+    # A digest, since the page only tests for equality and a fingerprint of data is long.
+    text = json.dumps(metric_identity(record, metric), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def shorten_lists(value: Any) -> Any:

@@ -24,6 +24,7 @@ from bench.reporting.plots.style import (
     panel_figure,
     tint,
 )
+from bench.reporting.record_numbers import headline_costs
 
 WALL = "wall"
 METHODS_REST = "methods, the rest"
@@ -117,7 +118,8 @@ def _parts(
         for part, seconds in _phase_seconds(record).items():
             yield "time of the run", "s", part, seconds
         return
-    fitting = (c for c in record.costs if c.quantity == quantity and scope in (None, c.scope))
+    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    fitting = (cost for cost in same if scope in (None, cost.scope))
     # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
     found = next(filter(_adds_up, fitting), None)
     if found is not None:

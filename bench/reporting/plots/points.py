@@ -9,11 +9,10 @@ from typing import Any
 import pandas as pd
 
 from bench.errors import UserError, unknown_name
+from bench.evaluation.metrics import AVERAGE
 from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
-from bench.reporting.summary import PERCENT_METRICS
+from bench.reporting.record_numbers import NORMAL_QUANTILE, headline_costs, metric_scale
 
-NORMAL_QUANTILE = 1.96
-"""Half the width of a 95 % interval of a mean, in standard errors."""
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
 
@@ -21,7 +20,7 @@ SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 def run_points(
     records: Sequence[Record],
     *,
-    task: str = "average",
+    task: str = AVERAGE,
     cost: str | None = None,
     scope: str | None = None,
     knob: str = "ratio",
@@ -39,6 +38,8 @@ def run_points(
     metrics = {record.id: _headline(record, task) for record in records}
     if all(metric is None for metric in metrics.values()):
         raise unknown_name("task", task, {m.task for r in records for m in r.metrics if m.headline})
+    if all(metric is None or metric.value is None for metric in metrics.values()):
+        raise UserError(f"--task {task}: all runs have an empty value of it; choose another task")
     rows = []
     for record in records:
         metric = metrics[record.id]
@@ -65,14 +66,14 @@ def group_panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _headline(record: Record, task: str) -> Metric | None:
     shown = [metric for metric in record.metrics if metric.headline]
-    if task == "average" and len(shown) == 1:
+    if task == AVERAGE and len(shown) == 1:
         return shown[0]
     return record.metric(task)
 
 
 def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, Any]:
-    percent = metric.metric in PERCENT_METRICS
-    factor = 100.0 if percent else 1.0
+    factor, _ = metric_scale(metric.metric)
+    percent = " %" if factor == 100.0 else ""
     assert metric.value is not None
     return {
         "run": record.id,
@@ -82,7 +83,7 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
         "label": record.label,
         "amount": knob,
         "task": metric.task,
-        "metric": f"{metric.metric} %" if percent else metric.metric,
+        "metric": f"{metric.metric}{percent}",
         "higher_is_better": metric.higher_is_better,
         "value": factor * metric.value,
         "error": None if metric.stderr is None else factor * NORMAL_QUANTILE * metric.stderr,
@@ -91,8 +92,8 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
 
 
 def _cost(record: Record, quantity: str, scope: str | None) -> Cost | None:
-    found = [c for c in record.costs if c.quantity == quantity and scope in (None, c.scope)]
-    return found[0] if found else None
+    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    return next((cost for cost in same if scope in (None, cost.scope)), None)
 
 
 def _cost_columns(cost: Cost) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, s
         knobs = [_family_knobs(record, along.rpartition(".")[2]) for record in group]
         differing = [key for key in knobs[0] if any(k.get(key) != knobs[0][key] for k in knobs)]
         for record, own in zip(group, knobs, strict=True):
-            told = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
-            named[record.id] = (" + ".join(m.name for m in record.methods) or "dense") + told
+            knob_text = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
+            named[record.id] = (" + ".join(m.name for m in record.methods) or "dense") + knob_text
     return named
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables import numbers, published
-from bench.reporting.tables.numbers import NORMAL_QUANTILE
 from bench.reporting.tables.table import (
     ColumnHead,
     OrderAgreement,

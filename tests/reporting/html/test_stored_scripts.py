@@ -4,7 +4,7 @@ import pytest
 
 from bench.records import AppliedMethod, Store
 from bench.reporting.html import write_report
-from tests.reporting.html.synthetic import record, samples
+from tests.reporting.html.synthetic_records import record, samples
 
 EVIL = (
     "<script>window.ran=1</script>"

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.reporting.html import write_report
-from tests.reporting.html.synthetic import fill
+from tests.reporting.html.synthetic_records import fill
 
 PHONE = {"width": 390, "height": 844}
 

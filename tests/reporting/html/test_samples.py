@@ -15,7 +15,7 @@ from bench.reporting.html.samples import (
     sample_chunks,
 )
 from bench.reporting.leaderboard import build_leaderboard
-from tests.reporting.html.synthetic import TASKS, fill, record, samples
+from tests.reporting.html.synthetic_records import TASKS, fill, record, samples
 
 
 @given(st.integers(0, 500), st.integers(1, 60))

@@ -69,7 +69,7 @@ def records():
 def test_points_are_in_percent_with_half_an_interval(records):
     frame = run_points(records, cost="flops")
     assert frame["value"].tolist() == pytest.approx([70, 65, 60, 50])
-    assert frame["error"].tolist() == pytest.approx([1.96] * 4)
+    assert frame["error"].tolist() == pytest.approx([1.959964] * 4)
     assert frame["cost"].tolist() == [8e9, 6e9, 4e9, 8e9]
     assert frame["unreal"].tolist() == [False, False, False, True]
     assert CONFIDENCE == 0.95

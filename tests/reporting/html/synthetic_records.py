@@ -50,7 +50,9 @@ def record(number, *, model="tiny", method=None, ratio=0.4, rng=None, command=No
         command=command or f"bench run model={model} method={method or 'dense'} ratio={ratio}",
         config={
             "model": {"name": model, "dtype": "auto", "seed": None},
-            "benchmark": {"name": "nine", "tasks": list(TASKS), "limit": None},
+            "benchmark": {
+                "name": "nine", "harness": "lm_eval", "tasks": list(TASKS), "limit": None,
+            },
             "method": {m.name: m.config for m in methods}, "ratio": ratio, "seed": 1234,
         },
         environment={"platform": "Linux", "cpu": "x86_64", "gpus": [], "versions": VERSIONS},
