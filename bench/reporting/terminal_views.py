@@ -59,17 +59,19 @@ def _description(group: str, name: str) -> str:
     file = importlib.resources.files("conf") / group / f"{name}.yaml"
     if not file.is_file():
         return ""
-    comments = [line for line in file.read_text().splitlines() if line.startswith("# ")]
+    comments = [
+        line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
+    ]
     # Hydra reads `# @package ...` in the first line; it is a directive and no description.
-    said = [line for line in comments if not line.startswith("# @package")]
-    return said[0].removeprefix("# ") if said else ""
+    described = [line for line in comments if not line.startswith("# @package")]
+    return described[0].removeprefix("# ") if described else ""
 
 
 def print_record(record: Record) -> None:
     """Print the model, methods, metrics and costs of a run."""
     out = console()
     model = record.model
-    out.print(f"[bold]{record.id}[/bold]  {model.name}  {record.label}")
+    out.print(f"{record.id}  {model.name}  {record.label}", style="bold")
     out.print(f"started {record.started}, finished {record.finished}, sweep {record.group or '-'}")
     out.print(f"command: {record.command}", soft_wrap=True)
     revision = f" at {model.revision}" if model.revision else ""
@@ -96,7 +98,7 @@ def _metric_row(record: Record, index: int) -> dict[str, object]:
 
 def print_search(folder: Path) -> None:
     """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` next to its jobs."""
-    study = json.loads((folder / STUDY_FILE).read_text())
+    study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
     rows = pareto_trials(study)
     draw_rows(rows, title=f"study {study['study']}: Pareto-optimal trials")
     _write_trials(folder / "pareto.csv", rows)
