@@ -238,3 +238,9 @@ def test_the_same_runs_give_the_same_file(results):
 def test_wrong_input_is_one_sentence(arguments, said, results, capsys):
     assert main(["plot", *arguments, "--results-dir", str(results)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_number_of_heads_instead_of_lists_is_no_map():
+    """A budget search reports how many heads are kept in all, beside the shape."""
+    report = {"heads": 12, "shape": {"heads": 2, "widths": [4]}}
+    assert allocation_grids([made("a", 0.5, 1.0, "yopo", report=report)]) == []
