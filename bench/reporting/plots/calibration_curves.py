@@ -24,7 +24,8 @@ def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
     class is the classifier's probability. Generated answers have none. `right` is what the task's
     accuracy counts.
     """
-    if samples.empty:
+    # Generation tasks have no accuracy, and an interrupted store may have no samples at all.
+    if samples.empty or "acc" not in samples:
         return pd.DataFrame(columns=["confidence", "right"])
     graded = samples[samples["acc"].notna()].astype({"acc": float})
     # A single log-likelihood is that of a text, not of a choice: its softmax is always 1.
@@ -91,7 +92,7 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 
 
 def draw_calibration(frame: pd.DataFrame) -> Figure:
-    """Draw the rows of `curves`; on the diagonal, accuracy equals confidence."""
+    """Draw the rows of `confidence_curves`; on the diagonal, accuracy equals confidence."""
     shown = list(group_panels(frame))
     figure, axes = panel_figure([name for name, _ in shown])
     figure.set_figheight(4)

@@ -9,7 +9,8 @@ import pytest
 from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
-from bench.reporting.plots import breakdown, calibration_curves, curves
+from bench.reporting.comparison import ComparedRun
+from bench.reporting.plots import breakdown, calibration_curves, curves, figures, pareto
 from bench.reporting.plots.allocation import allocation_grids
 from bench.reporting.plots.points import family_names, knob_value, run_points
 from bench.reporting.plots.style import series_styles
@@ -244,3 +245,10 @@ def test_a_number_of_heads_instead_of_lists_is_no_map():
     """A budget search reports how many heads are kept in all, beside the shape."""
     report = {"heads": 12, "shape": {"heads": 2, "widths": [4]}}
     assert allocation_grids([made("a", 0.5, 1.0, "yopo", report=report)]) == []
+
+
+def test_runs_of_generation_tasks_alone_have_no_confidence(records):
+    generated = pd.DataFrame({"exact_match": [1.0], "loglikelihoods": [[]], "response": ["7"]})
+    assert calibration_curves.answer_confidences(generated).empty
+    with pytest.raises(UserError, match="no answer has a probability"):
+        calibration_curves.confidence_curves([ComparedRun(records[0], generated)])
