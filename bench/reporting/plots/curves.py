@@ -1,4 +1,4 @@
-"""Curves against a knob, and curves of training."""
+"""Curves of a headline metric against a knob of the methods, and training histories."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def summarize_families(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_curves(frame: pd.DataFrame, knob: str) -> Figure:
-    """Draw the rows of `summarised`; the dense model is a horizontal line with its interval."""
+    """Draw the rows of `summarize_families`; the dense model is a horizontal line with a band."""
     shown = list(group_panels(frame))
     figure, axes = panel_figure([name for name, _ in shown])
     # Families without a value of the knob are not drawn and must use up no style.
@@ -64,7 +64,7 @@ def _draw_curve_panel(
 ) -> None:
     for family, line in group.groupby("family", sort=False):
         if family == "dense":
-            _draw_dense(axes, line.iloc[0])
+            _draw_dense(axes, line.iloc[0], knob)
             continue
         known = line.dropna(subset=["amount"]).sort_values("amount")
         if known.empty:
@@ -84,12 +84,17 @@ def _draw_curve_panel(
     label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
 
 
-def _draw_dense(axes: Axes, row: pd.Series) -> None:
+DENSE_AT_ZERO = frozenset({"ratio"})
+"""Knobs of which 0 means the dense model; others (`keep`, `bits`) have no value for it."""
+
+
+def _draw_dense(axes: Axes, row: pd.Series, knob: str) -> None:
     axes.axhline(row["value"], color=DENSE_STYLE.colour, linewidth=1)
     axes.axhspan(row["low"], row["high"], color=DENSE_STYLE.colour, alpha=0.08, linewidth=0)
-    axes.plot(
-        [0], [row["value"]], color=DENSE_STYLE.colour, marker=DENSE_STYLE.marker, markersize=11
-    )
+    if knob.rpartition(".")[2] in DENSE_AT_ZERO:
+        axes.plot(
+            [0], [row["value"]], color=DENSE_STYLE.colour, marker=DENSE_STYLE.marker, markersize=11
+        )
 
 
 STEP_KEYS = ("epoch", "step")

@@ -252,3 +252,11 @@ def test_runs_of_generation_tasks_alone_have_no_confidence(records):
     assert calibration_curves.answer_confidences(generated).empty
     with pytest.raises(UserError, match="no answer has a probability"):
         calibration_curves.confidence_curves([ComparedRun(records[0], generated)])
+
+
+@pytest.mark.parametrize(("knob", "stars"), [("ratio", 1), ("prune.ratio", 1), ("bits", 0)])
+def test_the_dense_star_stands_at_zero_only_where_zero_is_dense(knob, stars):
+    runs = [made("a", 0.7, 1.0), made("b", 0.6, 1.0, "prune", ratio=0.2, bits=4)]
+    frame = curves.summarize_families(run_points(runs, knob=knob))
+    (axes,) = curves.draw_curves(frame, knob).axes
+    assert [line.get_marker() for line in axes.lines].count("*") == stars
