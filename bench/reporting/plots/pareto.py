@@ -21,7 +21,7 @@ from bench.reporting.plots.style import (
 
 
 def draw_fronts(frame: pd.DataFrame) -> Figure:
-    """Draw the rows of `points(cost=...)`; a grey line joins the Pareto-optimal ones.
+    """Draw the rows of `run_points(cost=...)`; a grey line joins the Pareto-optimal ones.
 
     Bars are 95 % intervals of the metric, and the spread of a measured cost.
     """
@@ -37,7 +37,9 @@ def draw_fronts(frame: pd.DataFrame) -> Figure:
 
 def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, SeriesStyle]) -> None:
     first = group.iloc[0]
-    front = pareto_front(group, higher_is_better=bool(first["higher_is_better"]))
+    # A run whose weights are only zeroed or masked does not have its counted cost in reality, so it
+    # cannot make a real run look dominated.
+    front = pareto_front(group[~group["unreal"]], higher_is_better=bool(first["higher_is_better"]))
     # Below everything else and pale: the line is a guide to the eye, not a measurement.
     axes.plot(front["cost"], front["value"], color=GREY, linewidth=3, alpha=0.5, zorder=1)
     for _, row in group.iterrows():

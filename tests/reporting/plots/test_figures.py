@@ -13,7 +13,7 @@ from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots import breakdown, calibration_curves, curves, figures, pareto
 from bench.reporting.plots.allocation import allocation_grids
 from bench.reporting.plots.points import family_names, knob_value, run_points
-from bench.reporting.plots.style import series_styles
+from bench.reporting.plots.style import GREY, series_styles
 from bench.reporting.statistics import CONFIDENCE
 
 MODEL = DenseModel(
@@ -260,3 +260,11 @@ def test_the_dense_star_stands_at_zero_only_where_zero_is_dense(knob, stars):
     frame = curves.summarize_families(run_points(runs, knob=knob))
     (axes,) = curves.draw_curves(frame, knob).axes
     assert [line.get_marker() for line in axes.lines].count("*") == stars
+
+
+def test_a_masked_run_is_never_on_the_front(records):
+    """Its counted cost is not real: it must not make a real run look dominated."""
+    masked = made("e", 0.9, 1e9, "mask", saving="masked", ratio=0.9)
+    (axes,) = pareto.draw_fronts(run_points([*records, masked], cost="flops")).axes
+    front = next(line for line in axes.lines if line.get_color() == GREY)
+    assert list(front.get_xdata()) == [4e9, 6e9, 8e9]
