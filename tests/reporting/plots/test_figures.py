@@ -10,7 +10,7 @@ from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
 from bench.reporting.comparison import ComparedRun
-from bench.reporting.plots import breakdown, calibration_curves, curves, figures, pareto
+from bench.reporting.plots import breakdown, calibration_curves, curves, pareto
 from bench.reporting.plots.allocation import allocation_grids
 from bench.reporting.plots.points import family_names, knob_value, run_points
 from bench.reporting.plots.style import GREY, series_styles
@@ -268,3 +268,14 @@ def test_a_masked_run_is_never_on_the_front(records):
     (axes,) = pareto.draw_fronts(run_points([*records, masked], cost="flops")).axes
     front = next(line for line in axes.lines if line.get_color() == GREY)
     assert list(front.get_xdata()) == [4e9, 6e9, 8e9]
+
+
+def test_runs_without_a_value_are_one_sentence(records):
+    empty = [
+        record.model_copy(
+            update={"metrics": (record.metrics[0].model_copy(update={"value": None}),)}
+        )
+        for record in records
+    ]
+    with pytest.raises(UserError, match="--task average: all runs have an empty value"):
+        run_points(empty)
