@@ -27,6 +27,7 @@ MODEL_KEYS = ("dtype", "max_length", "seed")
 BENCHMARK_KEYS = ("tasks", "perplexity", "num_fewshot", "limit")
 """Keys of the benchmark config that decide which questions are evaluated. Together with MODEL_KEYS,
 which decide what is loaded, they identify a setting."""
+FIRST_COSTS = ("flops", "seconds", "parameters")
 MAX_DIFFERENCE_CHARS = 24
 
 
@@ -58,6 +59,15 @@ class Setting:
     benchmark: str
     tasks: tuple[HeadlineColumn, ...]
     costs: tuple[CostColumn, ...]
+
+    @property
+    def first_cost(self) -> int | None:
+        """The position of the cost to plot first: FLOPs, else time, else parameters, else any."""
+        # FLOPs before time, since they do not depend on the machine of a run.
+        quantities = [cost.quantity for cost in self.costs]
+        preferred = (name for name in FIRST_COSTS if name in quantities)
+        default = 0 if quantities else None
+        return next((quantities.index(name) for name in preferred), default)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from bench.evaluation.metrics import AVERAGE
@@ -21,14 +19,14 @@ from bench.reporting.record_numbers import (
     headline_costs,
     metric_scale,
 )
+from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console, format_quantity
 
 if TYPE_CHECKING:
     from bench.records import Cost, Metric, Record
 
-# Most columns per table; wider tables are hard to read even where the terminal is wide enough.
 MAX_RUNS_PER_TABLE = 7
-UNBOUNDED_WIDTH = 100_000
+"""Wider tables are hard to read even where the terminal is wide enough."""
 PARAMETER_COUNTS = ("parameters", "nonzero_parameters")
 WORK_UNITS = {
     "flops": "FLOP",
@@ -80,22 +78,13 @@ def _dense_first(record: Record) -> tuple[bool, str]:
 
 def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
     """Return a table of as many leading records as fit, at least one, and their number."""
-    # rich clamps a measurement to the console's width, so that every table would seem to fit;
-    # measured without a bound, the width is the one the table really needs.
-    unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
-    for shown in range(min(len(records), MAX_RUNS_PER_TABLE), 1, -1):
-        table = _table(title, records[:shown])
-        if Measurement.get(out, unbounded, table).maximum <= out.width:
-            return table, shown
-    return _table(title, records[:1]), 1
+    most = min(len(records), MAX_RUNS_PER_TABLE)
+    return widest_fitting(lambda count: _table(title, records[:count]), most, out)
 
 
 def _table(title: str, records: Sequence[Record]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
-    table.add_column("", overflow="fold")
-    for record in records:
-        # The ratio goes onto a second line of the heading, which keeps columns narrow.
-        table.add_column("\n".join(record.label.rsplit(" ", 1)), justify="right", overflow="fold")
+    # The ratio goes onto a second line of the heading, which keeps columns narrow.
+    table = terminal_table(("\n".join(r.label.rsplit(" ", 1)) for r in records), title)
     for task, unit in _tasks(records).items():
         cells = (_metric_cell(record.metric(task)) for record in records)
         table.add_row(f"{task} {unit}", *cells, end_section=task == AVERAGE)

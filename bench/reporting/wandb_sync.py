@@ -23,7 +23,7 @@ RUN_COLUMNS = (
     "weights",
     "started",
     "score",
-    "kept",
+    "retention",
 )
 
 
@@ -97,13 +97,12 @@ def _score(value: tuple[float, float | None] | None) -> float | None:
 
 
 def _scatter(runs: Leaderboard, index: int) -> ScatterPlot | None:
-    """Return score against FLOPs, or against the first cost if FLOPs were not counted."""
+    """Return the score of a setting's runs against its first cost; None without either."""
     setting = runs.settings[index]
-    if not setting.tasks or not setting.costs:
+    at = setting.first_cost
+    if not setting.tasks or at is None:
         return None
-    kinds = [cost.quantity for cost in setting.costs]
-    at = kinds.index("flops") if "flops" in kinds else 0
-    x, y = f"{kinds[at]} of {setting.costs[at].scope}", setting.tasks[0].task
+    x, y = f"{setting.costs[at].quantity} of {setting.costs[at].scope}", setting.tasks[0].task
     rows = [
         [row.record.id, row.record.label, row.saving, row.real, row.costs[at], score]
         for row in runs.rows
@@ -128,8 +127,8 @@ def _table_rows(table: Table) -> WandbTable:
         for line in table.lines
         for head, cell in zip(table.columns, line.cells, strict=True)
     ]
-    said = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
-    return WandbTable(("section", "row", "column", "unit", *said), rows)
+    values = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
+    return WandbTable(("section", "row", "column", "unit", *values), rows)
 
 
 def _cell_values(cell: TableCell) -> list[str | float | bool | None]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,7 @@ from bench.reporting.comparison.comparison import Comparison
 from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.flips import Flip
 from bench.reporting.record_numbers import PERCENT_METRICS, metric_scale
+from bench.reporting.terminal_tables import terminal_table
 from bench.ui import console
 
 COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "detectable", "retained %")
@@ -27,7 +27,7 @@ SIGNIFICANCE_LEVEL = 0.05
 
 def print_comparison(
     comparison: Comparison,
-    flipped: Sequence[Flip] = (),
+    flips: Sequence[Flip] = (),
     # Immutable, since a default value is shared by all calls.
     pictures: Mapping[str, Sequence[Path]] = MappingProxyType({}),
 ) -> None:
@@ -47,7 +47,7 @@ def print_comparison(
         out.print(f"{', '.join(tasks)}: {note}")
     for sentence in comparison.refused:
         out.print(sentence)
-    for flip in flipped:
+    for flip in flips:
         _print_flip(out, flip, pictures.get(flip.image or "", ()))
 
 
@@ -83,15 +83,8 @@ def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Tab
     names = [f"{r.label}\n{r.id[:8]}" for r in (baseline, candidate)]
     models = " against ".join(dict.fromkeys((candidate.model.name, baseline.model.name)))
     benchmark = candidate.config["benchmark"]["name"]
-    table = Table(
-        title=f"{candidate.label} against {baseline.label}: {models} on {benchmark}",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        show_edge=False,
-    )
-    table.add_column("", overflow="fold")
-    for name in (*names, *COLUMNS):
-        table.add_column(name, justify="right", overflow="fold")
+    title = f"{candidate.label} against {baseline.label}: {models} on {benchmark}"
+    table = terminal_table((*names, *COLUMNS), title)
     for row in rows:
         table.add_row(*_cells(row), end_section=row.task == AVERAGE)
     return table

@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from bench.errors import UserError
 from bench.records import Metric, Record, Store
 from bench.records.atomic_files import write_bytes
 from bench.reporting.html import page, samples
-from bench.reporting.html.samples import SampleShare
+from bench.reporting.html.samples import SampleChunk, SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
 from bench.reporting.record_numbers import PERCENT_METRICS, metric_identity
 from bench.reporting.tables.builder import tables_of
-from bench.reporting.tables.cell_text import line_text
+from bench.reporting.tables.cell_text import DIGITS, TRUST_MARKS, line_text
 from bench.reporting.tables.table import Table, TableCell
 
 # Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
@@ -65,13 +64,13 @@ def write_report(
     store, share = Store(results_dir), share or SampleShare()
     records = store.all()
     runs = build_leaderboard(records)
-    asked = list(samples.sample_chunks(runs, store, share))
+    chunks = list(samples.sample_chunks(runs, store, share))
     content = page.render_page(
         index=_report_index(
-            runs, store, share, asked, [table_entry(table) for table in tables(records)]
+            runs, store, share, chunks, [table_entry(table) for table in tables(records)]
         ),
-        details=[[run_details(record) for record in few] for few in _record_chunks(runs)],
-        samples=asked,
+        details=[[run_details(record) for record in chunk] for chunk in _record_chunks(runs)],
+        samples=chunks,
     ).encode("utf-8", "replace")
     path = out or results_dir / "report.html"
     try:
@@ -82,7 +81,7 @@ def write_report(
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"out={path}: cannot be written ({reason})") from None
-    shown = sum(len(chunk["runs"]) for chunk in asked)
+    shown = sum(len(chunk["runs"]) for chunk in chunks)
     return WrittenReport(path, len(records), shown, len(content))
 
 
@@ -96,19 +95,21 @@ def _report_index(
     runs: Leaderboard,
     store: Store,
     share: SampleShare,
-    asked: Sequence[dict[str, Any]],
-    tables: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+    chunks: Sequence[SampleChunk],
+    tables: Sequence[dict[str, object]],
+) -> dict[str, object]:
     """Return the data the page needs at once; everything else is unpacked when it is opened."""
     # Samples are chunked by setting and details by position, so a run has two chunk numbers.
-    place = {run: at for at, chunk in enumerate(asked) for run in chunk["runs"]}
+    chunk_of_run = {run: at for at, chunk in enumerate(chunks) for run in chunk["runs"]}
     return {
         "generated": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": version("slimbench"),
         "results": str(store.root),
-        "settings": [asdict(setting) for setting in runs.settings],
+        "settings": [
+            {**asdict(setting), "first_cost": setting.first_cost} for setting in runs.settings
+        ],
         "runs": [
-            _run_entry(row, at // RUNS_PER_CHUNK, place.get(row.record.id))
+            _run_entry(row, at // RUNS_PER_CHUNK, chunk_of_run.get(row.record.id))
             for at, row in enumerate(runs.rows)
         ],
         "tables": tables,
@@ -117,7 +118,7 @@ def _report_index(
     }
 
 
-def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> dict[str, Any]:
+def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> dict[str, object]:
     """Return one run as the leaderboard and the plots read it."""
     record = row.record
     return {
@@ -132,7 +133,7 @@ def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> di
         "dense": row.dense,
         "values": row.values,
         "costs": row.costs,
-        "kept": row.retention,
+        "retention": row.retention,
         "chunk": chunk,
         "samples": samples_chunk,
     }
@@ -142,7 +143,7 @@ MAX_LIST_LENGTH = 100
 """List entries shown of a method's report; `record.json` has all of them."""
 
 
-def run_details(record: Record) -> dict[str, Any]:
+def run_details(record: Record) -> dict[str, object]:
     """Return a record as plain data for the page of its run.
 
     A metric also has its `identity` (equal ones may be subtracted), and `percent` if it is a share.
@@ -162,7 +163,7 @@ def _identity_digest(record: Record, metric: Metric) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def shorten_lists(value: Any) -> Any:
+def shorten_lists(value: object) -> object:
     """Cut long lists and append how many entries were cut."""
     if isinstance(value, dict):
         return {key: shorten_lists(item) for key, item in value.items()}
@@ -173,13 +174,17 @@ def shorten_lists(value: Any) -> Any:
     return value
 
 
-def table_entry(table: Table) -> dict[str, Any]:
+def table_entry(table: Table) -> dict[str, object]:
     """Return a table as the page reads it."""
     return {
         "name": table.file,
         "title": table.title,
         "stand_in": table.stand_in,
-        "columns": [{"name": head.name, "unit": head.unit} for head in table.columns],
+        "columns": [
+            # No digits: the page writes the number with a decimal prefix.
+            {"name": head.name, "unit": head.unit, "digits": DIGITS.get(head.unit)}
+            for head in table.columns
+        ],
         "lines": [
             {
                 "section": line.section,
@@ -192,11 +197,11 @@ def table_entry(table: Table) -> dict[str, Any]:
     }
 
 
-def _cell_entry(cell: TableCell) -> dict[str, Any]:
+def _cell_entry(cell: TableCell) -> dict[str, object]:
     ours, theirs = cell.ours, cell.published
     return {
         "ours": None if ours is None else [ours.value, ours.stderr, *ours.runs[:1]],
-        "theirs": None if theirs is None else [theirs.text, theirs.unit, theirs.trust, theirs.flag],
+        "theirs": theirs and [theirs.text, theirs.unit, TRUST_MARKS[theirs.trust], theirs.flag],
         "difference": cell.difference,
         "inside": cell.inside,
         "refusal": cell.refusal,

@@ -6,15 +6,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.reporting.plots.points import group_panels
 from bench.reporting.plots.style import (
     GREY,
     SeriesStyle,
     add_legend,
+    draw_panels,
     family_handles,
     label_metric_axis,
     label_unit_axis,
-    panel_figure,
     series_styles,
     zeroed_handle,
 )
@@ -25,11 +24,8 @@ def draw_fronts(frame: pd.DataFrame) -> Figure:
 
     Bars are 95 % intervals of the metric, and the spread of a measured cost.
     """
-    shown = list(group_panels(frame))
-    figure, axes = panel_figure([name for name, _ in shown])
     families = series_styles(frame["family"])
-    for each, (_, group) in zip(axes, shown, strict=True):
-        _draw_front_panel(each, group, families)
+    figure, _ = draw_panels(frame, lambda axes, rows: _draw_front_panel(axes, rows, families))
     unreal = [zeroed_handle()] if frame["unreal"].any() else []
     add_legend(figure, [*family_handles(families, joined=False), *unreal])
     return figure

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import pandas as pd
 
@@ -58,12 +58,6 @@ def run_points(
     return pd.DataFrame(rows)
 
 
-def group_panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the runs of each model on each benchmark, since only these share axes."""
-    for (model, benchmark), group in frame.groupby(["model", "benchmark"], sort=False):
-        yield f"{model} on {benchmark}", group
-
-
 def _headline(record: Record, task: str) -> Metric | None:
     shown = [metric for metric in record.metrics if metric.headline]
     if task == AVERAGE and len(shown) == 1:
@@ -71,7 +65,7 @@ def _headline(record: Record, task: str) -> Metric | None:
     return record.metric(task)
 
 
-def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, Any]:
+def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, object]:
     factor, _ = metric_scale(metric.metric)
     percent = " %" if factor == 100.0 else ""
     assert metric.value is not None
@@ -96,7 +90,7 @@ def _cost(record: Record, quantity: str, scope: str | None) -> Cost | None:
     return next((cost for cost in same if scope in (None, cost.scope)), None)
 
 
-def _cost_columns(cost: Cost) -> dict[str, Any]:
+def _cost_columns(cost: Cost) -> dict[str, object]:
     ends = next((pair for pair in SPREAD_KEYS if set(pair) <= cost.parts.keys()), None)
     low, high = (cost.parts[end] for end in ends) if ends else (cost.value, cost.value)
     return {
@@ -132,7 +126,7 @@ def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, s
     return named
 
 
-def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], Any]:
+def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], object]:
     """Return every knob of every method that is not an amount."""
     skipped = AMOUNT_KNOBS | {along}
     return {
@@ -155,12 +149,16 @@ def knob_value(record: Record, knob: str) -> float | None:
         value = _value_at(record, knob)
     else:
         value = next((m.config[knob] for m in record.methods if knob in m.config), None)
-    # Not isinstance: True is an int, and a switch is no amount.
-    return float(value) if type(value) in (int, float) else None
+    return float(value) if _is_number(value) else None
 
 
-def _value_at(record: Record, path: str) -> Any:
-    found: Any = {**record.config, **{method.name: method.config for method in record.methods}}
+def _is_number(value: object) -> TypeGuard[int | float]:
+    # True is an int in Python, and a switch is no amount.
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _value_at(record: Record, path: str) -> object:
+    found: object = {**record.config, **{method.name: method.config for method in record.methods}}
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
     return found
@@ -177,4 +175,4 @@ def require_knob(records: Sequence[Record], knob: str) -> None:
 
 
 def _numeric_knobs(method: AppliedMethod) -> list[str]:
-    return [key for key, value in method.config.items() if type(value) in (int, float)]
+    return [key for key, value in method.config.items() if _is_number(value)]

@@ -1,4 +1,4 @@
-"""From records to a table, and the order of methods here and in the source."""
+"""Tables built from records, and the agreement of the order of methods with the source's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables import numbers, published
@@ -129,8 +129,8 @@ def _published_in_section(
 def _published_of_model(
     config: TableConfig, model: str, row: str, variant: str, column: str, theirs: PublishedCells
 ) -> PublishedCell | None:
-    place = config.rows[row].published or row, config.columns[column].published or column
-    return theirs.get((model, place[0], variant, place[1]))
+    name = config.rows[row].published or row
+    return theirs.get((model, name, variant, config.columns[column].published or column))
 
 
 def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterator[str]:
@@ -141,8 +141,8 @@ def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterato
     for name, column in config.columns.items():
         cells = [
             cell
-            for section, places in theirs.items()
-            for cell in places.values()
+            for section, published_of in theirs.items()
+            for cell in published_of.values()
             if cell.model in (config.sections[section].published or (section,))
             and cell.row in rows
             and cell.column == (column.published or name)
@@ -170,8 +170,8 @@ def _agreements(
         for model in part.published or (section,):
             for variant in variants:
                 same = [ln for ln in lines if (ln.section, ln.variant) == (section, variant)]
-                for place, (name, column) in enumerate(config.columns.items()):
-                    rated = list(_rated_methods(config, model, same, place, name, theirs[section]))
+                for index, (name, column) in enumerate(config.columns.items()):
+                    rated = list(_rated_methods(config, model, same, index, name, theirs[section]))
                     if len(rated) >= 2:
                         yield _agreement(section, model, variant, name, column, rated)
 
@@ -180,13 +180,13 @@ def _rated_methods(
     config: TableConfig,
     model: str,
     lines: Sequence[TableLine],
-    place: int,
+    index: int,
     name: str,
     theirs: PublishedCells,
 ) -> Iterator[RatedMethod]:
     """Yield the methods for which both numbers are known."""
     for line in lines:
-        ours = line.cells[place].ours
+        ours = line.cells[index].ours
         cell = _published_of_model(config, model, line.name, line.variant, name, theirs)
         # A bound cannot be ranked: the number behind it is unknown.
         if ours is not None and cell is not None and cell.relation == "=":
@@ -269,7 +269,7 @@ def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _composed_identity(run: Overrides) -> dict[str, Any]:
+def _composed_identity(run: Overrides) -> dict[str, object]:
     """Compose a run and return its identity; cached, because composing is slow."""
     from bench.config.composition import compose_run_config
 
@@ -294,7 +294,7 @@ class PairCounts(NamedTuple):
 
 def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:
     """Compare all pairs of methods; a tie on either side counts as close."""
-    same = other = close = 0
+    same = reverse = close = 0
     for one, two in combinations(rated, 2):
         here, there = one.ours.value - two.ours.value, one.theirs - two.theirs
         error = math.hypot(one.ours.stderr or 0.0, two.ours.stderr or 0.0)
@@ -305,8 +305,8 @@ def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:
         elif here * there > 0:
             same += 1
         else:
-            other += 1
-    return PairCounts(same, other, close)
+            reverse += 1
+    return PairCounts(same, reverse, close)
 
 
 def kendall_tau(rated: Sequence[RatedMethod]) -> float | None:

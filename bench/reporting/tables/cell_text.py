@@ -1,4 +1,8 @@
-"""Text of cells, headings and notes, the same in every format of a table."""
+"""Text of cells, headings and notes, the same in every format of a table.
+
+A cell has three texts: ours, theirs (the published number) and the difference, or a reference to
+the reason why there is none.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,8 @@ def heading_text(table: Table) -> str:
 def column_text(head: ColumnHead) -> str:
     """Return a column's name and unit."""
     # A unit that repeats the name, as in "Perplexity perplexity", is left out.
-    told = {"count", head.name, head.name.rstrip("s")}
-    return head.name if head.unit in told else f"{head.name} {head.unit}"
+    implied = {"count", head.name, head.name.rstrip("s")}
+    return head.name if head.unit in implied else f"{head.name} {head.unit}"
 
 
 def line_text(line: TableLine) -> str:
@@ -83,7 +87,7 @@ def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
 
 
 def cell_texts(table: Table, cell: TableCell, unit: str) -> tuple[str, str, str]:
-    """Return a cell's three texts in the order of `KINDS`."""
+    """Return a cell's three texts in the order of `CELL_KINDS`."""
     refused = difference_text(cell, unit, table.refusals)
     return our_text(cell.ours, unit), their_text(cell, unit), refused
 
@@ -91,9 +95,9 @@ def cell_texts(table: Table, cell: TableCell, unit: str) -> tuple[str, str, str]
 def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
     """Return the kinds of number that a line has; at least our own."""
     texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.columns, strict=True)]
-    said = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
+    kinds = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
     # A line without any number still shows its name and an empty cell.
-    return tuple(said) or ("ours",)
+    return tuple(kinds) or ("ours",)
 
 
 def agreement_text(found: OrderAgreement) -> str:
@@ -101,17 +105,17 @@ def agreement_text(found: OrderAgreement) -> str:
     where = " ".join(filter(None, (found.section, found.variant, found.column)))
     whose = "" if found.model == found.section else f" of {found.model}"
     pairs = found.same + found.reversed + found.close
-    said = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
-    said += f", {found.reversed} reversed, {found.close} too close to call"
+    text = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
+    text += f", {found.reversed} reversed, {found.close} too close to call"
     if found.tau is not None:
-        said += f"; Kendall's tau {found.tau:+.2f}"
-    return f"{said}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
+        text += f"; Kendall's tau {found.tau:+.2f}"
+    return f"{text}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
 
 
 def footnotes(table: Table) -> list[str]:
     """Return everything below a table, in order."""
     shown = [] if table.stand_in else [LEGEND]
-    # Numbered by their place in `refusals`, to which the cells refer.
+    # Numbered by their position in `refusals`, which the cells refer to.
     shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
     return [*shown, *table.notes]
 

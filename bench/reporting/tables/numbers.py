@@ -1,4 +1,4 @@
-"""Our numbers for a table's columns, and whether the published ones may be subtracted from them."""
+"""Our numbers as a table's columns ask for them, and whether the published ones are the same."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def incomparable_reason(
 ) -> str | None:
     """Return why our number and the published one differ in identity, or None if they do not.
 
-    Parts of the identity that the source does not state are no difference; `assumed` lists them.
+    Parts that the source does not state are no difference; `unstated_parts` lists them.
     """
     kind = UNITS[column.unit][0]
     if UNITS.get(theirs.unit, ("", 0))[0] != kind:

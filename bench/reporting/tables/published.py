@@ -58,7 +58,7 @@ class PublishedCell(BaseModel):
     flag: str
 
     @property
-    def place(self) -> tuple[str, str, str, str]:
+    def position(self) -> tuple[str, str, str, str]:
         """The position of the cell in its table."""
         return (self.model, self.row, self.setting, self.column)
 
@@ -106,7 +106,7 @@ def published_cells(
     # The sort is stable and `setdefault` keeps the first cell of a position, which together give
     # the order of precedence above.
     for cell in rows:
-        found.setdefault(cell.place, cell)
+        found.setdefault(cell.position, cell)
     return found
 
 

@@ -1,17 +1,19 @@
-"""What conf/table/NAME.yaml says, and its slots for runs."""
+"""The config of a table, conf/table/NAME.yaml, and the lines with the runs that it asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from string import Template
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.errors import UserError, unknown_name
 
 CONFIG_GROUP, MICRO = "table", "micro"
+Tree = dict[str, Any]
+"""YAML before it is validated."""
 Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
 PARTS = ("sections", "rows", "variants", "columns")
 """The parts of a table that can be selected on the command line: `rows=[Camera-P,NAEE]`."""
@@ -106,7 +108,7 @@ def table_names() -> list[str]:
 
 def load_table_config(
     name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None
-) -> Any:
+) -> TableConfig:
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
     The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
@@ -126,7 +128,7 @@ def load_table_config(
         raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
     with hydra_config_tree():
         composed = compose(f"{CONFIG_GROUP}/{name}")
-    plain: Any = OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True)
+    plain = cast(Tree, OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True))
     micro = plain.pop(MICRO, None)
     if scale == MICRO:
         # `stand_in` is set here and not in the file, so that no stand-in can pass for the real
@@ -136,7 +138,7 @@ def load_table_config(
     for part, kept in (chosen or {}).items():
         plain[part] = _selected(part, plain.get(part, {}), kept)
     try:
-        return TableConfig(name=name, **plain)
+        return TableConfig.model_validate({**plain, "name": name})
     except ValidationError as error:
         # The first fault is enough; later ones often follow from it.
         fault = error.errors()[0]
@@ -144,7 +146,7 @@ def load_table_config(
         raise UserError(f"table {name}: {key}: {fault['msg'].lower()}") from None
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merged(below: Tree, above: Tree) -> Tree:
     """Merge mappings key by key; all other values of `above` replace those of `below`."""
     merged = dict(below)
     for key, value in above.items():
@@ -153,14 +155,14 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _without_nulls(plain: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(plain: Tree) -> Tree:
     """Drop sections, rows, variants and columns that are null."""
     for part in PARTS:
         plain[part] = {k: v for k, v in plain.get(part, {}).items() if v is not None}
     return plain
 
 
-def _selected(part: str, there: dict[str, Any], kept: list[str]) -> dict[str, Any]:
+def _selected(part: str, there: Tree, kept: list[str]) -> Tree:
     for name in kept:
         if name not in there:
             raise unknown_name(f"name in {part}", name, there)

@@ -1,21 +1,23 @@
-"""CSV, Markdown, LaTeX, HTML and terminal forms."""
+"""The formats of a finished table: CSV, Markdown, LaTeX, HTML, and a terminal.
+
+Every format but CSV shows a cell by the texts of `cell_text`; CSV has the plain values.
+"""
 
 from __future__ import annotations
 
 import csv
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as Rich
+from rich.table import Table as RichTable
 
 from bench.records.atomic_files import write_bytes
 from bench.reporting.tables import cell_text
 from bench.reporting.tables.table import Table, TableCell, TableLine
+from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console
 
 RECORD_LINK = "../runs/{run}/record.json"
@@ -38,8 +40,8 @@ def table_rows(table: Table) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for line in table.lines:
         for head, cell in zip(table.columns, line.cells, strict=True):
-            place = {"section": line.section, "variant": line.variant, "row": line.name}
-            about = {"table": table.name, "stand_in": table.stand_in, **place}
+            position = {"section": line.section, "variant": line.variant, "row": line.name}
+            about = {"table": table.name, "stand_in": table.stand_in, **position}
             # Every row has every key, as a CSV file and a frame need it.
             values = {**dict.fromkeys(VALUE_COLUMNS), **_cell_values(cell)}
             found.append({**about, "column": head.name, "unit": head.unit, **values})
@@ -53,7 +55,7 @@ VALUE_COLUMNS = (
 
 
 def as_csv(table: Table) -> str:
-    """Return the rows of `rows` as CSV."""
+    """Return the rows of `table_rows` as CSV."""
     out = io.StringIO()
     names = ("table", "stand_in", "section", "variant", "row", "column", "unit", *VALUE_COLUMNS)
     writer = csv.DictWriter(out, names, lineterminator="\n")
@@ -97,6 +99,11 @@ def as_markdown(table: Table) -> str:
     return "\n".join([*parts, ""])
 
 
+def _kind_text(table: Table, cell: TableCell, unit: str, kind: str) -> str:
+    """Return one of a cell's texts: `ours`, `theirs` or `difference`."""
+    return cell_text.cell_texts(table, cell, unit)[cell_text.CELL_KINDS.index(kind)]
+
+
 def _markdown_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -105,7 +112,7 @@ def _linked_texts(table: Table, line: TableLine, kind: str) -> list[str]:
     """Return a line's texts of one kind; our numbers link to the first run's record."""
     texts = []
     for head, cell in zip(table.columns, line.cells, strict=True):
-        text = cell_text.cell_texts(table, cell, head.unit)[cell_text.CELL_KINDS.index(kind)]
+        text = _kind_text(table, cell, head.unit, kind)
         if kind == "ours" and cell.ours is not None:
             text = f"[{text}]({RECORD_LINK.format(run=cell.ours.runs[0])})"
         # A bare pipe would end the cell.
@@ -138,7 +145,7 @@ def as_latex(table: Table) -> str:
             for number, kind in enumerate(cell_text.line_kinds(table, line)):
                 label = "" if number else cell_text.line_text(line)
                 texts = [
-                    cell_text.cell_texts(table, cell, head.unit)[cell_text.CELL_KINDS.index(kind)]
+                    _kind_text(table, cell, head.unit, kind)
                     for head, cell in zip(table.columns, line.cells, strict=True)
                 ]
                 body.append(rf"{' & '.join(map(_escape_latex, (label, kind, *texts)))} \\")
@@ -211,13 +218,13 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
 
 
 def _html_cell(table: Table, cell: TableCell, unit: str, kind: str) -> str:
-    text = html.escape(cell_text.cell_texts(table, cell, unit)[cell_text.CELL_KINDS.index(kind)])
+    text = html.escape(_kind_text(table, cell, unit, kind))
     if kind == "ours" and cell.ours is not None:
         # The mean links to the first seed's record, and small numbers to those of the others.
         first, *others = cell.ours.runs
         more = "".join(
-            f' <a href="{RECORD_LINK.format(run=run)}" title="run {run}">{place}</a>'
-            for place, run in enumerate(others, 2)
+            f' <a href="{RECORD_LINK.format(run=run)}" title="run {run}">{number}</a>'
+            for number, run in enumerate(others, 2)
         )
         return f'<a href="{RECORD_LINK.format(run=first)}" title="run {first}">{text}</a>{more}'
     if kind == "theirs" and cell.published is not None:
@@ -233,57 +240,45 @@ TABLE_FORMATS: dict[str, Callable[[Table], str]] = {
     "html": as_html,
 }
 """The formats by file suffix."""
-UNBOUNDED_WIDTH = 100_000
 
 
 def print_table(table: Table) -> None:
     """Print all columns of a table, then its footnotes and the order of methods."""
     out = console()
     out.print(cell_text.heading_text(table), style="bold")
-    places = list(range(len(table.columns)))
-    while places:
-        part, shown = _widest_part(table, places, out)
+    columns = range(len(table.columns))
+    while columns:
+        part, shown = _widest_part(table, columns, out)
         out.print(part)
-        places = places[shown:]
+        columns = columns[shown:]
     for note in cell_text.footnotes(table):
         out.print(note)
     if table.agreements:
         out.print("Order of methods, best first", style="bold")
-    for found in table.agreements:
-        out.print(cell_text.agreement_text(found))
+    for agreement in table.agreements:
+        out.print(cell_text.agreement_text(agreement))
 
 
-def _widest_part(table: Table, places: Sequence[int], out: Console) -> tuple[Rich, int]:
-    """Return a part with as many columns as fit, at least one, and their number."""
-    # Without a bound: rich clamps a measurement to the console's width, and all would seem to fit.
-    unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
-    for shown in range(len(places), 1, -1):
-        part = _rich_part(table, places[:shown])
-        if Measurement.get(out, unbounded, part).maximum <= out.width:
-            return part, shown
-    return _rich_part(table, places[:1]), 1
+def _widest_part(table: Table, columns: range, out: Console) -> tuple[RichTable, int]:
+    """Return a part with as many of the columns as fit, at least one, and their number."""
+    return widest_fitting(lambda count: _rich_part(table, columns[:count]), len(columns), out)
 
 
-def _rich_part(table: Table, places: Sequence[int]) -> Rich:
-    part = Rich(box=box.SIMPLE_HEAD, show_edge=False)
-    part.add_column("", overflow="fold")
-    part.add_column("", overflow="fold")
-    for place in places:
-        part.add_column(
-            cell_text.column_text(table.columns[place]), justify="right", overflow="fold"
-        )
+def _rich_part(table: Table, columns: range) -> RichTable:
+    headings = [cell_text.column_text(table.columns[column]) for column in columns]
+    part = terminal_table(headings, labels=2)
     part.add_column("run", overflow="fold")
     for section, lines in cell_text.lines_by_section(table):
         part.add_row(section, style="bold")
         for line in lines:
             texts = [
-                cell_text.cell_texts(table, line.cells[place], table.columns[place].unit)
-                for place in places
+                cell_text.cell_texts(table, line.cells[column], table.columns[column].unit)
+                for column in columns
             ]
-            for kind in cell_text.line_kinds(table, line):
-                first = kind == cell_text.line_kinds(table, line)[0]
+            for number, kind in enumerate(cell_text.line_kinds(table, line)):
+                label = "" if number else cell_text.line_text(line)
                 cells = [text[cell_text.CELL_KINDS.index(kind)] for text in texts]
                 runs = ", ".join(run[:8] for run in line.runs) if kind == "ours" else ""
-                part.add_row(cell_text.line_text(line) if first else "", kind, *cells, runs)
+                part.add_row(label, kind, *cells, runs)
         part.add_section()
     return part

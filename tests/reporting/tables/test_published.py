@@ -53,7 +53,7 @@ def test_every_cell_has_a_place_a_source_and_a_number():
 
 
 def test_no_source_gives_a_cell_twice():
-    places = [(name, cell.paper, cell.table, *cell.place, cell.source) for name, cell in ALL]
+    places = [(name, cell.paper, cell.table, *cell.position, cell.source) for name, cell in ALL]
     assert len(places) == len(set(places))
 
 
@@ -96,7 +96,9 @@ def test_digits_are_those_that_were_printed(file, table, place, printed):
 
 def test_suspicious_cells_are_flagged():
     flagged = {
-        cell.place: cell.flag for cell in published.read_published("yopo") if cell.table == "table2"
+        cell.position: cell.flag
+        for cell in published.read_published("yopo")
+        if cell.table == "table2"
     }
     odd = ("LLaVA-1.5-7B", "PyramidDrop", "", "MME")
     assert "repeats" in flagged[odd]
@@ -106,11 +108,11 @@ def test_suspicious_cells_are_flagged():
 def test_the_most_trusted_source_stands():
     both = [
         cell for cell in published.read_published("camera")
-        if cell.place == ("DeepSeek-MoE-16B", "Camera-P", "20%", "Wiki2")
+        if cell.position == ("DeepSeek-MoE-16B", "Camera-P", "20%", "Wiki2")
     ]  # fmt: skip
     assert {cell.trust for cell in both} == {"secondary", "authors_code"}
     assert len({cell.value for cell in both}) == 1
-    chosen = published.published_cells("camera", ["main", "deepseek_20"])[both[0].place]
+    chosen = published.published_cells("camera", ["main", "deepseek_20"])[both[0].position]
     assert chosen.trust == "authors_code"
 
 

@@ -15,7 +15,7 @@ function RunPage({ id }) {
     <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.group && html`, sweep <a href=${address("leaderboard", { q: run.group })}>${run.group}</a>`}</p>
     <dl class="figures">
       ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} task=${task} /> ${unit(task)}</dd></div>`}
-      ${run.kept !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.kept * 100, 1)} %</dd></div>`}
+      ${run.retention !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.retention * 100, 1)} %</dd></div>`}
       ${denseRun && shareColumns([run]).filter((column) => column.value(run) !== null).map((column) => html`<div><dt>${column.title} of dense</dt><dd>${column.cell(run)}</dd></div>`)}
       <div><dt>weights</dt><dd class="words">${explained(run.saving)}</dd></div>
     </dl>
