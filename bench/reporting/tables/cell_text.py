@@ -19,7 +19,10 @@ from bench.reporting.tables.table import (
 )
 from bench.ui import format_quantity
 
-DIGITS = {"%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "s": 3, "min": 3, "h": 4}
+DIGITS = {
+    "%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "ms": 2, "s": 3, "min": 3, "h": 4,
+}  # fmt: skip
+"""Decimals by unit; counts and FLOP have a decimal prefix instead."""
 TRUST_MARKS: dict[Trust, str] = {
     "paper": "",
     "authors_code": "ᶜ",
