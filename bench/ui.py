@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -111,7 +110,9 @@ def console() -> Console:
     # rich assumes 80 columns when stdout is not a terminal and would fold wide tables. COLUMNS,
     # where it is set, is the user's own choice and wins.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return Console(width=width, highlight=False)
+    # Markup is off: commands, labels and paths contain square brackets, which rich would take for
+    # its own tags, drop, or refuse.
+    return Console(width=width, highlight=False, markup=False)
 
 
 def draw_rows(rows: Sequence[dict[str, Any]], title: str | None = None) -> None:
@@ -134,8 +135,7 @@ def _cell_text(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    # Commands and lists contain square brackets, which rich would parse as markup and drop.
-    return escape(str(value))
+    return str(value)
 
 
 def format_quantity(value: float | None) -> str:

@@ -45,7 +45,7 @@ a paper's table: run what is missing, show our numbers next to the published one
 
   bench table camera_main                       the real models, on a GPU
   bench table camera_main scale=micro           with the embedded models, offline
-  bench table visual_table2 "blocks=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
+  bench table visual_table2 "sections=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
   bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
   bench ls tables                               list all tables
 """

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
 from bench.measurement.quantities import STAGES
+from bench.reporting.terminal_tables import terminal_table
 from bench.ui import console, format_quantity
 
 if TYPE_CHECKING:
@@ -30,15 +28,12 @@ def print_costs(record: Record) -> None:
         return
     threads = record.environment.get("threads")
     title = f"costs of {record.label}: {record.model.name}, run {record.id[:8]}, threads: {threads}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
     # A column without a single value (energy without a meter, for instance) is left out, so that
     # the table stays within the width of a terminal.
     columns = {
         heading: cell for heading, cell in COLUMNS.items() if _has_values(record, scopes, cell)
     }
-    table.add_column("", overflow="fold")
-    for heading in columns:
-        table.add_column(heading, justify="right", overflow="fold")
+    table = terminal_table(columns, title)
     for scope in scopes:
         table.add_row(scope, *(cell(record, scope) for cell in columns.values()))
     out.print(table)
@@ -53,19 +48,18 @@ def measured_scopes(record: Record) -> list[str]:
     # scopes that are a stage alone or merely begin with the same letters.
     stages = tuple(f"{stage} " for stage in STAGES)
     quantities = ("latency", "peak_bytes", "energy")
-    found = (c.scope for c in record.costs if c.quantity in quantities)
-    return list(dict.fromkeys(scope for scope in found if scope.startswith(stages)))
+    scopes = (c.scope for c in record.costs if c.quantity in quantities)
+    return list(dict.fromkeys(scope for scope in scopes if scope.startswith(stages)))
 
 
 def speedup_text(record: Record, scope: str) -> str:
     """Format a speed-up with its share of the theoretical one: `1.31 (62 %)`."""
-    missing = record.missing_cost("speedup", scope)
-    found = record.cost("speedup", scope)
-    if found is None:
-        return missing.reason if missing else "-"
+    speedup = record.cost("speedup", scope)
+    if speedup is None:
+        return _missing_reason(record, "speedup", scope)
     share = record.cost("realised_speedup_fraction", scope)
     of_theory = f" ({100 * share.value:.0f} %)" if share else ""
-    return f"{found.value:.2f}{of_theory}{MARK if found.note else ''}"
+    return f"{speedup.value:.2f}{of_theory}{MARK if speedup.note else ''}"
 
 
 def format_duration(seconds: float) -> str:
@@ -158,7 +152,7 @@ COLUMNS: dict[str, CostCell] = {
     "dense": _dense,
     "speed-up (99 %)": _speedup,
     "in theory": _theory,
-    "realised": _realised,
+    "realised_speedup_fraction": _realised,
     "of device limit": _roofline_share,
     "in the method": _method_time,
     "peak memory": _peak,
@@ -173,20 +167,20 @@ def _has_values(record: Record, scopes: list[str], cell: CostCell) -> bool:
 def _size_lines(record: Record) -> Iterator[str]:
     """Yield one line about memory and disk, and one about the device's measured peak rates."""
     model = {name: record.cost(key) for key, name in MODEL_SIZES.items()}
-    said = [f"{name} {format_quantity(cost.value)}B" for name, cost in model.items() if cost]
-    each = next((c for c in record.costs if c.quantity == "cache_bytes_per_token"), None)
-    if each:
-        said.append(f"cache per generated token {format_quantity(each.value)}B")
-    if said:
-        yield "; ".join(said)
+    sizes = [f"{name} {format_quantity(cost.value)}B" for name, cost in model.items() if cost]
+    per_token = next((c for c in record.costs if c.quantity == "cache_bytes_per_token"), None)
+    if per_token:
+        sizes.append(f"cache per generated token {format_quantity(per_token.value)}B")
+    if sizes:
+        yield "; ".join(sizes)
     rates = {key: record.cost(key, "device") for key in DEVICE_RATES}
-    can = [
+    rate_texts = [
         f"{DEVICE_RATES[k][0]} {format_quantity(c.value)}{DEVICE_RATES[k][1]}"
         for k, c in rates.items()
         if c
     ]
-    if can:
-        yield f"measured peak rates of this device: {'; '.join(can)}"
+    if rate_texts:
+        yield f"measured peak rates of this device: {'; '.join(rate_texts)}"
 
 
 def _note_lines(record: Record) -> Iterator[str]:

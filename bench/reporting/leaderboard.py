@@ -14,14 +14,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.records import Cost, Metric, Record, without_real_saving
-from bench.reporting.summary import PERCENT_METRICS
+from bench.evaluation.metrics import AVERAGE
+from bench.records import Metric, Record, without_real_saving
+from bench.reporting.record_numbers import (
+    PERCENT_METRICS,
+    effect_text,
+    headline_costs,
+    metric_identity,
+)
 
-AVERAGE = "average"
 MODEL_KEYS = ("dtype", "max_length", "seed")
 BENCHMARK_KEYS = ("tasks", "perplexity", "num_fewshot", "limit")
-"""Keys of the benchmark config that decide which questions are evaluated. With the keys of LOADED,
-which decide the model, they identify a setting."""
+"""Keys of the benchmark config that decide which questions are evaluated. Together with MODEL_KEYS,
+which decide what is loaded, they identify a setting."""
+FIRST_COSTS = ("flops", "seconds", "parameters")
 MAX_DIFFERENCE_CHARS = 24
 
 
@@ -54,6 +60,15 @@ class Setting:
     tasks: tuple[HeadlineColumn, ...]
     costs: tuple[CostColumn, ...]
 
+    @property
+    def first_cost(self) -> int | None:
+        """The position of the cost to plot first: FLOPs, else time, else parameters, else any."""
+        # FLOPs before time, since they do not depend on the machine of a run.
+        quantities = [cost.quantity for cost in self.costs]
+        preferred = (name for name in FIRST_COSTS if name in quantities)
+        default = 0 if quantities else None
+        return next((quantities.index(name) for name in preferred), default)
+
 
 @dataclass(frozen=True)
 class LeaderboardRow:
@@ -77,9 +92,8 @@ class LeaderboardRow:
 
     @property
     def effect(self) -> str:
-        """The effect on weights or computation: removed, zeroed, packed, skipped."""
-        kinds = dict.fromkeys(m.effect for m in self.record.methods if m.effect != "none")
-        return "+".join(kinds) or "none"
+        """The effect on weights or computation: removed, zeroed, quantized, skipped; or none."""
+        return effect_text(self.record.methods) or "none"
 
     @property
     def real(self) -> bool:
@@ -100,7 +114,7 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
     groups: dict[str, list[Record]] = defaultdict(list)
     keys: dict[str, dict[str, str]] = {}
     # Newest first: `next` below then takes the newest dense run of a setting as its reference. The
-    # key is serialized because a dictionary cannot be hashed.
+    # key is serialized, since a dictionary cannot be hashed.
     for record in sorted(records, key=lambda r: r.started, reverse=True):
         key = _setting_key(record)
         keys[text := json.dumps(key, sort_keys=True)] = key
@@ -117,36 +131,26 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
     return Leaderboard(tuple(settings), tuple(rows))
 
 
-def comparable(one: Metric, other: Metric) -> bool:
-    """Return whether two numbers have the same identity, so that they may be subtracted."""
-    return _identity(one) == _identity(other)
-
-
-def _identity(metric: Metric) -> tuple[object, ...]:
-    names = (metric.task, metric.metric, metric.filter, metric.shots, metric.split)
-    return (*names, metric.task_version, metric.n)
-
-
 def _setting_key(record: Record) -> dict[str, str]:
     """Return everything two comparable runs must share, by name, without unset entries."""
-    asked, model = record.config["benchmark"], record.config.get("model", {})
+    benchmark, model = record.config["benchmark"], record.config.get("model", {})
     data = record.provenance.get("data", {})
     # One hash over the fingerprints of all tasks: a setting may have dozens of them, and a key has
     # to stay short enough to name the setting by.
     prints = [data[task].get("fingerprint") for task in sorted(data)]
-    said = {
+    entries = {
         "model": record.model.name,
         "weights": record.model.fingerprint[:8],
-        "benchmark": asked["name"],
+        "benchmark": benchmark["name"],
         "data": hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:8] if prints else None,
         **{name: model.get(name) for name in MODEL_KEYS},
-        **{name: asked.get(name) for name in BENCHMARK_KEYS},
+        **{name: benchmark.get(name) for name in BENCHMARK_KEYS},
     }
     return {
         # Unset entries are dropped, so that a record written before a key existed falls into the
         # same setting as one where the key has its empty default.
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        for name, value in said.items()
+        for name, value in entries.items()
         if value not in (None, {}, [])
     }
 
@@ -157,9 +161,9 @@ def _setting_names(keys: Sequence[dict[str, str]]) -> list[str]:
     names = []
     for name, key in zip(plain, keys, strict=True):
         others = [other for same, other in zip(plain, keys, strict=True) if same == name]
-        differs = [part for part in key if any(o.get(part) != key[part] for o in others)]
-        said = ", ".join(f"{part} {key[part][:MAX_DIFFERENCE_CHARS]}" for part in differs)
-        names.append(f"{name} ({said})" if said else name)
+        differing = [part for part in key if any(o.get(part) != key[part] for o in others)]
+        suffix = ", ".join(f"{part} {key[part][:MAX_DIFFERENCE_CHARS]}" for part in differing)
+        names.append(f"{name} ({suffix})" if suffix else name)
     return names
 
 
@@ -176,7 +180,7 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
     costs = {
         (c.scope, c.quantity): CostColumn(c.scope, c.quantity, c.unit)
         for record in group
-        for c in record.costs
+        for c in headline_costs(record)
         # Phases split the wall time of the run itself; they say nothing about the model.
         if not c.scope.startswith("phase ")
     }
@@ -197,15 +201,15 @@ def _headline_column(metric: Metric) -> HeadlineColumn:
 
 def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> LeaderboardRow:
     metrics = {m.task: m for m in record.metrics if m.headline}
-    costs = {(c.scope, c.quantity): c for c in record.costs}
+    costs = {(c.scope, c.quantity): c.value for c in headline_costs(record)}
     found = [metrics.get(task.task) for task in setting.tasks]
     return LeaderboardRow(
         record=record,
         setting=index,
         dense=dense.id if dense else None,
         values=tuple(_value(metric) for metric in found),
-        costs=tuple(_cost(costs.get((c.scope, c.quantity))) for c in setting.costs),
-        retention=_retention(found[0], dense) if found else None,
+        costs=tuple(costs.get((c.scope, c.quantity)) for c in setting.costs),
+        retention=_retention(record, found[0], dense) if found else None,
     )
 
 
@@ -213,16 +217,14 @@ def _value(metric: Metric | None) -> tuple[float, float | None] | None:
     return None if metric is None or metric.value is None else (metric.value, metric.stderr)
 
 
-def _cost(cost: Cost | None) -> float | None:
-    return None if cost is None else cost.value
-
-
-def _retention(metric: Metric | None, dense: Record | None) -> float | None:
+def _retention(record: Record, metric: Metric | None, dense: Record | None) -> float | None:
     """Return the fraction of the dense score that is left; None where lower is better."""
     before = dense.metric(metric.task) if dense and metric else None
-    if metric is None or before is None or not metric.value or not before.value:
+    if metric is None or metric.value is None or dense is None or before is None:
         return None
     # Where lower is better the ratio would read upside down; `bench compare` inverts it instead.
-    if not comparable(metric, before) or not metric.higher_is_better:
+    if not before.value or not metric.higher_is_better:
+        return None
+    if metric_identity(record, metric) != metric_identity(dense, before):
         return None
     return metric.value / before.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from bench.records import Record
+from bench.reporting.record_numbers import headline_cost
 
 LOAD_WITH_TRANSFORMERS = """\
 Loads in transformers:
@@ -91,7 +92,7 @@ def _provenance_section(record: Record) -> str:
     for method in record.methods:
         knobs = json.dumps(method.config, indent=1)
         lines += ["", f"### {method.name}: weights {method.effect}", "", "```json", knobs, "```"]
-    left = record.cost("parameters")
-    if left is not None:
-        lines += ["", f"Parameters in memory: {int(left.value):,}."]
+    parameters = headline_cost(record, "parameters")
+    if parameters is not None:
+        lines += ["", f"Parameters in memory: {int(parameters.value):,}."]
     return "\n".join([*lines, ""])

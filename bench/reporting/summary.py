@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
+from bench.evaluation.metrics import AVERAGE
 from bench.measurement.quantities import DECODE, FORWARD, PREFILL
 from bench.records import without_real_saving
 from bench.reporting.cost_table import measured_scopes, print_costs, speedup_text
+from bench.reporting.record_numbers import (
+    PERCENT_METRICS,
+    effect_text,
+    headline_cost,
+    headline_costs,
+    metric_scale,
+)
+from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console, format_quantity
 
 if TYPE_CHECKING:
     from bench.records import Cost, Metric, Record
 
-# Most columns per table; wider tables are hard to read even where the terminal is wide enough.
 MAX_RUNS_PER_TABLE = 7
-UNBOUNDED_WIDTH = 100_000
-PERCENT_METRICS = frozenset(
-    {"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"}
-    | {"pope_accuracy", "pope_accuracy_mean", "pope_f1_score", "mmbench_accuracy"}
-    | {"mme_perception_share"}
-)
-COSTS = ("parameters", "nonzero_parameters")
+"""Wider tables are hard to read even where the terminal is wide enough."""
+PARAMETER_COUNTS = ("parameters", "nonzero_parameters")
 WORK_UNITS = {
     "flops": "FLOP",
     "cache_bytes": "B in the cache",
@@ -61,10 +62,14 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
             ordered = ordered[shown:]
     for record in records:
         print_costs(record)
-    done = f"{len(records)} runs" if len(records) != 1 else f"run {records[0].id}"
-    again = f", {reused} of them already recorded" if reused and len(records) != 1 else ""
-    again = ", already recorded" if reused and len(records) == 1 else again
-    out.print(f"{done}{again}. One run: bench show RUN; all runs: bench ls runs")
+    out.print(f"{_outcome(records, reused)}. One run: bench show RUN; all runs: bench ls runs")
+
+
+def _outcome(records: Sequence[Record], reused: int) -> str:
+    """Return which runs are done, and how many of them had been recorded before."""
+    if len(records) == 1:
+        return f"run {records[0].id}" + (", already recorded" if reused else "")
+    return f"{len(records)} runs" + (f", {reused} of them already recorded" if reused else "")
 
 
 def _dense_first(record: Record) -> tuple[bool, str]:
@@ -73,27 +78,18 @@ def _dense_first(record: Record) -> tuple[bool, str]:
 
 def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
     """Return a table of as many leading records as fit, at least one, and their number."""
-    # rich clamps a measurement to the console's width, so that every table would seem to fit;
-    # measured without a bound, the width is the one the table really needs.
-    unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
-    for shown in range(min(len(records), MAX_RUNS_PER_TABLE), 1, -1):
-        table = _table(title, records[:shown])
-        if Measurement.get(out, unbounded, table).maximum <= out.width:
-            return table, shown
-    return _table(title, records[:1]), 1
+    most = min(len(records), MAX_RUNS_PER_TABLE)
+    return widest_fitting(lambda count: _table(title, records[:count]), most, out)
 
 
 def _table(title: str, records: Sequence[Record]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
-    table.add_column("", overflow="fold")
-    for record in records:
-        # The ratio goes onto a second line of the heading, which keeps columns narrow.
-        table.add_column("\n".join(record.label.rsplit(" ", 1)), justify="right", overflow="fold")
+    # The ratio goes onto a second line of the heading, which keeps columns narrow.
+    table = terminal_table(("\n".join(r.label.rsplit(" ", 1)) for r in records), title)
     for task, unit in _tasks(records).items():
         cells = (_metric_cell(record.metric(task)) for record in records)
-        table.add_row(f"{task} {unit}", *cells, end_section=task == "average")
+        table.add_row(f"{task} {unit}", *cells, end_section=task == AVERAGE)
     table.add_section()
-    for name in COSTS:
+    for name in PARAMETER_COUNTS:
         table.add_row(
             name.replace("_", " "), *(_parameter_cell(record, name) for record in records)
         )
@@ -104,7 +100,7 @@ def _table(title: str, records: Sequence[Record]) -> Table:
         table.add_row(
             f"{scope} speed-up (of theory)", *(speedup_text(record, scope) for record in records)
         )
-    table.add_row("weights", *(_effect(record) for record in records))
+    table.add_row("weights", *(effect_text(record.methods) or "unchanged" for record in records))
     table.add_row("run", *(record.id[:8] for record in records))
     return table
 
@@ -113,21 +109,20 @@ def _tasks(records: Sequence[Record]) -> dict[str, str]:
     """Return the headline tasks with their units in order of appearance, the average first."""
     found = [m for record in records for m in record.metrics if m.headline]
     units = {m.task: f"{m.metric} %" if m.metric in PERCENT_METRICS else m.metric for m in found}
-    average = {name: unit for name, unit in units.items() if name == "average"}
+    average = {name: unit for name, unit in units.items() if name == AVERAGE}
     return average | units
 
 
 def _metric_cell(metric: Metric | None) -> str:
     if metric is None or metric.value is None:
         return "-"
-    scale = 100.0 if metric.metric in PERCENT_METRICS else 1.0
-    digits = 1 if scale == 100.0 else 2
+    scale, digits = metric_scale(metric.metric)
     text = f"{metric.value * scale:.{digits}f}"
     return text if metric.stderr is None else f"{text} ±{metric.stderr * scale:.{digits}f}"
 
 
 def _parameter_cell(record: Record, name: str) -> str:
-    cost = record.cost(name)
+    cost = headline_cost(record, name)
     return format_quantity(cost.value if cost else None)
 
 
@@ -136,7 +131,7 @@ def _work_columns(records: Sequence[Record]) -> dict[tuple[str, str], str]:
     return {
         (cost.scope, cost.quantity): WORK_UNITS[cost.quantity]
         for record in records
-        for cost in record.costs
+        for cost in headline_costs(record)
         if cost.quantity in WORK_UNITS and not _is_superseded(cost, record)
     }
 
@@ -148,7 +143,7 @@ def _is_superseded(cost: Cost, record: Record) -> bool:
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
     """Format one cost; a time is not shown for runs whose weights are only masked or zeroed."""
-    cost = record.cost(name, scope)
+    cost = headline_cost(record, name, scope)
     if cost is not None and name.endswith("seconds"):
         # Masked or zeroed weights are still multiplied, so a shorter time would be noise and would
         # read as a speed-up.
@@ -161,8 +156,3 @@ def _headline_scopes(records: Sequence[Record]) -> list[str]:
     scopes = list(dict.fromkeys(scope for record in records for scope in measured_scopes(record)))
     found = (next((s for s in scopes if s.startswith(stage)), None) for stage in HEADLINE_STAGES)
     return [scope for scope in found if scope is not None]
-
-
-def _effect(record: Record) -> str:
-    effects = dict.fromkeys(m.effect for m in record.methods if m.effect != "none")
-    return "+".join(effects) or "unchanged"

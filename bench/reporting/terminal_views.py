@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
+from bench.evaluation.metrics import AVERAGE
 from bench.reporting.cost_table import print_costs
 from bench.sweeps.job import STUDY_FILE
 from bench.ui import console, draw_rows
@@ -15,7 +16,25 @@ if TYPE_CHECKING:
     from bench.records import Record
 
 
-def list_configs(group: str) -> list[dict[str, Any]]:
+class TrialReport(TypedDict):
+    """One trial of a search, as the sweeper writes it."""
+
+    run: str | None
+    state: str
+    front: bool
+    values: list[float]
+    params: dict[str, object]
+
+
+class StudyReport(TypedDict):
+    """A search: its name, the direction of each objective, and its trials."""
+
+    study: str
+    objectives: dict[str, str]
+    trials: list[TrialReport]
+
+
+def list_configs(group: str) -> list[dict[str, object]]:
     """Return the shipped and third-party configs of a group with their first comment line."""
     # Hydra takes long to import and only this listing needs it.
     from bench.config.composition import config_names
@@ -23,19 +42,19 @@ def list_configs(group: str) -> list[dict[str, Any]]:
     return [{group: name, "about": _description(group, name)} for name in config_names(group)]
 
 
-def list_runs(results_dir: Path) -> list[dict[str, Any]]:
+def list_runs(results_dir: Path) -> list[dict[str, object]]:
     """Return one row per record, oldest first, then one per unreadable record with the reason."""
     from bench.records import Store
 
     store = Store(results_dir)
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "run": record.id,
             "started": record.started,
             "model": record.model.name,
             "method": record.label,
             "benchmark": _benchmark(record),
-            "average": metric.value if (metric := record.metric("average")) else None,
+            "average": metric.value if (metric := record.metric(AVERAGE)) else None,
             "note": None,
         }
         for record in store.all()
@@ -59,17 +78,19 @@ def _description(group: str, name: str) -> str:
     file = importlib.resources.files("conf") / group / f"{name}.yaml"
     if not file.is_file():
         return ""
-    comments = [line for line in file.read_text().splitlines() if line.startswith("# ")]
+    comments = [
+        line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
+    ]
     # Hydra reads `# @package ...` in the first line; it is a directive and no description.
-    said = [line for line in comments if not line.startswith("# @package")]
-    return said[0].removeprefix("# ") if said else ""
+    described = [line for line in comments if not line.startswith("# @package")]
+    return described[0].removeprefix("# ") if described else ""
 
 
 def print_record(record: Record) -> None:
     """Print the model, methods, metrics and costs of a run."""
     out = console()
     model = record.model
-    out.print(f"[bold]{record.id}[/bold]  {model.name}  {record.label}")
+    out.print(f"{record.id}  {model.name}  {record.label}", style="bold")
     out.print(f"started {record.started}, finished {record.finished}, sweep {record.sweep or '-'}")
     out.print(f"command: {record.command}", soft_wrap=True)
     revision = f" at {model.revision}" if model.revision else ""
@@ -96,7 +117,7 @@ def _metric_row(record: Record, index: int) -> dict[str, object]:
 
 def print_search(folder: Path) -> None:
     """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` next to its jobs."""
-    study = json.loads((folder / STUDY_FILE).read_text())
+    study: StudyReport = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
     rows = pareto_trials(study)
     draw_rows(rows, title=f"study {study['study']}: Pareto-optimal trials")
     _write_trials(folder / "pareto.csv", rows)
@@ -110,7 +131,7 @@ def print_search(folder: Path) -> None:
     console().print(f"{len(states)} trials: {counts}. {where}")
 
 
-def pareto_trials(study: dict[str, Any]) -> list[dict[str, Any]]:
+def pareto_trials(study: StudyReport) -> list[dict[str, object]]:
     """Return one row per Pareto-optimal trial, the best in the first objective first."""
     best = [trial for trial in study["trials"] if trial["front"]]
     # Optuna keeps each objective in its own direction; the sign makes ascending order best first.
@@ -126,7 +147,7 @@ def pareto_trials(study: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def plot_trials(study: dict[str, Any], path: Path) -> bool:
+def plot_trials(study: StudyReport, path: Path) -> bool:
     """Plot the first objective against the second; return False if there is only one."""
     if len(study["objectives"]) < 2:
         return False
@@ -148,11 +169,11 @@ def plot_trials(study: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _objective_values(trials: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def _objective_values(trials: list[TrialReport]) -> tuple[list[float], list[float]]:
     return [t["values"][1] for t in trials], [t["values"][0] for t in trials]
 
 
-def _write_trials(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_trials(path: Path, rows: list[dict[str, object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         if rows:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

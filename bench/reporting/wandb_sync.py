@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.records import Record, Store
-from bench.reporting.html.report import Table, TableCell
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, Setting, build_leaderboard
+from bench.reporting.tables.cell_text import line_text
+from bench.reporting.tables.table import Table, TableCell
 from bench.schema import TrackerConfig
 from bench.tracking.tracker import track, track_overview
 from bench.tracking.wandb_run import Overview, ScatterPlot, WandbTable
@@ -22,7 +23,7 @@ RUN_COLUMNS = (
     "weights",
     "started",
     "score",
-    "kept",
+    "retention",
 )
 
 
@@ -96,13 +97,12 @@ def _score(value: tuple[float, float | None] | None) -> float | None:
 
 
 def _scatter(runs: Leaderboard, index: int) -> ScatterPlot | None:
-    """Return score against FLOPs, or against the first cost if FLOPs were not counted."""
+    """Return the score of a setting's runs against its first cost; None without either."""
     setting = runs.settings[index]
-    if not setting.tasks or not setting.costs:
+    at = setting.first_cost
+    if not setting.tasks or at is None:
         return None
-    kinds = [cost.quantity for cost in setting.costs]
-    at = kinds.index("flops") if "flops" in kinds else 0
-    x, y = f"{kinds[at]} of {setting.costs[at].scope}", setting.tasks[0].task
+    x, y = f"{setting.costs[at].quantity} of {setting.costs[at].scope}", setting.tasks[0].task
     rows = [
         [row.record.id, row.record.label, row.effect, row.real, row.costs[at], score]
         for row in runs.rows
@@ -118,21 +118,21 @@ def _table_rows(table: Table) -> WandbTable:
     """Return one row per cell, so that W&B can filter and group by any column."""
     rows = [
         [
-            line.block,
-            f"{line.name} {line.setting}".strip(),
+            line.section,
+            line_text(line),
             head.name,
             head.unit,
             *_cell_values(cell),
         ]
         for line in table.lines
-        for head, cell in zip(table.heads, line.cells, strict=True)
+        for head, cell in zip(table.columns, line.cells, strict=True)
     ]
-    said = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
-    return WandbTable(("block", "row", "column", "unit", *said), rows)
+    values = ("ours", "stderr", "run", "theirs", "difference", "inside", "not subtracted")
+    return WandbTable(("section", "row", "column", "unit", *values), rows)
 
 
 def _cell_values(cell: TableCell) -> list[str | float | bool | None]:
-    ours, theirs = cell.ours, cell.theirs
+    ours, theirs = cell.ours, cell.published
     own: list[str | float | None] = [None, None, None]
     if ours is not None:
         own = [ours.value, ours.stderr, next(iter(ours.runs), None)]

@@ -1,1 +1,1 @@
-"""The papers' numbers, shipped as package data; `bench.reporting.published` reads them."""
+"""Published numbers of papers, as package data; `bench.reporting.tables.published` reads them."""

@@ -29,7 +29,7 @@ def call(tmp_path, capsys):
 
 
 def test_a_stand_in_table_runs_what_is_missing_and_nothing_twice(call):
-    given = ["camera_main", "scale=micro", "rows=[dense,Camera-P]", "settings=[40%]", *FAST]
+    given = ["camera_main", "scale=micro", "rows=[dense,Camera-P]", "variants=[40%]", *FAST]
     given += [f"results_dir={call.results}"]
     code, out, err = call("table", *given)
     assert (code, err) == (0, "")
@@ -74,7 +74,7 @@ def test_a_failed_run_leaves_its_cell_empty_and_the_others_whole(call, monkeypat
 
     monkeypatch.setattr(MagnitudePruning, "apply", failing)
     code, out, err = call(
-        "table", "wgsef_grid", "scale=micro", "rows=[dense,group magnitude]", "settings=[70%]",
+        "table", "wgsef_grid", "scale=micro", "rows=[dense,group magnitude]", "variants=[70%]",
         "-m", "seed=1", "benchmark.limit=5", "tracker=none", f"results_dir={call.results}",
     )  # fmt: skip
     assert code == 1

@@ -159,7 +159,7 @@ def test_doctor_says_what_works_offline(bench):
 
 
 def test_prefetch_takes_the_name_of_a_table(bench):
-    code, out, _ = bench("prefetch", "camera_main", "scale=micro", "settings=[20%]")
+    code, out, _ = bench("prefetch", "camera_main", "scale=micro", "variants=[20%]")
     assert code == 0
     assert "micro_moe" in out
     code, _, err = bench("prefetch", "camera_min")

@@ -10,7 +10,7 @@ from typing import Any
 from bench.reporting.html import write_report
 from tests.performance.figure import Figure
 from tests.reporting.html.browser import launch, program
-from tests.reporting.html.synthetic import fill
+from tests.reporting.html.synthetic_records import fill
 
 RUNS, ROUNDS = 5000, 5
 SHOWN = {"#/": ".card h2", "#/leaderboard": "table.grid tbody tr", "#/pareto": ".figure svg"}

@@ -1,7 +1,6 @@
 """A project rebuilt from records, offline: what W&B's own reader finds in the run's folder."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,26 +11,8 @@ from bench.reporting.leaderboard import build_leaderboard
 from bench.reporting.wandb_sync import build_overview, sync_all
 from bench.schema import TrackerConfig
 from bench.tracking.tracker import track_overview
-from tests.reporting.html.synthetic import fill
+from tests.reporting.html.synthetic_records import fill, paper_table
 from tests.tracking.offline import entries
-
-
-def paper_table(run):
-    cells = (
-        SimpleNamespace(
-            ours=SimpleNamespace(value=61.5, stderr=0.8, runs=(run,)),
-            theirs=SimpleNamespace(text="60.9", unit="%", trust="paper", flag=""),
-            difference=0.6, inside=True, refusal=None,
-        ),
-        SimpleNamespace(
-            ours=None, theirs=None, difference=None, inside=None, refusal="other metric"
-        ),
-    )  # fmt: skip
-    line = SimpleNamespace(block="tiny", setting="40 %", name="CAMERA-P", cells=cells)
-    heads = (SimpleNamespace(name="boolq", unit="%"), SimpleNamespace(name="rte", unit="%"))
-    return SimpleNamespace(
-        file="camera_main", title="Main table", stand_in=False, heads=heads, lines=(line,), notes=()
-    )
 
 
 @pytest.fixture

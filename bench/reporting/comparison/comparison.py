@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,7 @@ from bench.reporting.comparison.contrast import (
     unpaired_contrast,
 )
 from bench.reporting.comparison.metric_forms import metric_rows, unit_scores
+from bench.reporting.record_numbers import metric_identity
 from bench.reporting.statistics import holm
 
 SEED = 0
@@ -69,9 +69,9 @@ def compare(baseline: ComparedRun, candidates: Sequence[ComparedRun]) -> Compari
     contrasts: list[Contrast] = []
     refused: list[str] = []
     for candidate in candidates:
-        one = _RunPair(baseline, candidate)
-        contrasts += one.contrasts()
-        refused += one.refused
+        pair = _RunPair(baseline, candidate)
+        contrasts += pair.contrasts()
+        refused += pair.refused
     if not contrasts:
         reason = refused[0] if refused else "the runs have no task in common"
         raise UserError(f"nothing to compare: {reason}")
@@ -88,8 +88,8 @@ def _holm_corrected(contrasts: list[Contrast], *, average: bool) -> list[Contras
     adjusted = holm([c.p for c in family if c.p is not None])
     # By object identity: two contrasts with equal fields are still two tests, and `replace` below
     # needs to find each of them again.
-    by_place = dict(zip(map(id, family), adjusted, strict=True))
-    return [replace(c, p_holm=by_place[id(c)]) if id(c) in by_place else c for c in contrasts]
+    p_by_test = dict(zip(map(id, family), adjusted, strict=True))
+    return [replace(c, p_holm=p_by_test[id(c)]) if id(c) in p_by_test else c for c in contrasts]
 
 
 class _RunPair:
@@ -183,25 +183,7 @@ def _metric_key(metric: Metric) -> tuple[str, str]:
     return metric.task, metric.metric
 
 
-HARNESS_LIBRARIES = {"lm_eval": "lm-eval", "lmms_eval": "lmms-eval", "images": "slimbench"}
-"""The library whose version is part of the identity, by harness."""
 HASH_COLUMNS = {"doc_hash": "document", "prompt_hash": "prompt"}
-
-
-def metric_identity(record: Record, metric: Metric) -> dict[str, Any]:
-    """Return everything that two comparable numbers must share, under the names users know."""
-    library = HARNESS_LIBRARIES[record.config["benchmark"]["harness"]]
-    source = record.provenance.get("data", {}).get(metric.task) or {}
-    return {
-        "metric": metric.metric,
-        "filter": metric.filter,
-        "shots": metric.shots,
-        "split": metric.split,
-        "task version": metric.task_version,
-        "harness": f"{library} {record.environment.get('versions', {}).get(library)}",
-        "data fingerprint": source.get("fingerprint"),
-        "samples": metric.n,
-    }
 
 
 def identity_mismatch(ours: tuple[Record, Metric], theirs: tuple[Record, Metric]) -> str | None:

@@ -1,6 +1,4 @@
-"""One number against the baseline's, paired by unit.
-
-Scores of two runs paired by unit, and their bootstrap.
+"""One metric of a candidate against the baseline's: scores paired by unit, bootstrap, tests.
 
 Shapes: N units, S strata, R resamples; the two runs are columns, the baseline first.
 """
@@ -69,9 +67,10 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         tested = mcnemar(paired.gained, paired.lost)
         # The normal approximation can promise more than the exact test can deliver: with fewer
         # flips than this no p-value reaches the level, so the larger bound counts.
-        p, mid, visible = tested.exact, tested.mid, min_significant_flips() / paired.units
+        p, mid = tested.exact, tested.mid
+        least = min_significant_flips() / paired.units
     else:
-        p, mid, visible = bootstrap_p(paired.differences), None, 0.0
+        p, mid, least = bootstrap_p(paired.differences), None, 0.0
     return replace(
         _side_by_side(run, metric, paired.units, paired.baseline, paired.candidate),
         low=low,
@@ -81,8 +80,8 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         lost=paired.lost,
         p=p,
         p_mid=mid,
-        # 0 if the two runs never differ: then nothing is known about what could be seen.
-        detectable=max(detectable_difference(error), visible) or None,
+        # 0 if the two runs never differ: then nothing is known about the power of the test.
+        detectable=max(detectable_difference(error), least) or None,
         retention=retained,
         retention_low=retained_low,
         retention_high=retained_high,
@@ -162,7 +161,7 @@ def pair_scores(
 ) -> PairedScores:
     """Pair two runs by unit and resample each stratum independently."""
     both = baseline.units.merge(candidate.units, on=["unit", "stratum"], validate="1:1")
-    # `unlike_samples` has made sure that both runs scored the same documents.
+    # `sample_mismatch` has made sure that both runs scored the same documents.
     assert len(both) == len(baseline.units) == len(candidate.units)
     drawn = [
         # Resampling within a stratum keeps its size, as the metric's definition does: POPE's splits

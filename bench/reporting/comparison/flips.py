@@ -1,11 +1,11 @@
-"""Samples on which two runs differ, and their images."""
+"""Flips: samples whose score differs between two runs, and their images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,11 @@ from bench.reporting.comparison.metric_forms import metric_rows
 
 LENGTH_NORMALIZED = "acc_norm"
 """lm-eval's metric that divides the log-likelihood of a choice by its length in characters."""
+
+
+if TYPE_CHECKING:
+    SampleRow = pd.Series[Any]
+    """One row of a frame of samples; its columns have different types."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ def find_flips(
     # A stable sort keeps equal changes in document order, so that the choice is reproducible; for
     # accuracies all changes are equal.
     order = change.abs().sort_values(ascending=False, kind="stable").index
-    lost = [place for place in order if change[place] < 0][:limit]
-    gained = [place for place in order if change[place] > 0][:limit]
+    lost = [position for position in order if change[position] < 0][:limit]
+    gained = [position for position in order if change[position] > 0][:limit]
     source = (baseline.record.provenance.get("data", {}).get(metric.task) or {}).get("location")
-    shown = ((mine.loc[place], its.loc[place]) for place in lost + gained)
+    shown = ((mine.loc[position], its.loc[position]) for position in lost + gained)
     return [_flip(candidate.record.id, metric, source, *rows) for rows in shown]
 
 
@@ -79,9 +84,7 @@ def _scored(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame | None:
     return scored.set_index(["task", "doc_id"], drop=False).sort_index()
 
 
-def _flip(
-    run: str, metric: Metric, source: str | None, mine: pd.Series[Any], its: pd.Series[Any]
-) -> Flip:
+def _flip(run: str, metric: Metric, source: str | None, mine: SampleRow, its: SampleRow) -> Flip:
     return Flip(
         run=run,
         task=str(mine["task"]),
@@ -97,12 +100,12 @@ def _flip(
     )
 
 
-def _text(row: pd.Series[Any], column: str) -> str | None:
+def _text(row: SampleRow, column: str) -> str | None:
     value = row.get(column)
     return value if isinstance(value, str) else None
 
 
-def _target(row: pd.Series[Any]) -> str | None:
+def _target(row: SampleRow) -> str | None:
     """Return the correct answer; if the target is the index of a choice, return that choice."""
     target, choices = _text(row, "target"), list(row["choices"])
     # lm-eval stores the index as text. A number that is no index of a choice is the answer itself.
@@ -111,7 +114,7 @@ def _target(row: pd.Series[Any]) -> str | None:
     return target
 
 
-def _answer(row: pd.Series[Any], metric: str) -> str | None:
+def _answer(row: SampleRow, metric: str) -> str | None:
     """Return the choice with the highest log-likelihood, or the generated text or class."""
     choices = [str(choice) for choice in row["choices"]]
     likelihood_C = np.asarray(row["loglikelihoods"], dtype=float)
@@ -123,10 +126,11 @@ def _answer(row: pd.Series[Any], metric: str) -> str | None:
 
 
 IMAGE_FOLDER = "pictures"
+"""Folder of the results that receives the images of flips."""
 
 
 def write_flip_images(
-    flipped: Sequence[Flip], record: Record, results_dir: Path
+    flips: Sequence[Flip], record: Record, results_dir: Path
 ) -> dict[str, list[Path]]:
     """Write the images of flips as PNG files; return the files by image hash.
 
@@ -138,13 +142,13 @@ def write_flip_images(
     """
     from bench.evaluation.multimodal.prompts import image_hash
 
-    wanted = {flip.image: flip for flip in flipped if flip.image}
-    if not wanted:
+    flip_of_image = {flip.image: flip for flip in flips if flip.image}
+    if not flip_of_image:
         return {}
     benchmark = BenchmarkConfig.model_validate(record.config["benchmark"])
     plan = plan_once(benchmark, offline=bool(record.config.get("offline")))
     written: dict[str, list[Path]] = {}
-    for name, flip in wanted.items():
+    for name, flip in flip_of_image.items():
         images = plan.scoring.pictures(flip.task, flip.document)
         if image_hash(images) != name:
             raise UserError(
@@ -154,7 +158,7 @@ def write_flip_images(
         # 64 bits of the hash are enough to tell the images of one results folder apart.
         stem = results_dir / IMAGE_FOLDER / name[:16]
         stem.parent.mkdir(parents=True, exist_ok=True)
-        written[name] = [Path(f"{stem}-{place}.png") for place in range(len(images))]
+        written[name] = [Path(f"{stem}-{number}.png") for number in range(len(images))]
         for path, image in zip(written[name], images, strict=True):
             if not path.exists():
                 image.save(path)

@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from bench.records import Metric
 from bench.reporting.statistics import Floats
+
+if TYPE_CHECKING:
+    Column = pd.Series[Any]
 
 MAX_MME_POINTS = 200.0
 """Points of an MME category: 100 for the answers, 100 for images with both answers correct."""
@@ -82,17 +85,17 @@ def metric_rows(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     seen = samples[filters == metric.filter]
     own = seen["task"] == metric.task
     # lm-eval names members after their group (`mmlu_anatomy`). An unrelated task with this prefix
-    # would be caught by `scores`, which has to reproduce the value.
+    # would be caught by `unit_scores`, which has to reproduce the value.
     members = seen["task"].str.startswith(f"{metric.task}_")
     return seen[own] if own.any() else seen[members]
 
 
-def _unit_table(unit: pd.Series[Any], stratum: Any, score: pd.Series[Any]) -> pd.DataFrame:
+def _unit_table(unit: Column, stratum: Column | str, score: Column) -> pd.DataFrame:
     table = pd.DataFrame({"unit": unit.astype(str), "stratum": stratum, "score": score})
     return table.dropna().astype({"score": float, "stratum": str})
 
 
-def _unit_names(rows: pd.DataFrame) -> pd.Series[Any]:
+def _unit_names(rows: pd.DataFrame) -> Column:
     return rows["task"] + "/" + rows["doc_id"].astype(str)
 
 

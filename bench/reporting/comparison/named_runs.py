@@ -1,18 +1,15 @@
-"""Handler of `bench compare`: from the named runs to objects, JSON and images."""
+"""A comparison of runs that a user names: as objects, as JSON, and with images of flips."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from bench.errors import UserError
 from bench.records import Record, Store, samples
-from bench.reporting.comparison import flips as flip_samples
 from bench.reporting.comparison.comparison import ComparedRun, Comparison, baseline_of, compare
-from bench.reporting.comparison.flips import Flip
-from bench.reporting.comparison.flips import find_flips as flips_of
+from bench.reporting.comparison.flips import Flip, find_flips, write_flip_images
 from bench.reporting.comparison.printer import power_sentences
 
 
@@ -45,15 +42,15 @@ def _all_flips(
     # Only compared tasks: a refused one scored different questions, where a flip means nothing.
     tasks = [c.task for c in comparison.contrasts if c.run == theirs.record.id]
     metrics = [m for m in map(ours.record.metric, tasks) if m is not None]
-    return [flip for metric in metrics for flip in flips_of(ours, theirs, metric, limit)]
+    return [flip for metric in metrics for flip in find_flips(ours, theirs, metric, limit)]
 
 
 def flip_images(
-    comparison: Comparison, flipped: Sequence[Flip], results_dir: Path
+    comparison: Comparison, flips: Sequence[Flip], results_dir: Path
 ) -> tuple[dict[str, list[Path]], str | None]:
     """Write the images of flips; return the files by hash, or the reason why there are none."""
     try:
-        return flip_samples.write_flip_images(flipped, comparison.baseline, results_dir), None
+        return write_flip_images(flips, comparison.baseline, results_dir), None
     # The data may be gone from this machine. A comparison is worth printing without images, so the
     # reason is reported and not raised.
     except UserError as error:
@@ -61,8 +58,8 @@ def flip_images(
 
 
 def comparison_json(
-    comparison: Comparison, flipped: Sequence[Flip], written: Mapping[str, Sequence[Path]]
-) -> dict[str, Any]:
+    comparison: Comparison, flips: Sequence[Flip], written: Mapping[str, Sequence[Path]]
+) -> dict[str, object]:
     """Return a comparison as JSON values; `written` maps image hashes to the written files."""
     return {
         "baseline": _run_json(comparison.baseline),
@@ -72,10 +69,10 @@ def comparison_json(
         "refused": list(comparison.refused),
         "flips": [
             asdict(flip) | {"pictures": [str(path) for path in written.get(flip.image or "", ())]}
-            for flip in flipped
+            for flip in flips
         ],
     }
 
 
-def _run_json(record: Record) -> dict[str, Any]:
+def _run_json(record: Record) -> dict[str, object]:
     return {"run": record.id, "model": record.model.name, "label": record.label}

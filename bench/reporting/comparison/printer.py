@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bench.evaluation.metrics import AVERAGE
 from bench.records import Record
 from bench.reporting.comparison.comparison import Comparison
 from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.flips import Flip
-from bench.reporting.summary import PERCENT_METRICS
+from bench.reporting.record_numbers import PERCENT_METRICS, metric_scale
+from bench.reporting.terminal_tables import terminal_table
 from bench.ui import console
 
 COLUMNS = ("difference [95 %]", "gained / lost", "p (Holm)", "detectable", "retained %")
@@ -27,7 +27,7 @@ SIGNIFICANCE_LEVEL = 0.05
 
 def print_comparison(
     comparison: Comparison,
-    flipped: Sequence[Flip] = (),
+    flips: Sequence[Flip] = (),
     # Immutable, since a default value is shared by all calls.
     pictures: Mapping[str, Sequence[Path]] = MappingProxyType({}),
 ) -> None:
@@ -41,13 +41,13 @@ def print_comparison(
         if rows:
             out.print(_table(comparison.baseline, record, rows))
     for sentence in power_sentences(comparison):
-        out.print(sentence, markup=False)
+        out.print(sentence)
     for note in dict.fromkeys(c.note for c in comparison.contrasts if c.note):
         tasks = dict.fromkeys(c.task for c in comparison.contrasts if c.note == note)
         out.print(f"{', '.join(tasks)}: {note}")
     for sentence in comparison.refused:
-        out.print(sentence, markup=False)
-    for flip in flipped:
+        out.print(sentence)
+    for flip in flips:
         _print_flip(out, flip, pictures.get(flip.image or "", ()))
 
 
@@ -57,7 +57,7 @@ def power_sentences(comparison: Comparison) -> list[str]:
     Only contrasts without a significant difference count; of the tasks of one unit, the one with
     the least power is named.
     """
-    said = []
+    sentences = []
     for record in comparison.candidates:
         worst: dict[tuple[bool, str], Contrast] = {}
         for row in comparison.contrasts:
@@ -66,8 +66,8 @@ def power_sentences(comparison: Comparison) -> list[str]:
                 # usually has more power than its tasks.
                 kind = (row.task == AVERAGE, _unit(row))
                 worst[kind] = max(worst.get(kind, row), row, key=lambda c: c.detectable or 0.0)
-        said += [_power_sentence(record, row) for row in worst.values()]
-    return said
+        sentences += [_power_sentence(record, row) for row in worst.values()]
+    return sentences
 
 
 def _power_sentence(record: Record, row: Contrast) -> str:
@@ -83,21 +83,14 @@ def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Tab
     names = [f"{r.label}\n{r.id[:8]}" for r in (baseline, candidate)]
     models = " against ".join(dict.fromkeys((candidate.model.name, baseline.model.name)))
     benchmark = candidate.config["benchmark"]["name"]
-    table = Table(
-        title=f"{candidate.label} against {baseline.label}: {models} on {benchmark}",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        show_edge=False,
-    )
-    table.add_column("", overflow="fold")
-    for name in (*names, *COLUMNS):
-        table.add_column(name, justify="right", overflow="fold")
+    title = f"{candidate.label} against {baseline.label}: {models} on {benchmark}"
+    table = terminal_table((*names, *COLUMNS), title)
     for row in rows:
-        table.add_row(*_cells(row), end_section=row.task == "average")
+        table.add_row(*_cells(row), end_section=row.task == AVERAGE)
     return table
 
 
-def _cells(row: Contrast) -> list[str]:
+def _cells(row: Contrast) -> list[str | Text]:
     percent = " %" if row.metric in PERCENT_METRICS else ""
     difference = _signed(row, row.difference)
     if row.low is not None and row.high is not None:
@@ -120,31 +113,25 @@ def _retention_text(row: Contrast) -> str:
     return f"{row.retention:.1f} [{row.retention_low:.1f}, {row.retention_high:.1f}]"
 
 
-def _colour_difference(row: Contrast, text: str) -> str:
+def _colour_difference(row: Contrast, text: str) -> Text:
     """Colour a significant difference green if it is better, red if it is worse."""
-    # An interval is written in square brackets, which rich would read as a style.
-    safe = escape(text)
     if row.p_holm is None or row.p_holm > SIGNIFICANCE_LEVEL:
-        return safe
+        return Text(text)
     better = (row.difference > 0) == row.higher_is_better
-    return f"[{'green' if better else 'red'}]{safe}[/]"
+    return Text(text, style="green" if better else "red")
 
 
 def _p_text(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _scale(row: Contrast) -> tuple[float, int]:
-    return (100.0, 1) if row.metric in PERCENT_METRICS else (1.0, 2)
-
-
 def _number(row: Contrast, value: float) -> str:
-    factor, digits = _scale(row)
+    factor, digits = metric_scale(row.metric)
     return f"{value * factor:.{digits}f}"
 
 
 def _signed(row: Contrast, value: float) -> str:
-    factor, digits = _scale(row)
+    factor, digits = metric_scale(row.metric)
     return f"{value * factor:+.{digits}f}"
 
 
@@ -157,13 +144,13 @@ def _print_flip(out: Console, flip: Flip, pictures: Sequence[Path]) -> None:
     where = f" of {flip.source}" if flip.source else ""
     out.rule(f"{verdict}: {flip.task} document {flip.document}{where}, run {flip.run[:8]}")
     for path in pictures:
-        out.print(f"image  {path}", markup=False, soft_wrap=True)
+        out.print(f"image  {path}", soft_wrap=True)
     if flip.image and not pictures:
         out.print(f"image  SHA-256 {flip.image}")
     if flip.prompt:
         cut = "… " if len(flip.prompt) > MAX_PROMPT_CHARS else ""
-        out.print(cut + flip.prompt[-MAX_PROMPT_CHARS:], markup=False)
+        out.print(cut + flip.prompt[-MAX_PROMPT_CHARS:])
     scores = (flip.baseline_score, flip.candidate_score)
-    out.print(f"target        {flip.target}", markup=False)
-    out.print(f"baseline      {flip.baseline_answer}  ({scores[0]:g})", markup=False)
-    out.print(f"candidate     {flip.candidate_answer}  ({scores[1]:g})", markup=False)
+    out.print(f"target        {flip.target}")
+    out.print(f"baseline      {flip.baseline_answer}  ({scores[0]:g})")
+    out.print(f"candidate     {flip.candidate_answer}  ({scores[1]:g})")

@@ -1,6 +1,4 @@
-"""Template, style, scripts, and data that cannot become markup.
-
-Embed data and scripts in a page so that nothing in them can become markup or run.
+"""The page as a file: template, style, scripts, and data that cannot become markup or run.
 
 Text from data and models is untrusted. It enters the page in two forms only: as JSON in which every
 character with a meaning in HTML or JavaScript is escaped, and as gzip in base64, whose alphabet has
@@ -16,8 +14,7 @@ import hashlib
 import importlib.resources
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -30,9 +27,9 @@ PACKAGE_FILES = importlib.resources.files("bench.reporting.html")
 
 
 def render_page(
-    index: dict[str, Any],
-    details: Sequence[Sequence[dict[str, Any]]],
-    samples: Sequence[dict[str, Any]],
+    index: Mapping[str, object],
+    details: Sequence[Sequence[Mapping[str, object]]],
+    samples: Sequence[Mapping[str, object]],
 ) -> str:
     """Return the complete HTML page."""
     # Escaping is on for every template, not chosen by file name, and an undefined variable is an
@@ -83,18 +80,18 @@ def _read_text(name: str) -> str:
 ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}
 
 
-def json_text(value: Any) -> Markup:
+def json_text(value: object) -> Markup:
     """Return compact JSON that is safe inside a script element; NaN and infinity become null."""
     return Markup(_dump(value).translate(ESCAPES))
 
 
-def gzip_base64(value: Any) -> str:
+def gzip_base64(value: object) -> str:
     """Return JSON as gzip in base64, which the browser unpacks on demand."""
     # "replace": a model's answer may hold a lone surrogate, which UTF-8 cannot encode.
     text = _dump(value).encode("utf-8", "replace")
     # mtime=0: the same records give the same file, byte by byte.
-    squeezed = gzip.compress(text, compresslevel=6, mtime=0)
-    return base64.b64encode(squeezed).decode()
+    packed = gzip.compress(text, compresslevel=6, mtime=0)
+    return base64.b64encode(packed).decode()
 
 
 def security_policy(scripts: Sequence[str]) -> str:
@@ -114,7 +111,7 @@ def security_policy(scripts: Sequence[str]) -> str:
     return "; ".join(rules)
 
 
-def _dump(value: Any) -> str:
+def _dump(value: object) -> str:
     """Return compact JSON; infinite values and NaN become null."""
     # Non-finite values are rare: copying every value to look for them would cost more than encoding
     # a second time when the encoder meets one.
@@ -124,7 +121,7 @@ def _dump(value: Any) -> str:
         return _dump(_without_nonfinite(value))
 
 
-def _without_nonfinite(value: Any) -> Any:
+def _without_nonfinite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

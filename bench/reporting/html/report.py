@@ -1,27 +1,29 @@
-"""The HTML report: records, leaderboard, details, tables, page.
+"""The HTML report over all records of a results folder: collected, packed, written.
 
-A paper's table as the report shows it next to the runs.
-
-The protocols describe the part of a table that the page depends on. Numbers are in their column's
-unit.
+The page gets an index at once (leaderboard, papers' tables), and chunks of records and samples
+that it unpacks when a run is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
 
 from bench.errors import UserError
-from bench.records import Record, Store
+from bench.records import Metric, Record, Store
 from bench.records.atomic_files import write_bytes
 from bench.reporting.html import page, samples
-from bench.reporting.html.samples import SampleShare
+from bench.reporting.html.samples import SampleChunk, SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
+from bench.reporting.record_numbers import PERCENT_METRICS, metric_identity
 from bench.reporting.tables.builder import tables_of
+from bench.reporting.tables.cell_text import DIGITS, TRUST_MARKS, line_text
+from bench.reporting.tables.table import Table, TableCell
 
 # Records per compressed chunk: the browser unpacks a chunk to show one run, so a chunk must be
 # small to open fast and large to compress well.
@@ -62,13 +64,13 @@ def write_report(
     store, share = Store(results_dir), share or SampleShare()
     records = store.all()
     runs = build_leaderboard(records)
-    asked = list(samples.sample_chunks(runs, store, share))
+    chunks = list(samples.sample_chunks(runs, store, share))
     content = page.render_page(
         index=_report_index(
-            runs, store, share, asked, [table_entry(table) for table in tables(records)]
+            runs, store, share, chunks, [table_entry(table) for table in tables(records)]
         ),
-        details=[[run_details(record) for record in few] for few in _record_chunks(runs)],
-        samples=asked,
+        details=[[run_details(record) for record in chunk] for chunk in _record_chunks(runs)],
+        samples=chunks,
     ).encode("utf-8", "replace")
     path = out or results_dir / "report.html"
     try:
@@ -79,7 +81,7 @@ def write_report(
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"out={path}: cannot be written ({reason})") from None
-    shown = sum(len(chunk["runs"]) for chunk in asked)
+    shown = sum(len(chunk["runs"]) for chunk in chunks)
     return WrittenReport(path, len(records), shown, len(content))
 
 
@@ -93,19 +95,21 @@ def _report_index(
     runs: Leaderboard,
     store: Store,
     share: SampleShare,
-    asked: Sequence[dict[str, Any]],
-    tables: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+    chunks: Sequence[SampleChunk],
+    tables: Sequence[dict[str, object]],
+) -> dict[str, object]:
     """Return the data the page needs at once; everything else is unpacked when it is opened."""
     # Samples are chunked by setting and details by position, so a run has two chunk numbers.
-    place = {run: at for at, chunk in enumerate(asked) for run in chunk["runs"]}
+    chunk_of_run = {run: at for at, chunk in enumerate(chunks) for run in chunk["runs"]}
     return {
         "generated": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": version("slimbench"),
         "results": str(store.root),
-        "settings": [asdict(setting) for setting in runs.settings],
+        "settings": [
+            {**asdict(setting), "first_cost": setting.first_cost} for setting in runs.settings
+        ],
         "runs": [
-            _run_entry(row, at // RUNS_PER_CHUNK, place.get(row.record.id))
+            _run_entry(row, at // RUNS_PER_CHUNK, chunk_of_run.get(row.record.id))
             for at, row in enumerate(runs.rows)
         ],
         "tables": tables,
@@ -114,7 +118,7 @@ def _report_index(
     }
 
 
-def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> dict[str, Any]:
+def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> dict[str, object]:
     """Return one run as the leaderboard and the plots read it."""
     record = row.record
     return {
@@ -129,7 +133,7 @@ def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> di
         "dense": row.dense,
         "values": row.values,
         "costs": row.costs,
-        "kept": row.retention,
+        "retention": row.retention,
         "chunk": chunk,
         "samples": samples_chunk,
     }
@@ -139,15 +143,27 @@ MAX_LIST_LENGTH = 100
 """List entries shown of a method's report; `record.json` has all of them."""
 
 
-def run_details(record: Record) -> dict[str, Any]:
-    """Return a record as plain data for the page of its run."""
+def run_details(record: Record) -> dict[str, object]:
+    """Return a record as plain data for the page of its run.
+
+    A metric also has its `identity` (equal ones may be subtracted), and `percent` if it is a share.
+    """
     content = record.model_dump(mode="json")
+    for metric, entry in zip(record.metrics, content["metrics"], strict=True):
+        entry["identity"] = _identity_digest(record, metric)
+        entry["percent"] = metric.metric in PERCENT_METRICS
     for method in content["methods"]:
         method["report"] = shorten_lists(method["report"])
     return content
 
 
-def shorten_lists(value: Any) -> Any:
+def _identity_digest(record: Record, metric: Metric) -> str:
+    # A digest, since the page only tests for equality and a fingerprint of data is long.
+    text = json.dumps(metric_identity(record, metric), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def shorten_lists(value: object) -> object:
     """Cut long lists and append how many entries were cut."""
     if isinstance(value, dict):
         return {key: shorten_lists(item) for key, item in value.items()}
@@ -158,137 +174,21 @@ def shorten_lists(value: Any) -> Any:
     return value
 
 
-class ColumnHead(Protocol):
-    """A column: its name and the unit of its numbers."""
-
-    @property
-    def name(self) -> str:
-        """The measured quantity."""
-
-    @property
-    def unit(self) -> str:
-        """The unit; `%` for percentages."""
-
-
-class OurValue(Protocol):
-    """Our number and the runs it comes from."""
-
-    @property
-    def value(self) -> float:
-        """The number."""
-
-    @property
-    def stderr(self) -> float | None:
-        """Its standard error, if it has one."""
-
-    @property
-    def runs(self) -> Sequence[str]:
-        """The ids of the runs."""
-
-
-class PublishedCell(Protocol):
-    """A published number as printed."""
-
-    @property
-    def text(self) -> str:
-        """The number as its source prints it."""
-
-    @property
-    def unit(self) -> str:
-        """The unit of the source."""
-
-    @property
-    def trust(self) -> str:
-        """The kind of source: the paper, its authors' code, third parties."""
-
-    @property
-    def flag(self) -> str:
-        """Why the number is suspicious; empty if it is not."""
-
-
-class TableCell(Protocol):
-    """Our number, the published one, and their difference or the reason why there is none."""
-
-    @property
-    def ours(self) -> OurValue | None:
-        """Our number; None if the run is missing."""
-
-    @property
-    def theirs(self) -> PublishedCell | None:
-        """The published number; None if there is none."""
-
-    @property
-    def difference(self) -> float | None:
-        """Ours minus theirs, for numbers of the same identity."""
-
-    @property
-    def inside(self) -> bool | None:
-        """Whether the published number lies in our interval."""
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the two are not subtracted."""
-
-
-class TableLine(Protocol):
-    """One method in one variant and section."""
-
-    @property
-    def block(self) -> str:
-        """The section of the table, usually a model."""
-
-    @property
-    def setting(self) -> str:
-        """The variant, a ratio for instance; may be empty."""
-
-    @property
-    def name(self) -> str:
-        """The method as the table calls it."""
-
-    @property
-    def cells(self) -> Sequence[TableCell]:
-        """One cell per column."""
-
-
-class Table(Protocol):
-    """A paper's table, reproduced."""
-
-    @property
-    def file(self) -> str:
-        """A name that no other table has."""
-
-    @property
-    def title(self) -> str:
-        """The title."""
-
-    @property
-    def stand_in(self) -> bool:
-        """Whether small models stand in for the paper's."""
-
-    @property
-    def heads(self) -> Sequence[ColumnHead]:
-        """The columns."""
-
-    @property
-    def lines(self) -> Sequence[TableLine]:
-        """The rows, section by section."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Sources and caveats, one sentence each."""
-
-
-def table_entry(table: Table) -> dict[str, Any]:
+def table_entry(table: Table) -> dict[str, object]:
     """Return a table as the page reads it."""
     return {
         "name": table.file,
         "title": table.title,
         "stand_in": table.stand_in,
-        "heads": [{"name": head.name, "unit": head.unit} for head in table.heads],
+        "columns": [
+            # No digits: the page writes the number with a decimal prefix.
+            {"name": head.name, "unit": head.unit, "digits": DIGITS.get(head.unit)}
+            for head in table.columns
+        ],
         "lines": [
             {
-                "block": line.block,
-                "label": f"{line.name} {line.setting}".strip(),
+                "section": line.section,
+                "label": line_text(line),
                 "cells": [_cell_entry(cell) for cell in line.cells],
             }
             for line in table.lines
@@ -297,11 +197,11 @@ def table_entry(table: Table) -> dict[str, Any]:
     }
 
 
-def _cell_entry(cell: TableCell) -> dict[str, Any]:
-    ours, theirs = cell.ours, cell.theirs
+def _cell_entry(cell: TableCell) -> dict[str, object]:
+    ours, theirs = cell.ours, cell.published
     return {
         "ours": None if ours is None else [ours.value, ours.stderr, *ours.runs[:1]],
-        "theirs": None if theirs is None else [theirs.text, theirs.unit, theirs.trust, theirs.flag],
+        "theirs": theirs and [theirs.text, theirs.unit, TRUST_MARKS[theirs.trust], theirs.flag],
         "difference": cell.difference,
         "inside": cell.inside,
         "refusal": cell.refusal,

@@ -1,4 +1,4 @@
-"""Choose the scored samples that a report carries, and store them compactly.
+"""The scored samples that a report carries, and their compact form.
 
 Per run and task the same evenly spaced questions are shown, whatever the answers were: a choice
 that depends on the answers would make a method look better or worse than it is. So runs of one
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from bench.records import Store
 from bench.records.store import SAMPLES
@@ -24,6 +24,8 @@ NON_SCORE_COLUMNS = frozenset(
     {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "doc_hash", "prompt_hash", "image_hash"}
 )
 RUNS_PER_CHUNK = 25
+SampleRow = dict[str, Any]
+"""A row of `samples.parquet`; metrics add columns of their own to the common ones."""
 MAX_TEXT_LENGTH = 4000
 """Characters shown of a prompt or an answer; windows of perplexity tasks are longer."""
 
@@ -36,46 +38,69 @@ class SampleShare:
     runs: int = 200
 
 
-def sample_chunks(board: Leaderboard, store: Store, share: SampleShare) -> Iterator[dict[str, Any]]:
-    """Yield chunks of `{texts, runs}`; samples refer to texts by position.
+class SampleEntry(TypedDict):
+    """One sample as the page reads it; `prompt` and `choices` are positions in `texts`."""
+
+    task: str
+    filter: str | None
+    doc: int | None
+    prompt: int | None
+    target: str | None
+    choices: list[int | None]
+    logs: list[float]
+    answer: str | None
+    sure: float | None
+    scores: dict[str, float]
+
+
+class RunSamples(TypedDict):
+    """The number of all samples of a run, and those that the report carries."""
+
+    total: int
+    samples: list[SampleEntry]
+
+
+class SampleChunk(TypedDict):
+    """Samples of some runs by run id, and the texts that they share."""
+
+    texts: list[str]
+    runs: dict[str, RunSamples]
+
+
+def sample_chunks(runs: Leaderboard, store: Store, share: SampleShare) -> Iterator[SampleChunk]:
+    """Yield the samples of the newest runs in chunks that are unpacked together.
 
     Dense runs are included even if they are old, since all other runs are compared with them.
     """
-    newest = board.rows[: share.runs] if share.per_run else ()
+    newest = runs.rows[: share.runs] if share.per_run else ()
     wanted = {row.record.id for row in newest} | {row.dense for row in newest}
     # By setting, because only runs of one setting share texts; the stable sort keeps the newest
     # first within a setting.
-    rows = sorted((r for r in board.rows if r.record.id in wanted), key=lambda r: r.setting)
+    rows = sorted((r for r in runs.rows if r.record.id in wanted), key=lambda r: r.setting)
     for _, group in groupby(rows, key=lambda row: row.setting):
-        for few in _batched(group, RUNS_PER_CHUNK):
-            yield _sample_chunk(few, store, share.per_run)
+        for batch in _batched(group, RUNS_PER_CHUNK):
+            yield _sample_chunk(batch, store, share.per_run)
 
 
 def _batched(rows: Iterable[LeaderboardRow], size: int) -> Iterator[tuple[LeaderboardRow, ...]]:
     """Yield tuples of `size` rows; the last one may be shorter."""
     left = iter(rows)
     # itertools.batched exists from Python 3.12 on.
-    while few := tuple(islice(left, size)):
-        yield few
+    while batch := tuple(islice(left, size)):
+        yield batch
 
 
-def _sample_chunk(rows: Iterable[LeaderboardRow], store: Store, per_run: int) -> dict[str, Any]:
+def _sample_chunk(rows: Iterable[LeaderboardRow], store: Store, per_run: int) -> SampleChunk:
     texts: dict[str, int] = {}
-
-    def place(text: str | None) -> int | None:
-        return None if text is None else texts.setdefault(text[:MAX_TEXT_LENGTH], len(texts))
-
-    runs: dict[str, Any] = {}
+    runs: dict[str, RunSamples] = {}
     for row in rows:
-        total, read = read_samples(store.folder(row.record.id) / SAMPLES, per_run)
-        for sample in read:
-            sample["prompt"] = place(sample["prompt"])
-            sample["choices"] = [place(choice) for choice in sample["choices"]]
-        runs[row.record.id] = {"total": total, "samples": read}
+        total, samples = read_samples(store.folder(row.record.id) / SAMPLES, per_run)
+        entries = [_sample_entry(sample, texts) for sample in samples]
+        runs[row.record.id] = {"total": total, "samples": entries}
     return {"texts": list(texts), "runs": runs}
 
 
-def read_samples(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
+def read_samples(path: Path, per_run: int) -> tuple[int, list[SampleRow]]:
     """Return the number of a run's samples, and about `per_run` of them, evenly spaced per task."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,14 +114,14 @@ def read_samples(path: Path, per_run: int) -> tuple[int, list[dict[str, Any]]]:
     # Two small columns decide which rows are kept; their positions are taken from the order in the
     # file, which is that of the documents and so the same in every run of a setting.
     kinds = file.read(columns=[c for c in ("task", "filter") if c in file.schema_arrow.names])
-    positions: dict[tuple[Any, ...], list[int]] = {}
+    positions: dict[tuple[str | None, ...], list[int]] = {}
     for position, kind in enumerate(zip(*kinds.to_pydict().values(), strict=True)):
         positions.setdefault(kind, []).append(position)
     # At least one sample of every task, even where that exceeds `per_run`.
-    each = max(1, per_run // len(positions))
-    chosen = [p for place in positions.values() for p in evenly_spaced(place, each)]
+    per_task = max(1, per_run // len(positions))
+    chosen = [p for group in positions.values() for p in evenly_spaced(group, per_task)]
     rows = file.read().take(chosen).to_pylist()
-    return file.metadata.num_rows, [_compact(row) for row in rows]
+    return file.metadata.num_rows, rows
 
 
 def evenly_spaced(positions: list[int], count: int) -> list[int]:
@@ -105,16 +130,20 @@ def evenly_spaced(positions: list[int], count: int) -> list[int]:
     return [positions[i * total // count] for i in range(count)] if total > count else positions
 
 
-def _compact(row: dict[str, Any]) -> dict[str, Any]:
-    """Keep the question, the answer and the scores of a sample."""
+def _sample_entry(row: SampleRow, texts: dict[str, int]) -> SampleEntry:
+    """Keep the question, the answer and the scores of a sample; add its texts to `texts`."""
+
+    def position(text: str | None) -> int | None:
+        return None if text is None else texts.setdefault(text[:MAX_TEXT_LENGTH], len(texts))
+
     answer = row.get("response")
     return {
         "task": row["task"],
         "filter": row.get("filter"),
         "doc": row.get("doc_id"),
-        "prompt": row.get("prompt"),
+        "prompt": position(row.get("prompt")),
         "target": _optional_text(row.get("target")),
-        "choices": row.get("choices") or [],
+        "choices": [position(choice) for choice in row.get("choices") or []],
         # The page shows fewer digits than that, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
         "answer": _optional_text(row.get("prediction") if answer is None else answer),
@@ -127,5 +156,5 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _optional_text(value: Any) -> str | None:
+def _optional_text(value: object) -> str | None:
     return None if value is None else str(value)[:MAX_TEXT_LENGTH]

@@ -1,6 +1,4 @@
-"""Per-layer allocation as heat maps.
-
-Per-layer pruning allocation, read from the method reports of records.
+"""Per-layer pruning allocation, read from the method reports of records, as heat maps.
 
 Read are a method's `layers` (see `bench.method.LayerReport`) and, of the rest of its report, which
 has no fixed schema, `heads` with `shape.heads`, `work` with `shape`, and `kept_by_layer` with
@@ -27,7 +25,10 @@ from bench.reporting.statistics import Floats
 
 @dataclass(frozen=True)
 class AllocationGrid:
-    """A matrix of numbers for a heat map; unknown ones are NaN. `most` is the top of the scale."""
+    """A matrix of numbers for a heat map; unknown ones are NaN.
+
+    `scale_top` is the number with the lightest colour; None for the largest one in the matrix.
+    """
 
     title: str
     quantity: str
@@ -36,7 +37,7 @@ class AllocationGrid:
     values: Floats
     row_name: str = "layer"
     column_name: str = "layer"
-    most: float | None = 1.0
+    scale_top: float | None = 1.0
 
 
 def allocation_grids(records: Sequence[Record]) -> list[AllocationGrid]:
@@ -75,7 +76,7 @@ def _expert_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]
         share_LE = energy_LE / np.maximum(energy_LE.sum(axis=1, keepdims=True), 1e-300)
         yield AllocationGrid(
             title, "share of the layer's energy", rows, columns, share_LE,
-            column_name="expert", most=None,
+            column_name="expert", scale_top=None,
         )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _head_grids(title: str, method: AppliedMethod) -> Iterator[AllocationGrid]:
     # A budget search reports `heads` too, as their total number and not as lists by layer.
     kept = report.get("heads") or report.get("head_pruning", {}).get("heads")
     count = report.get("shape", {}).get("heads")
-    if not kept or not count or not isinstance(kept[0], list):
+    if not count or not isinstance(kept, list) or not kept or not isinstance(kept[0], list):
         return
     kept_LH = np.zeros((len(kept), count))
     for layer, heads in enumerate(kept):
@@ -108,9 +109,11 @@ def _layer_profiles(records: Sequence[Record]) -> Iterator[AllocationGrid]:
                 row = f"{record.label} ({record.id[:8]})"
                 lines[key][row] = list(by_layer.values())
     for (model, quantity, columns), rows in lines.items():
-        most = None if quantity == BITS_PER_WEIGHT else 1.0
+        # Shares have the same scale everywhere; bits have no natural maximum.
+        top = None if quantity == BITS_PER_WEIGHT else 1.0
         values = np.array(list(rows.values()), dtype=float)
-        yield AllocationGrid(model, quantity, tuple(rows), columns, values, row_name="", most=most)
+        names = tuple(rows)
+        yield AllocationGrid(model, quantity, names, columns, values, row_name="", scale_top=top)
 
 
 BITS_PER_WEIGHT = "bits per weight"
@@ -168,8 +171,8 @@ def draw_allocation(grids: Sequence[AllocationGrid]) -> Figure:
 
 def _draw_heatmap(figure: Figure, axes: Axes, grid: AllocationGrid) -> None:
     axes.grid(visible=False)
-    most = grid.most if grid.most is not None else float(np.nanmax(grid.values))
-    image = axes.imshow(grid.values, cmap=HEATMAP, vmin=0, vmax=most or 1, aspect="auto")
+    top = grid.scale_top if grid.scale_top is not None else float(np.nanmax(grid.values))
+    image = axes.imshow(grid.values, cmap=HEATMAP, vmin=0, vmax=top or 1, aspect="auto")
     axes.set_title(f"{grid.quantity}: {grid.title}", loc="left")
     axes.set_yticks(range(len(grid.rows)), grid.rows)
     axes.set_ylabel(grid.row_name)
@@ -179,15 +182,15 @@ def _draw_heatmap(figure: Figure, axes: Axes, grid: AllocationGrid) -> None:
         axes.set_xticks(range(len(grid.columns)), grid.columns, fontsize="x-small")
         if long:
             axes.tick_params(axis="x", labelrotation=15)
-        _annotate_cells(axes, grid, most)
+        _annotate_cells(axes, grid, top)
     figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
 
 
-def _annotate_cells(axes: Axes, grid: AllocationGrid, most: float) -> None:
+def _annotate_cells(axes: Axes, grid: AllocationGrid, top: float) -> None:
     for (row, column), value in np.ndenumerate(grid.values):
         if not np.isnan(value):
             # The upper part of cividis is too light for white text, the lower too dark for black.
-            ink = "black" if value > 0.55 * most else "white"
+            ink = "black" if value > 0.55 * top else "white"
             text = f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.3g}"
             axes.text(
                 column, row, text if value else "0",

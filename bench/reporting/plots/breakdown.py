@@ -14,16 +14,16 @@ from matplotlib.patches import Patch
 
 from bench.errors import UserError
 from bench.records import Cost, Record
-from bench.reporting.plots.points import group_panels
 from bench.reporting.plots.style import (
     COLOURS,
     HATCHES,
     INK,
     add_legend,
+    draw_panels,
     label_unit_axis,
-    panel_figure,
     tint,
 )
+from bench.reporting.record_numbers import headline_costs
 
 WALL = "wall"
 METHODS_REST = "methods, the rest"
@@ -72,17 +72,15 @@ def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -
 
 def draw_breakdown(frame: pd.DataFrame) -> Figure:
     """Draw one stacked bar per run; parts differ in colour and hatch."""
-    shown = list(group_panels(frame))
-    figure, axes = panel_figure([name for name, _ in shown])
-    most = max(group["run"].nunique() for _, group in shown)
-    figure.set_figheight(FRAME_HEIGHT + BAR_HEIGHT * most)
     names = list(dict.fromkeys(frame[frame["value"] > 0]["part"]))
     fills = {
         name: PartFill(tint(COLOURS[i % len(COLOURS)]), HATCHES[i % len(HATCHES)])
         for i, name in enumerate(names)
     }
-    for each, (_, group) in zip(axes, shown, strict=True):
-        _draw_bars(each, group, fills)
+    figure, axes = draw_panels(frame, lambda axes, rows: _draw_bars(axes, rows, fills))
+    most = int(frame.groupby(["model", "benchmark"])["run"].nunique().max())
+    figure.set_figheight(FRAME_HEIGHT + BAR_HEIGHT * most)
+    for each in axes:
         # The limits of the fullest panel hold for all: bars are equally thick everywhere. Upper and
         # lower are swapped so that the first run is on top.
         each.set_ylim(most - 0.5, -0.5)
@@ -117,7 +115,8 @@ def _parts(
         for part, seconds in _phase_seconds(record).items():
             yield "time of the run", "s", part, seconds
         return
-    fitting = (c for c in record.costs if c.quantity == quantity and scope in (None, c.scope))
+    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    fitting = (cost for cost in same if scope in (None, cost.scope))
     # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
     found = next(filter(_adds_up, fitting), None)
     if found is not None:

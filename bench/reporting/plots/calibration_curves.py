@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from bench.errors import UserError
 from bench.reporting.comparison import ComparedRun
-from bench.reporting.plots.points import group_panels
-from bench.reporting.plots.style import GREY, SeriesStyle, add_legend, panel_figure, series_styles
+from bench.reporting.plots.style import GREY, SeriesStyle, add_legend, draw_panels, series_styles
 
 BINS = 10
 
@@ -24,7 +23,8 @@ def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
     class is the classifier's probability. Generated answers have none. `right` is what the task's
     accuracy counts.
     """
-    if samples.empty:
+    # Generation tasks have no accuracy, and an interrupted store may have no samples at all.
+    if samples.empty or "acc" not in samples:
         return pd.DataFrame(columns=["confidence", "right"])
     graded = samples[samples["acc"].notna()].astype({"acc": float})
     # A single log-likelihood is that of a text, not of a choice: its softmax is always 1.
@@ -49,8 +49,8 @@ def _highest_share(loglikelihoods: np.ndarray) -> float:
 def bin_answers(answers: pd.DataFrame) -> pd.DataFrame:
     """Return mean confidence, accuracy and size of each bin of equal width."""
     # A confidence of exactly 1 belongs to the last bin, not to one of its own.
-    place = np.minimum((answers["confidence"] * BINS).astype(int), BINS - 1)
-    grouped = answers.groupby(place)
+    bin_of_answer = np.minimum((answers["confidence"] * BINS).astype(int), BINS - 1)
+    grouped = answers.groupby(bin_of_answer)
     means = grouped.mean().rename(columns={"right": "accuracy"})
     return means.assign(n=grouped.size()).rename_axis("bin").reset_index()
 
@@ -91,13 +91,13 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
 
 
 def draw_calibration(frame: pd.DataFrame) -> Figure:
-    """Draw the rows of `curves`; on the diagonal, accuracy equals confidence."""
-    shown = list(group_panels(frame))
-    figure, axes = panel_figure([name for name, _ in shown])
-    figure.set_figheight(4)
+    """Draw the rows of `confidence_curves`; on the diagonal, accuracy equals confidence."""
     styles = series_styles(frame["name"])
-    for each, (_, group) in zip(axes, shown, strict=True):
-        _draw_calibration_panel(each, group, styles)
+    figure, axes = draw_panels(
+        frame, lambda axes, rows: _draw_calibration_panel(axes, rows, styles)
+    )
+    # Nearly square panels, so that the diagonal looks like one.
+    figure.set_figheight(4)
     handles = [handle for each in axes for handle in each.get_legend_handles_labels()[0]]
     add_legend(figure, handles, title="expected calibration error")
     return figure

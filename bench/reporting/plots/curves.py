@@ -1,9 +1,8 @@
-"""Curves against a knob, and curves of training."""
+"""Curves of a headline metric against a knob of the methods, and training histories."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,16 +10,15 @@ from matplotlib.figure import Figure
 
 from bench.errors import UserError
 from bench.records import Record
-from bench.reporting.plots.points import group_panels
 from bench.reporting.plots.style import (
     DENSE_STYLE,
     PANEL_HEIGHT,
     PANEL_WIDTH,
     SeriesStyle,
     add_legend,
+    draw_panels,
     family_handles,
     label_metric_axis,
-    panel_figure,
     series_styles,
 )
 
@@ -47,14 +45,11 @@ def summarize_families(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_curves(frame: pd.DataFrame, knob: str) -> Figure:
-    """Draw the rows of `summarised`; the dense model is a horizontal line with its interval."""
-    shown = list(group_panels(frame))
-    figure, axes = panel_figure([name for name, _ in shown])
+    """Draw the rows of `summarize_families`; the dense model is a horizontal line with a band."""
     # Families without a value of the knob are not drawn and must use up no style.
     with_amount = frame[frame["amount"].notna() | (frame["family"] == "dense")]
     families = series_styles(with_amount["family"])
-    for each, (_, group) in zip(axes, shown, strict=True):
-        _draw_curve_panel(each, group, families, knob)
+    figure, _ = draw_panels(frame, lambda axes, rows: _draw_curve_panel(axes, rows, families, knob))
     add_legend(figure, family_handles(families, joined=True))
     return figure
 
@@ -64,7 +59,7 @@ def _draw_curve_panel(
 ) -> None:
     for family, line in group.groupby("family", sort=False):
         if family == "dense":
-            _draw_dense(axes, line.iloc[0])
+            _draw_dense(axes, line.iloc[0], knob)
             continue
         known = line.dropna(subset=["amount"]).sort_values("amount")
         if known.empty:
@@ -84,12 +79,17 @@ def _draw_curve_panel(
     label_metric_axis(axes, first["metric"], first["task"], bool(first["higher_is_better"]))
 
 
-def _draw_dense(axes: Axes, row: pd.Series) -> None:
+DENSE_AT_ZERO = frozenset({"ratio"})
+"""Knobs of which 0 means the dense model; others (`keep`, `bits`) have no value for it."""
+
+
+def _draw_dense(axes: Axes, row: pd.Series, knob: str) -> None:
     axes.axhline(row["value"], color=DENSE_STYLE.colour, linewidth=1)
     axes.axhspan(row["low"], row["high"], color=DENSE_STYLE.colour, alpha=0.08, linewidth=0)
-    axes.plot(
-        [0], [row["value"]], color=DENSE_STYLE.colour, marker=DENSE_STYLE.marker, markersize=11
-    )
+    if knob.rpartition(".")[2] in DENSE_AT_ZERO:
+        axes.plot(
+            [0], [row["value"]], color=DENSE_STYLE.colour, marker=DENSE_STYLE.marker, markersize=11
+        )
 
 
 STEP_KEYS = ("epoch", "step")
@@ -113,7 +113,7 @@ def training_histories(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _history_rows(record: Record) -> Iterator[dict[str, Any]]:
+def _history_rows(record: Record) -> Iterator[dict[str, object]]:
     for method in record.methods:
         for line in method.report.get("history", []):
             time = next((step for step in STEP_KEYS if step in line), None)
@@ -132,15 +132,15 @@ def draw_training(frame: pd.DataFrame) -> Figure:
     styles = series_styles(frame["label"])
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, quantity in zip(panels, quantities, strict=True):
-        shown = frame[frame["quantity"] == quantity]
-        for label, line in shown.groupby("label", sort=False):
+        rows = frame[frame["quantity"] == quantity]
+        for label, line in rows.groupby("label", sort=False):
             look = styles[str(label)]
             axes.plot(
                 line["at"], line["value"], color=look.colour, linestyle=look.line,
                 # About eight markers per line identify it in greyscale without hiding it.
                 marker=look.marker, markevery=max(1, len(line) // 8), markersize=4, label=label,
             )  # fmt: skip
-        axes.set_xlabel(str(shown["time"].iloc[0]))
+        axes.set_xlabel(str(rows["time"].iloc[0]))
         axes.set_title(quantity if quantity != "alive" else "groups alive", loc="left")
     add_legend(figure, panels[0].get_legend_handles_labels()[0])
     return figure

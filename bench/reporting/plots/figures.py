@@ -1,4 +1,4 @@
-"""Handler of `bench plot`: from the named runs to figures in files."""
+"""Figures by kind, from the runs that a user names to files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.errors import UserError, unknown_name
+from bench.evaluation.metrics import AVERAGE
 from bench.records import Record, Store, samples
 from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots import allocation, breakdown, calibration_curves, curves, pareto
-from bench.reporting.plots import allocation as where
 from bench.reporting.plots.points import require_knob, run_points
 from bench.reporting.plots.style import FIGURE_FORMATS, plot_settings, save_figure
 
@@ -25,7 +24,7 @@ class PlotRequest:
     """Options of a figure; each kind of plot reads those that concern it."""
 
     results_dir: Path
-    task: str = "average"
+    task: str = AVERAGE
     cost: str = "flops"
     scope: str | None = None
     knob: str = "ratio"
@@ -38,14 +37,14 @@ class PreparedFigure:
     data: pd.DataFrame
     draw: Callable[[], Figure]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, object]]:
         """Return the data as JSON values."""
         # Through pandas' own JSON, which turns NaN into null and numpy numbers into plain ones.
-        found: list[dict[str, Any]] = json.loads(self.data.to_json(orient="records"))
+        found: list[dict[str, object]] = json.loads(self.data.to_json(orient="records"))
         return found
 
 
-def prepare_figure(kind: str, runs: Sequence[str], asked: PlotRequest) -> PreparedFigure:
+def prepare_figure(kind: str, runs: Sequence[str], request: PlotRequest) -> PreparedFigure:
     """Prepare a figure of the named runs, or of all recorded runs.
 
     Raises:
@@ -53,11 +52,11 @@ def prepare_figure(kind: str, runs: Sequence[str], asked: PlotRequest) -> Prepar
     """
     if kind not in PLOT_KINDS:
         raise unknown_name("kind of plot", kind, PLOT_KINDS)
-    store = Store(asked.results_dir)
+    store = Store(request.results_dir)
     records = list(map(store.get, runs)) if runs else store.all()
     if not records:
         raise UserError(f"nothing to plot: there are no runs in {store.runs}")
-    return PLOT_KINDS[kind](sorted(records, key=_plot_order), asked)
+    return PLOT_KINDS[kind](sorted(records, key=_plot_order), request)
 
 
 def _plot_order(record: Record) -> tuple[str, str, bool, str]:
@@ -69,7 +68,7 @@ def _plot_order(record: Record) -> tuple[str, str, bool, str]:
 
 
 def write_figures(
-    drawing_of: PreparedFigure, kind: str, outputs: Sequence[Path], results_dir: Path
+    prepared: PreparedFigure, kind: str, outputs: Sequence[Path], results_dir: Path
 ) -> list[Path]:
     """Write a figure to the given files, or in every format to `RESULTS/plots/KIND.*`."""
     paths = list(outputs) or [
@@ -78,27 +77,27 @@ def write_figures(
     # matplotlib applies its settings when artists are created, so the figure is drawn, and not only
     # saved, within the context.
     with plot_settings():
-        figure = drawing_of.draw()
+        figure = prepared.draw()
         for path in paths:
             save_figure(figure, path)
     return paths
 
 
-def _front(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+def _front(records: list[Record], request: PlotRequest) -> PreparedFigure:
     found = run_points(
-        records, task=asked.task, cost=asked.cost, scope=asked.scope, knob=asked.knob
+        records, task=request.task, cost=request.cost, scope=request.scope, knob=request.knob
     )
     return PreparedFigure(found, lambda: pareto.draw_fronts(found))
 
 
-def _curves(records: list[Record], asked: PlotRequest) -> PreparedFigure:
-    require_knob(records, asked.knob)
-    found = curves.summarize_families(run_points(records, task=asked.task, knob=asked.knob))
-    return PreparedFigure(found, lambda: curves.draw_curves(found, asked.knob))
+def _curves(records: list[Record], request: PlotRequest) -> PreparedFigure:
+    require_knob(records, request.knob)
+    found = curves.summarize_families(run_points(records, task=request.task, knob=request.knob))
+    return PreparedFigure(found, lambda: curves.draw_curves(found, request.knob))
 
 
-def _allocation(records: list[Record], asked: PlotRequest) -> PreparedFigure:
-    found = where.allocation_grids(records)
+def _allocation(records: list[Record], request: PlotRequest) -> PreparedFigure:
+    found = allocation.allocation_grids(records)
     if not found:
         raise UserError("none of the runs has a method that reports per-layer results")
     cells = [
@@ -110,19 +109,19 @@ def _allocation(records: list[Record], asked: PlotRequest) -> PreparedFigure:
     return PreparedFigure(pd.DataFrame(cells), lambda: allocation.draw_allocation(found))
 
 
-def _breakdown(records: list[Record], asked: PlotRequest) -> PreparedFigure:
-    found = breakdown.cost_parts(records, asked.cost, asked.scope)
+def _breakdown(records: list[Record], request: PlotRequest) -> PreparedFigure:
+    found = breakdown.cost_parts(records, request.cost, request.scope)
     return PreparedFigure(found, lambda: breakdown.draw_breakdown(found))
 
 
-def _calibration(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+def _calibration(records: list[Record], request: PlotRequest) -> PreparedFigure:
     found = calibration_curves.confidence_curves(
-        [ComparedRun(r, samples(r.id, asked.results_dir)) for r in records]
+        [ComparedRun(r, samples(r.id, request.results_dir)) for r in records]
     )
     return PreparedFigure(found, lambda: calibration_curves.draw_calibration(found))
 
 
-def _training(records: list[Record], asked: PlotRequest) -> PreparedFigure:
+def _training(records: list[Record], request: PlotRequest) -> PreparedFigure:
     found = curves.training_histories(records)
     return PreparedFigure(found, lambda: curves.draw_training(found))
 

@@ -6,30 +6,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.reporting.plots.points import group_panels
 from bench.reporting.plots.style import (
     GREY,
     SeriesStyle,
     add_legend,
+    draw_panels,
     family_handles,
     label_metric_axis,
     label_unit_axis,
-    panel_figure,
     series_styles,
     zeroed_handle,
 )
 
 
 def draw_fronts(frame: pd.DataFrame) -> Figure:
-    """Draw the rows of `points(cost=...)`; a grey line joins the Pareto-optimal ones.
+    """Draw the rows of `run_points(cost=...)`; a grey line joins the Pareto-optimal ones.
 
     Bars are 95 % intervals of the metric, and the spread of a measured cost.
     """
-    shown = list(group_panels(frame))
-    figure, axes = panel_figure([name for name, _ in shown])
     families = series_styles(frame["family"])
-    for each, (_, group) in zip(axes, shown, strict=True):
-        _draw_front_panel(each, group, families)
+    figure, _ = draw_panels(frame, lambda axes, rows: _draw_front_panel(axes, rows, families))
     unreal = [zeroed_handle()] if frame["unreal"].any() else []
     add_legend(figure, [*family_handles(families, joined=False), *unreal])
     return figure
@@ -37,7 +33,9 @@ def draw_fronts(frame: pd.DataFrame) -> Figure:
 
 def _draw_front_panel(axes: Axes, group: pd.DataFrame, families: dict[str, SeriesStyle]) -> None:
     first = group.iloc[0]
-    front = pareto_front(group, higher_is_better=bool(first["higher_is_better"]))
+    # A run whose weights are only zeroed or masked does not have its counted cost in reality, so it
+    # cannot make a real run look dominated.
+    front = pareto_front(group[~group["unreal"]], higher_is_better=bool(first["higher_is_better"]))
     # Below everything else and pale: the line is a guide to the eye, not a measurement.
     axes.plot(front["cost"], front["value"], color=GREY, linewidth=3, alpha=0.5, zorder=1)
     for _, row in group.iterrows():

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import pandas as pd
 
 from bench.errors import UserError, unknown_name
+from bench.evaluation.metrics import AVERAGE
 from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
-from bench.reporting.summary import PERCENT_METRICS
+from bench.reporting.record_numbers import NORMAL_QUANTILE, headline_costs, metric_scale
 
-NORMAL_QUANTILE = 1.96
-"""Half the width of a 95 % interval of a mean, in standard errors."""
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
 
@@ -21,7 +20,7 @@ SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 def run_points(
     records: Sequence[Record],
     *,
-    task: str = "average",
+    task: str = AVERAGE,
     cost: str | None = None,
     scope: str | None = None,
     knob: str = "ratio",
@@ -39,6 +38,8 @@ def run_points(
     metrics = {record.id: _headline(record, task) for record in records}
     if all(metric is None for metric in metrics.values()):
         raise unknown_name("task", task, {m.task for r in records for m in r.metrics if m.headline})
+    if all(metric is None or metric.value is None for metric in metrics.values()):
+        raise UserError(f"--task {task}: all runs have an empty value of it; choose another task")
     rows = []
     for record in records:
         metric = metrics[record.id]
@@ -57,22 +58,16 @@ def run_points(
     return pd.DataFrame(rows)
 
 
-def group_panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the runs of each model on each benchmark, since only these share axes."""
-    for (model, benchmark), group in frame.groupby(["model", "benchmark"], sort=False):
-        yield f"{model} on {benchmark}", group
-
-
 def _headline(record: Record, task: str) -> Metric | None:
     shown = [metric for metric in record.metrics if metric.headline]
-    if task == "average" and len(shown) == 1:
+    if task == AVERAGE and len(shown) == 1:
         return shown[0]
     return record.metric(task)
 
 
-def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, Any]:
-    percent = metric.metric in PERCENT_METRICS
-    factor = 100.0 if percent else 1.0
+def _point(record: Record, metric: Metric, family: str, knob: float | None) -> dict[str, object]:
+    factor, _ = metric_scale(metric.metric)
+    percent = " %" if factor == 100.0 else ""
     assert metric.value is not None
     return {
         "run": record.id,
@@ -82,7 +77,7 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
         "label": record.label,
         "amount": knob,
         "task": metric.task,
-        "metric": f"{metric.metric} %" if percent else metric.metric,
+        "metric": f"{metric.metric}{percent}",
         "higher_is_better": metric.higher_is_better,
         "value": factor * metric.value,
         "error": None if metric.stderr is None else factor * NORMAL_QUANTILE * metric.stderr,
@@ -91,11 +86,11 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
 
 
 def _cost(record: Record, quantity: str, scope: str | None) -> Cost | None:
-    found = [c for c in record.costs if c.quantity == quantity and scope in (None, c.scope)]
-    return found[0] if found else None
+    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    return next((cost for cost in same if scope in (None, cost.scope)), None)
 
 
-def _cost_columns(cost: Cost) -> dict[str, Any]:
+def _cost_columns(cost: Cost) -> dict[str, object]:
     ends = next((pair for pair in SPREAD_KEYS if set(pair) <= cost.parts.keys()), None)
     low, high = (cost.parts[end] for end in ends) if ends else (cost.value, cost.value)
     return {
@@ -126,12 +121,12 @@ def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, s
         knobs = [_family_knobs(record, along.rpartition(".")[2]) for record in group]
         differing = [key for key in knobs[0] if any(k.get(key) != knobs[0][key] for k in knobs)]
         for record, own in zip(group, knobs, strict=True):
-            told = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
-            named[record.id] = (" + ".join(m.name for m in record.methods) or "dense") + told
+            knob_text = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
+            named[record.id] = (" + ".join(m.name for m in record.methods) or "dense") + knob_text
     return named
 
 
-def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], Any]:
+def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], object]:
     """Return every knob of every method that is not an amount."""
     skipped = AMOUNT_KNOBS | {along}
     return {
@@ -154,12 +149,16 @@ def knob_value(record: Record, knob: str) -> float | None:
         value = _value_at(record, knob)
     else:
         value = next((m.config[knob] for m in record.methods if knob in m.config), None)
-    # Not isinstance: True is an int, and a switch is no amount.
-    return float(value) if type(value) in (int, float) else None
+    return float(value) if _is_number(value) else None
 
 
-def _value_at(record: Record, path: str) -> Any:
-    found: Any = {**record.config, **{method.name: method.config for method in record.methods}}
+def _is_number(value: object) -> TypeGuard[int | float]:
+    # True is an int in Python, and a switch is no amount.
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _value_at(record: Record, path: str) -> object:
+    found: object = {**record.config, **{method.name: method.config for method in record.methods}}
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
     return found
@@ -176,4 +175,4 @@ def require_knob(records: Sequence[Record], knob: str) -> None:
 
 
 def _numeric_knobs(method: AppliedMethod) -> list[str]:
-    return [key for key, value in method.config.items() if type(value) in (int, float)]
+    return [key for key, value in method.config.items() if _is_number(value)]

@@ -1,15 +1,14 @@
-"""Looks, colours, axes, panels, legends.
+"""Style of figures: colours that colour-blind readers can tell apart, panels, axes, legends.
 
-Style of figures: colours that colour-blind readers can tell apart, and never colour alone.
-
-A family of runs has its own colour, marker, line and hatch, so that a figure says the same in
-greyscale. Colours: Okabe and Ito, Color Universal Design (2008), without the yellow, which is too
-light for lines on white. Heat maps use cividis, whose lightness grows with the value.
+A family of runs differs in colour, marker, line and hatch, never in colour alone, so that a figure
+says the same in greyscale. Colours: Okabe and Ito, Color Universal Design (2008), without the
+yellow, which is too light for lines on white. Heat maps use cividis, whose lightness grows with the
+value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.typing import LineStyleType
 
 from bench.errors import UserError
+from bench.evaluation.metrics import AVERAGE
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LINE_STYLES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "***")
 HEATMAP = "cividis"
 INK, GREY = "#000000", "#7F7F7F"
@@ -62,7 +64,7 @@ class SeriesStyle:
 
     colour: str
     marker: str
-    line: Any
+    line: LineStyleType
     hatch: str
 
 
@@ -83,8 +85,12 @@ def series_styles(families: Iterable[str]) -> dict[str, SeriesStyle]:
 def _cycle_styles() -> Iterator[SeriesStyle]:
     number = 0
     while True:
-        pick = (each[number % len(each)] for each in (COLOURS, MARKERS, LINE_STYLES, HATCHES))
-        yield SeriesStyle(*pick)
+        yield SeriesStyle(
+            colour=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            line=LINE_STYLES[number % len(LINE_STYLES)],
+            hatch=HATCHES[number % len(HATCHES)],
+        )
         number += 1
 
 
@@ -128,12 +134,23 @@ LEGEND_LINE_HEIGHT, LEGEND_LETTER_WIDTH = 0.2, 0.085
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
-def panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
-    """Return a figure with one titled panel per name.
+def draw_panels(
+    frame: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None]
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with one panel per model and benchmark, each drawn from its own rows.
 
     Raises:
         UserError: there are more panels than fit side by side.
     """
+    # Only runs of one model on one benchmark share axes: their numbers mean the same.
+    panels = list(frame.groupby(["model", "benchmark"], sort=False))
+    figure, axes = _panel_figure([f"{model} on {benchmark}" for (model, benchmark), _ in panels])
+    for each, (_, group) in zip(axes, panels, strict=True):
+        draw(each, group)
+    return figure, axes
+
+
+def _panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
     if len(names) > MAX_PANELS:
         raise UserError(
             f"the runs span {len(names)} pairs of model and benchmark, but a figure holds at most "
@@ -180,7 +197,7 @@ def zeroed_handle() -> Line2D:
 
 def label_metric_axis(axes: Axes, name: str, task: str, higher_is_better: bool) -> None:
     """Label the axis of a headline metric, and say so if lower is better."""
-    shown = name.replace("mean", "average") if task == "average" else f"{task} {name}"
+    shown = name.replace("mean", "average") if task == AVERAGE else f"{task} {name}"
     axes.set_ylabel(shown if higher_is_better else f"{shown} (lower is better)")
 
 

@@ -1,4 +1,4 @@
-"""From records to a table, and the order of methods here and in the source."""
+"""Tables built from records, and the agreement of the order of methods with the source's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables import numbers, published
-from bench.reporting.tables.numbers import NORMAL_QUANTILE
 from bench.reporting.tables.table import (
     ColumnHead,
     OrderAgreement,
@@ -54,9 +54,9 @@ def tables_of(records: Sequence[Record]) -> Iterator[Table]:
 
 def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]) -> Table:
     """Put the records of each line next to the published cells."""
-    theirs = {name: _section_cells(config, name) for name in config.blocks}
+    theirs = {name: _section_cells(config, name) for name in config.sections}
     lines = [
-        _table_line(config, slot, found.get(slot, ()), theirs[slot.block])
+        _table_line(config, slot, found.get(slot, ()), theirs[slot.section])
         for slot in table_slots(config)
     ]
     columns = config.columns.items()
@@ -64,17 +64,17 @@ def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]
         name=config.name,
         title=config.title,
         stand_in=config.stand_in,
-        heads=tuple(ColumnHead(name, c.unit, c.lower_is_better) for name, c in columns),
+        columns=tuple(ColumnHead(name, c.unit, c.lower_is_better) for name, c in columns),
         # A line with neither our number nor a published one is left out; one with either stays,
         # since a gap in the reproduction has to be visible.
-        lines=tuple(line for line in lines if line.runs or any(c.theirs for c in line.cells)),
+        lines=tuple(line for line in lines if line.runs or any(c.published for c in line.cells)),
         notes=tuple(_notes(config, theirs)),
         agreements=tuple(_agreements(config, lines, theirs)),
     )
 
 
-def _section_cells(config: TableConfig, block: str) -> PublishedCells:
-    tables = config.blocks[block].tables or config.published.tables
+def _section_cells(config: TableConfig, section: str) -> PublishedCells:
+    tables = config.sections[section].tables or config.published.tables
     return published.published_cells(config.published.file, tables)
 
 
@@ -85,7 +85,7 @@ def _table_line(
     whole = records if len(records) == len(slot.runs) else ()
     cells = [_table_cell(config, slot, name, whole, theirs) for name in config.columns]
     ids = tuple(record.id for record in whole)
-    return TableLine(slot.block, slot.setting, slot.row, ids, tuple(cells))
+    return TableLine(slot.section, slot.variant, slot.row, ids, tuple(cells))
 
 
 def _table_cell(
@@ -96,11 +96,11 @@ def _table_cell(
     theirs: PublishedCells,
 ) -> TableCell:
     """Fill one cell; a stand-in shows our number only."""
-    column = numbers.with_variables(config.columns[name], config.blocks[slot.block].variables)
+    column = numbers.with_variables(config.columns[name], config.sections[slot.section].variables)
     ours = numbers.our_value(column, records) if records else None
     if config.stand_in:
         return TableCell(ours)
-    cell = _published_in_section(config, slot.block, slot.row, slot.setting, name, theirs)
+    cell = _published_in_section(config, slot.section, slot.row, slot.variant, name, theirs)
     if ours is None or cell is None:
         return TableCell(ours, cell)
     # The reason with the widest scope wins: what the table's author knows about a row, then about a
@@ -119,18 +119,18 @@ def _table_cell(
 
 
 def _published_in_section(
-    config: TableConfig, block: str, row: str, setting: str, column: str, theirs: PublishedCells
+    config: TableConfig, section: str, row: str, variant: str, column: str, theirs: PublishedCells
 ) -> PublishedCell | None:
     """Return the published cell of a section's first model."""
-    model = (config.blocks[block].published or (block,))[0]
-    return _published_of_model(config, model, row, setting, column, theirs)
+    model = (config.sections[section].published or (section,))[0]
+    return _published_of_model(config, model, row, variant, column, theirs)
 
 
 def _published_of_model(
-    config: TableConfig, model: str, row: str, setting: str, column: str, theirs: PublishedCells
+    config: TableConfig, model: str, row: str, variant: str, column: str, theirs: PublishedCells
 ) -> PublishedCell | None:
-    place = config.rows[row].published or row, config.columns[column].published or column
-    return theirs.get((model, place[0], setting, place[1]))
+    name = config.rows[row].published or row
+    return theirs.get((model, name, variant, config.columns[column].published or column))
 
 
 def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterator[str]:
@@ -141,9 +141,9 @@ def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterato
     for name, column in config.columns.items():
         cells = [
             cell
-            for block, places in theirs.items()
-            for cell in places.values()
-            if cell.model in (config.blocks[block].published or (block,))
+            for section, published_of in theirs.items()
+            for cell in published_of.values()
+            if cell.model in (config.sections[section].published or (section,))
             and cell.row in rows
             and cell.column == (column.published or name)
         ]
@@ -163,31 +163,31 @@ def _agreements(
     config: TableConfig, lines: Sequence[TableLine], theirs: Mapping[str, PublishedCells]
 ) -> Iterator[OrderAgreement]:
     """Compare the order of methods with each published model, variant by variant."""
-    settings = list(config.settings) or [""]
-    for block, part in config.blocks.items():
+    variants = list(config.variants) or [""]
+    for section, part in config.sections.items():
         # A section may stand for several models of the source; each of them gives an order of its
         # own.
-        for model in part.published or (block,):
-            for setting in settings:
-                same = [ln for ln in lines if (ln.block, ln.setting) == (block, setting)]
-                for place, (name, column) in enumerate(config.columns.items()):
-                    rated = list(_rated_methods(config, model, same, place, name, theirs[block]))
+        for model in part.published or (section,):
+            for variant in variants:
+                same = [ln for ln in lines if (ln.section, ln.variant) == (section, variant)]
+                for index, (name, column) in enumerate(config.columns.items()):
+                    rated = list(_rated_methods(config, model, same, index, name, theirs[section]))
                     if len(rated) >= 2:
-                        yield _agreement(block, model, setting, name, column, rated)
+                        yield _agreement(section, model, variant, name, column, rated)
 
 
 def _rated_methods(
     config: TableConfig,
     model: str,
     lines: Sequence[TableLine],
-    place: int,
+    index: int,
     name: str,
     theirs: PublishedCells,
 ) -> Iterator[RatedMethod]:
     """Yield the methods for which both numbers are known."""
     for line in lines:
-        ours = line.cells[place].ours
-        cell = _published_of_model(config, model, line.name, line.setting, name, theirs)
+        ours = line.cells[index].ours
+        cell = _published_of_model(config, model, line.name, line.variant, name, theirs)
         # A bound cannot be ranked: the number behind it is unknown.
         if ours is not None and cell is not None and cell.relation == "=":
             factor = numbers.UNITS[cell.unit][1]
@@ -195,19 +195,19 @@ def _rated_methods(
 
 
 def _agreement(
-    block: str, model: str, setting: str, name: str, column: TableColumn, rated: list[RatedMethod]
+    section: str, model: str, variant: str, name: str, column: TableColumn, rated: list[RatedMethod]
 ) -> OrderAgreement:
     methods, lower = [r.name for r in rated], column.lower_is_better
     counted = count_pairs(rated)
     return OrderAgreement(
-        block=block,
+        section=section,
         model=model,
-        setting=setting,
+        variant=variant,
         column=name,
         ours=best_first(methods, [r.ours.value for r in rated], lower),
         theirs=best_first(methods, [r.theirs for r in rated], lower),
         same=counted.same,
-        other=counted.other,
+        reversed=counted.reversed,
         close=counted.close,
         tau=kendall_tau(rated),
     )
@@ -269,7 +269,7 @@ def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _composed_identity(run: Overrides) -> dict[str, Any]:
+def _composed_identity(run: Overrides) -> dict[str, object]:
     """Compose a run and return its identity; cached, because composing is slow."""
     from bench.config.composition import compose_run_config
 
@@ -288,13 +288,13 @@ class PairCounts(NamedTuple):
     """Counts of pairs of methods: same order, reversed order, too close to call."""
 
     same: int
-    other: int
+    reversed: int
     close: int
 
 
 def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:
     """Compare all pairs of methods; a tie on either side counts as close."""
-    same = other = close = 0
+    same = reverse = close = 0
     for one, two in combinations(rated, 2):
         here, there = one.ours.value - two.ours.value, one.theirs - two.theirs
         error = math.hypot(one.ours.stderr or 0.0, two.ours.stderr or 0.0)
@@ -305,8 +305,8 @@ def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:
         elif here * there > 0:
             same += 1
         else:
-            other += 1
-    return PairCounts(same, other, close)
+            reverse += 1
+    return PairCounts(same, reverse, close)
 
 
 def kendall_tau(rated: Sequence[RatedMethod]) -> float | None:

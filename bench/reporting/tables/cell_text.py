@@ -1,4 +1,8 @@
-"""Text of cells, headings and notes, the same in every format of a table."""
+"""Text of cells, headings and notes, the same in every format of a table.
+
+A cell has three texts: ours, theirs (the published number) and the difference, or a reference to
+the reason why there is none.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ from bench.reporting.tables.table import (
 )
 from bench.ui import format_quantity
 
-DIGITS = {"%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "s": 3, "min": 3, "h": 4}
+DIGITS = {
+    "%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "ms": 2, "s": 3, "min": 3, "h": 4,
+}  # fmt: skip
+"""Decimals by unit; counts and FLOP have a decimal prefix instead."""
 TRUST_MARKS: dict[Trust, str] = {
     "paper": "",
     "authors_code": "ᶜ",
@@ -43,13 +50,13 @@ def heading_text(table: Table) -> str:
 def column_text(head: ColumnHead) -> str:
     """Return a column's name and unit."""
     # A unit that repeats the name, as in "Perplexity perplexity", is left out.
-    told = {"count", head.name, head.name.rstrip("s")}
-    return head.name if head.unit in told else f"{head.name} {head.unit}"
+    implied = {"count", head.name, head.name.rstrip("s")}
+    return head.name if head.unit in implied else f"{head.name} {head.unit}"
 
 
 def line_text(line: TableLine) -> str:
     """Return a method and its variant."""
-    return f"{line.name} {line.setting}".strip()
+    return f"{line.name} {line.variant}".strip()
 
 
 def our_text(number: OurValue | None, unit: str) -> str:
@@ -65,11 +72,11 @@ def our_text(number: OurValue | None, unit: str) -> str:
 
 def their_text(cell: TableCell, unit: str) -> str:
     """Return the published number as printed, with its marks, and its unit if it is not `unit`."""
-    if cell.theirs is None:
+    if cell.published is None:
         return EMPTY
-    own = "" if cell.theirs.unit == unit else f" {cell.theirs.unit}"
-    flag = SUSPICIOUS if cell.theirs.flag else ""
-    return f"{cell.theirs.text}{own}{TRUST_MARKS[cell.theirs.trust]}{flag}"
+    own = "" if cell.published.unit == unit else f" {cell.published.unit}"
+    flag = SUSPICIOUS if cell.published.flag else ""
+    return f"{cell.published.text}{own}{TRUST_MARKS[cell.published.trust]}{flag}"
 
 
 def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
@@ -83,40 +90,40 @@ def difference_text(cell: TableCell, unit: str, refusals: Sequence[str]) -> str:
 
 
 def cell_texts(table: Table, cell: TableCell, unit: str) -> tuple[str, str, str]:
-    """Return a cell's three texts in the order of `KINDS`."""
+    """Return a cell's three texts in the order of `CELL_KINDS`."""
     refused = difference_text(cell, unit, table.refusals)
     return our_text(cell.ours, unit), their_text(cell, unit), refused
 
 
 def line_kinds(table: Table, line: TableLine) -> tuple[str, ...]:
     """Return the kinds of number that a line has; at least our own."""
-    texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.heads, strict=True)]
-    said = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
+    texts = [cell_texts(table, c, h.unit) for c, h in zip(line.cells, table.columns, strict=True)]
+    kinds = [kind for i, kind in enumerate(CELL_KINDS) if any(text[i] != EMPTY for text in texts)]
     # A line without any number still shows its name and an empty cell.
-    return tuple(said) or ("ours",)
+    return tuple(kinds) or ("ours",)
 
 
 def agreement_text(found: OrderAgreement) -> str:
     """Return one sentence on the order of methods."""
-    where = " ".join(filter(None, (found.block, found.setting, found.column)))
-    whose = "" if found.model == found.block else f" of {found.model}"
-    pairs = found.same + found.other + found.close
-    said = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
-    said += f", {found.other} reversed, {found.close} too close to call"
+    where = " ".join(filter(None, (found.section, found.variant, found.column)))
+    whose = "" if found.model == found.section else f" of {found.model}"
+    pairs = found.same + found.reversed + found.close
+    text = f"{where}: {found.same} of {pairs} pairs of methods in the published order{whose}"
+    text += f", {found.reversed} reversed, {found.close} too close to call"
     if found.tau is not None:
-        said += f"; Kendall's tau {found.tau:+.2f}"
-    return f"{said}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
+        text += f"; Kendall's tau {found.tau:+.2f}"
+    return f"{text}. Ours {' > '.join(found.ours)}; theirs {' > '.join(found.theirs)}"
 
 
 def footnotes(table: Table) -> list[str]:
     """Return everything below a table, in order."""
     shown = [] if table.stand_in else [LEGEND]
-    # Numbered by their place in `refusals`, to which the cells refer.
+    # Numbered by their position in `refusals`, which the cells refer to.
     shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
     return [*shown, *table.notes]
 
 
 def lines_by_section(table: Table) -> list[tuple[str, list[TableLine]]]:
     """Return the lines by section, in order."""
-    names = dict.fromkeys(line.block for line in table.lines)
-    return [(name, [line for line in table.lines if line.block == name]) for name in names]
+    names = dict.fromkeys(line.section for line in table.lines)
+    return [(name, [line for line in table.lines if line.section == name]) for name in names]

@@ -1,4 +1,4 @@
-"""Our numbers for a table's columns, and whether the published ones may be subtracted from them."""
+"""Our numbers as a table's columns ask for them, and whether the published ones are the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
+from bench.reporting.record_numbers import NORMAL_QUANTILE, headline_costs
 from bench.reporting.tables.table import OurValue
 from bench.reporting.tables.table_config import TableColumn
 
@@ -21,9 +22,6 @@ UNITS = {
     "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
 }  # fmt: skip
 """The quantity that a unit measures, and its size in that quantity's basic unit."""
-NORMAL_QUANTILE = 1.959963984540054
-"""The 97.5 % quantile of the standard normal distribution, as a constant so that building a table
-needs no scipy."""
 IDENTITY_FIELDS = ("metric", "filter", "shots", "split", "harness")
 """Together with the task, the full identity of a number."""
 
@@ -74,7 +72,7 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
         # the time spent in methods during a forward pass.
         return math.fsum(method.seconds for method in record.methods) / factor, None
     if column.quantity is not None:
-        costs = [c for c in record.costs if c.quantity == column.quantity]
+        costs = [c for c in headline_costs(record) if c.quantity == column.quantity]
         # A scope is a stage followed by its shapes: the table names the stage, and the first shape
         # counts.
         same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
@@ -102,7 +100,7 @@ def incomparable_reason(
 ) -> str | None:
     """Return why our number and the published one differ in identity, or None if they do not.
 
-    Parts of the identity that the source does not state are no difference; `assumed` lists them.
+    Parts that the source does not state are no difference; `unstated_parts` lists them.
     """
     kind = UNITS[column.unit][0]
     if UNITS.get(theirs.unit, ("", 0))[0] != kind:

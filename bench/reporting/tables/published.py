@@ -1,4 +1,4 @@
-"""Published numbers of papers as data: one row per cell, with its source and its trust level.
+"""Published numbers of papers: one row per cell, with its source and its trust level.
 
 The files are `results/published/*.csv`. An empty field means that the source does not state it; a
 cell that no source reports has no row. Values keep the printed digits.
@@ -10,7 +10,7 @@ import csv
 import functools
 import hashlib
 import importlib.resources
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
@@ -58,7 +58,7 @@ class PublishedCell(BaseModel):
     flag: str
 
     @property
-    def place(self) -> tuple[str, str, str, str]:
+    def position(self) -> tuple[str, str, str, str]:
         """The position of the cell in its table."""
         return (self.model, self.row, self.setting, self.column)
 
@@ -69,7 +69,7 @@ class PublishedCell(BaseModel):
 
 
 def published_names() -> list[str]:
-    """Return the names of the files that `read` accepts."""
+    """Return the names of the files that `read_published` accepts."""
     files = (file.name for file in _folder().iterdir())
     return sorted(
         name.removesuffix(".csv") for name in files if name.endswith(".csv") and name != SOURCES
@@ -106,7 +106,7 @@ def published_cells(
     # The sort is stable and `setdefault` keeps the first cell of a position, which together give
     # the order of precedence above.
     for cell in rows:
-        found.setdefault(cell.place, cell)
+        found.setdefault(cell.position, cell)
     return found
 
 
@@ -116,21 +116,27 @@ def published_sources() -> dict[str, str]:
     return {row["source"]: row["about"] for row in rows}
 
 
-def checksums() -> Iterator[tuple[str, str, str]]:
-    """Yield the name, the released SHA-256 and the actual SHA-256 of every file."""
-    for line in (_folder() / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        yield name, digest, hashlib.sha256((_folder() / name).read_bytes()).hexdigest()
+def released_checksums() -> dict[str, str]:
+    """Return the SHA-256 of every file as it was released."""
+    lines = (_folder() / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def _verified_text(file: str) -> str:
-    """Return the text of a file after checking it against its released checksum."""
-    for name, shipped, found in checksums():
-        # An edited number is no longer a published one, and every comparison with it would be wrong
-        # without a sign of it.
-        if name == file and shipped != found:
-            raise UserError(f"{PACKAGE}/{name} was modified (SHA-256 {found[:12]}): restore it")
-    return (_folder() / file).read_text(encoding="utf-8")
+    """Return the text of a file after checking it against its released checksum.
+
+    Raises:
+        UserError: the file differs from the released one, or was never released.
+    """
+    content = (_folder() / file).read_bytes()
+    released, found = released_checksums().get(file), hashlib.sha256(content).hexdigest()
+    # An edited or added number is not a published one, and every comparison with it would be wrong
+    # without a sign of it.
+    if released is None:
+        raise UserError(f"{PACKAGE}/{file} is not listed in {SUMS}: remove it, or add its SHA-256")
+    if released != found:
+        raise UserError(f"{PACKAGE}/{file} was modified (SHA-256 {found[:12]}): restore it")
+    return content.decode("utf-8")
 
 
 def _folder() -> Traversable:

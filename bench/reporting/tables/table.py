@@ -34,12 +34,12 @@ class OurValue:
 class TableCell:
     """Our number, the published one, and their difference or the reason why there is none.
 
-    `inside` states whether the published number lies in our interval. `theirs` is in the source's
-    own unit.
+    `inside` states whether the published number lies in our interval. `published` is in its
+    source's own unit.
     """
 
     ours: OurValue | None = None
-    theirs: PublishedCell | None = None
+    published: PublishedCell | None = None
     difference: float | None = None
     inside: bool | None = None
     refusal: str | None = None
@@ -49,8 +49,8 @@ class TableCell:
 class TableLine:
     """One method in one variant and section; `runs` are the ids of its records."""
 
-    block: str
-    setting: str
+    section: str
+    variant: str
     name: str
     runs: tuple[str, ...]
     cells: tuple[TableCell, ...]
@@ -64,14 +64,14 @@ class OrderAgreement:
     Kendall's tau-b over all methods, None for fewer than three.
     """
 
-    block: str
+    section: str
     model: str
-    setting: str
+    variant: str
     column: str
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     same: int
-    other: int
+    reversed: int
     close: int
     tau: float | None
 
@@ -83,7 +83,7 @@ class Table:
     name: str
     title: str
     stand_in: bool
-    heads: tuple[ColumnHead, ...]
+    columns: tuple[ColumnHead, ...]
     lines: tuple[TableLine, ...]
     notes: tuple[str, ...]
     agreements: tuple[OrderAgreement, ...]

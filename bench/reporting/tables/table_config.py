@@ -1,19 +1,21 @@
-"""What conf/table/NAME.yaml says, and its slots for runs."""
+"""The config of a table, conf/table/NAME.yaml, and the lines with the runs that it asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from string import Template
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.errors import UserError, unknown_name
 
 CONFIG_GROUP, MICRO = "table", "micro"
+Tree = dict[str, Any]
+"""YAML before it is validated."""
 Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
-PARTS = ("blocks", "rows", "settings", "columns")
+PARTS = ("sections", "rows", "variants", "columns")
 """The parts of a table that can be selected on the command line: `rows=[Camera-P,NAEE]`."""
 
 
@@ -22,7 +24,7 @@ class _TableModel(BaseModel):
 
 
 class PublishedTables(_TableModel):
-    """Source of the published cells: a file of `bench.reporting.tables.published` and tables in it."""
+    """Source of the published cells: a file of `results/published`, and tables in it."""
 
     file: str
     tables: tuple[str, ...]
@@ -42,7 +44,7 @@ class TableSection(_TableModel):
 
 
 class TableRow(_TableModel):
-    """A method, once per variant, or once only with `settings: false`.
+    """A method, once per variant, or once only with `variants: false`.
 
     A list of variants restricts where the method can be run; in the others only the published
     number is shown. `run` holds its overrides, None if slimbench has no such method. `published` is
@@ -50,7 +52,7 @@ class TableRow(_TableModel):
     """
 
     run: tuple[str, ...] | None = None
-    settings: bool | tuple[str, ...] = True
+    variants: bool | tuple[str, ...] = True
     published: str | None = None
     differs: str | None = None
 
@@ -81,7 +83,7 @@ class TableColumn(_TableModel):
 class TableConfig(_TableModel):
     """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
 
-    `settings` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
+    `variants` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
     `stand_in` runs on different models than the source's and is never subtracted from it.
     """
 
@@ -90,8 +92,8 @@ class TableConfig(_TableModel):
     published: PublishedTables
     runs: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
-    blocks: dict[str, TableSection]
-    settings: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
+    sections: dict[str, TableSection]
+    variants: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
     rows: dict[str, TableRow]
     columns: dict[str, TableColumn]
     stand_in: bool = False
@@ -106,7 +108,7 @@ def table_names() -> list[str]:
 
 def load_table_config(
     name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None
-) -> Any:
+) -> TableConfig:
     """Return one table's config; with `scale="micro"`, the config of its stand-in.
 
     The `micro` part is merged into the rest: mappings merge, lists are replaced, null removes.
@@ -126,7 +128,7 @@ def load_table_config(
         raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
     with hydra_config_tree():
         composed = compose(f"{CONFIG_GROUP}/{name}")
-    plain: Any = OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True)
+    plain = cast(Tree, OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True))
     micro = plain.pop(MICRO, None)
     if scale == MICRO:
         # `stand_in` is set here and not in the file, so that no stand-in can pass for the real
@@ -136,7 +138,7 @@ def load_table_config(
     for part, kept in (chosen or {}).items():
         plain[part] = _selected(part, plain.get(part, {}), kept)
     try:
-        return TableConfig(name=name, **plain)
+        return TableConfig.model_validate({**plain, "name": name})
     except ValidationError as error:
         # The first fault is enough; later ones often follow from it.
         fault = error.errors()[0]
@@ -144,7 +146,7 @@ def load_table_config(
         raise UserError(f"table {name}: {key}: {fault['msg'].lower()}") from None
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merged(below: Tree, above: Tree) -> Tree:
     """Merge mappings key by key; all other values of `above` replace those of `below`."""
     merged = dict(below)
     for key, value in above.items():
@@ -153,14 +155,14 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _without_nulls(plain: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(plain: Tree) -> Tree:
     """Drop sections, rows, variants and columns that are null."""
     for part in PARTS:
         plain[part] = {k: v for k, v in plain.get(part, {}).items() if v is not None}
     return plain
 
 
-def _selected(part: str, there: dict[str, Any], kept: list[str]) -> dict[str, Any]:
+def _selected(part: str, there: Tree, kept: list[str]) -> Tree:
     for name in kept:
         if name not in there:
             raise unknown_name(f"name in {part}", name, there)
@@ -174,36 +176,36 @@ Overrides = tuple[str, ...]
 class TableSlot:
     """One line and the overrides of its runs, one per seed; no runs if it cannot be run here."""
 
-    block: str
+    section: str
     row: str
-    setting: str
+    variant: str
     runs: tuple[Overrides, ...]
 
 
 def table_slots(config: TableConfig) -> list[TableSlot]:
     """Return every line of a table: per section first rows without a variant, then by variant."""
     return [
-        TableSlot(block, row, setting, tuple(_slot_runs(config, block, row, setting)))
-        for block in config.blocks
-        for row, setting in _row_order(config)
+        TableSlot(section, row, variant, tuple(_slot_runs(config, section, row, variant)))
+        for section in config.sections
+        for row, variant in _row_order(config)
     ]
 
 
 def _row_order(config: TableConfig) -> Iterator[tuple[str, str]]:
     """Yield rows with their variants; an empty string means no variant."""
-    fixed = [name for name, row in config.rows.items() if not row.settings or not config.settings]
+    fixed = [name for name, row in config.rows.items() if not row.variants or not config.variants]
     # The dense baseline has no variant, so it opens every section.
     yield from ((name, "") for name in fixed)
-    for setting in config.settings:
-        yield from ((name, setting) for name in config.rows if name not in fixed)
+    for variant in config.variants:
+        yield from ((name, variant) for name in config.rows if name not in fixed)
 
 
-def _slot_runs(config: TableConfig, block: str, row: str, setting: str) -> Iterator[Overrides]:
-    method, model = config.rows[row], config.blocks[block]
-    possible = not isinstance(method.settings, tuple) or setting in method.settings
+def _slot_runs(config: TableConfig, section: str, row: str, variant: str) -> Iterator[Overrides]:
+    method, model = config.rows[row], config.sections[section]
+    possible = not isinstance(method.variants, tuple) or variant in method.variants
     if method.run is None or model.run is None or not possible:
         return
-    variables = {**model.variables, **config.settings.get(setting, {})}
+    variables = {**model.variables, **config.variants.get(variant, {})}
     # From general to specific, as Hydra lets the last override of a key win.
     texts = (*config.runs, *model.run, *method.run)
     run = tuple(Template(text).safe_substitute(variables) for text in texts)

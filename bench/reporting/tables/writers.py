@@ -1,21 +1,23 @@
-"""CSV, Markdown, LaTeX, HTML and terminal forms."""
+"""The formats of a finished table: CSV, Markdown, LaTeX, HTML, and a terminal.
+
+Every format but CSV shows a cell by the texts of `cell_text`; CSV has the plain values.
+"""
 
 from __future__ import annotations
 
 import csv
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as Rich
+from rich.table import Table as RichTable
 
 from bench.records.atomic_files import write_bytes
 from bench.reporting.tables import cell_text
 from bench.reporting.tables.table import Table, TableCell, TableLine
+from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console
 
 RECORD_LINK = "../runs/{run}/record.json"
@@ -37,9 +39,9 @@ def table_rows(table: Table) -> list[dict[str, object]]:
     """Return one row per cell: our number, the published one, source and runs; absent is None."""
     found: list[dict[str, object]] = []
     for line in table.lines:
-        for head, cell in zip(table.heads, line.cells, strict=True):
-            place = {"block": line.block, "setting": line.setting, "row": line.name}
-            about = {"table": table.name, "stand_in": table.stand_in, **place}
+        for head, cell in zip(table.columns, line.cells, strict=True):
+            position = {"section": line.section, "variant": line.variant, "row": line.name}
+            about = {"table": table.name, "stand_in": table.stand_in, **position}
             # Every row has every key, as a CSV file and a frame need it.
             values = {**dict.fromkeys(VALUE_COLUMNS), **_cell_values(cell)}
             found.append({**about, "column": head.name, "unit": head.unit, **values})
@@ -53,9 +55,9 @@ VALUE_COLUMNS = (
 
 
 def as_csv(table: Table) -> str:
-    """Return the rows of `rows` as CSV."""
+    """Return the rows of `table_rows` as CSV."""
     out = io.StringIO()
-    names = ("table", "stand_in", "block", "setting", "row", "column", "unit", *VALUE_COLUMNS)
+    names = ("table", "stand_in", "section", "variant", "row", "column", "unit", *VALUE_COLUMNS)
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table_rows(table))
@@ -71,20 +73,20 @@ def _cell_values(cell: TableCell) -> dict[str, object]:
     if cell.ours is not None:
         values |= {"ours": cell.ours.value, "runs": " ".join(cell.ours.runs)}
         values |= {name: getattr(cell.ours, name) for name in ("stderr", "low", "high")}
-    if cell.theirs is not None:
+    if cell.published is not None:
         about = ("relation", "source", "trust", "flag")
-        values |= {"theirs": cell.theirs.value, "their_unit": cell.theirs.unit}
-        values |= {name: getattr(cell.theirs, name) for name in about}
+        values |= {"theirs": cell.published.value, "their_unit": cell.published.unit}
+        values |= {name: getattr(cell.published, name) for name in about}
     return values
 
 
 def as_markdown(table: Table) -> str:
     """Return one pipe table per section; our numbers link to their records."""
     parts = [f"# {cell_text.heading_text(table)}", ""]
-    for block, lines in cell_text.lines_by_section(table):
-        heads = ["", "", *map(cell_text.column_text, table.heads)]
-        parts += [f"## {block}", "", _markdown_row(heads)]
-        parts.append(_markdown_row(["---", "---", *(["---:"] * len(table.heads))]))
+    for section, lines in cell_text.lines_by_section(table):
+        heads = ["", "", *map(cell_text.column_text, table.columns)]
+        parts += [f"## {section}", "", _markdown_row(heads)]
+        parts.append(_markdown_row(["---", "---", *(["---:"] * len(table.columns))]))
         for line in lines:
             for number, kind in enumerate(cell_text.line_kinds(table, line)):
                 label = "" if number else cell_text.line_text(line)
@@ -97,6 +99,11 @@ def as_markdown(table: Table) -> str:
     return "\n".join([*parts, ""])
 
 
+def _kind_text(table: Table, cell: TableCell, unit: str, kind: str) -> str:
+    """Return one of a cell's texts: `ours`, `theirs` or `difference`."""
+    return cell_text.cell_texts(table, cell, unit)[cell_text.CELL_KINDS.index(kind)]
+
+
 def _markdown_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -104,8 +111,8 @@ def _markdown_row(cells: list[str]) -> str:
 def _linked_texts(table: Table, line: TableLine, kind: str) -> list[str]:
     """Return a line's texts of one kind; our numbers link to the first run's record."""
     texts = []
-    for head, cell in zip(table.heads, line.cells, strict=True):
-        text = cell_text.cell_texts(table, cell, head.unit)[cell_text.CELL_KINDS.index(kind)]
+    for head, cell in zip(table.columns, line.cells, strict=True):
+        text = _kind_text(table, cell, head.unit, kind)
         if kind == "ours" and cell.ours is not None:
             text = f"[{text}]({RECORD_LINK.format(run=cell.ours.runs[0])})"
         # A bare pipe would end the cell.
@@ -126,17 +133,20 @@ LATEX_ESCAPES = {
 
 def as_latex(table: Table) -> str:
     r"""Return a booktabs table, which needs `\usepackage{booktabs}`."""
-    columns = "ll" + "r" * len(table.heads)
-    heads = " & ".join(_escape_latex(cell_text.column_text(head)) for head in table.heads)
+    columns = "ll" + "r" * len(table.columns)
+    heads = " & ".join(_escape_latex(cell_text.column_text(head)) for head in table.columns)
     body = [r"\toprule", rf" & & {heads} \\"]
-    for block, lines in cell_text.lines_by_section(table):
-        body += [r"\midrule", rf"\multicolumn{{{len(columns)}}}{{l}}{{{_escape_latex(block)}}} \\"]
+    for section, lines in cell_text.lines_by_section(table):
+        body += [
+            r"\midrule",
+            rf"\multicolumn{{{len(columns)}}}{{l}}{{{_escape_latex(section)}}} \\",
+        ]
         for line in lines:
             for number, kind in enumerate(cell_text.line_kinds(table, line)):
                 label = "" if number else cell_text.line_text(line)
                 texts = [
-                    cell_text.cell_texts(table, cell, head.unit)[cell_text.CELL_KINDS.index(kind)]
-                    for head, cell in zip(table.heads, line.cells, strict=True)
+                    _kind_text(table, cell, head.unit, kind)
+                    for head, cell in zip(table.columns, line.cells, strict=True)
                 ]
                 body.append(rf"{' & '.join(map(_escape_latex, (label, kind, *texts)))} \\")
     notes = [_escape_latex(note) + r"\\" for note in cell_text.footnotes(table)]
@@ -163,7 +173,7 @@ table { border-collapse: collapse }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th[scope=row], td:nth-child(2), th:first-child { text-align: left }
 thead th { border-bottom: 2px solid }
-.block th { border-top: 1px solid; padding-top: .5rem; text-align: left }
+.section th { border-top: 1px solid; padding-top: .5rem; text-align: left }
 .theirs, .difference { opacity: .75 }
 .stand-in { border: 2px solid; font-weight: bold; padding: .5rem .8rem }
 """
@@ -174,13 +184,13 @@ def as_html(table: Table) -> str:
     title = html.escape(table.title)
     stand_in = f'<p class="stand-in">{cell_text.STAND_IN}</p>' if table.stand_in else ""
     heads = "".join(
-        f'<th scope="col">{html.escape(cell_text.column_text(h))}</th>' for h in table.heads
+        f'<th scope="col">{html.escape(cell_text.column_text(h))}</th>' for h in table.columns
     )
     body = []
-    for block, lines in cell_text.lines_by_section(table):
-        span = len(table.heads) + 2
-        name = html.escape(block)
-        body.append(f'<tr class="block"><th colspan="{span}" scope="rowgroup">{name}</th></tr>')
+    for section, lines in cell_text.lines_by_section(table):
+        span = len(table.columns) + 2
+        name = html.escape(section)
+        body.append(f'<tr class="section"><th colspan="{span}" scope="rowgroup">{name}</th></tr>')
         body += [row for line in lines for row in _html_rows(table, line)]
     notes = [*cell_text.footnotes(table), *map(cell_text.agreement_text, table.agreements)]
     below = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
@@ -200,7 +210,7 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
         label = "" if number else html.escape(cell_text.line_text(line))
         cells = "".join(
             f"<td>{_html_cell(table, cell, head.unit, kind)}</td>"
-            for head, cell in zip(table.heads, line.cells, strict=True)
+            for head, cell in zip(table.columns, line.cells, strict=True)
         )
         first = f'<th scope="row">{label}</th><td>{kind}</td>'
         found.append(f'<tr class="{kind}">{first}{cells}</tr>')
@@ -208,17 +218,17 @@ def _html_rows(table: Table, line: TableLine) -> list[str]:
 
 
 def _html_cell(table: Table, cell: TableCell, unit: str, kind: str) -> str:
-    text = html.escape(cell_text.cell_texts(table, cell, unit)[cell_text.CELL_KINDS.index(kind)])
+    text = html.escape(_kind_text(table, cell, unit, kind))
     if kind == "ours" and cell.ours is not None:
         # The mean links to the first seed's record, and small numbers to those of the others.
         first, *others = cell.ours.runs
         more = "".join(
-            f' <a href="{RECORD_LINK.format(run=run)}" title="run {run}">{place}</a>'
-            for place, run in enumerate(others, 2)
+            f' <a href="{RECORD_LINK.format(run=run)}" title="run {run}">{number}</a>'
+            for number, run in enumerate(others, 2)
         )
         return f'<a href="{RECORD_LINK.format(run=first)}" title="run {first}">{text}</a>{more}'
-    if kind == "theirs" and cell.theirs is not None:
-        about = html.escape(f"{cell.theirs.source} {cell.theirs.flag}".strip())
+    if kind == "theirs" and cell.published is not None:
+        about = html.escape(f"{cell.published.source} {cell.published.flag}".strip())
         return f'<span title="{about}">{text}</span>'
     return text
 
@@ -230,57 +240,45 @@ TABLE_FORMATS: dict[str, Callable[[Table], str]] = {
     "html": as_html,
 }
 """The formats by file suffix."""
-UNBOUNDED_WIDTH = 100_000
 
 
 def print_table(table: Table) -> None:
     """Print all columns of a table, then its footnotes and the order of methods."""
     out = console()
     out.print(cell_text.heading_text(table), style="bold")
-    places = list(range(len(table.heads)))
-    while places:
-        part, shown = _widest_part(table, places, out)
+    columns = range(len(table.columns))
+    while columns:
+        part, shown = _widest_part(table, columns, out)
         out.print(part)
-        places = places[shown:]
+        columns = columns[shown:]
     for note in cell_text.footnotes(table):
-        out.print(note, markup=False)
+        out.print(note)
     if table.agreements:
         out.print("Order of methods, best first", style="bold")
-    for found in table.agreements:
-        out.print(cell_text.agreement_text(found), markup=False)
+    for agreement in table.agreements:
+        out.print(cell_text.agreement_text(agreement))
 
 
-def _widest_part(table: Table, places: Sequence[int], out: Console) -> tuple[Rich, int]:
-    """Return a part with as many columns as fit, at least one, and their number."""
-    # Without a bound: rich clamps a measurement to the console's width, and all would seem to fit.
-    unbounded = out.options.update(max_width=UNBOUNDED_WIDTH)
-    for shown in range(len(places), 1, -1):
-        part = _rich_part(table, places[:shown])
-        if Measurement.get(out, unbounded, part).maximum <= out.width:
-            return part, shown
-    return _rich_part(table, places[:1]), 1
+def _widest_part(table: Table, columns: range, out: Console) -> tuple[RichTable, int]:
+    """Return a part with as many of the columns as fit, at least one, and their number."""
+    return widest_fitting(lambda count: _rich_part(table, columns[:count]), len(columns), out)
 
 
-def _rich_part(table: Table, places: Sequence[int]) -> Rich:
-    part = Rich(box=box.SIMPLE_HEAD, show_edge=False)
-    part.add_column("", overflow="fold")
-    part.add_column("", overflow="fold")
-    for place in places:
-        part.add_column(cell_text.column_text(table.heads[place]), justify="right", overflow="fold")
+def _rich_part(table: Table, columns: range) -> RichTable:
+    headings = [cell_text.column_text(table.columns[column]) for column in columns]
+    part = terminal_table(headings, labels=2)
     part.add_column("run", overflow="fold")
-    for block, lines in cell_text.lines_by_section(table):
-        part.add_row(f"[bold]{block}[/bold]")
+    for section, lines in cell_text.lines_by_section(table):
+        part.add_row(section, style="bold")
         for line in lines:
             texts = [
-                cell_text.cell_texts(table, line.cells[place], table.heads[place].unit)
-                for place in places
+                cell_text.cell_texts(table, line.cells[column], table.columns[column].unit)
+                for column in columns
             ]
-            for kind in cell_text.line_kinds(table, line):
-                first = kind == cell_text.line_kinds(table, line)[0]
+            for number, kind in enumerate(cell_text.line_kinds(table, line)):
+                label = "" if number else cell_text.line_text(line)
                 cells = [text[cell_text.CELL_KINDS.index(kind)] for text in texts]
                 runs = ", ".join(run[:8] for run in line.runs) if kind == "ours" else ""
-                # References to footnotes such as `[1]` are no rich markup.
-                shown = [cell.replace("[", r"\[") for cell in cells]
-                part.add_row(cell_text.line_text(line) if first else "", kind, *shown, runs)
+                part.add_row(label, kind, *cells, runs)
         part.add_section()
     return part

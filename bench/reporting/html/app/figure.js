@@ -169,9 +169,3 @@ function spread(points) {
   const [least, most] = d3.extent(points, (point) => point.x);
   return least > 0 && most / least > 12;
 }
-
-// The cost shown first: counted FLOPs if there are any, else time, else parameters.
-function firstCost(setting) {
-  const at = (name) => setting.costs.findIndex((one) => one.quantity === name);
-  return [at("flops"), at("seconds"), at("parameters"), 0].find((place) => place >= 0);
-}

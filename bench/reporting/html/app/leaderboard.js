@@ -56,10 +56,10 @@ const SCORE = {
   value: (run) => run.score,
   cell: (run) => html`<${Scored} pair=${run.values[0]} task=${run.where.tasks[0]} />`,
 };
-const KEPT = {
-  key: "kept", title: "Kept", hint: "score, relative to the dense run", number: true, first: "down",
-  value: (run) => run.kept,
-  cell: (run) => run.kept === null ? MISSING : html`<span class="kept"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.kept)) * 100}%` }}></i></span>${fixed(run.kept * 100, 1)} %</span>`,
+const RETENTION = {
+  key: "retention", title: "Kept", hint: "score, relative to the dense run", number: true, first: "down",
+  value: (run) => run.retention,
+  cell: (run) => run.retention === null ? MISSING : html`<span class="retention"><span class="bar" aria-hidden="true"><i style=${{ width: `${Math.max(0, Math.min(1, run.retention)) * 100}%` }}></i></span>${fixed(run.retention * 100, 1)} %</span>`,
 };
 const SAVED = {
   key: "effect", title: "Weights", hint: "effect on weights or computation", first: "up",
@@ -78,7 +78,7 @@ function Leaderboard({ route }) {
   const rows = useMemo(() => filtered(asked), [route]);
   const columns = useMemo(() => [
     METHOD, ...(setting ? [] : [WHERE]),
-    SCORE, KEPT, ...shareColumns(INDEX.runs), SAVED,
+    SCORE, RETENTION, ...shareColumns(INDEX.runs), SAVED,
     ...(hasTasks && asked.tasks ? taskColumns(setting) : []), STARTED,
   ], [asked.setting, asked.tasks]);
   const change = (changes) => adjust(route, { page: "", ...changes });

@@ -28,8 +28,8 @@ function Overview() {
 function SettingCard({ index, runs }) {
   const setting = INDEX.settings[index];
   const task = setting.tasks[0];
-  const costAt = firstCost(setting);
-  const points = task && costAt !== undefined ? pointsOf(runs, setting, 0, costAt) : [];
+  const costAt = setting.first_cost;
+  const points = task && costAt !== null ? pointsOf(runs, setting, 0, costAt) : [];
   const front = task ? frontOf(points, task.higher_is_better) : [];
   const dense = runs.find((run) => run.family === "dense");
   const trade = bestTrade(runs, costAt);
@@ -40,7 +40,7 @@ function SettingCard({ index, runs }) {
       <${Figure} label="${words(task.task)} against ${setting.costs[costAt].quantity} of ${points.length} runs"
         draw=${(width) => drawPareto(points, front, task, setting.costs[costAt], width, { small: true })} inputs=${[index]} /></a>
       <p class="axes quiet">${words(task.task)} ${unit(task)} against ${words(setting.costs[costAt].quantity)}${spread(points) ? ", logarithmic" : ""}</p>`}
-    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.kept * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
+    ${trade && html`<p>Cheapest above 95 % of dense: <${RunLink} run=${trade.run} /> keeps ${fixed(trade.run.retention * 100, 1)} % at ${factor(trade.share)} the ${words(setting.costs[costAt].quantity)}.</p>`}
     ${!trade && dense && runs.length > 1 && html`<p class="quiet">No run keeps 95 % of dense at a lower cost.</p>`}
     ${!dense && html`<p class="quiet">No dense run here to compare with.</p>`}
   </article>`;
@@ -49,7 +49,7 @@ function SettingCard({ index, runs }) {
 // The cheapest run with a real saving that retains at least 95 % of the dense score.
 function bestTrade(runs, costAt) {
   const found = runs
-    .filter((run) => run.real && run.kept !== null && run.kept >= 0.95 && run.family !== "dense")
+    .filter((run) => run.real && run.retention !== null && run.retention >= 0.95 && run.family !== "dense")
     .map((run) => ({ run, share: shareOf(run, costAt) }))
     .filter(({ share }) => share !== null && share < 1);
   return found.sort((a, b) => a.share - b.share)[0];

@@ -12,7 +12,7 @@ function Pareto({ route }) {
   const found = setting.tasks.findIndex((one) => one.task === asked.task);
   const taskAt = Math.max(0, found);
   const costFound = setting.costs.findIndex((one) => `${one.scope} ${one.quantity}` === asked.cost);
-  const costAt = costFound < 0 ? firstCost(setting) : costFound;
+  const costAt = costFound < 0 ? setting.first_cost : costFound;
   const task = setting.tasks[taskAt], quantityOf = setting.costs[costAt];
   const hidden = new Set((asked.hide ?? "").split(",").filter(Boolean));
   const runs = INDEX.runs.filter((run) => run.setting === index);

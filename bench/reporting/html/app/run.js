@@ -15,7 +15,7 @@ function RunPage({ id }) {
     <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}</p>
     <dl class="figures">
       ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} task=${task} /> ${unit(task)}</dd></div>`}
-      ${run.kept !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.kept * 100, 1)} %</dd></div>`}
+      ${run.retention !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.retention * 100, 1)} %</dd></div>`}
       ${denseRun && shareColumns([run]).filter((column) => column.value(run) !== null).map((column) => html`<div><dt>${column.title} of dense</dt><dd>${column.cell(run)}</dd></div>`)}
       <div><dt>weights</dt><dd class="words">${explained(run.effect)}</dd></div>
     </dl>
@@ -52,27 +52,25 @@ function Command({ text }) {
   return html`<div class="command"><pre tabindex="0" aria-label="The command that repeats this run"><code>${text}</code></pre><button onClick=${copy}>${said}</button></div>`;
 }
 
-const identity = (metric) => [metric.task, metric.metric, metric.filter, metric.shots, metric.split, metric.task_version, metric.n].join("|");
+// What two metrics must share to be subtracted; Python states it, see `run_details`.
+const identity = (metric) => `${metric.task} ${metric.identity}`;
 
 function Metrics({ record, dense }) {
   const before = new Map((dense?.metrics ?? []).map((metric) => [identity(metric), metric]));
   const heads = record.metrics.filter((metric) => metric.headline);
   const others = record.metrics.filter((metric) => !metric.headline);
-  const percents = new Map(INDEX.settings.flatMap((setting) => setting.tasks.map((task) => [task.metric, task.percent])));
-  const asTask = (metric) => ({ percent: percents.get(metric.metric) ?? /^(acc|acc_norm|exact_match|f1)$/.test(metric.metric) });
   const change = (metric) => {
     const then = before.get(identity(metric));
     if (!then || then.value === null || metric.value === null) return MISSING;
-    const task = asTask(metric);
-    const by = (metric.value - then.value) * (task.percent ? 100 : 1);
+    const by = (metric.value - then.value) * (metric.percent ? 100 : 1);
     const better = by * (metric.higher_is_better ? 1 : -1);
-    return html`<span class=${better > 0 ? "better" : better < 0 ? "worse" : ""}>${by > 0 ? "+" : ""}${fixed(by, task.percent ? 1 : 2)}</span>`;
+    return html`<span class=${better > 0 ? "better" : better < 0 ? "worse" : ""}>${by > 0 ? "+" : ""}${fixed(by, metric.percent ? 1 : 2)}</span>`;
   };
   const columns = [
-    { title: "Task", cell: (metric) => html`${words(metric.task)} <span class="quiet">${metric.metric === "mean" ? "" : metric.metric}${asTask(metric).percent ? " %" : ""}</span>` },
-    { title: "Value", number: true, cell: (metric) => html`<${Scored} pair=${metric.value === null ? null : [metric.value, metric.stderr]} task=${asTask(metric)} />` },
+    { title: "Task", cell: (metric) => html`${words(metric.task)} <span class="quiet">${metric.metric === "mean" ? "" : metric.metric}${metric.percent ? " %" : ""}</span>` },
+    { title: "Value", number: true, cell: (metric) => html`<${Scored} pair=${metric.value === null ? null : [metric.value, metric.stderr]} task=${metric} />` },
     ...(dense ? [
-      { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, asTask(metric)) },
+      { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, metric) },
       { title: "Change", number: true, cell: change }] : []),
     { title: "n", number: true, cell: (metric) => metric.n.toLocaleString("en") },
     { title: "Identity", hint: "numbers with different identities are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
@@ -85,11 +83,13 @@ function Metrics({ record, dense }) {
 }
 
 function Costs({ record, dense, run }) {
-  const before = new Map((dense?.costs ?? []).map((one) => [`${one.scope} ${one.quantity}`, one]));
+  // Counted costs are compared with counted ones and analytic with analytic: the two may differ.
+  const key = (one) => `${one.scope} ${one.quantity} ${one.how}`;
+  const before = new Map((dense?.costs ?? []).map((one) => [key(one), one]));
   const phases = record.costs.filter((one) => one.scope.startsWith("phase "));
   const rows = record.costs.filter((one) => !one.scope.startsWith("phase "));
   const share = (one) => {
-    const then = before.get(`${one.scope} ${one.quantity}`);
+    const then = before.get(key(one));
     if (!then || !then.value) return MISSING;
     return one.unit === "s" && !run.real ? html`<span class="quiet">no gain: ${run.effect}</span>` : factor(one.value / then.value);
   };

@@ -1,8 +1,5 @@
 // Papers' tables: our number, the published one, and their difference where it is meaningful.
 
-const PRECISION = { share: 3, points: 1, s: 3, min: 3, h: 4 };
-const SOURCES = { paper: "", authors_code: "ᶜ", secondary: "ˢ", third_party: "ᵗ" };
-
 function Tables({ route }) {
   const table = INDEX.tables.find((one) => one.name === route.name) ?? INDEX.tables[0];
   if (!table) {
@@ -16,10 +13,10 @@ function Tables({ route }) {
       aria-current=${one === table ? "page" : undefined}>${words(one.name)}</a>`)}</nav>
     <p class="lead">${table.title}</p>
     ${table.stand_in && html`<p class="notice">A stand-in on the embedded models: neither the paper's models nor its data, so nothing is subtracted from the paper; only the order of methods is compared.</p>`}
-    ${d3.groups(table.lines, (line) => line.block).map(([block, lines]) => html`<h2>${block}</h2>
-      <${Plain} caption="${table.title}: ${block}" rows=${lines} columns=${[
+    ${d3.groups(table.lines, (line) => line.section).map(([section, lines]) => html`<h2>${section}</h2>
+      <${Plain} caption="${table.title}: ${section}" rows=${lines} columns=${[
         { title: "", cell: (line) => line.label },
-        ...table.heads.map((head, at) => ({
+        ...table.columns.map((head, at) => ({
           title: `${head.name}${["count", head.name].includes(head.unit) ? "" : ` ${head.unit}`}`, number: true,
           cell: (line) => html`<${Beside} cell=${line.cells[at]} head=${head} reasons=${reasons} />`,
         })),
@@ -31,13 +28,13 @@ function Tables({ route }) {
 }
 
 function Beside({ cell, head, reasons }) {
-  const digits = PRECISION[head.unit] ?? 2;
-  const show = (value) => (["count", "FLOP"].includes(head.unit) ? quantity(value) : fixed(value, digits));
+  const digits = head.digits ?? 2;
+  const show = (value) => (head.digits === null ? quantity(value) : fixed(value, digits));
   const { ours, theirs, difference, inside, refusal } = cell;
   const [value, error, run] = ours ?? [null, null, null];
   const own = html`${show(value)}${error !== null && html`<span class="error"> ±${error.toFixed(digits)}</span>`}`;
   return html`<span class="beside">${run ? html`<a href=${runAddress(run)}>${own}</a>` : own}
-    <small>${theirs && html`<span title=${theirs[3]}>${theirs[0]}${theirs[1] === head.unit ? "" : ` ${theirs[1]}`}${SOURCES[theirs[2]] ?? ""}${theirs[3] ? "!" : ""}</span>`}
+    <small>${theirs && html`<span title=${theirs[3]}>${theirs[0]}${theirs[1] === head.unit ? "" : ` ${theirs[1]}`}${theirs[2]}${theirs[3] ? "!" : ""}</span>`}
       ${difference !== null && html` <span class=${inside === false ? "outside" : ""}>${difference > 0 ? "+" : ""}${show(difference)}</span>`}
       ${refusal && html` <sup title=${refusal}>${reasons.indexOf(refusal) + 1}</sup>`}</small></span>`;
 }

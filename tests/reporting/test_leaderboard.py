@@ -1,9 +1,9 @@
-"""Runs are held against the dense run of their own setting, and against nothing else."""
+"""Each run is compared with the dense run of its own setting, and with nothing else."""
 
 import pytest
 
-from bench.reporting.leaderboard import build_leaderboard, comparable
-from tests.reporting.html.synthetic import metric, record
+from bench.reporting.leaderboard import build_leaderboard
+from tests.reporting.html.synthetic_records import metric, record
 
 
 def row_of(runs, wanted):
@@ -53,8 +53,17 @@ def test_numbers_of_different_identity_are_not_compared():
     fewer = (metric("average", 0.5, "mean", n=3), *pruned.metrics[1:])
     runs = build_leaderboard([dense, pruned.model_copy(update={"metrics": fewer})])
     assert row_of(runs, pruned).retention is None
-    assert comparable(dense.metrics[0], pruned.metrics[0])
-    assert not comparable(dense.metrics[0], fewer[0])
+    versions = {"versions": {"lm-eval": "0.4.8"}}
+    newer = build_leaderboard([dense, pruned.model_copy(update={"environment": versions})])
+    assert row_of(newer, pruned).retention is None
+    assert row_of(build_leaderboard([dense, pruned]), pruned).retention is not None
+
+
+def test_a_score_of_zero_is_a_retention_of_zero():
+    dense, pruned = record(0), record(1, method="camera_p")
+    useless = (pruned.metrics[0].model_copy(update={"value": 0.0}), *pruned.metrics[1:])
+    runs = build_leaderboard([dense, pruned.model_copy(update={"metrics": useless})])
+    assert row_of(runs, pruned).retention == 0.0
 
 
 def test_zeroed_weights_are_no_real_saving():

@@ -11,7 +11,7 @@ from bench.config.composition import compose_run_config
 from bench.data.synthetic.scenes import question_sets
 from bench.evaluation.multimodal.prompts import image_hash
 from bench.records import Store
-from tests.reporting.comparison.made_runs import metric, record, rows
+from tests.reporting.comparison.synthetic_runs import metric, record, rows
 
 
 def asked(document):

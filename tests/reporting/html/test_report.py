@@ -7,14 +7,13 @@ import importlib.resources
 import json
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 
 from bench.cli import main
 from bench.reporting.html import page, write_report
-from bench.reporting.html.report import MAX_LIST_LENGTH, shorten_lists
-from tests.reporting.html.synthetic import fill
+from bench.reporting.html.report import MAX_LIST_LENGTH, run_details, shorten_lists
+from tests.reporting.html.synthetic_records import fill, paper_table, record
 
 VENDOR = importlib.resources.files("bench.reporting.html") / "vendor"
 
@@ -128,16 +127,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path, capsys, given, said):
 
 def test_a_papers_table_lights_up(written, tmp_path):
     report, records = written
-    cell = SimpleNamespace(
-        ours=SimpleNamespace(value=61.5, stderr=0.8, runs=(records[1].id,)),
-        theirs=SimpleNamespace(text="60.9", unit="%", trust="paper", flag=""),
-        difference=0.6, inside=True, refusal=None,
-    )  # fmt: skip
-    line = SimpleNamespace(block="tiny", setting="40 %", name="CAMERA-P", cells=(cell,))
-    table = SimpleNamespace(
-        file="main", title="Main", stand_in=False, lines=(line,), notes=("n",),
-        heads=(SimpleNamespace(name="boolq", unit="%"),),
-    )  # fmt: skip
+    table = paper_table(records[1].id)
     asked = []
 
     def tables(found):
@@ -149,6 +139,17 @@ def test_a_papers_table_lights_up(written, tmp_path):
     (shown,) = json.loads(Elements(again.path.read_text()).scripts["index"])["tables"]
     assert shown["lines"][0]["label"] == "CAMERA-P 40 %"
     assert shown["lines"][0]["cells"][0]["ours"] == [61.5, 0.8, records[1].id]
+
+
+def test_metrics_outside_the_headlines_have_unit_and_identity():
+    dense, pruned = record(0), record(1, method="naee")
+    mc1 = dense.metrics[1].model_copy(update={"metric": "mc1", "headline": False})
+    dense, pruned = (one.model_copy(update={"metrics": (mc1,)}) for one in (dense, pruned))
+    (before,), (after,) = run_details(dense)["metrics"], run_details(pruned)["metrics"]
+    assert before["percent"]
+    assert before["identity"] == after["identity"]
+    newer = pruned.model_copy(update={"environment": {"versions": {"lm-eval": "9"}}})
+    assert run_details(newer)["metrics"][0]["identity"] != before["identity"]
 
 
 def test_long_lists_of_a_report_are_cut_and_say_so():

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.reporting.html import write_report
-from tests.reporting.html.synthetic import fill
+from tests.reporting.html.synthetic_records import fill
 
 PHONE = {"width": 390, "height": 844}
 
@@ -190,7 +190,7 @@ def test_a_phone_needs_no_sideways_scrolling(visit, ten):
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], address
     page = opened.open("#/leaderboard")
-    page.get_by_label("Sort by").select_option("-kept")
+    page.get_by_label("Sort by").select_option("-retention")
     kept = numbers(page, "Kept")
     assert kept == sorted(kept, reverse=True)
     page.locator("table.grid tbody a").first.click()

@@ -3,6 +3,8 @@
 import random
 
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store, run_id
+from bench.reporting.tables import ColumnHead, OurValue, Table, TableCell, TableLine
+from bench.reporting.tables.published import PublishedCell
 
 METHODS = {
     "camera_p": "removed", "random_experts": "zeroed", "rtn": "quantized", "naee": "removed",
@@ -48,7 +50,9 @@ def record(number, *, model="tiny", method=None, ratio=0.4, rng=None, command=No
         command=command or f"bench run model={model} method={method or 'dense'} ratio={ratio}",
         config={
             "model": {"name": model, "dtype": "auto", "seed": None},
-            "benchmark": {"name": "nine", "tasks": list(TASKS), "limit": None},
+            "benchmark": {
+                "name": "nine", "harness": "lm_eval", "tasks": list(TASKS), "limit": None,
+            },
             "method": {m.name: m.config for m in methods}, "ratio": ratio, "seed": 1234,
         },
         environment={"platform": "Linux", "cpu": "x86_64", "gpus": [], "versions": VERSIONS},
@@ -105,3 +109,23 @@ def fill(root, runs, *, per_task=30, models=("tiny", "small", "medium", "large")
             (store.folder(one.id) / "record.json").write_text(one.model_dump_json())
         kept.append(one)
     return kept
+
+
+def paper_table(run):
+    """A table of one line: a cell that is subtracted, and one that is refused."""
+    published = PublishedCell(
+        paper="p", table="main", model="tiny", row="CAMERA-P", setting="40 %", column="boolq",
+        metric="acc", filter="none", shots=0, split="test", harness="lm_eval", unit="%",
+        relation="=", value="60.9", source="s", trust="paper", flag="",
+    )  # fmt: skip
+    ours = OurValue(61.5, 0.8, 59.9, 63.1, (run,))
+    cells = (
+        TableCell(ours, published, difference=0.6, inside=True),
+        TableCell(refusal="other metric"),
+    )
+    return Table(
+        name="camera_main", title="Main table", stand_in=False,
+        columns=(ColumnHead("boolq", "%", False), ColumnHead("rte", "%", False)),
+        lines=(TableLine("tiny", "40 %", "CAMERA-P", (run,), cells),),
+        notes=("n",), agreements=(),
+    )  # fmt: skip

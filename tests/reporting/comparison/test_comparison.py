@@ -12,7 +12,7 @@ from bench.errors import UserError
 from bench.records import Store
 from bench.reporting.comparison import ComparedRun, baseline_of, compare, find_flips
 from bench.reporting.comparison.metric_forms import unit_scores
-from tests.reporting.comparison.made_runs import metric, record, rows
+from tests.reporting.comparison.synthetic_runs import metric, record, rows
 
 DENSE = [1.0] * 30 + [0.0] * 10
 PRUNED = [1.0] * 20 + [0.0] * 18 + [1.0] * 2

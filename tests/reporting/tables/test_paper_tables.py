@@ -64,16 +64,16 @@ def recorded(number, *metrics, run=(), limit=None, seconds=1.0, harness="lm_eval
 
 
 def lines_of(table):
-    return {(line.block, line.name, line.setting): line for line in table.lines}
+    return {(line.section, line.name, line.variant): line for line in table.lines}
 
 
 DEEPSEEK = "DeepSeek-MoE-16B"
 
 
 def camera(**found):
-    """`camera_main`'s DeepSeek block with some lines recorded, by row and setting."""
-    config = load_table_config("camera_main", chosen={"blocks": [DEEPSEEK]})
-    by_place = {(s.row, s.setting): s for s in table_slots(config)}
+    """`camera_main`'s DeepSeek section with some lines recorded, by row and variant."""
+    config = load_table_config("camera_main", chosen={"sections": [DEEPSEEK]})
+    by_place = {(s.row, s.variant): s for s in table_slots(config)}
     places = {"dense": ("dense", ""), "pruned": ("Camera-P", "40%"), "naee": ("NAEE", "40%")}
     return build_table(config, {by_place[places[name]]: [r] for name, r in found.items()})
 
@@ -84,7 +84,7 @@ def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
         naee=recorded(2, mean_of_nine(0.6000, stderr=0.004)),
     )
     cell = lines_of(table)[DEEPSEEK, "Camera-P", "40%"].cells[0]
-    assert cell.theirs.value == Decimal("58.58")
+    assert cell.published.value == Decimal("58.58")
     assert cell.difference == pytest.approx(0.42)
     assert cell.inside
     assert cell.ours.low == pytest.approx(59 - 1.95996 * 0.4, abs=1e-4)
@@ -107,7 +107,7 @@ def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
 def test_numbers_of_another_identity_are_not_subtracted(record, reason):
     cell = lines_of(camera(pruned=record))[DEEPSEEK, "Camera-P", "40%"].cells[0]
     assert cell.ours is not None
-    assert cell.theirs is not None
+    assert cell.published is not None
     assert cell.difference is None
     assert cell.inside is None
     assert reason in cell.refusal
@@ -144,13 +144,13 @@ def test_every_part_of_their_identity_counts_and_what_is_not_stated_is_assumed(f
 
 
 def test_fine_tuned_rows_other_splits_and_other_flops_are_refused():
-    config = load_table_config("visual_table2", chosen={"blocks": ["LLaVA-1.5-7B"]})
+    config = load_table_config("visual_table2", chosen={"sections": ["LLaVA-1.5-7B"]})
     gqa = metric("gqa", 0.61, name="exact_match", split="testdev")
     vqa = metric("vqav2_val", 0.77, name="exact_match", split="validation")
     record = recorded(1, gqa, vqa, harness="lmms_eval")
     found = {slot: [record] for slot in table_slots(config) if slot.row in ("original", "YOPO 25%")}
     table = build_table(config, found)
-    place = {head.name: i for i, head in enumerate(table.heads)}
+    place = {head.name: i for i, head in enumerate(table.columns)}
     dense = lines_of(table)["LLaVA-1.5-7B", "original", ""]
     assert dense.cells[place["GQA"]].difference == pytest.approx(61 - 62.3)
     assert "test-dev" in dense.cells[place["VQAv2"]].refusal
@@ -164,24 +164,24 @@ def test_a_time_is_never_subtracted_and_a_bound_is_no_number():
     found = {s: [recorded(1, seconds=90.0)] for s in table_slots(config) if s.row == "Camera-P"}
     cell = lines_of(build_table(config, found))[DEEPSEEK, "Camera-P", "20%"].cells[0]
     assert cell.ours.value == 90
-    assert (cell.theirs.text, cell.theirs.unit) == ("3", "min")
+    assert (cell.published.text, cell.published.unit) == ("3", "min")
     assert "machine" in cell.refusal
-    assert numbers_of.convert_unit(cell.theirs, "s") == 180
+    assert numbers_of.convert_unit(cell.published, "s") == 180
 
 
 def test_the_dense_baseline_comes_first_in_every_block():
     for name in table_names():
         for scale in (None, "micro"):
             config = load_table_config(name, scale)
-            for block in config.blocks:
-                first = next(slot for slot in table_slots(config) if slot.block == block)
-                assert first.setting == ""
+            for section in config.sections:
+                first = next(slot for slot in table_slots(config) if slot.section == section)
+                assert first.variant == ""
                 assert first.row in ("dense", "original", "vanilla")
 
 
 def test_several_seeds_are_a_mean_with_students_interval():
     config = load_table_config("wgsef_grid", "micro")
-    slot = next(s for s in table_slots(config) if s.row == "WGSEF" and s.setting == "70%")
+    slot = next(s for s in table_slots(config) if s.row == "WGSEF" and s.variant == "70%")
     assert [run[-1] for run in slot.runs] == ["seed=1", "seed=2"]
     records = [
         recorded(i, metric("digits", value), harness="images")
@@ -200,7 +200,7 @@ def micro_camera(**values):
     """`camera_main`'s stand-in with averages of some methods at 40 %, in %."""
     config = load_table_config("camera_main", "micro")
     rows = {"pruned": "Camera-P", "naee": "NAEE", "d2": "D2-MoE", "random": "random experts"}
-    by_place = {(s.row, s.setting): s for s in table_slots(config)}
+    by_place = {(s.row, s.variant): s for s in table_slots(config)}
     found = {
         by_place[rows[name], "40%"]: [recorded(i, mean_of_nine(value / 100, stderr=0.002))]
         for i, (name, value) in enumerate(values.items())
@@ -213,10 +213,10 @@ def test_a_stand_in_says_so_and_is_compared_by_order_alone():
     assert table.stand_in
     assert table.file == "camera_main_micro"
     cells = [cell for line in table.lines for cell in line.cells]
-    assert all(c.theirs is None and c.difference is None and c.refusal is None for c in cells)
+    assert all(c.published is None and c.difference is None and c.refusal is None for c in cells)
     by_model = {a.model: a for a in table.agreements}
     deepseek, qwen = by_model[DEEPSEEK], by_model["Qwen2-57B-A14B"]
-    assert (deepseek.same, deepseek.other, deepseek.close) == (2, 1, 0)
+    assert (deepseek.same, deepseek.reversed, deepseek.close) == (2, 1, 0)
     assert deepseek.ours == ("Camera-P", "D2-MoE", "NAEE")
     assert deepseek.theirs == ("Camera-P", "NAEE", "D2-MoE")
     assert deepseek.tau == pytest.approx(1 / 3)
@@ -231,7 +231,7 @@ def test_a_stand_in_says_so_and_is_compared_by_order_alone():
 def test_pairs_too_close_to_call_are_not_counted_for_either_side():
     table = micro_camera(pruned=60.0, naee=59.9, d2=50.0)
     found = next(a for a in table.agreements if a.model == DEEPSEEK)
-    assert (found.same, found.other, found.close) == (2, 0, 1)
+    assert (found.same, found.reversed, found.close) == (2, 0, 1)
 
 
 @given(
@@ -260,7 +260,7 @@ def test_pairs_and_tau_against_counting(triples):
 
 def test_records_are_found_by_what_decides_their_result():
     config = load_table_config("camera_main", "micro")
-    run = next(s for s in table_slots(config) if (s.row, s.setting) == ("Camera-P", "40%")).runs[0]
+    run = next(s for s in table_slots(config) if (s.row, s.variant) == ("Camera-P", "40%")).runs[0]
     old = recorded(1, mean_of_nine(0.5), run=run, started="1")
     new = recorded(2, mean_of_nine(0.6), run=(*run, "tracker=none", "threads=7"), started="2")
     others = [
@@ -280,13 +280,13 @@ def test_records_are_found_by_what_decides_their_result():
 
 @pytest.mark.parametrize("name", table_names())
 def test_runs_of_every_table_compose(name):
-    """Every row once and every block once; settings differ in numbers alone."""
+    """Every row once and every section once; variants differ in numbers alone."""
     for scale in (None, "micro"):
         ours = [slot for slot in table_slots(load_table_config(name, scale)) if slot.runs]
         rows = {slot.row: slot.runs[0] for slot in ours}
-        blocks = {slot.block: slot.runs[0] for slot in ours}
+        sections = {slot.section: slot.runs[0] for slot in ours}
         assert rows
-        for run in {*rows.values(), *blocks.values()}:
+        for run in {*rows.values(), *sections.values()}:
             assert "$" not in " ".join(run)
             compose_run_config(list(run))
 
@@ -299,8 +299,8 @@ def test_every_published_name_of_a_table_exists():
         ours_alone = {"random experts", "round to nearest", "downsample", "bytes", "dense"}
         there = {line.name for line in table.lines}
         assert set(config.rows) - there <= ours_alone
-        for place, head in enumerate(table.heads):
-            shown = any(line.cells[place].theirs for line in table.lines)
+        for place, head in enumerate(table.columns):
+            shown = any(line.cells[place].published for line in table.lines)
             unknown = {"OBQA", "RTE", "PIQA", "ARC-c"} if name == "camera_deepseek_20" else set()
             unknown |= {"Wiki2", "bytes"} if name == "camera_q_225" else set()
             assert shown or head.name in unknown, (name, head.name)
@@ -318,9 +318,9 @@ def written(form):
 def test_csv_has_one_line_per_cell_with_source_and_runs():
     table, text = written("csv")
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert len(rows) == len(table.lines) * len(table.heads)
+    assert len(rows) == len(table.lines) * len(table.columns)
     row = next(
-        r for r in rows if (r["row"], r["setting"], r["column"]) == ("Camera-P", "40%", "avg")
+        r for r in rows if (r["row"], r["variant"], r["column"]) == ("Camera-P", "40%", "avg")
     )
     assert (row["theirs"], row["source"], row["trust"]) == (
         "58.58",
@@ -330,7 +330,7 @@ def test_csv_has_one_line_per_cell_with_source_and_runs():
     assert float(row["ours"]) == pytest.approx(59)
     assert row["runs"] == "000000000abc"
     assert row["inside"] == "True"
-    empty = next(r for r in rows if r["row"] == "D2-MoE" and r["setting"] == "40%")
+    empty = next(r for r in rows if r["row"] == "D2-MoE" and r["variant"] == "40%")
     assert empty["ours"] == ""
 
 
@@ -396,7 +396,7 @@ def test_nothing_is_cut_on_a_terminal(width, monkeypatch, capsys):
         ("camera_man", None, {}, "did you mean 'camera_main'"),
         ("camera_main", "macro", {}, "scale=micro"),
         ("camera_main", None, {"rows": ["Camera"]}, "unknown name in rows 'Camera'"),
-        ("camera_main", None, {"blocks": ["micro_moe"]}, "unknown name in blocks"),
+        ("camera_main", None, {"sections": ["micro_moe"]}, "unknown name in sections"),
     ],
 )
 def test_what_does_not_exist_is_named(name, scale, chosen, said):
@@ -408,7 +408,7 @@ def test_a_line_knows_where_it_is_not_ours():
     community = table_slots(load_table_config("community_tokens"))
     assert TableSlot("LLaVA-1.5-7B, as copied by later papers", "SIEVE", "64", ()) in community
     micro = {
-        (s.row, s.setting): s.runs
+        (s.row, s.variant): s.runs
         for s in table_slots(load_table_config("community_tokens", "micro"))
     }
     assert micro["PyramidDrop", "64"] == ()

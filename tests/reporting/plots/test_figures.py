@@ -9,10 +9,11 @@ import pytest
 from bench.cli.main import main
 from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
-from bench.reporting.plots import breakdown, calibration_curves, curves
+from bench.reporting.comparison import ComparedRun
+from bench.reporting.plots import breakdown, calibration_curves, curves, pareto
 from bench.reporting.plots.allocation import allocation_grids
 from bench.reporting.plots.points import family_names, knob_value, run_points
-from bench.reporting.plots.style import series_styles
+from bench.reporting.plots.style import GREY, series_styles
 from bench.reporting.statistics import CONFIDENCE
 
 MODEL = DenseModel(
@@ -77,7 +78,7 @@ def records():
 def test_points_are_in_percent_with_half_an_interval(records):
     frame = run_points(records, cost="flops")
     assert frame["value"].tolist() == pytest.approx([70, 65, 60, 50])
-    assert frame["error"].tolist() == pytest.approx([1.96] * 4)
+    assert frame["error"].tolist() == pytest.approx([1.959964] * 4)
     assert frame["cost"].tolist() == [8e9, 6e9, 4e9, 8e9]
     assert frame["unreal"].tolist() == [False, False, False, True]
     assert CONFIDENCE == 0.95
@@ -246,3 +247,43 @@ def test_the_same_runs_give_the_same_file(results):
 def test_wrong_input_is_one_sentence(arguments, said, results, capsys):
     assert main(["plot", *arguments, "--results-dir", str(results)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_number_of_heads_instead_of_lists_is_no_map():
+    """A budget search reports how many heads are kept in all, beside the shape."""
+    report = {"heads": 12, "shape": {"heads": 2, "widths": [4]}}
+    assert allocation_grids([made("a", 0.5, 1.0, "yopo", report=report)]) == []
+
+
+def test_runs_of_generation_tasks_alone_have_no_confidence(records):
+    generated = pd.DataFrame({"exact_match": [1.0], "loglikelihoods": [[]], "response": ["7"]})
+    assert calibration_curves.answer_confidences(generated).empty
+    with pytest.raises(UserError, match="no answer has a probability"):
+        calibration_curves.confidence_curves([ComparedRun(records[0], generated)])
+
+
+@pytest.mark.parametrize(("knob", "stars"), [("ratio", 1), ("prune.ratio", 1), ("bits", 0)])
+def test_the_dense_star_stands_at_zero_only_where_zero_is_dense(knob, stars):
+    runs = [made("a", 0.7, 1.0), made("b", 0.6, 1.0, "prune", ratio=0.2, bits=4)]
+    frame = curves.summarize_families(run_points(runs, knob=knob))
+    (axes,) = curves.draw_curves(frame, knob).axes
+    assert [line.get_marker() for line in axes.lines].count("*") == stars
+
+
+def test_a_masked_run_is_never_on_the_front(records):
+    """Its counted cost is not real: it must not make a real run look dominated."""
+    masked = made("e", 0.9, 1e9, "mask", effect="masked", ratio=0.9)
+    (axes,) = pareto.draw_fronts(run_points([*records, masked], cost="flops")).axes
+    front = next(line for line in axes.lines if line.get_color() == GREY)
+    assert list(front.get_xdata()) == [4e9, 6e9, 8e9]
+
+
+def test_runs_without_a_value_are_one_sentence(records):
+    empty = [
+        record.model_copy(
+            update={"metrics": (record.metrics[0].model_copy(update={"value": None}),)}
+        )
+        for record in records
+    ]
+    with pytest.raises(UserError, match="--task average: all runs have an empty value"):
+        run_points(empty)

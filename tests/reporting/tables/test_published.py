@@ -11,21 +11,20 @@ from bench.errors import UserError
 from bench.reporting.tables import published
 from bench.reporting.tables.numbers import UNITS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALL = [
     (name, cell) for name in published.published_names() for cell in published.read_published(name)
 ]
 
 
 def test_every_file_is_as_it_was_shipped():
-    found = list(published.checksums())
-    assert {name for name, _, _ in found} == {
-        path.name for path in (ROOT / "results" / "published").glob("*.csv")
-    }
-    assert all(shipped == now for _, shipped, now in found)
+    files = {path.name for path in (ROOT / "results" / "published").glob("*.csv")}
+    assert set(published.released_checksums()) == files
+    for name in files:
+        assert published._verified_text(name)
 
 
-def test_a_file_that_was_edited_is_refused(tmp_path, monkeypatch):
+def test_an_edited_or_unlisted_file_is_refused(tmp_path, monkeypatch):
     for path in (ROOT / "results" / "published").iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -34,6 +33,9 @@ def test_a_file_that_was_edited_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "_folder", lambda: tmp_path)
     with pytest.raises(UserError, match=r"yopo\.csv was modified"):
         published._verified_text("yopo.csv")
+    (tmp_path / "added.csv").write_text("paper,")
+    with pytest.raises(UserError, match=r"added\.csv is not listed in SHA256SUMS"):
+        published._verified_text("added.csv")
     assert published._verified_text("camera.csv").startswith("paper,")
 
 
@@ -51,7 +53,7 @@ def test_every_cell_has_a_place_a_source_and_a_number():
 
 
 def test_no_source_gives_a_cell_twice():
-    places = [(name, cell.paper, cell.table, *cell.place, cell.source) for name, cell in ALL]
+    places = [(name, cell.paper, cell.table, *cell.position, cell.source) for name, cell in ALL]
     assert len(places) == len(set(places))
 
 
@@ -94,7 +96,9 @@ def test_digits_are_those_that_were_printed(file, table, place, printed):
 
 def test_suspicious_cells_are_flagged():
     flagged = {
-        cell.place: cell.flag for cell in published.read_published("yopo") if cell.table == "table2"
+        cell.position: cell.flag
+        for cell in published.read_published("yopo")
+        if cell.table == "table2"
     }
     odd = ("LLaVA-1.5-7B", "PyramidDrop", "", "MME")
     assert "repeats" in flagged[odd]
@@ -104,11 +108,11 @@ def test_suspicious_cells_are_flagged():
 def test_the_most_trusted_source_stands():
     both = [
         cell for cell in published.read_published("camera")
-        if cell.place == ("DeepSeek-MoE-16B", "Camera-P", "20%", "Wiki2")
+        if cell.position == ("DeepSeek-MoE-16B", "Camera-P", "20%", "Wiki2")
     ]  # fmt: skip
     assert {cell.trust for cell in both} == {"secondary", "authors_code"}
     assert len({cell.value for cell in both}) == 1
-    chosen = published.published_cells("camera", ["main", "deepseek_20"])[both[0].place]
+    chosen = published.published_cells("camera", ["main", "deepseek_20"])[both[0].position]
     assert chosen.trust == "authors_code"
 
 

@@ -15,7 +15,7 @@ from bench.reporting.html.samples import (
     sample_chunks,
 )
 from bench.reporting.leaderboard import build_leaderboard
-from tests.reporting.html.synthetic import TASKS, fill, record, samples
+from tests.reporting.html.synthetic_records import TASKS, fill, record, samples
 
 
 @given(st.integers(0, 500), st.integers(1, 60))
@@ -62,12 +62,14 @@ def test_answers_and_scores_are_those_of_the_file(tmp_path):
     one = record(1, method="camera_p")
     rows = samples(one, 4)
     store.write(one, rows, "")
-    total, read = read_samples(store.folder(one.id) / SAMPLES, 1000)
-    assert total == len(read) == len(rows)
-    for row, shown in zip(rows, read, strict=True):
-        assert shown["scores"] == {"acc": row["acc"]}
-        assert shown["logs"] == row["loglikelihoods"]
-        assert (shown["prompt"], shown["choices"]) == (row["prompt"], row["choices"])
+    (chunk,) = sample_chunks(build_leaderboard([one]), store, SampleShare(per_run=1000))
+    shown, texts = chunk["runs"][one.id], chunk["texts"]
+    assert shown["total"] == len(shown["samples"]) == len(rows)
+    for row, entry in zip(rows, shown["samples"], strict=True):
+        assert entry["scores"] == {"acc": row["acc"]}
+        assert entry["logs"] == row["loglikelihoods"]
+        assert texts[entry["prompt"]] == row["prompt"]
+        assert [texts[choice] for choice in entry["choices"]] == row["choices"]
 
 
 def test_missing_empty_and_broken_files_show_nothing(tmp_path):

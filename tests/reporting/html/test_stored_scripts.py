@@ -4,7 +4,7 @@ import pytest
 
 from bench.records import AppliedMethod, Store
 from bench.reporting.html import write_report
-from tests.reporting.html.synthetic import record, samples
+from tests.reporting.html.synthetic_records import record, samples
 
 EVIL = (
     "<script>window.ran=1</script>"
@@ -29,7 +29,7 @@ def poisoned(tmp_path_factory):
     bad = plain.model_copy(
         update={
             "command": EVIL,
-            "group": EVIL,
+            "sweep": EVIL,
             "methods": (method,),
             "metrics": (plain.metrics[0], first, *plain.metrics[2:]),
             "environment": {"platform": EVIL},

@@ -1,0 +1,74 @@
+"""`bench show`, `bench ls` and a search on a terminal: all that a record says, and nothing else."""
+
+import pytest
+
+from bench.records import Cost
+from bench.reporting.comparison.comparison import Comparison
+from bench.reporting.comparison.contrast import Contrast
+from bench.reporting.comparison.printer import print_comparison
+from bench.reporting.summary import print_summary
+from bench.reporting.tables.writers import print_table
+from bench.reporting.terminal_views import print_record
+from tests.reporting.html.synthetic_records import paper_table, record
+
+COMMAND = "bench run 'benchmark.tasks=[arc_easy]' method=[camera_p,gptq] model.path=/[bold]x[/]"
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture
+def bracketed():
+    """A run with text from outside in brackets, which rich would read as its own tags."""
+    one = record(1, method="naee", command=COMMAND)
+    method = one.methods[0].model_copy(
+        update={"name": "[red]prune[/red]", "config": {"ratio": 0.4, "keys": "[a,b] [/x]"}}
+    )
+    latency = Cost(
+        scope="prefill 1x9", quantity="latency", unit="s", value=0.1, how="measured",
+        parts={"p10": 0.1, "p50": 0.1, "p90": 0.1}, note="loaded by [/other]",
+    )  # fmt: skip
+    model = one.model.model_copy(update={"name": "[m]", "source": "/models/[dim]m"})
+    return one.model_copy(
+        update={"methods": (method,), "model": model, "costs": (*one.costs, latency)}
+    )
+
+
+def test_a_record_is_shown_letter_by_letter(bracketed, capsys):
+    print_record(bracketed)
+    out = capsys.readouterr().out
+    assert f"command: {COMMAND}" in out
+    assert "[red]prune[/red] 0.4" in out
+    assert "keys=[a,b] [/x]" in out
+    assert "/models/[dim]m" in out
+    assert "* loaded by [/other]" in out
+
+
+def test_labels_in_titles_and_headings_are_no_markup(bracketed, capsys):
+    print_summary([bracketed])
+    out = capsys.readouterr().out
+    assert "[m] on nine" in out
+    assert "[red]prune[/red]" in out
+    contrast = Contrast(
+        bracketed.id, "[boolq]", "acc", "none", True, 9, 0.5, 0.5, 0.0, low=-0.1, high=0.1,
+        note="[i]why",
+    )  # fmt: skip
+    print_comparison(Comparison(record(0), (bracketed,), (contrast,), ("refused [x]",)))
+    out = capsys.readouterr().out
+    assert "[red]prune[/red] 0.4 against dense" in out
+    assert "+0.0 [-10.0, +10.0]" in out
+    assert "[boolq]: [i]why" in out
+    assert "refused [x]" in out
+
+
+def test_a_tables_names_are_no_markup(capsys):
+    from dataclasses import replace
+
+    table = paper_table("a" * 12)
+    lines = tuple(replace(line, section="[sec]", name="[b]CAMERA") for line in table.lines)
+    print_table(replace(table, lines=lines, title="[t] Main"))
+    out = capsys.readouterr().out
+    for text in ("[sec]", "[b]CAMERA", "[t] Main", "not subtracted [1]"):
+        assert text in out
