@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as remembered
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,6 @@ from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.token_index import TokenRows, rows_where
 from methods.visual_engine.weight_cache import WeightCache
 
-if TYPE_CHECKING:
-    from methods.visual_tokens.calibration_stats import CalibrationStats
-
 ENGINE_ATTRIBUTE = "slimbench_visual_engine"
 
 
@@ -60,7 +57,6 @@ class VisualEngine:
         self.plan = VisualPlan.dense(len(self.decoder.layers))
         self.prepared = WeightCache(self.decoder, self.plan)
         self.official = MaskedMode(network, self.decoder, self.plan)
-        self.findings: dict[str, CalibrationStats] = {}
         self.overhead = SelectionOverhead()
         self.tower: Tower | None = None
         self._tokens: VisualTokens | None = None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from bench.method import Context
 
 RECORDING_ATTENTION = "slimbench_visual_watched"
+
+# Statistics by engine and fingerprint of the prompts: all strategies of one run share one
+# calibration of the dense network. Weak, so that they disappear with their network; not an
+# attribute of the engine, because the engine does not know what a calibration is.
+_measured: WeakKeyDictionary[VisualEngine, dict[str, CalibrationStats]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -336,11 +342,10 @@ def calibration_stats_for(
         _refuse_mismatch(found, engine, settings)
         return found
     samples = require_samples(context)
-    # Kept on the engine, so that several strategies of one run share one calibration of the dense
-    # network.
-    if samples.fingerprint not in engine.findings:
-        engine.findings[samples.fingerprint] = calibrate(engine, samples, context.progress)
-    return engine.findings[samples.fingerprint]
+    known = _measured.setdefault(engine, {})
+    if samples.fingerprint not in known:
+        known[samples.fingerprint] = calibrate(engine, samples, context.progress)
+    return known[samples.fingerprint]
 
 
 def require_samples(context: Context) -> ProcessedPrompts:
