@@ -17,7 +17,7 @@ from bench.models.structure.model_structure import ModelStructure
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
-from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
+from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes, TokenPruningStep
 from methods.visual_engine.settings import Quota
 from methods.visual_engine.strategy import VisualStrategy, tokens_by_stage
 
@@ -37,6 +37,8 @@ class TokenPruning(VisualStrategy):
     them, 1 is one token), or `all`.
     """
 
+    # The method's name in messages and reports; equal to the name of its config.
+    label: ClassVar[str]
     reads_tower: ClassVar[bool] = False
 
     def check(self, structure: ModelStructure) -> None:
@@ -45,8 +47,10 @@ class TokenPruning(VisualStrategy):
         An unsupported vision tower is refused later, in `apply`: it needs the loaded network.
         """
         super().check(structure)
-        if self.form != "skip":
-            raise UserError(f"form={self.form}: token pruning removes tokens; use form=skip")
+        if self.execution != "skip":
+            raise UserError(
+                f"execution={self.execution}: token pruning removes tokens; set execution=skip"
+            )
         # Dry run on an empty plan: `select` does the validation, so a run fails here, before any
         # weights are loaded, with the message it would fail with later.
         plan = VisualPlan.dense(len(structure.layers))
@@ -54,6 +58,7 @@ class TokenPruning(VisualStrategy):
             plan.select(selection)
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        """Add the pruning steps to the plan; report their quotas and the tokens of each stage."""
         if self.reads_tower:
             engine.watch_tower()
             model.needs_pixels = True
@@ -80,13 +85,11 @@ class BeforeDecoder(TokenPruning):
     keep: Amount = 0.25
 
     def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        # The name in messages and reports is the module's name, which equals the name of the
-        # method's config only as long as each module defines one method.
-        name = type(self).__module__.rpartition(".")[2]
-        quota, chooser = Quota.of(self.keep), self._bound_choose(context)
-        return [TokenPruningStep(name, 0, quota, chooser, macs=self._macs)]
+        quota, choose = Quota.of(self.keep), self._bound_choose(context)
+        return [TokenPruningStep(self.label, 0, quota, choose, macs=self._macs)]
 
-    def _bound_choose(self, context: Context) -> Any:
+    def _bound_choose(self, context: Context) -> ChooseTokens:
+        """Return `_choose`, bound to what it needs of the run."""
         return self._choose
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class CDPruner(BeforeDecoder):
     decoder's embedding space. It is not the paper's measure, so results are not comparable with the
     paper's. `relevance=none` gives every token the same relevance, which leaves diversity alone.
     """
+
+    label: ClassVar[str] = "cdpruner"
 
     relevance: Literal["projected", "none"] = "projected"
 

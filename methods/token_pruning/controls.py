@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from bench.errors import UserError
 from bench.method import Context
 from methods.token_pruning.base import BeforeDecoder, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
-from methods.visual_engine.selection_step import SelectionSizes
+from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes
 
 
 class Downsample(BeforeDecoder):
     """Keep tokens that are spread evenly over the image."""
+
+    label: ClassVar[str] = "downsample"
 
     def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         if sight.frames.counts != sight.whole:
@@ -64,7 +66,9 @@ class RandomTokens(BeforeDecoder):
     over the draw by running several seeds.
     """
 
-    def _bound_choose(self, context: Context) -> Any:
+    label: ClassVar[str] = "random_tokens"
+
+    def _bound_choose(self, context: Context) -> ChooseTokens:
         return partial(self._drawn, seed=context.seed)
 
     def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:

@@ -7,6 +7,8 @@ Shapes: I frames, M tokens of a frame, T text rows, P pivots, D width, E width o
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -26,6 +28,8 @@ class DART(InDecoder):
     needed.
     """
 
+    label: ClassVar[str] = "dart"
+
     after: int = Field(default=2, ge=1)
     visual_pivots: int = Field(default=4, ge=1)
     text_pivots: int = Field(default=4, ge=0)
@@ -34,7 +38,7 @@ class DART(InDecoder):
         quota = self._quota(self.after, depth)
         return [
             TokenPruningStep(
-                "dart", self.after, quota, self._choose, attention=True, macs=self._macs
+                self.label, self.after, quota, self._choose, attention=True, macs=self._macs
             )
         ]
 

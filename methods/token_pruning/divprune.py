@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from methods.visual_engine.selection_step import SelectionSizes
 
 class DivPrune(BeforeDecoder):
     """Choose projected tokens greedily by the largest distance to the nearest chosen one."""
+
+    label: ClassVar[str] = "divprune"
 
     def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         return TokenSelection(farthest_points(sight.states_IMD, sight.valid, keep_I))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -18,13 +20,15 @@ class FastV(InDecoder):
     tokens that stay is k = (average L - K n) / (L - K).
     """
 
+    label: ClassVar[str] = "fastv"
+
     after: int = Field(default=2, ge=1)
 
     def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
         return [
             TokenPruningStep(
-                "fastv", self.after, quota, self._choose, attention=True, macs=self._macs
+                self.label, self.after, quota, self._choose, attention=True, macs=self._macs
             )
         ]
 

@@ -33,6 +33,7 @@ class PruMergePlus(BeforeDecoder):
     patches on average.
     """
 
+    label: ClassVar[str] = "prumerge_plus"
     reads_tower: ClassVar[bool] = True
 
     neighbours: int = Field(default=32, ge=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -22,6 +24,8 @@ class PyramidDrop(TokenPruning):
     over layers is this share of them.
     """
 
+    label: ClassVar[str] = "pyramid_drop"
+
     stages: int = Field(default=4, ge=2)
     ratio: float = Field(default=0.5, gt=0, le=1)
     average: float | None = Field(default=None, gt=0, le=1)
@@ -37,7 +41,7 @@ class PyramidDrop(TokenPruning):
         )
         return [
             TokenPruningStep(
-                "pyramid_drop",
+                self.label,
                 cut,
                 Quota(share=ratio**power),
                 self._choose,

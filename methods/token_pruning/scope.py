@@ -21,6 +21,7 @@ class SCOPE(BeforeDecoder):
     on average); coverage is measured by the cosine of the features before the projector.
     """
 
+    label: ClassVar[str] = "scope"
     reads_tower: ClassVar[bool] = True
 
     alpha: float = Field(default=1.0, ge=0)

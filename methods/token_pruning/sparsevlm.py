@@ -12,7 +12,7 @@ Shapes: I frames, M tokens of a frame, D width.
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class SparseVLM(TokenPruning):
     is not offered: budgets would differ from image to image.
     """
 
+    label: ClassVar[str] = "sparsevlm"
+
     average: Literal[192, 128, 64] = 192
     keep: tuple[float, ...] | None = None
     layers: tuple[int, ...] | None = None
@@ -64,7 +66,7 @@ class SparseVLM(TokenPruning):
         recycled = RECYCLED_SHARE / CLUSTER_SIZE if self.recycle else 0.0
         return [
             TokenPruningStep(
-                "sparsevlm",
+                self.label,
                 after,
                 Quota(share, recycled=recycled),
                 self._choose,

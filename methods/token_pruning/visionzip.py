@@ -25,6 +25,7 @@ class VisionZip(BeforeDecoder):
     it receives from all patches on average.
     """
 
+    label: ClassVar[str] = "visionzip"
     reads_tower: ClassVar[bool] = True
 
     contextual: float = Field(default=10 / 64, ge=0, lt=1)

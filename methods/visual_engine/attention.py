@@ -171,9 +171,9 @@ def joint_attention(
 def text_only_attention(
     text: StreamQKV, q_BHNd: Tensor, weights: VisualWeights, who: AttentionMasks
 ) -> Tensor:
-    """Compute the attention of dropped heads of visual rows under `dropped=text`, [B, H - h, N, d].
+    """Compute the attention of visual rows to text in dropped heads, [B, H - h, N, d].
 
-    Rows with no text before them get zero.
+    Used under `dropped_heads=text_only`. Rows with no text before them get zero.
     """
     heads = weights.heads
     before = cast(Tensor, who.before_BNK)

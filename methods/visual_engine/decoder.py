@@ -96,11 +96,11 @@ class VisualEngine:
         tokens, self._tokens = self._tokens, None
         encoded = self._encoded(tokens)
         cache = kwargs.get("past_key_values")
-        if self._bypassed or self.plan.form is None:
+        if self._bypassed or self.plan.execution is None:
             return self._stock(*args, **kwargs)
         # Masked mode decides for itself about text-only calls: it keeps its marks on the cache, not
         # in a split cache.
-        if self.plan.form == "official":
+        if self.plan.execution == "masked":
             return self.official.run(self._stock, tokens, *args, **kwargs)
         # A text-only call still has to run here if images are in its cache: only the engine knows
         # how to read the visual part.

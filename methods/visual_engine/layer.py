@@ -108,7 +108,7 @@ def _project_visual(
     """Project visual rows for the kept heads; no queries in the last layer."""
     view, rotary = weights.view, cast(Rotary, call.visual_rotary)
     q = None
-    # A layer without kept heads has a projection of no rows under `dropped=silent`: nothing to
+    # A layer without kept heads has a projection of no rows under `dropped_heads=zero`: nothing to
     # compute, and no shape to split into heads.
     if not last and weights.q.weight.shape[0]:
         q = norm_and_rotate(project(x_BND, weights.q), view, view.q_norm, rotary)

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from bench.errors import UserError
 from methods.visual_engine.selection_step import TokenPruningStep
-from methods.visual_engine.settings import DroppedHeads, Execution, LayerPlan, Window
-
-if TYPE_CHECKING:
-    from methods.visual_engine.settings import RepairedProjections
+from methods.visual_engine.settings import (
+    DroppedHeads,
+    Execution,
+    LayerPlan,
+    RepairedProjections,
+    Window,
+)
 
 
 @dataclass
 class VisualPlan:
     """The settings of all layers of one network.
 
-    Layers from `cut` on compute nothing for visual tokens. `dropped` sets what a dropped head
-    contributes to visual rows: nothing (`silent`, as in the official LLaVA code), or attention to
-    text alone (`text`). `selections` are sorted by when they happen, so stage s of the decoder is
-    what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
+    Layers from `cut` on compute nothing for visual tokens. `dropped_heads` sets what a dropped head
+    contributes to visual rows: nothing (`zero`, as in the released LLaVA code), or attention to
+    text alone (`text_only`). `selections` are sorted by when they happen, so stage s of the decoder
+    is what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
     when other heads or neurons are kept. `revision` grows with every change, so that cached weights
     can be refreshed.
     """
@@ -35,8 +37,8 @@ class VisualPlan:
     layers: list[LayerPlan]
     cut: int
     window: Window | None = None
-    dropped: DroppedHeads = "silent"
-    form: Execution | None = None
+    dropped_heads: DroppedHeads = "zero"
+    execution: Execution | None = None
     selections: list[TokenPruningStep] = field(default_factory=list)
     repairs: dict[int, RepairedProjections] = field(default_factory=dict)
     # Not compared: two plans with the same settings are equal, however often they were changed.
@@ -47,15 +49,18 @@ class VisualPlan:
         """Return the plan of a network that treats visual tokens as text."""
         return VisualPlan([LayerPlan()] * depth, cut=depth)
 
-    def agree(self, form: Execution) -> None:
+    def set_execution(self, execution: Execution) -> None:
         """Set how the plan is carried out; all strategies of a run must agree.
 
         Raises:
             UserError: an earlier strategy chose differently.
         """
-        if self.form not in (None, form):
-            raise UserError(f"form={form} cannot be combined with form={self.form}: choose one")
-        self.form = form
+        if self.execution not in (None, execution):
+            raise UserError(
+                f"execution={execution} cannot be combined with execution={self.execution} of an "
+                "earlier method: set the same for all visual methods of a run"
+            )
+        self.execution = execution
         self.revision += 1
 
     def keep_heads(self, heads: list[tuple[int, ...]]) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from bench.models.vlm.vision_tower import TowerSizes
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.settings import Quota
 
-if TYPE_CHECKING:
-    from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+# From the inputs of a step, and the number of tokens that each frame keeps [I], to those that stay.
+ChooseTokens = Callable[[SelectionInputs, Tensor], TokenSelection]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ class TokenPruningStep:
     name: str
     after: int
     quota: Quota
-    choose: Callable[[SelectionInputs, Tensor], TokenSelection]
+    choose: ChooseTokens
     attention: bool = False
     macs: Callable[[SelectionSizes], float] | None = None

@@ -27,13 +27,13 @@ from methods.visual_engine.settings import Execution
 class VisualStrategy(Method):
     """A method that adds its settings to the network's plan; several compose in any order.
 
-    `form` sets how the plan is carried out, and must be the same for all strategies of a run.
-    `skip` computes only what is read and normalises over the remaining keys. `official` computes
+    `execution` sets how the plan is carried out, and must be the same for all strategies of a run.
+    `skip` computes only what is read and normalises over the remaining keys. `masked` computes
     everything and zeroes attention weights after the softmax, as the paper's released LLaVA code
     does: for its released checkpoints and for comparison; it saves no work.
     """
 
-    form: Execution = "skip"
+    execution: Execution = "skip"
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without images or with an unsupported decoder.
@@ -47,8 +47,8 @@ class VisualStrategy(Method):
                 f"vision-language model that is supported: {', '.join(sorted(FRAME_READERS))}"
             )
         decoder_layers(structure)
-        if self.form == "official" and structure.moe:
-            raise UserError("form=official does not support MoE models")
+        if self.execution == "masked" and structure.moe:
+            raise UserError("execution=masked does not support MoE models")
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Add the settings; from now on the network follows the whole plan.
@@ -57,23 +57,27 @@ class VisualStrategy(Method):
         plan.
         """
         engine = visual_engine_of(model.network)
-        engine.plan.agree(self.form)
+        engine.plan.set_execution(self.execution)
         # On the network, not in the report: it then reflects every later change of the plan, and is
         # copied with the network.
         setattr(model.network, FLOPS_PROVIDER_ATTRIBUTE, VisualFlops(engine))
         # Masked mode keeps its marks of visual tokens as an attribute of the cache, which does not
         # follow when the rows of a shared prefix are distributed to several prompts.
-        model.needs_prompt = model.needs_prompt or self.form == "official"
+        model.needs_prompt = model.needs_prompt or self.execution == "masked"
         details = self.configure(engine, model, context)
         details |= {
             "shape": asdict(decoder_shape(engine)),
             "work": [asdict(layer) for layer in layer_costs(engine)],
         }
-        return MethodReport("skipped" if self.form == "skip" else "masked", details)
+        return MethodReport("skipped" if self.execution == "skip" else "masked", details)
 
     @abstractmethod
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
-        """Add this strategy's settings to the plan and describe them in JSON values."""
+        """Add this strategy's settings to the engine's plan; return the details of its report.
+
+        Unlike `apply`, it can be called by a method that is made of several strategies. The details
+        are JSON values.
+        """
 
 
 def tokens_by_stage(engine: VisualEngine) -> dict[str, Any]:

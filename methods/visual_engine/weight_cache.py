@@ -56,7 +56,7 @@ class WeightCache:
             self.plan.layers[index],
             self._heads[index],
             self.places(layer),
-            self.plan.dropped,
+            self.plan.dropped_heads,
             self.plan.repairs.get(index),
         )
         # Slices of trained weights belong to one autograd graph, which backward frees: a cached

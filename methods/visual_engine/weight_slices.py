@@ -99,7 +99,7 @@ def slice_weights(
     plan: LayerPlan,
     order: Sequence[int],
     places: tuple[Tensor, ...] | None,
-    dropped: DroppedHeads,
+    dropped_heads: DroppedHeads,
     repair: RepairedProjections | None = None,
 ) -> VisualWeights:
     """Slice the weights of one layer for visual rows.
@@ -116,7 +116,7 @@ def slice_weights(
     heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
     # Kept heads first, in one projection: the first h heads of its output go to visual attention,
     # the rest to attention over text alone.
-    queries = (*heads.kept, *heads.dropped) if dropped == "text" else heads.kept
+    queries = (*heads.kept, *heads.dropped) if dropped_heads == "text_only" else heads.kept
     if repair is not None and not repair.fits(heads.kept, places):
         raise UserError(
             f"layer {layer.index} was changed after its projections were repaired for visual "

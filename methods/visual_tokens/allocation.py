@@ -78,10 +78,10 @@ def top_neurons(score_F: Tensor, share: float) -> Tensor:
     return score_F.topk(min(len(score_F), max(1, int(share * len(score_F))))).indices
 
 
-def earliest_cut(findings: CalibrationStats, max_kl: float) -> int:
+def earliest_cut(stats: CalibrationStats, max_kl: float) -> int:
     """Return the smallest cut at which removing visual tokens costs at most `max_kl` nats."""
-    depth = len(findings.cut_kl)
-    fitting = [cut for cut in range(1, depth + 1) if findings.cut_kl[cut - 1] <= max_kl]
+    depth = len(stats.cut_kl)
+    fitting = [cut for cut in range(1, depth + 1) if stats.cut_kl[cut - 1] <= max_kl]
     return fitting[0] if fitting else depth
 
 

@@ -307,9 +307,12 @@ def load_calibration_stats(folder: Path) -> CalibrationStats:
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS_FILE)
     except FileNotFoundError:
-        raise MissingData(f"settings={folder} holds no {FACTS_FILE} and {TENSORS_FILE}") from None
+        raise MissingData(
+            f"calibration_folder={folder} has no {FACTS_FILE} and {TENSORS_FILE}: give a folder "
+            "that CalibrationStats.save wrote, or null to calibrate in this run"
+        ) from None
     except Exception as error:
-        raise UserError(f"settings={folder} cannot be read: {error}") from None
+        raise UserError(f"calibration_folder={folder} cannot be read: {error}") from None
     found = CalibrationStats(
         last=tensors["last"],
         text=tensors["text"],
@@ -322,12 +325,15 @@ def load_calibration_stats(folder: Path) -> CalibrationStats:
         samples=facts["samples"],
     )
     if found.origin != facts["origin"]:
-        raise UserError(f"settings={folder} was changed after it was written: recalibrate")
+        raise UserError(
+            f"calibration_folder={folder}: {FACTS_FILE} or {TENSORS_FILE} was changed after it was "
+            "written; calibrate again"
+        )
     return found
 
 
 def calibration_stats_for(
-    settings: str | None, engine: VisualEngine, context: Context
+    folder: str | None, engine: VisualEngine, context: Context
 ) -> CalibrationStats:
     """Return statistics read from a folder, or measured on the run's calibration prompts.
 
@@ -337,9 +343,9 @@ def calibration_stats_for(
         UserError: the folder belongs to a different model, or the run has no calibration prompts.
     """
 
-    if settings is not None:
-        found = load_calibration_stats(Path(settings).expanduser())
-        _refuse_mismatch(found, engine, settings)
+    if folder is not None:
+        found = load_calibration_stats(Path(folder).expanduser())
+        _refuse_mismatch(found, engine, folder)
         return found
     samples = require_samples(context)
     known = _measured.setdefault(engine, {})
@@ -358,12 +364,12 @@ def require_samples(context: Context) -> ProcessedPrompts:
     if given is None or not given.inputs:
         raise UserError(
             "visual token strategies are calibrated on prompts with images, and this run has none: "
-            "set prompts=, settings=FOLDER of a saved calibration, or choose=first or random"
+            "set prompts=, or calibration_folder= to a saved calibration, or choose=first or random"
         )
     return given
 
 
-def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, settings: str) -> None:
+def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, folder: str) -> None:
     """Raise if the statistics belong to a network of different sizes."""
     heads = engine.decoder.layers[0].attention_view().heads
     mine = (len(engine.decoder.layers), heads)
@@ -372,6 +378,7 @@ def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, settings: st
     same = widths == [[len(score_F) for score_F in units] for units in found.neurons]
     if mine != theirs or not same:
         raise UserError(
-            f"settings={settings} was measured on {theirs[0]} layers of {theirs[1]} heads; the "
-            f"model has {mine[0]} of {mine[1]}, or feed-forwards of another width"
+            f"calibration_folder={folder} is of {theirs[0]} layers with {theirs[1]} heads; the "
+            f"model has {mine[0]} with {mine[1]}, or feed-forwards of a different width: calibrate "
+            "this model"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from methods.visual_engine.cost.closed_form import PromptLengths
 
-TENSORS_FILE, FACTS_FILE = "findings.safetensors", "findings.json"
+TENSORS_FILE, FACTS_FILE = "calibration.safetensors", "calibration.json"
 Queries = Literal["last", "text"]
 
 

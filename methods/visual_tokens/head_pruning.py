@@ -38,10 +38,10 @@ class HeadPruning(VisualStrategy):
     whole. `keep` is taken over all layers, as in the release (`over=all`), or over those that
     visual tokens reach (`over=visual`; then layer_drop must come first).
 
-    `choose` ranks heads by their scores, or takes the first or random ones (controls). `dropped`
-    sets what visual rows get from a dropped head: nothing (`silent`, as in the release) or its
-    attention to text (`text`). With `reorder` the weights are permuted, exactly, so that kept heads
-    need no copies. `settings` is the folder of a saved calibration.
+    `choose` ranks heads by their scores, or takes the first or random ones (controls).
+    `dropped_heads` sets what visual rows get from a dropped head: nothing (`zero`, as in the
+    release) or its attention to text (`text_only`). With `reorder` the weights are permuted,
+    exactly, so that kept heads need no copies. `calibration_folder` is a saved calibration.
     """
 
     keep: float = Field(default=0.5, ge=0, le=1)
@@ -52,9 +52,9 @@ class HeadPruning(VisualStrategy):
     whole_layers: int = Field(default=2, ge=0)
     over: Literal["all", "visual"] = "all"
     choose: Literal["scored", "first", "random"] = "scored"
-    dropped: DroppedHeads = "silent"
+    dropped_heads: DroppedHeads = "zero"
     reorder: bool = True
-    settings: str | None = None
+    calibration_folder: str | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -69,8 +69,8 @@ class HeadPruning(VisualStrategy):
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether heads are scored on prompts: not with `settings`, `first` or `random`."""
-        return self.choose == "scored" and self.settings is None
+        """Whether heads are scored on the run's prompts."""
+        return self.choose == "scored" and self.calibration_folder is None
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse counts that are not one per layer."""
@@ -86,11 +86,12 @@ class HeadPruning(VisualStrategy):
         return RELEASED_HEAD_COUNTS[self.counts] if isinstance(self.counts, str) else self.counts
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        """Choose each layer's heads, set them in the plan and report their numbers."""
         score_LH, origin = self._scores(engine, context)
         kept = self._choose(score_LH, engine.plan.cut)
         engine.plan.keep_heads(kept)
-        engine.plan.dropped = self.dropped
-        if self.reorder and self.form == "skip":
+        engine.plan.dropped_heads = self.dropped_heads
+        if self.reorder and self.execution == "skip":
             engine.prepared.reorder()
         heads = [list(layer) for layer in kept]
         total = sum(len(layer) for layer in heads)
@@ -106,8 +107,8 @@ class HeadPruning(VisualStrategy):
         if self.choose == "random":
             generator = torch.Generator().manual_seed(context.seed)
             return torch.rand(shape, generator=generator), "random"
-        findings = calibration_stats_for(self.settings, engine, context)
-        return findings.head_statistic(self.votes, self.queries), findings.origin
+        stats = calibration_stats_for(self.calibration_folder, engine, context)
+        return stats.head_statistic(self.votes, self.queries), stats.origin
 
     def _choose(self, score_LH: torch.Tensor, cut: int) -> KeptHeads:
         counts = self._counts()

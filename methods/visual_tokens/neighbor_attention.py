@@ -32,5 +32,6 @@ class NeighborAttention(VisualStrategy):
         return window
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        """Set the window of visual attention in the plan."""
         engine.plan.see(Window(self.window // 2, self.causal))
         return {"window": self.window, "causal": self.causal}

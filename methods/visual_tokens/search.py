@@ -70,16 +70,16 @@ class BudgetSearch:
     def __init__(
         self,
         engine: VisualEngine,
-        findings: CalibrationStats,
+        stats: CalibrationStats,
         samples: ProcessedPrompts,
         whole_layers: int,
     ) -> None:
-        self.engine, self.findings, self.samples = engine, findings, samples
+        self.engine, self.stats, self.samples = engine, stats, samples
         self.shape: DecoderShape = decoder_shape(engine)
         self.whole_layers = min(whole_layers, self.shape.depth)
         # 0.4 of the samples is the paper's vote (more than 40 of 100), the default of head_pruning.
-        self.score_LH = findings.head_statistic(votes=0.4)
-        self.prompt = _with_window(findings.prompt, engine.plan)
+        self.score_LH = stats.head_statistic(votes=0.4)
+        self.prompt = _with_window(stats.prompt, engine.plan)
 
     @torch.no_grad()
     def fit(self, budget: float, progress: Progress) -> SearchResult:
@@ -179,12 +179,11 @@ class BudgetSearch:
 
     def _neurons(self, share: float) -> list[tuple[Tensor, ...]]:
         return [
-            tuple(top_neurons(score_F, share) for score_F in units)
-            for units in self.findings.neurons
+            tuple(top_neurons(score_F, share) for score_F in units) for units in self.stats.neurons
         ]
 
     def _cut_harm(self, cut: int) -> float:
-        return self.findings.cut_kl[cut - 1]
+        return self.stats.cut_kl[cut - 1]
 
     def _harm(self, progress: Progress) -> dict[tuple[str, float], float]:
         """Measure fewer heads and fewer neurons, each with everything else kept."""

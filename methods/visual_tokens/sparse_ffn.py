@@ -29,21 +29,22 @@ class SparseFFN(VisualStrategy):
     keep: float = Field(default=0.25, gt=0, le=1)
     choose: Literal["scored", "first", "random"] = "scored"
     reorder: bool = True
-    settings: str | None = None
+    calibration_folder: str | None = None
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether neurons are scored on prompts: not with `settings`, `first` or `random`."""
-        return self.choose == "scored" and self.settings is None
+        """Whether neurons are scored on the run's prompts."""
+        return self.choose == "scored" and self.calibration_folder is None
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+        """Choose each feed-forward's neurons, set them in the plan and report their counts."""
         widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]
         scores, origin = self._scores(widths, engine, context)
         kept: KeptNeurons = [
             tuple(top_neurons(score_F, self.keep) for score_F in layer) for layer in scores
         ]
         engine.plan.keep_neurons(kept)
-        if self.reorder and self.form == "skip":
+        if self.reorder and self.execution == "skip":
             engine.prepared.reorder()
         counts = [[len(unit) for unit in layer] for layer in kept]
         return {"keep": self.keep, "neurons": counts, "of": widths, "scores": origin}
@@ -59,5 +60,5 @@ class SparseFFN(VisualStrategy):
             return [[torch.rand(w, generator=generator) for w in layer] for layer in widths], (
                 "random"
             )
-        findings = calibration_stats_for(self.settings, engine, context)
-        return findings.neurons, findings.origin
+        stats = calibration_stats_for(self.calibration_folder, engine, context)
+        return stats.neurons, stats.origin

@@ -158,7 +158,7 @@ def test_linear_shares_of_what_really_runs(mask, neurons, linear):
     network.model.language_model.rotary_emb.inv_freq.fill_(1.0)
     engine = VisualEngine(network, inspect_model(network))
     whole = VisualFlops(engine)
-    engine.plan.agree("skip")
+    engine.plan.set_execution("skip")
     inputs = call(before=2, visual=36, side=14 * 6)
     dense = sum(p.macs for p in whole.prefill(inputs) if p.rows == "visual")
     engine.plan.cut_at(16)

@@ -77,7 +77,7 @@ class VisualFlops:
     def prefill(self, inputs: ModelInputs) -> list[MatmulCost] | None:
         """Return the decoder's matmuls for a prompt; None if the original decoder runs."""
         if (
-            self.engine.plan.form != "skip"
+            self.engine.plan.execution != "skip"
             or locate_visual_tokens(self.engine.network, inputs) is None
         ):
             return None
@@ -91,7 +91,7 @@ class VisualFlops:
     def token(self, inputs: ModelInputs) -> list[MatmulCost] | None:
         """Return the matmuls of the first generated token; None if the original decoder runs."""
         if (
-            self.engine.plan.form != "skip"
+            self.engine.plan.execution != "skip"
             or locate_visual_tokens(self.engine.network, inputs) is None
         ):
             return None
@@ -189,7 +189,7 @@ class VisualFlops:
                 yield from _visual_blocks(stage, kept)
         if kept and dropped:
             yield _text_to_text(stage, dropped)
-        if not last and self.engine.plan.dropped == "text" and dropped:
+        if not last and self.engine.plan.dropped_heads == "text_only" and dropped:
             yield _visual_to_text(stage, dropped)
 
     def _visual_rows(self, stage: LayerCall, *, last: bool) -> Iterator[MatmulCost]:
@@ -283,7 +283,7 @@ def _visual_blocks(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
 
 
 def _visual_to_text(stage: LayerCall, heads: int) -> MatmulCost:
-    """Count what dropped heads of visual rows attend to under `dropped=text`.
+    """Count what dropped heads of visual rows attend to under `dropped_heads=text_only`.
 
     Rows before all text get all of it, and their result is discarded, as in `text_only_attention`.
     """
@@ -310,7 +310,7 @@ def layer_costs(engine: VisualEngine) -> list[LayerCost]:
     """Return each layer's remaining work for visual rows under the engine's plan."""
     plan, work = engine.plan, []
     for layer, settings in zip(engine.decoder.layers, plan.layers, strict=True):
-        full = _layer_cost(engine, layer, settings, everywhere=plan.dropped == "text")
+        full = _layer_cost(engine, layer, settings, everywhere=plan.dropped_heads == "text_only")
         if layer.index >= plan.cut:
             work.append(LayerCost.none())
         else:

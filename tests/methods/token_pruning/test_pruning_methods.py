@@ -102,8 +102,8 @@ def test_one_budget_at_a_time():
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
         FastV(after=9, keep=3, average=None).check(loaded("llava_llama").structure)
-    with pytest.raises(UserError, match="form=official: token pruning removes tokens"):
-        DivPrune(form="official").check(loaded("llava_llama").structure)
+    with pytest.raises(UserError, match="execution=masked: token pruning removes tokens"):
+        DivPrune(execution="masked").check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="fastv reads the attention of layer 1, but dart already"):
@@ -111,6 +111,12 @@ def test_what_does_not_fit_is_said():
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
     with pytest.raises(UserError, match="downsample needs whole images"):
         network(**prompt("llava_llama", [4, (5, 5), 3]))
+
+
+@pytest.mark.parametrize("name, method", METHODS.items())
+def test_messages_name_a_method_as_its_config_does(name, method):
+    steps = method._selections(4, CONTEXT)
+    assert {step.name for step in steps} == {name} and (CONFIGS / f"{name}.yaml").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

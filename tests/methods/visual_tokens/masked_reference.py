@@ -113,7 +113,7 @@ class MaskedReference:
         silent = torch.zeros(*allowed.shape[:3], dtype=torch.bool)
         for head in set(range(heads)) - set(kept):
             allowed[:, head] &= ~vk
-            if plan.dropped == "silent":
+            if plan.dropped_heads == "zero":
                 silent[:, head] |= vq[..., 0]
         if index >= plan.cut:
             # After the cut only text rows are read, and they must not attend to visual keys; visual

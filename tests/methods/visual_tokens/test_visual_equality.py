@@ -41,7 +41,7 @@ def planned(name, *, heads=True, neurons=True, window=SMALL, cut=3, **changes):
     network = build(name)
     stock = copy.deepcopy(network)
     engine = visual_engine_of(network)
-    engine.plan.agree("skip")
+    engine.plan.set_execution("skip")
     engine.plan.see(window)
     engine.plan.cut_at(cut)
     if heads:
@@ -128,8 +128,8 @@ def test_padding_on_the_right(name):
     [
         {"window": None},
         {"window": Window(1, causal=True)},
-        {"dropped": "text"},
-        {"dropped": "text", "window": None},
+        {"dropped_heads": "text_only"},
+        {"dropped_heads": "text_only", "window": None},
         {"heads": False, "neurons": False, "window": None, "cut": 2},
         {"heads": False, "neurons": False, "cut": 4},
         {"neurons": False, "window": None, "cut": 4},
@@ -145,7 +145,9 @@ def test_every_form_of_every_strategy(name, settings, rows):
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_vl"])
 def test_an_image_may_begin_the_prompt_and_text_may_lie_between_images(name):
     assert_equal(*planned(name), prompt(name, [(3, 4), 2, (2, 2), 4]), tokens=4)
-    assert_equal(*planned(name, window=None, dropped="text"), prompt(name, [(3, 4), 3]), tokens=4)
+    assert_equal(
+        *planned(name, window=None, dropped_heads="text_only"), prompt(name, [(3, 4), 3]), tokens=4
+    )
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,6 @@ def test_what_was_moved_since_is_noticed():
 
 
 def test_only_what_is_skipped_can_be_repaired():
-    strategy = Yopo(shares=SHARES, whole_layers=1, repair=True, dropped="text")
-    with pytest.raises(UserError, match="repair=true requires form=skip"):
+    strategy = Yopo(shares=SHARES, whole_layers=1, repair=True, dropped_heads="text_only")
+    with pytest.raises(UserError, match="repair=true requires execution=skip"):
         strategy.apply(loaded("llava_llama"), context("llava_llama"))

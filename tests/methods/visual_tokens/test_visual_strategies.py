@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded():
     with pytest.raises(UserError, match="has 4 layers"):
         LayerDrop(layers=9).check(inspect_model(build("llava_llama")))
     with pytest.raises(UserError, match="does not support MoE models"):
-        SparseFFN(form="official").check(inspect_model(build("qwen3_vl_moe")))
+        SparseFFN(execution="masked").check(inspect_model(build("qwen3_vl_moe")))
 
 
 def test_images_are_asked_for():
@@ -203,8 +203,8 @@ def test_images_are_asked_for():
 def test_forms_do_not_mix():
     model = loaded("llava_llama")
     NeighborAttention().apply(model, Context(seed=1))
-    with pytest.raises(UserError, match="form=official cannot be combined with form=skip"):
-        LayerDrop(form="official").apply(model, Context(seed=1))
+    with pytest.raises(UserError, match="execution=masked cannot be combined with execution=skip"):
+        LayerDrop(execution="masked").apply(model, Context(seed=1))
 
 
 @pytest.mark.parametrize("first", [True, False])
