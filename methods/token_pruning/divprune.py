@@ -1,4 +1,4 @@
-"""DivPrune: max-min diversity."""
+"""DivPrune (CVPR 2025): max-min diversity. Shapes: I frames, M tokens of a frame, D width."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class DivPrune(BeforeDecoder):
 
     label: ClassVar[str] = "divprune"
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        return TokenSelection(farthest_points(sight.states_IMD, sight.valid, keep_I))
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        return TokenSelection(farthest_points(inputs.states_IMD, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.pairs * sizes.width

@@ -24,7 +24,7 @@ class FastV(InDecoder):
 
     after: int = Field(default=2, ge=1)
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
         return [
             TokenPruningStep(
@@ -32,9 +32,9 @@ class FastV(InDecoder):
             )
         ]
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = sight.attention(sight.last_text())[:, 0]
-        return TokenSelection(top_tokens(score_IM, sight.valid, keep_I))
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        score_IM = inputs.attention(inputs.last_text())[:, 0]
+        return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.row_macs

@@ -30,7 +30,7 @@ class PyramidDrop(TokenPruning):
     ratio: float = Field(default=0.5, gt=0, le=1)
     average: float | None = Field(default=None, gt=0, le=1)
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         cuts = [round(depth * stage / self.stages) for stage in range(1, self.stages)]
         if len({0, *cuts, depth}) != self.stages + 1:
             raise UserError(
@@ -51,9 +51,9 @@ class PyramidDrop(TokenPruning):
             for power, cut in enumerate(cuts, start=1)
         ]
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = sight.products(sight.last_text())[:, 0]
-        return TokenSelection(top_tokens(score_IM, sight.valid, keep_I))
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        score_IM = inputs.products(inputs.last_text())[:, 0]
+        return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.row_macs

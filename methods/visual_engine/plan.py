@@ -28,7 +28,7 @@ class VisualPlan:
 
     Layers from `cut` on compute nothing for visual tokens. `dropped_heads` sets what a dropped head
     contributes to visual rows: nothing (`zero`, as in the released LLaVA code), or attention to
-    text alone (`text_only`). `selections` are sorted by when they happen, so stage s of the decoder
+    text alone (`text_only`). `steps` are sorted by when they happen, so stage s of the decoder
     is what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
     when other heads or neurons are kept. `revision` grows with every change, so that cached weights
     can be refreshed.
@@ -39,7 +39,7 @@ class VisualPlan:
     window: Window | None = None
     dropped_heads: DroppedHeads = "zero"
     execution: Execution | None = None
-    selections: list[TokenPruningStep] = field(default_factory=list)
+    steps: list[TokenPruningStep] = field(default_factory=list)
     repairs: dict[int, RepairedProjections] = field(default_factory=dict)
     # Not compared: two plans with the same settings are equal, however often they were changed.
     revision: int = field(default=0, compare=False)
@@ -85,7 +85,7 @@ class VisualPlan:
         self.repairs = repairs
         self.revision += 1
 
-    def see(self, window: Window | None) -> None:
+    def set_window(self, window: Window | None) -> None:
         """Set the window of visual attention; None is causal attention to everything."""
         self.window = window
         self.revision += 1
@@ -103,22 +103,22 @@ class VisualPlan:
         self.cut = cut
         self.revision += 1
 
-    def select(self, selection: TokenPruningStep) -> None:
+    def add_step(self, step: TokenPruningStep) -> None:
         """Add a pruning step; steps after the same layer run in the order in which they were added.
 
         Raises:
             UserError: the layer does not exist, or the step reads attention that an earlier step
                 after the same layer has invalidated.
         """
-        if not 0 <= selection.after < len(self.layers):
+        if not 0 <= step.after < len(self.layers):
             raise UserError(
-                f"{selection.name} selects after {selection.after} layers, but the decoder has "
+                f"{step.name} selects after {step.after} layers, but the decoder has "
                 f"{len(self.layers)}: allowed are 0 to {len(self.layers) - 1}"
             )
         # Python's sort is stable, which preserves the order of steps after the same layer.
-        self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
+        self.steps = sorted([*self.steps, step], key=lambda each: each.after)
         self.revision += 1
-        for first, then in pairwise(self.selections):
+        for first, then in pairwise(self.steps):
             # The first step removes rows, so the queries and keys of the preceding layer no longer
             # match the rows that the second one would score.
             if then.attention and first.after == then.after:
@@ -129,8 +129,8 @@ class VisualPlan:
 
     def reaching(self, layer: int) -> list[TokenPruningStep]:
         """Return the pruning steps carried out before a layer runs."""
-        return [selection for selection in self.selections if selection.after <= layer]
+        return [step for step in self.steps if step.after <= layer]
 
-    def watches(self, layer: int) -> bool:
+    def records_qk(self, layer: int) -> bool:
         """Whether a pruning step reads the queries and keys of a layer."""
-        return any(s.attention and s.after == layer + 1 < self.cut for s in self.selections)
+        return any(s.attention and s.after == layer + 1 < self.cut for s in self.steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import Any
 
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
@@ -41,11 +40,7 @@ class VisualStrategy(Method):
         Raises:
             UserError: the model does not fit the strategy.
         """
-        if structure.model_type not in FRAME_READERS:
-            raise UserError(
-                f"{type(self).__name__} needs visual tokens, but {structure.architecture} is not a "
-                f"vision-language model that is supported: {', '.join(sorted(FRAME_READERS))}"
-            )
+        require_visual_tokens_support(type(self).__name__, structure)
         decoder_layers(structure)
         if self.execution == "masked" and structure.moe:
             raise UserError("execution=masked does not support MoE models")
@@ -72,7 +67,7 @@ class VisualStrategy(Method):
         return MethodReport("skipped" if self.execution == "skip" else "masked", details)
 
     @abstractmethod
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Add this strategy's settings to the engine's plan; return the details of its report.
 
         Unlike `apply`, it can be called by a method that is made of several strategies. The details
@@ -80,7 +75,16 @@ class VisualStrategy(Method):
         """
 
 
-def tokens_by_stage(engine: VisualEngine) -> dict[str, Any]:
+def require_visual_tokens_support(method: str, structure: ModelStructure) -> None:
+    """Raise `UserError` unless the model is a supported vision-language model."""
+    if structure.model_type not in FRAME_READERS:
+        raise UserError(
+            f"{method} needs visual tokens, but {structure.architecture} is not a vision-language "
+            f"model that is supported: choose one of {', '.join(sorted(FRAME_READERS))}"
+        )
+
+
+def tokens_by_stage(engine: VisualEngine) -> dict[str, object]:
     """Report a frame's tokens by stage of the whole plan, and their average over layers.
 
     All are None for models without a fixed image size; a cost for any size can be computed from the

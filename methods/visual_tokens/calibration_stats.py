@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class CalibrationStats:
         }
         return {"last": self.last, "text": self.text} | neurons
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         return {
             "cut_kl": self.cut_kl,
             "prompt": asdict(self.prompt),

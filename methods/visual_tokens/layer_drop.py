@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from bench.errors import UserError
@@ -44,7 +42,7 @@ class LayerDrop(VisualStrategy):
                 f"layers={self.layers}: {structure.architecture} has {len(structure.layers)} layers"
             )
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Set the layer before which visual tokens leave, and report it."""
         depth = len(engine.decoder.layers)
         if self.max_kl is not None:
@@ -65,6 +63,6 @@ class VTW(LayerDrop):
     this many nats of the dense one. The paper's K are 16 of 32 and 20 of 40 layers.
     """
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Also report the tokens of each stage."""
         return super().configure(engine, model, context) | tokens_by_stage(engine)

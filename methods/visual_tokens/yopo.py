@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,7 @@ from bench.models.model import Model
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import DroppedHeads
 from methods.visual_engine.strategy import VisualStrategy
+from methods.visual_tokens.allocation import Ranking
 from methods.visual_tokens.calibration import calibration_stats_for, require_samples
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
@@ -54,8 +55,8 @@ class Yopo(VisualStrategy):
     budget: float | None = Field(default=None, gt=0, le=1)
     budget_of: Literal["flops", "seconds"] = "flops"
     whole_layers: int = Field(default=2, ge=0)
-    heads: Literal["scored", "first", "random"] = "scored"
-    neurons: Literal["scored", "first", "random"] = "scored"
+    heads: Ranking = "scored"
+    neurons: Ranking = "scored"
     dropped_heads: DroppedHeads = "zero"
     reorder: bool = True
     calibration_folder: str | None = None
@@ -68,7 +69,7 @@ class Yopo(VisualStrategy):
         scored = self.calibration_folder is None and "scored" in (self.heads, self.neurons)
         return scored or self.repair or self.budget is not None
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Set all four strategies in the plan, from the paper's row or from a search."""
         row = self.models.get(model.structure.model_type, self.shares)
         if row.window:
@@ -77,7 +78,7 @@ class Yopo(VisualStrategy):
         if self.budget is not None:
             found = self._search(engine, context)
         else:
-            found = {}
+            found = dict[str, object]()
             for name, part in self._parts(row).items():
                 found[name] = part.configure(engine, model, context)
         if self.repair:
@@ -118,7 +119,7 @@ class Yopo(VisualStrategy):
         }
         return {name: part for name, (share, part) in parts.items() if share < 1}
 
-    def _search(self, engine: VisualEngine, context: Context) -> dict[str, Any]:
+    def _search(self, engine: VisualEngine, context: Context) -> dict[str, object]:
         """Find and set layers, heads and neurons that meet the budget."""
         if self.execution != "skip" or self.budget is None:
             raise UserError("budget requires execution=skip")
@@ -128,7 +129,7 @@ class Yopo(VisualStrategy):
         fit = search.fit_seconds if self.budget_of == "seconds" else search.fit
         fitted = fit(self.budget, context.progress)
         if self.reorder:
-            engine.prepared.reorder()
+            engine.weight_cache.reorder()
         chosen = fitted.settings
         return {
             "budget": self.budget,
@@ -138,6 +139,6 @@ class Yopo(VisualStrategy):
             "layers": chosen.cut,
             "heads": chosen.heads,
             "neurons": chosen.neurons,
-            "expected_kl": fitted.harm,
+            "expected_kl": fitted.expected_kl,
             "calibration": stats.origin,
         }

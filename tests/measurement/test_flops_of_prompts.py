@@ -132,7 +132,7 @@ def test_a_method_that_does_not_say_is_named():
     model = loaded("llava_llama", METHODS["fastv"])
     assert flops_provider_of(model.network).untold == ()
     plan = visual_engine_of(model.network).plan
-    plan.selections = [replace(each, macs=None) for each in plan.selections]
+    plan.steps = [replace(each, macs=None) for each in plan.steps]
     assert flops_provider_of(model.network).untold == ("fastv",)
 
 

@@ -93,7 +93,7 @@ def test_stats_do_not_depend_on_what_was_reordered_before():
     rng = torch.Generator().manual_seed(0)
     engine.plan.keep_heads([(3, 1)] * 4)
     engine.plan.keep_neurons([(torch.randperm(48, generator=rng)[:9],)] * 4)
-    engine.prepared.reorder()
+    engine.weight_cache.reorder()
     again = calibrate(engine, ProcessedPrompts.of([prompt("llava_llama", *ROWS)]), SILENT)
     assert torch.allclose(again.last, fresh.last, rtol=1e-4)
     assert torch.allclose(again.neurons[2][0], fresh.neurons[2][0], rtol=1e-4)

@@ -42,7 +42,7 @@ def planned(name, *, heads=True, neurons=True, window=SMALL, cut=3, **changes):
     stock = copy.deepcopy(network)
     engine = visual_engine_of(network)
     engine.plan.set_execution("skip")
-    engine.plan.see(window)
+    engine.plan.set_window(window)
     engine.plan.cut_at(cut)
     if heads:
         engine.plan.keep_heads(some_heads(engine))
@@ -84,7 +84,7 @@ def test_skip_equals_mask_and_every_setting_matters(name):
 
     engine = visual_engine_of(network)
     for change, back in (
-        (lambda: plan.see(Window(2)), lambda: plan.see(Window(1))),
+        (lambda: plan.set_window(Window(2)), lambda: plan.set_window(Window(1))),
         (lambda: plan.cut_at(2), lambda: plan.cut_at(3)),
         (
             lambda: plan.keep_heads(some_heads(engine, 2)),
@@ -181,11 +181,11 @@ def test_reordered_weights_compute_the_same(name):
     network, stock, plan = planned(name)
     dense = stock(**(call := prompt(name, [5, (3, 4), 6]))).logits
     engine = visual_engine_of(network)
-    engine.prepared.reorder()
+    engine.weight_cache.reorder()
     with engine.dense():
         assert (network(**call).logits - dense).abs().max() < TOLERANCE
     assert_equal(network, stock, plan, call)
-    weights = engine.prepared.layer(0)
+    weights = engine.weight_cache.layer(0)
     if name != "qwen3_vl_moe":
         down = engine.decoder.layers[0].feed_forward.down_proj.weight
         assert weights.feed_forward.view.down.data_ptr() == down.data_ptr()
