@@ -48,10 +48,14 @@ class SparseVLM(TokenPruning):
     recycle: bool = True
 
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        shares = self.keep or tuple(left / TABLE_TOKENS for left in RELEASED_TABLES[self.average])
-        scaled = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in TABLE_LAYERS)
-        layers = self.layers or scaled
-        if len(layers) != len(shares) or sorted(set(layers)) != list(layers) or layers[0] < 1:
+        shares, layers = self.keep, self.layers
+        if shares is None:
+            shares = tuple(left / TABLE_TOKENS for left in RELEASED_TABLES[self.average])
+        if layers is None:
+            layers = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in TABLE_LAYERS)
+        # An empty list is one number too few, not a wish for the defaults.
+        increasing = sorted(set(layers)) == list(layers) and min(layers, default=0) >= 1
+        if len(layers) != len(shares) or not increasing:
             raise UserError(
                 f"layers={list(layers)} with {len(shares)} shares: give one share for each layer; "
                 "layers must increase and start at 1 or later"

@@ -104,6 +104,9 @@ def test_what_does_not_fit_is_said():
         DivPrune(execution="masked").check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").structure)
+    for knobs in ({"keep": (), "layers": (1, 2, 3)}, {"keep": (0.5, 0.4, 0.3), "layers": ()}):
+        with pytest.raises(UserError, match="give one share for each layer"):
+            SparseVLM(**knobs).check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="fastv reads the attention of layer 1, but dart already"):
         applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
