@@ -11,6 +11,7 @@ feed-forward, N neurons that are left, P values of a fingerprint.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 
 import torch
@@ -67,7 +68,9 @@ class WeightCache:
     def by_loaded_number(self, layer: int, unit: int, value_F: Tensor) -> Tensor:
         """Order values of a feed-forward's neurons by their numbers in the loaded network."""
         order = self._neurons[layer][unit]
-        return torch.zeros(order.width).scatter(0, order.numbers(len(value_F)), value_F)
+        # Another method may have removed neurons since the order was last needed.
+        numbers_N = order.update(self.decoder.layers[layer].units()[unit])
+        return torch.zeros(order.width).scatter(0, numbers_N, value_F)
 
     def reorder(self) -> None:
         """Move kept heads and neurons of every layer to the front of its weights."""
@@ -170,19 +173,14 @@ FINGERPRINT_LENGTH = 8
 class NeuronOrder:
     """The order of one feed-forward's neurons, by their numbers in the loaded network.
 
-    After neurons have been removed, the remaining ones are identified by their gate rows, which
-    removal does not change.
+    After another method has removed or permuted neurons, they are identified by their gate rows,
+    which neither changes.
     """
 
     def __init__(self, unit: ExpertView) -> None:
         self.width = unit.width
-        self._rows_FP = unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu().clone()
+        self._rows_FP = _fingerprints(unit).clone()
         self._order_N = torch.arange(self.width)
-
-    def numbers(self, width: int) -> Tensor:
-        """Return the numbers of the neurons in their present order, [N]."""
-        assert len(self._order_N) == width
-        return self._order_N
 
     def record_permutation(self, places_N: Tensor) -> None:
         """Record a rearrangement; `places` are the old positions in their new order."""
@@ -194,23 +192,39 @@ class NeuronOrder:
         Raises:
             UserError: a neuron is not one of those that were loaded.
         """
-        # Only a change of width is looked at: comparing rows at every call would copy weights to
-        # the CPU. A method that permutes neurons without removing any is therefore not noticed.
-        if unit.width != len(self._order_N):
-            self._order_N = self._match_by_gate_rows(unit)
-        return self._order_N
-
-    def _match_by_gate_rows(self, unit: ExpertView) -> Tensor:
-        """Find each neuron's number by the beginning of its gate row."""
-        # Bit-exact values as dictionary keys: removal copies rows, so equal neurons have equal
-        # bits. Duplicate rows (all-zero gates, say) share the last one's number, which is harmless
-        # only if they compute the same.
-        numbers = {tuple(row): number for number, row in enumerate(self._rows_FP.tolist())}
-        rows_NP = unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu().tolist()
-        found = [numbers.get(tuple(row)) for row in rows_NP]
-        if None in found:
+        same_width = unit.width == len(self._order_N)
+        # Training changes values and moves nothing; comparing them would wait for the device in
+        # every call.
+        if same_width and unit.gate.requires_grad:
+            return self._order_N
+        rows_NP = _fingerprints(unit)
+        if same_width and torch.equal(rows_NP, self._rows_FP[self._order_N]):
+            return self._order_N
+        matched = self._match_by_gate_rows(rows_NP)
+        if matched is not None:
+            self._order_N = matched
+        elif not same_width:
             raise UserError(
                 "a method changed a feed-forward of which visual tokens use a part, in a way that "
                 "cannot be followed: list that method before the visual token strategies"
             )
-        return torch.tensor(found, dtype=torch.int64)
+        # Otherwise values were changed in place (zeroed, quantized), and every neuron stayed.
+        return self._order_N
+
+    def _match_by_gate_rows(self, rows_NP: Tensor) -> Tensor | None:
+        """Find each neuron's number by the beginning of its gate row; None if a row is unknown."""
+        # Bit-exact values as dictionary keys: moving copies rows, so equal neurons have equal bits.
+        # Equal rows (all-zero gates, say) get their numbers in order, each number once.
+        numbers: dict[tuple[float, ...], deque[int]] = defaultdict(deque)
+        for number, row in enumerate(self._rows_FP.tolist()):
+            numbers[tuple(row)].append(number)
+        found = [numbers[tuple(row)] for row in rows_NP.tolist()]
+        try:
+            return torch.tensor([left.popleft() for left in found], dtype=torch.int64)
+        except IndexError:
+            return None
+
+
+def _fingerprints(unit: ExpertView) -> Tensor:
+    """Return the beginnings of the gate rows of a feed-forward's neurons, [N, P], on the CPU."""
+    return unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu()
