@@ -1,10 +1,13 @@
-"""Budgets, places of selection, reports; the best tokens of each frame."""
+"""Base classes of token pruning: budgets, pruning steps and reports; scores shared by methods.
+
+Shapes: I frames, M tokens of a frame, D width, F width of the tower's features.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,10 +17,11 @@ from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
+from bench.models.vlm.vision_tower import TowerOutput
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
-from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
+from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes, TokenPruningStep
 from methods.visual_engine.settings import Quota
 from methods.visual_engine.strategy import VisualStrategy, tokens_by_stage
 
@@ -37,6 +41,8 @@ class TokenPruning(VisualStrategy):
     them, 1 is one token), or `all`.
     """
 
+    # The method's name in messages and reports; equal to the name of its config.
+    label: ClassVar[str]
     reads_tower: ClassVar[bool] = False
 
     def check(self, structure: ModelStructure) -> None:
@@ -45,21 +51,24 @@ class TokenPruning(VisualStrategy):
         An unsupported vision tower is refused later, in `apply`: it needs the loaded network.
         """
         super().check(structure)
-        if self.form != "skip":
-            raise UserError(f"form={self.form}: token pruning removes tokens; use form=skip")
-        # Dry run on an empty plan: `select` does the validation, so a run fails here, before any
+        if self.execution != "skip":
+            raise UserError(
+                f"execution={self.execution}: token pruning removes tokens; set execution=skip"
+            )
+        # Dry run on an empty plan: `add_step` does the validation, so a run fails here, before any
         # weights are loaded, with the message it would fail with later.
         plan = VisualPlan.dense(len(structure.layers))
-        for selection in self._selections(len(structure.layers), Context(seed=0)):
-            plan.select(selection)
+        for step in self._steps(len(structure.layers), Context(seed=0)):
+            plan.add_step(step)
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Add the pruning steps to the plan; report their quotas and the tokens of each stage."""
         if self.reads_tower:
-            engine.watch_tower()
+            engine.record_tower()
             model.needs_pixels = True
-        added = self._selections(len(engine.decoder.layers), context)
-        for selection in added:
-            engine.plan.select(selection)
+        added = self._steps(len(engine.decoder.layers), context)
+        for step in added:
+            engine.plan.add_step(step)
         model.overhead = engine.overhead.measured
         # Many methods choose by the question, which comes after the image: an image prefix alone
         # cannot be computed once and shared.
@@ -70,7 +79,7 @@ class TokenPruning(VisualStrategy):
         }
 
     @abstractmethod
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         """Return the pruning steps of a decoder of `depth` layers."""
 
 
@@ -79,18 +88,24 @@ class BeforeDecoder(TokenPruning):
 
     keep: Amount = 0.25
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        # The name in messages and reports is the module's name, which equals the name of the
-        # method's config only as long as each module defines one method.
-        name = type(self).__module__.rpartition(".")[2]
-        quota, chooser = Quota.of(self.keep), self._bound_choose(context)
-        return [TokenPruningStep(name, 0, quota, chooser, macs=self._macs)]
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        return [
+            TokenPruningStep(
+                self.label,
+                0,
+                Quota.of(self.keep),
+                self._bound_choose(context),
+                reads_tower=self.reads_tower,
+                macs=self._macs,
+            )
+        ]
 
-    def _bound_choose(self, context: Context) -> Any:
+    def _bound_choose(self, context: Context) -> ChooseTokens:
+        """Return `_choose`, bound to what it needs of the run."""
         return self._choose
 
     @abstractmethod
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         """Choose `keep` tokens of every frame."""
 
     @abstractmethod
@@ -108,14 +123,13 @@ class InDecoder(TokenPruning):
     average: Amount | None = None
 
     def _quota(self, after: int, depth: int) -> Quota:
-        if (self.keep is None) == (self.average is None):
-            raise UserError(
-                f"keep={self.keep} and average={self.average}: set exactly one, the other to null"
-            )
-        if self.keep is not None:
+        if self.keep is not None and self.average is None:
             return Quota.of(self.keep)
-        assert self.average is not None
-        return Quota.averaging(self.average, after, depth)
+        if self.keep is None and self.average is not None:
+            return Quota.averaging(self.average, after, depth)
+        raise UserError(
+            f"keep={self.keep} and average={self.average}: set exactly one, the other to null"
+        )
 
 
 def top_tokens(score_IM: Tensor, allowed_IM: Tensor, keep_I: Tensor) -> Tensor:
@@ -128,6 +142,30 @@ def top_tokens(score_IM: Tensor, allowed_IM: Tensor, keep_I: Tensor) -> Tensor:
     # is each token's rank, which is compared with the frame's own budget.
     rank_IM = score_IM.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (rank_IM < keep_I[:, None]) & allowed_IM
+
+
+def reproject(
+    inputs: SelectionInputs, tower: TowerOutput, marked_IM: Tensor, features_IMF: Tensor
+) -> Tensor:
+    """Return the tokens' states with the marked ones projected from new features, [I, M, D]."""
+    states_IMD = inputs.states_IMD.clone()
+    states_IMD[marked_IM] = tower.project(features_IMF[marked_IM]).to(states_IMD.dtype)
+    return states_IMD
+
+
+def evenly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
+    """Mark `count` allowed tokens of each frame at even distances, bool [I, M].
+
+    Of n allowed tokens in order, these are the ones at ⌊j n / count⌋ for j from 0 to count - 1.
+    """
+    n_I1, count_I1 = allowed_IM.sum(dim=1, keepdim=True), count_I[:, None]
+    order_IM = allowed_IM.cumsum(dim=1) - 1
+    # Solved per token instead of listing positions, since `count` differs between frames: token i
+    # is taken if some j has ⌊j n / count⌋ = i, and the only candidate is j = ⌈i count / n⌉. Integer
+    # arithmetic throughout, because a rounded quotient would drop or duplicate a token.
+    j_IM = -((-order_IM * count_I1) // n_I1.clamp(min=1))
+    taken_IM = (j_IM * n_I1 // count_I1.clamp(min=1) == order_IM) & (j_IM < count_I1)
+    return taken_IM & allowed_IM
 
 
 def pairwise_cosine(x_IMD: Tensor) -> Tensor:

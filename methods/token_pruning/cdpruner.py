@@ -1,8 +1,11 @@
-"""CDPruner: conditional DPP."""
+"""CDPruner (NeurIPS 2025): a determinantal point process conditioned on the question.
+
+Shapes: I frames, M tokens of a frame, B samples, T text rows, D width, S greedy steps.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,17 +26,19 @@ class CDPruner(BeforeDecoder):
     paper's. `relevance=none` gives every token the same relevance, which leaves diversity alone.
     """
 
+    label: ClassVar[str] = "cdpruner"
+
     relevance: Literal["projected", "none"] = "projected"
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        x_IMD, valid_IM = sight.states_IMD, sight.valid
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        x_IMD, valid_IM = inputs.states_IMD, inputs.valid
         relevance_IM = torch.ones_like(valid_IM, dtype=torch.float32)
         if self.relevance == "projected":
-            question_BT1 = sight.asked()[..., None]
+            question_BT1 = inputs.require_question_rows()[..., None]
             # A mean over the question's rows alone: padded rows hold copies of other rows and must
             # not be averaged in.
-            words_BD = (sight.text_BTD.float() * question_BT1).sum(dim=1) / question_BT1.sum(dim=1)
-            words_I1D = words_BD[sight.frames.sample_I][:, None]
+            words_BD = (inputs.text_BTD.float() * question_BT1).sum(dim=1) / question_BT1.sum(dim=1)
+            words_I1D = words_BD[inputs.frames.sample_I][:, None]
             similarity_IM = functional.cosine_similarity(x_IMD.float(), words_I1D, dim=-1)
             relevance_IM = normalized_relevance(similarity_IM, valid_IM)
         return TokenSelection(greedy_dpp_map(x_IMD, relevance_IM, valid_IM, keep_I))

@@ -1,9 +1,9 @@
-"""Controls: a coarser grid, random tokens."""
+"""Controls: tokens of a coarser grid, random tokens. Shapes: I frames, M tokens of a frame."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,23 +12,25 @@ from bench.errors import UserError
 from bench.method import Context
 from methods.token_pruning.base import BeforeDecoder, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
-from methods.visual_engine.selection_step import SelectionSizes
+from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes
 
 
 class Downsample(BeforeDecoder):
     """Keep tokens that are spread evenly over the image."""
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        if sight.frames.counts != sight.whole:
+    label: ClassVar[str] = "downsample"
+
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        if inputs.frames.counts != inputs.initial_counts:
             raise UserError("downsample needs whole images: list it before other token pruning")
-        keep_IM = torch.zeros_like(sight.valid)
+        keep_IM = torch.zeros_like(inputs.valid)
         for number, (count, keep) in enumerate(
-            zip(sight.frames.counts, keep_I.tolist(), strict=True)
+            zip(inputs.frames.counts, keep_I.tolist(), strict=True)
         ):
             # Frames are packed in raster order, so the width of a whole frame follows from its last
             # column and cell (row, column) has index row · columns + column. After other token
             # pruning neither holds, which is why partial frames are refused above.
-            columns = int(sight.cells.column_N[number, :count].max()) + 1
+            columns = int(inputs.cells.column_N[number, :count].max()) + 1
             cells = even_grid_cells(count // columns, columns, keep)
             keep_IM[number, [row * columns + column for row, column in cells]] = True
         return TokenSelection(keep_IM)
@@ -64,20 +66,22 @@ class RandomTokens(BeforeDecoder):
     over the draw by running several seeds.
     """
 
-    def _bound_choose(self, context: Context) -> Any:
+    label: ClassVar[str] = "random_tokens"
+
+    def _bound_choose(self, context: Context) -> ChooseTokens:
         return partial(self._drawn, seed=context.seed)
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        return self._drawn(sight, keep_I, seed=0)
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        return self._drawn(inputs, keep_I, seed=0)
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return 0.0
 
-    def _drawn(self, sight: SelectionInputs, keep_I: Tensor, seed: int) -> TokenSelection:
-        score_IM = torch.zeros(sight.valid.shape)
-        for number, count in enumerate(sight.frames.counts):
+    def _drawn(self, inputs: SelectionInputs, keep_I: Tensor, seed: int) -> TokenSelection:
+        score_IM = torch.zeros(inputs.valid.shape)
+        for number, count in enumerate(inputs.frames.counts):
             # A new generator per frame, on the CPU: the draw depends on seed and frame size alone,
             # not on the frame's number in the batch or on the device.
             generator = torch.Generator().manual_seed(seed)
             score_IM[number, :count] = torch.rand(count, generator=generator)
-        return TokenSelection(top_tokens(score_IM.to(keep_I.device), sight.valid, keep_I))
+        return TokenSelection(top_tokens(score_IM.to(keep_I.device), inputs.valid, keep_I))

@@ -1,11 +1,11 @@
-"""DART: duplicates of pivots leave.
-
-Tokens that duplicate pivots least (DART, EMNLP 2025).
+"""DART (EMNLP 2025): tokens that duplicate a few pivots are removed.
 
 Shapes: I frames, M tokens of a frame, T text rows, P pivots, D width, E width of keys.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -26,31 +26,33 @@ class DART(InDecoder):
     needed.
     """
 
+    label: ClassVar[str] = "dart"
+
     after: int = Field(default=2, ge=1)
     visual_pivots: int = Field(default=4, ge=1)
     text_pivots: int = Field(default=4, ge=0)
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
         return [
             TokenPruningStep(
-                "dart", self.after, quota, self._choose, attention=True, macs=self._macs
+                self.label, self.after, quota, self._choose, attention=True, macs=self._macs
             )
         ]
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        visual_IME, text_BTE = sight.keys()
-        sample_I, question_BT = sight.frames.sample_I, sight.question()
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        visual_IME, text_BTE = inputs.keys()
+        sample_I, question_BT = inputs.frames.sample_I, inputs.question_rows()
         most_I = keep_I.clamp(max=self.visual_pivots)
-        chosen_IM = select_pivots(visual_IME, sight.valid, most_I)
+        chosen_IM = select_pivots(visual_IME, inputs.valid, most_I)
         # With fewer words than `text_pivots`, all of them become pivots.
         words_B = torch.full_like(question_BT.sum(dim=1), self.text_pivots)
         words_BT = select_pivots(text_BTE, question_BT, words_B)
         return TokenSelection(
             least_similar_to_pivots(
-                sight.states_IMD,
-                sight.text_BTD[sample_I],
-                sight.valid,
+                inputs.states_IMD,
+                inputs.text_BTD[sample_I],
+                inputs.valid,
                 chosen_IM,
                 words_BT[sample_I],
                 keep_I,
@@ -93,8 +95,8 @@ def least_similar_to_pivots(
         # no mark and gets position 0, which is harmless: its part is 0 then.
         place_I = (pivot_IP & (number_IP == turn)).float().argmax(dim=1)
         pivot_ID1 = state_IPD[torch.arange(len(x_IMD), device=x_IMD.device), place_I][..., None]
-        alike_IM = (state_IPD[:, : x_IMD.shape[1]] @ pivot_ID1)[..., 0]
+        cosine_IM = (state_IPD[:, : x_IMD.shape[1]] @ pivot_ID1)[..., 0]
         part_I = rest_I // count_I.clamp(min=1) + (turn < rest_I % count_I.clamp(min=1))
         part_I = torch.where(turn < count_I, part_I, 0)
-        chosen_IM |= top_tokens(-alike_IM, valid_IM & ~chosen_IM, part_I)
+        chosen_IM |= top_tokens(-cosine_IM, valid_IM & ~chosen_IM, part_I)
     return chosen_IM

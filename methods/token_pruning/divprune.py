@@ -1,6 +1,8 @@
-"""DivPrune: max-min diversity."""
+"""DivPrune (CVPR 2025): max-min diversity. Shapes: I frames, M tokens of a frame, D width."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from methods.visual_engine.selection_step import SelectionSizes
 class DivPrune(BeforeDecoder):
     """Choose projected tokens greedily by the largest distance to the nearest chosen one."""
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        return TokenSelection(farthest_points(sight.states_IMD, sight.valid, keep_I))
+    label: ClassVar[str] = "divprune"
+
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        return TokenSelection(farthest_points(inputs.states_IMD, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.pairs * sizes.width

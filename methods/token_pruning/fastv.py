@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -18,19 +20,21 @@ class FastV(InDecoder):
     tokens that stay is k = (average L - K n) / (L - K).
     """
 
+    label: ClassVar[str] = "fastv"
+
     after: int = Field(default=2, ge=1)
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
         return [
             TokenPruningStep(
-                "fastv", self.after, quota, self._choose, attention=True, macs=self._macs
+                self.label, self.after, quota, self._choose, attention=True, macs=self._macs
             )
         ]
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = sight.attention(sight.last_text())[:, 0]
-        return TokenSelection(top_tokens(score_IM, sight.valid, keep_I))
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        score_IM = inputs.attention(inputs.last_text())[:, 0]
+        return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.row_macs

@@ -1,6 +1,4 @@
-"""PruMerge+: outliers of attention, merged.
-
-Attention outliers and token merging (PruMerge, ICCV 2025).
+"""PruMerge+ (ICCV 2025): outliers of the tower's attention absorb their nearest tokens.
 
 Shapes: I frames, M tokens of a frame, D width, E width of keys.
 """
@@ -15,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.models.vlm.vision_tower import TowerSizes
-from methods.token_pruning.base import BeforeDecoder, top_tokens
-from methods.token_pruning.visionzip import evenly_spaced
+from methods.token_pruning.base import BeforeDecoder, evenly_spaced, reproject, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
 
@@ -33,12 +30,13 @@ class PruMergePlus(BeforeDecoder):
     patches on average.
     """
 
+    label: ClassVar[str] = "prumerge_plus"
     reads_tower: ClassVar[bool] = True
 
     neighbours: int = Field(default=32, ge=0)
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        tower, valid_IM = sight.tower(), sight.valid
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        tower, valid_IM = inputs.require_tower_output(), inputs.valid
         kept_IM = outliers_and_uniform(tower.received_V, valid_IM, keep_I)
         if not self.neighbours:
             return TokenSelection(kept_IM)
@@ -46,9 +44,7 @@ class PruMergePlus(BeforeDecoder):
         merged_IMF = absorb_neighbours(
             tower.features_VF, keys_IME, tower.received_V, valid_IM, self.neighbours
         )
-        states_IMD = sight.states_IMD.clone()
-        states_IMD[kept_IM] = tower.project(merged_IMF[kept_IM]).to(states_IMD.dtype)
-        return TokenSelection(kept_IM, kept_IM, states_IMD)
+        return TokenSelection(kept_IM, kept_IM, reproject(inputs, tower, kept_IM, merged_IMF))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)

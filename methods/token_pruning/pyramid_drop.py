@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -22,11 +24,13 @@ class PyramidDrop(TokenPruning):
     over layers is this share of them.
     """
 
+    label: ClassVar[str] = "pyramid_drop"
+
     stages: int = Field(default=4, ge=2)
     ratio: float = Field(default=0.5, gt=0, le=1)
     average: float | None = Field(default=None, gt=0, le=1)
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         cuts = [round(depth * stage / self.stages) for stage in range(1, self.stages)]
         if len({0, *cuts, depth}) != self.stages + 1:
             raise UserError(
@@ -37,7 +41,7 @@ class PyramidDrop(TokenPruning):
         )
         return [
             TokenPruningStep(
-                "pyramid_drop",
+                self.label,
                 cut,
                 Quota(share=ratio**power),
                 self._choose,
@@ -47,9 +51,9 @@ class PyramidDrop(TokenPruning):
             for power, cut in enumerate(cuts, start=1)
         ]
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = sight.products(sight.last_text())[:, 0]
-        return TokenSelection(top_tokens(score_IM, sight.valid, keep_I))
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        score_IM = inputs.products(inputs.last_text())[:, 0]
+        return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
         return sizes.row_macs

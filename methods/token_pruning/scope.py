@@ -1,4 +1,7 @@
-"""SCOPE: saliency times coverage."""
+"""SCOPE (NeurIPS 2025): saliency times coverage.
+
+Shapes: I frames, M tokens of a frame, V = [I, M], D or F width.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,15 @@ class SCOPE(BeforeDecoder):
     on average); coverage is measured by the cosine of the features before the projector.
     """
 
+    label: ClassVar[str] = "scope"
     reads_tower: ClassVar[bool] = True
 
     alpha: float = Field(default=1.0, ge=0)
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        tower = sight.tower()
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        tower = inputs.require_tower_output()
         return TokenSelection(
-            greedy_coverage(tower.features_VF, tower.received_V, sight.valid, keep_I, self.alpha)
+            greedy_coverage(tower.features_VF, tower.received_V, inputs.valid, keep_I, self.alpha)
         )
 
     def _macs(self, sizes: SelectionSizes) -> float:

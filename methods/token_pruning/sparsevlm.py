@@ -1,18 +1,13 @@
-"""SparseVLM: rating words, density peaks, recycling.
+"""SparseVLM (ICML 2025): words that refer to the image rate its tokens; some removed ones return.
 
-Rater words: the words of a question that refer to the image (SparseVLM, ICML 2025).
-
-Shapes: B samples, N visual rows, T text rows, D width.
-
-Density-peak clustering for token recycling (SparseVLM, ICML 2025).
-
-Shapes: I frames, M tokens of a frame, D width.
+Recycled tokens are clustered by density peaks. Shapes: B samples, N visual rows, T text rows, I
+frames, M tokens of a frame, R raters, D width.
 """
 
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,16 +40,22 @@ class SparseVLM(TokenPruning):
     is not offered: budgets would differ from image to image.
     """
 
+    label: ClassVar[str] = "sparsevlm"
+
     average: Literal[192, 128, 64] = 192
     keep: tuple[float, ...] | None = None
     layers: tuple[int, ...] | None = None
     recycle: bool = True
 
-    def _selections(self, depth: int, context: Context) -> list[TokenPruningStep]:
-        shares = self.keep or tuple(left / TABLE_TOKENS for left in RELEASED_TABLES[self.average])
-        scaled = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in TABLE_LAYERS)
-        layers = self.layers or scaled
-        if len(layers) != len(shares) or sorted(set(layers)) != list(layers) or layers[0] < 1:
+    def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        shares, layers = self.keep, self.layers
+        if shares is None:
+            shares = tuple(left / TABLE_TOKENS for left in RELEASED_TABLES[self.average])
+        if layers is None:
+            layers = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in TABLE_LAYERS)
+        # An empty list is one number too few, not a wish for the defaults.
+        increasing = sorted(set(layers)) == list(layers) and min(layers, default=0) >= 1
+        if len(layers) != len(shares) or not increasing:
             raise UserError(
                 f"layers={list(layers)} with {len(shares)} shares: give one share for each layer; "
                 "layers must increase and start at 1 or later"
@@ -64,7 +65,7 @@ class SparseVLM(TokenPruning):
         recycled = RECYCLED_SHARE / CLUSTER_SIZE if self.recycle else 0.0
         return [
             TokenPruningStep(
-                "sparsevlm",
+                self.label,
                 after,
                 Quota(share, recycled=recycled),
                 self._choose,
@@ -74,15 +75,17 @@ class SparseVLM(TokenPruning):
             for after, share in zip(layers, shares, strict=True)
         ]
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        rating = rows_where(self._raters(sight))
-        weight_IRM = sight.attention(rating)
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        rating = rows_where(self._raters(inputs))
+        weight_IRM = inputs.attention(rating)
         # `attention` is per frame, raters are per sample: padded raters of shorter samples hold
         # copies of other rows and must not enter the mean.
-        real_IR1 = rating.validity[sight.frames.sample_I][..., None]
+        real_IR1 = rating.validity[inputs.frames.sample_I][..., None]
         score_IM = torch.where(real_IR1, weight_IRM, 0).sum(dim=1) / real_IR1.sum(dim=1)
-        kept_IM = top_tokens(score_IM, sight.valid, keep_I)
-        return self._recycled(sight, score_IM, kept_IM) if self.recycle else TokenSelection(kept_IM)
+        kept_IM = top_tokens(score_IM, inputs.valid, keep_I)
+        if not self.recycle:
+            return TokenSelection(kept_IM)
+        return self._recycled(inputs, score_IM, kept_IM)
 
     def _macs(self, sizes: SelectionSizes) -> float:
         """Charge the choice of raters, their attention, and the distances of clustering.
@@ -90,19 +93,21 @@ class SparseVLM(TokenPruning):
         How many words are more similar to the image than the average is unknown before running:
         half of the question is assumed.
         """
-        rating = sizes.samples * sizes.entered * sizes.text * sizes.width
-        attending = ceil(sizes.asked / 2) * sizes.row_macs
+        rating = sizes.samples * sizes.input_visual_rows * sizes.text * sizes.width
+        attending = ceil(sizes.question_rows / 2) * sizes.row_macs
         return rating + attending + (sizes.pairs * sizes.width if self.recycle else 0)
 
-    def _raters(self, sight: SelectionInputs) -> Tensor:
-        door = sight.entered
-        return select_raters(door.visual_BND, door.visual_valid_BN, door.text_BTD, sight.asked())
+    def _raters(self, inputs: SelectionInputs) -> Tensor:
+        embeddings, question_BT = inputs.input_embeddings, inputs.require_question_rows()
+        return select_raters(
+            embeddings.visual_BND, embeddings.visual_valid_BN, embeddings.text_BTD, question_BT
+        )
 
     def _recycled(
-        self, sight: SelectionInputs, score_IM: Tensor, kept_IM: Tensor
+        self, inputs: SelectionInputs, score_IM: Tensor, kept_IM: Tensor
     ) -> TokenSelection:
         """Add the clusters of the best removed tokens to the kept ones."""
-        gone_IM = sight.valid & ~kept_IM
+        gone_IM = inputs.valid & ~kept_IM
         gone_I = gone_IM.sum(dim=1)
         # Must equal Quota.merged, from which costs are counted. The 1e-9 keeps a product that is a
         # whole number from rounding down to the one below.
@@ -112,8 +117,8 @@ class SparseVLM(TokenPruning):
         # A cluster needs a member: with few removed tokens, the pool holds one per cluster.
         pool_I = torch.maximum((gone_I * RECYCLED_SHARE + 1e-9).long(), count_I)
         pool_IM = top_tokens(score_IM, gone_IM, pool_I)
-        centre_IM, owner_IM = cluster_by_density(sight.states_IMD, pool_IM, count_I)
-        sums_IMD = cluster_sums(sight.states_IMD, pool_IM, owner_IM)
+        centre_IM, owner_IM = cluster_by_density(inputs.states_IMD, pool_IM, count_I)
+        sums_IMD = cluster_sums(inputs.states_IMD, pool_IM, owner_IM)
         return TokenSelection(kept_IM | centre_IM, centre_IM, sums_IMD)
 
 

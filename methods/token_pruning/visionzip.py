@@ -1,4 +1,7 @@
-"""VisionZip: dominant and contextual tokens."""
+"""VisionZip (CVPR 2025): dominant tokens of the vision tower, and means of the others.
+
+Shapes: I frames, M tokens of a frame, V = [I, M], H heads, d a head's width, F width of features.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.models.vlm.vision_tower import TowerSizes
-from methods.token_pruning.base import BeforeDecoder, top_tokens
+from methods.token_pruning.base import BeforeDecoder, evenly_spaced, reproject, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
 
@@ -25,12 +28,13 @@ class VisionZip(BeforeDecoder):
     it receives from all patches on average.
     """
 
+    label: ClassVar[str] = "visionzip"
     reads_tower: ClassVar[bool] = True
 
     contextual: float = Field(default=10 / 64, ge=0, lt=1)
 
-    def _choose(self, sight: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        tower, valid_IM = sight.tower(), sight.valid
+    def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        tower, valid_IM = inputs.require_tower_output(), inputs.valid
         targets_I = (keep_I * self.contextual).round().long()
         dominant_IM = top_tokens(tower.received_V, valid_IM, keep_I - targets_I)
         rest_IM = valid_IM & ~dominant_IM
@@ -42,10 +46,8 @@ class VisionZip(BeforeDecoder):
         source_IM = torch.where((targets_I > 0)[:, None], rest_IM & ~target_IM, False)
         keys_IMd = tower.keys_VHd.mean(dim=2)
         mean_IMF = merge_into_targets(tower.features_VF, keys_IMd, target_IM, source_IM)
-        # Only targets change: their means are projected again, which is the cost `targets *
-        # project`.
-        states_IMD = sight.states_IMD.clone()
-        states_IMD[target_IM] = tower.project(mean_IMF[target_IM]).to(states_IMD.dtype)
+        # Only targets change: their means are projected again, which costs `targets * project`.
+        states_IMD = reproject(inputs, tower, target_IM, mean_IMF)
         return TokenSelection(dominant_IM | target_IM, target_IM, states_IMD)
 
     def _macs(self, sizes: SelectionSizes) -> float:
@@ -53,23 +55,8 @@ class VisionZip(BeforeDecoder):
         targets = sum(round(kept * self.contextual) for kept in sizes.kept)
         if not targets:
             return tower.reading
-        likeness = sizes.pairs * tower.keys / tower.heads
-        return tower.reading + likeness + targets * tower.project
-
-
-def evenly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
-    """Mark `count` allowed tokens of each frame at even distances, bool [I, M].
-
-    Of n allowed tokens in order, these are the ones at ⌊j n / count⌋ for j from 0 to count - 1.
-    """
-    n_I1, count_I1 = allowed_IM.sum(dim=1, keepdim=True), count_I[:, None]
-    order_IM = allowed_IM.cumsum(dim=1) - 1
-    # Solved per token instead of listing positions, since `count` differs between frames: token i
-    # is taken if some j has ⌊j n / count⌋ = i, and the only candidate is j = ⌈i count / n⌉. Integer
-    # arithmetic throughout, because a rounded quotient would drop or duplicate a token.
-    j_IM = -((-order_IM * count_I1) // n_I1.clamp(min=1))
-    taken_IM = (j_IM * n_I1 // count_I1.clamp(min=1) == order_IM) & (j_IM < count_I1)
-    return taken_IM & allowed_IM
+        similarity = sizes.pairs * tower.keys / tower.heads
+        return tower.reading + similarity + targets * tower.project
 
 
 def merge_into_targets(

@@ -78,7 +78,7 @@ def text_attention(
     text: StreamQKV,
     visual: tuple[Tensor, Tensor] | None,
     weights: VisualWeights,
-    who: AttentionMasks,
+    masks: AttentionMasks,
 ) -> Tensor:
     """Compute the attention of text rows, [B, H, T, d], with heads in the network's order.
 
@@ -102,19 +102,21 @@ def text_attention(
             ],
             2,
         )
-        parts.append(attend(select_heads(q_BHTd, heads.kept), k, v, who.mixed_BTK, scaling))
+        parts.append(attend(select_heads(q_BHTd, heads.kept), k, v, masks.mixed_BTK, scaling))
     # If there are no visual keys, or no head is kept, all heads attend to text only. (kept,
     # dropped) is the order that `restore_head_order` expects.
     alone = heads.dropped if parts else (*heads.kept, *heads.dropped)
     if alone:
         k = kv_heads_for(text.k, alone, heads.per_group)
         v = kv_heads_for(text.v, alone, heads.per_group)
-        parts.append(attend(select_heads(q_BHTd, alone), k, v, who.text_BTK, scaling, who.causal))
+        parts.append(
+            attend(select_heads(q_BHTd, alone), k, v, masks.text_BTK, scaling, masks.causal)
+        )
     return restore_head_order(parts, heads.restore)
 
 
 def visual_attention(
-    text: StreamQKV, visual: StreamQKV, weights: VisualWeights, who: AttentionMasks
+    text: StreamQKV, visual: StreamQKV, weights: VisualWeights, masks: AttentionMasks
 ) -> Tensor:
     """Compute the attention of visual rows in kept heads, [B, h, N, d].
 
@@ -126,7 +128,7 @@ def visual_attention(
     v_text = kv_heads_for(text.v, heads.kept, heads.per_group)
     q_BhNd = cast(Tensor, visual.q)
     found = []
-    for block in who.blocks:
+    for block in masks.blocks:
         own, seen = block.samples, block.text_keys
         k = torch.cat([k_visual[own, :, block.keys], k_text[own, :, :seen]], dim=2)
         v = torch.cat([v_visual[own, :, block.keys], v_text[own, :, :seen]], dim=2)
@@ -135,20 +137,20 @@ def visual_attention(
     if len(found) == 1 and found[0].shape == q_BhNd.shape:
         return found[0]
     out_BhNd = torch.zeros_like(q_BhNd)
-    for block, part in zip(who.blocks, found, strict=True):
+    for block, part in zip(masks.blocks, found, strict=True):
         out_BhNd[block.samples, :, block.queries] = part
     return out_BhNd
 
 
 def joint_attention(
-    text: StreamQKV, visual: StreamQKV, weights: VisualWeights, who: AttentionMasks
+    text: StreamQKV, visual: StreamQKV, weights: VisualWeights, masks: AttentionMasks
 ) -> tuple[Tensor, Tensor]:
     """Compute both streams' attention where kept heads attend in plain causal order.
 
     One causal product over [text | visual] rows in the call's order, which needs no mask.
     """
     heads, scaling = weights.heads, weights.view.scaling
-    order = cast(Tensor, who.order)
+    order = cast(Tensor, masks.order)
     q_text = cast(Tensor, text.q)
     streams = (
         (select_heads(q_text, heads.kept), cast(Tensor, visual.q)),
@@ -169,14 +171,14 @@ def joint_attention(
 
 
 def text_only_attention(
-    text: StreamQKV, q_BHNd: Tensor, weights: VisualWeights, who: AttentionMasks
+    text: StreamQKV, q_BHNd: Tensor, weights: VisualWeights, masks: AttentionMasks
 ) -> Tensor:
-    """Compute the attention of dropped heads of visual rows under `dropped=text`, [B, H - h, N, d].
+    """Compute the attention of visual rows to text in dropped heads, [B, H - h, N, d].
 
-    Rows with no text before them get zero.
+    Used under `dropped_heads=text_only`. Rows with no text before them get zero.
     """
     heads = weights.heads
-    before = cast(Tensor, who.before_BNK)
+    before = cast(Tensor, masks.before_BNK)
     # A softmax over nothing is NaN in some kernels, which multiplying by 0 does not remove. Rows
     # without text before them therefore get a full mask first and are zeroed afterwards.
     any_text = before.any(dim=-1, keepdim=True)

@@ -1,8 +1,6 @@
-"""The engine: the text decoder's forward on two streams, and its own overhead.
+"""The visual engine: a vision-language model run with less work for its visual tokens.
 
-The engine: a vision-language model run with less work for its visual tokens.
-
-Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model.
+Shapes: B samples, S tokens of a call, T text rows, N visual rows, D d_model, V vocabulary.
 
 The engine replaces the text decoder's forward, so the model's own `generate` works unchanged. A
 call without images, and with no image in its cache, is passed to the original decoder. Any other
@@ -17,14 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache as remembered
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache as cache_result
+from typing import TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from bench.data.prompts import ModelInputs
 from bench.device.devices import synchronize
 from bench.errors import UserError
 from bench.models.structure.model_structure import ModelStructure, inspect_model
@@ -34,6 +33,7 @@ from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 from methods.visual_engine.attention import Rotary
 from methods.visual_engine.forward_state import (
     ForwardState,
+    ImageInputs,
     VisualTokensState,
     all_visual_tokens,
     match_tower_output,
@@ -42,13 +42,25 @@ from methods.visual_engine.kv_cache import is_split_cache, split_cache
 from methods.visual_engine.layer import Streams, two_stream_layer
 from methods.visual_engine.masked_mode import MaskedMode
 from methods.visual_engine.plan import VisualPlan
+from methods.visual_engine.selection_inputs import InputEmbeddings
 from methods.visual_engine.token_index import TokenRows, rows_where
 from methods.visual_engine.weight_cache import WeightCache
 
-if TYPE_CHECKING:
-    from methods.visual_tokens.calibration_stats import CalibrationStats
-
 ENGINE_ATTRIBUTE = "slimbench_visual_engine"
+
+# Reads the vision tower's outputs of a call; None if it was not recorded.
+ReadTower = Callable[[], TowerOutput | None]
+
+
+class DecoderCall(TypedDict, total=False):
+    """Arguments of a text decoder's forward that the engine reads."""
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    past_key_values: DynamicCache | None
+    use_cache: bool | None
+    deepstack_visual_embeds: list[Tensor] | None
 
 
 class VisualEngine:
@@ -58,18 +70,16 @@ class VisualEngine:
         self.network = network
         self.decoder = open_decoder(network, structure)
         self.plan = VisualPlan.dense(len(self.decoder.layers))
-        self.prepared = WeightCache(self.decoder, self.plan)
-        self.official = MaskedMode(network, self.decoder, self.plan)
-        self.findings: dict[str, CalibrationStats] = {}
+        self.weight_cache = WeightCache(self.decoder, self.plan)
+        self.masked_mode = MaskedMode(network, self.decoder, self.plan)
         self.overhead = SelectionOverhead()
         self.tower: Tower | None = None
         self._tokens: VisualTokens | None = None
         self._bypassed = False
-        module = cast(Any, self.decoder.module)
-        self._stock: Callable[..., Any] = module.forward
+        self._original_forward: Callable[..., object] = self.decoder.module.forward
         # On the instance, so that transformers' class and all other models stay as they are.
-        module.forward = self.forward
-        self.decoder.inner.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.decoder.module.forward = self.forward
+        self.decoder.inner.register_forward_pre_hook(self._locate_tokens, with_kwargs=True)
         setattr(network, ENGINE_ATTRIBUTE, self)
 
     @contextmanager
@@ -81,45 +91,52 @@ class VisualEngine:
         finally:
             self._bypassed = before
 
-    def watch_tower(self) -> None:
+    def last_logits(self, call: ModelInputs) -> Tensor:
+        """Return the logits of every sample's last token, [B, V], without a cache."""
+        logits_B1V: Tensor = self.network(**call, use_cache=False, logits_to_keep=1).logits
+        return logits_B1V[:, -1]
+
+    def record_tower(self) -> None:
         """Record what the vision tower computes, for pruning steps that read it."""
         if self.tower is None:
             self.tower = Tower(self.network)
 
-    def _note(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _locate_tokens(
+        self, inner: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Locate the visual tokens of the call that is about to reach the decoder."""
         # Only the inner model sees token ids and pixels; the decoder below it gets embeddings. What
         # the hook finds is kept until the decoder's forward takes it.
         call = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
         self._tokens = locate_visual_tokens(self.network, call | call.pop("kwargs", {}))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **call: Unpack[DecoderCall]) -> object:
         """Run one call: by the original decoder, in masked mode, or on two streams."""
         # Taken before any test below, together with the tower's recordings: a call that returns
         # early must not leave them for the next one, whose images they are not.
         tokens, self._tokens = self._tokens, None
-        encoded = self._encoded(tokens)
-        cache = kwargs.get("past_key_values")
-        if self._bypassed or self.plan.form is None:
-            return self._stock(*args, **kwargs)
+        read_tower = self._tower_reader(tokens)
+        cache = call.get("past_key_values")
+        if self._bypassed or self.plan.execution is None:
+            return self._original_forward(*args, **call)
         # Masked mode decides for itself about text-only calls: it keeps its marks on the cache, not
         # in a split cache.
-        if self.plan.form == "official":
-            return self.official.run(self._stock, tokens, *args, **kwargs)
+        if self.plan.execution == "masked":
+            return self.masked_mode.run(self._original_forward, tokens, *args, **call)
         # A text-only call still has to run here if images are in its cache: only the engine knows
         # how to read the visual part.
         if tokens is None and not is_split_cache(cache):
-            return self._stock(*args, **kwargs)
-        return self._run(tokens, encoded, **kwargs)
+            return self._original_forward(*args, **call)
+        return self._run(tokens, read_tower, **call)
 
-    def _encoded(self, tokens: VisualTokens | None) -> Callable[[], TowerOutput | None]:
+    def _tower_reader(self, tokens: VisualTokens | None) -> ReadTower:
         """Return a lazy reader for vision-tower outputs of this call."""
         tower = self.tower
         runs = [] if tower is None else tower.take()
 
         # Reading recomputes a layer's attention in the tower: not at all in a call that prunes
         # nothing, once if several steps prune.
-        @remembered
+        @cache_result
         def read() -> TowerOutput | None:
             if tower is None or tokens is None or not runs:
                 return None
@@ -130,14 +147,14 @@ class VisualEngine:
     def _run(
         self,
         tokens: VisualTokens | None,
-        encoded: Callable[[], TowerOutput | None],
+        read_tower: ReadTower,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
         deepstack_visual_embeds: list[Tensor] | None = None,
-        **_: Any,
+        **_: object,
     ) -> MoeModelOutputWithPast:
         """Split the call into two streams, run them through all layers, put text rows back."""
         config = self.decoder.config
@@ -146,70 +163,75 @@ class VisualEngine:
             cache = DynamicCache(config=config)
         text, visual = split_rows(inputs_embeds, tokens, attention_mask)
         offset = 0 if cache is None else cache.get_seq_length()
-        stages = len(self.plan.selections) + 1
+        stages = len(self.plan.steps) + 1
         if cache is not None and not is_split_cache(cache):
             past_mask = None if attention_mask is None else attention_mask[:, :offset]
             device = inputs_embeds.device
             depth = len(self.decoder.layers)
             split_cache(cache, depth, stages, len(inputs_embeds), past_mask, device)
         if cache is not None and len(cache.layers[0].cached_tokens.visual) != stages:
-            raise UserError("the selections of visual tokens were changed within a conversation")
+            raise UserError(
+                f"the cache has {len(cache.layers[0].cached_tokens.visual) - 1} pruning steps, but "
+                f"the plan has {stages - 1}: start a new cache after adding a pruning method"
+            )
 
         angles = self._angles(inputs_embeds, position_ids, offset)
-        there: VisualTokensState | None = None
+        streams = Streams(text.take(inputs_embeds), None)
+        images: ImageInputs | None = None
+        visual_state: VisualTokensState | None = None
         if tokens is not None and visual is not None:
+            streams.visual_BND = visual.take(inputs_embeds)
+            embeddings = InputEmbeddings(streams.text_BTD, streams.visual_BND, visual.validity)
+            images = ImageInputs(tokens, embeddings)
             stacked = _deepstack_rows(deepstack_visual_embeds, inputs_embeds, tokens, visual)
-            there = all_visual_tokens(tokens, visual, _take_angles(visual, angles), stacked)
-        streams = Streams(
-            text.take(inputs_embeds), None if visual is None else visual.take(inputs_embeds)
-        )
+            visual_state = all_visual_tokens(tokens, visual, _take_angles(visual, angles), stacked)
         rotary, window = _take_angles(text, angles), self.plan.window
-        passage = ForwardState(text, rotary, tokens, there, window, streams, cache, offset)
-        x_BTD = self._through_layers(streams, passage, encoded)
-        passage.commit_to_cache(inputs_embeds.shape[1])
+        state = ForwardState(text, rotary, images, visual_state, window, cache, offset)
+        x_BTD = self._through_layers(streams, state, read_tower)
+        state.commit_to_cache(inputs_embeds.shape[1])
         norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
         # Visual rows of the output stay zero: after the last layer only text rows are read, for
         # logits.
-        whole_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
-        return MoeModelOutputWithPast(last_hidden_state=whole_BSD, past_key_values=cache)
+        out_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
+        return MoeModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
 
     def _through_layers(
-        self, streams: Streams, passage: ForwardState, encoded: Callable[[], TowerOutput | None]
+        self, streams: Streams, state: ForwardState, read_tower: ReadTower
     ) -> Tensor:
         """Return the text rows after the last layer; visual rows end at the cut."""
-        cut, selections, stage = self.plan.cut, self.plan.selections, 0
+        cut, steps, stage = self.plan.cut, self.plan.steps, 0
         for layer in self.decoder.layers:
             # Several steps may follow the same layer. `stage` counts the steps passed, also in
             # calls without visual rows, because it selects the cached positions that the layer can
             # see.
-            for selection in selections[stage:] if layer.index < cut else ():
-                if selection.after > layer.index:
+            for step in steps[stage:] if layer.index < cut else ():
+                if step.after > layer.index:
                     break
-                if passage.visual is not None:
-                    with self.overhead.clocked(streams.text_BTD.device):
-                        streams = passage.select(selection, streams, encoded)
+                if state.visual is not None:
+                    with self.overhead.timed(streams.text_BTD.device):
+                        streams = state.run_step(step, streams, read_tower)
                 stage += 1
-            call = passage.call(stage)
+            call = state.call(stage)
             if layer.index < cut:
                 streams = two_stream_layer(
                     streams,
                     layer,
-                    self.prepared.layer(layer.index),
+                    self.weight_cache.layer(layer.index),
                     call,
                     last=layer.index == cut - 1,
-                    watched=self.plan.watches(layer.index),
+                    keep_qk=self.plan.records_qk(layer.index),
                 )
             elif streams.text_BTD.shape[1]:
                 streams.text_BTD = layer.module(
                     streams.text_BTD,
-                    attention_mask=call.who.text_BTK,
+                    attention_mask=call.masks.text_BTK,
                     position_embeddings=call.text_rotary,
                     past_key_values=call.cache,
                     use_cache=call.cache is not None,
                 )
             # DeepStack (Qwen3-VL) adds tower features after each of the first layers, to visual
             # rows only. They are narrowed by each pruning step together with the rows.
-            stacked = [] if passage.visual is None else passage.visual.stacked
+            stacked = [] if state.visual is None else state.visual.stacked
             if streams.visual_BND is not None and layer.index < len(stacked):
                 streams.visual_BND = streams.visual_BND + stacked[layer.index]
         return streams.text_BTD
@@ -222,7 +244,7 @@ class VisualEngine:
         Positions may be [B, S], [3, B, S] (M-RoPE) or [4, B, S], whose first part is for packed
         text only.
         """
-        rotary = cast(Any, self.decoder.module.rotary_emb)
+        rotary = cast(nn.Module, self.decoder.module.rotary_emb)
         if positions is None:
             positions = torch.arange(offset, offset + x_BSD.shape[1], device=x_BSD.device)[None]
         if positions.ndim == 3 and positions.shape[0] == 4:
@@ -236,9 +258,9 @@ class VisualEngine:
 def visual_engine_of(network: nn.Module) -> VisualEngine:
     """Return the network's engine, created at the first call."""
     known = getattr(network, ENGINE_ATTRIBUTE, None)
-    return (
-        known if isinstance(known, VisualEngine) else VisualEngine(network, inspect_model(network))
-    )
+    if isinstance(known, VisualEngine):
+        return known
+    return VisualEngine(network, inspect_model(network))
 
 
 def split_rows(
@@ -287,12 +309,12 @@ class SelectionOverhead:
     """
 
     seconds: float = 0.0
-    selections: int = 0
+    steps: int = 0
     synchronized: bool = False
 
     def reset(self) -> None:
         """Set both to zero."""
-        self.seconds, self.selections = 0.0, 0
+        self.seconds, self.steps = 0.0, 0
 
     @contextmanager
     def measured(self) -> Iterator[SelectionOverhead]:
@@ -305,14 +327,14 @@ class SelectionOverhead:
             self.synchronized = before
 
     @contextmanager
-    def clocked(self, device: torch.device) -> Iterator[None]:
+    def timed(self, device: torch.device) -> Iterator[None]:
         """Add the time of the block as one pruning step."""
         self._wait(device)
         start = time.perf_counter()
         yield
         self._wait(device)
         self.seconds += time.perf_counter() - start
-        self.selections += 1
+        self.steps += 1
 
     def _wait(self, device: torch.device) -> None:
         # Off by default: waiting for the device at every step would slow down the prefill that is

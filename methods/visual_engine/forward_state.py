@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from bench.errors import UserError
 from bench.models.vlm.vision_tower import TowerOutput
@@ -38,36 +38,42 @@ class VisualTokensState:
     rotary: Rotary
     stacked: list[Tensor]
 
-    def among(self, chosen: TokenRows) -> VisualTokensState:
+    def subset(self, chosen: TokenRows) -> VisualTokensState:
         """Keep those at the positions that `chosen` gives, counted among the present ones."""
-        rows, index_BN = self.rows.among(chosen), chosen.index_BR
-        parts = (self.cells.frame_N, self.cells.row_N, self.cells.column_N)
-        frame_BN, row_BN, column_BN = (part.gather(1, index_BN) for part in parts)
+        rows, index_BN = self.rows.subset(chosen), chosen.index_BR
+        cells = self.cells.map(lambda part_BN: part_BN.gather(1, index_BN))
         # Padding rows are copies of real ones; frame -1 keeps them out of frames and windows.
-        frame_BN = frame_BN.masked_fill(~rows.validity, -1)
+        frame_BN = cells.frame_N.masked_fill(~rows.validity, -1)
         return VisualTokensState(
             rows=rows,
-            cells=Cells(frame_BN, row_BN, column_BN),
+            cells=replace(cells, frame_N=frame_BN),
             rotary=(chosen.take(self.rotary[0]), chosen.take(self.rotary[1])),
             stacked=[chosen.take(each) for each in self.stacked],
         )
 
 
+@dataclass(frozen=True)
+class ImageInputs:
+    """The visual tokens of a call with images, and both streams as they enter the decoder."""
+
+    tokens: VisualTokens
+    embeddings: InputEmbeddings
+
+
 class ForwardState:
     """State that all layers of one call share, stage by stage; a pruning step ends a stage.
 
-    `tokens` and `visual` are None in a call without images; `streams` are the decoder's inputs.
+    `images` and `visual` are None in a call without images.
     """
 
     def __init__(
         self,
         text: TokenRows,
         text_rotary: Rotary,
-        tokens: VisualTokens | None,
+        images: ImageInputs | None,
         visual: VisualTokensState | None,
         window: Window | None,
-        streams: Streams,
-        cache: Any | None,
+        cache: DynamicCache | None,
         offset: int,
     ) -> None:
         self.text, self.text_rotary, self.visual = text, text_rotary, visual
@@ -75,24 +81,18 @@ class ForwardState:
         self.cached_tokens: CachedTokens | None = (
             None if cache is None else cache.layers[0].cached_tokens
         )
-        self.tokens = tokens
-        self.frames: Frames | None = None
-        self.whole: tuple[int, ...] = ()
-        self.entered: InputEmbeddings | None = None
-        if visual is not None and streams.visual_BND is not None:
-            self.entered = InputEmbeddings(
-                streams.text_BTD, streams.visual_BND, visual.rows.validity
-            )
+        self.images = images
+        self.initial_counts: tuple[int, ...] = ()
         self.stages: list[TokenRows] = [] if visual is None else [visual.rows]
-        self._known: tuple[int, CallContext] | None = None
+        self._current: tuple[int, CallContext] | None = None
 
     def call(self, stage: int) -> CallContext:
         """Return the shared inputs of a stage's layers; stages come in order."""
-        if self._known is None or self._known[0] != stage:
-            self._known = stage, self._of_stage(stage)
-        return self._known[1]
+        if self._current is None or self._current[0] != stage:
+            self._current = stage, self._build_context(stage)
+        return self._current[1]
 
-    def _of_stage(self, stage: int) -> CallContext:
+    def _build_context(self, stage: int) -> CallContext:
         visual = self.visual
         past = (
             None
@@ -101,85 +101,56 @@ class ForwardState:
         )
         rows, cells = (None, None) if visual is None else (visual.rows, visual.cells)
         return CallContext(
-            who=attention_masks(self.text, rows, cells, self.window, past, self.offset),
+            masks=attention_masks(self.text, rows, cells, self.window, past, self.offset),
             text_rotary=self.text_rotary,
             visual_rotary=None if visual is None else visual.rotary,
             cache=self.cache,
         )
 
-    def select(
+    def run_step(
         self,
-        selection: TokenPruningStep,
+        step: TokenPruningStep,
         streams: Streams,
-        encoded: Callable[[], TowerOutput | None],
+        read_tower: Callable[[], TowerOutput | None],
     ) -> Streams:
-        """Carry out a pruning step and return the streams without the removed tokens.
-
-        `encoded` reads the outputs of the vision tower.
-        """
-        if self.visual is None or streams.visual_BND is None:
+        """Carry out a pruning step and return the streams without the removed tokens."""
+        visual, images, states_BND = self.visual, self.images, streams.visual_BND
+        if visual is None or images is None or states_BND is None:
             return streams
-        if self.frames is None:
-            self.frames = Frames.of(self.visual.cells)
-            self.whole = self.frames.counts
-        frames, states_BND = self.frames, streams.visual_BND
+        frames = Frames.of(visual.cells)
+        self.initial_counts = self.initial_counts or frames.counts
         # Quotas are of the number of tokens a frame came with, also after earlier steps. A frame
         # that has no more than its quota is left unchanged, whatever `choose` returns for it.
-        counts = zip(self.whole, frames.counts, strict=True)
-        kept = [selection.quota.kept(n, m) for n, m in counts]
+        counts = zip(self.initial_counts, frames.counts, strict=True)
+        kept = [step.quota.kept(n, m) for n, m in counts]
         untouched = [k >= m for k, m in zip(kept, frames.counts, strict=True)]
         if not all(untouched):
-            sight = self._sight(selection, streams, frames, encoded())
-            choice = selection.choose(sight, torch.tensor(kept, device=states_BND.device))
+            tower = read_tower() if step.reads_tower else None
+            inputs = SelectionInputs(
+                name=step.name,
+                frames=frames,
+                cells=visual.cells.map(frames.pack),
+                states_IMD=frames.pack(states_BND),
+                initial_counts=self.initial_counts,
+                visual=visual.rows,
+                text=self.text,
+                text_BTD=streams.text_BTD,
+                input_embeddings=images.embeddings,
+                last_qk=streams.last_qk,
+                tower_output=tower and _by_frame(tower, images.tokens, visual.rows, frames),
+            )
+            choice = step.choose(inputs, torch.tensor(kept, device=states_BND.device))
             untouched_I = torch.tensor(untouched, device=states_BND.device)
             if choice.changed_IM is not None and choice.states_IMD is not None:
                 changed_IM = choice.changed_IM & ~untouched_I[:, None]
-                states_BND = frames.put(states_BND, changed_IM, choice.states_IMD)
-            chosen = rows_where(frames.spread(choice.keep_IM | untouched_I[:, None]))
+                states_BND = frames.replace_rows(states_BND, changed_IM, choice.states_IMD)
+            chosen = rows_where(frames.unpack(choice.keep_IM | untouched_I[:, None]))
             states_BND = chosen.take(states_BND)
-            self.visual = self.visual.among(chosen)
-            self.frames = Frames.of(self.visual.cells)
-        self.stages.append(self.visual.rows)
+            self.visual = visual = visual.subset(chosen)
+        self.stages.append(visual.rows)
         # The kept queries and keys belong to the rows before this step. A second step after the
-        # same layer must not index them with the new rows; VisualPlan.select refuses such plans.
-        return replace(streams, visual_BND=states_BND, ran=None)
-
-    def _sight(
-        self,
-        selection: TokenPruningStep,
-        streams: Streams,
-        frames: Frames,
-        encoded: TowerOutput | None,
-    ) -> SelectionInputs:
-        """Collect the inputs of a pruning step."""
-        visual, states_BND = self.visual, streams.visual_BND
-        assert visual is not None and states_BND is not None and self.entered is not None
-        parts = (visual.cells.frame_N, visual.cells.row_N, visual.cells.column_N)
-        packed = None
-        if encoded is not None and self.tokens is not None:
-            order_BS = _encoding_order(self.tokens)
-            # Tower outputs come in encoding order, and earlier steps have removed rows: the
-            # position of a row in the call leads to its encoding number.
-            index_IM = frames.pack(order_BS.gather(1, visual.rows.index_BR))
-            packed = replace(
-                encoded,
-                received_V=encoded.received_V[index_IM],
-                keys_VHd=encoded.keys_VHd[index_IM],
-                features_VF=encoded.features_VF[index_IM],
-            )
-        return SelectionInputs(
-            name=selection.name,
-            frames=frames,
-            cells=Cells(*(frames.pack(part) for part in parts)),
-            states_IMD=frames.pack(states_BND),
-            whole=self.whole,
-            visual=visual.rows,
-            text=self.text,
-            text_BTD=streams.text_BTD,
-            entered=self.entered,
-            ran=streams.ran,
-            encoded=packed,
-        )
+        # same layer must not index them with the new rows; VisualPlan.add_step refuses such plans.
+        return replace(streams, visual_BND=states_BND, last_qk=None)
 
     def commit_to_cache(self, length: int) -> None:
         """Record the call's `length` tokens in the cache."""
@@ -202,7 +173,7 @@ def all_visual_tokens(
     """Return the state before any pruning."""
     parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
     return VisualTokensState(
-        rows, Cells(*(part.gather(1, rows.index_BR) for part in parts)), rotary, stacked
+        rows, Cells(*parts).map(lambda part_BS: part_BS.gather(1, rows.index_BR)), rotary, stacked
     )
 
 
@@ -218,16 +189,16 @@ def _encoding_order(tokens: VisualTokens) -> Tensor:
     return torch.zeros_like(tokens.frame_BS).masked_scatter(tokens.mask, number_V)
 
 
-def match_tower_output(encoded: TowerOutput, tokens: VisualTokens) -> TowerOutput:
+def match_tower_output(tower: TowerOutput, tokens: VisualTokens) -> TowerOutput:
     """Bring the tower's outputs into the order of a call's tokens, repeating them for beams.
 
     Raises:
         UserError: the tower encoded different images than the call's.
     """
     counts = tokens.mask.sum(dim=1).tolist()
-    found, wanted = len(encoded.received_V), sum(counts)
+    found, wanted = len(tower.received_V), sum(counts)
     if found == wanted:
-        return encoded
+        return tower
     # Beam search repeats each sample next to itself, but its images are encoded once. Repeating per
     # sample gives the encoding order only while frame numbers increase along the batch; with images
     # and videos they do not, since all images are encoded first.
@@ -247,10 +218,25 @@ def match_tower_output(encoded: TowerOutput, tokens: VisualTokens) -> TowerOutpu
     for count in counts[::beams]:
         index += list(range(start, start + count)) * beams
         start += count
-    order_V = torch.tensor(index, device=encoded.received_V.device)
+    order_V = torch.tensor(index, device=tower.received_V.device)
+    return _index_tower(tower, order_V)
+
+
+def _by_frame(
+    tower: TowerOutput, tokens: VisualTokens, rows: TokenRows, frames: Frames
+) -> TowerOutput:
+    """Pack the tower's outputs of the visual tokens that are left by frame, V being [I, M]."""
+    # Tower outputs come in encoding order, and earlier steps have removed rows: the position of a
+    # row in the call leads to its encoding number.
+    order_BS = _encoding_order(tokens)
+    return _index_tower(tower, frames.pack(order_BS.gather(1, rows.index_BR)))
+
+
+def _index_tower(output: TowerOutput, index: Tensor) -> TowerOutput:
+    """Return the tower's outputs of the visual tokens with these numbers, in any shape."""
     return replace(
-        encoded,
-        received_V=encoded.received_V[order_V],
-        keys_VHd=encoded.keys_VHd[order_V],
-        features_VF=encoded.features_VF[order_V],
+        output,
+        received_V=output.received_V[index],
+        keys_VHd=output.keys_VHd[index],
+        features_VF=output.features_VF[index],
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,16 +25,16 @@ from methods.visual_engine.token_index import TokenRows
 class CachedPositions:
     """Positions of cached tokens of one kind in their sequences, int64 [B, R], and which are real.
 
-    `alike`: every sample has them at the same positions and all are real; `full`: all are real.
+    `uniform`: every sample has them at the same positions and all are real; `full`: all are real.
     """
 
     index_BR: Tensor
     valid_BR: Tensor
-    alike: bool = True
+    uniform: bool = True
     full: bool = True
 
     @staticmethod
-    def none(batch: int, device: torch.device) -> CachedPositions:
+    def empty(batch: int, device: torch.device) -> CachedPositions:
         """Return an empty set of positions."""
         index_BR = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         return CachedPositions(index_BR, index_BR.bool())
@@ -44,11 +44,11 @@ class CachedPositions:
         return CachedPositions(
             torch.cat([self.index_BR, rows.index_BR + offset], dim=1),
             torch.cat([self.valid_BR, rows.validity], dim=1),
-            self.alike and rows.valid_BR is None,
+            self.uniform and rows.valid_BR is None,
             self.full and rows.full,
         )
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> CachedPositions:
+    def map(self, change: Callable[[Tensor], Tensor]) -> CachedPositions:
         """Apply one change to both tensors: reordering, repeating or selecting samples."""
         return replace(self, index_BR=change(self.index_BR), valid_BR=change(self.valid_BR))
 
@@ -62,8 +62,8 @@ class CachedTokens:
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply one change to all positions."""
-        self.text = self.text.changed(change)
-        self.visual = [stage.changed(change) for stage in self.visual]
+        self.text = self.text.map(change)
+        self.visual = [stage.map(change) for stage in self.visual]
 
 
 class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -108,7 +108,7 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         super().crop(tokens_to_remove)
         self.length -= count
         if self.cached_tokens is not None and count:
-            self.cached_tokens.text = self.cached_tokens.text.changed(lambda part: part[:, :-count])
+            self.cached_tokens.text = self.cached_tokens.text.map(lambda part: part[:, :-count])
 
     def reset(self) -> None:
         """Empty the layer."""
@@ -143,13 +143,18 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
             self.cached_tokens.apply(change)
 
 
-def is_split_cache(cache: Any) -> bool:
+def is_split_cache(cache: DynamicCache | None) -> bool:
     """Whether a cache has a separate visual part."""
     return bool(cache is not None and cache.layers and isinstance(cache.layers[0], SplitCacheLayer))
 
 
 def split_cache(
-    cache: Any, depth: int, stages: int, batch: int, mask_BP: Tensor | None, device: torch.device
+    cache: DynamicCache,
+    depth: int,
+    stages: int,
+    batch: int,
+    mask_BP: Tensor | None,
+    device: torch.device,
 ) -> None:
     """Turn a cache in place into one with a separate visual part; text that it holds stays.
 
@@ -169,11 +174,11 @@ def split_cache(
         raise UserError("visual token strategies need a cache of full attention layers only")
     places_BP = torch.arange(past, device=device).expand(batch, past)
     real_BP = torch.ones_like(places_BP, dtype=torch.bool) if mask_BP is None else mask_BP.bool()
-    whole = mask_BP is None or bool(real_BP.all())
-    text = CachedPositions(places_BP, real_BP, whole, whole)
+    full = mask_BP is None or bool(real_BP.all())
+    text = CachedPositions(places_BP, real_BP, uniform=full, full=full)
     # transformers applies crop, reset and reordering layer by layer. All layers share the same
     # positions, so only the first one holds them: each operation then changes them exactly once.
-    cached_tokens = CachedTokens(text, [CachedPositions.none(batch, device)] * stages)
+    cached_tokens = CachedTokens(text, [CachedPositions.empty(batch, device)] * stages)
     before = cache.layers
     cache.layers = [
         SplitCacheLayer(cached_tokens if index == 0 else None) for index in range(depth)

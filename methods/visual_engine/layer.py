@@ -7,10 +7,11 @@ read, d a head's width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from bench.models.vlm.decoder_view import DecoderLayer
 from methods.visual_engine.attention import (
@@ -33,26 +34,29 @@ from methods.visual_engine.weight_slices import VisualWeights, project
 class CallContext:
     """Shared inputs of all layers of one call: masks, angles of both streams, the cache."""
 
-    who: AttentionMasks
+    masks: AttentionMasks
     text_rotary: Rotary
     visual_rotary: Rotary | None
-    cache: Any | None
+    cache: DynamicCache | None
 
     def layer(self, index: int) -> SplitCacheLayer | None:
         """Return one layer's cache, if there is a cache."""
-        return None if self.cache is None else cast(SplitCacheLayer, self.cache.layers[index])
+        if self.cache is None:
+            return None
+        layer: SplitCacheLayer = self.cache.layers[index]
+        return layer
 
 
 @dataclass
 class Streams:
     """Hidden states of text rows [B, T, D] and of visual rows [B, N, D], None once removed.
 
-    `ran` holds the queries and keys of the preceding layer if a pruning step will read them.
+    `last_qk` holds the queries and keys of the preceding layer if a pruning step will read them.
     """
 
     text_BTD: Tensor
     visual_BND: Tensor | None
-    ran: LayerQK | None = None
+    last_qk: LayerQK | None = None
 
 
 def two_stream_layer(
@@ -62,32 +66,35 @@ def two_stream_layer(
     call: CallContext,
     *,
     last: bool,
-    watched: bool = False,
+    keep_qk: bool = False,
 ) -> Streams:
     """Run both streams through one layer.
 
     In the `last` layer that visual rows reach, only their keys and values are computed, since
-    nothing else of them is read. A `watched` layer's queries and keys are kept for the pruning step
+    nothing else of them is read. A `keep_qk` layer's queries and keys are kept for the pruning step
     after it.
     """
     visual = streams.visual_BND
     text_in = layer.attention_norm(streams.text_BTD)
     text = _project_text(text_in, weights, call, layer.index)
     if visual is None:
-        out_BHTd = text_attention(text, _cached_visual(call.layer(layer.index)), weights, call.who)
+        cached = _cached_visual(call.layer(layer.index))
+        out_BHTd = text_attention(text, cached, weights, call.masks)
         return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
     own = _project_visual(layer.attention_norm(visual), weights, call, last)
-    seen = _cache_visual(own, call.layer(layer.index)) if weights.heads.kept else None
+    visual_kv = _cache_visual(own, call.layer(layer.index)) if weights.heads.kept else None
     if last:
-        out_BHTd = text_attention(text, seen, weights, call.who)
+        out_BHTd = text_attention(text, visual_kv, weights, call.masks)
         return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), None)
-    out_BHTd, out_BhNd = _attend_streams(text, own, seen, weights, call.who)
+    out_BHTd, out_BhNd = _attend_streams(text, own, visual_kv, weights, call.masks)
     x_BND = visual + _project_output(out_BhNd, weights, visual)
     x_BND = x_BND + weights.feed_forward(layer.feed_forward_norm(x_BND))
-    ran = None
-    if watched:
-        ran = LayerQK(layer.index, text, None if seen is None else seen[0], weights, call.who)
-    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND, ran)
+    last_qk = None
+    if keep_qk:
+        last_qk = LayerQK(
+            layer.index, text, visual_kv[0] if visual_kv else None, weights, call.masks
+        )
+    return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND, last_qk)
 
 
 def _project_text(
@@ -108,7 +115,7 @@ def _project_visual(
     """Project visual rows for the kept heads; no queries in the last layer."""
     view, rotary = weights.view, cast(Rotary, call.visual_rotary)
     q = None
-    # A layer without kept heads has a projection of no rows under `dropped=silent`: nothing to
+    # A layer without kept heads has a projection of no rows under `dropped_heads=zero`: nothing to
     # compute, and no shape to split into heads.
     if not last and weights.q.weight.shape[0]:
         q = norm_and_rotate(project(x_BND, weights.q), view, view.q_norm, rotary)
@@ -131,29 +138,29 @@ def _cached_visual(cache: SplitCacheLayer | None) -> tuple[Tensor, Tensor] | Non
 def _attend_streams(
     text: StreamQKV,
     own: StreamQKV,
-    seen: tuple[Tensor, Tensor] | None,
+    visual_kv: tuple[Tensor, Tensor] | None,
     weights: VisualWeights,
-    who: AttentionMasks,
+    masks: AttentionMasks,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the attention of text rows, and of visual rows for the heads in `weights.q`.
 
-    `seen` holds keys and values of all visual tokens so far; None if no head is kept.
+    `visual_kv` holds keys and values of all visual tokens so far; None if no head is kept.
     """
     kept, parts = len(weights.heads.kept), []
-    if seen is None:
-        out_BHTd = text_attention(text, None, weights, who)
+    if visual_kv is None:
+        out_BHTd = text_attention(text, None, weights, masks)
     else:
         q_BhNd = cast(Tensor, own.q)[:, :kept]
-        if who.order is not None:
+        if masks.order is not None:
             # `order` exists only in a first call, where the call's own keys are all there are.
             new = StreamQKV(q_BhNd, own.k, own.v)
-            out_BHTd, out_BhNd = joint_attention(text, new, weights, who)
+            out_BHTd, out_BhNd = joint_attention(text, new, weights, masks)
         else:
-            out_BHTd = text_attention(text, seen, weights, who)
-            out_BhNd = visual_attention(text, StreamQKV(q_BhNd, *seen), weights, who)
+            out_BHTd = text_attention(text, visual_kv, weights, masks)
+            out_BhNd = visual_attention(text, StreamQKV(q_BhNd, *visual_kv), weights, masks)
         parts.append(out_BhNd)
     if own.q is not None and own.q.shape[1] > kept:
-        parts.append(text_only_attention(text, own.q[:, kept:], weights, who))
+        parts.append(text_only_attention(text, own.q[:, kept:], weights, masks))
     return out_BHTd, torch.cat(parts, dim=1) if parts else None
 
 

@@ -12,11 +12,15 @@ width, F a feed-forward's width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bench.models.vlm.decoder_view import Decoder, DecoderLayer
 from bench.models.vlm.visual_tokens import VisualTokens
@@ -25,11 +29,25 @@ from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.settings import LayerPlan
 from methods.visual_engine.token_index import Cells
 
-MASKED_ATTENTION = "slimbench_visual_official"
+MASKED_ATTENTION = "slimbench_visual_masked_mode"
 
 # Attribute of a cache that marks its visual tokens, and of an attention module that names its
 # owner. Attributes, so that they are copied with a cache or a network.
-SEEN_ATTRIBUTE, OWNER_ATTRIBUTE = "slimbench_visual_seen", "slimbench_visual_owner"
+MARKS_ATTRIBUTE, OWNER_ATTRIBUTE = "slimbench_visual_marks", "slimbench_visual_owner"
+
+
+class AttentionModule(Protocol):
+    """What transformers passes to an attention function as the module."""
+
+    layer_idx: int
+
+
+@dataclass(frozen=True)
+class MaskedCall:
+    """The call that runs: its visual tokens, and marks of all visual ones so far, bool [B, K]."""
+
+    tokens: VisualTokens | None
+    visual_BK: Tensor
 
 
 class MaskedMode:
@@ -37,40 +55,41 @@ class MaskedMode:
 
     def __init__(self, network: nn.Module, decoder: Decoder, plan: VisualPlan) -> None:
         self.network, self.decoder, self.plan = network, decoder, plan
-        self._tokens: VisualTokens | None = None
-        self._seen_BK: Tensor | None = None
+        self._call: MaskedCall | None = None
         self._installed = False
 
     def run(
-        self, stock: Callable[..., Any], tokens: VisualTokens | None, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        forward: Callable[..., BaseModelOutputWithPast],
+        tokens: VisualTokens | None,
+        *args: object,
+        inputs_embeds: Tensor,
+        past_key_values: DynamicCache | None = None,
+        **rest: object,
+    ) -> BaseModelOutputWithPast:
         """Run the decoder's own forward on one call under the plan."""
-        cache = kwargs.get("past_key_values")
-        past_BP = getattr(cache, SEEN_ATTRIBUTE, None)
+        inputs = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, **rest}
+        past_BP = getattr(past_key_values, MARKS_ATTRIBUTE, None)
         if tokens is None and past_BP is None:
-            return stock(*args, **kwargs)
+            return forward(*args, **inputs)
         self._install()
-        new_BQ = _visual_marks(tokens, kwargs["inputs_embeds"])
-        past_BP = _past_visual_marks(past_BP, cache, new_BQ)
-        self._tokens, self._seen_BK = tokens, torch.cat([past_BP, new_BQ], dim=1)
+        new_BQ = _visual_marks(tokens, inputs_embeds)
+        past_BP = _past_visual_marks(past_BP, past_key_values, new_BQ)
+        visual_BK = torch.cat([past_BP, new_BQ], dim=1)
+        self._call = MaskedCall(tokens, visual_BK)
         try:
-            output = stock(*args, **kwargs)
+            output = forward(*args, **inputs)
         finally:
-            seen_BK, self._tokens, self._seen_BK = self._seen_BK, None, None
+            self._call = None
         if output.past_key_values is not None:
-            setattr(output.past_key_values, SEEN_ATTRIBUTE, seen_BK)
+            setattr(output.past_key_values, MARKS_ATTRIBUTE, visual_BK)
         return output
 
     def _install(self) -> None:
         """Install masked attention and feed-forward hooks in the network, once."""
         if self._installed:
             return
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        ALL_ATTENTION_FUNCTIONS.register(MASKED_ATTENTION, _masked_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(MASKED_ATTENTION, sdpa_mask)
-        cast(Any, self.network).set_attn_implementation({"text_config": MASKED_ATTENTION})
+        use_attention(self.network, MASKED_ATTENTION, _masked_attention)
         for layer in self.decoder.layers:
             setattr(layer.attention, OWNER_ATTRIBUTE, self)
             down = cast(nn.Linear, layer.feed_forward.down_proj)
@@ -78,62 +97,56 @@ class MaskedMode:
         self._installed = True
 
     def attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         """Return attention of one layer, [B, H, Q, d], masked by the plan."""
         heads = q.shape[1]
         k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
-        if self._seen_BK is None:
+        if self._call is None:
             causal = mask is None and q.shape[2] > 1
             return functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scaling
             )
-        index, seen_BK = module.layer_idx, self._seen_BK
-        lost_H = self._dropped_heads(self.plan.layers[index], heads, q.device)
+        visual_BK = self._call.visual_BK
+        dropped_H = _dropped_heads(self.plan.layers[layer], heads, q.device)
         # Past the cut every head loses its visual values. The outputs of visual rows need no
         # zeroing there, since no text row reads them any more.
-        gone_H = torch.ones_like(lost_H) if index >= self.plan.cut else lost_H
-        v = v.masked_fill((gone_H[:, None] & seen_BK[:, None, :])[..., None], 0)
-        allowed = self._attention_mask(mask, q.shape[2])
+        hidden_H = torch.ones_like(dropped_H) if layer >= self.plan.cut else dropped_H
+        v = v.masked_fill((hidden_H[:, None] & visual_BK[:, None, :])[..., None], 0)
+        allowed = self._attention_mask(self._call, mask, q.shape[2])
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
-        new_BQ = seen_BK[:, -q.shape[2] :]
-        return out.masked_fill((lost_H[:, None] & new_BQ[:, None, :])[..., None], 0)
+        new_BQ = visual_BK[:, -q.shape[2] :]
+        return out.masked_fill((dropped_H[:, None] & new_BQ[:, None, :])[..., None], 0)
 
-    def _dropped_heads(self, plan: LayerPlan, heads: int, device: torch.device) -> Tensor:
-        """Mark the heads that a layer drops, bool [H]."""
-        lost_H = torch.zeros(heads, dtype=torch.bool, device=device)
-        if plan.heads is not None:
-            lost_H[[head for head in range(heads) if head not in set(plan.heads)]] = True
-        return lost_H
-
-    def _attention_mask(self, mask: Tensor | None, new: int) -> Tensor:
+    def _attention_mask(self, call: MaskedCall, mask: Tensor | None, new: int) -> Tensor:
         """Return the attention mask, [B or 1, 1, Q, K]: causal, plus windows of visual tokens."""
-        seen_BK = cast(Tensor, self._seen_BK)
-        length = seen_BK.shape[1]
+        visual_BK = call.visual_BK
+        length = visual_BK.shape[1]
         if mask is None:
-            places = torch.arange(length, device=seen_BK.device)
+            places = torch.arange(length, device=visual_BK.device)
             mask = (places[length - new :, None] >= places[None, :])[None, None]
-        window, tokens = self.plan.window, self._tokens
+        window, tokens = self.plan.window, call.tokens
         if window is None or tokens is None:
             return mask
         cells = Cells(tokens.frame_BS, tokens.row_BS, tokens.column_BS)
-        near_BQQ = window_mask(cells, cells, window)
+        window_BQQ = window_mask(cells, cells, window)
         visual_BQ = tokens.mask
         # Columns of earlier calls are False for pairs of visual tokens: frames are numbered per
         # call, so the same number would be a different image, and a window never extends beyond its
         # own frame. With a window, visual rows therefore attend to no image of an earlier call.
-        past = torch.zeros_like(near_BQQ[..., :1]).expand(-1, -1, length - new)
-        pairs = visual_BQ[:, :, None] & seen_BK[:, None, :]
-        return torch.where(pairs, torch.cat([past, near_BQQ], dim=-1), mask[:, 0])[:, None]
+        past = torch.zeros_like(window_BQQ[..., :1]).expand(-1, -1, length - new)
+        pairs = visual_BQ[:, :, None] & visual_BK[:, None, :]
+        return torch.where(pairs, torch.cat([past, window_BQQ], dim=-1), mask[:, 0])[:, None]
 
     def zero_dropped_neurons(self, layer: DecoderLayer, hidden_BQF: Tensor) -> Tensor:
         """Zero the activations of dropped neurons on visual rows of a feed-forward."""
         kept = self.plan.layers[layer.index].neurons
-        if kept is None or self._tokens is None:
+        tokens = None if self._call is None else self._call.tokens
+        if kept is None or tokens is None:
             return hidden_BQF
-        lost_F = torch.ones(hidden_BQF.shape[-1], dtype=torch.bool, device=hidden_BQF.device)
-        lost_F[kept[0].to(lost_F.device)] = False
-        return hidden_BQF.masked_fill(self._tokens.mask[..., None] & lost_F, 0)
+        dropped_F = torch.ones(hidden_BQF.shape[-1], dtype=torch.bool, device=hidden_BQF.device)
+        dropped_F[kept[0].to(dropped_F.device)] = False
+        return hidden_BQF.masked_fill(tokens.mask[..., None] & dropped_F, 0)
 
 
 class _NeuronMaskHook:
@@ -148,12 +161,49 @@ class _NeuronMaskHook:
         return (self.owner.zero_dropped_neurons(self.layer, args[0]),)
 
 
+def use_attention(network: nn.Module, name: str, attention: Callable[..., object]) -> str:
+    """Make a network's text decoder attend with this function; return the name of the former one.
+
+    Registering an attention function is the interface of transformers that passes queries and keys
+    after rotation, for every architecture; hooks cannot see them.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    former: str = cast(PreTrainedModel, network).get_decoder().config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    # The mask function must be registered under the same name, or no padding mask is made.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+    set_attention(network, name)
+    return former
+
+
+def set_attention(network: nn.Module, name: str) -> None:
+    """Set the attention function of a network's text decoder by its registered name."""
+    cast(PreTrainedModel, network).set_attn_implementation({"text_config": name})
+
+
 def _masked_attention(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+    module: AttentionModule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Forward a layer's attention to the owner of the layer."""
     owner: MaskedMode = getattr(module, OWNER_ATTRIBUTE)
-    return owner.attend(module, q, k, v, mask, scaling).transpose(1, 2).contiguous(), None
+    out_BHQd = owner.attend(module.layer_idx, q, k, v, mask, scaling)
+    return out_BHQd.transpose(1, 2).contiguous(), None
+
+
+def _dropped_heads(plan: LayerPlan, heads: int, device: torch.device) -> Tensor:
+    """Mark the heads that a layer drops, bool [H]."""
+    dropped_H = torch.zeros(heads, dtype=torch.bool, device=device)
+    if plan.heads is not None:
+        dropped_H[[head for head in range(heads) if head not in set(plan.heads)]] = True
+    return dropped_H
 
 
 def _visual_marks(tokens: VisualTokens | None, x_BQD: Tensor) -> Tensor:
@@ -162,7 +212,9 @@ def _visual_marks(tokens: VisualTokens | None, x_BQD: Tensor) -> Tensor:
     return torch.zeros(x_BQD.shape[:2], dtype=torch.bool, device=x_BQD.device)
 
 
-def _past_visual_marks(past_BP: Tensor | None, cache: Any, new_BQ: Tensor) -> Tensor:
+def _past_visual_marks(
+    past_BP: Tensor | None, cache: DynamicCache | None, new_BQ: Tensor
+) -> Tensor:
     """Mark the cached tokens that are visual, [B, P]."""
     length = 0 if cache is None else cache.get_seq_length()
     known = new_BQ[:, :0] if past_BP is None else past_BP

@@ -1,19 +1,17 @@
-"""What each stream attends to in one call: masks, windows, bands.
-
-Attention masks of text rows and visual rows, computed once per call and used by every layer.
+"""Attention masks of text rows and visual rows, computed once per call and used by every layer.
 
 Shapes: B samples, T text rows, N visual rows of the call; P past text, M past visual tokens. Text
 keys are [past | new], P + T; visual keys are [past | new], M + N; K counts either or both. Where
 both are concatenated, visual keys come first. Masks are bool with True for "may attend", [B or 1,
 1, queries, keys]; None means that every query attends to every key.
 
-Windows of visual attention on the patch grid, as masks and as bands of grid rows.
+A window limits visual attention on the patch grid: a token at cell (r, c) attends to the cell
+(r', c') of the same frame if max(|r - r'|, |c - c'|) is at most the radius; windows end at the
+frame's border. For few rows it is a mask, for many a list of bands: grid rows with the keys in
+their reach. Frame -1 marks padding; padding rows attend to each other, which keeps a softmax over
+them finite.
 
-Shapes: Q visual queries, K visual keys, N visual rows of one sample.
-
-A token at cell (r, c) attends to the cell (r', c') of the same frame if max(|r - r'|, |c - c'|) is
-at most the radius; windows end at the frame's border. Frame -1 marks padding; padding rows attend
-to each other, which keeps a softmax over them finite.
+Shapes of windows: Q visual queries, K visual keys, N visual rows of one sample.
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ class StreamPositions:
     key: Tensor
     key_valid: Tensor
 
-    def sees(self, other: StreamPositions) -> Tensor:
+    def can_attend_to(self, other: StreamPositions) -> Tensor:
         """Mark the keys of `other` at or before each query of this stream, [B, 1, Q, K]."""
         earlier = self.query[:, :, None] >= other.key[:, None, :]
         return (earlier & other.key_valid[:, None, :])[:, None]
@@ -88,7 +86,7 @@ class StreamPositions:
         new = self.query.shape[1]
         own = torch.eye(new, dtype=torch.bool, device=self.query.device)
         past = torch.zeros(new, self.key.shape[1] - new, dtype=torch.bool, device=own.device)
-        return self.sees(self) | torch.cat([past, own], dim=1)
+        return self.can_attend_to(self) | torch.cat([past, own], dim=1)
 
 
 @dataclass(frozen=True)
@@ -111,24 +109,28 @@ def attention_masks(
 
     `visual` and `cells` [B, N] are None in a call without images, `past` in a first call.
     """
-    places = _stream_positions(text, offset, past.text if past else None)
-    seen = _visual_positions(visual, offset, past, places)
-    # Four properties decide what can be left out. `alike`: no padding, and every sample has text at
-    # the same positions; one row of masks then serves the whole batch. `full`: no padding, wherever
-    # the text is. `alone`: one text row after everything else, as in generation; it attends to all
-    # keys and needs no mask, and `full` is enough for that. `causal`: `alike` in a first call; the
-    # kernel's own causal flag then replaces the text mask. It does not with a past, because SDPA
-    # aligns the flag's triangle with the first key, not with the last.
-    alike = text.valid_BR is None and (past is None or (past.text.alike and past.visual.alike))
+    text_places = _stream_positions(text, offset, past.text if past else None)
+    visual_places = _visual_positions(visual, offset, past, text_places)
+    # Four properties decide what can be left out. `uniform`: no padding, and every sample has text
+    # at the same positions; one row of masks then serves the whole batch. `full`: no padding,
+    # wherever the text is. `single`: one text row after everything else, as in generation; it
+    # attends to all keys and needs no mask, and `full` is enough for that. `causal`: `uniform` in a
+    # first call; the kernel's own causal flag then replaces the text mask. It does not with a past,
+    # because SDPA aligns the flag's triangle with the first key, not with the last.
+    uniform_past = past is None or (past.text.uniform and past.visual.uniform)
+    uniform = text.valid_BR is None and uniform_past
     full = text.full and (past is None or (past.text.full and past.visual.full))
-    alone = full and text.count == 1 and visual is None
-    causal = alike and offset == 0
-    text_mask = None if causal or alone else places.can_attend_to_self()
-    mixed = None if alone else torch.cat([places.sees(seen), places.can_attend_to_self()], dim=-1)
+    single = full and text.count == 1 and visual is None
+    causal = uniform and offset == 0
+    text_mask = None if causal or single else text_places.can_attend_to_self()
+    mixed = None
+    if not single:
+        to_visual = text_places.can_attend_to(visual_places)
+        mixed = torch.cat([to_visual, text_places.can_attend_to_self()], dim=-1)
     if visual is None or cells is None:
         return AttentionMasks(causal, text_mask, mixed, None, (), None)
-    before = seen.sees(places)
-    if alike and visual.valid_BR is None:
+    before = visual_places.can_attend_to(text_places)
+    if uniform and visual.valid_BR is None:
         mixed, before = None if mixed is None else mixed[:1], before[:1]
     if window is None and causal and visual.valid_BR is None:
         # Without a window, visual rows are causal as well. Both streams in the order of the call
@@ -137,10 +139,10 @@ def attention_masks(
         return AttentionMasks(causal, text_mask, mixed, before, (), order)
     if window is None:
         blocks: tuple[MaskBlock, ...] = (
-            _mask_block(ALL, ALL, ALL, seen.can_attend_to_self(), before),
+            _mask_block(ALL, ALL, ALL, visual_places.can_attend_to_self(), before),
         )
     else:
-        first_key = seen.key.shape[1] - visual.count
+        first_key = visual_places.key.shape[1] - visual.count
         blocks = _window_blocks(cells, window, before, first_key)
     return AttentionMasks(causal, text_mask, mixed, before, blocks, None)
 
@@ -175,14 +177,14 @@ def _window_blocks(
     A few rows share one dense mask; many are cut into bands of grid rows, for all samples together
     if their grids are equal and for each sample alone otherwise.
     """
-    alike, (batch, count) = cells.alike(), cells.frame_N.shape
-    samples = [ALL] if alike else [slice(b, b + 1) for b in range(batch)]
+    uniform, (batch, count) = cells.uniform(), cells.frame_N.shape
+    samples = [ALL] if uniform else [slice(b, b + 1) for b in range(batch)]
     # One block with all keys: for few rows, and where the rows are not whole frames in raster
     # order, as after token pruning.
     whole = (slice(0, count), slice(0, count))
     blocks = []
     for chosen in samples if count >= BANDED_FROM else [ALL]:
-        own = cells.of(slice(0, 1) if alike else chosen)
+        own = cells.of(slice(0, 1) if uniform else chosen)
         pairs = window_bands(own.sample(0), window) if count >= BANDED_FROM else None
         for queries, keys in [whole] if pairs is None else pairs:
             near = window_mask(own.part(queries), own.part(keys), window)[:, None]

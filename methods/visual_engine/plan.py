@@ -8,26 +8,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from bench.errors import UserError
 from methods.visual_engine.selection_step import TokenPruningStep
-from methods.visual_engine.settings import DroppedHeads, Execution, LayerPlan, Window
-
-if TYPE_CHECKING:
-    from methods.visual_engine.settings import RepairedProjections
+from methods.visual_engine.settings import (
+    DroppedHeads,
+    Execution,
+    LayerPlan,
+    RepairedProjections,
+    Window,
+)
 
 
 @dataclass
 class VisualPlan:
     """The settings of all layers of one network.
 
-    Layers from `cut` on compute nothing for visual tokens. `dropped` sets what a dropped head
-    contributes to visual rows: nothing (`silent`, as in the official LLaVA code), or attention to
-    text alone (`text`). `selections` are sorted by when they happen, so stage s of the decoder is
-    what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
+    Layers from `cut` on compute nothing for visual tokens. `dropped_heads` sets what a dropped head
+    contributes to visual rows: nothing (`zero`, as in the released LLaVA code), or attention to
+    text alone (`text_only`). `steps` are sorted by when they happen, so stage s of the decoder
+    is what runs after s of them. `repairs` holds refitted projections by layer; they are discarded
     when other heads or neurons are kept. `revision` grows with every change, so that cached weights
     can be refreshed.
     """
@@ -35,9 +37,9 @@ class VisualPlan:
     layers: list[LayerPlan]
     cut: int
     window: Window | None = None
-    dropped: DroppedHeads = "silent"
-    form: Execution | None = None
-    selections: list[TokenPruningStep] = field(default_factory=list)
+    dropped_heads: DroppedHeads = "zero"
+    execution: Execution | None = None
+    steps: list[TokenPruningStep] = field(default_factory=list)
     repairs: dict[int, RepairedProjections] = field(default_factory=dict)
     # Not compared: two plans with the same settings are equal, however often they were changed.
     revision: int = field(default=0, compare=False)
@@ -47,15 +49,18 @@ class VisualPlan:
         """Return the plan of a network that treats visual tokens as text."""
         return VisualPlan([LayerPlan()] * depth, cut=depth)
 
-    def agree(self, form: Execution) -> None:
+    def set_execution(self, execution: Execution) -> None:
         """Set how the plan is carried out; all strategies of a run must agree.
 
         Raises:
             UserError: an earlier strategy chose differently.
         """
-        if self.form not in (None, form):
-            raise UserError(f"form={form} cannot be combined with form={self.form}: choose one")
-        self.form = form
+        if self.execution not in (None, execution):
+            raise UserError(
+                f"execution={execution} cannot be combined with execution={self.execution} of an "
+                "earlier method: set the same for all visual methods of a run"
+            )
+        self.execution = execution
         self.revision += 1
 
     def keep_heads(self, heads: list[tuple[int, ...]]) -> None:
@@ -80,7 +85,7 @@ class VisualPlan:
         self.repairs = repairs
         self.revision += 1
 
-    def see(self, window: Window | None) -> None:
+    def set_window(self, window: Window | None) -> None:
         """Set the window of visual attention; None is causal attention to everything."""
         self.window = window
         self.revision += 1
@@ -98,22 +103,22 @@ class VisualPlan:
         self.cut = cut
         self.revision += 1
 
-    def select(self, selection: TokenPruningStep) -> None:
+    def add_step(self, step: TokenPruningStep) -> None:
         """Add a pruning step; steps after the same layer run in the order in which they were added.
 
         Raises:
             UserError: the layer does not exist, or the step reads attention that an earlier step
                 after the same layer has invalidated.
         """
-        if not 0 <= selection.after < len(self.layers):
+        if not 0 <= step.after < len(self.layers):
             raise UserError(
-                f"{selection.name} selects after {selection.after} layers, but the decoder has "
+                f"{step.name} selects after {step.after} layers, but the decoder has "
                 f"{len(self.layers)}: allowed are 0 to {len(self.layers) - 1}"
             )
         # Python's sort is stable, which preserves the order of steps after the same layer.
-        self.selections = sorted([*self.selections, selection], key=lambda each: each.after)
+        self.steps = sorted([*self.steps, step], key=lambda each: each.after)
         self.revision += 1
-        for first, then in pairwise(self.selections):
+        for first, then in pairwise(self.steps):
             # The first step removes rows, so the queries and keys of the preceding layer no longer
             # match the rows that the second one would score.
             if then.attention and first.after == then.after:
@@ -124,8 +129,8 @@ class VisualPlan:
 
     def reaching(self, layer: int) -> list[TokenPruningStep]:
         """Return the pruning steps carried out before a layer runs."""
-        return [selection for selection in self.selections if selection.after <= layer]
+        return [step for step in self.steps if step.after <= layer]
 
-    def watches(self, layer: int) -> bool:
+    def records_qk(self, layer: int) -> bool:
         """Whether a pruning step reads the queries and keys of a layer."""
-        return any(s.attention and s.after == layer + 1 < self.cut for s in self.selections)
+        return any(s.attention and s.after == layer + 1 < self.cut for s in self.steps)

@@ -45,7 +45,7 @@ class LayerQK:
     text: StreamQKV
     visual_k: Tensor | None
     weights: VisualWeights
-    who: AttentionMasks
+    masks: AttentionMasks
 
 
 @dataclass(frozen=True)
@@ -62,40 +62,41 @@ class SelectionInputs:
     """Inputs of a pruning step: one call at one point of the decoder.
 
     `states_IMD` are the visual tokens' hidden states, or their embeddings before the decoder;
-    `cells` their cells in their frames [I, M]; `whole` the number of tokens each frame came with.
-    `text_BTD` are the text rows' states, `text` their positions. `entered` are both streams as they
-    entered the decoder, with all visual rows. `ran` is None before the first layer; `encoded` holds
-    the vision tower's outputs by frame, V being [I, M], and is None unless the tower is recorded.
+    `cells` their cells in their frames [I, M]; `initial_counts` the number of tokens that each
+    frame had before any pruning. `text_BTD` are the text rows' states, `text` their positions.
+    `input_embeddings` are both streams as they entered the decoder, with all visual rows. `last_qk`
+    is None before the first layer; `tower_output` holds the vision tower's outputs by frame, V
+    being [I, M], and is None unless the tower is recorded.
     """
 
     name: str
     frames: Frames
     cells: Cells
     states_IMD: Tensor
-    whole: tuple[int, ...]
+    initial_counts: tuple[int, ...]
     visual: TokenRows
     text: TokenRows
     text_BTD: Tensor
-    entered: InputEmbeddings
-    ran: LayerQK | None
-    encoded: TowerOutput | None
+    input_embeddings: InputEmbeddings
+    last_qk: LayerQK | None
+    tower_output: TowerOutput | None
 
     @property
     def valid(self) -> Tensor:
         """Real tokens of each frame, bool [I, M]."""
         return self.frames.valid_IM
 
-    def question(self) -> Tensor:
+    def question_rows(self) -> Tensor:
         """Mark the text rows after the last image of their sample, bool [B, T]."""
         return rows_after_images(self.text, self.visual)
 
-    def asked(self) -> Tensor:
+    def require_question_rows(self) -> Tensor:
         """Like `question_rows`, but raise if a sample with an image has no text after it.
 
         Raises:
             UserError: an image ends its prompt.
         """
-        question_BT = self.question()
+        question_BT = self.question_rows()
         if not bool(question_BT.any(dim=1)[self.frames.sample_I].all()):
             raise UserError(
                 f"{self.name} chooses an image's tokens by the text after them, but a prompt of "
@@ -109,7 +110,7 @@ class SelectionInputs:
         Raises:
             UserError: an image ends its prompt.
         """
-        self.asked()
+        self.require_question_rows()
         # Rows are aligned at the right, so the last text row has the same index in every sample.
         places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
         return TokenRows(places_B1, None)
@@ -120,69 +121,69 @@ class SelectionInputs:
         The softmax is over all keys that a row attends to, visual and text, in float32; the mean is
         over the heads that attend to visual tokens. `rows` are positions among the text rows.
         """
-        ran = self._attended()
-        scores_BhRK = self._scores(rows, ran)
+        last_qk = self._attended()
+        scores_BhRK = self._scores(rows, last_qk)
         # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
         # where the layer itself ran in plain causal order without it.
-        mask = cast(Tensor, ran.who.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
+        mask = cast(Tensor, last_qk.masks.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
         index = rows.index_BR[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
         weight = scores_BhRK.masked_fill(~mask.gather(2, index), -torch.inf).softmax(dim=-1)
-        return self._own(weight, ran).transpose(1, 2)
+        return self._own(weight, last_qk).transpose(1, 2)
 
     def products(self, rows: TokenRows) -> Tensor:
         """Return the scaled q · k of given text rows with visual keys, [I, R, M]."""
-        ran = self._attended()
-        return self._own(self._scores(rows, ran), ran).transpose(1, 2)
+        last_qk = self._attended()
+        return self._own(self._scores(rows, last_qk), last_qk).transpose(1, 2)
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """Return the keys of visual tokens [I, M, V · d] and of text rows [B, T, V · d].
 
         Both for the key-value heads that visual tokens have, after rotation.
         """
-        ran = self._attended()
-        groups = ran.weights.heads.groups
+        last_qk = self._attended()
+        groups = last_qk.weights.heads.groups
         # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
-        visual = cast(Tensor, ran.visual_k)[:, :, -self.visual.count :]
-        text = select_heads(ran.text.k, groups)[:, :, -self.text.count :]
+        visual = cast(Tensor, last_qk.visual_k)[:, :, -self.visual.count :]
+        text = select_heads(last_qk.text.k, groups)[:, :, -self.text.count :]
         return (
             self.frames.pack(visual.transpose(1, 2).flatten(2)),
             text.transpose(1, 2).flatten(2),
         )
 
-    def tower(self) -> TowerOutput:
+    def require_tower_output(self) -> TowerOutput:
         """Return the vision tower's outputs.
 
         Raises:
             UserError: the call's images were encoded before the tower was recorded.
         """
-        if self.encoded is None:
+        if self.tower_output is None:
             raise UserError(
                 f"{self.name} reads the vision tower, but the images of this call were encoded "
                 "elsewhere: call the model with their pixels"
             )
-        return self.encoded
+        return self.tower_output
 
     def _attended(self) -> LayerQK:
         """Return the preceding layer, in which some head must attend to visual tokens."""
-        ran = cast(LayerQK, self.ran)
-        if ran.visual_k is None:
+        last_qk = cast(LayerQK, self.last_qk)
+        if last_qk.visual_k is None:
             raise UserError(
-                f"{self.name} reads the attention of layer {ran.layer}, in which no head attends "
-                "to visual tokens: keep some there or set another `after`"
+                f"{self.name} reads the attention of layer {last_qk.layer}, in which no head "
+                "attends to visual tokens: keep some heads there or set a different `after`"
             )
-        return ran
+        return last_qk
 
-    def _scores(self, rows: TokenRows, ran: LayerQK) -> Tensor:
+    def _scores(self, rows: TokenRows, last_qk: LayerQK) -> Tensor:
         """Return scaled q · k of given text rows with visual and text keys, [B, h, R, K]."""
-        heads = ran.weights.heads
-        q_BhTd = select_heads(cast(Tensor, ran.text.q), heads.kept).float()
+        heads = last_qk.weights.heads
+        q_BhTd = select_heads(cast(Tensor, last_qk.text.q), heads.kept).float()
         index = rows.index_BR[:, None, :, None].expand(-1, q_BhTd.shape[1], -1, q_BhTd.shape[3])
-        visual_k = select_heads(cast(Tensor, ran.visual_k), heads.reads)
-        k = torch.cat([visual_k, kv_heads_for(ran.text.k, heads.kept, heads.per_group)], dim=2)
-        return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * ran.weights.view.scaling
+        visual_k = select_heads(cast(Tensor, last_qk.visual_k), heads.reads)
+        k = torch.cat([visual_k, kv_heads_for(last_qk.text.k, heads.kept, heads.per_group)], dim=2)
+        return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * last_qk.weights.view.scaling
 
-    def _own(self, x_BhRK: Tensor, ran: LayerQK) -> Tensor:
+    def _own(self, x_BhRK: Tensor, last_qk: LayerQK) -> Tensor:
         """Return the mean over heads for the call's own visual tokens, [I, M, R]."""
-        seen = cast(Tensor, ran.visual_k).shape[2]
+        seen = cast(Tensor, last_qk.visual_k).shape[2]
         mean_BRN = x_BhRK[..., seen - self.visual.count : seen].mean(dim=1)
         return self.frames.pack(mean_BRN.transpose(1, 2))

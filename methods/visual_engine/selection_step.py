@@ -1,18 +1,18 @@
-"""Sizes from which a pruning step computes the multiply-adds of its choice."""
+"""One pruning step of a plan, and the sizes from which its own cost is counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from bench.models.vlm.vision_tower import TowerSizes
+from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.settings import Quota
 
-if TYPE_CHECKING:
-    from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
+# From the inputs of a step, and the number of tokens that each frame keeps [I], to those that stay.
+ChooseTokens = Callable[[SelectionInputs, Tensor], TokenSelection]
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class SelectionSizes:
     """Input sizes of a pruning step: `counts` tokens of each frame, of which `kept` stay.
 
     A text row of one of the `samples` has `keys` text and visual rows to attend to, `text` of them
-    text. `asked` is the number of text rows after the last image, `entered` that of visual rows
-    that entered the decoder, both of the sample that has most. `heads` heads of width `head_dim`
-    attend to visual tokens in the preceding layer; `width` is d_model. `tower` is None unless the
-    vision tower is recorded.
+    text. `question_rows` is the number of text rows after the last image, `input_visual_rows` that
+    of visual rows that entered the decoder, both of the sample that has most. `heads` heads of
+    width `head_dim` attend to visual tokens in the preceding layer; `width` is d_model. `tower` is
+    None unless the vision tower is recorded.
     """
 
     counts: tuple[int, ...]
@@ -31,8 +31,8 @@ class SelectionSizes:
     samples: int
     keys: int
     text: int
-    asked: int
-    entered: int
+    question_rows: int
+    input_visual_rows: int
     heads: int
     head_dim: int
     width: int
@@ -55,13 +55,15 @@ class TokenPruningStep:
 
     It is carried out when `after` layers have run, 0 being before the decoder. Every frame keeps
     `quota` tokens or fewer, chosen by `choose`; a frame that has no more than its quota is left
-    unchanged. `attention` requests the queries and keys of the preceding layer; `name` is for
-    messages. `macs` counts the multiply-adds of the choice itself; None means unknown.
+    unchanged. `attention` requests the queries and keys of the preceding layer, `reads_tower` the
+    outputs of the vision tower; `name` is for messages. `macs` counts the multiply-adds of the
+    choice itself; None means unknown.
     """
 
     name: str
     after: int
     quota: Quota
-    choose: Callable[[SelectionInputs, Tensor], TokenSelection]
+    choose: ChooseTokens
     attention: bool = False
+    reads_tower: bool = False
     macs: Callable[[SelectionSizes], float] | None = None

@@ -86,8 +86,8 @@ def tokens_left(quotas: Sequence[Quota], n: int) -> int:
     return m
 
 
-Execution = Literal["skip", "official"]
-DroppedHeads = Literal["silent", "text"]
+Execution = Literal["skip", "masked"]
+DroppedHeads = Literal["zero", "text_only"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import Any
 
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
@@ -27,13 +26,13 @@ from methods.visual_engine.settings import Execution
 class VisualStrategy(Method):
     """A method that adds its settings to the network's plan; several compose in any order.
 
-    `form` sets how the plan is carried out, and must be the same for all strategies of a run.
-    `skip` computes only what is read and normalises over the remaining keys. `official` computes
+    `execution` sets how the plan is carried out, and must be the same for all strategies of a run.
+    `skip` computes only what is read and normalises over the remaining keys. `masked` computes
     everything and zeroes attention weights after the softmax, as the paper's released LLaVA code
     does: for its released checkpoints and for comparison; it saves no work.
     """
 
-    form: Execution = "skip"
+    execution: Execution = "skip"
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without images or with an unsupported decoder.
@@ -41,14 +40,10 @@ class VisualStrategy(Method):
         Raises:
             UserError: the model does not fit the strategy.
         """
-        if structure.model_type not in FRAME_READERS:
-            raise UserError(
-                f"{type(self).__name__} needs visual tokens, but {structure.architecture} is not a "
-                f"vision-language model that is supported: {', '.join(sorted(FRAME_READERS))}"
-            )
+        require_visual_tokens_support(type(self).__name__, structure)
         decoder_layers(structure)
-        if self.form == "official" and structure.moe:
-            raise UserError("form=official does not support MoE models")
+        if self.execution == "masked" and structure.moe:
+            raise UserError("execution=masked does not support MoE models")
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Add the settings; from now on the network follows the whole plan.
@@ -57,26 +52,39 @@ class VisualStrategy(Method):
         plan.
         """
         engine = visual_engine_of(model.network)
-        engine.plan.agree(self.form)
+        engine.plan.set_execution(self.execution)
         # On the network, not in the report: it then reflects every later change of the plan, and is
         # copied with the network.
         setattr(model.network, FLOPS_PROVIDER_ATTRIBUTE, VisualFlops(engine))
         # Masked mode keeps its marks of visual tokens as an attribute of the cache, which does not
         # follow when the rows of a shared prefix are distributed to several prompts.
-        model.needs_prompt = model.needs_prompt or self.form == "official"
+        model.needs_prompt = model.needs_prompt or self.execution == "masked"
         details = self.configure(engine, model, context)
         details |= {
             "shape": asdict(decoder_shape(engine)),
             "work": [asdict(layer) for layer in layer_costs(engine)],
         }
-        return MethodReport("skipped" if self.form == "skip" else "masked", details)
+        return MethodReport("skipped" if self.execution == "skip" else "masked", details)
 
     @abstractmethod
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
-        """Add this strategy's settings to the plan and describe them in JSON values."""
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Add this strategy's settings to the engine's plan; return the details of its report.
+
+        Unlike `apply`, it can be called by a method that is made of several strategies. The details
+        are JSON values.
+        """
 
 
-def tokens_by_stage(engine: VisualEngine) -> dict[str, Any]:
+def require_visual_tokens_support(method: str, structure: ModelStructure) -> None:
+    """Raise `UserError` unless the model is a supported vision-language model."""
+    if structure.model_type not in FRAME_READERS:
+        raise UserError(
+            f"{method} needs visual tokens, but {structure.architecture} is not a vision-language "
+            f"model that is supported: choose one of {', '.join(sorted(FRAME_READERS))}"
+        )
+
+
+def tokens_by_stage(engine: VisualEngine) -> dict[str, object]:
     """Report a frame's tokens by stage of the whole plan, and their average over layers.
 
     All are None for models without a fixed image size; a cost for any size can be computed from the

@@ -1,18 +1,13 @@
-"""Text rows, visual rows, their cells and frames.
+"""Positions of text rows and visual rows in a call, and visual rows packed by frame.
 
-Separation of a sequence into text rows and visual rows, and their recombination.
-
-Shapes: B samples, S tokens of the call, R rows of one stream (the maximum over samples), D width.
-Samples with fewer rows are padded on the left; `valid_BR` marks the real rows.
-
-Visual rows of a call packed by frame, so that each image is pruned separately.
-
-Shapes: B samples, N visual rows, I frames of the call in the order of their numbers, M rows of a
-frame (the maximum over frames), D width. Shorter frames are padded at the end.
+Shapes: B samples, S tokens of the call, R rows of one stream (the maximum over samples), N visual
+rows, I frames of the call in the order of their numbers, M rows of a frame (the maximum over
+frames), D width. Samples with fewer rows are padded on the left, frames with fewer at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +49,7 @@ class TokenRows:
         wide = x_BSD.expand(self.index_BR.shape[0], -1, -1)
         return wide.gather(1, index_BR1.expand(-1, -1, x_BSD.shape[-1]))
 
-    def among(self, chosen: TokenRows) -> TokenRows:
+    def subset(self, chosen: TokenRows) -> TokenRows:
         """Keep the rows at the positions that `chosen` gives, counted among these rows."""
         index_BR = self.index_BR.gather(1, chosen.index_BR)
         if self.valid_BR is None and chosen.valid_BR is None:
@@ -85,8 +80,8 @@ def rows_where(mask_BS: Tensor) -> TokenRows:
     width = max(counts)
     if len(set(counts)) == 1:
         index_BR = mask_BS.nonzero()[:, 1].view(len(counts), width)
-        alike = bool((index_BR == index_BR[:1]).all())
-        return TokenRows(index_BR, None if alike else torch.ones_like(index_BR, dtype=torch.bool))
+        uniform = bool((index_BR == index_BR[:1]).all())
+        return TokenRows(index_BR, None if uniform else torch.ones_like(index_BR, dtype=torch.bool))
     # A stable sort of 0 and 1 puts the marked positions last and in order; unmarked positions fill
     # up on the left.
     order_BS = mask_BS.to(torch.uint8).argsort(dim=1, stable=True)
@@ -130,13 +125,13 @@ class Frames:
         """Return values of visual rows [B, N, ...] by frame, [I, M, ...]."""
         return x_BN.flatten(0, 1)[self.index_IM]
 
-    def spread(self, chosen_IM: Tensor) -> Tensor:
+    def unpack(self, chosen_IM: Tensor) -> Tensor:
         """Turn marks per frame into marks of visual rows, bool [B, N]."""
         marks_R = torch.zeros(self.shape.numel(), dtype=torch.bool, device=chosen_IM.device)
         marks_R[self.index_IM[chosen_IM & self.valid_IM]] = True
         return marks_R.view(self.shape)
 
-    def put(self, x_BND: Tensor, changed_IM: Tensor, states_IMD: Tensor) -> Tensor:
+    def replace_rows(self, x_BND: Tensor, changed_IM: Tensor, states_IMD: Tensor) -> Tensor:
         """Replace the marked rows of each frame, [B, N, D]."""
         marked_IM = changed_IM & self.valid_IM
         flat_RD = x_BND.flatten(0, 1).clone()
@@ -152,19 +147,23 @@ class Cells:
     row_N: Tensor
     column_N: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Cells:
+        """Apply one change to all three tensors."""
+        return Cells(change(self.frame_N), change(self.row_N), change(self.column_N))
+
     def part(self, chosen: slice) -> Cells:
         """Select tokens."""
-        return Cells(self.frame_N[..., chosen], self.row_N[..., chosen], self.column_N[..., chosen])
+        return self.map(lambda part: part[..., chosen])
 
     def of(self, samples: slice) -> Cells:
         """Select samples of a batch."""
-        return Cells(self.frame_N[samples], self.row_N[samples], self.column_N[samples])
+        return self.map(lambda part: part[samples])
 
     def sample(self, index: int) -> Cells:
         """Return one sample's tokens, without the batch dimension."""
-        return Cells(self.frame_N[index], self.row_N[index], self.column_N[index])
+        return self.map(lambda part: part[index])
 
-    def alike(self) -> bool:
+    def uniform(self) -> bool:
         """Whether all samples of a batch have the same frames of the same shapes."""
         # Frame numbers run through the batch; relative to a sample's first frame they are equal if
         # the samples have the same frames. Padding (-1) differs then, which costs only the shared

@@ -1,21 +1,17 @@
-"""Slices of all layers, heads and neurons moved to the front, positions of the original ones.
+"""Weight slices for visual rows, cut once per layer and again when plan or network change.
 
-Weight slices for visual rows, cut once per layer and refreshed when plan or network change.
+Kept heads and neurons can be moved to the front of their weights, so that slices are views: an
+exact change of parameters, after which the network computes the same function. The cache therefore
+knows the number in the loaded network of each head and neuron, also after other methods removed
+some.
 
-Shapes: H query heads, F a feed-forward's width.
-
-Permutations that move kept heads and neurons to the front, so weight slices are views.
-
-An exact change of parameters: the network computes the same function. Shapes: D d_model, H query
-heads, G key-value heads, d a head's width, F a feed-forward's width.
-
-Current order of a feed-forward's neurons, also after other methods removed some.
-
-Shapes: F neurons of the loaded network, N neurons that are left, P remembered values.
+Shapes: D d_model, H query heads, G key-value heads, d a head's width, F neurons of the loaded
+feed-forward, N neurons that are left, P values of a fingerprint.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 
 import torch
@@ -25,7 +21,7 @@ from bench.errors import UserError
 from bench.models.structure.expert_view import ExpertView
 from bench.models.vlm.decoder_view import AttentionView, Decoder, DecoderLayer, Projection
 from methods.visual_engine.plan import VisualPlan
-from methods.visual_engine.weight_slices import VisualWeights, slice_weights
+from methods.visual_engine.weight_slices import VisualWeights, head_channels, slice_weights
 
 Version = tuple[int, ...]
 
@@ -56,7 +52,7 @@ class WeightCache:
             self.plan.layers[index],
             self._heads[index],
             self.places(layer),
-            self.plan.dropped,
+            self.plan.dropped_heads,
             self.plan.repairs.get(index),
         )
         # Slices of trained weights belong to one autograd graph, which backward frees: a cached
@@ -69,10 +65,12 @@ class WeightCache:
         """Return the number of the head at each position, for every layer."""
         return [list(order) for order in self._heads]
 
-    def numbered(self, layer: int, unit: int, value_F: Tensor) -> Tensor:
+    def by_loaded_number(self, layer: int, unit: int, value_F: Tensor) -> Tensor:
         """Order values of a feed-forward's neurons by their numbers in the loaded network."""
         order = self._neurons[layer][unit]
-        return torch.zeros(order.width).scatter(0, order.now(len(value_F)), value_F)
+        # Another method may have removed neurons since the order was last needed.
+        numbers_N = order.update(self.decoder.layers[layer].units()[unit])
+        return torch.zeros(order.width).scatter(0, numbers_N, value_F)
 
     def reorder(self) -> None:
         """Move kept heads and neurons of every layer to the front of its weights."""
@@ -92,13 +90,13 @@ class WeightCache:
     def _front_neurons(self, layer: DecoderLayer, kept: Sequence[Tensor]) -> None:
         orders = self._neurons[layer.index]
         for unit, order, chosen in zip(layer.units(), orders, kept, strict=True):
-            now_F = order.follow(unit)
+            now_F = order.update(unit)
             # A stable sort of 0 (kept) and 1 (dropped): kept neurons come first, both kinds in
             # their present order, so a second call with the same plan moves nothing.
             moved_F = (~torch.isin(now_F, chosen.cpu())).to(torch.uint8).argsort(stable=True)
             if bool((moved_F[1:] < moved_F[:-1]).any()):
                 permute_neurons(unit, moved_F)
-                order.moved(moved_F)
+                order.record_permutation(moved_F)
 
     def places(self, layer: DecoderLayer) -> tuple[Tensor, ...] | None:
         """Return the present positions of each feed-forward's kept neurons; None for all."""
@@ -107,7 +105,7 @@ class WeightCache:
             return None
         orders = zip(layer.units(), self._neurons[layer.index], kept, strict=True)
         return tuple(
-            torch.isin(order.follow(unit), chosen.cpu()).nonzero()[:, 0]
+            torch.isin(order.update(unit), chosen.cpu()).nonzero()[:, 0]
             for unit, order, chosen in orders
         )
 
@@ -146,8 +144,8 @@ def permute_heads(view: AttentionView, places: Sequence[int]) -> None:
     per_group = view.heads // view.groups
     # Query heads of a group stay adjacent, so the first one of each gives the group's new place.
     groups = [places[first] // per_group for first in range(0, view.heads, per_group)]
-    for projection, moved in ((view.q, places), (view.k, groups), (view.v, groups)):
-        _permute_rows(projection, head_channels(moved, view.head_dim))
+    for projection, record_permutation in ((view.q, places), (view.k, groups), (view.v, groups)):
+        _permute_rows(projection, head_channels(record_permutation, view.head_dim))
     o_DE = view.o.weight
     o_DE.copy_(o_DE[:, head_channels(places, view.head_dim).to(o_DE.device)])
 
@@ -167,11 +165,6 @@ def _permute_rows(projection: Projection, rows: Tensor) -> None:
             part.copy_(part[rows.to(part.device)])
 
 
-def head_channels(heads: Sequence[int], width: int) -> Tensor:
-    """Return the channel indices of some heads."""
-    return (torch.tensor(heads)[:, None] * width + torch.arange(width)).flatten()
-
-
 # Leading values of a gate row that identify a neuron: enough for trained weights even in half
 # precision, and little memory for all experts of a network.
 FINGERPRINT_LENGTH = 8
@@ -180,47 +173,58 @@ FINGERPRINT_LENGTH = 8
 class NeuronOrder:
     """The order of one feed-forward's neurons, by their numbers in the loaded network.
 
-    After neurons have been removed, the remaining ones are identified by their gate rows, which
-    removal does not change.
+    After another method has removed or permuted neurons, they are identified by their gate rows,
+    which neither changes.
     """
 
     def __init__(self, unit: ExpertView) -> None:
         self.width = unit.width
-        self._rows_FP = unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu().clone()
+        self._rows_FP = _fingerprints(unit).clone()
         self._order_N = torch.arange(self.width)
 
-    def now(self, width: int) -> Tensor:
-        """Return the numbers of the neurons in their present order, [N]."""
-        assert len(self._order_N) == width
-        return self._order_N
-
-    def moved(self, places_N: Tensor) -> None:
+    def record_permutation(self, places_N: Tensor) -> None:
         """Record a rearrangement; `places` are the old positions in their new order."""
         self._order_N = self._order_N[places_N]
 
-    def follow(self, unit: ExpertView) -> Tensor:
+    def update(self, unit: ExpertView) -> Tensor:
         """Return the numbers of a feed-forward's neurons as it is now, [N].
 
         Raises:
             UserError: a neuron is not one of those that were loaded.
         """
-        # Only a change of width is looked at: comparing rows at every call would copy weights to
-        # the CPU. A method that permutes neurons without removing any is therefore not noticed.
-        if unit.width != len(self._order_N):
-            self._order_N = self._match_by_gate_rows(unit)
-        return self._order_N
-
-    def _match_by_gate_rows(self, unit: ExpertView) -> Tensor:
-        """Find each neuron's number by the beginning of its gate row."""
-        # Bit-exact values as dictionary keys: removal copies rows, so equal neurons have equal
-        # bits. Duplicate rows (all-zero gates, say) share the last one's number, which is harmless
-        # only if they compute the same.
-        numbers = {tuple(row): number for number, row in enumerate(self._rows_FP.tolist())}
-        rows_NP = unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu().tolist()
-        found = [numbers.get(tuple(row)) for row in rows_NP]
-        if None in found:
+        same_width = unit.width == len(self._order_N)
+        # Training changes values and moves nothing; comparing them would wait for the device in
+        # every call.
+        if same_width and unit.gate.requires_grad:
+            return self._order_N
+        rows_NP = _fingerprints(unit)
+        if same_width and torch.equal(rows_NP, self._rows_FP[self._order_N]):
+            return self._order_N
+        matched = self._match_by_gate_rows(rows_NP)
+        if matched is not None:
+            self._order_N = matched
+        elif not same_width:
             raise UserError(
                 "a method changed a feed-forward of which visual tokens use a part, in a way that "
                 "cannot be followed: list that method before the visual token strategies"
             )
-        return torch.tensor(found, dtype=torch.int64)
+        # Otherwise values were changed in place (zeroed, quantized), and every neuron stayed.
+        return self._order_N
+
+    def _match_by_gate_rows(self, rows_NP: Tensor) -> Tensor | None:
+        """Find each neuron's number by the beginning of its gate row; None if a row is unknown."""
+        # Bit-exact values as dictionary keys: moving copies rows, so equal neurons have equal bits.
+        # Equal rows (all-zero gates, say) get their numbers in order, each number once.
+        numbers: dict[tuple[float, ...], deque[int]] = defaultdict(deque)
+        for number, row in enumerate(self._rows_FP.tolist()):
+            numbers[tuple(row)].append(number)
+        found = [numbers[tuple(row)] for row in rows_NP.tolist()]
+        try:
+            return torch.tensor([left.popleft() for left in found], dtype=torch.int64)
+        except IndexError:
+            return None
+
+
+def _fingerprints(unit: ExpertView) -> Tensor:
+    """Return the beginnings of the gate rows of a feed-forward's neurons, [N, P], on the CPU."""
+    return unit.gate.detach()[:, :FINGERPRINT_LENGTH].cpu()

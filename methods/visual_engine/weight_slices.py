@@ -1,15 +1,11 @@
-"""Weights of one layer that visual rows need, MoE blocks included.
-
-Weights that visual rows need in one layer, sliced once and used by every call.
+"""Weights of one layer that visual rows need, sliced once and used by every call.
 
 Shapes: D d_model, H query heads, h kept of them, G key-value heads, V those that kept heads read, d
 a head's width, F a feed-forward's width, f kept of its neurons.
 
-If kept heads or neurons come first, slices are views of the network's own memory.
-
-A mixture-of-experts block with fewer neurons per expert that shares everything else.
-
-Experts may keep different numbers of neurons, as they do after other methods have removed some.
+If kept heads or neurons come first, slices are views of the network's own memory. A MoE block is
+replaced by one with fewer neurons per expert that shares everything else; experts may keep
+different numbers, as they do after other methods have removed some.
 """
 
 from __future__ import annotations
@@ -99,7 +95,7 @@ def slice_weights(
     plan: LayerPlan,
     order: Sequence[int],
     places: tuple[Tensor, ...] | None,
-    dropped: DroppedHeads,
+    dropped_heads: DroppedHeads,
     repair: RepairedProjections | None = None,
 ) -> VisualWeights:
     """Slice the weights of one layer for visual rows.
@@ -116,7 +112,7 @@ def slice_weights(
     heads = Heads.of(kept, view.heads, view.groups, view.o.weight.device)
     # Kept heads first, in one projection: the first h heads of its output go to visual attention,
     # the rest to attention over text alone.
-    queries = (*heads.kept, *heads.dropped) if dropped == "text" else heads.kept
+    queries = (*heads.kept, *heads.dropped) if dropped_heads == "text_only" else heads.kept
     if repair is not None and not repair.fits(heads.kept, places):
         raise UserError(
             f"layer {layer.index} was changed after its projections were repaired for visual "

@@ -6,6 +6,7 @@ Shapes: L layers, H query heads, F neurons of one feed-forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,17 +14,22 @@ from torch import Tensor
 from bench.errors import UserError
 from methods.visual_tokens.calibration_stats import CalibrationStats
 
-KeptUnits = list[tuple[int, ...]]
+# Kept query heads of every layer, and kept neurons [f] of every feed-forward of every layer.
+KeptHeads = list[tuple[int, ...]]
+KeptNeurons = list[tuple[Tensor, ...]]
+
+# How heads or neurons are ranked: by calibration, or for controls by number or at random.
+Ranking = Literal["scored", "first", "random"]
 
 
-def heads_above(score_LH: Tensor, threshold: float, whole_layers: int) -> KeptUnits:
+def heads_above(score_LH: Tensor, threshold: float, whole_layers: int) -> KeptHeads:
     """Keep the heads whose score exceeds the threshold, and all heads of the first layers."""
     keep_LH = score_LH > threshold
     keep_LH[:whole_layers] = True
     return _head_numbers(keep_LH)
 
 
-def top_heads_by_count(score_LH: Tensor, counts: Sequence[int]) -> KeptUnits:
+def top_heads_by_count(score_LH: Tensor, counts: Sequence[int]) -> KeptHeads:
     """Keep the given number of top-scoring heads in every layer.
 
     Raises:
@@ -41,7 +47,7 @@ def top_heads_by_count(score_LH: Tensor, counts: Sequence[int]) -> KeptUnits:
 
 def top_heads_by_share(
     score_LH: Tensor, share: float, whole_layers: int, reached: int
-) -> KeptUnits:
+) -> KeptHeads:
     """Keep the top share of heads among the first `reached` layers, under one threshold for all.
 
     Raises:
@@ -51,7 +57,7 @@ def top_heads_by_share(
     return top_heads_in_total(score_LH, round(share * reached * heads), whole_layers, reached)
 
 
-def top_heads_in_total(score_LH: Tensor, total: int, whole_layers: int, reached: int) -> KeptUnits:
+def top_heads_in_total(score_LH: Tensor, total: int, whole_layers: int, reached: int) -> KeptHeads:
     """Keep the `total` top heads among the first `reached` layers, the first ones whole.
 
     Raises:
@@ -78,12 +84,27 @@ def top_neurons(score_F: Tensor, share: float) -> Tensor:
     return score_F.topk(min(len(score_F), max(1, int(share * len(score_F))))).indices
 
 
-def earliest_cut(findings: CalibrationStats, max_kl: float) -> int:
+def top_neurons_of_layers(scores: Sequence[Sequence[Tensor]], share: float) -> KeptNeurons:
+    """Return the top share of neurons of every feed-forward of every layer."""
+    return [tuple(top_neurons(score_F, share) for score_F in units) for units in scores]
+
+
+def control_scores(ranking: Ranking, sizes: Sequence[int], seed: int) -> list[Tensor]:
+    """Return scores that rank units by number (`first`) or at random, one tensor per size."""
+    if ranking == "first":
+        # Descending scores: the top of every ranking is the first units.
+        return [-torch.arange(size, dtype=torch.float32) for size in sizes]
+    # One generator for all sizes, so that no two layers keep the same units.
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(size, generator=generator) for size in sizes]
+
+
+def earliest_cut(stats: CalibrationStats, max_kl: float) -> int:
     """Return the smallest cut at which removing visual tokens costs at most `max_kl` nats."""
-    depth = len(findings.cut_kl)
-    fitting = [cut for cut in range(1, depth + 1) if findings.cut_kl[cut - 1] <= max_kl]
+    depth = len(stats.cut_kl)
+    fitting = [cut for cut in range(1, depth + 1) if stats.cut_kl[cut - 1] <= max_kl]
     return fitting[0] if fitting else depth
 
 
-def _head_numbers(keep_LH: Tensor) -> KeptUnits:
+def _head_numbers(keep_LH: Tensor) -> KeptHeads:
     return [tuple(layer_H.nonzero()[:, 0].tolist()) for layer_H in keep_LH]

@@ -1,15 +1,12 @@
-"""Heads, neurons and layers measured on prompts.
+"""Scores of heads, neurons and layer cuts, measured on a few prompts in one dense pass each.
 
-Scores of heads, neurons and layers, measured on a few prompts in one dense pass each.
+A head's score is its visual over its text attention mass. A neuron's is E|a_j| · ‖Wdown[:, j]‖ over
+visual rows: it adds a_j · Wdown[:, j] to a row, with a = act(Wgate x) ⊙ Wup x, times the router's
+weight in an expert. A cut's is the KL divergence of the answer from the dense one.
 
 Shapes: B samples, S tokens, T text rows, N visual rows, R query rows, H query heads, G key-value
-heads, L layers, D d_model, F a feed-forward's width, d a head's width, C layer cuts.
-
-Contribution of each feed-forward neuron to visual rows: E|a_j| · ‖Wdown[:, j]‖.
-
-Shapes: B samples, S tokens, X visual tokens of a call, D d_model, F a feed-forward's width, Y
-tokens of one expert. Neuron j adds a_j · Wdown[:, j] to a row, with a = act(Wgate x) ⊙ Wup x, times
-the router's weight in an expert.
+heads, L layers, D d_model, F a feed-forward's width, d a head's width, C layer cuts, V vocabulary,
+Y tokens of one expert.
 """
 
 from __future__ import annotations
@@ -19,9 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bench.data.prompts import ModelInputs, ProcessedPrompts
 from bench.errors import MissingData, UserError
@@ -33,6 +32,7 @@ from bench.ui import Progress
 from methods.visual_engine.attention import Rotary
 from methods.visual_engine.cost.closed_form import PromptLengths
 from methods.visual_engine.decoder import VisualEngine
+from methods.visual_engine.masked_mode import set_attention, use_attention
 from methods.visual_engine.masks import attention_masks
 from methods.visual_engine.token_index import TokenRows, rows_where
 from methods.visual_tokens.calibration_stats import FACTS_FILE, TENSORS_FILE, CalibrationStats
@@ -40,7 +40,12 @@ from methods.visual_tokens.calibration_stats import FACTS_FILE, TENSORS_FILE, Ca
 if TYPE_CHECKING:
     from bench.method import Context
 
-RECORDING_ATTENTION = "slimbench_visual_watched"
+RECORDING_ATTENTION = "slimbench_visual_recording"
+
+# Statistics by engine and fingerprint of the prompts: all strategies of one run share one
+# calibration of the dense network. Weak, so that they disappear with their network; not an
+# attribute of the engine, because the engine does not know what a calibration is.
+_measured: WeakKeyDictionary[VisualEngine, dict[str, CalibrationStats]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -55,27 +60,37 @@ def calibrate(
     neurons = NeuronScores(engine.decoder.layers)
     last, text, kls, lengths = [], [], [], []
     for call in progress.track(samples.inputs, "calibrating on images"):
-        tokens = locate_visual_tokens(engine.network, call)
-        if tokens is None:
-            raise UserError("a calibration prompt has no image: visual strategies need one in each")
-        watch = AttentionRecorder(engine, tokens, call)
-        with engine.dense(), watch.watching(), neurons.watching(tokens.mask):
-            logits_BV = engine.network(**call, use_cache=False, logits_to_keep=1).logits[:, -1]
-        last.append(watch.ratios("last"))
-        text.append(watch.ratios("text"))
-        kls.append(watch.cut_divergence(logits_BV))
-        lengths.append(_prompt_lengths(tokens, watch.text))
+        tokens = require_visual_tokens(engine, call)
+        recorder = AttentionRecorder(engine, tokens, call)
+        with engine.dense(), recorder.recording(), neurons.recording(tokens.mask):
+            logits_BV = engine.last_logits(call)
+        last.append(recorder.ratios("last"))
+        text.append(recorder.ratios("text"))
+        kls.append(recorder.cut_divergence(logits_BV))
+        lengths.append(_prompt_lengths(tokens, recorder.text))
     return CalibrationStats(
         last=_by_loaded_number(torch.cat(last), engine),
         text=_by_loaded_number(torch.cat(text), engine),
         neurons=[
-            [engine.prepared.numbered(i, n, score_F) for n, score_F in enumerate(units)]
+            [engine.weight_cache.by_loaded_number(i, n, score_F) for n, score_F in enumerate(units)]
             for i, units in enumerate(neurons.scores())
         ],
         cut_kl=[*torch.stack(kls).mean(dim=0).tolist(), 0.0],
         prompt=_mean_prompt(lengths),
         samples=samples.fingerprint,
     )
+
+
+def require_visual_tokens(engine: VisualEngine, call: ModelInputs) -> VisualTokens:
+    """Return the positions of a calibration prompt's visual tokens.
+
+    Raises:
+        UserError: the prompt has no image.
+    """
+    tokens = locate_visual_tokens(engine.network, call)
+    if tokens is None:
+        raise UserError("a calibration prompt has no image: prompts= must give an image in each")
+    return tokens
 
 
 class AttentionRecorder:
@@ -91,29 +106,16 @@ class AttentionRecorder:
         self._rotary: Rotary | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Record the network's next forward."""
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        network, decoder = cast(Any, self.engine.network), self.engine.decoder
-        # Hooks cannot see queries and keys after rotation. Registering an attention function of our
-        # own is the interface of transformers that passes them, for every architecture alike; its
-        # mask function must be registered under the same name, or no padding mask is made.
-        before = decoder.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS.register(RECORDING_ATTENTION, self._attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDING_ATTENTION, sdpa_mask)
-        network.set_attn_implementation({"text_config": RECORDING_ATTENTION})
-        hooks = [
-            layer.module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            for layer in decoder.layers
-        ]
-        try:
+        network = self.engine.network
+        with ExitStack() as stack:
+            former = use_attention(network, RECORDING_ATTENTION, self._attention)
+            stack.callback(set_attention, network, former)
+            for layer in self.engine.decoder.layers:
+                hook = layer.module.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
+                stack.callback(hook.remove)
             yield
-        finally:
-            network.set_attn_implementation({"text_config": before})
-            for hook in hooks:
-                hook.remove()
 
     def ratios(self, queries: str) -> Tensor:
         """Return visual over text attention mass of every head, [B, L, H]."""
@@ -125,8 +127,9 @@ class AttentionRecorder:
         Layers before a cut equal the dense pass, so only text rows after it are computed. Each
         layer processes the rows of all earlier cuts in one batch.
         """
-        layers, rotary = self.engine.decoder.layers, cast(Rotary, self._rotary)
-        who = attention_masks(self.text, None, None, None, None, 0)
+        decoder = self.engine.decoder
+        layers, rotary = decoder.layers, cast(Rotary, self._rotary)
+        masks = attention_masks(self.text, None, None, None, None, 0)
         streams = self._states[0][:0]
         for layer in layers[1:]:
             # The batch grows by one cut per layer: entry c holds the text rows that lost their
@@ -137,16 +140,16 @@ class AttentionRecorder:
             angles = tuple(
                 part.expand(len(dense_BV), -1, -1).repeat(repeats, 1, 1) for part in rotary
             )
-            mask = None if who.text_BTK is None else who.text_BTK.repeat(repeats, 1, 1, 1)
+            mask = None if masks.text_BTK is None else masks.text_BTK.repeat(repeats, 1, 1, 1)
             streams = layer.module(streams, attention_mask=mask, position_embeddings=angles)
-        norm = cast(Any, self.engine.decoder.module).norm
-        head = cast(Any, self.engine.network).get_output_embeddings()
+        norm = cast(nn.Module, decoder.module.norm)
+        head = cast(PreTrainedModel, self.engine.network).get_output_embeddings()
         cut_CBV = head(norm(streams[:, -1])).unflatten(0, (len(layers) - 1, len(dense_BV)))
         dense_BV = dense_BV.double().log_softmax(-1)
         distance: Tensor = dense_BV.exp() * (dense_BV - cut_CBV.double().log_softmax(-1))
         return distance.sum(dim=-1).mean(dim=1)
 
-    def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_layer(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden_BSD = args[0] if args else kwargs["hidden_states"]
         self._states.append(self.text.take(hidden_BSD))
         if self._rotary is None:
@@ -154,15 +157,24 @@ class AttentionRecorder:
             self._rotary = (self.text.take(cos), self.text.take(sin))
 
     def _attention(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **rest: Any
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **rest: object,
     ) -> tuple[Tensor, None]:
         """Attend as SDPA does, and add up attention over visual and over text keys per row."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         every = self.text.index_BR
         for name, rows_BR in (("last", every[:, -1:]), ("text", every)):
-            self._sums[name].append(self._ratio(q, k, rows_BR, rest["scaling"]))
-        attended: tuple[Tensor, None] = sdpa_attention_forward(module, q, k, v, mask, **rest)
+            self._sums[name].append(self._ratio(q, k, rows_BR, scaling))
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
+            module, q, k, v, mask, scaling=scaling, **rest
+        )
         return attended
 
     def _ratio(self, q_BHSd: Tensor, k_BGSd: Tensor, rows_BR: Tensor, scaling: float) -> Tensor:
@@ -186,7 +198,7 @@ class AttentionRecorder:
 
 def _by_loaded_number(ratio_ILH: Tensor, engine: VisualEngine) -> Tensor:
     """Order scores of heads by their numbers in the loaded network."""
-    order_LH = torch.tensor(engine.prepared.head_order()).expand_as(ratio_ILH)
+    order_LH = torch.tensor(engine.weight_cache.head_order()).expand_as(ratio_ILH)
     return torch.zeros_like(ratio_ILH).scatter(2, order_LH, ratio_ILH)
 
 
@@ -213,7 +225,7 @@ class NeuronScores:
         self._tokens = 0
 
     @contextmanager
-    def watching(self, visual_BS: Tensor) -> Iterator[None]:
+    def recording(self, visual_BS: Tensor) -> Iterator[None]:
         """Record the network's next forward; `visual` marks the visual tokens of the call."""
         with ExitStack() as stack:
             for layer in self.layers:
@@ -274,7 +286,7 @@ def _expert_hook(block: MoEBlock, sums: list[Tensor], visual_BS: Tensor) -> Call
     # stops the recursion.
     inside = False
 
-    def after(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+    def after(module: nn.Module, args: tuple[Tensor, ...], _: object) -> None:
         nonlocal inside
         if inside:
             return
@@ -301,9 +313,12 @@ def load_calibration_stats(folder: Path) -> CalibrationStats:
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS_FILE)
     except FileNotFoundError:
-        raise MissingData(f"settings={folder} holds no {FACTS_FILE} and {TENSORS_FILE}") from None
+        raise MissingData(
+            f"calibration_folder={folder} has no {FACTS_FILE} and {TENSORS_FILE}: give a folder "
+            "that CalibrationStats.save wrote, or null to calibrate in this run"
+        ) from None
     except Exception as error:
-        raise UserError(f"settings={folder} cannot be read: {error}") from None
+        raise UserError(f"calibration_folder={folder} cannot be read: {error}") from None
     found = CalibrationStats(
         last=tensors["last"],
         text=tensors["text"],
@@ -316,31 +331,32 @@ def load_calibration_stats(folder: Path) -> CalibrationStats:
         samples=facts["samples"],
     )
     if found.origin != facts["origin"]:
-        raise UserError(f"settings={folder} was changed after it was written: recalibrate")
+        raise UserError(
+            f"calibration_folder={folder}: {FACTS_FILE} or {TENSORS_FILE} was changed after it was "
+            "written; calibrate again"
+        )
     return found
 
 
 def calibration_stats_for(
-    settings: str | None, engine: VisualEngine, context: Context
+    folder: str | None, engine: VisualEngine, context: Context
 ) -> CalibrationStats:
     """Return statistics read from a folder, or measured on the run's calibration prompts.
 
-    Measured once for all strategies of a run.
+    They are measured once for all strategies of a run.
 
     Raises:
         UserError: the folder belongs to a different model, or the run has no calibration prompts.
     """
-
-    if settings is not None:
-        found = load_calibration_stats(Path(settings).expanduser())
-        _refuse_mismatch(found, engine, settings)
+    if folder is not None:
+        found = load_calibration_stats(Path(folder).expanduser())
+        _refuse_mismatch(found, engine, folder)
         return found
     samples = require_samples(context)
-    # Kept on the engine, so that several strategies of one run share one calibration of the dense
-    # network.
-    if samples.fingerprint not in engine.findings:
-        engine.findings[samples.fingerprint] = calibrate(engine, samples, context.progress)
-    return engine.findings[samples.fingerprint]
+    known = _measured.setdefault(engine, {})
+    if samples.fingerprint not in known:
+        known[samples.fingerprint] = calibrate(engine, samples, context.progress)
+    return known[samples.fingerprint]
 
 
 def require_samples(context: Context) -> ProcessedPrompts:
@@ -353,12 +369,12 @@ def require_samples(context: Context) -> ProcessedPrompts:
     if given is None or not given.inputs:
         raise UserError(
             "visual token strategies are calibrated on prompts with images, and this run has none: "
-            "set prompts=, settings=FOLDER of a saved calibration, or choose=first or random"
+            "set prompts=, or calibration_folder= to a saved calibration, or choose=first or random"
         )
     return given
 
 
-def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, settings: str) -> None:
+def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, folder: str) -> None:
     """Raise if the statistics belong to a network of different sizes."""
     heads = engine.decoder.layers[0].attention_view().heads
     mine = (len(engine.decoder.layers), heads)
@@ -367,6 +383,7 @@ def _refuse_mismatch(found: CalibrationStats, engine: VisualEngine, settings: st
     same = widths == [[len(score_F) for score_F in units] for units in found.neurons]
     if mine != theirs or not same:
         raise UserError(
-            f"settings={settings} was measured on {theirs[0]} layers of {theirs[1]} heads; the "
-            f"model has {mine[0]} of {mine[1]}, or feed-forwards of another width"
+            f"calibration_folder={folder} is of {theirs[0]} layers with {theirs[1]} heads; the "
+            f"model has {mine[0]} with {mine[1]}, or feed-forwards of a different width: calibrate "
+            "this model"
         )

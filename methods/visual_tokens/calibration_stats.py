@@ -11,13 +11,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from methods.visual_engine.cost.closed_form import PromptLengths
 
-TENSORS_FILE, FACTS_FILE = "findings.safetensors", "findings.json"
+TENSORS_FILE, FACTS_FILE = "calibration.safetensors", "calibration.json"
 Queries = Literal["last", "text"]
 
 
@@ -79,7 +79,7 @@ class CalibrationStats:
         }
         return {"last": self.last, "text": self.text} | neurons
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         return {
             "cut_kl": self.cut_kl,
             "prompt": asdict(self.prompt),

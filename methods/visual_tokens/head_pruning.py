@@ -1,17 +1,12 @@
-"""Inactive visual heads, and how many the released masks keep.
-
-Heads kept per layer by the released LLaVA-1.5-7B masks.
-
-Counted from the three boolean masks in the paper's repository; which heads they keep is not
-reproduced here. The counts of the 13B masks are only partly known, so they are left out.
-"""
+"""Pruning of query heads that hardly attend to the image (arXiv 2410.06169)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from bench.errors import UserError
 from bench.method import Context
@@ -20,11 +15,16 @@ from bench.models.structure.model_structure import ModelStructure
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import DroppedHeads
 from methods.visual_engine.strategy import VisualStrategy
-from methods.visual_tokens.allocation import heads_above, top_heads_by_count, top_heads_by_share
+from methods.visual_tokens.allocation import (
+    KeptHeads,
+    Ranking,
+    control_scores,
+    heads_above,
+    top_heads_by_count,
+    top_heads_by_share,
+)
 from methods.visual_tokens.calibration import calibration_stats_for
 from methods.visual_tokens.calibration_stats import Queries
-
-KeptHeads = list[tuple[int, ...]]
 
 
 class HeadPruning(VisualStrategy):
@@ -38,10 +38,10 @@ class HeadPruning(VisualStrategy):
     whole. `keep` is taken over all layers, as in the release (`over=all`), or over those that
     visual tokens reach (`over=visual`; then layer_drop must come first).
 
-    `choose` ranks heads by their scores, or takes the first or random ones (controls). `dropped`
-    sets what visual rows get from a dropped head: nothing (`silent`, as in the release) or its
-    attention to text (`text`). With `reorder` the weights are permuted, exactly, so that kept heads
-    need no copies. `settings` is the folder of a saved calibration.
+    `choose` ranks heads by their scores, or takes the first or random ones (controls).
+    `dropped_heads` sets what visual rows get from a dropped head: nothing (`zero`, as in the
+    release) or its attention to text (`text_only`). With `reorder` the weights are permuted,
+    exactly, so that kept heads need no copies. `calibration_folder` is a saved calibration.
     """
 
     keep: float = Field(default=0.5, ge=0, le=1)
@@ -51,17 +51,17 @@ class HeadPruning(VisualStrategy):
     queries: Queries = "last"
     whole_layers: int = Field(default=2, ge=0)
     over: Literal["all", "visual"] = "all"
-    choose: Literal["scored", "first", "random"] = "scored"
-    dropped: DroppedHeads = "silent"
+    choose: Ranking = "scored"
+    dropped_heads: DroppedHeads = "zero"
     reorder: bool = True
-    settings: str | None = None
+    calibration_folder: str | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.counts is not None and self.threshold is not None:
-            raise ValueError("give counts or threshold, not both")
+            raise ValueError("counts and threshold are both set: set one of them to null")
         if self.threshold is not None and self.choose != "scored":
-            raise ValueError("threshold applies to scores: it needs choose=scored")
+            raise ValueError(f"choose={self.choose}: threshold needs choose=scored")
         if isinstance(self.counts, str) and self.counts not in RELEASED_HEAD_COUNTS:
             known = ", ".join(RELEASED_HEAD_COUNTS)
             raise ValueError(f"counts={self.counts}: give a list of numbers or one of {known}")
@@ -69,8 +69,8 @@ class HeadPruning(VisualStrategy):
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether heads are scored on prompts: not with `settings`, `first` or `random`."""
-        return self.choose == "scored" and self.settings is None
+        """Whether heads are scored on the run's prompts."""
+        return self.choose == "scored" and self.calibration_folder is None
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse counts that are not one per layer."""
@@ -85,31 +85,27 @@ class HeadPruning(VisualStrategy):
     def _counts(self) -> list[int] | None:
         return RELEASED_HEAD_COUNTS[self.counts] if isinstance(self.counts, str) else self.counts
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Choose each layer's heads, set them in the plan and report their numbers."""
         score_LH, origin = self._scores(engine, context)
         kept = self._choose(score_LH, engine.plan.cut)
         engine.plan.keep_heads(kept)
-        engine.plan.dropped = self.dropped
-        if self.reorder and self.form == "skip":
-            engine.prepared.reorder()
+        engine.plan.dropped_heads = self.dropped_heads
+        if self.reorder and self.execution == "skip":
+            engine.weight_cache.reorder()
         heads = [list(layer) for layer in kept]
         total = sum(len(layer) for layer in heads)
         return {"heads": heads, "kept": total, "of": score_LH.numel(), "scores": origin}
 
-    def _scores(self, engine: VisualEngine, context: Context) -> tuple[torch.Tensor, str]:
+    def _scores(self, engine: VisualEngine, context: Context) -> tuple[Tensor, str]:
         """Return a score for every head, [L, H], and its origin."""
-        heads = engine.decoder.layers[0].attention_view().heads
-        shape = (len(engine.decoder.layers), heads)
-        if self.choose == "first":
-            # Descending scores make every ranking below take the first heads.
-            return -torch.arange(heads, dtype=torch.float32).expand(shape), "first"
-        if self.choose == "random":
-            generator = torch.Generator().manual_seed(context.seed)
-            return torch.rand(shape, generator=generator), "random"
-        findings = calibration_stats_for(self.settings, engine, context)
-        return findings.head_statistic(self.votes, self.queries), findings.origin
+        if self.choose != "scored":
+            sizes = [layer.attention_view().heads for layer in engine.decoder.layers]
+            return torch.stack(control_scores(self.choose, sizes, context.seed)), self.choose
+        stats = calibration_stats_for(self.calibration_folder, engine, context)
+        return stats.head_statistic(self.votes, self.queries), stats.origin
 
-    def _choose(self, score_LH: torch.Tensor, cut: int) -> KeptHeads:
+    def _choose(self, score_LH: Tensor, cut: int) -> KeptHeads:
         counts = self._counts()
         if counts is not None:
             return top_heads_by_count(score_LH, counts)
@@ -119,6 +115,9 @@ class HeadPruning(VisualStrategy):
         return top_heads_by_share(score_LH, self.keep, self.whole_layers, reached)
 
 
+# Heads kept per layer by the released LLaVA-1.5-7B masks, counted from the three boolean masks in
+# the paper's repository; which heads they keep is not reproduced here. The counts of the 13B masks
+# are only partly known, so they are left out.
 # fmt: off
 RELEASED_HEAD_COUNTS: dict[str, list[int]] = {
     "llava_7b_8": [

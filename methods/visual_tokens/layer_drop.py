@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from bench.errors import UserError
@@ -22,19 +20,19 @@ class LayerDrop(VisualStrategy):
     `share` sets the same as a fraction of the model's layers and is used if `layers` is not given.
     With `max_kl`, the cut is the earliest layer after which the answer's distribution is at most
     this many nats from the dense model's, averaged over the calibration images (VTW's criterion);
-    statistics are read from `settings`, the folder of a calibration, or measured on the run's
+    statistics are read from `calibration_folder`, a saved calibration, or measured on the run's
     images.
     """
 
     layers: int | None = Field(default=None, ge=1)
     share: float = Field(default=0.5, gt=0, le=1)
     max_kl: float | None = Field(default=None, ge=0)
-    settings: str | None = None
+    calibration_folder: str | None = None
 
     @property
     def uses_prompts(self) -> bool:
         """Whether the harm of a cut is measured on the run's prompts."""
-        return self.max_kl is not None and self.settings is None
+        return self.max_kl is not None and self.calibration_folder is None
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse more layers than the decoder has."""
@@ -44,13 +42,14 @@ class LayerDrop(VisualStrategy):
                 f"layers={self.layers}: {structure.architecture} has {len(structure.layers)} layers"
             )
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Set the layer before which visual tokens leave, and report it."""
         depth = len(engine.decoder.layers)
         if self.max_kl is not None:
-            findings = calibration_stats_for(self.settings, engine, context)
-            cut = earliest_cut(findings, self.max_kl)
+            stats = calibration_stats_for(self.calibration_folder, engine, context)
+            cut = earliest_cut(stats, self.max_kl)
             engine.plan.cut_at(cut)
-            return {"layers": cut, "of": depth, "findings": findings.origin}
+            return {"layers": cut, "of": depth, "calibration": stats.origin}
         cut = self.layers if self.layers is not None else max(1, round(self.share * depth))
         engine.plan.cut_at(cut)
         return {"layers": cut, "of": depth}
@@ -64,5 +63,6 @@ class VTW(LayerDrop):
     this many nats of the dense one. The paper's K are 16 of 32 and 20 of 40 layers.
     """
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Also report the tokens of each stage."""
         return super().configure(engine, model, context) | tokens_by_stage(engine)

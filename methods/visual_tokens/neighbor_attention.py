@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, field_validator
 
 from bench.method import Context
@@ -31,6 +29,7 @@ class NeighborAttention(VisualStrategy):
             raise ValueError(f"window must be odd, with the token in its centre, got {window}")
         return window
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
-        engine.plan.see(Window(self.window // 2, self.causal))
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Set the window of visual attention in the plan."""
+        engine.plan.set_window(Window(self.window // 2, self.causal))
         return {"window": self.window, "causal": self.causal}

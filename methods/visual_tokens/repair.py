@@ -12,21 +12,20 @@ Shapes: R visual rows of all calibration prompts, F columns of a projection, K k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from bench.data.prompts import ProcessedPrompts
-from bench.errors import UserError
 from bench.models.vlm.decoder_view import DecoderLayer
-from bench.models.vlm.visual_tokens import locate_visual_tokens
 from bench.ui import Progress
 from methods.moe.calibration_statistics import record_input_grams
 from methods.moe.least_squares import refit_columns
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import RepairedProjections
 from methods.visual_engine.weight_slices import head_channels
+from methods.visual_tokens.calibration import require_visual_tokens
 
 # Layers whose Gram matrices are held at once. They are F x F in float64, 1 GB for each
 # feed-forward of a 7B model, so not all fit; each group costs one more pass over the prompts.
@@ -36,7 +35,7 @@ LAYERS_AT_ONCE = 4
 @torch.no_grad()
 def repair_projections(
     engine: VisualEngine, samples: ProcessedPrompts, damping: float, progress: Progress
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Refit the projections of every layer that visual rows reach, and report the errors.
 
     Errors are squared and relative to the projection's own output: before and after, by projection.
@@ -48,24 +47,24 @@ def repair_projections(
     # The last layer before the cut computes only keys and values, so it has nothing to refit.
     reached = engine.decoder.layers[: engine.plan.cut - 1]
     repairs: dict[int, RepairedProjections] = {}
-    told = []
+    report: list[dict[str, object]] = []
     starts = range(0, len(reached), LAYERS_AT_ONCE)
     for start in progress.track(list(starts), "repairing projections"):
         group = reached[start : start + LAYERS_AT_ONCE]
         grams = _grams(engine, group, samples)
         for layer in group:
             repairs[layer.index], errors = _repair_layer(engine, layer, grams, damping)
-            told.append({"layer": layer.index, **errors})
+            report.append({"layer": layer.index, **errors})
     engine.plan.repair(repairs)
-    return told
+    return report
 
 
 def _repair_layer(
     engine: VisualEngine, layer: DecoderLayer, grams: dict[nn.Module, Tensor], damping: float
 ) -> tuple[RepairedProjections, dict[str, list[float]]]:
-    weights, errors = engine.prepared.layer(layer.index), dict[str, list[float]]()
+    weights, errors = engine.weight_cache.layer(layer.index), dict[str, list[float]]()
     view, kept = weights.view, weights.heads.kept
-    o_DK, down_DK, places_K = None, None, engine.prepared.places(layer)
+    o_DK, down_DK, places_K = None, None, engine.weight_cache.places(layer)
     if kept and weights.heads.dropped:
         columns_K = head_channels(kept, view.head_dim).to(view.o.weight.device)
         gram_FF = grams[_output_projection(layer)]
@@ -108,11 +107,9 @@ def _grams(
     modules += [_down_projection(layer) for layer in layers if layer.moe is None]
     found: dict[nn.Module, Tensor] = {}
     for call in samples.inputs:
-        tokens = locate_visual_tokens(engine.network, call)
-        if tokens is None:
-            raise UserError("a calibration prompt has no image: repair needs one in each")
+        tokens = require_visual_tokens(engine, call)
         with engine.dense(), record_input_grams(modules, tokens.mask, found):
-            engine.network(**call, use_cache=False, logits_to_keep=1)
+            engine.last_logits(call)
     return found
 
 

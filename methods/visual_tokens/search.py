@@ -1,19 +1,17 @@
-"""Settings that meet a budget of FLOPs or seconds.
+"""Search for settings that meet a budget of FLOPs or seconds at the least expected KL divergence.
 
-Search for settings that meet a cost budget with the least harm predicted from calibration.
-
-The harm of a layer cut, of fewer heads and of fewer neurons is measured separately for each, as the
-KL divergence in nats from the dense answer with nothing else changed; the three are assumed to add
-up (as operation pruning does, arXiv 2507.02909). The cost is `visual_share`, linear in heads.
+The KL divergence in nats from the dense answer is measured separately for a layer cut, for fewer
+heads and for fewer neurons, with nothing else changed; the three are assumed to add up (as
+operation pruning does, arXiv 2507.02909). The cost is `visual_share`, linear in heads.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +29,17 @@ from methods.visual_engine.cost.closed_form import (
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.plan import VisualPlan
-from methods.visual_tokens.allocation import KeptUnits, top_heads_in_total, top_neurons
+from methods.visual_tokens.allocation import top_heads_in_total, top_neurons_of_layers
 from methods.visual_tokens.calibration_stats import CalibrationStats
 
 HEAD_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 NEURON_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+# Maximum number of settings that are timed.
 MAX_READINGS = 24
-"""Maximum number of settings that are timed."""
+
+# Estimates up to this factor above a time budget are still measured: an estimate is good to a few
+# per cent, and leaving out a setting that would have met the budget costs accuracy.
 ESTIMATE_MARGIN = 1.1
-"""Estimates up to this factor above a time budget are still measured."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class StrategyShares:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Result of a search: settings, share of visual FLOPs, predicted harm in nats.
+    """Result of a search: settings, share of visual FLOPs, expected KL divergence in nats.
 
     `seconds` is the measured share of the dense prefill's time, if the budget is one of time.
     """
 
     settings: StrategyShares
     share: float
-    harm: float
+    expected_kl: float
     seconds: float | None = None
 
 
@@ -70,20 +70,20 @@ class BudgetSearch:
     def __init__(
         self,
         engine: VisualEngine,
-        findings: CalibrationStats,
+        stats: CalibrationStats,
         samples: ProcessedPrompts,
         whole_layers: int,
     ) -> None:
-        self.engine, self.findings, self.samples = engine, findings, samples
+        self.engine, self.stats, self.samples = engine, stats, samples
         self.shape: DecoderShape = decoder_shape(engine)
         self.whole_layers = min(whole_layers, self.shape.depth)
         # 0.4 of the samples is the paper's vote (more than 40 of 100), the default of head_pruning.
-        self.score_LH = findings.head_statistic(votes=0.4)
-        self.prompt = _with_window(findings.prompt, engine.plan)
+        self.score_LH = stats.head_statistic(votes=0.4)
+        self.prompt = _with_window(stats.prompt, engine.plan)
 
     @torch.no_grad()
     def fit(self, budget: float, progress: Progress) -> SearchResult:
-        """Leave the engine with the least harmful settings that cost at most `budget`; return them.
+        """Set the plan to the settings of least expected KL within `budget`, and return them.
 
         Raises:
             UserError: even the cheapest settings cost more.
@@ -99,20 +99,20 @@ class BudgetSearch:
         # The grid of head shares is coarse, so the winner usually leaves part of the budget unused:
         # it is spent on more heads.
         settings = self._filled(meeting[0].settings, budget)
-        return SearchResult(settings, self._share(settings), meeting[0].harm)
+        return SearchResult(settings, self._share(settings), meeting[0].expected_kl)
 
     @torch.no_grad()
     def fit_seconds(self, budget: float, progress: Progress) -> SearchResult:
         """Like `fit`, but `budget` is a share of the dense prefill's measured time.
 
-        Candidates are measured in order of predicted harm. Those that a running estimate puts well
+        Candidates are measured in order of expected KL. Those that a running estimate puts well
         above the budget are skipped; the estimate takes time to be linear in visual FLOPs and is
         corrected by the last measurement.
 
         Raises:
             UserError: none of the measured settings is fast enough.
         """
-        watch = PrefillTimer(self.engine, self.samples)
+        timer = PrefillTimer(self.engine, self.samples)
         text = self.prompt.text / (self.prompt.text + self.prompt.visual)
         correction, fastest = 1.0, float("inf")
         for found in self._candidates(progress):
@@ -122,15 +122,15 @@ class BudgetSearch:
             if correction * estimate > ESTIMATE_MARGIN * budget:
                 continue
             self._share(found.settings)
-            measured = watch.share()
+            measured = timer.share()
             fastest = min(fastest, measured)
             if measured <= budget:
                 return replace(found, seconds=measured)
-            if watch.readings == MAX_READINGS:
+            if timer.readings == MAX_READINGS:
                 break
             correction = measured / estimate
-        tried = f"{watch.readings} settings were timed, the fastest takes {fastest:.3f}"
-        if not watch.readings:
+        tried = f"{timer.readings} settings were timed, the fastest takes {fastest:.3f}"
+        if not timer.readings:
             tried = "none was timed, since even the cheapest is estimated to take more"
         raise UserError(
             f"budget={budget} of the dense prefill's time cannot be met: {tried}; "
@@ -138,19 +138,17 @@ class BudgetSearch:
         )
 
     def _candidates(self, progress: Progress) -> list[SearchResult]:
-        """Return all settings, the least predicted harm first."""
-        harm = self._harm(progress)
+        """Return all settings, the least expected KL first."""
+        kl = self._measure_kl(progress)
         found = []
-        for cut, heads, neurons in product(range(1, self.shape.depth + 1), *self._levels()):
-            settings = StrategyShares(cut, self._total(cut, heads), neurons)
-            expected = self._cut_harm(cut) + harm["heads", heads] + harm["neurons", neurons]
+        cuts = range(1, self.shape.depth + 1)
+        for cut, heads, neurons in product(cuts, HEAD_SHARES, NEURON_SHARES):
+            settings = StrategyShares(cut, self._total_heads(cut, heads), neurons)
+            expected = self.stats.cut_kl[cut - 1] + kl["heads", heads] + kl["neurons", neurons]
             found.append(SearchResult(settings, self._share(settings), expected))
-        return sorted(found, key=lambda fitted: fitted.harm)
+        return sorted(found, key=lambda fitted: fitted.expected_kl)
 
-    def _levels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return HEAD_SHARES, NEURON_SHARES
-
-    def _total(self, cut: int, share: float) -> int:
+    def _total_heads(self, cut: int, share: float) -> int:
         """Return the number of heads kept if layers after the whole ones keep this share."""
         whole, heads = min(self.whole_layers, cut), self.shape.heads
         return whole * heads + round(share * (cut - whole) * heads)
@@ -169,48 +167,33 @@ class BudgetSearch:
         """Set the plan to these settings and return their share of visual FLOPs."""
         plan = self.engine.plan
         plan.cut_at(settings.cut)
-        plan.keep_heads(self._kept(settings))
-        plan.keep_neurons(self._neurons(settings.neurons))
+        whole = min(self.whole_layers, settings.cut)
+        plan.keep_heads(top_heads_in_total(self.score_LH, settings.heads, whole, settings.cut))
+        plan.keep_neurons(top_neurons_of_layers(self.stats.neurons, settings.neurons))
         return visual_share(self.shape, layer_costs(self.engine), self.prompt)
 
-    def _kept(self, settings: StrategyShares) -> KeptUnits:
-        whole = min(self.whole_layers, settings.cut)
-        return top_heads_in_total(self.score_LH, settings.heads, whole, settings.cut)
-
-    def _neurons(self, share: float) -> list[tuple[Tensor, ...]]:
-        return [
-            tuple(top_neurons(score_F, share) for score_F in units)
-            for units in self.findings.neurons
-        ]
-
-    def _cut_harm(self, cut: int) -> float:
-        return self.findings.cut_kl[cut - 1]
-
-    def _harm(self, progress: Progress) -> dict[tuple[str, float], float]:
-        """Measure fewer heads and fewer neurons, each with everything else kept."""
+    def _measure_kl(self, progress: Progress) -> dict[tuple[str, float], float]:
+        """Measure the KL of fewer heads and of fewer neurons, each with everything else kept."""
         dense = list(self._answers(dense=True))
         # Ten measurements, one per share and kind, instead of one per combination of layers, heads
-        # and neurons, which would be thousands. The price is the assumption that harms add up.
-        depth, harm = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
+        # and neurons, which would be thousands. The price is the assumption that they add up.
+        depth, kl = self.shape.depth, {("heads", 1.0): 0.0, ("neurons", 1.0): 0.0}
         tried = [("heads", share) for share in HEAD_SHARES[1:]]
         tried += [("neurons", share) for share in NEURON_SHARES[1:]]
-        for what, share in progress.track(tried, "measuring the harm of cuts"):
-            heads = self._total(depth, share if what == "heads" else 1.0)
+        for what, share in progress.track(tried, "measuring fewer heads and neurons"):
+            heads = self._total_heads(depth, share if what == "heads" else 1.0)
             self._share(StrategyShares(depth, heads, share if what == "neurons" else 1.0))
             answers = self._answers(dense=False)
             parts = [_kl_divergence(p, q) for p, q in zip(dense, answers, strict=True)]
-            harm[what, share] = float(torch.stack(parts).mean())
-        return harm
+            kl[what, share] = float(torch.stack(parts).mean())
+        return kl
 
     def _answers(self, *, dense: bool) -> Iterator[Tensor]:
         """Yield log probabilities of each sample's next token, [B, vocabulary]."""
         for call in self.samples.inputs:
-            if dense:
-                with self.engine.dense():
-                    logits = self.engine.network(**call, use_cache=False, logits_to_keep=1).logits
-            else:
-                logits = self.engine.network(**call, use_cache=False, logits_to_keep=1).logits
-            yield logits[:, -1].double().log_softmax(dim=-1)
+            with self.engine.dense() if dense else nullcontext():
+                logits_BV = self.engine.last_logits(call)
+            yield logits_BV.double().log_softmax(dim=-1)
 
 
 def _with_window(prompt: PromptLengths, plan: VisualPlan) -> PromptLengths:
@@ -218,8 +201,8 @@ def _with_window(prompt: PromptLengths, plan: VisualPlan) -> PromptLengths:
     if plan.window is None:
         return prompt
     side = max(1, round(prompt.visual**0.5))
-    seen = mean_neighbours(side, side, plan.window.radius)
-    return replace(prompt, neighbours=seen)
+    neighbours = mean_neighbours(side, side, plan.window.radius)
+    return replace(prompt, neighbours=neighbours)
 
 
 def _kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
@@ -227,6 +210,7 @@ def _kl_divergence(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     return (p_BV.exp() * (p_BV - q_BV)).sum(dim=-1).mean()
 
 
+# Rounds whose median counts; a warm-up round precedes them.
 TIMING_ROUNDS = 5
 
 
@@ -235,7 +219,7 @@ class PrefillTimer:
 
     def __init__(self, engine: VisualEngine, samples: ProcessedPrompts) -> None:
         self._engine = engine
-        self._call: dict[str, Any] = dict(samples.inputs[0])
+        self._call = samples.inputs[0]
         self.readings = 0
 
     @torch.no_grad()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import chain
 
-import torch
 from pydantic import Field
+from torch import Tensor
 
 from bench.method import Context
 from bench.models.model import Model
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.strategy import VisualStrategy
-from methods.visual_tokens.allocation import top_neurons
+from methods.visual_tokens.allocation import Ranking, control_scores, top_neurons_of_layers
 from methods.visual_tokens.calibration import calibration_stats_for
-
-KeptNeurons = list[tuple[torch.Tensor, ...]]
 
 
 class SparseFFN(VisualStrategy):
@@ -27,37 +25,32 @@ class SparseFFN(VisualStrategy):
     """
 
     keep: float = Field(default=0.25, gt=0, le=1)
-    choose: Literal["scored", "first", "random"] = "scored"
+    choose: Ranking = "scored"
     reorder: bool = True
-    settings: str | None = None
+    calibration_folder: str | None = None
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether neurons are scored on prompts: not with `settings`, `first` or `random`."""
-        return self.choose == "scored" and self.settings is None
+        """Whether neurons are scored on the run's prompts."""
+        return self.choose == "scored" and self.calibration_folder is None
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Choose each feed-forward's neurons, set them in the plan and report their counts."""
         widths = [[unit.width for unit in layer.units()] for layer in engine.decoder.layers]
         scores, origin = self._scores(widths, engine, context)
-        kept: KeptNeurons = [
-            tuple(top_neurons(score_F, self.keep) for score_F in layer) for layer in scores
-        ]
+        kept = top_neurons_of_layers(scores, self.keep)
         engine.plan.keep_neurons(kept)
-        if self.reorder and self.form == "skip":
-            engine.prepared.reorder()
+        if self.reorder and self.execution == "skip":
+            engine.weight_cache.reorder()
         counts = [[len(unit) for unit in layer] for layer in kept]
         return {"keep": self.keep, "neurons": counts, "of": widths, "scores": origin}
 
     def _scores(
         self, widths: list[list[int]], engine: VisualEngine, context: Context
-    ) -> tuple[list[list[torch.Tensor]], str]:
+    ) -> tuple[list[list[Tensor]], str]:
         """Return a score for every neuron of every feed-forward, [F] each, and their origin."""
-        if self.choose == "first":
-            return [[-torch.arange(float(w)) for w in layer] for layer in widths], "first"
-        if self.choose == "random":
-            generator = torch.Generator().manual_seed(context.seed)
-            return [[torch.rand(w, generator=generator) for w in layer] for layer in widths], (
-                "random"
-            )
-        findings = calibration_stats_for(self.settings, engine, context)
-        return findings.neurons, findings.origin
+        if self.choose != "scored":
+            flat = iter(control_scores(self.choose, list(chain(*widths)), context.seed))
+            return [[next(flat) for _ in layer] for layer in widths], self.choose
+        stats = calibration_stats_for(self.calibration_folder, engine, context)
+        return stats.neurons, stats.origin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,7 @@ from bench.models.model import Model
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import DroppedHeads
 from methods.visual_engine.strategy import VisualStrategy
+from methods.visual_tokens.allocation import Ranking
 from methods.visual_tokens.calibration import calibration_stats_for, require_samples
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
@@ -54,34 +55,35 @@ class Yopo(VisualStrategy):
     budget: float | None = Field(default=None, gt=0, le=1)
     budget_of: Literal["flops", "seconds"] = "flops"
     whole_layers: int = Field(default=2, ge=0)
-    heads: Literal["scored", "first", "random"] = "scored"
-    neurons: Literal["scored", "first", "random"] = "scored"
-    dropped: DroppedHeads = "silent"
+    heads: Ranking = "scored"
+    neurons: Ranking = "scored"
+    dropped_heads: DroppedHeads = "zero"
     reorder: bool = True
-    settings: str | None = None
+    calibration_folder: str | None = None
     repair: bool = False
     refit_damping: float = Field(default=0.01, gt=0)
 
     @property
     def uses_prompts(self) -> bool:
         """Whether a budget, a repair or scores without a saved calibration need prompts."""
-        scored = self.settings is None and "scored" in (self.heads, self.neurons)
+        scored = self.calibration_folder is None and "scored" in (self.heads, self.neurons)
         return scored or self.repair or self.budget is not None
 
-    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, Any]:
+    def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
+        """Set all four strategies in the plan, from the paper's row or from a search."""
         row = self.models.get(model.structure.model_type, self.shares)
         if row.window:
-            window = NeighborAttention(window=row.window, form=self.form)
+            window = NeighborAttention(window=row.window, execution=self.execution)
             window.configure(engine, model, context)
         if self.budget is not None:
             found = self._search(engine, context)
         else:
-            found = {}
+            found = dict[str, object]()
             for name, part in self._parts(row).items():
                 found[name] = part.configure(engine, model, context)
         if self.repair:
-            if self.form != "skip" or self.dropped != "silent":
-                raise UserError("repair=true requires form=skip and dropped=silent")
+            if self.execution != "skip" or self.dropped_heads != "zero":
+                raise UserError("repair=true requires execution=skip and dropped_heads=zero")
             samples = require_samples(context)
             found["repair"] = repair_projections(
                 engine, samples, self.refit_damping, context.progress
@@ -91,17 +93,17 @@ class Yopo(VisualStrategy):
     def _parts(self, row: PaperRow) -> dict[str, VisualStrategy]:
         """Return the row as single strategies, without those that keep everything."""
         parts: dict[str, tuple[float, VisualStrategy]] = {
-            "layer_drop": (row.layers, LayerDrop(share=row.layers, form=self.form)),
+            "layer_drop": (row.layers, LayerDrop(share=row.layers, execution=self.execution)),
             "head_pruning": (
                 row.heads,
                 HeadPruning(
                     keep=row.heads,
                     whole_layers=self.whole_layers,
                     choose=self.heads,
-                    dropped=self.dropped,
+                    dropped_heads=self.dropped_heads,
                     reorder=self.reorder,
-                    settings=self.settings,
-                    form=self.form,
+                    calibration_folder=self.calibration_folder,
+                    execution=self.execution,
                 ),
             ),
             "sparse_ffn": (
@@ -110,24 +112,24 @@ class Yopo(VisualStrategy):
                     keep=row.neurons,
                     choose=self.neurons,
                     reorder=self.reorder,
-                    settings=self.settings,
-                    form=self.form,
+                    calibration_folder=self.calibration_folder,
+                    execution=self.execution,
                 ),
             ),
         }
         return {name: part for name, (share, part) in parts.items() if share < 1}
 
-    def _search(self, engine: VisualEngine, context: Context) -> dict[str, Any]:
+    def _search(self, engine: VisualEngine, context: Context) -> dict[str, object]:
         """Find and set layers, heads and neurons that meet the budget."""
-        if self.form != "skip" or self.budget is None:
-            raise UserError("budget requires form=skip")
-        engine.plan.dropped = self.dropped
-        findings = calibration_stats_for(self.settings, engine, context)
-        search = BudgetSearch(engine, findings, require_samples(context), self.whole_layers)
+        if self.execution != "skip" or self.budget is None:
+            raise UserError("budget requires execution=skip")
+        engine.plan.dropped_heads = self.dropped_heads
+        stats = calibration_stats_for(self.calibration_folder, engine, context)
+        search = BudgetSearch(engine, stats, require_samples(context), self.whole_layers)
         fit = search.fit_seconds if self.budget_of == "seconds" else search.fit
         fitted = fit(self.budget, context.progress)
         if self.reorder:
-            engine.prepared.reorder()
+            engine.weight_cache.reorder()
         chosen = fitted.settings
         return {
             "budget": self.budget,
@@ -137,6 +139,6 @@ class Yopo(VisualStrategy):
             "layers": chosen.cut,
             "heads": chosen.heads,
             "neurons": chosen.neurons,
-            "expected_kl": fitted.harm,
-            "findings": findings.origin,
+            "expected_kl": fitted.expected_kl,
+            "calibration": stats.origin,
         }

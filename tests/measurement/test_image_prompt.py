@@ -35,7 +35,7 @@ def test_the_cache_holds_what_the_plan_leaves(name):
     shape = decoder_shape(engine)
     every = LayerCost(shape.heads, shape.groups, shape.heads, shape.widths[0])
     assert dense.cache_bytes == analytic_cache_bytes(shape, [every] * shape.depth, rows, 4)
-    engine.plan.agree("skip")
+    engine.plan.set_execution("skip")
     engine.plan.cut_at(3)
     engine.plan.keep_heads([(0, 1, 2, 3), (0, 1), (0, 1), ()])
     found = time_prefill(model, call(name))

@@ -47,12 +47,12 @@ def _measured(method: TokenPruning) -> list[Figure]:
     engine = applied(method, ours)
     expected, pruned, choosing = theory(engine), prefill(ours, inputs), list[float]()
 
-    def clocked() -> None:
+    def timed() -> None:
         with engine.overhead.measured() as overhead:
             pruned()
         choosing.append(overhead.seconds)
 
-    slow, fast = times([prefill(dense, inputs), clocked], rounds=ROUNDS)
+    slow, fast = times([prefill(dense, inputs), timed], rounds=ROUNDS)
     gain, middle = ratio(slow, fast)
     name, seconds = type(method).__name__, statistics.median(choosing)
     share = seconds / statistics.median(slow)

@@ -48,7 +48,7 @@ class LayerCall:
     weights: VisualWeights
     text: TokenRows
     visual: VisualTokensState
-    who: AttentionMasks
+    masks: AttentionMasks
     chosen: tuple[MatmulCost, ...]
 
     @property
@@ -71,13 +71,13 @@ class VisualFlops:
     @property
     def untold(self) -> tuple[str, ...]:
         """Names of the pruning steps that do not report the cost of choosing."""
-        quiet = (each.name for each in self.engine.plan.selections if each.macs is None)
+        quiet = (each.name for each in self.engine.plan.steps if each.macs is None)
         return tuple(dict.fromkeys(quiet))
 
     def prefill(self, inputs: ModelInputs) -> list[MatmulCost] | None:
         """Return the decoder's matmuls for a prompt; None if the original decoder runs."""
         if (
-            self.engine.plan.form != "skip"
+            self.engine.plan.execution != "skip"
             or locate_visual_tokens(self.engine.network, inputs) is None
         ):
             return None
@@ -91,7 +91,7 @@ class VisualFlops:
     def token(self, inputs: ModelInputs) -> list[MatmulCost] | None:
         """Return the matmuls of the first generated token; None if the original decoder runs."""
         if (
-            self.engine.plan.form != "skip"
+            self.engine.plan.execution != "skip"
             or locate_visual_tokens(self.engine.network, inputs) is None
         ):
             return None
@@ -137,31 +137,31 @@ class VisualFlops:
         # them.
         nothing = torch.zeros(*visual.index_BR.shape, 0, device=ids_BS.device)
         here = all_visual_tokens(tokens, visual, (nothing, nothing), [])
-        whole = Frames.of(here.cells).counts
-        who = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
-        waiting = list(plan.selections)
+        initial_counts = Frames.of(here.cells).counts
+        masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
+        waiting = list(plan.steps)
         for layer in engine.decoder.layers:
             chosen: list[MatmulCost] = []
             while waiting and waiting[0].after <= layer.index < plan.cut:
-                selection = waiting.pop(0)
-                chosen += self._choosing(selection, text, here, whole)
-                here = _after_selection(selection, here, whole)
-                who = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
-            ready = engine.prepared.layer(layer.index)
-            yield LayerCall(layer, ready, text, here, who, tuple(chosen))
+                step = waiting.pop(0)
+                chosen += self._choosing(step, text, here, initial_counts)
+                here = _after_selection(step, here, initial_counts)
+                masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
+            ready = engine.weight_cache.layer(layer.index)
+            yield LayerCall(layer, ready, text, here, masks, tuple(chosen))
 
     def _choosing(
         self,
-        selection: TokenPruningStep,
+        step: TokenPruningStep,
         text: TokenRows,
         here: VisualTokensState,
-        whole: tuple[int, ...],
+        initial_counts: tuple[int, ...],
     ) -> list[MatmulCost]:
         """Return the cost of choosing, if the method reports it and something is chosen."""
-        sizes = selection_sizes(self.engine, selection, text, here, whole)
-        if selection.macs is None or sizes.kept == sizes.counts:
+        sizes = selection_sizes(self.engine, step, text, here, initial_counts)
+        if step.macs is None or sizes.kept == sizes.counts:
             return []
-        return [MatmulCost("method", selection.macs(sizes), "visual")]
+        return [MatmulCost("method", step.macs(sizes), "visual")]
 
     def _text_rows(self, layer: DecoderLayer, rows: int) -> list[MatmulCost]:
         """Return the linear layers of text rows, which run through the original layer."""
@@ -181,7 +181,7 @@ class VisualFlops:
             yield _text_to_text(stage, stage.weights.view.heads)
         # The branches mirror `two_stream_layer` and `_attend_streams`; a case added there must be
         # added here.
-        elif stage.who.order is not None and not last:
+        elif stage.masks.order is not None and not last:
             yield from _joint(stage, kept)
         else:
             yield _text_to_all(stage, kept)
@@ -189,7 +189,7 @@ class VisualFlops:
                 yield from _visual_blocks(stage, kept)
         if kept and dropped:
             yield _text_to_text(stage, dropped)
-        if not last and self.engine.plan.dropped == "text" and dropped:
+        if not last and self.engine.plan.dropped_heads == "text_only" and dropped:
             yield _visual_to_text(stage, dropped)
 
     def _visual_rows(self, stage: LayerCall, *, last: bool) -> Iterator[MatmulCost]:
@@ -215,17 +215,17 @@ class VisualFlops:
 
 
 def _after_selection(
-    selection: TokenPruningStep, here: VisualTokensState, whole: tuple[int, ...]
+    step: TokenPruningStep, here: VisualTokensState, initial_counts: tuple[int, ...]
 ) -> VisualTokensState:
     """Return what a pruning step leaves; the first tokens of each frame stand for the chosen."""
     frames = Frames.of(here.cells)
     left = [
-        selection.quota.left(n, m) if selection.quota.kept(n, m) < m else m
-        for n, m in zip(whole, frames.counts, strict=True)
+        step.quota.left(n, m) if step.quota.kept(n, m) < m else m
+        for n, m in zip(initial_counts, frames.counts, strict=True)
     ]
     place_M = torch.arange(max(frames.counts), device=frames.valid_IM.device)
     keep_IM = place_M < torch.tensor(left, device=place_M.device)[:, None]
-    return here.among(rows_where(frames.spread(keep_IM)))
+    return here.subset(rows_where(frames.unpack(keep_IM)))
 
 
 def _pair_macs(stage: LayerCall) -> int:
@@ -245,7 +245,7 @@ def _text_to_text(stage: LayerCall, heads: int) -> MatmulCost:
     batch, (text, _) = stage.samples, stage.rows
     pairs = batch * text * text
     causal = batch * text * (text + 1) / 2
-    seen = causal if stage.who.causal else _unmasked_pairs(stage.who.text_BTK, batch, pairs)
+    seen = causal if stage.masks.causal else _unmasked_pairs(stage.masks.text_BTK, batch, pairs)
     return attention_cost("text", heads * pairs, heads * seen, _pair_macs(stage))
 
 
@@ -253,14 +253,14 @@ def _text_to_all(stage: LayerCall, heads: int) -> MatmulCost:
     """Count text rows over visual and text keys under a mask."""
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * text * (text + visual)
-    seen = _unmasked_pairs(stage.who.mixed_BTK, batch, pairs)
+    seen = _unmasked_pairs(stage.masks.mixed_BTK, batch, pairs)
     return attention_cost("text", heads * pairs, heads * seen, _pair_macs(stage))
 
 
 def _joint(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
     """Yield both streams over both, in plain causal order without a mask."""
     batch, (text, visual) = stage.samples, stage.rows
-    order = cast(Tensor, stage.who.order)
+    order = cast(Tensor, stage.masks.order)
     # In causal order a row attends to all rows before it and to itself.
     rank = order.argsort() + 1
     parts: tuple[tuple[Any, int, Tensor], ...] = (
@@ -274,7 +274,7 @@ def _joint(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
 
 def _visual_blocks(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
     """Yield visual rows over the keys of their blocks."""
-    for block in stage.who.blocks:
+    for block in stage.masks.blocks:
         samples = stage.samples if block.samples == ALL else 1
         queries, keys = block.mask.shape[-2:]
         pairs = samples * queries * keys
@@ -283,13 +283,13 @@ def _visual_blocks(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
 
 
 def _visual_to_text(stage: LayerCall, heads: int) -> MatmulCost:
-    """Count what dropped heads of visual rows attend to under `dropped=text`.
+    """Count what dropped heads of visual rows attend to under `dropped_heads=text_only`.
 
     Rows before all text get all of it, and their result is discarded, as in `text_only_attention`.
     """
     batch, (text, visual) = stage.samples, stage.rows
     pairs = batch * visual * text
-    before = cast(Tensor, stage.who.before_BNK)
+    before = cast(Tensor, stage.masks.before_BNK)
     seen = _unmasked_pairs(before | ~before.any(dim=-1, keepdim=True), batch, pairs)
     return attention_cost("visual", heads * pairs, heads * seen, _pair_macs(stage))
 
@@ -310,7 +310,7 @@ def layer_costs(engine: VisualEngine) -> list[LayerCost]:
     """Return each layer's remaining work for visual rows under the engine's plan."""
     plan, work = engine.plan, []
     for layer, settings in zip(engine.decoder.layers, plan.layers, strict=True):
-        full = _layer_cost(engine, layer, settings, everywhere=plan.dropped == "text")
+        full = _layer_cost(engine, layer, settings, everywhere=plan.dropped_heads == "text_only")
         if layer.index >= plan.cut:
             work.append(LayerCost.none())
         else:
@@ -322,7 +322,7 @@ def token_stages(engine: VisualEngine, n: int) -> list[dict[str, int]]:
     """Return the tokens of a frame of n by runs of layers, each with first, until and tokens."""
     plan, stages = engine.plan, list[dict[str, int]]()
     for layer in range(len(plan.layers)):
-        quotas = [selection.quota for selection in plan.reaching(layer)]
+        quotas = [step.quota for step in plan.reaching(layer)]
         tokens = tokens_left(quotas, n) if layer < plan.cut else 0
         if stages and stages[-1]["tokens"] == tokens:
             stages[-1]["until"] = layer + 1
@@ -349,13 +349,13 @@ def _layer_cost(
         groups=len({head // per_group for head in heads}),
         queries=view.heads if everywhere else len(heads),
         neurons=_visual_neurons_met(engine, layer),
-        quotas=tuple(selection.quota for selection in engine.plan.reaching(layer.index)),
+        quotas=tuple(step.quota for step in engine.plan.reaching(layer.index)),
     )
 
 
 def _visual_neurons_met(engine: VisualEngine, layer: DecoderLayer) -> float:
     """Return the neurons one visual row is multiplied with, for experts the mean over routed."""
-    places = engine.prepared.places(layer)
+    places = engine.weight_cache.places(layer)
     return (
         _neurons_met(layer)
         if places is None
@@ -380,29 +380,29 @@ def _active_width(moe: MoEBlock | None, widths: list[int]) -> float:
 
 def selection_sizes(
     engine: VisualEngine,
-    selection: TokenPruningStep,
+    step: TokenPruningStep,
     text: TokenRows,
     here: VisualTokensState,
-    whole: tuple[int, ...],
+    initial_counts: tuple[int, ...],
 ) -> SelectionSizes:
-    """Return the sizes before a pruning step; `whole` are the frames' original token counts."""
+    """Return the sizes before a pruning step; `initial_counts` are those of the frames at first."""
     frames = Frames.of(here.cells)
     counts, samples = frames.counts, here.rows.index_BR.shape[0]
     entered_B = torch.zeros(samples, dtype=torch.int64)
-    entered_B.index_add_(0, frames.sample_I.cpu(), torch.tensor(whole))
+    entered_B.index_add_(0, frames.sample_I.cpu(), torch.tensor(initial_counts))
     # A step before the decoder has no preceding layer; it reads no attention either, so layer 0
     # only fills the fields.
-    ran = engine.prepared.layer(max(selection.after - 1, 0))
+    weights_before = engine.weight_cache.layer(max(step.after - 1, 0))
     return SelectionSizes(
         counts=counts,
-        kept=tuple(selection.quota.kept(n, m) for n, m in zip(whole, counts, strict=True)),
+        kept=tuple(step.quota.kept(n, m) for n, m in zip(initial_counts, counts, strict=True)),
         samples=samples,
         keys=text.count + here.rows.count,
         text=text.count,
-        asked=int(rows_after_images(text, here.rows).sum(dim=1).max()),
-        entered=int(entered_B.max()),
-        heads=len(ran.heads.kept),
-        head_dim=ran.view.head_dim,
+        question_rows=int(rows_after_images(text, here.rows).sum(dim=1).max()),
+        input_visual_rows=int(entered_B.max()),
+        heads=len(weights_before.heads.kept),
+        head_dim=weights_before.view.head_dim,
         width=int(cast(Any, engine.decoder.config).hidden_size),
-        tower=None if engine.tower is None else engine.tower.sizes(whole),
+        tower=None if engine.tower is None else engine.tower.sizes(initial_counts),
     )

@@ -124,7 +124,7 @@ def drop():
 def official():
     from methods.visual_tokens.layer_drop import LayerDrop
 
-    return LayerDrop(layers=2, form="official")
+    return LayerDrop(layers=2, execution="masked")
 
 
 @pytest.mark.parametrize("method", [None, windows, drop])

@@ -169,7 +169,7 @@ def test_an_unknown_convention_is_one_sentence():
 def test_a_method_that_does_not_say_what_choosing_multiplies_is_a_gap(multimodal):
     def silent(model):
         plan = visual_engine_of(model.network).plan
-        plan.selections = [replace(each, macs=None) for each in plan.selections]
+        plan.steps = [replace(each, macs=None) for each in plan.steps]
 
     (gap,) = gaps(multimodal(METHODS["fastv"], then=silent))
     assert (gap.quantity, gap.how) == ("method_flops", "analytic")

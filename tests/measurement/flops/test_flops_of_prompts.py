@@ -33,7 +33,7 @@ HEADS = HeadPruning(keep=0.6, choose="random", whole_layers=1)
 STRATEGIES = {
     "neighbor_attention": NeighborAttention(window=3),
     "head_pruning": HEADS,
-    "head_pruning, text": HEADS.model_copy(update={"dropped": "text"}),
+    "head_pruning, text": HEADS.model_copy(update={"dropped_heads": "text_only"}),
     "sparse_ffn": SparseFFN(keep=0.4, choose="random"),
     "layer_drop": LayerDrop(share=0.5),
 }
@@ -132,7 +132,7 @@ def test_a_method_that_does_not_say_is_named():
     model = loaded("llava_llama", METHODS["fastv"])
     assert flops_provider_of(model.network).untold == ()
     plan = visual_engine_of(model.network).plan
-    plan.selections = [replace(each, macs=None) for each in plan.selections]
+    plan.steps = [replace(each, macs=None) for each in plan.steps]
     assert flops_provider_of(model.network).untold == ("fastv",)
 
 
@@ -180,7 +180,7 @@ def test_a_plan_goes_with_a_copy_and_follows_the_weights():
 
 
 def test_the_official_form_computes_everything():
-    masked = loaded("llava_llama", HEADS.model_copy(update={"form": "official"}))
+    masked = loaded("llava_llama", HEADS.model_copy(update={"execution": "masked"}))
     dense = loaded("llava_llama")
     call = prompt("llava_llama", [6, (4, 6), 4])
     found = analytic_vlm.image_prompt_macs(masked.network, masked.structure, call)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from methods.token_pruning.base import top_tokens
+from methods.token_pruning.base import evenly_spaced, top_tokens
 from methods.token_pruning.cdpruner import greedy_dpp_map, normalized_relevance
 from methods.token_pruning.controls import even_grid_cells
 from methods.token_pruning.dart import least_similar_to_pivots, select_pivots
@@ -21,7 +21,7 @@ from methods.token_pruning.prumerge_plus import (
 )
 from methods.token_pruning.scope import greedy_coverage
 from methods.token_pruning.sparsevlm import cluster_by_density, cluster_sums, select_raters
-from methods.token_pruning.visionzip import evenly_spaced, merge_into_targets
+from methods.token_pruning.visionzip import merge_into_targets
 
 # Two frames of other sizes and budgets, the shorter one filled up with what must not matter.
 COUNTS, KEEP, WIDTH = (9, 6), (4, 3), 24

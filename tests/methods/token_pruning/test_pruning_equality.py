@@ -112,7 +112,7 @@ def test_text_only_prompts_are_untouched(method):
     network, engine = applied("llava_llama", METHODS[method])
     call = prompt("llava_llama", [9], [4])
     assert torch.equal(network(**call).logits, build("llava_llama")(**call).logits)
-    assert engine.overhead.selections == 0
+    assert engine.overhead.steps == 0
 
 
 @pytest.mark.parametrize("name", ["llava_llama", "internvl_qwen3"])
@@ -194,6 +194,6 @@ def test_half_precision_keeps_as_many_tokens(name, method):
     logits = network(**call).logits
     assert logits.dtype == torch.bfloat16 and logits[text_of(call)].isfinite().all()
     for each in seen:
-        quota = next(s.quota for s in engine.plan.selections if s.after == each.after)
-        counts = zip(each.sight.whole, each.sight.frames.counts, strict=True)
+        quota = next(s.quota for s in engine.plan.steps if s.after == each.after)
+        counts = zip(each.inputs.initial_counts, each.inputs.frames.counts, strict=True)
         assert each.choice.keep_IM.sum(1).tolist() == [quota.left(n, m) for n, m in counts]

@@ -52,31 +52,29 @@ def test_averages_that_cannot_be_met():
     with pytest.raises(UserError, match="cannot be met on an image of 4000 tokens"):
         Quota.averaging(144, 2, 32).kept(4000, 4000)
     with pytest.raises(UserError, match=r"average=0\.2 cannot be met: the first stage"):
-        PyramidDrop(average=0.2)._selections(32, CONTEXT)
+        PyramidDrop(average=0.2)._steps(32, CONTEXT)
 
 
 def test_pyramid_drop_of_32_layers():
-    selections = PyramidDrop()._selections(32, CONTEXT)
-    assert [each.after for each in selections] == [8, 16, 24]
-    left = [tokens_left([s.quota for s in selections[: i + 1]], 576) for i in range(3)]
+    steps = PyramidDrop()._steps(32, CONTEXT)
+    assert [each.after for each in steps] == [8, 16, 24]
+    left = [tokens_left([s.quota for s in steps[: i + 1]], 576) for i in range(3)]
     assert left == [288, 144, 72]
-    steep = PyramidDrop(average=0.3)._selections(32, CONTEXT)
+    steep = PyramidDrop(average=0.3)._steps(32, CONTEXT)
     left = [576] + [tokens_left([s.quota for s in steep[: i + 1]], 576) for i in range(3)]
     assert sum(left) / 4 == pytest.approx(0.3 * 576, abs=1)
 
 
 @pytest.mark.parametrize("average", [192, 128, 64])
 def test_sparsevlm_tables_average_what_they_are_called(average):
-    selections = SparseVLM(average=average)._selections(32, CONTEXT)
-    assert [each.after for each in selections] == [2, 6, 15]
-    tokens = [
-        tokens_left([s.quota for s in selections if s.after <= layer], 576) for layer in range(32)
-    ]
+    steps = SparseVLM(average=average)._steps(32, CONTEXT)
+    assert [each.after for each in steps] == [2, 6, 15]
+    tokens = [tokens_left([s.quota for s in steps if s.after <= layer], 576) for layer in range(32)]
     assert sum(tokens) / 32 == pytest.approx(average, rel=0.08)
-    plain = SparseVLM(average=average, recycle=False)._selections(32, CONTEXT)
+    plain = SparseVLM(average=average, recycle=False)._steps(32, CONTEXT)
     table = {192: [300, 200, 110], 128: [303, 110, 36], 64: [66, 30, 17]}[average]
     assert [s.quota.kept(576, 576) for s in plain] == table
-    assert [s.after for s in SparseVLM()._selections(28, CONTEXT)] == [2, 5, 13]
+    assert [s.after for s in SparseVLM()._steps(28, CONTEXT)] == [2, 5, 13]
 
 
 def test_amounts_are_numbers_shares_or_everything():
@@ -102,15 +100,24 @@ def test_one_budget_at_a_time():
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="fastv selects after 9 layers, but the decoder has 4"):
         FastV(after=9, keep=3, average=None).check(loaded("llava_llama").structure)
-    with pytest.raises(UserError, match="form=official: token pruning removes tokens"):
-        DivPrune(form="official").check(loaded("llava_llama").structure)
+    with pytest.raises(UserError, match="execution=masked: token pruning removes tokens"):
+        DivPrune(execution="masked").check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="one share for each"):
         SparseVLM(keep=(0.5,)).check(loaded("llava_llama").structure)
+    for knobs in ({"keep": (), "layers": (1, 2, 3)}, {"keep": (0.5, 0.4, 0.3), "layers": ()}):
+        with pytest.raises(UserError, match="give one share for each layer"):
+            SparseVLM(**knobs).check(loaded("llava_llama").structure)
     with pytest.raises(UserError, match="fastv reads the attention of layer 1, but dart already"):
         applied("llava_llama", METHODS["dart"], FastV(after=2, keep=3, average=None))
     network, _ = applied("llava_llama", RandomTokens(keep=9), Downsample(keep=4))
     with pytest.raises(UserError, match="downsample needs whole images"):
         network(**prompt("llava_llama", [4, (5, 5), 3]))
+
+
+@pytest.mark.parametrize("name, method", METHODS.items())
+def test_messages_name_a_method_as_its_config_does(name, method):
+    steps = method._steps(4, CONTEXT)
+    assert {step.name for step in steps} == {name} and (CONFIGS / f"{name}.yaml").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -177,7 +184,7 @@ def test_choosing_is_timed_apart():
     call = prompt("llava_llama", [6, (5, 5), 4])
     with engine.overhead.measured() as overhead:
         network.generate(**call, max_new_tokens=3)
-    assert overhead.selections == 2 and overhead.seconds > 0
+    assert overhead.steps == 2 and overhead.seconds > 0
     assert not engine.overhead.synchronized
     overhead.reset()
     assert engine.overhead.seconds == 0

@@ -57,18 +57,18 @@ def test_pyramid_drop_ranks_by_products_and_halves_at_every_stage(name):
     network(**call)
     assert [each.after for each in seen] == [1, 2, 3]
     for each in seen:
-        whole = each.sight.whole
+        whole = each.inputs.initial_counts
         assert each.keep.tolist() == [max(1, round(n * 0.5**each.after)) for n in whole]
     # Products and the softmax of one head rank alike; compare head by head through the logarithm.
     attention = eager(name, call)[0][0]
-    products = seen[0].sight.products(seen[0].sight.last_text())[:, 0]
-    ran = seen[0].sight.ran
-    q, k = ran.text.q[:, :, -1], ran.visual_k
+    products = seen[0].inputs.products(seen[0].inputs.last_text())[:, 0]
+    last_qk = seen[0].inputs.last_qk
+    q, k = last_qk.text.q[:, :, -1], last_qk.visual_k
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = torch.einsum("bhd,bhnd->bhn", q, k) * ran.weights.view.scaling
+    scores = torch.einsum("bhd,bhnd->bhn", q, k) * last_qk.weights.view.scaling
     for frame, (sample, place) in enumerate(frame_places(name, call, network)):
         weight = attention[sample, :, -1, place].log()
-        rows = [(seen[0].sight.visual.index_BR[sample] == p).nonzero()[-1, 0] for p in place]
+        rows = [(seen[0].inputs.visual.index_BR[sample] == p).nonzero()[-1, 0] for p in place]
         direct = scores[sample][:, torch.stack(rows)]
         # Each head's logarithms differ from its products by one number, the denominator.
         assert torch.allclose((weight - direct).std(dim=1), torch.zeros(len(weight)), atol=1e-4)
@@ -132,10 +132,10 @@ def test_features_through_the_projector_are_the_embeddings(name):
     network, engine = applied(name, METHODS["scope"])
     seen = spied(engine)
     network(**prompt(name, *BATCH))
-    sight = seen[0].sight
-    features = sight.encoded.features_VF[sight.valid]
-    embedded = sight.encoded.project(features)
-    assert torch.allclose(embedded, sight.states_IMD[sight.valid], atol=1e-5)
+    inputs = seen[0].inputs
+    features = inputs.tower_output.features_VF[inputs.valid]
+    embedded = inputs.tower_output.project(features)
+    assert torch.allclose(embedded, inputs.states_IMD[inputs.valid], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,11 +143,11 @@ def test_visionzip_keeps_what_the_tower_attends_to(name):
     network, engine = applied(name, VisionZip(keep=6, contextual=0.34))
     seen = spied(engine)
     network(**prompt(name, *BATCH))
-    sight, choice = seen[0].sight, seen[0].choice
-    assert choice.keep_IM.sum(1).tolist() == [6] * len(sight.whole)
-    assert choice.changed_IM.sum(1).tolist() == [2] * len(sight.whole)
-    for frame, count in enumerate(sight.whole):
-        received = sight.encoded.received_V[frame, :count]
+    inputs, choice = seen[0].inputs, seen[0].choice
+    assert choice.keep_IM.sum(1).tolist() == [6] * len(inputs.initial_counts)
+    assert choice.changed_IM.sum(1).tolist() == [2] * len(inputs.initial_counts)
+    for frame, count in enumerate(inputs.initial_counts):
+        received = inputs.tower_output.received_V[frame, :count]
         dominant = set(received.topk(4).indices.tolist())
         kept = set(choice.keep_IM[frame].nonzero()[:, 0].tolist())
         assert dominant == kept - set(choice.changed_IM[frame].nonzero()[:, 0].tolist())
@@ -200,7 +200,7 @@ def test_videos_are_chosen_from_step_by_step(name):
     network, engine = applied(name, METHODS["scope"].model_copy(update={"keep": 4}))
     seen = spied(engine)
     network(**call)
-    sight, choice = seen[0].sight, seen[0].choice
-    assert sight.whole == (6, 6, 6) and choice.keep_IM.sum(1).tolist() == [4, 4, 4]
-    embedded = sight.encoded.project(sight.encoded.features_VF.flatten(0, 1))
-    assert torch.allclose(embedded, sight.states_IMD.flatten(0, 1), atol=1e-5)
+    inputs, choice = seen[0].inputs, seen[0].choice
+    assert inputs.initial_counts == (6, 6, 6) and choice.keep_IM.sum(1).tolist() == [4, 4, 4]
+    embedded = inputs.tower_output.project(inputs.tower_output.features_VF.flatten(0, 1))
+    assert torch.allclose(embedded, inputs.states_IMD.flatten(0, 1), atol=1e-5)

@@ -56,7 +56,7 @@ class Seen:
     """One selection: what it saw, its budget, what it chose."""
 
     after: int
-    sight: object
+    inputs: object
     keep: torch.Tensor
     choice: object
 
@@ -66,14 +66,14 @@ def spied(engine):
     seen = []
 
     def spy(selection):
-        def choose(sight, keep):
-            choice = selection.choose(sight, keep)
-            seen.append(Seen(selection.after, sight, keep, choice))
+        def choose(inputs, keep):
+            choice = selection.choose(inputs, keep)
+            seen.append(Seen(selection.after, inputs, keep, choice))
             return choice
 
         return replace(selection, choose=choose)
 
-    engine.plan.selections = [spy(selection) for selection in engine.plan.selections]
+    engine.plan.steps = [spy(selection) for selection in engine.plan.steps]
     return seen
 
 
@@ -81,8 +81,8 @@ def removals(seen, shape, width=32):
     """What the selections of one prefill [B, S] removed and replaced, for the reference."""
     found = []
     for each in seen:
-        sight, choice = each.sight, each.choice
-        frames = sight.frames
+        inputs, choice = each.inputs, each.choice
+        frames = inputs.frames
         untouched = each.keep >= torch.tensor(frames.counts)
         keep = choice.keep_IM | untouched[:, None]
         gone = torch.zeros(shape, dtype=torch.bool)
@@ -91,7 +91,7 @@ def removals(seen, shape, width=32):
         for frame, count in enumerate(frames.counts):
             for token in range(count):
                 row, sample = frames.index_IM[frame, token], frames.sample_I[frame]
-                place = sight.visual.index_BR.flatten()[row]
+                place = inputs.visual.index_BR.flatten()[row]
                 gone[sample, place] = not keep[frame, token]
                 if changed is not None and changed[frame, token] and not untouched[frame]:
                     states[sample, place] = choice.states_IMD[frame, token]

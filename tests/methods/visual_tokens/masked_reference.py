@@ -20,6 +20,7 @@ from torch.nn import functional
 from bench.models.structure.model_structure import inspect_model
 from bench.models.vlm.decoder_view import DecoderLayer, decoder_layers
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
+from methods.visual_engine.masked_mode import set_attention, use_attention
 from methods.visual_engine.plan import VisualPlan
 
 REFERENCE_ATTENTION = "slimbench_visual_masked"
@@ -113,7 +114,7 @@ class MaskedReference:
         silent = torch.zeros(*allowed.shape[:3], dtype=torch.bool)
         for head in set(range(heads)) - set(kept):
             allowed[:, head] &= ~vk
-            if plan.dropped == "silent":
+            if plan.dropped_heads == "zero":
                 silent[:, head] |= vq[..., 0]
         if index >= plan.cut:
             # After the cut only text rows are read, and they must not attend to visual keys; visual
@@ -171,14 +172,8 @@ def masked_reference(
     network: Any, plan: VisualPlan, removals: Sequence[Removal] = ()
 ) -> Iterator[None]:
     """Run the network's own layers under the masks of a plan inside the block."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     state = MaskedReference(network, plan, removals)
-    ALL_ATTENTION_FUNCTIONS.register(REFERENCE_ATTENTION, state.attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(REFERENCE_ATTENTION, sdpa_mask)
-    before = network.get_decoder().config._attn_implementation
-    network.set_attn_implementation({"text_config": REFERENCE_ATTENTION})
+    former = use_attention(network, REFERENCE_ATTENTION, state.attention)
     hooks = [network.model.register_forward_pre_hook(state.note, with_kwargs=True)]
     hooks += [
         layer.feed_forward.register_forward_hook(state.feed_forward(layer.index))
@@ -190,7 +185,7 @@ def masked_reference(
     try:
         yield
     finally:
-        network.set_attn_implementation({"text_config": before})
+        set_attention(network, former)
         for hook in hooks:
             hook.remove()
 

@@ -31,7 +31,7 @@ def found(name, **changes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_head_scores_are_sums_over_the_whole_attention_matrix(name):
-    _, call, findings = found(name)
+    _, call, stats = found(name)
     network = build(name)
     network.set_attn_implementation({"text_config": "eager"})
     weights = network(**call, output_attentions=True).attentions
@@ -40,27 +40,27 @@ def test_head_scores_are_sums_over_the_whole_attention_matrix(name):
     for layer, attention in enumerate(weights):
         for sample in range(2):
             rows = attention[sample][:, text[sample]]
-            for ours, mass in ((findings.text, rows.sum(1)), (findings.last, rows[:, -1])):
+            for ours, mass in ((stats.text, rows.sum(1)), (stats.last, rows[:, -1])):
                 ratio = mass[:, visual[sample]].sum(-1) / mass[:, text[sample]].sum(-1)
                 assert torch.allclose(ours[sample, layer], ratio, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llava_llama", "internvl_phi3"])
 def test_neuron_scores_are_mean_activations_times_column_norms(name):
-    engine, call, findings = found(name)
+    engine, call, stats = found(name)
     visual = call["input_ids"] == IMAGE
     inputs = []
     for layer in engine.decoder.layers:
         layer.feed_forward.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     engine.network(**call)
-    for layer, x, scores in zip(engine.decoder.layers, inputs, findings.neurons, strict=True):
+    for layer, x, scores in zip(engine.decoder.layers, inputs, stats.neurons, strict=True):
         (unit,) = layer.units()
         direct = unit.hidden(x[visual]).abs().mean(0) * unit.down.norm(dim=0)
         assert torch.allclose(scores[0], direct, rtol=1e-4)
 
 
 def test_expert_scores_weigh_each_token_as_the_router_does():
-    engine, call, findings = found("qwen3_vl_moe")
+    engine, call, stats = found("qwen3_vl_moe")
     visual = call["input_ids"] == IMAGE
     block = engine.decoder.layers[1].moe
     seen = []
@@ -71,42 +71,42 @@ def test_expert_scores_weigh_each_token_as_the_router_does():
         token, slot = torch.where(index == number)
         hidden = unit.hidden(seen[0][token]) * weight[token, slot][:, None]
         direct = hidden.abs().sum(0) / len(seen[0]) * unit.down.norm(dim=0)
-        assert torch.allclose(findings.neurons[1][number], direct, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(stats.neurons[1][number], direct, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cuts_cost_what_running_them_costs(name):
-    engine, call, findings = found(name)
+    engine, call, stats = found(name)
     dense = build(name)(**call).logits[:, -1].double().log_softmax(-1)
-    engine.plan.agree("skip")
+    engine.plan.set_execution("skip")
     for cut in range(1, 5):
         engine.plan.cut_at(cut)
         answer = engine.network(**call).logits[:, -1].double().log_softmax(-1)
         direct = (dense.exp() * (dense - answer)).sum(-1).mean()
-        assert findings.cut_kl[cut - 1] == pytest.approx(float(direct), rel=1e-3, abs=1e-6)
-    assert findings.cut_kl[0] > 1e-4
+        assert stats.cut_kl[cut - 1] == pytest.approx(float(direct), rel=1e-3, abs=1e-6)
+    assert stats.cut_kl[0] > 1e-4
 
 
-def test_findings_do_not_depend_on_what_was_reordered_before():
+def test_stats_do_not_depend_on_what_was_reordered_before():
     fresh = found("llava_llama")[2]
     engine = visual_engine_of(build("llava_llama"))
     rng = torch.Generator().manual_seed(0)
     engine.plan.keep_heads([(3, 1)] * 4)
     engine.plan.keep_neurons([(torch.randperm(48, generator=rng)[:9],)] * 4)
-    engine.prepared.reorder()
+    engine.weight_cache.reorder()
     again = calibrate(engine, ProcessedPrompts.of([prompt("llava_llama", *ROWS)]), SILENT)
     assert torch.allclose(again.last, fresh.last, rtol=1e-4)
     assert torch.allclose(again.neurons[2][0], fresh.neurons[2][0], rtol=1e-4)
 
 
 def test_voting_is_the_statistic_beating_the_threshold():
-    findings = found("llava_llama")[2]
+    stats = found("llava_llama")[2]
     ratio = torch.rand(10, 4, 4, generator=torch.Generator().manual_seed(0))
-    findings = replace(findings, last=ratio)
+    stats = replace(stats, last=ratio)
     for votes in (0.0, 0.4, 0.5, 0.9):
         for tau in (0.1, 0.35, 0.8):
             voted = (ratio > tau).sum(0) > round(votes * 10)
-            assert torch.equal(findings.head_statistic(votes) > tau, voted)
+            assert torch.equal(stats.head_statistic(votes) > tau, voted)
 
 
 def test_a_threshold_keeps_the_first_layers_whole():
@@ -115,42 +115,44 @@ def test_a_threshold_keeps_the_first_layers_whole():
     assert heads == [[0, 1, 2, 3], [0, 1, 2, 3], [], []]
 
 
-def test_saved_findings_come_back(tmp_path):
-    _engine, _, findings = found("qwen3_vl_moe")
-    findings.save(tmp_path)
+def test_saved_stats_come_back(tmp_path):
+    _engine, _, stats = found("qwen3_vl_moe")
+    stats.save(tmp_path)
     again = load_calibration_stats(tmp_path)
-    assert again.origin == findings.origin
-    assert again.cut_kl == findings.cut_kl and torch.equal(again.last, findings.last)
+    assert again.origin == stats.origin
+    assert again.cut_kl == stats.cut_kl and torch.equal(again.last, stats.last)
 
     model = loaded("qwen3_vl_moe")
-    details = SparseFFN(keep=0.5, settings=str(tmp_path)).apply(model, Context(seed=1)).details
-    assert details["scores"] == findings.origin
+    details = (
+        SparseFFN(keep=0.5, calibration_folder=str(tmp_path)).apply(model, Context(seed=1)).details
+    )
+    assert details["scores"] == stats.origin
     kept = visual_engine_of(model.network).plan.layers[2].neurons
-    for indices, score in zip(kept, findings.neurons[2], strict=True):
+    for indices, score in zip(kept, stats.neurons[2], strict=True):
         assert set(indices.tolist()) == set(score.topk(6).indices.tolist())
 
 
-def test_what_is_wrong_with_saved_findings_is_said(tmp_path):
-    strategy = SparseFFN(settings=str(tmp_path))
-    with pytest.raises(MissingData, match="holds no findings"):
+def test_what_is_wrong_with_saved_stats_is_said(tmp_path):
+    strategy = SparseFFN(calibration_folder=str(tmp_path))
+    with pytest.raises(MissingData, match=r"has no calibration\.json"):
         strategy.apply(loaded("llava_llama"), Context(seed=1))
     found("llava_llama", intermediate_size=40)[2].save(tmp_path)
-    with pytest.raises(UserError, match="another width"):
+    with pytest.raises(UserError, match="a different width"):
         strategy.apply(loaded("llava_llama"), Context(seed=1))
-    facts = json.loads((tmp_path / "findings.json").read_text())
+    facts = json.loads((tmp_path / "calibration.json").read_text())
     facts["cut_kl"][0] += 1
-    (tmp_path / "findings.json").write_text(json.dumps(facts))
+    (tmp_path / "calibration.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="was changed"):
         strategy.apply(loaded("llava_llama"), Context(seed=1))
-    (tmp_path / "findings.json").write_text("{")
+    (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         strategy.apply(loaded("llava_llama"), Context(seed=1))
 
 
 def test_layers_are_cut_where_the_answer_stays():
-    findings = found("llava_llama")[2]
-    findings = replace(findings, cut_kl=[0.9, 0.2, 0.3, 0.0])
-    assert [earliest_cut(findings, x) for x in (1.0, 0.25, 0.1, 0.0)] == [1, 2, 4, 4]
+    stats = found("llava_llama")[2]
+    stats = replace(stats, cut_kl=[0.9, 0.2, 0.3, 0.0])
+    assert [earliest_cut(stats, x) for x in (1.0, 0.25, 0.1, 0.0)] == [1, 2, 4, 4]
     model, lent = loaded("llava_llama"), context("llava_llama")
     details = LayerDrop(max_kl=1e9).apply(model, lent).details
     assert details["layers"] == 1 and visual_engine_of(model.network).plan.cut == 1

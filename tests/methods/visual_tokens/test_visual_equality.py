@@ -41,8 +41,8 @@ def planned(name, *, heads=True, neurons=True, window=SMALL, cut=3, **changes):
     network = build(name)
     stock = copy.deepcopy(network)
     engine = visual_engine_of(network)
-    engine.plan.agree("skip")
-    engine.plan.see(window)
+    engine.plan.set_execution("skip")
+    engine.plan.set_window(window)
     engine.plan.cut_at(cut)
     if heads:
         engine.plan.keep_heads(some_heads(engine))
@@ -84,7 +84,7 @@ def test_skip_equals_mask_and_every_setting_matters(name):
 
     engine = visual_engine_of(network)
     for change, back in (
-        (lambda: plan.see(Window(2)), lambda: plan.see(Window(1))),
+        (lambda: plan.set_window(Window(2)), lambda: plan.set_window(Window(1))),
         (lambda: plan.cut_at(2), lambda: plan.cut_at(3)),
         (
             lambda: plan.keep_heads(some_heads(engine, 2)),
@@ -128,8 +128,8 @@ def test_padding_on_the_right(name):
     [
         {"window": None},
         {"window": Window(1, causal=True)},
-        {"dropped": "text"},
-        {"dropped": "text", "window": None},
+        {"dropped_heads": "text_only"},
+        {"dropped_heads": "text_only", "window": None},
         {"heads": False, "neurons": False, "window": None, "cut": 2},
         {"heads": False, "neurons": False, "cut": 4},
         {"neurons": False, "window": None, "cut": 4},
@@ -145,7 +145,9 @@ def test_every_form_of_every_strategy(name, settings, rows):
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_vl"])
 def test_an_image_may_begin_the_prompt_and_text_may_lie_between_images(name):
     assert_equal(*planned(name), prompt(name, [(3, 4), 2, (2, 2), 4]), tokens=4)
-    assert_equal(*planned(name, window=None, dropped="text"), prompt(name, [(3, 4), 3]), tokens=4)
+    assert_equal(
+        *planned(name, window=None, dropped_heads="text_only"), prompt(name, [(3, 4), 3]), tokens=4
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,11 +181,11 @@ def test_reordered_weights_compute_the_same(name):
     network, stock, plan = planned(name)
     dense = stock(**(call := prompt(name, [5, (3, 4), 6]))).logits
     engine = visual_engine_of(network)
-    engine.prepared.reorder()
+    engine.weight_cache.reorder()
     with engine.dense():
         assert (network(**call).logits - dense).abs().max() < TOLERANCE
     assert_equal(network, stock, plan, call)
-    weights = engine.prepared.layer(0)
+    weights = engine.weight_cache.layer(0)
     if name != "qwen3_vl_moe":
         down = engine.decoder.layers[0].feed_forward.down_proj.weight
         assert weights.feed_forward.view.down.data_ptr() == down.data_ptr()

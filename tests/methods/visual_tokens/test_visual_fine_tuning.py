@@ -159,6 +159,17 @@ def test_another_layout_is_one_sentence(tmp_path, rows, said):
         conversations_from_file(llava_file(tmp_path, rows), str(tmp_path))
 
 
+def test_a_failed_training_leaves_the_network_as_it_runs(model):
+    network = model.network.to(torch.bfloat16)
+    with pytest.raises(UserError, match="the loss is not finite"):
+        VisualFineTuning(**FEW | {"learning_rate": 1e30}, epochs=6).apply(model, Context(seed=1))
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    assert not any(
+        weight.requires_grad or weight.grad is not None for weight in network.parameters()
+    )
+    assert not network.training
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path, model):
     with pytest.raises(MissingData, match=r"none\.json"):
         conversations_from_file(str(tmp_path / "none.json"), str(tmp_path))

@@ -55,7 +55,7 @@ def zeroed_after_softmax(network, plan, visual, x):
 
 def official(cut=3):
     model = loaded("llava_llama")
-    common = {"form": "official"}
+    common = {"execution": "masked"}
     reports = [
         NeighborAttention(window=3, **common).apply(model, Context(seed=1)),
         HeadPruning(counts=[3, 0, 1, 2], choose="random", **common).apply(model, Context(seed=1)),
@@ -113,7 +113,7 @@ def test_layer_drop_in_the_official_form_keeps_the_denominator():
     skip, call = loaded("llava_llama"), prompt("llava_llama", [4, (5, 5), 6])
     masked = copy.deepcopy(skip)
     LayerDrop(layers=2).apply(skip, Context(seed=1))
-    LayerDrop(layers=2, form="official").apply(masked, Context(seed=1))
+    LayerDrop(layers=2, execution="masked").apply(masked, Context(seed=1))
     text = call["input_ids"] != IMAGE
     difference = skip.network(**call).logits - masked.network(**call).logits
     assert difference[text].abs().max() > 1e-3

@@ -51,9 +51,9 @@ def test_columns_solve_the_damped_least_squares_problem(reorder):
     model, lent, told = repaired("llava_llama", reorder=reorder)
     engine = visual_engine_of(model.network)
     for layer in engine.decoder.layers[:2]:
-        weights = engine.prepared.layer(layer.index)
+        weights = engine.weight_cache.layer(layer.index)
         (unit,) = layer.units()
-        places = engine.prepared.places(layer)[0]
+        places = engine.weight_cache.places(layer)[0]
         heads = head_channels(weights.heads.kept, weights.view.head_dim)
         cases = {
             "feed_forward": (layer.feed_forward.down_proj, unit.down, places),
@@ -104,12 +104,12 @@ def test_a_repair_lasts_until_other_neurons_are_kept():
 def test_what_was_moved_since_is_noticed():
     model, _, _ = repaired("llava_llama", reorder=False)
     engine = visual_engine_of(model.network)
-    engine.prepared.reorder()
+    engine.weight_cache.reorder()
     with pytest.raises(UserError, match="list the method with repair=true last"):
         model.network(**prompt("llava_llama", [4, (5, 5), 5]))
 
 
 def test_only_what_is_skipped_can_be_repaired():
-    strategy = Yopo(shares=SHARES, whole_layers=1, repair=True, dropped="text")
-    with pytest.raises(UserError, match="repair=true requires form=skip"):
+    strategy = Yopo(shares=SHARES, whole_layers=1, repair=True, dropped_heads="text_only")
+    with pytest.raises(UserError, match="repair=true requires execution=skip"):
         strategy.apply(loaded("llava_llama"), context("llava_llama"))

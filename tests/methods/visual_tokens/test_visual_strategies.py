@@ -14,12 +14,14 @@ from bench.data.prompts import ProcessedPrompts
 from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
+from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import inspect_model
 from bench.models.vlm.decoder_view import decoder_layers
 from bench.schema import ModelConfig
 from methods.camera.pruning import CameraP
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
+from methods.visual_engine.weight_cache import NeuronOrder, permute_neurons
 from methods.visual_tokens.allocation import top_heads_by_count, top_heads_by_share
 from methods.visual_tokens.head_pruning import RELEASED_HEAD_COUNTS, HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
@@ -189,7 +191,7 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded():
     with pytest.raises(UserError, match="has 4 layers"):
         LayerDrop(layers=9).check(inspect_model(build("llava_llama")))
     with pytest.raises(UserError, match="does not support MoE models"):
-        SparseFFN(form="official").check(inspect_model(build("qwen3_vl_moe")))
+        SparseFFN(execution="masked").check(inspect_model(build("qwen3_vl_moe")))
 
 
 def test_images_are_asked_for():
@@ -203,8 +205,8 @@ def test_images_are_asked_for():
 def test_forms_do_not_mix():
     model = loaded("llava_llama")
     NeighborAttention().apply(model, Context(seed=1))
-    with pytest.raises(UserError, match="form=official cannot be combined with form=skip"):
-        LayerDrop(form="official").apply(model, Context(seed=1))
+    with pytest.raises(UserError, match="execution=masked cannot be combined with execution=skip"):
+        LayerDrop(execution="masked").apply(model, Context(seed=1))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -262,6 +264,47 @@ def kept_of(layer, neurons):
         (there if len(there) else torch.arange(unit.width))[chosen]
         for unit, there, chosen in zip(layer.units(), left, neurons, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "llava_qwen2_moe"])
+def test_neurons_that_another_method_permutes_are_followed(name):
+    """A permutation keeps the width, so only the rows of the weights show it."""
+    model, call = loaded(name), prompt(name, [4, (5, 5), 5])
+    SparseFFN(choose="random", reorder=False).apply(model, Context(seed=1))
+    before = model.network(**call).logits
+    rng = torch.Generator().manual_seed(0)
+    for layer in visual_engine_of(model.network).decoder.layers:
+        for unit in layer.units():
+            permute_neurons(unit, torch.randperm(unit.width, generator=rng))
+    assert torch.allclose(model.network(**call).logits, before, atol=1e-5)
+
+
+def test_neurons_with_equal_gates_keep_their_numbers():
+    """Zeroed neurons have equal gate rows; when others are removed, each keeps its own number."""
+    gate, up, down = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 6)
+    gate[1:4] = 0
+    order = NeuronOrder(ExpertView(gate, up, down, nn.SiLU()))
+    left = torch.tensor([0, 1, 2, 3, 5])
+    narrower = ExpertView(gate[left], up[left], down[:, left], nn.SiLU())
+    assert order.update(narrower).tolist() == left.tolist()
+
+
+def test_neurons_are_scored_after_others_were_removed():
+    """Heads first, then removed micro-experts, then neurons scored on what is left."""
+    name = "qwen3_vl_moe"
+    model, lent = loaded(name), context(name)
+    HeadPruning(keep=0.75, choose="first").apply(model, lent)
+    tokens = torch.randint(3, 58, (4, 16), generator=torch.Generator().manual_seed(0))
+    camera = CameraP(ratio=0.4, alpha=0.5, align=4, state="removed")
+    camera.apply(model, Context(seed=1, calibration=Calibration(tokens, "")))
+    SparseFFN(keep=0.5).apply(model, lent)
+    assert model.network(**prompt(name, [4, (3, 4), 5])).logits.isfinite().all()
+    engine = visual_engine_of(model.network)
+    for layer in engine.decoder.layers:
+        widths = [unit.width for unit in layer.units()]
+        left = [len(unit) for unit in engine.weight_cache.places(layer)]
+        # Half of the loaded 12; a neuron that was removed may be among them where scores are 0.
+        assert all(1 <= kept <= min(6, width) for kept, width in zip(left, widths, strict=True))
 
 
 def test_a_feed_forward_that_cannot_be_followed_is_named():

@@ -1,21 +1,22 @@
-"""Training under the strategies of a run.
+"""Fine-tuning of a vision-language model with the run's visual strategies active.
 
-Training tensors from conversations, through the model's own chat template.
-
-Shapes: B conversations, S tokens of the longest.
+Conversations become training tensors through the model's own chat template; the loss covers the
+answers. Shapes: B conversations, S tokens of the longest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Self, cast
+from typing import Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from bench.data import chat, conversations
 from bench.data.chat import Conversation
@@ -24,9 +25,27 @@ from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
-from bench.models.vlm.visual_tokens import FRAME_READERS
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
+from methods.visual_engine.strategy import require_visual_tokens_support
+
+# Modules below the inner model that map features of the tower to embeddings.
+PROJECTORS = ("multi_modal_projector", "visual.merger")
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer."""
+
+    pad_token_id: int
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
+        """Return `input_ids` of a text."""
+
+
+class Processor(Protocol):
+    """What is used of a processor, beyond its chat template."""
+
+    tokenizer: Tokenizer
 
 
 class VisualFineTuning(Method):
@@ -59,16 +78,15 @@ class VisualFineTuning(Method):
     @model_validator(mode="after")
     def _data_is_somewhere(self) -> Self:
         if (self.data == "llava") != (self.path is not None and self.images is not None):
-            raise ValueError("data=llava needs path and images, data=embedded takes neither")
+            raise ValueError(
+                f"data={self.data}, path={self.path}, images={self.images}: data=llava needs path "
+                "and images, data=embedded takes neither"
+            )
         return self
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without images."""
-        if structure.model_type not in FRAME_READERS:
-            raise UserError(
-                f"visual_finetune trains on images, but {structure.architecture} is not a "
-                f"vision-language model that is supported: {', '.join(sorted(FRAME_READERS))}"
-            )
+        require_visual_tokens_support("visual_finetune", structure)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Train; the report has the loss of every step and the fingerprint of the data.
@@ -84,12 +102,8 @@ class VisualFineTuning(Method):
                 f"{self._conversations_per_step} of one step; lower batch or accumulate"
             )
         trained = trainable_parameters(model.network)
-        with torch.enable_grad():
-            losses = self._train(model, talks, trained, total, context)
-        for weight in model.network.parameters():
-            weight.requires_grad_(False)
-            weight.grad = None
-        model.network.eval()
+        with torch.enable_grad(), _float32_weights(model.network, trained) as dtype:
+            losses = self._train(model, talks, trained, dtype, total, context)
         details = {
             "conversations": talks.fingerprint,
             "trained_parameters": sum(weight.numel() for weight in trained),
@@ -112,19 +126,13 @@ class VisualFineTuning(Method):
         model: Model,
         talks: Conversations,
         trained: list[nn.Parameter],
+        dtype: torch.dtype,
         total: int,
         context: Context,
     ) -> list[float]:
-        """Return the mean loss of each step."""
+        """Return the mean loss of each step; `dtype` is the network's own."""
         from transformers import get_cosine_schedule_with_warmup
 
-        dtype = trained[0].dtype
-        for weight in trained:
-            # Steps of 2e-5 vanish in bfloat16, so weights are trained in float32. Assigning `.data`
-            # does not raise `_version`, by which cached slices notice a change.
-            weight.data = weight.data.float()
-            torch.autograd.graph.increment_version(weight)
-            weight.requires_grad_(True)
         optimizer = torch.optim.AdamW(
             trained, lr=self.learning_rate, weight_decay=self.weight_decay
         )
@@ -133,7 +141,7 @@ class VisualFineTuning(Method):
         keeper = CheckpointManager(context.folder, context.progress)
         state = FineTuningState(trained, optimizer, schedule)
         if (saved := keeper.last()) is not None:
-            state.go_on(saved)
+            state.resume(saved)
         done = len(state.losses)
         # The order of batches depends on the seed alone, so a resumed run skips what was used and
         # sees the same batches as an uninterrupted one.
@@ -155,10 +163,6 @@ class VisualFineTuning(Method):
             state.losses.append(loss)
             keeper.save_if_due(state.checkpoint)
         keeper.keep(state.checkpoint)
-        for weight in trained:
-            weight.data = weight.data.to(dtype)
-            # Weight slices cached before this change must be refreshed.
-            torch.autograd.graph.increment_version(weight)
         return state.losses
 
     def _loss(self, model: Model, call: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -166,7 +170,7 @@ class VisualFineTuning(Method):
         moved = {name: value.to(model.device) for name, value in call.items()}
         half = dtype != torch.float32
         with torch.autocast(model.device.type, dtype if half else torch.bfloat16, enabled=half):
-            loss: Tensor = cast(Any, model.network)(**moved, use_cache=False).loss
+            loss: Tensor = model.network(**moved, use_cache=False).loss
         return loss
 
     def _batches(self, talks: Conversations, seed: int) -> Iterator[list[int]]:
@@ -178,25 +182,49 @@ class VisualFineTuning(Method):
                 yield order[start : start + self.batch].tolist()
 
 
+@contextmanager
+def _float32_weights(network: nn.Module, trained: list[nn.Parameter]) -> Iterator[torch.dtype]:
+    """Train the given weights in float32 inside the block; yield their own dtype.
+
+    Afterwards, also after an error, the network is frozen and in its own dtype again.
+    """
+    dtype = trained[0].dtype
+    try:
+        for weight in trained:
+            # Steps of 2e-5 vanish in bfloat16. Assigning `.data` does not raise `_version`, by
+            # which cached weight slices notice a change.
+            weight.data = weight.data.float()
+            torch.autograd.graph.increment_version(weight)
+            weight.requires_grad_(True)
+        yield dtype
+    finally:
+        for weight in trained:
+            weight.data = weight.data.to(dtype)
+            torch.autograd.graph.increment_version(weight)
+        for weight in network.parameters():
+            weight.requires_grad_(False)
+            weight.grad = None
+        network.eval()
+
+
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Return the weights of projector, language model and head, each once."""
-    inner = cast(Any, network).model
-    parts = [inner.language_model, cast(Any, network).lm_head]
-    if hasattr(inner, "multi_modal_projector"):
-        parts.append(inner.multi_modal_projector)
-    elif hasattr(inner.visual, "merger"):
-        parts.append(inner.visual.merger)
+    inner = network.get_submodule("model")
+    parts = [inner.get_submodule("language_model"), network.get_submodule("lm_head")]
+    # LLaVA and InternVL have a projector, the towers of Qwen-VL end in a merger.
+    parts += [part for name, part in inner.named_modules() if name in PROJECTORS]
     # By identity: a head tied to the embeddings is one weight, and AdamW refuses duplicates.
     return list({id(weight): weight for part in parts for weight in part.parameters()}.values())
 
 
-IGNORED = -100  # ignored by torch's cross-entropy
+# The label that torch's cross-entropy ignores.
+IGNORED = -100
 
 
 class TrainingExamples:
     """Renders conversations for one processor; the loss covers answers and their end tokens."""
 
-    def __init__(self, processor: Any, longest: int, system: str | None = None) -> None:
+    def __init__(self, processor: Processor, longest: int, system: str | None = None) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._longest = longest
@@ -209,63 +237,63 @@ class TrainingExamples:
             UserError: a conversation is longer than `longest`, or the chat template is not
                 supported.
         """
-        asked = [self._rendered(talk, 0, answered=False) for talk in talks]
+        prompts = [self._rendered(talk, 0, answered=False) for talk in talks]
         images = [[talk.image] for talk in talks]
         # Only the prompt up to the first answer goes through the processor, which expands the image
         # into its tokens; everything after it is text and is tokenised piece by piece, so that the
         # borders between answers and prompts are exact token borders.
-        first = chat.encode_chats(self._processor, asked, images, padding=True)
+        first = chat.encode_chats(self._processor, prompts, images, padding=True)
         rows, labels = [], []
         for number, talk in enumerate(talks):
             ids = first["input_ids"][number][first["attention_mask"][number].bool()].tolist()
-            known = [IGNORED] * len(ids)
-            for part, said in self._rest(talk):
+            targets = [IGNORED] * len(ids)
+            for part, is_answer in self._rest(talk):
                 ids += part
-                known += part if said else [IGNORED] * len(part)
+                targets += part if is_answer else [IGNORED] * len(part)
             rows.append(ids)
-            labels.append(known)
+            labels.append(targets)
         width = max(map(len, rows))
         if width > self._longest:
             raise UserError(
                 f"a conversation has {width} tokens, but longest={self._longest}: raise it or "
                 "remove long conversations from the file"
             )
-        padded = [self._tokenizer.pad_token_id] * width
-        made = {name: value for name, value in first.items() if isinstance(value, Tensor)}
-        made["input_ids"] = torch.tensor([row + padded[len(row) :] for row in rows])
-        made["attention_mask"] = torch.tensor(
+        padding = [self._tokenizer.pad_token_id] * width
+        inputs = {name: value for name, value in first.items() if isinstance(value, Tensor)}
+        inputs["input_ids"] = torch.tensor([row + padding[len(row) :] for row in rows])
+        inputs["attention_mask"] = torch.tensor(
             [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         )
-        made["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
-        if "mm_token_type_ids" in made:
+        inputs["labels"] = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
+        if "mm_token_type_ids" in inputs:
             # `mm_token_type_ids` gives the modality of each token, 0 for the added text. The
             # processor may have padded on the left, hence the detour over the mask.
-            types = made["mm_token_type_ids"]
+            types = inputs["mm_token_type_ids"]
             widened = torch.zeros(len(rows), width, dtype=types.dtype)
             for number, mask in enumerate(first["attention_mask"].bool()):
                 kept = types[number][mask]
                 widened[number, : len(kept)] = kept
-            made["mm_token_type_ids"] = widened
-        return made
+            inputs["mm_token_type_ids"] = widened
+        return inputs
 
     def _rest(self, talk: Conversation) -> list[tuple[list[int], bool]]:
         """Return the tokens after the first prompt in pieces, each marked if it is an answer's."""
         pieces: list[tuple[list[int], bool]] = []
         for turn, (_, answer) in enumerate(talk.turns):
-            asked = self._rendered(talk, turn, answered=False)
-            whole = self._rendered(talk, turn, answered=True)
-            if not whole.startswith(asked + answer):
+            prompt = self._rendered(talk, turn, answered=False)
+            rendered = self._rendered(talk, turn, answered=True)
+            if not rendered.startswith(prompt + answer):
                 raise UserError(
                     "the chat template of this model does not place an answer directly after its "
                     "prompt, so the training labels cannot be determined"
                 )
             # The end token is learned, so that generation stops; the line break that templates add
             # after it is not generated and belongs to the next prompt.
-            end = whole[len(asked) + len(answer) :]
+            end = rendered[len(prompt) + len(answer) :]
             pieces.append((self._encode(answer + end.rstrip("\n")), True))
             if turn + 1 < len(talk.turns):
                 following = self._rendered(talk, turn + 1, answered=False)
-                gap = following[len(asked) + len(answer) + len(end.rstrip("\n")) :]
+                gap = following[len(prompt) + len(answer) + len(end.rstrip("\n")) :]
                 pieces.append((self._encode(gap), False))
         return pieces
 
@@ -276,8 +304,7 @@ class TrainingExamples:
         return chat.render_chat(self._processor, turns, images=1, system=self._system)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @dataclass
@@ -286,7 +313,7 @@ class FineTuningState:
 
     trained: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    schedule: Any
+    schedule: LambdaLR
     losses: list[float] = field(default_factory=list)
 
     def checkpoint(self) -> Checkpoint:
@@ -298,7 +325,7 @@ class FineTuningState:
         return Checkpoint(len(self.losses), tensors, {"losses": self.losses})
 
     @torch.no_grad()
-    def go_on(self, saved: Checkpoint) -> None:
+    def resume(self, saved: Checkpoint) -> None:
         """Restore the state of an interrupted training."""
         for number, weight in saved.part("weights").items():
             self.trained[int(number)].copy_(weight)
@@ -314,4 +341,4 @@ class FineTuningState:
     def _rates(self) -> list[float]:
         """Return the scheduled learning rates of the next step."""
         functions = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        return [rate * function(self.schedule.last_epoch) for rate, function in functions]
+        return [float(rate) * function(self.schedule.last_epoch) for rate, function in functions]
