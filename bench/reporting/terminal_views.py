@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.reporting.cost_table import print_costs
+from bench.security import CONFIG_DIR
 from bench.sweeps.job import STUDY_FILE
 from bench.ui import console, draw_rows
 
@@ -54,9 +55,7 @@ def _benchmark(record: Record) -> str | None:
 
 def _description(group: str, name: str) -> str:
     """Return the first comment of a config file, which describes it."""
-    import importlib.resources
-
-    file = importlib.resources.files("conf") / group / f"{name}.yaml"
+    file = CONFIG_DIR / group / f"{name}.yaml"
     if not file.is_file():
         return ""
     comments = [line for line in file.read_text().splitlines() if line.startswith("# ")]

@@ -9,19 +9,16 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
-import importlib.resources
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from bench.errors import UserError, unknown_name
+from bench.security import PUBLISHED_DIR
 
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
-PACKAGE, SOURCES, SUMS = "results.published", "sources.csv", "SHA256SUMS"
+SOURCES, SUMS = "sources.csv", "SHA256SUMS"
 Trust = Literal["paper", "authors_code", "secondary", "third_party"]
 TRUST: dict[Trust, int] = {"paper": 0, "authors_code": 1, "secondary": 2, "third_party": 3}
 """From the most to the least trusted: the paper or its own figure, the authors' repository, a note
@@ -70,7 +67,7 @@ class PublishedCell(BaseModel):
 
 def published_names() -> list[str]:
     """Return the names of the files that `read` accepts."""
-    files = (file.name for file in _folder().iterdir())
+    files = (file.name for file in PUBLISHED_DIR.iterdir())
     return sorted(
         name.removesuffix(".csv") for name in files if name.endswith(".csv") and name != SOURCES
     )
@@ -118,9 +115,9 @@ def published_sources() -> dict[str, str]:
 
 def checksums() -> Iterator[tuple[str, str, str]]:
     """Yield the name, the released SHA-256 and the actual SHA-256 of every file."""
-    for line in (_folder() / SUMS).read_text(encoding="utf-8").splitlines():
+    for line in (PUBLISHED_DIR / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
-        yield name, digest, hashlib.sha256((_folder() / name).read_bytes()).hexdigest()
+        yield name, digest, hashlib.sha256((PUBLISHED_DIR / name).read_bytes()).hexdigest()
 
 
 def _verified_text(file: str) -> str:
@@ -129,9 +126,7 @@ def _verified_text(file: str) -> str:
         # An edited number is no longer a published one, and every comparison with it would be wrong
         # without a sign of it.
         if name == file and shipped != found:
-            raise UserError(f"{PACKAGE}/{name} was modified (SHA-256 {found[:12]}): restore it")
-    return (_folder() / file).read_text(encoding="utf-8")
-
-
-def _folder() -> Traversable:
-    return importlib.resources.files(PACKAGE)
+            raise UserError(
+                f"{PUBLISHED_DIR / name} was modified (SHA-256 {found[:12]}): restore it"
+            )
+    return (PUBLISHED_DIR / file).read_text(encoding="utf-8")
