@@ -68,7 +68,7 @@ def print_record(record: Record) -> None:
     """Print the model, methods, metrics and costs of a run."""
     out = console()
     model = record.model
-    out.print(f"[bold]{record.id}[/bold]  {model.name}  {record.label}")
+    out.print(f"{record.id}  {model.name}  {record.label}", style="bold")
     out.print(f"started {record.started}, finished {record.finished}, sweep {record.group or '-'}")
     out.print(f"command: {record.command}", soft_wrap=True)
     revision = f" at {model.revision}" if model.revision else ""

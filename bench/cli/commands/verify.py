@@ -190,16 +190,14 @@ def print_verdict(verdict: Verdict) -> None:
     samples = ", ".join(f"{task} {count}" for task, count in verdict.tasks.items())
     out.print(f"run {verdict.run}, samples repeated: {samples}")
     for change in verdict.changed:
-        # Texts from records and models may contain square brackets, which rich would take for
-        # markup.
-        out.print(f"changed since the run: {change}", markup=False)
+        out.print(f"changed since the run: {change}")
     for fault in verdict.faults[:MAX_SHOWN_FAULTS]:
         # A broken environment makes every number differ; a few faults are enough to see the
         # pattern.
-        out.print(f"differs: {fault}", markup=False)
+        out.print(f"differs: {fault}")
     if len(verdict.faults) > MAX_SHOWN_FAULTS:
         out.print(f"and {len(verdict.faults) - MAX_SHOWN_FAULTS} more")
-    said = "[bold]agrees[/bold]" if verdict.agrees else "[bold]does not agree[/bold]"
+    said = "agrees" if verdict.agrees else "does not agree"
     out.print(
         f"{said}: {verdict.numbers} numbers, relative tolerance {verdict.tolerance:g} (absolute "
         f"below 1), largest difference {verdict.worst:.2g}"

@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bench.evaluation.metrics import AVERAGE
 from bench.records import Record
@@ -41,12 +41,12 @@ def print_comparison(
         if rows:
             out.print(_table(comparison.baseline, record, rows))
     for sentence in power_sentences(comparison):
-        out.print(sentence, markup=False)
+        out.print(sentence)
     for note in dict.fromkeys(c.note for c in comparison.contrasts if c.note):
         tasks = dict.fromkeys(c.task for c in comparison.contrasts if c.note == note)
         out.print(f"{', '.join(tasks)}: {note}")
     for sentence in comparison.refused:
-        out.print(sentence, markup=False)
+        out.print(sentence)
     for flip in flipped:
         _print_flip(out, flip, pictures.get(flip.image or "", ()))
 
@@ -97,7 +97,7 @@ def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Tab
     return table
 
 
-def _cells(row: Contrast) -> list[str]:
+def _cells(row: Contrast) -> list[str | Text]:
     percent = " %" if row.metric in PERCENT_METRICS else ""
     difference = _signed(row, row.difference)
     if row.low is not None and row.high is not None:
@@ -120,14 +120,12 @@ def _retention_text(row: Contrast) -> str:
     return f"{row.retention:.1f} [{row.retention_low:.1f}, {row.retention_high:.1f}]"
 
 
-def _colour_difference(row: Contrast, text: str) -> str:
+def _colour_difference(row: Contrast, text: str) -> Text:
     """Colour a significant difference green if it is better, red if it is worse."""
-    # An interval is written in square brackets, which rich would read as a style.
-    safe = escape(text)
     if row.p_holm is None or row.p_holm > SIGNIFICANCE_LEVEL:
-        return safe
+        return Text(text)
     better = (row.difference > 0) == row.higher_is_better
-    return f"[{'green' if better else 'red'}]{safe}[/]"
+    return Text(text, style="green" if better else "red")
 
 
 def _p_text(value: float) -> str:
@@ -157,13 +155,13 @@ def _print_flip(out: Console, flip: Flip, pictures: Sequence[Path]) -> None:
     where = f" of {flip.source}" if flip.source else ""
     out.rule(f"{verdict}: {flip.task} document {flip.document}{where}, run {flip.run[:8]}")
     for path in pictures:
-        out.print(f"image  {path}", markup=False, soft_wrap=True)
+        out.print(f"image  {path}", soft_wrap=True)
     if flip.image and not pictures:
         out.print(f"image  SHA-256 {flip.image}")
     if flip.prompt:
         cut = "… " if len(flip.prompt) > MAX_PROMPT_CHARS else ""
-        out.print(cut + flip.prompt[-MAX_PROMPT_CHARS:], markup=False)
+        out.print(cut + flip.prompt[-MAX_PROMPT_CHARS:])
     scores = (flip.baseline_score, flip.candidate_score)
-    out.print(f"target        {flip.target}", markup=False)
-    out.print(f"baseline      {flip.baseline_answer}  ({scores[0]:g})", markup=False)
-    out.print(f"candidate     {flip.candidate_answer}  ({scores[1]:g})", markup=False)
+    out.print(f"target        {flip.target}")
+    out.print(f"baseline      {flip.baseline_answer}  ({scores[0]:g})")
+    out.print(f"candidate     {flip.candidate_answer}  ({scores[1]:g})")

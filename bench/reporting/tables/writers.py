@@ -243,11 +243,11 @@ def print_table(table: Table) -> None:
         out.print(part)
         places = places[shown:]
     for note in cell_text.footnotes(table):
-        out.print(note, markup=False)
+        out.print(note)
     if table.agreements:
         out.print("Order of methods, best first", style="bold")
     for found in table.agreements:
-        out.print(cell_text.agreement_text(found), markup=False)
+        out.print(cell_text.agreement_text(found))
 
 
 def _widest_part(table: Table, places: Sequence[int], out: Console) -> tuple[Rich, int]:
@@ -269,7 +269,7 @@ def _rich_part(table: Table, places: Sequence[int]) -> Rich:
         part.add_column(cell_text.column_text(table.heads[place]), justify="right", overflow="fold")
     part.add_column("run", overflow="fold")
     for block, lines in cell_text.lines_by_section(table):
-        part.add_row(f"[bold]{block}[/bold]")
+        part.add_row(block, style="bold")
         for line in lines:
             texts = [
                 cell_text.cell_texts(table, line.cells[place], table.heads[place].unit)
@@ -279,8 +279,6 @@ def _rich_part(table: Table, places: Sequence[int]) -> Rich:
                 first = kind == cell_text.line_kinds(table, line)[0]
                 cells = [text[cell_text.CELL_KINDS.index(kind)] for text in texts]
                 runs = ", ".join(run[:8] for run in line.runs) if kind == "ours" else ""
-                # References to footnotes such as `[1]` are no rich markup.
-                shown = [cell.replace("[", r"\[") for cell in cells]
-                part.add_row(cell_text.line_text(line) if first else "", kind, *shown, runs)
+                part.add_row(cell_text.line_text(line) if first else "", kind, *cells, runs)
         part.add_section()
     return part
