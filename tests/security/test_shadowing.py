@@ -11,6 +11,9 @@ import pytest
 from bench import security
 from bench.config.composition import compose_run_config, config_names
 from bench.errors import UserError
+from bench.schema import TrackerConfig
+from bench.sweeps.launchers.local import SAFE_PATH, safe_import_path
+from bench.tracking import upload
 
 HOSTILE = "raise SystemExit('this is not slimbench')\n"
 
@@ -38,6 +41,7 @@ def python(folder, *arguments):
 
 
 def test_the_config_tree_is_found_beside_a_foreign_conf(hostile_folder, monkeypatch):
+    (hostile_folder / "methods.py").unlink()
     monkeypatch.chdir(hostile_folder)
     monkeypatch.syspath_prepend(str(hostile_folder))
     monkeypatch.delitem(sys.modules, "conf", raising=False)
@@ -71,3 +75,24 @@ def test_a_notebook_beside_foreign_modules_works_or_says_why(hostile_folder):
     assert "shadows slimbench's package 'methods'" in done.stderr.splitlines()[-1]
     done = python(hostile_folder, "-P", "-c", "import bench.ui; print(bench.__file__)")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_workers_of_a_launcher_do_not_import_from_the_working_folder(
+    hostile_folder, monkeypatch, before
+):
+    if before is None:
+        monkeypatch.delenv(SAFE_PATH, raising=False)
+    else:
+        monkeypatch.setenv(SAFE_PATH, before)
+    # submitit and loky start their workers with `-m`.
+    with safe_import_path():
+        done = python(hostile_folder, "-m", "bench.cli", "--help")
+    assert done.returncode == 0, done.stderr
+    assert os.environ.get(SAFE_PATH) == before
+
+
+def test_an_upload_does_not_import_from_the_working_folder(hostile_folder, monkeypatch):
+    monkeypatch.chdir(hostile_folder)
+    with pytest.raises(upload.UploadFailed, match="unknown run"):
+        upload.upload_in_subprocess("0123", hostile_folder / "none", TrackerConfig(kind="wandb"))

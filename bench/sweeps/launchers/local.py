@@ -48,6 +48,24 @@ from bench.sweeps.job import (
 from bench.sweeps.plan import read_plan
 from bench.sweeps.status import LOST_WORKER
 
+SAFE_PATH = "PYTHONSAFEPATH"
+
+
+@contextmanager
+def safe_import_path() -> Iterator[None]:
+    """Keep the working folder off the import path of Python processes started in the block."""
+    # joblib and submitit start workers with `python -m`, which puts the working folder first on
+    # sys.path: a stranger's `bench.py` or `joblib.py` there would be imported.
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
+
 
 @dataclass
 class RemoteJob:
@@ -155,10 +173,11 @@ class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
         # Status files of an earlier attempt would make these jobs look ended.
         for call in calls:
             clear_status(call.folder, call.number)
-        self.run_jobs(calls)
-        lost = [call for call in calls if not call.has_ended]
-        if lost:
-            self.run_jobs(lost)
+        with safe_import_path():
+            self.run_jobs(calls)
+            lost = [call for call in calls if not call.has_ended]
+            if lost:
+                self.run_jobs(lost)
         # Once only: a job that kills its worker (out of memory, say) would do so for ever.
         for call in lost:
             if not call.has_ended:

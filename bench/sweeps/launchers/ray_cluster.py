@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
-from bench.sweeps.launchers.local import RemoteJob, RetryingLauncher
+from bench.security import INSTALLATION
+from bench.sweeps.launchers.local import SAFE_PATH, RemoteJob, RetryingLauncher
 
 GIB = 2**30
 START_ATTEMPTS = 3
@@ -93,6 +93,5 @@ def _run_job(call: RemoteJob) -> None:
 def _import_path_variables() -> dict[str, str]:
     """Return a PYTHONPATH with which workers find the packages of this process."""
     given = os.environ.get("PYTHONPATH", "")
-    # The folder that contains `bench`, counted from this file: adapt the index if it moves.
-    here = str(Path(__file__).parents[2])
-    return {"PYTHONPATH": os.pathsep.join(p for p in (here, given) if p)}
+    path = os.pathsep.join(part for part in (str(INSTALLATION), given) if part)
+    return {"PYTHONPATH": path, SAFE_PATH: "1"}
