@@ -12,10 +12,19 @@ import netrc
 import os
 import re
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
+
+# Counted from this file and never imported by name: `conf`, `methods` and `results` are common
+# names, and a folder of the user's that comes first on sys.path would be taken for ours.
+INSTALLATION = Path(__file__).absolute().parents[1]
+CONFIG_DIR = INSTALLATION / "conf"
+PUBLISHED_DIR = INSTALLATION / "results" / "published"
+IMPORTED_BY_NAME = ("methods", "hydra_plugins")
+"""Packages of slimbench that are found through sys.path: configs and Hydra name them."""
 
 # Hydra's own key, and the two keys of Python's logging configuration that name code.
 CODE_KEYS = frozenset({"_target_", "()", "class"})
@@ -41,6 +50,24 @@ def refuse_foreign_code(node: Any, packages: Iterable[str], key: str = "") -> No
                 "add the package to packages=[...] if you trust it"
             )
         refuse_foreign_code(inner, allowed, here)
+
+
+def refuse_shadowed_packages() -> None:
+    """Raise if a module of the user's hides a package of slimbench.
+
+    Raises:
+        UserError: names the module's file and the package.
+    """
+    for name in IMPORTED_BY_NAME:
+        spec = find_spec(name)
+        places = list(spec.submodule_search_locations or []) if spec else []
+        # A namespace package (`hydra_plugins`) has several folders; a regular one has only one.
+        if any(Path(place).absolute() == INSTALLATION / name for place in places):
+            continue
+        found = (spec.origin if spec else None) or (places[0] if places else "nothing")
+        raise UserError(
+            f"{found} shadows slimbench's package {name!r}: rename it, or start in another folder"
+        )
 
 
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?$", re.IGNORECASE)

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Off a terminal every phase is a line on stderr, and many tests expect none or exactly one line.
+os.environ.setdefault("BENCH_LOG_LEVEL", "INFO")
 
 # Tiny networks gain nothing from a second thread, and wait for it when the machine is busy.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose as hydra_compose
-from hydra import initialize_config_module
+from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,9 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
-from bench.security import redact
-
-CONFIG_MODULE = "conf"
+from bench.security import CONFIG_DIR, redact, refuse_shadowed_packages
 
 
 @contextmanager
@@ -40,7 +38,8 @@ def hydra_config_tree() -> Iterator[ConfigLoader]:
     # Hydra's state is a process-wide singleton and refuses a second initialisation, for example
     # after an error or in a notebook.
     GlobalHydra.instance().clear()
-    with initialize_config_module(config_module=CONFIG_MODULE, version_base="1.3"):
+    refuse_shadowed_packages()
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 

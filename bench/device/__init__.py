@@ -1,1 +1,1 @@
-"""Empty face of the package."""
+"""The hardware: devices, clocks, memory, energy counters, and what else the machine does."""

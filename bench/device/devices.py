@@ -1,34 +1,35 @@
 """Choice of a device and dtype, seeds, threads, synchronisation, description, and device clocks.
 
-Device layer: selection, seeds, threads, synchronisation, memory and description of devices.
-
 Nothing else in the package asks whether there is a GPU. README lists which CUDA code paths have run
-on one. The measuring instruments are in modules of this package: clock, peak memory, energy
-counters, and a monitor of what else the machine was doing.
-
-Clock of a device: marks on its time line, and the seconds between them.
-
-On a GPU a mark is a CUDA event in the current stream. Recording it does not synchronise, so timing
-does not slow the work down, and the times are the device's own. On a CPU a mark is a reading of
-`perf_counter`.
+on one.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import random
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING, Any
 
-import torch
+import psutil
 
 from bench.errors import UserError, unknown_name
 
+# torch is imported inside the functions of this module: launchers import it for `visible_gpus` and
+# must not load torch for that.
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = ("float32", "bfloat16", "float16")
+NVIDIA_SMI_SECONDS = 30
+"""Patience with nvidia-smi, which takes seconds per GPU without persistence mode."""
 
 
 def select_device(wanted: str) -> torch.device:
@@ -37,8 +38,6 @@ def select_device(wanted: str) -> torch.device:
     Raises:
         UserError: `wanted` is none of these, or the machine does not have the device.
     """
-    # torch is imported inside the functions of this module: launchers import it for `visible_gpus`
-    # and must not load torch for that.
     import torch
 
     if wanted == "auto":
@@ -57,17 +56,21 @@ def visible_gpus() -> list[str]:
     """Return the GPUs that this process may use, as spelled in CUDA_VISIBLE_DEVICES."""
     # nvidia-smi instead of torch.cuda: CUDA reads CUDA_VISIBLE_DEVICES once, at initialisation.
     # After that a process can neither fork workers that use CUDA nor be restricted to one GPU.
-    import shutil
-    import subprocess
-
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        # CUDA stops at the first entry that is no device: `0,-1,1` shows GPU 0 only.
+        return list(takewhile(lambda name: name.strip() not in ("", "-1"), listed.split(",")))
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    asked = [tool, "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    command = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        # A driver that hangs runs no job either; on a CPU the jobs still can.
+        return []
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
@@ -116,8 +119,6 @@ def synchronize(device: torch.device) -> None:
 
 def release_memory(device: torch.device) -> None:
     """Return cached, unused memory of torch's allocator to the device."""
-    import gc
-
     import torch
 
     # Tensors in reference cycles keep their blocks; `empty_cache` frees unused blocks only.
@@ -129,9 +130,9 @@ def release_memory(device: torch.device) -> None:
 def free_bytes(device: torch.device) -> int:
     """Return the number of free bytes on the device.
 
-    On a GPU, blocks that torch's allocator caches do not count as free: call `release` first.
+    On a GPU, blocks that torch's allocator caches do not count as free: call
+    `release_memory` first.
     """
-    import psutil
     import torch
 
     if device.type == "cuda":
@@ -139,9 +140,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def describe_device() -> dict[str, Any]:
+def describe_device() -> dict[str, object]:
     """Return the hardware and software facts of a record: CPU, threads, memory, GPUs, versions."""
-    import psutil
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -158,7 +158,12 @@ def describe_device() -> dict[str, Any]:
 
 
 class Clock:
-    """A series of marks; the device finishes all earlier work before the first one."""
+    """A series of marks; the device finishes all earlier work before the first one.
+
+    On a GPU a mark is a CUDA event in the current stream. Recording it does not synchronise, so
+    timing does not slow the work down, and the times are the device's own. On a CPU a mark is a
+    reading of `perf_counter`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -171,6 +176,8 @@ class Clock:
         if self._device.type != "cuda":
             self._seconds.append(time.perf_counter())
             return
+        import torch
+
         # A CUDA call returns before its kernels have run: `perf_counter` would time the launches.
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))

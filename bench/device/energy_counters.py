@@ -1,14 +1,11 @@
-"""Energy counters: NVML boards, RAPL packages, and what is raised where there is none.
+"""Energy counters: NVML for a GPU, the kernel's RAPL interface for CPU packages.
 
-Energy counters: NVML for a GPU, the kernel's RAPL interface for CPU packages.
+Both count the whole board or package, including idle power and other processes. A RAPL package of
+an Intel server does not include its DRAM. Nothing is estimated: without a readable counter,
+`energy_meter` raises `Unavailable` with the reason.
 
-Both count the whole board or package, including idle power and other processes. Nothing is
-estimated: without a readable counter, `meter` raises `Unavailable` with the reason.
-
-Readings from NVIDIA's management library (NVML): energy, clock rate, reasons for throttling.
-
-nvidia-ml-py is optional (`pip install slimbench[energy]`). Without it, or on a GPU without the
-counter, a reading raises `Unavailable` with the reason.
+NVML also tells the clock rate and the reasons for throttling. nvidia-ml-py is optional
+(`pip install slimbench[energy]`).
 """
 
 from __future__ import annotations
@@ -19,6 +16,10 @@ from typing import Any, Protocol
 import torch
 
 RAPL = Path("/sys/class/powercap")
+
+
+class Unavailable(Exception):
+    """A quantity cannot be measured on this machine; tables show the message as the reason."""
 
 
 class EnergyMeter(Protocol):
@@ -69,11 +70,11 @@ class RaplMeter:
         # Readable by root only since Linux 5.10: unprivileged readings allowed the PLATYPUS attack
         # (CVE-2020-8694).
         try:
-            self._full = {zone: _read_counter(zone / "max_energy_range_uj") for zone in zones}
+            self._range = {zone: _read_counter(zone / "max_energy_range_uj") for zone in zones}
             self._last = {zone: _read_counter(zone / "energy_uj") for zone in zones}
         except PermissionError:
             raise Unavailable("the energy counter (RAPL) is readable by root only") from None
-        self._sum = 0
+        self._total = 0
 
     def joules(self) -> float:
         """Return the joules used since this meter was created."""
@@ -81,9 +82,9 @@ class RaplMeter:
         # Between two readings, at most one wrap-around per counter can be detected.
         for zone, before in self._last.items():
             now = _read_counter(zone / "energy_uj")
-            self._sum += now - before if now >= before else now - before + self._full[zone]
+            self._total += now - before if now >= before else now - before + self._range[zone]
             self._last[zone] = now
-        return self._sum / 1e6
+        return self._total / 1e6
 
 
 def _is_package(zone: Path) -> bool:
@@ -98,12 +99,13 @@ def _read_counter(file: Path) -> int:
 
 
 SLOWDOWN_REASONS = {
-    0x08: "slowed by the hardware",
     0x20: "slowed by heat",
     0x40: "slowed by heat",
     0x80: "slowed by its power supply",
+    # NVML sets this bit together with the two before it, which say more: the first match counts.
+    0x08: "slowed by the hardware",
 }
-"""Bits of NVML's clock event reasons that invalidate a measurement.
+"""Bits of NVML's clock event reasons that invalidate a measurement, the most specific first.
 
 The software power cap (0x04) is left out: a GPU under full load normally runs at its power limit.
 """
@@ -146,25 +148,21 @@ class NvmlDevice:
             Unavailable: the GPU has no such counter (GPUs before Volta).
         """
         # NVML counts millijoules.
-        return float(self._ask("nvmlDeviceGetTotalEnergyConsumption", "energy counter")) / 1e3
+        return float(self._query("nvmlDeviceGetTotalEnergyConsumption", "energy counter")) / 1e3
 
     def clock_mhz(self) -> float:
         """Return the current clock rate of the streaming multiprocessors in MHz."""
-        return float(self._ask("nvmlDeviceGetClockInfo", "clock", self._nvml.NVML_CLOCK_SM))
+        return float(self._query("nvmlDeviceGetClockInfo", "clock", self._nvml.NVML_CLOCK_SM))
 
     def slowed(self) -> str | None:
         """Return why the clock is throttled now, None if it is not; a power cap does not count."""
-        bits = int(self._ask(self._reasons, "clock reasons"))
+        bits = int(self._query(self._reasons, "clock reasons"))
         return next((reason for bit, reason in SLOWDOWN_REASONS.items() if bits & bit), None)
 
-    def _ask(self, function: str, what: str, *arguments: Any) -> Any:
+    def _query(self, function: str, what: str, *arguments: Any) -> Any:
         try:
             return getattr(self._nvml, function)(self._handle, *arguments)
         except AttributeError:
             raise Unavailable(f"this version of nvidia-ml-py cannot read the {what}") from None
         except self._nvml.NVMLError as error:
             raise Unavailable(f"this GPU has no {what} ({error})") from None
-
-
-class Unavailable(Exception):
-    """A quantity cannot be measured on this machine; tables show the message as the reason."""

@@ -15,12 +15,8 @@ from bench.device.energy_counters import NvmlDevice, Unavailable
 Value = TypeVar("Value")
 TOLERATED_LOAD = 0.1
 """Fraction of the needed cores that other processes may occupy on a quiet machine."""
-NOT_BUSY_FIELDS = (
-    "idle",
-    "iowait",
-    "guest",
-    "guest_nice",
-)  # guests are counted as user time already
+NOT_BUSY_FIELDS = ("idle", "iowait", "guest", "guest_nice")
+"""Fields of psutil's CPU times that are no work of their own; guests are part of user time."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class MachineMonitor:
         self._board = _nvml_device(device)
 
     def __enter__(self) -> Self:
-        self._busy, self._own, self._whole = _cpu_seconds()
+        self._busy, self._own, self._total = _cpu_seconds()
         return self
 
     def __exit__(
@@ -85,8 +81,8 @@ class MachineMonitor:
         # Not the load average, which looks back a minute and counts the measurement itself. CPU
         # time of our cores less our own is what other processes used. Elapsed time comes from the
         # same counters, which advance in ticks, so that the quotient fits for short blocks too.
-        busy, own, whole = _cpu_seconds()
-        passed = max(whole - self._whole, 1e-9) / len(_cores())
+        busy, own, total = _cpu_seconds()
+        passed = max(total - self._total, 1e-9) / len(_cores())
         others = (busy - self._busy - (own - self._own)) / passed
         threads = torch.get_num_threads()
         # A GPU is fed by one thread; on a CPU every thread wants a core.
@@ -116,10 +112,12 @@ def _cpu_seconds() -> tuple[float, float, float]:
     per_core = psutil.cpu_times(percpu=True)
     times = [per_core[core]._asdict() for core in _cores() if core < len(per_core)]
     # Linux counts guest time within user time as well: adding it would count it twice.
-    whole = sum(sum(v for k, v in each.items() if not k.startswith("guest")) for each in times)
+    total = sum(sum(v for k, v in each.items() if not k.startswith("guest")) for each in times)
     busy = sum(sum(v for k, v in each.items() if k not in NOT_BUSY_FIELDS) for each in times)
+    # Without child processes, such as workers of a data loader: their time counts as that of
+    # others, which is right for a measurement that they disturb.
     own = psutil.Process().cpu_times()
-    return busy, own.user + own.system, whole
+    return busy, own.user + own.system, total
 
 
 def _cpu_megahertz() -> float | None:
@@ -134,9 +132,9 @@ def _nvml_device(device: torch.device) -> NvmlDevice | None:
         return None
 
 
-def _query(board: NvmlDevice | None, question: Callable[[NvmlDevice], Value]) -> Value | None:
+def _query(board: NvmlDevice | None, reading: Callable[[NvmlDevice], Value]) -> Value | None:
     # These readings are optional in a record: a GPU that lacks one must not fail the run.
     try:
-        return None if board is None else question(board)
+        return None if board is None else reading(board)
     except Unavailable:
         return None

@@ -25,6 +25,16 @@ PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear
 RESET_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
 
 
+# torch has an error class for its GPU allocator only. The CPU allocator raises a plain RuntimeError,
+# as do libraries that allocate GPU memory past torch's allocator (workspaces, handles).
+OUT_OF_MEMORY_MESSAGES = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
+
 class MemoryGauge(Protocol):
     """Source of memory readings; `how` names it in the note of a cost."""
 
@@ -81,8 +91,9 @@ class PeakMemory:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error means that GPU or CPU memory ran out."""
-    # torch has an error class for GPUs only; the CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        part in str(error) for part in OUT_OF_MEMORY_MESSAGES
+    )
 
 
 def _trim_heap(device: torch.device) -> None:
@@ -162,6 +173,9 @@ class _SampledGauge:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
+        # Held from a sample to its comparison: without it, a sample taken before a reset could be
+        # stored after it and bring the old peak back.
+        self._lock = threading.Lock()
         self._highest = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -171,10 +185,12 @@ class _SampledGauge:
         return int(self._process.memory_info().rss)
 
     def reset(self) -> None:
-        self._highest = self.now()
+        with self._lock:
+            self._highest = self.now()
 
     def peak(self) -> int:
-        return max(self._highest, self.now())
+        with self._lock:
+            return max(self._highest, self.now())
 
     def close(self) -> None:
         self._done.set()
@@ -182,4 +198,5 @@ class _SampledGauge:
 
     def _watch(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            self._highest = max(self._highest, self.now())
+            with self._lock:
+                self._highest = max(self._highest, self.now())

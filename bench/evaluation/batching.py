@@ -61,9 +61,7 @@ class AdaptiveBatches:
             raise UserError("benchmark.batch_size: a single sample does not fit into memory")
         self.size = tried // 2
         release_memory(self._device)
-        self._progress.console.print(
-            f"[yellow]out of memory with a batch of {tried}: continuing with {self.size}[/yellow]"
-        )
+        self._progress.warn(f"out of memory with a batch of {tried}: continuing with {self.size}")
 
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 2048}
@@ -94,9 +92,8 @@ class TokenBudget:
         # allows.
         self.tokens = max(1, tried // 2)
         devices.release_memory(self._device)
-        self._progress.console.print(
-            f"[yellow]out of memory with a batch of {tried} tokens: "
-            f"continuing with {self.tokens}[/yellow]"
+        self._progress.warn(
+            f"out of memory with a batch of {tried} tokens: continuing with {self.tokens}"
         )
 
     def refuse(self, tried: int) -> UserError:

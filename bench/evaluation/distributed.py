@@ -1,7 +1,7 @@
 """Distributed evaluation: several processes, one per device, each with a copy of the model.
 
-They are started by `accelerate launch -m bench.cli run ...` or `torchrun`. Each process gets all
-requests from the harness and computes its share; responses are then exchanged, so that every
+They are started by `accelerate launch --no_python bench run ...` or `torchrun`. Each process
+gets all requests from the harness and computes its share; responses are then exchanged, so that every
 process has all of them, and the first process writes. Python objects are exchanged, a few bytes per
 response.
 """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from bench.evaluation.metrics import AVERAGE
 from bench.reporting.cost_table import print_costs
+from bench.security import CONFIG_DIR
 from bench.sweeps.job import STUDY_FILE
 from bench.ui import console, draw_rows
 
@@ -73,9 +74,7 @@ def _benchmark(record: Record) -> str | None:
 
 def _description(group: str, name: str) -> str:
     """Return the first comment of a config file, which describes it."""
-    import importlib.resources
-
-    file = importlib.resources.files("conf") / group / f"{name}.yaml"
+    file = CONFIG_DIR / group / f"{name}.yaml"
     if not file.is_file():
         return ""
     comments = [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import RunsFailed, UserError, unknown_name
+from bench.security import CONFIG_DIR, refuse_shadowed_packages
 from bench.sweeps import (
     RunRequest,
     RunResult,
@@ -195,8 +196,6 @@ def _run_hydra(overrides: list[str], perform: ExecuteRun, outcome: LaunchOutcome
     """Let Hydra compose and launch; a single run is added to `outcome`, a sweep leaves notes."""
     import hydra
 
-    from bench.config.composition import CONFIG_MODULE
-
     raised: list[Exception] = []
 
     def job(composed: DictConfig) -> float | None:
@@ -207,9 +206,8 @@ def _run_hydra(overrides: list[str], perform: ExecuteRun, outcome: LaunchOutcome
             raised.append(error)
             return None
 
-    enter = hydra.main(
-        version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="config"
-    )
+    refuse_shadowed_packages()
+    enter = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
     with _hydra_arguments(overrides), _unwrapped_user_errors():
         enter(job)()
     if raised:

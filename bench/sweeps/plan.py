@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from bench.errors import UserError, nearest
 from bench.records.atomic_files import write_bytes
-from bench.security import redact
+from bench.security import CONFIG_DIR, redact
 
 SWEEPS, PLAN = "sweeps", "plan.json"
 PLAN_SCHEMA = 2
@@ -44,7 +44,7 @@ class SweepFingerprint:
         """Record the current state of data and model files and of the packages with the code."""
         # Absolute, because the sweep may be resumed from another folder.
         named = sorted({str(file.absolute()) for file in files})
-        code = sorted({"bench", "conf", *packages})
+        code = sorted({"bench", *packages})
         return cls(named, code, _fingerprint(named, code))
 
     def is_current(self) -> bool:
@@ -213,13 +213,15 @@ def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
         path = Path(name)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             yield _file_stamp(file)
+    roots = [CONFIG_DIR]
     for package in packages:
         # `find_spec` locates a top-level package without importing it.
         found = importlib.util.find_spec(package)
-        for root in (found.submodule_search_locations or []) if found else []:
-            for file in sorted(Path(root).rglob("*")):
-                if file.suffix in PROGRAM_SUFFIXES:
-                    yield _file_stamp(file)
+        roots += map(Path, (found.submodule_search_locations or []) if found else [])
+    for root in roots:
+        for file in sorted(root.rglob("*")):
+            if file.suffix in PROGRAM_SUFFIXES:
+                yield _file_stamp(file)
 
 
 def _file_stamp(file: Path) -> str:

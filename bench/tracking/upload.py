@@ -33,7 +33,9 @@ def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> 
     Raises:
         UploadFailed: the upload failed or timed out.
     """
-    command = [sys.executable, "-m", _MODULE, run, str(results_dir), config.model_dump_json()]
+    # -P keeps the working folder off sys.path, where a stranger's `bench.py` may lie.
+    command = [sys.executable, "-P", "-m", _MODULE, run, str(results_dir)]
+    command.append(config.model_dump_json())
     began = time.monotonic()
     process = subprocess.Popen(
         command,

@@ -12,7 +12,7 @@ import bench as library
 from bench.data.synthetic.world import question_sets
 from bench.records import Store
 
-HELP = [sys.executable, "-m", "bench.cli", "--help"]
+HELP = [sys.executable, "-P", "-m", "bench.cli", "--help"]
 
 
 def test_a_run_leaves_one_whole_record_and_is_not_repeated(bench):

@@ -84,7 +84,15 @@ IMAGES = ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[p
 @pytest.mark.parametrize("asked", [TEXT, pytest.param(IMAGES, marks=pytest.mark.slow)])
 def test_two_processes_write_the_record_of_one(tmp_path, asked):
     common = [*asked, "benchmark.limit=8", "tracker=none", "method=[]"]
-    command = [sys.executable, "-m", "bench.cli", "run", *common, f"results_dir={tmp_path}/two"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "bench.cli",
+        "run",
+        *common,
+        f"results_dir={tmp_path}/two",
+    ]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench.records import Store
 from bench.ui import Progress
@@ -137,7 +136,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, undisturbed)
 def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_training(tmp_path):
     said = io.StringIO()
     (tmp_path / "file").write_text("in the way")
-    keeper = CheckpointManager(tmp_path / "file" / "folder", Progress(Console(file=said)))
+    keeper = CheckpointManager(tmp_path / "file" / "folder", Progress(said))
     keeper.keep(lambda: Checkpoint(1, {}, {}))
     assert "could not write a checkpoint" in said.getvalue()
     assert keeper.last() is None

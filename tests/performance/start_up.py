@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
-HELP = [sys.executable, "-m", "bench.cli", "--help"]
+HELP = [sys.executable, "-P", "-m", "bench.cli", "--help"]
 STARTS = 5
 UNTIL_FORWARD = """
 import os, runpy, sys, torch

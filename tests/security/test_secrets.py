@@ -76,5 +76,5 @@ def test_a_secret_in_the_config_is_refused(tmp_path, capsys, value):
     given = ["run", *TINY, f"tracker.project={value}", f"results_dir={tmp_path / 'results'}"]
     assert main(given) == 2
     said = capsys.readouterr()
-    assert "tracker.project holds a password or token" in said.err
+    assert "tracker.project contains one of your passwords or tokens" in said.err
     assert leaked(tmp_path, said.out, said.err) == []

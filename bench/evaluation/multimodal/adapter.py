@@ -144,7 +144,7 @@ def _select_backend(model: Model, wanted: Backend, progress: Progress) -> Backen
     reason = shared_prefix.unsupported_reason(model) if wanted == "shared" else None
     if reason is not None:
         asked.because(reason)
-        progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")
+        progress.warn(f"{model.name} uses the padded backend: {reason}")
     elif wanted == "shared":
         asked.used = "shared"
     return asked

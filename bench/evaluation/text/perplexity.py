@@ -55,7 +55,7 @@ def measure_perplexity(
     )
     metric = _metric(benchmark, text, losses)
     if metric.value is None or not math.isfinite(metric.value):
-        progress.console.print(f"[red]{text.name}: perplexity is {metric.value}[/red]")
+        progress.warn(f"{text.name}: perplexity is {metric.value}")
     return metric, _samples(text, windows, losses)
 
 

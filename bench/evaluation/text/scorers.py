@@ -52,7 +52,7 @@ def _local_scorer(
     reason = support.unsupported_reason(model)
     if reason is not None:
         asked.because(reason)
-        progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")
+        progress.warn(f"{model.name} uses the padded backend: {reason}")
         return PaddedScorer(model, batches)
     found = batching.estimate_token_budget(model.network, model.device, progress)
     asked.used, asked.tokens_per_batch = "shared", found.tokens

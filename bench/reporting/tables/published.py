@@ -9,19 +9,16 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
-import importlib.resources
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from bench.errors import UserError, unknown_name
+from bench.security import PUBLISHED_DIR
 
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
-PACKAGE, SOURCES, SUMS = "results.published", "sources.csv", "SHA256SUMS"
+SOURCES, SUMS = "sources.csv", "SHA256SUMS"
 Trust = Literal["paper", "authors_code", "secondary", "third_party"]
 TRUST: dict[Trust, int] = {"paper": 0, "authors_code": 1, "secondary": 2, "third_party": 3}
 """From the most to the least trusted: the paper or its own figure, the authors' repository, a note
@@ -70,7 +67,7 @@ class PublishedCell(BaseModel):
 
 def published_names() -> list[str]:
     """Return the names of the files that `read_published` accepts."""
-    files = (file.name for file in _folder().iterdir())
+    files = (file.name for file in PUBLISHED_DIR.iterdir())
     return sorted(
         name.removesuffix(".csv") for name in files if name.endswith(".csv") and name != SOURCES
     )
@@ -118,7 +115,7 @@ def published_sources() -> dict[str, str]:
 
 def released_checksums() -> dict[str, str]:
     """Return the SHA-256 of every file as it was released."""
-    lines = (_folder() / SUMS).read_text(encoding="utf-8").splitlines()
+    lines = (PUBLISHED_DIR / SUMS).read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -128,16 +125,12 @@ def _verified_text(file: str) -> str:
     Raises:
         UserError: the file differs from the released one, or was never released.
     """
-    content = (_folder() / file).read_bytes()
+    content = (PUBLISHED_DIR / file).read_bytes()
     released, found = released_checksums().get(file), hashlib.sha256(content).hexdigest()
     # An edited or added number is not a published one, and every comparison with it would be wrong
     # without a sign of it.
     if released is None:
-        raise UserError(f"{PACKAGE}/{file} is not listed in {SUMS}: remove it, or add its SHA-256")
+        raise UserError(f"{PUBLISHED_DIR / file} is not listed in {SUMS}: remove it, or add its SHA-256")
     if released != found:
-        raise UserError(f"{PACKAGE}/{file} was modified (SHA-256 {found[:12]}): restore it")
+        raise UserError(f"{PUBLISHED_DIR / file} was modified (SHA-256 {found[:12]}): restore it")
     return content.decode("utf-8")
-
-
-def _folder() -> Traversable:
-    return importlib.resources.files(PACKAGE)

@@ -44,6 +44,24 @@ from bench.sweeps.job import (
 from bench.sweeps.plan import read_plan
 from bench.sweeps.status import LOST_WORKER
 
+SAFE_PATH = "PYTHONSAFEPATH"
+
+
+@contextmanager
+def safe_import_path() -> Iterator[None]:
+    """Keep the working folder off the import path of Python processes started in the block."""
+    # joblib and submitit start workers with `python -m`, which puts the working folder first on
+    # sys.path: a stranger's `bench.py` or `joblib.py` there would be imported.
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
+
 
 @dataclass
 class RemoteJob:
@@ -159,10 +177,11 @@ class RetryingLauncher(Launcher):  # type: ignore[misc]  # Hydra has no types
         # Status files of an earlier attempt would make these jobs look ended.
         for job in jobs:
             clear_status(job.folder, job.number)
-        self.run_jobs(jobs)
-        lost = [job for job in jobs if not job.has_ended]
-        if lost:
-            self.run_jobs(lost)
+        with safe_import_path():
+            self.run_jobs(jobs)
+            lost = [job for job in jobs if not job.has_ended]
+            if lost:
+                self.run_jobs(lost)
         # Once only: a job that kills its worker (out of memory, for example) would do so for ever.
         for job in lost:
             if not job.has_ended:

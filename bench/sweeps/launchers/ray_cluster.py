@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
+from bench.security import INSTALLATION
 from bench.sweeps.launchers.local import (
     GIB,
+    SAFE_PATH,
     JobLimits,
     RemoteJob,
     RetryingLauncher,
@@ -93,6 +94,5 @@ def _set_ray_environment() -> None:
 def _import_path_variables() -> dict[str, str]:
     """Return a PYTHONPATH with which workers find the packages of this process."""
     given = os.environ.get("PYTHONPATH", "")
-    # The folder that contains `bench`, counted from this file: adapt the index if it moves.
-    here = str(Path(__file__).parents[3])
-    return {"PYTHONPATH": os.pathsep.join(p for p in (here, given) if p)}
+    path = os.pathsep.join(part for part in (str(INSTALLATION), given) if part)
+    return {"PYTHONPATH": path, SAFE_PATH: "1"}

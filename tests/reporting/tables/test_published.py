@@ -30,7 +30,7 @@ def test_an_edited_or_unlisted_file_is_refused(tmp_path, monkeypatch):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with (tmp_path / "yopo.csv").open("a") as file:
         file.write("\n")
-    monkeypatch.setattr(published, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(published, "PUBLISHED_DIR", tmp_path)
     with pytest.raises(UserError, match=r"yopo\.csv was modified"):
         published._verified_text("yopo.csv")
     (tmp_path / "added.csv").write_text("paper,")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -169,7 +168,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room
     said, asked = io.StringIO(), BackendReport("shared")
     forward = Full(llama, CPU)
     forward.room = room
-    budget = TokenBudget(2048, CPU, Progress(Console(file=said)))
+    budget = TokenBudget(2048, CPU, Progress(said))
     scorer = PrefixSharingScorer(forward, budget, asked)
     found = dict(answer for batch in scorer.score(FOREST) for answer in batch)
     whole, _ = shared(llama, FOREST)

@@ -98,6 +98,15 @@ def test_clock_and_heat_are_read_and_a_power_cap_is_normal(nvml):
     assert watch.reading.fault == "the GPU was slowed by heat"
 
 
+@pytest.mark.parametrize(
+    ("bits", "reason"),
+    [(0x08, "hardware"), (0x08 | 0x40, "heat"), (0x08 | 0x80, "power supply"), (0x20, "heat")],
+)
+def test_the_most_specific_reason_for_a_slow_clock_is_named(nvml, bits, reason):
+    nvml.reasons = bits
+    assert reason in NvmlDevice(GPU).slowed()
+
+
 @pytest.fixture
 def rapl(tmp_path, monkeypatch):
     """Two packages, one of them with a zone inside it, as under /sys/class/powercap."""

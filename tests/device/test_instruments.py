@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,6 +75,43 @@ def test_every_gauge_of_the_resident_set_sees_a_peak_that_lasts(gauge):
     del block
     assert watched.peak() - before == pytest.approx(64 * MIB, rel=0.1)
     watched.close()
+
+
+def test_a_reset_waits_for_a_sample_in_progress():
+    gauge = _SampledGauge()
+    sampling, go_on = threading.Event(), threading.Event()
+    real = gauge.now
+
+    def old_peak():
+        if threading.current_thread() is gauge._thread:
+            sampling.set()
+            go_on.wait(10)
+            return 2**60
+        return real()
+
+    gauge.now = old_peak
+    assert sampling.wait(10)
+    reset = threading.Thread(target=gauge.reset)
+    reset.start()
+    reset.join(0.2)
+    gauge.now = real
+    go_on.set()
+    reset.join(10)
+    assert gauge.peak() < 2**60
+    gauge.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
+)
+def test_libraries_beside_torchs_allocator_run_out_of_memory_too(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"))
 
 
 def test_memory_that_ran_out_is_told_from_other_errors():

@@ -1,12 +1,15 @@
 """The device layer on a CPU, as far as it goes."""
 
 import random
+import subprocess
+import sys
 
 import numpy
 import pytest
 import torch
 
 from bench.device import devices
+from bench.device.devices import visible_gpus
 from bench.errors import UserError
 
 
@@ -59,3 +62,39 @@ def test_a_description_can_be_stored_and_names_the_threads():
     assert described["threads"] == torch.get_num_threads()
     assert described["memory_bytes"] > 0
     assert devices.free_bytes(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize(
+    ("listed", "visible"),
+    [
+        ("0,1", ["0", "1"]), ("0,-1,1", ["0"]), ("-1", []), ("", []), ("0,,1", ["0"]),
+        ("GPU-ab,MIG-cd", ["GPU-ab", "MIG-cd"]),
+    ],
+)  # fmt: skip
+def test_cuda_hides_every_gpu_after_an_entry_that_is_none(monkeypatch, listed, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert visible_gpus() == visible
+
+
+def test_an_nvidia_smi_that_hangs_or_fails_means_no_gpu(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(devices, "NVIDIA_SMI_SECONDS", 0.2)
+
+    def answers(script):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        return visible_gpus()
+
+    assert answers("exec sleep 60") == []
+    assert answers("exit 9") == []
+    tool.write_text("no program")
+    assert visible_gpus() == []
+    monkeypatch.setattr(devices, "NVIDIA_SMI_SECONDS", 30)
+    assert answers("echo 0; echo 1") == ["0", "1"]
+
+
+def test_the_launchers_do_not_load_torch():
+    script = "import sys, bench.device.devices; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", script], check=False).returncode == 0

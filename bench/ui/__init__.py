@@ -1,0 +1,32 @@
+"""What users see: messages and progress on stderr, results on stdout.
+
+Nothing else in the package prints. Messages are records of the logger `bench`, so that a host
+program can filter them or add its own handlers. BENCH_LOG_LEVEL=INFO leaves out the lines about
+progress, WARNING the notes as well.
+"""
+
+from bench.ui.messages import clean, fail, note, warn
+from bench.ui.progress import SILENT, Progress
+from bench.ui.results import (
+    console,
+    draw_rows,
+    format_quantity,
+    print_json,
+    print_rows,
+    print_text,
+)
+
+__all__ = [
+    "SILENT",
+    "Progress",
+    "clean",
+    "console",
+    "draw_rows",
+    "fail",
+    "format_quantity",
+    "note",
+    "print_json",
+    "print_rows",
+    "print_text",
+    "warn",
+]

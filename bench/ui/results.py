@@ -1,0 +1,96 @@
+"""Results on stdout: tables of rows, JSON, lines, and counts with decimal prefixes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from bench.errors import EXIT_DONE
+from bench.ui.messages import clean
+
+# rich is imported by the functions that draw: `bench --help` and the launchers import this module.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPE_WIDTH = 200
+
+
+def console() -> Console:
+    """Return a console for results, which prints foreign text verbatim and without control codes.
+
+    Styles are given by `style=` or by `rich.text.Text`. In a pipe the console is so wide that no
+    number is folded.
+    """
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class ResultConsole(Console):
+        # Every text passes here as a segment, from whatever table or rule it comes.
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=clean(segment.text))
+
+    # rich assumes 80 columns when stdout is not a terminal and would fold wide tables. COLUMNS,
+    # where it is set, is the user's own choice and wins.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    # No markup at all: rich would take `[arc_easy]` in a command for a style and drop it, and
+    # `[/x]` in an error message would raise.
+    return ResultConsole(width=width, highlight=False, markup=False, emoji=False)
+
+
+def draw_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) -> None:
+    """Print dictionaries with the same keys as one table; numeric columns are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
+        print_text("nothing to list")
+        return
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for key in rows[0]:
+        # rich aligns whole columns: one missing value (None) makes a column left-aligned.
+        numeric = all(isinstance(row[key], int | float) for row in rows)
+        table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell_text(value) for value in row.values()))
+    console().print(table)
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> int:
+    """Print rows as a table, or as JSON; return the exit code of the command."""
+    if as_json:
+        print_json(rows)
+    else:
+        draw_rows(rows)
+    return EXIT_DONE
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON; what JSON lacks, such as a path, is written as text."""
+    sys.stdout.write(f"{json.dumps(value, indent=1, default=str)}\n")
+
+
+def print_text(text: str) -> None:
+    """Print a text as it is, without folding; a terminal sees no control characters of it."""
+    sys.stdout.write(f"{clean(text)}\n")
+
+
+def format_quantity(value: float | None) -> str:
+    """Format a count with a decimal prefix: 2.14 M."""
+    if value is None:
+        return "-"
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.2f} {prefix}"
+    return f"{value:g}"
+
+
+def _cell_text(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
