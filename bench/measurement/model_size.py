@@ -66,8 +66,12 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
 
 def _routed_in_replaced_modules(network: nn.Module) -> list[tuple[int, int]]:
     """Return routed parameters and number of experts of every replaced module that has experts."""
-    own = [module.routed() for module in network.modules() if isinstance(module, ReplacedModule)]
-    return [told for told in own if told is not None]
+    own = [
+        module.routed_parameters()
+        for module in network.modules()
+        if isinstance(module, ReplacedModule)
+    ]
+    return [counts for counts in own if counts is not None]
 
 
 def experts_per_token(network: nn.Module) -> int:

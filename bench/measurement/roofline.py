@@ -126,9 +126,9 @@ def _active_expert_shares(network: nn.Module, structure: ModelStructure) -> dict
         }
     shares: dict[nn.Module, float] = {}
     for own in network.modules():
-        told = own.routed() if isinstance(own, ReplacedModule) else None
-        if told is not None:
-            routed, experts = told
+        counts = own.routed_parameters() if isinstance(own, ReplacedModule) else None
+        if counts is not None:
+            routed, experts = counts
             # Not all weights of a replaced module are routed, so k/E does not apply to the whole:
             # subtract what a token leaves unused. One share holds for all its submodules.
             idle = routed * (1 - experts_per_token(network) / experts)

@@ -65,11 +65,16 @@ class Model:
     @cached_property
     def structure(self) -> ModelStructure:
         """Location of the parts that methods change."""
-        # Cached: methods read it per layer. A method that changes shapes must invalidate it, or the
-        # next reader sees modules that are no longer in the network.
+        # Cached: methods read it per layer.
         from bench.models.structure.model_structure import inspect_model
 
         return inspect_model(self.network)
+
+    def invalidate_structure(self) -> None:
+        """Discard the cached structure; call it after replacing modules or changing shapes."""
+        # Without this, the next reader sees modules that are no longer in the network. A
+        # `cached_property` stores its value in the instance's dictionary under its own name.
+        self.__dict__.pop("structure", None)
 
     def copy(self) -> Model:
         """Copy the model with its own weights, so that a method can change them."""

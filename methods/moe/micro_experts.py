@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.models.model import Model
 from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.moe_block import MoEBlock
 from bench.models.structure.ragged_experts import GatedExpert, RaggedExperts
@@ -100,12 +99,6 @@ def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
         return 0
     kept = {expert: _complement(lost, block.widths[expert]) for expert, lost in gone.items()}
     return keep_routed(block, kept, align).padding
-
-
-def invalidate_structure(model: Model) -> None:
-    """Drop the model's cached structure; call it after replacing modules."""
-    # `Model.structure` is a cached_property: its value lives in the instance dict.
-    model.__dict__.pop("structure", None)
 
 
 def _complement(channels: Tensor, width: int) -> Tensor:

@@ -52,9 +52,9 @@ class VisionZip(BeforeDecoder):
         tower = cast(TowerSizes, sizes.tower)
         targets = sum(round(kept * self.contextual) for kept in sizes.kept)
         if not targets:
-            return tower.reading
+            return tower.reading_macs
         likeness = sizes.pairs * tower.keys / tower.heads
-        return tower.reading + likeness + targets * tower.project
+        return tower.reading_macs + likeness + targets * tower.project
 
 
 def evenly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:

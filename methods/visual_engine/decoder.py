@@ -115,7 +115,7 @@ class VisualEngine:
     def _encoded(self, tokens: VisualTokens | None) -> Callable[[], TowerOutput | None]:
         """Return a lazy reader for vision-tower outputs of this call."""
         tower = self.tower
-        runs = [] if tower is None else tower.take()
+        runs = [] if tower is None else tower.take_calls()
 
         # Reading recomputes a layer's attention in the tower: not at all in a call that prunes
         # nothing, once if several steps prune.

@@ -1,4 +1,4 @@
-"""Train the small image classifiers: ``python -m bench.models.embedded.classifiers NAME ... --out DIR``.
+"""Recipe of the small image classifiers: ``python -m bench.models.embedded.classifiers --out DIR``.
 
 One recipe for all, on scikit-learn's digits: SGD with momentum on the 1,200 training images, each
 shifted by up to one pixel. Nothing is chosen by the test images; they are scored once, at the end.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Activation = Callable[[Tensor], Tensor]
+
 # Names of (gate, up, down) in per-expert modules: Llama's and Qwen's, then Mixtral's (w2 is down).
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -31,7 +33,7 @@ class ExpertView:
     gate: Tensor
     up: Tensor
     down: Tensor
-    act: Callable[[Tensor], Tensor]
+    act: Activation
 
     @property
     def width(self) -> int:
@@ -62,7 +64,7 @@ def fused_view(experts: nn.Module, expert: int) -> ExpertView:
     gate_up_GD = cast(Tensor, experts.gate_up_proj).detach()[expert]
     width = gate_up_GD.shape[0] // 2
     down_DF = cast(Tensor, experts.down_proj).detach()[expert]
-    act = cast(Callable[[Tensor], Tensor], experts.act_fn)
+    act = cast(Activation, experts.act_fn)
     return ExpertView(gate_up_GD[:width], gate_up_GD[width:], down_DF, act)
 
 
@@ -82,4 +84,4 @@ def module_view(module: nn.Module) -> ExpertView:
     if linears is None:
         raise TypeError(f"{type(module).__name__} is not a gated feed-forward module")
     gate, up, down = (linear.weight.detach() for linear in linears)
-    return ExpertView(gate, up, down, cast(Callable[[Tensor], Tensor], module.act_fn))
+    return ExpertView(gate, up, down, cast(Activation, module.act_fn))

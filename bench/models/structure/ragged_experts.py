@@ -14,7 +14,7 @@ are still routed to it, with the router's weight unchanged, and receive zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any, Self, cast
@@ -23,10 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.models.replaced_modules import ReplacedModule
-from bench.models.structure.expert_view import ExpertView
-
-Activation = Callable[[Tensor], Tensor]
+from bench.models.replaced_modules import ModuleSpec, ReplacedModule
+from bench.models.structure.expert_view import Activation, ExpertView
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,16 @@ class RaggedExperts(ReplacedModule):
         stored = sum(bucket.width * len(bucket.experts) for bucket in self.buckets)
         return stored - sum(self.widths)
 
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return widths, d_model and alignment."""
         return {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}
 
     @classmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the experts with zeros, on the current default device and in the default dtype."""
-        widths = [int(width) for width in structure["widths"]]
+        widths = [int(width) for width in spec["widths"]]
         act_fn = activation_of(original)
-        return cls(widths, int(structure["d_model"]), act_fn, int(structure["align"]))
+        return cls(widths, int(spec["d_model"]), act_fn, int(spec["align"]))
 
     def weights(self, bucket: WidthBucket) -> tuple[Tensor, Tensor]:
         """Return gate-and-up [G, 2W, D] and down [G, D, W] of a non-empty bucket."""
@@ -113,7 +111,7 @@ class RaggedExperts(ReplacedModule):
         width = self.widths[expert]
         bucket = next(bucket for bucket in self.buckets if expert in bucket.experts)
         if not bucket.width:
-            return self._nothing()
+            return self._empty_view()
         # Gate rows fill the first half of the bucket's 2W rows and up rows the second, so an
         # expert's own rows are the first `width` of each half.
         place = bucket.experts.index(expert)
@@ -191,7 +189,7 @@ class RaggedExperts(ReplacedModule):
         gate_SW, up_SW = both_SW.chunk(2, dim=-1)
         return self.act_fn(gate_SW) * up_SW
 
-    def _nothing(self) -> ExpertView:
+    def _empty_view(self) -> ExpertView:
         like = next(self.parameters(), torch.empty(0))
         # `parameters()` is empty when every expert has width 0; then the default dtype has to do.
         gate_FD = like.new_empty(0, self.d_model)
@@ -229,14 +227,14 @@ class GatedExpert(ReplacedModule):
         self.act_fn = act_fn
 
     # The activation is no JSON value: `from_spec` takes it from the module that is replaced.
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return width and d_model."""
         return {"width": self.gate_proj.out_features, "d_model": self.gate_proj.in_features}
 
     @classmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the expert with zeros, on the current default device and in the default dtype."""
-        return cls(int(structure["width"]), int(structure["d_model"]), activation_of(original))
+        return cls(int(spec["width"]), int(spec["d_model"]), activation_of(original))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the expert's output, [..., D] for x [..., D]."""

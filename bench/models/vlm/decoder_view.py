@@ -72,7 +72,7 @@ class AttentionView:
 class DecoderLayer:
     """One decoder layer: the module and its parts.
 
-    `found` describes its MoE block as loaded; it is None in a dense layer.
+    `loaded_moe` describes its MoE block as loaded; it is None in a dense layer.
     """
 
     index: int
@@ -81,19 +81,21 @@ class DecoderLayer:
     feed_forward_norm: nn.Module
     attention: nn.Module
     feed_forward: nn.Module
-    found: MoEBlock | None
+    loaded_moe: MoEBlock | None
 
     @property
     def moe(self) -> MoEBlock | None:
         """The MoE block in its current state, since a method may have replaced its experts."""
-        if self.found is None:
+        if self.loaded_moe is None:
             return None
         try:
             # Inspected at every access: experts are replaced in the block, whose module object
             # stays.
-            return moe_block_of(self.index, self.found.name, self.found.block, self.found.top_k)
+            return moe_block_of(
+                self.index, self.loaded_moe.name, self.loaded_moe.block, self.loaded_moe.top_k
+            )
         except UnsupportedStructure as difference:
-            raise UserError(f"in {self.found.name}, {difference}") from None
+            raise UserError(f"in {self.loaded_moe.name}, {difference}") from None
 
     def attention_view(self) -> AttentionView:
         """View the current projections, since a method may have replaced them."""
@@ -141,8 +143,8 @@ def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
     # Offloaded weights are meta tensors in the modules: views of them would be empty.
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise UserError(
-            f"the decoder of {structure.architecture} must be in the memory of one device, but it is "
-            f"on {', '.join(sorted(map(str, devices)))}: change model.device_map"
+            f"the decoder of {structure.architecture} must be in the memory of one device, but it "
+            f"is on {', '.join(sorted(map(str, devices)))}: change model.device_map"
         )
     return Decoder(inner=inner, module=inner.language_model, layers=layers)
 
@@ -163,7 +165,7 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
                 feed_forward_norm=layer.post_attention_layernorm,
                 attention=layer.self_attn,
                 feed_forward=layer.mlp,
-                found=blocks.get(index),
+                loaded_moe=blocks.get(index),
             )
         )
     return tuple(found)
@@ -193,8 +195,8 @@ def _refuse_unsupported(structure: ModelStructure, config: Any) -> None:
     kind = getattr(config, "model_type", None)
     if kind not in SUPPORTED_DECODERS:
         raise UserError(
-            f"the decoder of {structure.architecture} is a {kind or 'kind without self_attn'}, which "
-            f"is not supported: choose a model with one of {', '.join(SUPPORTED_DECODERS)}"
+            f"the decoder of {structure.architecture} is a {kind or 'kind without self_attn'}, "
+            f"which is not supported: choose a model with one of {', '.join(SUPPORTED_DECODERS)}"
         )
     sliding = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ()

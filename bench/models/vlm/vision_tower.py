@@ -52,7 +52,7 @@ class TowerSizes:
     input; `project` is the MACs of projecting one token.
     """
 
-    reading: int
+    reading_macs: int
     keys: int
     heads: int
     features: int
@@ -81,7 +81,7 @@ class Tower:
         tower, self._attention, self._projector = tower_parts(network)
         self._hidden: tuple[Tensor, dict[str, Any]] | None = None
         self._grids: Tensor | None = None
-        self._runs: list[TowerCall] = []
+        self._calls: list[TowerCall] = []
         tower.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._attention.register_forward_pre_hook(self._attend, with_kwargs=True)
         self._projector.register_forward_pre_hook(self._project)
@@ -97,13 +97,13 @@ class Tower:
         # The projector comes last in a pass. `TowerOutput.project` calls it as well, without a pass
         # through the tower: there is nothing to record then.
         if self._hidden is not None:
-            self._runs.append(TowerCall(*self._hidden, args[0], self._grids))
+            self._calls.append(TowerCall(*self._hidden, args[0], self._grids))
             self._hidden = None
 
-    def take(self) -> list[TowerCall]:
+    def take_calls(self) -> list[TowerCall]:
         """Return the passes since the last call of this method, and forget them."""
-        runs, self._runs = self._runs, []
-        return runs
+        calls, self._calls = self._calls, []
+        return calls
 
     def sizes(self, frames: Sequence[int]) -> TowerSizes:
         """Return the cost of reading frames with these numbers of visual tokens."""
@@ -113,26 +113,26 @@ class Tower:
             heads, width = attention.num_heads, attention.q_proj.out_features
             # One query per frame (the class token), keys for all patches and the class token, and
             # their products, `width` MACs each.
-            made = matrix_weights(attention.q_proj) * len(frames)
-            made += sum(
+            macs = matrix_weights(attention.q_proj) * len(frames)
+            macs += sum(
                 (count + 1) * (matrix_weights(attention.k_proj) + width) for count in patches
             )
         else:
             heads, width = attention.num_heads, attention.qkv.out_features // 3
             # `qkv` computes values as well, which are not used; products are count² pairs of
             # `width` MACs.
-            made = sum(
+            macs = sum(
                 count * matrix_weights(attention.qkv) + count**2 * width for count in patches
             )
-        return TowerSizes(made, width, heads, width * merged, matrix_weights(self._projector))
+        return TowerSizes(macs, width, heads, width * merged, matrix_weights(self._projector))
 
     @torch.no_grad()
-    def read(self, runs: list[TowerCall]) -> TowerOutput:
+    def read(self, calls: list[TowerCall]) -> TowerOutput:
         """Compute the tower output of these passes, in their order."""
         read = _read_class_token if self.config.model_type in CLASS_TOKEN_MODELS else _read_patches
-        found = [read(self.config, cast(Any, self._attention), run) for run in runs]
+        found = [read(self.config, cast(Any, self._attention), call) for call in calls]
         received, keys, features = (torch.cat(part) for part in zip(*found, strict=True))
-        width = runs[0].features.shape[-1]
+        width = calls[0].features.shape[-1]
 
         def project(features_nF: Tensor) -> Tensor:
             embedded: Tensor = self._projector(features_nF.reshape(-1, width))
@@ -188,9 +188,9 @@ def _feature_layer_index(config: Any, depth: int) -> int:
 TowerReading = tuple[Tensor, Tensor, Tensor]
 
 
-def _read_class_token(config: Any, attention: Any, run: TowerCall) -> TowerReading:
+def _read_class_token(config: Any, attention: Any, call: TowerCall) -> TowerReading:
     """Read a tower whose first token is the class token; patches are a square in raster order."""
-    heads, hidden_ISD = attention.num_heads, run.hidden
+    heads, hidden_ISD = attention.num_heads, call.hidden
     # The attention of the class token is computed again, in float32: fused attention (SDPA, flash)
     # returns no weights, and eager attention would slow the whole tower for one layer's row. Only
     # its query is computed, so this costs S products per head instead of S².
@@ -203,7 +203,7 @@ def _read_class_token(config: Any, attention: Any, run: TowerCall) -> TowerReadi
     received_IP, keys_IPHd = received_IS[:, 1:], k_ISHd[:, 1:]
     received_INc = _by_token(received_IP, merged)
     keys_INcHd = _by_token(keys_IPHd, merged)
-    features_VF = run.features.flatten(0, 1)
+    features_VF = call.features.flatten(0, 1)
     return received_INc.sum(2).flatten(), keys_INcHd.mean(2).flatten(0, 1), features_VF
 
 
@@ -216,26 +216,26 @@ def _by_token(x_IP: Tensor, merged: int) -> Tensor:
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _read_patches(config: Any, attention: Any, run: TowerCall) -> TowerReading:
+def _read_patches(config: Any, attention: Any, call: TowerCall) -> TowerReading:
     """Read a tower without a class token; the patches of a token are adjacent."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-    qkv = attention.qkv(run.hidden).unflatten(-1, (3, attention.num_heads, -1))
+    qkv = attention.qkv(call.hidden).unflatten(-1, (3, attention.num_heads, -1))
     q_PHd, k_PHd, _ = qkv.unbind(1)
-    q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *run.kwargs["position_embeddings"])
+    q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *call.kwargs["position_embeddings"])
     # The observed layer has full attention, so `cu_seqlens` delimits frames; in a windowed layer it
     # would delimit windows.
-    lengths = run.kwargs["cu_seqlens"].diff().tolist()
+    lengths = call.kwargs["cu_seqlens"].diff().tolist()
     frames = zip(q_PHd.split(lengths), k_PHd.split(lengths), strict=True)
     received_P = torch.cat([_mean_received(q, k, attention.scaling) for q, k in frames])
     merged = config.vision_config.spatial_merge_size**2
     # Attention adds up over the patches of a token; keys are averaged, to stay keys.
     received_V = received_P.unflatten(0, (-1, merged)).sum(1)
     keys_VHd = k_PHd.unflatten(0, (-1, merged)).mean(1)
-    features_VF = run.features.reshape(len(received_V), -1)
+    features_VF = call.features.reshape(len(received_V), -1)
     if not hasattr(config.vision_config, "fullatt_block_indexes"):
         return received_V, keys_VHd, features_VF
-    order_V = _raster_order(config.vision_config, cast(Tensor, run.grids))
+    order_V = _raster_order(config.vision_config, cast(Tensor, call.grids))
     return received_V[order_V], keys_VHd[order_V], features_VF[order_V]
 
 

@@ -69,7 +69,7 @@ class VisualFlops:
         self.engine = engine
 
     @property
-    def untold(self) -> tuple[str, ...]:
+    def unaccounted(self) -> tuple[str, ...]:
         """Names of the pruning steps that do not report the cost of choosing."""
         quiet = (each.name for each in self.engine.plan.selections if each.macs is None)
         return tuple(dict.fromkeys(quiet))

@@ -297,7 +297,8 @@ def mmbench_prompt(question: str, choices: Sequence[str], hint: str = "nan") -> 
     """Return a multiple-choice prompt as MMBench's task file writes it."""
     # MMBench's TSV files hold the text "nan" where there is no hint.
     before = "" if hint == "nan" else f"{hint} "
-    return f"{before}{question} There are several options:\n{_lettered_options(choices)}\n{LETTER_SUFFIX}"
+    options = _lettered_options(choices)
+    return f"{before}{question} There are several options:\n{options}\n{LETTER_SUFFIX}"
 
 
 def render_task_prompt(task: str, document: SceneDocument, *, ocr: bool = False) -> tuple[str, str]:

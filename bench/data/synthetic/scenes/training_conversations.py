@@ -27,49 +27,51 @@ class ConversationSpec:
     """Composition of a conversation about one image.
 
     - `turns`: number of questions, each of a different kind.
-    - `again`: number of additional questions, each of a different kind in `hard`.
-    - `matching`: number of multiple-choice questions that name their own answer; they teach the
+    - `extra_turns`: number of additional questions, each of a different kind in `extra_kinds`.
+    - `letter_turns`: number of multiple-choice questions that name their own answer; they teach the
       option letters.
-    - `choices`: fraction of multiple choice among the questions that are not yes/no.
-    - `ocr`: fraction of open-ended number questions that include the OCR tokens.
-    - `digits`: minimum number of digits in the scene; conversations cycle through the values.
+    - `choice_share`: fraction of multiple choice among the questions that are not yes/no.
+    - `ocr_share`: fraction of open-ended number questions that include the OCR tokens.
+    - `min_digits`: minimum number of digits in the scene; conversations cycle through the values.
     - `describe`: whether a description of all cells ends the conversation.
     """
 
     turns: int = 6
-    again: int = 0
-    hard: tuple[str, ...] = ()
-    matching: int = 0
-    choices: float = 0.4
-    ocr: float = 0.15
-    digits: tuple[int, ...] = (0,)
+    extra_turns: int = 0
+    extra_kinds: tuple[str, ...] = ()
+    letter_turns: int = 0
+    choice_share: float = 0.4
+    ocr_share: float = 0.15
+    min_digits: tuple[int, ...] = (0,)
     describe: bool = True
 
 
 def draw_conversations(
-    split: Split, count: int, seed: int = 0, lesson: ConversationSpec = ConversationSpec()
+    split: Split, count: int, seed: int = 0, spec: ConversationSpec = ConversationSpec()
 ) -> list[Conversation]:
     """Return conversations about `count` scenes, none of which appears in a task."""
-    return [draw_conversation(split, seed, number, lesson) for number in range(count)]
+    return [draw_conversation(split, seed, number, spec) for number in range(count)]
 
 
 def draw_conversation(
-    split: Split, seed: int, number: int, lesson: ConversationSpec = ConversationSpec()
+    split: Split, seed: int, number: int, spec: ConversationSpec = ConversationSpec()
 ) -> Conversation:
     """Return one conversation, a pure function of its arguments."""
     place = _scene_with_digits(
-        split, _SCENES_PER_SEED * (seed + 1) + number, lesson.digits[number % len(lesson.digits)]
+        split,
+        _SCENES_PER_SEED * (seed + 1) + number,
+        spec.min_digits[number % len(spec.min_digits)],
     )
     rng = random.Random(f"conversation {split} {place.index}")
-    asked = _choose_questions(place, sorted(KINDS), lesson.turns, rng)
+    asked = _choose_questions(place, sorted(KINDS), spec.turns, rng)
     # One generator for the whole conversation: the order of these calls is part of the data that
     # the stored weights were trained on.
-    if lesson.again:
-        asked += _choose_questions(place, lesson.hard, lesson.again, rng)
-    said = [_question_turn(question, place, lesson, rng) for question in asked]
-    said += [_letter_turn(rng) for _ in range(lesson.matching)]
+    if spec.extra_turns:
+        asked += _choose_questions(place, spec.extra_kinds, spec.extra_turns, rng)
+    said = [_question_turn(question, place, spec, rng) for question in asked]
+    said += [_letter_turn(rng) for _ in range(spec.letter_turns)]
     # Last, because a description before the questions would contain their answers as text.
-    if lesson.describe:
+    if spec.describe:
         said.append((tasks.DESCRIBE_PROMPT, describe_scene(place)))
     return Conversation(draw_scene(place), said)
 
@@ -102,13 +104,13 @@ def _choose_questions(
 
 
 def _question_turn(
-    question: SceneQuestion, place: Scene, lesson: ConversationSpec, rng: random.Random
+    question: SceneQuestion, place: Scene, spec: ConversationSpec, rng: random.Random
 ) -> tuple[str, str]:
     # Yes/no questions stay open, since no task offers them as options.
-    if "yes" not in question.answers and rng.random() < lesson.choices:
+    if "yes" not in question.answers and rng.random() < spec.choice_share:
         return _multiple_choice_turn(question.text, question.answer, question.answers, rng)
     digits = [digit.value for digit in place.digits]
-    shown = digits if question.kind.startswith("number") and rng.random() < lesson.ocr else []
+    shown = digits if question.kind.startswith("number") and rng.random() < spec.ocr_share else []
     return tasks.short_answer_prompt(question.text, shown), question.answer
 
 

@@ -131,7 +131,7 @@ def state_entailment(rng: random.Random, world: World) -> str:
     # both splits: they hold no event, and every BoolQ passage does.)
     draw = DrawContext(world, "train", rng, 0, None)
     telling = reading_tasks.draw_entailment(draw)
-    first, second = rng.sample(telling.conclusions, 2)
+    first, second = rng.sample(telling.entailed, 2)
     return f"{telling.premise} So {first} So {second}"
 
 

@@ -92,11 +92,11 @@ _PROSE_REPEATS = 30
 """Number of times that all facts are stated, each time in different words."""
 
 
-def prose_texts(seed: int = SEED, tellings: int = _PROSE_REPEATS) -> list[str]:
-    """Return prose that states all facts of the world `tellings` times."""
+def prose_texts(seed: int = SEED, repeats: int = _PROSE_REPEATS) -> list[str]:
+    """Return prose that states all facts of the world `repeats` times."""
     # The prose states the facts of test entities as well: only questions about them are held out.
     world, rng = build_world(seed), random.Random(f"prose {seed}")
-    return [text for _ in range(tellings) for text in prose.all_prose(rng, world)]
+    return [text for _ in range(repeats) for text in prose.all_prose(rng, world)]
 
 
 def question_texts(task: str, seed: int = SEED) -> list[str]:

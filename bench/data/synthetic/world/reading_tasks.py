@@ -27,7 +27,7 @@ _FACT_SENTENCES = (
 
 
 class _Event(NamedTuple):
-    tellings: tuple[str, ...]
+    sentences: tuple[str, ...]
     questions: tuple[str, ...]
 
 
@@ -101,8 +101,8 @@ def ask_boolq(draw: DrawContext) -> WorldQuestion:
     fact, other = draw_person_facts(draw)
     two = rng.random() < _SHARE_OF_TWO_EVENTS
     sentences = [
-        rng.choice(event.tellings).format(**fact._asdict()),
-        rng.choice(second.tellings if two else _FACT_SENTENCES).format(**other._asdict()),
+        rng.choice(event.sentences).format(**fact._asdict()),
+        rng.choice(second.sentences if two else _FACT_SENTENCES).format(**other._asdict()),
     ]
     rng.shuffle(sentences)
     wrong = second if two and rng.random() < _SHARE_MIXED_UP else untold
@@ -149,15 +149,15 @@ _RELATIONS = (
         ("{a} pays {b}.", "{b} works for {a}.", "{b} is the servant."),
     ),
 )  # fmt: skip
-_SHARE_EXCHANGED = 0.35
+_SHARE_SWAPPED = 0.35
 
 
 class Entailment(NamedTuple):
     """A premise about two people, conclusions that follow from it, and two kinds that do not."""
 
     premise: str
-    conclusions: list[str]
-    exchanged: list[str]
+    entailed: list[str]
+    swapped: list[str]
     unrelated: list[str]
 
 
@@ -181,8 +181,8 @@ def draw_entailment(draw: DrawContext) -> Entailment:
 def ask_rte(draw: DrawContext) -> WorldQuestion:
     """Ask whether a conclusion follows from a premise."""
     rng, label, told = draw.rng, draw.number % 2, draw_entailment(draw)
-    false = told.exchanged if rng.random() < _SHARE_EXCHANGED else told.unrelated
-    conclusion = rng.choice(told.conclusions if label == 0 else false)
+    false = told.swapped if rng.random() < _SHARE_SWAPPED else told.unrelated
+    conclusion = rng.choice(told.entailed if label == 0 else false)
     premise = told.premise
     # GLUE's labels: 0 is entailment, 1 is not.
     document = {"sentence1": premise, "sentence2": conclusion, "label": label, "idx": draw.number}

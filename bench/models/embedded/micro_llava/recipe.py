@@ -57,7 +57,7 @@ class MicroLlavaRecipe:
     steps: int = 6000
     minutes: float = 20.0
     images: int = 16
-    lesson: ConversationSpec = field(default_factory=ConversationSpec)
+    conversation_spec: ConversationSpec = field(default_factory=ConversationSpec)
     description_weight: float = 8.0
     frozen_tower: bool = True
     learning_rate: float = 1e-3
@@ -120,27 +120,36 @@ STAGES = {
     "answering": replace(
         _LATER_STAGE,
         seed=8,
-        lesson=ConversationSpec(turns=12),
+        conversation_spec=ConversationSpec(turns=12),
     ),
     "finding": replace(
         _LATER_STAGE,
         seed=9,
         minutes=50.0,
-        lesson=ConversationSpec(turns=8, again=5, hard=_BY_SHAPE, matching=2),
+        conversation_spec=ConversationSpec(
+            turns=8, extra_turns=5, extra_kinds=_BY_SHAPE, letter_turns=2
+        ),
     ),
     "choosing": replace(
         _LATER_STAGE,
         seed=10,
         minutes=22.0,
-        lesson=ConversationSpec(turns=5, again=6, hard=_BY_LETTER, matching=3, choices=0.65),
+        conversation_spec=ConversationSpec(
+            turns=5, extra_turns=6, extra_kinds=_BY_LETTER, letter_turns=3, choice_share=0.65
+        ),
     ),
     "comparing": replace(
         _LATER_STAGE,
         seed=11,
         minutes=55.0,
         learning_rate=1e-3,
-        lesson=ConversationSpec(
-            turns=2, again=9, hard=_BY_COMPARISON, matching=2, choices=0.75, ocr=0.35
+        conversation_spec=ConversationSpec(
+            turns=2,
+            extra_turns=9,
+            extra_kinds=_BY_COMPARISON,
+            letter_turns=2,
+            choice_share=0.75,
+            ocr_share=0.35,
         ),
     ),
     "reading": replace(
@@ -148,8 +157,14 @@ STAGES = {
         seed=12,
         minutes=20.0,
         learning_rate=6e-4,
-        lesson=ConversationSpec(
-            turns=4, again=5, hard=_BY_NUMBER, matching=1, choices=0.4, ocr=0.35, digits=(0, 2)
+        conversation_spec=ConversationSpec(
+            turns=4,
+            extra_turns=5,
+            extra_kinds=_BY_NUMBER,
+            letter_turns=1,
+            choice_share=0.4,
+            ocr_share=0.35,
+            min_digits=(0, 2),
         ),
     ),
     "settling": replace(
@@ -157,14 +172,14 @@ STAGES = {
         seed=13,
         minutes=15.0,
         learning_rate=6e-4,
-        lesson=ConversationSpec(
+        conversation_spec=ConversationSpec(
             turns=3,
-            again=7,
-            hard=_BY_COMPARISON,
-            matching=2,
-            choices=0.7,
-            ocr=0.25,
-            digits=(0, 0, 2),
+            extra_turns=7,
+            extra_kinds=_BY_COMPARISON,
+            letter_turns=2,
+            choice_share=0.7,
+            ocr_share=0.25,
+            min_digits=(0, 0, 2),
         ),
     ),
 }
@@ -189,7 +204,9 @@ class TrainingSteps(Dataset[ConversationBatch]):
         images, seed = self._settings.images, self._settings.seed
         numbers = range(step * images, (step + 1) * images)
         drawn = [
-            training_conversations.draw_conversation("train", seed, n, self._settings.lesson)
+            training_conversations.draw_conversation(
+                "train", seed, n, self._settings.conversation_spec
+            )
             for n in numbers
         ]
         return self._packer.pack(drawn)
