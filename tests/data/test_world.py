@@ -15,8 +15,9 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import prose, question_sets, questions
-from bench.data.synthetic.world.entities import Split, build_world
+from bench.data.synthetic.world.entities import build_world
 from bench.data.synthetic.world.question_sets import write_parquet
 
 FIELDS = {

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes.question_kinds import KINDS, SceneQuestion, Subject
-from bench.data.synthetic.scenes.scene import Scene, Split, generate_scene
+from bench.data.synthetic.scenes.scene import Scene, generate_scene
 
 MAX_QUESTIONS_PER_IMAGE = 4  # a limit, so that a set of questions covers many images
 _MAX_SCENES_SEARCHED = 10_000

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.data.chat import Conversation
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes import tasks
 from bench.data.synthetic.scenes.question_kinds import KINDS, SceneQuestion
-from bench.data.synthetic.scenes.scene import Scene, Split, draw_scene, generate_scene
-
-HINT = "The image shows a board of nine cells."
+from bench.data.synthetic.scenes.scene import Scene, draw_scene, generate_scene
 
 # Conversation `number` of seed s starts from scene 10^7 * (s + 1) + number, beyond the scenes of
 # all tasks (7 ranges of 10^5). Further candidates follow at steps of 10^12, so that two
@@ -128,5 +127,5 @@ def _multiple_choice_turn(
     choices = tasks.choices_with_answer(answer, answers, rng.randrange(4), rng)
     letter = tasks.OPTION_LETTERS[choices.index(answer)]
     if rng.random() < 0.5 and len(choices) == 4:
-        return tasks.mmbench_prompt(text, choices, rng.choice(("nan", HINT))), letter
-    return tasks.scienceqa_prompt(text, choices, rng.choice(("", HINT))), letter
+        return tasks.mmbench_prompt(text, choices, rng.choice(("nan", tasks.HINT))), letter
+    return tasks.scienceqa_prompt(text, choices, rng.choice(("", tasks.HINT))), letter

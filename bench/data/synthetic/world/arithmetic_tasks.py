@@ -4,7 +4,8 @@ import random
 from functools import cache
 from typing import NamedTuple
 
-from bench.data.synthetic.world.entities import Split, entities_of_split
+from bench.data.synthetic import Split
+from bench.data.synthetic.world.entities import entities_of_split
 from bench.data.synthetic.world.questions import DrawContext, WorldQuestion, insert_answer
 from bench.data.synthetic.world.vocabulary import GOODS
 

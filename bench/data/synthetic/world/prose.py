@@ -3,12 +3,12 @@
 import random
 from collections.abc import Mapping, Sequence
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import arithmetic_tasks, reading_tasks, vocabulary
 from bench.data.synthetic.world.entities import (
     Object,
     Person,
     Routine,
-    Split,
     Substance,
     Town,
     World,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import (
     arithmetic_tasks,
     commonsense_tasks,
@@ -16,7 +17,7 @@ from bench.data.synthetic.world import (
     reading_tasks,
     science_tasks,
 )
-from bench.data.synthetic.world.entities import Split, build_world
+from bench.data.synthetic.world.entities import build_world
 from bench.data.synthetic.world.questions import (
     QuestionMaker,
     WorldDocument,

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from bench.data.synthetic.scenes import IMAGE_SIZE, Split
+from bench.data.synthetic import Split
+from bench.data.synthetic.scenes import IMAGE_SIZE
 from bench.data.synthetic.scenes.scene import (
     BORDER,
     CELL_SIZE,

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes import question_sets, scene, tasks
 
 _BATCH = 64
@@ -71,7 +72,7 @@ def _images(task: str, documents: Sequence[tasks.SceneDocument]) -> list[Image.I
     """Return the documents' images; GQA keeps them in a separate data set."""
     if task != "gqa":
         return [document["image"] for document in documents]
-    split: scene.Split = "test" if documents[0]["imageId"].startswith("test") else "train"
+    split: Split = "test" if documents[0]["imageId"].startswith("test") else "train"
     by_id = {row["id"]: row["image"] for row in question_sets.scene_images(task, split)}
     return [by_id[document["imageId"]] for document in documents]
 
