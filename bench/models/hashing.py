@@ -1,13 +1,8 @@
-"""Fingerprints of weight files, hash and validity of a network's current weights.
-
-SHA-256 fingerprint of weight files, stored with every result.
+"""Fingerprints of weight files, and hash and validity of a network's current weights.
 
 A file is read once: its digest is cached in the user's cache folder under the file's path, size and
-modification time. Files of the Hugging Face cache are already named by their SHA-256.
-
-Hash and validity check of a network's current weights, after methods changed them.
-
-Both read every weight once where it is stored; offloaded ones are loaded one at a time.
+modification time. Files of the Hugging Face cache are already named by their SHA-256. Hash and
+validity read every weight once where it is stored; offloaded ones are loaded one at a time.
 """
 
 from __future__ import annotations

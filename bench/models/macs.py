@@ -1,13 +1,9 @@
-"""MACs of a network's matrix products, and the protocol by which a method reports its own.
-
-MACs of a network's matmuls, reported by the component that performs them.
+"""MACs of a network's matmuls, and the protocol by which a method reports its own.
 
 Multiplying a row with a matrix costs as many multiply-adds (MACs) as the matrix has weights; a
 query meets each key twice, in q · k and in weight · v. Nothing else is counted: norms, activations,
 softmax, rotations and sums are elementwise and small in comparison. Measurements and methods share
 this vocabulary: a method that replaces a computation reports its matmuls instead.
-
-Protocol by which a network reports the FLOPs of its decoder for visual tokens.
 
 A method that reduces the decoder's work stores a `FlopsProvider` on the network, next to the
 forward that it replaced. It is asked at measurement time, so it reflects all later changes; a
@@ -17,12 +13,13 @@ And it is copied with the network, unlike a report or a field next to the networ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
+from bench.data.processors import ModelInputs
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.replaced_modules import ReplacedModule
@@ -91,14 +88,22 @@ def projection_cost(
     return MatmulCost("rows", count * matrix_weights(attention) + expanded, tokens)
 
 
+class _HeadWidths(Protocol):
+    """Widths that an attention module states: one, or of queries and keys and of values."""
+
+    head_dim: int
+    qk_head_dim: int
+    v_head_dim: int
+
+
 def macs_per_pair(attention: nn.Module) -> int:
     """Return the MACs of one query with one key and its value, over all heads.
 
     Raises:
         UserError: the module does not state the width of its heads.
     """
-    module = cast(Any, attention)
-    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    module = cast(_HeadWidths, attention)
+    heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
     if hasattr(module, "v_head_dim") and heads:  # latent attention: values have their own width
         return int(heads * (module.qk_head_dim + module.v_head_dim))
     if heads is None or not hasattr(module, "head_dim"):
@@ -160,9 +165,8 @@ def _num_experts(experts: nn.Module) -> int:
 
 def _top_k(block: nn.Module, fallback: int | None) -> int:
     """Return the number of experts per row, from the block, its parts, or the config's value."""
-    owners = (*block.children(), block)
-    said = (getattr(owner, "top_k", None) for owner in owners)
-    found = next((value for value in said if isinstance(value, int)), fallback)
+    values = (getattr(owner, "top_k", None) for owner in (*block.children(), block))
+    found = next((value for value in values if isinstance(value, int)), fallback)
     if found is None:
         raise UserError(
             f"{type(block).__name__} does not state how many experts a token goes to (top_k)"
@@ -177,7 +181,6 @@ def total_numel(*tensors: Tensor) -> int:
 
 # A plain attribute of the module, so that `copy.deepcopy` copies it with the network.
 FLOPS_PROVIDER_ATTRIBUTE = "slimbench_plan"
-ModelInputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

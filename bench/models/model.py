@@ -87,7 +87,7 @@ def max_sequence_length(config: ModelConfig, network: nn.Module) -> int:
     """Return the longest sequence that a network accepts, in tokens; no weight is read."""
     if config.max_length is not None:
         return config.max_length
-    # Vision-language models nest the decoder's config; the outer one has no position limit.
-    own: Any = network.config
-    text = own.get_text_config() if hasattr(own, "get_text_config") else own
-    return int(getattr(text, "max_position_embeddings", 2048))
+    from bench.models.network import text_config
+
+    # The text config: that of a whole vision-language model has no position limit.
+    return int(getattr(text_config(network), "max_position_embeddings", 2048))

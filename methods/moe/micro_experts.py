@@ -123,7 +123,7 @@ def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> Ragg
         widths, block.d_model, views[0].act, align, dtype=like.dtype, device=like.device
     )
     for expert, view in enumerate(views):
-        _copy_micro_experts(view, ragged.view(expert), kept.get(expert))
+        ragged.view(expert).copy_(view, kept.get(expert))
     _replace_child(block.block, block.experts, ragged)
     return ragged
 
@@ -143,19 +143,9 @@ def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
         gated.down_proj.weight.detach(),
         view.act,
     )
-    _copy_micro_experts(view, target, kept)
+    target.copy_(view, kept)
     _replace_child(block.block, block.shared, gated)
     return gated
-
-
-def _copy_micro_experts(source: ExpertView, target: ExpertView, kept: Tensor | None) -> None:
-    if kept is None:
-        kept = torch.arange(source.width, device=source.down.device)
-    # Indices may come from a ranking on the CPU.
-    kept = kept.to(source.down.device)
-    target.gate.copy_(source.gate.index_select(0, kept))
-    target.up.copy_(source.up.index_select(0, kept))
-    target.down.copy_(source.down.index_select(1, kept))
 
 
 def _replace_child(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:

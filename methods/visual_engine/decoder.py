@@ -27,6 +27,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bench.device.devices import synchronize
 from bench.errors import UserError
+from bench.models.network import replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.models.vlm.decoder_view import open_decoder
 from bench.models.vlm.vision_tower import Tower, TowerOutput
@@ -65,10 +66,9 @@ class VisualEngine:
         self.tower: Tower | None = None
         self._tokens: VisualTokens | None = None
         self._bypassed = False
-        module = cast(Any, self.decoder.module)
-        self._stock: Callable[..., Any] = module.forward
-        # On the instance, so that transformers' class and all other models stay as they are.
-        module.forward = self.forward
+        self._stock: Callable[..., Any] = self.decoder.module.forward
+        # For good: a copy of the network copies the engine, and with it this replacement.
+        replace_forward(self.decoder.module, self.forward)
         self.decoder.inner.register_forward_pre_hook(self._note, with_kwargs=True)
         setattr(network, ENGINE_ATTRIBUTE, self)
 

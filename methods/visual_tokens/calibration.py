@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.data.prompts import ModelInputs, ProcessedPrompts
+from bench.data.processors import ModelInputs
+from bench.data.prompts import ProcessedPrompts
 from bench.errors import MissingData, UserError
 from bench.models.expert_hooks import observe_experts
 from bench.models.structure.moe_block import MoEBlock

@@ -15,10 +15,12 @@ from bench.models.model import Model
 from bench.models.saving import save_model
 from bench.models.source import resolve_model
 from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.ragged_experts import GatedExpert
 from bench.schema import ModelConfig
+from methods.baselines.expert_removal import drop_experts
 from methods.moe.micro_experts import delete_micro_experts, zero_micro_experts
 from tests.models.test_ragged import ALIGN, shrunk, some
-from tests.models.tiny_networks import ARCHITECTURES, build, tokenizer, tokens
+from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokenizer, tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -212,3 +214,41 @@ def test_refuses_a_replaced_module_that_no_folder_can_name():
     network.model.layers[1].mlp.gate = Unlisted()
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.gate is a .*Unlisted"):
         replaced_modules.describe_network(network)
+
+
+def test_experts_of_any_form_are_exported(tmp_path):
+    # Ragged experts, a masked router and experts with a shared base in one network: the structure
+    # cannot describe the last, which must not stop a format that needs no description of widths.
+    mixed = open_folder(Path(__file__).parent / "folders_477bb5a" / "replaced")
+    assert mixed.structure.refusal is not None
+    assert save_model(mixed, tmp_path, pad=False) == "slimbench"
+    again = open_folder(tmp_path).network
+    torch.testing.assert_close(again(tokens()).logits, mixed.network(tokens()).logits, **CLOSE)
+    with pytest.raises(UserError, match=r"SharedBaseExperts cannot be padded: leave out --padded"):
+        save_model(mixed, tmp_path, pad=True)
+
+
+def test_a_masked_router_is_not_mistaken_for_a_published_one(tmp_path):
+    network = build("olmoe", num_experts=12, intermediate_size=8)
+    for block in inspect_model(network).moe:
+        drop_experts(block, [0, 5], "masked")
+    # All experts have one width, which the config could state, but not the names that are gone.
+    assert written(network, tmp_path / "out") == "slimbench"
+    again = open_folder(tmp_path / "out").network
+    torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)
+
+
+def test_a_dense_network_with_a_replaced_module_is_exported(tmp_path):
+    network = llama()
+    mlp = network.model.layers[1].mlp
+    gated = GatedExpert(4, 16, mlp.act_fn)
+    gated.load_state_dict(
+        {
+            name: weight[:4] if weight.shape[0] == 12 else weight[:, :4]
+            for name, weight in mlp.state_dict().items()
+        }
+    )
+    network.model.layers[1].mlp = gated
+    assert written(network, tmp_path / "out") == "slimbench"
+    again = open_folder(tmp_path / "out").network
+    torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)

@@ -102,6 +102,6 @@ def test_unknown_towers_are_named():
 def test_frames_of_one_size(name):
     network, call = build(name), prompt(name, [2, (1, 1), 3])
     tokens = locate_visual_tokens(network, call)
-    size = fixed_frame_size(network.config)
+    size = fixed_frame_size(network)
     assert size == (int(tokens.row_BS.max()) + 1, int(tokens.column_BS.max()) + 1)
-    assert fixed_frame_size(build("qwen2_vl").config) is None
+    assert fixed_frame_size(build("qwen2_vl")) is None

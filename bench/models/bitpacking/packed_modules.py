@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, TypedDict, cast
 
 import torch
@@ -25,11 +25,12 @@ from bench.models.bitpacking.packed_shape import (
     BitBlock,
     Level,
     PackedShape,
+    consecutive_slices,
     pack_codes,
     packed_size,
     unpack_codes,
 )
-from bench.models.structure.expert_view import Activation
+from bench.models.structure.expert_view import Activation, sort_slots
 
 
 class PackedLinear(nn.Linear):
@@ -119,8 +120,7 @@ class PackedLinear(nn.Linear):
         """Yield every block with its slice of `codes`."""
         blocks = list(self.shape.blocks())
         sizes = [packed_size(block.area, block.bits) for block in blocks]
-        for block, size, stop in zip(blocks, sizes, accumulate(sizes), strict=True):
-            yield block, slice(stop - size, stop)
+        yield from zip(blocks, consecutive_slices(sizes), strict=True)
 
     def _dequantized(self, block: BitBlock, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Dequantize one block, computed in float32."""
@@ -192,9 +192,7 @@ class PackedExperts(nn.ModuleList):
             counts = [stop - start for start, stop in pairwise(bounds)]
             order = torch.arange(flat.numel(), device=flat.device)
         else:
-            # Stable, so that the order of tokens within an expert is the same on every device.
-            order = torch.argsort(flat, stable=True)
-            counts = torch.bincount(flat, minlength=len(self)).tolist()
+            order, counts = sort_slots(flat, len(self))
         for expert, slots_S in enumerate(torch.split(order, counts)):
             if len(slots_S):
                 yield expert, slots_S

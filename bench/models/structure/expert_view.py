@@ -56,6 +56,28 @@ class ExpertView:
         self.up[channels] = 0
         self.down[:, channels] = 0
 
+    @torch.no_grad()
+    def copy_(self, source: ExpertView, kept: Tensor | None = None) -> None:
+        """Write another expert, or its micro-experts `kept` [KEPT], to the first ones of this."""
+        if kept is None:
+            kept = torch.arange(source.width, device=source.down.device)
+        # Indices may come from a ranking on the CPU.
+        kept = kept.to(source.down.device)
+        self.gate[: len(kept)] = source.gate.index_select(0, kept)
+        self.up[: len(kept)] = source.up.index_select(0, kept)
+        self.down[:, : len(kept)] = source.down.index_select(1, kept)
+
+
+def sort_slots(expert_S: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Sort slots by expert; return the order [S] and the number of slots of each expert.
+
+    A slot is one token at one of its experts; `expert_S` holds the expert of each.
+    """
+    # A stable sort keeps tokens in order within an expert, so that results do not depend on the
+    # device's sort. `tolist` is the one synchronisation: the host has to know the sizes.
+    counts = torch.bincount(expert_S, minlength=experts).tolist()
+    return torch.argsort(expert_S, stable=True), counts
+
 
 def fused_view(experts: nn.Module, expert: int) -> ExpertView:
     """View expert `expert` of a fused module: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""

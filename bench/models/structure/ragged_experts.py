@@ -1,7 +1,5 @@
 """Experts of different widths, routed and shared, stored and run without removed weights.
 
-Routed experts of different widths, stored and run without the removed weights.
-
 Shapes: T tokens, K experts per token, S = T·K slots (a slot is one token at one of its experts), E
 experts, G experts of one bucket, D d_model, F an expert's width, W a bucket's width.
 
@@ -17,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
-from bench.models.structure.expert_view import Activation, ExpertView
+from bench.models.structure.expert_view import Activation, ExpertView, sort_slots
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,11 @@ class RaggedExperts(ReplacedModule):
         stored = [expert for bucket in self.buckets for expert in bucket.experts]
         # Rank of each expert in storage order, which is by bucket.
         self._rank = [stored.index(expert) for expert in range(len(stored))]
-        made: dict[str, Any] = {"dtype": dtype, "device": device}
         for bucket in self.buckets:
             if bucket.width:
                 count, width = len(bucket.experts), bucket.width
-                gate_up_GWD = torch.zeros(count, 2 * width, d_model, **made)
-                down_GDW = torch.zeros(count, d_model, width, **made)
+                gate_up_GWD = torch.zeros(count, 2 * width, d_model, dtype=dtype, device=device)
+                down_GDW = torch.zeros(count, d_model, width, dtype=dtype, device=device)
                 # Named by width and registered on this module, not on a submodule per bucket:
                 # accelerate moves the weights of a module when its forward is called, and a bucket
                 # has no forward.
@@ -100,11 +97,10 @@ class RaggedExperts(ReplacedModule):
 
     def weights(self, bucket: WidthBucket) -> tuple[Tensor, Tensor]:
         """Return gate-and-up [G, 2W, D] and down [G, D, W] of a non-empty bucket."""
-        gate_up, down = (
-            getattr(self, f"gate_up_{bucket.width}"),
-            getattr(self, f"down_{bucket.width}"),
-        )
-        return cast(Tensor, gate_up), cast(Tensor, down)
+        # Not `get_parameter`: FLOPs are counted on fake tensors in place of the parameters.
+        names = f"gate_up_{bucket.width}", f"down_{bucket.width}"
+        gate_up, down = (getattr(self, name) for name in names)
+        return gate_up, down
 
     def view(self, expert: int) -> ExpertView:
         """View one expert without its padding; writing to it changes the weights."""
@@ -152,10 +148,7 @@ class RaggedExperts(ReplacedModule):
             counts = [each + (rank < over) for rank in range(len(self.widths))]
             return torch.argsort(chosen_S), counts
         rank_S = torch.tensor(self._rank, device=chosen_S.device)[chosen_S]
-        counts = torch.bincount(rank_S, minlength=len(self.widths)).tolist()
-        # One device synchronisation per call (`tolist`): sizes of the pieces must be known on the
-        # host. A stable sort keeps tokens in order, so results do not depend on the device's sort.
-        return torch.argsort(rank_S, stable=True), counts
+        return sort_slots(rank_S, len(self.widths))
 
     def _outputs(
         self, bucket: WidthBucket, x_SD: Tensor, weight_S: Tensor, counts: list[int]
@@ -220,10 +213,10 @@ class GatedExpert(ReplacedModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        made: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.gate_proj = _linear_from_weight(torch.zeros(width, d_model, **made))
-        self.up_proj = _linear_from_weight(torch.zeros(width, d_model, **made))
-        self.down_proj = _linear_from_weight(torch.zeros(d_model, width, **made))
+        inner_FD = torch.zeros(width, d_model, dtype=dtype, device=device)
+        self.gate_proj = _linear_from_weight(inner_FD)
+        self.up_proj = _linear_from_weight(inner_FD.clone())
+        self.down_proj = _linear_from_weight(inner_FD.new_zeros(d_model, width))
         self.act_fn = act_fn
 
     # The activation is no JSON value: `from_spec` takes it from the module that is replaced.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
+from bench.models.structure.expert_view import sort_slots
 from bench.models.structure.ragged_experts import activation_of
 
 MATRIX_NAMES = ("gate", "up", "down")
@@ -138,6 +139,5 @@ def _slots_per_expert(index_TK: Tensor, experts: int) -> Sequence[Tensor]:
     flat = index_TK.flatten()
     if flat.is_meta:
         return torch.arange(len(flat), device="meta").tensor_split(experts)
-    # A stable sort groups the slots of an expert in token order, on every device.
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    return torch.split(torch.argsort(flat, stable=True), counts)
+    order, counts = sort_slots(flat, experts)
+    return torch.split(order, counts)

@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bench.data.processors import ModelInputs
 from bench.models.macs import (
     MatmulCost,
-    ModelInputs,
     VisualLayer,
     attention_cost,
     feed_forward_costs,
