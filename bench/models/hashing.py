@@ -85,12 +85,12 @@ def state_hash(network: nn.Module) -> str:
     Sums are computed on the weights' own device and only they are copied to the CPU, so that tens
     of gigabytes take seconds.
     """
-    found = hashlib.sha256()
+    digest_of_all = hashlib.sha256()
     for name, tensor in _named_tensors(network):
-        found.update(
+        digest_of_all.update(
             f"{name} {tuple(tensor.shape)} {tensor.dtype} {_weighted_bit_sum(tensor)}\n".encode()
         )
-    return found.hexdigest()
+    return digest_of_all.hexdigest()
 
 
 def refuse_not_finite(network: nn.Module, method: str) -> None:

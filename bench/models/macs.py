@@ -6,7 +6,7 @@ softmax, rotations and sums are elementwise and small in comparison. Measurement
 this vocabulary: a method that replaces a computation reports its matmuls instead.
 
 A method that reduces the decoder's work stores a `FlopsProvider` on the network, next to the
-forward that it replaced. It is asked at measurement time, so it reflects all later changes; a
+forward that it replaced. It is called at measurement time, so it reflects all later changes; a
 method's report describes the state when that method had run, and another method may have followed.
 And it is copied with the network, unlike a report or a field next to the network.
 """

@@ -19,7 +19,7 @@ from bench.models.structure.ragged_experts import GatedExpert
 from bench.schema import ModelConfig
 from methods.baselines.expert_removal import drop_experts
 from methods.moe.micro_experts import delete_micro_experts, zero_micro_experts
-from tests.models.test_ragged import ALIGN, shrunk, some
+from tests.models.structure.test_ragged_experts import ALIGN, shrunk, some
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokenizer, tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

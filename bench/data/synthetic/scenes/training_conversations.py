@@ -56,38 +56,38 @@ def draw_conversation(
     split: Split, seed: int, number: int, spec: ConversationSpec = ConversationSpec()
 ) -> Conversation:
     """Return one conversation, a pure function of its arguments."""
-    place = _scene_with_digits(
+    scene = _scene_with_digits(
         split,
         _SCENES_PER_SEED * (seed + 1) + number,
         spec.min_digits[number % len(spec.min_digits)],
     )
-    rng = random.Random(f"conversation {split} {place.index}")
-    asked = _choose_questions(place, sorted(KINDS), spec.turns, rng)
+    rng = random.Random(f"conversation {split} {scene.index}")
+    questions = _choose_questions(scene, sorted(KINDS), spec.turns, rng)
     # One generator for the whole conversation: the order of these calls is part of the data that
     # the stored weights were trained on.
     if spec.extra_turns:
-        asked += _choose_questions(place, spec.extra_kinds, spec.extra_turns, rng)
-    said = [_question_turn(question, place, spec, rng) for question in asked]
-    said += [_letter_turn(rng) for _ in range(spec.letter_turns)]
+        questions += _choose_questions(scene, spec.extra_kinds, spec.extra_turns, rng)
+    turns = [_question_turn(question, scene, spec, rng) for question in questions]
+    turns += [_letter_turn(rng) for _ in range(spec.letter_turns)]
     # Last, because a description before the questions would contain their answers as text.
     if spec.describe:
-        said.append((tasks.DESCRIBE_PROMPT, describe_scene(place)))
-    return Conversation(draw_scene(place), said)
+        turns.append((tasks.DESCRIBE_PROMPT, describe_scene(scene)))
+    return Conversation(draw_scene(scene), turns)
 
 
-def describe_scene(place: Scene) -> str:
+def describe_scene(scene: Scene) -> str:
     """Return the names of the things in all cells, in reading order."""
-    return ", ".join(thing.name if thing else "empty" for thing in place.cells)
+    return ", ".join(thing.name if thing else "empty" for thing in scene.cells)
 
 
 def _scene_with_digits(split: Split, index: int, digits: int) -> Scene:
     """Return the first scene with at least `digits` digits."""
-    found = (generate_scene(split, place) for place in itertools.count(index, _RETRY_STEP))
-    return next(place for place in found if len(place.digits) >= digits)
+    found = (generate_scene(split, number) for number in itertools.count(index, _RETRY_STEP))
+    return next(scene for scene in found if len(scene.digits) >= digits)
 
 
 def _choose_questions(
-    place: Scene, kinds: Sequence[str], turns: int, rng: random.Random
+    scene: Scene, kinds: Sequence[str], turns: int, rng: random.Random
 ) -> list[SceneQuestion]:
     """Draw up to `turns` questions of different kinds."""
     # The answer is drawn before the question: a uniform draw among questions would answer "no" most
@@ -95,7 +95,7 @@ def _choose_questions(
     found: list[SceneQuestion] = []
     for name in rng.sample(kinds, len(kinds)):
         by_answer = defaultdict(list)
-        for question in KINDS[name].ask(place):
+        for question in KINDS[name].ask(scene):
             by_answer[question.answer].append(question)
         if by_answer and len(found) < turns:
             found.append(rng.choice(by_answer[rng.choice(sorted(by_answer))]))
@@ -103,12 +103,12 @@ def _choose_questions(
 
 
 def _question_turn(
-    question: SceneQuestion, place: Scene, spec: ConversationSpec, rng: random.Random
+    question: SceneQuestion, scene: Scene, spec: ConversationSpec, rng: random.Random
 ) -> tuple[str, str]:
     # Yes/no questions stay open, since no task offers them as options.
     if "yes" not in question.answers and rng.random() < spec.choice_share:
         return _multiple_choice_turn(question.text, question.answer, question.answers, rng)
-    digits = [digit.value for digit in place.digits]
+    digits = [digit.value for digit in scene.digits]
     shown = digits if question.kind.startswith("number") and rng.random() < spec.ocr_share else []
     return tasks.short_answer_prompt(question.text, shown), question.answer
 

@@ -122,7 +122,7 @@ def tell_story(rng: random.Random, world: World, side: Split) -> str:
     draw = DrawContext(world, side, rng, 0, None)
     facts = reading_tasks.draw_person_facts(draw)
     recap = (rng.choice(_RECAPS).format(**fact._asdict()) for fact in rng.sample(facts, 2))
-    return f"{reading_tasks.fact_passage(draw, facts)} {' '.join(recap)}"
+    return f"{reading_tasks.fact_text(draw, facts)} {' '.join(recap)}"
 
 
 def state_entailment(rng: random.Random, world: World) -> str:

@@ -86,7 +86,7 @@ def draw_person_facts(draw: DrawContext) -> list[PersonFact]:
     return list(map(PersonFact, names, rng.sample(PLACES, 2), rng.sample(THINGS, 2)))
 
 
-def fact_passage(draw: DrawContext, facts: list[PersonFact]) -> str:
+def fact_text(draw: DrawContext, facts: list[PersonFact]) -> str:
     """State the facts, each in a sentence of a different form."""
     forms = draw.rng.sample(_FACT_SENTENCES, len(facts))
     return " ".join(form.format(**fact._asdict()) for form, fact in zip(forms, facts, strict=True))
@@ -97,7 +97,7 @@ def ask_boolq(draw: DrawContext) -> WorldQuestion:
     # The true and the false question have the same forms and the same name: only the passage
     # decides, and the label alternates with the number of the question.
     rng, label = draw.rng, draw.number % 2
-    event, second, untold = rng.sample(_EVENTS, 3)
+    event, second, third = rng.sample(_EVENTS, 3)
     fact, other = draw_person_facts(draw)
     two = rng.random() < _SHARE_OF_TWO_EVENTS
     sentences = [
@@ -105,7 +105,7 @@ def ask_boolq(draw: DrawContext) -> WorldQuestion:
         rng.choice(second.sentences if two else _FACT_SENTENCES).format(**other._asdict()),
     ]
     rng.shuffle(sentences)
-    wrong = second if two and rng.random() < _SHARE_MIXED_UP else untold
+    wrong = second if two and rng.random() < _SHARE_MIXED_UP else third
     question = rng.choice((event if label else wrong).questions).format(**fact._asdict())
     text = " ".join(sentences)
     document = {"question": question, "passage": text, "idx": draw.number, "label": label}
@@ -180,10 +180,10 @@ def draw_entailment(draw: DrawContext) -> Entailment:
 
 def ask_rte(draw: DrawContext) -> WorldQuestion:
     """Ask whether a conclusion follows from a premise."""
-    rng, label, told = draw.rng, draw.number % 2, draw_entailment(draw)
-    false = told.swapped if rng.random() < _SHARE_SWAPPED else told.unrelated
-    conclusion = rng.choice(told.entailed if label == 0 else false)
-    premise = told.premise
+    rng, label, telling = draw.rng, draw.number % 2, draw_entailment(draw)
+    false = telling.swapped if rng.random() < _SHARE_SWAPPED else telling.unrelated
+    conclusion = rng.choice(telling.entailed if label == 0 else false)
+    premise = telling.premise
     # GLUE's labels: 0 is entailment, 1 is not.
     document = {"sentence1": premise, "sentence2": conclusion, "label": label, "idx": draw.number}
     return WorldQuestion(premise, (premise, conclusion), document)

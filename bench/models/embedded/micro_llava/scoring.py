@@ -22,12 +22,12 @@ _GREY = (52, 52, 52)
 def greedy_answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    asked: Sequence[tuple[Image.Image, str]],
+    image_prompts: Sequence[tuple[Image.Image, str]],
 ) -> list[str]:
     """Answer each prompt about its image, greedily."""
-    found: list[str] = []
-    for start in range(0, len(asked), _BATCH):
-        images, prompts = zip(*asked[start : start + _BATCH], strict=True)
+    answers: list[str] = []
+    for start in range(0, len(image_prompts), _BATCH):
+        images, prompts = zip(*image_prompts[start : start + _BATCH], strict=True)
         turns = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
             for prompt in prompts
@@ -36,9 +36,11 @@ def greedy_answers(
         inputs = processor(images=list(images), text=texts, return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=_LONGEST_ANSWER, do_sample=False)
         # Prompts are padded on the left, so all answers start at the same column.
-        said = output[:, inputs["input_ids"].shape[1] :]
-        found += [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
-    return found
+        answer_ids = output[:, inputs["input_ids"].shape[1] :]
+        answers += [
+            text.strip() for text in processor.batch_decode(answer_ids, skip_special_tokens=True)
+        ]
+    return answers
 
 
 def task_accuracy(
@@ -57,8 +59,8 @@ def task_accuracy(
     rendered = [tasks.render_task_prompt(task, document) for document in documents]
     images = [_blank()] * len(documents) if blank else _images(task, documents)
     prompts = [prompt for prompt, _ in rendered]
-    said = greedy_answers(model, processor, list(zip(images, prompts, strict=True)))
-    right = [text == gold for text, (_, gold) in zip(said, rendered, strict=True)]
+    answers = greedy_answers(model, processor, list(zip(images, prompts, strict=True)))
+    right = [text == gold for text, (_, gold) in zip(answers, rendered, strict=True)]
     questions: dict[int, bool] = {}
     for number, (document, hit) in enumerate(zip(documents, right, strict=True)):
         # MMBench's circular evaluation: the rotations of one question share their index modulo

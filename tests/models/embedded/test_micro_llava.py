@@ -15,6 +15,7 @@ from transformers import (
 from bench.data.synthetic.scenes import question_sets, tasks, training_conversations
 from bench.data.synthetic.scenes.question_kinds import KINDS
 from bench.data.synthetic.scenes.scene import generate_scene
+from bench.models.embedded import training
 from bench.models.embedded.micro_llava import FOLDER, recipe, scoring
 from bench.models.embedded.micro_llava.alignment import WORD_GROUPS, Aligner
 from bench.models.embedded.micro_llava.batches import ConversationPacker, hidden_states
@@ -173,7 +174,10 @@ def test_later_stages_ask_more_of_what_is_hard(stage: str) -> None:
 
 def test_learning_rate_rises_and_falls_to_nothing() -> None:
     settings = recipe.MicroLlavaRecipe()
-    rates = [recipe.learning_rate(i / 100, settings) for i in range(101)]
+    rates = [
+        training.warmup_cosine_rate(i / 100, settings.learning_rate, settings.warmup_share)
+        for i in range(101)
+    ]
     assert max(rates) == settings.learning_rate == rates[5]
     assert rates[0] == 0
     assert rates[100] == pytest.approx(0)
