@@ -9,7 +9,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -40,8 +39,7 @@ class ModelConfig(BaseModel):
 
     name: str
     source: str
-    # Validated even when absent: the rule below is about a missing path.
-    path: str | None = Field(default=None, validate_default=True)
+    path: str | None = None
     revision: str = "main"
     kind: ModelKind = "causal_lm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -56,13 +54,11 @@ class ModelConfig(BaseModel):
     seed: int | None = Field(default=None, ge=0)
     system_prompt: str | None = None
 
-    @field_validator("path")
-    @classmethod
-    def _local_needs_path(cls, path: str | None, others: ValidationInfo) -> str | None:
-        # `others.data` holds the fields declared above `path`, so `source` must stay before it.
-        if path is None and others.data.get("source") == "local":
+    @model_validator(mode="after")
+    def _local_needs_path(self) -> ModelConfig:
+        if self.path is None and self.source == "local":
             raise ValueError("model=local needs model.path=FOLDER")
-        return path
+        return self
 
 
 class PerplexityConfig(BaseModel):
@@ -296,14 +292,13 @@ class CalibrationConfig(BaseModel):
 
     name: str
     source: Literal["embedded", "english", "world", "wikitext2", "c4", "text"]
-    path: str | None = Field(default=None, validate_default=True)
+    path: str | None = None
     rows: int = Field(default=128, ge=1)
     length: int = Field(default=2048, ge=2)
     seed: int = Field(default=1234, ge=0)
 
-    @field_validator("path")
-    @classmethod
-    def _path_for_text_only(cls, path: str | None, others: ValidationInfo) -> str | None:
-        if (others.data.get("source") == "text") != (path is not None):
+    @model_validator(mode="after")
+    def _path_for_text_only(self) -> CalibrationConfig:
+        if (self.source == "text") != (self.path is not None):
             raise ValueError("calibration.path is required by source=text and by no other source")
-        return path
+        return self

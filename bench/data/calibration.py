@@ -1,13 +1,10 @@
-"""Calibration text: found, hashed, cut into rows of tokens as GPTQ and CAMERA do.
+"""Calibration text: found and hashed first, cut into rows once a tokenizer is loaded.
 
-Calibration text: resolved and hashed first, cut into rows of tokens once a tokenizer is loaded.
+Rows of tokens are cut at random, as the GPTQ and CAMERA code does it. A whole text is joined by
+blank lines and tokenised once, and every row starts at a random token. From separate documents,
+every row is a random window of a random document longer than the row.
 
 Shapes: B rows, L tokens per row.
-
-Random rows of tokens cut from text, as the GPTQ and CAMERA code does it.
-
-A whole text is joined by blank lines and tokenised once, and every row starts at a random token.
-From separate documents, every row is a random window of a random document longer than the row.
 """
 
 from __future__ import annotations
@@ -21,13 +18,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bench.data.processors import Tokenizer
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
@@ -53,7 +52,7 @@ class TextShare:
     rows: int
     joined: bool = True
 
-    def cut(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+    def cut(self, length: int, tokenizer: Tokenizer, rng: random.Random) -> list[list[int]]:
         """Return the rows, each of `length` token ids.
 
         Raises:
@@ -63,7 +62,9 @@ class TextShare:
             return self._from_joined(length, tokenizer, rng)
         return self._from_documents(length, tokenizer, rng)
 
-    def _from_joined(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+    def _from_joined(
+        self, length: int, tokenizer: Tokenizer, rng: random.Random
+    ) -> list[list[int]]:
         ids = _cached_token_ids("\n\n".join(self.documents), tokenizer)
         # Rows may overlap, but with fewer tokens than they hold most of them would. `randint` below
         # needs one token more than a row.
@@ -77,7 +78,9 @@ class TextShare:
         starts = [rng.randint(0, len(ids) - length - 1) for _ in range(self.rows)]
         return [ids[start : start + length].tolist() for start in starts]
 
-    def _from_documents(self, length: int, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+    def _from_documents(
+        self, length: int, tokenizer: Tokenizer, rng: random.Random
+    ) -> list[list[int]]:
         # The order of draws and their bounds are those of GPTQ's get_c4: draw a document until one
         # is long enough, then a start. Any other order (filtering short documents first, drawing
         # all starts at the end) would give different rows for a seed.
@@ -111,7 +114,7 @@ class CalibrationSource:
     parts: tuple[TextShare, ...]
     fingerprint: str
 
-    def tokenize(self, tokenizer: Any) -> Calibration:
+    def tokenize(self, tokenizer: Tokenizer) -> Calibration:
         """Cut the rows; the same text, settings and tokenizer always give the same rows.
 
         Raises:
@@ -227,14 +230,13 @@ def _json_lines(file: Path) -> list[str]:
 
 
 @functools.lru_cache(maxsize=2)
-def _cached_token_ids(text: str, tokenizer: Any) -> array[int]:
+def _cached_token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
     # Cached because every run of a sweep cuts the same text, and tokenising it is slow. Two
     # entries serve the two halves of `embedded`; an array takes 8 bytes per token, a list of
     # Python integers more than four times that.
     return array("q", _token_ids(text, tokenizer))
 
 
-def _token_ids(text: str, tokenizer: Any) -> list[int]:
+def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     # `verbose=False` silences the warning that the text exceeds the model's context.
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
+    return tokenizer(text, verbose=False)["input_ids"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
+    from bench.data.processors import ChatMessage, Processor
+
+# Chat template of LLaVA-1.5, used for processors that have none.
 VICUNA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -15,48 +19,9 @@ VICUNA_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Chat template of LLaVA-1.5, used for processors that have none."""
+
+# A question and its answer; the answer is None where the model has to generate it.
 Turn = tuple[str, str | None]
-"""A question and its answer; the answer is None where the model has to generate it."""
-
-
-def render_chat(processor: Any, turns: Sequence[Turn], *, images: int, system: str | None) -> str:
-    """Return the text of a conversation, with all images before the first question.
-
-    The text ends with the last answer or, if that is None, with the generation prompt. `system` is
-    the system message that opens the conversation.
-    """
-    messages: list[dict[str, Any]] = []
-    if system:
-        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
-    for number, (question, answer) in enumerate(turns):
-        shown = [{"type": "image"}] * images if number == 0 else []
-        asked = [*shown, {"type": "text", "text": question}]
-        messages.append({"role": "user", "content": asked})
-        if answer is not None:
-            said = [{"type": "text", "text": answer}]
-            messages.append({"role": "assistant", "content": said})
-    text: str = processor.apply_chat_template(
-        messages,
-        chat_template=getattr(processor, "chat_template", None) or VICUNA_TEMPLATE,
-        tokenize=False,
-        add_generation_prompt=turns[-1][1] is None,
-    )
-    return text
-
-
-def encode_chats(
-    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image]], **options: Any
-) -> dict[str, Any]:
-    """Return the processor's tensors for rendered conversations and their images."""
-    # Many chat templates write the BOS token themselves. The tokenizer would add a second one,
-    # which changes the scores without any error.
-    begin = processor.tokenizer.bos_token
-    if begin and all(text.startswith(begin) for text in texts):
-        options["add_special_tokens"] = False
-    if any(images):  # a batch of text only passes no `images` at all
-        options["images"] = [list(shown) for shown in images]
-    return dict(processor(text=list(texts), return_tensors="pt", **options))
 
 
 class Conversation(NamedTuple):
@@ -64,3 +29,45 @@ class Conversation(NamedTuple):
 
     image: Image
     turns: list[tuple[str, str]]
+
+
+def render_chat(
+    processor: Processor, turns: Sequence[Turn], *, images: int, system: str | None
+) -> str:
+    """Return the text of a conversation, with all images before the first question.
+
+    The text ends with the last answer or, if that is None, with the generation prompt. `system` is
+    the system message that opens the conversation.
+    """
+    messages: list[ChatMessage] = []
+    if system:
+        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+    for number, (question, answer) in enumerate(turns):
+        placeholders = [{"type": "image"}] * images if number == 0 else []
+        content = [*placeholders, {"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return processor.apply_chat_template(
+        messages,
+        chat_template=getattr(processor, "chat_template", None) or VICUNA_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=turns[-1][1] is None,
+    )
+
+
+def encode_chats(
+    processor: Processor,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image]],
+    **options: object,
+) -> dict[str, Tensor]:
+    """Return the processor's tensors for rendered conversations and their images."""
+    # Many chat templates write the BOS token themselves. The tokenizer would add a second one,
+    # which changes the scores without any error.
+    bos_token = processor.tokenizer.bos_token
+    if bos_token and all(text.startswith(bos_token) for text in texts):
+        options["add_special_tokens"] = False
+    if any(images):  # a batch of text only passes no `images` at all
+        options["images"] = [list(of_text) for of_text in images]
+    return dict(processor(text=list(texts), return_tensors="pt", **options))

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from bench.data.chat import Conversation
 from bench.errors import MissingData, UserError
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 IMAGE_PLACEHOLDER = "<image>"
 
 
+_Message = TypedDict("_Message", {"from": str, "value": str})
+
+
+class _Row(TypedDict):
+    """A conversation with an image in LLaVA's layout."""
+
+    image: str
+    conversations: list[_Message]
+
+
 @dataclass(frozen=True)
 class Conversations:
     """Conversations by index, with images opened on access.
@@ -32,17 +42,16 @@ class Conversations:
     """
 
     fingerprint: str
-    _rows: Sequence[Any]
-    _folder: Path | None = None
+    _rows: Sequence[Conversation | _Row]
+    _folder: Path = Path()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Conversation:
         row = self._rows[number]
-        if self._folder is None:  # drawn scenes hold the image itself
-            image, turns = row
-            return Conversation(image.convert("RGB"), turns)
+        if isinstance(row, Conversation):  # drawn scenes hold the image itself
+            return row._replace(image=row.image.convert("RGB"))
         return Conversation(_open_image(self._folder / row["image"]), _turns(row))
 
 
@@ -61,14 +70,17 @@ def conversations_from_file(path: str, folder: str) -> Conversations:
     """Return the conversations with images of a JSON file in LLaVA's layout.
 
     Raises:
-        MissingData: the file or the image folder does not exist.
+        MissingData: the file or the image folder does not exist or cannot be read.
         UserError: the file is not in LLaVA's layout, or has no image.
     """
     file, images = Path(path).expanduser(), Path(folder).expanduser()
     if not file.is_file() or not images.is_dir():
         missing = path if not file.is_file() else folder
         raise MissingData(f"conversations: no such file or folder: {missing}")
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise MissingData(f"conversations: {path} cannot be read: {error.strerror}") from None
     try:
         rows = [row for row in json.loads(content) if "image" in row]
         # Every row is checked now: a bad one must not end a training hours after its start.
@@ -82,10 +94,10 @@ def conversations_from_file(path: str, folder: str) -> Conversations:
     return Conversations(hashlib.sha256(content).hexdigest(), rows, images)
 
 
-def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+def _turns(row: _Row) -> list[tuple[str, str]]:
     # `<image>` is dropped because the chat template puts the image token where the model wants it.
-    said = row["conversations"]
-    pairs = list(zip(said[0::2], said[1::2], strict=True))
+    messages = row["conversations"]
+    pairs = list(zip(messages[0::2], messages[1::2], strict=True))
     if not pairs or any((a["from"], b["from"]) != ("human", "gpt") for a, b in pairs):
         raise ValueError("turns must alternate between human and gpt")
     return [(a["value"].replace(IMAGE_PLACEHOLDER, "").strip(), b["value"]) for a, b in pairs]

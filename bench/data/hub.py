@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -56,11 +57,11 @@ def is_reachable(timeout: float = 3.0) -> bool:
     return bool(answer.status_code < 400)
 
 
-def load_dataset(repository: str, config: str | None, **options: Any) -> DatasetDict:
+def load_dataset(repository: str, config: str | None, **options: object) -> DatasetDict:
     """Load all splits of a data set, from the cache if the hub is switched off.
 
     Raises:
-        Unreachable: the data set is neither cached nor downloadable.
+        DatasetUnreachable: the data set is neither cached nor downloadable.
     """
     import datasets
 
@@ -73,17 +74,17 @@ def load_dataset(repository: str, config: str | None, **options: Any) -> Dataset
 def download_file(repository: str, file: str) -> Path:
     """Return the local path of one file of a data set's repository, downloading it if needed.
 
-    Use it for a part of a large data set: `load` with `data_files` does not find its own cache
-    again when the hub is switched off.
+    Use it for a part of a large data set: `load_dataset` with `data_files` does not find its own
+    cache again when the hub is switched off.
 
     Raises:
-        Unreachable: the file is neither cached nor downloadable.
+        DatasetUnreachable: the file is neither cached nor downloadable.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except Exception as error:  # as in `load`
+    except Exception as error:  # as in `load_dataset`
         raise unreachable_error(dataset_name(repository, file), error) from error
 
 
@@ -92,7 +93,7 @@ def dataset_name(repository: str, part: str | None) -> str:
     return f"{repository}/{part}" if part else repository
 
 
-def commit_of(splits: dict[str, Any]) -> str | None:
+def commit_of(splits: Mapping[str, object]) -> str | None:
     """Return the commit that the loaded splits came from, or None if it is unknown."""
     # `datasets` keeps no commit on a loaded split, but puts it into the path of the cache file.
     for split in splits.values():

@@ -1,15 +1,9 @@
-"""Image data sets by name: embedded digits, torchvision's from a folder.
-
-Catalogue of image data sets: the embedded digits, and torchvision data sets in a local folder.
+"""Catalogue of image data sets: the embedded digits, and torchvision data sets in a local folder.
 
 Channel means and standard deviations are the values in common use for each training set.
 
-Real handwritten digits that ship with scikit-learn, so nothing has to be downloaded.
-
-1,797 grey images of 8x8 pixels with 17 levels: the test part of Optical Recognition of Handwritten
-Digits (Alpaydin and Kaynak, 1998, UCI), as shipped by `sklearn.datasets.load_digits`. The first
-1,200 images are for training and the last 597 for testing; the last 200 training images are held
-out for choosing hyperparameters.
+The digits need no folder: see `bench.data.handwritten_digits`. The last 200 of their training
+images are held out for choosing hyperparameters.
 """
 
 from __future__ import annotations
@@ -17,10 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
 
+from bench.data import handwritten_digits
 from bench.data.image_sets import FolderSet, ImageShape, Splits, Statistics, TensorSet
 from bench.errors import MissingData, UserError, unknown_name
 
@@ -33,7 +29,7 @@ IMAGENET_STATISTICS: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class _TorchvisionSet:
     """A data set that fits into memory: its torchvision class, normalisation and augmentation."""
 
-    maker: str
+    class_name: str
     channels: int
     size: int
     classes: int
@@ -53,8 +49,9 @@ _TORCHVISION_SETS = {
     ),
 }
 IMAGE_SETS = ("digits", *_TORCHVISION_SETS, "imagenet")
+
+# Fraction of the training images that `Splits.for_selection` holds out.
 HELD_OUT_SHARE = 0.1
-"""Fraction of the training images that `Splits.for_selection` holds out."""
 
 
 def image_shape(name: str) -> ImageShape:
@@ -69,8 +66,8 @@ def image_shape(name: str) -> ImageShape:
         return ImageShape(3, IMAGENET_SIZE, 1000)
     if name not in _TORCHVISION_SETS:
         raise unknown_name("image data set", name, IMAGE_SETS)
-    kind = _TORCHVISION_SETS[name]
-    return ImageShape(kind.channels, kind.size, kind.classes)
+    found = _TORCHVISION_SETS[name]
+    return ImageShape(found.channels, found.size, found.classes)
 
 
 def load_image_set(name: str, folder: str | None = None, *, download: bool = False) -> Splits:
@@ -79,7 +76,8 @@ def load_image_set(name: str, folder: str | None = None, *, download: bool = Fal
     With `download`, torchvision fetches missing files; ImageNet's licence does not allow this.
 
     Raises:
-        UserError: no data set has this name, or `download` was set for ImageNet.
+        UserError: no data set has this name, `download` was set for ImageNet, or the folder may
+            not be read or written.
         MissingData: `folder` is not given or does not hold the data set.
     """
     if name not in IMAGE_SETS:
@@ -98,25 +96,31 @@ def load_image_set(name: str, folder: str | None = None, *, download: bool = Fal
     return _load_torchvision_set(name, _TORCHVISION_SETS[name], Path(folder).expanduser(), download)
 
 
-def _load_torchvision_set(name: str, kind: _TorchvisionSet, folder: Path, download: bool) -> Splits:
+def _load_torchvision_set(
+    name: str, found: _TorchvisionSet, folder: Path, download: bool
+) -> Splits:
     from torchvision import datasets
 
-    maker = getattr(datasets, kind.maker)
+    maker = getattr(datasets, found.class_name)
     try:
         parts = [maker(folder, train=train, download=download) for train in (True, False)]
-    except (RuntimeError, OSError) as error:
+    except PermissionError as error:
+        raise UserError(f"{error.filename} of image data set {name}: {error.strerror}") from error
+    # torchvision raises RuntimeError for absent or corrupt files, and URLError without a network.
+    # Other errors, such as a full disk, are not about the folder and pass.
+    except (RuntimeError, FileNotFoundError, NotADirectoryError, URLError) as error:
         raise MissingData(
-            f"{folder} does not hold {name} in torchvision's layout ({kind.maker}): set "
+            f"{folder} does not hold {name} in torchvision's layout ({found.class_name}): set "
             "benchmark.images.download=true with a network connection, or give another folder"
         ) from error
     return Splits(
         name=name,
-        train=TensorSet(*_pixels_and_labels(parts[0]), kind.statistics, kind.shift, kind.flip),
-        test=TensorSet(*_pixels_and_labels(parts[1]), kind.statistics),
-        channels=kind.channels,
-        size=kind.size,
-        classes=kind.classes,
-        provenance=f"torchvision.datasets.{kind.maker}, its own train and test split",
+        train=TensorSet(*_pixels_and_labels(parts[0]), found.statistics, found.shift, found.flip),
+        test=TensorSet(*_pixels_and_labels(parts[1]), found.statistics),
+        channels=found.channels,
+        size=found.size,
+        classes=found.classes,
+        provenance=f"torchvision.datasets.{found.class_name}, its own train and test split",
         held_out=round(HELD_OUT_SHARE * len(parts[0])),
     )
 
@@ -158,32 +162,24 @@ def _load_imagenet(folder: Path) -> Splits:
     )
 
 
-# Split by position: the images are in the order in which they were collected, so most writers of
-# the test images wrote none of the training images. A random split would mix the writers.
-DIGITS_TRAIN = 1200
 DIGITS_HELD_OUT = 200
-DIGITS_MAX_LEVEL = 16
 DIGITS_SHIFT = 1
 
 
 def load_digit_images() -> Splits:
     """Load the digits; training images are shifted by up to one pixel in each direction."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixel_NCHH = (
-        torch.tensor(bunch.images).mul(255 / DIGITS_MAX_LEVEL).round().to(torch.uint8)[:, None]
-    )
-    label_N = torch.tensor(bunch.target)
+    levels, labels = handwritten_digits.handwritten_digits()
+    scale = 255 / handwritten_digits.MAX_LEVEL
+    pixel_NCHH = torch.tensor(levels).double().mul(scale).round().to(torch.uint8)[:, None]
+    label_N = torch.tensor(labels)
+    count = handwritten_digits.TRAIN_IMAGES
     # Statistics of the training images only: the test images must not influence the model.
-    train = pixel_NCHH[:DIGITS_TRAIN].float() / 255
+    train = pixel_NCHH[:count].float() / 255
     statistics = ((float(train.mean()),), (float(train.std()),))
     return Splits(
         name="digits",
-        train=TensorSet(
-            pixel_NCHH[:DIGITS_TRAIN], label_N[:DIGITS_TRAIN], statistics, shift=DIGITS_SHIFT
-        ),
-        test=TensorSet(pixel_NCHH[DIGITS_TRAIN:], label_N[DIGITS_TRAIN:], statistics),
+        train=TensorSet(pixel_NCHH[:count], label_N[:count], statistics, shift=DIGITS_SHIFT),
+        test=TensorSet(pixel_NCHH[count:], label_N[count:], statistics),
         channels=1,
         size=8,
         classes=10,

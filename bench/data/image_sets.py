@@ -1,31 +1,28 @@
-"""What an image data set is, and the order of training batches.
+"""Image data sets from which normalised batches are fetched by index, and the order of batches.
 
-Image data sets from which normalised batches are fetched by index.
+Order and augmentation are pure functions of seed, epoch and batch number, so a resumed run sees
+exactly the images of an uninterrupted one.
 
 Shapes: N images of the set, B of a batch, C channels, H height and width, P = H + 2 * shift padded.
-
-Augmentation is a pure function of seed, epoch and batch number, so a resumed run sees exactly the
-images of an uninterrupted one.
-
-Order of training batches, reproducible after a restart.
-
-Shapes: N images of the set, B images of a batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from bench.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -171,13 +168,28 @@ class Subset(ImageSet):
         return f"{self._whole.fingerprint()}[{self._places.start}:{self._places.stop}]"
 
 
+class _DecodedImages(Protocol):
+    """torchvision's ImageFolder: an image and its label by index."""
+
+    samples: Sequence[tuple[str, int]]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image, int]: ...
+
+
+_ImageTransform = Callable[["Image"], Tensor]
+
+
 class FolderSet(ImageSet):
     """Images decoded from files on access, with one sub-folder per class.
 
     `test` and `training` are torchvision transforms from a PIL image to a tensor [C, H, H].
     """
 
-    def __init__(self, folder: Any, test: Any, training: Any) -> None:
+    def __init__(
+        self, folder: _DecodedImages, test: _ImageTransform, training: _ImageTransform
+    ) -> None:
         self._folder, self._test, self._training = folder, test, training
 
     def __len__(self) -> int:

@@ -68,7 +68,11 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
 
 def _routed_in_replaced_modules(network: nn.Module) -> list[tuple[int, int]]:
     """Return routed parameters and number of experts of every replaced module that has experts."""
-    counts = [module.routed() for module in network.modules() if isinstance(module, ReplacedModule)]
+    counts = [
+        module.routed_parameters()
+        for module in network.modules()
+        if isinstance(module, ReplacedModule)
+    ]
     return [count for count in counts if count is not None]
 
 

@@ -118,7 +118,7 @@ def _active_expert_shares(network: nn.Module, structure: ModelStructure) -> dict
         }
     shares: dict[nn.Module, float] = {}
     for module in network.modules():
-        counts = module.routed() if isinstance(module, ReplacedModule) else None
+        counts = module.routed_parameters() if isinstance(module, ReplacedModule) else None
         if counts is not None:
             routed, experts = counts
             # Not all weights of a replaced module are routed, so k/E does not apply to the whole:

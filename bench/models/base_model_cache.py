@@ -36,7 +36,7 @@ class BaseModelCache:
         given, self._model = self._model, None
         return given
 
-    def beside(self, source: ModelSource) -> Model | None:
+    def peek(self, source: ModelSource) -> Model | None:
         """Return the cached model of `source` for reading, or None if it was given away."""
         return self._model if self._source == source else None
 

@@ -15,16 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from bench.models.structure.expert_view import ExpertView, gated_projections
+from bench.models.network import replaced_forward
+from bench.models.structure.expert_view import ExpertView, gated_projections, sort_slots
 from bench.models.structure.moe_block import MoEBlock
 
-# One name in a global table of transformers: two observations cannot be nested, since the inner one
-# would unregister the outer one's forward.
+# Name of our forward in a table of transformers, by which a config selects it.
 EXPERTS_IMPLEMENTATION = "slimbench_observed"
 
 
@@ -39,6 +39,27 @@ class ExpertObserver(Protocol):
 
     def output(self, y_TD: Tensor) -> None:
         """Take the block's output."""
+
+
+_ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+class _DecoratedForward(Protocol):
+    """Forward of fused experts, which selects an implementation; the class's own is wrapped."""
+
+    __wrapped__: _ExpertsForward
+
+
+class _ExpertsConfig(Protocol):
+    """The setting by which transformers selects how experts are computed."""
+
+    _experts_implementation: str | None
+
+
+class _ConfiguredExperts(Protocol):
+    """Fused experts of transformers, whose config selects how they are computed."""
+
+    config: _ExpertsConfig
 
 
 @dataclass(frozen=True)
@@ -85,48 +106,43 @@ def _hook_fused(
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     owners = {block.experts: block for block in blocks}
+    # The forward of an observation around this one, whose blocks are still shown to it.
+    outer: _ExpertsForward | None = ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION)
 
     def forward(experts: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         block = owners.get(experts)
+        if block is None and outer is not None:
+            return outer(experts, x_TD, index_TK, weight_TK)
         if block is None:
             # Not observed, but dispatched here since it shares the config: compute it as its own
             # class does. `forward` of the class is the decorated one, which looks the
             # implementation up in the config, finds this function and would recurse; `__wrapped__`
             # is the loop beneath.
-            plain: Tensor = cast(Any, type(experts).forward).__wrapped__(
-                experts, x_TD, index_TK, weight_TK
-            )
-            return plain
+            plain = cast(_DecoratedForward, type(experts).forward).__wrapped__
+            return plain(experts, x_TD, index_TK, weight_TK)
         return _observed_forward(block, watched[block], chunk, (x_TD, index_TK, weight_TK))
 
     if blocks:
         ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION] = forward
-        stack.callback(ALL_EXPERTS_FUNCTIONS.pop, EXPERTS_IMPLEMENTATION)
+        if outer is None:
+            stack.callback(ALL_EXPERTS_FUNCTIONS.pop, EXPERTS_IMPLEMENTATION)
+        else:
+            stack.callback(ALL_EXPERTS_FUNCTIONS.__setitem__, EXPERTS_IMPLEMENTATION, outer)
     for block in blocks:
         # All layers share one config object. The first block saves the original value, later ones
         # save ours; the stack unwinds in reverse, so that the original is restored last.
-        config = cast(Any, block.experts).config
+        config = cast(_ConfiguredExperts, block.experts).config
         stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
         config._experts_implementation = EXPERTS_IMPLEMENTATION
 
 
 def _hook_ragged(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
-    """Shadow the class's forward on the instance until the stack closes."""
-    # accelerate may have put its own forward on the instance, to fetch offloaded weights: it is put
-    # back, and inside the block the weights are expected to be onloaded.
-    instance = block.experts.__dict__
-    before = instance.get("forward")
+    """Replace the experts' forward until the stack closes; their weights must be onloaded."""
 
     def forward(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         return _observed_forward(block, observer, chunk, (x_TD, index_TK, weight_TK))
 
-    def restore() -> None:
-        del instance["forward"]
-        if before is not None:
-            instance["forward"] = before
-
-    instance["forward"] = forward
-    stack.callback(restore)
+    stack.enter_context(replaced_forward(block.experts, forward))
 
 
 def _observed_forward(
@@ -146,10 +162,7 @@ def _by_expert(
 ) -> Iterator[RoutedTokens]:
     """Compute and show each expert's hidden states, for the tokens routed to it only."""
     x_TD, index_TK, weight_TK = inputs
-    flat = index_TK.flatten()
-    # Stable, so that an expert sees its tokens in the same order on every device.
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=block.num_experts).tolist()
+    order, counts = sort_slots(index_TK.flatten(), block.num_experts)
     for expert, slots in enumerate(torch.split(order, counts)):
         view = block.expert(expert)
         # `torch.split` of an empty tensor yields one empty chunk; observers are not called for
@@ -207,8 +220,7 @@ def _shared_weight(block: MoEBlock, x_TD: Tensor) -> Tensor:
 
 
 def _output_hook(observer: ExpertObserver) -> Callable[..., None]:
-
-    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+    def after(_: nn.Module, __: tuple[object, ...], output: Tensor) -> None:
         observer.output(output.flatten(0, -2))
 
     return after

@@ -1,13 +1,8 @@
-"""Fingerprints of weight files, hash and validity of a network's current weights.
-
-SHA-256 fingerprint of weight files, stored with every result.
+"""Fingerprints of weight files, and hash and validity of a network's current weights.
 
 A file is read once: its digest is cached in the user's cache folder under the file's path, size and
-modification time. Files of the Hugging Face cache are already named by their SHA-256.
-
-Hash and validity check of a network's current weights, after methods changed them.
-
-Both read every weight once where it is stored; offloaded ones are loaded one at a time.
+modification time. Files of the Hugging Face cache are already named by their SHA-256. Hash and
+validity read every weight once where it is stored; offloaded ones are loaded one at a time.
 """
 
 from __future__ import annotations
@@ -90,12 +85,12 @@ def state_hash(network: nn.Module) -> str:
     Sums are computed on the weights' own device and only they are copied to the CPU, so that tens
     of gigabytes take seconds.
     """
-    found = hashlib.sha256()
+    digest_of_all = hashlib.sha256()
     for name, tensor in _named_tensors(network):
-        found.update(
+        digest_of_all.update(
             f"{name} {tuple(tensor.shape)} {tensor.dtype} {_weighted_bit_sum(tensor)}\n".encode()
         )
-    return found.hexdigest()
+    return digest_of_all.hexdigest()
 
 
 def refuse_not_finite(network: nn.Module, method: str) -> None:

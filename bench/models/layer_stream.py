@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from bench.models.network import TransformersNetwork, replaced_forward
 from bench.models.offload import execution_device, is_offloaded, onloaded
 
-LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+LayerArguments = tuple[tuple[object, ...], dict[str, object]]
 
 
 class LayerStream:
@@ -32,12 +33,13 @@ class LayerStream:
     """
 
     def __init__(
-        self, network: Any, layers: tuple[nn.Module, ...], tokens_BL: Tensor, batch: int
+        self, network: nn.Module, layers: tuple[nn.Module, ...], tokens_BL: Tensor, batch: int
     ) -> None:
         self.layers = layers
         self._arguments: dict[int, list[LayerArguments]] = {}
         self._states: list[Tensor] = []
-        self._device = execution_device(network.get_input_embeddings())
+        whole = cast(TransformersNetwork, network)
+        self._device = execution_device(whole.get_input_embeddings())
         offloaded = any(is_offloaded(layer) for layer in layers)
         # Hidden states of all calibration rows can exceed the weights of one layer many times; a
         # model that was offloaded for lack of memory has no room for them on the device.
@@ -45,7 +47,7 @@ class LayerStream:
         self._onloaded_index: int | None = None
         self._onload_stack = ExitStack()
         for rows_BL in torch.split(tokens_BL, batch):
-            self._enter(network, rows_BL)
+            self._enter(whole.get_decoder(), rows_BL)
 
     def __enter__(self) -> Self:
         return self
@@ -78,10 +80,10 @@ class LayerStream:
             self._onloaded_index = index
 
     @torch.no_grad()
-    def _enter(self, network: Any, rows_BL: Tensor) -> None:
+    def _enter(self, decoder: nn.Module, rows_BL: Tensor) -> None:
         """Store the embeddings of some rows, and each layer's arguments for this batch size."""
         with _recorded_arguments(self.layers) as (inputs, arguments):
-            network.get_decoder()(input_ids=rows_BL.to(self._device), use_cache=False)
+            decoder(input_ids=rows_BL.to(self._device), use_cache=False)
         self._states.append(inputs[0].to(self._waiting))
         # Arguments are stored per number of rows, since masks and positions have a batch dimension
         # and the last batch can be smaller. Equal batch sizes share one entry: rows have one length
@@ -100,19 +102,12 @@ def _recorded_arguments(
     # One forward of the decoder with pass-through layers records the arguments of all layers and
     # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder that unpacks or
     # indexes a tuple from its layers would cut this tensor along the batch.
-    def passing(hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def passing(hidden_BLD: Tensor, *args: object, **kwargs: object) -> Tensor:
         inputs.append(hidden_BLD)
         arguments.append((args, kwargs))
         return hidden_BLD
 
-    # accelerate also replaces `forward` on instances; its wrapper is restored afterwards.
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = passing
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, passing))
         yield inputs, arguments
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.__dict__["forward"]
-            if forward is not None:
-                layer.__dict__["forward"] = forward

@@ -7,15 +7,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
+from bench.data.processors import Processor, Tokenizer
 from bench.device import devices
 from bench.errors import UserError
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model
+from bench.models.network import NetworkConfig
 from bench.models.source import ModelSource, fresh_vision_config, is_fresh, resolve_model
 from bench.schema import ModelConfig
 
@@ -36,10 +38,18 @@ LOADING_ERRORS = (
 )
 
 
+class _NetworkClass(Protocol):
+    """Class of transformers that builds networks: an Auto class, or that of an architecture."""
+
+    def from_config(self, config: NetworkConfig, **settings: object) -> nn.Module: ...
+
+    def from_pretrained(
+        self, folder: Path, **settings: object
+    ) -> tuple[nn.Module, dict[str, list[object]]]: ...
+
+
 def skeleton(source: ModelSource) -> nn.Module:
     """Build the network on the meta device: all modules and shapes, no weights."""
-    import torch
-
     from bench.models import replaced_modules
 
     if source.config.kind == "image_classifier":
@@ -56,12 +66,11 @@ def skeleton(source: ModelSource) -> nn.Module:
 
 
 def _published_network(source: ModelSource) -> nn.Module:
-    network = _auto_class(source).from_config(
+    return _auto_class(source).from_config(
         _network_config(source),
         attn_implementation=source.config.attention,
         trust_remote_code=source.config.trust_remote_code,
     )
-    return cast("nn.Module", network)
 
 
 def load_model(source: ModelSource) -> Model:
@@ -79,11 +88,12 @@ def load_model(source: ModelSource) -> Model:
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
     with _one_sentence_errors(source):
-        reads = _input_processors(source)
+        tokenizer, processor = _load_tokenizer_and_processor(source)
     return Model(
         config=source.config,
         network=network,
-        **reads,
+        tokenizer=tokenizer,
+        processor=processor,
         fingerprint=source.fingerprint,
         revision=source.revision,
         device=next(network.parameters()).device,
@@ -100,18 +110,20 @@ def open_folder(folder: str | Path, **settings: Any) -> Model:
     return load_model(resolve_model(config, offline=True))
 
 
-def _network_config(source: ModelSource) -> Any:
+def _network_config(source: ModelSource) -> NetworkConfig:
     from transformers import AutoConfig
 
     from bench.models import deepseek_moe
 
     # Before AutoConfig reads config.json: afterwards `model_type: deepseek` would be unknown to it.
     deepseek_moe.register_deepseek()
-    return AutoConfig.from_pretrained(
-        source.folder,
-        local_files_only=True,
-        trust_remote_code=source.config.trust_remote_code,
-    )
+    config: NetworkConfig = AutoConfig.from_pretrained(source.folder, **_local_files(source))
+    return config
+
+
+def _local_files(source: ModelSource) -> dict[str, bool]:
+    """Return the settings with which transformers reads a source's folder and nothing else."""
+    return {"local_files_only": True, "trust_remote_code": source.config.trust_remote_code}
 
 
 def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
@@ -129,10 +141,9 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         device_map=offload.device_map(config.device_map, device, lambda: skeleton(source)),
         offload_folder=folder,
         attn_implementation=config.attention,
-        trust_remote_code=config.trust_remote_code,
         # Pickled weights can run code when opened; transformers would fall back to them.
         use_safetensors=True,
-        local_files_only=True,
+        **_local_files(source),
         # Without the report, transformers initialises missing weights at random and only warns.
         output_loading_info=True,
     )
@@ -145,13 +156,11 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         if keys:
             names = ", ".join(keys[:3])
             raise UserError(f"{source.folder} has {len(keys)} {kind} weights, such as {names}")
-    return cast("nn.Module", network)
+    return network
 
 
-def _network_class(source: ModelSource) -> Any:
+def _network_class(source: ModelSource) -> _NetworkClass:
     """Return the class whose `from_pretrained` builds the network of a folder."""
-    import torch
-
     from bench.models import replaced_modules
 
     description = replaced_modules.read_description(source.folder)
@@ -160,72 +169,64 @@ def _network_class(source: ModelSource) -> Any:
     with torch.device("meta"):
         # `from_pretrained` constructs the network itself, so replaced modules cannot be installed
         # between construction and loading. The class it is given installs them in its constructor.
-        return replaced_modules.described_class(type(_published_network(source)), description)
+        network = _published_network(source)
+    return cast("_NetworkClass", replaced_modules.described_class(type(network), description))
 
 
-def _auto_class(source: ModelSource) -> Any:
+def _auto_class(source: ModelSource) -> _NetworkClass:
     import transformers
 
-    classes = {
+    classes: dict[str, _NetworkClass] = {
         "causal_lm": transformers.AutoModelForCausalLM,
         "image_text": transformers.AutoModelForImageTextToText,
     }
     return classes[source.config.kind]
 
 
-def _input_processors(source: ModelSource) -> dict[str, Any]:
-    """Return tokenizer or processor under their field names in `Model`."""
+def _load_tokenizer_and_processor(
+    source: ModelSource,
+) -> tuple[Tokenizer | None, Processor | None]:
     if source.config.kind == "image_text":
         processor = _load_processor(source)
-        return {"processor": processor, "tokenizer": processor.tokenizer}
+        return processor.tokenizer, processor
     if source.config.kind == "image_classifier":
-        return {"tokenizer": None}
-    return {"tokenizer": _load_tokenizer(source)}
+        return None, None
+    return _load_tokenizer(source), None
 
 
 def _refuse_classifier(source: ModelSource) -> None:
     """Raise if a folder meant for transformers holds an image classifier of ours."""
-    from bench.models.source import is_fresh
-
     if is_fresh(source.config):
         raise UserError(f"{source.config.source} needs model.kind=image_classifier")
     try:
-        said = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         return  # transformers explains what is wrong with it
-    if isinstance(said, dict) and "architecture" in said and "model_type" not in said:
+    if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
         raise UserError(
-            f"{source.folder} contains an image classifier ({said['architecture']}): "
+            f"{source.folder} contains an image classifier ({config['architecture']}): "
             "set model.kind=image_classifier"
         )
 
 
-def _load_processor(source: ModelSource) -> Any:
+def _load_processor(source: ModelSource) -> Processor:
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(
-        source.folder,
-        local_files_only=True,
-        trust_remote_code=source.config.trust_remote_code,
-    )
+    processor: Processor = AutoProcessor.from_pretrained(source.folder, **_local_files(source))
     # Without a preprocessor config, AutoProcessor silently returns the tokenizer alone.
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{source.folder} contains no image processor")
     return processor
 
 
-def _load_tokenizer(source: ModelSource) -> Any:
+def _load_tokenizer(source: ModelSource) -> Tokenizer:
     from transformers import AutoTokenizer
 
     # Without a vocabulary file, AutoTokenizer silently builds a tokenizer that knows no words.
     if not any(any(source.folder.glob(pattern)) for pattern in VOCABULARY_FILES):
         raise UserError(f"{source.folder} contains no tokenizer")
-
-    return AutoTokenizer.from_pretrained(
-        source.folder,
-        local_files_only=True,
-        trust_remote_code=source.config.trust_remote_code,
-    )
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.folder, **_local_files(source))
+    return tokenizer
 
 
 def _refuse_nan(network: nn.Module, config: ModelConfig) -> None:
@@ -240,7 +241,7 @@ def _refuse_nan(network: nn.Module, config: ModelConfig) -> None:
 
 @contextmanager
 def _one_sentence_errors(source: ModelSource) -> Iterator[None]:
-    """Turn exceptions of transformers into one sentence, and zero_dropped_neurons its warnings."""
+    """Turn exceptions of transformers into one sentence, and suppress its warnings."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

@@ -1,28 +1,25 @@
-"""MACs of a network's matrix products, and the protocol by which a method reports its own.
-
-MACs of a network's matmuls, reported by the component that performs them.
+"""MACs of a network's matmuls, and the protocol by which a method reports its own.
 
 Multiplying a row with a matrix costs as many multiply-adds (MACs) as the matrix has weights; a
 query meets each key twice, in q · k and in weight · v. Nothing else is counted: norms, activations,
 softmax, rotations and sums are elementwise and small in comparison. Measurements and methods share
 this vocabulary: a method that replaces a computation reports its matmuls instead.
 
-Protocol by which a network reports the FLOPs of its decoder for visual tokens.
-
 A method that reduces the decoder's work stores a `FlopsProvider` on the network, next to the
-forward that it replaced. It is asked at measurement time, so it reflects all later changes; a
+forward that it replaced. It is called at measurement time, so it reflects all later changes; a
 method's report describes the state when that method had run, and another method may have followed.
 And it is copied with the network, unlike a report or a field next to the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
+from bench.data.processors import ModelInputs
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.replaced_modules import ReplacedModule
@@ -40,27 +37,27 @@ class MatmulCost:
     """Cost of matmuls of one kind: part of the network, kind of tokens, MACs.
 
     `rows` as a part are a decoder's projections and dense feed-forwards, `attention` is its
-    quadratic part, `method` is what a method computes in addition to the network. `hidden` is the
-    share of `macs` for pairs of query and key that a mask hides: a kernel is asked for them, but
+    quadratic part, `method` is what a method computes in addition to the network. `masked` is the
+    share of `macs` for pairs of query and key that a mask hides: a kernel is called with them, but
     may skip them.
     """
 
     part: NetworkPart
     macs: float
-    rows: TokenKind = "text"
-    hidden: float = 0.0
+    tokens: TokenKind = "text"
+    masked: float = 0.0
 
     @property
     def label(self) -> str:
         """Name of the part in a record: `text` and `visual` for a decoder's rows."""
-        return self.rows if self.part == "rows" else self.part
+        return self.tokens if self.part == "rows" else self.part
 
 
-def macs_by_part(products: Iterable[MatmulCost], *, hidden: bool = True) -> dict[str, float]:
+def macs_by_part(products: Iterable[MatmulCost], *, masked: bool = True) -> dict[str, float]:
     """Sum MACs by part, with or without those of masked pairs."""
     parts: dict[str, float] = {}
     for product in products:
-        macs = product.macs if hidden else product.macs - product.hidden
+        macs = product.macs if masked else product.macs - product.masked
         parts[product.label] = parts.get(product.label, 0.0) + macs
     return parts
 
@@ -80,13 +77,23 @@ def matrix_weights(module: nn.Module) -> int:
     return total
 
 
-def projection_cost(attention: nn.Module, count: float, past: float, rows: TokenKind) -> MatmulCost:
+def projection_cost(
+    attention: nn.Module, count: float, past: float, tokens: TokenKind
+) -> MatmulCost:
     """Compute the cost of `count` rows in attention projections, with `past` keys cached."""
     # Latent attention (DeepSeek) caches keys and values compressed and expands all of them again in
     # every call, cached ones included.
     again = getattr(attention, "kv_b_proj", None)
     expanded = past * matrix_weights(again) if isinstance(again, nn.Module) else 0.0
-    return MatmulCost("rows", count * matrix_weights(attention) + expanded, rows)
+    return MatmulCost("rows", count * matrix_weights(attention) + expanded, tokens)
+
+
+class _HeadWidths(Protocol):
+    """Widths that an attention module states: one, or of queries and keys and of values."""
+
+    head_dim: int
+    qk_head_dim: int
+    v_head_dim: int
 
 
 def macs_per_pair(attention: nn.Module) -> int:
@@ -95,8 +102,8 @@ def macs_per_pair(attention: nn.Module) -> int:
     Raises:
         UserError: the module does not state the width of its heads.
     """
-    module = cast(Any, attention)
-    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    module = cast(_HeadWidths, attention)
+    heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
     if hasattr(module, "v_head_dim") and heads:  # latent attention: values have their own width
         return int(heads * (module.qk_head_dim + module.v_head_dim))
     if heads is None or not hasattr(module, "head_dim"):
@@ -107,14 +114,14 @@ def macs_per_pair(attention: nn.Module) -> int:
 
 
 def attention_cost(
-    rows: TokenKind, pairs: float, seen: float, per_pair: int, part: NetworkPart = "attention"
+    tokens: TokenKind, pairs: float, seen: float, per_pair: int, part: NetworkPart = "attention"
 ) -> MatmulCost:
     """Compute the cost of attention over `pairs` of query and key, `seen` of them not masked."""
-    return MatmulCost(part, pairs * per_pair, rows, (pairs - seen) * per_pair)
+    return MatmulCost(part, pairs * per_pair, tokens, (pairs - seen) * per_pair)
 
 
 def feed_forward_costs(
-    module: nn.Module, count: float, rows: TokenKind, top_k: int | None
+    module: nn.Module, count: float, tokens: TokenKind, top_k: int | None
 ) -> list[MatmulCost]:
     """Compute the cost of `count` rows in a feed-forward, dense or mixture of experts.
 
@@ -123,24 +130,24 @@ def feed_forward_costs(
     """
     experts = getattr(module, "experts", None)
     if not isinstance(experts, nn.Module):
-        return [MatmulCost("rows", count * matrix_weights(module), rows)]
+        return [MatmulCost("rows", count * matrix_weights(module), tokens)]
     shared = sum(
         matrix_weights(part) for name, part in module.named_children() if name in SHARED_NAMES
     )
     rest = matrix_weights(module) - matrix_weights(experts) - shared
     routed = _weights_per_token(experts, _top_k(module, top_k))
     parts: dict[NetworkPart, float] = {"routed": routed, "shared": shared, "router": rest}
-    return [MatmulCost(part, count * macs, rows) for part, macs in parts.items() if macs]
+    return [MatmulCost(part, count * macs, tokens) for part, macs in parts.items() if macs]
 
 
 def _weights_per_token(experts: nn.Module, top_k: int) -> float:
     """Return the mean number of expert weights that a row is multiplied with."""
     # Replaced experts may hold weights that every token meets (a shared base of D2-MoE), so only
     # the part that belongs to single experts is scaled by top_k / E.
-    told = experts.routed() if isinstance(experts, ReplacedModule) else None
+    own = experts.routed_parameters() if isinstance(experts, ReplacedModule) else None
     total = matrix_weights(experts)
-    if told is not None:
-        single, count = told
+    if own is not None:
+        single, count = own
         return total - single + single * top_k / count
     return total * top_k / _num_experts(experts)
 
@@ -158,9 +165,8 @@ def _num_experts(experts: nn.Module) -> int:
 
 def _top_k(block: nn.Module, fallback: int | None) -> int:
     """Return the number of experts per row, from the block, its parts, or the config's value."""
-    owners = (*block.children(), block)
-    said = (getattr(owner, "top_k", None) for owner in owners)
-    found = next((value for value in said if isinstance(value, int)), fallback)
+    values = (getattr(owner, "top_k", None) for owner in (*block.children(), block))
+    found = next((value for value in values if isinstance(value, int)), fallback)
     if found is None:
         raise UserError(
             f"{type(block).__name__} does not state how many experts a token goes to (top_k)"
@@ -175,7 +181,6 @@ def total_numel(*tensors: Tensor) -> int:
 
 # A plain attribute of the module, so that `copy.deepcopy` copies it with the network.
 FLOPS_PROVIDER_ATTRIBUTE = "slimbench_plan"
-ModelInputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class FlopsProvider(Protocol):
     """A decoder's account of its own work; inputs are a prompt's, as returned by the processor."""
 
     @property
-    def untold(self) -> tuple[str, ...]:
+    def unaccounted(self) -> tuple[str, ...]:
         """Name the methods whose own matmuls are not in the account."""
 
     def prefill(self, inputs: ModelInputs) -> list[MatmulCost] | None:

@@ -65,11 +65,16 @@ class Model:
     @cached_property
     def structure(self) -> ModelStructure:
         """Location of the parts that methods change."""
-        # Cached: methods read it per layer. A method that changes shapes must invalidate it, or the
-        # next reader sees modules that are no longer in the network.
+        # Cached: methods read it per layer.
         from bench.models.structure.model_structure import inspect_model
 
         return inspect_model(self.network)
+
+    def invalidate_structure(self) -> None:
+        """Discard the cached structure; call it after replacing modules or changing shapes."""
+        # Without this, the next reader sees modules that are no longer in the network. A
+        # `cached_property` stores its value in the instance's dictionary under its own name.
+        self.__dict__.pop("structure", None)
 
     def copy(self) -> Model:
         """Copy the model with its own weights, so that a method can change them."""
@@ -82,7 +87,7 @@ def max_sequence_length(config: ModelConfig, network: nn.Module) -> int:
     """Return the longest sequence that a network accepts, in tokens; no weight is read."""
     if config.max_length is not None:
         return config.max_length
-    # Vision-language models nest the decoder's config; the outer one has no position limit.
-    own: Any = network.config
-    text = own.get_text_config() if hasattr(own, "get_text_config") else own
-    return int(getattr(text, "max_position_embeddings", 2048))
+    from bench.models.network import text_config
+
+    # The text config: that of a whole vision-language model has no position limit.
+    return int(getattr(text_config(network), "max_position_embeddings", 2048))

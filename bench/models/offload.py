@@ -1,16 +1,12 @@
 """Weights in CPU memory or on disk, onloaded while a layer changes; the device map of large models.
 
-Onloading of offloaded weights while a layer is modified, and writing them back.
-
 accelerate keeps a model larger than its device in pieces: a hook on every module fetches the
 module's weights before its forward and drops them afterwards. This suffices to run the model, but a
 method that changes a layer needs the weights to stay, and the changed ones to be kept.
 
-Device map of a model that is larger than its device.
-
-`offload_cpu` and `offload_disk` keep every decoder layer in CPU memory or on disk and everything
-else on the device; other maps are accelerate's own. The folder for weights on disk lives as long as
-the network.
+The device maps `offload_cpu` and `offload_disk` keep every decoder layer in CPU memory or on disk
+and everything else on the device; other maps are accelerate's own. The folder for weights on disk
+lives as long as the network.
 """
 
 from __future__ import annotations
@@ -19,15 +15,43 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bench.models.network import replaced_forward
 from bench.models.structure.model_structure import inspect_model
+
+
+class _OffloadedWeights(Protocol):
+    """accelerate's store of all offloaded weights, by their full name in the model."""
+
+    state_dict: dict[str, Tensor]
+    index: dict[str, dict[str, str]]
+    all_keys: list[str]
+    save_folder: str
+
+    def __getitem__(self, key: str) -> Tensor: ...
+
+
+class _WeightsMap(Protocol):
+    """One module's part of the store, by the weights' own names."""
+
+    dataset: _OffloadedWeights
+    prefix: str
+
+    def __getitem__(self, key: str) -> Tensor: ...
+
+
+class _OffloadHook(Protocol):
+    """accelerate's hook that fetches a module's weights before its forward."""
+
+    execution_device: torch.device | str | int
+    weights_map: _WeightsMap
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -60,15 +84,13 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_offload_hooks(network: nn.Module) -> Iterator[None]:
     """Run modules without accelerate's hooks, for counting on the meta device."""
-    # accelerate wraps `forward` on the instance; without that attribute the class's own forward is
-    # found. On meta there is nothing to fetch, and the hooks would read whole layers from disk.
-    hooked = [m for m in network.modules() if "_hf_hook" in m.__dict__]
-    before = [module.__dict__.pop("forward") for module in hooked]
-    try:
+    # accelerate wraps `forward` on the instance. On meta there is nothing to fetch, and the hooks
+    # would read whole layers from disk.
+    with ExitStack() as stack:
+        for module in network.modules():
+            if "_hf_hook" in module.__dict__:
+                stack.enter_context(replaced_forward(module, None))
         yield
-    finally:
-        for module, forward in zip(hooked, before, strict=True):
-            module.__dict__["forward"] = forward
 
 
 def iter_parameters(network: nn.Module) -> Iterator[Tensor]:
@@ -84,7 +106,7 @@ def iter_parameters(network: nn.Module) -> Iterator[Tensor]:
             seen.add(weight)
 
 
-def _offloaded_submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def _offloaded_submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module, _OffloadHook]]:
     """Yield name, submodule and hook of all submodules whose weights are offloaded."""
     for name, part in module.named_modules():
         hook = _offload_hook(part)
@@ -92,7 +114,7 @@ def _offloaded_submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module, A
             yield name, part, hook
 
 
-def _offload_hook(module: nn.Module) -> Any:
+def _offload_hook(module: nn.Module) -> _OffloadHook | None:
     """Return accelerate's hook that fetches a module's own weights, alone or in a sequence."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
@@ -103,7 +125,7 @@ def _offload_hook(module: nn.Module) -> Any:
 class _WeightStore:
     """Storage of a module's weights: accelerate's map, and the module's prefix in it."""
 
-    weights: Any
+    weights: _OffloadedWeights
     prefix: str
     device: torch.device
     folder: Path | None
@@ -177,7 +199,7 @@ class _Onloaded:
                 _attach_offload_hook(part, name, self._store)
 
 
-def _weight_store(name: str, hook: Any) -> _WeightStore:
+def _weight_store(name: str, hook: _OffloadHook) -> _WeightStore:
     """Derive the storage from the hook of the submodule called `name`."""
     weights = hook.weights_map.dataset
     own = f"{name}." if name else ""
@@ -218,7 +240,8 @@ def _write_weight(folder: Path, key: str, weight: Tensor) -> dict[str, str]:
 
 
 OFFLOAD_TARGETS = {"offload_cpu": "cpu", "offload_disk": "disk"}
-DeviceMap = str | dict[str, Any]
+PlaceOfModule = dict[str, str | torch.device]
+DeviceMap = str | PlaceOfModule
 
 
 def device_map(
@@ -234,10 +257,10 @@ def device_map(
     return wanted or ({"": device} if device.type == "cuda" else None)
 
 
-def _offloaded_layers_map(skeleton: nn.Module, device: torch.device, place: str) -> dict[str, Any]:
+def _offloaded_layers_map(skeleton: nn.Module, device: torch.device, place: str) -> PlaceOfModule:
     """Map decoder layers to `place`, and every other part with a tensor to the device."""
     layers = set(inspect_model(skeleton).layers)
-    found: dict[str, Any] = {}
+    found: PlaceOfModule = {}
 
     def visit(module: nn.Module, name: str) -> None:
         # The map must cover every tensor. An entry covers a module with all its children, so a

@@ -1,12 +1,8 @@
-"""Modules of ours in a published network, and their description in a saved folder.
-
-Modules of slimbench that replace modules of a published network.
+"""Modules of slimbench in a published network, and their description in a saved folder.
 
 A method that changes the shape or the storage of weights replaces a module by a `ReplacedModule`.
 Its `spec`, a few JSON values, suffices to build it again without weights, so that such a network
 can be saved to a folder and loaded like any other.
-
-Description of a network that no longer has its published shape, stored in its folder.
 
 `slimbench.json`, next to the weights, names every module that replaces a published one and how it
 is built; the weights are in safetensors under the names of these modules. A folder without that
@@ -18,36 +14,61 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, cast
 
 from torch import nn
 
 from bench.errors import UserError
 from bench.models.bitpacking import packed_modules
 
-# A model folder is untrusted input that names classes: only these packages are ever imported
-# because of it, so a folder cannot run code of its own choice.
-TRUSTED_PACKAGES = ("bench.", "methods.")
+DESCRIPTION_FILE = "slimbench.json"
+
+# Increase it when an older program would read a folder incorrectly.
+DESCRIPTION_FORMAT = 1
+
+# Class names in a folder, and the modules that hold the classes today. A folder states the name
+# alone, since classes move and folders stay. The first folders state a path, such as
+# `bench.models.anatomy.ragged.RaggedExperts`, of which only the last part is read. Nothing else is
+# ever imported because of a folder, which is untrusted input and must not run code of its choice.
+MODULE_OF_CLASS = {
+    "RaggedExperts": "bench.models.structure.ragged_experts",
+    "GatedExpert": "bench.models.structure.ragged_experts",
+    "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
+    "MaskedRouter": "methods.baselines.router_masks",
+}
+
+# JSON values of one module; `from_spec` converts them to the types that it needs.
+ModuleSpec = dict[str, Any]
+
+
+class Description(TypedDict):
+    """Contents of `slimbench.json`: replaced modules by name, and packed weights."""
+
+    format: int
+    modules: dict[str, ModuleSpec]
+    packed: packed_modules.PackedDescription
 
 
 class ReplacedModule(nn.Module, ABC):
     """Module that describes how it is built, and can be rebuilt to receive its weights."""
 
     @abstractmethod
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return the JSON values that `from_spec` needs."""
 
-    def routed(self) -> tuple[int, int] | None:
+    def routed_parameters(self) -> tuple[int, int] | None:
         """Return the number of parameters that belong to single experts, and the number of experts.
 
-        Only for experts in a form that the structure does not describe; None for all other modules.
+        Only for experts in a form that `ModelStructure` does not describe; None for all other
+        modules.
         """
         return None
 
     @classmethod
     @abstractmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the module with weights of the right shapes and arbitrary values.
 
         `original` is the published module that is replaced; what JSON cannot hold, such as an
@@ -55,66 +76,21 @@ class ReplacedModule(nn.Module, ABC):
         """
 
 
-def replaced_modules(network: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return class and spec of every replaced module, by its name in the network."""
-    return {
-        # The path is part of the folder format: moving a class breaks folders written before.
-        name: {"class": f"{type(module).__module__}.{type(module).__qualname__}"}
-        | module.structure()
+def describe_network(network: nn.Module) -> Description | None:
+    """Describe a network's replaced and packed modules; None if it has none.
+
+    Raises:
+        UserError: a replaced module is of a class that no folder can name.
+    """
+    packed = packed_modules.describe_packed(network)
+    modules = {
+        name: {"class": _class_name(name, module)} | module.spec()
         for name, module in network.named_modules()
         if isinstance(module, ReplacedModule)
     }
-
-
-def install_replaced_modules(network: nn.Module, structures: dict[str, dict[str, Any]]) -> None:
-    """Install replaced modules, still without their weights, in a published network.
-
-    Raises:
-        UserError: a name or a class is unknown, or the values do not match the class.
-    """
-    for name, structure in structures.items():
-        # Outer modules come before inner ones (`named_modules` is depth-first), so a replaced
-        # module inside another one finds its parent already installed.
-        parent_name, _, child = name.rpartition(".")
-        try:
-            parent = network.get_submodule(parent_name)
-            original = parent.get_submodule(child)
-            built = _replaced_class(structure).empty(structure, original)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"slimbench.json: {name} cannot be built: {error}") from None
-        setattr(parent, child, built)
-
-
-def _replaced_class(structure: dict[str, Any]) -> type[ReplacedModule]:
-    """Import the class that a description names, if it is a replaced module of ours."""
-    path = str(structure["class"])
-    module, _, name = path.rpartition(".")
-    if not path.startswith(TRUSTED_PACKAGES):
-        raise ValueError(f"{path} is not a module of slimbench")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError:
-        raise ValueError(f"{path} does not exist in this version") from None
-    # Importing from our packages is not enough: they also hold functions and classes with effects.
-    if not (isinstance(found, type) and issubclass(found, ReplacedModule)):
-        raise ValueError(f"{path} is not a module that can be built again")
-    return found
-
-
-DESCRIPTION_FILE = "slimbench.json"
-
-# Increase it when an older program would read a folder incorrectly.
-DESCRIPTION_FORMAT = 1
-Description = dict[str, Any]
-
-
-def describe_network(network: nn.Module) -> Description | None:
-    """Describe a network's replaced and packed modules; None if it has none."""
-    codes = packed_modules.describe_packed(network)
-    modules = replaced_modules(network)
-    if not modules and not codes["linears"] and not codes["experts"]:
+    if not modules and not packed["linears"] and not packed["experts"]:
         return None
-    return {"format": DESCRIPTION_FORMAT, "modules": modules, "packed": codes}
+    return {"format": DESCRIPTION_FORMAT, "modules": modules, "packed": packed}
 
 
 def write_description(description: Description, folder: Path) -> None:
@@ -136,24 +112,41 @@ def read_description(folder: Path) -> Description | None:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         version = description["format"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is corrupt: it does not describe a network") from None
     if version != DESCRIPTION_FORMAT:
         raise UserError(f"{file} has format {version}, this program reads {DESCRIPTION_FORMAT}")
-    return dict(description)
+    for key in ("modules", "packed"):
+        if not isinstance(description.get(key), dict):
+            raise UserError(f"{file} is corrupt: it has no object {key!r}")
+    return cast(Description, description)
 
 
 def install_described_modules(network: nn.Module, description: Description) -> None:
-    """Install empty modules as described in a network of the published shape."""
+    """Install modules as described, still without their weights, in a published network.
+
+    Raises:
+        UserError: a name or a class is unknown, or the values do not match the class.
+    """
     # Replaced modules first: packed linear layers may be inside them.
-    install_replaced_modules(network, description["modules"])
+    for name, spec in description["modules"].items():
+        # Outer modules come before inner ones (`named_modules` is depth-first), so a replaced
+        # module inside another one finds its parent already installed.
+        parent_name, _, child = name.rpartition(".")
+        try:
+            parent = network.get_submodule(parent_name)
+            original = parent.get_submodule(child)
+            built = _class_by_name(spec).from_spec(spec, original)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{DESCRIPTION_FILE}: {name} cannot be built: {error}") from None
+        setattr(parent, child, built)
     packed_modules.install_packed(network, description["packed"])
 
 
 def described_class(base: type[nn.Module], description: Description) -> type[nn.Module]:
     """Return a network class whose constructor builds the described network."""
 
-    def build(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+    def build(self: nn.Module, config: object, *args: object, **kwargs: object) -> None:
         base.__init__(self, config, *args, **kwargs)
         install_described_modules(self, description)
 
@@ -161,3 +154,24 @@ def described_class(base: type[nn.Module], description: Description) -> type[nn.
     # on it: shards, placement on devices, tied weights, non-persistent buffers. Modules installed
     # after `from_pretrained` would miss these steps.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+
+
+def _class_name(name: str, module: ReplacedModule) -> str:
+    """Return the name under which a folder states a module's class."""
+    own = type(module)
+    if MODULE_OF_CLASS.get(own.__qualname__) != own.__module__:
+        # Written all the same, the folder could not be loaded.
+        raise UserError(
+            f"{name} is a {own.__qualname__} of {own.__module__}, which cannot be written to a "
+            "folder: add the class to MODULE_OF_CLASS in bench/models/replaced_modules.py"
+        )
+    return own.__qualname__
+
+
+def _class_by_name(spec: Mapping[str, object]) -> type[ReplacedModule]:
+    name = str(spec["class"]).rpartition(".")[2]
+    if name not in MODULE_OF_CLASS:
+        known = ", ".join(MODULE_OF_CLASS)
+        raise ValueError(f"{spec['class']} is not one of the replaced modules {known}")
+    found: type[ReplacedModule] = getattr(importlib.import_module(MODULE_OF_CLASS[name]), name)
+    return found

@@ -1,15 +1,11 @@
-"""A network as a Hugging Face folder, ragged experts padded where asked.
-
-Export of a network as a Hugging Face folder, in the plainest format that can hold it.
+"""Export of a network as a Hugging Face folder, in the plainest format that can hold it.
 
 `stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
 the same for experts of different widths, zero-padded to the widest. `slimbench`: as in memory,
 ragged or packed, with a `slimbench.json` that `bench.models.loading` reads. `classifier`: an image
 classifier's own config and weights, and on request an ONNX file. All weights are safetensors.
 
-Zero-padding of ragged experts to one width, so that stock transformers loads them.
-
-A micro-expert of zeros computes act(0) · 0 = 0, so the outputs do not change.
+Padding does not change the outputs: a micro-expert of zeros computes act(0) · 0 = 0.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -26,8 +22,8 @@ from bench.errors import UserError
 from bench.models import replaced_modules
 from bench.models.classifiers import classifier, serialization
 from bench.models.model import Model
+from bench.models.network import NetworkConfig, TransformersNetwork
 from bench.models.offload import is_offloaded
-from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.models.structure.moe_block import MoEBlock
 
@@ -44,7 +40,7 @@ def save_model(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> 
         UserError: no format can hold the network, it is offloaded, or the requested format does not
             exist for its kind of model.
     """
-    network: Any = model.network
+    network = model.network
     if isinstance(network, classifier.Classifier):
         return _save_classifier(network, folder, pad=pad, onnx=onnx)
     if onnx:
@@ -55,20 +51,19 @@ def save_model(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> 
     # Before the first byte is written: a folder that loads as a different network is worse than
     # none.
     refuse_unsavable(network, description)
-    form = _export_format(model, description, pad=pad)
+    form = "stock" if description is None else _replaced_format(model, description, pad=pad)
     (model.processor or model.tokenizer).save_pretrained(folder)
-    if form == "slimbench":
-        assert description is not None
+    whole = cast(TransformersNetwork, network)
+    if description is None:
+        whole.save_pretrained(folder)
+    elif form == "slimbench":
         # By default, transformers converts fused experts back to the checkpoint's per-expert names,
         # a mapping that does not know ragged or packed weights.
-        network.save_pretrained(folder, save_original_format=False)
+        whole.save_pretrained(folder, save_original_format=False)
         replaced_modules.write_description(description, folder)
-        return form
-    if description is not None:
-        network = padded_network(
-            network, model.structure, common_widths(network.config, model.structure)
-        )
-    network.save_pretrained(folder)
+    else:
+        padded = padded_network(network, model.structure, common_widths(whole, model.structure))
+        cast(TransformersNetwork, padded).save_pretrained(folder)
     return form
 
 
@@ -84,27 +79,32 @@ def _save_classifier(
     return "classifier"
 
 
-def _export_format(
-    model: Model, description: replaced_modules.Description | None, *, pad: bool
+def _replaced_format(
+    model: Model, description: replaced_modules.Description, *, pad: bool
 ) -> ExportFormat:
-    """Return the plainest format that holds the network."""
-    if description is None:
-        return "stock"
-    network: Any = model.network
+    """Return the plainest format that holds a network with replaced or packed modules."""
     if any(description["packed"].values()):
         if pad:
             raise UserError("packed weights cannot be padded: leave out --padded")
         return "slimbench"
+    # Experts in a form of their own (a shared base, a masked router) have no widths to compare.
+    stored = {spec["class"] for spec in description["modules"].values()}
+    if not stored <= PADDABLE_CLASSES or not model.structure.blocks:
+        if pad:
+            names = ", ".join(sorted(stored))
+            raise UserError(f"{names} cannot be padded: leave out --padded")
+        return "slimbench"
     # Equal widths need no description: the config can state them, and the folder stays loadable
     # without slimbench.
-    if all_experts_have(model.structure, common_widths(network.config, model.structure)):
+    widths = common_widths(cast(TransformersNetwork, model.network), model.structure)
+    if all_experts_have(model.structure, widths):
         return "stock"
     return "padded" if pad else "slimbench"
 
 
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
     """Raise if config and description would not rebuild the network as it is."""
-    whole: Any = network
+    whole = cast(TransformersNetwork, network)
     rebuilt = meta_network(whole.config, whole.dtype)
     if description is not None:
         with torch.device("meta"):
@@ -124,6 +124,9 @@ def refuse_unsavable(network: nn.Module, description: replaced_modules.Descripti
             raise UserError(f"{key} has a shape that differs from the network's config")
 
 
+# Replaced modules that a published network with wider experts can stand for.
+PADDABLE_CLASSES = {"RaggedExperts", "GatedExpert"}
+
 # transformers' grouped matmuls need rows of whole 16 bytes, that is 8 half-precision numbers.
 WIDTH_MULTIPLE = 8
 
@@ -136,12 +139,13 @@ class ExpertWidths:
     shared: int
 
 
-def common_widths(config: Any, structure: ModelStructure) -> ExpertWidths:
+def common_widths(network: TransformersNetwork, structure: ModelStructure) -> ExpertWidths:
     """Return the smallest widths that hold every expert, fit the config's fields, and run."""
+    config = network.config
     # A width of 0 is no valid config, so a block whose experts are all empty gets one zero
     # micro-expert.
-    routed = max(1, *(width for block in structure.moe for width in block.widths))
-    shared = max(block.d_shared for block in structure.moe)
+    routed = max((1, *(width for block in structure.moe for width in block.widths)))
+    shared = max((block.d_shared for block in structure.moe), default=0)
     # DeepSeek's config has no separate width for shared experts: they are `n_shared_experts` times
     # as wide as a routed one, so one width has to satisfy both.
     count = getattr(config, "n_shared_experts", None)
@@ -172,7 +176,7 @@ def padded_network(
     All weights except the experts' are shared with `network`, and non-persistent buffers have no
     value: the result is for saving, not for running.
     """
-    whole: Any = network
+    whole = cast(TransformersNetwork, network)
     shell = meta_network(_config_with_widths(whole.config, widths), whole.dtype)
     # `assign` shares the tensors instead of copying into meta tensors, which have no storage;
     # `strict=False` leaves out the experts, which are filled next.
@@ -182,7 +186,7 @@ def padded_network(
     return shell
 
 
-def meta_network(config: Any, dtype: torch.dtype) -> nn.Module:
+def meta_network(config: NetworkConfig, dtype: torch.dtype) -> nn.Module:
     """Build a network of the shape in a config, on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -191,13 +195,13 @@ def meta_network(config: Any, dtype: torch.dtype) -> nn.Module:
     return cast(nn.Module, network)
 
 
-def _config_with_widths(config: Any, widths: ExpertWidths) -> Any:
+def _config_with_widths(config: NetworkConfig, widths: ExpertWidths) -> NetworkConfig:
     """Return a copy of the config with the widths, under its architecture's field names."""
     changed = copy.deepcopy(config)
     own = "moe_intermediate_size"
     setattr(changed, own if hasattr(config, own) else "intermediate_size", widths.routed)
     if hasattr(config, "shared_expert_intermediate_size"):
-        changed.shared_expert_intermediate_size = widths.shared
+        setattr(changed, "shared_expert_intermediate_size", widths.shared)  # noqa: B010
     return changed
 
 
@@ -225,10 +229,4 @@ def _fill_block(target: MoEBlock, source: MoEBlock) -> None:
     shared = (target.shared_view(), source.shared_view())
     for wide, narrow in (*pairs, shared):
         if wide is not None and narrow is not None:
-            _copy_expert(narrow, wide)
-
-
-def _copy_expert(narrow: ExpertView, wide: ExpertView) -> None:
-    wide.gate[: narrow.width] = narrow.gate
-    wide.up[: narrow.width] = narrow.up
-    wide.down[:, : narrow.width] = narrow.down
+            wide.copy_(narrow)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bench.models.classifiers.classifier import VisionConfig
 
 EMBEDDED_PREFIX = "embedded:"
+FRESH_PREFIX = "fresh:"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 
@@ -101,7 +102,7 @@ def _embedded_folder(name: str) -> Path:
     embedded_folder = Path(next(iter(embedded.__path__)))
     names = [file.parent.name for file in embedded_folder.glob("*/config.json")]
     if name not in names:
-        raise unknown_name("shipped model", name, names)
+        raise unknown_name("embedded model", name, names)
     return embedded_folder / name
 
 
@@ -117,7 +118,7 @@ def _hub_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None
         RevisionNotFoundError,
     )
 
-    asked = f"model {config.source} at revision {config.revision}"
+    model = f"model {config.source} at revision {config.revision}"
     # Python files are not even downloaded unless the model may run them.
     wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
     try:
@@ -132,26 +133,23 @@ def _hub_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None
         raise UserError(f"model.source={config.source} is not a name on the hub") from None
     # Order matters: GatedRepoError is a RepositoryNotFoundError, and all are HfHubHTTPErrors.
     except GatedRepoError:
-        raise MissingData(f"{asked} is gated: request access on the hub and log in") from None
+        raise MissingData(f"{model} is gated: request access on the hub and log in") from None
     except RevisionNotFoundError:
-        raise UserError(f"{asked}: this revision does not exist") from None
+        raise UserError(f"{model}: this revision does not exist") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{asked}: the model does not exist or is private") from None
+        raise UserError(f"{model}: the model does not exist or is private") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
-        raise MissingData(_not_cached_message(asked, config.name, offline=offline)) from None
+        raise MissingData(_not_cached_message(model, config.name, offline=offline)) from None
     # Snapshot folders are named by the commit that the revision resolved to.
     return Path(folder), Path(folder).name
 
 
-def _not_cached_message(asked: str, name: str, *, offline: bool) -> str:
+def _not_cached_message(model: str, name: str, *, offline: bool) -> str:
     where = "and offline=true" if offline else "and the hub cannot be reached"
     return (
-        f"{asked} is not in the local cache {where}: run `bench prefetch model={name}` with "
+        f"{model} is not in the local cache {where}: run `bench prefetch model={name}` with "
         "network access, or set model.path=FOLDER"
     )
-
-
-FRESH_PREFIX = "fresh:"
 
 
 def is_fresh(config: ModelConfig) -> bool:
@@ -168,7 +166,6 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
     # Imported here because the architectures import torch, and `bench.models.source` stays
     # importable without it.
     from bench.data.image_catalogue import IMAGE_SETS, image_shape
-    from bench.errors import unknown_name
     from bench.models.classifiers.architectures import ARCHITECTURES
     from bench.models.classifiers.classifier import VisionConfig
 
@@ -187,8 +184,8 @@ def fresh_vision_config(config: ModelConfig) -> VisionConfig:
 
 def fresh_fingerprint(config: ModelConfig) -> str:
     """Hash everything that fresh weights depend on, except the version of torch."""
-    said = f"{fresh_vision_config(config).model_dump_json()} seed {config.seed}"
-    return hashlib.sha256(said.encode()).hexdigest()
+    described = f"{fresh_vision_config(config).model_dump_json()} seed {config.seed}"
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def fresh_folder() -> Path:

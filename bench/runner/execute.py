@@ -189,6 +189,6 @@ def _measured_pair(
 
     if not methods:
         return MeasuredPair(model)
-    dense = _base_model_cache().beside(source)
+    dense = _base_model_cache().peek(source)
     missing = None if dense else "the dense model did not fit into memory next to this one"
     return MeasuredPair(model, dense, no_gain_reason=without_real_saving(methods) or missing)

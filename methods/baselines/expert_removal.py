@@ -29,7 +29,6 @@ from methods.baselines.router_masks import MaskedRouter, check_router
 from methods.moe.micro_experts import (
     delete_micro_experts,
     expert_spans,
-    invalidate_structure,
     per_expert_counts,
     zero_micro_experts,
 )
@@ -154,7 +153,7 @@ class WholeExpertPruning(MoEPruning):
             # Only when all blocks are done: the config holds one expert count for all layers.
             update_expert_count(model, router_mode(structure))
         elif self.form == "removed":
-            invalidate_structure(model)
+            model.invalidate_structure()
         details = {
             "asked": {"ratio": self.ratio, "base": self.base},
             "form": self.form,
@@ -243,7 +242,7 @@ def update_expert_count(model: Model, form: RouterMode) -> None:
     """
     # Read before the cached structure is invalidated.
     before = model.structure.moe[0].num_experts
-    invalidate_structure(model)
+    model.invalidate_structure()
     if form == "rows removed":
         after = model.structure.moe[0].num_experts
         _update_counts(cast(Any, model.network).config, before, after)

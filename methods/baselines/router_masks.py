@@ -18,7 +18,7 @@ reimplemented per architecture. For the kept experts this means:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from bench.errors import UserError
-from bench.models.replaced_modules import ReplacedModule
+from bench.models.replaced_modules import ModuleSpec, ReplacedModule
 from bench.models.structure.moe_block import MoEBlock
 
 CHOICE_BIAS = "e_score_correction_bias"
@@ -106,14 +106,14 @@ class MaskedRouter(ReplacedModule):
         """Number of experts per token."""
         return cast(int, self.router.top_k)
 
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return which experts are kept."""
         return {"kept": self.kept.tolist()}
 
     @classmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Wrap a router of the published shape."""
-        return cls(original, [int(expert) for expert in structure["kept"]])
+        return cls(original, [int(expert) for expert in spec["kept"]])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits of the kept experts, weights [T, K], experts by their new names)."""

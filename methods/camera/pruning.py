@@ -30,7 +30,6 @@ from methods.moe.micro_experts import (
     channels_per_expert,
     delete_micro_experts,
     expert_spans,
-    invalidate_structure,
     per_expert_counts,
     zero_micro_experts,
 )
@@ -118,7 +117,7 @@ class CameraP(MoEPruning):
         prune = self._globally if self.scope == "global" else self._by_layer
         # Exhausted before the structure is invalidated: the generator prunes as it is consumed.
         layers = list(prune(model, calibration, context.progress))
-        invalidate_structure(model)
+        model.invalidate_structure()
         removed = [layer["removed"] for layer in layers]
         details = {
             "asked": {"ratio": self.ratio, "base": self.base},

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.models.model import Model
 from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.moe_block import MoEBlock
 from bench.models.structure.ragged_experts import GatedExpert, RaggedExperts
@@ -102,12 +101,6 @@ def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
     return keep_routed(block, kept, align).padding
 
 
-def invalidate_structure(model: Model) -> None:
-    """Drop the model's cached structure; call it after replacing modules."""
-    # `Model.structure` is a cached_property: its value lives in the instance dict.
-    model.__dict__.pop("structure", None)
-
-
 def _complement(channels: Tensor, width: int) -> Tensor:
     # nonzero() returns ascending indices, which keeps the channel order of the original weights.
     stays = torch.ones(width, dtype=torch.bool, device=channels.device)
@@ -130,7 +123,7 @@ def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> Ragg
         widths, block.d_model, views[0].act, align, dtype=like.dtype, device=like.device
     )
     for expert, view in enumerate(views):
-        _copy_micro_experts(view, ragged.view(expert), kept.get(expert))
+        ragged.view(expert).copy_(view, kept.get(expert))
     _replace_child(block.block, block.experts, ragged)
     return ragged
 
@@ -150,19 +143,9 @@ def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
         gated.down_proj.weight.detach(),
         view.act,
     )
-    _copy_micro_experts(view, target, kept)
+    target.copy_(view, kept)
     _replace_child(block.block, block.shared, gated)
     return gated
-
-
-def _copy_micro_experts(source: ExpertView, target: ExpertView, kept: Tensor | None) -> None:
-    if kept is None:
-        kept = torch.arange(source.width, device=source.down.device)
-    # Indices may come from a ranking on the CPU.
-    kept = kept.to(source.down.device)
-    target.gate.copy_(source.gate.index_select(0, kept))
-    target.up.copy_(source.up.index_select(0, kept))
-    target.down.copy_(source.down.index_select(1, kept))
 
 
 def _replace_child(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -20,7 +20,6 @@ from bench.models.structure.moe_block import MoEBlock
 from methods.moe.micro_experts import (
     delete_micro_experts,
     expert_view,
-    invalidate_structure,
     per_expert_counts,
     zero_micro_experts,
 )
@@ -142,7 +141,7 @@ class MicroExpertPruning(MoEPruning):
         `structure` is the structure before removal: ratios refer to that model.
         """
         if self.state == "removed":
-            invalidate_structure(model)
+            model.invalidate_structure()
         removed = [layer["removed"] for layer in layers]
         details = {
             "asked": {"ratio": self.ratio, "base": self.base},

@@ -49,9 +49,9 @@ class PruMergePlus(BeforeDecoder):
     def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
         if not self.neighbours:
-            return tower.reading
+            return tower.reading_macs
         merging = sizes.pairs * (tower.keys + tower.features)
-        return tower.reading + merging + sum(sizes.kept) * tower.project
+        return tower.reading_macs + merging + sum(sizes.kept) * tower.project
 
 
 def count_outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class SCOPE(BeforeDecoder):
 
     def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
-        return tower.reading + sizes.pairs * tower.features
+        return tower.reading_macs + sizes.pairs * tower.features
 
 
 def greedy_coverage(

@@ -54,9 +54,9 @@ class VisionZip(BeforeDecoder):
         tower = cast(TowerSizes, sizes.tower)
         targets = sum(round(kept * self.contextual) for kept in sizes.kept)
         if not targets:
-            return tower.reading
+            return tower.reading_macs
         similarity = sizes.pairs * tower.keys / tower.heads
-        return tower.reading + similarity + targets * tower.project
+        return tower.reading_macs + similarity + targets * tower.project
 
 
 def merge_into_targets(

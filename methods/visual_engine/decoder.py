@@ -26,6 +26,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from bench.data.prompts import ModelInputs
 from bench.device.devices import synchronize
 from bench.errors import UserError
+from bench.models.network import replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.models.vlm.decoder_view import open_decoder
 from bench.models.vlm.vision_tower import Tower, TowerOutput
@@ -77,8 +78,8 @@ class VisualEngine:
         self._tokens: VisualTokens | None = None
         self._bypassed = False
         self._original_forward: Callable[..., object] = self.decoder.module.forward
-        # On the instance, so that transformers' class and all other models stay as they are.
-        self.decoder.module.forward = self.forward
+        # For good: a copy of the network copies the engine, and with it this replacement.
+        replace_forward(self.decoder.module, self.forward)
         self.decoder.inner.register_forward_pre_hook(self._locate_tokens, with_kwargs=True)
         setattr(network, ENGINE_ATTRIBUTE, self)
 
@@ -132,7 +133,7 @@ class VisualEngine:
     def _tower_reader(self, tokens: VisualTokens | None) -> ReadTower:
         """Return a lazy reader for vision-tower outputs of this call."""
         tower = self.tower
-        runs = [] if tower is None else tower.take()
+        runs = [] if tower is None else tower.take_calls()
 
         # Reading recomputes a layer's attention in the tower: not at all in a call that prunes
         # nothing, once if several steps prune.

@@ -90,7 +90,7 @@ def tokens_by_stage(engine: VisualEngine) -> dict[str, object]:
     All are None for models without a fixed image size; a cost for any size can be computed from the
     report's `work`.
     """
-    size = fixed_frame_size(engine.network.config)
+    size = fixed_frame_size(engine.network)
     if size is None:
         return {"frame": None, "stages": None, "average_tokens": None}
     stages = token_stages(engine, size[0] * size[1])

@@ -118,7 +118,7 @@ class SparseTraining(Method):
             network = smaller_classifier(network, families, dead, self.multiple)
         model.network = network
         # The cached structure describes the old network.
-        model.__dict__.pop("structure", None)
+        model.invalidate_structure()
         details = self._details(partition, outcome, splits)
         return MethodReport(effect="removed" if removable else "zeroed", details=details)
 

@@ -232,7 +232,7 @@ def test_a_path_that_is_not_there_is_missing_data(tmp_path):
 
 def test_an_unknown_shipped_model_is_named(tmp_path):
     asked = ModelConfig(name="x", source="embedded:no_such")
-    with pytest.raises(UserError, match="unknown shipped model 'no_such'"):
+    with pytest.raises(UserError, match="unknown embedded model 'no_such'"):
         resolve_model(asked, offline=True)
 
 

@@ -1,9 +1,11 @@
 """A pruned network written to a folder comes back with the same logits."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bench.errors import UserError
@@ -13,10 +15,12 @@ from bench.models.model import Model
 from bench.models.saving import save_model
 from bench.models.source import resolve_model
 from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.ragged_experts import GatedExpert
 from bench.schema import ModelConfig
+from methods.baselines.expert_removal import drop_experts
 from methods.moe.micro_experts import delete_micro_experts, zero_micro_experts
-from tests.models.test_ragged import ALIGN, shrunk, some
-from tests.models.tiny_networks import ARCHITECTURES, build, tokenizer, tokens
+from tests.models.structure.test_ragged_experts import ALIGN, shrunk, some
+from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokenizer, tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -107,7 +111,7 @@ def test_a_pruned_folder_can_be_pruned_again(tmp_path):
     again = open_folder(tmp_path / "first")
     for block in again.structure.moe:
         delete_micro_experts(block, torch.arange(0, block.micro_experts, 2), ALIGN)
-    again.__dict__.pop("structure")
+    again.invalidate_structure()
     (tmp_path / "second").mkdir()
     save_model(again, tmp_path / "second", pad=False)
     logits = again.network(tokens()).logits
@@ -142,9 +146,11 @@ def test_refuses_to_write_what_is_not_in_memory(tmp_path):
     [
         (lambda d: "{", "is corrupt"),
         (lambda d: json.dumps({**d, "format": 9}), "format 9, this program reads 1"),
-        (lambda d: json.dumps(_with_class(d, "os.path.join")), "not a module of slimbench"),
-        (lambda d: json.dumps(_with_class(d, "bench.models.nowhere.X")), "does not exist"),
+        (lambda d: json.dumps(_with_class(d, "os.path.join")), "not one of the replaced"),
+        (lambda d: json.dumps(_with_class(d, "bench.models.nowhere.X")), "not one of the replaced"),
         (lambda d: json.dumps(_with_class(d, "bench.models.model.Model")), "cannot be built"),
+        (lambda d: json.dumps({"format": 1, "packed": d["packed"]}), "no object 'modules'"),
+        (lambda d: json.dumps({"format": 1, "modules": d["modules"]}), "no object 'packed'"),
         (lambda d: json.dumps({**d, "modules": {"model.nothing": {}}}), "model.nothing"),
     ],
 )
@@ -175,3 +181,74 @@ def test_weights_that_do_not_fit_their_description_are_refused(tmp_path):
     file.write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"(missing|unexpected|mismatched|cannot be loaded)"):
         open_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["replaced", "packed"])
+def test_a_folder_written_before_the_modules_moved_still_loads(name):
+    # Written at commit 477bb5a, where a folder stated the path of a class. `replaced` holds ragged
+    # experts, a gated expert, a masked router and experts with a shared base.
+    home = Path(__file__).parent / "folders_477bb5a"
+    wanted = load_file(home / f"{name}_logits.safetensors")
+    network = open_folder(home / name).network
+    torch.testing.assert_close(network(wanted["tokens"]).logits, wanted["logits"], **CLOSE)
+
+
+def test_a_new_folder_names_classes_and_no_paths(tmp_path):
+    small, _ = shrunk("qwen2_moe")
+    written(small, tmp_path / "out")
+    description = replaced_modules.read_description(tmp_path / "out")
+    named = {spec["class"] for spec in description["modules"].values()}
+    assert named == {"RaggedExperts", "GatedExpert"}
+
+
+def test_refuses_a_replaced_module_that_no_folder_can_name():
+    class Unlisted(replaced_modules.ReplacedModule):
+        def spec(self):
+            return {}
+
+        @classmethod
+        def from_spec(cls, spec, original):
+            return cls()
+
+    network = build("mixtral")
+    network.model.layers[1].mlp.gate = Unlisted()
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.gate is a .*Unlisted"):
+        replaced_modules.describe_network(network)
+
+
+def test_experts_of_any_form_are_exported(tmp_path):
+    # Ragged experts, a masked router and experts with a shared base in one network: the structure
+    # cannot describe the last, which must not stop a format that needs no description of widths.
+    mixed = open_folder(Path(__file__).parent / "folders_477bb5a" / "replaced")
+    assert mixed.structure.refusal is not None
+    assert save_model(mixed, tmp_path, pad=False) == "slimbench"
+    again = open_folder(tmp_path).network
+    torch.testing.assert_close(again(tokens()).logits, mixed.network(tokens()).logits, **CLOSE)
+    with pytest.raises(UserError, match=r"SharedBaseExperts cannot be padded: leave out --padded"):
+        save_model(mixed, tmp_path, pad=True)
+
+
+def test_a_masked_router_is_not_mistaken_for_a_published_one(tmp_path):
+    network = build("olmoe", num_experts=12, intermediate_size=8)
+    for block in inspect_model(network).moe:
+        drop_experts(block, [0, 5], "masked")
+    # All experts have one width, which the config could state, but not the names that are gone.
+    assert written(network, tmp_path / "out") == "slimbench"
+    again = open_folder(tmp_path / "out").network
+    torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)
+
+
+def test_a_dense_network_with_a_replaced_module_is_exported(tmp_path):
+    network = llama()
+    mlp = network.model.layers[1].mlp
+    gated = GatedExpert(4, 16, mlp.act_fn)
+    gated.load_state_dict(
+        {
+            name: weight[:4] if weight.shape[0] == 12 else weight[:, :4]
+            for name, weight in mlp.state_dict().items()
+        }
+    )
+    network.model.layers[1].mlp = gated
+    assert written(network, tmp_path / "out") == "slimbench"
+    again = open_folder(tmp_path / "out").network
+    torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)

@@ -34,7 +34,7 @@ def figures() -> list[Figure]:
     found: dict[str, list[Cost]] = {}
     for _ in range(RUNS):
         copy = pristine.acquire(source, will_change=True)
-        for row in speedup_costs(MeasuredPair(copy, pristine.beside(source)), work, timing, None):
+        for row in speedup_costs(MeasuredPair(copy, pristine.peek(source)), work, timing, None):
             if row.quantity == "speedup":
                 assert isinstance(row, Cost)
                 found.setdefault(row.scope, []).append(row)

@@ -1,7 +1,8 @@
 """How far the small vision-language model is from what its tables need.
 
-Read from the log of its training, which the slow tests of tests/models/test_micro_llava.py repeat:
-every task's accuracy is to be at least 80 %, and at least 30 points above chance.
+Read from the log of its training, which the slow tests of
+tests/models/embedded/test_micro_llava.py repeat: every task's accuracy is to be at least 80 %, and
+at least 30 points above chance.
 """
 
 from __future__ import annotations

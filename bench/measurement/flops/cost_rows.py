@@ -141,7 +141,7 @@ def prompt_flops_costs(model: Model, config: CostsConfig, inputs: dict[str, Any]
     plan = flops_provider_of(network)
     # A count sees the multiply-adds of a method's own selection; the analytic total lacks them
     # unless the method states them, and must not pass for complete.
-    for name in plan.untold if plan else ():
+    for name in plan.unaccounted if plan else ():
         reason = f"{name} does not report the FLOPs of its selection"
         yield MissingMeasurement(
             scope=scope, quantity="method_flops", reason=reason, how="analytic"
@@ -253,12 +253,12 @@ def _analytic_costs(scope: str, compute: Callable[[], list[MatmulCost]]) -> Meas
     except UserError as reason:
         yield MissingMeasurement(scope=scope, quantity="flops", reason=str(reason), how="analytic")
         return
-    for suffix, hidden in (("", True), ("_causal", False)):
-        parts = {name: 2 * macs for name, macs in macs_by_part(products, hidden=hidden).items()}
+    for suffix, masked in (("", True), ("_causal", False)):
+        parts = {name: 2 * macs for name, macs in macs_by_part(products, masked=masked).items()}
         yield from _flops_and_macs(scope, suffix, sum(parts.values()), "analytic", parts)
     # Tower and projector work on visual rows by nature. `visual_flops` is the decoder's share for
     # visual tokens, the part that visual-token methods reduce.
-    visual = [p for p in products if p.rows == "visual" and p.part not in ("vision", "projector")]
+    visual = [p for p in products if p.tokens == "visual" and p.part not in ("vision", "projector")]
     if visual:
         parts = {p: 2 * macs for p, macs in macs_by_part(visual).items()}
         yield Cost(

@@ -1,26 +1,20 @@
 """Linear layers and experts whose weights are codes, and their rebuilding from JSON.
 
-A linear layer whose weights are codes, dequantized only while it computes.
+Weights are dequantized only while a layer computes. A state dict contains the buffers, but not
+their meaning: `describe_packed` states it for every packed layer, and `install_packed` puts empty
+modules of these shapes into a network of the original architecture, whose `load_state_dict` then
+fills the buffers.
 
-Shapes: R rows (output), C columns (input), G groups of columns; r, c, g those of one block.
-
-Routed experts with packed weights, each with its own width.
-
-Shapes: T tokens, K experts per token, S tokens of one expert, D d_model.
-
-Rebuilding of packed modules from JSON, so that packed weights can be loaded.
-
-A state dict contains the buffers, but not their meaning. `describe_packed` states it for every
-packed layer; `install_packed` puts empty modules of these shapes into a network of the original
-architecture, whose `load_state_dict` then fills the buffers.
+Shapes: R rows (output), C columns (input), G groups of columns; r, c, g those of one block; T
+tokens, K experts per token, S tokens of one expert, F an expert's width, D d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import accumulate, pairwise
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +25,12 @@ from bench.models.bitpacking.packed_shape import (
     BitBlock,
     Level,
     PackedShape,
+    consecutive_slices,
     pack_codes,
     packed_size,
     unpack_codes,
 )
+from bench.models.structure.expert_view import Activation, sort_slots
 
 
 class PackedLinear(nn.Linear):
@@ -80,7 +76,7 @@ class PackedLinear(nn.Linear):
         self, codes_RC: Tensor, scale_RG: Tensor, offset_RG: Tensor, order_C: Tensor | None = None
     ) -> None:
         """Fill the buffers; column c of the codes is input `order_C[c]`, or c without an order."""
-        for block, place in self._places():
+        for block, place in self._block_slices():
             codes = codes_RC[block.rows, block.columns].flatten()
             self.codes[place] = pack_codes(codes, block.bits)
         self.scale.copy_(scale_RG)
@@ -91,7 +87,10 @@ class PackedLinear(nn.Linear):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Dequantize the weights, [R, C], with columns in the order of the input."""
         axis = 0 if self.shape.axis == "rows" else 1
-        parts = [self._numbers(block, self.codes[place], dtype) for block, place in self._places()]
+        parts = [
+            self._dequantized(block, self.codes[place], dtype)
+            for block, place in self._block_slices()
+        ]
         if not parts:
             return self.scale.new_zeros(self.shape.rows, self.shape.columns, dtype=dtype)
         weight_RC = torch.cat(parts, axis)
@@ -117,14 +116,13 @@ class PackedLinear(nn.Linear):
         levels = ", ".join(f"{level.size} at {level.bits} bits" for level in self.shape.levels)
         return f"{self.in_features} -> {self.out_features}, {self.shape.axis}: {levels}"
 
-    def _places(self) -> Iterator[tuple[BitBlock, slice]]:
+    def _block_slices(self) -> Iterator[tuple[BitBlock, slice]]:
         """Yield every block with its slice of `codes`."""
         blocks = list(self.shape.blocks())
         sizes = [packed_size(block.area, block.bits) for block in blocks]
-        for block, size, stop in zip(blocks, sizes, accumulate(sizes), strict=True):
-            yield block, slice(stop - size, stop)
+        yield from zip(blocks, consecutive_slices(sizes), strict=True)
 
-    def _numbers(self, block: BitBlock, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    def _dequantized(self, block: BitBlock, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Dequantize one block, computed in float32."""
         codes_rc = unpack_codes(packed, block.bits, block.area).view(block.height, block.width)
         scale_rc, offset_rc = (
@@ -153,7 +151,7 @@ class PackedExpert(nn.Module):
         gate: PackedLinear,
         up: PackedLinear,
         down: PackedLinear,
-        act: Callable[[Tensor], Tensor],
+        act: Activation,
     ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
@@ -194,9 +192,7 @@ class PackedExperts(nn.ModuleList):
             counts = [stop - start for start, stop in pairwise(bounds)]
             order = torch.arange(flat.numel(), device=flat.device)
         else:
-            # Stable, so that the order of tokens within an expert is the same on every device.
-            order = torch.argsort(flat, stable=True)
-            counts = torch.bincount(flat, minlength=len(self)).tolist()
+            order, counts = sort_slots(flat, len(self))
         for expert, slots_S in enumerate(torch.split(order, counts)):
             if len(slots_S):
                 yield expert, slots_S
@@ -204,8 +200,18 @@ class PackedExperts(nn.ModuleList):
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
+# The fields of `PackedShape`, and the dtype to which the weights are dequantized.
+LinearDescription = dict[str, Any]
 
-def describe_packed(network: nn.Module) -> dict[str, Any]:
+
+class PackedDescription(TypedDict):
+    """Packed modules of a network: experts per block, and the shape of every linear layer."""
+
+    experts: dict[str, int]
+    linears: dict[str, LinearDescription]
+
+
+def describe_packed(network: nn.Module) -> PackedDescription:
     """Return the shapes of all packed layers by name, and the names of packed experts."""
     experts = {
         name: len(module)
@@ -219,7 +225,7 @@ def describe_packed(network: nn.Module) -> dict[str, Any]:
 
 
 def install_packed(
-    network: nn.Module, description: Mapping[str, Any], device: torch.device | None = None
+    network: nn.Module, description: PackedDescription, device: torch.device | None = None
 ) -> None:
     """Replace the modules named in the description by empty packed ones on `device`.
 
@@ -254,15 +260,15 @@ def _install_packed_experts(
     experts = []
     for number in range(count):
         gate, up, down = (linears.pop(f"{name}.{number}.{part}") for part in EXPERT_PROJECTIONS)
-        experts.append(PackedExpert(gate, up, down, cast(Any, act)))
+        experts.append(PackedExpert(gate, up, down, cast(Activation, act)))
     network.set_submodule(name, PackedExperts(experts))
 
 
-def _describe_linear(linear: PackedLinear) -> dict[str, Any]:
+def _describe_linear(linear: PackedLinear) -> LinearDescription:
     return {**asdict(linear.shape), "dtype": str(linear.dtype).removeprefix("torch.")}
 
 
-def _empty_linear(entry: Mapping[str, Any], device: torch.device | None) -> PackedLinear:
+def _empty_linear(entry: LinearDescription, device: torch.device | None) -> PackedLinear:
     fields = dict(entry)
     dtype = getattr(torch, fields.pop("dtype"))
     levels = tuple(Level(*level) for level in fields.pop("levels"))

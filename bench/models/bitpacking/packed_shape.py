@@ -1,18 +1,12 @@
-"""Codes of 1 to 8 bits in bytes, and how many bits are spent where in a matrix.
-
-Codes of 1 to 8 bits packed into bytes without gaps.
-
-Shapes: N codes.
+"""Codes of 1 to 8 bits packed into bytes, and the bits spent on each part of a matrix.
 
 A byte holds a whole number of 1-, 2-, 4- or 8-bit codes. Any other width is split into planes of
 these widths, lowest bits last: a 3-bit code is its upper two bits in one plane and its lowest in
 another. Each plane is padded to a whole byte, so at most 3 · 7 bits are lost.
 
-Bits per part of a packed matrix, and the bytes that it takes.
-
 A matrix has R rows and C columns (the input dimension). Its bits vary over rows or over columns, in
 runs called levels. Every row has a grid (scale and offset, 16 bits each) for each group of columns;
-a group never crosses a level. The last group of a level may be narrower.
+a group never crosses a level. The last group of a level may be narrower. Shapes: N codes.
 """
 
 from __future__ import annotations
@@ -147,17 +141,17 @@ class PackedShape:
         runs = [self.columns] if self.axis == "rows" else [level.size for level in self.levels]
         return [
             slice(start, min(start + self.group, run.stop))
-            for run in _consecutive_slices(runs)
+            for run in consecutive_slices(runs)
             for start in range(run.start, run.stop, self.group)
         ]
 
     def blocks(self) -> Iterator[BitBlock]:
         """Yield the levels' parts of the matrix in order."""
-        places = _consecutive_slices([level.size for level in self.levels])
+        places = consecutive_slices([level.size for level in self.levels])
         counts = [-(-level.size // self.group) for level in self.levels]
         everything = slice(0, self.columns)
         for level, place, groups in zip(
-            self.levels, places, _consecutive_slices(counts), strict=True
+            self.levels, places, consecutive_slices(counts), strict=True
         ):
             if self.axis == "rows":
                 yield BitBlock(level.bits, place, everything, slice(0, len(self.groups())))
@@ -185,6 +179,7 @@ class PackedShape:
         return GRID_BITS * self.grids + (ORDER_BITS * self.columns if self.permuted else 0)
 
 
-def _consecutive_slices(sizes: list[int]) -> list[slice]:
+def consecutive_slices(sizes: list[int]) -> list[slice]:
+    """Return slices of these sizes, each starting where the one before it ends."""
     stops = list(accumulate(sizes))
     return [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]

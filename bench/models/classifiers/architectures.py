@@ -1,4 +1,4 @@
-"""LeNet, VGG, MobileNet, DenseNet, ResNet, their layers, and the networks by name and saved shape."""
+"""LeNet, VGG, MobileNet, DenseNet and ResNet: their layers, and the networks by name."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""Train the small image classifiers: ``python -m bench.models.embedded.classifiers NAME ... --out DIR``.
+"""Recipe of the small image classifiers: ``python -m bench.models.embedded.classifiers --out DIR``.
 
 One recipe for all, on scikit-learn's digits: SGD with momentum on the 1,200 training images, each
 shifted by up to one pixel. Nothing is chosen by the test images; they are scored once, at the end.
 Every folder has config.json, model.safetensors and ``training.json``, the log.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +22,13 @@ from bench.data.image_sets import ImageSet, Splits, training_batches
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.classifiers.serialization import save_classifier
+from bench.models.embedded.training import (
+    StepLimits,
+    one_cycle,
+    optimizer_steps,
+    training_log,
+    write_training_log,
+)
 
 NAMES = ("micro_resnet", "micro_vgg", "micro_lenet", "micro_mobilenet")
 
@@ -50,29 +58,25 @@ def train(name: str, splits: Splits, settings: ClassifierRecipe) -> tuple[Classi
         settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        # LeNet has no BatchNorm, without which the rate of the others is too high.
-        settings.learning_rate * (0.5 if "lenet" in name else 1.0),
-        total_steps=settings.epochs * (len(splits.train) // settings.batch),
-        pct_start=settings.warmup_share,
-        # OneCycleLR cycles momentum by default, which would override the setting.
-        cycle_momentum=False,
-    )
-    network.train()
-    curve = []
-    for epoch in range(settings.epochs):
-        losses = []
+    # LeNet has no BatchNorm, without which the rate of the others is too high.
+    rate = settings.learning_rate * (0.5 if "lenet" in name else 1.0)
+    per_epoch = len(splits.train) // settings.batch
+    limits = StepLimits(settings.epochs * per_epoch)
+    schedule = one_cycle(optimizer, rate, limits.steps, settings.warmup_share)
+    batches = chain.from_iterable(
         # Shuffling and shifts depend on seed and epoch only, not on a global generator.
-        fetched = training_batches(splits.train, settings.batch, seed=settings.seed, epoch=epoch)
-        for image_BCHH, label_B in fetched:
-            optimizer.zero_grad()
-            loss = cross_entropy(network(image_BCHH), label_B)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-        curve.append(round(sum(losses) / len(losses), 4))
+        training_batches(splits.train, settings.batch, seed=settings.seed, epoch=epoch)
+        for epoch in range(settings.epochs)
+    )
+    curve, losses = [], list[float]()
+    for step in optimizer_steps(network, optimizer, schedule, limits):
+        image_BCHH, label_B = next(batches)
+        loss = cross_entropy(network(image_BCHH), label_B)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if step.number % per_epoch == 0:
+            curve.append(round(sum(losses) / len(losses), 4))
+            losses.clear()
     return network.eval(), curve
 
 
@@ -92,26 +96,19 @@ def train_and_save(name: str, folder: Path, settings: ClassifierRecipe) -> None:
     began = time.perf_counter()
     network, curve = train(name, splits, settings)
     save_classifier(network, folder)
-    log = {
-        "settings": asdict(settings),
-        "parameters": sum(weight.numel() for weight in network.parameters()),
-        "data": {
-            "name": splits.name,
-            "split": splits.provenance,
-            "train": splits.train.fingerprint(),
-            "test": splits.test.fingerprint(),
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "threads": 1,
-        "seconds": round(time.perf_counter() - began),
-        "results": {
-            "train_accuracy": round(classifier_accuracy(network, splits.train), 4),
-            "test_accuracy": round(classifier_accuracy(network, splits.test), 4),
-            "test_images": len(splits.test),
-        },
-        "loss": curve,
+    log = training_log(settings, network, time.perf_counter() - began, ["torch"])
+    log["data"] = {
+        "name": splits.name,
+        "split": splits.provenance,
+        "train": splits.train.fingerprint(),
+        "test": splits.test.fingerprint(),
     }
-    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    log["results"] = {
+        "train_accuracy": round(classifier_accuracy(network, splits.train), 4),
+        "test_accuracy": round(classifier_accuracy(network, splits.test), 4),
+        "test_images": len(splits.test),
+    }
+    write_training_log(folder, log | {"loss": curve})
     print(f"{name}: {log['results']}, {log['seconds']} s")
 
 

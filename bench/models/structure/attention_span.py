@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
+from bench.models.network import text_config
+
+# Layer types whose past is one key and value per token; others fold the past into a state.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
-"""Layer types whose past is one key and value per token; others fold the past into a state."""
 
 
-def text_config(network: Any) -> Any:
-    """Return the config of a network's language model."""
-    config = network.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def non_attention_layer(network: Any) -> str | None:
+def non_attention_layer(network: nn.Module) -> str | None:
     """Return the first kind of layer that is not attention over tokens, or None."""
     # A recurrent or convolutional state has no mask that could hide one branch from another, so
     # such layers rule out prefix sharing. `_is_stateful` is how transformers marks models without
@@ -26,7 +22,7 @@ def non_attention_layer(network: Any) -> str | None:
     return "recurrent state" if getattr(network, "_is_stateful", False) else None
 
 
-def sliding_window(network: Any) -> int | None:
+def sliding_window(network: nn.Module) -> int | None:
     """Return the sliding window in tokens, or None if every layer sees the whole past."""
     config = text_config(network)
     size = getattr(config, "sliding_window", None)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Activation = Callable[[Tensor], Tensor]
+
 # Names of (gate, up, down) in per-expert modules: Llama's and Qwen's, then Mixtral's (w2 is down).
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -31,7 +33,7 @@ class ExpertView:
     gate: Tensor
     up: Tensor
     down: Tensor
-    act: Callable[[Tensor], Tensor]
+    act: Activation
 
     @property
     def width(self) -> int:
@@ -54,6 +56,28 @@ class ExpertView:
         self.up[channels] = 0
         self.down[:, channels] = 0
 
+    @torch.no_grad()
+    def copy_(self, source: ExpertView, kept: Tensor | None = None) -> None:
+        """Write another expert, or its micro-experts `kept` [KEPT], to the first ones of this."""
+        if kept is None:
+            kept = torch.arange(source.width, device=source.down.device)
+        # Indices may come from a ranking on the CPU.
+        kept = kept.to(source.down.device)
+        self.gate[: len(kept)] = source.gate.index_select(0, kept)
+        self.up[: len(kept)] = source.up.index_select(0, kept)
+        self.down[:, : len(kept)] = source.down.index_select(1, kept)
+
+
+def sort_slots(expert_S: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Sort slots by expert; return the order [S] and the number of slots of each expert.
+
+    A slot is one token at one of its experts; `expert_S` holds the expert of each.
+    """
+    # A stable sort keeps tokens in order within an expert, so that results do not depend on the
+    # device's sort. `tolist` is the one synchronisation: the host has to know the sizes.
+    counts = torch.bincount(expert_S, minlength=experts).tolist()
+    return torch.argsort(expert_S, stable=True), counts
+
 
 def fused_view(experts: nn.Module, expert: int) -> ExpertView:
     """View expert `expert` of a fused module: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
@@ -62,7 +86,7 @@ def fused_view(experts: nn.Module, expert: int) -> ExpertView:
     gate_up_GD = cast(Tensor, experts.gate_up_proj).detach()[expert]
     width = gate_up_GD.shape[0] // 2
     down_DF = cast(Tensor, experts.down_proj).detach()[expert]
-    act = cast(Callable[[Tensor], Tensor], experts.act_fn)
+    act = cast(Activation, experts.act_fn)
     return ExpertView(gate_up_GD[:width], gate_up_GD[width:], down_DF, act)
 
 
@@ -82,4 +106,4 @@ def module_view(module: nn.Module) -> ExpertView:
     if linears is None:
         raise TypeError(f"{type(module).__name__} is not a gated feed-forward module")
     gate, up, down = (linear.weight.detach() for linear in linears)
-    return ExpertView(gate, up, down, cast(Callable[[Tensor], Tensor], module.act_fn))
+    return ExpertView(gate, up, down, cast(Activation, module.act_fn))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from torch import nn
 
 from bench.errors import UserError
 from bench.models.classifiers.classifier import Classifier, VisionConfig
+from bench.models.network import TransformersNetwork, text_config
 from bench.models.structure.moe_block import MoEBlock, UnsupportedStructure, moe_block_of
 
 
@@ -54,7 +55,7 @@ def inspect_model(network: nn.Module) -> ModelStructure:
     # changed; only readers of `moe` must fail.
     refusal = None
     try:
-        blocks = _moe_blocks(network, layers, _text_config(config))
+        blocks = _moe_blocks(network, layers)
     except UnsupportedStructure as difference:
         refusal = f"{architecture} has experts in an unsupported form: {difference}"
     return ModelStructure(
@@ -77,14 +78,11 @@ def _classifier_structure(network: Classifier) -> ModelStructure:
     )
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _decoder_layers(network: nn.Module) -> tuple[nn.Module, ...]:
     """Return the longest of the outermost module lists of the decoder, or an empty tuple."""
-    whole: Any = network
-    decoder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
+    decoder = network
+    if hasattr(network, "get_decoder"):
+        decoder = cast(TransformersNetwork, network).get_decoder()
     stacks = [
         (name.count("."), -len(module), tuple(module))
         for name, module in decoder.named_modules()
@@ -96,12 +94,11 @@ def _decoder_layers(network: nn.Module) -> tuple[nn.Module, ...]:
     return min(stacks, key=lambda stack: stack[:2], default=(0, 0, ()))[2]
 
 
-def _moe_blocks(
-    network: nn.Module, layers: tuple[nn.Module, ...], config: Any
-) -> tuple[MoEBlock, ...]:
+def _moe_blocks(network: nn.Module, layers: tuple[nn.Module, ...]) -> tuple[MoEBlock, ...]:
     # The `experts` attribute identifies a block, since every model family in transformers defines
     # block classes of its own.
     names = {module: name for name, module in network.named_modules()}
+    config = text_config(network) if hasattr(network, "config") else None
     top_k = getattr(config, "num_experts_per_tok", None)
     found = []
     for index, layer in enumerate(layers):

@@ -1,7 +1,5 @@
 """A MoE block in one vocabulary, and the check that its experts are gated experts.
 
-Check that the experts of a MoE block are gated experts, which methods can reason about.
-
 A block is supported when its output is y = Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x), plus
 shared experts of the same form. The check inspects modules, not class names.
 """

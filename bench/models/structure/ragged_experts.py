@@ -1,7 +1,5 @@
 """Experts of different widths, routed and shared, stored and run without removed weights.
 
-Routed experts of different widths, stored and run without the removed weights.
-
 Shapes: T tokens, K experts per token, S = T·K slots (a slot is one token at one of its experts), E
 experts, G experts of one bucket, D d_model, F an expert's width, W a bucket's width.
 
@@ -14,19 +12,17 @@ are still routed to it, with the router's weight unchanged, and receive zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.models.replaced_modules import ReplacedModule
-from bench.models.structure.expert_view import ExpertView
-
-Activation = Callable[[Tensor], Tensor]
+from bench.models.replaced_modules import ModuleSpec, ReplacedModule
+from bench.models.structure.expert_view import Activation, ExpertView, sort_slots
 
 
 @dataclass(frozen=True)
@@ -71,12 +67,11 @@ class RaggedExperts(ReplacedModule):
         stored = [expert for bucket in self.buckets for expert in bucket.experts]
         # Rank of each expert in storage order, which is by bucket.
         self._rank = [stored.index(expert) for expert in range(len(stored))]
-        made: dict[str, Any] = {"dtype": dtype, "device": device}
         for bucket in self.buckets:
             if bucket.width:
                 count, width = len(bucket.experts), bucket.width
-                gate_up_GWD = torch.zeros(count, 2 * width, d_model, **made)
-                down_GDW = torch.zeros(count, d_model, width, **made)
+                gate_up_GWD = torch.zeros(count, 2 * width, d_model, dtype=dtype, device=device)
+                down_GDW = torch.zeros(count, d_model, width, dtype=dtype, device=device)
                 # Named by width and registered on this module, not on a submodule per bucket:
                 # accelerate moves the weights of a module when its forward is called, and a bucket
                 # has no forward.
@@ -89,31 +84,30 @@ class RaggedExperts(ReplacedModule):
         stored = sum(bucket.width * len(bucket.experts) for bucket in self.buckets)
         return stored - sum(self.widths)
 
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return widths, d_model and alignment."""
         return {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}
 
     @classmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the experts with zeros, on the current default device and in the default dtype."""
-        widths = [int(width) for width in structure["widths"]]
+        widths = [int(width) for width in spec["widths"]]
         act_fn = activation_of(original)
-        return cls(widths, int(structure["d_model"]), act_fn, int(structure["align"]))
+        return cls(widths, int(spec["d_model"]), act_fn, int(spec["align"]))
 
     def weights(self, bucket: WidthBucket) -> tuple[Tensor, Tensor]:
         """Return gate-and-up [G, 2W, D] and down [G, D, W] of a non-empty bucket."""
-        gate_up, down = (
-            getattr(self, f"gate_up_{bucket.width}"),
-            getattr(self, f"down_{bucket.width}"),
-        )
-        return cast(Tensor, gate_up), cast(Tensor, down)
+        # Not `get_parameter`: FLOPs are counted on fake tensors in place of the parameters.
+        names = f"gate_up_{bucket.width}", f"down_{bucket.width}"
+        gate_up, down = (getattr(self, name) for name in names)
+        return gate_up, down
 
     def view(self, expert: int) -> ExpertView:
         """View one expert without its padding; writing to it changes the weights."""
         width = self.widths[expert]
         bucket = next(bucket for bucket in self.buckets if expert in bucket.experts)
         if not bucket.width:
-            return self._nothing()
+            return self._empty_view()
         # Gate rows fill the first half of the bucket's 2W rows and up rows the second, so an
         # expert's own rows are the first `width` of each half.
         place = bucket.experts.index(expert)
@@ -154,10 +148,7 @@ class RaggedExperts(ReplacedModule):
             counts = [each + (rank < over) for rank in range(len(self.widths))]
             return torch.argsort(chosen_S), counts
         rank_S = torch.tensor(self._rank, device=chosen_S.device)[chosen_S]
-        counts = torch.bincount(rank_S, minlength=len(self.widths)).tolist()
-        # One device synchronisation per call (`tolist`): sizes of the pieces must be known on the
-        # host. A stable sort keeps tokens in order, so results do not depend on the device's sort.
-        return torch.argsort(rank_S, stable=True), counts
+        return sort_slots(rank_S, len(self.widths))
 
     def _outputs(
         self, bucket: WidthBucket, x_SD: Tensor, weight_S: Tensor, counts: list[int]
@@ -191,7 +182,7 @@ class RaggedExperts(ReplacedModule):
         gate_SW, up_SW = both_SW.chunk(2, dim=-1)
         return self.act_fn(gate_SW) * up_SW
 
-    def _nothing(self) -> ExpertView:
+    def _empty_view(self) -> ExpertView:
         like = next(self.parameters(), torch.empty(0))
         # `parameters()` is empty when every expert has width 0; then the default dtype has to do.
         gate_FD = like.new_empty(0, self.d_model)
@@ -222,21 +213,21 @@ class GatedExpert(ReplacedModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        made: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.gate_proj = _linear_from_weight(torch.zeros(width, d_model, **made))
-        self.up_proj = _linear_from_weight(torch.zeros(width, d_model, **made))
-        self.down_proj = _linear_from_weight(torch.zeros(d_model, width, **made))
+        inner_FD = torch.zeros(width, d_model, dtype=dtype, device=device)
+        self.gate_proj = _linear_from_weight(inner_FD)
+        self.up_proj = _linear_from_weight(inner_FD.clone())
+        self.down_proj = _linear_from_weight(inner_FD.new_zeros(d_model, width))
         self.act_fn = act_fn
 
     # The activation is no JSON value: `from_spec` takes it from the module that is replaced.
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return width and d_model."""
         return {"width": self.gate_proj.out_features, "d_model": self.gate_proj.in_features}
 
     @classmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the expert with zeros, on the current default device and in the default dtype."""
-        return cls(int(structure["width"]), int(structure["d_model"]), activation_of(original))
+        return cls(int(spec["width"]), int(spec["d_model"]), activation_of(original))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the expert's output, [..., D] for x [..., D]."""

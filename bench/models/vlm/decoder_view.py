@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.models.structure.expert_view import ExpertView, gated_projections
+from bench.models.network import NetworkConfig, TransformersNetwork
+from bench.models.structure.expert_view import Activation, ExpertView, gated_projections
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock, UnsupportedStructure, moe_block_of
 
@@ -34,6 +35,36 @@ SUPPORTED_DECODERS = (
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
 )
+
+
+class _Layer(Protocol):
+    """Decoder layer of a supported architecture."""
+
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+    self_attn: nn.Module
+    mlp: nn.Module
+
+
+class _Attention(Protocol):
+    """Attention of a supported architecture; Phi-3 has `qkv_proj`, the others `q_proj` etc."""
+
+    config: NetworkConfig
+    head_dim: int
+    scaling: float
+    qkv_proj: nn.Linear
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+
+class _FusedFeedForward(Protocol):
+    """Phi-3's feed-forward, whose gate and up are one matrix."""
+
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+    activation_fn: Activation
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,7 @@ class AttentionView:
 class DecoderLayer:
     """One decoder layer: the module and its parts.
 
-    `found` describes its MoE block as loaded; it is None in a dense layer.
+    `loaded_moe` describes its MoE block as loaded; it is None in a dense layer.
     """
 
     index: int
@@ -81,23 +112,25 @@ class DecoderLayer:
     feed_forward_norm: nn.Module
     attention: nn.Module
     feed_forward: nn.Module
-    found: MoEBlock | None
+    loaded_moe: MoEBlock | None
 
     @property
     def moe(self) -> MoEBlock | None:
         """The MoE block in its current state, since a method may have replaced its experts."""
-        if self.found is None:
+        if self.loaded_moe is None:
             return None
         try:
             # Inspected at every access: experts are replaced in the block, whose module object
             # stays.
-            return moe_block_of(self.index, self.found.name, self.found.block, self.found.top_k)
+            return moe_block_of(
+                self.index, self.loaded_moe.name, self.loaded_moe.block, self.loaded_moe.top_k
+            )
         except UnsupportedStructure as difference:
-            raise UserError(f"in {self.found.name}, {difference}") from None
+            raise UserError(f"in {self.loaded_moe.name}, {difference}") from None
 
     def attention_view(self) -> AttentionView:
         """View the current projections, since a method may have replaced them."""
-        return _attention_view(cast(Any, self.attention))
+        return _attention_view(cast(_Attention, self.attention))
 
     def units(self) -> tuple[ExpertView, ...]:
         """View every gated feed-forward of the layer: the dense one, or all experts.
@@ -124,9 +157,9 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
 
     @property
-    def config(self) -> Any:
+    def config(self) -> NetworkConfig:
         """The text decoder's own config."""
-        return self.module.config
+        return cast(TransformersNetwork, self.module).config
 
 
 def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
@@ -135,16 +168,16 @@ def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
     Raises:
         UserError: the decoder is not supported, or its weights are not all on one device.
     """
-    inner = cast(Any, network).model
+    inner = cast(nn.Module, network.model)
     layers = decoder_layers(structure)
     devices = {weight.device for layer in layers for weight in layer.module.parameters()}
     # Offloaded weights are meta tensors in the modules: views of them would be empty.
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise UserError(
-            f"the decoder of {structure.architecture} must be in the memory of one device, but it is "
-            f"on {', '.join(sorted(map(str, devices)))}: change model.device_map"
+            f"the decoder of {structure.architecture} must be in the memory of one device, but it "
+            f"is on {', '.join(sorted(map(str, devices)))}: change model.device_map"
         )
-    return Decoder(inner=inner, module=inner.language_model, layers=layers)
+    return Decoder(inner=inner, module=cast(nn.Module, inner.language_model), layers=layers)
 
 
 def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
@@ -152,9 +185,9 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
     blocks = {block.layer: block for block in structure.moe}
     found = []
     for index, module in enumerate(structure.layers):
-        layer = cast(Any, module)
-        config = getattr(getattr(layer, "self_attn", None), "config", None)
+        config = getattr(getattr(module, "self_attn", None), "config", None)
         _refuse_unsupported(structure, config)
+        layer = cast(_Layer, module)
         found.append(
             DecoderLayer(
                 index=index,
@@ -163,7 +196,7 @@ def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:
                 feed_forward_norm=layer.post_attention_layernorm,
                 attention=layer.self_attn,
                 feed_forward=layer.mlp,
-                found=blocks.get(index),
+                loaded_moe=blocks.get(index),
             )
         )
     return tuple(found)
@@ -174,27 +207,27 @@ def feed_forward_view(module: nn.Module) -> ExpertView:
 
     Unlike views of experts, these stay in the autograd graph, for training.
     """
-    part = cast(Any, module)
     separate = gated_projections(module)
     if separate is not None:
         gate, up, down = (linear.weight for linear in separate)
-        return ExpertView(gate, up, down, part.act_fn)
+        return ExpertView(gate, up, down, cast(Activation, module.act_fn))
     if not isinstance(getattr(module, "gate_up_proj", None), nn.Linear):
         raise UserError(
             f"the feed-forward {type(module).__name__} has no gate, up and down matrices"
         )
     # Phi-3's order: gate rows first; its activation is called `activation_fn`.
+    part = cast(_FusedFeedForward, module)
     gate, up = part.gate_up_proj.weight.chunk(2, dim=0)
     return ExpertView(gate, up, part.down_proj.weight, part.activation_fn)
 
 
-def _refuse_unsupported(structure: ModelStructure, config: Any) -> None:
+def _refuse_unsupported(structure: ModelStructure, config: NetworkConfig | None) -> None:
     """Raise unless the layer belongs to a supported decoder with full attention."""
     kind = getattr(config, "model_type", None)
-    if kind not in SUPPORTED_DECODERS:
+    if config is None or kind not in SUPPORTED_DECODERS:
         raise UserError(
-            f"the decoder of {structure.architecture} is a {kind or 'kind without self_attn'}, which "
-            f"is not supported: choose a model with one of {', '.join(SUPPORTED_DECODERS)}"
+            f"the decoder of {structure.architecture} is a {kind or 'kind without self_attn'}, "
+            f"which is not supported: choose a model with one of {', '.join(SUPPORTED_DECODERS)}"
         )
     sliding = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ()
@@ -208,7 +241,7 @@ def _refuse_unsupported(structure: ModelStructure, config: Any) -> None:
         )
 
 
-def _attention_view(module: Any) -> AttentionView:
+def _attention_view(module: _Attention) -> AttentionView:
     """View the projections of an attention module, separate or fused into one matrix."""
     config, width = module.config, module.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -218,7 +251,7 @@ def _attention_view(module: Any) -> AttentionView:
         ends = (heads * width, (heads + groups) * width, (heads + 2 * groups) * width)
         q, k, v = fused.rows(0, ends[0]), fused.rows(ends[0], ends[1]), fused.rows(ends[1], ends[2])
     else:
-        q, k, v = (_projection(getattr(module, f"{name}_proj")) for name in "qkv")
+        q, k, v = map(_projection, (module.q_proj, module.k_proj, module.v_proj))
     return AttentionView(
         q=q,
         k=k,

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.macs import matrix_weights
+from bench.models.network import NetworkConfig, TransformersNetwork
 
 # Queries per chunk when the attention of all patches is needed: bounds the [H, Q, P] weights.
 QUERY_CHUNK = 256
@@ -52,11 +53,40 @@ class TowerSizes:
     input; `project` is the MACs of projecting one token.
     """
 
-    reading: int
+    reading_macs: int
     keys: int
     heads: int
     features: int
     project: int
+
+
+# Arguments by keyword of the observed attention: positions, boundaries of frames.
+AttentionArguments = dict[str, Any]
+
+
+class ClassTokenAttention(Protocol):
+    """Attention of a tower with a class token (CLIP, InternViT)."""
+
+    num_heads: int
+    scale: float
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+
+
+class PatchAttention(Protocol):
+    """Attention of a tower without a class token (Qwen-VL)."""
+
+    num_heads: int
+    scaling: float
+    qkv: nn.Linear
+
+
+class TowerParts(NamedTuple):
+    """A vision tower, the attention that is read in it, and its projector."""
+
+    tower: nn.Module
+    attention: nn.Module
+    projector: nn.Module
 
 
 @dataclass
@@ -64,7 +94,7 @@ class TowerCall:
     """One pass through the tower: inputs of the observed attention and of the projector."""
 
     hidden: Tensor
-    kwargs: dict[str, Any]
+    kwargs: AttentionArguments
     features: Tensor
     grids: Tensor | None
 
@@ -77,62 +107,63 @@ class Tower:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.config = cast(Any, network.config)
+        self.config = cast(TransformersNetwork, network).config
         tower, self._attention, self._projector = tower_parts(network)
-        self._hidden: tuple[Tensor, dict[str, Any]] | None = None
+        self._hidden: tuple[Tensor, AttentionArguments] | None = None
         self._grids: Tensor | None = None
-        self._runs: list[TowerCall] = []
+        self._calls: list[TowerCall] = []
         tower.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._attention.register_forward_pre_hook(self._attend, with_kwargs=True)
         self._projector.register_forward_pre_hook(self._project)
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: AttentionArguments) -> None:
         # Only towers for images of any size (Qwen) receive grids.
         self._grids = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
 
-    def _attend(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _attend(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: AttentionArguments) -> None:
         self._hidden = (args[0] if args else kwargs["hidden_states"]), kwargs
 
-    def _project(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _project(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         # The projector comes last in a pass. `TowerOutput.project` calls it as well, without a pass
         # through the tower: there is nothing to record then.
         if self._hidden is not None:
-            self._runs.append(TowerCall(*self._hidden, args[0], self._grids))
+            self._calls.append(TowerCall(*self._hidden, args[0], self._grids))
             self._hidden = None
 
-    def take(self) -> list[TowerCall]:
+    def take_calls(self) -> list[TowerCall]:
         """Return the passes since the last call of this method, and forget them."""
-        runs, self._runs = self._runs, []
-        return runs
+        calls, self._calls = self._calls, []
+        return calls
 
     def sizes(self, frames: Sequence[int]) -> TowerSizes:
         """Return the cost of reading frames with these numbers of visual tokens."""
-        attention, merged = cast(Any, self._attention), patches_per_token(self.config)
+        merged = patches_per_token(self.config)
         patches = [count * merged for count in frames]
         if self.config.model_type in CLASS_TOKEN_MODELS:
+            attention = cast(ClassTokenAttention, self._attention)
             heads, width = attention.num_heads, attention.q_proj.out_features
             # One query per frame (the class token), keys for all patches and the class token, and
             # their products, `width` MACs each.
-            made = matrix_weights(attention.q_proj) * len(frames)
-            made += sum(
+            macs = matrix_weights(attention.q_proj) * len(frames)
+            macs += sum(
                 (count + 1) * (matrix_weights(attention.k_proj) + width) for count in patches
             )
         else:
-            heads, width = attention.num_heads, attention.qkv.out_features // 3
+            qkv = cast(PatchAttention, self._attention).qkv
+            heads = cast(PatchAttention, self._attention).num_heads
+            width = qkv.out_features // 3
             # `qkv` computes values as well, which are not used; products are count² pairs of
             # `width` MACs.
-            made = sum(
-                count * matrix_weights(attention.qkv) + count**2 * width for count in patches
-            )
-        return TowerSizes(made, width, heads, width * merged, matrix_weights(self._projector))
+            macs = sum(count * matrix_weights(qkv) + count**2 * width for count in patches)
+        return TowerSizes(macs, width, heads, width * merged, matrix_weights(self._projector))
 
     @torch.no_grad()
-    def read(self, runs: list[TowerCall]) -> TowerOutput:
+    def read(self, calls: list[TowerCall]) -> TowerOutput:
         """Compute the tower output of these passes, in their order."""
         read = _read_class_token if self.config.model_type in CLASS_TOKEN_MODELS else _read_patches
-        found = [read(self.config, cast(Any, self._attention), run) for run in runs]
+        found = [read(self.config, self._attention, call) for call in calls]
         received, keys, features = (torch.cat(part) for part in zip(*found, strict=True))
-        width = runs[0].features.shape[-1]
+        width = calls[0].features.shape[-1]
 
         def project(features_nF: Tensor) -> Tensor:
             embedded: Tensor = self._projector(features_nF.reshape(-1, width))
@@ -141,8 +172,8 @@ class Tower:
         return TowerOutput(received, keys, features, project)
 
 
-def tower_parts(network: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return a network's vision tower, the attention that is read in it, and its projector.
+def tower_parts(network: nn.Module) -> TowerParts:
+    """Return the parts of a network's vision tower.
 
     The attention is that of the layer whose output is projected (CLIP's penultimate in LLaVA), or
     of the last layer in which patches attend to all of their frame (Qwen).
@@ -150,33 +181,39 @@ def tower_parts(network: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     Raises:
         UserError: the tower is not supported.
     """
-    inner, config = cast(Any, network).model, cast(Any, network.config)
+    config = cast(TransformersNetwork, network).config
+    inner: Any = network.model
     kind = config.vision_config.model_type
     if config.model_type == "internvl":
         layers = inner.vision_tower.encoder.layer
         layer = layers[_feature_layer_index(config, len(layers))]
-        return inner.vision_tower, layer.attention, inner.multi_modal_projector
+        return TowerParts(inner.vision_tower, layer.attention, inner.multi_modal_projector)
     if config.model_type == "llava" and kind == "clip_vision_model":
         layers = inner.vision_tower.encoder.layers
         layer = layers[_feature_layer_index(config, len(layers))]
-        return inner.vision_tower, layer.self_attn, inner.multi_modal_projector
+        return TowerParts(inner.vision_tower, layer.self_attn, inner.multi_modal_projector)
     if config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         full = getattr(config.vision_config, "fullatt_block_indexes", None) or [-1]
-        return inner.visual, inner.visual.blocks[max(full)].attn, inner.visual.merger
+        return TowerParts(inner.visual, inner.visual.blocks[max(full)].attn, inner.visual.merger)
     raise UserError(
         f"the vision tower {kind} of {config.model_type} is not supported: supported are "
         "clip_vision_model, internvl_vision and the towers of Qwen-VL"
     )
 
 
-def patches_per_token(config: Any) -> int:
+def patches_per_token(config: NetworkConfig) -> int:
     """Return the number of patches that are merged into one visual token."""
+    return _merge_side(config) ** 2
+
+
+def _merge_side(config: NetworkConfig) -> int:
+    """Return the side of the square of patches that are merged into one visual token."""
     if config.model_type in CLASS_TOKEN_MODELS:
-        return round(1 / getattr(config, "downsample_ratio", 1)) ** 2
-    return int(config.vision_config.spatial_merge_size**2)
+        return round(1 / getattr(config, "downsample_ratio", 1))
+    return int(config.vision_config.spatial_merge_size)
 
 
-def _feature_layer_index(config: Any, depth: int) -> int:
+def _feature_layer_index(config: NetworkConfig, depth: int) -> int:
     """Return the index of the layer whose output is projected."""
     chosen = config.vision_feature_layer
     if not isinstance(chosen, int):
@@ -188,9 +225,10 @@ def _feature_layer_index(config: Any, depth: int) -> int:
 TowerReading = tuple[Tensor, Tensor, Tensor]
 
 
-def _read_class_token(config: Any, attention: Any, run: TowerCall) -> TowerReading:
+def _read_class_token(config: NetworkConfig, module: nn.Module, call: TowerCall) -> TowerReading:
     """Read a tower whose first token is the class token; patches are a square in raster order."""
-    heads, hidden_ISD = attention.num_heads, run.hidden
+    attention = cast(ClassTokenAttention, module)
+    heads, hidden_ISD = attention.num_heads, call.hidden
     # The attention of the class token is computed again, in float32: fused attention (SDPA, flash)
     # returns no weights, and eager attention would slow the whole tower for one layer's row. Only
     # its query is computed, so this costs S products per head instead of S².
@@ -199,11 +237,11 @@ def _read_class_token(config: Any, attention: Any, run: TowerCall) -> TowerReadi
     k_ISHd = norms[1](attention.k_proj(hidden_ISD)).unflatten(-1, (heads, -1))
     scores_IHS = torch.einsum("iqhd,ishd->ihs", q_I1Hd.float(), k_ISHd.float()) * attention.scale
     received_IS = scores_IHS.softmax(dim=-1).mean(dim=1)
-    merged = round(1 / getattr(config, "downsample_ratio", 1))
+    side = _merge_side(config)
     received_IP, keys_IPHd = received_IS[:, 1:], k_ISHd[:, 1:]
-    received_INc = _by_token(received_IP, merged)
-    keys_INcHd = _by_token(keys_IPHd, merged)
-    features_VF = run.features.flatten(0, 1)
+    received_INc = _by_token(received_IP, side)
+    keys_INcHd = _by_token(keys_IPHd, side)
+    features_VF = call.features.flatten(0, 1)
     return received_INc.sum(2).flatten(), keys_INcHd.mean(2).flatten(0, 1), features_VF
 
 
@@ -216,26 +254,27 @@ def _by_token(x_IP: Tensor, merged: int) -> Tensor:
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _read_patches(config: Any, attention: Any, run: TowerCall) -> TowerReading:
+def _read_patches(config: NetworkConfig, module: nn.Module, call: TowerCall) -> TowerReading:
     """Read a tower without a class token; the patches of a token are adjacent."""
+    attention = cast(PatchAttention, module)
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-    qkv = attention.qkv(run.hidden).unflatten(-1, (3, attention.num_heads, -1))
+    qkv = attention.qkv(call.hidden).unflatten(-1, (3, attention.num_heads, -1))
     q_PHd, k_PHd, _ = qkv.unbind(1)
-    q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *run.kwargs["position_embeddings"])
+    q_PHd, k_PHd = apply_rotary_pos_emb_vision(q_PHd, k_PHd, *call.kwargs["position_embeddings"])
     # The observed layer has full attention, so `cu_seqlens` delimits frames; in a windowed layer it
     # would delimit windows.
-    lengths = run.kwargs["cu_seqlens"].diff().tolist()
+    lengths = call.kwargs["cu_seqlens"].diff().tolist()
     frames = zip(q_PHd.split(lengths), k_PHd.split(lengths), strict=True)
     received_P = torch.cat([_mean_received(q, k, attention.scaling) for q, k in frames])
-    merged = config.vision_config.spatial_merge_size**2
+    merged = patches_per_token(config)
     # Attention adds up over the patches of a token; keys are averaged, to stay keys.
     received_V = received_P.unflatten(0, (-1, merged)).sum(1)
     keys_VHd = k_PHd.unflatten(0, (-1, merged)).mean(1)
-    features_VF = run.features.reshape(len(received_V), -1)
+    features_VF = call.features.reshape(len(received_V), -1)
     if not hasattr(config.vision_config, "fullatt_block_indexes"):
         return received_V, keys_VHd, features_VF
-    order_V = _raster_order(config.vision_config, cast(Tensor, run.grids))
+    order_V = _raster_order(config.vision_config, cast(Tensor, call.grids))
     return received_V[order_V], keys_VHd[order_V], features_VF[order_V]
 
 
@@ -250,7 +289,7 @@ def _mean_received(q_PHd: Tensor, k_PHd: Tensor, scaling: float) -> Tensor:
     return total_P / len(q_PHd)
 
 
-def _raster_order(vision: Any, grids: Tensor) -> Tensor:
+def _raster_order(vision: NetworkConfig, grids: Tensor) -> Tensor:
     """Return the raster order of tokens that Qwen2.5-VL sorts by windows, [V]."""
     from transformers.vision_utils import get_vision_window_index
 

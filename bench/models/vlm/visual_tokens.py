@@ -1,12 +1,8 @@
 """Which tokens of a call are visual, and their cells in frames.
 
-Positions of visual tokens in a call, from token ids and processor outputs, never an offset.
-
-A call is what the multimodal model (the module below the language head) receives. A call without an
-image has no visual tokens, whatever its ids are: transformers treats it the same way. Shapes: B
-rows of a batch, S tokens.
-
-Visual tokens as cells of frames: the frame that each belongs to, and its row and column.
+A call is what the multimodal model (the module below the language head) receives. Positions come
+from token ids and processor outputs, never from an offset. A call without an image has no visual
+tokens, whatever its ids are: transformers treats it the same way.
 
 A frame is one rectangle of visual tokens in raster order: a whole image (LLaVA, Qwen2-VL), one tile
 of it (InternVL), or one time step of a video. Shapes: B rows of a batch, S tokens of one call's
@@ -25,15 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError, unknown_name
+from bench.models.network import NetworkConfig, TransformersNetwork
 
-ModelInputs = Mapping[str, Any]
+# Tensors, and objects of transformers: the outputs of encoders, the KV cache.
+CallArguments = Mapping[str, Any]
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 # Values that processors write into mm_token_type_ids; 0 is text.
 TYPE_IDS = {"image": 1, "video": 2}
 
 
-def locate_visual_tokens(network: nn.Module, call: ModelInputs) -> VisualTokens | None:
+def locate_visual_tokens(network: nn.Module, call: CallArguments) -> VisualTokens | None:
     """Return the positions of the visual tokens of a call; None if it has no image.
 
     `network` is the whole model (`...ForConditionalGeneration`), `call` the arguments of its inner
@@ -42,7 +40,7 @@ def locate_visual_tokens(network: nn.Module, call: ModelInputs) -> VisualTokens 
     Raises:
         UserError: the architecture is unknown, or images and image tokens do not match.
     """
-    config = cast(Any, network.config)
+    config = cast(TransformersNetwork, network).config
     family = FRAME_READERS.get(config.model_type)
     if family is None:
         raise unknown_name("multimodal architecture", config.model_type, FRAME_READERS)
@@ -63,13 +61,13 @@ def locate_visual_tokens(network: nn.Module, call: ModelInputs) -> VisualTokens 
     return found
 
 
-def _has_input(call: ModelInputs, modality: str) -> bool:
+def _has_input(call: CallArguments, modality: str) -> bool:
     """Whether the call has pixels, or features computed from pixels, of this modality."""
     encoded = call.get("mm_encoder_outputs") or {}
     return call.get(PIXELS[modality]) is not None or encoded.get(modality) is not None
 
 
-def _placeholder_mask(network: nn.Module, call: ModelInputs, modality: str) -> Tensor:
+def _placeholder_mask(network: nn.Module, call: CallArguments, modality: str) -> Tensor:
     """Return the tokens that stand for this modality, bool [B, S]."""
     ids_BS = call.get("input_ids")
     token = getattr(network.config, f"{modality}_token_id", None)
@@ -81,7 +79,7 @@ def _placeholder_mask(network: nn.Module, call: ModelInputs, modality: str) -> T
         # tokens.
         types_BS = call["mm_token_type_ids"][:, -embedded_BSD.shape[1] :]
         return cast(Tensor, types_BS == TYPE_IDS[modality])
-    embed = cast(Any, network).get_input_embeddings()
+    embed = cast(TransformersNetwork, network).get_input_embeddings()
     # Embeddings without ids or types: a placeholder token is recognised by its embedding, which is
     # exact since lookup copies the row.
     placeholder_D = embed(torch.tensor(token, device=embedded_BSD.device))
@@ -89,7 +87,7 @@ def _placeholder_mask(network: nn.Module, call: ModelInputs, modality: str) -> T
 
 
 def _square_frames(
-    config: Any, call: ModelInputs, modality: str, mask_BS: Tensor, side: int
+    config: NetworkConfig, call: CallArguments, modality: str, mask_BS: Tensor, side: int
 ) -> list[Frame]:
     """Return square frames of one size, as many as the tokens fill."""
     tokens = int(mask_BS.sum())
@@ -105,7 +103,9 @@ def _square_frames(
     return [(side, side)] * count
 
 
-def _llava_frames(config: Any, call: ModelInputs, modality: str, mask_BS: Tensor) -> list[Frame]:
+def _llava_frames(
+    config: NetworkConfig, call: CallArguments, modality: str, mask_BS: Tensor
+) -> list[Frame]:
     """LLaVA: one square of patches per image; a class token has no position in it."""
     vision = config.vision_config
     if vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full":
@@ -114,20 +114,21 @@ def _llava_frames(config: Any, call: ModelInputs, modality: str, mask_BS: Tensor
             "grid: use the strategy `default`"
         )
     _refuse_size(config, call, (vision.image_size, vision.image_size))
-    return _square_frames(config, call, modality, mask_BS, vision.image_size // vision.patch_size)
+    return _square_frames(config, call, modality, mask_BS, _llava_side(config))
 
 
-def _internvl_frames(config: Any, call: ModelInputs, modality: str, mask_BS: Tensor) -> list[Frame]:
+def _internvl_frames(
+    config: NetworkConfig, call: CallArguments, modality: str, mask_BS: Tensor
+) -> list[Frame]:
     """InternVL: one square of patches per tile, after pixel shuffle."""
-    vision = config.vision_config
     # Tiles arrive flattened into the batch dimension of pixels, so each one counts as a frame.
-    _refuse_size(config, call, tuple(vision.image_size))
-    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-    side = isqrt(round(patches * config.downsample_ratio**2))
-    return _square_frames(config, call, modality, mask_BS, side)
+    _refuse_size(config, call, tuple(config.vision_config.image_size))
+    return _square_frames(config, call, modality, mask_BS, _internvl_side(config))
 
 
-def _qwen_frames(config: Any, call: ModelInputs, modality: str, mask_BS: Tensor) -> list[Frame]:
+def _qwen_frames(
+    config: NetworkConfig, call: CallArguments, modality: str, mask_BS: Tensor
+) -> list[Frame]:
     """Qwen-VL: the processor states the number of patches (t, h, w) per image or video."""
     # `generate` encodes images first and then calls the model without these grids; M-RoPE positions
     # hold the same information.
@@ -142,7 +143,7 @@ def _qwen_frames(config: Any, call: ModelInputs, modality: str, mask_BS: Tensor)
     ]
 
 
-def _frames_from_positions(call: ModelInputs, modality: str, mask_BS: Tensor) -> list[Frame]:
+def _frames_from_positions(call: CallArguments, modality: str, mask_BS: Tensor) -> list[Frame]:
     """Derive frames from M-RoPE positions (time, row, column), [3 or 4, B, S]."""
     positions = call.get("position_ids")
     encoded = (call.get("mm_encoder_outputs") or {}).get(modality)
@@ -163,20 +164,29 @@ def _frames_from_positions(call: ModelInputs, modality: str, mask_BS: Tensor) ->
     return frames
 
 
-def fixed_frame_size(config: Any) -> Frame | None:
+def fixed_frame_size(network: nn.Module) -> Frame | None:
     """Return rows and columns of a frame if all have the same, None if image sizes vary."""
-    vision = config.vision_config
-    if config.model_type == "llava":
-        side = vision.image_size // vision.patch_size
-    elif config.model_type == "internvl":
-        patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-        side = isqrt(round(patches * config.downsample_ratio**2))
-    else:
+    config = cast(TransformersNetwork, network).config
+    sides = {"llava": _llava_side, "internvl": _internvl_side}
+    if config.model_type not in sides:
         return None
+    side = sides[config.model_type](config)
     return side, side
 
 
-def _refuse_size(config: Any, call: ModelInputs, size: tuple[int, int]) -> None:
+def _llava_side(config: NetworkConfig) -> int:
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size)
+
+
+def _internvl_side(config: NetworkConfig) -> int:
+    vision = config.vision_config
+    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
+    # Pixel shuffle keeps `downsample_ratio`² of the patches.
+    return isqrt(round(patches * config.downsample_ratio**2))
+
+
+def _refuse_size(config: NetworkConfig, call: CallArguments, size: tuple[int, int]) -> None:
     """Raise if pixels have a different size than the grid."""
     pixels = call.get("pixel_values")
     if pixels is not None and tuple(pixels.shape[-2:]) != size:
@@ -188,7 +198,7 @@ def _refuse_size(config: Any, call: ModelInputs, size: tuple[int, int]) -> None:
 
 
 Frame = tuple[int, int]  # rows, columns of visual tokens
-FRAME_READERS: dict[str, Callable[[Any, ModelInputs, str, Tensor], list[Frame]]] = {
+FRAME_READERS: dict[str, Callable[[NetworkConfig, CallArguments, str, Tensor], list[Frame]]] = {
     "llava": _llava_frames,
     "internvl": _internvl_frames,
     "qwen2_vl": _qwen_frames,

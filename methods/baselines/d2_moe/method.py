@@ -29,7 +29,6 @@ from methods.baselines.d2_moe.factorization import (
 from methods.baselines.expert_scores import ExpertTokenCounts
 from methods.moe.calibration_statistics import backpropagate_loss, enable_gradients
 from methods.moe.calibration_walk import walk_blocks
-from methods.moe.micro_experts import invalidate_structure
 from methods.moe.pruning import MoEPruning, refuse_offloaded, require_calibration
 
 
@@ -101,7 +100,7 @@ class D2Moe(MoEPruning):
             self._replace(block, bases.pop(block), inputs, budget)
             for (block, inputs), budget in zip(seen, self.budgets(model.structure), strict=True)
         ]
-        invalidate_structure(model)
+        model.invalidate_structure()
         return layers
 
     def _watching(self, seen: dict[MoEBlock, Any]) -> AbstractContextManager[None]:

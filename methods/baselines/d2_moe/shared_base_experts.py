@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from bench.models.replaced_modules import ReplacedModule
+from bench.models.replaced_modules import ModuleSpec, ReplacedModule
+from bench.models.structure.expert_view import sort_slots
 from bench.models.structure.ragged_experts import activation_of
 
 MATRIX_NAMES = ("gate", "up", "down")
@@ -80,26 +81,26 @@ class SharedBaseExperts(ReplacedModule):
         base, left, right = (getattr(self, f"{name}_{part}") for part in ("base", "left", "right"))
         return SharedMatrix(base, left, right, self.ranks[name])
 
-    def routed(self) -> tuple[int, int]:
+    def routed_parameters(self) -> tuple[int, int]:
         """Return (parameters of all factors, E); the bases belong to no single expert."""
         matrices = [self.matrix(name) for name in MATRIX_NAMES]
         factors = sum(m.left_OR.numel() + m.right_RI.numel() for m in matrices)
         return factors, self.num_experts
 
-    def structure(self) -> dict[str, Any]:
+    def spec(self) -> ModuleSpec:
         """Return the shapes and the ranks."""
         width, d_model = self.matrix("gate").base_OI.shape
         ranks = {name: list(each) for name, each in self.ranks.items()}
         return {"d_model": d_model, "width": width, "ranks": ranks}
 
     @classmethod
-    def empty(cls, structure: dict[str, Any], original: nn.Module) -> Self:
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build with zeros, on the current default device and in the default dtype."""
-        inner, outer = int(structure["width"]), int(structure["d_model"])
+        inner, outer = int(spec["width"]), int(spec["d_model"])
         shapes = {"gate": (inner, outer), "up": (inner, outer), "down": (outer, inner)}
         matrices = {}
         for name, (outputs, inputs) in shapes.items():
-            ranks = [int(rank) for rank in structure["ranks"][name]]
+            ranks = [int(rank) for rank in spec["ranks"][name]]
             left_OR, right_RI = torch.zeros(outputs, sum(ranks)), torch.zeros(sum(ranks), inputs)
             matrices[name] = SharedMatrix(torch.zeros(outputs, inputs), left_OR, right_RI, ranks)
         return cls(matrices, activation_of(original))
@@ -138,6 +139,5 @@ def _slots_per_expert(index_TK: Tensor, experts: int) -> Sequence[Tensor]:
     flat = index_TK.flatten()
     if flat.is_meta:
         return torch.arange(len(flat), device="meta").tensor_split(experts)
-    # A stable sort groups the slots of an expert in token order, on every device.
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    return torch.split(torch.argsort(flat, stable=True), counts)
+    order, counts = sort_slots(flat, experts)
+    return torch.split(order, counts)

@@ -14,7 +14,6 @@ from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.micro_experts import invalidate_structure
 from methods.moe.pruning import refuse_packed, require_calibration
 from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
@@ -92,7 +91,7 @@ class MoEQuantization(Method):
         tokens_BL = None if calibration is None else calibration.tokens
         # Exhausted here: the generator quantizes as it is consumed.
         layers = list(quantizer.run(model, tokens_BL, context.progress))
-        invalidate_structure(model)
+        model.invalidate_structure()
         details: dict[str, Any] = {
             "bits": {kind: tally.summary() for kind, tally in quantizer.bit_counts.items()},
             "bytes_before": before,

@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bench.data.processors import ModelInputs
 from bench.models.macs import (
     MatmulCost,
-    ModelInputs,
     VisualLayer,
     attention_cost,
     feed_forward_costs,
@@ -69,7 +69,7 @@ class VisualFlops:
         self.engine = engine
 
     @property
-    def untold(self) -> tuple[str, ...]:
+    def unaccounted(self) -> tuple[str, ...]:
         """Names of the pruning steps that do not report the cost of choosing."""
         quiet = (each.name for each in self.engine.plan.steps if each.macs is None)
         return tuple(dict.fromkeys(quiet))

@@ -87,7 +87,7 @@ class WgsefDecoder(Method):
         removed = sum(int(gone_A.sum()) for gone_A in dead)
         if removed and self.state == "removed":
             model.network = smaller_language_model(model.network, families, dead)
-            model.__dict__.pop("structure", None)
+            model.invalidate_structure()
         details = {
             "asked": {"ratio": self.ratio},
             f"removed_{self.atoms}": removed,

@@ -12,6 +12,6 @@ def agree(counted, products, rel=AGREE):
     assert counted.without_formula == ()
     assert counted.total > 0
     assert 2 * sum(macs_by_part(products).values()) == pytest.approx(counted.total, rel=rel)
-    causal = 2 * sum(macs_by_part(products, hidden=False).values())
+    causal = 2 * sum(macs_by_part(products, masked=False).values())
     assert causal == pytest.approx(counted.causal, rel=rel)
     assert causal <= counted.total * (1 + rel)

@@ -160,13 +160,13 @@ def test_linear_shares_of_what_really_runs(mask, neurons, linear):
     whole = VisualFlops(engine)
     engine.plan.set_execution("skip")
     inputs = call(before=2, visual=36, side=14 * 6)
-    dense = sum(p.macs for p in whole.prefill(inputs) if p.rows == "visual")
+    dense = sum(p.macs for p in whole.prefill(inputs) if p.tokens == "visual")
     engine.plan.cut_at(16)
     engine.plan.keep_heads([tuple(range(count)) for count in RELEASED_HEAD_COUNTS[mask]])
     inner = network.config.text_config.intermediate_size
     engine.plan.keep_neurons([(torch.arange(inner // neurons),)] * 32)
     engine.plan.set_window(Window(0))
-    left = sum(p.macs - p.hidden for p in whole.prefill(inputs) if p.rows == "visual")
+    left = sum(p.macs - p.masked for p in whole.prefill(inputs) if p.tokens == "visual")
     whole_share = 36 * 32 * (4 * 256**2 + 3 * 256 * 688 + 2 * 36 * 256)
     assert left / whole_share == pytest.approx(linear, abs=4e-3)
     assert dense < whole_share * 1.05

@@ -122,7 +122,7 @@ def test_a_sliding_window():
     products = analytic.text_forward_macs(network, structure, 2, 15)
     agree(text, products)
     agree(token, analytic.text_token_macs(network, structure, 2, 15))
-    seen = sum(p.macs - p.hidden for p in products if p.part == "attention")
+    seen = sum(p.macs - p.masked for p in products if p.part == "attention")
     assert seen == 3 * 2 * 2 * 16 * (1 + 2 + 3 + 4 + 11 * 5)
     assert count_text_flops(network, 2, 15)[0].causal is None
 

@@ -130,10 +130,10 @@ def test_choosing_by_words_whose_number_depends_on_the_prompt(name, recycle, bef
 
 def test_a_method_that_does_not_say_is_named():
     model = loaded("llava_llama", METHODS["fastv"])
-    assert flops_provider_of(model.network).untold == ()
+    assert flops_provider_of(model.network).unaccounted == ()
     plan = visual_engine_of(model.network).plan
     plan.steps = [replace(each, macs=None) for each in plan.steps]
-    assert flops_provider_of(model.network).untold == ("fastv",)
+    assert flops_provider_of(model.network).unaccounted == ("fastv",)
 
 
 @settings(max_examples=6, deadline=None)
@@ -158,10 +158,10 @@ def test_windows_in_bands():
     dense, _ = both_agree(loaded("qwen2_vl"), 3, (16, 12), 5)
     counted, products = both_agree(loaded("qwen2_vl", NeighborAttention(window=3)), 3, (16, 12), 5)
     assert counted.total < dense.total
-    attention = [p for p in products if p.part == "attention" and p.rows == "visual"]
+    attention = [p for p in products if p.part == "attention" and p.tokens == "visual"]
     # Neighbours of a 3x3 window with borders clipped, and the three words before the image.
     cells = (3 * 16 - 2) * (3 * 12 - 2)
-    seen = sum(p.macs - p.hidden for p in attention) / (2 * 8 * 4)
+    seen = sum(p.macs - p.masked for p in attention) / (2 * 8 * 4)
     assert seen == 3 * (cells + 3 * 16 * 12)
 
 

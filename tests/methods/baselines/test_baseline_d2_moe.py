@@ -167,8 +167,8 @@ def test_is_built_again_from_its_description(layout):
     network, rows = network_of("qwen2_moe", layout), tokens()
     applied(D2Moe(ratio=0.4), network)
     again = network_of("qwen2_moe", layout)
-    replaced_modules.install_replaced_modules(
-        again, json.loads(json.dumps(replaced_modules.replaced_modules(network)))
+    replaced_modules.install_described_modules(
+        again, json.loads(json.dumps(replaced_modules.describe_network(network)))
     )
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(rows).logits, network(rows).logits)

@@ -96,8 +96,8 @@ def test_a_masked_network_is_built_again_from_its_description(name, layout):
     for block in inspect_model(network).moe:
         drop_experts(block, UNEVEN, "masked")
     again = network_of(name, layout)
-    replaced_modules.install_replaced_modules(
-        again, json.loads(json.dumps(replaced_modules.replaced_modules(network)))
+    replaced_modules.install_described_modules(
+        again, json.loads(json.dumps(replaced_modules.describe_network(network)))
     )
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(rows).logits, network(rows).logits)

@@ -12,7 +12,7 @@ from bench.data.synthetic.scenes.question_sets import (
     fingerprint,
     scene_images,
 )
-from bench.data.synthetic.scenes.scene import IMAGE_SIZE, Split
+from bench.data.synthetic.scenes.scene import IMAGE_SIZE
 from bench.data.synthetic.scenes.tasks import ROTATION_OFFSET, SceneDocument, render_task_prompt
 from bench.data.synthetic.scenes.training_conversations import (
     ConversationSpec,
@@ -27,7 +27,6 @@ __all__ = [
     "Conversation",
     "ConversationSpec",
     "SceneDocument",
-    "Split",
     "chance_accuracy",
     "documents",
     "draw_conversation",

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes.question_kinds import KINDS, SceneQuestion, Subject
-from bench.data.synthetic.scenes.scene import Scene, Split, generate_scene
+from bench.data.synthetic.scenes.scene import Scene, generate_scene
 
 MAX_QUESTIONS_PER_IMAGE = 4  # a limit, so that a set of questions covers many images
 _MAX_SCENES_SEARCHED = 10_000
@@ -42,9 +43,9 @@ def balanced_questions(kinds: Mapping[str, int], split: Split, start: int) -> li
         }
     )
     found: list[PlacedQuestion] = []
-    for place in _scenes_from(split, start):
+    for scene in _scenes_from(split, start):
         found += [
-            PlacedQuestion(place, question) for question in _take_wanted(place, kinds, wanted)
+            PlacedQuestion(scene, question) for question in _take_wanted(scene, kinds, wanted)
         ]
         if not wanted.total():
             return found
@@ -52,13 +53,13 @@ def balanced_questions(kinds: Mapping[str, int], split: Split, start: int) -> li
 
 
 def _take_wanted(
-    place: Scene, kinds: Mapping[str, int], wanted: Counter[tuple[str, Subject, str]]
+    scene: Scene, kinds: Mapping[str, int], wanted: Counter[tuple[str, Subject, str]]
 ) -> Iterator[SceneQuestion]:
     """Yield the wanted questions that one scene answers, with distinct texts; update `wanted`."""
-    questions = [question for name in kinds for question in KINDS[name].ask(place)]
+    questions = [question for name in kinds for question in KINDS[name].ask(scene)]
     # Shuffled, or the kinds that come first would take all places of a scene. The seed is a string:
     # `random` hashes it with SHA-512, so the order does not depend on PYTHONHASHSEED.
-    random.Random(f"questions {place.split} {place.index}").shuffle(questions)
+    random.Random(f"questions {scene.split} {scene.index}").shuffle(questions)
     texts: set[str] = set()
     for question in questions:
         key = (question.kind, question.subject, question.answer)
@@ -86,15 +87,15 @@ def question_pairs(
         for i, subject in enumerate(subjects)
     ]
     found: list[tuple[PlacedQuestion, PlacedQuestion]] = []
-    for place in _scenes_from(split, start):
-        questions = {question.subject: question for question in KINDS[kind].ask(place)}
+    for scene in _scenes_from(split, start):
+        questions = {question.subject: question for question in KINDS[kind].ask(scene)}
         answers = {subject: question.answer for subject, question in questions.items()}
         for pair in plan:
             if [answers.get(subject) for subject in pair] == ["yes", "no"]:
                 # Changing the list while iterating is safe because the loop ends here: one pair
                 # per scene, as MME has two questions per image.
                 plan.remove(pair)
-                first, second = (PlacedQuestion(place, questions[subject]) for subject in pair)
+                first, second = (PlacedQuestion(scene, questions[subject]) for subject in pair)
                 found.append((first, second))
                 break
         if not plan:

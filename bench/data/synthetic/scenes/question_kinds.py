@@ -124,8 +124,8 @@ def _adversarial(scene: Scene) -> SubjectAnswers:
     # for only if its colour and its shape are both there, on different objects.
     colors = {thing.color for thing in scene.shapes}
     shapes = {thing.shape for thing in scene.shapes}
-    asked = _present(scene).items()
-    return {pair: answer for pair, answer in asked if pair[0] in colors and pair[1] in shapes}
+    answers = _present(scene).items()
+    return {pair: answer for pair, answer in answers if pair[0] in colors and pair[1] in shapes}
 
 
 def _count(scene: Scene, names: tuple[str, ...]) -> SubjectAnswers:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from typing import Any
 
 from PIL import Image
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes import tasks
-from bench.data.synthetic.scenes.scene import Split, draw_scene
+from bench.data.synthetic.scenes.scene import draw_scene
 from bench.data.synthetic.scenes.tasks import SceneDocument, image_id
 from bench.errors import UserError
 
@@ -62,7 +62,7 @@ def fingerprint(task: str) -> str:
     return digest.hexdigest()
 
 
-def _pixel_hash(value: Any) -> str:
+def _pixel_hash(value: object) -> str:
     # Pixels and not an encoded file, whose bytes depend on the version of the image library.
     if not isinstance(value, Image.Image):
         raise TypeError(f"{type(value).__name__} in a row")

@@ -1,15 +1,12 @@
-"""A scene, and its picture.
-
-A scene: a 3 x 3 grid of cells, each empty or with a coloured shape or a handwritten digit.
+"""A scene, a 3 x 3 grid of cells with coloured shapes and handwritten digits, and its picture.
 
 A scene is a pure function of its split and its index. The two splits use different seeds and
-different digit images: as in `bench.data.image_catalogue`, training scenes use the first 1,200 of
-scikit-learn's handwritten digits, test scenes the remaining 597.
+different digit images: training scenes use the first 1,200 of scikit-learn's handwritten digits,
+test scenes the remaining 597.
 
-Pictures of scenes: 64 x 64 pixels, where a patch of 8 x 8 pixels is a quarter of a cell.
-
-Shapes: H height, W width, C colour channels, S side of a cell. All arithmetic is on integers, so
-that a scene has the same pixels on every machine.
+A picture has 64 x 64 pixels; a patch of 8 x 8 is a quarter of a cell. All arithmetic is on
+integers, so that a scene has the same pixels on every machine. Shapes: H height, W width, C colour
+channels, S side of a cell.
 """
 
 from __future__ import annotations
@@ -18,13 +15,14 @@ import functools
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Split = Literal["train", "test"]
+from bench.data.handwritten_digits import MAX_LEVEL, TRAIN_IMAGES, handwritten_digits
+from bench.data.synthetic import Split
+
 GRID = 3
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple")
@@ -32,7 +30,6 @@ SIZES = ("small", "large")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 DIGITS = tuple("0123456789")
-TRAIN_DIGITS = 1200
 
 # Some objects are more frequent than others, as in photographs: POPE's popular negatives are
 # objects that are common in the data set but absent from the image.
@@ -119,13 +116,6 @@ class Scene:
         return {kind: placed for kind, placed in found if counts[kind] == 1}
 
 
-@functools.cache
-def _digit_values() -> tuple[str, ...]:
-    from sklearn.datasets import load_digits
-
-    return tuple(str(value) for value in load_digits().target)
-
-
 def generate_scene(split: Split, index: int) -> Scene:
     """Generate the scene of a split at an index."""
     # The order of draws is part of the data: an inserted draw changes every scene and with it the
@@ -151,10 +141,10 @@ def _random_shape(rng: random.Random, theme: str | None) -> DrawnShape:
 
 
 def _random_digit(rng: random.Random, split: Split) -> DrawnDigit:
-    values = _digit_values()
+    labels = handwritten_digits().labels
     train = split == "train"
-    sample = rng.randrange(TRAIN_DIGITS) if train else rng.randrange(TRAIN_DIGITS, len(values))
-    return DrawnDigit(values[sample], sample)
+    sample = rng.randrange(TRAIN_IMAGES) if train else rng.randrange(TRAIN_IMAGES, len(labels))
+    return DrawnDigit(str(labels[sample]), sample)
 
 
 IMAGE_SIZE = 64
@@ -172,7 +162,6 @@ _RGB = {
 # pixels, and in half pixels it has integer coordinates.
 _EXTENT = {"small": 8, "large": 13}
 _INK_LEVEL = 235
-_LEVELS = 16
 _DIGIT_SHIFT = 2
 _COLOR_JITTER = 15
 
@@ -186,7 +175,7 @@ def draw_scene(scene: Scene) -> Image.Image:
         np.frombuffer(rng.randbytes(IMAGE_SIZE * IMAGE_SIZE), np.uint8).reshape(
             IMAGE_SIZE, IMAGE_SIZE
         )
-        % _LEVELS
+        % MAX_LEVEL
     )
     canvas_HWC = np.repeat((noise_HW + rng.randint(30, 60))[..., None], 3, axis=2).astype(np.int64)
     for row, column, thing in scene.placed:
@@ -206,7 +195,7 @@ def draw_scene(scene: Scene) -> Image.Image:
             under_SSC = canvas_HWC[top : top + CELL_SIZE, left : left + CELL_SIZE]
             ink_SSC = _digit_ink(thing)[..., None]
             # Blend the ink over the background, in 16ths.
-            under_SSC += (_INK_LEVEL - under_SSC) * ink_SSC // _LEVELS
+            under_SSC += (_INK_LEVEL - under_SSC) * ink_SSC // MAX_LEVEL
     return Image.fromarray(canvas_HWC.clip(0, 255).astype(np.uint8))
 
 
@@ -228,14 +217,5 @@ def _shape_mask(thing: DrawnShape, dx: int, dy: int) -> NDArray[np.bool_]:
 
 def _digit_ink(thing: DrawnDigit) -> NDArray[np.int64]:
     """Return the ink of a digit from 0 to 16, its 8 x 8 pixels enlarged to 16 x 16."""
-    small_88 = _digit_images()[thing.sample]
+    small_88 = handwritten_digits().images[thing.sample]
     return np.repeat(np.repeat(small_88, 2, axis=0), 2, axis=1)
-
-
-@functools.cache
-def _digit_images() -> NDArray[np.int64]:
-    """Return scikit-learn's handwritten digits, [N, 8, 8]."""
-    from sklearn.datasets import load_digits
-
-    images: NDArray[np.int64] = load_digits().images.astype(np.int64)
-    return images

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes.balance import PlacedQuestion, balanced_questions, question_pairs
-from bench.data.synthetic.scenes.scene import IMAGE_SIZE, Split, draw_scene
+from bench.data.synthetic.scenes.scene import IMAGE_SIZE, draw_scene
 
 # Step of `index` from one rotation of an MMBench question to the next, as in the real data set.
 ROTATION_OFFSET = 1_000_000
 
 # Each category of a paired task searches its own range of scenes, so that no image is shared.
 _SCENES_PER_KIND = 10_000
-_HINT = "The image shows a board of nine cells."
+HINT = "The image shows a board of nine cells."
 SceneDocument = dict[str, Any]
 
 
@@ -129,7 +130,7 @@ def _scienceqa(placed: PlacedQuestion, number: int) -> list[SceneDocument]:
             "question": question.text,
             "choices": choices,
             "answer": choices.index(question.answer),
-            "hint": _HINT if number % 2 else "",
+            "hint": HINT if number % 2 else "",
             "task": "closed choice",
             "grade": "grade2",
             "subject": "natural science",
@@ -223,7 +224,7 @@ def _mmbench(placed: PlacedQuestion, number: int) -> list[SceneDocument]:
             {
                 "index": turn * ROTATION_OFFSET + number,
                 "question": question.text,
-                "hint": _HINT if number % 2 else "nan",
+                "hint": HINT if number % 2 else "nan",
                 "answer": OPTION_LETTERS[turned.index(question.answer)],
                 **dict(zip(OPTION_LETTERS, turned, strict=False)),
                 "category": category,
@@ -297,7 +298,8 @@ def mmbench_prompt(question: str, choices: Sequence[str], hint: str = "nan") -> 
     """Return a multiple-choice prompt as MMBench's task file writes it."""
     # MMBench's TSV files hold the text "nan" where there is no hint.
     before = "" if hint == "nan" else f"{hint} "
-    return f"{before}{question} There are several options:\n{_lettered_options(choices)}\n{LETTER_SUFFIX}"
+    options = _lettered_options(choices)
+    return f"{before}{question} There are several options:\n{options}\n{LETTER_SUFFIX}"
 
 
 def render_task_prompt(task: str, document: SceneDocument, *, ocr: bool = False) -> tuple[str, str]:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.data.chat import Conversation
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes import tasks
 from bench.data.synthetic.scenes.question_kinds import KINDS, SceneQuestion
-from bench.data.synthetic.scenes.scene import Scene, Split, draw_scene, generate_scene
-
-HINT = "The image shows a board of nine cells."
+from bench.data.synthetic.scenes.scene import Scene, draw_scene, generate_scene
 
 # Conversation `number` of seed s starts from scene 10^7 * (s + 1) + number, beyond the scenes of
 # all tasks (7 ranges of 10^5). Further candidates follow at steps of 10^12, so that two
@@ -27,66 +26,68 @@ class ConversationSpec:
     """Composition of a conversation about one image.
 
     - `turns`: number of questions, each of a different kind.
-    - `again`: number of additional questions, each of a different kind in `hard`.
-    - `matching`: number of multiple-choice questions that name their own answer; they teach the
+    - `extra_turns`: number of additional questions, each of a different kind in `extra_kinds`.
+    - `letter_turns`: number of multiple-choice questions that name their own answer; they teach the
       option letters.
-    - `choices`: fraction of multiple choice among the questions that are not yes/no.
-    - `ocr`: fraction of open-ended number questions that include the OCR tokens.
-    - `digits`: minimum number of digits in the scene; conversations cycle through the values.
+    - `choice_share`: fraction of multiple choice among the questions that are not yes/no.
+    - `ocr_share`: fraction of open-ended number questions that include the OCR tokens.
+    - `min_digits`: minimum number of digits in the scene; conversations cycle through the values.
     - `describe`: whether a description of all cells ends the conversation.
     """
 
     turns: int = 6
-    again: int = 0
-    hard: tuple[str, ...] = ()
-    matching: int = 0
-    choices: float = 0.4
-    ocr: float = 0.15
-    digits: tuple[int, ...] = (0,)
+    extra_turns: int = 0
+    extra_kinds: tuple[str, ...] = ()
+    letter_turns: int = 0
+    choice_share: float = 0.4
+    ocr_share: float = 0.15
+    min_digits: tuple[int, ...] = (0,)
     describe: bool = True
 
 
 def draw_conversations(
-    split: Split, count: int, seed: int = 0, lesson: ConversationSpec = ConversationSpec()
+    split: Split, count: int, seed: int = 0, spec: ConversationSpec = ConversationSpec()
 ) -> list[Conversation]:
     """Return conversations about `count` scenes, none of which appears in a task."""
-    return [draw_conversation(split, seed, number, lesson) for number in range(count)]
+    return [draw_conversation(split, seed, number, spec) for number in range(count)]
 
 
 def draw_conversation(
-    split: Split, seed: int, number: int, lesson: ConversationSpec = ConversationSpec()
+    split: Split, seed: int, number: int, spec: ConversationSpec = ConversationSpec()
 ) -> Conversation:
     """Return one conversation, a pure function of its arguments."""
-    place = _scene_with_digits(
-        split, _SCENES_PER_SEED * (seed + 1) + number, lesson.digits[number % len(lesson.digits)]
+    scene = _scene_with_digits(
+        split,
+        _SCENES_PER_SEED * (seed + 1) + number,
+        spec.min_digits[number % len(spec.min_digits)],
     )
-    rng = random.Random(f"conversation {split} {place.index}")
-    asked = _choose_questions(place, sorted(KINDS), lesson.turns, rng)
+    rng = random.Random(f"conversation {split} {scene.index}")
+    questions = _choose_questions(scene, sorted(KINDS), spec.turns, rng)
     # One generator for the whole conversation: the order of these calls is part of the data that
     # the stored weights were trained on.
-    if lesson.again:
-        asked += _choose_questions(place, lesson.hard, lesson.again, rng)
-    said = [_question_turn(question, place, lesson, rng) for question in asked]
-    said += [_letter_turn(rng) for _ in range(lesson.matching)]
+    if spec.extra_turns:
+        questions += _choose_questions(scene, spec.extra_kinds, spec.extra_turns, rng)
+    turns = [_question_turn(question, scene, spec, rng) for question in questions]
+    turns += [_letter_turn(rng) for _ in range(spec.letter_turns)]
     # Last, because a description before the questions would contain their answers as text.
-    if lesson.describe:
-        said.append((tasks.DESCRIBE_PROMPT, describe_scene(place)))
-    return Conversation(draw_scene(place), said)
+    if spec.describe:
+        turns.append((tasks.DESCRIBE_PROMPT, describe_scene(scene)))
+    return Conversation(draw_scene(scene), turns)
 
 
-def describe_scene(place: Scene) -> str:
+def describe_scene(scene: Scene) -> str:
     """Return the names of the things in all cells, in reading order."""
-    return ", ".join(thing.name if thing else "empty" for thing in place.cells)
+    return ", ".join(thing.name if thing else "empty" for thing in scene.cells)
 
 
 def _scene_with_digits(split: Split, index: int, digits: int) -> Scene:
     """Return the first scene with at least `digits` digits."""
-    found = (generate_scene(split, place) for place in itertools.count(index, _RETRY_STEP))
-    return next(place for place in found if len(place.digits) >= digits)
+    found = (generate_scene(split, number) for number in itertools.count(index, _RETRY_STEP))
+    return next(scene for scene in found if len(scene.digits) >= digits)
 
 
 def _choose_questions(
-    place: Scene, kinds: Sequence[str], turns: int, rng: random.Random
+    scene: Scene, kinds: Sequence[str], turns: int, rng: random.Random
 ) -> list[SceneQuestion]:
     """Draw up to `turns` questions of different kinds."""
     # The answer is drawn before the question: a uniform draw among questions would answer "no" most
@@ -94,7 +95,7 @@ def _choose_questions(
     found: list[SceneQuestion] = []
     for name in rng.sample(kinds, len(kinds)):
         by_answer = defaultdict(list)
-        for question in KINDS[name].ask(place):
+        for question in KINDS[name].ask(scene):
             by_answer[question.answer].append(question)
         if by_answer and len(found) < turns:
             found.append(rng.choice(by_answer[rng.choice(sorted(by_answer))]))
@@ -102,13 +103,13 @@ def _choose_questions(
 
 
 def _question_turn(
-    question: SceneQuestion, place: Scene, lesson: ConversationSpec, rng: random.Random
+    question: SceneQuestion, scene: Scene, spec: ConversationSpec, rng: random.Random
 ) -> tuple[str, str]:
     # Yes/no questions stay open, since no task offers them as options.
-    if "yes" not in question.answers and rng.random() < lesson.choices:
+    if "yes" not in question.answers and rng.random() < spec.choice_share:
         return _multiple_choice_turn(question.text, question.answer, question.answers, rng)
-    digits = [digit.value for digit in place.digits]
-    shown = digits if question.kind.startswith("number") and rng.random() < lesson.ocr else []
+    digits = [digit.value for digit in scene.digits]
+    shown = digits if question.kind.startswith("number") and rng.random() < spec.ocr_share else []
     return tasks.short_answer_prompt(question.text, shown), question.answer
 
 
@@ -126,5 +127,5 @@ def _multiple_choice_turn(
     choices = tasks.choices_with_answer(answer, answers, rng.randrange(4), rng)
     letter = tasks.OPTION_LETTERS[choices.index(answer)]
     if rng.random() < 0.5 and len(choices) == 4:
-        return tasks.mmbench_prompt(text, choices, rng.choice(("nan", HINT))), letter
-    return tasks.scienceqa_prompt(text, choices, rng.choice(("", HINT))), letter
+        return tasks.mmbench_prompt(text, choices, rng.choice(("nan", tasks.HINT))), letter
+    return tasks.scienceqa_prompt(text, choices, rng.choice(("", tasks.HINT))), letter

@@ -4,7 +4,8 @@ import random
 from functools import cache
 from typing import NamedTuple
 
-from bench.data.synthetic.world.entities import Split, entities_of_split
+from bench.data.synthetic import Split
+from bench.data.synthetic.world.entities import entities_of_split
 from bench.data.synthetic.world.questions import DrawContext, WorldQuestion, insert_answer
 from bench.data.synthetic.world.vocabulary import GOODS
 
@@ -95,9 +96,9 @@ def _wrong_options(rng: random.Random, x: int, y: int, answer: int) -> list[int]
     # Wrong options are results of the remaining operations and numbers near the correct one. All
     # have as many digits as the correct one, and the number of options below it is drawn first, so
     # that neither length nor rank gives the answer away.
-    alike = range(1, 10) if answer < 10 else range(10, 100)
-    slips = {abs(x - y), x + y, x * y} | {answer + step for step in _OPTION_OFFSETS}
-    pool = sorted((slips & set(alike) if answer >= 10 else set(alike)) - {answer})
+    same_length = range(1, 10) if answer < 10 else range(10, 100)
+    mistakes = {abs(x - y), x + y, x * y} | {answer + step for step in _OPTION_OFFSETS}
+    pool = sorted((mistakes & set(same_length) if answer >= 10 else set(same_length)) - {answer})
     below, above = [n for n in pool if n < answer], [n for n in pool if n > answer]
     count = rng.randint(max(0, 4 - len(above)), min(4, len(below)))
     return rng.sample(below, count) + rng.sample(above, 4 - count)

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from bench.data.synthetic.world.entities import Routine, Split, entities_of_split
+from bench.data.synthetic import Split
+from bench.data.synthetic.world.entities import Routine, entities_of_split
 from bench.data.synthetic.world.questions import DrawContext, WorldQuestion, insert_answer
 from bench.data.synthetic.world.vocabulary import MATERIALS, PLACES, THINGS, TOOLS
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import vocabulary
 from bench.data.synthetic.world.vocabulary import CRAFTS, MATERIALS, OBJECTS, Craft
 
-Split = Literal["train", "test"]
 PEOPLE = 90
 SUBSTANCES = 84
 AGES = range(18, 82)

@@ -3,12 +3,12 @@
 import random
 from collections.abc import Mapping, Sequence
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import arithmetic_tasks, reading_tasks, vocabulary
 from bench.data.synthetic.world.entities import (
     Object,
     Person,
     Routine,
-    Split,
     Substance,
     Town,
     World,
@@ -122,7 +122,7 @@ def tell_story(rng: random.Random, world: World, side: Split) -> str:
     draw = DrawContext(world, side, rng, 0, None)
     facts = reading_tasks.draw_person_facts(draw)
     recap = (rng.choice(_RECAPS).format(**fact._asdict()) for fact in rng.sample(facts, 2))
-    return f"{reading_tasks.fact_passage(draw, facts)} {' '.join(recap)}"
+    return f"{reading_tasks.fact_text(draw, facts)} {' '.join(recap)}"
 
 
 def state_entailment(rng: random.Random, world: World) -> str:
@@ -131,7 +131,7 @@ def state_entailment(rng: random.Random, world: World) -> str:
     # both splits: they hold no event, and every BoolQ passage does.)
     draw = DrawContext(world, "train", rng, 0, None)
     telling = reading_tasks.draw_entailment(draw)
-    first, second = rng.sample(telling.conclusions, 2)
+    first, second = rng.sample(telling.entailed, 2)
     return f"{telling.premise} So {first} So {second}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import (
     arithmetic_tasks,
     commonsense_tasks,
@@ -16,7 +17,7 @@ from bench.data.synthetic.world import (
     reading_tasks,
     science_tasks,
 )
-from bench.data.synthetic.world.entities import Split, build_world
+from bench.data.synthetic.world.entities import build_world
 from bench.data.synthetic.world.questions import (
     QuestionMaker,
     WorldDocument,
@@ -92,11 +93,11 @@ _PROSE_REPEATS = 30
 """Number of times that all facts are stated, each time in different words."""
 
 
-def prose_texts(seed: int = SEED, tellings: int = _PROSE_REPEATS) -> list[str]:
-    """Return prose that states all facts of the world `tellings` times."""
+def prose_texts(seed: int = SEED, repeats: int = _PROSE_REPEATS) -> list[str]:
+    """Return prose that states all facts of the world `repeats` times."""
     # The prose states the facts of test entities as well: only questions about them are held out.
     world, rng = build_world(seed), random.Random(f"prose {seed}")
-    return [text for _ in range(tellings) for text in prose.all_prose(rng, world)]
+    return [text for _ in range(repeats) for text in prose.all_prose(rng, world)]
 
 
 def question_texts(task: str, seed: int = SEED) -> list[str]:

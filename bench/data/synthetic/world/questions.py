@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench.data.synthetic.world.entities import Split, World
+from bench.data.synthetic import Split
+from bench.data.synthetic.world.entities import World
 
 WorldDocument = dict[str, Any]
 

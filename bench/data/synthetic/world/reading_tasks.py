@@ -27,7 +27,7 @@ _FACT_SENTENCES = (
 
 
 class _Event(NamedTuple):
-    tellings: tuple[str, ...]
+    sentences: tuple[str, ...]
     questions: tuple[str, ...]
 
 
@@ -86,7 +86,7 @@ def draw_person_facts(draw: DrawContext) -> list[PersonFact]:
     return list(map(PersonFact, names, rng.sample(PLACES, 2), rng.sample(THINGS, 2)))
 
 
-def fact_passage(draw: DrawContext, facts: list[PersonFact]) -> str:
+def fact_text(draw: DrawContext, facts: list[PersonFact]) -> str:
     """State the facts, each in a sentence of a different form."""
     forms = draw.rng.sample(_FACT_SENTENCES, len(facts))
     return " ".join(form.format(**fact._asdict()) for form, fact in zip(forms, facts, strict=True))
@@ -97,15 +97,15 @@ def ask_boolq(draw: DrawContext) -> WorldQuestion:
     # The true and the false question have the same forms and the same name: only the passage
     # decides, and the label alternates with the number of the question.
     rng, label = draw.rng, draw.number % 2
-    event, second, untold = rng.sample(_EVENTS, 3)
+    event, second, third = rng.sample(_EVENTS, 3)
     fact, other = draw_person_facts(draw)
     two = rng.random() < _SHARE_OF_TWO_EVENTS
     sentences = [
-        rng.choice(event.tellings).format(**fact._asdict()),
-        rng.choice(second.tellings if two else _FACT_SENTENCES).format(**other._asdict()),
+        rng.choice(event.sentences).format(**fact._asdict()),
+        rng.choice(second.sentences if two else _FACT_SENTENCES).format(**other._asdict()),
     ]
     rng.shuffle(sentences)
-    wrong = second if two and rng.random() < _SHARE_MIXED_UP else untold
+    wrong = second if two and rng.random() < _SHARE_MIXED_UP else third
     question = rng.choice((event if label else wrong).questions).format(**fact._asdict())
     text = " ".join(sentences)
     document = {"question": question, "passage": text, "idx": draw.number, "label": label}
@@ -149,15 +149,15 @@ _RELATIONS = (
         ("{a} pays {b}.", "{b} works for {a}.", "{b} is the servant."),
     ),
 )  # fmt: skip
-_SHARE_EXCHANGED = 0.35
+_SHARE_SWAPPED = 0.35
 
 
 class Entailment(NamedTuple):
     """A premise about two people, conclusions that follow from it, and two kinds that do not."""
 
     premise: str
-    conclusions: list[str]
-    exchanged: list[str]
+    entailed: list[str]
+    swapped: list[str]
     unrelated: list[str]
 
 
@@ -180,10 +180,10 @@ def draw_entailment(draw: DrawContext) -> Entailment:
 
 def ask_rte(draw: DrawContext) -> WorldQuestion:
     """Ask whether a conclusion follows from a premise."""
-    rng, label, told = draw.rng, draw.number % 2, draw_entailment(draw)
-    false = told.exchanged if rng.random() < _SHARE_EXCHANGED else told.unrelated
-    conclusion = rng.choice(told.conclusions if label == 0 else false)
-    premise = told.premise
+    rng, label, telling = draw.rng, draw.number % 2, draw_entailment(draw)
+    false = telling.swapped if rng.random() < _SHARE_SWAPPED else telling.unrelated
+    conclusion = rng.choice(telling.entailed if label == 0 else false)
+    premise = telling.premise
     # GLUE's labels: 0 is entailment, 1 is not.
     document = {"sentence1": premise, "sentence2": conclusion, "label": label, "idx": draw.number}
     return WorldQuestion(premise, (premise, conclusion), document)

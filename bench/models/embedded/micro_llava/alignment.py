@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from bench.data.synthetic.scenes import IMAGE_SIZE, Split
+from bench.data.synthetic import Split
+from bench.data.synthetic.scenes import IMAGE_SIZE
 from bench.data.synthetic.scenes.scene import (
     BORDER,
     CELL_SIZE,
@@ -89,20 +90,20 @@ class Aligner:
         return total
 
 
-def _patch_labels(place: Scene) -> list[list[int]]:
+def _patch_labels(scene: Scene) -> list[list[int]]:
     """Return the word indices of every patch, in the order of the visual tokens."""
     side = range(IMAGE_SIZE // PATCH)
     # The upper left corner of a patch decides its cell; floor division gives -1 in the border.
     cells = [(y * PATCH - BORDER) // CELL_SIZE for y in side]
-    return [_cell_labels(place, row, column) for row in cells for column in cells]
+    return [_cell_labels(scene, row, column) for row in cells for column in cells]
 
 
-def _cell_labels(place: Scene, row: int, column: int) -> list[int]:
+def _cell_labels(scene: Scene, row: int, column: int) -> list[int]:
     """Return the word indices of a cell; outside the grid only `empty` applies."""
     empty, number = WORD_GROUPS[0].index("empty"), WORD_GROUPS[0].index("number")
     if not (0 <= row < GRID and 0 <= column < GRID):
         return [empty, _IGNORED, _IGNORED, _IGNORED, _IGNORED, _IGNORED]
-    thing = place.cells[row * GRID + column]
+    thing = scene.cells[row * GRID + column]
     if thing is None:
         return [empty, _IGNORED, _IGNORED, _IGNORED, row, column]
     if isinstance(thing, DrawnShape):

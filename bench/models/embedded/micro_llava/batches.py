@@ -62,11 +62,13 @@ class ConversationPacker:
         turns = [turn for conversation in conversations for turn in conversation.turns]
         # Question and answer are encoded apart, so that no token spans both: in an evaluation, the
         # answer's tokens are generated after those of the question.
-        asked = self._encode([question + self._after for question, _ in turns])
-        said = self._encode([answer + self._tokenizer.eos_token for _, answer in turns])
+        question_ids = self._encode([question + self._after for question, _ in turns])
+        answer_ids = self._encode([answer + self._tokenizer.eos_token for _, answer in turns])
         owners = [i for i, each in enumerate(conversations) for _ in each.turns]
         rows: dict[bool, list[_EncodedTurn]] = {True: [], False: []}
-        for number, (owner, question, answer) in enumerate(zip(owners, asked, said, strict=True)):
+        for number, (owner, question, answer) in enumerate(
+            zip(owners, question_ids, answer_ids, strict=True)
+        ):
             last = number + 1 == len(owners) or owners[number + 1] != owner
             # Divided by the length: every answer counts the same, a description
             # `description_weight` times as much.
@@ -109,7 +111,7 @@ def hidden_states(model: LlavaForConditionalGeneration, batch: ConversationBatch
     here_BPD = (batch.prefix_P == model.config.image_token_id)[:, None].expand_as(words_BPD)
     prefix_BPD = words_BPD.masked_scatter(here_BPD, torch.cat(features).to(words_PD.dtype))
     image = decoder(inputs_embeds=prefix_BPD, use_cache=True).past_key_values
-    found = []
+    hidden = []
     for turns in batch.turns:
         cache = DynamicCache()
         for layer, entry in enumerate(image.layers):
@@ -117,8 +119,8 @@ def hidden_states(model: LlavaForConditionalGeneration, batch: ConversationBatch
             # up in the one pass over the image.
             cache.update(entry.keys[turns.image_R], entry.values[turns.image_R], layer)
         output = decoder(input_ids=turns.tokens_RT, past_key_values=cache, use_cache=True)
-        found.append(output.last_hidden_state)
-    return found
+        hidden.append(output.last_hidden_state)
+    return hidden
 
 
 def _visual_tokens(processor: LlavaProcessor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -16,10 +16,9 @@ from transformers import (
 )
 
 from bench.data.synthetic.scenes import IMAGE_SIZE, tasks
+from bench.models.embedded.training import END, PAD, byte_level_bpe
 
 IMAGE = "<image>"
-END = "<|end|>"
-PAD = "<|pad|>"
 PATCH = 8
 VISUAL_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 MAX_LENGTH = 512
@@ -48,22 +47,8 @@ _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
 def new_processor(texts: Iterable[str], vocabulary: int) -> LlavaProcessor:
     """Return a processor whose byte-level BPE is trained on the texts; any text round-trips."""
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    words.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD, END, IMAGE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     # Without the phrases, which would otherwise fill the small vocabulary with their fragments.
-    words.train_from_iterator(_without_phrases(texts), trainer)
+    words = byte_level_bpe(_without_phrases(texts), vocabulary, _WORDS, [PAD, END, IMAGE])
     words.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,

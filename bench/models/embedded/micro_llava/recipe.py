@@ -1,4 +1,4 @@
-"""Train micro_llava in seven stages, each starting from the folder of the previous one:
+"""Recipe of micro_llava in seven stages, each starting from the folder of the previous one:
 
     python -m bench.models.embedded.micro_llava.recipe describing --out ONE
     python -m bench.models.embedded.micro_llava.recipe answering --start ONE --out TWO
@@ -17,16 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -40,7 +36,17 @@ from bench.models.embedded.micro_llava.batches import (
     hidden_states,
 )
 from bench.models.embedded.micro_llava.network import new_model, new_processor
-from bench.models.embedded.training import adamw
+from bench.models.embedded.training import (
+    LOG_FILE,
+    StepLimits,
+    adamw,
+    optimizer_steps,
+    training_log,
+    warmup_cosine,
+    write_training_log,
+)
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
 
 # First scene of a seed's alignment: far above the scenes of conversations, so that none is used by
 # both.
@@ -57,7 +63,7 @@ class MicroLlavaRecipe:
     steps: int = 6000
     minutes: float = 20.0
     images: int = 16
-    lesson: ConversationSpec = field(default_factory=ConversationSpec)
+    conversation_spec: ConversationSpec = field(default_factory=ConversationSpec)
     description_weight: float = 8.0
     frozen_tower: bool = True
     learning_rate: float = 1e-3
@@ -120,27 +126,36 @@ STAGES = {
     "answering": replace(
         _LATER_STAGE,
         seed=8,
-        lesson=ConversationSpec(turns=12),
+        conversation_spec=ConversationSpec(turns=12),
     ),
     "finding": replace(
         _LATER_STAGE,
         seed=9,
         minutes=50.0,
-        lesson=ConversationSpec(turns=8, again=5, hard=_BY_SHAPE, matching=2),
+        conversation_spec=ConversationSpec(
+            turns=8, extra_turns=5, extra_kinds=_BY_SHAPE, letter_turns=2
+        ),
     ),
     "choosing": replace(
         _LATER_STAGE,
         seed=10,
         minutes=22.0,
-        lesson=ConversationSpec(turns=5, again=6, hard=_BY_LETTER, matching=3, choices=0.65),
+        conversation_spec=ConversationSpec(
+            turns=5, extra_turns=6, extra_kinds=_BY_LETTER, letter_turns=3, choice_share=0.65
+        ),
     ),
     "comparing": replace(
         _LATER_STAGE,
         seed=11,
         minutes=55.0,
         learning_rate=1e-3,
-        lesson=ConversationSpec(
-            turns=2, again=9, hard=_BY_COMPARISON, matching=2, choices=0.75, ocr=0.35
+        conversation_spec=ConversationSpec(
+            turns=2,
+            extra_turns=9,
+            extra_kinds=_BY_COMPARISON,
+            letter_turns=2,
+            choice_share=0.75,
+            ocr_share=0.35,
         ),
     ),
     "reading": replace(
@@ -148,8 +163,14 @@ STAGES = {
         seed=12,
         minutes=20.0,
         learning_rate=6e-4,
-        lesson=ConversationSpec(
-            turns=4, again=5, hard=_BY_NUMBER, matching=1, choices=0.4, ocr=0.35, digits=(0, 2)
+        conversation_spec=ConversationSpec(
+            turns=4,
+            extra_turns=5,
+            extra_kinds=_BY_NUMBER,
+            letter_turns=1,
+            choice_share=0.4,
+            ocr_share=0.35,
+            min_digits=(0, 2),
         ),
     ),
     "settling": replace(
@@ -157,14 +178,14 @@ STAGES = {
         seed=13,
         minutes=15.0,
         learning_rate=6e-4,
-        lesson=ConversationSpec(
+        conversation_spec=ConversationSpec(
             turns=3,
-            again=7,
-            hard=_BY_COMPARISON,
-            matching=2,
-            choices=0.7,
-            ocr=0.25,
-            digits=(0, 0, 2),
+            extra_turns=7,
+            extra_kinds=_BY_COMPARISON,
+            letter_turns=2,
+            choice_share=0.7,
+            ocr_share=0.25,
+            min_digits=(0, 0, 2),
         ),
     ),
 }
@@ -189,7 +210,9 @@ class TrainingSteps(Dataset[ConversationBatch]):
         images, seed = self._settings.images, self._settings.seed
         numbers = range(step * images, (step + 1) * images)
         drawn = [
-            training_conversations.draw_conversation("train", seed, n, self._settings.lesson)
+            training_conversations.draw_conversation(
+                "train", seed, n, self._settings.conversation_spec
+            )
             for n in numbers
         ]
         return self._packer.pack(drawn)
@@ -210,56 +233,26 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: ConversationBatch) 
     return (torch.cat(losses) * weight_N).sum() / weight_N.sum()
 
 
-def learning_rate(progress: float, settings: MicroLlavaRecipe) -> float:
-    """Return the rate at a fraction of the training: linear warm-up, then half a cosine to zero."""
-    if progress < settings.warmup_share:
-        return settings.learning_rate * progress / settings.warmup_share
-    fallen = (progress - settings.warmup_share) / (1 - settings.warmup_share)
-    return settings.learning_rate * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
-
-
-@dataclass(frozen=True)
-class StageLimits:
-    """Duration of a stage: until `steps` or `minutes` are over, whichever comes first."""
-
-    steps: int
-    minutes: float
-    log_every: int
-
-
 def train(
     model: LlavaForConditionalGeneration,
     losses: Iterator[torch.Tensor],
     settings: MicroLlavaRecipe,
-    pace: StageLimits,
+    limits: StepLimits,
 ) -> list[dict[str, float]]:
-    """Take one optimizer step per loss; return the curve.
-
-    The learning rate follows whichever of steps and minutes is further, so that it is at zero when
-    the stage ends.
-    """
+    """Take one optimizer step per loss; return the curve."""
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
-    curve, started, recent = [], time.monotonic(), list[float]()
-    model.train()
-    for step in range(1, pace.steps + 1):
-        passed = time.monotonic() - started
-        # Stages are also limited by time, so that a recipe ends in the planned time on any machine;
-        # the price is that the number of steps, hence the weights, depend on its speed.
-        progress = max(step / pace.steps, passed / 60 / pace.minutes)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, settings)
-        optimizer.zero_grad()
+    # Stages are also limited by time, so that a recipe ends in the planned time on any machine; the
+    # price is that the number of steps, hence the weights, depend on its speed.
+    schedule = warmup_cosine(optimizer, settings.learning_rate, settings.warmup_share)
+    curve, recent = [], list[float]()
+    for step in optimizer_steps(model, optimizer, schedule, limits, max_norm=1.0):
         loss = next(losses)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
         recent.append(loss.item())
-        if step % pace.log_every == 0 or progress >= 1:
-            curve.append({"step": step, "loss": round(sum(recent) / len(recent), 4)})
-            print(f"{passed:6.0f} s", curve[-1], flush=True)
+        if step.number % settings.log_every == 0 or step.is_last:
+            curve.append({"step": step.number, "loss": round(sum(recent) / len(recent), 4)})
+            print(f"{step.seconds:6.0f} s", curve[-1], flush=True)
             recent.clear()
-        if progress >= 1:
-            break
     return curve
 
 
@@ -285,25 +278,6 @@ def score_tasks(
     }
 
 
-def training_log(
-    settings: MicroLlavaRecipe, model: LlavaForConditionalGeneration, seconds: float
-) -> dict[str, object]:
-    """Describe the run: what was trained, on what, with which libraries and for how long."""
-    return {
-        "settings": asdict(settings),
-        "parameters": model.num_parameters(),
-        "scenes": {task: question_sets.fingerprint(task) for task in question_sets.TASKS},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "seconds": round(seconds),
-    }
-
-
 def align(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, settings: MicroLlavaRecipe
 ) -> list[dict[str, float]]:
@@ -312,8 +286,8 @@ def align(
     first = _SCENES_PER_ALIGNMENT * (settings.seed + 1)
     starts = range(first, first + settings.alignment_steps * images, images)
     losses = (aligner.loss(model, aligner.patches("train", start, images)) for start in starts)
-    pace = StageLimits(settings.alignment_steps, settings.alignment_minutes, settings.log_every)
-    return train(model, losses, settings, pace)
+    limits = StepLimits(settings.alignment_steps, settings.alignment_minutes)
+    return train(model, losses, settings, limits)
 
 
 def start_from_scratch(
@@ -321,10 +295,10 @@ def start_from_scratch(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, dict[str, object]]:
     """Make the processor and a model whose vision tower knows the words; return its curve."""
     torch.manual_seed(settings.seed)
-    said = training_conversations.draw_conversations(
+    conversations = training_conversations.draw_conversations(
         "train", settings.vocabulary_conversations, settings.seed
     )
-    turns = [turn for conversation in said for turn in conversation.turns]
+    turns = [turn for conversation in conversations for turn in conversation.turns]
     texts = [f"USER:\n{question}\nASSISTANT:\n{answer}" for question, answer in turns]
     processor = new_processor(texts, settings.vocabulary)
     model = new_model(processor)
@@ -342,7 +316,7 @@ def start_from_stage(
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(start)
     processor.save_pretrained(folder)
-    before = json.loads((start / "training.json").read_text())
+    before = json.loads((start / LOG_FILE).read_text())
     return model, processor, {"before": before}
 
 
@@ -351,12 +325,11 @@ def run_stage(folder: Path, settings: MicroLlavaRecipe, start: Path | None = Non
     started = time.monotonic()
     # Sharp attention produces many denormal numbers, which CPUs process many times more slowly.
     torch.set_flush_denormal(True)
-    made = (
+    model, processor, origin = (
         start_from_scratch(folder, settings)
         if start is None
         else start_from_stage(start, folder, settings)
     )
-    model, processor, origin = made
     # Turns are short, and for them eager attention is faster than SDPA on a CPU.
     model.set_attn_implementation("eager")
     print(f"{model.num_parameters():,} parameters", flush=True)
@@ -366,19 +339,17 @@ def run_stage(folder: Path, settings: MicroLlavaRecipe, start: Path | None = Non
     # One worker draws scenes while the model trains. Batches are numbered, so their content does
     # not depend on it.
     loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4)
-    pace = StageLimits(settings.steps, settings.minutes, settings.log_every)
-    curve = train(model, (answer_loss(model, batch) for batch in loader), settings, pace)
-    log = training_log(settings, model, time.monotonic() - started) | origin | {"curve": curve}
-    write_training_notes(folder, log)
+    limits = StepLimits(settings.steps, settings.minutes)
+    curve = train(model, (answer_loss(model, batch) for batch in loader), settings, limits)
+    log = training_log(settings, model, time.monotonic() - started, LIBRARIES)
+    log["scenes"] = {task: question_sets.fingerprint(task) for task in question_sets.TASKS}
+    log |= origin | {"curve": curve}
+    # Also before scoring, which takes a while.
+    write_training_log(folder, log)
     model.to(torch.bfloat16).save_pretrained(folder)
     # Scored as users load it: after the rounding to bfloat16, and through the files.
     saved = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    write_training_notes(folder, log | {"results": score_tasks(saved, processor)})
-
-
-def write_training_notes(folder: Path, log: dict[str, object]) -> None:
-    """Write the log next to the weights; also before scoring, which takes a while."""
-    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    write_training_log(folder, log | {"results": score_tasks(saved, processor)})
 
 
 def main() -> None:

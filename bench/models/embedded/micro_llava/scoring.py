@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.scenes import question_sets, scene, tasks
 
 _BATCH = 64
@@ -21,12 +22,12 @@ _GREY = (52, 52, 52)
 def greedy_answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    asked: Sequence[tuple[Image.Image, str]],
+    image_prompts: Sequence[tuple[Image.Image, str]],
 ) -> list[str]:
     """Answer each prompt about its image, greedily."""
-    found: list[str] = []
-    for start in range(0, len(asked), _BATCH):
-        images, prompts = zip(*asked[start : start + _BATCH], strict=True)
+    answers: list[str] = []
+    for start in range(0, len(image_prompts), _BATCH):
+        images, prompts = zip(*image_prompts[start : start + _BATCH], strict=True)
         turns = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
             for prompt in prompts
@@ -35,9 +36,11 @@ def greedy_answers(
         inputs = processor(images=list(images), text=texts, return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=_LONGEST_ANSWER, do_sample=False)
         # Prompts are padded on the left, so all answers start at the same column.
-        said = output[:, inputs["input_ids"].shape[1] :]
-        found += [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
-    return found
+        answer_ids = output[:, inputs["input_ids"].shape[1] :]
+        answers += [
+            text.strip() for text in processor.batch_decode(answer_ids, skip_special_tokens=True)
+        ]
+    return answers
 
 
 def task_accuracy(
@@ -56,8 +59,8 @@ def task_accuracy(
     rendered = [tasks.render_task_prompt(task, document) for document in documents]
     images = [_blank()] * len(documents) if blank else _images(task, documents)
     prompts = [prompt for prompt, _ in rendered]
-    said = greedy_answers(model, processor, list(zip(images, prompts, strict=True)))
-    right = [text == gold for text, (_, gold) in zip(said, rendered, strict=True)]
+    answers = greedy_answers(model, processor, list(zip(images, prompts, strict=True)))
+    right = [text == gold for text, (_, gold) in zip(answers, rendered, strict=True)]
     questions: dict[int, bool] = {}
     for number, (document, hit) in enumerate(zip(documents, right, strict=True)):
         # MMBench's circular evaluation: the rotations of one question share their index modulo
@@ -71,7 +74,7 @@ def _images(task: str, documents: Sequence[tasks.SceneDocument]) -> list[Image.I
     """Return the documents' images; GQA keeps them in a separate data set."""
     if task != "gqa":
         return [document["image"] for document in documents]
-    split: scene.Split = "test" if documents[0]["imageId"].startswith("test") else "train"
+    split: Split = "test" if documents[0]["imageId"].startswith("test") else "train"
     by_id = {row["id"]: row["image"] for row in question_sets.scene_images(task, split)}
     return [by_id[document["imageId"]] for document in documents]
 

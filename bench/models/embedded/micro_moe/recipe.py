@@ -1,6 +1,4 @@
-"""Training of micro_moe and how good it is.
-
-Train micro_moe from scratch: ``python -m bench.models.embedded.micro_moe.recipe --out DIR``.
+"""Recipe of micro_moe: ``python -m bench.models.embedded.micro_moe.recipe --out DIR``.
 
 A Qwen2-MoE of a few million parameters reads the closed world (prose that states every fact, and
 the training questions of the nine tasks) and the English training pages. The folder it writes is a
@@ -8,18 +6,14 @@ complete Hugging Face model plus ``training.json``, the log of the run.
 """
 
 import argparse
-import json
 import math
-import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
@@ -38,7 +32,21 @@ from bench.models.embedded.micro_moe.text import (
     training_documents,
     world_batches,
 )
-from bench.models.embedded.training import adamw
+from bench.models.embedded.training import (
+    StepLimits,
+    adamw,
+    one_cycle,
+    optimizer_steps,
+    training_log,
+    write_training_log,
+)
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+_BATCH = 64
+_IGNORED = -100
+
+# Tasks reported as acc; the others are reported as acc_norm (log-probability per character).
+_ACC_TASKS = frozenset({"boolq", "rte", "winogrande"})
 
 
 @dataclass(frozen=True)
@@ -106,21 +114,6 @@ def language_model_loss(
     return (losses * weights).sum() / weights.sum(), torch.stack(balance).mean()
 
 
-def new_optimizer(
-    model: Qwen2MoeForCausalLM, settings: MicroMoeRecipe
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return AdamW on a one-cycle schedule, with decay on matrices only."""
-    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        settings.learning_rate,
-        total_steps=settings.steps,
-        pct_start=settings.warmup_share,
-        cycle_momentum=False,
-    )
-    return optimizer, schedule
-
-
 def train(
     model: Qwen2MoeForCausalLM,
     world_text: Iterator[WeightedRows],
@@ -128,11 +121,12 @@ def train(
     settings: MicroMoeRecipe,
 ) -> list[dict[str, float]]:
     """Train the model in place; return the loss curve."""
-    optimizer, schedule = new_optimizer(model, settings)
-    curve, started = [], time.monotonic()
-    model.train()
-    for step in range(1, settings.steps + 1):
-        optimizer.zero_grad()
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    schedule = one_cycle(optimizer, settings.learning_rate, settings.steps, settings.warmup_share)
+    curve = []
+    for step in optimizer_steps(
+        model, optimizer, schedule, StepLimits(settings.steps), max_norm=1.0
+    ):
         world_loss, world_balance = language_model_loss(model, next(world_text))
         # Two backward passes per step: rows of 128 and 512 tokens in one batch would be mostly
         # padding, and one graph at a time is in memory.
@@ -140,102 +134,15 @@ def train(
         english_loss, english_balance = language_model_loss(model, next(english_text))
         balance = settings.balance_weight * english_balance
         (settings.english_weight * english_loss + balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % settings.log_every == 0 or step == settings.steps:
+        if step.number % settings.log_every == 0 or step.is_last:
             losses = {
                 "world_loss": round(world_loss.item(), 4),
                 "english_loss": round(english_loss.item(), 4),
                 "balance": round(world_balance.item(), 4),
             }
-            curve.append({"step": step, **losses})
-            print(f"{time.monotonic() - started:6.0f} s", curve[-1], flush=True)
+            curve.append({"step": step.number, **losses})
+            print(f"{step.seconds:6.0f} s", curve[-1], flush=True)
     return curve
-
-
-def score_model(
-    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, object]:
-    """Score the model on the test questions and on the English test pages."""
-    model.eval()
-    accuracies = {}
-    for task in question_sets.TASKS:
-        accuracies[task] = task_accuracy(
-            model, tokenizer, task, question_sets.documents(task, "test")
-        )
-        print(f"{task:14} {accuracies[task]:.4f}", flush=True)
-    perplexity = english_perplexity(model, tokenizer)
-    print(f"English perplexity {perplexity:.2f}", flush=True)
-    return {"accuracy": accuracies, "english_perplexity": round(perplexity, 3)}
-
-
-def training_log(
-    settings: MicroMoeRecipe, model: Qwen2MoeForCausalLM, seconds: float
-) -> dict[str, object]:
-    """Describe the run: what was trained, on what, with which libraries and for how long."""
-    return {
-        "settings": asdict(settings),
-        "parameters": model.num_parameters(),
-        "world": {"seed": question_sets.SEED, "fingerprint": question_sets.fingerprint()},
-        "english": {"fingerprint": english.fingerprint()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "seconds": round(seconds),
-    }
-
-
-def train_and_save(folder: Path, settings: MicroMoeRecipe) -> None:
-    """Train, save, score what was saved, and write the log."""
-    torch.manual_seed(settings.seed)
-    rng = random.Random(settings.seed)
-    documents = training_documents(question_sets.SEED)
-    tokenizer = train_tokenizer(documents, settings.vocabulary)
-    model = new_model(settings, tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(documents):,} documents", flush=True)
-    world_text = world_batches(
-        tokenizer,
-        documents,
-        rng,
-        rows=settings.world_rows,
-        width=settings.world_width,
-        question_weights=(settings.question_weight, settings.answer_weight),
-    )
-    english_text = english_batches(
-        tokenizer, rng, rows=settings.english_rows, width=settings.english_width
-    )
-    started = time.monotonic()
-    curve = train(model, world_text, english_text, settings)
-    log = training_log(settings, model, time.monotonic() - started)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Scored as users load it: after the rounding to bfloat16, and through the files.
-    saved = Qwen2MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    log |= {"results": score_model(saved, tokenizer), "curve": curve}
-    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-
-
-def main() -> None:
-    """Parse the command line and run the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=MicroMoeRecipe.steps)
-    arguments = parser.parse_args()
-    train_and_save(arguments.out, MicroMoeRecipe(steps=arguments.steps))
-
-
-if __name__ == "__main__":
-    main()
-_BATCH = 64
-_IGNORED = -100
-
-# Tasks reported as acc; the others are reported as acc_norm (log-probability per character).
-_ACC_TASKS = frozenset({"boolq", "rte", "winogrande"})
 
 
 def log_probabilities(
@@ -307,3 +214,63 @@ def english_perplexity(
         total += float(cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="sum"))
         count += window[:, 1:].numel()
     return math.exp(total / count)
+
+
+def score_model(
+    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, object]:
+    """Score the model on the test questions and on the English test pages."""
+    model.eval()
+    accuracies = {}
+    for task in question_sets.TASKS:
+        accuracies[task] = task_accuracy(
+            model, tokenizer, task, question_sets.documents(task, "test")
+        )
+        print(f"{task:14} {accuracies[task]:.4f}", flush=True)
+    perplexity = english_perplexity(model, tokenizer)
+    print(f"English perplexity {perplexity:.2f}", flush=True)
+    return {"accuracy": accuracies, "english_perplexity": round(perplexity, 3)}
+
+
+def train_and_save(folder: Path, settings: MicroMoeRecipe) -> None:
+    """Train, save, score what was saved, and write the log."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    documents = training_documents(question_sets.SEED)
+    tokenizer = train_tokenizer(documents, settings.vocabulary)
+    model = new_model(settings, tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(documents):,} documents", flush=True)
+    world_text = world_batches(
+        tokenizer,
+        documents,
+        rng,
+        rows=settings.world_rows,
+        width=settings.world_width,
+        question_weights=(settings.question_weight, settings.answer_weight),
+    )
+    english_text = english_batches(
+        tokenizer, rng, rows=settings.english_rows, width=settings.english_width
+    )
+    started = time.monotonic()
+    curve = train(model, world_text, english_text, settings)
+    log = training_log(settings, model, time.monotonic() - started, LIBRARIES)
+    log["world"] = {"seed": question_sets.SEED, "fingerprint": question_sets.fingerprint()}
+    log["english"] = {"fingerprint": english.fingerprint()}
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Scored as users load it: after the rounding to bfloat16, and through the files.
+    saved = Qwen2MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    write_training_log(folder, log | {"results": score_model(saved, tokenizer), "curve": curve})
+
+
+def main() -> None:
+    """Parse the command line and run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=MicroMoeRecipe.steps)
+    arguments = parser.parse_args()
+    train_and_save(arguments.out, MicroMoeRecipe(steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

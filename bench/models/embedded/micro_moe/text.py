@@ -5,14 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bench.data import english
 from bench.data.synthetic.world import question_sets, questions
+from bench.models.embedded.training import END, PAD, byte_level_bpe
 
-END = "<|end|>"
-PAD = "<|pad|>"
 _WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -46,24 +44,11 @@ def train_tokenizer(
     documents: Iterable[TrainingDocument], vocabulary: int
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE; any text round-trips, and small numbers are one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     # Repeated often enough that BPE merges every number below 100 into one token.
     numbers = [" ".join(map(str, range(100)))] * 1000
     texts = [context + answer for context, answer in documents]
-    tokenizer.train_from_iterator([*texts, english.train_text(), *numbers], trainer)
+    everything = [*texts, english.train_text(), *numbers]
+    tokenizer = byte_level_bpe(everything, vocabulary, _WORDS, [END, PAD])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=1024
     )

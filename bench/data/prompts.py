@@ -6,22 +6,20 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from bench.data import chat
+from bench.data.processors import ModelInputs, Processor
 from bench.errors import MissingData, UserError
 from bench.schema import PromptsConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-ModelInputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class ProcessedPrompts:
 
 
 ImagePrompt = tuple["Image", str]
+_Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class PromptSource:
     prompts: tuple[ImagePrompt, ...]
     fingerprint: str
 
-    def process(self, processor: Any, system: str | None = None) -> ProcessedPrompts:
+    def process(self, processor: Processor, system: str | None = None) -> ProcessedPrompts:
         """Return the processor's tensors, in batches of `config.batch` prompts padded on the left.
 
         A prompt is one user turn with the image before the question, in the model's own chat
@@ -63,7 +62,7 @@ class PromptSource:
         """
         return ProcessedPrompts.of(list(self._calls(processor, system)))
 
-    def _calls(self, processor: Any, system: str | None) -> Iterator[dict[str, Any]]:
+    def _calls(self, processor: Processor, system: str | None) -> Iterator[ModelInputs]:
         # Left padding, as for generation: the last position of every row is its last token. The
         # side is state of the tokenizer and is restored, because evaluation relies on its own.
         side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
@@ -130,7 +129,7 @@ def _embedded_prompts(config: PromptsConfig) -> Iterator[ImagePrompt]:
         yield image.convert("RGB"), turns[0][0]
 
 
-def _rows_from_file(config: PromptsConfig, key: str) -> Sequence[dict[str, Any]]:
+def _rows_from_file(config: PromptsConfig, key: str) -> Sequence[_Row]:
     from pyarrow import parquet
 
     file = Path(str(config.path)).expanduser()
@@ -141,12 +140,11 @@ def _rows_from_file(config: PromptsConfig, key: str) -> Sequence[dict[str, Any]]
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{key} cannot be read as parquet: {reason}") from error
-    rows: list[dict[str, Any]] = table.to_pylist()
+    rows: list[_Row] = table.to_pylist()
     return rows
 
 
-def _rows_from_hub(config: PromptsConfig, *, offline: bool) -> Any:
-    # Typed as Any because `datasets` has no stubs here. A split decodes an image on access.
+def _rows_from_hub(config: PromptsConfig, *, offline: bool) -> Sequence[_Row]:
     from bench.data import hub
 
     if offline:
@@ -164,25 +162,29 @@ def _rows_from_hub(config: PromptsConfig, *, offline: bool) -> Any:
             f"prompts.split={config.split} does not exist: {config.dataset} has the splits "
             f"{', '.join(sorted(splits))}"
         )
-    return splits[config.split]
+    # A split of `datasets` decodes an image when its row is read.
+    rows: Sequence[_Row] = splits[config.split]
+    return rows
 
 
-def _decode_row(row: dict[str, Any], config: PromptsConfig, key: str) -> ImagePrompt:
+def _decode_row(row: _Row, config: PromptsConfig, key: str) -> ImagePrompt:
     for column in (config.image_column, config.question_column):
         if row.get(column) is None:
             raise UserError(f"{key} has no column {column!r}: it has {', '.join(sorted(row))}")
     return _decode_image(row[config.image_column], key), str(row[config.question_column])
 
 
-def _decode_image(value: Any, key: str) -> Image:
+def _decode_image(value: object, key: str) -> Image:
     # The hub hands over decoded images. A parquet file holds bytes, or a struct of bytes and path
     # if `datasets` wrote it.
     import PIL.Image
 
     if isinstance(value, PIL.Image.Image):
         return value.convert("RGB")
-    content: Any = value.get("bytes") if isinstance(value, dict) else value
+    content = value.get("bytes") if isinstance(value, dict) else value
     try:
+        if not isinstance(content, bytes):
+            raise TypeError
         return PIL.Image.open(io.BytesIO(content)).convert("RGB")
     except (TypeError, PIL.UnidentifiedImageError):
         raise UserError(f"{key}: a value of its image column is not an image") from None

@@ -15,6 +15,7 @@ from transformers import (
 from bench.data.synthetic.scenes import question_sets, tasks, training_conversations
 from bench.data.synthetic.scenes.question_kinds import KINDS
 from bench.data.synthetic.scenes.scene import generate_scene
+from bench.models.embedded import training
 from bench.models.embedded.micro_llava import FOLDER, recipe, scoring
 from bench.models.embedded.micro_llava.alignment import WORD_GROUPS, Aligner
 from bench.models.embedded.micro_llava.batches import ConversationPacker, hidden_states
@@ -160,20 +161,23 @@ def test_patches_are_labelled_with_what_their_cell_holds(processor: LlavaProcess
 
 @pytest.mark.parametrize("stage", ["finding", "choosing", "comparing", "reading", "settling"])
 def test_later_stages_ask_more_of_what_is_hard(stage: str) -> None:
-    lesson = recipe.STAGES[stage].lesson
-    assert set(lesson.hard) <= set(KINDS)
-    said = training_conversations.draw_conversation("train", 9, 0, lesson).turns
+    spec = recipe.STAGES[stage].conversation_spec
+    assert set(spec.extra_kinds) <= set(KINDS)
+    said = training_conversations.draw_conversation("train", 9, 0, spec).turns
     matching = [(text, answer) for text, answer in said if text.find("Which one is ") >= 0]
-    assert len(matching) == lesson.matching
+    assert len(matching) == spec.letter_turns
     for text, letter in matching:
         wanted = text.split("Which one is ")[1].split("?")[0]
         assert f"{letter}. {wanted}\n" in text
-    assert len(said) <= lesson.turns + lesson.again + lesson.matching + 1
+    assert len(said) <= spec.turns + spec.extra_turns + spec.letter_turns + 1
 
 
 def test_learning_rate_rises_and_falls_to_nothing() -> None:
     settings = recipe.MicroLlavaRecipe()
-    rates = [recipe.learning_rate(i / 100, settings) for i in range(101)]
+    rates = [
+        training.warmup_cosine_rate(i / 100, settings.learning_rate, settings.warmup_share)
+        for i in range(101)
+    ]
     assert max(rates) == settings.learning_rate == rates[5]
     assert rates[0] == 0
     assert rates[100] == pytest.approx(0)
@@ -192,7 +196,7 @@ def test_recipe_writes_a_complete_model(tmp_path: Any, monkeypatch: pytest.Monke
     settings = recipe.MicroLlavaRecipe(
         steps=2,
         images=2,
-        lesson=training_conversations.ConversationSpec(turns=2),
+        conversation_spec=training_conversations.ConversationSpec(turns=2),
         alignment_steps=2,
         alignment_images=2,
         log_every=1,

@@ -313,16 +313,16 @@ def test_conversations_follow_from_their_seed() -> None:
 
 
 def test_a_lesson_about_digits_has_them_in_its_scenes() -> None:
-    lesson = training_conversations.ConversationSpec(
-        turns=1, again=1, hard=("number_at",), digits=(0, 2)
+    spec = training_conversations.ConversationSpec(
+        turns=1, extra_turns=1, extra_kinds=("number_at",), min_digits=(0, 2)
     )
     said = [
-        training_conversations.draw_conversation("train", 0, number, lesson) for number in range(40)
+        training_conversations.draw_conversation("train", 0, number, spec) for number in range(40)
     ]
     described = [conversation.turns[-1][1].count("number") for conversation in said]
     assert min(described[0::2]) < 2 <= min(described[1::2])
     assert said[0] == training_conversations.draw_conversation(
-        "train", 0, 0, replace(lesson, digits=(0,))
+        "train", 0, 0, replace(spec, min_digits=(0,))
     )
 
 

@@ -36,7 +36,7 @@ def test_the_class_tokens_attention_is_the_towers_own(name):
         ],
         dim=1,
     )
-    read = tower.read(tower.take())
+    read = tower.read(tower.take_calls())
     assert torch.allclose(read.received_V, direct.flatten(), atol=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_patches_receive_attention_on_average(name):
         ]
         direct.append(torch.stack(heads).mean(0))
     direct = torch.cat(direct).view(-1, 4).sum(1)
-    read = tower.read(tower.take())
+    read = tower.read(tower.take_calls())
     if name != "qwen2_5_vl":
         assert torch.allclose(read.received_V, direct, atol=1e-6)
     assert torch.allclose(read.received_V.sort().values, direct.sort().values, atol=1e-6)
@@ -102,6 +102,6 @@ def test_unknown_towers_are_named():
 def test_frames_of_one_size(name):
     network, call = build(name), prompt(name, [2, (1, 1), 3])
     tokens = locate_visual_tokens(network, call)
-    size = fixed_frame_size(network.config)
+    size = fixed_frame_size(network)
     assert size == (int(tokens.row_BS.max()) + 1, int(tokens.column_BS.max()) + 1)
-    assert fixed_frame_size(build("qwen2_vl").config) is None
+    assert fixed_frame_size(build("qwen2_vl")) is None

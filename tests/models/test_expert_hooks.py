@@ -91,3 +91,16 @@ def test_is_undone_after_an_error():
     assert set(ALL_EXPERTS_FUNCTIONS) == known
     assert not block.block._forward_hooks
     assert not block.shared._forward_pre_hooks
+
+
+def test_observations_can_be_nested():
+    network = build("qwen2_moe")
+    rows = tokens()
+    first, second = inspect_model(network).moe
+    recorders = {block: Recorder(block) for block in (first, second)}
+    with observe_experts({first: recorders[first]}):
+        with observe_experts({second: recorders[second]}):
+            network(rows)
+        network(rows)
+    routed = [recorder.routed_rows for recorder in recorders.values()]
+    assert routed == [2 * rows.numel() * first.top_k, rows.numel() * second.top_k]

@@ -2,10 +2,12 @@
 
 import gzip
 import struct
+from urllib.error import URLError
 
 import numpy
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -159,3 +161,20 @@ def test_shapes_are_known_without_reading():
 def test_imagenet_is_not_downloaded(tmp_path):
     with pytest.raises(UserError, match="licence"):
         load_image_set("imagenet", str(tmp_path), download=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "said"),
+    [
+        (URLError("no network"), MissingData, "does not hold cifar10"),
+        (PermissionError(13, "Permission denied", "data/cifar"), UserError, "Permission denied"),
+        (OSError(28, "No space left on device"), OSError, "No space left"),
+    ],
+)
+def test_only_absent_files_are_reported_as_such(fault, raised, said, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(raised, match=said):
+        load_image_set("cifar10", str(tmp_path), download=True)

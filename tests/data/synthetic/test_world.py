@@ -15,8 +15,9 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from bench.data.synthetic import Split
 from bench.data.synthetic.world import prose, question_sets, questions
-from bench.data.synthetic.world.entities import Split, build_world
+from bench.data.synthetic.world.entities import build_world
 from bench.data.synthetic.world.question_sets import write_parquet
 
 FIELDS = {
@@ -167,7 +168,7 @@ def test_entities_of_the_test_are_in_no_training_question() -> None:
 
 def test_prose_states_every_fact() -> None:
     place = build_world(question_sets.SEED)
-    texts = question_sets.prose_texts(tellings=1)
+    texts = question_sets.prose_texts(repeats=1)
     for entity in (*place.people, *place.towns, *place.substances):
         name, *facts = (str(v) for k, v in vars(entity).items() if k not in ("split", "pronoun"))
         told = [text for text in texts if re.search(rf"\b{name}\b", text, re.IGNORECASE)]
@@ -178,7 +179,7 @@ def test_prose_states_every_fact() -> None:
 
 def test_sums_of_the_prose_are_over_pairs_the_test_does_not_have() -> None:
     asked = {question.subject for question in question_sets.draw_questions("mathqa", "test")}
-    worked = re.findall(r"(\d+) [-+*] (\d+) =", "\n".join(question_sets.prose_texts(tellings=4)))
+    worked = re.findall(r"(\d+) [-+*] (\d+) =", "\n".join(question_sets.prose_texts(repeats=4)))
     assert len(worked) > 1000
     assert asked.isdisjoint(tuple(sorted(map(int, pair))) for pair in worked)
 
