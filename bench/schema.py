@@ -97,7 +97,7 @@ class ImagesConfig(BaseModel):
     split: Literal["test", "validation"] = "test"
 
 
-Backend = Literal["shared", "plain"]
+Backend = Literal["prefix_sharing", "padded"]
 
 
 class BenchmarkConfig(BaseModel):
@@ -135,7 +135,7 @@ class BenchmarkConfig(BaseModel):
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
-    engine: Backend = "shared"
+    backend: Backend = "prefix_sharing"
     limit: int | None = Field(default=None, ge=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()

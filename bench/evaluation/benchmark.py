@@ -40,12 +40,12 @@ class PlannedBenchmark:
     """A benchmark whose data are loaded; any number of models can be evaluated on it."""
 
     benchmark: BenchmarkConfig
-    scoring: Harness
+    harness: Harness
 
     @property
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task and each text came from."""
-        return self.scoring.sources
+        return self.harness.sources
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -57,12 +57,12 @@ class PlannedBenchmark:
         """Sources as stored in a record: origin, location, revision and fingerprint."""
         return {name: asdict(source) for name, source in self.sources.items()}
 
-    def refuse_unfit(self, model: ModelConfig) -> None:
+    def check_model(self, model: ModelConfig) -> None:
         """Raise UserError unless the benchmark's harness supports this kind of model."""
-        if model.kind not in self.scoring.kinds:
+        if model.kind not in self.harness.kinds:
             raise UserError(
                 f"benchmark={self.benchmark.name} needs a model of kind "
-                f"{' or '.join(self.scoring.kinds)}; model={model.name} is {model.kind}"
+                f"{' or '.join(self.harness.kinds)}; model={model.name} is {model.kind}"
             )
 
 
@@ -133,7 +133,7 @@ def evaluate(
 
     seed_everything(SEED)
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
-    metrics, rows, asked = plan.scoring.score(model, progress, memory or ResponseCache())
+    metrics, rows, report = plan.harness.score(model, progress, memory or ResponseCache())
     metrics += headline_average(plan.benchmark, metrics)
-    engine = None if asked is None else asked.plain()
-    return Evaluation(tuple(metrics), align_rows(rows), engine)
+    backend = None if report is None else report.as_json()
+    return Evaluation(tuple(metrics), align_rows(rows), backend)

@@ -1,4 +1,4 @@
-"""What a harness implementation gives: the Harness protocol, backend report, document source, evaluation seed."""
+"""The interface of a harness, and its results: backend report and document sources."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class BackendReport:
     """The requested backend, the one used, and the `reasons` if they differ.
 
     `tokens_per_batch` is the token budget of the prefix-sharing backend as first estimated,
-    `halved` the number of times memory then ran out. `computed` is the number of tokens that went
-    through the network, `given` the number that the padded backend would have sent.
+    `halved` the number of times memory then ran out. `computed_tokens` went through the network,
+    `padded_tokens` is the number that the padded backend would have sent.
     """
 
-    wanted: Backend
-    used: Backend = "plain"
+    requested: Backend
+    used: Backend = "padded"
     reasons: list[str] = field(default_factory=list)
     tokens_per_batch: int | None = None
     halved: int = 0
-    given: int = 0
-    computed: int = 0
+    padded_tokens: int = 0
+    computed_tokens: int = 0
 
-    def because(self, reason: str) -> None:
+    def add_reason(self, reason: str) -> None:
         """Add a reason, unless it is already listed."""
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def plain(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return JSON values, with the fields of this attempt alone nested under `spent`."""
         values = asdict(self)
         # The remaining fields are equal whenever a run is repeated or resumed; these are not, so
@@ -59,7 +59,7 @@ class ScoredBenchmark(NamedTuple):
 
     metrics: list[TaskMetric]
     rows: SampleRows
-    asked: BackendReport | None = None
+    backend_report: BackendReport | None = None
 
 
 class Harness(Protocol):
@@ -73,14 +73,14 @@ class Harness(Protocol):
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task came from."""
 
-    def pictures(self, task: str, document: int) -> Sequence[Image]:
+    def images(self, task: str, document: int) -> Sequence[Image]:
         """Return the images of a document, given its index in the data set; empty for text."""
 
     def score(self, model: Model, progress: Progress, memory: ResponseCache) -> ScoredBenchmark:
         """Score a model; requests found in the response cache are skipped, new ones added to it."""
 
 
-ATTEMPT_FIELDS = ("tokens_per_batch", "halved", "given", "computed")
+ATTEMPT_FIELDS = ("tokens_per_batch", "halved", "padded_tokens", "computed_tokens")
 """Fields that depend on free memory and on what an interrupted attempt had already answered."""
 Origin = Literal["hub", "embedded", "file", "harness"]
 

@@ -39,12 +39,12 @@ class TaskMetric:
 class Evaluation:
     """All metrics of one model on one benchmark, and one row per scored sample.
 
-    `engine` is the backend report as JSON, None for harnesses without a choice of backend.
+    `backend` is the backend report as JSON, None for harnesses without a choice of backend.
     """
 
     metrics: tuple[TaskMetric, ...]
     samples: tuple[dict[str, Any], ...]
-    engine: dict[str, Any] | None = None
+    backend: dict[str, Any] | None = None
 
 
 Row = TypeVar("Row", TaskMetric, "Metric")

@@ -167,7 +167,7 @@ def _execute_run(
         metrics=tuple(Metric(**asdict(metric)) for metric in evaluation.metrics),
         costs=tuple(Cost(**asdict(cost)) for cost in costs),
         gaps=tuple(MissingMeasurement(**asdict(gap)) for gap in gaps),
-        provenance=_provenance(config, inputs) | {"engine": evaluation.engine},
+        provenance=_provenance(config, inputs) | {"engine": evaluation.backend},
     )
     if current_process_group().is_first:
         with progress.phase("writing the record"):

@@ -40,7 +40,7 @@ class ImageHarness:
 
     kinds: ClassVar[tuple[ModelKind, ...]] = ("image_classifier",)
 
-    def pictures(self, task: str, document: int) -> tuple[()]:
+    def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: a classifier's rows do not reference images by hash."""
         return ()
 

@@ -30,11 +30,11 @@ from bench.ui import Progress
 
 
 class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
-    """Serves the harness's requests with a `Model`; `engine` is the backend report.
+    """Serves the harness's requests with a `Model`; `backend_report` names the backend.
 
     Questions about the same images are answered one after the other, so that a small cache holds
-    their features and their prefill is shared. `asked` maps (task, document) to the full prompt and
-    the answer.
+    their features and their prefill is shared. `answers_by_document` maps (task, document) to the
+    full prompt and the answer.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
             )
         model.network.eval()
         system = benchmark.system_prompt
-        self.asked: dict[tuple[str, int], Answer] = {}
-        self.engine = _select_backend(model, benchmark.engine, progress)
+        self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.backend_report = _select_backend(model, benchmark.backend, progress)
         self._memory = memory or ResponseCache()
         self._model = model
         self._progress = progress
@@ -68,7 +68,7 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
         texts = [""] * len(requests)
-        shares = self.engine.used == "shared"
+        shares = self.backend_report.used == "prefix_sharing"
         for found in groups.values():
             numbers = self._by_image(requests, found) if shares else found
             options = requests[numbers[0]].args[1]
@@ -83,7 +83,7 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
             )
             for number, fields in zip(numbers, answers, strict=True):
                 *_, document, task, _split = requests[number].args
-                answer = self.asked[task, document] = Answer(*fields)
+                answer = self.answers_by_document[task, document] = Answer(*fields)
                 texts[number] = answer.text
         return texts
 
@@ -138,13 +138,13 @@ def _request_key(request: Instance) -> str:
     return request_key("question", task, split, document, text, options)
 
 
-def _select_backend(model: Model, wanted: Backend, progress: Progress) -> BackendReport:
+def _select_backend(model: Model, requested: Backend, progress: Progress) -> BackendReport:
     """Return the backend report for a model: the requested backend, unless it is not supported."""
-    asked = BackendReport(wanted)
-    reason = shared_prefix.unsupported_reason(model) if wanted == "shared" else None
+    asked = BackendReport(requested)
+    reason = shared_prefix.unsupported_reason(model) if requested == "prefix_sharing" else None
     if reason is not None:
-        asked.because(reason)
+        asked.add_reason(reason)
         progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")
-    elif wanted == "shared":
-        asked.used = "shared"
+    elif requested == "prefix_sharing":
+        asked.used = "prefix_sharing"
     return asked

@@ -1,4 +1,4 @@
-"""Image-question benchmarks through lmms-eval: planned, run, its results as metrics and sample rows."""
+"""Image-question benchmarks through lmms-eval: planning, evaluation, metrics and sample rows."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class MultimodalHarness:
         """Where the documents of each task came from."""
         return {task.name: task.source for task in self.tasks}
 
-    def pictures(self, task: str, document: int) -> list[Image]:
+    def images(self, task: str, document: int) -> list[Image]:
         """Return the images of a document, given its index in the whole data set."""
         (planned,) = (each for each in self.tasks if each.name == task)
-        return planned.pictures(planned.places.index(document))
+        return planned.images(planned.indices.index(document))
 
     def score(self, model: Model, progress: Progress, memory: ResponseCache) -> ScoredBenchmark:
         """Score the model on every task."""
@@ -116,7 +116,7 @@ def score_image_questions(
         with quiet():
             metrics += task_metrics(benchmark, task, result)
         rows += sample_rows(task, adapter, result)
-    return ScoredBenchmark(metrics, rows, adapter.engine)
+    return ScoredBenchmark(metrics, rows, adapter.backend_report)
 
 
 def _run_harness(adapter: LmmsEvalAdapter, planned: PlannedTask) -> dict[str, Any]:
@@ -223,14 +223,14 @@ def sample_rows(
 def _sample_row(
     planned: PlannedTask, adapter: LmmsEvalAdapter, sample: dict[str, Any]
 ) -> dict[str, Any]:
-    asked = adapter.asked[planned.name, sample["doc_id"]]
+    asked = adapter.answers_by_document[planned.name, sample["doc_id"]]
     metrics = {name: _number(sample[name]) for name in planned.task.aggregation() if name in sample}
     return {
         "task": planned.name,
         "filter": "none",
         # The harness counts the documents it was given; with a limit these need not be the first
         # ones of the data set, and records of different limits must pair by document.
-        "doc_id": planned.places[sample["doc_id"]],
+        "doc_id": planned.indices[sample["doc_id"]],
         "doc_hash": _sha256(json.dumps(sample["doc"], sort_keys=True, default=str)),
         "prompt_hash": _sha256(asked.prompt),
         "target": _target(sample),

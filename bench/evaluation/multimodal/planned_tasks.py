@@ -39,18 +39,18 @@ class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no 
 class PlannedTask:
     """One task with its documents.
 
-    `places` are the indices of its documents in the whole data set, `headline` is its metric.
+    `indices` are the indices of its documents in the whole data set, `headline` is its metric.
     """
 
     name: str
     task: LoadedTask
     split: str
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     source: DocumentSource
     headline: str
 
-    def pictures(self, number: int) -> list[Image]:
-        """Return the images shown with a document, given its index into `places`."""
+    def images(self, number: int) -> list[Image]:
+        """Return the images shown with a document, given its index into `indices`."""
         with quiet():
             return list(self.task.doc_to_visual(self.task.dataset[self.split][number]))
 

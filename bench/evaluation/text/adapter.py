@@ -36,15 +36,15 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         model: Model,
         batch_size: int,
         progress: Progress,
-        engine: Backend = "shared",
+        backend: Backend = "prefix_sharing",
         memory: ResponseCache | None = None,
     ) -> None:
         super().__init__()
         model.network.eval()
         self.tokenizer = model.tokenizer
-        self.asked = BackendReport(engine)
+        self.backend_report = BackendReport(backend)
         self.batches = AdaptiveBatches(batch_size, model.device, progress)
-        self.scorer: Scorer = select_scorer(model, self.batches, progress, self.asked)
+        self.scorer: Scorer = select_scorer(model, self.batches, progress, self.backend_report)
         self._memory = memory or ResponseCache()
         self._model = model
         self._progress = progress

@@ -44,7 +44,7 @@ class TextHarness:
         found = {name: source for task in self.tasks for name, source in task.sources.items()}
         return found | {text.name: text.source for text in self.texts}
 
-    def pictures(self, task: str, document: int) -> tuple[()]:
+    def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: documents are texts."""
         return ()
 
@@ -119,7 +119,7 @@ def score_text(
     """Score the model on every task and text; requests in the response cache are skipped."""
     # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
     # memory.
-    adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.engine, memory)
+    adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.backend, memory)
     metrics: list[TaskMetric] = []
     rows: SampleRows = []
     for task in tasks:
@@ -134,7 +134,7 @@ def score_text(
             )
         metrics.append(metric)
         rows += windows
-    return ScoredBenchmark(metrics, rows, adapter.asked)
+    return ScoredBenchmark(metrics, rows, adapter.backend_report)
 
 
 def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:

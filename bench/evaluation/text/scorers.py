@@ -43,7 +43,7 @@ def select_scorer(
 def _local_scorer(
     model: Model, batches: AdaptiveBatches, progress: Progress, asked: BackendReport
 ) -> Scorer:
-    if asked.wanted == "plain":
+    if asked.requested == "padded":
         return PaddedScorer(model, batches)
     from bench.evaluation.text.prefix import support
     from bench.evaluation.text.prefix.forward import Forward
@@ -51,11 +51,11 @@ def _local_scorer(
 
     reason = support.unsupported_reason(model)
     if reason is not None:
-        asked.because(reason)
+        asked.add_reason(reason)
         progress.console.print(f"[yellow]{model.name} uses the padded backend: {reason}[/]")
         return PaddedScorer(model, batches)
     found = batching.estimate_token_budget(model.network, model.device, progress)
-    asked.used, asked.tokens_per_batch = "shared", found.tokens
+    asked.used, asked.tokens_per_batch = "prefix_sharing", found.tokens
     forward = Forward(model.network, model.device)
     return PrefixSharingScorer(forward, found, asked, sliding_window(model.network))
 

@@ -145,7 +145,7 @@ def write_flip_images(
     plan = plan_once(benchmark, offline=bool(record.config.get("offline")))
     written: dict[str, list[Path]] = {}
     for name, flip in wanted.items():
-        images = plan.scoring.pictures(flip.task, flip.document)
+        images = plan.harness.images(flip.task, flip.document)
         if image_hash(images) != name:
             raise UserError(
                 f"the images of {flip.task} document {flip.document} differ from the run's: the "

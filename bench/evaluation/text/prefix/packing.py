@@ -197,8 +197,8 @@ class ReadPositions(NamedTuple):
 class PackedBatch(NamedTuple):
     """Packed sequences side by side; positions of reads count through the flattened batch.
 
-    `subtree_end_BT` is None if no sequence branches. Padding is on the right, where it sees itself only
-    and is seen by nothing.
+    `subtree_end_BT` is None if no sequence branches. Padding is on the right, where it sees itself
+    only and is seen by nothing.
     """
 
     tokens_BT: Ints

@@ -69,7 +69,7 @@ class PrefixSharingScorer:
         if not questions:
             return
         trie = Trie(questions)
-        self._asked.given += sum(len(inputs) for inputs, _ in questions)
+        self._asked.padded_tokens += sum(len(inputs) for inputs, _ in questions)
         groves = group_by_prefix(trie, self._limits, self._window)
         # A prefix alone may complete no request.
         yield from filter(None, self.walk(trie, groves, LoglikelihoodAccumulator(questions)))
@@ -167,7 +167,7 @@ class PrefixSharingScorer:
         read_R, back_K = np.unique(np.concatenate(places), return_inverse=True)
         order_K = np.argsort(back_K, kind="stable")
         logits_RV = self._forward(laid, torch.from_numpy(read_R), cache)
-        self._asked.computed += laid.tokens_BT.size
+        self._asked.computed_tokens += laid.tokens_BT.size
         found_2K = target_logprobs(
             logits_RV,
             torch.from_numpy(back_K[order_K]),

@@ -103,7 +103,7 @@ def _probe_loglikelihoods(model: Model, trie: Trie, grove: PrefixGroup) -> Any:
     """Return the log-likelihoods of the probe's two paths, computed in one of the three layouts."""
     budget = TokenBudget(4096, model.device, SILENT)
     scorer = PrefixSharingScorer(
-        Forward(model.network, model.device), budget, BackendReport("shared")
+        Forward(model.network, model.device), budget, BackendReport("prefix_sharing")
     )
     # Only the number of targets matters here: the accumulator counts what is still missing.
     questions = [LoglikelihoodRequest([], [0] * (PROBE_BRANCH + 1)) for _ in trie.leaves]

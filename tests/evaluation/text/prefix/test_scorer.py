@@ -1,4 +1,4 @@
-"""Scores of the shared engine are those of each question in a forward of its own."""
+"""Prefix sharing gives the scores of each request in a forward of its own."""
 
 import io
 
@@ -19,7 +19,7 @@ from bench.evaluation.text.prefix.packing import PackingLimits
 from bench.evaluation.text.prefix.scorer import PrefixSharingScorer
 from bench.evaluation.text.requests import LoglikelihoodRequest
 from bench.ui import SILENT, Progress
-from tests.evaluation.text.shared.asking import (
+from tests.evaluation.text.prefix.trees import (
     CPU,
     VOCABULARY,
     assert_same,
@@ -90,14 +90,14 @@ def test_every_architecture_answers_the_same(kind, attention):
     questions = [*FOREST, *ON_A_TRUNK[:100], *LONG]
     found, asked = shared(network, questions, window=window)
     assert_same(found, one_by_one(network, questions), 1e-4)
-    assert asked.computed < asked.given
+    assert asked.computed_tokens < asked.padded_tokens
 
 
 def test_a_trunk_is_computed_once(llama):
     found, asked = shared(llama, ON_A_TRUNK)
     assert_same(found, one_by_one(llama, ON_A_TRUNK), 1e-4)
     own = sum(len(set_) for set_ in _distinct(ON_A_TRUNK))
-    assert own <= asked.computed < 1.15 * own + 90
+    assert own <= asked.computed_tokens < 1.15 * own + 90
 
 
 def _distinct(questions):
@@ -166,7 +166,7 @@ class Full(Forward):
 
 @pytest.mark.parametrize("room", [45, 60, 150, 300])
 def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room):
-    said, asked = io.StringIO(), BackendReport("shared")
+    said, asked = io.StringIO(), BackendReport("prefix_sharing")
     forward = Full(llama, CPU)
     forward.room = room
     budget = TokenBudget(2048, CPU, Progress(Console(file=said)))
@@ -181,7 +181,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room
 
 def test_one_path_that_does_not_fit_is_refused(llama):
     scorer = PrefixSharingScorer(
-        Full(llama, CPU), TokenBudget(64, CPU, SILENT), BackendReport("shared")
+        Full(llama, CPU), TokenBudget(64, CPU, SILENT), BackendReport("prefix_sharing")
     )
     with pytest.raises(UserError, match="a single prompt of 2 tokens does not fit"):
         list(scorer.score([LoglikelihoodRequest([1, 2], [3])]))
@@ -189,7 +189,7 @@ def test_one_path_that_does_not_fit_is_refused(llama):
 
 def test_answers_come_batch_by_batch(llama):
     scorer = PrefixSharingScorer(
-        Forward(llama, CPU), TokenBudget(90, CPU, SILENT), BackendReport("shared")
+        Forward(llama, CPU), TokenBudget(90, CPU, SILENT), BackendReport("prefix_sharing")
     )
     batches = list(scorer.score(FOREST + ON_A_TRUNK))
     assert len(batches) > 2

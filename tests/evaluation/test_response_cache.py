@@ -106,7 +106,7 @@ def test_over_a_kill_a_model_gives_the_very_same_answers(model, tmp_path, kind):
     requests = asked(name, REQUESTS[kind])
 
     def answered(memory):
-        return getattr(LmEvalAdapter(model, 2, SILENT, "plain", memory), name)(requests)
+        return getattr(LmEvalAdapter(model, 2, SILENT, "padded", memory), name)(requests)
 
     whole = answered(ResponseCache())
     with kept(tmp_path) as journal, pytest.raises(Killed):
@@ -127,7 +127,7 @@ def test_a_repeated_request_has_a_draw_of_its_own(model):
 def test_other_weights_meet_no_answer_of_these(model, tmp_path):
     requests = asked("loglikelihood", REQUESTS["loglikelihood"])
     with kept(tmp_path) as journal:
-        LmEvalAdapter(model, 2, SILENT, "plain", ResponseCache(journal)).loglikelihood(requests)
+        LmEvalAdapter(model, 2, SILENT, "padded", ResponseCache(journal)).loglikelihood(requests)
     with Journal(tmp_path / "answers", "other weights") as journal:
         assert journal.entries == []
         assert "different weights" in journal.notes[0]

@@ -69,12 +69,12 @@ def test_a_group_is_aggregated_by_the_harness(model):
 
     planned = micro()
     group = Group("pair", aggregate_metric_list=[AggMetricConfig("acc")])
-    for task in planned.scoring.tasks:
+    for task in planned.harness.tasks:
         group.add(task.tasks[task.name])
-    tasks = {task.name: task.tasks[task.name] for task in planned.scoring.tasks}
+    tasks = {task.name: task.tasks[task.name] for task in planned.harness.tasks}
     whole = PlannedTask("pair", tasks, {"pair": group}, {}, ("acc", None))
     metrics = evaluate(
-        model, replace(planned, scoring=replace(planned.scoring, tasks=(whole,)))
+        model, replace(planned, harness=replace(planned.harness, tasks=(whole,)))
     ).metrics
     found = {(m.task, m.metric): m for m in metrics}
     pair = found["pair", "acc"]
