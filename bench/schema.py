@@ -84,7 +84,7 @@ class PerplexityConfig(BaseModel):
 class ImagesConfig(BaseModel):
     """The labelled images of a classification benchmark.
 
-    `data` is the name of a data set in `bench.data.image_catalogue` and `folder` its location; `download`
+    `data` names a data set in `bench.data.image_catalogue`, `folder` is its location; `download`
     lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for the part of
     the training images that is held out for choosing hyperparameters.
     """

@@ -1,16 +1,17 @@
-"""A benchmark with all data found, any model evaluated on it; harnesses by name."""
+"""A planned benchmark, on which any model can be evaluated; the harnesses by name."""
 
 from __future__ import annotations
 
 import functools
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from bench.errors import UserError
 from bench.evaluation.harness import SEED
-from bench.evaluation.metrics import Evaluation
+from bench.evaluation.metrics import Evaluation, align_rows, headline_average
 from bench.schema import BenchmarkConfig
 from bench.ui import SILENT, Progress
 
@@ -26,6 +27,10 @@ PLANNERS = {
     "lmms_eval": "bench.evaluation.multimodal.lmms_eval:plan_multimodal",
     "images": "bench.evaluation.images:plan_images",
 }
+
+
+FileStamp: TypeAlias = tuple[str, int, int]
+"""Path, modification time and size of a file: equal for as long as nobody writes to it."""
 
 
 class Planner(Protocol):
@@ -53,7 +58,7 @@ class PlannedBenchmark:
         return {name: source.fingerprint for name, source in self.sources.items()}
 
     @property
-    def provenance(self) -> dict[str, dict[str, Any]]:
+    def provenance(self) -> dict[str, dict[str, str | None]]:
         """Sources as stored in a record: origin, location, revision and fingerprint."""
         return {name: asdict(source) for name, source in self.sources.items()}
 
@@ -90,18 +95,20 @@ def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
     """
     paths = [path for path in benchmark.data.values() if path]
     paths += [text.path for text in benchmark.perplexity.values() if text.path]
-    files = [Path(path) for path in sorted(paths)]
-    # Only files can be stamped. A folder is planned once per process: replacing a file in it during
-    # a sweep goes unnoticed.
-    stamps = [(f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+    stamps = [stamp for path in sorted(paths) for stamp in _stamps(Path(path).expanduser())]
     # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
     return _cached_plan(benchmark.model_dump_json(), tuple(stamps), offline)
 
 
+def _stamps(path: Path) -> Iterator[FileStamp]:
+    """Yield a stamp of a file; there is none of a folder."""
+    if path.is_file():
+        status = path.stat()
+        yield str(path), status.st_mtime_ns, status.st_size
+
+
 @functools.lru_cache(maxsize=4)
-def _cached_plan(
-    benchmark: str, stamps: tuple[tuple[int, int], ...], offline: bool
-) -> PlannedBenchmark:
+def _cached_plan(benchmark: str, stamps: tuple[FileStamp, ...], offline: bool) -> PlannedBenchmark:
     """Build a plan; `stamps` only invalidates a stale one."""
     return plan(BenchmarkConfig.model_validate_json(benchmark), offline=offline)
 
@@ -111,29 +118,28 @@ def prefetch_benchmark(benchmark: BenchmarkConfig) -> list[str]:
 
     Each entry names a hub data set and its commit; data that need no network are not listed.
     """
-    found = plan(benchmark, offline=False).sources.values()
-    return sorted({f"{s.location}@{s.revision or 'main'}" for s in found if s.origin == "hub"})
+    sources = plan(benchmark, offline=False).sources.values()
+    return sorted({f"{s.location}@{s.revision or 'main'}" for s in sources if s.origin == "hub"})
 
 
 def evaluate(
     model: Model,
     plan: PlannedBenchmark,
     progress: Progress = SILENT,
-    memory: ResponseCache | None = None,
+    cache: ResponseCache | None = None,
 ) -> Evaluation:
     """Score the model on every task of the plan.
 
-    `memory` is the response cache of this run, holding what an interrupted attempt had answered. A
-    cache is never shared between models.
+    `cache` holds the responses of an interrupted attempt of this run. It is never shared between
+    models.
     """
     # Imported late: planning and `bench --help` import this package and must not load torch.
     from bench.device.devices import seed_everything
-    from bench.evaluation.metrics import align_rows, headline_average
     from bench.evaluation.response_cache import ResponseCache
 
     seed_everything(SEED)
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
-    metrics, rows, report = plan.harness.score(model, progress, memory or ResponseCache())
+    metrics, rows, report = plan.harness.score(model, progress, cache or ResponseCache())
     metrics += headline_average(plan.benchmark, metrics)
     backend = None if report is None else report.as_json()
     return Evaluation(tuple(metrics), align_rows(rows), backend)

@@ -123,8 +123,8 @@ def test_a_text_model_is_refused_before_it_is_loaded():
 
 
 def test_ours_includes_a_file_that_the_harness_has():
-    assert set(task_index.micro_names()) == {
+    assert set(task_index.FILES.micro_names()) == {
         "gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev_static",
     }  # fmt: skip
-    for name in task_index.micro_names():
+    for name in task_index.FILES.micro_names():
         assert task_index.find_task_file(name) == task_index._search_task_files(name)

@@ -35,7 +35,7 @@ def answers(model, asked, batch=8, share=True, **options):
     generation = Generation(
         model, PromptEncoder(model, None), VisionFeatureCache(model, 2**30), options, share
     )
-    each = AdaptiveBatches(batch, torch.device("cpu"), SILENT).each(asked, generation.run)
+    each = AdaptiveBatches(batch, torch.device("cpu"), SILENT).map(asked, generation.run)
     return [answer.text for answers in each for answer in answers]
 
 
