@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,10 +19,11 @@ DataRow: TypeAlias = dict[str, Any]
 """One document: values by column, as JSON or parquet gives them."""
 SUFFIXES = (".parquet", ".jsonl", ".json", ".gz")
 """Supported formats: parquet, JSON Lines, a JSON list, and the latter two compressed."""
-UNREADABLE = (OSError, ValueError)
+UNREADABLE = (OSError, ValueError, EOFError, zlib.error)
 """Errors of readers on a damaged file.
 
-ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors, BadGzipFile is an OSError.
+ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors, BadGzipFile is an OSError;
+EOFError and zlib.error are raised on a `.gz` file that is cut off or damaged inside.
 """
 TEXT_COLUMNS = {
     "boolq": ("passage", "question", "label"),

@@ -100,6 +100,15 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
     broken.write_bytes(b"not a table")
     other = tmp_path / "mine.csv"
     other.write_text("goal,sol1")
+    cut = tmp_path / "cut.json.gz"
+    write(cut, rows_of("piqa"))
+    cut.write_bytes(cut.read_bytes()[:-20])
+    damaged = tmp_path / "damaged.json.gz"
+    content = bytearray(gzip.compress(json.dumps(rows_of("piqa")).encode()))
+    content[12:40] = bytes(28)
+    damaged.write_bytes(content)
+    for file in (cut, damaged):
+        assert f"{file.name} cannot be read as .gz" in refusal("piqa", file)
     assert "no such file" in refusal("piqa", tmp_path / "nowhere.parquet")
     assert "cannot be read as .parquet" in refusal("piqa", broken)
     assert "must be one of .parquet, .jsonl" in refusal("piqa", other)
