@@ -76,6 +76,12 @@ def _merge_prefixes(requests: Sequence[LoglikelihoodRequest]) -> list[tuple[Ints
     reads: dict[bytes, list[Read]] = defaultdict(list)
     for index, (inputs, targets) in enumerate(requests):
         start = len(inputs) - len(targets)
+        # Each target is predicted at a token of its own. Without the check a request with too few
+        # would be read at the end of its path, and one without any would get no result at all.
+        if start < 0:
+            raise ValueError(
+                f"request {index} has {len(targets)} targets and only {len(inputs)} input tokens"
+            )
         # Big-endian words sort as bytes like the tokens themselves, and bytes compare fast.
         key = np.array(inputs, dtype=">u4").tobytes()
         reads[key].append(Read(index, start, np.array(targets, dtype=np.int64)))

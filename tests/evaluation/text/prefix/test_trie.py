@@ -1,5 +1,6 @@
 """What the trie says about ranges of leaves, against sets of prefixes."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,15 @@ def test_every_prefix_is_counted_once_and_leaves_end_nowhere_else(inputs):
     leaves = [tuple(leaf.tolist()) for leaf in trie.leaves]
     inner = {prefix[:-1] for prefix in prefixes(inputs)}
     assert leaves == sorted({tuple(tokens) for tokens in inputs} - inner)
+
+
+@pytest.mark.parametrize("inputs", [[], [5]])
+def test_a_request_with_fewer_tokens_than_targets_is_refused(inputs):
+    others = [LoglikelihoodRequest([5, 6], [7])]
+    for before in ([], others):
+        requests = [*before, LoglikelihoodRequest(inputs, [1, 2])]
+        with pytest.raises(ValueError, match=f"2 targets and only {len(inputs)} input tokens"):
+            Trie(requests)
 
 
 @given(INPUTS, st.data())
