@@ -145,7 +145,13 @@ def _feed_forward_width(config: TextConfig) -> int:
     def field(name: str) -> int:
         return int(getattr(config, name, None) or 0)
 
-    experts = field("num_experts_per_tok") or 1
-    # MoE configs name the width of an expert in either field: Mixtral has only `intermediate_size`,
-    # Qwen MoE has `moe_intermediate_size` and a dense width next to it. The widest reading is safe.
-    return experts * max(field("intermediate_size"), field("moe_intermediate_size"))
+    dense, experts = field("intermediate_size"), field("num_experts_per_tok")
+    expert = field("moe_intermediate_size")
+    if not expert:
+        # Mixtral has one width only, which is that of an expert.
+        return max(1, experts) * dense
+    # Qwen MoE and DeepSeek have an expert width, and a dense width that some layers use instead.
+    # Shared experts come on top of the routed ones: as a width of their own (Qwen2 MoE), or as a
+    # number of experts (DeepSeek).
+    shared = field("shared_expert_intermediate_size") + field("n_shared_experts") * expert
+    return max(dense, max(1, experts) * expert + shared)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from bench.errors import UserError
-from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.batching import AdaptiveBatches, bytes_per_token
 from bench.ui import Progress
 
 
@@ -63,3 +64,45 @@ def test_other_errors_are_not_swallowed():
 
     with pytest.raises(RuntimeError, match="shapes"):
         flat(AdaptiveBatches(4, torch.device("cpu"), Progress(quiet=True)).map([1], work))
+
+
+WIDTH, VOCABULARY, EXPERT = 64, 100, 16
+MIXTURES = {
+    "dense": (LlamaConfig(intermediate_size=96), 96),
+    "experts of one width": (MixtralConfig(intermediate_size=96, num_experts_per_tok=2), 2 * 96),
+    "experts beside dense layers": (
+        Qwen2MoeConfig(
+            intermediate_size=40,
+            moe_intermediate_size=EXPERT,
+            shared_expert_intermediate_size=24,
+            num_experts_per_tok=4,
+        ),
+        4 * EXPERT + 24,
+    ),
+    "wide dense layers": (
+        Qwen2MoeConfig(
+            intermediate_size=400,
+            moe_intermediate_size=EXPERT,
+            shared_expert_intermediate_size=24,
+            num_experts_per_tok=4,
+        ),
+        400,
+    ),
+    "shared experts": (
+        DeepseekV3Config(
+            intermediate_size=40,
+            moe_intermediate_size=EXPERT,
+            n_shared_experts=2,
+            num_experts_per_tok=4,
+        ),
+        6 * EXPERT,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_token_counts_the_neurons_it_passes_in_the_widest_feed_forward(kind):
+    config, neurons = MIXTURES[kind]
+    config.hidden_size, config.vocab_size = WIDTH, VOCABULARY
+    expected = 2 * (16 * WIDTH + 3 * neurons) + 12 * VOCABULARY
+    assert bytes_per_token(config, torch.bfloat16) == expected
