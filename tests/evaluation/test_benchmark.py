@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -87,10 +88,12 @@ def test_a_bootstrapped_error_is_given_without_a_word(model, tmp_path, capfd):
     planned = plan(
         BenchmarkConfig(name="glue", tasks=("cola",), data={"cola": str(file)}), offline=True
     )
+    environment = dict(os.environ)
     (metric,) = evaluate(model, planned).metrics
     assert (metric.task, metric.metric, metric.n) == ("cola", "mcc", 12)
     assert metric.stderr is not None
     assert capfd.readouterr().out == ""
+    assert environment == dict(os.environ)  # the harness is told to fork nothing, for this call
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest():

@@ -147,8 +147,14 @@ def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None
 def bootstrap_in_this_process() -> Iterator[None]:
     """Keep lm-eval from forking this process, which holds a device and threads."""
     name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
     os.environ[name] = "1"
-    yield
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def task_metrics(
