@@ -101,10 +101,12 @@ def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
 
 
 def _stamps(path: Path) -> Iterator[FileStamp]:
-    """Yield a stamp of a file; there is none of a folder."""
-    if path.is_file():
-        status = path.stat()
-        yield str(path), status.st_mtime_ns, status.st_size
+    """Yield a stamp of a file, or of every file in a folder."""
+    # Names as well: another file of the same size and time may stand in the place of one.
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            status = file.stat()
+            yield str(file), status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=4)

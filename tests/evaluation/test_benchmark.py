@@ -161,7 +161,7 @@ def test_a_plan_is_reused_until_a_local_file_changes(tmp_path):
         for i in range(3)
     ]  # fmt: skip
     file = tmp_path / "test.jsonl"
-    for path in (file,):
+    for path in (file, tmp_path):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
         config = BenchmarkConfig(name="b", tasks=("arc_easy",), data={"arc_easy": str(path)})
         first = plan_once(config, offline=True)
