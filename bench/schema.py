@@ -1,4 +1,7 @@
-"""The typed sections of a config: model, benchmark, calibration, prompts, costs, tracker; a leaf that imports pydantic only."""
+"""Typed sections of a config: model, benchmark, calibration, prompts, costs, tracker.
+
+A leaf that imports pydantic only, so that every package can read its own section.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ class PerplexityConfig(BaseModel):
 class ImagesConfig(BaseModel):
     """The labelled images of a classification benchmark.
 
-    `data` is the name of a data set in `bench.data.image_catalogue` and `folder` its location; `download`
+    `data` names a data set in `bench.data.image_catalogue`, `folder` is its location; `download`
     lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for the part of
     the training images that is held out for choosing hyperparameters.
     """
@@ -93,7 +96,7 @@ class ImagesConfig(BaseModel):
     split: Literal["test", "validation"] = "test"
 
 
-Backend = Literal["shared", "plain"]
+Backend = Literal["prefix_sharing", "padded"]
 
 
 class BenchmarkConfig(BaseModel):
@@ -131,7 +134,7 @@ class BenchmarkConfig(BaseModel):
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
-    engine: Backend = "shared"
+    backend: Backend = "prefix_sharing"
     limit: int | None = Field(default=None, ge=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()
@@ -157,7 +160,7 @@ class BenchmarkConfig(BaseModel):
 
 
 MeasuredQuantity = Literal["latency", "memory", "energy", "roofline"]
-"""Quantities that can be measured in addition to the counts; `roofline` is what the device can do at best."""
+"""Quantities measured in addition to the counts; `roofline` is what the device can do at best."""
 SizeList = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -169,9 +172,9 @@ class TimingConfig(BaseModel):
     `new_tokens` tokens.
 
     A round times each candidate once. Warm-up ends when the times have settled, after at most
-    `max_warmup_rounds` rounds. At least `rounds` rounds follow; more are added until the interval of every
-    ratio extends at most `precision` of its value to either side, up to `max_rounds` rounds or
-    `max_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
+    `max_warmup_rounds` rounds. At least `rounds` rounds follow; more are added until the interval
+    of every ratio extends at most `precision` of its value to either side, up to `max_rounds`
+    rounds or `max_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
     all rounds are repeated, in `attempts` attempts at most; the best one is kept and marked.
     """
 

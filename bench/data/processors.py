@@ -14,10 +14,13 @@ class Tokenizer(Protocol):
 
     padding_side: str
     bos_token: str | None
+    pad_token_id: int
 
     def __hash__(self) -> int: ...
 
-    def __call__(self, text: str, *, verbose: bool = True) -> Mapping[str, list[int]]:
+    def __call__(
+        self, text: str, *, verbose: bool = True, add_special_tokens: bool = True
+    ) -> Mapping[str, list[int]]:
         """Return the ids of a text as `input_ids`; `verbose` warns if it is long."""
 
 

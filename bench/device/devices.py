@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import psutil
 
@@ -140,7 +140,20 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def describe_device() -> dict[str, object]:
+class DeviceFacts(TypedDict):
+    """Hardware and software of this process, as a record keeps them."""
+
+    platform: str
+    python: str
+    cpu: str
+    cores: int | None
+    threads: int
+    memory_bytes: int
+    gpus: list[str]
+    cuda: str | None
+
+
+def describe_device() -> DeviceFacts:
     """Return the hardware and software facts of a record: CPU, threads, memory, GPUs, versions."""
     import torch
 

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from bench.device import devices
-from bench.device.devices import release_memory
 from bench.device.memory import is_out_of_memory
 from bench.errors import UserError
+from bench.models.network import NetworkConfig
 from bench.ui import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def attempt(work: Callable[[], Result]) -> Result | None:
+    """Return the result of `work`, or None if memory ran out."""
+    # A frame of its own, left before memory is released: as long as the exception is being handled,
+    # its traceback references the failed attempt's tensors, and nothing can be freed.
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 class AdaptiveBatches:
@@ -25,7 +38,7 @@ class AdaptiveBatches:
         self._device = device
         self._progress = progress
 
-    def each(
+    def map(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]
     ) -> Iterator[list[Result]]:
         """Yield the results of one batch after the other, in the order of the items."""
@@ -35,33 +48,49 @@ class AdaptiveBatches:
             # A batch is retried from its first item, so results keep the order of the items
             # whatever the sizes. The size never grows back: memory that ran out once will run out
             # again.
-            done = self._attempt(batch, work)
-            if done is None:
+            results = attempt(partial(work, batch))
+            if results is None:
                 self._halve(len(batch))
                 continue
             begin += len(batch)
-            yield done
-
-    @staticmethod
-    def _attempt(
-        batch: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]
-    ) -> list[Result] | None:
-        """Return None if memory ran out."""
-        # A frame of its own, left before memory is released: as long as the exception is being
-        # handled, its traceback references the failed attempt's tensors, and nothing can be freed.
-        try:
-            return work(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+            yield results
 
     def _halve(self, tried: int) -> None:
         if tried == 1:
-            raise UserError("benchmark.batch_size: a single sample does not fit into memory")
+            raise UserError(
+                "benchmark.batch_size: a single sample does not fit into memory; choose a smaller "
+                "model, or model.dtype=bfloat16"
+            )
         self.size = tried // 2
-        release_memory(self._device)
-        self._progress.warn(f"out of memory with a batch of {tried}: continuing with {self.size}")
+        _report_halving(self._device, self._progress, str(tried), self.size)
+
+
+class TokenBudget:
+    """Tokens per batch, padding included."""
+
+    def __init__(self, tokens: int, device: torch.device, progress: Progress) -> None:
+        self.tokens = tokens
+        self._device = device
+        self._progress = progress
+
+    def halve(self, tried: int) -> None:
+        """Continue with half of the `tried` tokens, and tell the user."""
+        # Half of what was tried, not of the budget: a batch is often smaller than the budget
+        # allows.
+        self.tokens = max(1, tried // 2)
+        _report_halving(self._device, self._progress, f"{tried} tokens", self.tokens)
+
+    def out_of_memory_error(self, tried: int) -> UserError:
+        """Build the out-of-memory error for a single prompt."""
+        return UserError(
+            f"benchmark: a single prompt of {tried} tokens does not fit into memory; choose a "
+            "smaller model, or a smaller model.max_length"
+        )
+
+
+def _report_halving(device: torch.device, progress: Progress, tried: str, remaining: int) -> None:
+    devices.release_memory(device)
+    progress.warn(f"out of memory with a batch of {tried}: continuing with {remaining}")
 
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 2048}
@@ -78,58 +107,43 @@ FREE_MEMORY_SHARE = 0.5
 """Share of the free memory that activations may take; the estimate ignores the allocator."""
 
 
-class TokenBudget:
-    """Tokens per batch, padding included."""
-
-    def __init__(self, tokens: int, device: torch.device, progress: Progress) -> None:
-        self.tokens = tokens
-        self._device = device
-        self._progress = progress
-
-    def halve(self, tried: int) -> None:
-        """Continue with half of the `tried` tokens, and tell the user."""
-        # Half of what was tried, not of the budget: a batch is often smaller than the budget
-        # allows.
-        self.tokens = max(1, tried // 2)
-        devices.release_memory(self._device)
-        self._progress.warn(
-            f"out of memory with a batch of {tried} tokens: continuing with {self.tokens}"
-        )
-
-    def refuse(self, tried: int) -> UserError:
-        """Build the out-of-memory error for a single prompt."""
-        return UserError(f"benchmark: a single prompt of {tried} tokens does not fit into memory")
-
-
-def estimate_token_budget(network: Any, device: torch.device, progress: Progress) -> TokenBudget:
-    """Estimate the token budget of a network from the memory that is free now."""
+def estimate_token_budget(
+    config: NetworkConfig, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> TokenBudget:
+    """Estimate the token budget of a language model from the memory that is free now."""
+    free = FREE_MEMORY_SHARE * devices.free_bytes(device)
+    fitting = int(free / bytes_per_token(config, dtype))
     most = MAX_TOKENS_BY_DEVICE.get(device.type, MAX_TOKENS)
-    room = int(
-        FREE_MEMORY_SHARE
-        * devices.free_bytes(device)
-        / bytes_per_token(network.config, network.dtype)
-    )
-    return TokenBudget(min(most, max(MIN_TOKENS, room)), device, progress)
+    return TokenBudget(min(most, max(MIN_TOKENS, fitting)), device, progress)
 
 
-def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def bytes_per_token(config: NetworkConfig, dtype: torch.dtype) -> int:
     """Estimate the bytes that one token needs in the widest layer and at the output head.
 
     16 vectors of the residual width (queries, keys, values, norms, copies); gate, up and their
     product in the feed-forward, for every expert that a token is routed to; and three vectors over
     the vocabulary in float32, as if every position were scored.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    experts = getattr(text, "num_experts_per_tok", None) or 1
-    # MoE configs name the width of an expert in either field: Mixtral has only `intermediate_size`,
-    # Qwen MoE has `moe_intermediate_size` and a dense width next to it. The widest reading is safe.
-    wide = max(
-        getattr(text, "intermediate_size", 0) or 0,
-        experts * (getattr(text, "moe_intermediate_size", 0) or 0),
-        experts * (getattr(text, "intermediate_size", 0) or 0) if experts > 1 else 0,
-    )
-    width = int(text.hidden_size)
     # The 3 * 4 bytes per vocabulary entry are the logits, their float32 copy and its log-softmax.
     # Only one layer counts, since activations of a layer are freed before the next one runs under
     # `no_grad`.
-    return int(dtype.itemsize * (16 * width + 3 * wide) + 3 * 4 * int(text.vocab_size))
+    residual, feed_forward = 16 * int(config.hidden_size), 3 * _feed_forward_width(config)
+    return dtype.itemsize * (residual + feed_forward) + 3 * 4 * int(config.vocab_size)
+
+
+def _feed_forward_width(config: NetworkConfig) -> int:
+    """Return the number of neurons that a token passes in the widest feed-forward."""
+
+    def field(name: str) -> int:
+        return int(getattr(config, name, None) or 0)
+
+    dense, experts = field("intermediate_size"), field("num_experts_per_tok")
+    expert = field("moe_intermediate_size")
+    if not expert:
+        # Mixtral has one width only, which is that of an expert.
+        return max(1, experts) * dense
+    # Qwen MoE and DeepSeek have an expert width, and a dense width that some layers use instead.
+    # Shared experts come on top of the routed ones: as a width of their own (Qwen2 MoE), or as a
+    # number of experts (DeepSeek).
+    shared = field("shared_expert_intermediate_size") + field("n_shared_experts") * expert
+    return max(dense, max(1, experts) * expert + shared)

@@ -1,16 +1,17 @@
-"""A benchmark with all data found, any model evaluated on it; harnesses by name."""
+"""A planned benchmark, on which any model can be evaluated; the harnesses by name."""
 
 from __future__ import annotations
 
 import functools
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from bench.errors import UserError
 from bench.evaluation.harness import SEED
-from bench.evaluation.metrics import Evaluation
+from bench.evaluation.metrics import Evaluation, align_rows, headline_average
 from bench.schema import BenchmarkConfig
 from bench.ui import SILENT, Progress
 
@@ -28,6 +29,10 @@ PLANNERS = {
 }
 
 
+FileStamp: TypeAlias = tuple[str, int, int]
+"""Path, modification time and size of a file: equal for as long as nobody writes to it."""
+
+
 class Planner(Protocol):
     """Function that finds the data of one harness's benchmarks."""
 
@@ -40,12 +45,12 @@ class PlannedBenchmark:
     """A benchmark whose data are loaded; any number of models can be evaluated on it."""
 
     benchmark: BenchmarkConfig
-    scoring: Harness
+    harness: Harness
 
     @property
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task and each text came from."""
-        return self.scoring.sources
+        return self.harness.sources
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -53,16 +58,16 @@ class PlannedBenchmark:
         return {name: source.fingerprint for name, source in self.sources.items()}
 
     @property
-    def provenance(self) -> dict[str, dict[str, Any]]:
+    def provenance(self) -> dict[str, dict[str, str | None]]:
         """Sources as stored in a record: origin, location, revision and fingerprint."""
         return {name: asdict(source) for name, source in self.sources.items()}
 
-    def refuse_unfit(self, model: ModelConfig) -> None:
+    def check_model(self, model: ModelConfig) -> None:
         """Raise UserError unless the benchmark's harness supports this kind of model."""
-        if model.kind not in self.scoring.kinds:
+        if model.kind not in self.harness.kinds:
             raise UserError(
                 f"benchmark={self.benchmark.name} needs a model of kind "
-                f"{' or '.join(self.scoring.kinds)}; model={model.name} is {model.kind}"
+                f"{' or '.join(self.harness.kinds)}; model={model.name} is {model.kind}"
             )
 
 
@@ -90,18 +95,22 @@ def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
     """
     paths = [path for path in benchmark.data.values() if path]
     paths += [text.path for text in benchmark.perplexity.values() if text.path]
-    files = [Path(path) for path in sorted(paths)]
-    # Only files can be stamped. A folder is planned once per process: replacing a file in it during
-    # a sweep goes unnoticed.
-    stamps = [(f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+    stamps = [stamp for path in sorted(paths) for stamp in _stamps(Path(path).expanduser())]
     # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
     return _cached_plan(benchmark.model_dump_json(), tuple(stamps), offline)
 
 
+def _stamps(path: Path) -> Iterator[FileStamp]:
+    """Yield a stamp of a file, or of every file in a folder."""
+    # Names as well: another file of the same size and time may stand in the place of one.
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            status = file.stat()
+            yield str(file), status.st_mtime_ns, status.st_size
+
+
 @functools.lru_cache(maxsize=4)
-def _cached_plan(
-    benchmark: str, stamps: tuple[tuple[int, int], ...], offline: bool
-) -> PlannedBenchmark:
+def _cached_plan(benchmark: str, stamps: tuple[FileStamp, ...], offline: bool) -> PlannedBenchmark:
     """Build a plan; `stamps` only invalidates a stale one."""
     return plan(BenchmarkConfig.model_validate_json(benchmark), offline=offline)
 
@@ -111,29 +120,28 @@ def prefetch_benchmark(benchmark: BenchmarkConfig) -> list[str]:
 
     Each entry names a hub data set and its commit; data that need no network are not listed.
     """
-    found = plan(benchmark, offline=False).sources.values()
-    return sorted({f"{s.location}@{s.revision or 'main'}" for s in found if s.origin == "hub"})
+    sources = plan(benchmark, offline=False).sources.values()
+    return sorted({f"{s.location}@{s.revision or 'main'}" for s in sources if s.origin == "hub"})
 
 
 def evaluate(
     model: Model,
     plan: PlannedBenchmark,
     progress: Progress = SILENT,
-    memory: ResponseCache | None = None,
+    cache: ResponseCache | None = None,
 ) -> Evaluation:
     """Score the model on every task of the plan.
 
-    `memory` is the response cache of this run, holding what an interrupted attempt had answered. A
-    cache is never shared between models.
+    `cache` holds the responses of an interrupted attempt of this run. It is never shared between
+    models.
     """
     # Imported late: planning and `bench --help` import this package and must not load torch.
     from bench.device.devices import seed_everything
-    from bench.evaluation.metrics import align_rows, headline_average
     from bench.evaluation.response_cache import ResponseCache
 
     seed_everything(SEED)
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
-    metrics, rows, asked = plan.scoring.score(model, progress, memory or ResponseCache())
+    metrics, rows, report = plan.harness.score(model, progress, cache or ResponseCache())
     metrics += headline_average(plan.benchmark, metrics)
-    backend = None if asked is None else asked.plain()
+    backend = None if report is None else report.as_json()
     return Evaluation(tuple(metrics), align_rows(rows), backend)

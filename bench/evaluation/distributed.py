@@ -1,8 +1,8 @@
 """Distributed evaluation: several processes, one per device, each with a copy of the model.
 
 They are started by `accelerate launch --no_python bench run ...` or `torchrun`. Each process
-gets all requests from the harness and computes its share; responses are then exchanged, so that every
-process has all of them, and the first process writes. Python objects are exchanged, a few bytes per
+gets all requests from the harness and computes its share; responses are then exchanged, so that
+every process has all of them, and the first process writes. Python objects are exchanged, a few bytes per
 response.
 """
 
@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Value = TypeVar("Value")
-IndexedResponses = list[tuple[int, Any]]
-"""Responses, each with the index of its request."""
 
 # torch's default is 10 minutes (NCCL) or 30 (Gloo), but processes meet only at the end of a task,
 # and their shares may differ by hours where estimates of the work are off.
@@ -31,17 +29,17 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process: rank `number` of `count`."""
+    """This process: `rank` of `world_size`."""
 
-    number: int = 0
-    count: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes."""
-        return self.number == 0
+        return self.rank == 0
 
-    def share(self, work: Sequence[int]) -> range:
+    def shard(self, work: Sequence[int]) -> range:
         """Return the indices of this process's items: neighbours with an equal part of the work."""
         # Contiguous, because callers sort by length or by prefix: neighbours pad little in one
         # batch and share prefixes. An item belongs to the process in whose part its midpoint lies,
@@ -49,48 +47,49 @@ class ProcessGroup:
         # have no work.
         ends = [0, *accumulate(work)]
         owner = [
-            min(self.count - 1, (begin + end) * self.count // (2 * ends[-1] or 1))
+            min(self.world_size - 1, (begin + end) * self.world_size // (2 * ends[-1] or 1))
             for begin, end in pairwise(ends)
         ]
-        mine = [place for place, rank in enumerate(owner) if rank == self.number]
+        mine = [index for index, rank in enumerate(owner) if rank == self.rank]
         return range(mine[0], mine[-1] + 1) if mine else range(0)
 
-    def spread(
+    def scatter_work(
         self,
         order: Sequence[int],
         work: Sequence[int],
-        score: Callable[[list[int]], Iterable[IndexedResponses]],
-    ) -> Iterator[IndexedResponses]:
+        compute: Callable[[list[int]], Iterable[list[tuple[int, Value]]]],
+    ) -> Iterator[list[tuple[int, Value]]]:
         """Yield the responses to all indices, batch by batch.
 
         This process's own come first, then those of all others at once. Indices are partitioned in
-        the given `order`, each weighted by its `work`; `score` computes the responses to one part.
+        the given `order`, each weighted by its `work`; `compute` yields the responses to one part,
+        with their indices.
         """
-        mine = [order[number] for number in self.share(work)]
-        own: IndexedResponses = []
-        for answers in score(mine):
-            own += answers
-            yield answers
+        mine = [order[index] for index in self.shard(work)]
+        own: list[tuple[int, Value]] = []
+        for batch in compute(mine):
+            own += batch
+            yield batch
         # The exchange is a barrier: every process must reach it, even one with an empty share. If
         # one raises before it, the others wait until the timeout, which the launcher cuts short by
         # killing all processes when one exits.
         known = set(mine)
-        others = [each for each in self.together(own) if each[0] not in known]
+        others = [response for response in self.all_gather(own) if response[0] not in known]
         if others:
             yield others
 
-    def together(self, found: list[Value]) -> list[Value]:
+    def all_gather(self, items: list[Value]) -> list[Value]:
         """Return the items of all processes, concatenated by rank."""
-        if self.count == 1:
-            return found
+        if self.world_size == 1:
+            return items
         from accelerate.utils import gather_object
 
-        everything: list[Value] = gather_object(found)
-        return everything
+        gathered: list[Value] = gather_object(items)
+        return gathered
 
     def broadcast(self, value: Value) -> Value:
         """Return the first process's value on every process."""
-        return self.together([value])[0]
+        return self.all_gather([value])[0]
 
 
 @cache

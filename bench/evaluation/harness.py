@@ -1,11 +1,11 @@
-"""What a harness implementation gives: the Harness protocol, backend report, document source, evaluation seed."""
+"""The interface of a harness, and what it returns: scores, backend report, document sources."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from bench.schema import Backend
 
@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
     from bench.records.record import Metric
     from bench.schema import ModelKind
     from bench.ui import Progress
 
-SampleRows = list[dict[str, Any]]
+SEED = 1234
+"""Seed of few-shot examples (the harnesses' default) and of sampled generation."""
+ATTEMPT_FIELDS = ("tokens_per_batch", "halved", "padded_tokens", "computed_tokens")
+"""Fields of a backend report that depend on free memory and on what an interrupted attempt did."""
 
 
 @dataclass
@@ -28,24 +32,19 @@ class BackendReport:
     """The requested backend, the one used, and the `reasons` if they differ.
 
     `tokens_per_batch` is the token budget of the prefix-sharing backend as first estimated,
-    `halved` the number of times memory then ran out. `computed` is the number of tokens that went
-    through the network, `given` the number that the padded backend would have sent.
+    `halved` the number of times memory then ran out. `computed_tokens` went through the network,
+    `padded_tokens` is the number that the padded backend would have sent.
     """
 
     requested: Backend
-    used: Backend = "plain"
+    used: Backend = "padded"
     reasons: list[str] = field(default_factory=list)
     tokens_per_batch: int | None = None
     halved: int = 0
-    given: int = 0
-    computed: int = 0
+    padded_tokens: int = 0
+    computed_tokens: int = 0
 
-    def because(self, reason: str) -> None:
-        """Add a reason, unless it is already listed."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-
-    def plain(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return JSON values, with the fields of this attempt alone nested under `spent`."""
         values = asdict(self)
         # The remaining fields are equal whenever a run is repeated or resumed; these are not, so
@@ -54,12 +53,28 @@ class BackendReport:
         return {**values, "spent": spent}
 
 
+def select_backend(
+    model: Model, requested: Backend, unsupported: str | None, progress: Progress
+) -> BackendReport:
+    """Return the backend to use: the requested one, or the padded one with the reason.
+
+    `unsupported` states why the model does not support prefix sharing, None if it does.
+    """
+    report = BackendReport(requested)
+    if requested == "prefix_sharing" and unsupported is None:
+        report.used = "prefix_sharing"
+    elif requested == "prefix_sharing" and unsupported is not None:
+        report.reasons.append(unsupported)
+        progress.warn(f"{model.name} uses the padded backend: {unsupported}")
+    return report
+
+
 class ScoredBenchmark(NamedTuple):
     """The metrics of a model, one row per scored sample, and the backend report if there is one."""
 
     metrics: list[Metric]
-    rows: SampleRows
-    asked: BackendReport | None = None
+    rows: list[SampleRow]
+    backend_report: BackendReport | None = None
 
 
 class Harness(Protocol):
@@ -73,15 +88,13 @@ class Harness(Protocol):
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task came from."""
 
-    def pictures(self, task: str, document: int) -> Sequence[Image]:
+    def images(self, task: str, document: int) -> Sequence[Image]:
         """Return the images of a document, given its index in the data set; empty for text."""
 
-    def score(self, model: Model, progress: Progress, memory: ResponseCache) -> ScoredBenchmark:
+    def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score a model; requests found in the response cache are skipped, new ones added to it."""
 
 
-ATTEMPT_FIELDS = ("tokens_per_batch", "halved", "given", "computed")
-"""Fields that depend on free memory and on what an interrupted attempt had already answered."""
 Origin = Literal["hub", "embedded", "file", "harness"]
 
 
@@ -112,7 +125,3 @@ def file_source(files: list[Path]) -> DocumentSource:
 def hub_source(location: str, revision: str | None, loaded: str) -> DocumentSource:
     """Describe a data set on the hub; `loaded` identifies its content if no commit is known."""
     return DocumentSource("hub", location, revision, f"{location}@{revision or loaded}")
-
-
-SEED = 1234
-"""Seed of few-shot examples (the harnesses' default) and of sampled generation."""

@@ -1,4 +1,4 @@
-"""Both harnesses kept quiet and out of the terminal."""
+"""Silence for both harnesses: no logs, progress bars or prints of theirs in our terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
 
 import datasets
 import lm_eval.api.task
@@ -38,19 +37,19 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_lmms_eval() -> Iterator[None]:
     """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logger.disable("")  # all names: task modules log under their own
     bar = lmms_eval.api.task.tqdm
 
-    def hidden(*args: Any, **options: Any) -> Any:
+    def hidden_bar(*args: object, **options: object) -> object:
         # One bar sets `disable` explicitly; ours must win, so functools.partial is not enough.
         return bar(*args, **{**options, "disable": True})
 
     for module in (lmms_eval.api.task, lmms_eval.evaluator):
-        module.tqdm = hidden
+        module.tqdm = hidden_bar
     try:
         with redirect_stdout(io.StringIO()):
             yield

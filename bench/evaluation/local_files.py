@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow
@@ -14,8 +15,16 @@ from pyarrow import parquet
 from bench.errors import UserError
 from bench.evaluation.harness import DocumentSource, file_source
 
+DataRow: TypeAlias = dict[str, Any]
+"""One document: values by column, as JSON or parquet gives them."""
 SUFFIXES = (".parquet", ".jsonl", ".json", ".gz")
 """Supported formats: parquet, JSON Lines, a JSON list, and the latter two compressed."""
+UNREADABLE = (OSError, ValueError, EOFError, zlib.error)
+"""Errors of readers on a damaged file.
+
+ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors, BadGzipFile is an OSError;
+EOFError and zlib.error are raised on a `.gz` file that is cut off or damaged inside.
+"""
 TEXT_COLUMNS = {
     "boolq": ("passage", "question", "label"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
@@ -27,7 +36,22 @@ TEXT_COLUMNS = {
     "piqa": ("goal", "sol1", "sol2", "label"),
     "mathqa": ("Problem", "options", "correct"),
 }
-"""Columns of the real data sets that each task reads."""
+"""Columns of the real data sets that each text task reads."""
+IMAGE_TASK_COLUMNS = {
+    "gqa": ("imageId", "question", "answer"),
+    "vqav2_val": ("question", "answers", "question_id", "image"),
+    "scienceqa_img": ("image", "question", "choices", "answer", "hint"),
+    "textvqa_val": ("image", "question", "question_id", "answers", "ocr_tokens"),
+    "pope": ("question_id", "question", "answer", "category", "image"),
+    "mme": ("question_id", "image", "question", "answer", "category"),
+    "mmbench_en_dev_static": (
+        "index", "question", "hint", "answer", "A", "B", "C", "D", "category", "L2-category",
+        "image", "source", "split",
+    ),
+}  # fmt: skip
+"""Columns of the real data sets that each image task reads."""
+IMAGE_COLUMNS = ("id", "image")
+"""Columns of a file with the images of documents that only name them."""
 
 
 def load_local_rows(
@@ -39,7 +63,7 @@ def load_local_rows(
         UserError: the path does not exist, a file cannot be read, or a column is missing.
     """
     key = f"benchmark.data.{task}={path}"
-    files = _files_by_split(Path(path).expanduser(), key, split)
+    files = _files_by_split(_existing_path(path, key), key, split)
     splits = {name: read_rows(file, key) for name, file in files.items()}
     for name, rows in splits.items():
         _check_columns(rows, TEXT_COLUMNS.get(task, ()), f"{key}: {files[name].name}")
@@ -47,9 +71,19 @@ def load_local_rows(
     return datasets.DatasetDict(data), file_source(list(files.values()))
 
 
-def _files_by_split(path: Path, key: str, split: str) -> dict[str, Path]:
-    if not path.exists():
+def _existing_path(path: str, key: str) -> Path:
+    """Return the path that the setting `key` names.
+
+    Raises:
+        UserError: there is nothing at it.
+    """
+    existing = Path(path).expanduser()
+    if not existing.exists():
         raise UserError(f"{key}: no such file or folder")
+    return existing
+
+
+def _files_by_split(path: Path, key: str, split: str) -> dict[str, Path]:
     if path.is_file():
         return {split: path}
     files = {
@@ -63,7 +97,7 @@ def _files_by_split(path: Path, key: str, split: str) -> dict[str, Path]:
     return files
 
 
-def read_rows(file: Path, key: str) -> list[dict[str, Any]]:
+def read_rows(file: Path, key: str) -> list[DataRow]:
     """Read the rows of a table; `key` names the user's setting in error messages.
 
     Raises:
@@ -72,23 +106,25 @@ def read_rows(file: Path, key: str) -> list[dict[str, Any]]:
     if file.suffix not in SUFFIXES:
         raise UserError(f"{key}: {file.name} must be one of {', '.join(SUFFIXES)}")
     try:
-        # ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors; BadGzipFile is an
-        # OSError.
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{key}: {file.name} cannot be read as {file.suffix}: {reason}") from error
+    except UNREADABLE as error:
+        raise _unreadable(key, file, file.suffix, error) from error
     if not rows:
         raise UserError(f"{key}: {file.name} has no rows")
     return rows
 
 
-def _parquet_rows(file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+def _unreadable(key: str, file: Path, kind: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(f"{key}: {file.name} cannot be read as {kind}: {reason}")
+
+
+def _parquet_rows(file: Path) -> list[DataRow]:
+    rows: list[DataRow] = parquet.read_table(file).to_pylist()
     return rows
 
 
-def _json_rows(file: Path) -> list[dict[str, Any]]:
+def _json_rows(file: Path) -> list[DataRow]:
     content = file.read_bytes()
     text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
     if text.lstrip().startswith("["):
@@ -100,33 +136,16 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def _check_columns(rows: list[dict[str, Any]], columns: tuple[str, ...], where: str) -> None:
-    for number, row in enumerate(rows):
+def _check_columns(rows: list[DataRow], columns: tuple[str, ...], where: str) -> None:
+    for index, row in enumerate(rows):
         # None counts as missing: parquet and a list of dictionaries fill absent values with it, and
         # a prompt template would render it as the word None.
         missing = [column for column in columns if row.get(column) is None]
         if missing:
             raise UserError(
-                f"{where} has no column {missing[0]!r} (row {number}); "
+                f"{where} has no column {missing[0]!r} (row {index}); "
                 f"this task needs {', '.join(columns)}"
             )
-
-
-IMAGE_TASK_COLUMNS = {
-    "gqa": ("imageId", "question", "answer"),
-    "vqav2_val": ("question", "answers", "question_id", "image"),
-    "scienceqa_img": ("image", "question", "choices", "answer", "hint"),
-    "textvqa_val": ("image", "question", "question_id", "answers", "ocr_tokens"),
-    "pope": ("question_id", "question", "answer", "category", "image"),
-    "mme": ("question_id", "image", "question", "answer", "category"),
-    "mmbench_en_dev_static": (
-        "index", "question", "hint", "answer", "A", "B", "C", "D", "category", "L2-category",
-        "image", "source", "split",
-    ),
-}  # fmt: skip
-"""Columns of the real data sets that each task reads."""
-IMAGE_COLUMNS = ("id", "image")
-"""Columns of a file with the images of documents that only name them."""
 
 
 def read_image_rows(
@@ -138,7 +157,7 @@ def read_image_rows(
         UserError: the path does not exist, a file cannot be read, or a column is missing.
     """
     key = f"benchmark.data.{name}={path}"
-    files = _parquet_files(Path(path).expanduser(), key, part, split)
+    files = _parquet_files(_existing_path(path, key), key, part, split)
     rows = _read_parquet_table(files, key)
     _require_columns(rows, IMAGE_TASK_COLUMNS.get(name, ()), key)
     return rows, file_source(files)
@@ -153,7 +172,7 @@ def read_separate_images(
         UserError: the path is no folder, a file cannot be read, or a column is missing.
     """
     key = f"benchmark.data.{name}={path}"
-    folder = Path(path).expanduser()
+    folder = _existing_path(path, key)
     if folder.is_file():
         raise UserError(
             f"{key}: the rows have no column 'image'; give a folder that contains {part}.parquet"
@@ -166,8 +185,6 @@ def read_separate_images(
 
 def _parquet_files(path: Path, key: str, part: str | None, split: str) -> list[Path]:
     """Return a file, or a folder's files: PART.parquet, PART/SPLIT*.parquet or SPLIT*.parquet."""
-    if not path.exists():
-        raise UserError(f"{key}: no such file or folder")
     if path.is_file():
         return [path]
     patterns = [f"{split}.parquet", f"{split}-*.parquet"]
@@ -176,20 +193,19 @@ def _parquet_files(path: Path, key: str, part: str | None, split: str) -> list[P
     # The first pattern that matches wins: a folder may hold several configurations of a data set,
     # and the more specific names come first.
     for pattern in patterns:
-        found = sorted(path.glob(pattern))
-        if found:
-            return found
-    wanted = f"{part}.parquet or {split}.parquet" if part else f"{split}.parquet"
-    raise UserError(f"{key}: the folder must contain {wanted}")
+        files = sorted(path.glob(pattern))
+        if files:
+            return files
+    expected = f"{part}.parquet or {split}.parquet" if part else f"{split}.parquet"
+    raise UserError(f"{key}: the folder must contain {expected}")
 
 
 def _read_parquet_table(files: list[Path], key: str) -> datasets.Dataset:
     """Read parquet; images are decoded on access."""
     try:
-        tables = [pyarrow.parquet.read_table(file, memory_map=True) for file in files]
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{key}: {files[0].name} cannot be read as parquet: {reason}") from error
+        tables = [parquet.read_table(file, memory_map=True) for file in files]
+    except UNREADABLE as error:
+        raise _unreadable(key, files[0], "parquet", error) from error
     # Wraps the memory-mapped tables; `load_dataset("parquet")` would copy them into its own cache.
     rows = datasets.Dataset(pyarrow.concat_tables(tables))
     if not len(rows):

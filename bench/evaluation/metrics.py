@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from bench.records.record import Metric
 from bench.schema import BenchmarkConfig
+
+LoggedSample: TypeAlias = Mapping[str, Any]
+"""What a harness logs of a scored document; each task adds its metrics as keys."""
+SampleRow: TypeAlias = dict[str, Any]
+"""One scored sample: the columns of `SAMPLE_COLUMNS`, its metrics, and what its task adds."""
+
+
+def task_metric(
+    benchmark: BenchmarkConfig,
+    task: str,
+    metric: str,
+    value: float,
+    *,
+    split: str,
+    n: int,
+    stderr: float | None = None,
+    through: str = "none",
+    shots: int = 0,
+    higher_is_better: bool = True,
+    headline: bool = True,
+    task_version: str | None = None,
+) -> Metric:
+    """Return a metric of a task; `through` is its filter, `none` if there is no choice."""
+    return Metric(
+        benchmark=benchmark.name,
+        task=task,
+        metric=metric,
+        filter=through,
+        shots=shots,
+        split=split,
+        value=value,
+        stderr=stderr,
+        n=n,
+        higher_is_better=higher_is_better,
+        headline=headline,
+        task_version=task_version,
+    )
 
 
 @dataclass(frozen=True)
@@ -19,8 +56,8 @@ class Evaluation:
     """
 
     metrics: tuple[Metric, ...]
-    samples: tuple[dict[str, Any], ...]
-    backend: dict[str, Any] | None = None
+    samples: tuple[SampleRow, ...]
+    backend: dict[str, object] | None = None
 
 
 AVERAGE = "average"
@@ -43,21 +80,18 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list
     # A value that is not finite is null in a record; it makes the mean unknown as well.
     values = [math.nan if row.value is None else row.value for row in shown]
     return [
-        Metric(
-            benchmark=benchmark.name,
-            task=AVERAGE,
-            metric="mean",
-            filter="none",
-            shots=max(row.shots for row in shown),
+        task_metric(
+            benchmark,
+            AVERAGE,
+            "mean",
+            math.fsum(values) / len(shown),
             split=common_split({row.split for row in shown}),
-            value=math.fsum(values) / len(shown),
+            shots=max(row.shots for row in shown),
             # Standard error of a mean of independent estimates: sqrt(sum of squares) / n. One
             # unknown error makes the whole unknown; treating it as 0 would understate it.
             stderr=math.hypot(*errors) / len(shown) if known else None,
             n=len(shown),
             higher_is_better=shown[0].higher_is_better,
-            headline=True,
-            task_version=None,
         )
     ]
 
@@ -89,7 +123,16 @@ def common_split(splits: set[str]) -> str:
     return splits.pop() if len(splits) == 1 else "mixed"
 
 
-SAMPLE_COLUMNS: dict[str, Any] = {
+def sample_score(value: object) -> float | None:
+    """Return a sample's own score, or None if the metric is defined over several samples only."""
+    # lm-eval logs a tuple of references and predictions for corpus metrics (BLEU, F1 and the like),
+    # lmms-eval a mapping with the score and what it is aggregated by.
+    if isinstance(value, dict):
+        value = value.get("score")
+    return float(value) if isinstance(value, int | float) else None
+
+
+SAMPLE_COLUMNS: dict[str, object] = {
     "task": None,
     "filter": None,
     "doc_id": None,
@@ -108,10 +151,13 @@ SAMPLE_METRICS = ("acc", "acc_norm", "exact_match")
 """Metric columns that are always present; further metrics append theirs."""
 
 
-def align_rows(found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def align_rows(rows: Sequence[SampleRow]) -> tuple[SampleRow, ...]:
     """Give all rows the same columns in the same order; a missing list is empty, the rest None."""
-    extra = dict.fromkeys(key for row in found for key in row if key not in SAMPLE_COLUMNS)
+    extra = dict.fromkeys(key for row in rows for key in row if key not in SAMPLE_COLUMNS)
     blank = {**SAMPLE_COLUMNS, **dict.fromkeys(SAMPLE_METRICS), **dict.fromkeys(extra)}
-    whole = ({**blank, **row} for row in found)
+    whole = ({**blank, **row} for row in rows)
     # Blanks are tuples, and every row gets a list of its own: a shared list would alias all rows.
-    return tuple({k: list(v) if v == () else v for k, v in row.items()} for row in whole)
+    return tuple(
+        {name: list(value) if value == () else value for name, value in row.items()}
+        for row in whole
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
     from bench.evaluation.batching import AdaptiveBatches
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from bench.ui import Progress
 
 Item = TypeVar("Item")
-Responses = Iterable[tuple[int, Any]]
-"""Responses of one batch with the indices of their requests; a response is JSON, not a tuple."""
-ComputeResponses = Callable[[list[int]], Iterable[Responses]]
-"""Compute the responses to the requests at the given indices, batch by batch, in any order."""
+Response = TypeVar("Response")
+"""A response as JSON, for instance a list and not a tuple: a resumed run reads it from a file."""
+IndexedResponses: TypeAlias = list[tuple[int, Response]]
+"""Responses of one batch with the indices of their requests."""
 
 
-def request_key(*parts: Any) -> str:
+def request_key(*parts: object) -> str:
     """Return the name of a request: a hash of everything that distinguishes it from others."""
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
@@ -41,37 +41,45 @@ class ResponseCache:
         own = [pair for batch in entries for pair in batch]
         # Every process has a journal of its own. They are merged, because all processes must see
         # the same requests as missing: they partition that list without communicating.
-        self._known: dict[str, Any] = dict(current_process_group().together(own))
+        self._known: dict[str, object] = dict(current_process_group().all_gather(own))
 
-    def answers(
-        self, keys: Sequence[str], score: ComputeResponses, progress: Progress
-    ) -> list[Any]:
-        """Return the response to every key; those that are not cached are computed, each once."""
+    def get_or_compute(
+        self,
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Iterable[IndexedResponses[Response]]],
+        progress: Progress,
+    ) -> list[Response]:
+        """Return the response to every key; those that are not cached are computed, each once.
+
+        `compute` is given the indices of the missing requests and yields their responses batch by
+        batch, in any order.
+        """
         # Reversed, so that of equal requests the index of the first one stays. Each distinct
         # request is computed once, and `missing` keeps the caller's order, on which batching and
         # prefix sharing rely.
-        places = {name: place for place, name in reversed(list(enumerate(keys)))}
-        missing = sorted(place for name, place in places.items() if name not in self._known)
-        progress.total(len(places))
-        progress.step(len(places) - len(missing))
-        for batch in score(missing):
-            given = [(keys[place], answer) for place, answer in batch]
+        index_of = {key: index for index, key in reversed(list(enumerate(keys)))}
+        missing = sorted(index for key, index in index_of.items() if key not in self._known)
+        progress.total(len(index_of))
+        progress.step(len(index_of) - len(missing))
+        for batch in compute(missing):
+            answered = [(keys[index], response) for index, response in batch]
             # Written before the next batch is computed, so a kill costs at most one batch.
-            if self._journal is not None and given:
-                self._journal.append(given)
-            self._known.update(given)
-            progress.step(len(given))
-        return [self._known[name] for name in keys]
+            if self._journal is not None and answered:
+                self._journal.append(answered)
+            self._known.update(answered)
+            progress.step(len(answered))
+        # The journal holds what `compute` gave in an earlier attempt, so the type is the same.
+        return [cast("Response", self._known[key]) for key in keys]
 
-    def batched(
+    def get_or_compute_batched(
         self,
         keys: Sequence[str],
         items: Sequence[Item],
         sizes: Sequence[int],
         batches: AdaptiveBatches,
-        work: Callable[[Sequence[Item]], list[Any]],
+        work: Callable[[Sequence[Item]], list[Response]],
         progress: Progress,
-    ) -> list[Any]:
+    ) -> list[Response]:
         """Return the responses to `items`, computed in their order in batches.
 
         In a distributed evaluation, processes partition the items by `sizes` and exchange responses
@@ -81,17 +89,18 @@ class ResponseCache:
         """
         from bench.evaluation.distributed import current_process_group
 
-        def own(mine: list[int]) -> Iterator[list[tuple[int, Any]]]:
-            places = iter(mine)
-            for answers in batches.each([items[place] for place in mine], work):
-                # zip stops at the end of a batch without consuming the next index, since `answers`
-                # comes first.
-                yield [(place, answer) for answer, place in zip(answers, places, strict=False)]
+        def compute_shard(shard: list[int]) -> Iterator[IndexedResponses[Response]]:
+            indices = iter(shard)
+            for responses in batches.map([items[index] for index in shard], work):
+                # zip stops at the end of a batch without consuming the next index, since
+                # `responses` comes first.
+                yield [(i, response) for response, i in zip(responses, indices, strict=False)]
 
-        def score(missing: list[int]) -> Iterable[Responses]:
+        def compute(missing: list[int]) -> Iterable[IndexedResponses[Response]]:
             # What is cached is a whole number of batches. That guarantee ends where memory ran out
             # (a resumed run starts again at the configured batch size) and with several processes,
             # whose shares of the missing items depend on how many are missing.
-            return current_process_group().spread(missing, [sizes[place] for place in missing], own)
+            work_of = [sizes[index] for index in missing]
+            return current_process_group().scatter_work(missing, work_of, compute_shard)
 
-        return self.answers(keys, score, progress)
+        return self.get_or_compute(keys, compute, progress)

@@ -129,13 +129,13 @@ def _execute_run(
     # Methods change the model in place, so the dense costs are counted first. A dense run counts
     # after evaluating, so that the first scores do not wait for it.
     before = _count_costs(model, config, progress) if config.method else None
-    own = store.unfinished(inputs.id, current_process_group().number)
+    own = store.unfinished(inputs.id, current_process_group().rank)
     context = inputs.loan.to(config, model, progress, own)
     methods = apply_methods(config, model, context)
     # The journal is keyed by the weights after the methods: responses of a killed run are reused
     # only if applying the methods again gave exactly the same network.
     with store.journal(
-        inputs.id, state_hash(model.network), current_process_group().number
+        inputs.id, state_hash(model.network), current_process_group().rank
     ) as journal:
         for note in journal.notes:
             progress.warn(note)

@@ -85,7 +85,7 @@ def resolve_run(config: RunConfig) -> RunInputs:
     for method in config.method.values():
         method.check(structure)
     planned = plan_once(config.benchmark, offline=config.offline)
-    planned.refuse_unfit(config.model)
+    planned.check_model(config.model)
     loan = resolve_calibration_inputs(config)
 
     identity = config.identity()

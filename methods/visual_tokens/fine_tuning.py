@@ -7,11 +7,11 @@ answers. Shapes: B conversations, S tokens of the longest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from bench.data import chat, conversations
 from bench.data.chat import Conversation
 from bench.data.conversations import Conversations
+from bench.data.processors import Processor
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.model import Model
@@ -31,21 +32,6 @@ from methods.visual_engine.strategy import require_visual_tokens_support
 
 # Modules below the inner model that map features of the tower to embeddings.
 PROJECTORS = ("multi_modal_projector", "visual.merger")
-
-
-class Tokenizer(Protocol):
-    """What is used of a tokenizer."""
-
-    pad_token_id: int
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
-        """Return `input_ids` of a text."""
-
-
-class Processor(Protocol):
-    """What is used of a processor, beyond its chat template."""
-
-    tokenizer: Tokenizer
 
 
 class VisualFineTuning(Method):

@@ -153,7 +153,7 @@ def _update_layer_sizes(layer: nn.Module) -> None:
 def smaller_classifier(
     network: Classifier, families: Sequence[GroupFamily], dead: Sequence[Tensor], multiple: int = 1
 ) -> Classifier:
-    """Return the classifier without its dead groups; `bench.models.classifiers.serialization.save_classifier` can write it.
+    """Return the classifier without its dead groups; `save_classifier` can write it.
 
     Raises:
         UserError: the groups cannot be removed; see `removal.remove`.

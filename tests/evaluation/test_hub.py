@@ -139,7 +139,7 @@ if sys.argv[1] == "prefetch":
     print(json.dumps(prefetch(benchmark)))
 else:
     found = plan(benchmark, offline=sys.argv[1] == "offline")
-    texts = {t.name: list(t.documents) for t in found.scoring.texts}
+    texts = {t.name: list(t.documents) for t in found.harness.texts}
     print(json.dumps([found.fingerprints, texts]))
 """
 

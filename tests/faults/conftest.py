@@ -15,7 +15,9 @@ def undisturbed(tmp_path_factory):
     results = tmp_path_factory.mktemp("undisturbed") / "results"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ResponseCache, "answers", counted(ResponseCache.answers, results.parent / "scored")
+            ResponseCache,
+            "get_or_compute",
+            counted(ResponseCache.get_or_compute, results.parent / "scored"),
         )
         assert main(["run", "method=camera_p", "ratio=0.4", *SMALL, f"results_dir={results}"]) == 0
     return results

@@ -108,13 +108,13 @@ def counting(file, pause=0.0):
     """Return what makes a process write down every request that it scored, a batch per line."""
 
     def arm():
-        ResponseCache.answers = counted(ResponseCache.answers, file, pause)
+        ResponseCache.get_or_compute = counted(ResponseCache.get_or_compute, file, pause)
 
     return arm
 
 
 def counted(answers, file, pause=0.0):
-    """Wrap `Memory.answers` so that the key of each request that is scored goes to a file."""
+    """Wrap `ResponseCache.get_or_compute`: write the key of each computed request to a file."""
 
     def counting_answers(self, keys, score, progress):
         def noted(missing):

@@ -35,9 +35,9 @@ IMAGES = (
     "threads=1", "tracker=none",
 )  # fmt: skip
 CASES = {
-    f"{name} {engine}": (*arguments, f"benchmark.engine={engine}")
+    f"{name} {backend}": (*arguments, f"benchmark.backend={backend}")
     for name, arguments in (("text", TEXT), ("images", IMAGES))
-    for engine in ("shared", "plain")
+    for backend in ("prefix_sharing", "padded")
 }
 
 
@@ -98,7 +98,7 @@ def ends_as_one_that_was_not_killed(whole, tmp_path, child, log):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_any_moment_of_a_text_run(tmp_path, whole, seed):
-    case, log = whole("text shared"), tmp_path / "scored"
+    case, log = whole("text prefix_sharing"), tmp_path / "scored"
     log.touch()
     # Each seed has a tenth of the run to itself, so that the ten are not all in one phase.
     moment = (seed + random.Random(seed).random()) / 10 * case.seconds
@@ -109,7 +109,7 @@ def test_killed_at_any_moment_of_a_text_run(tmp_path, whole, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", [name for name in CASES if name != "text shared"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "text prefix_sharing"])
 def test_killed_at_any_moment_of_the_scoring(tmp_path, whole, name, seed):
     case, log, draw = whole(name), tmp_path / "scored", random.Random(seed)
     after = draw.randrange(1, case.batches)

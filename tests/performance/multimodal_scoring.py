@@ -1,7 +1,7 @@
 """How much faster six questions an image are answered than by lmms-eval's own LLaVA adapter.
 
 It needs decord (`pip install --target FOLDER decord`, and FOLDER on PYTHONPATH). Without it our
-plain engine stands in, and the figure says so: it has real batches and encodes an image once
+padded backend stands in, and the figure says so: it has real batches and encodes an image once
 already, which lmms-eval's adapter has not. `multimodal_scoring:gqa` measures one task.
 """
 
@@ -39,13 +39,13 @@ def figures(*names: str) -> list[Figure]:
 
 
 def _figure(model: Model, name: str, folder: Path) -> Figure:
-    plans = {engine: exam(name, folder, engine) for engine in ("shared", "plain")}
-    other = "our plain engine, as lmms-eval's adapter cannot be imported"
-    theirs = partial(evaluate, model, plans["plain"])
+    plans = {backend: exam(name, folder, backend) for backend in ("prefix_sharing", "padded")}
+    other = "our padded backend, as lmms-eval's adapter cannot be imported"
+    theirs = partial(evaluate, model, plans["padded"])
     if importlib.util.find_spec("decord") is not None:
         adapter = reference(model, folder / f"{name}_model")
-        other, theirs = "lmms-eval's llava_hf", partial(harness, adapter, plans["plain"])
-    took = times([theirs, partial(evaluate, model, plans["shared"])], ROUNDS)
+        other, theirs = "lmms-eval's llava_hf", partial(harness, adapter, plans["padded"])
+    took = times([theirs, partial(evaluate, model, plans["prefix_sharing"])], ROUNDS)
     least, median = ratio(*took)
     size = sum(weight.numel() for weight in model.network.parameters()) / 1e6
     how = (
@@ -56,10 +56,10 @@ def _figure(model: Model, name: str, folder: Path) -> Figure:
     return Figure(f"{name}: speed-up", least, f">= {GOAL:g}", least >= GOAL, how)
 
 
-def exam(name: str, folder: Path, engine: str) -> PlannedBenchmark:
+def exam(name: str, folder: Path, backend: str) -> PlannedBenchmark:
     """Plan a task whose images come with six questions each, in the real data set's schema."""
     micro = BenchmarkConfig(name="e", harness="lmms_eval", suite="micro", tasks=(name,))
-    (task,) = plan(micro, offline=True).scoring.tasks  # type: ignore[attr-defined]
+    (task,) = plan(micro, offline=True).harness.tasks  # type: ignore[attr-defined]
     rows = task.task.dataset[task.split]
     asked = [dict(row) for row in rows.select(range(IMAGES * QUESTIONS))]
     images = [task.task.doc_to_visual(rows[place])[0] for place in range(IMAGES)]
@@ -73,11 +73,11 @@ def exam(name: str, folder: Path, engine: str) -> PlannedBenchmark:
         harness="lmms_eval",
         tasks=(name,),
         data={name: str(file)},
-        engine=engine,  # type: ignore[arg-type]
+        backend=backend,  # type: ignore[arg-type]
         batch_size=IMAGES * QUESTIONS,
     )
     planned = plan(config, offline=True)
-    for each in planned.scoring.tasks:  # type: ignore[attr-defined]
+    for each in planned.harness.tasks:  # type: ignore[attr-defined]
         each.task.config.generation_kwargs["max_new_tokens"] = ANSWER
     return planned
 
@@ -119,7 +119,7 @@ def harness(adapter: Any, planned: PlannedBenchmark) -> None:
     """Let lmms-eval ask its own adapter."""
     from bench.evaluation.multimodal import lmms_eval
 
-    for each in planned.scoring.tasks:  # type: ignore[attr-defined]
+    for each in planned.harness.tasks:  # type: ignore[attr-defined]
         lmms_eval._run_harness(adapter, each)
 
 

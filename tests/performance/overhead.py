@@ -47,7 +47,9 @@ def _least(model: Model, planned: Any) -> tuple[float, float]:
     ours, theirs = [], []
     for _ in range(ROUNDS):
         theirs.append(_outside(model, planned, lambda: reference(model, BATCH)))
-        ours.append(_outside(model, planned, lambda: LmEvalAdapter(model, BATCH, SILENT, "shared")))
+        ours.append(
+            _outside(model, planned, lambda: LmEvalAdapter(model, BATCH, SILENT, "prefix_sharing"))
+        )
     return min(ours), min(theirs)
 
 

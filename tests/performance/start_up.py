@@ -55,7 +55,7 @@ def _first_forward() -> Figure:
 def _commands(folder: Path) -> tuple[list[str], list[str]]:
     """Write the embedded ARC documents as a file that both can read; return both commands."""
     from bench.evaluation.text import task_data
-    from bench.evaluation.text.task_index import harness_folder
+    from bench.evaluation.text.task_index import FILES
     from bench.models.embedded.micro_moe import FOLDER
 
     file = folder / "arc.parquet"
@@ -63,7 +63,7 @@ def _commands(folder: Path) -> tuple[list[str], list[str]]:
         file
     )
     (folder / "timed.yaml").write_text(
-        f"include: {harness_folder()}/arc/arc_easy.yaml\ntask: timed\n"
+        f"include: {FILES.harness_folder}/arc/arc_easy.yaml\ntask: timed\n"
         "dataset_path: parquet\ndataset_name: null\n"
         f"dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
         "training_split: null\nvalidation_split: null\nfewshot_split: null\ntest_split: test\n"

@@ -98,8 +98,9 @@ def measure(model: Model, asked: Sequence[Any]) -> tuple[float, float, str]:
 
 def _fresh(model: Model) -> list[LmEvalAdapter]:
     """Return an adapter for each round and the warm-up, as one remembers what it answered."""
-    adapters = [LmEvalAdapter(model, 16, SILENT, "shared") for _ in range(ROUNDS + 1)]
-    assert all(each.asked.used == "shared" for each in adapters), adapters[0].asked.reasons
+    adapters = [LmEvalAdapter(model, 16, SILENT, "prefix_sharing") for _ in range(ROUNDS + 1)]
+    reports = [each.backend_report for each in adapters]
+    assert all(each.used == "prefix_sharing" for each in reports), reports[0].reasons
     return adapters
 
 
@@ -125,7 +126,7 @@ class Listening:
 
 def saving(model: Model, asked: Sequence[Any]) -> float:
     """Return how many times fewer tokens the trie of the requests' inputs has."""
-    adapter, listening = LmEvalAdapter(model, 1, SILENT, "plain"), Listening()
+    adapter, listening = LmEvalAdapter(model, 1, SILENT, "padded"), Listening()
     adapter.scorer = listening
     _ask(adapter, asked)
     distinct = {tuple(question.inputs) for question in listening.heard}

@@ -35,7 +35,7 @@ def task(name: str, shots: int = 0) -> PlannedTask:
     embedded = inner != name
     options: dict[str, Any] = {"suite": "micro"} if embedded else {"data": {inner: files()[inner]}}
     config = BenchmarkConfig(name="exam", tasks=(inner,), num_fewshot=shots, **options)
-    (planned,) = plan(config, offline=True).scoring.tasks  # type: ignore[attr-defined]
+    (planned,) = plan(config, offline=True).harness.tasks  # type: ignore[attr-defined]
     return planned
 
 

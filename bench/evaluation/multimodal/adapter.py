@@ -10,31 +10,38 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import astuple
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL.Image import Image
 
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.harness import BackendReport
+from bench.evaluation.harness import select_backend
 from bench.evaluation.multimodal import shared_prefix
 from bench.evaluation.multimodal.generation import Answer, Generation, ImageQuestion
 from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache, image_hash
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
-from bench.schema import Backend, BenchmarkConfig
+from bench.schema import BenchmarkConfig
 from bench.ui import Progress
 
 
+class DocToVisual(Protocol):
+    """A task's function from a document to its images."""
+
+    def __call__(self, document: object) -> list[Image]:
+        """Open the images of a document."""
+
+
 class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
-    """Serves the harness's requests with a `Model`; `engine` is the backend report.
+    """Serves the harness's requests with a `Model`; `backend_report` names the backend.
 
     Questions about the same images are answered one after the other, so that a small cache holds
-    their features and their prefill is shared. `asked` maps (task, document) to the full prompt and
-    the answer.
+    their features and their prefill is shared. `answers_by_document` maps (task, document) to the
+    full prompt and the answer.
     """
 
     def __init__(
@@ -42,7 +49,7 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         model: Model,
         benchmark: BenchmarkConfig,
         progress: Progress,
-        memory: ResponseCache | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         super().__init__()
         if model.processor is None:
@@ -50,41 +57,42 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
                 f"model {model.name} has no processor, which questions about images require"
             )
         model.network.eval()
-        system = benchmark.system_prompt
-        self.asked: dict[tuple[str, int], Answer] = {}
-        self.engine = _select_backend(model, benchmark.engine, progress)
-        self._memory = memory or ResponseCache()
+        self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.backend_report = select_backend(
+            model, benchmark.backend, shared_prefix.unsupported_reason(model), progress
+        )
+        self._cache = cache or ResponseCache()
         self._model = model
         self._progress = progress
-        self._prompts = PromptEncoder(
-            model, model.config.system_prompt if system is None else system
-        )
+        own, replaced = model.config.system_prompt, benchmark.system_prompt
+        self._prompts = PromptEncoder(model, own if replaced is None else replaced)
         self._features = VisionFeatureCache(model, int(benchmark.image_cache_gib * 2**30))
         self._batches = AdaptiveBatches(benchmark.batch_size, model.device, progress)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return one answer per request; requests with equal settings share batches."""
         groups: dict[str, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
+        for index, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(index)
         texts = [""] * len(requests)
-        shares = self.engine.used == "shared"
-        for found in groups.values():
-            numbers = self._by_image(requests, found) if shares else found
-            options = requests[numbers[0]].args[1]
+        shares = self.backend_report.used == "prefix_sharing"
+        for group in groups.values():
+            indices = self._by_image(requests, group) if shares else group
+            options = requests[indices[0]].args[1]
             generation = Generation(self._model, self._prompts, self._features, options, shares)
-            answers = self._memory.batched(
-                [_request_key(requests[number]) for number in numbers],
-                [self._question(requests[number]) for number in numbers],
-                [1] * len(numbers),
+            responses = self._cache.get_or_compute_batched(
+                [_request_key(requests[index]) for index in indices],
+                [self._question(requests[index]) for index in indices],
+                [1] * len(indices),
                 self._batches,
                 partial(_answer_fields, generation),
                 self._progress,
             )
-            for number, fields in zip(numbers, answers, strict=True):
-                *_, document, task, _split = requests[number].args
-                answer = self.asked[task, document] = Answer(*fields)
-                texts[number] = answer.text
+            for index, (text, prompt, hashed) in zip(indices, responses, strict=True):
+                *_, document, task, _split = requests[index].args
+                answer = Answer(str(text), str(prompt), hashed)
+                self.answers_by_document[task, document] = answer
+                texts[index] = answer.text
         return texts
 
     def clean(self) -> None:
@@ -98,18 +106,20 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         # Images are opened late: the decoded images of a whole task may exceed the memory.
         return ImageQuestion(text, partial(self._open, doc_to_visual, document, task, split))
 
-    def _by_image(self, requests: list[Instance], numbers: list[int]) -> list[int]:
+    def _by_image(self, requests: list[Instance], indices: list[int]) -> list[int]:
         """Group questions about the same images, in the order of the first question of each group.
 
         This opens every image once more than answering does, and keeps none.
         """
-        together: dict[str, list[int]] = defaultdict(list)
-        for number in numbers:
+        same_images: dict[str, list[int]] = defaultdict(list)
+        for index in indices:
             # Equal pixels, not equal document ids: data sets repeat one image in many documents.
-            together[image_hash(self._question(requests[number]).open_images())].append(number)
-        return [number for alike in together.values() for number in alike]
+            same_images[image_hash(self._question(requests[index]).open_images())].append(index)
+        return [index for group in same_images.values() for index in group]
 
-    def _open(self, doc_to_visual: Any, document: int, task: str, split: str) -> list[Any]:
+    def _open(
+        self, doc_to_visual: DocToVisual, document: int, task: str, split: str
+    ) -> list[Image]:
         return list(doc_to_visual(self.task_dict[task][split][document]))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -129,22 +139,10 @@ def _answer_fields(
     generation: Generation, questions: Sequence[ImageQuestion]
 ) -> list[list[str | None]]:
     """Return answers as JSON values, the form that the response cache stores."""
-    return [list(astuple(answer)) for answer in generation.run(questions)]
+    return [[answer.text, answer.prompt, answer.image_hash] for answer in generation.run(questions)]
 
 
 def _request_key(request: Instance) -> str:
     """Name a request; the fingerprint of its data set covers the images of the document."""
     text, options, _, document, task, split = request.args
     return request_key("question", task, split, document, text, options)
-
-
-def _select_backend(model: Model, wanted: Backend, progress: Progress) -> BackendReport:
-    """Return the backend report for a model: the requested backend, unless it is not supported."""
-    asked = BackendReport(wanted)
-    reason = shared_prefix.unsupported_reason(model) if wanted == "shared" else None
-    if reason is not None:
-        asked.because(reason)
-        progress.warn(f"{model.name} uses the padded backend: {reason}")
-    elif wanted == "shared":
-        asked.used = "shared"
-    return asked

@@ -12,12 +12,21 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-Sample = dict[str, Any]
-SampleScores = Mapping[str, Any]
+from bench.evaluation.metrics import LoggedSample
+
+HarnessScores: TypeAlias = Mapping[str, float | str]
+"""The aggregated scores of a task, by `METRIC,FILTER`."""
 MME_MAXIMUM = 200.0
 ROTATION_STRIDE = 1_000_000
+"""Difference of the indices of a question and its next rotation in MMBench."""
+ALWAYS_DERIVED = {
+    "pope_accuracy": ("pope_accuracy_mean",),
+    "mme_perception_score": ("mme_perception_share",),
+    "gpt_eval_score": ("mmbench_accuracy",),
+}
+"""Metrics of lmms-eval, and what is derived from them on any samples."""
 
 
 class DerivedMetric(NamedTuple):
@@ -34,12 +43,12 @@ def always_derived_from(metrics: Iterable[str]) -> list[str]:
     return [name for metric in metrics for name in ALWAYS_DERIVED.get(metric, ())]
 
 
-def derive_metrics(samples: Sequence[Sample], scores: SampleScores) -> list[DerivedMetric]:
+def derive_metrics(samples: Sequence[LoggedSample], scores: HarnessScores) -> list[DerivedMetric]:
     """Return every metric that can be derived from the samples of one task and its scores."""
     return [*_pope(samples), *_mme(samples), *_mmbench(samples, scores)]
 
 
-def _pope(samples: Sequence[Sample]) -> list[DerivedMetric]:
+def _pope(samples: Sequence[LoggedSample]) -> list[DerivedMetric]:
     by_split: dict[str, list[float]] = defaultdict(list)
     for sample in _samples_with("pope_accuracy", samples):
         by_split[sample["doc"]["category"]].append(sample["pope_accuracy"]["score"])
@@ -56,23 +65,23 @@ def _pope(samples: Sequence[Sample]) -> list[DerivedMetric]:
     return [mean, *splits]
 
 
-def _mme(samples: Sequence[Sample]) -> list[DerivedMetric]:
-    rows: list[DerivedMetric] = []
+def _mme(samples: Sequence[LoggedSample]) -> list[DerivedMetric]:
+    metrics: list[DerivedMetric] = []
     for part in ("perception", "cognition"):
         categories = _mme_categories(
             _samples_with(f"mme_{part}_score", samples), f"mme_{part}_score"
         )
         if not categories:
             continue
-        share = statistics.fmean(each.value for each in categories) / MME_MAXIMUM
+        share = statistics.fmean(category.value for category in categories) / MME_MAXIMUM
         error = _mean_error(categories)
-        total = sum(each.n for each in categories)
+        n = sum(category.n for category in categories)
         scaled = None if error is None else error / MME_MAXIMUM
-        rows += [DerivedMetric(f"mme_{part}_share", share, scaled, total), *categories]
-    return rows
+        metrics += [DerivedMetric(f"mme_{part}_share", share, scaled, n), *categories]
+    return metrics
 
 
-def _mme_categories(samples: Sequence[Sample], metric: str) -> list[DerivedMetric]:
+def _mme_categories(samples: Sequence[LoggedSample], metric: str) -> list[DerivedMetric]:
     """Score each category: the mean over images of accuracy and of both answers correct."""
     # MME asks two questions per image. The paper's score of a category is accuracy plus accuracy+,
     # the share of images with both answers correct, each in percent: at most 200.
@@ -80,29 +89,29 @@ def _mme_categories(samples: Sequence[Sample], metric: str) -> list[DerivedMetri
     for sample in samples:
         result = sample[metric]
         images[result["category"]][result["question_id"]].append(result["score"])
-    found = []
+    metrics = []
     for category, scores in sorted(images.items()):
         points = [100 * statistics.fmean(pair) + 100 * (min(pair) == 1) for pair in scores.values()]
-        found.append(DerivedMetric(f"mme_{category}", *_mean(points), len(points)))
-    return found
+        metrics.append(DerivedMetric(f"mme_{category}", *_mean(points), len(points)))
+    return metrics
 
 
-def _mmbench(samples: Sequence[Sample], scores: SampleScores) -> list[DerivedMetric]:
+def _mmbench(samples: Sequence[LoggedSample], scores: HarnessScores) -> list[DerivedMetric]:
     """Return the harness's percentage as a share of questions, each with all its rotations.
 
     For a mean of zeros and ones, the standard error follows from the mean alone.
     """
-    asked = _samples_with("gpt_eval_score", samples)
-    if not asked:
+    scored = _samples_with("gpt_eval_score", samples)
+    if not scored:
         return []
     # Rotations of a question differ in the index by multiples of a million.
-    n = len({sample["doc"]["index"] % ROTATION_STRIDE for sample in asked})
+    n = len({sample["doc"]["index"] % ROTATION_STRIDE for sample in scored})
     share = float(scores["gpt_eval_score,none"]) / 100
     error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
     return [DerivedMetric("mmbench_accuracy", share, error, n)]
 
 
-def _samples_with(metric: str, samples: Sequence[Sample]) -> list[Sample]:
+def _samples_with(metric: str, samples: Sequence[LoggedSample]) -> list[LoggedSample]:
     return [sample for sample in samples if isinstance(sample.get(metric), dict)]
 
 
@@ -116,10 +125,3 @@ def _mean_error(parts: Sequence[DerivedMetric]) -> float | None:
     """Return the standard error of the unweighted mean of independent parts."""
     errors = [part.stderr for part in parts if part.stderr is not None]
     return math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
-
-
-ALWAYS_DERIVED = {
-    "pope_accuracy": ("pope_accuracy_mean",),
-    "mme_perception_score": ("mme_perception_share",),
-    "gpt_eval_score": ("mmbench_accuracy",),
-}

@@ -1,13 +1,13 @@
 """Greedy answers to questions about images, in real batches.
 
-Suffixes: B batch, T padded length.
+Suffixes: B batch, T padded length, I prefixes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeAlias, TypedDict
 
 import torch
 from PIL import Image
@@ -16,25 +16,34 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bench.errors import UserError
 from bench.evaluation.multimodal.prompts import (
+    PER_TOKEN,
+    EncodedPrompt,
     PromptEncoder,
     VisionFeatureCache,
     concatenate_outputs,
     image_hash,
+    slice_tokens,
 )
 from bench.evaluation.multimodal.shared_prefix import (
-    PER_TOKEN,
-    EncodedPrompt,
     ImagePrefix,
     expand_prefix_cache,
     find_image_prefixes,
     prefill,
-    scatter_texts,
-    slice_tokens,
 )
+from bench.evaluation.networks import language_model, pad_left
 from bench.models.model import Model
 
 MAX_ANSWER_TOKENS = 1024
 """Default of `max_new_tokens`, as in lmms-eval's own adapters."""
+NetworkInputs: TypeAlias = dict[str, object]
+"""Arguments of a forward besides tensors per token: pixels or features, grids, a KV cache."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The generation settings of a task that greedy decoding reads."""
+
+    until: str | list[str] | None
+    max_new_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -65,141 +74,161 @@ class Generation:
         model: Model,
         prompts: PromptEncoder,
         features: VisionFeatureCache,
-        options: dict[str, Any],
+        options: GenerationOptions,
         share: bool = False,
     ) -> None:
         self._share = share
         self._model = model
-        network: Any = model.network
-        self._network = network
+        self._network = language_model(model)
         self._prompts = prompts
         self._features = features
         until = options.get("until") or []
-        self._until: list[str] = [until] if isinstance(until, str) else [u for u in until if u]
-        self._longest = int(options.get("max_new_tokens") or MAX_ANSWER_TOKENS)
+        self._until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        self._max_new_tokens = int(options.get("max_new_tokens") or MAX_ANSWER_TOKENS)
         # The generation config comes first: chat models end a turn with a token that is not the
         # tokenizer's EOS, and may list several.
-        own = network.generation_config.eos_token_id
+        own = self._network.generation_config.eos_token_id
         ends = model.tokenizer.eos_token_id if own is None else own
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
-        token = model.tokenizer.pad_token_id
-        self._fill = int(token if token is not None else (self._ends or [0])[0])
+        pad = model.tokenizer.pad_token_id
+        self._pad_token = int(pad if pad is not None else (self._ends or [0])[0])
 
     @torch.no_grad()
     def run(self, questions: Sequence[ImageQuestion]) -> list[Answer]:
         """Answer questions of any length, padded on the left."""
-        shown = [question.open_images() for question in questions]
-        hashes = [image_hash(images) if images else None for images in shown]
-        written = [
-            self._prompts.render(question.text, len(images))
-            for question, images in zip(questions, shown, strict=True)
+        images = [question.open_images() for question in questions]
+        hashes = [image_hash(opened) if opened else None for opened in images]
+        prompts = [
+            self._prompts.render(question.text, len(opened))
+            for question, opened in zip(questions, images, strict=True)
         ]
         encoded = [
-            self._prompts.encode(prompt, images)
-            for prompt, images in zip(written, shown, strict=True)
+            self._prompts.encode(prompt, opened)
+            for prompt, opened in zip(prompts, images, strict=True)
         ]
         texts = self._answer(encoded, hashes)
-        return [Answer(*each) for each in zip(texts, written, hashes, strict=True)]
+        return [Answer(*fields) for fields in zip(texts, prompts, hashes, strict=True)]
 
     def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[str]:
         """Answer prompts: in one batch where they share a prefix, in another where they do not."""
         # Two batches, because only one of them has a cache to start from.
-        alike = find_image_prefixes(encoded, hashes, self._network.config) if self._share else []
-        rooms = [self._room(row["input_ids"].shape[1]) for row in encoded]
+        prefixes: list[ImagePrefix] = []
+        if self._share:
+            prefixes = find_image_prefixes(encoded, hashes, self._network.config)
+        limits = [self._token_limit(prompt["input_ids"].shape[1]) for prompt in encoded]
+        sharing = [row for prefix in prefixes for row in prefix.rows]
+        others = [row for row in range(len(encoded)) if row not in set(sharing)]
         texts = [""] * len(encoded)
-        together = [place for start in alike for place in start.places]
-        others = [place for place in range(len(encoded)) if place not in set(together)]
+
+        def write(rows: list[int], tokens: dict[str, Tensor], inputs: NetworkInputs) -> None:
+            answers = self._generate(tokens, inputs, [limits[row] for row in rows])
+            for row, answer in zip(rows, answers, strict=True):
+                texts[row] = answer
+
         if others:
-            rows, seen = [encoded[p] for p in others], [hashes[p] for p in others]
-            inputs = self._padded(rows) | self._visual(rows, seen)
-            scatter_texts(texts, others, self._continue(inputs, [rooms[p] for p in others]))
-        if together:
-            inputs = self._begun(alike, encoded, hashes)
-            scatter_texts(texts, together, self._continue(inputs, [rooms[p] for p in together]))
+            prompts = [encoded[row] for row in others]
+            inputs = self._visual_inputs(prompts, [hashes[row] for row in others])
+            write(others, self._padded(prompts), inputs)
+        if sharing:
+            write(sharing, *self._prefilled(prefixes, encoded, hashes))
         return texts
 
-    def _begun(
-        self, alike: Sequence[ImagePrefix], encoded: list[EncodedPrompt], hashes: list[str | None]
-    ) -> dict[str, Any]:
+    def _prefilled(
+        self,
+        prefixes: Sequence[ImagePrefix],
+        encoded: list[EncodedPrompt],
+        hashes: list[str | None],
+    ) -> tuple[dict[str, Tensor], NetworkInputs]:
         """Compute each prefix once; return the full prompts and a cache of their prefixes."""
-        firsts = [encoded[start.places[0]] for start in alike]
-        heads = [slice_tokens(row, 0, s.length) for row, s in zip(firsts, alike, strict=True)]
-        head = self._padded(heads)
-        seen = [hashes[start.places[0]] for start in alike]
-        cache = prefill(self._network, head | self._visual(heads, seen))
-        owner = [number for number, start in enumerate(alike) for _ in start.places]
-        owner_B = torch.tensor(owner, device=self._model.device)
+        begins = [slice_tokens(encoded[prefix.rows[0]], 0, prefix.length) for prefix in prefixes]
+        begin = self._padded(begins)
+        visual = self._visual_inputs(begins, [hashes[prefix.rows[0]] for prefix in prefixes])
+        cache = prefill(self._network, begin, visual)
+        owners = [index for index, prefix in enumerate(prefixes) for _ in prefix.rows]
+        owner_B = torch.tensor(owners, device=self._model.device)
         expand_prefix_cache(self._network, cache, owner_B)
-        tails = [
-            slice_tokens(encoded[p], start.length, None) for start in alike for p in start.places
-        ]
-        tail = self._padded(tails)
+        rest = self._padded(
+            [
+                slice_tokens(encoded[row], prefix.length, None)
+                for prefix in prefixes
+                for row in prefix.rows
+            ]
+        )
         # The full prompt is passed although its prefix is in the cache: `generate` feeds only the
         # tokens beyond the cache's length, and needs the mask of all of them. Padding stands before
         # the prefix and between prefix and rest; the mask hides both, and positions are counted
         # from it.
-        return {"past_key_values": cache} | {
-            name: torch.cat([head[name][owner_B], tail[name]], dim=1)
-            for name in ("input_ids", "attention_mask")
-        }
+        names = ("input_ids", "attention_mask")
+        tokens = {name: torch.cat([begin[name][owner_B], rest[name]], dim=1) for name in names}
+        return tokens, {"past_key_values": cache}
 
-    def _room(self, length: int) -> int:
-        """Return the maximal length of an answer to a prompt of this length."""
-        room = self._model.max_length - length
-        if room < 1:
+    def _token_limit(self, width: int) -> int:
+        """Return the maximal number of new tokens for a prompt of `width` tokens.
+
+        Raises:
+            UserError: the prompt leaves none.
+        """
+        remaining = self._model.max_length - width
+        if remaining < 1:
             raise UserError(
-                f"a prompt of {length} tokens leaves none for an answer: "
+                f"a prompt of {width} tokens leaves none for an answer: "
                 f"model {self._model.name} takes {self._model.max_length} in total"
             )
-        return min(self._longest, room)
+        return min(self._max_new_tokens, remaining)
 
-    def _padded(self, encoded: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+    def _padded(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
         """Pad all per-token outputs of the processor to one length."""
-        width = max(row["input_ids"].shape[1] for row in encoded)
-        names = [name for name in PER_TOKEN if name in encoded[0]]
-        fills = {"input_ids": self._fill}
+        fills = {"input_ids": self._pad_token}
         return {
-            name: torch.cat(
-                [_pad_left(row[name], width, fills.get(name, 0)) for row in encoded]
-            ).to(self._model.device)
-            for name in names
+            name: pad_left([prompt[name] for prompt in prompts], fills.get(name, 0)).to(
+                self._model.device
+            )
+            for name in PER_TOKEN
+            if name in prompts[0]
         }
 
-    def _visual(
-        self, encoded: Sequence[EncodedPrompt], hashes: Sequence[str | None]
-    ) -> dict[str, Any]:
+    def _visual_inputs(
+        self, prompts: Sequence[EncodedPrompt], hashes: Sequence[str | None]
+    ) -> NetworkInputs:
         """Return the images as features, or as pixels if the network takes no features."""
         device, dtype = self._model.device, self._network.dtype
-        per_row = [
+        per_prompt = [
             {
                 name: value.to(dtype) if value.is_floating_point() else value
-                for name, value in row.items()
+                for name, value in prompt.items()
                 if name not in PER_TOKEN
             }
-            for row, seen in zip(encoded, hashes, strict=True)
-            if seen is not None
+            for prompt, key in zip(prompts, hashes, strict=True)
+            if key is not None
         ]
-        if not per_row:
+        if not per_prompt:
             return {}
-        together = {n: torch.cat([row[n] for row in per_row]).to(device) for n in per_row[0]}
+        pixels: NetworkInputs = {
+            name: torch.cat([visual[name] for visual in per_prompt]).to(device)
+            for name in per_prompt[0]
+        }
         if not self._features.supported:
-            return together
-        keys = [seen for seen in hashes if seen is not None]
+            return pixels
+        keys = [key for key in hashes if key is not None]
         outputs = [
-            self._features.of(key, row, device) for key, row in zip(keys, per_row, strict=True)
+            self._features.outputs_for(key, visual, device)
+            for key, visual in zip(keys, per_prompt, strict=True)
         ]
         # Grids stay, as M-RoPE positions are computed from them; pixels would be encoded again.
-        grids = {n: value for n, value in together.items() if not n.startswith("pixel_values")}
+        grids = {n: value for n, value in pixels.items() if not n.startswith("pixel_values")}
         return grids | {"mm_encoder_outputs": {"image": concatenate_outputs(outputs)}}
 
-    def _continue(self, inputs: dict[str, Any], rooms: list[int]) -> list[str]:
-        width = inputs["input_ids"].shape[1]
-        stop = PerRowStopping(self._model.tokenizer, self._until, rooms, width)
+    def _generate(
+        self, tokens: dict[str, Tensor], inputs: NetworkInputs, limits: list[int]
+    ) -> list[str]:
+        width = tokens["input_ids"].shape[1]
+        stop = PerRowStopping(self._model.tokenizer, self._until, limits, width)
         # Every setting is given: a model's generation config may ask for sampling, with a
         # temperature that greedy decoding would warn about.
-        made_BT = self._network.generate(
+        output_BT = self._network.generate(
+            **tokens,
             **inputs,
-            max_new_tokens=max(rooms),
+            max_new_tokens=max(limits),
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -207,12 +236,12 @@ class Generation:
             top_k=None,
             stopping_criteria=StoppingCriteriaList([stop]),
             eos_token_id=self._ends or None,
-            pad_token_id=self._fill,
+            pad_token_id=self._pad_token,
             use_cache=True,
         )
-        rows = zip(made_BT[:, width:].tolist(), rooms, strict=True)
+        rows = zip(output_BT[:, width:].tolist(), limits, strict=True)
         # A row keeps generating padding until the whole batch is done, hence the cut per row.
-        return [self._text(tokens[:room]) for tokens, room in rows]
+        return [self._text(answer[:limit]) for answer, limit in rows]
 
     def _text(self, tokens: list[int]) -> str:
         """Decode an answer up to its end token and its first stop string."""
@@ -223,29 +252,33 @@ class Generation:
         return text
 
 
+class BatchDecoder(Protocol):
+    """A tokenizer, as far as stop strings are found with it."""
+
+    def batch_decode(self, sequences: Tensor) -> list[str]:
+        """Return the text of each row of token ids."""
+
+
 class PerRowStopping(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
     """Stops each row of a batch individually: at a stop string, or at its maximal length."""
 
-    def __init__(self, tokenizer: Any, until: list[str], rooms: list[int], width: int) -> None:
+    def __init__(
+        self, tokenizer: BatchDecoder, until: list[str], limits: list[int], width: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._until = until
-        self._rooms_B = torch.tensor(rooms)
+        self._limit_B = torch.tensor(limits)
         self._width = width
         # If each token has a character, a stop string of n characters that ends in the last token
         # lies in the last n tokens. A miss costs time only: `_text` cuts the answer anyway.
         self._tail = max(map(len, until), default=0) + 1
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         """Return which rows are done, bool [B]."""
-        made_BT = input_ids[:, self._width :]
-        full_B = self._rooms_B.to(input_ids.device) <= made_BT.shape[1]
+        output_BT = input_ids[:, self._width :]
+        full_B = self._limit_B.to(input_ids.device) <= output_BT.shape[1]
         if not self._until:
             return full_B
-        texts = self._tokenizer.batch_decode(made_BT[:, -self._tail :])
+        texts = self._tokenizer.batch_decode(output_BT[:, -self._tail :])
         stopped = [any(stop in text for stop in self._until) for text in texts]
         return full_B | torch.tensor(stopped, device=input_ids.device)
-
-
-def _pad_left(row_1T: Tensor, width: int, fill: int) -> Tensor:
-    padding = row_1T.new_full((1, width - row_1T.shape[1]), fill)
-    return torch.cat([padding, row_1T], dim=1)

@@ -1,10 +1,10 @@
-"""The harness's task objects, and which documents a limit leaves."""
+"""lmms-eval's task objects on the documents found, and which documents a limit leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import datasets
 from lmms_eval.api.task import ConfigurableTask
@@ -12,24 +12,25 @@ from PIL.Image import Image
 
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource
-from bench.evaluation.harness_logs import quiet
+from bench.evaluation.harness_logs import quiet_lmms_eval
+from bench.evaluation.local_files import DataRow
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments
-from bench.evaluation.multimodal.task_index import evaluated_split
+from bench.evaluation.task_planning import TaskDefinition, evaluated_split
 from bench.schema import BenchmarkConfig
 
 
 class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no types
     """A task of lmms-eval in everything but the download of its data."""
 
-    def __init__(self, defined: dict[str, Any], rows: datasets.Dataset) -> None:
+    def __init__(self, definition: TaskDefinition, rows: datasets.Dataset) -> None:
         # Before the base class, whose constructor calls `download`.
         self._rows = rows
-        super().__init__(config=defined)
+        super().__init__(config=definition)
 
-    def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
+    def download(self, dataset_kwargs: dict[str, object] | None = None) -> None:
         """Install the documents, and a copy without images for code that reads text only."""
-        split = evaluated_split(dict(vars(self.config)))
+        split = evaluated_split(vars(self.config))
         images = [n for n, kind in self._rows.features.items() if isinstance(kind, datasets.Image)]
         self.dataset = datasets.DatasetDict({split: self._rows})
         self.dataset_no_image = datasets.DatasetDict({split: self._rows.remove_columns(images)})
@@ -39,20 +40,20 @@ class LoadedTask(ConfigurableTask):  # type: ignore[misc]  # the harness has no 
 class PlannedTask:
     """One task with its documents.
 
-    `places` are the indices of its documents in the whole data set, `headline` is its metric.
+    `indices` are the indices of its documents in the whole data set, `headline` is its metric.
     """
 
     name: str
     task: LoadedTask
     split: str
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     source: DocumentSource
     headline: str
 
-    def pictures(self, number: int) -> list[Image]:
-        """Return the images shown with a document, given its index into `places`."""
-        with quiet():
-            return list(self.task.doc_to_visual(self.task.dataset[self.split][number]))
+    def images(self, position: int) -> list[Image]:
+        """Return the images shown with a document, given its position in `indices`."""
+        with quiet_lmms_eval():
+            return list(self.task.doc_to_visual(self.task.dataset[self.split][position]))
 
 
 def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
@@ -62,43 +63,38 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         Unreachable: its data are neither cached nor reachable on the hub.
         UserError: the task is not supported, or the user's rows or metric do not fit it.
     """
-    find = (
-        task_index.find_micro_task_file if benchmark.suite == "micro" else task_index.find_task_file
-    )
-    with quiet():
-        defined = task_index.read_task_definition(find(name), benchmark)
-        found = task_data.load_image_documents(name, defined, benchmark)
-        places = select_documents(name, found.rows, benchmark.limit)
-        task = _loaded_task(name, _with_local_images(defined, found), found, places, benchmark)
+    micro = benchmark.suite == "micro"
+    file = task_index.FILES.find_micro(name) if micro else task_index.find_task_file(name)
+    with quiet_lmms_eval():
+        definition = task_index.read_task_definition(file, benchmark)
+        documents = task_data.load_image_documents(name, definition, benchmark)
+        indices = select_documents(name, documents.rows, benchmark.limit)
+        rows = documents.rows.select(indices)
+        task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
-    split = task_index.evaluated_split(defined)
-    return PlannedTask(name, task, split, tuple(places), found.source, headline)
+    split = evaluated_split(definition)
+    return PlannedTask(name, task, split, tuple(indices), documents.source, headline)
 
 
-def _with_local_images(defined: dict[str, Any], found: ImageDocuments) -> dict[str, Any]:
+def _with_local_images(definition: TaskDefinition, documents: ImageDocuments) -> TaskDefinition:
     """Point a task at its images; the harness's own function would load them from the hub."""
-    bound = {**defined, "dataset_kwargs": None, "num_fewshot": 0}
+    changed = {**definition, "dataset_kwargs": None, "num_fewshot": 0}
     for key in ("test_split", "validation_split"):
-        bound[key] = str(bound[key]).strip() if bound.get(key) else None
+        changed[key] = str(changed[key]).strip() if changed.get(key) else None
     # Only the scored split is loaded, so the harness must not look for others.
-    bound["training_split"] = bound["fewshot_split"] = None
-    if found.album is not None:
-        bound["doc_to_visual"] = found.album.doc_to_visual
-    return bound
+    changed["training_split"] = changed["fewshot_split"] = None
+    if documents.images is not None:
+        changed["doc_to_visual"] = documents.images.doc_to_visual
+    return changed
 
 
 def _loaded_task(
-    name: str,
-    defined: dict[str, Any],
-    found: ImageDocuments,
-    places: list[int],
-    benchmark: BenchmarkConfig,
+    name: str, definition: TaskDefinition, rows: datasets.Dataset, benchmark: BenchmarkConfig
 ) -> LoadedTask:
-    rows = found.rows.select(places)
     if name not in benchmark.data:
-        return LoadedTask(defined, rows)
+        return LoadedTask(definition, rows)
     try:
-        task = LoadedTask(defined, rows)
+        task = LoadedTask(definition, rows)
         # Tried on one row now: otherwise the first failure would come after the model is loaded.
         task.doc_to_visual(rows[0])
     except Exception as error:  # task functions raise anything on such rows
@@ -117,13 +113,15 @@ def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> str:
     return metric
 
 
-UnitRule = tuple[tuple[str, ...], Callable[..., Any]]
+UnitRule: TypeAlias = tuple[tuple[str, ...], Callable[..., object]]
+"""The columns that identify a unit, and a function from their values to its key."""
 SCORING_UNITS: dict[str, UnitRule] = {
     # Two questions about an image; the second half of the score counts images with both correct.
     "mme": (("category", "question_id"), lambda category, question: (category, question)),
-    # A question and its copies with rotated options, whose indices are a million apart.
-    "mmbench": (("index",), lambda index: index % 1_000_000),
+    # A question and its copies with rotated options.
+    "mmbench": (("index",), lambda index: index % derived_metrics.ROTATION_STRIDE),
 }
+"""Documents that are scored together, by family of tasks."""
 
 
 def select_documents(name: str, rows: datasets.Dataset, limit: int | None) -> list[int]:
@@ -138,11 +136,11 @@ def select_documents(name: str, rows: datasets.Dataset, limit: int | None) -> li
         return list(range(limit))
     columns, key = rule
     keys = [key(*values) for values in zip(*(rows[column] for column in columns), strict=True)]
-    wanted = set(keys[:limit])
-    return [place for place, each in enumerate(keys) if each in wanted]
+    kept = set(keys[:limit])
+    return [index for index, unit in enumerate(keys) if unit in kept]
 
 
-def scoring_unit(name: str, document: dict[str, Any]) -> str | None:
+def scoring_unit(name: str, document: DataRow) -> str | None:
     """Return the name of the unit a document is scored in, or None if it is scored alone."""
     rule = _unit_rule(name)
     if rule is None:

@@ -1,6 +1,4 @@
-"""Prompts written and encoded by the processor, images hashed, their features cached.
-
-Cache of vision features: images are encoded once, however many questions refer to them.
+"""Prompts rendered and encoded by the processor, hashes of images, and a cache of their features.
 
 The images of a question are encoded apart from those of other questions, so the result depends
 neither on the batch nor on whether it came from the cache.
@@ -11,15 +9,25 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from bench.data import chat
 from bench.models.model import Model
+
+EncodedPrompt: TypeAlias = dict[str, Tensor]
+"""A processor's output for one prompt."""
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+"""Outputs of processors with one entry per token; the remaining ones describe images."""
+KEPT_FIELDS = ("pooler_output", "deepstack_features")
+"""Fields of a vision encoder's output that language models read."""
+VisionField: TypeAlias = Tensor | list[Tensor]
+"""A tensor for all images of a question, or one per image or per decoder layer."""
 
 
 class PromptEncoder:
@@ -35,9 +43,14 @@ class PromptEncoder:
             self._processor, [(question, None)], images=images, system=self._system
         )
 
-    def encode(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+    def encode(self, prompt: str, images: Sequence[Image.Image]) -> EncodedPrompt:
         """Return the processor's output for one prompt."""
         return chat.encode_chats(self._processor, [prompt], [images])
+
+
+def slice_tokens(prompt: EncodedPrompt, first: int, last: int | None) -> EncodedPrompt:
+    """Return a prompt's tokens from `first` to `last`, together with all of its images."""
+    return {n: value[:, first:last] if n in PER_TOKEN else value for n, value in prompt.items()}
 
 
 def image_hash(images: Sequence[Image.Image]) -> str:
@@ -50,10 +63,6 @@ def image_hash(images: Sequence[Image.Image]) -> str:
     return digest.hexdigest()
 
 
-KEPT_FIELDS = ("pooler_output", "deepstack_features")
-"""Fields of a vision encoder's output that language models read."""
-
-
 class VisionFeatureCache:
     """A vision encoder with an LRU cache of `limit` bytes for its outputs.
 
@@ -62,54 +71,74 @@ class VisionFeatureCache:
     """
 
     def __init__(self, model: Model, limit: int) -> None:
-        network: Any = model.network
-        self._network = network
+        self._network = model.network
         self._limit = limit
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._outputs: OrderedDict[str, ModelOutput] = OrderedDict()
         self._bytes = 0
-        takes = inspect.signature(network.forward).parameters
-        encoder = getattr(network, "get_image_features", None)
+        encoder = self._encoder()
+        arguments = inspect.signature(model.network.forward).parameters
         # `mm_encoder_outputs` is how transformers lets a forward skip its vision encoder.
-        understood = encoder is not None and "mm_encoder_outputs" in takes
-        self.supported = understood and not model.needs_pixels
-        self._reads = set(inspect.signature(encoder).parameters) if encoder is not None else set()
+        skippable = encoder is not None and "mm_encoder_outputs" in arguments
+        self.supported = skippable and not model.needs_pixels
+        self._arguments = set(inspect.signature(encoder).parameters) if encoder else set()
 
-    def of(self, key: str, inputs: Mapping[str, Tensor], device: torch.device) -> Any:
+    def _encoder(self) -> Callable[..., ModelOutput] | None:
+        # Looked up for each call: a method may replace it after this cache was made.
+        encoder = getattr(self._network, "get_image_features", None)
+        return cast("Callable[..., ModelOutput] | None", encoder)
+
+    def outputs_for(
+        self, key: str, inputs: Mapping[str, Tensor], device: torch.device
+    ) -> ModelOutput:
         """Return the output for one question's images; `inputs` is what the processor returned."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._moved(self._kept[key], device)
-        given = {name: value.to(device) for name, value in inputs.items() if name in self._reads}
-        output = self._network.get_image_features(**given, return_dict=True)
+        if key in self._outputs:
+            self._outputs.move_to_end(key)
+            return _moved(self._outputs[key], device)
+        encoder = self._encoder()
+        assert encoder is not None
+        arguments = {n: value.to(device) for n, value in inputs.items() if n in self._arguments}
+        output = encoder(**arguments, return_dict=True)
         # On the CPU: features of many images would take the memory that batches need, and moving
         # them back is cheap next to encoding.
-        self._keep(key, self._moved(output, torch.device("cpu")))
-        return self._moved(output, device)
+        self._keep(key, _moved(output, torch.device("cpu")))
+        return _moved(output, device)
 
-    def _keep(self, key: str, output: Any) -> None:
+    def _keep(self, key: str, output: ModelOutput) -> None:
         size = _output_bytes(output)
         if size > self._limit:
             return
-        self._kept[key] = output
+        self._outputs[key] = output
         self._bytes += size
         while self._bytes > self._limit:
-            _, oldest = self._kept.popitem(last=False)
+            _, oldest = self._outputs.popitem(last=False)
             self._bytes -= _output_bytes(oldest)
 
-    @staticmethod
-    def _moved(output: Any, device: torch.device) -> Any:
-        """Return an output of the same class with only the fields that are read later."""
-        # The rest, such as the encoder's last hidden state, is read by nothing and would fill the
-        # cache. The output is rebuilt as its own class, since networks access its fields by name.
-        fields = {name: getattr(output, name, None) for name in KEPT_FIELDS}
-        return type(output)(
-            **{n: _to_device(v, device) for n, v in fields.items() if v is not None}
-        )
+
+def _kept_fields(output: ModelOutput) -> dict[str, VisionField]:
+    fields = {name: getattr(output, name, None) for name in KEPT_FIELDS}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def concatenate_outputs(outputs: Sequence[Any]) -> Any:
+def _moved(output: ModelOutput, device: torch.device) -> ModelOutput:
+    """Return an output of the same class with only the fields that are read later."""
+    # The rest, such as the encoder's last hidden state, is read by nothing and would fill the
+    # cache. The output is rebuilt as its own class, since networks access its fields by name.
+    fields = {
+        name: value.to(device) if isinstance(value, Tensor) else [part.to(device) for part in value]
+        for name, value in _kept_fields(output).items()
+    }
+    return type(output)(**fields)
+
+
+def _output_bytes(output: ModelOutput) -> int:
+    fields = _kept_fields(output).values()
+    parts = [part for f in fields for part in ([f] if isinstance(f, Tensor) else f)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def concatenate_outputs(outputs: Sequence[ModelOutput]) -> ModelOutput:
     """Concatenate the outputs for several questions, in order."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, VisionField] = {}
     pooled = [output.pooler_output for output in outputs]
     # One tensor for all images of a question, or a list with one per image where their numbers of
     # tokens differ; both forms occur in transformers.
@@ -122,15 +151,3 @@ def concatenate_outputs(outputs: Sequence[Any]) -> Any:
     if layers:
         fields["deepstack_features"] = [torch.cat(layer) for layer in zip(*layers, strict=True)]
     return type(outputs[0])(**fields)
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return [part.to(device) for part in value]
-
-
-def _output_bytes(output: Any) -> int:
-    values = [getattr(output, name, None) for name in KEPT_FIELDS]
-    parts = [p for v in values if v is not None for p in ([v] if isinstance(v, Tensor) else v)]
-    return sum(part.numel() * part.element_size() for part in parts)

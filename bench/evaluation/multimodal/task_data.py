@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import datasets
 from PIL import Image
 
 from bench.data import hub
 from bench.evaluation import local_files
-from bench.evaluation.harness import DocumentSource, hub_source
-from bench.evaluation.multimodal.task_index import evaluated_split
+from bench.evaluation.harness import DocumentSource
+from bench.evaluation.local_files import DataRow
+from bench.evaluation.task_planning import (
+    TaskDefinition,
+    evaluated_split,
+    hub_options,
+    load_from_hub,
+)
 from bench.schema import BenchmarkConfig
 
 INSTRUCTIONS_SUFFIX, IMAGES_SUFFIX = "_instructions", "_images"
@@ -27,76 +32,74 @@ class ImageIndex:
     rows: datasets.Dataset
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.rows["id"])}
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.rows["id"])}
 
-    def doc_to_visual(self, document: dict[str, Any]) -> list[Image.Image]:
+    def doc_to_visual(self, document: DataRow) -> list[Image.Image]:
         """Return the image of a document, as lmms-eval's function of this name does."""
-        return [self.rows[self._places[document["imageId"]]]["image"].convert("RGB")]
+        return [self.rows[self._row_of[document["imageId"]]]["image"].convert("RGB")]
 
 
 @dataclass(frozen=True)
 class ImageDocuments:
-    """A task's scored documents; `album` holds their images if they do not contain them."""
+    """A task's scored documents; `images` holds their images if they do not contain them."""
 
     rows: datasets.Dataset
-    album: ImageIndex | None
+    images: ImageIndex | None
     source: DocumentSource
 
 
 def load_image_documents(
-    name: str, defined: dict[str, Any], benchmark: BenchmarkConfig
+    name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
 ) -> ImageDocuments:
     """Return the documents that a benchmark gives a task, and where they came from."""
     path = benchmark.data.get(name)
     if path is not None:
-        return _from_files(name, path, defined)
+        return _from_files(name, path, definition)
     if benchmark.suite == "micro":
-        return _from_scenes(defined)
-    return _from_hub(defined)
+        return _from_scenes(definition)
+    return _from_hub(definition)
 
 
-def _from_files(name: str, path: str, defined: dict[str, Any]) -> ImageDocuments:
-    part, split = defined.get("dataset_name"), evaluated_split(defined)
+def _from_files(name: str, path: str, definition: TaskDefinition) -> ImageDocuments:
+    part, split = definition.get("dataset_name"), evaluated_split(definition)
     rows, source = local_files.read_image_rows(name, path, part, split)
-    if "image" in rows.column_names or not _has_separate_images(defined):
+    if "image" in rows.column_names or not _has_separate_images(definition):
         return ImageDocuments(rows, None, source)
-    images, beside = local_files.read_separate_images(name, path, _images_config(defined), split)
-    return ImageDocuments(rows, ImageIndex(images), _combined_source(source, beside))
-
-
-def _from_scenes(defined: dict[str, Any]) -> ImageDocuments:
-    scenes = defined["dataset_name"]
-    rows = datasets.Dataset.from_list(scene_rows(scenes))
-    album = None
-    if "image" not in rows.column_names:
-        album = ImageIndex(datasets.Dataset.from_list(scene_images(scenes)))
-    return ImageDocuments(rows, album, scene_source(scenes))
-
-
-def _from_hub(defined: dict[str, Any]) -> ImageDocuments:
-    location = (defined["dataset_path"], defined.get("dataset_name"))
-    split = evaluated_split(defined)
-    options = dict(defined.get("dataset_kwargs") or {})
-    options.pop("token", None)  # task files demand a login even for public data sets
-    data = hub.load_dataset(*location, **options)
-    source = hub_source(
-        hub.dataset_name(*location), hub.commit_of(data), _content_fingerprint(data)
+    images, images_source = local_files.read_separate_images(
+        name, path, _images_config(definition), split
     )
-    if not _has_separate_images(defined):
+    return ImageDocuments(rows, ImageIndex(images), _combined_source(source, images_source))
+
+
+def _from_scenes(definition: TaskDefinition) -> ImageDocuments:
+    scenes = definition["dataset_name"]
+    rows = datasets.Dataset.from_list(scene_rows(scenes))
+    images = None
+    if "image" not in rows.column_names:
+        images = ImageIndex(datasets.Dataset.from_list(scene_images(scenes)))
+    return ImageDocuments(rows, images, scene_source(scenes))
+
+
+def _from_hub(definition: TaskDefinition) -> ImageDocuments:
+    split = evaluated_split(definition)
+    data, source = load_from_hub(definition)
+    if not _has_separate_images(definition):
         return ImageDocuments(data[split], None, source)
     # GQA stores questions and images as two configurations. The harness's own function would load
     # the second one from the hub in the middle of the evaluation.
-    images = hub.load_dataset(location[0], _images_config(defined), **options)
+    images = hub.load_dataset(
+        definition["dataset_path"], _images_config(definition), **hub_options(definition)
+    )
     return ImageDocuments(data[split], ImageIndex(images[split]), source)
 
 
-def _has_separate_images(defined: dict[str, Any]) -> bool:
-    return str(defined.get("dataset_name")).endswith(INSTRUCTIONS_SUFFIX)
+def _has_separate_images(definition: TaskDefinition) -> bool:
+    return str(definition.get("dataset_name")).endswith(INSTRUCTIONS_SUFFIX)
 
 
-def _images_config(defined: dict[str, Any]) -> str:
-    return str(defined["dataset_name"]).removesuffix(INSTRUCTIONS_SUFFIX) + IMAGES_SUFFIX
+def _images_config(definition: TaskDefinition) -> str:
+    return str(definition["dataset_name"]).removesuffix(INSTRUCTIONS_SUFFIX) + IMAGES_SUFFIX
 
 
 def _combined_source(documents: DocumentSource, images: DocumentSource) -> DocumentSource:
@@ -104,28 +107,24 @@ def _combined_source(documents: DocumentSource, images: DocumentSource) -> Docum
     return DocumentSource("file", documents.location, None, joined)
 
 
-def _content_fingerprint(data: dict[str, Any]) -> str:
-    return "-".join(str(split._fingerprint) for _, split in sorted(data.items()))
-
-
 SCENES_PATH = "scenes"
 """Value of `dataset_path` in our task files."""
 
 
-def scene_rows(scenes: str) -> list[dict[str, Any]]:
+def scene_rows(scenes: str) -> list[DataRow]:
     """Return the documents of a task on scenes, in the real data set's schema."""
     from bench.data.synthetic.scenes import documents
 
-    found: list[dict[str, Any]] = documents(scenes)
-    return found
+    rows: list[DataRow] = documents(scenes)
+    return rows
 
 
-def scene_images(scenes: str) -> list[dict[str, Any]]:
+def scene_images(scenes: str) -> list[DataRow]:
     """Return the images of a task whose documents only name them."""
     from bench.data.synthetic.scenes import scene_images
 
-    found: list[dict[str, Any]] = scene_images(scenes)
-    return found
+    rows: list[DataRow] = scene_images(scenes)
+    return rows
 
 
 def scene_source(scenes: str) -> DocumentSource:

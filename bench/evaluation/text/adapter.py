@@ -8,17 +8,15 @@ network.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.harness import BackendReport
-from bench.evaluation.response_cache import ResponseCache, Responses, request_key
-from bench.evaluation.text.generation import generate
-from bench.evaluation.text.requests import LoglikelihoodRequest, Scorer, truncated_request
+from bench.evaluation.response_cache import IndexedResponses, ResponseCache, request_key
+from bench.evaluation.text.generation import GenerationRequest, generate
+from bench.evaluation.text.requests import LoglikelihoodRequest, truncated_request
 from bench.evaluation.text.scorers import select_scorer
 from bench.models.model import Model
 from bench.schema import Backend
@@ -36,16 +34,15 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         model: Model,
         batch_size: int,
         progress: Progress,
-        engine: Backend = "shared",
-        memory: ResponseCache | None = None,
+        backend: Backend = "prefix_sharing",
+        cache: ResponseCache | None = None,
     ) -> None:
         super().__init__()
         model.network.eval()
         self.tokenizer = model.tokenizer
-        self.asked = BackendReport(engine)
         self.batches = AdaptiveBatches(batch_size, model.device, progress)
-        self.scorer: Scorer = select_scorer(model, self.batches, progress, self.asked)
-        self._memory = memory or ResponseCache()
+        self.scorer, self.backend_report = select_scorer(model, backend, self.batches, progress)
+        self._cache = cache or ResponseCache()
         self._model = model
         self._progress = progress
         self._prefix_text: str = self.tokenizer.decode(self.prefix_token_id)
@@ -63,14 +60,14 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         return self.eot_token_id if begin is None else int(begin)
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
         """Tokenize text; BOS is added as the model config or the tokenizer says, never twice."""
         if add_special_tokens is None:
             # The harness encodes context and whole text of every request one by one; the lookup
             # lets a fast tokenizer do all of them in parallel instead.
-            known = self._encoded.get(string)
-            return self._encode([string])[0] if known is None else known
+            encoded = self._encoded.get(string)
+            return self._encode([string])[0] if encoded is None else encoded
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -80,26 +77,24 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         if texts[0].startswith(self._prefix_text):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        found: list[list[int]] = self.tokenizer(texts, verbose=False, **options)["input_ids"]
-        return found
+        ids: list[list[int]] = self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        return ids
 
     def _encode_once(self, texts: Iterable[str]) -> None:
         """Tokenize distinct texts together for `tok_encode` to look up."""
         self._encoded = {}
         distinct = dict.fromkeys(texts)
-        for begun in (True, False):
-            alike = [text for text in distinct if text.startswith(self._prefix_text) == begun]
-            if alike:
+        for with_bos in (True, False):
+            group = [text for text in distinct if text.startswith(self._prefix_text) == with_bos]
+            if group:
                 # One call takes one value of `add_special_tokens`, hence two calls at most.
-                self._encoded |= zip(alike, self._encode(alike), strict=True)
+                self._encoded |= zip(group, self._encode(group), strict=True)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""
-        self._encode_once(
-            text for pair in (r.args for r in requests) for text in _texts_to_encode(*pair)
-        )
+        self._encode_once(text for request in requests for text in _texts_to_encode(*request.args))
         # The base class splits context from continuation, with its rule for trailing spaces, and
         # calls `_loglikelihood_tokens`.
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
@@ -112,13 +107,13 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         """Return the log-likelihood of whole texts, in windows as long as the model allows."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
-        for number, request in enumerate(requests):
-            rolled = get_rolling_token_windows(
+        for index, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self._model.max_length, 1
             )
-            windows += [(None, *make_disjoint_window(pair)) for pair in rolled]
+            windows += [(None, *make_disjoint_window(pair)) for pair in rolling]
             # The windows of all texts are scored together, so short texts fill batches too.
-            owners += [number] * (len(windows) - len(owners))
+            owners += [index] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[owner] += value
@@ -126,29 +121,33 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that follows each context, up to its first stop string."""
-        asked = [
-            (self.tok_encode(context), options) for context, options in (r.args for r in requests)
+        generations = [
+            GenerationRequest(self.tok_encode(context), options)
+            for context, options in (request.args for request in requests)
         ]
-        return generate(self._model, asked, self.batches, self._memory, self._progress)
+        return generate(self._model, generations, self.batches, self._cache, self._progress)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
-        questions = [truncated_request(self._model, *tokens) for _, *tokens in requests]
-        answers = self._memory.answers(
-            [request_key("loglikelihood", *each) for each in questions],
-            lambda missing: self._score(missing, [questions[number] for number in missing]),
+        truncated = [
+            truncated_request(self._model, context, continuation)
+            for _, context, continuation in requests
+        ]
+        responses = self._cache.get_or_compute(
+            [request_key("loglikelihood", *request) for request in truncated],
+            lambda missing: self._score(missing, [truncated[index] for index in missing]),
             self._progress,
         )
-        return [(value, greedy) for value, greedy in answers]
+        return [(value, bool(greedy)) for value, greedy in responses]
 
     def _score(
-        self, numbers: Sequence[int], questions: Sequence[LoglikelihoodRequest]
-    ) -> Iterator[Responses]:
+        self, indices: Sequence[int], requests: Sequence[LoglikelihoodRequest]
+    ) -> Iterator[IndexedResponses[list[float]]]:
         """Yield the responses of each batch, with indices into the full list of requests."""
-        for batch in self.scorer.score(questions):
+        for batch in self.scorer.score(requests):
             # A list, because the journal is JSON: a resumed run must see what a fresh one sees.
-            yield [(numbers[place], list(answer)) for place, answer in batch]
+            yield [(indices[index], list(result)) for index, result in batch]
 
 
 def _texts_to_encode(context: str, continuation: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Text benchmarks through lm-eval: planned, run, its results as metrics and sample rows."""
+"""Text benchmarks through lm-eval: planning, evaluation, metrics and sample rows."""
 
 from __future__ import annotations
 
@@ -8,25 +8,52 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import lm_eval.utils
 
-from bench.data import hub
-from bench.errors import MissingData, unknown_name
-from bench.evaluation.harness import SEED, DocumentSource, SampleRows, ScoredBenchmark
+from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
-from bench.evaluation.metrics import common_split
+from bench.evaluation.metrics import (
+    LoggedSample,
+    SampleRow,
+    common_split,
+    sample_score,
+    task_metric,
+)
 from bench.evaluation.response_cache import ResponseCache
+from bench.evaluation.task_planning import (
+    collect,
+    evaluated_split,
+    go_offline_if_needed,
+    reads_hub,
+    refuse_missing_data,
+    refuse_unknown_data,
+)
 from bench.evaluation.text import perplexity, planned_tasks, task_data
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.planned_tasks import PlannedTask
 from bench.evaluation.text.task_data import PlannedText
-from bench.evaluation.text.task_index import evaluated_split
+from bench.evaluation.text.task_index import TextTask
 from bench.models.model import Model
 from bench.records.record import Metric
 from bench.schema import BenchmarkConfig, ModelKind
 from bench.ui import Progress
+
+_BOOTSTRAP_RESAMPLES = 1000
+"""Resamples for metrics without a closed-form standard error; others ignore it."""
+HarnessResult = TypedDict(
+    "HarnessResult",
+    {
+        "results": dict[str, dict[str, float | str]],
+        "higher_is_better": dict[str, dict[str, bool | None]],
+        "versions": dict[str, float | str | None],
+        "n-shot": dict[str, int | None],
+        "n-samples": dict[str, dict[str, int]],
+        "samples": dict[str, list[LoggedSample]],
+    },
+)
+"""What lm-eval returns: scores by task or group, their labels, and the scored documents."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +69,34 @@ class TextHarness:
     @property
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task and each text came from."""
-        found = {name: source for task in self.tasks for name, source in task.sources.items()}
-        return found | {text.name: text.source for text in self.texts}
+        of_tasks = {name: source for task in self.tasks for name, source in task.sources.items()}
+        return of_tasks | {text.name: text.source for text in self.texts}
 
-    def pictures(self, task: str, document: int) -> tuple[()]:
+    def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: documents are texts."""
         return ()
 
-    def score(self, model: Model, progress: Progress, memory: ResponseCache) -> ScoredBenchmark:
-        """Score the model on every task and text."""
-
-        return score_text(model, self.benchmark, self.tasks, self.texts, progress, memory)
+    def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
+        """Score the model on every task and text; cached requests are skipped."""
+        benchmark = self.benchmark
+        # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
+        # memory.
+        adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.backend, cache)
+        metrics: list[Metric] = []
+        rows: list[SampleRow] = []
+        for task in self.tasks:
+            with progress.phase(f"{model.name} on {task.name}"), cached_templates():
+                result = _run_harness(adapter, task, benchmark.limit)
+                rows += sample_rows(task, result)
+            metrics += task_metrics(benchmark, task, result)
+        for text in self.texts:
+            with progress.phase(f"{model.name} on {text.name}"):
+                metric, windows = perplexity.measure_perplexity(
+                    model, text, benchmark, progress, cache
+                )
+            metrics.append(metric)
+            rows += windows
+        return ScoredBenchmark(metrics, rows, adapter.backend_report)
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
@@ -63,95 +107,33 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
         UserError: the config names a task, a metric, a file or a text that does not exist or fit.
     """
     scored = planned_tasks.scored_names(benchmark)
-    for name in benchmark.data:
-        if name not in scored:
-            raise unknown_name("task in benchmark.data", name, scored)
-    # Decided once for the process: without this, every data set would wait for its own timeout.
-    if offline or (_needs_hub(benchmark) and not hub.is_reachable()):
-        hub.go_offline()
-    tasks: list[PlannedTask] = []
-    loaded: list[PlannedText] = []
-    # All failures are collected before any is reported: a user should not have to fix them one run
-    # at a time.
+    refuse_unknown_data(benchmark, scored)
+    texts = benchmark.perplexity
+    hub_texts = any(text.text != "english" and not text.path for text in texts.values())
+    go_offline_if_needed(offline=offline, needs_hub=reads_hub(benchmark) or hub_texts)
+
+    def load_text(name: str) -> PlannedText:
+        with quiet_lm_eval():
+            return task_data.load_perplexity_text(name, texts[name])
+
     missing: list[str] = []
-    for name in scored:
-        try:
-            tasks.append(planned_tasks.build_task(name, benchmark))
-        except hub.DatasetUnreachable as error:
-            missing.append(f"{error} ({name})")
-    for name, config in benchmark.perplexity.items():
-        try:
-            with quiet_lm_eval():
-                loaded.append(task_data.load_perplexity_text(name, config))
-        except hub.DatasetUnreachable as error:
-            missing.append(f"{error} ({name})")
-    if missing:
-        raise _missing_data(benchmark, missing)
+    tasks = collect(scored, lambda name: planned_tasks.build_task(name, benchmark), missing)
+    loaded = collect(texts, load_text, missing)
+    refuse_missing_data(
+        benchmark, missing, "benchmark.data.TASK=PATH, benchmark.perplexity.NAME.path=PATH"
+    )
     return TextHarness(benchmark, tuple(tasks), tuple(loaded))
 
 
-def _needs_hub(benchmark: BenchmarkConfig) -> bool:
-    real = benchmark.suite == "real" and set(benchmark.tasks) - set(benchmark.data)
-    texts = benchmark.perplexity.values()
-    return bool(real) or any(text.text != "english" and not text.path for text in texts)
-
-
-def _missing_data(benchmark: BenchmarkConfig, missing: list[str]) -> MissingData:
-    return MissingData(
-        f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
-        f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a network, or "
-        "give local files: benchmark.data.TASK=PATH, benchmark.perplexity.NAME.path=PATH",
-        missing,
-    )
-
-
-_BOOTSTRAP_RESAMPLES = 1000
-"""Resamples for metrics without a closed-form standard error; others ignore it."""
-
-
-def score_text(
-    model: Model,
-    benchmark: BenchmarkConfig,
-    tasks: tuple[PlannedTask, ...],
-    texts: tuple[PlannedText, ...],
-    progress: Progress,
-    memory: ResponseCache,
-) -> ScoredBenchmark:
-    """Score the model on every task and text; requests in the response cache are skipped."""
-    # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
-    # memory.
-    adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.engine, memory)
-    metrics: list[Metric] = []
-    rows: SampleRows = []
-    for task in tasks:
-        with progress.phase(f"{model.name} on {task.name}"), cached_templates():
-            result = _run_harness(adapter, task, benchmark.limit)
-            rows += sample_rows(task, result)
-        metrics += task_metrics(benchmark, task, result)
-    for text in texts:
-        with progress.phase(f"{model.name} on {text.name}"):
-            metric, windows = perplexity.measure_perplexity(
-                model, text, benchmark, progress, memory
-            )
-        metrics.append(metric)
-        rows += windows
-    return ScoredBenchmark(metrics, rows, adapter.asked)
-
-
-def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None) -> dict[str, Any]:
+def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None) -> HarnessResult:
     """Let lm-eval build requests, collect responses and aggregate."""
-    # lm-eval's bootstrap would fork this process, which holds a device and threads. The variable
-    # stays set for the rest of the process.
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    from lm_eval.evaluator import evaluate as harness
-
-    from bench.evaluation.harness_logs import quiet_lm_eval
+    from lm_eval.evaluator import evaluate
 
     for task in planned.tasks.values():
         task.set_fewshot_seed(SEED)
     # The bootstrap also prints, and standard output belongs to our caller (`--json`).
-    with quiet_lm_eval(), redirect_stdout(io.StringIO()):
-        result: dict[str, Any] = harness(
+    with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
+        result: HarnessResult = evaluate(
             adapter,
             {"tasks": planned.tasks, "groups": planned.groups},
             limit=limit,
@@ -161,32 +143,46 @@ def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None
     return result
 
 
+@contextmanager
+def bootstrap_in_this_process() -> Iterator[None]:
+    """Keep lm-eval from forking this process, which holds a device and threads."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def task_metrics(
-    benchmark: BenchmarkConfig, planned: PlannedTask, result: dict[str, Any]
+    benchmark: BenchmarkConfig, planned: PlannedTask, result: HarnessResult
 ) -> list[Metric]:
     """Return every metric that the harness reports for a task, or for a group and its tasks."""
-    rows: list[Metric] = []
+    metrics: list[Metric] = []
     for name, scores in result["results"].items():
         # Results are keyed `METRIC,FILTER`; standard errors stand among them as
         # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
         keys = [key for key in scores if "," in key and "_stderr," not in key]
-        shown = _headline_key(planned, keys) if name == planned.name else None
-        rows += [
-            _metric(benchmark, planned, result, name, key, headline=key == shown) for key in keys
+        headline = _headline_key(planned, keys) if name == planned.name else None
+        metrics += [
+            _metric(benchmark, planned, result, name, key, headline=key == headline) for key in keys
         ]
-    return rows
+    return metrics
 
 
 def _headline_key(planned: PlannedTask, keys: Sequence[str]) -> str | None:
-    metric, chosen = planned.headline
-    wanted = [key for key in keys if key.partition(",")[0] == metric]
-    return next((key for key in wanted if chosen in (None, key.partition(",")[2])), None)
+    metric, through = planned.headline
+    candidates = [key for key in keys if key.partition(",")[0] == metric]
+    return next((key for key in candidates if through in (None, key.partition(",")[2])), None)
 
 
 def _metric(
     benchmark: BenchmarkConfig,
     planned: PlannedTask,
-    result: dict[str, Any],
+    result: HarnessResult,
     name: str,
     key: str,
     *,
@@ -199,16 +195,17 @@ def _metric(
     better = result["higher_is_better"].get(name, {}).get(metric)
     version = result["versions"].get(name)
     leaves = _leaf_tasks(planned, name)
-    return Metric(
-        benchmark=benchmark.name,
-        task=name,
-        metric=metric,
-        filter=through,
+    return task_metric(
+        benchmark,
+        name,
+        metric,
+        float(scores[key]),
+        through=through,
         shots=int(result["n-shot"].get(name) or 0),
         split=common_split({evaluated_split(vars(planned.tasks[leaf].config)) for leaf in leaves}),
-        value=float(scores[key]),
         stderr=float(error) if isinstance(error, float) else None,
         n=sum(result["n-samples"][leaf]["effective"] for leaf in leaves),
+        # Undeclared counts as True, the rule of nearly all metrics of lm-eval.
         higher_is_better=better is not False,
         headline=headline,
         task_version=None if version in (None, "N/A") else str(version),
@@ -222,7 +219,7 @@ def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
 
 
-def sample_rows(planned: PlannedTask, result: dict[str, Any]) -> list[dict[str, Any]]:
+def sample_rows(planned: PlannedTask, result: HarnessResult) -> list[SampleRow]:
     """Return one row per scored document and filter."""
     return [
         _sample_row(name, planned.tasks[name], sample)
@@ -231,7 +228,7 @@ def sample_rows(planned: PlannedTask, result: dict[str, Any]) -> list[dict[str, 
     ]
 
 
-def _sample_row(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+def _sample_row(name: str, task: TextTask, sample: LoggedSample) -> SampleRow:
     first = sample["arguments"][0]
     return {
         "task": name,
@@ -243,11 +240,11 @@ def _sample_row(name: str, task: Any, sample: dict[str, Any]) -> dict[str, Any]:
         "prompt": first[0],
         "choices": _choices(task, sample),
         **_raw_responses(task, sample),
-        **{name: _number(sample[name]) for name in sample["metrics"]},
+        **{metric: sample_score(sample[metric]) for metric in sample["metrics"]},
     }
 
 
-def _choices(task: Any, sample: dict[str, Any]) -> list[str]:
+def _choices(task: TextTask, sample: LoggedSample) -> list[str]:
     if task.OUTPUT_TYPE == "multiple_choice":
         return [str(choice) for choice in task.doc_to_choice(sample["doc"])]
     if task.OUTPUT_TYPE == "loglikelihood":
@@ -255,26 +252,20 @@ def _choices(task: Any, sample: dict[str, Any]) -> list[str]:
     return []
 
 
-def _raw_responses(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+def _raw_responses(task: TextTask, sample: LoggedSample) -> SampleRow:
     """Return the model's raw responses, before any filter: scores of choices, or a text."""
-    answers = [responses[0] for responses in sample["resps"]]
+    raw = [responses[0] for responses in sample["resps"]]
     if task.OUTPUT_TYPE == "generate_until":
         # The exception: a generated text is shown as its filter left it, since that is what was
         # scored.
         filtered = sample["filtered_resps"][0]
-        return {"response": filtered if isinstance(filtered, str) else answers[0]}
+        return {"response": filtered if isinstance(filtered, str) else raw[0]}
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return {"loglikelihoods": [float(answer) for answer in answers]}
+        return {"loglikelihoods": [float(value) for value in raw]}
     return {
-        "loglikelihoods": [float(value) for value, _ in answers],
-        "greedy": [bool(greedy) for _, greedy in answers],
+        "loglikelihoods": [float(value) for value, _ in raw],
+        "greedy": [bool(greedy) for _, greedy in raw],
     }
-
-
-def _number(value: Any) -> float | None:
-    """Return a sample's metric, or None if it is defined over many samples only."""
-    # Corpus metrics (BLEU, F1 and the like) log a tuple of references and predictions per sample.
-    return float(value) if isinstance(value, int | float) else None
 
 
 @contextmanager

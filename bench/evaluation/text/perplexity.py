@@ -1,6 +1,4 @@
-"""Perplexity by the GPTQ protocol and its windows.
-
-Perplexity by the GPTQ protocol: exp of the mean, over windows, of the mean token loss.
+"""Perplexity by the GPTQ protocol: exp of the mean, over windows, of the mean token loss.
 
 Suffixes: B windows in a batch, T tokens in a window, V vocabulary.
 """
@@ -12,7 +10,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -20,6 +18,8 @@ from torch.nn import functional
 from bench.errors import UserError
 from bench.evaluation import batching
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.metrics import SampleRow, task_metric
+from bench.evaluation.networks import LanguageModel, language_model
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.evaluation.text.task_data import PlannedText
 from bench.models.model import Model
@@ -27,6 +27,9 @@ from bench.records.record import Metric
 from bench.schema import BenchmarkConfig
 from bench.ui import Progress
 
+Encode: TypeAlias = Callable[[str], list[int]]
+C4_WINDOWS = 256
+"""Number of windows that the GPTQ scripts draw from C4."""
 _TOKENS_PER_BATCH = 8192
 """Every position meets the output head, so logits rather than activations bound the batch."""
 _TOKENS_PER_CPU_BATCH = batching.MAX_TOKENS_BY_DEVICE["cpu"]
@@ -38,14 +41,15 @@ def measure_perplexity(
     text: PlannedText,
     benchmark: BenchmarkConfig,
     progress: Progress,
-    memory: ResponseCache,
-) -> tuple[Metric, list[dict[str, Any]]]:
+    cache: ResponseCache,
+) -> tuple[Metric, list[SampleRow]]:
     """Return the perplexity of a text, and one sample row per window."""
     windows = cut_windows(model, text, benchmark.limit)
     tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
     size = max(1, min(benchmark.batch_size, tokens // text.config.window))
-    network = model.network.eval()
-    losses = memory.batched(
+    model.network.eval()
+    network = language_model(model)
+    losses = cache.get_or_compute_batched(
         [request_key("perplexity", text.name, window) for window in windows],
         windows,
         [text.config.window] * len(windows),
@@ -56,7 +60,7 @@ def measure_perplexity(
     metric = _metric(benchmark, text, losses)
     if metric.value is None or not math.isfinite(metric.value):
         progress.warn(f"{text.name}: perplexity is {metric.value}")
-    return metric, _samples(text, windows, losses)
+    return metric, _sample_rows(text, windows, losses)
 
 
 def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
@@ -88,7 +92,7 @@ def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list
 
 
 @torch.no_grad()
-def window_losses(network: Any, ids_BT: torch.Tensor) -> list[float]:
+def window_losses(network: LanguageModel, ids_BT: torch.Tensor) -> list[float]:
     """Return each window's mean cross-entropy over its T - 1 predictions, in float32."""
     logits_BTV = network(ids_BT, use_cache=False).logits
     # Window by window: float32 logits of the whole batch would dominate the peak memory.
@@ -114,40 +118,33 @@ def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
 
 def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> Metric:
     value, stderr = perplexity(losses)
-    return Metric(
-        benchmark=benchmark.name,
-        task=text.name,
-        metric="perplexity",
-        filter="none",
-        shots=0,
+    return task_metric(
+        benchmark,
+        text.name,
+        "perplexity",
+        value,
         split=text.split,
-        value=value,
-        stderr=stderr,
         n=len(losses),
+        stderr=stderr,
         higher_is_better=False,
-        headline=True,
         task_version=f"{text.config.protocol}/{text.config.window}",
     )
 
 
-def _samples(
+def _sample_rows(
     text: PlannedText, windows: Sequence[list[int]], losses: Sequence[float]
-) -> list[dict[str, Any]]:
+) -> list[SampleRow]:
     return [
         {
             "task": text.name,
             "filter": "none",
-            "doc_id": number,
+            "doc_id": index,
             "doc_hash": hashlib.sha256(repr(tokens).encode()).hexdigest(),
             "loglikelihoods": [-loss * (len(tokens) - 1)],
             "n_tokens": len(tokens) - 1,
         }
-        for number, (tokens, loss) in enumerate(zip(windows, losses, strict=True))
+        for index, (tokens, loss) in enumerate(zip(windows, losses, strict=True))
     ]
-
-
-Encode = Callable[[str], list[int]]
-C4_WINDOWS = 256
 
 
 def consecutive_windows(documents: Sequence[str], encode: Encode, window: int) -> list[list[int]]:

@@ -1,10 +1,9 @@
-"""The harness's task objects for the names that a benchmark lists."""
+"""lm-eval's task objects for the names that a benchmark lists, built on the data found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from lm_eval.tasks import TaskManager
 
@@ -12,7 +11,14 @@ from bench.data import hub
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.task_planning import (
+    Splits,
+    TaskDefinition,
+    content_fingerprint,
+    evaluated_split,
+)
 from bench.evaluation.text import task_data, task_index
+from bench.evaluation.text.task_index import AggregatedMetric, TaskGroup, TextTask
 from bench.schema import BenchmarkConfig
 
 
@@ -20,13 +26,13 @@ from bench.schema import BenchmarkConfig
 class PlannedTask:
     """One scored name: a task, or a group of tasks whose scores the harness aggregates.
 
-    `tasks` and `groups` are the harness's objects. `headline` is the metric that represents the
-    name and the filter through which it is read; filter None means the first one.
+    `groups` is empty unless the name is that of a group. `headline` is the metric that represents
+    the name, and the filter through which it is read; filter None means the first one.
     """
 
     name: str
-    tasks: dict[str, Any]
-    groups: dict[str, Any]
+    tasks: dict[str, TextTask]
+    groups: dict[str, TaskGroup]
     sources: dict[str, DocumentSource]
     headline: tuple[str, str | None]
 
@@ -47,10 +53,8 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         Unreachable: its data are neither cached nor reachable on the hub.
         UserError: the task is not supported, or the user's rows or metric do not fit it.
     """
-    find = (
-        task_index.find_micro_task_file if benchmark.suite == "micro" else task_index.find_task_file
-    )
-    file = find(name)
+    micro = benchmark.suite == "micro"
+    file = task_index.FILES.find_micro(name) if micro else task_index.find_task_file(name)
     with quiet_lm_eval():
         if file is None:
             return _build_group(name, benchmark)
@@ -70,33 +74,38 @@ def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
 
 
 def _build_one(
-    name: str, defined: dict[str, Any], benchmark: BenchmarkConfig
-) -> tuple[Any, DocumentSource]:
-    if "class" in defined:
+    name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
+) -> tuple[TextTask, DocumentSource]:
+    if "class" in definition:
         if name in benchmark.data:
             raise UserError(f"benchmark.data.{name}: {name} loads its data in Python code")
-        return _build_python(defined)
-    defined["num_fewshot"] = task_index.num_shots(defined, benchmark.num_fewshot)
-    data, source = task_data.load_documents(name, defined, benchmark)
+        return _build_python(definition)
+    definition["num_fewshot"] = task_index.num_shots(definition, benchmark.num_fewshot)
+    data, source = task_data.load_documents(name, definition, benchmark)
     # With zero shots only the scored split is kept: the harness would process every document of
     # a training split, however large, before it scores the first question.
-    present = set(data) if defined["num_fewshot"] else {task_index.evaluated_split(defined)}
-    fitted = task_index.restrict_to_splits(defined, present) | {"custom_dataset": lambda **_: data}
+    present = set(data) if definition["num_fewshot"] else {evaluated_split(definition)}
+    fitted = _with_documents(task_index.restrict_to_splits(definition, present), data)
     if name not in benchmark.data:
         return _construct(fitted), source
     return _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}"), source
 
 
-def _build_python(defined: dict[str, Any]) -> tuple[Any, DocumentSource]:
+def _with_documents(definition: TaskDefinition, data: Splits) -> TaskDefinition:
+    """Make the harness take our data, by the hook that it offers for data sets made in code."""
+    return definition | {"custom_dataset": lambda **_: data}
+
+
+def _build_python(definition: TaskDefinition) -> tuple[TextTask, DocumentSource]:
     """Build a task that is a Python class of the harness and loads its data itself."""
     try:
-        task = _construct(defined)
+        task = _construct(definition)
     except (OSError, ValueError) as error:  # as in `_build_group`
-        raise hub.unreachable_error(str(defined["class"].DATASET_PATH), error) from error
+        raise hub.unreachable_error(str(definition["class"].DATASET_PATH), error) from error
     return task, _source_of(task)
 
 
-def _source_of(task: Any) -> DocumentSource:
+def _source_of(task: TextTask) -> DocumentSource:
     """Describe the data of a task that the harness loaded itself."""
     data = getattr(task, "dataset", None)
     location = hub.dataset_name(task.DATASET_PATH or "", task.DATASET_NAME)
@@ -104,28 +113,29 @@ def _source_of(task: Any) -> DocumentSource:
     # it.
     if not isinstance(data, dict):
         return DocumentSource("harness", location, None, task.task_name)
-    return hub_source(location, hub.commit_of(data), task_data.content_fingerprint(data))
+    return hub_source(location, hub.commit_of(data), content_fingerprint(data))
 
 
-def _construct_local(defined: dict[str, Any], key: str) -> Any:
+def _construct_local(definition: TaskDefinition, key: str) -> TextTask:
     try:
-        return _construct(defined)
+        return _construct(definition)
     except Exception as error:  # templates and task functions raise anything on such rows
         reason = f"{type(error).__name__} {error}"
-        raise UserError(f"{key}: the rows do not fit {defined['task']}: {reason}") from error
+        raise UserError(f"{key}: the rows do not fit {definition['task']}: {reason}") from error
 
 
-def _construct(defined: dict[str, Any]) -> Any:
+def _construct(definition: TaskDefinition) -> TextTask:
     # Without its default index, which takes seconds to build and is not needed for a full
     # definition.
-    (task,) = TaskManager(include_defaults=False).load([defined])["tasks"].values()
+    task: TextTask
+    (task,) = TaskManager(include_defaults=False).load([definition])["tasks"].values()
     return task
 
 
 def _planned_task(
     name: str,
-    tasks: dict[str, Any],
-    members: dict[str, Any],
+    tasks: dict[str, TextTask],
+    groups: dict[str, TaskGroup],
     sources: dict[str, DocumentSource],
     benchmark: BenchmarkConfig,
 ) -> PlannedTask:
@@ -133,22 +143,23 @@ def _planned_task(
         _refuse_unsupported(leaf, task)
         # Set on the built task, since members of a group and Python classes never pass through
         # `_build_one`.
-        wanted = task_index.num_shots(
-            {"num_fewshot": task.get_config("num_fewshot")}, benchmark.num_fewshot
-        )
-        task.set_config("num_fewshot", wanted)
-    offered = _offered_metrics(members[name].aggregate_metric_list if members else None, tasks)
-    return PlannedTask(name, tasks, members, sources, _headline(name, offered, benchmark))
+        own = {"num_fewshot": task.get_config("num_fewshot")}
+        task.set_config("num_fewshot", task_index.num_shots(own, benchmark.num_fewshot))
+    aggregated = groups[name].aggregate_metric_list if groups else None
+    offered = _offered_metrics(aggregated, tasks)
+    return PlannedTask(name, tasks, groups, sources, _headline(name, offered, benchmark))
 
 
-def _refuse_unsupported(name: str, task: Any) -> None:
+def _refuse_unsupported(name: str, task: TextTask) -> None:
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"task {name!r} needs images or audio; lm_eval benchmarks are text only")
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"task {name!r} executes generated code, which slimbench refuses")
+        raise task_index.unsafe_code_error(name)
 
 
-def _offered_metrics(aggregated: Iterable[Any] | None, tasks: dict[str, Any]) -> list[str]:
+def _offered_metrics(
+    aggregated: Iterable[AggregatedMetric] | None, tasks: dict[str, TextTask]
+) -> list[str]:
     if aggregated:
         return [metric.metric for metric in aggregated]
     return list(dict.fromkeys(metric for task in tasks.values() for metric in task.aggregation()))

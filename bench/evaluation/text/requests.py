@@ -1,4 +1,4 @@
-"""Loglikelihood requests, their results, the scorer protocol, and truncation as in lm-eval."""
+"""Log-likelihood requests, their results, the scorer protocol, and truncation as in lm-eval."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Loglikelihoods: TypeAlias = list[tuple[int, Loglikelihood]]
 class Scorer(Protocol):
     """Scores requests batch by batch, in an order of its choice."""
 
-    def score(self, questions: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
-        """Yield the responses of each batch as soon as they are there; every index exactly once."""
+    def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
+        """Yield the results of each batch as soon as they are there; every index exactly once."""
 
 
 def truncated_request(model: Model, context: Tokens, continuation: Tokens) -> LoglikelihoodRequest:

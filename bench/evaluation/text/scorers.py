@@ -1,6 +1,6 @@
-"""The padded and the distributed scorer, and the choice of one.
+"""The padded and the distributed scorer, and the choice of a scorer for a model.
 
-The padded backend: one padded row per distinct input, as in lm-eval's `hf` model.
+The padded backend sends one padded row per distinct input, as lm-eval's `hf` model does.
 
 Suffixes: B batch, T padded length, K kept positions, V vocabulary.
 """
@@ -11,14 +11,18 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from bench.evaluation import batching
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.distributed import ProcessGroup, current_process_group
-from bench.evaluation.harness import BackendReport
+from bench.evaluation.harness import BackendReport, select_backend
+from bench.evaluation.networks import language_model
+from bench.evaluation.text.prefix import support
+from bench.evaluation.text.prefix.forward import Forward
+from bench.evaluation.text.prefix.scorer import PrefixSharingScorer
 from bench.evaluation.text.requests import (
     Loglikelihood,
     LoglikelihoodRequest,
@@ -27,37 +31,36 @@ from bench.evaluation.text.requests import (
     Tokens,
 )
 from bench.models.model import Model
+from bench.models.network import text_config
 from bench.models.structure.attention_span import sliding_window
+from bench.schema import Backend
 from bench.ui import Progress
 
 
 def select_scorer(
-    model: Model, batches: AdaptiveBatches, progress: Progress, asked: BackendReport
-) -> Scorer:
-    """Return a scorer for a model, and enter it in the backend report `asked`."""
-    ranks = current_process_group()
-    own = _local_scorer(model, batches, progress, asked)
-    return own if ranks.count == 1 else DistributedScorer(own, ranks)
+    model: Model, backend: Backend, batches: AdaptiveBatches, progress: Progress
+) -> tuple[Scorer, BackendReport]:
+    """Return a scorer for a model, and the report on the backend that it belongs to."""
+    scorer, report = _local_scorer(model, backend, batches, progress)
+    group = current_process_group()
+    return (scorer if group.world_size == 1 else DistributedScorer(scorer, group)), report
 
 
 def _local_scorer(
-    model: Model, batches: AdaptiveBatches, progress: Progress, asked: BackendReport
-) -> Scorer:
-    if asked.requested == "plain":
-        return PaddedScorer(model, batches)
-    from bench.evaluation.text.prefix import support
-    from bench.evaluation.text.prefix.forward import Forward
-    from bench.evaluation.text.prefix.scorer import PrefixSharingScorer
-
-    reason = support.unsupported_reason(model)
-    if reason is not None:
-        asked.because(reason)
-        progress.warn(f"{model.name} uses the padded backend: {reason}")
-        return PaddedScorer(model, batches)
-    found = batching.estimate_token_budget(model.network, model.device, progress)
-    asked.used, asked.tokens_per_batch = "shared", found.tokens
-    forward = Forward(model.network, model.device)
-    return PrefixSharingScorer(forward, found, asked, sliding_window(model.network))
+    model: Model, backend: Backend, batches: AdaptiveBatches, progress: Progress
+) -> tuple[Scorer, BackendReport]:
+    # Checked only if the backend is requested, since the check runs a forward.
+    reason = support.unsupported_reason(model) if backend == "prefix_sharing" else None
+    report = select_backend(model, backend, reason, progress)
+    if report.used == "padded":
+        return PaddedScorer(model, batches), report
+    network = language_model(model)
+    budget = batching.estimate_token_budget(
+        text_config(model.network), network.dtype, model.device, progress
+    )
+    report.tokens_per_batch = budget.tokens
+    forward = Forward(network, model.device)
+    return PrefixSharingScorer(forward, budget, report, sliding_window(model.network)), report
 
 
 ScoredInput: TypeAlias = tuple[tuple[int, ...], list[tuple[int, Tokens]]]
@@ -72,14 +75,14 @@ class PaddedScorer:
 
     def __init__(self, model: Model, batches: AdaptiveBatches) -> None:
         self._model = model
-        self._network: Any = model.network
+        self._network = language_model(model)
         self._batches = batches
         self._cuts_head = "logits_to_keep" in inspect.signature(self._network.forward).parameters
 
-    def score(self, questions: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
-        """Yield the responses of each batch, longest inputs first."""
-        for batch in self._batches.each(_group_by_input(questions), self._score):
-            yield [answer for answers in batch for answer in answers]
+    def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
+        """Yield the results of each batch, longest inputs first."""
+        for batch in self._batches.map(_group_by_input(requests), self._score):
+            yield [result for results in batch for result in results]
 
     @torch.no_grad()
     def _score(self, batch: Sequence[ScoredInput]) -> list[Loglikelihoods]:
@@ -88,49 +91,45 @@ class PaddedScorer:
         # Padding on the right needs no attention mask: under causal attention no token sees what
         # follows it. Positions count from 0 in every row, as without padding.
         ids_BT = torch.tensor([[*inputs, *[0] * (width - len(inputs))] for inputs, _ in batch])
-        longest = [max(len(tokens) for _, tokens in asked) for _, asked in batch]
+        longest = [max(len(tokens) for _, tokens in scored) for _, scored in batch]
         # The smallest position that any row of the batch scores; from there on logits are computed.
         # The head then meets few positions, which matters because V is far larger than the hidden
         # width.
         first = min(len(inputs) - n for (inputs, _), n in zip(batch, longest, strict=True))
         logits_BKV = self._logits(ids_BT.to(self._model.device), width - first)
-        read: list[torch.Tensor] = []
-        for (inputs, asked), n, logits_KV in zip(batch, longest, logits_BKV, strict=True):
+        results: list[torch.Tensor] = []
+        for (inputs, scored), n, logits_KV in zip(batch, longest, logits_BKV, strict=True):
             end = len(inputs) - first
             logp_KV = logits_KV[end - n : end].float().log_softmax(-1)
-            read += [_continuation_loglikelihood(logp_KV, tokens) for _, tokens in asked]
+            results += [_continuation_loglikelihood(logp_KV, tokens) for _, tokens in scored]
         # One transfer from the device per batch; a transfer per continuation would synchronize it.
-        pairs = iter(torch.stack(read).tolist())
+        pairs = iter(torch.stack(results).tolist())
         return [
             [
-                (number, Loglikelihood(value, bool(greedy)))
-                for (number, _), (value, greedy) in zip(
-                    asked, islice(pairs, len(asked)), strict=True
+                (index, Loglikelihood(value, bool(greedy)))
+                for (index, _), (value, greedy) in zip(
+                    scored, islice(pairs, len(scored)), strict=True
                 )
             ]
-            for _, asked in batch
+            for _, scored in batch
         ]
 
     def _logits(self, ids_BT: torch.Tensor, keep: int) -> torch.Tensor:
         """Return the logits at the last `keep` positions."""
         if self._cuts_head:
-            logits: torch.Tensor = self._network(
-                ids_BT, logits_to_keep=keep, use_cache=False
-            ).logits
-            return logits
+            return self._network(ids_BT, logits_to_keep=keep, use_cache=False).logits
         # Remote code may lack the argument: all logits are computed, then cut.
-        every: torch.Tensor = self._network(ids_BT, use_cache=False).logits
-        return every[:, -keep:]
+        return self._network(ids_BT, use_cache=False).logits[:, -keep:]
 
 
-def _group_by_input(questions: Sequence[LoglikelihoodRequest]) -> list[ScoredInput]:
+def _group_by_input(requests: Sequence[LoglikelihoodRequest]) -> list[ScoredInput]:
     """Group continuations by network input, longest first."""
     grouped: dict[tuple[int, ...], list[tuple[int, Tokens]]] = defaultdict(list)
-    for number, (inputs, targets) in enumerate(questions):
+    for index, (inputs, targets) in enumerate(requests):
         # The last token of a continuation is no input, so choices of one token have the same input,
         # as in lm-eval's single-token shortcut.
-        grouped[tuple(inputs)].append((number, targets))
-    return sorted(grouped.items(), key=lambda each: (-len(each[0]), each[0]))
+        grouped[tuple(inputs)].append((index, targets))
+    return sorted(grouped.items(), key=lambda item: (-len(item[0]), item[0]))
 
 
 def _continuation_loglikelihood(logp_KV: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -146,21 +145,21 @@ def _continuation_loglikelihood(logp_KV: torch.Tensor, tokens: Tokens) -> torch.
 
 
 class DistributedScorer:
-    """Scores a share of the requests with its own scorer, then receives the others' responses."""
+    """Scores a shard of the requests with its own scorer, then receives the others' results."""
 
-    def __init__(self, scorer: Scorer, ranks: ProcessGroup) -> None:
+    def __init__(self, scorer: Scorer, group: ProcessGroup) -> None:
         self._scorer = scorer
-        self._ranks = ranks
+        self._group = group
 
-    def score(self, questions: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
-        """Yield the responses of each batch, those of other processes last."""
-        # Sorted by tokens, so that a contiguous share keeps requests with a common prefix together:
+    def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
+        """Yield the results of each batch, those of other processes last."""
+        # Sorted by tokens, so that a contiguous shard keeps requests with a common prefix together:
         # a prefix cut by a border is computed twice, all others once.
-        order = sorted(range(len(questions)), key=lambda number: questions[number].inputs)
+        order = sorted(range(len(requests)), key=lambda index: requests[index].inputs)
 
-        def own(mine: list[int]) -> Iterator[Loglikelihoods]:
-            for batch in self._scorer.score([questions[number] for number in mine]):
-                yield [(mine[place], answer) for place, answer in batch]
+        def score_shard(shard: list[int]) -> Iterator[Loglikelihoods]:
+            for batch in self._scorer.score([requests[index] for index in shard]):
+                yield [(shard[index], result) for index, result in batch]
 
-        work = [len(questions[number].inputs) for number in order]
-        yield from self._ranks.spread(order, work, own)
+        work = [len(requests[index].inputs) for index in order]
+        yield from self._group.scatter_work(order, work, score_shard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -16,59 +15,45 @@ from bench.errors import UserError
 from bench.evaluation import local_files
 from bench.evaluation.harness import DocumentSource, file_source, hub_source
 from bench.evaluation.local_files import SUFFIXES, read_rows
-from bench.evaluation.text.task_index import evaluated_split
+from bench.evaluation.task_planning import (
+    Splits,
+    TaskDefinition,
+    content_fingerprint,
+    evaluated_split,
+    load_from_hub,
+)
 from bench.schema import BenchmarkConfig, PerplexityConfig
-
-Splits = dict[str, Any]
-"""Data sets by name of split."""
 
 
 def load_documents(
-    name: str, defined: dict[str, Any], benchmark: BenchmarkConfig
+    name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
 ) -> tuple[Splits, DocumentSource]:
     """Return the splits that the benchmark gives a task, and where they came from."""
     path = benchmark.data.get(name)
     if path:
-        return local_files.load_local_rows(name, path, evaluated_split(defined))
+        return local_files.load_local_rows(name, path, evaluated_split(definition))
     if benchmark.suite == "micro":
-        return _documents_from_function(defined, only=_single_split(defined)), world_source(name)
-    if "custom_dataset" in defined:
-        data = _documents_from_function(defined)
+        return _documents_from_function(definition, only=_single_split(definition)), world_source(
+            name
+        )
+    if "custom_dataset" in definition:
+        data = _documents_from_function(definition)
         return data, DocumentSource("harness", name, None, content_fingerprint(data))
-    return _documents_from_hub(defined)
+    return load_from_hub(definition)
 
 
-def _single_split(defined: dict[str, Any]) -> str | None:
+def _single_split(definition: TaskDefinition) -> str | None:
     """Return the single split needed by a task without few-shot examples, else None."""
-    return None if defined.get("num_fewshot") else evaluated_split(defined)
+    return None if definition.get("num_fewshot") else evaluated_split(definition)
 
 
-def _documents_from_function(defined: dict[str, Any], **options: Any) -> Splits:
-    given = {**(defined.get("metadata") or {}), **(defined.get("dataset_kwargs") or {})}
-    data: Splits = defined["custom_dataset"](**given, **options)
+def _documents_from_function(definition: TaskDefinition, **options: str | None) -> Splits:
+    arguments = {**(definition.get("metadata") or {}), **(definition.get("dataset_kwargs") or {})}
+    data: Splits = definition["custom_dataset"](**arguments, **options)
     return data
 
 
-def _documents_from_hub(defined: dict[str, Any]) -> tuple[Splits, DocumentSource]:
-    options = dict(defined.get("dataset_kwargs") or {})
-    options.pop("trust_remote_code", None)  # `datasets` rejects it by now
-    location = (defined["dataset_path"], defined.get("dataset_name"))
-    data = hub.load_dataset(*location, **options)
-    return data, hub_source(
-        hub.dataset_name(*location), hub.commit_of(data), content_fingerprint(data)
-    )
-
-
-def content_fingerprint(data: Splits) -> str:
-    """Return the identity of loaded documents."""
-    # The library's own hash of how the data came to be. It is there already, whereas hashing the
-    # rows could mean reading gigabytes.
-    return "-".join(
-        str(getattr(split, "_fingerprint", name)) for name, split in sorted(data.items())
-    )
-
-
-def embedded_splits(*, world: str, only: str | None = None, **_: Any) -> datasets.DatasetDict:
+def embedded_splits(*, world: str, only: str | None = None, **_: object) -> datasets.DatasetDict:
     """Return the splits of one task of the world; our task files name this as `custom_dataset`.
 
     `only` restricts the result to the scored split, so that nothing else is generated. Further

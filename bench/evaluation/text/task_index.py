@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypedDict
 
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from bench.data.hub import unreachable_error
-from bench.errors import UserError, nearest, unknown_name
+from bench.errors import UserError, nearest
+from bench.evaluation.task_planning import TaskDefinition, TaskFiles, evaluated_split
 
-MICRO_TASKS = Path(__file__).parent / "tasks" / "micro"
-"""Our task files; each includes one of the harness's and replaces the source of its data."""
-
-
-def micro_names() -> tuple[str, ...]:
-    """Return the names of the tasks with embedded data."""
-    return tuple(sorted(file.stem for file in MICRO_TASKS.glob("*.yaml")))
+FILES = TaskFiles("lm_eval", "lm-eval", ours=Path(__file__).parent / "tasks" / "micro")
 
 
-@cache
-def harness_folder() -> Path:
-    """Return the folder of lm-eval's task files, wherever it is installed."""
-    # Finding a spec does not import lm-eval, which takes seconds.
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or spec.origin is None:
-        raise UserError("lm-eval is not installed: `pip install lm-eval`")
-    return Path(spec.origin).parent / "tasks"
+class TextTask(Protocol):
+    """A task of lm-eval, as far as we use it ourselves."""
+
+    OUTPUT_TYPE: str
+    DATASET_PATH: str | None
+    DATASET_NAME: str | None
+    config: object
+
+    @property
+    def task_name(self) -> str:
+        """The name under which the harness reports the task."""
+
+    def get_config(self, key: str) -> int | None:
+        """Return a setting, such as the number of shots."""
+
+    def set_config(self, key: str, value: int) -> None:
+        """Change a setting."""
+
+    def set_fewshot_seed(self, seed: int) -> None:
+        """Seed the choice of few-shot examples."""
+
+    def aggregation(self) -> dict[str, object]:
+        """Return a function per metric."""
+
+    def doc_to_choice(self, document: object) -> list[str]:
+        """Return the choices of a multiple-choice question."""
+
+
+class AggregatedMetric(Protocol):
+    """A metric that a group reports over its tasks."""
+
+    metric: str
+
+
+class TaskGroup(Protocol):
+    """A group of tasks of lm-eval."""
+
+    aggregate_metric_list: list[AggregatedMetric] | None
+
+    def get_all_tasks(self) -> list[TextTask]:
+        """Return the tasks below the group."""
+
+
+class LoadedTasks(TypedDict):
+    """What lm-eval's task manager builds from names."""
+
+    tasks: dict[str, TextTask]
+    groups: dict[str, TaskGroup]
 
 
 @cache
@@ -40,34 +74,7 @@ def find_task_file(name: str) -> Path | None:
     Raises:
         UserError: no task, group or tag has this name.
     """
-    return _known_file(name) or _search_task_files(name)
-
-
-def find_micro_task_file(name: str) -> Path:
-    """Return our task file for `name`.
-
-    Raises:
-        UserError: the task has no embedded data.
-    """
-    if name not in micro_names():
-        raise unknown_name("task of benchmark.suite=micro", name, micro_names())
-    return MICRO_TASKS / f"{name}.yaml"
-
-
-def _known_file(name: str) -> Path | None:
-    """Find a task through our own file for it, which includes the harness's: no search needed."""
-    ours = MICRO_TASKS / f"{name}.yaml"
-    if not ours.is_file():
-        return None
-    file = harness_folder() / included_path(ours)
-    return file if file.is_file() else None
-
-
-def included_path(file: Path) -> str:
-    """Return the path that one of our task files includes, relative to the harness's folder."""
-    # Read by a pattern: the files contain `!function` tags, which a plain YAML loader rejects.
-    (line,) = re.findall(r"^include: *(\S+)", file.read_text(), re.MULTILINE)
-    return str(line)
+    return FILES.find_included(name) or _search_task_files(name)
 
 
 def _search_task_files(name: str) -> Path | None:
@@ -81,19 +88,19 @@ def _search_task_files(name: str) -> Path | None:
     )
     member = re.compile(rb"^[ \t]*-[ \t]*[\"']?" + re.escape(name).encode() + rb"\b", re.MULTILINE)
     any_name = _key_line_pattern(["task", "group"])
-    named: set[bytes] = set()
-    is_several = False
-    for file in sorted(harness_folder().rglob("*.yaml")):
+    names: set[bytes] = set()
+    is_group = False
+    for file in sorted(FILES.harness_folder.rglob("*.yaml")):
         content = file.read_bytes()
         if task.search(content) and not group.search(content):
             return file
         # A name that only ever occurs as a group, a tag or a member of one has no file of its own;
         # the harness's index must resolve it.
-        is_several = is_several or bool(mention.search(content) or member.search(content))
-        named.update(any_name.findall(content))
-    if is_several:
+        is_group = is_group or bool(mention.search(content) or member.search(content))
+        names.update(any_name.findall(content))
+    if is_group:
         return None
-    raise unknown_task(name, [found.decode() for found in named])
+    raise _unknown_task(name, [each.decode() for each in names])
 
 
 def _key_line_pattern(keys: list[str], name: str | None = None) -> re.Pattern[bytes]:
@@ -104,71 +111,76 @@ def _key_line_pattern(keys: list[str], name: str | None = None) -> re.Pattern[by
     return re.compile(line.encode(), re.MULTILINE)
 
 
-def unknown_task(name: str, names: list[str]) -> UserError:
+def _unknown_task(name: str, names: list[str]) -> UserError:
     """Build the error for a task that does not exist, with the nearest name as a hint."""
     close = nearest(name, names)
     hint = f"did you mean {close!r}?" if close else "`lm-eval ls tasks` lists them"
     return UserError(f"unknown task {name!r} in benchmark.tasks: {hint}")
 
 
-def read_task_definition(file: Path) -> dict[str, Any]:
+def read_task_definition(file: Path) -> TaskDefinition:
     """Return a definition with its includes merged and its functions imported.
 
     Raises:
         UserError: the task executes generated code, or needs a package that is not installed.
         Unreachable: its functions load data from the hub on import.
     """
-    if file.parent == MICRO_TASKS:
+    if file.parent == FILES.ours:
         return _read_micro_definition(file)
     # Checked before functions are resolved: resolving imports the task's Python modules.
     if load_yaml(file, resolve_func=False).get("unsafe_code"):
-        raise UserError(f"{file.stem} executes generated code, which slimbench refuses")
+        raise unsafe_code_error(file.stem)
     try:
-        defined: dict[str, Any] = load_yaml(file)
+        definition: TaskDefinition = load_yaml(file)
     except ImportError as error:
-        raise UserError(f"lm-eval's {file.name} needs a missing package: {error}") from error
+        raise UserError(
+            f"lm-eval's {file.name} needs a package that is not installed: {error}"
+        ) from error
     except OSError as error:
         raise unreachable_error(f"data loaded by {file.name}", error) from error
-    return defined
+    return definition
 
 
-def _read_micro_definition(file: Path) -> dict[str, Any]:
+def unsafe_code_error(task: str) -> UserError:
+    """Build the error for a task that runs what a model wrote."""
+    return UserError(
+        f"task {task!r} executes generated code, which slimbench refuses: remove it from "
+        "benchmark.tasks"
+    )
+
+
+def _read_micro_definition(file: Path) -> TaskDefinition:
     """Read one of our files; its include is relative to the harness's folder."""
     # lm-eval resolves includes relative to the including file, and where lm-eval is installed is
     # known at run time only; so the include is taken out and merged here.
-    ours: dict[str, Any] = load_yaml(file, recursive=False)
-    theirs: dict[str, Any] = load_yaml(harness_folder() / ours.pop("include"))
+    ours: TaskDefinition = load_yaml(file, recursive=False)
+    theirs: TaskDefinition = load_yaml(FILES.harness_folder / ours.pop("include"))
     return {**theirs, **ours}
 
 
-def num_shots(defined: dict[str, Any], wanted: int | None) -> int:
+def num_shots(definition: TaskDefinition, requested: int | None) -> int:
     """Return a task's number of shots by the harness's rule."""
     # A task that declares 0 shots stays at 0, as in lm-eval: its prompt is written for zero shots.
-    own = defined.get("num_fewshot")
-    return int(own or 0) if own == 0 or wanted is None else wanted
+    own = definition.get("num_fewshot")
+    return int(own or 0) if own == 0 or requested is None else requested
 
 
-def evaluated_split(defined: dict[str, Any]) -> str:
-    """Return the split that the harness scores: test if the task has one, else validation."""
-    return str(defined.get("test_split") or defined.get("validation_split"))
-
-
-def restrict_to_splits(defined: dict[str, Any], present: set[str]) -> dict[str, Any]:
+def restrict_to_splits(definition: TaskDefinition, present: set[str]) -> TaskDefinition:
     """Return the definition with only the splits in `present`.
 
     If nothing else is left to draw few-shot examples from, they come from the scored split. It is
     then declared as the test split, because only there does the harness exclude the scored document
     from its own examples.
     """
-    scored = evaluated_split(defined)
+    scored = evaluated_split(definition)
     keys = ("training_split", "validation_split", "test_split", "fewshot_split")
-    kept = {key: name if (name := defined.get(key)) in present else None for key in keys}
-    examples = dict(defined.get("fewshot_config") or {})
+    kept = {key: name if (name := definition.get(key)) in present else None for key in keys}
+    examples = dict(definition.get("fewshot_config") or {})
     if examples.get("split") not in present:
         examples.pop("split", None)
     if not {*kept.values(), examples.get("split")} - {None, scored} and "samples" not in examples:
         kept = dict.fromkeys(keys) | {"test_split": scored, "fewshot_split": scored}
-    return {**defined, **kept, "fewshot_config": examples or None}
+    return {**definition, **kept, "fewshot_config": examples or None}
 
 
 @cache
@@ -183,13 +195,13 @@ def expand_tag(name: str) -> list[str]:
         return [name]
     manager = _task_manager()
     if name not in manager.task_index:
-        raise unknown_task(name, manager.all_tasks)
+        raise _unknown_task(name, manager.all_tasks)
     return sorted(manager.task_index[name].tags) if name in manager.all_tags else [name]
 
 
-def load_task_group(name: str) -> dict[str, Any]:
+def load_task_group(name: str) -> LoadedTasks:
     """Let the harness build a group with all its members."""
-    loaded: dict[str, Any] = _task_manager().load([name])
+    loaded: LoadedTasks = _task_manager().load([name])
     return loaded
 
 
@@ -202,7 +214,7 @@ def _member_data_sets(name: str) -> set[str]:
     entry = _task_manager().task_index.get(name)
     if entry is None:
         return set()
-    config: dict[str, Any] = entry.cfg or {}
+    config: TaskDefinition = entry.cfg or {}
     members = config.get("task", [])
     if isinstance(members, str):
         return {str(config.get("dataset_path", name))}

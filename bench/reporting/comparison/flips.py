@@ -149,7 +149,7 @@ def write_flip_images(
     plan = plan_once(benchmark, offline=bool(record.config.get("offline")))
     written: dict[str, list[Path]] = {}
     for name, flip in flip_of_image.items():
-        images = plan.scoring.pictures(flip.task, flip.document)
+        images = plan.harness.images(flip.task, flip.document)
         if image_hash(images) != name:
             raise UserError(
                 f"the images of {flip.task} document {flip.document} differ from the run's: the "

@@ -130,7 +130,9 @@ def _verified_text(file: str) -> str:
     # An edited or added number is not a published one, and every comparison with it would be wrong
     # without a sign of it.
     if released is None:
-        raise UserError(f"{PUBLISHED_DIR / file} is not listed in {SUMS}: remove it, or add its SHA-256")
+        raise UserError(
+            f"{PUBLISHED_DIR / file} is not listed in {SUMS}: remove it, or add its SHA-256"
+        )
     if released != found:
         raise UserError(f"{PUBLISHED_DIR / file} was modified (SHA-256 {found[:12]}): restore it")
     return content.decode("utf-8")

@@ -49,7 +49,7 @@ def test_it_equals_the_harness_with_its_own_model(config, theirs, mllms, tmp_pat
 
     ours = plan(config, offline=True)
     own = {}
-    for planned in ours.scoring.tasks:
+    for planned in ours.harness.tasks:
         folder = tmp_path / planned.name
         planned.task.dataset.save_to_disk(folder)
         defined = task_index._with_includes(task_index.find_task_file(planned.name))

@@ -49,10 +49,10 @@ def close(ours, theirs, tolerance=1e-4):
     return torch.allclose(ours, theirs, atol=tolerance, rtol=2**-23)
 
 
-@pytest.mark.parametrize("engine", ["shared", "plain"])
+@pytest.mark.parametrize("backend", ["prefix_sharing", "padded"])
 @pytest.mark.parametrize("shots", [0, 2])
-def test_all_nine_tasks_agree_per_sample(model, shots, engine):
-    assert_equal_on_all_nine(model, shots, limit=8, engine=engine)
+def test_all_nine_tasks_agree_per_sample(model, shots, backend):
+    assert_equal_on_all_nine(model, shots, limit=8, backend=backend)
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_the_shipped_model_agrees_too():
     assert_equal_on_all_nine(loading.load_model(source), shots=0, limit=6)
 
 
-def assert_equal_on_all_nine(model, shots, limit, engine="shared", ties=0):
+def assert_equal_on_all_nine(model, shots, limit, backend="prefix_sharing", ties=0):
     options = {"suite": "micro", "limit": limit, "num_fewshot": shots, "batch_size": 7}
-    benchmark = BenchmarkConfig(name="nine", tasks=TASKS, engine=engine, **options)
+    benchmark = BenchmarkConfig(name="nine", tasks=TASKS, backend=backend, **options)
     assert_equal(model, benchmark, ties)
 
 
@@ -102,7 +102,7 @@ def assert_equal(model, benchmark, ties=0):
     and the harness's own answer is then a thousandth from the one in float64.
     """
     evaluation = evaluate(model, plan(benchmark, offline=True))
-    assert evaluation.backend["used"] == benchmark.engine
+    assert evaluation.backend["used"] == benchmark.backend
     ours = {(row["task"], row["doc_id"]): row for row in evaluation.samples}
     scores = {(m.task, m.metric): m for m in evaluation.metrics}
 
@@ -130,7 +130,7 @@ def assert_equal(model, benchmark, ties=0):
 def plainly(model, benchmark):
     """Evaluate with nothing of ours but the task objects, made anew."""
     tasks = {
-        task.name: task.tasks[task.name] for task in plan(benchmark, offline=True).scoring.tasks
+        task.name: task.tasks[task.name] for task in plan(benchmark, offline=True).harness.tasks
     }
     for task in tasks.values():
         task.set_fewshot_seed(1234)
@@ -171,16 +171,18 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("add_bos", [None, True, False])
-@pytest.mark.parametrize(("batch_size", "engine"), [(1, "shared"), (3, "plain"), (64, "plain")])
-def test_pairs_agree_at_any_batch_size(model, batch_size, engine, add_bos):
+@pytest.mark.parametrize(
+    ("batch_size", "backend"), [(1, "prefix_sharing"), (3, "padded"), (64, "padded")]
+)
+def test_pairs_agree_at_any_batch_size(model, batch_size, backend, add_bos):
     model = _with(model, add_bos=add_bos)
-    ours = answers(LmEvalAdapter(model, batch_size, SILENT, engine), "loglikelihood", PAIRS)
+    ours = answers(LmEvalAdapter(model, batch_size, SILENT, backend), "loglikelihood", PAIRS)
     assert_same(ours, answers(reference(model), "loglikelihood", PAIRS))
 
 
-@pytest.mark.parametrize("engine", ["shared", "plain"])
-def test_a_context_that_is_too_long_is_cut_on_the_left(short_model, engine):
-    ours = answers(LmEvalAdapter(short_model, 3, SILENT, engine), "loglikelihood", PAIRS)
+@pytest.mark.parametrize("backend", ["prefix_sharing", "padded"])
+def test_a_context_that_is_too_long_is_cut_on_the_left(short_model, backend):
+    ours = answers(LmEvalAdapter(short_model, 3, SILENT, backend), "loglikelihood", PAIRS)
     assert_same(ours, answers(reference(short_model), "loglikelihood", PAIRS))
 
 
@@ -198,10 +200,10 @@ def test_a_tokenizer_that_adds_bos_adds_it_once(tokenizer, model):
     assert_same(ours, answers(reference(model), "loglikelihood", pairs))
 
 
-@pytest.mark.parametrize("engine", ["shared", "plain"])
-def test_rolling_windows_agree(short_model, engine):
+@pytest.mark.parametrize("backend", ["prefix_sharing", "padded"])
+def test_rolling_windows_agree(short_model, backend):
     texts = [("one short text",), ("a text of several windows, " * 12,), ("another",)]
-    ours = answers(LmEvalAdapter(short_model, 2, SILENT, engine), "loglikelihood_rolling", texts)
+    ours = answers(LmEvalAdapter(short_model, 2, SILENT, backend), "loglikelihood_rolling", texts)
     theirs = answers(reference(short_model), "loglikelihood_rolling", texts)
     assert ours == pytest.approx(theirs, abs=1e-4)
 

@@ -1,94 +1,88 @@
 """One forward of packed sequences: tree mask, frozen prefix cache, logits at scored positions.
 
-One forward of a packed batch, in which only scored positions meet the output head.
-
-Suffixes: B sequences, T positions, R positions read, D d_model, V vocabulary.
-
-Tree attention masks: which token sees which when a sequence holds many paths.
-
-Tokens are laid out depth first, so the descendants of k are the positions after k and before its
+Tokens are packed depth first, so the descendants of k are the positions after k and before its
 `subtree_end`. Two comparisons, k <= q < subtree_end[k], therefore hold exactly for k itself and its
 descendants: the ancestor mask of tree attention (SpecInfer, Miao et al. 2024; Medusa, Cai et al.
 2024) without a walk through the tree.
 
-Suffixes: B sequences, T positions (q queries, k keys), C tokens of the prefix, K = C + T keys.
-
-KV cache of a shared prefix: computed once, read by every sequence that follows it.
-
-Suffixes: B sequences, G key-value heads, C tokens of the prefix, T tokens of a sequence, d width of
-a head.
+Suffixes: B sequences, T positions (q queries, k keys), R positions read, D d_model, V vocabulary, C
+tokens of the prefix, K = C + T keys, G key-value heads, d width of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from bench.evaluation.networks import CacheLayer, KeyValueCache, LanguageModel
 from bench.evaluation.text.prefix.packing import PackedBatch
+
+if TYPE_CHECKING:
+    # Needed by networks with FlexAttention only, hence imported at run time where it is used.
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Forward:
     """A network that takes packed sequences and returns logits at chosen positions."""
 
-    def __init__(self, network: Any, device: torch.device) -> None:
+    def __init__(self, network: LanguageModel, device: torch.device) -> None:
         self._network = network
         self._device = device
         self._head = network.get_output_embeddings()
 
-    def __call__(self, laid: PackedBatch, read_R: Tensor, cache: Cache | None) -> Tensor:
+    def __call__(self, batch: PackedBatch, read_R: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Return the logits [R, V] at `read_R`, indices into the flattened batch; extend the cache.
 
         Scaling or soft-capping that the network applies after its head is included.
         """
-        trunk = 0 if cache is None else int(cache.get_seq_length())
+        prefix = 0 if cache is None else int(cache.get_seq_length())
         # Without branches the network's own causal mask and positions are right, and attention may
         # take a causal kernel, which is faster than one with an explicit mask. Padding is on the
         # right, where nothing looks.
-        inputs: dict[str, Any] = {"use_cache": False}
-        if laid.subtree_end_BT is not None:
-            subtree_end_BT = torch.from_numpy(laid.subtree_end_BT).to(self._device)
-            inputs["attention_mask"] = mask_for_network(self._network, subtree_end_BT, trunk)
-            inputs["position_ids"] = torch.from_numpy(laid.depths_BT).to(self._device)
+        inputs: dict[str, object] = {"use_cache": False}
+        if batch.subtree_end_BT is not None:
+            subtree_end_BT = torch.from_numpy(batch.subtree_end_BT).to(self._device)
+            inputs["attention_mask"] = mask_for_network(self._network, subtree_end_BT, prefix)
+            inputs["position_ids"] = torch.from_numpy(batch.depths_BT).to(self._device)
         if cache is not None:
             inputs |= {"past_key_values": cache, "use_cache": True}
-        ids_BT = torch.from_numpy(laid.tokens_BT).to(self._device)
+        ids_BT = torch.from_numpy(batch.tokens_BT).to(self._device)
 
         # `logits_to_keep` takes one range or index for all rows, but every row is read elsewhere,
         # so the hidden states are cut in front of the head. The head still gets three dimensions.
-        def cut(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def cut(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden_BTD, *others = args
             return hidden_BTD.flatten(0, 1)[read_R.to(hidden_BTD.device)][None], *others
 
         hook = self._head.register_forward_pre_hook(cut)
         try:
-            logits: Tensor = self._network(input_ids=ids_BT, **inputs).logits
+            return self._network(input_ids=ids_BT, **inputs).logits[0]
         finally:
             hook.remove()
-        return logits[0]
 
 
-def additive_tree_mask(subtree_end_BT: Tensor, trunk: int, dtype: torch.dtype) -> Tensor:
+def additive_tree_mask(subtree_end_BT: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     """Return 0 where q sees k and the lowest finite value elsewhere, [B, 1, T, C + T].
 
     The prefix is visible to all; k is visible to itself and to its descendants.
     """
     rows, width = subtree_end_BT.shape
-    place_T = torch.arange(width, device=subtree_end_BT.device)
-    before_TT = place_T[None, :] <= place_T[:, None]
-    seen_BTT = before_TT & (place_T[:, None] < subtree_end_BT[:, None, :])
+    position_T = torch.arange(width, device=subtree_end_BT.device)
+    causal_TT = position_T[None, :] <= position_T[:, None]
+    seen_BTT = causal_TT & (position_T[:, None] < subtree_end_BT[:, None, :])
     # The lowest finite value as in transformers' own masks, since -inf makes a fully masked row
     # NaN. The columns of the prefix stay 0.
     mask_B1TK = torch.zeros(
-        rows, 1, width, trunk + width, dtype=dtype, device=subtree_end_BT.device
+        rows, 1, width, prefix + width, dtype=dtype, device=subtree_end_BT.device
     )
-    mask_B1TK[:, 0, :, trunk:].masked_fill_(~seen_BTT, torch.finfo(dtype).min)
+    mask_B1TK[:, 0, :, prefix:].masked_fill_(~seen_BTT, torch.finfo(dtype).min)
     return mask_B1TK
 
 
-def flex_block_mask(subtree_end_BT: Tensor, trunk: int) -> Any:
+def flex_block_mask(subtree_end_BT: Tensor, prefix: int) -> BlockMask:
     """Return the same mask for FlexAttention, whose kernel skips fully masked blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -98,19 +92,21 @@ def flex_block_mask(subtree_end_BT: Tensor, trunk: int) -> Any:
         # For keys of the prefix, k - C is negative and would index from the end of the row, or out
         # of bounds if C > T. Both sides of `|` are evaluated for every pair, so the index is
         # clamped although its result is not used.
-        own = (k - trunk).clamp(min=0)
-        return (k < trunk) | ((own <= q) & (q < subtree_end_BT[row, own]))
+        own = (k - prefix).clamp(min=0)
+        return (k < prefix) | ((own <= q) & (q < subtree_end_BT[row, own]))
 
     return create_block_mask(
-        sees, rows, None, width, trunk + width, device=str(subtree_end_BT.device)
+        sees, rows, None, width, prefix + width, device=str(subtree_end_BT.device)
     )
 
 
-def mask_for_network(network: Any, subtree_end_BT: Tensor, trunk: int) -> Any:
+def mask_for_network(
+    network: LanguageModel, subtree_end_BT: Tensor, prefix: int
+) -> Tensor | BlockMask:
     """Return the mask in the form that the network's attention takes."""
     if network.config._attn_implementation == "flex_attention":
-        return flex_block_mask(subtree_end_BT, trunk)
-    return additive_tree_mask(subtree_end_BT, trunk, network.dtype)
+        return flex_block_mask(subtree_end_BT, prefix)
+    return additive_tree_mask(subtree_end_BT, prefix, network.dtype)
 
 
 class FrozenPrefixLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -123,7 +119,7 @@ class FrozenPrefixLayer(DynamicLayer):  # type: ignore[misc]  # transformers has
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Return the prefix's and the call's keys and values, [B, G, C + T, d]."""
         # The call's are not stored: any number of batches read the same prefix, and a sequence is
@@ -131,24 +127,26 @@ class FrozenPrefixLayer(DynamicLayer):  # type: ignore[misc]  # transformers has
         return _prepend_prefix(self.keys, key_states), _prepend_prefix(self.values, value_states)
 
 
-def extend_prefix(parent: Cache | None) -> Cache:
+def extend_prefix(parent: KeyValueCache | None) -> KeyValueCache:
     """Return a cache that appends what a call adds to the contents of `parent`, left unchanged."""
-    cache = DynamicCache()
+    cache: KeyValueCache = DynamicCache()
     if parent is not None:
         for layer in parent.layers:
-            cache.layers.append(DynamicLayer())
+            own: CacheLayer = DynamicLayer()
             # DynamicLayer appends by `cat`, which makes new tensors: the parent's are only read.
-            cache.layers[-1].update(layer.keys, layer.values)
+            own.update(layer.keys, layer.values)
+            cache.layers.append(own)
     return cache
 
 
-def freeze_prefix(cache: Cache) -> Cache:
+def freeze_prefix(cache: KeyValueCache) -> KeyValueCache:
     """Return a cache that any number of sequences may read and none changes."""
-    return Cache(layers=[FrozenPrefixLayer(layer.keys, layer.values) for layer in cache.layers])
+    layers = [FrozenPrefixLayer(layer.keys, layer.values) for layer in cache.layers]
+    return cast("KeyValueCache", Cache(layers=layers))
 
 
-def _prepend_prefix(trunk_1GCd: Tensor, own_BGTd: Tensor) -> Tensor:
+def _prepend_prefix(prefix_1GCd: Tensor, own_BGTd: Tensor) -> Tensor:
     # expand copies nothing; cat copies the prefix once per layer and batch, which is the price of
     # attention kernels that take their keys as one tensor.
-    trunk_BGCd = trunk_1GCd.expand(own_BGTd.shape[0], -1, -1, -1)
-    return torch.cat([trunk_BGCd, own_BGTd], dim=-2)
+    prefix_BGCd = prefix_1GCd.expand(own_BGTd.shape[0], -1, -1, -1)
+    return torch.cat([prefix_BGCd, own_BGTd], dim=-2)

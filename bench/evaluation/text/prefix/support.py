@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.device.memory import is_out_of_memory
 from bench.evaluation.batching import TokenBudget
 from bench.evaluation.harness import BackendReport
+from bench.evaluation.networks import language_model
 from bench.evaluation.text.prefix.forward import Forward
 from bench.evaluation.text.prefix.packing import PackedSequence, PrefixGroup, SharedPrefix
 from bench.evaluation.text.prefix.scorer import LoglikelihoodAccumulator, PrefixSharingScorer
@@ -37,11 +38,12 @@ HALF_TOLERANCE = 0.02
 
 def unsupported_reason(model: Model) -> str | None:
     """Return why a network needs the padded backend, or None if it supports prefix sharing."""
-    return _static_reason(model.network) or _probe_reason(model)
+    return _static_reason(model) or _probe_reason(model)
 
 
-def _static_reason(network: Any) -> str | None:
+def _static_reason(model: Model) -> str | None:
     """Check signature, output head, attention kernel and layer types, without a forward."""
+    network = language_model(model)
     missing = set(REQUIRED_ARGUMENTS) - set(inspect.signature(network.forward).parameters)
     if missing:
         return f"the network's forward has no argument {min(missing)}"
@@ -51,8 +53,8 @@ def _static_reason(network: Any) -> str | None:
     attention = network.config._attn_implementation
     if attention not in SUPPORTED_ATTENTION:
         return f"model.attention={attention} supports no tree attention mask"
-    foreign = non_attention_layer(network)
-    return None if foreign is None else f"the network has {foreign} layers"
+    layer = non_attention_layer(model.network)
+    return None if layer is None else f"the network has {layer} layers"
 
 
 def _probe_reason(model: Model) -> str | None:
@@ -61,15 +63,17 @@ def _probe_reason(model: Model) -> str | None:
     # on the version of transformers, on remote code, on the attention kernel and on what a method
     # has done to the network, and a network that ignores them gives wrong numbers without an error.
     trie = _probe_trie(model)
-    alone = PrefixGroup(None, [_probe_sequence(trie, 0, 1, 0), _probe_sequence(trie, 1, 2, 0)])
-    branches = PrefixGroup(None, [_probe_sequence(trie, 0, 2, 0)])
-    trunk = PrefixGroup(
-        SharedPrefix(None, 0, 2, 0, PROBE_PREFIX), [_probe_sequence(trie, 0, 2, PROBE_PREFIX)]
-    )
+    of = PackedSequence.of
+    separate = PrefixGroup(None, [of(trie, 0, 1, 0), of(trie, 1, 2, 0)])
+    layouts = {
+        "in a packed sequence": PrefixGroup(None, [of(trie, 0, 2, 0)]),
+        "after a cached prefix": PrefixGroup(
+            SharedPrefix(None, 0, 2, 0, PROBE_PREFIX), [of(trie, 0, 2, PROBE_PREFIX)]
+        ),
+    }
     try:
-        wanted = _probe_loglikelihoods(model, trie, alone)
-        found = {"in a packed sequence": _probe_loglikelihoods(model, trie, branches)}
-        found["after a cached prefix"] = _probe_loglikelihoods(model, trie, trunk)
+        expected = _probe_loglikelihoods(model, trie, separate)
+        found = {where: _probe_loglikelihoods(model, trie, g) for where, g in layouts.items()}
     # Errors of a forward on a mask or cache that it does not expect. Running out of memory is no
     # verdict on the network.
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
@@ -77,12 +81,11 @@ def _probe_reason(model: Model) -> str | None:
             raise
         reason = str(error).partition("\n")[0]
         return f"the network fails on packed sequences: {type(error).__name__} {reason}"
-    network: Any = model.network
-    allowed = TOLERANCE.get(network.dtype, HALF_TOLERANCE)
-    for how, values in found.items():
-        off = float(np.abs(values / wanted - 1).max())
-        if not off <= allowed:  # true for NaN as well
-            return f"log-likelihoods differ {how}, by a relative {off:.2g}"
+    allowed = TOLERANCE.get(language_model(model).dtype, HALF_TOLERANCE)
+    for where, values in found.items():
+        difference = float(np.abs(values / expected - 1).max())
+        if not difference <= allowed:  # true for NaN as well
+            return f"log-likelihoods differ {where}, by a relative {difference:.2g}"
     return None
 
 
@@ -90,31 +93,23 @@ def _probe_trie(model: Model) -> Trie:
     """Make two paths with a common prefix, of random tokens of the vocabulary."""
     draw = np.random.default_rng(0)
     vocabulary = int(text_config(model.network).vocab_size)
-    stem = draw.integers(vocabulary, size=PROBE_PREFIX).tolist()
-    questions = []
+    prefix = draw.integers(vocabulary, size=PROBE_PREFIX).tolist()
+    requests = []
     for first in range(2):
         # The branches begin with tokens 0 and 1, so that they part exactly there; the rest is
         # random, so that no mistake cancels out.
         branch = [first, *draw.integers(vocabulary, size=PROBE_BRANCH).tolist()]
-        questions.append(LoglikelihoodRequest(stem + branch[:-1], branch))
-    return Trie(questions)
+        requests.append(LoglikelihoodRequest(prefix + branch[:-1], branch))
+    return Trie(requests)
 
 
-def _probe_loglikelihoods(model: Model, trie: Trie, grove: PrefixGroup) -> Any:
+def _probe_loglikelihoods(model: Model, trie: Trie, group: PrefixGroup) -> NDArray[np.float64]:
     """Return the log-likelihoods of the probe's two paths, computed in one of the three layouts."""
     budget = TokenBudget(4096, model.device, SILENT)
-    scorer = PrefixSharingScorer(
-        Forward(model.network, model.device), budget, BackendReport("shared")
-    )
+    forward = Forward(language_model(model), model.device)
+    scorer = PrefixSharingScorer(forward, budget, BackendReport("prefix_sharing"))
     # Only the number of targets matters here: the accumulator counts what is still missing.
-    questions = [LoglikelihoodRequest([], [0] * (PROBE_BRANCH + 1)) for _ in trie.leaves]
-    answers = dict(
-        a
-        for batch in scorer.walk(trie, [grove], LoglikelihoodAccumulator(questions))
-        for a in batch
-    )
-    return np.array([answers[number].value for number in sorted(answers)])
-
-
-def _probe_sequence(trie: Trie, low: int, high: int, start: int) -> PackedSequence:
-    return PackedSequence(low, high, start, trie.size(low, high, start))
+    requests = [LoglikelihoodRequest([], [0] * (PROBE_BRANCH + 1)) for _ in trie.leaves]
+    batches = scorer.walk(trie, [group], LoglikelihoodAccumulator(requests))
+    results = dict(result for batch in batches for result in batch)
+    return np.array([results[index].value for index in sorted(results)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ Ints: TypeAlias = NDArray[np.int64]
 
 
 class Read(NamedTuple):
-    """Request `number` reads how likely the targets are after the tokens from `start` on."""
+    """What a request, given by its index, reads: its targets after the tokens from `start` on."""
 
-    number: int
+    request: int
     start: int
     targets: Ints
 
@@ -33,17 +33,17 @@ class Trie:
     `shared[i]` is the number of tokens that leaf i has in common with leaf i - 1.
     """
 
-    def __init__(self, questions: Sequence[LoglikelihoodRequest]) -> None:
+    def __init__(self, requests: Sequence[LoglikelihoodRequest]) -> None:
         self.leaves: list[Ints] = []
         self.reads: list[list[Read]] = []
-        for tokens, reads in _merge_prefixes(questions):
+        for tokens, reads in _merge_prefixes(requests):
             self.leaves.append(tokens)
             self.reads.append(reads)
         common = [_common_prefix_length(left, right) for left, right in pairwise(self.leaves)]
         self.shared: Ints = np.array([0, *common][: len(self.leaves)], dtype=np.int64)
         self.lengths: Ints = np.array([len(leaf) for leaf in self.leaves], dtype=np.int64)
         # Tokens that each leaf adds to the one before it, summed: `size` is then two look-ups.
-        self._own = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
+        self._added = np.concatenate([[0], np.cumsum(self.lengths - self.shared)])
 
     def __len__(self) -> int:
         return len(self.leaves)
@@ -51,14 +51,14 @@ class Trie:
     @property
     def tokens(self) -> int:
         """Number of tokens, each shared one counted once."""
-        return int(self._own[-1])
+        return int(self._added[-1])
 
     def size(self, low: int, high: int, depth: int) -> int:
         """Return the number of tokens of leaves `low` to `high` below a depth that they share."""
-        # From `_own[low + 1]`, not `_own[low]`: the first leaf counts in full below `depth`, since
-        # what it shares with the leaf before it is not in this range. Only the later leaves count
-        # what they add.
-        return int(self.lengths[low] - depth + self._own[high] - self._own[low + 1])
+        # From `_added[low + 1]`, not `_added[low]`: the first leaf counts in full below `depth`,
+        # since what it shares with the leaf before it is not in this range. Only the later leaves
+        # count what they add.
+        return int(self.lengths[low] - depth + self._added[high] - self._added[low + 1])
 
     def common(self, low: int, high: int) -> int:
         """Return the depth down to which leaves `low` to `high` are one path."""
@@ -71,30 +71,36 @@ class Trie:
         return list(pairwise([low, *cuts.tolist(), high]))
 
 
-def _merge_prefixes(questions: Sequence[LoglikelihoodRequest]) -> list[tuple[Ints, list[Read]]]:
+def _merge_prefixes(requests: Sequence[LoglikelihoodRequest]) -> list[tuple[Ints, list[Read]]]:
     """Sort inputs and drop those that are prefixes of others."""
-    asked: dict[bytes, list[Read]] = defaultdict(list)
-    for number, (inputs, targets) in enumerate(questions):
+    reads: dict[bytes, list[Read]] = defaultdict(list)
+    for index, (inputs, targets) in enumerate(requests):
+        start = len(inputs) - len(targets)
+        # Each target is predicted at a token of its own. Without the check a request with too few
+        # would be read at the end of its path, and one without any would get no result at all.
+        if start < 0:
+            raise ValueError(
+                f"request {index} has {len(targets)} targets and only {len(inputs)} input tokens"
+            )
         # Big-endian words sort as bytes like the tokens themselves, and bytes compare fast.
         key = np.array(inputs, dtype=">u4").tobytes()
-        start = len(inputs) - len(targets)
-        asked[key].append(Read(number, start, np.array(targets, dtype=np.int64)))
-    keys = sorted(asked)
-    found: list[tuple[Ints, list[Read]]] = []
+        reads[key].append(Read(index, start, np.array(targets, dtype=np.int64)))
+    keys = sorted(reads)
+    leaves: list[tuple[Ints, list[Read]]] = []
     waiting: list[Read] = []
     for key, following in zip(keys, [*keys[1:], b""], strict=True):
         # The reads of a dropped prefix are kept for the leaf that extends it. In sorted order a
-        # prefix stands directly before what it begins, so comparing with the next key is enough,
+        # prefix stands directly before what extends it, so comparing with the next key is enough,
         # and reads wait until a key is not extended by its successor.
-        waiting += asked[key]
+        waiting += reads[key]
         if not following.startswith(key):
-            found.append((np.frombuffer(key, dtype=">u4").astype(np.int64), waiting))
+            leaves.append((np.frombuffer(key, dtype=">u4").astype(np.int64), waiting))
             waiting = []
-    return found
+    return leaves
 
 
 def _common_prefix_length(left: Ints, right: Ints) -> int:
     """Return the length of the common prefix of two inputs; neither is a prefix of the other."""
-    short: Any = min(len(left), len(right))
+    short = min(len(left), len(right))
     # argmax of booleans is the first True, which exists because the inputs differ.
     return int(np.argmax(left[:short] != right[:short]))

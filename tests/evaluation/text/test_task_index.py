@@ -12,13 +12,13 @@ from bench.evaluation.text import task_index
 
 
 def test_the_micro_tasks_are_the_tasks_of_the_world():
-    assert set(task_index.micro_names()) == set(TASKS)
+    assert set(task_index.FILES.micro_names()) == set(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_micro_task_changes_only_where_the_data_come_from(task):
     theirs = task_index.read_task_definition(task_index.find_task_file(task))
-    ours = task_index.read_task_definition(task_index.find_micro_task_file(task))
+    ours = task_index.read_task_definition(task_index.FILES.find_micro(task))
     changed = {key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)}
     assert changed == {"custom_dataset", "dataset_kwargs"}
     assert ours["task"] == task
@@ -56,11 +56,11 @@ def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"unknown task 'arc_esy'.*'arc_easy'"):
         task_index.find_task_file("arc_esy")
     with pytest.raises(UserError, match=r"'arc_esy'.*'arc_easy'.*allowed: arc_challenge"):
-        task_index.find_micro_task_file("arc_esy")
+        task_index.FILES.find_micro("arc_esy")
 
 
 def test_code_of_a_model_is_never_run():
-    with pytest.raises(UserError, match="humaneval executes generated code"):
+    with pytest.raises(UserError, match="'humaneval' executes generated code"):
         task_index.read_task_definition(task_index.find_task_file("humaneval"))
 
 

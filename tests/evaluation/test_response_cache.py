@@ -25,14 +25,14 @@ def killed_after(count):
     """Return a memory whose process dies once it has kept so many batches."""
 
     class Mortal(ResponseCache):
-        def answers(self, keys, score, progress):
+        def get_or_compute(self, keys, compute, progress):
             def until(missing):
-                for number, batch in enumerate(score(missing)):
+                for number, batch in enumerate(compute(missing)):
                     if number == count:
                         raise Killed
                     yield batch
 
-            return super().answers(keys, until, progress)
+            return super().get_or_compute(keys, until, progress)
 
     return Mortal
 
@@ -50,12 +50,14 @@ def test_every_request_is_scored_once_over_a_kill(tmp_path_factory, requests, si
 
     try:
         with kept(folder) as journal:
-            killed_after(kill)(journal).answers(keys, score, SILENT)
+            killed_after(kill)(journal).get_or_compute(keys, score, SILENT)
     except Killed:
         in_flight = scored.pop()
         assert len(in_flight) <= size
     with kept(folder) as journal:
-        assert ResponseCache(journal).answers(keys, score, SILENT) == [r * 10 for r in requests]
+        assert ResponseCache(journal).get_or_compute(keys, score, SILENT) == [
+            r * 10 for r in requests
+        ]
     assert sorted(request for batch in scored for request in batch) == sorted(set(requests))
 
 
@@ -73,7 +75,7 @@ def test_the_batches_after_a_kill_are_those_there_would_have_been(tmp_path, kill
 
         batches = AdaptiveBatches(3, torch.device("cpu"), SILENT)
         try:
-            memory.batched(keys, items, [1] * len(items), batches, work, SILENT)
+            memory.get_or_compute_batched(keys, items, [1] * len(items), batches, work, SILENT)
         except Killed:
             seen.pop()
         return seen
@@ -106,7 +108,7 @@ def test_over_a_kill_a_model_gives_the_very_same_answers(model, tmp_path, kind):
     requests = asked(name, REQUESTS[kind])
 
     def answered(memory):
-        return getattr(LmEvalAdapter(model, 2, SILENT, "plain", memory), name)(requests)
+        return getattr(LmEvalAdapter(model, 2, SILENT, "padded", memory), name)(requests)
 
     whole = answered(ResponseCache())
     with kept(tmp_path) as journal, pytest.raises(Killed):
@@ -127,7 +129,7 @@ def test_a_repeated_request_has_a_draw_of_its_own(model):
 def test_other_weights_meet_no_answer_of_these(model, tmp_path):
     requests = asked("loglikelihood", REQUESTS["loglikelihood"])
     with kept(tmp_path) as journal:
-        LmEvalAdapter(model, 2, SILENT, "plain", ResponseCache(journal)).loglikelihood(requests)
+        LmEvalAdapter(model, 2, SILENT, "padded", ResponseCache(journal)).loglikelihood(requests)
     with Journal(tmp_path / "answers", "other weights") as journal:
         assert journal.entries == []
         assert "different weights" in journal.notes[0]

@@ -1,4 +1,4 @@
-"""Tiny networks and questions for the shared engine, and the slow answers to compare with."""
+"""Requests for prefix sharing, and the slow results to compare with."""
 
 import torch
 
@@ -15,8 +15,8 @@ VOCABULARY = 40
 
 
 def shared(network, questions, tokens=2048, window=None, limits=DEFAULT_LIMITS):
-    """Score with the shared engine; return the answers in order and what was noted."""
-    asked = BackendReport("shared")
+    """Score with prefix sharing; return the results in order and the backend report."""
+    asked = BackendReport("prefix_sharing")
     budget = TokenBudget(tokens, CPU, SILENT)
     scorer = PrefixSharingScorer(Forward(network, CPU), budget, asked, window, limits)
     found = [answer for batch in scorer.score(questions) for answer in batch]

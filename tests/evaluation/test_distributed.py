@@ -18,17 +18,17 @@ from bench.evaluation.text.scorers import DistributedScorer
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 5))
 def test_every_item_belongs_to_one_process_and_work_is_even(work, count):
-    shares = [ProcessGroup(number, count).share(work) for number in range(count)]
+    shares = [ProcessGroup(number, count).shard(work) for number in range(count)]
     assert [place for share in shares for place in share] == list(range(len(work)))
     loads = [sum(work[place] for place in share) for share in shares]
     assert max(loads) <= sum(work) / count + max(work, default=0)
 
 
 def test_one_process_does_everything():
-    spread = ProcessGroup().spread(
+    scattered = ProcessGroup().scatter_work(
         [0, 1, 2], [1, 1, 1], lambda mine: [[(n, "ABC"[n]) for n in mine]]
     )
-    assert list(spread) == [[(0, "A"), (1, "B"), (2, "C")]]
+    assert list(scattered) == [[(0, "A"), (1, "B"), (2, "C")]]
 
 
 class Spelling:
@@ -46,7 +46,7 @@ def test_a_spread_scorer_yields_its_own_answers_and_then_the_others(monkeypatch)
     asked = [LoglikelihoodRequest([number % 7, number], [1]) for number in range(20)]
     found = {}
     for number in range(3):
-        monkeypatch.setattr(ProcessGroup, "together", lambda _, own: own)
+        monkeypatch.setattr(ProcessGroup, "all_gather", lambda _, own: own)
         own = [
             a
             for batch in DistributedScorer(Spelling(), ProcessGroup(number, 3)).score(asked)
@@ -54,7 +54,7 @@ def test_a_spread_scorer_yields_its_own_answers_and_then_the_others(monkeypatch)
         ]
         assert 4 <= len(own) <= 9
         found |= own
-    monkeypatch.setattr(ProcessGroup, "together", lambda _, own: list(found.items()))
+    monkeypatch.setattr(ProcessGroup, "all_gather", lambda _, own: list(found.items()))
     *_, last = DistributedScorer(Spelling(), ProcessGroup(1, 3)).score(asked)
     whole = [
         a for batch in DistributedScorer(Spelling(), ProcessGroup(1, 3)).score(asked) for a in batch

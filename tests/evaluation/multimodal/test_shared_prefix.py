@@ -35,7 +35,7 @@ def answers(model, asked, batch=8, share=True, **options):
     generation = Generation(
         model, PromptEncoder(model, None), VisionFeatureCache(model, 2**30), options, share
     )
-    each = AdaptiveBatches(batch, torch.device("cpu"), SILENT).each(asked, generation.run)
+    each = AdaptiveBatches(batch, torch.device("cpu"), SILENT).map(asked, generation.run)
     return [answer.text for answers in each for answer in answers]
 
 
@@ -82,9 +82,9 @@ def test_a_prompt_that_is_another_s_beginning_keeps_a_token_of_its_own():
     assert start.length == 2
 
 
-def micro(engine, **options):
+def micro(backend, **options):
     settings = {"harness": "lmms_eval", "suite": "micro", "limit": 12, "batch_size": 7}
-    settings |= {"tasks": ("pope", "textvqa_val"), "engine": engine} | options
+    settings |= {"tasks": ("pope", "textvqa_val"), "backend": backend} | options
     return plan(BenchmarkConfig(name="b", **settings), offline=True)
 
 
@@ -130,10 +130,10 @@ def official():
 @pytest.mark.parametrize("method", [None, windows, drop])
 def test_both_engines_give_the_same_record_whatever_is_skipped(micro_llava, method):
     model = micro_llava if method is None else applied(micro_llava, method())
-    shared, plain = evaluate(model, micro("shared")), evaluate(model, micro("plain"))
+    shared, plain = evaluate(model, micro("prefix_sharing")), evaluate(model, micro("padded"))
     assert shared.samples == plain.samples
     assert shared.metrics == plain.metrics
-    assert (shared.backend["used"], plain.backend["used"]) == ("shared", "plain")
+    assert (shared.backend["used"], plain.backend["used"]) == ("prefix_sharing", "padded")
 
 
 def fastv():
@@ -145,10 +145,10 @@ def fastv():
 @pytest.mark.parametrize("method", [fastv, official])
 def test_a_method_that_looks_at_whole_prompts_is_asked_plainly(micro_llava, method):
     model = applied(micro_llava, method())
-    found = evaluate(model, micro("shared", tasks=("pope",), limit=6))
-    assert found.backend["used"] == "plain"
+    found = evaluate(model, micro("prefix_sharing", tasks=("pope",), limit=6))
+    assert found.backend["used"] == "padded"
     assert found.backend["reasons"] == ["a method needs whole prompts"]
-    assert found.samples == evaluate(model, micro("plain", tasks=("pope",), limit=6)).samples
+    assert found.samples == evaluate(model, micro("padded", tasks=("pope",), limit=6)).samples
 
 
 def test_a_window_shorter_than_the_prompts_is_asked_plainly(llava):

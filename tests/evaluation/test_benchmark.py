@@ -1,18 +1,15 @@
-"""One model on one plan: what comes back, and that it is this model's."""
+"""One model on one planned benchmark: metrics, sample rows, and that they are of this model."""
 
-import io
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan, plan_once
-from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.metrics import SAMPLE_COLUMNS, SAMPLE_METRICS
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.planned_tasks import PlannedTask
@@ -68,12 +65,12 @@ def test_a_group_is_aggregated_by_the_harness(model):
 
     planned = micro()
     group = Group("pair", aggregate_metric_list=[AggMetricConfig("acc")])
-    for task in planned.scoring.tasks:
+    for task in planned.harness.tasks:
         group.add(task.tasks[task.name])
-    tasks = {task.name: task.tasks[task.name] for task in planned.scoring.tasks}
+    tasks = {task.name: task.tasks[task.name] for task in planned.harness.tasks}
     whole = PlannedTask("pair", tasks, {"pair": group}, {}, ("acc", None))
     metrics = evaluate(
-        model, replace(planned, scoring=replace(planned.scoring, tasks=(whole,)))
+        model, replace(planned, harness=replace(planned.harness, tasks=(whole,)))
     ).metrics
     found = {(m.task, m.metric): m for m in metrics}
     pair = found["pair", "acc"]
@@ -91,10 +88,12 @@ def test_a_bootstrapped_error_is_given_without_a_word(model, tmp_path, capfd):
     planned = plan(
         BenchmarkConfig(name="glue", tasks=("cola",), data={"cola": str(file)}), offline=True
     )
+    environment = dict(os.environ)
     (metric,) = evaluate(model, planned).metrics
     assert (metric.task, metric.metric, metric.n) == ("cola", "mcc", 12)
     assert metric.stderr is not None
     assert capfd.readouterr().out == ""
+    assert environment == dict(os.environ)  # the harness is told to fork nothing, for this call
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest():
@@ -144,58 +143,6 @@ def test_an_answer_longer_than_the_context_is_refused(short_model):
         adapter._loglikelihood_tokens([(None, [1], [2] * 30)])
 
 
-def flat(batches):
-    return [answer for answers in batches for answer in answers]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-)
-def test_a_batch_that_does_not_fit_is_halved_and_this_is_said(error):
-    said = io.StringIO()
-    batches = AdaptiveBatches(8, torch.device("cpu"), Progress(said))
-    tried = []
-
-    def work(batch):
-        tried.append(len(batch))
-        if len(batch) > 2:
-            raise error
-        return [item * 10 for item in batch]
-
-    assert flat(batches.each(range(5), work)) == [0, 10, 20, 30, 40]
-    assert tried == [5, 2, 2, 1]
-    assert "out of memory with a batch of 5: continuing with 2" in said.getvalue()
-
-
-@settings(max_examples=25, deadline=None)  # every halving collects garbage
-@given(st.lists(st.integers(), max_size=40), st.integers(1, 50), st.integers(1, 50))
-def test_whatever_fits_every_item_is_answered_once_and_in_order(items, size, room):
-    def work(batch):
-        if len(batch) > room:
-            raise torch.OutOfMemoryError("CUDA")
-        return [-item for item in batch]
-
-    batches = AdaptiveBatches(size, torch.device("cpu"), Progress(quiet=True))
-    assert flat(batches.each(items, work)) == [-item for item in items]
-
-
-def test_a_single_sample_that_does_not_fit_is_refused():
-    def work(_):
-        raise torch.OutOfMemoryError("CUDA")
-
-    with pytest.raises(UserError, match="a single sample does not fit"):
-        flat(AdaptiveBatches(1, torch.device("cpu"), Progress(quiet=True)).each([1], work))
-
-
-def test_other_errors_are_not_swallowed():
-    def work(_):
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        flat(AdaptiveBatches(4, torch.device("cpu"), Progress(quiet=True)).each([1], work))
-
-
 def test_nothing_is_printed(model, capfd):
     evaluate(model, micro(limit=2))
     assert capfd.readouterr() == ("", "")
@@ -207,17 +154,18 @@ def test_progress_has_a_phase_per_task(model):
     assert set(progress.seconds) == {"tiny0 on arc_easy", "tiny0 on boolq"}
 
 
-def test_a_plan_is_kept_until_a_local_file_changes(tmp_path):
+def test_a_plan_is_reused_until_a_local_file_changes(tmp_path):
     rows = [
         {"id": str(i), "question": f"q{i}", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
          "answerKey": "A"}
         for i in range(3)
     ]  # fmt: skip
-    file = tmp_path / "q.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    asked = BenchmarkConfig(name="b", tasks=("arc_easy",), data={"arc_easy": str(file)})
-    first = plan_once(asked, offline=True)
-    assert plan_once(asked, offline=True) is first
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    second = plan_once(asked, offline=True)
-    assert second.fingerprints != first.fingerprints
+    file = tmp_path / "test.jsonl"
+    for path in (file, tmp_path):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+        config = BenchmarkConfig(name="b", tasks=("arc_easy",), data={"arc_easy": str(path)})
+        first = plan_once(config, offline=True)
+        assert plan_once(config, offline=True) is first
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        second = plan_once(config, offline=True)
+        assert second.fingerprints != first.fingerprints

@@ -15,7 +15,7 @@ from bench.evaluation import BenchmarkConfig, evaluate, plan
 from bench.evaluation.local_files import TEXT_COLUMNS
 from bench.evaluation.text.task_index import restrict_to_splits
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "real_tasks"
+REAL = Path(__file__).parents[2] / "shared" / "data" / "real_tasks"
 
 
 def rows_of(task, split=None, count=8):
@@ -56,7 +56,7 @@ def test_a_file_of_the_same_documents_gives_the_same_answers(task, model, tmp_pa
 def test_every_format_is_read_and_hashed(tmp_path, suffix):
     file = tmp_path / f"mine{suffix}"
     found = planned("piqa", write(file, rows_of("piqa")), suite="micro")
-    assert len(found.scoring.tasks[0].tasks["piqa"].eval_docs) == 8
+    assert len(found.harness.tasks[0].tasks["piqa"].eval_docs) == 8
     source = found.sources["piqa"]
     assert (source.origin, source.revision) == ("file", None)
     assert source.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -100,6 +100,15 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
     broken.write_bytes(b"not a table")
     other = tmp_path / "mine.csv"
     other.write_text("goal,sol1")
+    cut = tmp_path / "cut.json.gz"
+    write(cut, rows_of("piqa"))
+    cut.write_bytes(cut.read_bytes()[:-20])
+    damaged = tmp_path / "damaged.json.gz"
+    content = bytearray(gzip.compress(json.dumps(rows_of("piqa")).encode()))
+    content[12:40] = bytes(28)
+    damaged.write_bytes(content)
+    for file in (cut, damaged):
+        assert f"{file.name} cannot be read as .gz" in refusal("piqa", file)
     assert "no such file" in refusal("piqa", tmp_path / "nowhere.parquet")
     assert "cannot be read as .parquet" in refusal("piqa", broken)
     assert "must be one of .parquet, .jsonl" in refusal("piqa", other)

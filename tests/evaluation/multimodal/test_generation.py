@@ -56,7 +56,7 @@ def plain(model, question, new, until=()):
 def answer(model, asked, batch, gib=1.0, **options):
     features = VisionFeatureCache(model, int(gib * 2**30))
     generation = Generation(model, PromptEncoder(model, None), features, options)
-    each = AdaptiveBatches(batch, select_device("cpu"), SILENT).each(asked, generation.run)
+    each = AdaptiveBatches(batch, select_device("cpu"), SILENT).map(asked, generation.run)
     return [answer.text for answers in each for answer in answers]
 
 
@@ -91,7 +91,7 @@ def test_an_image_seen_twice_is_encoded_once_and_answers_stay(name, mllms, monke
 def test_a_network_that_takes_no_features_is_given_pixels(name, mllms, monkeypatch):
     model, asked = mllms[name], questions()
     expected = answer(model, asked, 3, max_new_tokens=5)
-    monkeypatch.setattr(VisionFeatureCache, "of", None)
+    monkeypatch.setattr(VisionFeatureCache, "outputs_for", None)
     features = VisionFeatureCache(model, 0)
     features.supported = False
     generation = Generation(model, PromptEncoder(model, None), features, {"max_new_tokens": 5})
@@ -101,12 +101,12 @@ def test_a_network_that_takes_no_features_is_given_pixels(name, mllms, monkeypat
 def test_the_memory_for_images_is_bounded(llava):
     one = VisionFeatureCache(llava, 2**30)
     inputs = PromptEncoder(llava, None).encode("<image>", [picture(0)])
-    one.of("a", inputs, torch.device("cpu"))
+    one.outputs_for("a", inputs, torch.device("cpu"))
     size = one._bytes
     features = VisionFeatureCache(llava, 2 * size)
     for key in ("a", "b", "a", "c"):
-        features.of(key, inputs, torch.device("cpu"))
-    assert list(features._kept) == ["a", "c"]
+        features.outputs_for(key, inputs, torch.device("cpu"))
+    assert list(features._outputs) == ["a", "c"]
     assert features._bytes == 2 * size
 
 

@@ -1,5 +1,6 @@
 """What the trie says about ranges of leaves, against sets of prefixes."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,15 @@ def test_every_prefix_is_counted_once_and_leaves_end_nowhere_else(inputs):
     assert leaves == sorted({tuple(tokens) for tokens in inputs} - inner)
 
 
+@pytest.mark.parametrize("inputs", [[], [5]])
+def test_a_request_with_fewer_tokens_than_targets_is_refused(inputs):
+    others = [LoglikelihoodRequest([5, 6], [7])]
+    for before in ([], others):
+        requests = [*before, LoglikelihoodRequest(inputs, [1, 2])]
+        with pytest.raises(ValueError, match=f"2 targets and only {len(inputs)} input tokens"):
+            Trie(requests)
+
+
 @given(INPUTS, st.data())
 def test_sizes_and_branches_of_ranges(inputs, data):
     trie = trie_of(inputs)
@@ -46,23 +56,29 @@ def test_sizes_and_branches_of_ranges(inputs, data):
 
 
 @given(INPUTS, st.sampled_from([4, 9, 256]), st.sampled_from([2, 32]), st.sampled_from([3, None]))
-def test_rows_hold_every_leaf_once_and_every_read_where_its_token_is(inputs, row, worth, window):
+def test_sequences_hold_every_leaf_once_and_every_read_where_its_token_is(
+    inputs, sequence, min_prefix, window
+):
     trie = trie_of(inputs)
-    limits = packing.PackingLimits(row=row, tree=4 * row, worth=worth)
+    limits = packing.PackingLimits(
+        sequence=sequence, branching_sequence=4 * sequence, min_prefix=min_prefix
+    )
     found = packing.group_by_prefix(trie, limits, window)
-    rows = [each for grove in found for each in grove.rows]
-    assert sorted(i for each in rows for i in range(each.low, each.high)) == list(range(len(trie)))
+    sequences = [each for group in found for each in group.sequences]
+    assert sorted(i for each in sequences for i in range(each.low, each.high)) == list(
+        range(len(trie))
+    )
     read = {number: [] for number in range(len(inputs))}
-    for grove in found:
-        start = 0 if grove.trunk is None else grove.trunk.stop
-        assert {each.start for each in grove.rows} <= {start}
-        pieces = [] if grove.trunk is None else [pack_prefix(trie, grove.trunk)]
-        pieces += [pack(trie, [each]) for each in grove.rows]
-        for laid in pieces:
-            for place in laid.asked:
-                tokens = laid.tokens_BT.flat[place.places].tolist()
-                depths = laid.depths_BT.flat[place.places].tolist()
-                read[place.number] += zip(depths, tokens, strict=True)
+    for group in found:
+        start = 0 if group.prefix is None else group.prefix.stop
+        assert {each.start for each in group.sequences} <= {start}
+        batches = [] if group.prefix is None else [pack_prefix(trie, group.prefix)]
+        batches += [pack(trie, [each]) for each in group.sequences]
+        for batch in batches:
+            for part in batch.reads:
+                tokens = batch.tokens_BT.flat[part.positions].tolist()
+                depths = batch.depths_BT.flat[part.positions].tolist()
+                read[part.request] += zip(depths, tokens, strict=True)
     for number, tokens in enumerate(inputs):
         first = len(tokens) - 1 - len(tokens) // 2
         assert sorted(read[number]) == list(enumerate(tokens))[first:]
@@ -71,11 +87,11 @@ def test_rows_hold_every_leaf_once_and_every_read_where_its_token_is(inputs, row
 @given(INPUTS)
 def test_a_token_is_seen_by_its_descendants_only(inputs):
     trie = trie_of(inputs)
-    (grove,) = packing.group_by_prefix(trie)
-    (row,) = grove.rows
-    laid = pack(trie, [row])
-    tokens, depths = laid.tokens_BT[0], laid.depths_BT[0]
-    ends = laid.subtree_end_BT
+    (group,) = packing.group_by_prefix(trie)
+    (sequence,) = group.sequences
+    batch = pack(trie, [sequence])
+    tokens, depths = batch.tokens_BT[0], batch.depths_BT[0]
+    ends = batch.subtree_end_BT
     if ends is None:
         return
     seen_by = [[k for k in range(q + 1) if q < ends[0, k]] for q in range(len(tokens))]

@@ -47,7 +47,7 @@ def planned(*tasks, **settings):
         name="b", harness="lmms_eval", suite="micro", tasks=tasks,
         metrics={name: metric for name, metric in HEADLINES.items() if name in tasks}, **settings,
     )  # fmt: skip
-    return config, plan(config, offline=True).scoring.tasks
+    return config, plan(config, offline=True).harness.tasks
 
 
 def scored(config, task, function):
@@ -169,7 +169,7 @@ def test_an_option_in_words_is_read_without_a_judge():
 @pytest.mark.parametrize(("limit", "together"), [(3, 4), (4, 4)])
 def test_a_limit_cuts_no_pair(limit, together):
     _, (task,) = planned("mme", limit=limit)
-    assert len(task.places) == together
+    assert len(task.indices) == together
 
 
 def test_ocr_tokens_are_shown_unless_they_are_switched_off():

@@ -1,4 +1,4 @@
-"""Which networks the shared engine takes, and what is said about the others."""
+"""Which networks support prefix sharing, and the reason given for the others."""
 
 from dataclasses import replace
 
@@ -87,16 +87,17 @@ def test_running_out_of_memory_is_not_taken_for_a_fault():
         support.unsupported_reason(model)
 
 
-def test_the_evaluation_says_which_engine_it_was(model):
-    def asked(model, engine):
-        options = {"suite": "micro", "tasks": ("boolq",), "limit": 3, "engine": engine}
+def test_the_evaluation_says_which_backend_it_used(model):
+    def report(model, backend):
+        options = {"suite": "micro", "tasks": ("boolq",), "limit": 3, "backend": backend}
         return evaluate(model, plan(BenchmarkConfig(name="b", **options), offline=True)).backend
 
-    shared, plain = asked(model, "shared"), asked(model, "plain")
-    assert (shared["wanted"], shared["used"], shared["reasons"]) == ("shared", "shared", [])
-    assert 0 < shared["spent"]["computed"] < shared["spent"]["given"]
+    shared, plain = report(model, "prefix_sharing"), report(model, "padded")
+    assert (shared["requested"], shared["used"]) == ("prefix_sharing", "prefix_sharing")
+    assert shared["reasons"] == []
+    assert 0 < shared["spent"]["computed_tokens"] < shared["spent"]["padded_tokens"]
     assert shared["spent"]["tokens_per_batch"] >= 256
-    assert (plain["wanted"], plain["used"], plain["reasons"]) == ("plain", "plain", [])
+    assert (plain["requested"], plain["used"], plain["reasons"]) == ("padded", "padded", [])
 
     class Whole(torch.nn.Module):
         def __init__(self, network):
@@ -106,6 +107,6 @@ def test_the_evaluation_says_which_engine_it_was(model):
         def forward(self, input_ids, use_cache=False):
             return self.network(input_ids, use_cache=use_cache)
 
-    fallen = asked(replace(model, network=Whole(model.network)), "shared")
-    assert (fallen["wanted"], fallen["used"]) == ("shared", "plain")
+    fallen = report(replace(model, network=Whole(model.network)), "prefix_sharing")
+    assert (fallen["requested"], fallen["used"]) == ("prefix_sharing", "padded")
     assert fallen["reasons"] == ["the network's forward has no argument attention_mask"]

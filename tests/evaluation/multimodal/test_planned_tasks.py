@@ -26,9 +26,9 @@ def pope(tmp_path):
 
 
 def test_a_local_file_is_read_in_place_of_the_hub(pope):
-    (task,) = plan(config("pope", data={"pope": pope}), offline=True).scoring.tasks
+    (task,) = plan(config("pope", data={"pope": pope}), offline=True).harness.tasks
     document = task.task.dataset["test"][1]
-    assert len(task.places) == 5
+    assert len(task.indices) == 5
     assert document["question"] == documents("pope")[1]["question"]
     (image,) = task.task.doc_to_visual(document)
     assert image.tobytes() == documents("pope")[1]["image"].convert("RGB").tobytes()
@@ -41,7 +41,7 @@ def test_gqa_takes_a_folder_of_instructions_and_images(tmp_path):
     write(
         scene_images("gqa"), tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
     )
-    (task,) = plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True).scoring.tasks
+    (task,) = plan(config("gqa", data={"gqa": str(tmp_path)}), offline=True).harness.tasks
     shown = {row["id"]: row["image"] for row in scene_images("gqa")}
     for document, row in zip(task.task.dataset["testdev"], rows, strict=True):
         (image,) = task.task.doc_to_visual(document)
@@ -117,14 +117,14 @@ def test_wrong_input_is_one_sentence(asked, reason):
 
 
 def test_a_text_model_is_refused_before_it_is_loaded():
-    scoring = plan(config("pope", suite="micro", limit=1), offline=True)
+    planned = plan(config("pope", suite="micro", limit=1), offline=True)
     with pytest.raises(UserError, match="needs a model of kind image_text"):
-        scoring.refuse_unfit(ModelConfig(name="m", source="embedded:m"))
+        planned.check_model(ModelConfig(name="m", source="embedded:m"))
 
 
 def test_ours_includes_a_file_that_the_harness_has():
-    assert set(task_index.micro_names()) == {
+    assert set(task_index.FILES.micro_names()) == {
         "gqa", "vqav2_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev_static",
     }  # fmt: skip
-    for name in task_index.micro_names():
+    for name in task_index.FILES.micro_names():
         assert task_index.find_task_file(name) == task_index._search_task_files(name)

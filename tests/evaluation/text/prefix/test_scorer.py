@@ -1,4 +1,4 @@
-"""Scores of the shared engine are those of each question in a forward of its own."""
+"""Prefix sharing gives the scores of each request in a forward of its own."""
 
 import io
 
@@ -18,7 +18,7 @@ from bench.evaluation.text.prefix.packing import PackingLimits
 from bench.evaluation.text.prefix.scorer import PrefixSharingScorer
 from bench.evaluation.text.requests import LoglikelihoodRequest
 from bench.ui import SILENT, Progress
-from tests.evaluation.text.shared.asking import (
+from tests.evaluation.text.prefix.trees import (
     CPU,
     VOCABULARY,
     assert_same,
@@ -77,8 +77,8 @@ def drawn(seed, *shape):
     return tree(torch.Generator().manual_seed(seed), *shape)
 
 
-FOREST = drawn(1, 30, 3, 12, 4, 6)
-ON_A_TRUNK = drawn(2, 60, 90, 12, 3, 4)
+SHORT_PREFIXES = drawn(1, 30, 3, 12, 4, 6)
+WITH_LONG_PREFIX = drawn(2, 60, 90, 12, 3, 4)
 LONG = drawn(3, 2, 1, 300, 3, 40)
 
 
@@ -86,17 +86,17 @@ LONG = drawn(3, 2, 1, 300, 3, 40)
 def test_every_architecture_answers_the_same(kind, attention):
     window = KINDS[kind].get("sliding_window")
     network = network_of(kind, attention)
-    questions = [*FOREST, *ON_A_TRUNK[:100], *LONG]
+    questions = [*SHORT_PREFIXES, *WITH_LONG_PREFIX[:100], *LONG]
     found, asked = shared(network, questions, window=window)
     assert_same(found, one_by_one(network, questions), 1e-4)
-    assert asked.computed < asked.given
+    assert asked.computed_tokens < asked.padded_tokens
 
 
-def test_a_trunk_is_computed_once(llama):
-    found, asked = shared(llama, ON_A_TRUNK)
-    assert_same(found, one_by_one(llama, ON_A_TRUNK), 1e-4)
-    own = sum(len(set_) for set_ in _distinct(ON_A_TRUNK))
-    assert own <= asked.computed < 1.15 * own + 90
+def test_a_long_prefix_is_computed_once(llama):
+    found, asked = shared(llama, WITH_LONG_PREFIX)
+    assert_same(found, one_by_one(llama, WITH_LONG_PREFIX), 1e-4)
+    own = sum(len(set_) for set_ in _distinct(WITH_LONG_PREFIX))
+    assert own <= asked.computed_tokens < 1.15 * own + 90
 
 
 def _distinct(questions):
@@ -125,15 +125,15 @@ def test_any_trie_in_any_batches(llama, asked, tokens, limits):
 
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 def test_answers_do_not_depend_on_the_batch(llama, tokens):
-    found, _ = shared(llama, FOREST + ON_A_TRUNK, tokens)
-    whole, _ = shared(llama, FOREST + ON_A_TRUNK, 4096)
+    found, _ = shared(llama, SHORT_PREFIXES + WITH_LONG_PREFIX, tokens)
+    whole, _ = shared(llama, SHORT_PREFIXES + WITH_LONG_PREFIX, 4096)
     assert_same(found, whole, 1e-5)
 
 
 def test_bfloat16_stays_within_a_hundredth_of_a_log_likelihood():
     half = network_of("llama").to(torch.bfloat16)
-    found, _ = shared(half, FOREST)
-    for ours, theirs in zip(found, one_by_one(half, FOREST), strict=True):
+    found, _ = shared(half, SHORT_PREFIXES)
+    for ours, theirs in zip(found, one_by_one(half, SHORT_PREFIXES), strict=True):
         assert ours.value == pytest.approx(theirs.value, rel=0.01, abs=0.1)
 
 
@@ -144,10 +144,12 @@ def test_nothing_is_asked():
 def test_only_positions_that_are_asked_about_meet_the_head(llama):
     seen = []
     hook = llama.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
-    shared(llama, FOREST)
+    shared(llama, SHORT_PREFIXES)
     hook.remove()
     asked = {
-        tuple(q.inputs[: len(q.inputs) - back]) for q in FOREST for back in range(len(q.targets))
+        tuple(q.inputs[: len(q.inputs) - back])
+        for q in SHORT_PREFIXES
+        for back in range(len(q.targets))
     }
     assert len(asked) <= sum(seen) < 1.1 * len(asked)
 
@@ -157,22 +159,22 @@ class Full(Forward):
 
     room = 0
 
-    def __call__(self, laid, read_R, cache):
-        if laid.tokens_BT.size > self.room:
+    def __call__(self, batch, read_R, cache):
+        if batch.tokens_BT.size > self.room:
             raise torch.OutOfMemoryError("CUDA")
-        return super().__call__(laid, read_R, cache)
+        return super().__call__(batch, read_R, cache)
 
 
 @pytest.mark.parametrize("room", [45, 60, 150, 300])
 def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room):
-    said, asked = io.StringIO(), BackendReport("shared")
+    said, asked = io.StringIO(), BackendReport("prefix_sharing")
     forward = Full(llama, CPU)
     forward.room = room
     budget = TokenBudget(2048, CPU, Progress(said))
     scorer = PrefixSharingScorer(forward, budget, asked)
-    found = dict(answer for batch in scorer.score(FOREST) for answer in batch)
-    whole, _ = shared(llama, FOREST)
-    assert_same([found[number] for number in range(len(FOREST))], whole)
+    found = dict(answer for batch in scorer.score(SHORT_PREFIXES) for answer in batch)
+    whole, _ = shared(llama, SHORT_PREFIXES)
+    assert_same([found[number] for number in range(len(SHORT_PREFIXES))], whole)
     assert asked.halved >= 1
     assert budget.tokens < 2048
     assert "out of memory with a batch of" in said.getvalue()
@@ -180,7 +182,7 @@ def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room
 
 def test_one_path_that_does_not_fit_is_refused(llama):
     scorer = PrefixSharingScorer(
-        Full(llama, CPU), TokenBudget(64, CPU, SILENT), BackendReport("shared")
+        Full(llama, CPU), TokenBudget(64, CPU, SILENT), BackendReport("prefix_sharing")
     )
     with pytest.raises(UserError, match="a single prompt of 2 tokens does not fit"):
         list(scorer.score([LoglikelihoodRequest([1, 2], [3])]))
@@ -188,9 +190,9 @@ def test_one_path_that_does_not_fit_is_refused(llama):
 
 def test_answers_come_batch_by_batch(llama):
     scorer = PrefixSharingScorer(
-        Forward(llama, CPU), TokenBudget(90, CPU, SILENT), BackendReport("shared")
+        Forward(llama, CPU), TokenBudget(90, CPU, SILENT), BackendReport("prefix_sharing")
     )
-    batches = list(scorer.score(FOREST + ON_A_TRUNK))
+    batches = list(scorer.score(SHORT_PREFIXES + WITH_LONG_PREFIX))
     assert len(batches) > 2
     assert all(batches)
 

@@ -1,0 +1,136 @@
+"""Image classification: the images of a benchmark, and top-1 accuracy of a classifier on them.
+
+Shapes: B images, C channels, H height and width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench.data import image_catalogue, image_sets
+from bench.data.image_sets import ImageSet, Splits
+from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.harness import DocumentSource, Origin, ScoredBenchmark
+from bench.evaluation.metrics import SampleRow, task_metric
+from bench.evaluation.response_cache import ResponseCache, request_key
+from bench.models.classifiers.classifier import Classifier
+from bench.models.model import Model
+from bench.records.record import Metric
+from bench.schema import BenchmarkConfig, ModelKind
+from bench.ui import Progress
+
+ACCURACY = "acc"
+
+
+@dataclass(frozen=True)
+class ImageHarness:
+    """The images of one benchmark, all from one data set; `sources` states where they came from."""
+
+    benchmark: BenchmarkConfig
+    splits: Splits
+    scored: ImageSet
+    sources: dict[str, DocumentSource]
+
+    kinds: ClassVar[tuple[ModelKind, ...]] = ("image_classifier",)
+
+    def images(self, task: str, document: int) -> tuple[()]:
+        """Return nothing: a classifier's rows do not reference images by hash."""
+        return ()
+
+    def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
+        """Return the accuracy and one row per image.
+
+        Raises:
+            UserError: the network is built for images of a different shape or classes.
+        """
+        network = model.network
+        assert isinstance(network, Classifier)
+        task, count = self.splits.name, len(self.scored)
+        network.config.refuse_mismatched_images(task, self.splits.shape)
+
+        def classify(indices: Sequence[int]) -> list[SampleRow]:
+            image_BCHH, label_B = self.scored.fetch(torch.tensor(indices), None)
+            # The weights set device and dtype, whatever a method did to the network.
+            weight = next(network.parameters())
+            with torch.inference_mode():
+                # Softmax in float32: in half precision, the probabilities of close classes would
+                # round to a tie.
+                probability_BK = network(image_BCHH.to(weight)).float().softmax(-1).cpu()
+            return _sample_rows(task, indices, label_B, probability_BK)
+
+        network.eval()
+        batches = AdaptiveBatches(self.benchmark.batch_size, model.device, progress)
+        keys = [request_key("image", task, index) for index in range(count)]
+        with progress.phase(f"{model.name} on {task}", count):
+            rows = cache.get_or_compute_batched(
+                keys, range(count), [1] * count, batches, classify, progress
+            )
+        correct = [float(row[ACCURACY]) for row in rows]
+        return ScoredBenchmark([_accuracy(self.benchmark, task, correct)], rows)
+
+
+def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:
+    """Find and read the images that a benchmark scores.
+
+    Raises:
+        MissingData: the folder is not given or does not hold the data set.
+        UserError: no data set has this name, or it has no held-out images.
+    """
+    config = benchmark.images
+    splits = image_catalogue.load_image_set(
+        config.data, config.folder, download=config.download and not offline
+    )
+    if config.split == "validation":
+        # From here on the held-out part of the training set plays the role of the test set, so that
+        # choosing hyperparameters never sees test images.
+        splits = splits.for_selection()
+    scored = splits.test
+    if benchmark.limit is not None:
+        scored = image_sets.Subset(scored, range(min(benchmark.limit, len(scored))))
+    return ImageHarness(benchmark, splits, scored, _sources(splits, scored))
+
+
+def _sources(splits: Splits, scored: ImageSet) -> dict[str, DocumentSource]:
+    """Describe the images that are scored, and those that methods train on."""
+    origin: Origin = "embedded" if splits.name == "digits" else "file"
+    # The training images enter the run's identity too: a method that trains gives other weights on
+    # other images, although the benchmark scores the same.
+    parts = {splits.name: scored, f"{splits.name} train": splits.train}
+    return {
+        name: DocumentSource(origin, splits.provenance, None, part.fingerprint())
+        for name, part in parts.items()
+    }
+
+
+def _sample_rows(
+    task: str, indices: Sequence[int], label_B: Tensor, probability_BK: Tensor
+) -> list[SampleRow]:
+    """Return one row per image; `probability` is that of the predicted class."""
+    highest_B, predicted_B = probability_BK.max(-1)
+    correct_B = (predicted_B == label_B).double()
+    columns = (label_B.tolist(), predicted_B.tolist(), highest_B.tolist(), correct_B.tolist())
+    return [
+        {
+            "task": task,
+            "doc_id": index,
+            "target": str(label),
+            "prediction": str(predicted),
+            "probability": probability,
+            ACCURACY: correct,
+        }
+        for index, label, predicted, probability, correct in zip(indices, *columns, strict=True)
+    ]
+
+
+def _accuracy(benchmark: BenchmarkConfig, task: str, correct: list[float]) -> Metric:
+    n, share = len(correct), sum(correct) / len(correct)
+    # The standard error of a Bernoulli mean, with n - 1 in its denominator as in lm-eval.
+    error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+    split = benchmark.images.split
+    return task_metric(benchmark, task, ACCURACY, share, split=split, n=n, stderr=error)

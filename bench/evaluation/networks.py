@@ -1,0 +1,97 @@
+"""What the backends use of a transformers network, its output and its KV cache.
+
+transformers has no types that a checker could read, so the shapes that evaluation relies on are
+declared here, once.
+
+Suffixes: B batch, G key-value heads, C cached tokens, T tokens of a call, d width of a head, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.model import Model
+
+
+class CacheLayer(Protocol):
+    """Keys [B, G, C, d] and values of one layer."""
+
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a call's keys and values; return all."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at the given indices, in place."""
+
+
+class KeyValueCache(Protocol):
+    """The KV cache of a network, one layer after the other."""
+
+    layers: list[CacheLayer]
+
+    def get_seq_length(self) -> int:
+        """Return the number of cached tokens."""
+
+
+class NetworkOutput(Protocol):
+    """Output of a forward: logits [B, T, V], and the cache if one was asked for."""
+
+    logits: Tensor
+    past_key_values: KeyValueCache
+
+
+class NetworkConfig(Protocol):
+    """The config of a network; only those that see images have an image token."""
+
+    _attn_implementation: str
+    image_token_id: int
+
+
+class GenerationConfig(Protocol):
+    """Defaults of `generate` that a checkpoint comes with."""
+
+    eos_token_id: int | list[int] | None
+
+
+class LanguageModel(Protocol):
+    """A network with a language model head."""
+
+    config: NetworkConfig
+    generation_config: GenerationConfig
+    forward: Callable[..., object]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+
+    def __call__(self, input_ids: Tensor, **options: object) -> NetworkOutput:
+        """Run a forward."""
+
+    def generate(self, **options: object) -> Tensor:
+        """Return prompts with their continuations, token ids [B, T]."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output head."""
+
+
+def language_model(model: Model) -> LanguageModel:
+    """Return a model's network, typed by what evaluation uses of it."""
+    # Harnesses admit only models of a kind that has these members; a network of remote code that
+    # lacks one fails at its first use, with its name in the message.
+    return cast("LanguageModel", model.network)
+
+
+def pad_left(rows: list[Tensor], fill: int) -> Tensor:
+    """Return rows [1, T_i] as one tensor [B, T], padded on the left with `fill`."""
+    width = max(row.shape[1] for row in rows)
+    return torch.cat(
+        [nn.functional.pad(row, (width - row.shape[1], 0), value=fill) for row in rows]
+    )

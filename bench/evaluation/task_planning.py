@@ -1,0 +1,160 @@
+"""What both harnesses share when a benchmark is planned: task files, splits, missing data."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from bench.data import hub
+from bench.errors import MissingData, UserError, unknown_name
+from bench.evaluation.harness import DocumentSource, hub_source
+from bench.schema import BenchmarkConfig
+
+Planned = TypeVar("Planned")
+TaskDefinition: TypeAlias = dict[str, Any]
+"""A task file with its includes merged; the harness decides which keys there are."""
+Splits: TypeAlias = dict[str, Any]
+"""Data sets by name of split: a `datasets.DatasetDict`, or what a task's own code returns."""
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Task files of an installed harness, and ours for the embedded data.
+
+    Each file in the folder `ours` includes one of the harness's, and replaces the source of its
+    data. `distribution` is the name that pip knows the `package` by.
+    """
+
+    package: str
+    distribution: str
+    ours: Path
+
+    @property
+    def harness_folder(self) -> Path:
+        """The folder of the harness's task files, wherever it is installed."""
+        return _installed_tasks(self.package, self.distribution)
+
+    def micro_names(self) -> tuple[str, ...]:
+        """Return the names of the tasks with embedded data."""
+        return tuple(sorted(file.stem for file in self.ours.glob("*.yaml")))
+
+    def find_micro(self, name: str) -> Path:
+        """Return our task file for `name`.
+
+        Raises:
+            UserError: the task has no embedded data.
+        """
+        if name not in self.micro_names():
+            raise unknown_name("task of benchmark.suite=micro", name, self.micro_names())
+        return self.ours / f"{name}.yaml"
+
+    def find_included(self, name: str) -> Path | None:
+        """Return the harness's file that ours for `name` includes, None if there is no such file.
+
+        These names are found without a search through the harness's files.
+        """
+        ours = self.ours / f"{name}.yaml"
+        if not ours.is_file():
+            return None
+        # Read by a pattern: lm-eval's files contain `!function` tags, which a plain YAML loader
+        # rejects.
+        (line,) = re.findall(r"^include: *(\S+)", ours.read_text(), re.MULTILINE)
+        file = self.harness_folder / str(line)
+        return file if file.is_file() else None
+
+
+@cache
+def _installed_tasks(package: str, distribution: str) -> Path:
+    # Finding a spec does not import the harness, which takes seconds.
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{distribution} is not installed: `pip install {distribution}`")
+    return Path(spec.origin).parent / "tasks"
+
+
+def evaluated_split(definition: Mapping[str, Any]) -> str:
+    """Return the split that the harness scores: test if the task has one, else validation."""
+    # Stripped, because some of lmms-eval's files have a space behind the name.
+    return str(definition.get("test_split") or definition.get("validation_split")).strip()
+
+
+def refuse_unknown_data(benchmark: BenchmarkConfig, tasks: Iterable[str]) -> None:
+    """Raise UserError if `benchmark.data` names a task that is not scored."""
+    known = list(tasks)
+    for name in benchmark.data:
+        if name not in known:
+            raise unknown_name("task in benchmark.data", name, known)
+
+
+def reads_hub(benchmark: BenchmarkConfig) -> bool:
+    """Tell whether a task of the benchmark needs data of the hub."""
+    return benchmark.suite == "real" and bool(set(benchmark.tasks) - set(benchmark.data))
+
+
+def go_offline_if_needed(*, offline: bool, needs_hub: bool) -> None:
+    """Keep the process off the hub if the user says so, or if it does not answer."""
+    # Decided once for the process: without this, every data set would wait for its own timeout.
+    if offline or (needs_hub and not hub.is_reachable()):
+        hub.go_offline()
+
+
+def collect(
+    names: Iterable[str], build: Callable[[str], Planned], missing: list[str]
+) -> list[Planned]:
+    """Build what each name stands for; data that cannot be reached are added to `missing`."""
+    # All failures are collected before any is reported: a user should not have to fix them one run
+    # at a time.
+    built = []
+    for name in names:
+        try:
+            built.append(build(name))
+        except hub.DatasetUnreachable as error:
+            missing.append(f"{error} ({name})")
+    return built
+
+
+def refuse_missing_data(benchmark: BenchmarkConfig, missing: list[str], local_keys: str) -> None:
+    """Raise MissingData unless nothing is missing; `local_keys` are those that take a file."""
+    if missing:
+        raise MissingData(
+            f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
+            f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a "
+            f"network, or give local files: {local_keys}",
+            missing,
+        )
+
+
+def hub_options(definition: TaskDefinition) -> dict[str, Any]:
+    """Return the options with which `datasets` loads a task's data."""
+    options = dict(definition.get("dataset_kwargs") or {})
+    # `datasets` rejects the first by now; task files set the second, which demands a login, even
+    # for public data sets.
+    for name in ("trust_remote_code", "token"):
+        options.pop(name, None)
+    return options
+
+
+def load_from_hub(definition: TaskDefinition) -> tuple[Splits, DocumentSource]:
+    """Load a task's data set from the hub or its cache.
+
+    Raises:
+        DatasetUnreachable: it is neither cached nor downloadable.
+    """
+    location = (definition["dataset_path"], definition.get("dataset_name"))
+    data = hub.load_dataset(*location, **hub_options(definition))
+    name = hub.dataset_name(*location)
+    return data, hub_source(name, hub.commit_of(data), content_fingerprint(data))
+
+
+def content_fingerprint(data: Splits) -> str:
+    """Return the identity of loaded documents."""
+    # The library's own hash of how the data came to be. It is there already, whereas hashing the
+    # rows could mean reading gigabytes.
+    return "-".join(
+        str(getattr(split, "_fingerprint", name)) for name, split in sorted(data.items())
+    )
