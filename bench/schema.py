@@ -174,8 +174,9 @@ class TimingConfig(BaseModel):
     A round times each candidate once. Warm-up ends when the times have settled, after at most
     `max_warmup_rounds` rounds. At least `rounds` rounds follow; more are added until the interval
     of every ratio extends at most `precision` of its value to either side, up to `max_rounds`
-    rounds or `max_seconds` seconds. A result whose interval is still wider is marked. On a loaded machine
-    all rounds are repeated, in `attempts` attempts at most; the best one is kept and marked.
+    rounds or `max_seconds` seconds. A result whose interval is still wider is marked. On a loaded
+    machine all rounds are repeated, in `attempts` attempts at most; the best one is kept and
+    marked.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -26,7 +26,8 @@ RESET_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
 
 
 # torch has an error class for its GPU allocator only. The CPU allocator raises a plain
-# RuntimeError, as do libraries that allocate GPU memory past torch's allocator (workspaces, handles).
+# RuntimeError, as do libraries that allocate GPU memory past torch's allocator (workspaces,
+# handles).
 OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

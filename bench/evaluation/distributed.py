@@ -2,8 +2,8 @@
 
 They are started by `accelerate launch --no_python bench run ...` or `torchrun`. Each process
 gets all requests from the harness and computes its share; responses are then exchanged, so that
-every process has all of them, and the first process writes. Python objects are exchanged, a few bytes per
-response.
+every process has all of them, and the first process writes. Python objects are exchanged, a few
+bytes per response.
 """
 
 from __future__ import annotations
