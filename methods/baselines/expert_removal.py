@@ -72,14 +72,14 @@ class WholeExpertPruning(MoEPruning):
     A block loses exactly as many micro-experts as CAMERA-P removes at the same ratio: whole experts
     as long as they fit, and random micro-experts of one further expert for the rest.
 
-    `form` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
+    `state` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
     it contributes nothing, as in CAMERA-P. `removed`: the same outputs without storing its weights;
     widths are then stored as multiples of `align`. `dropped`: the router no longer selects it,
     tokens are routed to the remaining experts by the model's own rule, and its weights are not
     stored; only the micro-experts of the partial expert are stored zeros.
     """
 
-    form: ExpertState = "zeroed"
+    state: ExpertState = "zeroed"
     align: int = Field(default=16, ge=1)
 
     def check(self, structure: ModelStructure) -> None:
@@ -92,7 +92,7 @@ class WholeExpertPruning(MoEPruning):
                     f"ratio={self.ratio} removes {budget} micro-experts of {block.name}, but its "
                     f"routed experts have {sum(block.widths)}: use a lower ratio"
                 )
-            if self.form == "dropped":
+            if self.state == "dropped":
                 check_router(block)
                 self._check_enough_stay(block, budget)
 
@@ -107,10 +107,10 @@ class WholeExpertPruning(MoEPruning):
         if left < block.top_k:
             raise UserError(
                 f"ratio={self.ratio} leaves {left} of {block.num_experts} experts in {block.name}, "
-                f"but a token is routed to {block.top_k}: use a lower ratio or form=zeroed"
+                f"but a token is routed to {block.top_k}: use a lower ratio or state=zeroed"
             )
 
-    def run_jobs(
+    def remove_experts(
         self, block: MoEBlock, chosen: RemovedExperts, structure: ModelStructure, seed: int
     ) -> dict[str, Any]:
         """Remove the chosen experts from one block; return its report entry."""
@@ -124,7 +124,7 @@ class WholeExpertPruning(MoEPruning):
             "whole_experts": sorted(chosen.whole),
             "partial_expert": further if rest else None,
         }
-        if self.form == "dropped":
+        if self.state == "dropped":
             # Before the drop, while flat indices still address the block's original experts.
             zero_micro_experts(block, _index_tensor(rest))
             if whole:
@@ -132,7 +132,7 @@ class WholeExpertPruning(MoEPruning):
                 layer["router"] = router_mode(structure)
                 drop_experts(block, chosen.whole, layer["router"])
             return layer | {"zeroed_micro_experts": len(rest)}
-        if self.form == "zeroed":
+        if self.state == "zeroed":
             zero_micro_experts(block, _index_tensor(whole + rest))
             return layer | {"zeroed_micro_experts": len(whole) + len(rest)}
         if layer["removed"]:
@@ -141,7 +141,7 @@ class WholeExpertPruning(MoEPruning):
             )
         return layer
 
-    def report(
+    def build_report(
         self, model: Model, structure: ModelStructure, layers: list[dict[str, Any]], **more: Any
     ) -> MethodReport:
         """Build the report of all blocks.
@@ -150,14 +150,14 @@ class WholeExpertPruning(MoEPruning):
         """
         removed = [layer["removed"] for layer in layers]
         zeroed = [layer.get("zeroed_micro_experts", 0) for layer in layers]
-        if self.form == "dropped":
+        if self.state == "dropped":
             # Only when all blocks are done: the config holds one expert count for all layers.
             update_expert_count(model, router_mode(structure))
-        elif self.form == "removed":
+        elif self.state == "removed":
             invalidate_structure(model)
         details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
-            "form": self.form,
+            "requested": {"ratio": self.ratio, "base": self.base},
+            "state": self.state,
             **achieved_ratios(structure, removed),
             "zeroed_parameters": achieved_ratios(structure, zeroed)["removed_parameters"],
             **more,
@@ -208,13 +208,13 @@ def router_mode(structure: ModelStructure) -> RouterMode:
 
 
 @torch.no_grad()
-def drop_experts(block: MoEBlock, dropped: Sequence[int], form: RouterMode) -> None:
+def drop_experts(block: MoEBlock, dropped: Sequence[int], mode: RouterMode) -> None:
     """Remove routed experts from a block, of which at least `top_k` must stay.
 
     `block` is stale afterwards: call `settle` when all blocks are done.
     """
     kept = [expert for expert in range(block.num_experts) if expert not in set(dropped)]
-    if form == "masked":
+    if mode == "masked":
         _replace_child(block.block, block.router, MaskedRouter(block.router, kept))
         _replace_child(block.block, block.experts, _kept_experts(block, kept))
         return
@@ -235,7 +235,7 @@ def drop_experts(block: MoEBlock, dropped: Sequence[int], form: RouterMode) -> N
         _update_counts(module, block.num_experts, len(kept))
 
 
-def update_expert_count(model: Model, form: RouterMode) -> None:
+def update_expert_count(model: Model, mode: RouterMode) -> None:
     """Update the model after all blocks have lost the same number of experts.
 
     Its cached structure is invalidated. Where router rows were removed, the config gets the new
@@ -244,7 +244,7 @@ def update_expert_count(model: Model, form: RouterMode) -> None:
     # Read before the cached structure is invalidated.
     before = model.structure.moe[0].num_experts
     invalidate_structure(model)
-    if form == "rows removed":
+    if mode == "rows removed":
         after = model.structure.moe[0].num_experts
         _update_counts(cast(Any, model.network).config, before, after)
 

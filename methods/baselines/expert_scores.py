@@ -57,9 +57,9 @@ class ScoredExpertPruning(WholeExpertPruning, CalibratedPruning):
             # index order on every device.
             order = torch.argsort(score_E, stable=True).tolist()
             chosen = select_whole_experts(block.widths, order, budget)
-            layer = self.run_jobs(block, chosen, structure, context.seed)
+            layer = self.remove_experts(block, chosen, structure, context.seed)
             layers.append(layer | {"scores": score_E.tolist()})
-        return self.report(
+        return self.build_report(
             model,
             structure,
             layers,
@@ -136,11 +136,11 @@ class ReapSaliency:
 class Reap(ScoredExpertPruning):
     """Remove the experts of lowest saliency, measured on the unpruned model.
 
-    As published, the router no longer selects them (`form=dropped`), and all layers are measured
+    As published, the router no longer selects them (`state=dropped`), and all layers are measured
     before any is changed (`sequential=false`).
     """
 
-    form: ExpertState = "dropped"
+    state: ExpertState = "dropped"
     sequential: bool = False
 
     def observer(self, block: MoEBlock) -> ReapSaliency:

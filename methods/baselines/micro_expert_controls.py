@@ -72,8 +72,8 @@ class RandomExperts(WholeExpertPruning):
             rng = random.Random(f"{context.seed}:{block.name}:order")
             order = rng.sample(range(block.num_experts), block.num_experts)
             chosen = select_whole_experts(block.widths, order, budget)
-            layers.append(self.run_jobs(block, chosen, structure, context.seed))
-        return self.report(model, structure, layers)
+            layers.append(self.remove_experts(block, chosen, structure, context.seed))
+        return self.build_report(model, structure, layers)
 
 
 class RandomMicroExperts(MicroExpertPruning):

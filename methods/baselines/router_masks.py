@@ -71,12 +71,12 @@ def check_router(block: MoEBlock) -> None:
     if not isinstance(weight, Tensor) or tuple(weight.shape) != (block.num_experts, block.d_model):
         raise UserError(
             f"the router of {block.name} has no weight with one row per expert, so experts cannot "
-            "be dropped from it: use form=zeroed"
+            "be dropped from it: use state=zeroed"
         )
     if block.num_experts > block.d_model:
         raise UserError(
             f"{block.name} has {block.num_experts} experts, but dropping supports at most as "
-            f"many as hidden dimensions ({block.d_model}): use form=zeroed"
+            f"many as hidden dimensions ({block.d_model}): use state=zeroed"
         )
 
 

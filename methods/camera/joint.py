@@ -60,13 +60,13 @@ class CameraPQ(MoEQuantization):
     The choice minimises the summed error of replacing each micro-expert alone, which at 0 bits is
     its energy at α = 0. `budget_bits` is the mean bits per routed weight, scales and offsets
     included. The budget holds per `layer`, each measured on the outputs of the quantized layers
-    before it, or with scope `model` over all layers together, measured in one pass before anything
+    before it, or with scope `global` over all layers together, measured in one pass before anything
     changes. `block` is as in CAMERA-Q.
     """
 
     bits: BitChoicesOrZero = (4, 3, 2, 1, 0)
     budget_bits: float = Field(default=2.25, gt=0, allow_inf_nan=False)
-    scope: Literal["layer", "model"] = "layer"
+    scope: Literal["layer", "global"] = "layer"
     block: int | None = Field(default=None, ge=1)
 
     def check(self, structure: ModelStructure) -> None:
@@ -97,7 +97,7 @@ class CameraPQ(MoEQuantization):
         return SolvingPlanner(self, block)
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """With scope `model`, measure and solve for all blocks before anything changes."""
+        """With scope `global`, measure and solve for all blocks before anything changes."""
         if self.scope == "layer":
             return self.planner
         measured = self._measure(model, context)
@@ -247,7 +247,7 @@ class DecidedPlanner(NullObserver):
         return {
             "block": measured.options.block,
             "removed": sum(removed),
-            "foreseen_relative_error": error / measured.energy if measured.energy else 0.0,
+            "predicted_relative_error": error / measured.energy if measured.energy else 0.0,
         }
 
     def _plan(self, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:

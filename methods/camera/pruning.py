@@ -121,7 +121,7 @@ class CameraP(MoEPruning):
         invalidate_structure(model)
         removed = [layer["removed"] for layer in layers]
         details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
+            "requested": {"ratio": self.ratio, "base": self.base},
             "alpha": self.alpha,
             **achieved_ratios(structure, removed),
             "padding_micro_experts": sum(layer.get("padding_micro_experts", 0) for layer in layers),

@@ -24,4 +24,4 @@ class Rtn(Gptq):
 
     uses_calibration: ClassVar[bool] = False
 
-    backend: Literal["rtn"] = "rtn"
+    rounding: Literal["rtn"] = "rtn"

@@ -30,7 +30,7 @@ from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_ca
 from methods.moe.ranking import magnitudes
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.groups.transformer import micro_experts
-from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.allocation import LayerAllocation
 from methods.wgsef.solvers.envelope import DebiasedSolver
 from methods.wgsef.solvers.optimizers import ProximalAdam
 from methods.wgsef.solvers.schedules import learning_rate_factor
@@ -128,14 +128,14 @@ class WgsefFinetune(MicroExpertPruning):
         share = self._share_of_routed(model.structure)
         # Energies of different layers are not comparable here (each is relative to its own mean),
         # hence a budget per layer.
-        allocation = Allocation(partition, share, "layer", floor=0.0)
-        scene = SolverContext(
+        allocation = LayerAllocation(partition, share, floor=0.0)
+        context = SolverContext(
             model.network, partition, allocation, sparse, self.steps, tokens_NL[:1]
         )
         trained = list(partition.owned_parameters().values())
         keeper = CheckpointManager(context.folder, context.progress)
         saved = keeper.last()
-        solver = DebiasedSolver(scene)
+        solver = DebiasedSolver(context)
         # Measured on the weights before training only; a resumed run restores the units with the
         # solver.
         if saved is None:
@@ -143,7 +143,7 @@ class WgsefFinetune(MicroExpertPruning):
         optimizer = ProximalAdam(trained, solver, self.rate)
         run = _FineTuning(trained, optimizer, partition.groups)
         if saved is not None:
-            run.go_on(saved, scene)
+            run.go_on(saved, context)
         # The order of rows depends only on the seed, so skipping the steps already taken resumes
         # it.
         drawn = islice(_row_batches(tokens_NL, self.rows, context.seed), run.step, None)
@@ -151,7 +151,7 @@ class WgsefFinetune(MicroExpertPruning):
             weight.requires_grad_(True)
         for step in context.progress.track(range(run.step, self.steps), "fine-tuning"):
             if step == sparse:
-                run.freeze(scene)
+                run.freeze(context)
             factor = learning_rate_factor((step + 1) / self.steps, self.sparse_share)
             optimizer.param_groups[0]["lr"] = self.rate * factor
             optimizer.zero_grad()
@@ -188,15 +188,15 @@ class _FineTuning:
         self.history.append(line | {"alive": alive})
         self.losses = []
 
-    def freeze(self, scene: SolverContext) -> None:
+    def freeze(self, context: SolverContext) -> None:
         """Select the groups to keep, zero all others, and hold them at zero from now on."""
         solver = self.optimizer.solver
         assert isinstance(solver, Solver)
-        alive_M = scene.partition.alive()
+        alive_M = context.partition.alive()
         self.alive = int(alive_M.sum())
-        self.keep_M = scene.allocation.select(solver.score()) & alive_M
-        scene.partition.scale_(self.keep_M.double())
-        self.optimizer.solver = FrozenSolver(scene, self.keep_M)
+        self.keep_M = context.allocation.select(solver.score()) & alive_M
+        context.partition.scale_(self.keep_M.double())
+        self.optimizer.solver = FrozenSolver(context, self.keep_M)
 
     def checkpoint(self) -> Checkpoint:
         """Return the state as tensors and JSON values."""
@@ -212,14 +212,14 @@ class _FineTuning:
         return Checkpoint(self.step, tensors, state)
 
     @torch.no_grad()
-    def go_on(self, saved: Checkpoint, scene: SolverContext) -> None:
+    def go_on(self, saved: Checkpoint, context: SolverContext) -> None:
         """Restore the state of an interrupted training."""
         for number, weight in saved.part("weights").items():
             self.trained[int(number)].copy_(weight)
         checkpoint.load_optimizer(self.optimizer, saved.part("optimizer"))
         if frozen := saved.part("frozen"):
-            self.keep_M = frozen["keep"].to(scene.partition.device)
-            self.optimizer.solver = FrozenSolver(scene, self.keep_M)
+            self.keep_M = frozen["keep"].to(context.partition.device)
+            self.optimizer.solver = FrozenSolver(context, self.keep_M)
         solver = self.optimizer.solver
         assert isinstance(solver, Solver)
         solver.load(saved.part("solver"))

@@ -98,8 +98,8 @@ class Trainer:
             raise UserError(f"a batch of {task.recipe.batch} is larger than the training set")
         self._total = self._epoch_steps * task.recipe.epochs
         self._sparse = max(1, round(task.recipe.sparse_share * self._total))
-        self._scene = self._solver_context()
-        self._solver: Solver = task.solver(self._scene)
+        self._context = self._solver_context()
+        self._solver: Solver = task.solver(self._context)
         self._optimizer = self._make_optimizer()
         self._step, self._loss = 0, 0.0
         self._outcome: TrainingOutcome | None = None
@@ -137,7 +137,7 @@ class Trainer:
         """Return the optimizer; if the solver decays groups itself, they get no weight decay."""
         recipe, owned = self._task.recipe, self._task.partition.owned_parameters()
         # The envelope already contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
-        exempt = set(owned) if self._solver.ridge else set()
+        exempt = set(owned) if self._solver.decays_groups else set()
         named = dict(self._task.network.named_parameters())
         decayed = [weight for name, weight in named.items() if name not in exempt]
         groups: list[dict[str, Any]] = [{"params": decayed}]
@@ -216,7 +216,7 @@ class Trainer:
 
     def _hold(self) -> None:
         assert self._outcome is not None
-        self._solver = FrozenSolver(self._scene, self._outcome.keep)
+        self._solver = FrozenSolver(self._context, self._outcome.keep)
         self._optimizer.solver = self._solver
 
     def _save(self) -> None:

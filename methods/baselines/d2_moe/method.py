@@ -79,7 +79,7 @@ class D2Moe(MoEPruning):
             layers = self._compress(model, calibration.tokens, context.progress)
         removed = sum(layer["removed_parameters"] for layer in layers)
         details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
+            "requested": {"ratio": self.ratio, "base": self.base},
             "removed_parameters": removed,
             "ratio_of_moe": removed / structure.moe_parameters,
             "ratio_of_total": removed / structure.parameters,

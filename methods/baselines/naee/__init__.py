@@ -52,9 +52,9 @@ class BlockErrorModel:
 
     @torch.no_grad()
     def __init__(
-        self, block: MoEBlock, x_BPD: Tensor, y_BPD: Tensor, target_BPD: Tensor, form: ExpertState
+        self, block: MoEBlock, x_BPD: Tensor, y_BPD: Tensor, target_BPD: Tensor, state: ExpertState
     ) -> None:
-        self._block, self._form = block, form
+        self._block, self._state = block, state
         self._rows = len(x_BPD)
         x_TD = x_BPD.flatten(0, 1)
         missing_TD = (target_BPD - y_BPD).flatten(0, 1).double()
@@ -80,7 +80,7 @@ class BlockErrorModel:
     def _without(self, dropped: list[int]) -> Tensor:
         """Return the router weights [T, E] of the block without some experts."""
         # Zeroed experts keep their tokens: nothing is rerouted, their term is just missing.
-        if self._form != "dropped":
+        if self._state != "dropped":
             weight_TE = self._weight_TE.clone()
             weight_TE[:, dropped] = 0
             return weight_TE
@@ -118,7 +118,7 @@ def block_error_models(
     batch: int,
     progressive: bool,
     kept: int,
-    form: ExpertState,
+    state: ExpertState,
     told: Progress,
 ) -> Iterator[tuple[MoEBlock, BlockErrorModel]]:
     """Yield the error model of every block in layer order; the caller may modify the block.
@@ -145,7 +145,7 @@ def block_error_models(
             for block in blocks:
                 seen = passed[block]
                 target_BPD = targets.get(block, seen).y_BPD
-                yield block, BlockErrorModel(block, seen.x_BPD, seen.y_BPD, target_BPD, form)
+                yield block, BlockErrorModel(block, seen.x_BPD, seen.y_BPD, target_BPD, state)
             if again:
                 stream.run(index, advance=True)
 
@@ -197,12 +197,12 @@ class Naee(WholeExpertPruning):
     elimination is used and the report says so. `progressive` searches later layers on the outputs
     of the pruned earlier ones, against the unpruned model's output. The search uses about `tokens`
     calibration tokens, evenly spaced in all rows (the paper uses all); errors are summed over rows.
-    With `form=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
+    With `state=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
     """
 
     uses_calibration: ClassVar[bool] = True
 
-    form: ExpertState = "dropped"
+    state: ExpertState = "dropped"
     progressive: bool = True
     exhaustive_limit: int = Field(default=20_000, ge=1)
     tokens: int = Field(default=2048, ge=1)
@@ -232,14 +232,16 @@ class Naee(WholeExpertPruning):
             self.batch,
             self.progressive,
             kept,
-            self.form,
+            self.state,
             context.progress,
         )
         layers = []
         for (block, evidence), budget in zip(found, self.budgets(structure), strict=True):
             chosen, search_report = self._choose(block, evidence, budget)
-            layers.append(self.run_jobs(block, chosen, structure, context.seed) | search_report)
-        return self.report(
+            layers.append(
+                self.remove_experts(block, chosen, structure, context.seed) | search_report
+            )
+        return self.build_report(
             model,
             structure,
             layers,

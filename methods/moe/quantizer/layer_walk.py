@@ -42,7 +42,7 @@ class Quantizer:
     most `chunk` tokens at a time.
     """
 
-    backend: Rounder
+    rounder: Rounder
     planner: Callable[[MoEBlock], Planner]
     bits: Mapping[LinearRole, int]
     group: int
@@ -83,18 +83,18 @@ class Quantizer:
         self, index: int, layer: nn.Module, blocks: list[MoEBlock], stream: LayerStream | None
     ) -> Iterator[dict[str, Any]]:
         """Observe a layer, quantize it, and advance the calibration text through it."""
-        places = [p for p in find_linears(layer, blocks) if self.bits[p.kind] != UNQUANTIZED_BITS]
+        places = [p for p in find_linears(layer, blocks) if self.bits[p.role] != UNQUANTIZED_BITS]
         planners = {block: self.planner(block) for block in blocks}
         seen = _LayerHessians({}, {})
         if stream is not None:
             # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
-            if self.backend.kind == "gptq":
+            if self.rounder.kind == "gptq":
                 inputs = {place.linear: _empty_hessian(place.linear) for place in places}
                 seen = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
             # A layer runs twice. Once with its original weights, to measure its true inputs and
             # hidden states; the hidden states between layers do not advance.
             with (
-                observe_experts(seen.beside(planners), self.chunk),
+                observe_experts(seen.observers(planners), self.chunk),
                 accumulate_hessians(seen.inputs),
             ):
                 stream.run(index, advance=False)
@@ -112,12 +112,12 @@ class Quantizer:
     ) -> dict[str, Any]:
         """Replace a block's experts by packed ones; return its record entry."""
         if seen is not None:
-            seen.refuse_not_finite()
+            seen.require_finite()
         plans, packed = planner.plans(), []
-        before = self.backend.used.copy()
+        before = self.rounder.counts.copy()
         for expert, plan in enumerate(plans):
             hessians = None if seen is None else seen.experts[expert]
-            packed.append(self.backend.expert(block.expert(expert), plan, hessians))
+            packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
         block.block.experts = PackedExperts(packed)
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
         shapes = [shape for plan in plans for shape in plan.shapes]
@@ -130,16 +130,16 @@ class Quantizer:
             **here.summary(),
             "weights_by_bits": weights_by_bits(shapes),
             # Counter subtraction: only what this block added.
-            "rounding": dict(self.backend.used - before),
+            "rounding": dict(self.rounder.counts - before),
             **planner.details(),
         }
 
     def _linear(self, place: LinearSlot, seen: Hessian | None) -> None:
         rows, columns = place.linear.weight.shape
-        level = Level(self.bits[place.kind], rows)
+        level = Level(self.bits[place.role], rows)
         shape = PackedShape(rows, columns, (level,), group=self.group)
-        place.put(self.backend.linear(place.linear, shape, seen))
-        self.bit_counts.setdefault(place.kind, BitCount()).add(rows * columns, [shape])
+        place.replace(self.rounder.linear(place.linear, shape, seen))
+        self.bit_counts.setdefault(place.role, BitCount()).add(rows * columns, [shape])
 
     def _head(self, network: Any) -> LinearSlot | None:
         """Return the head if it is to be quantized. It is rounded to nearest."""
@@ -169,7 +169,7 @@ class _LayerHessians:
     experts: dict[MoEBlock, BlockHessians]
     inputs: dict[nn.Linear, Hessian]
 
-    def beside(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
+    def observers(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
         """Combine the planner and the Hessians of every block into one observer."""
         return {
             block: CompositeObserver(
@@ -187,14 +187,14 @@ def _empty_hessian(linear: nn.Linear) -> Hessian:
 class LinearSlot:
     """A linear layer, its role, and its name relative to `owner`."""
 
-    kind: LinearRole
+    role: LinearRole
     owner: nn.Module
     name: str
     linear: nn.Linear
 
-    def put(self, other: nn.Module) -> None:
+    def replace(self, module: nn.Module) -> None:
         """Replace the layer."""
-        self.owner.set_submodule(self.name, other)
+        self.owner.set_submodule(self.name, module)
 
 
 def find_linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[LinearSlot]:

@@ -51,7 +51,7 @@ class MoEQuantization(Method):
 
     uses_calibration: ClassVar[bool] = True
 
-    backend: Literal["gptq", "rtn"] = "gptq"
+    rounding: Literal["gptq", "rtn"] = "gptq"
     group: int = Field(default=128, ge=1)
     clip: Clip = "minmax"
     damping: float = Field(default=0.01, gt=0)
@@ -97,7 +97,7 @@ class MoEQuantization(Method):
             "bits": {kind: tally.summary() for kind, tally in quantizer.bit_counts.items()},
             "bytes_before": before,
             "bytes_after": stored_bytes(model.network),
-            "rounding": dict(quantizer.backend.used),
+            "rounding": dict(quantizer.rounder.counts),
             "calibration": None if calibration is None else calibration.fingerprint,
             "tokens": 0 if calibration is None else calibration.tokens.numel(),
             "seconds": time.perf_counter() - started,
@@ -107,7 +107,7 @@ class MoEQuantization(Method):
 
     def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
         return Quantizer(
-            backend=Rounder(self.backend, self.clip, self.damping, self.min_tokens),
+            rounder=Rounder(self.rounding, self.clip, self.damping, self.min_tokens),
             planner=planner,
             bits={
                 "attention": self.attention_bits,

@@ -74,7 +74,7 @@ class BlockHessians(NullObserver):
         # Without router weights: H is that of the expert's own output, before it is scaled.
         self.experts[expert].hidden.add(hidden_SF)
 
-    def refuse_not_finite(self) -> None:
+    def require_finite(self) -> None:
         """Raise if an activation was NaN or infinite."""
         for expert in self.experts:
             for hessian in (expert.inputs, expert.hidden):

@@ -31,7 +31,7 @@ class ExpertHessians:
 
 @dataclass
 class Rounder:
-    """Rounds matrices, and counts in `used` how: `gptq`, `damped` or `rtn`.
+    """Rounds matrices, and counts in `counts` how: `gptq`, `damped` or `rtn`.
 
     `damped` is GPTQ with more damping than configured. A matrix with fewer than `min_tokens`
     calibration tokens, or whose Hessian cannot be inverted, is rounded to nearest.
@@ -41,7 +41,7 @@ class Rounder:
     clip: Clip = "minmax"
     damping: float = 0.01
     min_tokens: int = 32
-    used: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def expert(
         self, view: ExpertView, plan: ExpertPlan, seen: ExpertHessians | None
@@ -52,7 +52,7 @@ class Rounder:
         # follow.
         order_f, inputs, hidden = plan.order_f, None, None
         if seen is not None:
-            inputs, hidden = seen.inputs, seen.hidden.ordered(order_f)
+            inputs, hidden = seen.inputs, seen.hidden.select(order_f)
         gate, up = self._pair(view.gate[order_f], view.up[order_f], plan, inputs)
         down = self.matrix(view.down[:, order_f], plan.down, hidden)
         return PackedExpert(gate, up, down, view.act)
@@ -67,7 +67,7 @@ class Rounder:
         """Pack one matrix according to its plan."""
         if plan.order_C is not None:
             weight_RC = weight_RC[:, plan.order_C]
-            seen = seen.ordered(plan.order_C) if seen is not None else None
+            seen = seen.select(plan.order_C) if seen is not None else None
         bits_RG = row_bits(plan.shape, weight_RC.device)
         return _pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, seen))
 
@@ -93,11 +93,11 @@ class Rounder:
             found = inverse_factor(seen, self.damping)
             if found is not None:
                 factor_CC, damping = found
-                self.used["gptq" if damping == self.damping else "damped"] += 1
+                self.counts["gptq" if damping == self.damping else "damped"] += 1
                 # Inverted in float64, where conditioning matters; the loop over columns runs in
                 # float32.
                 return gptq(weight_RC, factor_CC.float(), shape.groups(), bits_RG, self.clip)
-        self.used["rtn"] += 1
+        self.counts["rtn"] += 1
         return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip)
 
 

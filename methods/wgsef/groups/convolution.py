@@ -43,10 +43,12 @@ def channels(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     for family in coupled_filters(network, example):
         # The remaining readers are running statistics of the producer's BatchNorm: buffers that
         # cannot be measured or shrunk and only follow on removal.
-        reads = tuple(s for s in family.readers if s.tensor.endswith(".weight"))
-        rest = tuple(s for s in family.readers if not s.tensor.endswith(".weight"))
+        reads = tuple(s for s in family.reader_slices if s.tensor.endswith(".weight"))
+        rest = tuple(s for s in family.reader_slices if not s.tensor.endswith(".weight"))
         name = f"readers of {family.name}"
-        mirrored.append(GroupFamily(name, "channels", family.groups, reads, (*family.owned, *rest)))
+        mirrored.append(
+            GroupFamily(name, "channels", family.groups, reads, (*family.owned_slices, *rest))
+        )
     return mirrored
 
 
@@ -106,7 +108,7 @@ def _uncoupled_family(
         count *= weight.shape[axis]
     kind: GroupKind = "weights" if len(axes) == weight.ndim else "filter_shapes"
     owned = Slice.whole(f"{name}.weight", axes, count)
-    return GroupFamily(name, kind, count, (owned,), removable=reason)
+    return GroupFamily(name, kind, count, (owned,), unremovable_reason=reason)
 
 
 PRUNABLE_LAYERS = (nn.Conv2d, nn.Linear)

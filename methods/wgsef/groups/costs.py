@@ -35,18 +35,19 @@ class GroupCosts:
         network: nn.Module,
         families: Sequence[GroupFamily],
         example: Tensor,
-        quantity: CostUnit,
+        unit: CostUnit,
     ) -> None:
         kinds = {family.kind for family in families} - set(COUPLED_KINDS)
         if kinds:
             raise UserError(
-                f"scope={quantity} needs groups whose removal makes layers smaller "
+                f"unit={unit} needs groups whose removal makes layers smaller "
                 f"({' or '.join(COUPLED_KINDS)}), got {', '.join(sorted(kinds))}"
             )
+        self.unit = unit
         layers: dict[str, nn.Module] = {
             n: m for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)
         }
-        amounts = _layer_costs(network, layers, example, quantity)
+        amounts = _layer_costs(network, layers, example, unit)
         self.size_F = torch.tensor([float(family.groups) for family in families])
         self._amount_Y = torch.tensor(amounts, dtype=torch.float64)
         # Fraction of each layer's outputs and inputs that one group of each family accounts for.
@@ -55,7 +56,7 @@ class GroupCosts:
         for column, family in enumerate(families):
             for row, (name, layer) in enumerate(layers.items()):
                 shape = layer.get_parameter("weight").shape
-                for part in (*family.owned, *family.readers):
+                for part in (*family.owned_slices, *family.reader_slices):
                     if part.tensor == f"{name}.weight":
                         # Axis 0 of a weight counts outputs, axis 1 inputs, of nn.Conv2d and
                         # nn.Linear alike.
@@ -86,11 +87,11 @@ class GroupCosts:
 
 
 def _layer_costs(
-    network: nn.Module, layers: dict[str, nn.Module], example: Tensor, quantity: CostUnit
+    network: nn.Module, layers: dict[str, nn.Module], example: Tensor, unit: CostUnit
 ) -> list[float]:
     """Return the multiply-adds for one example, or the bytes of the weights, of each layer."""
     sizes = [layer.get_parameter("weight") for layer in layers.values()]
-    if quantity == "bytes":
+    if unit == "bytes":
         return [float(weight.numel() * weight.element_size()) for weight in sizes]
     places: dict[nn.Module, int] = {}
 

@@ -65,7 +65,7 @@ def experts(network: nn.Module) -> list[GroupFamily]:
             Slice.whole(f"{name}.gate_up_proj", (0,), count),
             Slice.whole(f"{name}.down_proj", (0,), count),
         )
-        families.append(GroupFamily(name, "experts", count, owned, removable=reason))
+        families.append(GroupFamily(name, "experts", count, owned, unremovable_reason=reason))
     return _require_families(families, network, "fused experts")
 
 
@@ -92,7 +92,9 @@ def micro_experts(network: nn.Module) -> list[GroupFamily]:
             torch.cat([group_R, group_R]),
         )
         down = Slice(f"{name}.down_proj", (0, 2), group_R, group_R)
-        family = GroupFamily(name, "micro_experts", count * hidden, (fused, down), removable=reason)
+        family = GroupFamily(
+            name, "micro_experts", count * hidden, (fused, down), unremovable_reason=reason
+        )
         families.append(family)
     return _require_families(families, network, "fused experts")
 

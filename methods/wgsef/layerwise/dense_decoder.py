@@ -89,7 +89,7 @@ class WgsefDecoder(Method):
             model.network = smaller_language_model(model.network, families, dead)
             model.__dict__.pop("structure", None)
         details = {
-            "asked": {"ratio": self.ratio},
+            "requested": {"ratio": self.ratio},
             f"removed_{self.atoms}": removed,
             self.atoms: sum(family.groups for family in families),
             "calibration": fingerprint,
@@ -132,7 +132,7 @@ class WgsefDecoder(Method):
         width = readout.in_features // family.groups
         # `int` rounds the number to remove down, so no layer loses more than `ratio`.
         count = max(1, family.groups - int(self.ratio * family.groups))
-        problem = Reconstruction.of(gram_MM / tokens, readout.weight.T, width)
+        problem = Reconstruction.from_gram(gram_MM / tokens, readout.weight.T, width)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
         told: dict[str, Any] = {"kept": kept_A.nonzero().flatten().tolist()}
         kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
@@ -193,7 +193,7 @@ def _grams(
 
 
 def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None:
-    for part in family.owned:
+    for part in family.owned_slices:
         weight = network.get_parameter(part.tensor)
         weight.data.movedim(part.axes[0], 0)[part.units_of(gone_A).to(weight.device)] = 0
 
@@ -202,6 +202,6 @@ def _qualified(family: GroupFamily, layer: str) -> GroupFamily:
     """Return a layer's atoms with names relative to the whole network."""
     owned = tuple(
         type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
-        for part in family.owned
+        for part in family.owned_slices
     )
     return GroupFamily(f"{layer}.{family.name}", family.kind, family.groups, owned)

@@ -71,7 +71,9 @@ class WgsefLayerwise(MicroExpertPruning, CalibratedPruning):
         problems = [
             # All tokens of the text, not those routed to the expert: errors of different experts
             # are then in one unit, and a rarely used expert weighs little.
-            Reconstruction.of(grams.gram_FF[expert] / tokens, expert_view(block, expert).down.T)
+            Reconstruction.from_gram(
+                grams.gram_FF[expert] / tokens, expert_view(block, expert).down.T
+            )
             for expert, _ in expert_spans(block)
         ]
         kept = self._selected(problems, budget)

@@ -59,7 +59,7 @@ class Reconstruction:
     scale: Tensor
 
     @classmethod
-    def of(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
+    def from_gram(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
         """Return the problem of a layer with activation Gram matrix phi^T phi / T and read-out w.
 
         `width` is the number of activations per atom.

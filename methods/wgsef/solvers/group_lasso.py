@@ -30,8 +30,8 @@ _NEWTON_PASSES = 10
 class GroupLassoSolver(Solver):
     """Prox-SG with the block soft threshold; `strength` decides the number of groups it leaves."""
 
-    def __init__(self, scene: SolverContext, strength: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context)
         self._strength = strength
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
@@ -48,8 +48,8 @@ class AdaptiveGroupLassoSolver(Solver):
     sum_i (H_i t_i / (H_i r + lam w_j))^2 = 1; it is zero where ||H t_j|| <= lam w_j.
     """
 
-    def __init__(self, scene: SolverContext, strength: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context)
         self._strength = strength
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
@@ -58,7 +58,10 @@ class AdaptiveGroupLassoSolver(Solver):
         parameters = self.partition.owned_parameters()
         metric = {name: optimizer.metric(weight) for name, weight in parameters.items()}
         radius_M = self._radii(metric, lam_M)
-        radius, lam = self.partition.spread(radius_M), self.partition.spread(lam_M)
+        radius, lam = (
+            self.partition.expand_to_weights(radius_M),
+            self.partition.expand_to_weights(lam_M),
+        )
         for name, weight in parameters.items():
             raised = metric[name] * radius[name]
             # Weights that no group owns have lam 0 and radius 0, and are left unchanged.
@@ -74,10 +77,10 @@ class AdaptiveGroupLassoSolver(Solver):
         # below the root. Where q(0) >= 1, i.e. ||H t|| <= lam w, the clamped step is 0 and the
         # group stays zero.
         radius_M = torch.zeros_like(lam_M)
-        lam = self.partition.spread(lam_M)
+        lam = self.partition.expand_to_weights(lam_M)
         parameters = self.partition.parameters
         for _ in range(_NEWTON_PASSES):
-            radius = self.partition.spread(radius_M)
+            radius = self.partition.expand_to_weights(radius_M)
             total = {name: metric[name] * radius[name] + lam[name] for name in metric}
             power = {n: (metric[n] * parameters[n] / total[n]).square() for n in metric}
             power_M = self.partition.sum_named(power.__getitem__)
@@ -104,9 +107,9 @@ class HalfSpaceSolver(Solver):
     """A proximal phase, then half-space steps, for a regulariser given by a subclass."""
 
     def __init__(
-        self, scene: SolverContext, strength: float, epsilon: float = 0.0, warmup: float = 0.25
+        self, context: SolverContext, strength: float, epsilon: float = 0.0, warmup: float = 0.25
     ) -> None:
-        super().__init__(scene)
+        super().__init__(context)
         self.strength = strength
         self._epsilon, self._warmup = epsilon, warmup
         self._before: dict[str, Tensor] = {}
@@ -123,7 +126,7 @@ class HalfSpaceSolver(Solver):
         """Return whether the next step is a half-space step."""
         return self.progress >= self._warmup
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Store the weights from which a half-space step starts."""
         if self.in_half_space_phase():
             weights = self.partition.owned_parameters()
@@ -131,8 +134,8 @@ class HalfSpaceSolver(Solver):
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator, or complete the half-space step that the optimizer began."""
-        # The phase is decided once, in `before`: `progress` has moved on since, and a step that
-        # began as a proximal one has no stored weights.
+        # The phase is decided once, in `before_step`: `progress` has moved on since, and a step
+        # that began as a proximal one has no stored weights.
         if self._before:
             self._half_space_step(optimizer)
             self._before = {}
@@ -177,8 +180,8 @@ class AdaHspgSolver(HspgSolver):
     others. The paper's variance-reduced proximal step is replaced by Prox-SG, and epsilon is fixed.
     """
 
-    def __init__(self, scene: SolverContext, strength: float, mu: float = 1.0) -> None:
-        super().__init__(scene, strength)
+    def __init__(self, context: SolverContext, strength: float, mu: float = 1.0) -> None:
+        super().__init__(context, strength)
         self._mu = mu
         self._half_space = False
         self._moves = torch.zeros(2, dtype=torch.float64)
@@ -187,13 +190,13 @@ class AdaHspgSolver(HspgSolver):
         """Return the choice made after the last epoch."""
         return self._half_space
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add this step to the two measures; at the end of an epoch choose the next step."""
         self._moves += self._measure(optimizer)
-        if (self.step + 1) % self.scene.epoch == 0:
+        if (self.step + 1) % self.context.epoch == 0:
             self._half_space = bool(self._moves[1] >= self._mu * self._moves[0])
             self._moves.zero_()
-        super().before(optimizer)
+        super().before_step(optimizer)
 
     def state(self) -> dict[str, Tensor]:
         """Return the measures and the choice in addition to the base state."""

@@ -1,9 +1,9 @@
 """SGD and Adam whose step ends with a proximal operator.
 
-A solver may act twice per step: `before`, to add to gradients or read the weights, and `after`, to
-shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the operator has to
-act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF specification
-section 7).
+A solver may act twice per step: `before_step`, to add to gradients or read the weights, and
+`after_step`, to shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the
+operator has to act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF
+specification section 7).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class ProximalOptimizer(Protocol):
 class StepHooks(Protocol):
     """Interface of a solver towards its optimizer."""
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Change gradients, before the step."""
 
-    def after(self, optimizer: ProximalOptimizer) -> None:
+    def after_step(self, optimizer: ProximalOptimizer) -> None:
         """Change weights, after the step."""
 
 
@@ -69,9 +69,9 @@ class ProximalSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         """Take one step; `closure`, if given, computes loss and gradients first."""
         loss = _run_closure(closure)
-        self.solver.before(self)
+        self.solver.before_step(self)
         super().step()
-        self.solver.after(self)
+        self.solver.after_step(self)
         return loss
 
 
@@ -111,9 +111,9 @@ class ProximalAdam(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """Take one step; `closure`, if given, computes loss and gradients first."""
         loss = _run_closure(closure)
-        self.solver.before(self)
+        self.solver.before_step(self)
         super().step()
-        self.solver.after(self)
+        self.solver.after_step(self)
         return loss
 
 
@@ -121,6 +121,6 @@ def _run_closure(closure: Any) -> Any:
     if closure is None:
         return None
     # torch's own `step` runs a closure like this, but here it must run before the solver's
-    # `before`.
+    # `before_step`.
     with torch.enable_grad():
         return closure()

@@ -46,9 +46,9 @@ def test_masked_in_the_models_own_code_equals_removed(name, layout, dropped):
     torch.testing.assert_close(wrapped(rows).logits, masked, rtol=1e-5, atol=1e-5)
     assert before - numel(wrapped) == 2 * 3 * 16 * 12
 
-    form = router_mode(inspect_model(network))
-    assert form == ("masked" if name == "deepseek_v3" else "rows removed")
-    drop_experts(block, dropped, form)
+    mode = router_mode(inspect_model(network))
+    assert mode == ("masked" if name == "deepseek_v3" else "rows removed")
+    drop_experts(block, dropped, mode)
     torch.testing.assert_close(network(rows).logits, masked, rtol=1e-5, atol=1e-5)
     for changed in (wrapped, network):
         left = inspect_model(changed).moe[0]
@@ -103,14 +103,14 @@ def test_a_masked_network_is_built_again_from_its_description(name, layout):
     assert torch.equal(again(rows).logits, network(rows).logits)
 
 
-@pytest.mark.parametrize("form", ["rows removed", "masked"])
+@pytest.mark.parametrize("mode", ["rows removed", "masked"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_costs_are_counted_on_what_is_left(name, form):
+def test_costs_are_counted_on_what_is_left(name, mode):
     network = build(name)
     model = model_of(copy.deepcopy(network))
     for block in model.structure.moe:
-        drop_experts(block, EVEN, form)
-    update_expert_count(model, form)
+        drop_experts(block, EVEN, mode)
+    update_expert_count(model, mode)
     config = CostsConfig(name="tiny", batch=2, length=24)
     before = {cost.quantity: cost.value for cost in count_costs(model_of(network), config).costs}
     after = {cost.quantity: cost.value for cost in count_costs(model, config).costs}

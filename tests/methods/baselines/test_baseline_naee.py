@@ -20,10 +20,10 @@ from tests.methods.baselines.applying import Masked, applied, block_inputs, mode
 from tests.models.tiny_networks import ARCHITECTURES, Expert, build, tokens, unfuse
 
 
-def slow_error(block, x_BLD, z_BLD, dropped, form):
+def slow_error(block, x_BLD, z_BLD, dropped, state):
     """Run the block without some experts; Frobenius norm a row in float64, summed over rows."""
     kept = {key: value.clone() for key, value in block.block.state_dict().items()}
-    if form == "zeroed":
+    if state == "zeroed":
         places = dict(expert_spans(block))
         zero_micro_experts(
             block, torch.tensor([i for e in dropped for i in range(*places[e].indices(999))])
@@ -37,18 +37,18 @@ def slow_error(block, x_BLD, z_BLD, dropped, form):
     return float(sum(torch.linalg.vector_norm(row) for row in rows))
 
 
-@pytest.mark.parametrize("form", ["dropped", "zeroed"])
+@pytest.mark.parametrize("state", ["dropped", "zeroed"])
 @pytest.mark.parametrize("layout", ["fused", "list"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_error_is_that_of_the_block_without_them(name, layout, form):
+def test_error_is_that_of_the_block_without_them(name, layout, state):
     network = network_of(name, layout)
     block = inspect_model(network).moe[0]
     x_BLD = block_inputs(network, tokens())[0]
     y_BLD = block.block(x_BLD)
-    evidence = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, form)
+    evidence = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, state)
     assert evidence.error(()) == 0
     for dropped in [(0,), (5,), (1, 4), (0, 3), (1, 2, 4, 5)]:
-        expected = slow_error(block, x_BLD, y_BLD, dropped, form)
+        expected = slow_error(block, x_BLD, y_BLD, dropped, state)
         assert evidence.error(dropped) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -84,12 +84,12 @@ def test_not_progressive_sees_the_unpruned_model_throughout():
         assert found == pytest.approx(slow_error(block, x, block.block(x), (1, 2), "dropped"))
 
 
-@pytest.mark.parametrize("form", ["dropped", "zeroed"])
+@pytest.mark.parametrize("state", ["dropped", "zeroed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_drops_the_best_subset_of_every_layer(name, form):
+def test_drops_the_best_subset_of_every_layer(name, state):
     """All subsets, layer after layer, each on what the pruned ones before it produce."""
     network = build(name)
-    report = applied(Naee(ratio=0.45, form=form), network).details["layers"]
+    report = applied(Naee(ratio=0.45, state=state), network).details["layers"]
     slow, dense = build(name), build(name)
     for number, layer in enumerate(report):
         block = inspect_model(slow).moe[number]
@@ -98,7 +98,7 @@ def test_drops_the_best_subset_of_every_layer(name, form):
         count, rest = divmod(int(0.45 * block.micro_experts), 12)
         assert count > 1
         errors = {
-            subset: slow_error(block, x_BLD, z_BLD, subset, form)
+            subset: slow_error(block, x_BLD, z_BLD, subset, state)
             for subset in combinations(range(6), count)
         }
         best = min(errors, key=errors.get)
@@ -107,7 +107,7 @@ def test_drops_the_best_subset_of_every_layer(name, form):
         assert (layer["search"], layer["subsets_tried"]) == ("exhaustive", len(errors))
         if rest:
             left = [e for e in range(6) if e not in best]
-            more = {e: slow_error(block, x_BLD, z_BLD, (*best, e), form) for e in left}
+            more = {e: slow_error(block, x_BLD, z_BLD, (*best, e), state) for e in left}
             assert layer["partial_expert"] == {"expert": min(more, key=more.get), "removed": rest}
         slow.model.layers[block.layer].mlp = network.model.layers[block.layer].mlp
 

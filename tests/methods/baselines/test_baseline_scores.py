@@ -38,7 +38,7 @@ def test_reap_and_frequency_token_by_token(name, layout):
         hidden = part.act(part.gate @ x_D) * (part.up @ x_D)
         norms[number][expert].append(float(weight * (part.down @ hidden).norm()))
 
-    knobs = {"sequential": False, "form": "zeroed", "batch": 2, "chunk": 5}
+    knobs = {"sequential": False, "state": "zeroed", "batch": 2, "chunk": 5}
     reap = applied(Reap(ratio=0.3, **knobs), network_of(name, layout)).details["layers"]
     often = applied(ExpertFrequency(ratio=0.3, **knobs), network_of(name, layout)).details["layers"]
     for here, mine, counts in zip(norms, reap, often, strict=True):
@@ -109,7 +109,7 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, method):
 
 def test_sequential_scores_see_the_change():
     def second(sequential):
-        method = Reap(ratio=0.4, form="zeroed", sequential=sequential)
+        method = Reap(ratio=0.4, state="zeroed", sequential=sequential)
         return applied(method, build("mixtral")).details["layers"]
 
     together, after = second(False), second(True)
@@ -118,9 +118,9 @@ def test_sequential_scores_see_the_change():
     changed = build("mixtral")
     lost = [e * 12 + c for e in after[0]["whole_experts"] for c in range(12)]
     block = inspect_model(changed).moe[0]
-    partial = set(zeroed_by(Reap(ratio=0.4, form="zeroed"), "mixtral")) - set(lost)
+    partial = set(zeroed_by(Reap(ratio=0.4, state="zeroed"), "mixtral")) - set(lost)
     zero_micro_experts(block, torch.tensor(sorted({*lost, *partial})))
-    alone = applied(Reap(ratio=0, form="zeroed"), changed).details["layers"]
+    alone = applied(Reap(ratio=0, state="zeroed"), changed).details["layers"]
     assert alone[1]["scores"] == pytest.approx(after[1]["scores"], rel=1e-5)
 
 

@@ -38,7 +38,7 @@ def test_a_cut_spends_the_budget_in_order(widths, data):
 def test_zeroed_takes_what_camera_p_takes_and_leaves_the_router(name, layout, method):
     network = network_of(name, layout)
     before = numel(network)
-    report = applied(method(ratio=0.3, form="zeroed"), network)
+    report = applied(method(ratio=0.3, state="zeroed"), network)
     assert report.saving == "zeroed"
     assert numel(network) == before
     for block, layer in zip(inspect_model(network).moe, report.details["layers"], strict=True):
@@ -55,8 +55,8 @@ def test_zeroed_takes_what_camera_p_takes_and_leaves_the_router(name, layout, me
 def test_removed_computes_the_same_as_zeroed_without_the_weights(name, layout, method):
     zeroed_network, network = network_of(name, layout), network_of(name, layout)
     before = numel(network)
-    expected = applied(method(ratio=0.3, form="zeroed"), zeroed_network)
-    report = applied(method(ratio=0.3, form="removed", align=1), network)
+    expected = applied(method(ratio=0.3, state="zeroed"), zeroed_network)
+    report = applied(method(ratio=0.3, state="removed", align=1), network)
     assert report.saving == "removed"
     assert before - numel(network) == report.details["removed_parameters"]
     assert report.details["removed_parameters"] == expected.details["removed_parameters"]
@@ -73,7 +73,7 @@ def test_removed_computes_the_same_as_zeroed_without_the_weights(name, layout, m
 def test_dropped_really_removes_whole_experts(name, layout, method):
     network = network_of(name, layout)
     before, blocks = numel(network), inspect_model(network).moe
-    report = applied(method(ratio=0.3, form="dropped"), network)
+    report = applied(method(ratio=0.3, state="dropped"), network)
     layers, expert = report.details["layers"], 3 * 16 * 12
     whole = sum(len(layer["whole_experts"]) for layer in layers)
     routers = 16 * whole if layers[0]["router"] == "rows removed" else 0
@@ -91,12 +91,12 @@ def test_dropped_really_removes_whole_experts(name, layout, method):
     json.dumps(report.details, allow_nan=False)
 
 
-@pytest.mark.parametrize("form", ["zeroed", "removed", "dropped"])
+@pytest.mark.parametrize("state", ["zeroed", "removed", "dropped"])
 @pytest.mark.parametrize("method", METHODS)
-def test_ratio_zero_is_the_identity(method, form):
+def test_ratio_zero_is_the_identity(method, state):
     network, rows = build("deepseek_v3"), tokens()
     before = network(rows).logits
-    report = applied(method(ratio=0, form=form), network)
+    report = applied(method(ratio=0, state=state), network)
     assert report.saving == "none"
     assert torch.equal(network(rows).logits, before)
 
@@ -104,10 +104,10 @@ def test_ratio_zero_is_the_identity(method, form):
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_to_leave_fewer_experts_than_a_token_goes_to(method):
     structure = inspect_model(build("mixtral"))
-    method(ratio=0.67, form="dropped").check(structure)
+    method(ratio=0.67, state="dropped").check(structure)
     with pytest.raises(UserError, match="leaves 1 of 6 experts"):
-        method(ratio=0.84, form="dropped").check(structure)
-    method(ratio=0.84, form="zeroed").check(structure)
+        method(ratio=0.84, state="dropped").check(structure)
+    method(ratio=0.84, state="zeroed").check(structure)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,6 +130,6 @@ def test_random_choices_follow_the_seed():
 def test_a_wrapped_router_is_refused_a_second_time():
     network = build("deepseek_v3")
     model = model_of(network)
-    RandomExperts(ratio=0.2, form="dropped").apply(model, context())
+    RandomExperts(ratio=0.2, state="dropped").apply(model, context())
     with pytest.raises(UserError, match="no weight with one row per expert"):
-        RandomExperts(ratio=0.2, form="dropped").apply(model, context())
+        RandomExperts(ratio=0.2, state="dropped").apply(model, context())

@@ -78,7 +78,7 @@ def test_replacement_error_is_that_of_replacing_one_micro_expert(name, layout):
             )
 
 
-@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("budget_bits", [1.0, 3.5, 6.0, 9.25])
 def test_bytes_stay_within_the_budget(scope, budget_bits):
     network = build("mixtral")
@@ -163,9 +163,9 @@ def test_mixture_chooses_the_best_of_all_allowed():
     assert loss(found) == pytest.approx(min(map(loss, allowed)), rel=1e-6)
 
 
-def test_model_scope_measures_before_anything_is_changed():
+def test_global_scope_measures_before_anything_is_changed():
     network = build("mixtral")
-    method = CameraPQ(budget_bits=6, block=4, scope="model", **SMALL)
+    method = CameraPQ(budget_bits=6, block=4, scope="global", **SMALL)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     method.planners(model_of(network), context())
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())

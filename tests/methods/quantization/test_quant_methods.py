@@ -67,7 +67,7 @@ def test_many_bits_leave_the_network_as_it_was(name):
         "gptq": {"bits": 8},
         "mc": {"bits": (8,), "mean_bits": 8},
         "camera_pq": {"bits": (8, 0), "budget_bits": 99},
-        "camera_pq_model": {"bits": (8, 0), "budget_bits": 99},
+        "camera_pq_global": {"bits": (8, 0), "budget_bits": 99},
     }.get(name, {"bits": (8,), "shares": (1,), "mean_bits": None})
     applied(type(METHODS[name])(**knobs), network)
     assert float((network(rows).logits - before).abs().max()) < 0.05 * float(before.std())

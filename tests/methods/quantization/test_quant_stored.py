@@ -80,7 +80,7 @@ def test_pruned_and_packed_comes_back_from_a_folder(architecture, tmp_path):
     assert [b.widths for b in again.structure.moe] == [b.widths for b in inspect_model(network).moe]
 
 
-@pytest.mark.parametrize("name", ["rtn", "camera_q", "camera_pq", "camera_pq_model"])
+@pytest.mark.parametrize("name", ["rtn", "camera_q", "camera_pq", "camera_pq_global"])
 def test_packed_on_disk_is_packed_in_memory(name, tmp_path):
     folder = save(build("qwen2_moe"), tmp_path / "model")
     logits = []
@@ -107,7 +107,7 @@ def test_flops_parameters_and_structure_stay(architecture):
 def test_bytes_are_those_of_the_arithmetic(tmp_path):
     sizes = SIZES | {"hidden_size": 256, "intermediate_size": 384, "num_local_experts": 4}
     wanted = 3 * 4 * 3 * 256 * 384 * 2.25 / 8
-    for method in (Rtn(bits=2), CameraQ(block=128, backend="rtn")):
+    for method in (Rtn(bits=2), CameraQ(block=128, rounding="rtn")):
         network = randomise(transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)), 0)
         applied(method, network)
         experts = torch.nn.ModuleList(block.experts for block in inspect_model(network).moe)

@@ -52,7 +52,7 @@ def wide(atoms=5, width=3, outputs=4, count=300):
     mix = torch.randn(8, atoms * width, generator=generator, dtype=torch.float64)
     phi_TM = torch.relu(torch.randn(count, 8, generator=generator, dtype=torch.float64) @ mix)
     weight_MD = torch.randn(atoms * width, outputs, generator=generator, dtype=torch.float64)
-    return phi_TM, weight_MD, Reconstruction.of(phi_TM.T @ phi_TM / count, weight_MD, width)
+    return phi_TM, weight_MD, Reconstruction.from_gram(phi_TM.T @ phi_TM / count, weight_MD, width)
 
 
 def test_the_norm_of_a_wide_atom_is_the_size_of_what_it_puts_out_alone():
@@ -67,7 +67,7 @@ def test_wide_atoms_that_were_never_active_have_no_energy():
     phi_TM, weight_MD, _ = wide()
     phi_TM[:, 6:9] = 0
     phi_TM[:, 10] = 0
-    problem = Reconstruction.of(phi_TM.T @ phi_TM / 300, weight_MD, 3)
+    problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 300, weight_MD, 3)
     norm_A = problem.norms(problem.readout)[0]
     assert norm_A[2] == 0
     assert (norm_A[[0, 1, 3, 4]] > 0).all()

@@ -48,7 +48,7 @@ def vectors(partition):
     found = []
     for family in partition.families:
         parts = [[] for _ in range(family.groups)]
-        for owned in family.owned:
+        for owned in family.owned_slices:
             weight = partition.parameters[owned.tensor].detach()
             order = (*owned.axes, *inner_axes(weight.shape, owned.axes))
             count = int(torch.tensor([weight.shape[a] for a in owned.axes]).prod())
@@ -98,7 +98,7 @@ def test_a_zero_filter_is_invisible_whatever_its_readers_do(name):
     parameters = dict(network.named_parameters())
     with torch.no_grad():
         for family, gone_M in zip(families, partition.split(dead_M), strict=True):
-            for reader in family.readers:
+            for reader in family.reader_slices:
                 if reader.tensor in parameters:
                     weight = parameters[reader.tensor].movedim(reader.axes[0], 0)
                     weight[reader.units_of(gone_M)] += 5
@@ -159,7 +159,7 @@ def test_spreading_and_adding_reach_the_weights_of_each_group():
     partition = GroupPartition(network, convolution.filters(network, torch.zeros(1, 1, 8, 8)))
     before = {name: weight.detach().clone() for name, weight in partition.parameters.items()}
     value_M = torch.arange(1.0, partition.groups + 1).double()
-    spread = partition.spread(value_M)
+    spread = partition.expand_to_weights(value_M)
     partition.add_(value_M, {name: torch.ones_like(w) for name, w in before.items()})
     for name, weight in partition.owned_parameters().items():
         torch.testing.assert_close(weight.detach(), before[name] + spread[name])
@@ -172,11 +172,11 @@ def test_rows_are_padded_families_and_flat_undoes_them():
     network = convnet()
     partition = GroupPartition(network, convolution.filters(network, torch.zeros(1, 1, 8, 8)))
     value_M = torch.rand(partition.groups)
-    rows = partition.rows(value_M)
+    rows = partition.pad_by_family(value_M)
     assert rows.shape == (len(partition.sizes), max(partition.sizes))
     for row, part in zip(rows, partition.split(value_M), strict=True):
         assert torch.equal(row[: len(part)], part) and not row[len(part) :].any()
-    assert torch.equal(partition.flat(rows), value_M)
+    assert torch.equal(partition.unpad(rows), value_M)
 
 
 @pytest.mark.parametrize("name", ["micro_vgg", "micro_resnet", "micro_mobilenet", "micro_densenet"])
@@ -201,5 +201,5 @@ def test_costs_are_those_of_the_network_that_is_left(name):
 def test_a_cost_budget_over_single_weights_is_one_sentence():
     network = convnet()
     image = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(UserError, match=r"scope=macs needs groups .*got weights"):
+    with pytest.raises(UserError, match=r"unit=macs needs groups .*got weights"):
         GroupCosts(network, convolution.weights(network, image), image, "macs")

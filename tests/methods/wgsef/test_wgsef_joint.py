@@ -41,8 +41,8 @@ def blocks(sizes=(5, 9, 3), outputs=4, count=300):
 @pytest.mark.parametrize(("select", "single"), PAIRS)
 def test_many_problems_are_the_block_diagonal_one(select, single, k):
     grams, weights = blocks()
-    kept = select([Reconstruction.of(g, w) for g, w in zip(grams, weights, strict=True)], k)
-    whole = Reconstruction.of(torch.block_diag(*grams), torch.cat(weights))
+    kept = select([Reconstruction.from_gram(g, w) for g, w in zip(grams, weights, strict=True)], k)
+    whole = Reconstruction.from_gram(torch.block_diag(*grams), torch.cat(weights))
     expected = single(whole, k).norm(dim=1) > 0
     assert torch.equal(torch.cat(kept), expected)
     assert int(expected.sum()) == k
@@ -51,7 +51,7 @@ def test_many_problems_are_the_block_diagonal_one(select, single, k):
 def test_an_expert_that_was_never_visited_goes_first():
     grams, weights = blocks()
     grams[1] = torch.zeros_like(grams[1])
-    problems = [Reconstruction.of(g, w) for g, w in zip(grams, weights, strict=True)]
+    problems = [Reconstruction.from_gram(g, w) for g, w in zip(grams, weights, strict=True)]
     for select, _ in PAIRS:
         kept = select(problems, 8)
         assert not kept[1].any() and kept[0].all() and kept[2].all()

@@ -24,7 +24,7 @@ def layer(atoms=24, outputs=6, tokens=400, seed=0):
     mix = torch.randn(10, atoms, generator=generator, dtype=torch.float64)
     phi_TM = torch.relu(mixed @ mix) * torch.logspace(-1, 1, atoms, dtype=torch.float64)
     weight_MD = torch.randn(atoms, outputs, generator=generator, dtype=torch.float64)
-    return phi_TM, weight_MD, Reconstruction.of(phi_TM.T @ phi_TM / tokens, weight_MD)
+    return phi_TM, weight_MD, Reconstruction.from_gram(phi_TM.T @ phi_TM / tokens, weight_MD)
 
 
 def test_the_error_is_that_of_the_outputs():
@@ -101,6 +101,6 @@ def test_homotopy_and_elimination_are_near_the_best_subset():
 def test_atoms_that_never_fire_are_the_first_to_go():
     phi_TM, weight_MD, _ = layer()
     phi_TM[:, :5] = 0
-    problem = Reconstruction.of(phi_TM.T @ phi_TM / 400, weight_MD)
+    problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 400, weight_MD)
     for select in SELECTORS:
         assert problem.error(select(problem, 19)) <= 1e-6

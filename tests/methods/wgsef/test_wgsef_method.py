@@ -90,6 +90,33 @@ def test_going_on_from_the_models_own_weights_starts_from_them():
     assert all(any(torch.allclose(a, b, atol=1e-5) for b in before.T) for a in after.T)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"scope": "layer", "unit": "macs"}, "scope=layer counts groups, not unit=macs"),
+        ({"k": 5, "scope": "layer"}, "needs scope=global and unit=groups"),
+        ({"k": 5, "unit": "bytes"}, "needs scope=global and unit=groups"),
+        ({"reach": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_budgets_that_contradict_each_other_are_refused(wrong, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        methods.Wgsef(**wrong)
+
+
+def test_fresh_weights_leave_the_random_state_of_the_process_alone():
+    subject, method = model(), methods.Wgsef()
+    state = torch.get_rng_state()
+    first, second = (method._network(subject, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    expected = build_classifier(subject.network.config)
+    for one, other, wanted in zip(
+        *(n.parameters() for n in (first, second, expected)), strict=True
+    ):
+        assert torch.equal(one, other) and torch.equal(one, wanted)
+
+
 def test_a_language_model_is_one_sentence():
     structure = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
     with pytest.raises(UserError, match="this model is LlamaForCausalLM"):

@@ -13,7 +13,7 @@ from methods import checkpoint
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
-from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.allocation import CostAllocation, GlobalAllocation, LayerAllocation
 from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeHalfSpaceSolver, EnvelopeSolver
 from methods.wgsef.solvers.group_lasso import AdaHspgSolver, AdaptiveGroupLassoSolver
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
@@ -26,7 +26,7 @@ SOLVERS = {
     "debiased": DebiasedSolver,
     "envelope": EnvelopeSolver,
     "envelope_half_space": EnvelopeHalfSpaceSolver,
-    "adahspg": lambda scene: AdaHspgSolver(scene, 1e-2),
+    "adahspg": lambda context: AdaHspgSolver(context, 1e-2),
     "growing_reg": GrowingRegSolver,
     "hard_threshold": HardThresholdSolver,
 }
@@ -40,14 +40,18 @@ def splits(count=48):
     return Splits("noise", images, images, 1, 8, 10, "drawn")
 
 
-def trainer(solver, folder=None, scope="global", sparsity=0.5, save_every=0, optimizer="sgd"):
+def trainer(solver, folder=None, budget="groups", sparsity=0.5, save_every=0, optimizer="sgd"):
     torch.manual_seed(0)
     network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     image = torch.zeros(1, 1, 8, 8)
     families = convolution.filters(network, image)
-    costs = GroupCosts(network, families, image, scope) if scope in ("macs", "bytes") else None
     partition = GroupPartition(network, families)
-    allocation = Allocation(partition, sparsity, scope, costs=costs)
+    if budget in ("macs", "bytes"):
+        costs = GroupCosts(network, families, image, budget)
+        allocation = CostAllocation(partition, sparsity, costs)
+    else:
+        kind = LayerAllocation if budget == "layer" else GlobalAllocation
+        allocation = kind(partition, sparsity)
     rate = 0.05 if optimizer == "sgd" else 2e-3
     recipe = SparseTrainingRecipe(
         epochs=3, batch=8, rate=rate, optimizer=optimizer, save_every=save_every, sparse_share=0.6
@@ -131,20 +135,20 @@ def test_a_global_budget_leaves_exactly_k_groups(solver, sparsity):
 
 
 def test_a_budget_per_layer_leaves_its_share_of_each():
-    run, _ = trainer(DebiasedSolver, scope="layer", sparsity=0.5)
+    run, _ = trainer(DebiasedSolver, budget="layer", sparsity=0.5)
     outcome = run.run()
     partition = run._task.partition
     left = [int(part.sum()) for part in partition.split(outcome.keep)]
     assert left == [size // 2 for size in partition.sizes]
 
 
-@pytest.mark.parametrize("scope", ["macs", "bytes"])
+@pytest.mark.parametrize("unit", ["macs", "bytes"])
 @pytest.mark.parametrize("solver", [DebiasedSolver, EnvelopeSolver])
-def test_a_cost_budget_is_met_and_used(scope, solver):
-    run, network = trainer(solver, scope=scope, sparsity=0.6)
+def test_a_cost_budget_is_met_and_used(unit, solver):
+    run, network = trainer(solver, budget=unit, sparsity=0.6)
     outcome = run.run()
     partition = run._task.partition
-    costs = GroupCosts(network, partition.families, torch.zeros(1, 1, 8, 8), scope)
+    costs = GroupCosts(network, partition.families, torch.zeros(1, 1, 8, 8), unit)
     kept = torch.tensor([[int(part.sum()) for part in partition.split(outcome.keep)]])
     spent = float(costs.total(kept)) / costs.dense()
     assert 0.3 < spent <= 0.4
@@ -160,8 +164,8 @@ def test_dead_groups_stay_dead_while_the_others_are_tuned():
 
 def test_prox_sgd_and_prox_adam_are_their_base_step_without_a_solver():
     class Idle:
-        def before(self, optimizer): ...
-        def after(self, optimizer): ...
+        def before_step(self, optimizer): ...
+        def after_step(self, optimizer): ...
 
     for make, base, knobs in (
         (ProximalSGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
@@ -185,7 +189,9 @@ def backward(weight):
 
 def test_adams_metric_is_what_its_step_was_divided_by():
     weight = torch.zeros(4, requires_grad=True)
-    optimizer = ProximalAdam([weight], type("Idle", (), {"before": noop, "after": noop})(), lr=0.1)
+    optimizer = ProximalAdam(
+        [weight], type("Idle", (), {"before_step": noop, "after_step": noop})(), lr=0.1
+    )
     weight.grad = torch.tensor([1.0, -2.0, 3.0, 0.5])
     optimizer.step()
     step = weight.grad / optimizer.metric(weight) * optimizer.rate
@@ -209,6 +215,11 @@ def test_floors_above_the_budget_are_one_sentence():
         trainer(DebiasedSolver, sparsity=0.995)
 
 
+def test_floors_above_a_cost_budget_are_one_sentence():
+    with pytest.raises(UserError, match="of all macs, less than the floors of all layers together"):
+        trainer(DebiasedSolver, budget="macs", sparsity=0.9999)
+
+
 def test_a_batch_above_the_data_is_one_sentence():
     run, _ = trainer(DebiasedSolver)
     task = run._task
@@ -222,5 +233,5 @@ def test_a_batch_above_the_data_is_one_sentence():
 
 
 def test_the_adaptive_group_lasso_trains_with_adam():
-    run, _ = trainer(lambda scene: AdaptiveGroupLassoSolver(scene, 1e-3), optimizer="adam")
+    run, _ = trainer(lambda context: AdaptiveGroupLassoSolver(context, 1e-3), optimizer="adam")
     assert 0 < int(run.run().keep.sum()) <= 80

@@ -6,48 +6,48 @@ from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.partition import GroupPartition
-from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.allocation import GlobalAllocation
 from methods.wgsef.solvers.optimizers import ProximalSGD
 from methods.wgsef.solvers.solver import SolverContext
 
 RATE = 0.1
 
 
-def set_scene():
+def solver_context():
     """A small VGG with groups of unlike norms, half of which may stay."""
     torch.manual_seed(0)
     network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
     image = torch.randn(1, 1, 8, 8)
     partition = GroupPartition(network, convolution.filters(network, image))
     partition.scale_(torch.rand(partition.groups).double() + 0.2)
-    allocation = Allocation(partition, 0.5)
+    allocation = GlobalAllocation(partition, 0.5)
     return SolverContext(network, partition, allocation, steps=10, epoch=5, example=image)
 
 
-def gradients(scene, seed=1):
+def gradients(context, seed=1):
     """Give every weight a random gradient."""
     torch.manual_seed(seed)
-    for weight in scene.network.parameters():
+    for weight in context.network.parameters():
         weight.grad = torch.randn_like(weight) * 0.1
 
 
-def groups(scene, tensors=None):
+def groups(context, tensors=None):
     """All groups as flat vectors: of the weights, or of other tensors of their shapes."""
     found = []
-    for family in scene.partition.families:
+    for family in context.partition.families:
         for j in range(family.groups):
             parts = []
-            for owned in family.owned:
-                weight = scene.partition.parameters[owned.tensor].detach()
+            for owned in family.owned_slices:
+                weight = context.partition.parameters[owned.tensor].detach()
                 tensor = weight if tensors is None else tensors[owned.tensor]
                 parts += [tensor[u].flatten() for u in owned.units[owned.groups == j].tolist()]
             found.append(torch.cat(parts).double())
     return found
 
 
-def slopes(scene):
+def slopes(context):
     """The gradients of all groups as flat vectors."""
-    return groups(scene, {n: w.grad for n, w in scene.partition.parameters.items()})
+    return groups(context, {n: w.grad for n, w in context.partition.parameters.items()})
 
 
 def close(found, expected):
@@ -56,18 +56,18 @@ def close(found, expected):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-def sgd_step(scene, solver):
+def sgd_step(context, solver):
     """Take one step; the groups and their gradients before it."""
-    gradients(scene)
-    x, g = groups(scene), slopes(scene)
-    ProximalSGD(scene.network.parameters(), solver, RATE).step()
+    gradients(context)
+    x, g = groups(context), slopes(context)
+    ProximalSGD(context.network.parameters(), solver, RATE).step()
     return x, g
 
 
-def units(scene):
+def units(context):
     """One over the mean norm of each group's layer."""
     means = []
-    for family in scene.partition.families:
-        part = [v.norm() for v in groups(scene)][len(means) : len(means) + family.groups]
+    for family in context.partition.families:
+        part = [v.norm() for v in groups(context)][len(means) : len(means) + family.groups]
         means += [float(sum(part) / len(part))] * family.groups
     return [1 / mean for mean in means]
