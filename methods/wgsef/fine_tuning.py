@@ -134,7 +134,7 @@ class WgsefFinetune(MicroExpertPruning):
         )
         trained = list(partition.owned_parameters().values())
         keeper = CheckpointManager(context.folder, context.progress)
-        saved = keeper.last()
+        saved = keeper.latest()
         solver = DebiasedSolver(context)
         # Measured on the weights before training only; a resumed run restores the units with the
         # solver.
@@ -164,7 +164,7 @@ class WgsefFinetune(MicroExpertPruning):
                 run.close(int(partition.alive().sum()))
             keeper.save_if_due(run.checkpoint)
         # Removal and evaluation follow; a run that is killed there must not train again.
-        keeper.keep(run.checkpoint)
+        keeper.save(run.checkpoint)
         model.network.requires_grad_(False)
         optimizer.zero_grad()
         return run.history, run.alive
@@ -214,15 +214,15 @@ class _FineTuning:
     @torch.no_grad()
     def go_on(self, saved: Checkpoint, context: SolverContext) -> None:
         """Restore the state of an interrupted training."""
-        for number, weight in saved.part("weights").items():
+        for number, weight in saved.tensors_of("weights").items():
             self.trained[int(number)].copy_(weight)
-        checkpoint.load_optimizer(self.optimizer, saved.part("optimizer"))
-        if frozen := saved.part("frozen"):
+        checkpoint.load_optimizer(self.optimizer, saved.tensors_of("optimizer"))
+        if frozen := saved.tensors_of("frozen"):
             self.keep_M = frozen["keep"].to(context.partition.device)
             self.optimizer.solver = FrozenSolver(context, self.keep_M)
         solver = self.optimizer.solver
         assert isinstance(solver, Solver)
-        solver.load(saved.part("solver"))
+        solver.load(saved.tensors_of("solver"))
         self.step, self.alive = saved.step, saved.state["alive"]
         self.losses, self.history = saved.state["losses"], saved.state["history"]
 

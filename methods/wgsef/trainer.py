@@ -220,7 +220,7 @@ class Trainer:
         self._optimizer.solver = self._solver
 
     def _save(self) -> None:
-        self._keeper.keep(self._checkpoint)
+        self._keeper.save(self._checkpoint)
 
     def _checkpoint(self) -> Checkpoint:
         tensors = checkpoint.prefixed_tensors(
@@ -240,7 +240,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the last checkpoint in the folder, if it belongs to this training."""
-        saved = self._keeper.last()
+        saved = self._keeper.latest()
         if saved is None:
             return
         if saved.state["identity"] != self._identity():
@@ -248,14 +248,14 @@ class Trainer:
                 f"{self._task.folder} holds a checkpoint of a different run: remove it or set "
                 "checkpoints= to another folder"
             )
-        self._task.network.load_state_dict(saved.part("network"))
-        checkpoint.load_optimizer(self._optimizer, saved.part("optimizer"))
-        if kept := saved.part("outcome"):
+        self._task.network.load_state_dict(saved.tensors_of("network"))
+        checkpoint.load_optimizer(self._optimizer, saved.tensors_of("optimizer"))
+        if kept := saved.tensors_of("outcome"):
             keep_M = kept["keep"].to(self._device)
             # The frozen solver has to be in place before its state is loaded below.
             self._outcome = TrainingOutcome(keep_M, *saved.state["before"])
             self._hold()
-        self._solver.load(saved.part("solver"))
+        self._solver.load(saved.tensors_of("solver"))
         self._step, self._loss = saved.step, saved.state["loss"]
         self._history = saved.state["history"]
 

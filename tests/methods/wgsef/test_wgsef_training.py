@@ -1,6 +1,5 @@
 """Training: the budget is met, a killed run ends as one that was not, bad input is one sentence."""
 
-import json
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from bench.data.image_sets import Splits, TensorSet
 from bench.errors import UserError
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
-from methods import checkpoint
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
@@ -98,20 +96,6 @@ def test_a_killed_run_ends_in_the_very_same_weights(name, optimizer, kill, tmp_p
         assert torch.equal(tensor, network.state_dict()[key]), key
     assert resumed.history == outcome.history
     assert torch.equal(resumed.keep, outcome.keep) and resumed.alive == outcome.alive
-
-
-def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    first = checkpoint.Checkpoint(3, {"a": torch.ones(2)}, {"loss": 0.1})
-    checkpoint.write_checkpoint(tmp_path, first)
-    monkeypatch.setattr(json, "dumps", lambda value: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        checkpoint.write_checkpoint(tmp_path, checkpoint.Checkpoint(4, {"a": torch.zeros(2)}, {}))
-    monkeypatch.undo()
-    found = checkpoint.read_checkpoint(tmp_path)
-    assert found.step == 3 and found.state == {"loss": 0.1} and found.tensors["a"].sum() == 2
-    checkpoint.write_checkpoint(tmp_path, checkpoint.Checkpoint(5, {"a": torch.zeros(2)}, {}))
-    assert checkpoint.read_checkpoint(tmp_path).step == 5
-    assert [p.name for p in tmp_path.glob("step-*") if "tmp" not in p.name] == ["step-000000005"]
 
 
 def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path):
