@@ -1,13 +1,9 @@
-"""Dead groups physically removed, from classifiers and language models.
-
-Physical removal: the network without its dead groups, with the same outputs.
+"""Removal of dead groups from classifiers and language models: a smaller network, same outputs.
 
 Shapes: M groups of a family.
 
-Removal for language models, in a shape that transformers can load again.
-
-transformers builds all layers of a model with one config, so every layer has to keep the same
-number of neurons or heads; a budget per layer (scope `layer`) does that.
+transformers builds all layers of a language model with one config, so every layer has to keep the
+same number of neurons or heads; a budget per layer (scope `layer`) does that.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier
+from methods.moe.micro_experts import invalidate_structure
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.convolution import ConvolutionGroups
 from methods.wgsef.groups.costs import GroupCosts
@@ -131,8 +132,7 @@ class SparseTraining(Method):
             dead = partition.split(~outcome.keep)
             network = smaller_classifier(network, families, dead, self.multiple)
         model.network = network
-        # The cached structure describes the old network.
-        model.__dict__.pop("structure", None)
+        invalidate_structure(model)
         details = self._details(partition, outcome, splits)
         return MethodReport(saving="removed" if removable else "zeroed", details=details)
 

@@ -1,6 +1,6 @@
-"""A network quantized layer by layer on what quantized layers produce; other linear layers.
+"""Layer walk of quantization: each layer is calibrated on the outputs of quantized layers.
 
-Linear layers outside the routed experts, and Hessians of their inputs.
+Routed experts are quantized by plan; the linear layers outside them have one bit width per role.
 
 Shapes: S tokens, C input columns.
 """
@@ -24,6 +24,7 @@ from bench.models.offload import onloaded
 from bench.models.structure.expert_view import gated_projections
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
+from methods.moe.micro_experts import replace_child
 from methods.moe.quantizer.bit_budget import BitCount, weights_by_bits
 from methods.moe.quantizer.gptq import Hessian
 from methods.moe.quantizer.observers import BlockHessians, CompositeObserver, Planner
@@ -52,7 +53,7 @@ class Quantizer:
 
     def run(
         self, model: Model, tokens_BL: Tensor | None, progress: Progress
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[dict[str, object]]:
         """Quantize all layers and the head; yield the record entry of each MoE block.
 
         Without tokens nothing is observed: planner and rounder must then work without calibration.
@@ -64,6 +65,7 @@ class Quantizer:
         # Checked first: a tied head has to fail before hours of quantization, not after.
         head = self._head(model.network)
         structure, stream = model.structure, None
+        last = len(structure.layers) - 1
         with ExitStack() as stack:
             if tokens_BL is not None:
                 stream = LayerStream(model.network, structure.layers, tokens_BL, self.batch)
@@ -73,16 +75,22 @@ class Quantizer:
                 # A stream owns the onloading of its layers; without one each layer is onloaded
                 # here.
                 with onloaded(layer) if stream is None else _onloaded_layer(stream, index):
-                    yield from self._layer(index, layer, blocks, stream)
+                    yield from self._layer(index, layer, blocks, stream, last=index == last)
         if head is not None:
             with onloaded(head.linear):
                 # No Hessian: the stream ends at the last layer, before the final norm and the head.
                 self._linear(head, None)
 
     def _layer(
-        self, index: int, layer: nn.Module, blocks: list[MoEBlock], stream: LayerStream | None
-    ) -> Iterator[dict[str, Any]]:
-        """Observe a layer, quantize it, and advance the calibration text through it."""
+        self,
+        index: int,
+        layer: nn.Module,
+        blocks: list[MoEBlock],
+        stream: LayerStream | None,
+        *,
+        last: bool,
+    ) -> Iterator[dict[str, object]]:
+        """Observe a layer, quantize it, and advance the calibration text to the next one."""
         places = [p for p in find_linears(layer, blocks) if self.bits[p.role] != UNQUANTIZED_BITS]
         planners = {block: self.planner(block) for block in blocks}
         seen = _LayerHessians({}, {})
@@ -102,14 +110,15 @@ class Quantizer:
             yield self._block(block, planner, seen.experts.get(block))
         for place in places:
             self._linear(place, seen.inputs.get(place.linear))
-        if stream is not None:
+        # Nothing reads the output of the last layer.
+        if stream is not None and not last:
             # Once more, quantized: the next layer is calibrated on inputs that contain the errors
             # made so far, as in GPTQ, so it can compensate for them.
             stream.run(index, advance=True)
 
     def _block(
         self, block: MoEBlock, planner: Planner, seen: BlockHessians | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Replace a block's experts by packed ones; return its record entry."""
         if seen is not None:
             seen.require_finite()
@@ -118,7 +127,7 @@ class Quantizer:
         for expert, plan in enumerate(plans):
             hessians = None if seen is None else seen.experts[expert]
             packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
-        block.block.experts = PackedExperts(packed)
+        replace_child(block.block, block.experts, PackedExperts(packed))
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
         shapes = [shape for plan in plans for shape in plan.shapes]
         here = BitCount()
@@ -180,7 +189,7 @@ class _LayerHessians:
 
 
 def _empty_hessian(linear: nn.Linear) -> Hessian:
-    return Hessian(linear.in_features, linear.weight.device)
+    return Hessian.empty(linear.in_features, linear.weight.device)
 
 
 @dataclass(frozen=True)
@@ -226,7 +235,7 @@ def accumulate_hessians(seen: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
         yield
 
 
-def _hessian_hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _hessian_hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         hessian.add(args[0].flatten(0, -2))
 

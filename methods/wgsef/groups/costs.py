@@ -10,13 +10,13 @@ not measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.convolution import PRUNABLE_LAYERS
+from methods.wgsef.groups.convolution import PRUNABLE_LAYERS, run_with_hooks
 from methods.wgsef.groups.partition import GroupFamily
 
 CostUnit = Literal["macs", "bytes"]
@@ -95,18 +95,11 @@ def _layer_costs(
         return [float(weight.numel() * weight.element_size()) for weight in sizes]
     places: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def count_places(layer: nn.Module, output: Tensor) -> None:
         # A convolution applies its weight at each output position; a dense layer has no spatial
         # axes, and the product over none is 1.
-        places[module] = output.shape[2:].numel()
+        places[layer] = output.shape[2:].numel()
 
-    handles = [layer.register_forward_hook(note) for layer in layers.values()]
-    training = network.training
-    with torch.no_grad():
-        # In training mode BatchNorm would update its running statistics from a single example.
-        network.eval()(example)
-    network.train(training)
-    for handle in handles:
-        handle.remove()
+    run_with_hooks(network, example, count_places)
     pairs = zip(sizes, layers.values(), strict=True)
     return [float(weight.numel() * places.get(layer, 0)) for weight, layer in pairs]

@@ -1,18 +1,13 @@
-"""Families of groups, and all groups of a network at once.
+"""Groups of a network as parts of its tensors, and operations on all of them at once.
 
-All groups of a network at once: norms, sums, shrinking and zeroing without a loop over groups.
-
-Shapes: M groups of all families, family by family; L families, N groups of the largest family
-(families are padded to N with empty groups); R listed units of all slices; U units of a tensor.
-
-Groups as parts of tensors: slices, and families of groups of one kind.
+Shapes: M groups of all families (or of one), family by family; L families, N groups of the largest
+family (families are padded to N with empty groups); R listed units of all slices; U units of a
+tensor.
 
 A family holds the groups of one kind in one place, such as the filters of one convolution with
 everything coupled to them. Its groups own slices, which are measured, shrunk and zeroed; an element
 belongs to at most one group. They also have readers: slices that have no effect once the group is
 zero and that are removed with it, such as the input channels of the next layer.
-
-Shapes: R listed units, M groups of a family, U units of a tensor.
 """
 
 from __future__ import annotations

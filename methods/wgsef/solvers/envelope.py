@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.wgsef.prox import operators
-from methods.wgsef.prox.value import gradient_factor
+from methods.wgsef.prox import operators, value
 from methods.wgsef.solvers.allocation import ProxParameters
 from methods.wgsef.solvers.group_lasso import HalfSpaceSolver
 from methods.wgsef.solvers.optimizers import ProximalOptimizer
@@ -52,7 +51,7 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
     """Algorithm 2 first, then half-space steps on the same objective: "WGSEF + HSPG".
 
     According to the paper's reviewers its experiments report this pair. No details were found, so
-    it is implemented as HSPG (see `half_space`) with the envelope in place of group lasso.
+    it is implemented as HSPG (see `group_lasso`) with the envelope in place of group lasso.
     """
 
     decays_groups = True
@@ -75,7 +74,7 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
         self._proximal.shrink(optimizer)
         self.gate_M = self._proximal.gate_M
 
-    def pull(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor) -> Tensor:
         """Return the factor of x in the gradient of the envelope: d_j / u_j."""
         allocation = self.context.allocation
         norm_LN, weight_LN = (
@@ -83,7 +82,7 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
             allocation.constraint_rows(self.unit_M.square()),
         )
         return allocation.from_constraint_rows(
-            gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0))
+            value.gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0))
         )
 
 
@@ -119,7 +118,7 @@ class DebiasedSolver(Solver):
 def group_metric(solver: Solver, optimizer: ProximalOptimizer) -> Tensor | None:
     """Return the mean of the optimizer's metric over each group, [M]; None for a Euclidean step."""
     # A metric that varies inside a group has no closed-form operator and costs tens of passes
-    # (`envelope_elementwise`); its mean over the group keeps one pass.
+    # (specification 1.3); its mean over the group keeps one pass.
     if not optimizer.adaptive:
         return None
     return solver.partition.sum(optimizer.metric) / solver.partition.elements_M

@@ -1,16 +1,11 @@
-"""Group lasso and half-space steps (HSPG, AdaHSPG+).
-
-Group lasso: lambda sum_j sqrt|s_j| ||v_j|| by Prox-SG, and in Adam's metric (ProxSSI).
+"""Group lasso, and half-space steps on it: HSPG (Chen et al., 2020), AdaHSPG+ (Dai et al., 2023).
 
 Shapes: M groups of all families.
 
-Half-space steps: HSPG (Chen et al., 2020) and AdaHSPG+ (Dai et al., TMLR 2023).
-
-Shapes: M groups of all families.
-
-From x the step goes to y = x - alpha (gradient of loss and regulariser at x). Each group whose y
-has left the half-space { y : <y, x> >= eps ||x||^2 } is set to zero; zero groups stay zero (WGSEF
-specification section 4).
+Group lasso, lambda sum_j sqrt|s_j| ||v_j||, is solved by Prox-SG or in Adam's metric (ProxSSI). A
+half-space step goes from x to y = x - alpha (gradient of loss and regulariser at x). Each group
+whose y has left the half-space { y : <y, x> >= eps ||x||^2 } is set to zero; zero groups stay zero
+(WGSEF specification section 4).
 """
 
 from __future__ import annotations
@@ -36,9 +31,7 @@ class GroupLassoSolver(Solver):
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply v_j = max(0, 1 - lam sqrt|s_j| / ||t_j||) t_j."""
-        lam = optimizer.rate * self._strength
-        threshold_M = lam * lasso_weights(self.partition)
-        self.partition.scale_(lasso_scale(self.partition.norms(), threshold_M))
+        soft_threshold_(self.partition, optimizer.rate * self._strength)
 
 
 class AdaptiveGroupLassoSolver(Solver):
@@ -73,7 +66,7 @@ class AdaptiveGroupLassoSolver(Solver):
 
         q(r) = (sum_i (H_i t_i / (H_i r + lam w))^2)^(-1/2) equals 1 at the root.
         """
-        # q is concave and increasing (as in `envelope_elementwise`), so Newton from r = 0 stays
+        # q is concave and increasing (specification 1.3), so Newton from r = 0 stays
         # below the root. Where q(0) >= 1, i.e. ||H t|| <= lam w, the clamped step is 0 and the
         # group stays zero.
         radius_M = torch.zeros_like(lam_M)
@@ -103,6 +96,11 @@ def lasso_scale(norm_M: Tensor, threshold_M: Tensor) -> Tensor:
     return torch.where(norm_M > threshold_M, 1 - threshold_M / norm_M, 0.0)
 
 
+def soft_threshold_(partition: GroupPartition, lam: float) -> None:
+    """Apply the proximal operator of lam times group lasso to all groups, in place."""
+    partition.scale_(lasso_scale(partition.norms(), lam * lasso_weights(partition)))
+
+
 class HalfSpaceSolver(Solver):
     """A proximal phase, then half-space steps, for a regulariser given by a subclass."""
 
@@ -112,14 +110,14 @@ class HalfSpaceSolver(Solver):
         super().__init__(context)
         self.strength = strength
         self._epsilon, self._warmup = epsilon, warmup
-        self._before: dict[str, Tensor] = {}
+        self._start_weights: dict[str, Tensor] = {}
 
     @abstractmethod
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator of the regulariser to the weights."""
 
     @abstractmethod
-    def pull(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor) -> Tensor:
         """Return the factor [M] of x in the regulariser's gradient; finite for empty groups."""
 
     def in_half_space_phase(self) -> bool:
@@ -130,26 +128,30 @@ class HalfSpaceSolver(Solver):
         """Store the weights from which a half-space step starts."""
         if self.in_half_space_phase():
             weights = self.partition.owned_parameters()
-            self._before = {name: weight.detach().clone() for name, weight in weights.items()}
+            self._start_weights = {
+                name: weight.detach().clone() for name, weight in weights.items()
+            }
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator, or complete the half-space step that the optimizer began."""
         # The phase is decided once, in `before_step`: `progress` has moved on since, and a step
         # that began as a proximal one has no stored weights.
-        if self._before:
+        if self._start_weights:
             self._half_space_step(optimizer)
-            self._before = {}
+            self._start_weights = {}
         else:
             self.proximal_step(optimizer)
 
     def _half_space_step(self, optimizer: ProximalOptimizer) -> None:
-        square_M = self.partition.sum_named(lambda name: self._before[name].square())
+        square_M = self.partition.sum_named(lambda name: self._start_weights[name].square())
         # The optimizer's step already contains the gradient of the loss. The regulariser's is added
         # at x and outside the optimizer, so that momentum and Adam's metric do not distort it.
-        factor_M = -optimizer.rate * self.strength * self.pull(square_M.sqrt())
-        self.partition.add_(factor_M, self._before)
+        factor_M = -optimizer.rate * self.strength * self.gradient_factor(square_M.sqrt())
+        self.partition.add_(factor_M, self._start_weights)
         parameters = self.partition.parameters
-        inner_M = self.partition.sum_named(lambda name: parameters[name] * self._before[name])
+        inner_M = self.partition.sum_named(
+            lambda name: parameters[name] * self._start_weights[name]
+        )
         # An empty group has 0 >= 0, so the second condition is needed to keep it empty.
         stays_M = (inner_M >= self._epsilon * square_M) & (square_M > 0)
         self.partition.scale_(stays_M.double())
@@ -160,11 +162,9 @@ class HspgSolver(HalfSpaceSolver):
 
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the soft threshold of group lasso."""
-        norm_M, weight_M = self.partition.norms(), lasso_weights(self.partition)
-        lam = optimizer.rate * self.strength
-        self.partition.scale_(lasso_scale(norm_M, lam * weight_M))
+        soft_threshold_(self.partition, optimizer.rate * self.strength)
 
-    def pull(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor) -> Tensor:
         """Return sqrt|s_j| / ||x_j||."""
         weight_M = lasso_weights(self.partition)
         return torch.where(norm_M > 0, weight_M / norm_M, 0.0)

@@ -1,6 +1,4 @@
-"""The Solver base, its context, magnitude, frozen, iterative hard thresholding.
-
-Base class of all solvers, and the two that do not act during sparse training.
+"""Base class of all solvers, and the simple ones: none, frozen, iterative hard thresholding.
 
 Shapes: M groups of all families.
 """
@@ -110,6 +108,19 @@ class FrozenSolver(Solver):
         # Masking gradients would not do: momentum from before the selection still moves the
         # weights.
         self.partition.scale_(self.keep_M.double())
+
+
+def select_alive(context: SolverContext, score_M: Tensor) -> tuple[Tensor, int]:
+    """Make the final selection and zero all other groups; return its mask and the number alive.
+
+    The number is that of the groups that were not zero before the selection.
+    """
+    alive_M = context.partition.alive()
+    # The selection always fills the budget; groups that are already zero must not be counted as
+    # kept.
+    keep_M = context.allocation.select(score_M) & alive_M
+    context.partition.scale_(keep_M.double())
+    return keep_M, int(alive_M.sum())
 
 
 class MagnitudeSolver(Solver):

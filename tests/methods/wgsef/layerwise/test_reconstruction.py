@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from methods.wgsef.layerwise.reconstruction import Reconstruction
-from tests.methods.wgsef.envelope_oracles import fenchel_young_gap
-from tests.methods.wgsef.layerwise_oracles import (
+from tests.methods.wgsef.layerwise.oracles import (
     by_elimination,
     by_energy,
     by_envelope,
     by_homotopy,
 )
+from tests.methods.wgsef.prox.oracles import fenchel_young_gap
 
 SELECTORS = [by_energy, by_homotopy, by_elimination]
 

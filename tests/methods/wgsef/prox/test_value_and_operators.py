@@ -14,8 +14,8 @@ from bench.errors import UserError
 from methods.wgsef.prox import value as function
 from methods.wgsef.prox.operators import prox_debiased, prox_envelope, select_top_k
 from methods.wgsef.prox.root import newton_root, newton_root_fixed_passes, sorting_root
-from tests.methods.wgsef import envelope_oracles as oracles
-from tests.methods.wgsef.envelope_oracles import (
+from tests.methods.wgsef.prox import oracles
+from tests.methods.wgsef.prox.oracles import (
     debiased_,
     envelope_,
     envelope_elementwise,

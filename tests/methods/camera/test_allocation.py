@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bench.errors import UserError
 from methods.camera.allocation import allocate_least_error
-from tests.methods.test_camera_removal import pruned
+from tests.methods.camera.test_removal import pruned
 from tests.models.tiny_networks import build
 
 layers_of_energies = st.lists(

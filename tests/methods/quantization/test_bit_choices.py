@@ -1,6 +1,7 @@
 """What CAMERA-PQ and MC measure and choose, against direct transcriptions of their definitions."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ import torch
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.expert_hooks import observe_experts
 from bench.models.structure.model_structure import inspect_model
-from methods.camera.joint import BitOptions, CameraPQ, ReplacementErrors, solve_bit_budget
+from methods.camera.joint import (
+    BitOptions,
+    CameraPQ,
+    ReplacementErrors,
+    SolvingPlanner,
+    solve_bit_budget,
+)
 from methods.moe.quantizer.grid import round_weights
 from methods.quantization.mixture import Mc
 from tests.methods.quantization.quantized_networks import SMALL, applied, context, model_of
@@ -125,7 +132,7 @@ def test_nothing_kept_is_an_expert_that_adds_nothing():
 
 def test_mixture_weighs_frequency_router_and_rounding_error():
     method = Mc(bits=(4, 2, 1), mean_bits=2, alpha=0.5, beta=2, group=8)
-    block, measured, seen = watched(build("qwen2_moe"), method.planner)
+    block, measured, seen = watched(build("qwen2_moe"), partial(SolvingPlanner, method))
     total = sum(len(x) for parts in seen.seen.values() for x, _ in parts)
     for expert, loss_B in enumerate(measured.losses()):
         if expert not in seen.seen:
@@ -146,7 +153,7 @@ def test_mixture_weighs_frequency_router_and_rounding_error():
 def test_mixture_chooses_the_best_of_all_allowed():
     network = build("mixtral")
     method = Mc(**SMALL)
-    _, measured, _ = watched(network, method.planner)
+    _, measured, _ = watched(network, partial(SolvingPlanner, method))
     loss_EB = measured.losses()
 
     def loss(bits):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.errors import UserError
+from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from bench.ui import SILENT
 from methods.baselines.naee import (
@@ -16,7 +17,7 @@ from methods.baselines.naee import (
     search_subset,
 )
 from methods.moe.micro_experts import expert_spans, zero_micro_experts
-from tests.methods.baselines.applying import Masked, applied, block_inputs, model_of, network_of
+from tests.methods.method_application import Masked, applied, block_inputs, model_of, network_of
 from tests.models.tiny_networks import ARCHITECTURES, Expert, build, tokens, unfuse
 
 
@@ -45,11 +46,11 @@ def test_error_is_that_of_the_block_without_them(name, layout, state):
     block = inspect_model(network).moe[0]
     x_BLD = block_inputs(network, tokens())[0]
     y_BLD = block.block(x_BLD)
-    evidence = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, state)
-    assert evidence.error(()) == 0
+    error_model = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, state)
+    assert error_model.error(()) == 0
     for dropped in [(0,), (5,), (1, 4), (0, 3), (1, 2, 4, 5)]:
         expected = slow_error(block, x_BLD, y_BLD, dropped, state)
-        assert evidence.error(dropped) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert error_model.error(dropped) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
@@ -62,20 +63,20 @@ def test_progressive_compares_pruned_inputs_with_the_unpruned_output(name):
     walk = block_error_models(model_of(pruned), tokens(), 2, True, 12, "dropped", SILENT)
     block, _ = next(walk)
     zero_micro_experts(block, torch.arange(40))
-    later, evidence = next(walk)
+    later, error_model = next(walk)
 
     x_BLD = block_inputs(pruned, tokens())[1]
     for dropped in [(), (2,), (1, 5)]:
         expected = slow_error(later, x_BLD, targets[1], dropped, "dropped")
-        assert evidence.error(dropped) == pytest.approx(expected, rel=1e-5)
-    assert evidence.error(()) > 0.01
+        assert error_model.error(dropped) == pytest.approx(expected, rel=1e-5)
+    assert error_model.error(()) > 0.01
 
 
 def test_not_progressive_sees_the_unpruned_model_throughout():
     walk = block_error_models(model_of(build("olmoe")), tokens(), 2, False, 12, "dropped", SILENT)
     errors = []
-    for block, evidence in walk:
-        errors.append(evidence.error((1, 2)))
+    for block, error_model in walk:
+        errors.append(error_model.error((1, 2)))
         zero_micro_experts(block, torch.arange(40))
     network = build("olmoe")
     for found, block, x in zip(
@@ -117,19 +118,19 @@ def test_greedy_takes_one_after_the_other():
     block = inspect_model(network).moe[0]
     x_BLD = block_inputs(network, tokens())[0]
     y_BLD = block.block(x_BLD)
-    evidence = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, "dropped")
-    found = search_subset(6, 3, evidence.error, limit=19)
+    error_model = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, "dropped")
+    found = search_subset(6, 3, error_model.error, limit=19)
 
     dropped = []
     for _ in range(3):
         left = [e for e in range(6) if e not in dropped]
         errors = {e: slow_error(block, x_BLD, y_BLD, (*dropped, e), "dropped") for e in left}
         dropped.append(min(errors, key=errors.get))
-    assert (found.how, found.tried) == ("greedy", 6 + 5 + 4)
+    assert (found.strategy, found.tried) == ("greedy", 6 + 5 + 4)
     assert found.dropped == tuple(sorted(dropped))
     assert found.error == pytest.approx(min(errors.values()), rel=1e-5)
-    best = search_subset(6, 3, evidence.error, limit=20)
-    assert (best.how, best.tried) == ("exhaustive", 20)
+    best = search_subset(6, 3, error_model.error, limit=20)
+    assert (best.strategy, best.tried) == ("exhaustive", 20)
     assert best.error <= found.error
 
 
@@ -150,10 +151,10 @@ def test_searches_on_evenly_spaced_tokens_of_every_row():
     everything = applied(Naee(ratio=0.4, tokens=10_000), build("mixtral")).details
     assert everything["tokens"] == 60
     walk = block_error_models(model_of(build("mixtral")), tokens(), 2, False, 4, "dropped", SILENT)
-    block, evidence = next(walk)
+    block, error_model = next(walk)
     x_BLD = block_inputs(build("mixtral"), tokens())[0][:, ::3]
     expected = slow_error(block, x_BLD, block.block(x_BLD), (1, 3), "dropped")
-    assert evidence.error((1, 3)) == pytest.approx(expected, rel=1e-5)
+    assert error_model.error((1, 3)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_refuses_experts_of_different_width():
@@ -169,3 +170,15 @@ def test_refuses_activations_that_are_not_numbers():
     network.model.embed_tokens.weight[5] = float("inf")
     with pytest.raises(UserError, match=r"activations of model\.layers\.0\.mlp"):
         applied(Naee(ratio=0.4), network)
+
+
+def test_both_streams_let_go_of_their_layer(monkeypatch):
+    leave, left = LayerStream.__exit__, []
+
+    def counted(self, *exception):
+        left.append(self)
+        leave(self, *exception)
+
+    monkeypatch.setattr(LayerStream, "__exit__", counted)
+    applied(Naee(ratio=0.2), network_of("mixtral"))
+    assert len(left) == 2

@@ -7,7 +7,7 @@ import torch
 
 from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeHalfSpaceSolver, EnvelopeSolver
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
-from tests.methods.wgsef.solver_setup import (
+from tests.methods.wgsef.solvers.solver_setup import (
     RATE,
     close,
     gradients,

@@ -15,7 +15,7 @@ from bench.schema import ModelConfig
 from methods.wgsef.layerwise.dense_decoder import OnPrompts, OnText
 from methods.wgsef.layerwise.reconstruction import Reconstruction
 from tests.methods.visual_tokens import tiny_mllms
-from tests.methods.wgsef.layerwise_oracles import by_elimination, by_energy, by_homotopy
+from tests.methods.wgsef.layerwise.oracles import by_elimination, by_energy, by_homotopy
 from tests.models import tiny_networks
 
 SIZES = {
@@ -30,8 +30,9 @@ SIZES = {
 BOTH = pytest.mark.parametrize("atoms", ["neurons", "heads"])
 
 
-def decoder(kind=LlamaForCausalLM):
-    config = {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}[kind](**SIZES)
+def decoder(kind=LlamaForCausalLM, **changes):
+    configs = {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}
+    config = configs[kind](**(SIZES | changes))
     torch.manual_seed(0)
     return kind._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
 
@@ -157,8 +158,19 @@ def test_a_vision_language_model_loses_heads_of_its_decoder_only(atoms):
 
 @pytest.mark.parametrize(
     ("name", "atoms", "sentence"),
-    [("mixtral", "neurons", "without neurons"), ("deepseek_v2", "heads", "without heads")],
+    [
+        ("mixtral", "neurons", "use wgsef_layerwise"),
+        ("qwen2_moe", "neurons", "use wgsef_layerwise"),
+        ("deepseek_v2", "heads", "without heads"),
+    ],
 )
 def test_layers_without_such_atoms_are_refused(name, atoms, sentence):
     with pytest.raises(UserError, match=sentence):
         applied(tiny_networks.build(name), OnText(atoms=atoms, ratio=0.5))
+
+
+def test_the_number_to_remove_is_that_of_the_decimal_ratio():
+    method = OnText(atoms="neurons", ratio=0.29, selector="energy", state="zeroed")
+    _, report = applied(decoder(intermediate_size=100), method)
+    # In floating point 0.29 * 100 is 28.999...
+    assert report.details["removed_neurons"] == 29 * SIZES["num_hidden_layers"]

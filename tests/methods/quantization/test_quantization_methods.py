@@ -10,11 +10,14 @@ from bench.errors import UserError
 from bench.measurement.model_size import count_size
 from bench.method import Context
 from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.expert_hooks import observe_experts
+from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from methods.camera.allocation import energy_order
 from methods.camera.joint import CameraPQ
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ, CameraQDagger
+from methods.moe.quantizer import grid
 from methods.quantization.mixture import Mc
 from methods.quantization.uniform import Gptq, Rtn
 from tests.methods.quantization.quantized_networks import (
@@ -257,7 +260,7 @@ def test_a_tied_head_is_not_quantized_alone():
         (Gptq, {"bits": 16}),
         (Gptq, {"damping": 0}),
         (Gptq, {"attention_bits": 9}),
-        (Rtn, {"backend": "gptq"}),
+        (Rtn, {"rounding": "gptq"}),
         (CameraPQ, {"budget_bits": 0}),
         (CameraPQ, {"bits": (0, 4)}),
     ],
@@ -278,3 +281,42 @@ def test_refuses_wrong_knobs(kind, knobs):
 def test_refuses_budgets_that_some_layer_cannot_keep(method, reason):
     with pytest.raises(UserError, match=reason):
         method.check(inspect_model(build("mixtral")))
+
+
+@pytest.mark.parametrize("name", ["gptq", "camera_q", "camera_q_dagger", "rtn"])
+def test_every_matrix_of_an_expert_is_counted(name):
+    report = applied(METHODS[name], build("mixtral"))
+    for layer in report.details["layers"]:
+        assert sum(layer["rounding"].values()) == 3 * 6
+
+
+def test_the_last_layer_runs_once(monkeypatch):
+    run, calls = LayerStream.run, []
+
+    def counted(self, index, *, advance):
+        calls.append((index, advance))
+        run(self, index, advance=advance)
+
+    monkeypatch.setattr(LayerStream, "run", counted)
+    applied(METHODS["gptq"], build("mixtral"))
+    assert calls == [(0, False), (0, True), (1, False), (1, True), (2, False)]
+
+
+@pytest.mark.parametrize(("name", "matrices"), [("mc", 3), ("camera_pq", 2)])
+def test_experts_are_rounded_once_however_much_text_there_is(name, matrices, monkeypatch):
+    round_to_nearest, calls = grid.round_to_nearest, []
+    network = build("mixtral")
+    (block, *_) = inspect_model(network).moe
+    method = METHODS[name]
+
+    def counted(weight_RC, *rest):
+        calls.append(len(weight_RC))
+        return round_to_nearest(weight_RC, *rest)
+
+    planner = method.planners(model_of(network), context())(block)
+    monkeypatch.setattr(grid, "round_to_nearest", counted)
+    for _ in range(3):
+        with observe_experts({block: planner}, chunk=4):
+            network(tokens(8, 12))
+    bits = [b for b in method.bits if b]
+    assert len(calls) == matrices * len(bits) * block.num_experts

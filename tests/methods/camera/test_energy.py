@@ -7,9 +7,10 @@ from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
 from bench.ui import SILENT
-from methods.camera.analysis import BlockEnergies, WalkOptions, block_energies
+from methods.camera.analysis import BlockEnergies
 from methods.camera.energy import energy
 from methods.moe.calibration_statistics import Moments, squared_column_norms
+from methods.moe.calibration_walk import WalkOptions, walk_blocks
 from methods.moe.micro_experts import zero_micro_experts
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
@@ -24,7 +25,8 @@ def model_of(network):
 
 def measured(network, walk=ONE_PASS, rows=None):
     rows = tokens() if rows is None else rows
-    return list(block_energies(model_of(network), rows, walk, SILENT))
+    observed = walk_blocks(model_of(network), rows, BlockEnergies, walk, SILENT)
+    return [found for _, found in observed]
 
 
 def energies(network, walk=ONE_PASS, alpha=0.3, normalised=False):
@@ -118,7 +120,8 @@ def test_later_layers_see_earlier_changes_only_if_sequential():
     def second(sequential):
         walk = WalkOptions(batch=2, chunk=100, sequential=sequential)
         results = []
-        for found in block_energies(model_of(build("mixtral")), tokens(), walk, SILENT):
+        model = model_of(build("mixtral"))
+        for _, found in walk_blocks(model, tokens(), BlockEnergies, walk, SILENT):
             results.append(found.energies(0.0, normalised=False))
             zero_micro_experts(found.block, torch.arange(40))
         return results[1]

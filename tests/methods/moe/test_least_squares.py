@@ -10,7 +10,7 @@ from bench.models.expert_hooks import observe_experts
 from bench.models.structure.model_structure import inspect_model
 from methods.moe.least_squares import ExpertGrams, refit_columns, refit_error, refit_experts
 from methods.moe.micro_experts import channels_per_expert, expert_spans, expert_view
-from tests.methods.test_camera_removal import pruned
+from tests.methods.camera.test_removal import pruned
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 

@@ -12,7 +12,7 @@ from methods.camera.loss_aware import CameraLossAware
 from methods.moe.calibration_statistics import Activations
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view, zero_micro_experts
 from methods.moe.ranking import magnitudes
-from tests.methods.baselines.applying import applied, block_inputs, model_of, network_of, zeroed
+from tests.methods.method_application import applied, block_inputs, model_of, network_of, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
@@ -67,7 +67,9 @@ def test_activations_alone_token_by_token(name):
         expected[places[SHARED]] = hidden.double().square().sum(0)
 
     method = ActivationOnly(ratio=0.3, chunk=7, batch=2)
-    found = next(method.watch(model_of(network), tokens(), Activations, SILENT))[1].square_sum()
+    found = next(method.observe_blocks(model_of(network), tokens(), Activations, SILENT))[
+        1
+    ].square_sum()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
     applied(method, network)
     order = torch.argsort(expected, stable=True)[: int(0.3 * block.micro_experts)]

@@ -203,3 +203,31 @@ def test_a_cost_budget_over_single_weights_is_one_sentence():
     image = torch.zeros(1, 1, 8, 8)
     with pytest.raises(UserError, match=r"unit=macs needs groups .*got weights"):
         GroupCosts(network, convolution.weights(network, image), image, "macs")
+
+
+class Reversed(torch.nn.Module):
+    """Registers the layer that computes the logits first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = torch.nn.Linear(4, 3), torch.nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def test_the_layer_without_groups_is_the_one_that_runs_last():
+    families = convolution.weights(Reversed(), torch.zeros(1, 1, 8, 8))
+    assert [family.name for family in families] == ["body"]
+
+
+def test_looking_at_a_network_leaves_it_as_it_was():
+    network = convnet().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for measure in (convolution.last_layer, convolution.weights):
+        measure(network, torch.ones(1, 1, 8, 8))
+    with pytest.raises(RuntimeError):
+        convolution.last_layer(network, torch.ones(1, 5, 8, 8))
+    assert network.training
+    assert not any(module._forward_hooks for module in network.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

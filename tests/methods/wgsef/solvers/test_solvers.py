@@ -22,7 +22,7 @@ from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
 from methods.wgsef.solvers.penalties import DeepHoyerSolver, SlimmingSolver
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, SolverContext
 from methods.wgsef.solvers.torch_pruning_solvers import GroupNormSolver, GrowingRegSolver
-from tests.methods.wgsef.solver_setup import (
+from tests.methods.wgsef.solvers.solver_setup import (
     RATE,
     close,
     gradients,

@@ -12,7 +12,7 @@ from methods.moe.micro_experts import expert_spans, expert_view
 from methods.wgsef.layerwise import reconstruction
 from methods.wgsef.layerwise.moe_layers import WgsefLayerwise
 from methods.wgsef.layerwise.reconstruction import Reconstruction
-from tests.methods.wgsef.layerwise_oracles import by_elimination, by_energy, by_homotopy
+from tests.methods.wgsef.layerwise.oracles import by_elimination, by_energy, by_homotopy
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 PAIRS = [

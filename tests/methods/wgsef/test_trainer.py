@@ -1,6 +1,5 @@
 """Training: the budget is met, a killed run ends as one that was not, bad input is one sentence."""
 
-
 import pytest
 import torch
 
@@ -109,7 +108,7 @@ def test_a_checkpoint_of_another_run_is_one_sentence(tmp_path):
 def test_a_global_budget_leaves_exactly_k_groups(solver, sparsity):
     run, _ = trainer(solver, sparsity=sparsity)
     outcome = run.run()
-    partition = run._task.partition
+    partition = run._job.partition
     k = partition.groups - int(sparsity * partition.groups)
     assert int(outcome.keep.sum()) == int(partition.alive().sum()) == k
     assert outcome.alive == (k if solver is DebiasedSolver else partition.groups)
@@ -121,7 +120,7 @@ def test_a_global_budget_leaves_exactly_k_groups(solver, sparsity):
 def test_a_budget_per_layer_leaves_its_share_of_each():
     run, _ = trainer(DebiasedSolver, budget="layer", sparsity=0.5)
     outcome = run.run()
-    partition = run._task.partition
+    partition = run._job.partition
     left = [int(part.sum()) for part in partition.split(outcome.keep)]
     assert left == [size // 2 for size in partition.sizes]
 
@@ -131,7 +130,7 @@ def test_a_budget_per_layer_leaves_its_share_of_each():
 def test_a_cost_budget_is_met_and_used(unit, solver):
     run, network = trainer(solver, budget=unit, sparsity=0.6)
     outcome = run.run()
-    partition = run._task.partition
+    partition = run._job.partition
     costs = GroupCosts(network, partition.families, torch.zeros(1, 1, 8, 8), unit)
     kept = torch.tensor([[int(part.sum()) for part in partition.split(outcome.keep)]])
     spent = float(costs.total(kept)) / costs.dense()
@@ -141,7 +140,7 @@ def test_a_cost_budget_is_met_and_used(unit, solver):
 def test_dead_groups_stay_dead_while_the_others_are_tuned():
     run, _ = trainer(DebiasedSolver, sparsity=0.7)
     outcome = run.run()
-    assert torch.equal(run._task.partition.alive(), outcome.keep)
+    assert torch.equal(run._job.partition.alive(), outcome.keep)
     assert [line["epoch"] for line in outcome.history] == [1, 2, 3]
     assert outcome.history[-1]["alive"] == int(outcome.keep.sum())
 
@@ -206,12 +205,12 @@ def test_floors_above_a_cost_budget_are_one_sentence():
 
 def test_a_batch_above_the_data_is_one_sentence():
     run, _ = trainer(DebiasedSolver)
-    task = run._task
+    job = run._job
     small = SparseTrainingRecipe(epochs=1, batch=64)
     with pytest.raises(UserError, match="a batch of 64 is larger"):
         Trainer(
             TrainingJob(
-                task.network, splits(20), task.partition, task.allocation, DebiasedSolver, small, 0
+                job.network, splits(20), job.partition, job.allocation, DebiasedSolver, small, 0
             )
         )
 

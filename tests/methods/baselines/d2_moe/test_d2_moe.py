@@ -19,7 +19,7 @@ from bench.ui import SILENT
 from methods.baselines.d2_moe.factorization import InputMoments, assemble_experts, low_rank_factors
 from methods.baselines.d2_moe.method import D2Moe, solve_ranks
 from methods.baselines.d2_moe.shared_base_experts import SharedBaseExperts
-from tests.methods.baselines.applying import (
+from tests.methods.method_application import (
     applied,
     block_inputs,
     context,

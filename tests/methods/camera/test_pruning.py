@@ -115,11 +115,12 @@ def test_ratio_is_reached_on_either_base_in_every_scope(scope, base):
 @pytest.mark.parametrize("sequential", [True, False])
 def test_goes_from_the_lowest_energies_shared_and_routed_pooled(sequential):
     from bench.ui import SILENT
-    from methods.camera.analysis import WalkOptions, block_energies
+    from methods.camera.analysis import BlockEnergies
+    from methods.moe.calibration_walk import WalkOptions, walk_blocks
 
     network = build("deepseek_v2")
     walk = WalkOptions(batch=2, chunk=100, sequential=sequential)
-    found = next(block_energies(model_of(network), tokens(), walk, SILENT))
+    _, found = next(walk_blocks(model_of(network), tokens(), BlockEnergies, walk, SILENT))
     energy_N = found.energies(0.95, normalised=False)
     applied(camera(ratio=0.5, sequential=sequential), network)
     chosen = zeroed(inspect_model(network).moe[0])

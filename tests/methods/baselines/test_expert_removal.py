@@ -13,7 +13,7 @@ from methods.baselines.expert_removal import select_whole_experts
 from methods.baselines.expert_scores import ExpertFrequency, Reap
 from methods.baselines.micro_expert_controls import RandomExperts
 from methods.baselines.naee import Naee
-from tests.methods.baselines.applying import applied, context, model_of, network_of, numel, zeroed
+from tests.methods.method_application import applied, context, model_of, network_of, numel, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
 
 METHODS = [RandomExperts, ExpertFrequency, Reap, Naee]
@@ -24,12 +24,12 @@ def test_a_cut_spends_the_budget_in_order(widths, data):
     order = data.draw(st.permutations(range(len(widths))))
     budget = data.draw(st.integers(0, sum(widths)))
     chosen = select_whole_experts(widths, order, budget)
-    assert sum(widths[expert] for expert in chosen.whole) + chosen.rest == budget
+    assert sum(widths[expert] for expert in chosen.whole) + chosen.partial_count == budget
     assert list(chosen.whole) == order[: len(chosen.whole)]
-    assert (chosen.further is None) == (chosen.rest == 0)
-    if chosen.further is not None:
-        assert chosen.further == order[len(chosen.whole)]
-        assert chosen.rest < widths[chosen.further]
+    assert (chosen.partial_expert is None) == (chosen.partial_count == 0)
+    if chosen.partial_expert is not None:
+        assert chosen.partial_expert == order[len(chosen.whole)]
+        assert chosen.partial_count < widths[chosen.partial_expert]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from bench.models.structure.model_structure import inspect_model
 from bench.schema import CostsConfig
 from methods.baselines.expert_removal import drop_experts, router_mode, update_expert_count
 from methods.baselines.router_masks import check_router, dense_routing_weights, route
-from tests.methods.baselines.applying import Masked, model_of, network_of, numel
+from tests.methods.method_application import Masked, model_of, network_of, numel
 from tests.models.tiny_networks import ARCHITECTURES, Expert, build, tokens, unfuse
 
 # Of DeepSeek-V3's two groups of three: one of each, and two of the second.

@@ -18,16 +18,16 @@ from methods.camera.loss_aware import (
     sensitivity,
 )
 from methods.moe.calibration_statistics import Activations, Moments, squared_column_norms
-from methods.moe.calibration_walk import walk_blocks
+from methods.moe.calibration_walk import WalkOptions, walk_blocks
 from methods.moe.micro_experts import expert_spans, expert_view
-from tests.methods.baselines.applying import applied, model_of, network_of, zeroed
+from tests.methods.method_application import applied, model_of, network_of, zeroed
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
 def square_sums(network):
-    method = CameraLossAware(ratio=0)
-    seen = walk_blocks(model_of(network), tokens(), Activations, method._watching, 2, False, SILENT)
-    return [found.square_sum() for _, found in seen]
+    options = WalkOptions(batch=2, chunk=4096)
+    observed = walk_blocks(model_of(network), tokens(), Activations, options, SILENT)
+    return [found.square_sum() for _, found in observed]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

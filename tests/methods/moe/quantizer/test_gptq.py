@@ -19,7 +19,7 @@ def inputs(tokens=200, columns=16, seed=0):
 
 
 def seen(x_SC):
-    hessian = Hessian(x_SC.shape[1], torch.device("cpu"))
+    hessian = Hessian.empty(x_SC.shape[1], torch.device("cpu"))
     for part in torch.split(x_SC, 64):
         hessian.add(part)
     return hessian
@@ -123,7 +123,7 @@ def test_no_factor_without_inputs(value):
 
 def test_chunks_do_not_matter():
     x_SC = inputs()
-    one = Hessian(16, torch.device("cpu"))
+    one = Hessian.empty(16, torch.device("cpu"))
     one.add(x_SC)
     assert one.tokens == seen(x_SC).tokens == 200
     torch.testing.assert_close(one.sum_CC, seen(x_SC).sum_CC, rtol=1e-4, atol=1e-2)
