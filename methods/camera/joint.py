@@ -119,26 +119,26 @@ class ReplacementErrors(NullObserver):
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert, recomputed for every bit option."""
-        view, seen = self.block.expert(expert), self._overlaps[expert]
+        view, overlaps = self.block.expert(expert), self._overlaps[expert]
         weight_S1 = weight_S.float()[:, None]
         phi_SF = hidden_SF.float() * weight_S1
-        seen.square_F += phi_SF.square().sum(0, dtype=torch.float64)
+        overlaps.square_F += phi_SF.square().sum(0, dtype=torch.float64)
         for option, bits in enumerate(self.options.bits):
             if bits:
                 # Gate and up rounded, down not: φ̂ is the coefficient only. The rounding of the
                 # down column enters through ⟨w, ŵ⟩ and ‖ŵ‖², which need no tokens.
                 rounded = self._round_inputs(expert, view, bits)
                 hat_SF = rounded.hidden(x_SD.float()) * weight_S1
-                seen.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
-                seen.rounded_OF[option] += hat_SF.square().sum(0, dtype=torch.float64)
+                overlaps.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
+                overlaps.rounded_OF[option] += hat_SF.square().sum(0, dtype=torch.float64)
 
     @cached_property
     def blocks(self) -> list[tuple[Tensor, ...]]:
         """Per expert, its micro-experts' indices by falling energy, split into blocks."""
         found = []
-        for expert, seen in enumerate(self._overlaps):
+        for expert, overlaps in enumerate(self._overlaps):
             order_F = energy_order(
-                seen.square_F * squared_column_norms(self.block.expert(expert).down)
+                overlaps.square_F * squared_column_norms(self.block.expert(expert).down)
             )
             sizes = block_lengths(len(order_F), self.options.block)
             found.append(torch.split(order_F, sizes) if sizes else ())
@@ -160,8 +160,8 @@ class ReplacementErrors(NullObserver):
     def energy(self) -> float:
         """The summed error of removing each micro-expert alone."""
         return sum(
-            float((seen.square_F * squared_column_norms(self.block.expert(expert).down)).sum())
-            for expert, seen in enumerate(self._overlaps)
+            float((overlaps.square_F * squared_column_norms(self.block.expert(expert).down)).sum())
+            for expert, overlaps in enumerate(self._overlaps)
         )
 
     def materialized(self) -> ReplacementErrors:
@@ -175,9 +175,9 @@ class ReplacementErrors(NullObserver):
 
     def _losses(self, expert: int, chosen_n: Tensor) -> Tensor:
         """Return the errors of one block, float64 [O]."""
-        seen, group = self._overlaps[expert], self.options.block
+        overlaps, group = self._overlaps[expert], self.options.block
         down_Dn = self.block.expert(expert).down[:, chosen_n].float()
-        energy_n = seen.square_F[chosen_n] * squared_column_norms(down_Dn)
+        energy_n = overlaps.square_F[chosen_n] * squared_column_norms(down_Dn)
         losses = []
         for option, bits in enumerate(self.options.bits):
             loss_n = energy_n
@@ -186,8 +186,8 @@ class ReplacementErrors(NullObserver):
                 # error depends on which micro-experts share the grid.
                 hat_Dn = round_weights(down_Dn, bits, group, self.options.clip)
                 inner_n = (down_Dn * hat_Dn).sum(0, dtype=torch.float64)
-                cross_n = seen.cross_OF[option, chosen_n] * inner_n
-                square_n = seen.rounded_OF[option, chosen_n] * squared_column_norms(hat_Dn)
+                cross_n = overlaps.cross_OF[option, chosen_n] * inner_n
+                square_n = overlaps.rounded_OF[option, chosen_n] * squared_column_norms(hat_Dn)
                 loss_n = energy_n - 2 * cross_n + square_n
             losses.append(loss_n.sum())
         return torch.stack(losses)

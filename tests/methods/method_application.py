@@ -1,4 +1,4 @@
-"""Applying a method to a tiny network, and slow views of what its blocks do."""
+"""Application of a method to a tiny network, and slow views of what its blocks compute."""
 
 import torch
 from torch.nn import functional

@@ -91,25 +91,27 @@ class Quantizer:
         last: bool,
     ) -> Iterator[dict[str, object]]:
         """Observe a layer, quantize it, and advance the calibration text to the next one."""
-        places = [p for p in find_linears(layer, blocks) if self.bits[p.role] != UNQUANTIZED_BITS]
+        slots = [
+            slot for slot in find_linears(layer, blocks) if self.bits[slot.role] != UNQUANTIZED_BITS
+        ]
         planners = {block: self.planner(block) for block in blocks}
-        seen = _LayerHessians({}, {})
+        hessians = _LayerHessians({}, {})
         if stream is not None:
             # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
             if self.rounder.kind == "gptq":
-                inputs = {place.linear: _empty_hessian(place.linear) for place in places}
-                seen = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
+                inputs = {slot.linear: _empty_hessian(slot.linear) for slot in slots}
+                hessians = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
             # A layer runs twice. Once with its original weights, to measure its true inputs and
             # hidden states; the hidden states between layers do not advance.
             with (
-                observe_experts(seen.observers(planners), self.chunk),
-                accumulate_hessians(seen.inputs),
+                observe_experts(hessians.observers(planners), self.chunk),
+                accumulate_hessians(hessians.inputs),
             ):
                 stream.run(index, advance=False)
         for block, planner in planners.items():
-            yield self._block(block, planner, seen.experts.get(block))
-        for place in places:
-            self._linear(place, seen.inputs.get(place.linear))
+            yield self._block(block, planner, hessians.experts.get(block))
+        for slot in slots:
+            self._linear(slot, hessians.inputs.get(slot.linear))
         # Nothing reads the output of the last layer.
         if stream is not None and not last:
             # Once more, quantized: the next layer is calibrated on inputs that contain the errors
@@ -117,15 +119,15 @@ class Quantizer:
             stream.run(index, advance=True)
 
     def _block(
-        self, block: MoEBlock, planner: Planner, seen: BlockHessians | None
+        self, block: MoEBlock, planner: Planner, observed: BlockHessians | None
     ) -> dict[str, object]:
         """Replace a block's experts by packed ones; return its record entry."""
-        if seen is not None:
-            seen.require_finite()
+        if observed is not None:
+            observed.require_finite()
         plans, packed = planner.plans(), []
         before = self.rounder.counts.copy()
         for expert, plan in enumerate(plans):
-            hessians = None if seen is None else seen.experts[expert]
+            hessians = None if observed is None else observed.experts[expert]
             packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
         replace_child(block.block, block.experts, PackedExperts(packed))
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
@@ -143,12 +145,12 @@ class Quantizer:
             **planner.details(),
         }
 
-    def _linear(self, place: LinearSlot, seen: Hessian | None) -> None:
-        rows, columns = place.linear.weight.shape
-        level = Level(self.bits[place.role], rows)
+    def _linear(self, slot: LinearSlot, hessian: Hessian | None) -> None:
+        rows, columns = slot.linear.weight.shape
+        level = Level(self.bits[slot.role], rows)
         shape = PackedShape(rows, columns, (level,), group=self.group)
-        place.replace(self.rounder.linear(place.linear, shape, seen))
-        self.bit_counts.setdefault(place.role, BitCount()).add(rows * columns, [shape])
+        slot.replace(self.rounder.linear(slot.linear, shape, hessian))
+        self.bit_counts.setdefault(slot.role, BitCount()).add(rows * columns, [shape])
 
     def _head(self, network: Any) -> LinearSlot | None:
         """Return the head if it is to be quantized. It is rounded to nearest."""
@@ -227,10 +229,10 @@ def find_linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[LinearSlo
 
 
 @contextmanager
-def accumulate_hessians(seen: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
+def accumulate_hessians(hessians: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
     """Add the inputs of the layers to their Hessians inside the `with` block."""
     with ExitStack() as stack:
-        for linear, hessian in seen.items():
+        for linear, hessian in hessians.items():
             stack.callback(linear.register_forward_pre_hook(_hessian_hook(hessian)).remove)
         yield
 

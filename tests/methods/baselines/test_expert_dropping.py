@@ -1,4 +1,4 @@
-"""Experts that are gone: masked in the model's own code equals physically removed."""
+"""Dropped experts: masked in the model's own code equals physically removed."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What baselines have in common that take out whole experts: budget, remainder, forms, refusals."""
+"""Methods that remove whole experts: budget, partial expert, states, refusals."""
 
 import json
 

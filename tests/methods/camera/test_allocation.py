@@ -1,4 +1,4 @@
-"""The shared-out budget against trying every way to share it."""
+"""The divided budget against trying every division."""
 
 from itertools import product
 

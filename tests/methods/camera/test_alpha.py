@@ -1,4 +1,4 @@
-"""Which alpha a model gets, and that it is what ranks its micro-experts."""
+"""The alpha of each model, and its use in the ranking of micro-experts."""
 
 import pytest
 

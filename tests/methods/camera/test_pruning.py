@@ -1,4 +1,4 @@
-""""""
+"""CAMERA-P and random experts: ratios, scopes, budgets, refusals."""
 
 import json
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""CAMERA-P that really removes: the same model as the zeroed one, smaller, and open to more."""
+"""CAMERA-P with state=removed: the outputs of the zeroed model, smaller, and prunable again."""
 
 import copy
 

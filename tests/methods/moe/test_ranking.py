@@ -1,4 +1,4 @@
-""""""
+"""Rankings of micro-experts take exactly the budget in every scope."""
 
 import torch
 from hypothesis import given

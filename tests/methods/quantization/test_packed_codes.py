@@ -1,4 +1,4 @@
-""""""
+"""Codes packed into bit planes come back unchanged, at every width and order."""
 
 import copy
 

@@ -1,4 +1,4 @@
-""""""
+"""Quantization methods: packed equals rounded in place, bits are those of the budget, refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Training: the budget is met, a killed run ends as one that was not, bad input is one sentence."""
+"""Training: the budget is met, a resumed run equals an uninterrupted one, bad input is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-""""""
+"""Exact shares of bits, and their division among blocks of micro-experts."""
 
 import itertools
 from fractions import Fraction

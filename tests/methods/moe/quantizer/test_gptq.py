@@ -1,4 +1,4 @@
-""""""
+"""GPTQ against solving for each column in turn, and its Hessian."""
 
 import pytest
 import torch

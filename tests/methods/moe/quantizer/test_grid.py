@@ -1,4 +1,4 @@
-""""""
+"""Grids and rounding to nearest against brute force."""
 
 import pytest
 import torch

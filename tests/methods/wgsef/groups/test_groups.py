@@ -1,4 +1,4 @@
-"""Groups: every zeroed group is one that the outputs do not see, norms are those of its weights."""
+"""Groups: a zeroed group has no effect on the outputs, and norms are those of its weights."""
 
 import pytest
 import torch

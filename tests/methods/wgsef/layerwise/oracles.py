@@ -1,4 +1,4 @@
-""""""
+"""Selections for a single problem, as oracles of the joint ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of solvers share: a small network with its groups, and the groups as vectors."""
+"""Set-up of solver tests: a small network with its groups, and the groups as vectors."""
 
 import torch
 
