@@ -43,11 +43,11 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
-    def part(self, name: str) -> dict[str, Tensor]:
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Return the tensors named `name/...`, with that prefix stripped."""
-        start = f"{name}/"
-        found = {k: t for k, t in self.tensors.items() if k.startswith(start)}
-        return {key.removeprefix(start): tensor for key, tensor in found.items()}
+        prefix = f"{name}/"
+        found = {k: t for k, t in self.tensors.items() if k.startswith(prefix)}
+        return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
 
 
 class CheckpointManager:
@@ -61,31 +61,31 @@ class CheckpointManager:
         self._progress = progress
         self._due = time.monotonic() + MIN_INTERVAL_SECONDS
 
-    def last(self) -> Checkpoint | None:
+    def latest(self) -> Checkpoint | None:
         """Return the latest readable checkpoint, or None."""
         found = read_checkpoint(self._folder, self._progress.warn) if self._folder else None
         if found is not None:
             self._progress.say(f"resuming training from step {found.step}")
         return found
 
-    def keep(self, make: Callable[[], Checkpoint]) -> None:
+    def save(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint. A failed write is logged as a warning; training continues."""
         if self._folder is None:
             return
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             write_checkpoint(self._folder, make())
         except (OSError, SafetensorError) as error:
             self._progress.warn(f"could not write a checkpoint to {self._folder}: {error}")
-        took = time.monotonic() - began
-        # Waiting took / SHARE after a write that took `took` seconds bounds the share of time spent
-        # writing, however slow the disk or large the model.
-        self._due = time.monotonic() + max(MIN_INTERVAL_SECONDS, took / MAX_WRITE_SHARE)
+        seconds = time.monotonic() - start
+        # Waiting seconds / SHARE after a write bounds the share of time spent writing, however slow
+        # the disk or large the model.
+        self._due = time.monotonic() + max(MIN_INTERVAL_SECONDS, seconds / MAX_WRITE_SHARE)
 
     def save_if_due(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint if the last one is old enough."""
         if time.monotonic() >= self._due:
-            self.keep(make)
+            self.save(make)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -93,6 +93,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:09d}"
     temporary = folder / f"{final.name}.tmp{os.getpid()}"
+    replaced = folder / f"{final.name}.old{os.getpid()}"
+    # Left over by a killed writer with the same process number, which in containers is common.
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         _write_files(temporary, checkpoint)
@@ -101,12 +104,16 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     # The same step is written twice if a due checkpoint is followed by the final one. rename() does
-    # not replace a non-empty folder, so the old one goes first; a kill right here loses it.
+    # not replace a non-empty folder, so the old one is renamed aside and deleted only when the new
+    # one is in place: whenever a kill comes, one of the two can be read.
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     temporary.rename(final)
+    # The names themselves must survive a power failure before anything older is deleted.
+    _flush_folder(folder)
     # Only now, after the rename: until then the older checkpoint is what a killed run resumes from.
-    # The pattern also matches `.tmp<pid>` folders of killed writers, which are cleaned up here.
+    # The pattern also matches `.tmp<pid>` and `.old<pid>` folders, also those of killed writers.
     for older in folder.glob("step-*"):
         if older != final:
             shutil.rmtree(older)
@@ -117,8 +124,10 @@ def read_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -> 
 
     Unreadable ones are renamed to `aside<n>-<name>` and reported through `warn`.
     """
-    # `.tmp` marks a folder whose writer was killed before the rename.
-    complete = sorted(path for path in folder.glob("step-*") if ".tmp" not in path.name)
+    # `.tmp` marks a folder whose writer was killed before the rename. `.old` is complete: it stands
+    # in for its step if the writer was killed between its two renames.
+    complete = [path for path in folder.glob("step-*") if ".tmp" not in path.name]
+    complete.sort(key=lambda path: (path.name.partition(".")[0], ".old" not in path.name))
     for path in reversed(complete):
         try:
             return _read_folder(path)
@@ -149,20 +158,32 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
             os.fsync(file.fileno())
 
 
+def _flush_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _read_folder(folder: Path) -> Checkpoint:
     """Read and verify one checkpoint.
 
     Raises:
-        ValueError: the format is unknown or a checksum does not match.
+        ValueError: the format is unknown, or the content is not what was written.
     """
     about = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if not isinstance(about, dict) or about.get("format") != CHECKPOINT_FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise ValueError(f"its format is {found}, expected {CHECKPOINT_FORMAT}")
-    sums = {"tensors": _file_digest(folder / _TENSORS), "text": _text_digest(about["text"])}
+    text = about["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"corrupt: its state is {type(text).__name__}, expected text")
+    sums = {"tensors": _file_digest(folder / _TENSORS), "text": _text_digest(text)}
     if about["sums"] != sums:
         raise ValueError("corrupt: its checksum does not match")
-    state = json.loads(about["text"])
+    state = json.loads(text)
     return Checkpoint(state.pop("step"), load_file(folder / _TENSORS), state)
 
 

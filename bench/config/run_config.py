@@ -164,6 +164,9 @@ def _as_user_error(
     if fault["type"] == "missing":
         return UserError(f"{key} is missing: give {key}=...")
     reason = fault["msg"][0].lower() + fault["msg"][1:]
+    # A rule over several keys has the whole section as its input; its message names the keys.
+    if isinstance(fault["input"], dict) and fault["type"] == "value_error":
+        return UserError(f"{key}: {reason}")
     return UserError(f"{key}={fault['input']}: {reason}")
 
 

@@ -1,15 +1,13 @@
 """Base class of methods that remove whole routed experts, and the removal.
 
-Removal of whole experts such that the router sends their tokens to the remaining ones.
-
-Weights of dropped experts are not stored. Where all blocks are alike and no router has groups, the
-experts' rows of the router are removed too, and the network is a published architecture with fewer
-experts. Otherwise routers are wrapped (`MaskedRouter`) and experts are stored as `RaggedExperts`.
+A dropped expert is one that the router no longer selects. Weights of dropped experts are not
+stored. Where all blocks are alike and no router has groups, the experts' rows of the router are
+removed too, and the network is a published architecture with fewer experts. Otherwise routers are
+wrapped (`MaskedRouter`) and experts are stored as `RaggedExperts`.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,26 +22,27 @@ from bench.method import Effect, LayerReport, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from bench.models.structure.ragged_experts import RaggedExperts
 from methods.baselines.router_masks import MaskedRouter, check_router
 from methods.moe.micro_experts import (
+    copy_to_ragged,
     delete_micro_experts,
     expert_spans,
     per_expert_counts,
+    replace_child,
     zero_micro_experts,
 )
-from methods.moe.pruning import MoEPruning, achieved_ratios
+from methods.moe.pruning import LayerEntry, MoEPruning, achieved_ratios
 
 ExpertState = Literal["zeroed", "removed", "dropped"]
 
 
 @dataclass(frozen=True)
 class RemovedExperts:
-    """What one block loses: `whole` experts, and `rest` micro-experts of the expert `further`."""
+    """What one block loses: `whole` experts, and some micro-experts of a `partial_expert`."""
 
     whole: tuple[int, ...]
-    further: int | None = None
-    rest: int = 0
+    partial_expert: int | None = None
+    partial_count: int = 0
 
 
 def select_whole_experts(
@@ -71,27 +70,26 @@ class WholeExpertPruning(MoEPruning):
     A block loses exactly as many micro-experts as CAMERA-P removes at the same ratio: whole experts
     as long as they fit, and random micro-experts of one further expert for the rest.
 
-    `form` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
+    `state` says what happens to a removed expert. `zeroed`: the router still sends tokens to it and
     it contributes nothing, as in CAMERA-P. `removed`: the same outputs without storing its weights;
     widths are then stored as multiples of `align`. `dropped`: the router no longer selects it,
     tokens are routed to the remaining experts by the model's own rule, and its weights are not
     stored; only the micro-experts of the partial expert are stored zeros.
     """
 
-    form: ExpertState = "zeroed"
+    state: ExpertState = "zeroed"
     align: int = Field(default=16, ge=1)
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a ratio that routed experts alone cannot reach."""
         super().check(structure)
-        budgets = (math.floor(self.share(structure) * b.micro_experts) for b in structure.moe)
-        for block, budget in zip(structure.moe, budgets, strict=True):
+        for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
             if budget > sum(block.widths):
                 raise UserError(
                     f"ratio={self.ratio} removes {budget} micro-experts of {block.name}, but its "
                     f"routed experts have {sum(block.widths)}: use a lower ratio"
                 )
-            if self.form == "dropped":
+            if self.state == "dropped":
                 check_router(block)
                 self._check_enough_stay(block, budget)
 
@@ -106,42 +104,42 @@ class WholeExpertPruning(MoEPruning):
         if left < block.top_k:
             raise UserError(
                 f"ratio={self.ratio} leaves {left} of {block.num_experts} experts in {block.name}, "
-                f"but a token is routed to {block.top_k}: use a lower ratio or form=zeroed"
+                f"but a token is routed to {block.top_k}: use a lower ratio or state=zeroed"
             )
 
-    def run_jobs(
+    def remove_experts(
         self, block: MoEBlock, chosen: RemovedExperts, structure: ModelStructure, seed: int
-    ) -> dict[str, Any]:
+    ) -> LayerEntry:
         """Remove the chosen experts from one block; return its report entry."""
-        whole, rest = _flat_indices(block, chosen.whole), _draw_partial(block, chosen, seed)
-        further = {"expert": chosen.further, "removed": chosen.rest}
+        whole, partial = _flat_indices(block, chosen.whole), _draw_partial(block, chosen, seed)
+        partial_entry = {"expert": chosen.partial_expert, "removed": chosen.partial_count}
         # Counted before anything changes: `block` describes the block as it was.
-        layer: dict[str, Any] = {
+        layer: LayerEntry = {
             "layer": block.layer,
-            "removed": len(whole) + len(rest),
-            **per_expert_counts(block, _index_tensor(whole + rest)),
+            "removed": len(whole) + len(partial),
+            **per_expert_counts(block, _index_tensor(whole + partial)),
             "whole_experts": sorted(chosen.whole),
-            "partial_expert": further if rest else None,
+            "partial_expert": partial_entry if partial else None,
         }
-        if self.form == "dropped":
+        if self.state == "dropped":
             # Before the drop, while flat indices still address the block's original experts.
-            zero_micro_experts(block, _index_tensor(rest))
+            zero_micro_experts(block, _index_tensor(partial))
             if whole:
                 check_router(block)
                 layer["router"] = router_mode(structure)
                 drop_experts(block, chosen.whole, layer["router"])
-            return layer | {"zeroed_micro_experts": len(rest)}
-        if self.form == "zeroed":
-            zero_micro_experts(block, _index_tensor(whole + rest))
-            return layer | {"zeroed_micro_experts": len(whole) + len(rest)}
+            return layer | {"zeroed_micro_experts": len(partial)}
+        if self.state == "zeroed":
+            zero_micro_experts(block, _index_tensor(whole + partial))
+            return layer | {"zeroed_micro_experts": len(whole) + len(partial)}
         if layer["removed"]:
             layer["padding_micro_experts"] = delete_micro_experts(
-                block, _index_tensor(whole + rest), self.align
+                block, _index_tensor(whole + partial), self.align
             )
         return layer
 
-    def report(
-        self, model: Model, structure: ModelStructure, layers: list[dict[str, Any]], **more: Any
+    def build_report(
+        self, model: Model, structure: ModelStructure, layers: list[LayerEntry], **more: object
     ) -> MethodReport:
         """Build the report of all blocks.
 
@@ -149,14 +147,14 @@ class WholeExpertPruning(MoEPruning):
         """
         removed = [layer["removed"] for layer in layers]
         zeroed = [layer.get("zeroed_micro_experts", 0) for layer in layers]
-        if self.form == "dropped":
+        if self.state == "dropped":
             # Only when all blocks are done: the config holds one expert count for all layers.
             update_expert_count(model, router_mode(structure))
-        elif self.form == "removed":
+        elif self.state == "removed":
             model.invalidate_structure()
-        details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
-            "form": self.form,
+        details: dict[str, object] = {
+            "requested": {"ratio": self.ratio, "base": self.base},
+            "state": self.state,
             **achieved_ratios(structure, removed),
             "zeroed_parameters": achieved_ratios(structure, zeroed)["removed_parameters"],
             **more,
@@ -180,10 +178,10 @@ def _flat_indices(block: MoEBlock, experts: Sequence[int]) -> list[int]:
 
 def _draw_partial(block: MoEBlock, chosen: RemovedExperts, seed: int) -> list[int]:
     """Draw the micro-experts that the partial expert loses, independently of other blocks."""
-    if chosen.further is None:
+    if chosen.partial_expert is None:
         return []
     rng = random.Random(f"{seed}:{block.name}")
-    return rng.sample(_flat_indices(block, [chosen.further]), chosen.rest)
+    return rng.sample(_flat_indices(block, [chosen.partial_expert]), chosen.partial_count)
 
 
 RouterMode = Literal["rows removed", "masked"]
@@ -207,15 +205,18 @@ def router_mode(structure: ModelStructure) -> RouterMode:
 
 
 @torch.no_grad()
-def drop_experts(block: MoEBlock, dropped: Sequence[int], form: RouterMode) -> None:
+def drop_experts(block: MoEBlock, dropped: Sequence[int], mode: RouterMode) -> None:
     """Remove routed experts from a block, of which at least `top_k` must stay.
 
-    `block` is stale afterwards: call `settle` when all blocks are done.
+    `block` is stale afterwards: call `update_expert_count` when all blocks are done.
     """
     kept = [expert for expert in range(block.num_experts) if expert not in set(dropped)]
-    if form == "masked":
-        _replace_child(block.block, block.router, MaskedRouter(block.router, kept))
-        _replace_child(block.block, block.experts, _kept_experts(block, kept))
+    if mode == "masked":
+        router = MaskedRouter(block.router, kept)
+        replace_child(block.block, block.router, router, free_old=False)
+        views = [block.expert(expert) for expert in kept]
+        experts = copy_to_ragged(views, [None] * len(views), align=1)
+        replace_child(block.block, block.experts, experts)
         return
     tensors = (*block.router.named_parameters(), *block.router.named_buffers())
     for name, tensor in tensors:
@@ -234,7 +235,7 @@ def drop_experts(block: MoEBlock, dropped: Sequence[int], form: RouterMode) -> N
         _update_counts(module, block.num_experts, len(kept))
 
 
-def update_expert_count(model: Model, form: RouterMode) -> None:
+def update_expert_count(model: Model, mode: RouterMode) -> None:
     """Update the model after all blocks have lost the same number of experts.
 
     Its cached structure is invalidated. Where router rows were removed, the config gets the new
@@ -243,30 +244,9 @@ def update_expert_count(model: Model, form: RouterMode) -> None:
     # Read before the cached structure is invalidated.
     before = model.structure.moe[0].num_experts
     model.invalidate_structure()
-    if form == "rows removed":
+    if mode == "rows removed":
         after = model.structure.moe[0].num_experts
         _update_counts(cast(Any, model.network).config, before, after)
-
-
-def _kept_experts(block: MoEBlock, kept: Sequence[int]) -> RaggedExperts:
-    """Store the kept experts of a block as `RaggedExperts` without padding."""
-    views = [block.expert(expert) for expert in kept]
-    like, widths = views[0].down, [view.width for view in views]
-    made = RaggedExperts(
-        widths, block.d_model, views[0].act, align=1, dtype=like.dtype, device=like.device
-    )
-    for place, source in enumerate(views):
-        target = made.view(place)
-        target.gate.copy_(source.gate)
-        target.up.copy_(source.up)
-        target.down.copy_(source.down)
-    return made
-
-
-def _replace_child(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    # Found by identity: the child's name differs between architectures.
-    name = next(name for name, child in owner.named_children() if child is old)
-    setattr(owner, name, new.requires_grad_(False).train(old.training))
 
 
 def _keep_rows(module: nn.Module, name: str, kept: Sequence[int]) -> None:

@@ -1,10 +1,7 @@
-"""REAP, expert frequency and their shared score-and-drop.
+"""Baselines that score whole experts on calibration text and drop the lowest.
 
-Expert frequency: drop the experts that the fewest calibration tokens are routed to.
-
-Shapes: E routed experts, S tokens of one expert, D d_model, F an expert's width.
-
-REAP (arXiv 2510.13999): drop the experts that contribute least to the tokens routed to them.
+Expert frequency drops the experts that the fewest tokens are routed to, REAP (arXiv 2510.13999)
+those that contribute least to the tokens routed to them.
 
 Shapes: E routed experts, S tokens of one expert, D d_model, F an expert's width.
 """
@@ -12,7 +9,7 @@ Shapes: E routed experts, S tokens of one expert, D d_model, F an expert's width
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ from bench.models.expert_hooks import ExpertObserver
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
 from methods.baselines.expert_removal import ExpertState, WholeExpertPruning, select_whole_experts
-from methods.moe.calibration_walk import CalibratedPruning, require_finite
+from methods.moe.calibration_walk import NullObserver, SequentialPruning, require_finite
 from methods.moe.micro_experts import expert_view
 from methods.moe.pruning import refuse_offloaded, require_calibration
 
@@ -34,10 +31,8 @@ class ExpertScorer(ExpertObserver, Protocol):
         """Return the score of every routed expert, float64 [E]; the lowest are removed."""
 
 
-class ScoredExpertPruning(WholeExpertPruning, CalibratedPruning):
+class ScoredExpertPruning(WholeExpertPruning, SequentialPruning):
     """A method that removes the experts of lowest score; ties are broken by index."""
-
-    uses_calibration: ClassVar[bool] = True
 
     @abstractmethod
     def observer(self, block: MoEBlock) -> ExpertScorer:
@@ -49,17 +44,17 @@ class ScoredExpertPruning(WholeExpertPruning, CalibratedPruning):
         structure = model.structure
         refuse_offloaded(structure.moe)
         layers = []
-        seen = self.watch(model, calibration.tokens, self.observer, context.progress)
-        for (block, observer), budget in zip(seen, self.budgets(structure), strict=True):
+        observed = self.observe_blocks(model, calibration.tokens, self.observer, context.progress)
+        for (block, observer), budget in zip(observed, self.budgets(structure), strict=True):
             score_E = observer.scores()
             require_finite(block, score_E)
             # Stable: equal scores, such as the zeros of experts that were never reached, keep their
             # index order on every device.
             order = torch.argsort(score_E, stable=True).tolist()
             chosen = select_whole_experts(block.widths, order, budget)
-            layer = self.run_jobs(block, chosen, structure, context.seed)
+            layer = self.remove_experts(block, chosen, structure, context.seed)
             layers.append(layer | {"scores": score_E.tolist()})
-        return self.report(
+        return self.build_report(
             model,
             structure,
             layers,
@@ -69,7 +64,7 @@ class ScoredExpertPruning(WholeExpertPruning, CalibratedPruning):
         )
 
 
-class ExpertTokenCounts:
+class ExpertTokenCounts(NullObserver):
     """N_e: number of tokens that have expert e among their top k."""
 
     def __init__(self, block: MoEBlock) -> None:
@@ -79,12 +74,6 @@ class ExpertTokenCounts:
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Count the tokens of one expert."""
         self._tokens_E[expert] += len(weight_S)
-
-    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Ignore the shared experts: every token reaches them."""
-
-    def output(self, y_TD: Tensor) -> None:
-        """Ignore the block output."""
 
     def scores(self) -> Tensor:
         """Return N, float64 [E]."""
@@ -99,7 +88,7 @@ class ExpertFrequency(ScoredExpertPruning):
         return ExpertTokenCounts(block)
 
 
-class ReapSaliency:
+class ReapSaliency(NullObserver):
     """S_e = mean over the tokens t routed to e of A_te · ‖f_e(x_t)‖₂ (router-weighted norm).
 
     A is the weight that the model's router applies, f_e the unweighted expert. An expert that no
@@ -120,12 +109,6 @@ class ReapSaliency:
         self._sum_E[expert] += (norm_S * weight_S.float()).sum(dtype=torch.float64)
         self._tokens_E[expert] += len(weight_S)
 
-    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Ignore the shared experts: they are not scored."""
-
-    def output(self, y_TD: Tensor) -> None:
-        """Ignore the block output."""
-
     def scores(self) -> Tensor:
         """Return S, float64 [E]."""
         # The mean is over routed tokens only, not over all tokens: frequency is deliberately not a
@@ -136,11 +119,11 @@ class ReapSaliency:
 class Reap(ScoredExpertPruning):
     """Remove the experts of lowest saliency, measured on the unpruned model.
 
-    As published, the router no longer selects them (`form=dropped`), and all layers are measured
+    As published, the router no longer selects them (`state=dropped`), and all layers are measured
     before any is changed (`sequential=false`).
     """
 
-    form: ExpertState = "dropped"
+    state: ExpertState = "dropped"
     sequential: bool = False
 
     def observer(self, block: MoEBlock) -> ReapSaliency:

@@ -1,6 +1,4 @@
-"""Controls: magnitude, activation, random micro-experts and experts.
-
-Controls that rank micro-experts by one factor of CAMERA's energy.
+"""Controls: rankings by one factor of CAMERA's energy, and random removals.
 
 Shapes: N micro-experts of a layer (shared ones first).
 
@@ -11,7 +9,6 @@ With φ the coefficients and w the down columns of `methods.camera.energy`, the 
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
 import torch
 
@@ -19,7 +16,7 @@ from bench.method import Context, MethodReport
 from bench.models.model import Model
 from methods.baselines.expert_removal import WholeExpertPruning, select_whole_experts
 from methods.moe.calibration_statistics import Activations
-from methods.moe.calibration_walk import CalibratedPruning, require_finite
+from methods.moe.calibration_walk import SequentialPruning, require_finite
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
 from methods.moe.ranking import lowest, magnitudes
 
@@ -38,10 +35,8 @@ class Magnitude(MicroExpertPruning):
         return self.build_report(model, structure, layers)
 
 
-class ActivationOnly(MicroExpertPruning, CalibratedPruning):
+class ActivationOnly(MicroExpertPruning, SequentialPruning):
     """Remove the micro-experts of least ‖φ‖₂², regardless of their down column."""
-
-    uses_calibration: ClassVar[bool] = True
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure and rank within every layer."""
@@ -49,8 +44,8 @@ class ActivationOnly(MicroExpertPruning, CalibratedPruning):
         structure = model.structure
         refuse_offloaded(structure.moe)
         layers = []
-        seen = self.watch(model, calibration.tokens, Activations, context.progress)
-        for (block, observer), budget in zip(seen, self.budgets(structure), strict=True):
+        observed = self.observe_blocks(model, calibration.tokens, Activations, context.progress)
+        for (block, observer), budget in zip(observed, self.budgets(structure), strict=True):
             score_N = observer.square_sum()
             require_finite(block, score_N)
             layers.append(self.remove_micro_experts(block, lowest(score_N, budget)))
@@ -72,8 +67,8 @@ class RandomExperts(WholeExpertPruning):
             rng = random.Random(f"{context.seed}:{block.name}:order")
             order = rng.sample(range(block.num_experts), block.num_experts)
             chosen = select_whole_experts(block.widths, order, budget)
-            layers.append(self.run_jobs(block, chosen, structure, context.seed))
-        return self.report(model, structure, layers)
+            layers.append(self.remove_experts(block, chosen, structure, context.seed))
+        return self.build_report(model, structure, layers)
 
 
 class RandomMicroExperts(MicroExpertPruning):

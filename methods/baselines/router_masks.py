@@ -71,12 +71,12 @@ def check_router(block: MoEBlock) -> None:
     if not isinstance(weight, Tensor) or tuple(weight.shape) != (block.num_experts, block.d_model):
         raise UserError(
             f"the router of {block.name} has no weight with one row per expert, so experts cannot "
-            "be dropped from it: use form=zeroed"
+            "be dropped from it: use state=zeroed"
         )
     if block.num_experts > block.d_model:
         raise UserError(
             f"{block.name} has {block.num_experts} experts, but dropping supports at most as "
-            f"many as hidden dimensions ({block.d_model}): use form=zeroed"
+            f"many as hidden dimensions ({block.d_model}): use state=zeroed"
         )
 
 
@@ -88,7 +88,7 @@ class MaskedRouter(ReplacedModule):
 
     kept: Tensor
     dropped: Tensor
-    new_names: Tensor
+    new_index: Tensor
 
     def __init__(self, router: nn.Module, kept: Sequence[int]) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class MaskedRouter(ReplacedModule):
         gone = sorted(set(range(len(weight))) - set(kept))
         # Dropped experts get index 0: where one is still selected, its weight is zero, and the
         # index only has to be valid.
-        new_names = [kept.index(expert) if expert in kept else 0 for expert in range(len(weight))]
+        new_index = [kept.index(expert) if expert in kept else 0 for expert in range(len(weight))]
         self.router = router
-        for name, numbers in (("kept", kept), ("dropped", gone), ("new_names", new_names)):
+        for name, numbers in (("kept", kept), ("dropped", gone), ("new_index", new_index)):
             self.register_buffer(name, torch.tensor(numbers, device=weight.device))
 
     @property
@@ -116,7 +116,7 @@ class MaskedRouter(ReplacedModule):
         return cls(original, [int(expert) for expert in spec["kept"]])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (logits of the kept experts, weights [T, K], experts by their new names)."""
+        """Return (logits of the kept experts, weights [T, K], experts by their new index)."""
         logits_TE = self.router(x)[0]
         weight_TK, index_TK = route(self.router, logits_TE, self.dropped)
-        return logits_TE[:, self.kept], weight_TK, self.new_names[index_TK]
+        return logits_TE[:, self.kept], weight_TK, self.new_index[index_TK]

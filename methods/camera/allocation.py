@@ -1,21 +1,16 @@
-"""Shares of a budget: micro-experts removed per layer, bits per micro-expert.
+"""Division of a budget: micro-experts to remove among layers, bits among micro-experts.
 
-Division of a model-wide budget of micro-experts among the layers.
+Shapes: N micro-experts of a layer, F an expert's width.
 
-Shapes: N micro-experts of a layer.
+Removal: the predicted error of a layer that loses its n micro-experts of least energy is the sum of
+their energies, relative to the power of the layer's output. Its increments grow with n, so the
+least total over all divisions of the budget is found greedily: a ranking of all layers together, in
+which a layer drops out at its limit.
 
-The predicted error of a layer that loses its n micro-experts of least energy is the sum of their
-energies, relative to the power of the layer's output. Its increments grow with n, so the least
-total over all divisions of the budget is found greedily: a ranking of all layers together, in which
-a layer drops out at its limit.
-
-Allocation of bits in CAMERA-Q: more bits for more energy, at an exact mean per layer.
-
-Shapes: F an expert's width.
-
-The micro-experts of an expert are ordered by energy and cut into blocks, the unit of allocation, so
-that bits change only where a group of the down matrix ends anyway. A block is divided only where
-the size of a level is not a whole number of blocks.
+Bits in CAMERA-Q: more for more energy, at an exact mean per layer. The micro-experts of an expert
+are ordered by energy and cut into blocks, the unit of allocation, so that bits change only where a
+group of the down matrix ends anyway. A block is divided only where the size of a level is not a
+whole number of blocks.
 """
 
 from __future__ import annotations
@@ -121,7 +116,7 @@ def distribute_levels(
     sizes = [dict.fromkeys((level.bits for level in levels), 0) for _ in range(experts)]
     for unit, bits, taken in _assign_levels(ranked, levels):
         sizes[unit.expert][bits] += taken
-    return [[Level(bits, size) for bits, size in own.items() if size] for own in sizes]
+    return [[Level(bits, size) for bits, size in counts.items() if size] for counts in sizes]
 
 
 def _assign_levels(

@@ -1,6 +1,4 @@
-"""The energy of a micro-expert and the weight of its peak term.
-
-CAMERA's energy: the contribution of a micro-expert to the output of its layer.
+"""CAMERA's energy: the contribution of a micro-expert to the output of its layer.
 
 Shapes: S tokens of one expert, F its width, N micro-experts of a layer (shared ones first).
 
@@ -12,12 +10,10 @@ column, the layer's routed output is y_t = Σ_i φ_ti w_i. Then (arXiv 2508.0232
 in squared activation times squared weight. At α = 0 it is exactly the squared error that removing i
 alone causes in the layer's output, summed over tokens.
 
-Weight of the peak term in CAMERA's energy, per model, according to the sources.
-
-The paper's values are known only second-hand. Its code multiplies the peak by 0.90 or 0.95 for
-DeepSeek-MoE and by 1.0 by default, which is what Qwen3 was run with (`paper`). A note gives 0.05,
-and 0 for Qwen3, which could be meant as the peak's weight as well (`low_peak`). The question is
-open: run both before claiming a replication.
+The paper's values of α, the weight of the peak term, are known only second-hand. Its code
+multiplies the peak by 0.90 or 0.95 for DeepSeek-MoE and by 1.0 by default, which is what Qwen3 was
+run with (`paper`). A note gives 0.05, and 0 for Qwen3, which could be meant as the peak's weight as
+well (`low_peak`). The question is open: run both before claiming a replication.
 """
 
 from __future__ import annotations

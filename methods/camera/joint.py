@@ -1,10 +1,6 @@
-"""CAMERA-PQ: pruning and bits in one decision.
-
-CAMERA-PQ: pruning and quantization in one decision, 0 to 8 bits per block of micro-experts.
+"""CAMERA-PQ: pruning and quantization in one decision, 0 to 8 bits per block of micro-experts.
 
 Not in the paper, whose fixed groups can neither drop a micro-expert nor trade its bits for others.
-
-Error in a layer's output when a micro-expert is rounded or removed.
 
 Shapes: S tokens of one expert, F its width, N routed micro-experts of a layer, D d_model, O bit
 options, I blocks of micro-experts, n micro-experts of one block.
@@ -21,10 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from functools import cached_property, partial
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -33,20 +28,19 @@ from torch import Tensor
 from bench.errors import UserError
 from bench.method import Context
 from bench.models.bitpacking.packed_shape import GRID_BITS, Level
-from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.camera.allocation import block_lengths, block_size, energy_order
 from methods.moe.calibration_statistics import squared_column_norms
-from methods.moe.calibration_walk import require_finite, walk_blocks
+from methods.moe.calibration_walk import NullObserver, WalkOptions, require_finite, walk_blocks
 from methods.moe.pruning import require_calibration
 from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
 from methods.moe.quantizer.expert_plan import ExpertPlan, tied_plan
-from methods.moe.quantizer.grid import Clip, round_weights
+from methods.moe.quantizer.grid import Clip, RoundedWeights, round_weights
 from methods.moe.quantizer.method import MoEQuantization, check_falling
-from methods.moe.quantizer.observers import NullObserver, Planner
+from methods.moe.quantizer.observers import Planner
 
 BitWidthOrZero = Annotated[int, Field(ge=0, le=8)]
 BitChoicesOrZero = Annotated[
@@ -60,13 +54,13 @@ class CameraPQ(MoEQuantization):
     The choice minimises the summed error of replacing each micro-expert alone, which at 0 bits is
     its energy at α = 0. `budget_bits` is the mean bits per routed weight, scales and offsets
     included. The budget holds per `layer`, each measured on the outputs of the quantized layers
-    before it, or with scope `model` over all layers together, measured in one pass before anything
+    before it, or with scope `global` over all layers together, measured in one pass before anything
     changes. `block` is as in CAMERA-Q.
     """
 
     bits: BitChoicesOrZero = (4, 3, 2, 1, 0)
     budget_bits: float = Field(default=2.25, gt=0, allow_inf_nan=False)
-    scope: Literal["layer", "model"] = "layer"
+    scope: Literal["layer", "global"] = "layer"
     block: int | None = Field(default=None, ge=1)
 
     def check(self, structure: ModelStructure) -> None:
@@ -75,7 +69,7 @@ class CameraPQ(MoEQuantization):
         for block in structure.moe:
             # Per block the cheapest option, which is the fewest bits: 0 costs nothing, not even a
             # grid.
-            least = int(self.options(block).costs(block).amin(1).sum())
+            least = int(self.options(block).cost_in_bits(block).amin(1).sum())
             if least > self.budget(block):
                 need = least / (3 * block.d_model * sum(block.widths))
                 raise UserError(
@@ -92,14 +86,10 @@ class CameraPQ(MoEQuantization):
         """Return the budget in bits of a block's routed experts."""
         return math.floor(exact_fraction(self.budget_bits) * 3 * block.d_model * sum(block.widths))
 
-    def planner(self, block: MoEBlock) -> Planner:
-        """Return the planner that measures a block and solves for its own budget."""
-        return SolvingPlanner(self, block)
-
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """With scope `model`, measure and solve for all blocks before anything changes."""
+        """With scope `global`, measure and solve for all blocks before anything changes."""
         if self.scope == "layer":
-            return self.planner
+            return partial(SolvingPlanner, self)
         measured = self._measure(model, context)
         blocks = [found.block for found in measured]
         chosen = solve_bit_budget(measured, sum(self.budget(block) for block in blocks))
@@ -108,16 +98,14 @@ class CameraPQ(MoEQuantization):
         return lambda block: decided[block.name]
 
     def _measure(self, model: Model, context: Context) -> list[ReplacementErrors]:
-        def start(block: MoEBlock) -> ReplacementErrors:
+        def make_observer(block: MoEBlock) -> ReplacementErrors:
             return ReplacementErrors(block, self.options(block))
 
-        def watching(seen: dict[MoEBlock, ReplacementErrors]) -> AbstractContextManager[None]:
-            return observe_experts(seen, self.chunk)
-
         tokens_BL = require_calibration(context).tokens
-        found = walk_blocks(model, tokens_BL, start, watching, self.batch, False, context.progress)
+        options = WalkOptions(self.batch, self.chunk)
+        observed = walk_blocks(model, tokens_BL, make_observer, options, context.progress)
         # Errors need the original weights, which the walk offloads or the caller quantizes later.
-        return [measured.settled() for _, measured in found]
+        return [errors.materialized() for _, errors in observed]
 
 
 class ReplacementErrors(NullObserver):
@@ -126,29 +114,31 @@ class ReplacementErrors(NullObserver):
     def __init__(self, block: MoEBlock, options: BitOptions) -> None:
         self.block, self.options = block, options
         device = block.expert(0).down.device
+        self._rounded = RoundedWeights(options.group, options.clip)
         self._overlaps = [Overlaps(width, len(options.bits), device) for width in block.widths]
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert, recomputed for every bit option."""
-        view, seen = self.block.expert(expert), self._overlaps[expert]
+        view, overlaps = self.block.expert(expert), self._overlaps[expert]
         weight_S1 = weight_S.float()[:, None]
         phi_SF = hidden_SF.float() * weight_S1
-        seen.square_F += phi_SF.square().sum(0, dtype=torch.float64)
+        overlaps.square_F += phi_SF.square().sum(0, dtype=torch.float64)
         for option, bits in enumerate(self.options.bits):
             if bits:
                 # Gate and up rounded, down not: φ̂ is the coefficient only. The rounding of the
                 # down column enters through ⟨w, ŵ⟩ and ‖ŵ‖², which need no tokens.
-                hat_SF = self._rounded(view, bits).hidden(x_SD.float()) * weight_S1
-                seen.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
-                seen.rounded_OF[option] += hat_SF.square().sum(0, dtype=torch.float64)
+                rounded = self._round_inputs(expert, view, bits)
+                hat_SF = rounded.hidden(x_SD.float()) * weight_S1
+                overlaps.cross_OF[option] += (phi_SF * hat_SF).sum(0, dtype=torch.float64)
+                overlaps.rounded_OF[option] += hat_SF.square().sum(0, dtype=torch.float64)
 
     @cached_property
     def blocks(self) -> list[tuple[Tensor, ...]]:
         """Per expert, its micro-experts' indices by falling energy, split into blocks."""
         found = []
-        for expert, seen in enumerate(self._overlaps):
+        for expert, overlaps in enumerate(self._overlaps):
             order_F = energy_order(
-                seen.square_F * squared_column_norms(self.block.expert(expert).down)
+                overlaps.square_F * squared_column_norms(self.block.expert(expert).down)
             )
             sizes = block_lengths(len(order_F), self.options.block)
             found.append(torch.split(order_F, sizes) if sizes else ())
@@ -170,21 +160,24 @@ class ReplacementErrors(NullObserver):
     def energy(self) -> float:
         """The summed error of removing each micro-expert alone."""
         return sum(
-            float((seen.square_F * squared_column_norms(self.block.expert(expert).down)).sum())
-            for expert, seen in enumerate(self._overlaps)
+            float((overlaps.square_F * squared_column_norms(self.block.expert(expert).down)).sum())
+            for expert, overlaps in enumerate(self._overlaps)
         )
 
-    def settled(self) -> ReplacementErrors:
+    def materialized(self) -> ReplacementErrors:
         """Compute everything that needs the block's weights, and return self."""
         # Cached properties: reading them stores their values.
         _ = self.blocks, self.losses, self.energy
+        # The measurement is over: with all layers measured before any is planned, the codes of all
+        # of them would add up to the size of the model.
+        self._rounded = RoundedWeights(self.options.group, self.options.clip)
         return self
 
     def _losses(self, expert: int, chosen_n: Tensor) -> Tensor:
         """Return the errors of one block, float64 [O]."""
-        seen, group = self._overlaps[expert], self.options.block
+        overlaps, group = self._overlaps[expert], self.options.block
         down_Dn = self.block.expert(expert).down[:, chosen_n].float()
-        energy_n = seen.square_F[chosen_n] * squared_column_norms(down_Dn)
+        energy_n = overlaps.square_F[chosen_n] * squared_column_norms(down_Dn)
         losses = []
         for option, bits in enumerate(self.options.bits):
             loss_n = energy_n
@@ -193,15 +186,15 @@ class ReplacementErrors(NullObserver):
                 # error depends on which micro-experts share the grid.
                 hat_Dn = round_weights(down_Dn, bits, group, self.options.clip)
                 inner_n = (down_Dn * hat_Dn).sum(0, dtype=torch.float64)
-                cross_n = seen.cross_OF[option, chosen_n] * inner_n
-                square_n = seen.rounded_OF[option, chosen_n] * squared_column_norms(hat_Dn)
+                cross_n = overlaps.cross_OF[option, chosen_n] * inner_n
+                square_n = overlaps.rounded_OF[option, chosen_n] * squared_column_norms(hat_Dn)
                 loss_n = energy_n - 2 * cross_n + square_n
             losses.append(loss_n.sum())
         return torch.stack(losses)
 
-    def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
-        group, clip = self.options.group, self.options.clip
-        gate, up = (round_weights(weight, bits, group, clip) for weight in (view.gate, view.up))
+    def _round_inputs(self, expert: int, view: ExpertView, bits: int) -> ExpertView:
+        gate = self._rounded.values((expert, "gate"), view.gate, bits)
+        up = self._rounded.values((expert, "up"), view.up, bits)
         return ExpertView(gate, up, view.down, view.act)
 
 
@@ -219,7 +212,7 @@ class SolvingPlanner(ReplacementErrors):
         self._decided = DecidedPlanner(self, chosen_I)
         return self._decided.plans()
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return what was removed, and the predicted error."""
         return self._decided.details()
 
@@ -237,7 +230,7 @@ class DecidedPlanner(NullObserver):
         remaining = iter(self._bits_I)
         return [self._plan([(next(remaining), p) for p in own]) for own in self._measured.blocks]
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return what was removed, and the predicted error."""
         measured = self._measured
         parts = [part for own in measured.blocks for part in own]
@@ -247,7 +240,7 @@ class DecidedPlanner(NullObserver):
         return {
             "block": measured.options.block,
             "removed": sum(removed),
-            "foreseen_relative_error": error / measured.energy if measured.energy else 0.0,
+            "predicted_relative_error": error / measured.energy if measured.energy else 0.0,
         }
 
     def _plan(self, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:
@@ -256,7 +249,7 @@ class DecidedPlanner(NullObserver):
         # contiguous.
         kept = sorted((part for part in parts if part[0]), key=lambda part: -part[0])
         order_f = torch.cat([chosen_n for _, chosen_n in kept] or [torch.zeros(0).long()])
-        # The group size of down is the block size: one grid per row and block, as `Options.costs`
+        # The group size of down is the block size: one grid per row and block, as `cost_in_bits`
         # counts. Only an expert's last block is smaller, and it comes last in its level.
         levels = [Level(b, sum(len(p) for own, p in kept if own == b)) for b in options.bits if b]
         return tied_plan(order_f, levels, block.d_model, options.group, options.block)
@@ -269,7 +262,7 @@ def solve_bit_budget(measured: Sequence[ReplacementErrors], budget: int) -> list
     take the whole budget. For a single layer this changes nothing.
     """
     losses = [found.losses / (found.energy or 1.0) for found in measured]
-    costs = [found.options.costs(found.block) for found in measured]
+    costs = [found.options.cost_in_bits(found.block) for found in measured]
     chosen = solve_multiple_choice_knapsack(
         torch.cat(losses).numpy(), torch.cat(costs).numpy(), budget
     )
@@ -286,7 +279,7 @@ class BitOptions:
     block: int
     clip: Clip
 
-    def costs(self, block: MoEBlock) -> Tensor:
+    def cost_in_bits(self, block: MoEBlock) -> Tensor:
         """Return the bits that every block of micro-experts takes, grids included, int64 [I, O].
 
         Each of n micro-experts has two rows (gate, up) with a grid per group of inputs; the down

@@ -18,23 +18,21 @@ energies of different layers are comparable.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from bench.method import Context, MethodReport
-from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.moe.calibration_statistics import Activations, backpropagate_loss, enable_gradients
-from methods.moe.calibration_walk import require_finite, walk_blocks
+from methods.moe.calibration_walk import CalibratedPruning, require_finite, walk_blocks
 from methods.moe.micro_experts import expert_spans, expert_view
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
-from methods.moe.ranking import lowest, lowest_overall
+from methods.moe.ranking import energy_share, lowest, lowest_overall
 
 
 def sensitivity(down_DF: Tensor, metric_DD: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ class OutputMetric:
         return self._sum_DD / max(self._tokens, 1)
 
 
-def output_metrics(model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEBlock, Tensor]:
+def output_metrics(model: Model, tokens_BL: Tensor, progress: Progress) -> dict[MoEBlock, Tensor]:
     """Return G of every block from one forward and backward pass; no weight gets a gradient.
 
     Rows are processed one at a time, since all activations of a row are kept until its backward
@@ -80,7 +78,7 @@ def output_metrics(model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEB
     """
     gathered = {block: OutputMetric(block) for block in model.structure.moe}
     with enable_gradients(model.network), _record_output_gradients(gathered):
-        for row_1L in told.track(tokens_BL.split(1), "computing gradients of the loss"):
+        for row_1L in progress.track(tokens_BL.split(1), "computing gradients of the loss"):
             backpropagate_loss(model.network, row_1L)
     return {block: found.metric() for block, found in gathered.items()}
 
@@ -95,8 +93,8 @@ def _record_output_gradients(gathered: dict[MoEBlock, OutputMetric]) -> Iterator
         yield
 
 
-def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], None]:
-    def after(_: nn.Module, __: Any, output_BLD: Tensor) -> None:
+def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, object, Tensor], None]:
+    def after(_: nn.Module, __: object, output_BLD: Tensor) -> None:
         # A hook on the tensor, not a module backward hook: no autograd function is wrapped around
         # the block, and the gradient is complete when the hook runs.
         output_BLD.register_hook(found.add)
@@ -104,17 +102,13 @@ def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, Any, Tensor], No
     return after
 
 
-class CameraLossAware(MicroExpertPruning):
+class CameraLossAware(MicroExpertPruning, CalibratedPruning):
     """Remove the micro-experts of least loss-aware energy, measured on the unpruned model.
 
     `scope` ranks within a `layer`, as CAMERA-P does, or over the whole model (`global`).
     """
 
-    uses_calibration: ClassVar[bool] = True
-
     scope: Literal["layer", "global"] = "layer"
-    batch: int = Field(default=8, ge=1)
-    chunk: int = Field(default=4096, ge=1)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Run one backward pass per row, measure activations once, rank and remove."""
@@ -128,7 +122,7 @@ class CameraLossAware(MicroExpertPruning):
         layers = []
         for block, energy_N, indices in zip(structure.moe, energies, chosen, strict=True):
             here = indices.to(energy_N.device)
-            share = _energy_share(energy_N, here)
+            share = energy_share(energy_N, here)
             layers.append(self.remove_micro_experts(block, here) | {"removed_energy_share": share})
         return self.build_report(
             model,
@@ -146,21 +140,14 @@ class CameraLossAware(MicroExpertPruning):
             return lowest_overall(energies, sum(budgets))
         return [lowest(energy_N, n) for energy_N, n in zip(energies, budgets, strict=True)]
 
-    def _energies(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[Tensor]:
+    def _energies(self, model: Model, tokens_BL: Tensor, progress: Progress) -> list[Tensor]:
         """Return every block's energies, float64 [N]."""
-        metrics = output_metrics(model, tokens_BL, told)
-        seen = walk_blocks(model, tokens_BL, Activations, self._watching, self.batch, False, told)
+        metrics = output_metrics(model, tokens_BL, progress)
         energies = []
-        for block, activations in seen:
+        for block, activations in walk_blocks(
+            model, tokens_BL, Activations, self.walk_options(), progress
+        ):
             energy_N = loss_aware_energy(block, activations.square_sum(), metrics[block])
             require_finite(block, energy_N)
             energies.append(energy_N)
         return energies
-
-    def _watching(self, seen: dict[MoEBlock, Activations]) -> AbstractContextManager[None]:
-        return observe_experts(seen, self.chunk)
-
-
-def _energy_share(energy_N: Tensor, indices: Tensor) -> float:
-    total = float(energy_N.sum())
-    return float(energy_N[indices].sum()) / total if total else 0.0

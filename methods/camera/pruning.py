@@ -1,6 +1,4 @@
-"""CAMERA-P: method and its surgery on one block.
-
-Removal of selected micro-experts from one block, and its report.
+"""CAMERA-P: measure the energies of micro-experts, rank them, remove the lowest.
 
 Shapes: N micro-experts of a layer, E routed experts.
 """
@@ -9,39 +7,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from bench.data.calibration import Calibration
-from bench.method import Context, LayerReport, MethodReport
+from bench.method import Context, MethodReport
 from bench.models.model import Model
 from bench.models.offload import onloaded
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.camera.allocation import allocate_least_error
-from methods.camera.analysis import BlockEnergies, WalkOptions, block_energies
+from methods.camera.analysis import BlockEnergies
 from methods.camera.energy import Alpha, resolve_alpha
+from methods.moe.calibration_walk import SequentialPruning, walk_blocks
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import (
     SHARED,
     channels_per_expert,
-    delete_micro_experts,
     expert_spans,
     per_expert_counts,
-    zero_micro_experts,
 )
-from methods.moe.pruning import MoEPruning, achieved_ratios, refuse_packed, require_calibration
-from methods.moe.ranking import lowest, lowest_overall, lowest_per_expert
+from methods.moe.pruning import LayerEntry, MicroExpertPruning, refuse_packed, require_calibration
+from methods.moe.ranking import energy_share, lowest, lowest_overall, lowest_per_expert
 
 # Below the power of any output computed in float32; keeps 0 / 0 out for a block without output.
 MIN_OUTPUT_POWER = 1e-300
-PrunedState = Literal["zeroed", "removed"]
 
 
-class CameraP(MoEPruning):
+class CameraP(MicroExpertPruning, SequentialPruning):
     """Prune micro-experts by energy.
 
     `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of two readings of
@@ -50,8 +44,7 @@ class CameraP(MoEPruning):
     `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
     `expert`, or over the whole model (`global`: energies relative to the output power of their
     block; not in the paper). `sequential` prunes a layer before the next is measured (the official
-    order). `normalised` replaces the sum over tokens by their mean. `batch` rows pass through a
-    layer together, and an expert sees at most `chunk` tokens at a time; neither changes the result.
+    order). `normalised` replaces the sum over tokens by their mean.
 
     `state` says how micro-experts are removed: `zeroed` as in the paper, or `removed`, which
     computes the same function without storing the weights. The remaining width of an expert is
@@ -63,109 +56,74 @@ class CameraP(MoEPruning):
     before the layers are pruned; no layer then loses more than `layer_limit`.
     """
 
-    uses_calibration: ClassVar[bool] = True
-
     alpha: Alpha = "paper"
     scope: Literal["layer", "expert", "global"] = "layer"
-    sequential: bool = Field(default=True, validate_default=True)
     normalised: bool = False
-    state: PrunedState = "removed"
+    state: Literal["zeroed", "removed"] = "removed"
     align: int = Field(default=8, ge=1)
     refit: bool = False
     refit_damping: float = Field(default=1e-4, gt=0)
     allocation: Literal["uniform", "least_error"] = "uniform"
     layer_limit: float = Field(default=0.9, gt=0, le=1)
-    batch: int = Field(default=8, ge=1)
-    chunk: int = Field(default=4096, ge=1)
 
-    @field_validator("sequential")
-    @classmethod
-    def _one_pass_for_global(cls, sequential: bool, others: ValidationInfo) -> bool:
-        if sequential and others.data.get("scope") == "global":
+    @model_validator(mode="after")
+    def _check_global_scope(self) -> Self:
+        if self.scope != "global":
+            return self
+        if self.sequential:
             raise ValueError("scope=global ranks all layers at once: set sequential=false")
-        return sequential
-
-    @field_validator("refit")
-    @classmethod
-    def _refit_by_layer(cls, refit: bool, others: ValidationInfo) -> bool:
-        if refit and others.data.get("scope") == "global":
+        if self.refit:
             raise ValueError(
                 "refit works layer by layer and does not support scope=global: set refit=false"
             )
-        return refit
-
-    @field_validator("allocation")
-    @classmethod
-    def _global_allocates(cls, allocation: str, others: ValidationInfo) -> str:
-        if allocation != "uniform" and others.data.get("scope") == "global":
+        if self.allocation != "uniform":
             raise ValueError(
                 "scope=global divides the budget among layers itself: set allocation=uniform"
             )
-        return allocation
+        return self
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, rank and prune; the report holds what was removed from every layer."""
-        alpha = resolve_alpha(self.alpha, model.structure.model_type)
-        # On a copy: this object is the user's config and keeps the name given there.
-        return self.model_copy(update={"alpha": alpha})._prune(model, context)
-
-    def _prune(self, model: Model, context: Context) -> MethodReport:
         calibration = require_calibration(context)
         structure = model.structure
         refuse_packed(structure.moe)
         started = time.perf_counter()
-        prune = self._globally if self.scope == "global" else self._by_layer
-        # Exhausted before the structure is invalidated: the generator prunes as it is consumed.
-        layers = list(prune(model, calibration, context.progress))
-        model.invalidate_structure()
-        removed = [layer["removed"] for layer in layers]
-        details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
-            "alpha": self.alpha,
-            **achieved_ratios(structure, removed),
-            "padding_micro_experts": sum(layer.get("padding_micro_experts", 0) for layer in layers),
-            "calibration": calibration.fingerprint,
-            "tokens": calibration.tokens.numel(),
-            "seconds": time.perf_counter() - started,
-        }
-        effect = self.state if sum(removed) else "none"
-        return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
+        alpha = resolve_alpha(self.alpha, structure.model_type)
+        prune = self._prune_globally if self.scope == "global" else self._prune_by_layer
+        # Exhausted before the report is built: the generator prunes as it is consumed.
+        layers = list(prune(model, calibration.tokens, alpha, context.progress))
+        return self.build_report(
+            model,
+            structure,
+            layers,
+            alpha=alpha,
+            calibration=calibration.fingerprint,
+            tokens=calibration.tokens.numel(),
+            seconds=time.perf_counter() - started,
+        )
 
-    @property
-    def _alpha(self) -> float:
-        """The number resolved by `apply`."""
-        assert not isinstance(self.alpha, str)
-        return self.alpha
-
-    @property
-    def _surgery(self) -> BlockPruner:
-        return BlockPruner(self.state, self.align, self.refit_damping)
-
-    def _by_layer(
-        self, model: Model, calibration: Calibration, progress: Progress
-    ) -> Iterator[dict[str, Any]]:
+    def _prune_by_layer(
+        self, model: Model, tokens_BL: Tensor, alpha: float, progress: Progress
+    ) -> Iterator[LayerEntry]:
         """Prune every block by its own ranking, as soon as it is measured."""
         budgets = self.budgets(model.structure)
         if self.allocation == "least_error":
             # Measured on the unpruned model, with a pass of its own: layer budgets have to be known
             # before the first layer is pruned.
-            budgets = self._allocated(model, calibration, progress, sum(budgets))
-        how = WalkOptions(self.batch, self.chunk, self.sequential)
-        measured = block_energies(model, calibration.tokens, how, progress, self._observer)
-        for found, budget in zip(measured, budgets, strict=True):
-            energy_N = found.energies(self._alpha, normalised=self.normalised)
-            yield self._surgery.perform(
-                found, energy_N, self._lowest(found.block, energy_N, budget)
-            )
+            budgets = self._allocate(model, tokens_BL, progress, sum(budgets))
+        measured = self.observe_blocks(model, tokens_BL, self._observer, progress)
+        for (block, found), budget in zip(measured, budgets, strict=True):
+            energy_N = found.energies(alpha, normalised=self.normalised)
+            yield self._prune_block(found, energy_N, self._lowest(block, energy_N, budget))
 
-    def _globally(
-        self, model: Model, calibration: Calibration, progress: Progress
-    ) -> Iterator[dict[str, Any]]:
+    def _prune_globally(
+        self, model: Model, tokens_BL: Tensor, alpha: float, progress: Progress
+    ) -> Iterator[LayerEntry]:
         """Prune all blocks by one ranking of energies relative to block output power."""
-        how = WalkOptions(self.batch, self.chunk, sequential=False)
+        options = self.walk_options()
         measured = [
-            (found, found.energies(self._alpha, normalised=self.normalised))
-            for found in block_energies(model, calibration.tokens, how, progress)
+            (found, found.energies(alpha, normalised=self.normalised))
+            for _, found in walk_blocks(model, tokens_BL, BlockEnergies, options, progress)
         ]
         # Outputs of different blocks differ in scale, so raw energies are not comparable across
         # blocks: one ranking of them would strip the blocks with small outputs. Divided by Σ_t
@@ -177,17 +135,17 @@ class CameraP(MoEPruning):
         for (found, energy_N), indices in zip(measured, chosen, strict=True):
             # The walk is over, so the weights of an offloaded layer have left the device again.
             with onloaded(model.structure.layers[found.block.layer]):
-                yield self._surgery.perform(found, energy_N, indices.to(energy_N.device))
+                yield self._prune_block(found, energy_N, indices.to(energy_N.device))
 
-    def _allocated(
-        self, model: Model, calibration: Calibration, progress: Progress, budget: int
+    def _allocate(
+        self, model: Model, tokens_BL: Tensor, progress: Progress, budget: int
     ) -> list[int]:
         """Divide a budget among the blocks by the errors predicted for the whole model."""
-        how = WalkOptions(self.batch, self.chunk, sequential=False)
+        measured = walk_blocks(model, tokens_BL, BlockEnergies, self.walk_options(), progress)
         relative = [
             # α = 0 whatever the ranking uses: only then is a sum of energies the predicted error.
             found.energies(0.0, normalised=False) / max(found.output_power, MIN_OUTPUT_POWER)
-            for found in block_energies(model, calibration.tokens, how, progress)
+            for _, found in measured
         ]
         return allocate_least_error(relative, budget, self.layer_limit)
 
@@ -201,66 +159,48 @@ class CameraP(MoEPruning):
         # Scope `expert`; `global` never comes here.
         return lowest_per_expert(energy_N, [place for _, place in expert_spans(block)], budget)
 
+    def _prune_block(self, found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> LayerEntry:
+        """Refit and prune one block; return its report entry."""
+        # Before the change: energies and widths describe the block as it was.
+        measured = _measured_entry(found, energy_N, indices)
+        if found.grams is not None:
+            # Refit before removal, while channels still have their original indices.
+            gone = dict(channels_per_expert(found.block, indices))
+            measured["refit"] = refit_experts(found.grams, gone, self.refit_damping)
+        return self.remove_micro_experts(found.block, indices) | measured
+
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
-@dataclass(frozen=True)
-class BlockPruner:
-    """How micro-experts are removed: resulting state, alignment of widths, damping of the refit."""
-
-    state: PrunedState
-    align: int
-    damping: float
-
-    def perform(self, found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
-        """Refit and prune one block; return its report entry."""
-        block = found.block
-        # Before the change: energies and widths describe the block as it was.
-        report = _block_report(found, energy_N, indices)
-        if isinstance(found.beside, ExpertGrams):
-            # Refit before removal, while channels still have their original indices.
-            report |= {
-                "refit": refit_experts(
-                    found.beside, dict(channels_per_expert(block, indices)), self.damping
-                )
-            }
-        if self.state == "zeroed":
-            zero_micro_experts(block, indices)
-        elif len(indices):
-            report |= {"padding_micro_experts": delete_micro_experts(block, indices, self.align)}
-        return report
-
-
-def _block_report(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> dict[str, Any]:
-    """Build a block's report entry before it changes."""
+def _measured_entry(found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> LayerEntry:
+    """Build the part of a block's report entry that is measured, before the block changes."""
     block = found.block
     counted = per_expert_counts(block, indices)
     widths, lost = counted["width_per_expert"], counted["removed_per_expert"]
     experts = [expert for expert, _ in expert_spans(block)]
-    total = float(energy_N.sum())
+    lost_by_expert = dict(zip(experts, lost, strict=True))
     return {
-        "layer": block.layer,
         "name": block.name,
-        "removed": len(indices),
         "micro_experts": block.micro_experts,
-        "removed_energy_share": float(energy_N[indices].sum()) / total if total else 0.0,
-        **counted,
+        "removed_energy_share": energy_share(energy_N, indices),
         "energy_per_expert": [float(energy_N[place].sum()) for _, place in expert_spans(block)],
         "emptied_experts": sum(n == width > 0 for n, width in zip(lost, widths, strict=True)),
-        "kept_work": _kept_work(block, found.visits, dict(zip(experts, lost, strict=True))),
+        "kept_work": _kept_work(block, found.tokens_per_expert, lost_by_expert),
         "energy_quantiles": _quantiles(energy_N),
     }
 
 
-def _kept_work(block: MoEBlock, visits: list[int], lost: dict[int, int]) -> float:
+def _kept_work(block: MoEBlock, tokens_per_expert: list[int], lost: dict[int, int]) -> float:
     """Return the fraction of routed multiply-adds that remain, at the calibration text's routing.
 
     Experts that are selected often tend to lose less, so more work than weights remains.
     """
-    before = sum(n * width for n, width in zip(visits, block.widths, strict=True))
+    before = sum(n * width for n, width in zip(tokens_per_expert, block.widths, strict=True))
     # Only routed experts: shared ones run on every token whatever the routing.
-    gone = sum(visits[expert] * count for expert, count in lost.items() if expert != SHARED)
+    gone = sum(
+        tokens_per_expert[expert] * count for expert, count in lost.items() if expert != SHARED
+    )
     return 1 - gone / before if before else 1.0
 
 

@@ -1,16 +1,13 @@
-"""CAMERA-Q, its ablation CAMERA-Q-dagger, their knobs.
-
-CAMERA-Q (arXiv 2508.02322): more bits for micro-experts of more energy, packed.
-
-There is no official code for it. What is known: micro-experts are sorted by energy and cut into
-groups of falling bits, such as 3, 2 and 1; the up row, gate row and down column of a micro-expert
-get the same bits; the quantizer is GPTQ at least in part.
-
-CAMERA-Q-dagger, the paper's ablation: bits allocated over the input columns of each matrix.
+"""CAMERA-Q (arXiv 2508.02322): more bits for micro-experts of more energy; and its ablation.
 
 Shapes: D d_model, F an expert's width, S tokens of one expert.
 
-Here a micro-expert has no bits of its own. An input column j of a matrix W is ranked by its
+There is no official code for CAMERA-Q. What is known: micro-experts are sorted by energy and cut
+into groups of falling bits, such as 3, 2 and 1; the up row, gate row and down column of a
+micro-expert get the same bits; the quantizer is GPTQ at least in part.
+
+CAMERA-Q-dagger, the paper's ablation, allocates bits over the input columns of each matrix, so a
+micro-expert has no bits of its own. An input column j of a matrix W is ranked by its
 contribution to the output of the matrix, [(1 - α) ‖x_j‖₂² + α ‖x_j‖∞²] · ‖W_:j‖₂², which is
 CAMERA's energy with the columns of W as micro-experts. Of the paper's ablation only the split
 itself is known; this ranking is ours.
@@ -18,12 +15,14 @@ itself is known; this ranking is ours.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Self
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench.method import Context
@@ -44,7 +43,7 @@ from methods.moe.calibration_statistics import Moments, squared_column_norms
 from methods.moe.micro_experts import SHARED, expert_spans
 from methods.moe.quantizer.bit_budget import exact_fraction, level_sizes, mean_bits_of
 from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan, tied_plan
-from methods.moe.quantizer.method import BitChoices, MoEQuantization
+from methods.moe.quantizer.method import BitChoices, MoEQuantization, require_mean_between
 from methods.moe.quantizer.observers import Planner
 
 
@@ -62,51 +61,37 @@ class MixedBitQuantization(MoEQuantization):
 
     bits: BitChoices = (3, 2, 1)
     shares: tuple[float, ...] | None = (0.125, 0.75, 0.125)
-    mean_bits: float | None = Field(default=None, validate_default=True)
+    mean_bits: float | None = None
     alpha: Alpha = "paper"
     normalised: bool = False
 
-    @field_validator("shares")
-    @classmethod
-    def _one_each(
-        cls, shares: tuple[float, ...] | None, others: ValidationInfo
-    ) -> tuple[float, ...] | None:
+    @model_validator(mode="after")
+    def _check_shares_and_mean(self) -> Self:
+        bits, shares, mean = self.bits, self.shares, self.mean_bits
         if shares is not None:
-            if len(shares) != len(others.data.get("bits", shares)):
+            if len(shares) != len(bits):
                 raise ValueError("give as many shares as bits")
             if not all(0 <= share < float("inf") for share in shares) or not any(shares):
                 raise ValueError("shares must be finite, not negative, and not all zero")
-        return shares
-
-    @field_validator("mean_bits")
-    @classmethod
-    def _can_be_given(cls, mean: float | None, others: ValidationInfo) -> float | None:
-        # Fields that failed validation are missing here; their own errors are reported instead.
-        if not {"bits", "shares"} <= others.data.keys():
-            return mean
-        bits, shares = others.data["bits"], others.data["shares"]
-        if mean is None:
-            if shares is None:
-                raise ValueError("set shares or mean_bits")
-        elif not bits[-1] <= mean <= bits[0]:
-            raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
-        # Compared as fractions: float means of the same decimals need not be equal.
-        elif shares is not None and mean_bits_of(bits, shares) != exact_fraction(mean):
-            implied = float(mean_bits_of(bits, shares))
-            raise ValueError(f"bits={list(bits)} with shares={list(shares)} have mean {implied}")
-        return mean
+        elif mean is None:
+            raise ValueError("set shares or mean_bits")
+        if mean is not None:
+            require_mean_between(mean, bits)
+            # Compared as fractions: float means of the same decimals need not be equal.
+            if shares is not None and mean_bits_of(bits, shares) != exact_fraction(mean):
+                implied = float(mean_bits_of(bits, shares))
+                raise ValueError(
+                    f"bits={list(bits)} with shares={list(shares)} have mean {implied}"
+                )
+        return self
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
         """Return the factory of planners, with α resolved for this model."""
-        # On a copy: this object is the user's config and keeps the name given there.
-        alpha = resolve_alpha(self.alpha, model.structure.model_type)
-        return self.model_copy(update={"alpha": alpha}).planner
+        return partial(self.planner, alpha=resolve_alpha(self.alpha, model.structure.model_type))
 
-    @property
-    def peak(self) -> float:
-        """The resolved number α."""
-        assert not isinstance(self.alpha, str)
-        return self.alpha
+    @abstractmethod
+    def planner(self, block: MoEBlock, alpha: float) -> Planner:
+        """Return the observer of one block that then plans the bits of its experts."""
 
     @property
     def mean(self) -> Fraction:
@@ -140,23 +125,23 @@ class CameraQ(MixedBitQuantization):
             # Raises if no division exists: better now than after calibration.
             self.levels(sum(block.widths))
 
-    def planner(self, block: MoEBlock) -> Planner:
+    def planner(self, block: MoEBlock, alpha: float) -> Planner:
         """Return the observer that measures the energies of a block and allocates bits by them."""
-        return EnergyPlanner(self, block)
+        return EnergyPlanner(self, block, alpha)
 
 
 class EnergyPlanner(BlockEnergies):
     """Measures the energies of one block and plans the bits of its experts."""
 
-    def __init__(self, method: CameraQ, block: MoEBlock) -> None:
+    def __init__(self, method: CameraQ, block: MoEBlock, alpha: float) -> None:
         super().__init__(block)
-        self._method = method
+        self._method, self._alpha = method, alpha
         self._block_size = method.block or block_size(block.widths, method.group)
 
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert: falling energy, falling bits."""
         method, block = self._method, self.block
-        energy_N = self.energies(method.peak, normalised=method.normalised)
+        energy_N = self.energies(self._alpha, normalised=method.normalised)
         # Shared experts are measured but have a bit width of their own (`shared_bits`).
         energies = [energy_N[place] for expert, place in expert_spans(block) if expert != SHARED]
         ranked = rank_blocks(energies, self._block_size, method.scope)
@@ -166,7 +151,7 @@ class EnergyPlanner(BlockEnergies):
             for energy_F, levels in zip(energies, dealt, strict=True)
         ]
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return the block size of the allocation."""
         return {"block": self._block_size}
 
@@ -180,17 +165,17 @@ class CameraQDagger(MixedBitQuantization):
         for size in {n for block in structure.moe for n in (block.d_model, *block.widths)}:
             self.levels(size)
 
-    def planner(self, block: MoEBlock) -> Planner:
+    def planner(self, block: MoEBlock, alpha: float) -> Planner:
         """Return the observer that measures the columns of a block's matrices."""
-        return ColumnPlanner(self, block)
+        return ColumnPlanner(self, block, alpha)
 
 
 class ColumnPlanner(BlockEnergies):
     """Measures every expert's inputs in addition to its micro-experts."""
 
-    def __init__(self, method: CameraQDagger, block: MoEBlock) -> None:
+    def __init__(self, method: CameraQDagger, block: MoEBlock, alpha: float) -> None:
         super().__init__(block)
-        self._method = method
+        self._method, self._alpha = method, alpha
         device = block.expert(0).gate.device
         self._inputs = [Moments(block.d_model, device) for _ in range(block.num_experts)]
 
@@ -202,11 +187,11 @@ class ColumnPlanner(BlockEnergies):
 
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert; the order of down is that of its micro-experts."""
-        energy_N = self.energies(self._method.peak, normalised=self._method.normalised)
+        energy_N = self.energies(self._alpha, normalised=self._method.normalised)
         places = {expert: place for expert, place in expert_spans(self.block) if expert != SHARED}
         return [self._plan(expert, energy_N[place]) for expert, place in places.items()]
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return nothing: the shapes say it all."""
         return {}
 
@@ -220,9 +205,9 @@ class ColumnPlanner(BlockEnergies):
         return ExpertPlan(order_F, gate, up, down)
 
     def _matrix(self, expert: int, weight_FD: Tensor) -> MatrixPlan:
-        norms_D, alpha = squared_column_norms(weight_FD), self._method.peak
+        norms_D = squared_column_norms(weight_FD)
         tokens = self.tokens if self._method.normalised else None
-        energy_D = energy(self._inputs[expert], norms_D, alpha, tokens)
+        energy_D = energy(self._inputs[expert], norms_D, self._alpha, tokens)
         shape = self._shape(*weight_FD.shape, permuted=True)
         return MatrixPlan(shape, energy_order(energy_D))
 

@@ -130,4 +130,4 @@ def keep_layers(model: Model, kept: list[int]) -> None:
         for module in layers[index].modules():
             if getattr(module, "layer_idx", None) == index:
                 module.layer_idx = place  # type: ignore[assignment]  # modules declare no fields
-    model.__dict__.pop("structure", None)
+    model.invalidate_structure()

@@ -167,4 +167,4 @@ def describe_in_config(model: Model, units: list[Units]) -> None:
                 if bias_of(linear) is None:
                     zeros = torch.zeros(linear.out_features).to(linear.weight)
                     linear.bias = nn.Parameter(zeros, requires_grad=False)
-    model.__dict__.pop("structure", None)
+    model.invalidate_structure()

@@ -1,17 +1,8 @@
 """Calibration statistics: moments of micro-experts, input Gram matrices, gradients of the loss.
 
-Squared activations of every micro-expert of a MoE block on calibration text.
-
-Shapes: N micro-experts of a layer (shared ones first), S tokens of one expert, T tokens, D d_model,
-F an expert's width.
-
-Gradients of the next-token loss on calibration text.
-
-Shapes: B rows, L tokens per row, V vocabulary entries.
-
-Gram matrices of the inputs of linear layers, accumulated by hooks while a network runs.
-
-Shapes: B rows, S tokens, T marked tokens, F inputs of a layer.
+Shapes: B rows, L tokens per row, S tokens of one expert (or of a row), T tokens (or marked ones), D
+d_model, F an expert's width or the inputs of a layer, N micro-experts of a layer (shared ones
+first), V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -25,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.models.structure.moe_block import MoEBlock
+from methods.moe.calibration_walk import NullObserver
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view
 
 
-class Activations:
+class Activations(NullObserver):
     """Observer that sums φ² over tokens per micro-expert, φ including the router weight."""
 
     def __init__(self, block: MoEBlock) -> None:
@@ -44,9 +36,6 @@ class Activations:
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
         """Add all tokens of the shared experts."""
         self._moments.add(self._places[SHARED], hidden_TF, weight_T)
-
-    def output(self, y_TD: Tensor) -> None:
-        """Ignore the block output."""
 
     def square_sum(self) -> Tensor:
         """Return Σ_t φ², float64 [N]."""

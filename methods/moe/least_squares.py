@@ -20,10 +20,11 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.micro_experts import SHARED, expert_spans, expert_view
+from methods.moe.calibration_walk import NullObserver
+from methods.moe.micro_experts import SHARED, complement, expert_spans, expert_view
 
 
-class ExpertGrams:
+class ExpertGrams(NullObserver):
     """Observer that accumulates ΦᵀΦ of every expert of a block.
 
     Products and sums are float64, since ΦᵀΦ has the squared condition number of Φ.
@@ -46,19 +47,15 @@ class ExpertGrams:
         """Add all tokens of the shared experts."""
         self.routed(SHARED, x_TD, hidden_TF, weight_T)
 
-    def output(self, y_TD: Tensor) -> None:
-        """Ignore the block output."""
-
 
 def refit_columns(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: float) -> Tensor:
     """Return the refitted kept down columns, float64 [D, K].
 
     `damping` is λ relative to the mean of the diagonal of Φ_KᵀΦ_K.
     """
-    removed = torch.ones(len(gram_FF), dtype=torch.bool, device=gram_FF.device)
-    removed[kept_K] = False
-    gram_KK, gram_KR = gram_FF[kept_K][:, kept_K], gram_FF[kept_K][:, removed]
-    wide_RD = down_DF.double()[:, removed].T
+    removed_R = complement(kept_K.to(gram_FF.device), len(gram_FF))
+    gram_KK, gram_KR = gram_FF[kept_K][:, kept_K], gram_FF[kept_K][:, removed_R]
+    removed_RD = down_DF.double()[:, removed_R].T
     kept_KD = down_DF.double()[:, kept_K].T
     scale = float(gram_KK.diagonal().mean()) if len(kept_K) else 0.0
     # No text reached this expert, or nothing of it is kept: there is nothing to fit.
@@ -73,7 +70,7 @@ def refit_columns(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, damping: flo
     factor, failed = torch.linalg.cholesky_ex(ridge_KK)
     if bool(failed):
         raise UserError(f"refit_damping={damping} is too small for this calibration text: raise it")
-    return (kept_KD + torch.cholesky_solve(gram_KR @ wide_RD, factor)).T
+    return (kept_KD + torch.cholesky_solve(gram_KR @ removed_RD, factor)).T
 
 
 def refit_error(gram_FF: Tensor, down_DF: Tensor, kept_K: Tensor, columns_DK: Tensor) -> float:
@@ -97,9 +94,7 @@ def refit_experts(
     before = after = 0.0
     for expert, gone in removed.items():
         down_DF, gram_FF = expert_view(grams.block, expert).down, grams.gram_FF[expert]
-        stays = torch.ones(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
-        stays[gone.to(down_DF.device)] = False
-        kept_K = stays.nonzero().flatten()
+        kept_K = complement(gone.to(down_DF.device), down_DF.shape[1])
         # Rounded to the stored dtype first, so that the reported error is that of what is stored.
         columns_DK = refit_columns(gram_FF, down_DF, kept_K, damping).to(down_DF.dtype)
         before += refit_error(gram_FF, down_DF, kept_K, down_DF[:, kept_K])

@@ -1,24 +1,19 @@
-"""Micro-experts of a block in one flat order; zeroed, or removed for good.
+"""Micro-experts of a MoE block in one flat order, and their removal: zeroed, or no longer stored.
 
-Micro-experts of a MoE block in one flat order, and their removal.
+Shapes: D d_model, F an expert's width, N micro-experts of a block, KEPT the micro-experts that are
+kept.
 
-The order is that of the official CAMERA code: shared experts first, then expert by expert; N
-micro-experts per block. Every micro-expert has the same 3·D weights, so shares of micro-experts are
-shares of parameters.
-
-Physical removal of micro-experts from a MoE block: only what is kept is stored and run.
-
-Shapes: D d_model, F an expert's width, KEPT the micro-experts that are kept.
-
-The router is unchanged: it chooses among as many experts as before, and an expert without any
+The order is that of the official CAMERA code: shared experts first, then expert by expert. Every
+micro-expert has the same 3·D weights, so shares of micro-experts are shares of parameters. Removal
+leaves the router unchanged: it chooses among as many experts as before, and an expert without any
 micro-expert adds zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +55,15 @@ def channels_per_expert(block: MoEBlock, indices: Tensor) -> Iterator[tuple[int,
             yield expert, channels
 
 
-def per_expert_counts(block: MoEBlock, indices: Tensor) -> dict[str, list[Any]]:
+class ExpertCounts(TypedDict):
+    """Report of a block, one value per expert, shared ones first."""
+
+    experts: list[int | str]
+    width_per_expert: list[int]
+    removed_per_expert: list[int]
+
+
+def per_expert_counts(block: MoEBlock, indices: Tensor) -> ExpertCounts:
     """Return the width of each expert and the number of chosen micro-experts, for a report.
 
     Experts that lose nothing are listed with 0.
@@ -94,14 +97,15 @@ def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
     # Shared experts are one dense gated module and are simply narrowed; only routed experts, whose
     # widths then differ, need ragged storage with padding.
     if SHARED in gone:
-        keep_shared(block, _complement(gone.pop(SHARED), block.d_shared))
+        keep_shared(block, complement(gone.pop(SHARED), block.d_shared))
     if not gone:
         return 0
-    kept = {expert: _complement(lost, block.widths[expert]) for expert, lost in gone.items()}
+    kept = {expert: complement(lost, block.widths[expert]) for expert, lost in gone.items()}
     return keep_routed(block, kept, align).padding
 
 
-def _complement(channels: Tensor, width: int) -> Tensor:
+def complement(channels: Tensor, width: int) -> Tensor:
+    """Return the indices below `width` that are not among the channels, ascending."""
     # nonzero() returns ascending indices, which keeps the channel order of the original weights.
     stays = torch.ones(width, dtype=torch.bool, device=channels.device)
     stays[channels] = False
@@ -116,15 +120,27 @@ def keep_routed(block: MoEBlock, kept: Mapping[int, Tensor], align: int) -> Ragg
     whole. `block` is out of date afterwards: inspect the network again.
     """
     views = [block.expert(index) for index in range(block.num_experts)]
-    widths = [len(kept[e]) if e in kept else view.width for e, view in enumerate(views)]
+    ragged = copy_to_ragged(views, [kept.get(index) for index in range(len(views))], align)
+    replace_child(block.block, block.experts, ragged)
+    return ragged
+
+
+@torch.no_grad()
+def copy_to_ragged(
+    views: Sequence[ExpertView], kept: Sequence[Tensor | None], align: int
+) -> RaggedExperts:
+    """Copy experts of one block into ragged storage; None keeps all micro-experts of an expert."""
+    widths = [
+        view.width if channels is None else len(channels)
+        for view, channels in zip(views, kept, strict=True)
+    ]
     # All experts of a block share dtype and device.
-    like = views[0].down
+    down_DF, act = views[0].down, views[0].act
     ragged = RaggedExperts(
-        widths, block.d_model, views[0].act, align, dtype=like.dtype, device=like.device
+        widths, len(down_DF), act, align, dtype=down_DF.dtype, device=down_DF.device
     )
-    for expert, view in enumerate(views):
-        ragged.view(expert).copy_(view, kept.get(expert))
-    _replace_child(block.block, block.experts, ragged)
+    for expert, (view, channels) in enumerate(zip(views, kept, strict=True)):
+        ragged.view(expert).copy_(view, channels)
     return ragged
 
 
@@ -144,14 +160,21 @@ def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
         view.act,
     )
     target.copy_(view, kept)
-    _replace_child(block.block, block.shared, gated)
+    replace_child(block.block, block.shared, gated)
     return gated
 
 
-def _replace_child(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a child module, in the same mode and without gradients."""
+def replace_child(
+    owner: nn.Module, old: nn.Module, new: nn.Module, *, free_old: bool = True
+) -> None:
+    """Replace a child module, in the same mode and without gradients.
+
+    The weights of the old one are freed unless the new one uses them.
+    """
+    # Found by identity: the child's name differs between architectures.
     name = next(name for name, child in owner.named_children() if child is old)
     setattr(owner, name, new.requires_grad_(False).train(old.training))
-    # Descriptions of the block (`MoEBlock`) still refer to the old module: its memory is freed now
-    # instead of when they are.
-    old.to("meta")
+    if free_old:
+        # Descriptions of the block (`MoEBlock`) still refer to the old module: its memory is freed
+        # now instead of when they are.
+        old.to("meta")

@@ -24,6 +24,9 @@ from methods.moe.micro_experts import (
     zero_micro_experts,
 )
 
+LayerEntry = dict[str, Any]
+"""Report entry of one block: JSON values, always `layer` and `removed`, the rest by method."""
+
 
 class MoEPruning(Method):
     """A method with a `ratio`: the share of weights to remove.
@@ -38,11 +41,7 @@ class MoEPruning(Method):
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without MoE blocks, and a ratio that would remove every expert."""
-        if not structure.moe:
-            raise UserError(
-                f"{type(self).__name__} removes experts, but {structure.architecture} "
-                f"({structure.model_type}) has none: choose a mixture-of-experts model"
-            )
+        require_experts(structure, type(self).__name__, "removes")
         share = self.share(structure)
         if share >= 1:
             most = structure.moe_parameters / structure.parameters
@@ -66,7 +65,16 @@ class MoEPruning(Method):
         return [math.floor(share * block.micro_experts) for block in structure.moe]
 
 
-def achieved_ratios(structure: ModelStructure, removed: Sequence[int]) -> dict[str, Any]:
+def require_experts(structure: ModelStructure, method: str, verb: str) -> None:
+    """Raise if a model has no MoE blocks; `verb` says what the method does to experts."""
+    if not structure.moe:
+        raise UserError(
+            f"{method} {verb} experts, but {structure.architecture} ({structure.model_type}) has "
+            "none: choose a mixture-of-experts model"
+        )
+
+
+def achieved_ratios(structure: ModelStructure, removed: Sequence[int]) -> dict[str, float]:
     """Return the counts and the achieved ratio on both bases, as stored in the record."""
     micro_experts = sum(block.micro_experts for block in structure.moe)
     # A micro-expert is one gate row, one up row and one down column: 3·D weights.
@@ -122,10 +130,11 @@ class MicroExpertPruning(MoEPruning):
     state: Literal["zeroed", "removed"] = "zeroed"
     align: int = Field(default=16, ge=1)
 
-    def remove_micro_experts(self, block: MoEBlock, indices: Tensor) -> dict[str, Any]:
+    def remove_micro_experts(self, block: MoEBlock, indices: Tensor) -> LayerEntry:
         """Remove the micro-experts at flat indices from one block; return its report entry."""
         # Counted first: after removal the block no longer describes the network.
-        layer = {"layer": block.layer, "removed": len(indices), **per_expert_counts(block, indices)}
+        counts = per_expert_counts(block, indices)
+        layer: LayerEntry = {"layer": block.layer, "removed": len(indices), **counts}
         if self.state == "zeroed":
             zero_micro_experts(block, indices)
         # With nothing to remove the block stays in its published layout, not a ragged one.
@@ -134,7 +143,7 @@ class MicroExpertPruning(MoEPruning):
         return layer
 
     def build_report(
-        self, model: Model, structure: ModelStructure, layers: list[dict[str, Any]], **more: Any
+        self, model: Model, structure: ModelStructure, layers: list[LayerEntry], **more: object
     ) -> MethodReport:
         """Build the report of all blocks.
 
@@ -143,8 +152,8 @@ class MicroExpertPruning(MoEPruning):
         if self.state == "removed":
             model.invalidate_structure()
         removed = [layer["removed"] for layer in layers]
-        details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
+        details: dict[str, object] = {
+            "requested": {"ratio": self.ratio, "base": self.base},
             **achieved_ratios(structure, removed),
             "padding_micro_experts": sum(layer.get("padding_micro_experts", 0) for layer in layers),
             **more,

@@ -46,6 +46,12 @@ def lowest_overall(energies: Sequence[Tensor], count: int) -> list[Tensor]:
     return [part.nonzero().flatten() for part in torch.split(chosen, sizes)]
 
 
+def energy_share(energy_N: Tensor, indices: Tensor) -> float:
+    """Return the fraction of the summed energy at the indices; 0 if there is no energy at all."""
+    total = float(energy_N.sum())
+    return float(energy_N[indices].sum()) / total if total else 0.0
+
+
 def apportion(sizes: Sequence[int], count: int) -> list[int]:
     """Divide `count` in proportion to `sizes`, by largest remainder; ties by index."""
     total = sum(sizes)

@@ -12,22 +12,26 @@ program with Gurobi; here ε is measured with rounding to nearest.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Self
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench.errors import UserError
+from bench.method import Context
+from bench.models.model import Model
 from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_walk import require_finite
+from methods.moe.calibration_walk import NullObserver, require_finite
 from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
 from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan
-from methods.moe.quantizer.grid import round_weights
-from methods.moe.quantizer.method import BitChoices, MoEQuantization
-from methods.moe.quantizer.observers import NullObserver, Planner
+from methods.moe.quantizer.grid import RoundedWeights
+from methods.moe.quantizer.method import BitChoices, MoEQuantization, require_mean_between
+from methods.moe.quantizer.observers import Planner
 
 
 class Mc(MoEQuantization):
@@ -37,17 +41,14 @@ class Mc(MoEQuantization):
     """
 
     bits: BitChoices = (3, 2, 1)
-    mean_bits: float = Field(default=2.0, validate_default=True)
+    mean_bits: float = 2.0
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=1.0, ge=0)
 
-    @field_validator("mean_bits")
-    @classmethod
-    def _within(cls, mean: float, others: ValidationInfo) -> float:
-        bits = others.data.get("bits", (8, 1))
-        if not bits[-1] <= mean <= bits[0]:
-            raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
-        return mean
+    @model_validator(mode="after")
+    def _check_mean_bits(self) -> Self:
+        require_mean_between(self.mean_bits, self.bits)
+        return self
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a budget that cannot give every bit width but the smallest to an expert."""
@@ -69,9 +70,9 @@ class Mc(MoEQuantization):
         """Return the budget in bits for one weight per micro-expert of a block."""
         return math.floor(exact_fraction(self.mean_bits) * sum(block.widths))
 
-    def planner(self, block: MoEBlock) -> Planner:
-        """Return the observer that measures the three factors of each expert."""
-        return McPlanner(self, block)
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """Return the factory of observers that measure the three factors of each expert."""
+        return partial(McPlanner, self)
 
 
 class McPlanner(NullObserver):
@@ -84,6 +85,7 @@ class McPlanner(NullObserver):
         self.error_EB = torch.zeros(counts, dtype=torch.float64, device=device)
         self.tokens_E = torch.zeros_like(self.error_EB[:, 0])
         self.weight_E = torch.zeros_like(self.tokens_E)
+        self._rounded = RoundedWeights(method.group, method.clip)
         self._bits: list[int] = []
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -93,9 +95,9 @@ class McPlanner(NullObserver):
         self.tokens_E[expert] += len(x_SD)
         self.weight_E[expert] += weight_S.sum(dtype=torch.float64)
         for place, bits in enumerate(self._method.bits):
-            other = self._rounded(view, bits)
+            rounded = self._round_expert(expert, view, bits)
             # Without the router weight, which enters the loss as a factor of its own.
-            error_SD = y_SD - other.combine(other.hidden(x_SD.float()))
+            error_SD = y_SD - rounded.combine(rounded.hidden(x_SD.float()))
             self.error_EB[expert, place] += error_SD.square().sum(dtype=torch.float64)
 
     def plans(self) -> list[ExpertPlan]:
@@ -126,13 +128,13 @@ class McPlanner(NullObserver):
         importance_E = frequency_E.pow(alpha) * mean_weight_E.pow(beta)
         return importance_E[:, None] * self.error_EB.sqrt()
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return each expert's bits and token count."""
         return {"bits_per_expert": self._bits, "tokens_per_expert": self.tokens_E.int().tolist()}
 
-    def _rounded(self, view: ExpertView, bits: int) -> ExpertView:
-        group, clip = self._method.group, self._method.clip
+    def _round_expert(self, expert: int, view: ExpertView, bits: int) -> ExpertView:
         gate, up, down = (
-            round_weights(w, bits, group, clip) for w in (view.gate, view.up, view.down)
+            self._rounded.values((expert, name), getattr(view, name), bits)
+            for name in ("gate", "up", "down")
         )
         return ExpertView(gate, up, down, view.act)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
+from bench.method import Context
+from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.quantizer.method import BitWidth, MoEQuantization
 from methods.moe.quantizer.observers import Planner, UniformPlanner
@@ -14,9 +17,9 @@ class Gptq(MoEQuantization):
 
     bits: BitWidth = 2
 
-    def planner(self, block: MoEBlock) -> Planner:
-        """Return a planner without a choice."""
-        return UniformPlanner(block, self.bits, self.group)
+    def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
+        """Return a factory of planners without a choice."""
+        return lambda block: UniformPlanner(block, self.bits, self.group)
 
 
 class Rtn(Gptq):
@@ -24,4 +27,4 @@ class Rtn(Gptq):
 
     uses_calibration: ClassVar[bool] = False
 
-    backend: Literal["rtn"] = "rtn"
+    rounding: Literal["rtn"] = "rtn"

@@ -126,7 +126,7 @@ class VisualFineTuning(Method):
         examples = TrainingExamples(model.processor, self.longest, model.config.system_prompt)
         keeper = CheckpointManager(context.folder, context.progress)
         state = FineTuningState(trained, optimizer, schedule)
-        if (saved := keeper.last()) is not None:
+        if (saved := keeper.latest()) is not None:
             state.resume(saved)
         done = len(state.losses)
         # The order of batches depends on the seed alone, so a resumed run skips what was used and
@@ -148,7 +148,7 @@ class VisualFineTuning(Method):
                 raise UserError("visual_finetune: the loss is not finite; lower learning_rate")
             state.losses.append(loss)
             keeper.save_if_due(state.checkpoint)
-        keeper.keep(state.checkpoint)
+        keeper.save(state.checkpoint)
         return state.losses
 
     def _loss(self, model: Model, call: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -313,9 +313,9 @@ class FineTuningState:
     @torch.no_grad()
     def resume(self, saved: Checkpoint) -> None:
         """Restore the state of an interrupted training."""
-        for number, weight in saved.part("weights").items():
+        for number, weight in saved.tensors_of("weights").items():
             self.trained[int(number)].copy_(weight)
-        checkpoint.load_optimizer(self.optimizer, saved.part("optimizer"))
+        checkpoint.load_optimizer(self.optimizer, saved.tensors_of("optimizer"))
         self.losses = saved.state["losses"]
         # Only the step is stored: the schedule is a function of it, so rates are computed from this
         # run's settings. Setting `last_epoch` does not change the optimizer's rates, hence the

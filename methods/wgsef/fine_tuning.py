@@ -6,10 +6,8 @@ Shapes: B rows of text, L tokens per row, M routed micro-experts of all layers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -18,24 +16,23 @@ from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
 from bench.method import Context, MethodReport
-from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
-from bench.models.structure.moe_block import MoEBlock
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
 from methods.moe.calibration_statistics import Activations
-from methods.moe.calibration_walk import require_finite, walk_blocks
+from methods.moe.calibration_walk import WalkOptions, require_finite, walk_blocks
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
 from methods.moe.ranking import magnitudes
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.groups.transformer import micro_experts
-from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.allocation import LayerAllocation
 from methods.wgsef.solvers.envelope import DebiasedSolver
 from methods.wgsef.solvers.optimizers import ProximalAdam
 from methods.wgsef.solvers.schedules import learning_rate_factor
-from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext
+from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext, select_alive
 
+HistoryLine = dict[str, float]
 TOKEN_CHUNK = 4096
 """Tokens passed to one expert at a time; bounds memory and changes no result."""
 UNSEEN_ENERGY = 1e-6
@@ -62,7 +59,7 @@ class WgsefFinetune(MicroExpertPruning):
     sparse_share: float = Field(default=0.7, ge=0.1, le=1)
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse what `MicroPruning` refuses, and budgets that routed experts cannot provide."""
+        """Also refuse a budget that the routed experts cannot provide."""
         super().check(structure)
         self._share_of_routed(structure)
 
@@ -106,13 +103,9 @@ class WgsefFinetune(MicroExpertPruning):
         self, model: Model, partition: GroupPartition, tokens_NL: Tensor, context: Context
     ) -> Tensor:
         """Return energy over norm, [M]; the energies of each layer are relative to their mean."""
-
-        def watching(seen: dict[MoEBlock, Activations]) -> AbstractContextManager[None]:
-            return observe_experts(seen, TOKEN_CHUNK)
-
-        told, energies = context.progress, []
-        seen = walk_blocks(model, tokens_NL, Activations, watching, self.rows, False, told)
-        for block, observer in seen:
+        options, energies = WalkOptions(self.rows, TOKEN_CHUNK), []
+        observed = walk_blocks(model, tokens_NL, Activations, options, context.progress)
+        for block, observer in observed:
             energy_N = (observer.square_sum() * magnitudes(block)).sqrt()[block.d_shared :]
             require_finite(block, energy_N)
             # A micro-expert that no token reached must rank last, but not with energy 0: operators
@@ -122,109 +115,107 @@ class WgsefFinetune(MicroExpertPruning):
 
     def _train(
         self, model: Model, partition: GroupPartition, tokens_NL: Tensor, context: Context
-    ) -> tuple[list[dict[str, float]], int]:
+    ) -> tuple[list[HistoryLine], int]:
         """Return the history, one line per tenth of the steps, and the number alive when frozen."""
         sparse = max(1, round(self.sparse_share * self.steps))
         share = self._share_of_routed(model.structure)
         # Energies of different layers are not comparable here (each is relative to its own mean),
         # hence a budget per layer.
-        allocation = Allocation(partition, share, "layer", floor=0.0)
-        scene = SolverContext(
+        allocation = LayerAllocation(partition, share, floor=0.0)
+        solver_context = SolverContext(
             model.network, partition, allocation, sparse, self.steps, tokens_NL[:1]
         )
-        trained = list(partition.owned_parameters().values())
-        keeper = CheckpointManager(context.folder, context.progress)
-        saved = keeper.last()
-        solver = DebiasedSolver(scene)
+        manager = CheckpointManager(context.folder, context.progress)
+        saved = manager.latest()
+        solver = DebiasedSolver(solver_context)
         # Measured on the weights before training only; a resumed run restores the units with the
         # solver.
         if saved is None:
             solver.unit_M = self._units(model, partition, tokens_NL, context)
-        optimizer = ProximalAdam(trained, solver, self.rate)
-        run = _FineTuning(trained, optimizer, partition.groups)
+        run = _FineTuning(solver_context, solver, self.rate)
         if saved is not None:
-            run.go_on(saved, scene)
+            run.resume(saved)
         # The order of rows depends only on the seed, so skipping the steps already taken resumes
         # it.
-        drawn = islice(_row_batches(tokens_NL, self.rows, context.seed), run.step, None)
-        for weight in trained:
+        batches = islice(_row_batches(tokens_NL, self.rows, context.seed), run.step, None)
+        for weight in run.trained:
             weight.requires_grad_(True)
         for step in context.progress.track(range(run.step, self.steps), "fine-tuning"):
             if step == sparse:
-                run.freeze(scene)
+                run.freeze()
             factor = learning_rate_factor((step + 1) / self.steps, self.sparse_share)
-            optimizer.param_groups[0]["lr"] = self.rate * factor
-            optimizer.zero_grad()
-            loss = _next_token_loss(model.network, next(drawn).to(model.device))
-            loss.backward()
-            optimizer.step()
-            run.step = step + 1
-            run.losses.append(float(loss.detach()))
+            run.train_step(next(batches).to(model.device), self.rate * factor)
             if run.step % max(1, self.steps // 10) == 0:
-                run.close(int(partition.alive().sum()))
-            keeper.save_if_due(run.checkpoint)
+                run.append_history()
+            manager.save_if_due(run.checkpoint)
         # Removal and evaluation follow; a run that is killed there must not train again.
-        keeper.keep(run.checkpoint)
+        manager.save(run.checkpoint)
         model.network.requires_grad_(False)
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         return run.history, run.alive
 
 
-@dataclass
 class _FineTuning:
     """State of a training: everything the next steps and the report depend on."""
 
-    trained: list[nn.Parameter]
-    optimizer: ProximalAdam
-    alive: int
-    step: int = 0
-    keep_M: Tensor | None = None
-    losses: list[float] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
+    def __init__(self, context: SolverContext, solver: Solver, rate: float) -> None:
+        self._context, self._solver = context, solver
+        self.trained = list(context.partition.owned_parameters().values())
+        self.optimizer = ProximalAdam(self.trained, solver, rate)
+        self.alive = context.partition.groups
+        self.step = 0
+        self.history: list[HistoryLine] = []
+        self._keep_M: Tensor | None = None
+        self._losses: list[float] = []
 
-    def close(self, alive: int) -> None:
-        """Append a line of history."""
-        line = {"epoch": self.step, "loss": sum(self.losses) / len(self.losses)}
-        self.history.append(line | {"alive": alive})
-        self.losses = []
+    def train_step(self, token_BL: Tensor, rate: float) -> None:
+        """Take one step of the optimizer and its solver."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = _next_token_loss(self._context.network, token_BL)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        self._losses.append(float(loss.detach()))
 
-    def freeze(self, scene: SolverContext) -> None:
+    def append_history(self) -> None:
+        """Append a line of history with the mean loss since the last one."""
+        line = {"epoch": self.step, "loss": sum(self._losses) / len(self._losses)}
+        self.history.append(line | {"alive": int(self._context.partition.alive().sum())})
+        self._losses = []
+
+    def freeze(self) -> None:
         """Select the groups to keep, zero all others, and hold them at zero from now on."""
-        solver = self.optimizer.solver
-        assert isinstance(solver, Solver)
-        alive_M = scene.partition.alive()
-        self.alive = int(alive_M.sum())
-        self.keep_M = scene.allocation.select(solver.score()) & alive_M
-        scene.partition.scale_(self.keep_M.double())
-        self.optimizer.solver = FrozenSolver(scene, self.keep_M)
+        keep_M, self.alive = select_alive(self._context, self._solver.score())
+        self._hold(keep_M)
+
+    def _hold(self, keep_M: Tensor) -> None:
+        self._keep_M = keep_M
+        self._solver = self.optimizer.solver = FrozenSolver(self._context, keep_M)
 
     def checkpoint(self) -> Checkpoint:
         """Return the state as tensors and JSON values."""
-        solver = self.optimizer.solver
-        assert isinstance(solver, Solver)
         tensors = checkpoint.prefixed_tensors(
             weights={str(number): weight for number, weight in enumerate(self.trained)},
             optimizer=checkpoint.optimizer_tensors(self.optimizer),
-            solver=solver.state(),
-            frozen={} if self.keep_M is None else {"keep": self.keep_M},
+            solver=self._solver.state(),
+            frozen={} if self._keep_M is None else {"keep": self._keep_M},
         )
-        state = {"alive": self.alive, "losses": self.losses, "history": self.history}
+        state = {"alive": self.alive, "losses": self._losses, "history": self.history}
         return Checkpoint(self.step, tensors, state)
 
     @torch.no_grad()
-    def go_on(self, saved: Checkpoint, scene: SolverContext) -> None:
+    def resume(self, saved: Checkpoint) -> None:
         """Restore the state of an interrupted training."""
-        for number, weight in saved.part("weights").items():
+        for number, weight in saved.tensors_of("weights").items():
             self.trained[int(number)].copy_(weight)
-        checkpoint.load_optimizer(self.optimizer, saved.part("optimizer"))
-        if frozen := saved.part("frozen"):
-            self.keep_M = frozen["keep"].to(scene.partition.device)
-            self.optimizer.solver = FrozenSolver(scene, self.keep_M)
-        solver = self.optimizer.solver
-        assert isinstance(solver, Solver)
-        solver.load(saved.part("solver"))
+        checkpoint.load_optimizer(self.optimizer, saved.tensors_of("optimizer"))
+        if frozen := saved.tensors_of("frozen"):
+            # The frozen solver has to be in place before its state is loaded below.
+            self._hold(frozen["keep"].to(self._context.partition.device))
+        self._solver.load(saved.tensors_of("solver"))
         self.step, self.alive = saved.step, saved.state["alive"]
-        self.losses, self.history = saved.state["losses"], saved.state["history"]
+        self._losses, self.history = saved.state["losses"], saved.state["history"]
 
 
 def _row_batches(tokens_NL: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
@@ -236,7 +227,7 @@ def _row_batches(tokens_NL: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
             yield tokens_NL[index_B]
 
 
-def _next_token_loss(network: Any, token_BL: Tensor) -> Tensor:
+def _next_token_loss(network: nn.Module, token_BL: Tensor) -> Tensor:
     """Return the mean next-token loss."""
     logit_BLV = network(input_ids=token_BL, use_cache=False).logits
     # Position t predicts token t + 1. fp32, because softmax over a vocabulary loses precision in

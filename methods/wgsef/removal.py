@@ -1,13 +1,9 @@
-"""Dead groups physically removed, from classifiers and language models.
-
-Physical removal: the network without its dead groups, with the same outputs.
+"""Removal of dead groups from classifiers and language models: a smaller network, same outputs.
 
 Shapes: M groups of a family.
 
-Removal for language models, in a shape that transformers can load again.
-
-transformers builds all layers of a model with one config, so every layer has to keep the same
-number of neurons or heads; a budget per layer (scope `layer`) does that.
+transformers builds all layers of a language model with one config, so every layer has to keep the
+same number of neurons or heads; a budget per layer (scope `layer`) does that.
 """
 
 from __future__ import annotations
@@ -59,10 +55,13 @@ def remove_groups(
     kept = {}
     for family, dead_M in zip(families, dead, strict=True):
         if family.kind == "depth":
-            leaving_M, parts = dead_M, family.owned
+            leaving_M, parts = dead_M, family.owned_slices
             branches += _dead_branches(family, dead_M)
         else:
-            leaving_M, parts = _round_up_kept(dead_M, multiple), (*family.owned, *family.readers)
+            leaving_M, parts = (
+                _round_up_kept(dead_M, multiple),
+                (*family.owned_slices, *family.reader_slices),
+            )
             for part in parts:
                 # Indices are collected first and cut once per tensor and axis: cutting family by
                 # family would shift the units of the next one.
@@ -82,9 +81,11 @@ def _refuse_unremovable(
     """Raise for groups that cannot be removed or whose weights are not zero."""
     tensors = dict(network.named_parameters())
     for family, dead_M in zip(families, dead, strict=True):
-        if family.removable is not None and bool(dead_M.any()):
-            raise UserError(f"the {family.kind} of {family.name} stay zeroed: {family.removable}")
-        for part in family.owned:
+        if family.unremovable_reason is not None and bool(dead_M.any()):
+            raise UserError(
+                f"the {family.kind} of {family.name} stay zeroed: {family.unremovable_reason}"
+            )
+        for part in family.owned_slices:
             units = part.units_of(dead_M)
             if part.axes:
                 living = tensors[part.tensor].detach().movedim(part.axes[0], 0)[units]
@@ -107,7 +108,7 @@ def _round_up_kept(dead_M: Tensor, multiple: int) -> Tensor:
 def _dead_branches(family: GroupFamily, dead_M: Tensor) -> list[str]:
     """Return the names of the residual branches whose groups are dead."""
     dead_groups = set(dead_M.nonzero()[:, 0].tolist())
-    owners = [p.tensor for p in family.owned if int(p.groups[0]) in dead_groups]
+    owners = [p.tensor for p in family.owned_slices if int(p.groups[0]) in dead_groups]
     # A parameter inside a branch names it by its path; several parameters give one branch.
     names = (tensor[: tensor.index(".branch.") + len(".branch")] for tensor in owners)
     return list(dict.fromkeys(names))
@@ -156,7 +157,7 @@ def smaller_classifier(
     """Return the classifier without its dead groups; `save_classifier` can write it.
 
     Raises:
-        UserError: the groups cannot be removed; see `removal.remove`.
+        UserError: the groups cannot be removed; see `remove_groups`.
     """
     removal = remove_groups(network, families, dead, multiple)
     smaller = removal.network

@@ -1,6 +1,6 @@
-"""Methods for image classifiers: WGSEF and each rival in the same training.
+"""Methods for image classifiers: WGSEF and each competitor in the same training.
 
-Base class of the methods that train a classifier towards few groups, with any solver.
+`SparseTraining` trains with any solver; a method is its options and its solver.
 
 Shapes: M groups of all families.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bench.data import image_catalogue
 from bench.errors import UserError
@@ -26,7 +26,15 @@ from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
 from methods.wgsef.solvers import envelope, group_lasso, penalties, torch_pruning_solvers
-from methods.wgsef.solvers.allocation import Allocation, BudgetScope, refuse_impossible_sparsity
+from methods.wgsef.solvers.allocation import (
+    Allocation,
+    BudgetScope,
+    BudgetUnit,
+    CostAllocation,
+    GlobalAllocation,
+    LayerAllocation,
+    refuse_impossible_sparsity,
+)
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
 from methods.wgsef.trainer import SparseTrainingRecipe, Trainer, TrainingJob, TrainingOutcome
 
@@ -39,17 +47,19 @@ if TYPE_CHECKING:
 class SparseTraining(Method):
     """Train a classifier with a solver until few groups are left, then remove all others.
 
-    `ratio` is the fraction of groups to remove (of that cost with scope `macs` or `bytes`); `k`, if
-    given, is the number of groups to keep in the whole network instead. `floor` is the minimum
-    fraction kept per layer. `split: validation` trains without the held-out images and reports
-    accuracy on them. `restart` draws fresh weights; otherwise training starts from the model's own.
-    Kept counts are rounded up to `multiple`. An interrupted run resumes; `checkpoints` names a
-    folder to use for that instead of the run's own.
+    `ratio` is the fraction to remove, counted in `unit`: groups, multiply-adds or bytes. With scope
+    `global` all layers share one budget, with `layer` each loses that fraction of its groups. If
+    `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
+    minimum fraction kept per layer. `split: validation` trains without the held-out images and
+    reports accuracy on them. `restart` draws fresh weights; otherwise training starts from the
+    model's own. Kept counts are rounded up to `multiple`. An interrupted run resumes; `checkpoints`
+    names a folder to use for that instead of the run's own.
     """
 
     ratio: float = Field(default=0.7, gt=0, lt=1)
     groups: ConvolutionGroups = "filters"
     scope: BudgetScope = "global"
+    unit: BudgetUnit = "groups"
     floor: float = Field(default=0.05, ge=0, lt=1)
     data: str = "digits"
     data_folder: str | None = None
@@ -68,18 +78,21 @@ class SparseTraining(Method):
             raise ValueError(f"{kinds} overlap in their weights: choose one kind of group")
         return groups
 
-    @field_validator("k")
-    @classmethod
-    def _counts_groups(cls, k: int | None, others: ValidationInfo) -> int | None:
-        # `others.data` holds only fields declared above `k`, so `scope` must stay above it.
-        if k is not None and others.data.get("scope") != "global":
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.unit != "groups" and self.scope == "layer":
             raise ValueError(
-                "k is the number of groups in the whole network: it needs scope=global"
+                f"scope=layer counts groups, not unit={self.unit}: set scope=global or unit=groups"
             )
-        return k
+        if self.k is not None and (self.scope, self.unit) != ("global", "groups"):
+            raise ValueError(
+                "k is the number of groups in the whole network: it needs scope=global and "
+                "unit=groups"
+            )
+        return self
 
     @abstractmethod
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the method's solver."""
 
     def check(self, structure: ModelStructure) -> None:
@@ -94,7 +107,8 @@ class SparseTraining(Method):
         given = replace(known, classes=config.classes) if self.data == "imagenet" else known
         config.refuse_mismatched_images(self.data, given)
         sizes = convolution.group_counts(config, self.groups)
-        refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.scope, self.floor)
+        if (self.scope, self.unit) == ("global", "groups"):
+            refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
 
     def _sparsity(self, groups: int) -> float:
         """Return the fraction to remove, of `groups` or of their cost."""
@@ -111,13 +125,12 @@ class SparseTraining(Method):
         network.config.refuse_mismatched_images(splits.name, splits.shape)
         families = convolution.families_of_kind(network, self.groups)
         partition = GroupPartition(network, families)
-        outcome = Trainer(self._task(network, splits, partition, context)).run()
-        removable = all(family.removable is None for family in families)
+        outcome = Trainer(self._job(network, splits, partition, context)).run()
+        removable = all(family.unremovable_reason is None for family in families)
         if removable:
             dead = partition.split(~outcome.keep)
             network = smaller_classifier(network, families, dead, self.multiple)
         model.network = network
-        # The cached structure describes the old network.
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
         return MethodReport(effect="removed" if removable else "zeroed", details=details)
@@ -128,31 +141,26 @@ class SparseTraining(Method):
         if not isinstance(network, Classifier):
             raise UserError(f"{model.name} is not an image classifier")
         if self.restart:
-            # Initialisation draws from the global generator. Seeding it here makes the weights
-            # independent of methods applied earlier in the same run.
-            torch.manual_seed(seed)
-            network = build_classifier(network.config).to(model.device)
+            # Initialisation draws from the global CPU generator. Seeding a fork of it makes the
+            # weights independent of methods applied earlier in the same run, and leaves the
+            # process's random state as it was.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                network = build_classifier(network.config).to(model.device)
         return network
 
     def _splits(self) -> Splits:
         splits = image_catalogue.load_image_set(self.data, self.data_folder)
         return splits if self.split == "test" else splits.for_selection()
 
-    def _task(
+    def _job(
         self, network: Classifier, splits: Splits, partition: GroupPartition, context: Context
     ) -> TrainingJob:
-        costs = None
-        if self.scope in ("macs", "bytes"):
-            # Multiply-adds depend on the image size, so costs are counted on a real example.
-            image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
-            costs = GroupCosts(network, partition.families, image.to(partition.device), self.scope)
         return TrainingJob(
             network=network,
             splits=splits,
             partition=partition,
-            allocation=Allocation(
-                partition, self._sparsity(partition.groups), self.scope, self.floor, costs
-            ),
+            allocation=self._allocation(network, splits, partition),
             solver=self.solver,
             recipe=self.recipe,
             seed=context.seed,
@@ -162,6 +170,18 @@ class SparseTraining(Method):
             identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
             progress=context.progress,
         )
+
+    def _allocation(
+        self, network: Classifier, splits: Splits, partition: GroupPartition
+    ) -> Allocation:
+        sparsity = self._sparsity(partition.groups)
+        if self.unit == "groups":
+            kind = LayerAllocation if self.scope == "layer" else GlobalAllocation
+            return kind(partition, sparsity, self.floor)
+        # Multiply-adds depend on the image size, so costs are counted on a real example.
+        image, _ = splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
+        costs = GroupCosts(network, partition.families, image.to(partition.device), self.unit)
+        return CostAllocation(partition, sparsity, costs, self.floor)
 
     def _details(
         self, partition: GroupPartition, outcome: TrainingOutcome, splits: Splits
@@ -188,29 +208,22 @@ class Wgsef(SparseTraining):
 
     `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is the homotopy.
     `strength` is the paper's lambda, which `debiased` does not use; `every` applies the operator
-    every n steps with n times the strength. `reach` is where the homotopy of lambda d ends: 1 is
-    the hard selection; a smaller value leaves more to the final selection.
+    every n steps with n times the strength. `reach` is where the homotopy of lambda d ends: 1, the
+    most, is the hard selection; a smaller value leaves more to the final selection.
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
     strength: float = Field(default=0.3, gt=0)
     every: int = Field(default=1, ge=1)
-    reach: float = Field(default=1.0, gt=0)
+    reach: float = Field(default=1.0, gt=0, le=1)
 
-    @field_validator("reach")
-    @classmethod
-    def _below_one(cls, reach: float) -> float:
-        if reach > 1:
-            raise ValueError("must be at most 1, where the debiased operator is hard selection")
-        return reach
-
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver of the chosen algorithm."""
         if self.algorithm == "envelope":
-            return envelope.EnvelopeSolver(scene, self.strength, self.every)
+            return envelope.EnvelopeSolver(context, self.strength, self.every)
         if self.algorithm == "hspg":
-            return envelope.EnvelopeHalfSpaceSolver(scene, self.strength)
-        return envelope.DebiasedSolver(scene, self.reach)
+            return envelope.EnvelopeHalfSpaceSolver(context, self.strength)
+        return envelope.DebiasedSolver(context, self.reach)
 
 
 class GroupLasso(SparseTraining):
@@ -219,12 +232,12 @@ class GroupLasso(SparseTraining):
     strength: float = Field(default=1e-2, gt=0)
     adaptive: bool = False
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
         maker = (
             group_lasso.AdaptiveGroupLassoSolver if self.adaptive else group_lasso.GroupLassoSolver
         )
-        return maker(scene, self.strength)
+        return maker(context, self.strength)
 
 
 class Hspg(SparseTraining):
@@ -234,9 +247,9 @@ class Hspg(SparseTraining):
     epsilon: float = Field(default=0.0, ge=0, lt=1)
     warmup: float = Field(default=0.25, ge=0, le=1)
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return group_lasso.HspgSolver(scene, self.strength, self.epsilon, self.warmup)
+        return group_lasso.HspgSolver(context, self.strength, self.epsilon, self.warmup)
 
 
 class AdaHspg(SparseTraining):
@@ -245,9 +258,9 @@ class AdaHspg(SparseTraining):
     strength: float = Field(default=3e-2, gt=0)
     mu: float = Field(default=1.0, gt=0)
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return group_lasso.AdaHspgSolver(scene, self.strength, self.mu)
+        return group_lasso.AdaHspgSolver(context, self.strength, self.mu)
 
 
 class DeepHoyer(SparseTraining):
@@ -255,9 +268,9 @@ class DeepHoyer(SparseTraining):
 
     strength: float = Field(default=1e-1, gt=0)
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return penalties.DeepHoyerSolver(scene, self.strength)
+        return penalties.DeepHoyerSolver(context, self.strength)
 
 
 class Slimming(SparseTraining):
@@ -265,25 +278,25 @@ class Slimming(SparseTraining):
 
     strength: float = Field(default=3e-2, gt=0)
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return penalties.SlimmingSolver(scene, self.strength)
+        return penalties.SlimmingSolver(context, self.strength)
 
 
 class MagnitudePruning(SparseTraining):
     """Dense training, then selection of the groups of largest norm."""
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return MagnitudeSolver(scene)
+        return MagnitudeSolver(context)
 
 
 class IterativeHardThresholding(SparseTraining):
     """Projection onto fewer and fewer groups after each step."""
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return HardThresholdSolver(scene)
+        return HardThresholdSolver(context)
 
 
 class GroupNorm(SparseTraining):
@@ -291,9 +304,9 @@ class GroupNorm(SparseTraining):
 
     strength: float = Field(default=1e-3, gt=0)
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return torch_pruning_solvers.GroupNormSolver(scene, self.strength)
+        return torch_pruning_solvers.GroupNormSolver(context, self.strength)
 
 
 class GrowingReg(SparseTraining):
@@ -302,6 +315,6 @@ class GrowingReg(SparseTraining):
     strength: float = Field(default=1e-4, gt=0)
     growth: float = Field(default=1e-3, gt=0)
 
-    def solver(self, scene: SolverContext) -> Solver:
+    def solver(self, context: SolverContext) -> Solver:
         """Return the solver."""
-        return torch_pruning_solvers.GrowingRegSolver(scene, self.strength, self.growth)
+        return torch_pruning_solvers.GrowingRegSolver(context, self.strength, self.growth)

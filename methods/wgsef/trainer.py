@@ -1,12 +1,6 @@
-"""One training: recipe, dense steps, selection, fine-tuning under the mask, accuracy.
+"""Sparse training of a classifier: steps with a solver, a selection, fine-tuning under its mask.
 
-One training: dense steps with a solver, a selection, and fine-tuning under its mask.
-
-Shapes: B images, C channels, H height and width; M groups.
-
-Top-1 accuracy of a classifier.
-
-Shapes: B images, C channels, H height and width, K classes.
+Shapes: B images, C channels, H height and width, K classes; M groups.
 """
 
 from __future__ import annotations
@@ -30,7 +24,7 @@ from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.solvers.allocation import Allocation
 from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
 from methods.wgsef.solvers.schedules import learning_rate_factor
-from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext
+from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext, select_alive
 
 HistoryLine = dict[str, float]
 
@@ -89,17 +83,17 @@ class TrainingOutcome:
 class Trainer:
     """Carries out a training job; call `run` once."""
 
-    def __init__(self, task: TrainingJob) -> None:
-        self._task = task
-        self._keeper = CheckpointManager(task.folder, task.progress)
-        self._device = task.partition.device
-        self._epoch_steps = len(task.splits.train) // task.recipe.batch
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self._checkpoints = CheckpointManager(job.folder, job.progress)
+        self._device = job.partition.device
+        self._epoch_steps = len(job.splits.train) // job.recipe.batch
         if self._epoch_steps == 0:
-            raise UserError(f"a batch of {task.recipe.batch} is larger than the training set")
-        self._total = self._epoch_steps * task.recipe.epochs
-        self._sparse = max(1, round(task.recipe.sparse_share * self._total))
-        self._scene = self._solver_context()
-        self._solver: Solver = task.solver(self._scene)
+            raise UserError(f"a batch of {job.recipe.batch} is larger than the training set")
+        self._total = self._epoch_steps * job.recipe.epochs
+        self._sparse = max(1, round(job.recipe.sparse_share * self._total))
+        self._context = self._solver_context()
+        self._solver: Solver = job.solver(self._context)
         self._optimizer = self._make_optimizer()
         self._step, self._loss = 0, 0.0
         self._outcome: TrainingOutcome | None = None
@@ -108,26 +102,26 @@ class Trainer:
     def run(self) -> TrainingOutcome:
         """Train to the end, resuming from the last checkpoint if there is one."""
         self._resume()
-        task = self._task
-        with task.progress.phase(f"training on {task.splits.name}", task.recipe.epochs):
-            task.progress.step(len(self._history))
+        job = self._job
+        with job.progress.phase(f"training on {job.splits.name}", job.recipe.epochs):
+            job.progress.step(len(self._history))
             while self._step < self._total:
                 self._train_epoch()
-                task.progress.step()
+                job.progress.step()
         # With sparse_share=1 the solver acts until the last step, so the selection is still to be
         # made.
         outcome = self._outcome or self._freeze()
         outcome.history = self._history
-        task.network.eval()
+        job.network.eval()
         return outcome
 
     def _solver_context(self) -> SolverContext:
-        task = self._task
-        image_1CHH, _ = task.splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
+        job = self._job
+        image_1CHH, _ = job.splits.test.fetch(torch.zeros(1, dtype=torch.long), None)
         return SolverContext(
-            network=task.network,
-            partition=task.partition,
-            allocation=task.allocation,
+            network=job.network,
+            partition=job.partition,
+            allocation=job.allocation,
             steps=self._sparse,
             epoch=self._epoch_steps,
             example=image_1CHH.to(self._device),
@@ -135,10 +129,10 @@ class Trainer:
 
     def _make_optimizer(self) -> ProximalSGD | ProximalAdam:
         """Return the optimizer; if the solver decays groups itself, they get no weight decay."""
-        recipe, owned = self._task.recipe, self._task.partition.owned_parameters()
+        recipe, owned = self._job.recipe, self._job.partition.owned_parameters()
         # The envelope already contains 1/2 sum d_j ||v_j||^2, so weight decay would count it twice.
-        exempt = set(owned) if self._solver.ridge else set()
-        named = dict(self._task.network.named_parameters())
+        exempt = set(owned) if self._solver.decays_groups else set()
+        named = dict(self._job.network.named_parameters())
         decayed = [weight for name, weight in named.items() if name not in exempt]
         groups: list[dict[str, Any]] = [{"params": decayed}]
         if exempt:
@@ -149,16 +143,16 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Train one epoch, or what remains of it after a resume."""
-        task, recipe = self._task, self._task.recipe
+        job, recipe = self._job, self._job.recipe
         # Batches are a function of seed, epoch and position, so a resumed epoch sees exactly the
         # batches that the interrupted one still had to see.
         epoch, start = divmod(self._step, self._epoch_steps)
         # Loaded networks are in eval mode with gradients off, and a resumed one is as well.
-        task.network.requires_grad_(True).train()
-        fetched = training_batches(
-            task.splits.train, recipe.batch, seed=task.seed, epoch=epoch, start=start
+        job.network.requires_grad_(True).train()
+        batches = training_batches(
+            job.splits.train, recipe.batch, seed=job.seed, epoch=epoch, start=start
         )
-        for image_BCHH, label_B in fetched:
+        for image_BCHH, label_B in batches:
             if self._step == self._sparse and self._outcome is None:
                 self._freeze()
             self._train_step(image_BCHH.to(self._device), label_B.to(self._device))
@@ -169,7 +163,7 @@ class Trainer:
         self._close_epoch(epoch)
 
     def _train_step(self, image_BCHH: Tensor, label_B: Tensor) -> None:
-        recipe = self._task.recipe
+        recipe = self._job.recipe
         rate = recipe.rate * learning_rate_factor(
             (self._step + 1) / self._total, recipe.sparse_share
         )
@@ -178,7 +172,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
-        loss = cross_entropy(self._task.network(image_BCHH), label_B)
+        loss = cross_entropy(self._job.network(image_BCHH), label_B)
         loss.backward()
         self._optimizer.step()
         self._loss += float(loss.detach())
@@ -186,45 +180,42 @@ class Trainer:
 
     def _close_epoch(self, epoch: int) -> None:
         """Append a line of history and save a checkpoint."""
-        task = self._task
+        job = self._job
         line: HistoryLine = {
             "epoch": epoch + 1,
             "loss": self._loss / self._epoch_steps,
             "rate": self._optimizer.rate,
-            "k": task.allocation.k(min(1.0, self._step / self._sparse)),
-            "alive": int(task.partition.alive().sum()),
+            "k": job.allocation.k(min(1.0, self._step / self._sparse)),
+            "alive": int(job.partition.alive().sum()),
             "fractional": self._solver.fractional,
-            "accuracy": accuracy(task.network, task.splits.test),
+            "accuracy": accuracy(job.network, job.splits.test),
         }
         self._loss = 0.0
         self._history.append(line)
         self._save()
-        if task.on_epoch is not None:
-            task.on_epoch(line)
+        if job.on_epoch is not None:
+            job.on_epoch(line)
 
     def _freeze(self) -> TrainingOutcome:
         """Select the groups to keep, zero all others and hold them at zero from now on."""
-        partition = self._task.partition
-        alive_M = partition.alive()
-        # The selection always fills the budget; groups that are already zero must not be counted as
-        # kept.
-        keep_M = self._task.allocation.select(self._solver.score()) & alive_M
-        self._outcome = TrainingOutcome(keep_M, int(alive_M.sum()), self._solver.fractional)
-        partition.scale_(keep_M.double())
+        # Read first: the selection zeroes groups.
+        fractional = self._solver.fractional
+        keep_M, alive = select_alive(self._context, self._solver.score())
+        self._outcome = TrainingOutcome(keep_M, alive, fractional)
         self._hold()
         return self._outcome
 
     def _hold(self) -> None:
         assert self._outcome is not None
-        self._solver = FrozenSolver(self._scene, self._outcome.keep)
+        self._solver = FrozenSolver(self._context, self._outcome.keep)
         self._optimizer.solver = self._solver
 
     def _save(self) -> None:
-        self._keeper.keep(self._checkpoint)
+        self._checkpoints.save(self._checkpoint)
 
     def _checkpoint(self) -> Checkpoint:
         tensors = checkpoint.prefixed_tensors(
-            network=self._task.network.state_dict(),
+            network=self._job.network.state_dict(),
             optimizer=checkpoint.optimizer_tensors(self._optimizer),
             solver=self._solver.state(),
             outcome={"keep": self._outcome.keep} if self._outcome else {},
@@ -240,29 +231,29 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the last checkpoint in the folder, if it belongs to this training."""
-        saved = self._keeper.last()
+        saved = self._checkpoints.latest()
         if saved is None:
             return
         if saved.state["identity"] != self._identity():
             raise UserError(
-                f"{self._task.folder} holds a checkpoint of a different run: remove it or set "
+                f"{self._job.folder} holds a checkpoint of a different run: remove it or set "
                 "checkpoints= to another folder"
             )
-        self._task.network.load_state_dict(saved.part("network"))
-        checkpoint.load_optimizer(self._optimizer, saved.part("optimizer"))
-        if kept := saved.part("outcome"):
+        self._job.network.load_state_dict(saved.tensors_of("network"))
+        checkpoint.load_optimizer(self._optimizer, saved.tensors_of("optimizer"))
+        if kept := saved.tensors_of("outcome"):
             keep_M = kept["keep"].to(self._device)
             # The frozen solver has to be in place before its state is loaded below.
             self._outcome = TrainingOutcome(keep_M, *saved.state["before"])
             self._hold()
-        self._solver.load(saved.part("solver"))
+        self._solver.load(saved.tensors_of("solver"))
         self._step, self._loss = saved.step, saved.state["loss"]
         self._history = saved.state["history"]
 
     def _identity(self) -> str:
-        task = self._task
-        recipe = task.recipe.model_dump_json()
-        return f"{task.identity} {task.splits.name} seed {task.seed} {recipe}"
+        job = self._job
+        recipe = job.recipe.model_dump_json()
+        return f"{job.identity} {job.splits.name} seed {job.seed} {recipe}"
 
 
 _EVALUATION_BATCH = 256

@@ -46,16 +46,16 @@ def die_after_checkpoint(number):
 
     def arm():
         checkpoint.MIN_INTERVAL_SECONDS, checkpoint.MAX_WRITE_SHARE = 0.0, 1e9
-        CheckpointManager.keep = _killing(CheckpointManager.keep, number)
+        CheckpointManager.save = _killing(CheckpointManager.save, number)
 
     return arm
 
 
-def _killing(keep, number):
+def _killing(save, number):
     seen = []
 
     def deadly(self, make):
-        keep(self, make)
+        save(self, make)
         seen.append(make)
         if len(seen) == number:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -108,6 +108,10 @@ def flip(file, place):
         (lambda path: (path / "tensors.safetensors").unlink(), "No such file"),
         (lambda path: (path / "state.json").write_text('{"format": 99}'), "format is 99"),
         (lambda path: (path / "state.json").write_text("[]"), "format is None"),
+        (
+            lambda path: (path / "state.json").write_text('{"format": 1, "text": 5, "sums": {}}'),
+            "its state is int",
+        ),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_set_aside_with_a_word(tmp_path, damage, said):
@@ -137,6 +141,6 @@ def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_training(tmp_path):
     said = io.StringIO()
     (tmp_path / "file").write_text("in the way")
     keeper = CheckpointManager(tmp_path / "file" / "folder", Progress(said))
-    keeper.keep(lambda: Checkpoint(1, {}, {}))
+    keeper.save(lambda: Checkpoint(1, {}, {}))
     assert "could not write a checkpoint" in said.getvalue()
-    assert keeper.last() is None
+    assert keeper.latest() is None

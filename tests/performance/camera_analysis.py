@@ -22,7 +22,8 @@ from bench.models.structure.model_structure import inspect_model
 from bench.models.structure.moe_block import MoEBlock
 from bench.schema import ModelConfig
 from bench.ui import SILENT
-from methods.camera.analysis import WalkOptions, block_energies
+from methods.camera.analysis import BlockEnergies
+from methods.moe.calibration_walk import WalkOptions, walk_blocks
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -80,8 +81,8 @@ def small_model() -> Model:
 
 def analyse(model: Model, rows_BL: Tensor) -> list[Tensor]:
     """Send the rows through all layers and measure every energy on the way."""
-    measured = block_energies(model, rows_BL, HOW, SILENT)
-    return [found.energies(0.95, normalised=False) for found in measured]
+    observed = walk_blocks(model, rows_BL, BlockEnergies, HOW, SILENT)
+    return [found.energies(0.95, normalised=False) for _, found in observed]
 
 
 def forward(model: Model, rows_BL: Tensor) -> None:

@@ -71,7 +71,7 @@ def packed() -> Figure:
     model = small_model()
     weights = model.structure.moe_parameters
     rows_BL = torch.randint(64, (4, LENGTH), generator=torch.manual_seed(0))
-    method = CameraQ(backend="rtn", attention_bits=16, shared_bits=16, dense_bits=16)
+    method = CameraQ(rounding="rtn", attention_bits=16, shared_bits=16, dense_bits=16)
     method.apply(model, Context(0, Calibration(rows_BL, "")))
     found = stored(model)
     value = found / (weights * BITS / 8)

@@ -16,7 +16,7 @@ from bench.models.classifiers.classifier import Classifier, VisionConfig
 from methods.wgsef.groups.convolution import filters
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
-from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.allocation import LayerAllocation
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 
@@ -49,7 +49,7 @@ def _pruned(dense: Classifier, example: torch.Tensor) -> Classifier:
     network.load_state_dict(dense.state_dict())
     families = filters(network, example)
     partition = GroupPartition(network, families)
-    keep_M = Allocation(partition, RATIO, "layer").select(partition.norms())
+    keep_M = LayerAllocation(partition, RATIO).select(partition.norms())
     partition.scale_(keep_M.double())
     return smaller_classifier(network, families, partition.split(~keep_M))
 

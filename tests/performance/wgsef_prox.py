@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.wgsef.prox.root import BudgetEquation, newton_root, sorting_root
-from tests.methods.wgsef.envelope_oracles import envelope_, group_norms, scale_groups_
+from tests.methods.wgsef.prox.oracles import envelope_, group_norms, scale_groups_
 from tests.performance.figure import Figure
 from tests.performance.interleaved import ratio, times
 

@@ -11,7 +11,7 @@ from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups.convolution import filters
 from methods.wgsef.groups.partition import GroupPartition
-from methods.wgsef.solvers.allocation import Allocation
+from methods.wgsef.solvers.allocation import GlobalAllocation
 from methods.wgsef.solvers.envelope import DebiasedSolver, EnvelopeSolver
 from methods.wgsef.solvers.optimizers import ProximalSGD
 from methods.wgsef.solvers.solver import MagnitudeSolver, Solver, SolverContext
@@ -49,7 +49,7 @@ def _step(maker: Callable[[SolverContext], Solver]) -> Callable[[], object]:
     ).train()
     image_BCHH, label_B = load_image_set("digits").train.fetch(torch.arange(BATCH), None)
     partition = GroupPartition(network, filters(network, image_BCHH[:1]))
-    allocation = Allocation(partition, 0.7)
+    allocation = GlobalAllocation(partition, 0.7)
     # Half way through the homotopy, where most groups are undecided.
     solver = maker(SolverContext(network, partition, allocation, 4 * ROUNDS, 18, image_BCHH[:1]))
     solver.step = ROUNDS

@@ -1,23 +1,14 @@
-"""Base expert, low-rank differences, their assembly.
-
-Assembly of shared-base experts from calibration statistics.
+"""Base expert and low-rank differences of a block, from calibration statistics.
 
 Shapes: E routed experts, S tokens of one expert, T tokens, D d_model, F an expert's width, O
-outputs and I inputs of a matrix.
+outputs and I inputs of a matrix, R rank.
 
-Optimal low-rank approximation of a difference on the calibration inputs.
+The differences are approximated optimally for the calibration inputs. For inputs X [S, I] with Gram
+matrix H = Xᵀ X = L Lᵀ, ‖(Δ - U V) Xᵀ‖_F = ‖(Δ - U V) L‖_F. The truncated SVD of Δ L, multiplied by
+L⁻¹, is therefore optimal for its rank (SVD-LLM, arXiv 2403.07378).
 
-Shapes: O outputs, I inputs, R rank, S tokens.
-
-For inputs X [S, I] with Gram matrix H = Xᵀ X = L Lᵀ, ‖(Δ - U V) Xᵀ‖_F = ‖(Δ - U V) L‖_F. The
-truncated SVD of Δ L, multiplied by L⁻¹, is therefore optimal for its rank (SVD-LLM, arXiv
-2403.07378).
-
-Base expert of a block: the mean of its experts, weighted by Fisher information.
-
-Shapes: E routed experts, O outputs and I inputs of a matrix.
-
-Elementwise for each matrix, with F_e = mean over calibration rows of (∂L/∂W_e)² and f_e the number
+The base expert is the mean of the experts, weighted by Fisher information. Elementwise for each
+matrix, with F_e = mean over calibration rows of (∂L/∂W_e)² and f_e the number
 of tokens routed to e,
 
     W_base = Σ_e f_e F_e W_e / Σ_e f_e F_e
@@ -43,10 +34,10 @@ from methods.baselines.d2_moe.shared_base_experts import (
     SharedBaseExperts,
     SharedMatrix,
 )
-from methods.moe.calibration_walk import require_finite
+from methods.moe.calibration_walk import NullObserver, require_finite
 
 
-class InputMoments:
+class InputMoments(NullObserver):
     """Observer of Xᵀ X of each routed expert: inputs [D, D] and hidden states [F, F]."""
 
     def __init__(self, block: MoEBlock) -> None:
@@ -61,12 +52,6 @@ class InputMoments:
         """Add the tokens of one expert, without router weights."""
         self.input_gram_EDD[expert] += x_SD.float().mT @ x_SD.float()
         self.hidden_gram_EFF[expert] += hidden_SF.float().mT @ hidden_SF.float()
-
-    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Ignore the shared experts: they are not compressed."""
-
-    def output(self, y_TD: Tensor) -> None:
-        """Ignore the block output."""
 
 
 def assemble_experts(
@@ -192,18 +177,20 @@ class FisherMean:
                 self._total.setdefault(source.matrix, zeros.clone())
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def accumulate_gradients(self) -> Iterator[None]:
         """Accumulate gradients as they arrive, and free them."""
         with ExitStack() as stack:
             for source in self.sources:
                 # The hook runs inside the backward pass as soon as one parameter's gradient is
                 # complete, so at no time are the gradients of all experts in memory.
-                handle = source.weight.register_post_accumulate_grad_hook(self._taker(source))
+                handle = source.weight.register_post_accumulate_grad_hook(
+                    self._accumulation_hook(source)
+                )
                 stack.callback(handle.remove)
             yield
 
-    def _taker(self, source: ExpertMatrices) -> Callable[[Tensor], None]:
-        def take(weight: Tensor) -> None:
+    def _accumulation_hook(self, source: ExpertMatrices) -> Callable[[Tensor], None]:
+        def accumulate(weight: Tensor) -> None:
             # Freed at once. It also makes the next row start from zero: squares of single rows are
             # summed, not the square of the sum.
             gradient, weight.grad = cast(Tensor, weight.grad), None
@@ -215,7 +202,7 @@ class FisherMean:
                 self._total[source.matrix] += fisher_OI
                 self._weighted[source.matrix] += fisher_OI * weight_OI.double()
 
-        return take
+        return accumulate
 
     def base(self) -> GateUpDown:
         """Return (gate, up, down) of the base expert, float64.

@@ -1,21 +1,17 @@
-"""The D2-MoE baseline and its ranks.
-
-The D2-MoE baseline: replace the experts of a block by one base and low-rank differences.
+"""The D2-MoE baseline: replace the experts of a block by one base and low-rank differences.
 
 Shapes: B rows, L tokens per row.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, ClassVar
+from contextlib import ExitStack
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import Context, Effect, LayerReport, MethodReport
-from bench.models.expert_hooks import observe_experts
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -28,11 +24,12 @@ from methods.baselines.d2_moe.factorization import (
 )
 from methods.baselines.expert_scores import ExpertTokenCounts
 from methods.moe.calibration_statistics import backpropagate_loss, enable_gradients
-from methods.moe.calibration_walk import walk_blocks
-from methods.moe.pruning import MoEPruning, refuse_offloaded, require_calibration
+from methods.moe.calibration_walk import CalibratedPruning, walk_blocks
+from methods.moe.micro_experts import replace_child
+from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
 
 
-class D2Moe(MoEPruning):
+class D2Moe(CalibratedPruning):
     """Merge the routed experts of a block into a base plus low-rank differences.
 
     Ranks follow from the budget: a block keeps at most as many weights as CAMERA-P leaves it at the
@@ -42,10 +39,6 @@ class D2Moe(MoEPruning):
     (`pp_ratio`); here that share is zero, so all compression comes from the differences.
     """
 
-    uses_calibration: ClassVar[bool] = True
-
-    batch: int = Field(default=8, ge=1)
-    chunk: int = Field(default=4096, ge=1)
     damping: float = Field(default=1e-4, gt=0)
 
     def check(self, structure: ModelStructure) -> None:
@@ -73,12 +66,12 @@ class D2Moe(MoEPruning):
         calibration = require_calibration(context)
         structure = model.structure
         refuse_offloaded(structure.moe)
-        layers = []
+        layers: list[LayerEntry] = []
         if any(self.budgets(structure)):
             layers = self._compress(model, calibration.tokens, context.progress)
         removed = sum(layer["removed_parameters"] for layer in layers)
         details = {
-            "asked": {"ratio": self.ratio, "base": self.base},
+            "requested": {"ratio": self.ratio, "base": self.base},
             "removed_parameters": removed,
             "ratio_of_moe": removed / structure.moe_parameters,
             "ratio_of_total": removed / structure.parameters,
@@ -88,60 +81,50 @@ class D2Moe(MoEPruning):
         effect: Effect = "removed" if removed else "none"
         return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
-    def _compress(self, model: Model, tokens_BL: Tensor, told: Progress) -> list[dict[str, Any]]:
+    def _compress(self, model: Model, tokens_BL: Tensor, progress: Progress) -> list[LayerEntry]:
         """Replace the experts of every block, all measured on the unmodified model."""
         # Before the walk below, which replaces experts as it goes.
-        bases = self._bases(model, tokens_BL, told)
-        seen = walk_blocks(
-            model, tokens_BL, InputMoments, self._watching, self.batch, sequential=False, told=told
-        )
+        bases = self._bases(model, tokens_BL, progress)
+        observed = walk_blocks(model, tokens_BL, InputMoments, self.walk_options(), progress)
         layers = [
             # pop: a base is three float64 matrices, freed as soon as its block is built.
             self._replace(block, bases.pop(block), inputs, budget)
-            for (block, inputs), budget in zip(seen, self.budgets(model.structure), strict=True)
+            for (block, inputs), budget in zip(observed, self.budgets(model.structure), strict=True)
         ]
         model.invalidate_structure()
         return layers
 
-    def _watching(self, seen: dict[MoEBlock, Any]) -> AbstractContextManager[None]:
-        return observe_experts(seen, self.chunk)
-
-    def _bases(self, model: Model, tokens_BL: Tensor, told: Progress) -> dict[MoEBlock, GateUpDown]:
+    def _bases(
+        self, model: Model, tokens_BL: Tensor, progress: Progress
+    ) -> dict[MoEBlock, GateUpDown]:
         """Return the Fisher-weighted mean of every block, from one backward pass per row."""
-        counted = walk_blocks(
-            model,
-            tokens_BL,
-            ExpertTokenCounts,
-            self._watching,
-            self.batch,
-            sequential=False,
-            told=told,
-        )
-        means = {block: FisherMean(block, seen.scores()) for block, seen in counted}
+        counted = walk_blocks(model, tokens_BL, ExpertTokenCounts, self.walk_options(), progress)
+        means = {block: FisherMean(block, counts.scores()) for block, counts in counted}
         weights = [source.weight for mean in means.values() for source in mean.sources]
         with enable_gradients(model.network, weights), ExitStack() as stack:
             for mean in means.values():
-                stack.enter_context(mean.listening())
+                stack.enter_context(mean.accumulate_gradients())
             # One row per backward pass: Fisher information is a mean of squared per-row gradients,
             # and a batch would give the square of their sum.
-            for row_1L in told.track(tokens_BL.split(1), "gathering Fisher information"):
+            for row_1L in progress.track(tokens_BL.split(1), "gathering Fisher information"):
                 backpropagate_loss(model.network, row_1L)
         return {block: mean.base() for block, mean in means.items()}
 
     def _replace(
         self, block: MoEBlock, base: GateUpDown, inputs: InputMoments, budget: int
-    ) -> dict[str, Any]:
+    ) -> LayerEntry:
         """Replace the experts of one block; return its report entry."""
-        of_each = self._ranks(block, budget)
+        ranks = self._ranks(block, budget)
         # Without a budget the block stays as published: a base would only add weights.
-        if of_each is None or not budget:
+        if ranks is None or not budget:
             return {"layer": block.layer, "removed_parameters": 0}
         before = _parameter_count(block.experts)
-        block.block.experts = assemble_experts(block, base, inputs, of_each, self.damping)
-        after = _parameter_count(block.block.experts)
+        experts = assemble_experts(block, base, inputs, ranks, self.damping)
+        after = _parameter_count(experts)
+        replace_child(block.block, block.experts, experts)
         return {
             "layer": block.layer,
-            "ranks": of_each,
+            "ranks": ranks,
             "parameters": after,
             "removed_parameters": before - after,
         }

@@ -35,11 +35,11 @@ class SharedMatrix:
     right_RI: Tensor
     ranks: Sequence[int]
 
-    def shared(self, x_TI: Tensor) -> Tensor:
+    def base_part(self, x_TI: Tensor) -> Tensor:
         """Return the output of the base, [T, O], the same for every expert."""
         return linear(x_TI, self.base_OI)
 
-    def own(self, x_SI: Tensor, expert: int) -> Tensor:
+    def expert_part(self, x_SI: Tensor, expert: int) -> Tensor:
         """Return the output of an expert's factors, [S, O]."""
         place = self._place(expert)
         return linear(linear(x_SI, self.right_RI[place]), self.left_OR[:, place])
@@ -110,7 +110,7 @@ class SharedBaseExperts(ReplacedModule):
         x_TD, weight_S = hidden_states, top_k_weights.flatten()
         gate, up, down = (self.matrix(name) for name in MATRIX_NAMES)
         # Gate and up act on the token itself, so their base part is the same for all K experts.
-        gate_TF, up_TF = gate.shared(x_TD), up.shared(x_TD)
+        gate_TF, up_TF = gate.base_part(x_TD), up.base_part(x_TD)
         # float32 sums: up to K terms per token, which would each be rounded in half precision.
         sum_TF = torch.zeros_like(gate_TF, dtype=torch.float32)
         own_TD = torch.zeros_like(x_TD, dtype=torch.float32)
@@ -119,15 +119,15 @@ class SharedBaseExperts(ReplacedModule):
                 continue
             token_S = slot_S // top_k_index.shape[1]
             x_SD = x_TD[token_S]
-            gate_SF = gate_TF[token_S] + gate.own(x_SD, expert)
-            up_SF = up_TF[token_S] + up.own(x_SD, expert)
+            gate_SF = gate_TF[token_S] + gate.expert_part(x_SD, expert)
+            up_SF = up_TF[token_S] + up.expert_part(x_SD, expert)
             # The router weight is applied before the down projection, which is linear: only then
             # can hidden states of different experts be summed for one product with the down base.
             hidden_SF = self.act_fn(gate_SF) * up_SF * weight_S[slot_S, None]
             hidden_SF = hidden_SF.to(x_TD.dtype)
             sum_TF.index_add_(0, token_S, hidden_SF.float())
-            own_TD.index_add_(0, token_S, down.own(hidden_SF, expert).float())
-        return down.shared(sum_TF.to(x_TD.dtype)) + own_TD.to(x_TD.dtype)
+            own_TD.index_add_(0, token_S, down.expert_part(hidden_SF, expert).float())
+        return down.base_part(sum_TF.to(x_TD.dtype)) + own_TD.to(x_TD.dtype)
 
 
 def _slots_per_expert(index_TK: Tensor, experts: int) -> Sequence[Tensor]:

@@ -1,21 +1,16 @@
-"""NAEE: error of a block without some experts, search, method.
+"""NAEE (arXiv 2402.14800): drop the experts whose removal changes a block's output least.
 
-Output error of a block without some experts, from a few statistics per token.
+Shapes: B rows, L tokens per row, P of them kept, T = B·P tokens, E routed experts, D d_model.
 
-Shapes: B rows, P tokens kept of each row, T = B·P tokens, E routed experts, D d_model.
-
-With f_e(x) the output of expert e, A the router weights, A^S those without the experts in S, and δ
-= A - A^S, the block without S outputs y - Σ_e δ_e f_e(x). Against a target z, NAEE's error is
+The output error of a block without some experts needs only a few statistics per token. With f_e(x)
+the output of expert e, A the router weights, A^S those without the experts in S, and δ = A - A^S,
+the block without S outputs y - Σ_e δ_e f_e(x). Against a target z, NAEE's error is
 
     Σ_rows √( Σ_t ‖ z_t - y_t + Σ_e δ_te f_e(x_t) ‖₂² )
 
 (one Frobenius norm per calibration sample, summed over samples). So a token only needs ‖z - y‖²,
 the products f_e · (z - y) and the products f_e · f_e'. D drops out, and evaluating a set of experts
 costs E² multiplications per token instead of a forward pass of the block.
-
-Inputs and outputs of MoE blocks on calibration text.
-
-Shapes: B rows, L tokens per row, P of them kept, D d_model.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +36,7 @@ from bench.ui import Progress
 from methods.baselines.expert_removal import ExpertState, RemovedExperts, WholeExpertPruning
 from methods.baselines.router_masks import dense_routing_weights, route
 from methods.moe.calibration_walk import require_finite
-from methods.moe.pruning import refuse_offloaded, require_calibration
+from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
 
 # Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.
 EXPERT_CHUNK = 256
@@ -52,9 +47,9 @@ class BlockErrorModel:
 
     @torch.no_grad()
     def __init__(
-        self, block: MoEBlock, x_BPD: Tensor, y_BPD: Tensor, target_BPD: Tensor, form: ExpertState
+        self, block: MoEBlock, x_BPD: Tensor, y_BPD: Tensor, target_BPD: Tensor, state: ExpertState
     ) -> None:
-        self._block, self._form = block, form
+        self._block, self._state = block, state
         self._rows = len(x_BPD)
         x_TD = x_BPD.flatten(0, 1)
         missing_TD = (target_BPD - y_BPD).flatten(0, 1).double()
@@ -80,7 +75,7 @@ class BlockErrorModel:
     def _without(self, dropped: list[int]) -> Tensor:
         """Return the router weights [T, E] of the block without some experts."""
         # Zeroed experts keep their tokens: nothing is rerouted, their term is just missing.
-        if self._form != "dropped":
+        if self._state != "dropped":
             weight_TE = self._weight_TE.clone()
             weight_TE[:, dropped] = 0
             return weight_TE
@@ -118,8 +113,8 @@ def block_error_models(
     batch: int,
     progressive: bool,
     kept: int,
-    form: ExpertState,
-    told: Progress,
+    state: ExpertState,
+    progress: Progress,
 ) -> Iterator[tuple[MoEBlock, BlockErrorModel]]:
     """Yield the error model of every block in layer order; the caller may modify the block.
 
@@ -129,24 +124,27 @@ def block_error_models(
     """
     structure = model.structure
     last = structure.moe[-1].layer
-    unchanged = None
-    if progressive:
-        unchanged = LayerStream(model.network, structure.layers, tokens_BL, batch)
-    with LayerStream(model.network, structure.layers, tokens_BL, batch) as stream:
-        for index in told.track(range(last + 1), "searching for experts to drop"):
+    with ExitStack() as stack:
+        stream, *reference = (
+            stack.enter_context(LayerStream(model.network, structure.layers, tokens_BL, batch))
+            for _ in range(2 if progressive else 1)
+        )
+        for index in progress.track(range(last + 1), "searching for experts to drop"):
             blocks = [block for block in structure.moe if block.layer == index]
             # As in the calibration walk: the layer runs again after pruning, unless nothing
             # follows.
-            again = progressive and bool(blocks) and index < last
+            rerun = progressive and bool(blocks) and index < last
             # Both streams share the network. The layer is still unpruned when the reference stream
             # passes it, so it must advance here, before the caller prunes the layer.
-            targets = _run_layer(unchanged, index, blocks, kept, advance=True) if unchanged else {}
-            passed = _run_layer(stream, index, blocks, kept, advance=not again)
+            targets: dict[MoEBlock, BlockIO] = {}
+            for other in reference:
+                targets = _run_layer(other, index, blocks, kept, advance=True)
+            recorded = _run_layer(stream, index, blocks, kept, advance=not rerun)
             for block in blocks:
-                seen = passed[block]
-                target_BPD = targets.get(block, seen).y_BPD
-                yield block, BlockErrorModel(block, seen.x_BPD, seen.y_BPD, target_BPD, form)
-            if again:
+                own = recorded[block]
+                target_BPD = targets.get(block, own).y_BPD
+                yield block, BlockErrorModel(block, own.x_BPD, own.y_BPD, target_BPD, state)
+            if rerun:
                 stream.run(index, advance=True)
 
 
@@ -154,9 +152,9 @@ def _run_layer(
     stream: LayerStream, index: int, blocks: list[MoEBlock], kept: int, *, advance: bool
 ) -> dict[MoEBlock, BlockIO]:
     """Run all rows through a layer; return the inputs and outputs of its blocks."""
-    with _record_block_io(blocks, kept) as heard:
+    with _record_block_io(blocks, kept) as recorded:
         stream.run(index, advance=advance)
-    return {block: _concatenate(pieces) for block, pieces in heard.items()}
+    return {block: _concatenate(pieces) for block, pieces in recorded.items()}
 
 
 def _concatenate(pieces: list[BlockIO]) -> BlockIO:
@@ -167,10 +165,10 @@ def _concatenate(pieces: list[BlockIO]) -> BlockIO:
 @contextmanager
 def _record_block_io(blocks: list[MoEBlock], kept: int) -> Iterator[dict[MoEBlock, list[BlockIO]]]:
     """Record evenly spaced tokens at the input and output of some blocks."""
-    heard: dict[MoEBlock, list[BlockIO]] = {block: [] for block in blocks}
+    recorded: dict[MoEBlock, list[BlockIO]] = {block: [] for block in blocks}
     entered: dict[MoEBlock, Tensor] = {}
 
-    def thinned(state_BLD: Tensor) -> Tensor:
+    def evenly_spaced(state_BLD: Tensor) -> Tensor:
         length = state_BLD.shape[1]
         # Integer arithmetic: evenly spaced, distinct, and the same on every device.
         place_P = torch.arange(kept, device=state_BLD.device) * length // kept
@@ -180,14 +178,14 @@ def _record_block_io(blocks: list[MoEBlock], kept: int) -> Iterator[dict[MoEBloc
         for block in blocks:
             # `block=block` binds the current block; a closure would see the last one of the loop.
             def enter(_: nn.Module, args: tuple[Tensor, ...], block: MoEBlock = block) -> None:
-                entered[block] = thinned(args[0])
+                entered[block] = evenly_spaced(args[0])
 
-            def leave(_: nn.Module, __: Any, y_BLD: Tensor, block: MoEBlock = block) -> None:
-                heard[block].append(BlockIO(entered.pop(block), thinned(y_BLD)))
+            def leave(_: nn.Module, __: object, y_BLD: Tensor, block: MoEBlock = block) -> None:
+                recorded[block].append(BlockIO(entered.pop(block), evenly_spaced(y_BLD)))
 
             stack.callback(block.block.register_forward_pre_hook(enter).remove)
             stack.callback(block.block.register_forward_hook(leave).remove)
-        yield heard
+        yield recorded
 
 
 class Naee(WholeExpertPruning):
@@ -197,12 +195,12 @@ class Naee(WholeExpertPruning):
     elimination is used and the report says so. `progressive` searches later layers on the outputs
     of the pruned earlier ones, against the unpruned model's output. The search uses about `tokens`
     calibration tokens, evenly spaced in all rows (the paper uses all); errors are summed over rows.
-    With `form=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
+    With `state=zeroed` the search also assumes zeroed experts: tokens are not rerouted.
     """
 
     uses_calibration: ClassVar[bool] = True
 
-    form: ExpertState = "dropped"
+    state: ExpertState = "dropped"
     progressive: bool = True
     exhaustive_limit: int = Field(default=20_000, ge=1)
     tokens: int = Field(default=2048, ge=1)
@@ -232,14 +230,16 @@ class Naee(WholeExpertPruning):
             self.batch,
             self.progressive,
             kept,
-            self.form,
+            self.state,
             context.progress,
         )
         layers = []
-        for (block, evidence), budget in zip(found, self.budgets(structure), strict=True):
-            chosen, search_report = self._choose(block, evidence, budget)
-            layers.append(self.run_jobs(block, chosen, structure, context.seed) | search_report)
-        return self.report(
+        for (block, error_model), budget in zip(found, self.budgets(structure), strict=True):
+            chosen, search_report = self._choose(block, error_model, budget)
+            layers.append(
+                self.remove_experts(block, chosen, structure, context.seed) | search_report
+            )
+        return self.build_report(
             model,
             structure,
             layers,
@@ -249,16 +249,18 @@ class Naee(WholeExpertPruning):
         )
 
     def _choose(
-        self, block: MoEBlock, evidence: BlockErrorModel, budget: int
-    ) -> tuple[RemovedExperts, dict[str, Any]]:
+        self, block: MoEBlock, error_model: BlockErrorModel, budget: int
+    ) -> tuple[RemovedExperts, LayerEntry]:
         """Return what a block loses. A partial expert is the one that would be dropped next."""
-        count, rest = divmod(budget, block.d_ff)
-        found = search_subset(block.num_experts, count, evidence.error, self.exhaustive_limit)
-        further = None
-        if rest:
-            further, _ = next_expert_to_drop(block.num_experts, found.dropped, evidence.error)
-        report = {"search": found.how, "subsets_tried": found.tried, "error": found.error}
-        return RemovedExperts(found.dropped, further, rest), report
+        count, partial_count = divmod(budget, block.d_ff)
+        found = search_subset(block.num_experts, count, error_model.error, self.exhaustive_limit)
+        partial_expert = None
+        if partial_count:
+            partial_expert, _ = next_expert_to_drop(
+                block.num_experts, found.dropped, error_model.error
+            )
+        report = {"search": found.strategy, "subsets_tried": found.tried, "error": found.error}
+        return RemovedExperts(found.dropped, partial_expert, partial_count), report
 
 
 ErrorFunction = Callable[[tuple[int, ...]], float]
@@ -270,7 +272,7 @@ class ExpertSubset:
 
     dropped: tuple[int, ...]
     error: float
-    how: Literal["exhaustive", "greedy"]
+    strategy: Literal["exhaustive", "greedy"]
     tried: int
 
 

@@ -1,12 +1,6 @@
-"""Exact shares of bits, the integer program, and the count of bits stored.
+"""Bit budgets: parts divided among bit widths, the choice of bits under a budget, bits counted.
 
-Division of N equal parts among bit widths with an exact mean.
-
-Shapes: L levels of bits.
-
-Exact choice of one option per item under a budget, by integer programming.
-
-Shapes: I items, O options.
+Shapes: L levels of bits; I items, O options.
 """
 
 from __future__ import annotations
@@ -17,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,7 +151,7 @@ class BitCount:
             self.weight_bits += shape.weight_bits
             self.overhead_bits += shape.overhead_bits
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, float]:
         """Return the mean bits per weight, without and with scales, offsets and column orders."""
         total = self.weight_bits + self.overhead_bits
         return {

@@ -1,27 +1,26 @@
-"""GPTQ and the Hessian that it needs.
+"""GPTQ (arXiv 2210.17323): round column by column, compensating each error in the later columns.
 
-GPTQ (arXiv 2210.17323): round column by column, compensating each error in the later columns.
+Shapes: S tokens, R rows, C columns, c columns of one group.
 
-Shapes: R rows, C columns, c columns of one group.
-
-With H the Hessian of the output error, rounding column q of a row costs (w_q - ŵ_q)² / [H_F⁻¹]_qq,
-where F are the columns not yet rounded, and the optimal update of those is δ_F = -(w_q - ŵ_q) /
-[H_F⁻¹]_qq · (H_F⁻¹)_:q (equations 2 and 3). The Cholesky factor U of H⁻¹, Uᵀ U = H⁻¹, holds all of
-these rows: (H_F⁻¹)_:q / [H_F⁻¹]_qq = U_q: / U_qq. Rows of the matrix are independent, so each may
-have its own bits.
-
-Second moment of the inputs of a matrix: the Hessian of its output error.
-
-Shapes: S tokens, C input columns. With outputs y = W x, the squared error of a different Ŵ over the
-calibration tokens is Σ_t ‖(W - Ŵ) x_t‖² = tr(Δ H Δᵀ), H = Σ_t x_t x_tᵀ (GPTQ, arXiv 2210.17323).
+With outputs y = W x, the squared error of a different Ŵ over the calibration tokens is Σ_t ‖(W - Ŵ)
+x_t‖² = tr(Δ H Δᵀ), so its Hessian is H = Σ_t x_t x_tᵀ. Rounding column q of a row costs (w_q -
+ŵ_q)² / [H_F⁻¹]_qq, where F are the columns not yet rounded, and the optimal update of those is δ_F
+= -(w_q - ŵ_q) / [H_F⁻¹]_qq · (H_F⁻¹)_:q (equations 2 and 3). The Cholesky factor U of H⁻¹, Uᵀ U =
+H⁻¹, holds all of these rows: (H_F⁻¹)_:q / [H_F⁻¹]_qq = U_q: / U_qq. Rows of the matrix are
+independent, so each may have its own bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, fit_grid
+from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, quantize_groups
+
+# Attempts to factorize a Hessian; the damping grows tenfold after each failure.
+MAX_DAMPING_ATTEMPTS = 4
 
 
 def gptq(
@@ -37,21 +36,18 @@ def gptq(
     Everything is computed in the dtype of `factor_CC`.
     """
     left_RC = weight_RC.to(factor_CC.dtype, copy=True)
-    codes_RC = torch.zeros_like(left_RC, dtype=torch.uint8)
-    scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
-    offset_RG = torch.zeros_like(scale_RG)
-    for number, group in enumerate(groups):
-        # Fitted to the compensated weights, since these are rounded, not the original ones.
-        grid = fit_grid(left_RC[:, group], bits_RG[:, number], clip)
+
+    def round_group(group: slice, grid: QuantGrid) -> Tensor:
         codes_Rc, error_Rc = _round_group(left_RC[:, group], factor_CC[group, group], grid)
         # Equation 3 for all later groups at once. An update of a column beyond the group is linear
         # in the errors of the group's columns, so it can wait until the group is done and become
         # one matrix product (the paper's lazy batch updates).
         left_RC[:, group.stop :] -= error_Rc @ factor_CC[group, group.stop :]
-        codes_RC[:, group] = codes_Rc.to(torch.uint8)
-        scale_RG[:, number] = grid.scale[:, 0].half()
-        offset_RG[:, number] = grid.offset[:, 0].half()
-    return QuantizedMatrix(codes_RC, scale_RG, offset_RG)
+        return codes_Rc
+
+    # `left_RC` is updated while it is quantized: a group's grid is fitted to the compensated
+    # weights, since these are rounded, not the original ones.
+    return quantize_groups(left_RC, groups, bits_RG, clip, round_group)
 
 
 def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
@@ -71,16 +67,17 @@ def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple
     return codes_Rc, error_Rc
 
 
-# Attempts to factorize a Hessian; the damping grows tenfold after each failure.
-MAX_DAMPING_ATTEMPTS = 4
-
-
+@dataclass
 class Hessian:
     """Σ_t x_t x_tᵀ in float32, [C, C], and the number of tokens in the sum."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.sum_CC = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.tokens = 0
+    sum_CC: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device) -> Hessian:
+        """Return the Hessian of no tokens."""
+        return cls(torch.zeros(columns, columns, dtype=torch.float32, device=device))
 
     def add(self, x_SC: Tensor) -> None:
         """Add some tokens."""
@@ -88,12 +85,9 @@ class Hessian:
         self.sum_CC.addmm_(x_SC.T, x_SC)
         self.tokens += len(x_SC)
 
-    def ordered(self, order_C: Tensor) -> Hessian:
+    def select(self, order_C: Tensor) -> Hessian:
         """Return the Hessian of the given columns in the given order."""
-        other = Hessian(0, self.sum_CC.device)
-        other.sum_CC = self.sum_CC[order_C][:, order_C]
-        other.tokens = self.tokens
-        return other
+        return Hessian(self.sum_CC[order_C][:, order_C], self.tokens)
 
 
 def inverse_factor(hessian: Hessian, damping: float) -> tuple[Tensor, float] | None:

@@ -1,19 +1,14 @@
-"""Grids of equally spaced values and rounding to nearest.
+"""Quantization grids: equally spaced values, one grid per row of a group of columns.
 
-Quantization grids: equally spaced values, one grid per row of a group of weights.
+Shapes: R rows, C columns of a matrix, c columns of one group, G groups.
 
-Shapes: R rows, C columns of a matrix, c columns of one group, G groups. A weight is offset + scale
-· code with code 0 … 2^bits - 1. Scale and offset are rounded to float16 before any code is chosen,
-because that is how they are stored.
-
-Rounding to nearest: every weight to the nearest value of its grid, without calibration.
-
-Shapes: R rows, C columns, G groups of columns.
+A weight is offset + scale · code with code 0 … 2^bits - 1. Scale and offset are rounded to float16
+before any code is chosen, because that is how they are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +29,7 @@ class QuantGrid:
 
     scale: Tensor
     offset: Tensor
-    top: Tensor
+    max_code: Tensor
 
     def codes(self, weight_Rc: Tensor) -> Tensor:
         """Return the nearest codes as floats; a row of scale 0 gets code 0."""
@@ -43,7 +38,7 @@ class QuantGrid:
         # forces code 0.
         step = torch.where(self.scale > 0, self.scale, 1)
         codes_Rc = torch.round((weight_Rc - self.offset) / step).clamp(min=0)
-        return torch.minimum(codes_Rc, self.top) * (self.scale > 0)
+        return torch.minimum(codes_Rc, self.max_code) * (self.scale > 0)
 
     def values(self, codes_Rc: Tensor) -> Tensor:
         """Return the weights that the codes represent."""
@@ -88,35 +83,35 @@ def fit_grid(weight_Rc: Tensor, bits_R: Tensor, clip: Clip = "minmax") -> QuantG
     deviation, which has the least squared error of all pairs that are symmetric about the mean.
     """
     low_R1, high_R1 = weight_Rc.amin(1, keepdim=True), weight_Rc.amax(1, keepdim=True)
-    top_R1 = (2**bits_R - 1).to(weight_Rc)[:, None]
-    grid = _grid_between(low_R1, high_R1, top_R1)
+    max_code_R1 = (2**bits_R - 1).to(weight_Rc)[:, None]
+    grid = _grid_between(low_R1, high_R1, max_code_R1)
     if clip == "mse":
-        grid = _least_error_grid(weight_Rc, low_R1, high_R1, top_R1)
+        grid = _least_error_grid(weight_Rc, low_R1, high_R1, max_code_R1)
     mean_R1 = weight_Rc.mean(1, keepdim=True)
     spread_R1 = (weight_Rc - mean_R1).abs().mean(1, keepdim=True)
     # Computed for all rows, since one group may mix rows of different bits. For these rows the
     # largest code is 1, so the two values of the grid are the two ends.
-    binary = _grid_between(mean_R1 - spread_R1, mean_R1 + spread_R1, top_R1)
+    binary = _grid_between(mean_R1 - spread_R1, mean_R1 + spread_R1, max_code_R1)
     return _select_grid_rows(bits_R[:, None] == 1, binary, grid)
 
 
-def _grid_between(low_R1: Tensor, high_R1: Tensor, top_R1: Tensor) -> QuantGrid:
+def _grid_between(low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor) -> QuantGrid:
     # Rounded to float16 here, so that codes are chosen for the grid that is stored, not for one
     # that is slightly off.
-    scale_R1, offset_R1 = (high_R1 - low_R1) / top_R1, low_R1
-    return QuantGrid(scale_R1.half().to(low_R1), offset_R1.half().to(low_R1), top_R1)
+    scale_R1, offset_R1 = (high_R1 - low_R1) / max_code_R1, low_R1
+    return QuantGrid(scale_R1.half().to(low_R1), offset_R1.half().to(low_R1), max_code_R1)
 
 
 def _least_error_grid(
-    weight_Rc: Tensor, low_R1: Tensor, high_R1: Tensor, top_R1: Tensor
+    weight_Rc: Tensor, low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor
 ) -> QuantGrid:
     """Return, row by row, the grid over the fraction of the range with the least squared error."""
     middle_R1, half_R1 = (high_R1 + low_R1) / 2, (high_R1 - low_R1) / 2
-    best, least_R1 = _grid_between(low_R1, high_R1, top_R1), torch.full_like(low_R1, torch.inf)
+    best, least_R1 = _grid_between(low_R1, high_R1, max_code_R1), torch.full_like(low_R1, torch.inf)
     # A search instead of a formula: the error of rounding is not convex in the range, and 15
     # candidates are cheap. Ties keep the wider range, which is tried first.
     for share in CLIP_SHARES:
-        grid = _grid_between(middle_R1 - share * half_R1, middle_R1 + share * half_R1, top_R1)
+        grid = _grid_between(middle_R1 - share * half_R1, middle_R1 + share * half_R1, max_code_R1)
         error_Rc = weight_Rc - grid.values(grid.codes(weight_Rc))
         error_R1 = error_Rc.square().sum(1, keepdim=True)
         best = _select_grid_rows(error_R1 < least_R1, grid, best)
@@ -126,32 +121,73 @@ def _least_error_grid(
 
 def _select_grid_rows(choose_R1: Tensor, one: QuantGrid, other: QuantGrid) -> QuantGrid:
     return QuantGrid(
-        # `top` depends on the bits only and is the same in both.
+        # `max_code` depends on the bits only and is the same in both.
         torch.where(choose_R1, one.scale, other.scale),
         torch.where(choose_R1, one.offset, other.offset),
-        one.top,
+        one.max_code,
     )
 
 
-def round_to_nearest(
-    weight_RC: Tensor, groups: list[slice], bits_RG: Tensor, clip: Clip = "minmax"
+def quantize_groups(
+    weight_RC: Tensor,
+    groups: Sequence[slice],
+    bits_RG: Tensor,
+    clip: Clip,
+    round_group: Callable[[slice, QuantGrid], Tensor],
 ) -> QuantizedMatrix:
-    """Return the quantized matrix; each group of columns has its own grids."""
-    weight_RC = weight_RC.float()
+    """Fit a grid to each group of columns in turn, and round the group by a function.
+
+    A grid is fitted when its group is reached, so `round_group`, which returns the codes [R, c],
+    may change later columns.
+    """
     codes_RC = torch.zeros_like(weight_RC, dtype=torch.uint8)
     scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
     offset_RG = torch.zeros_like(scale_RG)
     for number, group in enumerate(groups):
         grid = fit_grid(weight_RC[:, group], bits_RG[:, number], clip)
-        codes_RC[:, group] = grid.codes(weight_RC[:, group]).to(torch.uint8)
+        codes_RC[:, group] = round_group(group, grid).to(torch.uint8)
         scale_RG[:, number] = grid.scale[:, 0].half()
         offset_RG[:, number] = grid.offset[:, 0].half()
     return QuantizedMatrix(codes_RC, scale_RG, offset_RG)
 
 
+def round_to_nearest(
+    weight_RC: Tensor, groups: Sequence[slice], bits_RG: Tensor, clip: Clip = "minmax"
+) -> QuantizedMatrix:
+    """Return the matrix with every weight rounded to the nearest value of its grid."""
+    weight_RC = weight_RC.float()
+    return quantize_groups(
+        weight_RC, groups, bits_RG, clip, lambda group, grid: grid.codes(weight_RC[:, group])
+    )
+
+
 def round_weights(weight_RC: Tensor, bits: int, group: int, clip: Clip = "minmax") -> Tensor:
     """Quantize weights to `bits` and return the dequantized values, float32."""
-    columns = weight_RC.shape[1]
-    groups = [slice(start, min(start + group, columns)) for start in range(0, columns, group)]
-    bits_RG = torch.full((len(weight_RC), len(groups)), bits, device=weight_RC.device)
-    return round_to_nearest(weight_RC, groups, bits_RG, clip).values(groups)
+    return RoundedWeights(group, clip).values("weight", weight_RC, bits)
+
+
+class RoundedWeights:
+    """Weights rounded to nearest, each once per bit width, for use on many chunks of text.
+
+    Only codes and grids are kept, one byte per weight and bit width, and dequantized on use:
+    fitting the grids is what takes long.
+    """
+
+    def __init__(self, group: int, clip: Clip) -> None:
+        self._group, self._clip = group, clip
+        self._rounded: dict[tuple[Hashable, int], QuantizedMatrix] = {}
+
+    def values(self, name: Hashable, weight_RC: Tensor, bits: int) -> Tensor:
+        """Return the dequantized weights, float32; `name` identifies the matrix."""
+        groups = column_groups(weight_RC.shape[1], self._group)
+        found = self._rounded.get((name, bits))
+        if found is None:
+            bits_RG = torch.full((len(weight_RC), len(groups)), bits, device=weight_RC.device)
+            found = round_to_nearest(weight_RC, groups, bits_RG, self._clip)
+            self._rounded[name, bits] = found
+        return found.values(groups)
+
+
+def column_groups(columns: int, group: int) -> list[slice]:
+    """Return the columns in groups of `group`; the last one may be smaller."""
+    return [slice(start, min(start + group, columns)) for start in range(0, columns, group)]

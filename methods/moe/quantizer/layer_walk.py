@@ -1,6 +1,6 @@
-"""A network quantized layer by layer on what quantized layers produce; other linear layers.
+"""Layer walk of quantization: each layer is calibrated on the outputs of quantized layers.
 
-Linear layers outside the routed experts, and Hessians of their inputs.
+Routed experts are quantized by plan; the linear layers outside them have one bit width per role.
 
 Shapes: S tokens, C input columns.
 """
@@ -24,6 +24,7 @@ from bench.models.offload import onloaded
 from bench.models.structure.expert_view import gated_projections
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
+from methods.moe.micro_experts import replace_child
 from methods.moe.quantizer.bit_budget import BitCount, weights_by_bits
 from methods.moe.quantizer.gptq import Hessian
 from methods.moe.quantizer.observers import BlockHessians, CompositeObserver, Planner
@@ -42,7 +43,7 @@ class Quantizer:
     most `chunk` tokens at a time.
     """
 
-    backend: Rounder
+    rounder: Rounder
     planner: Callable[[MoEBlock], Planner]
     bits: Mapping[LinearRole, int]
     group: int
@@ -52,7 +53,7 @@ class Quantizer:
 
     def run(
         self, model: Model, tokens_BL: Tensor | None, progress: Progress
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[dict[str, object]]:
         """Quantize all layers and the head; yield the record entry of each MoE block.
 
         Without tokens nothing is observed: planner and rounder must then work without calibration.
@@ -64,6 +65,7 @@ class Quantizer:
         # Checked first: a tied head has to fail before hours of quantization, not after.
         head = self._head(model.network)
         structure, stream = model.structure, None
+        last = len(structure.layers) - 1
         with ExitStack() as stack:
             if tokens_BL is not None:
                 stream = LayerStream(model.network, structure.layers, tokens_BL, self.batch)
@@ -73,52 +75,61 @@ class Quantizer:
                 # A stream owns the onloading of its layers; without one each layer is onloaded
                 # here.
                 with onloaded(layer) if stream is None else _onloaded_layer(stream, index):
-                    yield from self._layer(index, layer, blocks, stream)
+                    yield from self._layer(index, layer, blocks, stream, last=index == last)
         if head is not None:
             with onloaded(head.linear):
                 # No Hessian: the stream ends at the last layer, before the final norm and the head.
                 self._linear(head, None)
 
     def _layer(
-        self, index: int, layer: nn.Module, blocks: list[MoEBlock], stream: LayerStream | None
-    ) -> Iterator[dict[str, Any]]:
-        """Observe a layer, quantize it, and advance the calibration text through it."""
-        places = [p for p in find_linears(layer, blocks) if self.bits[p.kind] != UNQUANTIZED_BITS]
+        self,
+        index: int,
+        layer: nn.Module,
+        blocks: list[MoEBlock],
+        stream: LayerStream | None,
+        *,
+        last: bool,
+    ) -> Iterator[dict[str, object]]:
+        """Observe a layer, quantize it, and advance the calibration text to the next one."""
+        slots = [
+            slot for slot in find_linears(layer, blocks) if self.bits[slot.role] != UNQUANTIZED_BITS
+        ]
         planners = {block: self.planner(block) for block in blocks}
-        seen = _LayerHessians({}, {})
+        hessians = _LayerHessians({}, {})
         if stream is not None:
             # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
-            if self.backend.kind == "gptq":
-                inputs = {place.linear: _empty_hessian(place.linear) for place in places}
-                seen = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
+            if self.rounder.kind == "gptq":
+                inputs = {slot.linear: _empty_hessian(slot.linear) for slot in slots}
+                hessians = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
             # A layer runs twice. Once with its original weights, to measure its true inputs and
             # hidden states; the hidden states between layers do not advance.
             with (
-                observe_experts(seen.beside(planners), self.chunk),
-                accumulate_hessians(seen.inputs),
+                observe_experts(hessians.observers(planners), self.chunk),
+                accumulate_hessians(hessians.inputs),
             ):
                 stream.run(index, advance=False)
         for block, planner in planners.items():
-            yield self._block(block, planner, seen.experts.get(block))
-        for place in places:
-            self._linear(place, seen.inputs.get(place.linear))
-        if stream is not None:
+            yield self._block(block, planner, hessians.experts.get(block))
+        for slot in slots:
+            self._linear(slot, hessians.inputs.get(slot.linear))
+        # Nothing reads the output of the last layer.
+        if stream is not None and not last:
             # Once more, quantized: the next layer is calibrated on inputs that contain the errors
             # made so far, as in GPTQ, so it can compensate for them.
             stream.run(index, advance=True)
 
     def _block(
-        self, block: MoEBlock, planner: Planner, seen: BlockHessians | None
-    ) -> dict[str, Any]:
+        self, block: MoEBlock, planner: Planner, observed: BlockHessians | None
+    ) -> dict[str, object]:
         """Replace a block's experts by packed ones; return its record entry."""
-        if seen is not None:
-            seen.refuse_not_finite()
+        if observed is not None:
+            observed.require_finite()
         plans, packed = planner.plans(), []
-        before = self.backend.used.copy()
+        before = self.rounder.counts.copy()
         for expert, plan in enumerate(plans):
-            hessians = None if seen is None else seen.experts[expert]
-            packed.append(self.backend.expert(block.expert(expert), plan, hessians))
-        block.block.experts = PackedExperts(packed)
+            hessians = None if observed is None else observed.experts[expert]
+            packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
+        replace_child(block.block, block.experts, PackedExperts(packed))
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
         shapes = [shape for plan in plans for shape in plan.shapes]
         here = BitCount()
@@ -130,16 +141,16 @@ class Quantizer:
             **here.summary(),
             "weights_by_bits": weights_by_bits(shapes),
             # Counter subtraction: only what this block added.
-            "rounding": dict(self.backend.used - before),
+            "rounding": dict(self.rounder.counts - before),
             **planner.details(),
         }
 
-    def _linear(self, place: LinearSlot, seen: Hessian | None) -> None:
-        rows, columns = place.linear.weight.shape
-        level = Level(self.bits[place.kind], rows)
+    def _linear(self, slot: LinearSlot, hessian: Hessian | None) -> None:
+        rows, columns = slot.linear.weight.shape
+        level = Level(self.bits[slot.role], rows)
         shape = PackedShape(rows, columns, (level,), group=self.group)
-        place.put(self.backend.linear(place.linear, shape, seen))
-        self.bit_counts.setdefault(place.kind, BitCount()).add(rows * columns, [shape])
+        slot.replace(self.rounder.linear(slot.linear, shape, hessian))
+        self.bit_counts.setdefault(slot.role, BitCount()).add(rows * columns, [shape])
 
     def _head(self, network: Any) -> LinearSlot | None:
         """Return the head if it is to be quantized. It is rounded to nearest."""
@@ -169,7 +180,7 @@ class _LayerHessians:
     experts: dict[MoEBlock, BlockHessians]
     inputs: dict[nn.Linear, Hessian]
 
-    def beside(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
+    def observers(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
         """Combine the planner and the Hessians of every block into one observer."""
         return {
             block: CompositeObserver(
@@ -180,21 +191,21 @@ class _LayerHessians:
 
 
 def _empty_hessian(linear: nn.Linear) -> Hessian:
-    return Hessian(linear.in_features, linear.weight.device)
+    return Hessian.empty(linear.in_features, linear.weight.device)
 
 
 @dataclass(frozen=True)
 class LinearSlot:
     """A linear layer, its role, and its name relative to `owner`."""
 
-    kind: LinearRole
+    role: LinearRole
     owner: nn.Module
     name: str
     linear: nn.Linear
 
-    def put(self, other: nn.Module) -> None:
+    def replace(self, module: nn.Module) -> None:
         """Replace the layer."""
-        self.owner.set_submodule(self.name, other)
+        self.owner.set_submodule(self.name, module)
 
 
 def find_linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[LinearSlot]:
@@ -218,15 +229,15 @@ def find_linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[LinearSlo
 
 
 @contextmanager
-def accumulate_hessians(seen: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
+def accumulate_hessians(hessians: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
     """Add the inputs of the layers to their Hessians inside the `with` block."""
     with ExitStack() as stack:
-        for linear, hessian in seen.items():
+        for linear, hessian in hessians.items():
             stack.callback(linear.register_forward_pre_hook(_hessian_hook(hessian)).remove)
         yield
 
 
-def _hessian_hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _hessian_hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         hessian.add(args[0].flatten(0, -2))
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.pruning import refuse_packed, require_calibration
+from methods.moe.pruning import refuse_packed, require_calibration, require_experts
 from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
 from methods.moe.quantizer.layer_walk import Quantizer
@@ -29,6 +28,13 @@ def check_falling(bits: tuple[int, ...]) -> tuple[int, ...]:
     if list(bits) != sorted(set(bits), reverse=True):
         raise ValueError("list each bit width once, in falling order")
     return bits
+
+
+def require_mean_between(mean: float, bits: tuple[int, ...]) -> None:
+    """Require a mean between the smallest and the largest of falling bits."""
+    # Written so that NaN is refused as well.
+    if not bits[-1] <= mean <= bits[0]:
+        raise ValueError(f"mean_bits={mean} must be between {bits[-1]} and {bits[0]}")
 
 
 BitChoices = Annotated[tuple[BitWidth, ...], Field(min_length=1), AfterValidator(check_falling)]
@@ -50,7 +56,7 @@ class MoEQuantization(Method):
 
     uses_calibration: ClassVar[bool] = True
 
-    backend: Literal["gptq", "rtn"] = "gptq"
+    rounding: Literal["gptq", "rtn"] = "gptq"
     group: int = Field(default=128, ge=1)
     clip: Clip = "minmax"
     damping: float = Field(default=0.01, gt=0)
@@ -63,23 +69,15 @@ class MoEQuantization(Method):
     chunk: int = Field(default=4096, ge=1)
 
     @abstractmethod
-    def planner(self, block: MoEBlock) -> Planner:
-        """Return the observer of one block that then plans the bits of its experts."""
-
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
-        """Return the factory of planners.
+        """Return the factory of planners: observers of a block that plan the bits of its experts.
 
-        A subclass may override it to inspect the whole model first.
+        It is called before any layer changes, so a method may measure the whole model first.
         """
-        return self.planner
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without MoE blocks."""
-        if not structure.moe:
-            raise UserError(
-                f"{type(self).__name__} quantizes experts, but {structure.architecture} "
-                f"({structure.model_type}) has none: choose a mixture-of-experts model"
-            )
+        require_experts(structure, type(self).__name__, "quantizes")
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Quantize layer by layer; the report holds the bits of every block."""
@@ -92,20 +90,22 @@ class MoEQuantization(Method):
         # Exhausted here: the generator quantizes as it is consumed.
         layers = list(quantizer.run(model, tokens_BL, context.progress))
         model.invalidate_structure()
-        details: dict[str, Any] = {
+        details: dict[str, object] = {
             "bits": {kind: tally.summary() for kind, tally in quantizer.bit_counts.items()},
             "bytes_before": before,
             "bytes_after": stored_bytes(model.network),
-            "rounding": dict(quantizer.backend.used),
+            "rounding": dict(quantizer.rounder.counts),
             "calibration": None if calibration is None else calibration.fingerprint,
             "tokens": 0 if calibration is None else calibration.tokens.numel(),
             "seconds": time.perf_counter() - started,
         }
-        return MethodReport("quantized", details, [LayerReport(**layer) for layer in layers])
+        return MethodReport(
+            "quantized", details, [LayerReport.model_validate(layer) for layer in layers]
+        )
 
     def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
         return Quantizer(
-            backend=Rounder(self.backend, self.clip, self.damping, self.min_tokens),
+            rounder=Rounder(self.rounding, self.clip, self.damping, self.min_tokens),
             planner=planner,
             bits={
                 "attention": self.attention_bits,

@@ -6,13 +6,13 @@ Shapes: T tokens, S tokens of one expert, D d_model, F an expert's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from bench.models.expert_hooks import ExpertObserver
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_walk import require_finite
+from methods.moe.calibration_walk import NullObserver, require_finite
 from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan
 from methods.moe.quantizer.gptq import Hessian
 from methods.moe.quantizer.rounding import ExpertHessians
@@ -24,21 +24,8 @@ class Planner(ExpertObserver, Protocol):
     def plans(self) -> list[ExpertPlan]:
         """Return a plan for every routed expert, in order."""
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return JSON values about the choice, for the record."""
-
-
-class NullObserver:
-    """An observer that ignores everything; subclasses override what they need."""
-
-    def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
-        """Ignore the tokens of one routed expert."""
-
-    def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
-        """Ignore the shared experts."""
-
-    def output(self, y_TD: Tensor) -> None:
-        """Ignore the block's output."""
 
 
 class UniformPlanner(NullObserver):
@@ -52,7 +39,7 @@ class UniformPlanner(NullObserver):
         experts = range(self._block.num_experts)
         return [uniform_plan(self._block.expert(e), self._bits, self._group) for e in experts]
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """Return nothing: there was no choice."""
         return {}
 
@@ -64,7 +51,7 @@ class BlockHessians(NullObserver):
         self._block = block
         device = block.expert(0).down.device
         self.experts = [
-            ExpertHessians(Hessian(block.d_model, device), Hessian(width, device))
+            ExpertHessians(Hessian.empty(block.d_model, device), Hessian.empty(width, device))
             for width in block.widths
         ]
 
@@ -74,7 +61,7 @@ class BlockHessians(NullObserver):
         # Without router weights: H is that of the expert's own output, before it is scaled.
         self.experts[expert].hidden.add(hidden_SF)
 
-    def refuse_not_finite(self) -> None:
+    def require_finite(self) -> None:
         """Raise if an activation was NaN or infinite."""
         for expert in self.experts:
             for hessian in (expert.inputs, expert.hidden):

@@ -31,7 +31,7 @@ class ExpertHessians:
 
 @dataclass
 class Rounder:
-    """Rounds matrices, and counts in `used` how: `gptq`, `damped` or `rtn`.
+    """Rounds matrices, and counts in `counts` how many: by `gptq`, `damped` or `rtn`.
 
     `damped` is GPTQ with more damping than configured. A matrix with fewer than `min_tokens`
     calibration tokens, or whose Hessian cannot be inverted, is rounded to nearest.
@@ -41,63 +41,70 @@ class Rounder:
     clip: Clip = "minmax"
     damping: float = 0.01
     min_tokens: int = 32
-    used: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def expert(
-        self, view: ExpertView, plan: ExpertPlan, seen: ExpertHessians | None
+        self, view: ExpertView, plan: ExpertPlan, hessians: ExpertHessians | None
     ) -> PackedExpert:
         """Pack an expert according to its plan."""
         # Rows of gate and up and columns of down are permuted (or dropped) alike, which leaves the
         # expert's function unchanged; only the down Hessian has micro-experts as columns and must
         # follow.
         order_f, inputs, hidden = plan.order_f, None, None
-        if seen is not None:
-            inputs, hidden = seen.inputs, seen.hidden.ordered(order_f)
+        if hessians is not None:
+            inputs, hidden = hessians.inputs, hessians.hidden.select(order_f)
         gate, up = self._pair(view.gate[order_f], view.up[order_f], plan, inputs)
         down = self.matrix(view.down[:, order_f], plan.down, hidden)
         return PackedExpert(gate, up, down, view.act)
 
-    def linear(self, linear: nn.Linear, shape: PackedShape, seen: Hessian | None) -> PackedLinear:
+    def linear(
+        self, linear: nn.Linear, shape: PackedShape, hessian: Hessian | None
+    ) -> PackedLinear:
         """Pack a linear layer; its bias is kept as it is."""
-        packed = self.matrix(linear.weight.detach(), MatrixPlan(shape), seen)
+        packed = self.matrix(linear.weight.detach(), MatrixPlan(shape), hessian)
         packed.bias = linear.bias
         return packed
 
-    def matrix(self, weight_RC: Tensor, plan: MatrixPlan, seen: Hessian | None) -> PackedLinear:
+    def matrix(self, weight_RC: Tensor, plan: MatrixPlan, hessian: Hessian | None) -> PackedLinear:
         """Pack one matrix according to its plan."""
         if plan.order_C is not None:
             weight_RC = weight_RC[:, plan.order_C]
-            seen = seen.ordered(plan.order_C) if seen is not None else None
+            hessian = hessian.select(plan.order_C) if hessian is not None else None
         bits_RG = row_bits(plan.shape, weight_RC.device)
-        return _pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, seen))
+        return _pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, hessian))
 
     def _pair(
         self, gate_fD: Tensor, up_fD: Tensor, plan: ExpertPlan, inputs: Hessian | None
     ) -> tuple[PackedLinear, PackedLinear]:
-        # `tied` plans use one object for both: same columns, same order, same bits. GPTQ treats
+        # A `tied_plan` uses one object for both: same columns, same order, same bits. GPTQ treats
         # rows independently, so stacking the matrices gives the same codes as two calls, with one
         # inversion and one pass over the columns.
         if plan.gate is not plan.up:
             return self.matrix(gate_fD, plan.gate, inputs), self.matrix(up_fD, plan.up, inputs)
         shape, width = plan.gate.shape, len(gate_fD)
         bits_RG = row_bits(shape, gate_fD.device).repeat(2, 1)
-        both = self._round(torch.cat((gate_fD, up_fD)), shape, bits_RG, inputs)
+        both = self._round(torch.cat((gate_fD, up_fD)), shape, bits_RG, inputs, matrices=2)
         halves = both.rows(slice(0, width)), both.rows(slice(width, 2 * width))
         gate, up = (_pack(gate_fD, plan.gate, half) for half in halves)
         return gate, up
 
     def _round(
-        self, weight_RC: Tensor, shape: PackedShape, bits_RG: Tensor, seen: Hessian | None
+        self,
+        weight_RC: Tensor,
+        shape: PackedShape,
+        bits_RG: Tensor,
+        hessian: Hessian | None,
+        matrices: int = 1,
     ) -> QuantizedMatrix:
-        if self.kind == "gptq" and seen is not None and seen.tokens >= self.min_tokens:
-            found = inverse_factor(seen, self.damping)
+        if self.kind == "gptq" and hessian is not None and hessian.tokens >= self.min_tokens:
+            found = inverse_factor(hessian, self.damping)
             if found is not None:
                 factor_CC, damping = found
-                self.used["gptq" if damping == self.damping else "damped"] += 1
+                self.counts["gptq" if damping == self.damping else "damped"] += matrices
                 # Inverted in float64, where conditioning matters; the loop over columns runs in
                 # float32.
                 return gptq(weight_RC, factor_CC.float(), shape.groups(), bits_RG, self.clip)
-        self.used["rtn"] += 1
+        self.counts["rtn"] += matrices
         return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip)
 
 

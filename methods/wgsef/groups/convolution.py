@@ -1,10 +1,7 @@
-"""Kinds of groups of convolutional networks, coupled ones from torch-pruning's graph.
+"""Groups of convolutional networks: filters, channels, filter shapes, layer depths, single weights.
 
-Groups of convolutional networks: filters, channels, filter shapes, layer depths, single weights.
-
-The kinds are those of arXiv 2212.12921 (abstract).
-
-Coupled groups of a convolutional or dense network, from torch-pruning's dependency graph.
+The kinds are those of arXiv 2212.12921 (abstract). Coupled filters come from torch-pruning's
+dependency graph.
 
 A filter can be removed only together with everything that depends on it: its BatchNorm scale and
 shift, the depthwise filter that it feeds, the filters added to it over a residual branch. They form
@@ -17,6 +14,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -43,10 +42,12 @@ def channels(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     for family in coupled_filters(network, example):
         # The remaining readers are running statistics of the producer's BatchNorm: buffers that
         # cannot be measured or shrunk and only follow on removal.
-        reads = tuple(s for s in family.readers if s.tensor.endswith(".weight"))
-        rest = tuple(s for s in family.readers if not s.tensor.endswith(".weight"))
+        reads = tuple(s for s in family.reader_slices if s.tensor.endswith(".weight"))
+        rest = tuple(s for s in family.reader_slices if not s.tensor.endswith(".weight"))
         name = f"readers of {family.name}"
-        mirrored.append(GroupFamily(name, "channels", family.groups, reads, (*family.owned, *rest)))
+        mirrored.append(
+            GroupFamily(name, "channels", family.groups, reads, (*family.owned_slices, *rest))
+        )
     return mirrored
 
 
@@ -65,12 +66,11 @@ def filter_shapes(network: nn.Module, example: Tensor) -> list[GroupFamily]:
 def weights(network: nn.Module, example: Tensor) -> list[GroupFamily]:
     """Return the single weights of all convolutions and dense layers except the last one."""
     reason = "a single weight is only zeroed, since a dense kernel cannot skip it"
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)]
+    logits = last_layer(network, example)
     return [
         _uncoupled_family(name, module, tuple(range(module.weight.ndim)), reason)
-        # The last layer gives the logits. Order of registration stands in for order of execution
-        # here, which holds for the classifiers of this package.
-        for name, module in layers[:-1]
+        for name, module in network.named_modules()
+        if isinstance(module, PRUNABLE_LAYERS) and module is not logits
     ]
 
 
@@ -106,7 +106,7 @@ def _uncoupled_family(
         count *= weight.shape[axis]
     kind: GroupKind = "weights" if len(axes) == weight.ndim else "filter_shapes"
     owned = Slice.whole(f"{name}.weight", axes, count)
-    return GroupFamily(name, kind, count, (owned,), removable=reason)
+    return GroupFamily(name, kind, count, (owned,), unremovable_reason=reason)
 
 
 PRUNABLE_LAYERS = (nn.Conv2d, nn.Linear)
@@ -152,18 +152,29 @@ def _dependency_graph(network: nn.Module, example: Tensor) -> Any:
 def last_layer(network: nn.Module, example: Tensor) -> nn.Module:
     """Return the convolution or dense layer that runs last, which computes the logits."""
     order: list[nn.Module] = []
-
-    def note(module: nn.Module, inputs: object, output: object) -> None:
-        order.append(module)
-
     # Registration order need not be execution order, so the forward decides which layer is last.
-    layers = [module for module in network.modules() if isinstance(module, PRUNABLE_LAYERS)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    with torch.no_grad():
-        network(example)
-    for handle in handles:
-        handle.remove()
+    run_with_hooks(network, example, lambda layer, _: order.append(layer))
     return order[-1]
+
+
+def run_with_hooks(
+    network: nn.Module, example: Tensor, hook: Callable[[nn.Module, Tensor], None]
+) -> None:
+    """Run a network on one example and pass each prunable layer with its output to `hook`.
+
+    The network is left as it was, also if the forward raises.
+    """
+    layers = [module for module in network.modules() if isinstance(module, PRUNABLE_LAYERS)]
+    training = network.training
+    with ExitStack() as stack:
+        stack.callback(network.train, training)
+        for layer in layers:
+            handle = layer.register_forward_hook(lambda layer, _, output: hook(layer, output))
+            stack.callback(handle.remove)
+        # In training mode BatchNorm would update its running statistics from a single example.
+        network.eval()
+        with torch.no_grad():
+            network(example)
 
 
 def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:

@@ -10,13 +10,13 @@ not measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from methods.wgsef.groups.convolution import PRUNABLE_LAYERS
+from methods.wgsef.groups.convolution import PRUNABLE_LAYERS, run_with_hooks
 from methods.wgsef.groups.partition import GroupFamily
 
 CostUnit = Literal["macs", "bytes"]
@@ -35,18 +35,19 @@ class GroupCosts:
         network: nn.Module,
         families: Sequence[GroupFamily],
         example: Tensor,
-        quantity: CostUnit,
+        unit: CostUnit,
     ) -> None:
         kinds = {family.kind for family in families} - set(COUPLED_KINDS)
         if kinds:
             raise UserError(
-                f"scope={quantity} needs groups whose removal makes layers smaller "
+                f"unit={unit} needs groups whose removal makes layers smaller "
                 f"({' or '.join(COUPLED_KINDS)}), got {', '.join(sorted(kinds))}"
             )
+        self.unit = unit
         layers: dict[str, nn.Module] = {
             n: m for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)
         }
-        amounts = _layer_costs(network, layers, example, quantity)
+        amounts = _layer_costs(network, layers, example, unit)
         self.size_F = torch.tensor([float(family.groups) for family in families])
         self._amount_Y = torch.tensor(amounts, dtype=torch.float64)
         # Fraction of each layer's outputs and inputs that one group of each family accounts for.
@@ -55,7 +56,7 @@ class GroupCosts:
         for column, family in enumerate(families):
             for row, (name, layer) in enumerate(layers.items()):
                 shape = layer.get_parameter("weight").shape
-                for part in (*family.owned, *family.readers):
+                for part in (*family.owned_slices, *family.reader_slices):
                     if part.tensor == f"{name}.weight":
                         # Axis 0 of a weight counts outputs, axis 1 inputs, of nn.Conv2d and
                         # nn.Linear alike.
@@ -86,26 +87,19 @@ class GroupCosts:
 
 
 def _layer_costs(
-    network: nn.Module, layers: dict[str, nn.Module], example: Tensor, quantity: CostUnit
+    network: nn.Module, layers: dict[str, nn.Module], example: Tensor, unit: CostUnit
 ) -> list[float]:
     """Return the multiply-adds for one example, or the bytes of the weights, of each layer."""
     sizes = [layer.get_parameter("weight") for layer in layers.values()]
-    if quantity == "bytes":
+    if unit == "bytes":
         return [float(weight.numel() * weight.element_size()) for weight in sizes]
     places: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def count_places(layer: nn.Module, output: Tensor) -> None:
         # A convolution applies its weight at each output position; a dense layer has no spatial
         # axes, and the product over none is 1.
-        places[module] = output.shape[2:].numel()
+        places[layer] = output.shape[2:].numel()
 
-    handles = [layer.register_forward_hook(note) for layer in layers.values()]
-    training = network.training
-    with torch.no_grad():
-        # In training mode BatchNorm would update its running statistics from a single example.
-        network.eval()(example)
-    network.train(training)
-    for handle in handles:
-        handle.remove()
+    run_with_hooks(network, example, count_places)
     pairs = zip(sizes, layers.values(), strict=True)
     return [float(weight.numel() * places.get(layer, 0)) for weight, layer in pairs]

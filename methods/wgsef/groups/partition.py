@@ -1,18 +1,13 @@
-"""Families of groups, and all groups of a network at once.
+"""Groups of a network as parts of its tensors, and operations on all of them at once.
 
-All groups of a network at once: norms, sums, shrinking and zeroing without a loop over groups.
-
-Shapes: M groups of all families, family by family; L families, N groups of the largest family
-(families are padded to N with empty groups); R listed units of all slices; U units of a tensor.
-
-Groups as parts of tensors: slices, and families of groups of one kind.
+Shapes: M groups of all families (or of one), family by family; L families, N groups of the largest
+family (families are padded to N with empty groups); R listed units of all slices; U units of a
+tensor.
 
 A family holds the groups of one kind in one place, such as the filters of one convolution with
 everything coupled to them. Its groups own slices, which are measured, shrunk and zeroed; an element
 belongs to at most one group. They also have readers: slices that have no effect once the group is
 zero and that are removed with it, such as the input channels of the next layer.
-
-Shapes: R listed units, M groups of a family, U units of a tensor.
 """
 
 from __future__ import annotations
@@ -122,7 +117,7 @@ class GroupPartition:
             if weight.grad is not None:
                 weight.grad.addcmul_(weight, factor)
 
-    def spread(self, values_M: Tensor) -> dict[str, Tensor]:
+    def expand_to_weights(self, values_M: Tensor) -> dict[str, Tensor]:
         """Return each group's value at all of its weights, per owned parameter; 0 elsewhere."""
         whole = {n: torch.zeros_like(p) for n, p in self.owned_parameters().items()}
         for name, value in self._per_slice(values_M, fill=0.0):
@@ -143,13 +138,13 @@ class GroupPartition:
         """Return the values family by family."""
         return list(values_M.split(self.sizes))
 
-    def rows(self, values_M: Tensor) -> Tensor:
+    def pad_by_family(self, values_M: Tensor) -> Tensor:
         """Return the values as [L, N], one row per family, padded with zeros."""
         flat = values_M.new_zeros(len(self.sizes) * max(self.sizes))
         return flat.index_copy_(0, self._place_M, values_M).reshape(len(self.sizes), -1)
 
-    def flat(self, values_LN: Tensor) -> Tensor:
-        """Return values in the layout of `rows` as [M] again."""
+    def unpad(self, values_LN: Tensor) -> Tensor:
+        """Return values in the layout of `pad_by_family` as [M] again."""
         return values_LN.flatten()[self._place_M]
 
     def _index(self) -> None:
@@ -163,7 +158,7 @@ class GroupPartition:
         owned = [
             (part, start)
             for family, start in zip(self.families, starts, strict=True)
-            for part in family.owned
+            for part in family.owned_slices
         ]
         self._parts = [self._bind(part) for part, _ in owned]
         self._counts = [len(part.units) for part, _ in owned]
@@ -219,7 +214,7 @@ def ownership_counts(
     """Return the number of groups that own each element, for each parameter with groups."""
     counts: dict[str, Tensor] = {}
     for family in families:
-        for owned in family.owned:
+        for owned in family.owned_slices:
             shape = parameters[owned.tensor].shape
             unit_U = torch.zeros(unit_count(shape, owned.axes), dtype=torch.int32)
             unit_U.index_add_(0, owned.units, torch.ones_like(owned.units, dtype=torch.int32))
@@ -233,7 +228,7 @@ def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[Group
     """Raise if an element belongs to two groups; the envelope is defined on partitions."""
     for tensor, count in ownership_counts(parameters, families).items():
         if int(count.max()) > 1:
-            owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned)]
+            owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned_slices)]
             raise UserError(
                 f"groups overlap in {tensor}: {' and '.join(dict.fromkeys(owners))} both own "
                 "weights of it; choose one kind of group per layer"
@@ -283,16 +278,16 @@ class Slice:
 class GroupFamily:
     """M groups of one kind in one place.
 
-    `owned` is measured and shrunk; `readers` is only cut when groups are removed. `removable` is
-    None if the groups can be removed from the network, otherwise the reason why they cannot.
+    `owned_slices` are measured and shrunk; `reader_slices` are only cut when groups are removed.
+    `unremovable_reason` is None if the groups can be removed from the network.
     """
 
     name: str
     kind: GroupKind
     groups: int
-    owned: tuple[Slice, ...]
-    readers: tuple[Slice, ...] = ()
-    removable: str | None = None
+    owned_slices: tuple[Slice, ...]
+    reader_slices: tuple[Slice, ...] = ()
+    unremovable_reason: str | None = None
 
 
 def unit_count(shape: torch.Size, axes: tuple[int, ...]) -> int:

@@ -8,7 +8,8 @@ linears, and experts fused into `gate_up_proj` [E, 2 I, D] and `down_proj` [E, D
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -26,11 +27,7 @@ def neurons(network: nn.Module) -> list[GroupFamily]:
     Raises:
         UserError: the network has no such FFN.
     """
-    families = [
-        _neuron_family(name, module)
-        for name, module in network.named_modules()
-        if all(isinstance(getattr(module, part, None), nn.Linear) for part in _FFN_PROJECTIONS)
-    ]
+    families = _families(network, _FFN_PROJECTIONS, _neuron_family)
     return _require_families(families, network, "FFN with gate_proj, up_proj and down_proj")
 
 
@@ -42,13 +39,7 @@ def heads(network: nn.Module) -> list[GroupFamily]:
     Raises:
         UserError: the network has no such attention.
     """
-    families = [
-        _head_family(name, module)
-        for name, module in network.named_modules()
-        if all(
-            isinstance(getattr(module, part, None), nn.Linear) for part in _ATTENTION_PROJECTIONS
-        )
-    ]
+    families = _families(network, _ATTENTION_PROJECTIONS, _head_family)
     return _require_families(families, network, "attention with q_proj, k_proj, v_proj and o_proj")
 
 
@@ -65,7 +56,7 @@ def experts(network: nn.Module) -> list[GroupFamily]:
             Slice.whole(f"{name}.gate_up_proj", (0,), count),
             Slice.whole(f"{name}.down_proj", (0,), count),
         )
-        families.append(GroupFamily(name, "experts", count, owned, removable=reason))
+        families.append(GroupFamily(name, "experts", count, owned, unremovable_reason=reason))
     return _require_families(families, network, "fused experts")
 
 
@@ -92,9 +83,24 @@ def micro_experts(network: nn.Module) -> list[GroupFamily]:
             torch.cat([group_R, group_R]),
         )
         down = Slice(f"{name}.down_proj", (0, 2), group_R, group_R)
-        family = GroupFamily(name, "micro_experts", count * hidden, (fused, down), removable=reason)
+        family = GroupFamily(
+            name, "micro_experts", count * hidden, (fused, down), unremovable_reason=reason
+        )
         families.append(family)
     return _require_families(families, network, "fused experts")
+
+
+def _families(
+    network: nn.Module,
+    projections: tuple[str, ...],
+    make_family: Callable[[str, nn.Module], GroupFamily],
+) -> list[GroupFamily]:
+    """Make a family of every module that has these linear layers."""
+    return [
+        make_family(name, module)
+        for name, module in network.named_modules()
+        if all(isinstance(getattr(module, part, None), nn.Linear) for part in projections)
+    ]
 
 
 def _neuron_family(name: str, module: nn.Module) -> GroupFamily:
@@ -109,16 +115,18 @@ def _neuron_family(name: str, module: nn.Module) -> GroupFamily:
     return GroupFamily(name, "neurons", down.in_features, tuple(owned))
 
 
-def _head_family(name: str, attention: Any) -> GroupFamily:
-    width = int(attention.head_dim)
-    count = attention.k_proj.out_features // width
+def _head_family(name: str, attention: nn.Module) -> GroupFamily:
+    q_proj, k_proj = (attention.get_submodule(part) for part in ("q_proj", "k_proj"))
+    assert isinstance(q_proj, nn.Linear) and isinstance(k_proj, nn.Linear)
+    width = cast(int, attention.head_dim)
+    count = k_proj.out_features // width
     # Rows of q per KV head: its query heads are consecutive, which is the order in which
     # transformers' `repeat_kv` pairs them.
-    queries = attention.q_proj.out_features // count
+    queries = q_proj.out_features // count
     owned = [
         Slice.whole(f"{name}.{part}.{key}", (0,), count, queries if part == "q_proj" else width)
         for part in ("q_proj", "k_proj", "v_proj")
-        for key, _ in getattr(attention, part).named_parameters()
+        for key, _ in attention.get_submodule(part).named_parameters()
     ]
     owned.append(Slice.whole(f"{name}.o_proj.weight", (1,), count, queries))
     return GroupFamily(name, "heads", count, tuple(owned))

@@ -6,8 +6,10 @@ neurons, or all heads side by side), D d_model, A atoms, K kept activations.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -20,7 +22,7 @@ from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods.moe.calibration_statistics import record_input_grams
 from methods.moe.least_squares import refit_columns, refit_error
-from methods.moe.pruning import require_calibration
+from methods.moe.pruning import LayerEntry, require_calibration
 from methods.wgsef.groups import transformer
 from methods.wgsef.groups.partition import GroupFamily
 from methods.wgsef.layerwise.moe_layers import SELECTORS
@@ -57,6 +59,12 @@ class WgsefDecoder(Method):
             raise UserError(
                 f"{structure.architecture} has no decoder layers to prune {self.atoms} in"
             )
+        # A fused mixture of experts would pass below with its shared expert as the only FFN.
+        if self.atoms == "neurons" and structure.moe:
+            raise UserError(
+                f"{structure.architecture} has experts in its layers, but this method needs one "
+                "dense FFN per layer: use wgsef_layerwise for mixtures of experts"
+            )
         for layer in structure.layers:
             self._family(layer, structure.architecture)
 
@@ -69,27 +77,27 @@ class WgsefDecoder(Method):
             _qualified(family, names[layer])
             for family, layer in zip(found, structure.layers, strict=True)
         ]
-        calls, fingerprint = self._calls(context, model)
+        inputs, fingerprint = self._inputs(context, model)
         step = LAYERS_AT_ONCE if self.sequential else len(families)
-        layers, dead = list[dict[str, Any]](), list[Tensor]()
+        layers, dead = list[LayerEntry](), list[Tensor]()
         starts = list(range(0, len(families), step))
         for start in context.progress.track(starts, f"choosing {self.atoms}"):
             group = families[start : start + step]
             readouts = [self._readout(model.network, family) for family in group]
-            grams, tokens = _grams(model, calls, readouts)
+            grams, tokens = _grams(model, inputs, readouts)
             for family, readout in zip(group, readouts, strict=True):
-                gone_A, told = self._choose(family, readout, grams[readout], tokens)
+                gone_A, entry = self._choose(family, readout, grams[readout], tokens)
                 # Zeroed now, so that the next layers are measured behind a pruned one; cut at the
                 # end, since shapes must agree with the config as long as the network runs.
                 _zero_atoms(model.network, family, gone_A)
                 dead.append(gone_A)
-                layers.append({"layer": len(layers), **told})
+                layers.append({"layer": len(layers), **entry})
         removed = sum(int(gone_A.sum()) for gone_A in dead)
         if removed and self.state == "removed":
             model.network = smaller_language_model(model.network, families, dead)
             model.invalidate_structure()
         details = {
-            "asked": {"ratio": self.ratio},
+            "requested": {"ratio": self.ratio},
             f"removed_{self.atoms}": removed,
             self.atoms: sum(family.groups for family in families),
             "calibration": fingerprint,
@@ -98,7 +106,7 @@ class WgsefDecoder(Method):
         return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
     @abstractmethod
-    def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
+    def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
         """Return the inputs on which activations are measured, and their fingerprint."""
 
     def _family(self, layer: nn.Module, architecture: str) -> GroupFamily:
@@ -110,8 +118,8 @@ class WgsefDecoder(Method):
             raise UserError(f"{architecture} has a layer without {self.atoms}: {missing}") from None
         if len(found) != 1:
             raise UserError(
-                f"{architecture} has {len(found)} FFNs per layer, this method needs one: use "
-                "wgsef_layerwise for mixtures of experts"
+                f"{architecture} has {len(found)} modules with {self.atoms} in a layer, but this "
+                "method needs one"
             )
         return found[0]
 
@@ -122,7 +130,7 @@ class WgsefDecoder(Method):
 
     def _choose(
         self, family: GroupFamily, readout: nn.Linear, gram_MM: Tensor, tokens: int
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, LayerEntry]:
         """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
         if not bool(gram_MM.isfinite().all()):
             raise UserError(
@@ -130,23 +138,25 @@ class WgsefDecoder(Method):
                 "model.dtype=float32 or different calibration data"
             )
         width = readout.in_features // family.groups
-        # `int` rounds the number to remove down, so no layer loses more than `ratio`.
-        count = max(1, family.groups - int(self.ratio * family.groups))
-        problem = Reconstruction.of(gram_MM / tokens, readout.weight.T, width)
+        # Rounded down, so that no layer loses more than `ratio`; as a fraction of the decimal as
+        # typed, since in floating point 0.29 * 100 is 28.999...
+        exact = Fraction(repr(self.ratio))
+        count = max(1, family.groups - math.floor(exact * family.groups))
+        problem = Reconstruction.from_gram(gram_MM / tokens, readout.weight.T, width)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
-        told: dict[str, Any] = {"kept": kept_A.nonzero().flatten().tolist()}
+        entry: LayerEntry = {"kept": kept_A.nonzero().flatten().tolist()}
         kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
         if self.refit and len(kept_K) < readout.in_features:
             weight_DM = readout.weight
             # The selection works on zeroed atoms; the columns that stay can take over part of the
             # lost output.
             columns_DK = refit_columns(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
-            told["refit"] = {
+            entry["refit"] = {
                 "error_before": refit_error(gram_MM, weight_DM, kept_K, weight_DM[:, kept_K]),
                 "error_after": refit_error(gram_MM, weight_DM, kept_K, columns_DK),
             }
             weight_DM[:, kept_K] = columns_DK
-        return ~kept_A, told
+        return ~kept_A, entry
 
 
 class OnText(WgsefDecoder):
@@ -155,7 +165,7 @@ class OnText(WgsefDecoder):
     uses_calibration: ClassVar[bool] = True
     batch: int = Field(default=8, ge=1)
 
-    def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
+    def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
         calibration = require_calibration(context)
         rows = calibration.tokens.to(model.device).split(self.batch)
         return [{"input_ids": rows_BS} for rows_BS in rows], calibration.fingerprint
@@ -169,19 +179,19 @@ class OnPrompts(WgsefDecoder):
         """This method always needs prompts with images."""
         return True
 
-    def _calls(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
+    def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
         if context.prompts is None:
             raise UserError("this method needs prompts with images: set prompts=NAME")
         return context.prompts.inputs, context.prompts.fingerprint
 
 
 def _grams(
-    model: Model, calls: Sequence[ModelInputs], readouts: Sequence[nn.Linear]
+    model: Model, inputs: Sequence[ModelInputs], readouts: Sequence[nn.Linear]
 ) -> tuple[dict[nn.Module, Tensor], int]:
     """Return ΦᵀΦ of the inputs of the projections, float64 [M, M], and the number of tokens."""
     found: dict[nn.Module, Tensor] = {}
     tokens = 0
-    for call in calls:
+    for call in inputs:
         mask = call.get("attention_mask")
         real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
         tokens += int(real_BS.sum())
@@ -193,7 +203,7 @@ def _grams(
 
 
 def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None:
-    for part in family.owned:
+    for part in family.owned_slices:
         weight = network.get_parameter(part.tensor)
         weight.data.movedim(part.axes[0], 0)[part.units_of(gone_A).to(weight.device)] = 0
 
@@ -202,6 +212,6 @@ def _qualified(family: GroupFamily, layer: str) -> GroupFamily:
     """Return a layer's atoms with names relative to the whole network."""
     owned = tuple(
         type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
-        for part in family.owned
+        for part in family.owned_slices
     )
     return GroupFamily(f"{layer}.{family.name}", family.kind, family.groups, owned)

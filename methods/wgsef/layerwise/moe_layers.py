@@ -6,7 +6,7 @@ Shapes: T tokens, F an expert's width, D d_model, N micro-experts of a layer (sh
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,10 +15,15 @@ from torch import Tensor
 from bench.method import Context, MethodReport
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.calibration_walk import CalibratedPruning, require_finite
+from methods.moe.calibration_walk import SequentialPruning, require_finite
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import channels_per_expert, expert_spans, expert_view
-from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
+from methods.moe.pruning import (
+    LayerEntry,
+    MicroExpertPruning,
+    refuse_offloaded,
+    require_calibration,
+)
 from methods.moe.ranking import apportion
 from methods.wgsef.layerwise import reconstruction
 from methods.wgsef.layerwise.reconstruction import Reconstruction
@@ -30,7 +35,7 @@ SELECTORS: dict[str, reconstruction.Selector] = {
 }
 
 
-class WgsefLayerwise(MicroExpertPruning, CalibratedPruning):
+class WgsefLayerwise(MicroExpertPruning, SequentialPruning):
     """Select micro-experts by how well those that stay reconstruct the outputs of their experts.
 
     Atoms are micro-experts, with the routing weight included in their activations; calibration text
@@ -41,8 +46,6 @@ class WgsefLayerwise(MicroExpertPruning, CalibratedPruning):
     so that selectors can be compared on their own. `ratio` and `base` have the meaning they have in
     camera_p.
     """
-
-    uses_calibration: ClassVar[bool] = True
 
     selector: Literal["debiased", "greedy", "energy"] = "debiased"
     scope: Literal["layer", "expert"] = "layer"
@@ -57,26 +60,26 @@ class WgsefLayerwise(MicroExpertPruning, CalibratedPruning):
         refuse_offloaded(structure.moe)
         tokens = calibration.tokens.numel()
         layers = []
-        seen = self.watch(model, calibration.tokens, ExpertGrams, context.progress)
-        for (block, grams), budget in zip(seen, self.budgets(structure), strict=True):
+        observed = self.observe_blocks(model, calibration.tokens, ExpertGrams, context.progress)
+        for (block, grams), budget in zip(observed, self.budgets(structure), strict=True):
             require_finite(block, *grams.gram_FF.values())
             layers.append(self._prune(block, grams, tokens, budget))
         more = {"calibration": calibration.fingerprint, "tokens": tokens}
         return self.build_report(model, structure, layers, **more)
 
-    def _prune(
-        self, block: MoEBlock, grams: ExpertGrams, tokens: int, budget: int
-    ) -> dict[str, Any]:
+    def _prune(self, block: MoEBlock, grams: ExpertGrams, tokens: int, budget: int) -> LayerEntry:
         """Prune one block and report what stays of each expert, shared ones first."""
         problems = [
             # All tokens of the text, not those routed to the expert: errors of different experts
             # are then in one unit, and a rarely used expert weighs little.
-            Reconstruction.of(grams.gram_FF[expert] / tokens, expert_view(block, expert).down.T)
+            Reconstruction.from_gram(
+                grams.gram_FF[expert] / tokens, expert_view(block, expert).down.T
+            )
             for expert, _ in expert_spans(block)
         ]
         kept = self._selected(problems, budget)
         gone = (~torch.cat(kept)).nonzero().flatten()
-        report: dict[str, Any] = {"kept_per_expert": [int(mask.sum()) for mask in kept]}
+        report: LayerEntry = {"kept_per_expert": [int(mask.sum()) for mask in kept]}
         if self.refit and len(gone):
             report["refit"] = refit_experts(
                 grams, dict(channels_per_expert(block, gone)), self.refit_damping

@@ -1,8 +1,7 @@
-"""A layer's output rebuilt from few atoms: the problem, selections, one budget for several.
+"""Reconstruction of a layer's output from few of its atoms: the quadratic problem, and selections.
 
-Reconstruction of a layer's output from few of its atoms, as a quadratic problem.
-
-Shapes: A atoms of B activations each, M = A B activations, D outputs, T tokens, K kept activations.
+Shapes: A atoms of B activations each, M = A B activations, D outputs, T tokens, K kept activations,
+N atoms of all problems together.
 
 A neuron or micro-expert is an atom of one activation, a head one of as many as its width. For atoms
 of one activation, a layer outputs Y = sum_j phi_j w_j with activations phi_j (routing weight
@@ -16,21 +15,11 @@ streamed once. ||v_j|| = RMS(phi_j) ||w_j|| is an energy in the sense of CAMERA.
 is the symmetric root of the atom's own block of the Gram matrix, which whitens its activations, and
 ||v_j|| is again the root mean square of the output of that atom alone.
 
-Selection of a layer's atoms: by energy, by the envelope, by its homotopy, by elimination.
-
-Shapes: A atoms of B activations each, M = A B activations, D outputs.
-
-All return a read-out V [M, D] in which dropped atoms are zero; `Reconstruction.refit` improves it.
-
-One budget for several reconstructions at once, such as the experts of a layer.
-
-Shapes: A atoms of one problem with M activations, D outputs, N atoms of all problems together.
-
-Each problem has its own Gram matrix, and atoms of different problems count as uncorrelated: the
-joint Gram matrix is block-diagonal (WGSEF specification section 5: few experts fire together). The
-problems must share their unit of error, so all Gram matrices are divided by one number of tokens.
-All functions return masks of the atoms that stay, [A] per problem; `selection` has the same for one
-problem.
+Selections share one budget among several problems, such as the experts of a layer. Each problem has
+its own Gram matrix, and atoms of different problems count as uncorrelated: the joint Gram matrix is
+block-diagonal (WGSEF specification section 5: few experts fire together). The problems must share
+their unit of error, so all Gram matrices are divided by one number of tokens. Selections return
+masks of the atoms that stay, [A] per problem.
 """
 
 from __future__ import annotations
@@ -59,7 +48,7 @@ class Reconstruction:
     scale: Tensor
 
     @classmethod
-    def of(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
+    def from_gram(cls, gram_MM: Tensor, weight_MD: Tensor, width: int = 1) -> Reconstruction:
         """Return the problem of a layer with activation Gram matrix phi^T phi / T and read-out w.
 
         `width` is the number of activations per atom.
@@ -213,7 +202,8 @@ def select_by_homotopy(problems: Problems, k: int) -> list[Tensor]:
     # in the same metric. The largest eigenvalue of a block-diagonal matrix is that of its blocks.
     smooth = max(largest_eigenvalue(problem.gram) for problem in problems)
     readouts = [problem.readout for problem in problems]
-    # The last ratio stays below 1, where the operator would divide by 0; `_strongest` is its limit.
+    # The last ratio stays below 1, where the operator would divide by 0; `_top_k_masks` is its
+    # limit.
     for step in range(1, HOMOTOPY_STEPS):
         moved = [gradient_step(p, v_MD, smooth) for p, v_MD in zip(problems, readouts, strict=True)]
         shrunk = prox_debiased(

@@ -86,7 +86,7 @@ def prox_debiased(
 ) -> Shrinkage:
     """Return prox_{lam h_k} of h_k = F - 1/2 sum_j d_j ||v_j||^2; kept groups are not shrunk.
 
-    With r_j = lam d_j / h_j < 1 it is `envelope` at t / (1 - r) in the metric h (1 - r): a_j =
+    With r_j = lam d_j / h_j < 1 it is `prox_envelope` at t / (1 - r) in the metric h (1 - r): a_j =
     sqrt(lam d_j) ||t_j|| / (1 - r_j), b_j = r_j / (1 - r_j). As r approaches 1 the operator becomes
     hard top-k selection (specification 1.2).
 
@@ -106,7 +106,7 @@ def prox_debiased(
 
 
 def select_top_k(score_LM: Tensor, k: int) -> Shrinkage:
-    """Return the limit of `debiased` at ratio 1: keep the k groups of highest score.
+    """Return the limit of `prox_debiased` at ratio 1: keep the k groups of highest score.
 
     Raises:
         UserError: k is impossible.

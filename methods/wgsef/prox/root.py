@@ -1,8 +1,7 @@
-"""The scalar equation of the envelope and its root: bracketed Newton, sorting.
+"""Scalar equation behind the envelope and its operators, and its root.
 
-The scalar equation behind every form of the envelope.
-
-Shapes: L rows (layers, or one row for a whole network), M groups in a row, 1 if all are equal.
+Shapes: L rows (layers, or one row for a whole network), M groups in a row, 1 if all are equal, P =
+2 M breakpoints.
 
 Each row has one unknown, the multiplier eta > 0 (dimensionless):
 
@@ -14,16 +13,9 @@ operator, debiased operator and cost budget of the WGSEF (arXiv 2212.12921) diff
 group of slope zero is never kept, so ragged rows are padded with zeros. If all non-empty groups fit
 into the budget, the root is infinite and each of them is kept whole.
 
-The root by bracketed Newton: a few passes over the groups, all rows at once.
-
-Shapes: L rows.
-
-G is piecewise linear, so a Newton step that lands on the root's own piece is exact. Steps that
-leave the bracket become bisections (WGSEF specification 1.1, variants iii and iv; derived).
-
-The root by sorting all breakpoints: O(M log M), exact, the oracle for the faster searches.
-
-Shapes: L rows, M groups, P = 2 M breakpoints.
+Bracketed Newton takes a few passes over the groups, all rows at once: a step that lands on the
+root's own piece is exact, and steps that leave the bracket become bisections (WGSEF specification
+1.1, variants iii and iv; derived). Sorting all breakpoints is exact and O(M log M): the fallback.
 """
 
 from __future__ import annotations
@@ -147,7 +139,7 @@ def newton_root(budget: BudgetEquation) -> Tensor:
     """Return eta_L, iterating until every row has converged.
 
     Rows still open after sixty passes are solved by sorting, so the search always terminates. The
-    host waits for the device after each pass; `newton_fixed` does not.
+    host waits for the device after each pass; `newton_root_fixed_passes` does not.
     """
     if len(budget.slope) == 1:
         return _newton_single_row(budget)
@@ -170,9 +162,9 @@ def newton_root_fixed_passes(budget: BudgetEquation, passes: int = FIXED_PASSES)
 
 
 def _newton_single_row(budget: BudgetEquation) -> Tensor:
-    """Return eta_L of a single row: the steps of `_Search`, decided in Python floats."""
+    """Return eta_L of a single row: the steps of `_BracketedNewton`, decided in Python floats."""
     # The host waits for each pass anyway, and in a small network the number of torch calls is the
-    # whole cost; the masked updates of `_Search` would add to it.
+    # whole cost; the masked updates of `_BracketedNewton` would add to it.
     if bool(budget.fits()):
         return torch.full_like(budget.budget, torch.inf)
     k, relative = float(budget.budget), _tolerance(budget.slope.dtype)

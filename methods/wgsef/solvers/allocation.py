@@ -1,11 +1,13 @@
 """Number of groups that may stay, and where: a budget for the network, per layer, or of a cost.
 
-Shapes: M groups of all families, L families, N groups of the largest, 1 the whole network.
+Shapes: M groups of all families, L families, N groups of the largest, F places within
+the largest floor.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,9 +21,10 @@ from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.prox.operators import Shrinkage
 from methods.wgsef.solvers.schedules import cubic_sparsity
 
-BudgetScope = Literal["global", "layer", "macs", "bytes"]
+BudgetScope = Literal["global", "layer"]
+BudgetUnit = Literal["groups", "macs", "bytes"]
 ProxOperator = Callable[..., Shrinkage]
-"""`prox.envelope` or `prox.debiased`: norms, k, lam, and as keywords weight, metric, cost_LM."""
+"""`prox_envelope` or `prox_debiased`: norms, k, lam, and as keywords weight, metric, cost_LM."""
 
 
 @dataclass(frozen=True)
@@ -32,140 +35,190 @@ class ProxParameters:
     weight: Tensor | None = None
     metric: Tensor | None = None
 
-    def named(self, shape: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def as_keywords(self, shape: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return the tensors as the operator's keyword arguments, in the shape of its rows."""
         both = {"weight": self.weight, "metric": self.metric}
         return {name: shape(value_M) for name, value_M in both.items() if value_M is not None}
 
 
-class Allocation:
+class Allocation(ABC):
     """The budget: the fraction `sparsity` of all groups, or of their cost, that has to be removed.
 
     Each family keeps at least a fraction `floor` of its groups and at least one, since an empty
-    layer would block the network: its strongest groups do not compete for a network-wide budget.
+    layer would block the network.
+    """
+
+    def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
+        self._partition, self._sparsity = partition, sparsity
+        floors = _floor_counts(partition.sizes, floor)
+        self._floors = torch.tensor(floors, device=partition.device)
+        self._size_L = torch.tensor(partition.sizes, dtype=torch.float64, device=partition.device)
+
+    def k(self, progress: float) -> int:
+        """Return the number of groups of the whole network that may stay at this point."""
+        return _kept_count(self._partition.groups, self._sparsity * cubic_sparsity(progress))
+
+    @abstractmethod
+    def shrink(
+        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return factors and gates [M] of a proximal operator under the budget of this point."""
+
+    @abstractmethod
+    def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
+        """Return a mask [M] of the groups of highest score that the budget of this point allows."""
+
+    @abstractmethod
+    def constraint_rows(self, values_M: Tensor) -> Tensor:
+        """Return the values in rows, each with its own number of groups to keep."""
+
+    @abstractmethod
+    def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
+        """Return values in the layout of `constraint_rows` as [M] again."""
+
+    @abstractmethod
+    def k_rows(self, progress: float) -> Tensor:
+        """Return the number of groups that each of the `constraint_rows` may keep at this point."""
+
+
+class LayerAllocation(Allocation):
+    """A budget per family: each loses the same fraction of its groups."""
+
+    def shrink(
+        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve one equation per family, all at once."""
+        pad, unpad = self._partition.pad_by_family, self._partition.unpad
+        # Padding has norm 0 and is never kept, but weight and metric are divided by: it must not be
+        # 0 there.
+        padding_LN = 1 - pad(torch.ones_like(norm_M))
+        keywords = strength.as_keywords(lambda value_M: pad(value_M) + padding_LN)
+        shrunk = operator(pad(norm_M), self.k_rows(progress), strength.lam, **keywords)
+        return unpad(shrunk.scale), unpad(shrunk.gate)
+
+    def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
+        """Return a mask [M] of each family's groups of highest score."""
+        rank_LN = _ranks(self._partition.pad_by_family(score_M))
+        return self._partition.unpad(rank_LN < self.k_rows(progress)[:, None])
+
+    def constraint_rows(self, values_M: Tensor) -> Tensor:
+        """Return the values with one row per family."""
+        return self._partition.pad_by_family(values_M)
+
+    def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
+        """Return values with one row per family as [M] again."""
+        return self._partition.unpad(values_LN)
+
+    def k_rows(self, progress: float) -> Tensor:
+        """Return the number of groups that each family may keep."""
+        # 1e-9 before the floor: 0.29 * 100 is 28.999... in floating point and must remove 29.
+        gone_L = (self._sparsity * cubic_sparsity(progress) * self._size_L + 1e-9).floor()
+        return (self._size_L - gone_L).maximum(self._floors.double())
+
+
+class _NetworkAllocation(Allocation):
+    """One budget for the whole network, outside of which every family keeps its floor.
+
+    The strongest groups of each family, as many as its floor, do not compete for the budget.
+    """
+
+    def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
+        super().__init__(partition, sparsity, floor)
+        self._protected = int(self._floors.sum())
+        places_F = torch.arange(int(self._floors.max()), device=partition.device)
+        self._within_LF = places_F < self._floors[:, None]
+
+    def shrink(
+        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve one equation for all groups outside the floors."""
+        # The operator ranks groups by sqrt(d_j) ||t_j||; the floors must protect the top of the
+        # same ranking.
+        score_M = norm_M if strength.weight is None else strength.weight.sqrt() * norm_M
+        held_M = self._strongest(score_M)
+        k, costs = self._joint_budget(score_M, held_M, progress)
+        # The protected groups use up the whole budget, and the operators need k > 0.
+        if k <= 0:
+            return held_M.double(), held_M.double()
+        keywords = strength.as_keywords(lambda value_M: value_M[None])
+        free_M = norm_M.masked_fill(held_M, 0)
+        shrunk = operator(free_M[None], k, strength.lam, **keywords, **costs)
+        # Protected groups were passed as empty ones, which an operator returns as zero, so that
+        # they neither use the budget nor get shrunk.
+        return shrunk.scale[0].masked_fill_(held_M, 1), shrunk.gate[0].masked_fill(held_M, 1)
+
+    @abstractmethod
+    def _joint_budget(
+        self, score_M: Tensor, held_M: Tensor, progress: float
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Return the joint budget of the groups outside the floors, and their costs if any."""
+
+    def _strongest(self, score_M: Tensor) -> Tensor:
+        """Return a mask [M] of the groups that the floors protect."""
+        score_LN = self._partition.pad_by_family(score_M)
+        # All families take as many as the largest floor needs; `_within_LF` masks the surplus of
+        # the others.
+        place_LF = score_LN.topk(self._within_LF.shape[1], -1).indices
+        protected_LN = torch.zeros_like(score_LN, dtype=torch.bool)
+        return self._partition.unpad(protected_LN.scatter_(-1, place_LF, self._within_LF))
+
+
+class GlobalAllocation(_NetworkAllocation):
+    """A number of groups of the whole network.
+
+    Raises:
+        UserError: the floors alone exceed the budget.
+    """
+
+    def __init__(self, partition: GroupPartition, sparsity: float, floor: float = 0.05) -> None:
+        refuse_impossible_sparsity(partition.sizes, sparsity, floor)
+        super().__init__(partition, sparsity, floor)
+
+    def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
+        """Return a mask [M] of the network's groups of highest score, floors first."""
+        boosted_M = torch.where(self._strongest(score_M), torch.inf, score_M)
+        return _ranks(boosted_M[None])[0] < self.k(progress)
+
+    def constraint_rows(self, values_M: Tensor) -> Tensor:
+        """Return the values as a single row."""
+        return values_M[None]
+
+    def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
+        """Return a single row as [M] again."""
+        return values_LN[0]
+
+    def k_rows(self, progress: float) -> Tensor:
+        """Return the number of groups of the network as a tensor of one element."""
+        return torch.tensor([float(self.k(progress))], device=self._partition.device)
+
+    def _joint_budget(
+        self, score_M: Tensor, held_M: Tensor, progress: float
+    ) -> tuple[float, dict[str, Tensor]]:
+        return float(self.k(progress) - self._protected), {}
+
+
+class CostAllocation(_NetworkAllocation):
+    """A cost of the whole network, in multiply-adds or bytes.
 
     Raises:
         UserError: the floors alone exceed the budget.
     """
 
     def __init__(
-        self,
-        partition: GroupPartition,
-        sparsity: float,
-        scope: BudgetScope = "global",
-        floor: float = 0.05,
-        costs: GroupCosts | None = None,
+        self, partition: GroupPartition, sparsity: float, costs: GroupCosts, floor: float = 0.05
     ) -> None:
-        self._partition, self._scope, self._costs = partition, scope, costs
-        self._sparsity = sparsity
-        floors = _floor_counts(partition.sizes, floor)
-        self._floors = torch.tensor(floors, device=partition.device)
-        self._protected = sum(floors)
-        self._within_LF = torch.arange(max(floors), device=partition.device) < self._floors[:, None]
-        self._size_L = torch.tensor(partition.sizes, dtype=torch.float64, device=partition.device)
-        refuse_impossible_sparsity(partition.sizes, sparsity, scope, floor)
-
-    def k(self, progress: float) -> int:
-        """Return the number of groups of the whole network that may stay at this point."""
-        return _kept_count(self._partition.groups, self._sparsity * cubic_sparsity(progress))
-
-    def shrink(
-        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return factors and gates [M] of a proximal operator under the budget of this point."""
-        if self._scope == "layer":
-            return self._shrink_layers(operator, norm_M, strength, progress)
-        # The operator ranks groups by sqrt(d_j) ||t_j||; the floors must protect the top of the
-        # same ranking.
-        score_M = norm_M if strength.weight is None else strength.weight.sqrt() * norm_M
-        held_M = self._strongest(score_M)
-        k, costs = self._budget(score_M, held_M, progress)
-        # The protected groups use up the whole budget, and the operators need k > 0.
-        if k <= 0:
-            return held_M.double(), held_M.double()
-        named = strength.named(lambda value_M: value_M[None])
-        shrunk = operator(norm_M.masked_fill(held_M, 0)[None], k, strength.lam, **named, **costs)
-        # Protected groups were passed as empty ones, which an operator returns as zero, so that
-        # they neither use the budget nor get shrunk.
-        return shrunk.scale[0].masked_fill_(held_M, 1), shrunk.gate[0].masked_fill(held_M, 1)
+        super().__init__(partition, sparsity, floor)
+        self._costs = costs
+        least = float(costs.total(self._floors[None].cpu())) / costs.dense()
+        if least > 1 - sparsity:
+            raise UserError(
+                f"a sparsity of {sparsity:g} leaves {1 - sparsity:.3g} of all {costs.unit}, less "
+                f"than the floors of all layers together ({least:.3g}): lower the sparsity or "
+                f"floor={floor:g}"
+            )
 
     def select(self, score_M: Tensor, progress: float = 1.0) -> Tensor:
-        """Return a mask [M] of the groups of highest score that the budget of this point allows."""
-        if self._scope in ("macs", "bytes"):
-            return self._affordable(score_M, progress)
-        if self._scope == "layer":
-            rank_LN = _ranks(self._partition.rows(score_M))
-            return self._partition.flat(rank_LN < self._counts(progress)[:, None])
-        # Protected groups rank before all others.
-        boosted_M = torch.where(self._strongest(score_M), torch.inf, score_M)
-        return _ranks(boosted_M[None])[0] < self.k(progress)
-
-    def rows(self, values_M: Tensor) -> Tensor:
-        """Return the values in rows, each with its own number of groups to keep."""
-        if self._scope in ("macs", "bytes"):
-            raise UserError(
-                f"scope={self._scope} fixes a cost and not the number of groups that this solver "
-                "needs: use scope=global or scope=layer"
-            )
-        return self._partition.rows(values_M) if self._scope == "layer" else values_M[None]
-
-    def flat(self, values_LN: Tensor) -> Tensor:
-        """Return values in the layout of `rows` as [M] again."""
-        return self._partition.flat(values_LN) if self._scope == "layer" else values_LN[0]
-
-    def k_rows(self, progress: float) -> Tensor:
-        """Return the number of groups that each of the `rows` may keep at this point."""
-        if self._scope == "layer":
-            return self._counts(progress)
-        return torch.tensor([float(self.k(progress))], device=self._partition.device)
-
-    def _budget(
-        self, score_M: Tensor, held_M: Tensor, progress: float
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Return the joint budget of the groups outside the floors, and their costs if any."""
-        if self._scope == "global":
-            return float(self.k(progress) - self._protected), {}
-        cost_M = self._group_costs()
-        # The true cost is bilinear and no sum over groups, but the operators need a linear budget:
-        # the linear cost of a selection that meets the true budget stands in for it.
-        afforded_M = self._affordable(score_M, progress) & ~held_M
-        return float((cost_M * afforded_M).sum()), {"cost_LM": cost_M[None]}
-
-    def _shrink_layers(
-        self, operator: ProxOperator, norm_M: Tensor, strength: ProxParameters, progress: float
-    ) -> tuple[Tensor, Tensor]:
-        """Solve one equation per family, all at once."""
-        rows, flat = self._partition.rows, self._partition.flat
-        # Padding has norm 0 and is never kept, but weight and metric are divided by: it must not be
-        # 0 there.
-        padding_LN = 1 - rows(torch.ones_like(norm_M))
-        named = strength.named(lambda value_M: rows(value_M) + padding_LN)
-        shrunk = operator(rows(norm_M), self._counts(progress), strength.lam, **named)
-        return flat(shrunk.scale), flat(shrunk.gate)
-
-    def _counts(self, progress: float) -> Tensor:
-        """Return the number of groups that each family may keep."""
-        # 1e-9 before the floor: 0.29 * 100 is 28.999... in floating point and must remove 29.
-        gone_L = (self._sparsity * cubic_sparsity(progress) * self._size_L + 1e-9).floor()
-        return (self._size_L - gone_L).maximum(self._floors.double())
-
-    def _strongest(self, score_M: Tensor) -> Tensor:
-        """Return a mask [M] of the groups that the floors protect."""
-        score_LN = self._partition.rows(score_M)
-        # All families take as many as the largest floor needs; `_within_LF` masks the surplus of
-        # the others.
-        place_LF = score_LN.topk(self._within_LF.shape[1], -1).indices
-        protected_LN = torch.zeros_like(score_LN, dtype=torch.bool)
-        return self._partition.flat(protected_LN.scatter_(-1, place_LF, self._within_LF))
-
-    def _group_costs(self) -> Tensor:
-        assert self._costs is not None
-        cost_F = self._costs.per_group().to(self._partition.device)
-        return cost_F.repeat_interleave(self._size_L.long())
-
-    def _affordable(self, score_M: Tensor, progress: float) -> Tensor:
         """Return a mask [M] of the longest prefix of a ranking whose true cost is in budget."""
-        assert self._costs is not None
         # Score over root of cost is the order in which the relaxed budget sum c u = K admits groups
         # (specification 1.3). Each prefix's cost is exact, since it depends only on counts per
         # family.
@@ -183,13 +236,42 @@ class Allocation:
         kept_M[order_M[:count]] = True
         return kept_M
 
+    def constraint_rows(self, values_M: Tensor) -> Tensor:
+        """Refuse: a cost fixes no number of groups."""
+        raise self._no_counts()
 
-def refuse_impossible_sparsity(
-    sizes: Sequence[int], sparsity: float, scope: BudgetScope, floor: float
-) -> None:
+    def from_constraint_rows(self, values_LN: Tensor) -> Tensor:
+        """Refuse: a cost fixes no number of groups."""
+        raise self._no_counts()
+
+    def k_rows(self, progress: float) -> Tensor:
+        """Refuse: a cost fixes no number of groups."""
+        raise self._no_counts()
+
+    def _no_counts(self) -> UserError:
+        return UserError(
+            f"unit={self._costs.unit} fixes a cost and not the number of groups that this solver "
+            "needs: use unit=groups"
+        )
+
+    def _joint_budget(
+        self, score_M: Tensor, held_M: Tensor, progress: float
+    ) -> tuple[float, dict[str, Tensor]]:
+        cost_M = self._group_costs()
+        # The true cost is bilinear and no sum over groups, but the operators need a linear budget:
+        # the linear cost of a selection that meets the true budget stands in for it.
+        afforded_M = self.select(score_M, progress) & ~held_M
+        return float((cost_M * afforded_M).sum()), {"cost_LM": cost_M[None]}
+
+    def _group_costs(self) -> Tensor:
+        cost_F = self._costs.per_group().to(self._partition.device)
+        return cost_F.repeat_interleave(self._size_L.long())
+
+
+def refuse_impossible_sparsity(sizes: Sequence[int], sparsity: float, floor: float) -> None:
     """Raise if the floors of families of these sizes exceed what a network may keep."""
     k, floors = _kept_count(sum(sizes), sparsity), sum(_floor_counts(sizes, floor))
-    if scope == "global" and floors > k:
+    if floors > k:
         raise UserError(
             f"a sparsity of {sparsity:g} leaves {k} of {sum(sizes)} groups, fewer than the "
             f"floors of all layers together ({floors}): lower the sparsity or floor={floor:g}"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.wgsef.prox import operators
-from methods.wgsef.prox.value import gradient_factor
+from methods.wgsef.prox import operators, value
 from methods.wgsef.solvers.allocation import ProxParameters
 from methods.wgsef.solvers.group_lasso import HalfSpaceSolver
 from methods.wgsef.solvers.optimizers import ProximalOptimizer
@@ -25,10 +24,10 @@ class EnvelopeSolver(Solver):
     (specification 1.1).
     """
 
-    ridge = True
+    decays_groups = True
 
-    def __init__(self, scene: SolverContext, strength: float = 0.1, every: int = 1) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float = 0.1, every: int = 1) -> None:
+        super().__init__(context)
         self._strength, self._every = strength, every
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
@@ -40,7 +39,7 @@ class EnvelopeSolver(Solver):
         if lam == 0:
             return
         strength = ProxParameters(lam, self.unit_M.square(), group_metric(self, optimizer))
-        allocation = self.scene.allocation
+        allocation = self.context.allocation
         # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
         scale_M, self.gate_M = allocation.shrink(
             operators.prox_envelope, self.partition.norms(), strength, 1.0
@@ -52,16 +51,20 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
     """Algorithm 2 first, then half-space steps on the same objective: "WGSEF + HSPG".
 
     According to the paper's reviewers its experiments report this pair. No details were found, so
-    it is implemented as HSPG (see `half_space`) with the envelope in place of group lasso.
+    it is implemented as HSPG (see `group_lasso`) with the envelope in place of group lasso.
     """
 
-    ridge = True
+    decays_groups = True
 
     def __init__(
-        self, scene: SolverContext, strength: float = 0.1, epsilon: float = 0.0, warmup: float = 0.5
+        self,
+        context: SolverContext,
+        strength: float = 0.1,
+        epsilon: float = 0.0,
+        warmup: float = 0.5,
     ) -> None:
-        super().__init__(scene, strength, epsilon, warmup)
-        self._proximal = EnvelopeSolver(scene, strength)
+        super().__init__(context, strength, epsilon, warmup)
+        self._proximal = EnvelopeSolver(context, strength)
 
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator of the envelope."""
@@ -71,11 +74,16 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
         self._proximal.shrink(optimizer)
         self.gate_M = self._proximal.gate_M
 
-    def pull(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor) -> Tensor:
         """Return the factor of x in the gradient of the envelope: d_j / u_j."""
-        allocation = self.scene.allocation
-        norm_LN, weight_LN = allocation.rows(norm_M), allocation.rows(self.unit_M.square())
-        return allocation.flat(gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0)))
+        allocation = self.context.allocation
+        norm_LN, weight_LN = (
+            allocation.constraint_rows(norm_M),
+            allocation.constraint_rows(self.unit_M.square()),
+        )
+        return allocation.from_constraint_rows(
+            value.gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0))
+        )
 
 
 class DebiasedSolver(Solver):
@@ -86,14 +94,14 @@ class DebiasedSolver(Solver):
     layer has mean norm 1, so at ratio 1 it is the top k of `score`.
     """
 
-    def __init__(self, scene: SolverContext, reach: float = 1.0) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, reach: float = 1.0) -> None:
+        super().__init__(context)
         self._reach = reach
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the operator at this point of the homotopy; at its end, select the top k."""
         ratio = self._reach * homotopy_ratio(self.progress)
-        allocation, score_M = self.scene.allocation, self.score()
+        allocation, score_M = self.context.allocation, self.score()
         # The operator divides by 1 - ratio; its limit is hard selection.
         if ratio >= 1:
             scale_M = self.gate_M = allocation.select(score_M).double()
@@ -110,7 +118,7 @@ class DebiasedSolver(Solver):
 def group_metric(solver: Solver, optimizer: ProximalOptimizer) -> Tensor | None:
     """Return the mean of the optimizer's metric over each group, [M]; None for a Euclidean step."""
     # A metric that varies inside a group has no closed-form operator and costs tens of passes
-    # (`envelope_elementwise`); its mean over the group keeps one pass.
+    # (specification 1.3); its mean over the group keeps one pass.
     if not optimizer.adaptive:
         return None
     return solver.partition.sum(optimizer.metric) / solver.partition.elements_M

@@ -1,16 +1,11 @@
-"""Group lasso and half-space steps (HSPG, AdaHSPG+).
-
-Group lasso: lambda sum_j sqrt|s_j| ||v_j|| by Prox-SG, and in Adam's metric (ProxSSI).
+"""Group lasso, and half-space steps on it: HSPG (Chen et al., 2020), AdaHSPG+ (Dai et al., 2023).
 
 Shapes: M groups of all families.
 
-Half-space steps: HSPG (Chen et al., 2020) and AdaHSPG+ (Dai et al., TMLR 2023).
-
-Shapes: M groups of all families.
-
-From x the step goes to y = x - alpha (gradient of loss and regulariser at x). Each group whose y
-has left the half-space { y : <y, x> >= eps ||x||^2 } is set to zero; zero groups stay zero (WGSEF
-specification section 4).
+Group lasso, lambda sum_j sqrt|s_j| ||v_j||, is solved by Prox-SG or in Adam's metric (ProxSSI). A
+half-space step goes from x to y = x - alpha (gradient of loss and regulariser at x). Each group
+whose y has left the half-space { y : <y, x> >= eps ||x||^2 } is set to zero; zero groups stay zero
+(WGSEF specification section 4).
 """
 
 from __future__ import annotations
@@ -30,15 +25,13 @@ _NEWTON_PASSES = 10
 class GroupLassoSolver(Solver):
     """Prox-SG with the block soft threshold; `strength` decides the number of groups it leaves."""
 
-    def __init__(self, scene: SolverContext, strength: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context)
         self._strength = strength
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply v_j = max(0, 1 - lam sqrt|s_j| / ||t_j||) t_j."""
-        lam = optimizer.rate * self._strength
-        threshold_M = lam * lasso_weights(self.partition)
-        self.partition.scale_(lasso_scale(self.partition.norms(), threshold_M))
+        soft_threshold_(self.partition, optimizer.rate * self._strength)
 
 
 class AdaptiveGroupLassoSolver(Solver):
@@ -48,8 +41,8 @@ class AdaptiveGroupLassoSolver(Solver):
     sum_i (H_i t_i / (H_i r + lam w_j))^2 = 1; it is zero where ||H t_j|| <= lam w_j.
     """
 
-    def __init__(self, scene: SolverContext, strength: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context)
         self._strength = strength
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
@@ -58,7 +51,10 @@ class AdaptiveGroupLassoSolver(Solver):
         parameters = self.partition.owned_parameters()
         metric = {name: optimizer.metric(weight) for name, weight in parameters.items()}
         radius_M = self._radii(metric, lam_M)
-        radius, lam = self.partition.spread(radius_M), self.partition.spread(lam_M)
+        radius, lam = (
+            self.partition.expand_to_weights(radius_M),
+            self.partition.expand_to_weights(lam_M),
+        )
         for name, weight in parameters.items():
             raised = metric[name] * radius[name]
             # Weights that no group owns have lam 0 and radius 0, and are left unchanged.
@@ -70,14 +66,14 @@ class AdaptiveGroupLassoSolver(Solver):
 
         q(r) = (sum_i (H_i t_i / (H_i r + lam w))^2)^(-1/2) equals 1 at the root.
         """
-        # q is concave and increasing (as in `envelope_elementwise`), so Newton from r = 0 stays
+        # q is concave and increasing (specification 1.3), so Newton from r = 0 stays
         # below the root. Where q(0) >= 1, i.e. ||H t|| <= lam w, the clamped step is 0 and the
         # group stays zero.
         radius_M = torch.zeros_like(lam_M)
-        lam = self.partition.spread(lam_M)
+        lam = self.partition.expand_to_weights(lam_M)
         parameters = self.partition.parameters
         for _ in range(_NEWTON_PASSES):
-            radius = self.partition.spread(radius_M)
+            radius = self.partition.expand_to_weights(radius_M)
             total = {name: metric[name] * radius[name] + lam[name] for name in metric}
             power = {n: (metric[n] * parameters[n] / total[n]).square() for n in metric}
             power_M = self.partition.sum_named(power.__getitem__)
@@ -100,53 +96,62 @@ def lasso_scale(norm_M: Tensor, threshold_M: Tensor) -> Tensor:
     return torch.where(norm_M > threshold_M, 1 - threshold_M / norm_M, 0.0)
 
 
+def soft_threshold_(partition: GroupPartition, lam: float) -> None:
+    """Apply the proximal operator of lam times group lasso to all groups, in place."""
+    partition.scale_(lasso_scale(partition.norms(), lam * lasso_weights(partition)))
+
+
 class HalfSpaceSolver(Solver):
     """A proximal phase, then half-space steps, for a regulariser given by a subclass."""
 
     def __init__(
-        self, scene: SolverContext, strength: float, epsilon: float = 0.0, warmup: float = 0.25
+        self, context: SolverContext, strength: float, epsilon: float = 0.0, warmup: float = 0.25
     ) -> None:
-        super().__init__(scene)
+        super().__init__(context)
         self.strength = strength
         self._epsilon, self._warmup = epsilon, warmup
-        self._before: dict[str, Tensor] = {}
+        self._start_weights: dict[str, Tensor] = {}
 
     @abstractmethod
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator of the regulariser to the weights."""
 
     @abstractmethod
-    def pull(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor) -> Tensor:
         """Return the factor [M] of x in the regulariser's gradient; finite for empty groups."""
 
     def in_half_space_phase(self) -> bool:
         """Return whether the next step is a half-space step."""
         return self.progress >= self._warmup
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Store the weights from which a half-space step starts."""
         if self.in_half_space_phase():
             weights = self.partition.owned_parameters()
-            self._before = {name: weight.detach().clone() for name, weight in weights.items()}
+            self._start_weights = {
+                name: weight.detach().clone() for name, weight in weights.items()
+            }
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator, or complete the half-space step that the optimizer began."""
-        # The phase is decided once, in `before`: `progress` has moved on since, and a step that
-        # began as a proximal one has no stored weights.
-        if self._before:
+        # The phase is decided once, in `before_step`: `progress` has moved on since, and a step
+        # that began as a proximal one has no stored weights.
+        if self._start_weights:
             self._half_space_step(optimizer)
-            self._before = {}
+            self._start_weights = {}
         else:
             self.proximal_step(optimizer)
 
     def _half_space_step(self, optimizer: ProximalOptimizer) -> None:
-        square_M = self.partition.sum_named(lambda name: self._before[name].square())
+        square_M = self.partition.sum_named(lambda name: self._start_weights[name].square())
         # The optimizer's step already contains the gradient of the loss. The regulariser's is added
         # at x and outside the optimizer, so that momentum and Adam's metric do not distort it.
-        factor_M = -optimizer.rate * self.strength * self.pull(square_M.sqrt())
-        self.partition.add_(factor_M, self._before)
+        factor_M = -optimizer.rate * self.strength * self.gradient_factor(square_M.sqrt())
+        self.partition.add_(factor_M, self._start_weights)
         parameters = self.partition.parameters
-        inner_M = self.partition.sum_named(lambda name: parameters[name] * self._before[name])
+        inner_M = self.partition.sum_named(
+            lambda name: parameters[name] * self._start_weights[name]
+        )
         # An empty group has 0 >= 0, so the second condition is needed to keep it empty.
         stays_M = (inner_M >= self._epsilon * square_M) & (square_M > 0)
         self.partition.scale_(stays_M.double())
@@ -157,11 +162,9 @@ class HspgSolver(HalfSpaceSolver):
 
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the soft threshold of group lasso."""
-        norm_M, weight_M = self.partition.norms(), lasso_weights(self.partition)
-        lam = optimizer.rate * self.strength
-        self.partition.scale_(lasso_scale(norm_M, lam * weight_M))
+        soft_threshold_(self.partition, optimizer.rate * self.strength)
 
-    def pull(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor) -> Tensor:
         """Return sqrt|s_j| / ||x_j||."""
         weight_M = lasso_weights(self.partition)
         return torch.where(norm_M > 0, weight_M / norm_M, 0.0)
@@ -177,8 +180,8 @@ class AdaHspgSolver(HspgSolver):
     others. The paper's variance-reduced proximal step is replaced by Prox-SG, and epsilon is fixed.
     """
 
-    def __init__(self, scene: SolverContext, strength: float, mu: float = 1.0) -> None:
-        super().__init__(scene, strength)
+    def __init__(self, context: SolverContext, strength: float, mu: float = 1.0) -> None:
+        super().__init__(context, strength)
         self._mu = mu
         self._half_space = False
         self._moves = torch.zeros(2, dtype=torch.float64)
@@ -187,13 +190,13 @@ class AdaHspgSolver(HspgSolver):
         """Return the choice made after the last epoch."""
         return self._half_space
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add this step to the two measures; at the end of an epoch choose the next step."""
         self._moves += self._measure(optimizer)
-        if (self.step + 1) % self.scene.epoch == 0:
+        if (self.step + 1) % self.context.epoch == 0:
             self._half_space = bool(self._moves[1] >= self._mu * self._moves[0])
             self._moves.zero_()
-        super().before(optimizer)
+        super().before_step(optimizer)
 
     def state(self) -> dict[str, Tensor]:
         """Return the measures and the choice in addition to the base state."""

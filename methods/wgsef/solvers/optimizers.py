@@ -1,9 +1,9 @@
 """SGD and Adam whose step ends with a proximal operator.
 
-A solver may act twice per step: `before`, to add to gradients or read the weights, and `after`, to
-shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the operator has to
-act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF specification
-section 7).
+A solver may act twice per step: `before_step`, to add to gradients or read the weights, and
+`after_step`, to shrink or zero groups. Prox-SGD is Algorithm 2 of arXiv 2212.12921. After Adam the
+operator has to act in Adam's own metric, otherwise it is no proximal step of the objective (WGSEF
+specification section 7).
 """
 
 from __future__ import annotations
@@ -34,14 +34,44 @@ class ProximalOptimizer(Protocol):
 class StepHooks(Protocol):
     """Interface of a solver towards its optimizer."""
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Change gradients, before the step."""
 
-    def after(self, optimizer: ProximalOptimizer) -> None:
+    def after_step(self, optimizer: ProximalOptimizer) -> None:
         """Change weights, after the step."""
 
 
-class ProximalSGD(torch.optim.SGD):
+class _SolverSteps(torch.optim.Optimizer):
+    """What both optimizers share: the solver acts before and after the step of the base class."""
+
+    # Both are set by the subclasses: torch's constructors take no further arguments.
+    adaptive: bool
+    solver: StepHooks
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of this step."""
+        return float(self.param_groups[0]["lr"])
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; `closure`, if given, computes loss and gradients first."""
+        loss = None
+        if closure is not None:
+            # torch's own `step` runs a closure like this, but here it must run before the solver's
+            # `before_step`.
+            with torch.enable_grad():
+                loss = closure()
+        self.solver.before_step(self)
+        super().step()
+        self.solver.after_step(self)
+        return loss
+
+    def metric(self, parameter: Tensor) -> Tensor:
+        """Return ones: the step is Euclidean."""
+        return torch.ones_like(parameter)
+
+
+class ProximalSGD(_SolverSteps, torch.optim.SGD):
     """Stochastic gradient descent with momentum, followed by the solver's operator."""
 
     adaptive = False
@@ -57,25 +87,8 @@ class ProximalSGD(torch.optim.SGD):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.solver = solver
 
-    @property
-    def rate(self) -> float:
-        """Learning rate of this step."""
-        return float(self.param_groups[0]["lr"])
 
-    def metric(self, parameter: Tensor) -> Tensor:
-        """Return ones: the step is Euclidean."""
-        return torch.ones_like(parameter)
-
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; `closure`, if given, computes loss and gradients first."""
-        loss = _run_closure(closure)
-        self.solver.before(self)
-        super().step()
-        self.solver.after(self)
-        return loss
-
-
-class ProximalAdam(torch.optim.AdamW):
+class ProximalAdam(_SolverSteps, torch.optim.AdamW):
     """Adam with decoupled weight decay, followed by the solver's operator in Adam's metric."""
 
     adaptive = True
@@ -91,11 +104,6 @@ class ProximalAdam(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
         self.solver = solver
 
-    @property
-    def rate(self) -> float:
-        """Learning rate of this step."""
-        return float(self.param_groups[0]["lr"])
-
     def metric(self, parameter: Tensor) -> Tensor:
         """Return sqrt(v_hat) + eps, by which Adam divides the step; ones before the first step."""
         state = self.state.get(parameter)
@@ -107,20 +115,3 @@ class ProximalAdam(torch.optim.AdamW):
         # after the root, as there.
         corrected: Tensor = second / (1 - beta ** float(state["step"]))
         return corrected.sqrt_().add_(eps)
-
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; `closure`, if given, computes loss and gradients first."""
-        loss = _run_closure(closure)
-        self.solver.before(self)
-        super().step()
-        self.solver.after(self)
-        return loss
-
-
-def _run_closure(closure: Any) -> Any:
-    if closure is None:
-        return None
-    # torch's own `step` runs a closure like this, but here it must run before the solver's
-    # `before`.
-    with torch.enable_grad():
-        return closure()

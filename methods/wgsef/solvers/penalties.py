@@ -20,22 +20,22 @@ class DeepHoyerSolver(Solver):
     invariant to scale, so its gradient moves weight from small groups to large ones.
     """
 
-    def __init__(self, scene: SolverContext, strength: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context)
         self._strength = strength
 
     @torch.no_grad()
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add strength dH/dv_j = strength (2 S / (Q ||v_j||) - 2 S^2 / Q^2) v_j."""
         norm_M = self.partition.norms()
-        norm_LN = self.partition.rows(norm_M)
+        norm_LN = self.partition.pad_by_family(norm_M)
         sum_L1 = norm_LN.sum(-1, keepdim=True)
         square_L1 = norm_LN.square().sum(-1, keepdim=True)
         factor_LN = 2 * sum_L1 / square_L1 * (1 / norm_LN - sum_L1 / square_L1)
         # At a zero group the penalty has a kink; 0 is a subgradient there. This also clears the
         # padding.
         factor_LN = torch.where(norm_LN > 0, factor_LN, 0.0)
-        self.partition.add_to_gradients_(self._strength * self.partition.flat(factor_LN))
+        self.partition.add_to_gradients_(self._strength * self.partition.unpad(factor_LN))
 
 
 class SlimmingSolver(Solver):
@@ -45,18 +45,18 @@ class SlimmingSolver(Solver):
         UserError: a family of groups has no BatchNorm scale.
     """
 
-    def __init__(self, scene: SolverContext, strength: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, strength: float) -> None:
+        super().__init__(context)
         self._strength = strength
-        network = scene.network
+        network = context.network
         norms = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
         self._scales = {f"{name}.weight" for name in norms}
-        for family in scene.partition.families:
-            if not any(owned.tensor in self._scales for owned in family.owned):
+        for family in context.partition.families:
+            if not any(owned.tensor in self._scales for owned in family.owned_slices):
                 raise UserError(f"slimming needs BatchNorm scales, but {family.name} has none")
 
     @torch.no_grad()
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add strength sign(gamma) to the gradient of each BatchNorm scale."""
         for name in self._scales:
             weight = self.partition.parameters[name]

@@ -1,6 +1,4 @@
-"""The Solver base, its context, magnitude, frozen, iterative hard thresholding.
-
-Base class of all solvers, and the two that do not act during sparse training.
+"""Base class of all solvers, and the simple ones: none, frozen, iterative hard thresholding.
 
 Shapes: M groups of all families.
 """
@@ -38,24 +36,25 @@ class SolverContext:
 class Solver:
     """Acts before and after each optimizer step; the base class changes nothing.
 
-    `ridge` means that the solver decays the weights of groups itself, so the optimizer must not.
+    `decays_groups` means that the solver decays the weights of groups itself, so the optimizer must
+    not.
     """
 
-    ridge = False
+    decays_groups = False
 
-    def __init__(self, scene: SolverContext) -> None:
-        self.scene = scene
-        self.partition = scene.partition
+    def __init__(self, context: SolverContext) -> None:
+        self.context = context
+        self.partition = context.partition
         self.step = 0
         # Norms are normalised by their layer's mean at the start and not by the current mean: a
         # moving unit would hide that a layer shrinks as a whole.
-        self.unit_M = layer_units(scene.partition)
+        self.unit_M = layer_units(context.partition)
         self.gate_M = torch.ones_like(self.unit_M)
 
     @property
     def progress(self) -> float:
         """Fraction of the time until the mask is frozen that has passed, 0 to 1."""
-        return min(1.0, self.step / self.scene.steps)
+        return min(1.0, self.step / self.context.steps)
 
     @property
     def fractional(self) -> int:
@@ -64,10 +63,10 @@ class Solver:
         # A half-space step may have zeroed a group since the last proximal step.
         return int((between_M & self.partition.alive()).sum())
 
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Change gradients, before the optimizer's step."""
 
-    def after(self, optimizer: ProximalOptimizer) -> None:
+    def after_step(self, optimizer: ProximalOptimizer) -> None:
         """Change weights, after the optimizer's step."""
         # Counted first, so that `progress` reaches 1 at the last step before the selection.
         self.step += 1
@@ -75,7 +74,7 @@ class Solver:
             self.shrink(optimizer)
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
-        """Change the weights of groups; the part of `after` in which solvers differ."""
+        """Change the weights of groups; the part of `after_step` in which solvers differ."""
 
     def score(self) -> Tensor:
         """Return the score by which the final selection ranks groups, [M].
@@ -100,8 +99,8 @@ class Solver:
 class FrozenSolver(Solver):
     """Holds removed groups at zero during the fine-tuning after the selection."""
 
-    def __init__(self, scene: SolverContext, keep_M: Tensor) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, keep_M: Tensor) -> None:
+        super().__init__(context)
         self.keep_M = keep_M
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
@@ -109,6 +108,19 @@ class FrozenSolver(Solver):
         # Masking gradients would not do: momentum from before the selection still moves the
         # weights.
         self.partition.scale_(self.keep_M.double())
+
+
+def select_alive(context: SolverContext, score_M: Tensor) -> tuple[Tensor, int]:
+    """Make the final selection and zero all other groups; return its mask and the number alive.
+
+    The number is that of the groups that were not zero before the selection.
+    """
+    alive_M = context.partition.alive()
+    # The selection always fills the budget; groups that are already zero must not be counted as
+    # kept.
+    keep_M = context.allocation.select(score_M) & alive_M
+    context.partition.scale_(keep_M.double())
+    return keep_M, int(alive_M.sum())
 
 
 class MagnitudeSolver(Solver):
@@ -133,5 +145,5 @@ class HardThresholdSolver(Solver):
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Zero all groups except those of highest score that the budget of this step allows."""
-        keep_M = self.scene.allocation.select(self.score(), self.progress)
+        keep_M = self.context.allocation.select(self.score(), self.progress)
         self.partition.scale_(keep_M.double())

@@ -27,32 +27,32 @@ class _TorchPruningSolver(Solver):
         UserError: the groups are not coupled filters, the only kind that torch-pruning knows.
     """
 
-    def __init__(self, scene: SolverContext, maker: str, importance: Any, **knobs: float) -> None:
-        super().__init__(scene)
+    def __init__(self, context: SolverContext, maker: str, importance: Any, **knobs: float) -> None:
+        super().__init__(context)
         import torch_pruning
 
-        kinds = {family.kind for family in scene.partition.families}
+        kinds = {family.kind for family in context.partition.families}
         if kinds != {"filters"}:
             raise UserError(
                 f"the torch-pruning solvers need groups=filters, got {', '.join(sorted(kinds))}"
             )
         self._pruner = _without_warnings(
             getattr(torch_pruning.pruner, maker),
-            scene.network,
-            scene.example,
+            context.network,
+            context.example,
             importance=importance,
-            ignored_layers=[last_layer(scene.network, scene.example)],
+            ignored_layers=[last_layer(context.network, context.example)],
             root_module_types=[nn.Conv2d, nn.Linear],
             **knobs,
         )
-        self._groups = self._in_order(scene)
+        self._groups = self._in_order(context)
         # Some versions of torch-pruning switch gradients off while they build the graph.
-        scene.network.requires_grad_(True)
+        context.network.requires_grad_(True)
 
     @torch.no_grad()
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add the pruner's penalty to the gradients."""
-        self._pruner.regularize(self.scene.network)
+        self._pruner.regularize(self.context.network)
 
     @torch.no_grad()
     def score(self) -> Tensor:
@@ -60,47 +60,49 @@ class _TorchPruningSolver(Solver):
         parts = [self._pruner.estimate_importance(group) for group in self._groups]
         return torch.cat(parts).double()
 
-    def _in_order(self, scene: SolverContext) -> list[Any]:
+    def _in_order(self, context: SolverContext) -> list[Any]:
         """Return the pruner's groups in the order of our families."""
         # Both graphs come from the same tracer, but on different copies of the network, so groups
         # are matched by name: a family is called after the first layer that produces its filters.
         by_layer: dict[str, Any] = {}
-        names = {module: name for name, module in scene.network.named_modules()}
+        names = {module: name for name, module in context.network.named_modules()}
         for group in self._pruner.DG.get_all_groups(
             ignored_layers=self._pruner.ignored_layers, root_module_types=[nn.Conv2d, nn.Linear]
         ):
             for item in group:
                 if "out_channels" in item.dep.handler.__name__:
                     by_layer.setdefault(names.get(item.dep.target.module, ""), group)
-        return [by_layer[family.name] for family in scene.partition.families]
+        return [by_layer[family.name] for family in context.partition.families]
 
 
 class GroupNormSolver(_TorchPruningSolver):
     """DepGraph's sparse training: weight decay that grows as a group's norm falls."""
 
-    def __init__(self, scene: SolverContext, strength: float = 1e-4) -> None:
+    def __init__(self, context: SolverContext, strength: float = 1e-4) -> None:
         import torch_pruning
 
         importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
-        super().__init__(scene, "GroupNormPruner", importance, reg=strength)
+        super().__init__(context, "GroupNormPruner", importance, reg=strength)
 
 
 class GrowingRegSolver(_TorchPruningSolver):
     """Weight decay of each group that grows each epoch, faster for weaker groups."""
 
-    def __init__(self, scene: SolverContext, strength: float = 1e-4, growth: float = 1e-3) -> None:
+    def __init__(
+        self, context: SolverContext, strength: float = 1e-4, growth: float = 1e-3
+    ) -> None:
         import torch_pruning
 
         importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
         knobs = {"reg": strength, "delta_reg": growth}
-        super().__init__(scene, "GrowingRegPruner", importance, **knobs)
+        super().__init__(context, "GrowingRegPruner", importance, **knobs)
 
     @torch.no_grad()
-    def before(self, optimizer: ProximalOptimizer) -> None:
+    def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Add the penalty, raised at the start of each epoch."""
-        if self.step % self.scene.epoch == 0:
+        if self.step % self.context.epoch == 0:
             self._pruner.update_reg()
-        super().before(optimizer)
+        super().before_step(optimizer)
 
     def state(self) -> dict[str, Tensor]:
         """Return the grown penalties in addition to the base state."""

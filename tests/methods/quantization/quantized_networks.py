@@ -24,7 +24,7 @@ METHODS = {
     "camera_q_expert": CameraQ(bits=(8, 4, 3), shares=None, mean_bits=5, scope="expert", **SMALL),
     "camera_q_dagger": CameraQDagger(bits=(3, 1), shares=(1, 1), **SMALL),
     "camera_pq": CameraPQ(budget_bits=6, block=4, **SMALL),
-    "camera_pq_model": CameraPQ(budget_bits=6, block=4, scope="model", backend="rtn", group=8),
+    "camera_pq_global": CameraPQ(budget_bits=6, block=4, scope="global", rounding="rtn", group=8),
 }
 
 

@@ -1,0 +1,176 @@
+"""Neurons and heads of dense decoders: the geometry of wide atoms, and removed = zeroed."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from bench.data.calibration import Calibration
+from bench.data.prompts import ProcessedPrompts
+from bench.errors import UserError
+from bench.method import Context
+from bench.models.model import Model
+from bench.schema import ModelConfig
+from methods.wgsef.layerwise.dense_decoder import OnPrompts, OnText
+from methods.wgsef.layerwise.reconstruction import Reconstruction
+from tests.methods.visual_tokens import tiny_mllms
+from tests.methods.wgsef.layerwise.oracles import by_elimination, by_energy, by_homotopy
+from tests.models import tiny_networks
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+BOTH = pytest.mark.parametrize("atoms", ["neurons", "heads"])
+
+
+def decoder(kind=LlamaForCausalLM, **changes):
+    configs = {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}
+    config = configs[kind](**(SIZES | changes))
+    torch.manual_seed(0)
+    return kind._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+
+
+def tokens():
+    return torch.randint(0, 64, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+def applied(network, method, prompts=None):
+    config = ModelConfig(name="tiny", source="tests")
+    model = Model(config, network, None, "", None, torch.device("cpu"))
+    method.check(model.structure)
+    return model, method.apply(model, Context(0, Calibration(tokens(), "text"), prompts))
+
+
+def wide(atoms=5, width=3, outputs=4, count=300):
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.randn(8, atoms * width, generator=generator, dtype=torch.float64)
+    phi_TM = torch.relu(torch.randn(count, 8, generator=generator, dtype=torch.float64) @ mix)
+    weight_MD = torch.randn(atoms * width, outputs, generator=generator, dtype=torch.float64)
+    return phi_TM, weight_MD, Reconstruction.from_gram(phi_TM.T @ phi_TM / count, weight_MD, width)
+
+
+def test_the_norm_of_a_wide_atom_is_the_size_of_what_it_puts_out_alone():
+    phi_TM, weight_MD, problem = wide()
+    alone = [phi_TM[:, s : s + 3] @ weight_MD[s : s + 3] for s in range(0, 15, 3)]
+    expected = torch.stack([y_TD.square().sum(1).mean().sqrt() for y_TD in alone])
+    torch.testing.assert_close(problem.norms(problem.readout)[0], expected)
+    torch.testing.assert_close(problem.weights(problem.readout), weight_MD)
+
+
+def test_wide_atoms_that_were_never_active_have_no_energy():
+    phi_TM, weight_MD, _ = wide()
+    phi_TM[:, 6:9] = 0
+    phi_TM[:, 10] = 0
+    problem = Reconstruction.from_gram(phi_TM.T @ phi_TM / 300, weight_MD, 3)
+    norm_A = problem.norms(problem.readout)[0]
+    assert norm_A[2] == 0
+    assert (norm_A[[0, 1, 3, 4]] > 0).all()
+    assert problem.gram.isfinite().all()
+
+
+def test_elimination_of_wide_atoms_drops_what_brute_force_would():
+    phi_TM, weight_MD, problem = wide()
+    output_TD = phi_TM @ weight_MD
+    left = list(range(5))
+    for k in (4, 3, 2):
+        errors = {}
+        for kept in combinations(left, k):
+            columns = [3 * atom + i for atom in kept for i in range(3)]
+            solved = torch.linalg.lstsq(phi_TM[:, columns], output_TD).solution
+            errors[kept] = float((phi_TM[:, columns] @ solved - output_TD).square().sum())
+        left = list(min(errors, key=errors.get))
+        v_MD = by_elimination(problem, k, damping=1e-12)
+        assert (problem.norms(v_MD)[0] > 0).nonzero()[:, 0].tolist() == left
+
+
+@pytest.mark.parametrize("select", [by_energy, by_homotopy, by_elimination])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_every_selector_keeps_k_wide_atoms(select, k):
+    _, _, problem = wide()
+    v_MD = select(problem, k)
+    kept_A = problem.norms(v_MD)[0] > 0
+    assert int(kept_A.sum()) == k
+    assert problem.error(problem.refit(kept_A)) <= problem.error(v_MD) + 1e-9
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM])
+def test_removed_equals_zeroed_and_every_layer_keeps_its_share(atoms, kind):
+    ids, stock = tokens()[:2], decoder(kind)
+    zeroed, _ = applied(decoder(kind), OnText(atoms=atoms, ratio=0.5, state="zeroed"))
+    removed, report = applied(decoder(kind), OnText(atoms=atoms, ratio=0.5))
+    expected = zeroed.network(ids).logits
+    torch.testing.assert_close(removed.network(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(stock(ids).logits, expected, atol=1e-3)
+    all_of_them = 40 if atoms == "neurons" else 4
+    for layer in report.layers:
+        assert len(layer.kept) == all_of_them // 2
+        assert layer.refit["error_after"] <= layer.refit["error_before"]
+    assert report.effect == "removed"
+    assert removed.network.num_parameters() < stock.num_parameters()
+
+
+@BOTH
+def test_what_is_removed_can_be_saved_and_loaded(atoms, tmp_path):
+    removed, _ = applied(decoder(), OnText(atoms=atoms, ratio=0.5))
+    removed.network.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(tokens()).logits, removed.network(tokens()).logits)
+
+
+@BOTH
+def test_nothing_asked_changes_nothing(atoms):
+    network, report = applied(decoder(), OnText(atoms=atoms, ratio=0.0))
+    assert report.effect == "none"
+    assert torch.equal(network.network(tokens()).logits, decoder()(tokens()).logits)
+
+
+def test_layers_see_what_the_pruned_ones_before_them_produce():
+    _, sequential = applied(decoder(), OnText(atoms="neurons", ratio=0.5))
+    _, at_once = applied(decoder(), OnText(atoms="neurons", ratio=0.5, sequential=False))
+    first, last = sequential.layers, at_once.layers
+    assert first[:4] == last[:4]
+    assert first[4].refit != last[4].refit
+
+
+@BOTH
+def test_a_vision_language_model_loses_heads_of_its_decoder_only(atoms):
+    network, stock = tiny_mllms.build("llava_llama"), tiny_mllms.build("llava_llama")
+    call = tiny_mllms.prompt("llava_llama", [4, (5, 5), 5], [7, (5, 5), 5])
+    samples = ProcessedPrompts.of([call])
+    zeroed, _ = applied(network, OnPrompts(atoms=atoms, ratio=0.5, state="zeroed"), samples)
+    removed, report = applied(
+        tiny_mllms.build("llava_llama"), OnPrompts(atoms=atoms, ratio=0.5), samples
+    )
+    expected = zeroed.network(**call).logits
+    torch.testing.assert_close(removed.network(**call).logits, expected, atol=1e-5, rtol=1e-5)
+    assert report.details["calibration"] == samples.fingerprint
+    towers = [m.model.vision_tower.state_dict() for m in (removed.network, stock)]
+    assert all(torch.equal(value, towers[1][name]) for name, value in towers[0].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "atoms", "sentence"),
+    [
+        ("mixtral", "neurons", "use wgsef_layerwise"),
+        ("qwen2_moe", "neurons", "use wgsef_layerwise"),
+        ("deepseek_v2", "heads", "without heads"),
+    ],
+)
+def test_layers_without_such_atoms_are_refused(name, atoms, sentence):
+    with pytest.raises(UserError, match=sentence):
+        applied(tiny_networks.build(name), OnText(atoms=atoms, ratio=0.5))
+
+
+def test_the_number_to_remove_is_that_of_the_decimal_ratio():
+    method = OnText(atoms="neurons", ratio=0.29, selector="energy", state="zeroed")
+    _, report = applied(decoder(intermediate_size=100), method)
+    # In floating point 0.29 * 100 is 28.999...
+    assert report.details["removed_neurons"] == 29 * SIZES["num_hidden_layers"]

@@ -1,0 +1,188 @@
+"""The methods as plug-ins: every config fits, applying removes, wrong models are refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from bench.errors import UserError
+from bench.method import Context
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
+from bench.models.model import Model
+from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
+from methods.wgsef import sparse_training as methods
+
+CONF = Path(__file__).parents[3] / "conf" / "method"
+FILES = sorted(
+    path for path in CONF.glob("*.yaml") if "methods.wgsef.sparse_training." in path.read_text()
+)
+FOLLOWED = {"data": "digits", "data_folder": None, "split": "test"}
+
+
+def model(name="micro_vgg", **changes):
+    torch.manual_seed(0)
+    network = build_classifier(
+        VisionConfig(**{"architecture": name, "channels": 1, "size": 8, **changes})
+    )
+    config = ModelConfig(name=name, source=name)
+    return Model(config, network, None, "", None, torch.device("cpu"))
+
+
+def knobs(path):
+    given = yaml.safe_load(path.read_text())
+    maker = getattr(methods, given.pop("_target_").rpartition(".")[2])
+    # What the benchmark says, which only Hydra can look up.
+    assert all(given[key].startswith("${oc.select:benchmark.images.") for key in FOLLOWED)
+    return maker, given | FOLLOWED
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_is_a_method_that_removes_the_share_it_was_given(path):
+    maker, given = knobs(path)
+    given |= {"ratio": 0.5, "recipe": {"epochs": 1, "batch": 200}}
+    subject = model()
+    dense = sum(weight.numel() for weight in subject.network.parameters())
+    report = maker(**given).apply(subject, Context(seed=0))
+    assert report.effect == "removed"
+    assert report.details["kept"] == report.details["groups"] // 2 == 80
+    assert sum(report.details["kept_by_layer"].values()) == 80
+    assert sum(weight.numel() for weight in subject.network.parameters()) < 0.6 * dense
+
+
+def test_the_configs_name_every_knob_of_their_class():
+    assert len(FILES) == 10
+    for path in FILES:
+        maker, given = knobs(path)
+        assert set(given) == set(maker.model_fields), path.stem
+        assert set(given["recipe"]) == set(maker.model_fields["recipe"].annotation.model_fields)
+
+
+def test_groups_that_cannot_be_removed_are_reported_as_zeroed():
+    wgsef = methods.Wgsef(groups="filter_shapes", recipe={"epochs": 1, "batch": 200})
+    subject = model()
+    report = wgsef.apply(subject, Context(seed=0))
+    assert report.effect == "zeroed"
+    zero = sum(int((weight == 0).sum()) for weight in subject.network.parameters())
+    assert zero > 0.4 * sum(weight.numel() for weight in subject.network.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["envelope", "hspg", "debiased"])
+def test_every_algorithm_of_the_paper_removes_residual_branches(algorithm):
+    wgsef = methods.Wgsef(
+        algorithm=algorithm, groups="depth", ratio=0.4, recipe={"epochs": 1, "batch": 200}
+    )
+    subject = model("micro_resnet")
+    wgsef.apply(subject, Context(seed=0))
+    assert len(subject.network.config.removed) == 1
+
+
+def test_going_on_from_the_models_own_weights_starts_from_them():
+    subject = model()
+    before = subject.network.head[2].weight.detach().clone()
+    wgsef = methods.Wgsef(restart=False, ratio=0.1, recipe={"epochs": 1, "rate": 1e-9, "decay": 0})
+    wgsef.apply(subject, Context(seed=5))
+    after = subject.network.head[2].weight
+    assert all(any(torch.allclose(a, b, atol=1e-5) for b in before.T) for a in after.T)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"scope": "layer", "unit": "macs"}, "scope=layer counts groups, not unit=macs"),
+        ({"k": 5, "scope": "layer"}, "needs scope=global and unit=groups"),
+        ({"k": 5, "unit": "bytes"}, "needs scope=global and unit=groups"),
+        ({"reach": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_budgets_that_contradict_each_other_are_refused(wrong, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        methods.Wgsef(**wrong)
+
+
+def test_fresh_weights_leave_the_random_state_of_the_process_alone():
+    subject, method = model(), methods.Wgsef()
+    state = torch.get_rng_state()
+    first, second = (method._network(subject, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    expected = build_classifier(subject.network.config)
+    for one, other, wanted in zip(
+        *(n.parameters() for n in (first, second, expected)), strict=True
+    ):
+        assert torch.equal(one, other) and torch.equal(one, wanted)
+
+
+def test_a_language_model_is_one_sentence():
+    structure = SimpleNamespace(vision=None, architecture="LlamaForCausalLM")
+    with pytest.raises(UserError, match="this model is LlamaForCausalLM"):
+        methods.Wgsef().check(structure)
+
+
+def test_images_of_another_size_are_one_sentence():
+    with pytest.raises(UserError, match="size 28 and 10 classes; digits has 1, 8 and 10"):
+        methods.Wgsef().apply(model("lenet5", size=28), Context(seed=0))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ratio": 0}, {"ratio": 1}, {"strength": 0}, {"k": 0}, {"kk": 3}]
+)
+def test_knobs_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        methods.Wgsef(**wrong)
+
+
+def test_k_groups_stay_when_k_is_given():
+    subject = model()
+    wgsef = methods.Wgsef(k=50, recipe={"epochs": 1, "batch": 200})
+    wgsef.check(subject.structure)
+    report = wgsef.apply(subject, Context(seed=0))
+    assert report.details["kept"] == report.details["alive_before_selection"] == 50
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"k": 161}, "k=161 is too large: the network has 160 filters"),
+        ({"k": 9}, "leaves 9 of 160 groups, fewer than the floors of all layers together"),
+        ({"data": "mnist"}, "built for 1 channels, size 8 and 10 classes; mnist has 1, 28 and 10"),
+        ({"data": "mnits"}, "did you mean 'mnist'"),
+        ({"groups": "depth"}, "no residual branches"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_weight_is_loaded(knobs, said):
+    with torch.device("meta"):
+        network = build_classifier(VisionConfig(architecture="micro_vgg", channels=1, size=8))
+    with pytest.raises(UserError, match=said):
+        methods.Wgsef(**knobs).check(inspect_model(network))
+
+
+def test_looking_at_a_network_draws_nothing_from_the_runs_generator():
+    with torch.device("meta"):
+        network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    methods.Wgsef().check(inspect_model(network))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_homotopy_that_ends_early_leaves_groups_to_the_selection():
+    recipe = {"epochs": 2, "batch": 200, "sparse_share": 0.5}
+    reports = {
+        reach: methods.Wgsef(reach=reach, recipe=recipe).apply(model(), Context(seed=0)).details
+        for reach in (0.3, 1.0)
+    }
+    assert reports[0.3]["fractional_before_selection"] > 0
+    assert reports[1.0]["fractional_before_selection"] == 0
+    assert reports[0.3]["kept"] == reports[1.0]["kept"] == reports[1.0]["alive_before_selection"]
+
+
+def test_choosing_knobs_never_sees_a_test_image():
+    wgsef = methods.Wgsef(split="validation")
+    splits = wgsef._splits()
+    assert (len(splits.train), len(splits.test)) == (1000, 200)
+    assert "held out" in splits.provenance
