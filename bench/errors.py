@@ -1,4 +1,4 @@
-"""Errors said to users, exit codes of commands, optional libraries or the pip command that installs them."""
+"""Errors for users, exit codes of commands, and the import of optional libraries."""
 
 from __future__ import annotations
 

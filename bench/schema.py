@@ -1,4 +1,8 @@
-"""The typed sections of a config: model, benchmark, calibration, prompts, costs, tracker; a leaf that imports pydantic only."""
+"""Typed sections of a config: model, benchmark, calibration, prompts, costs, tracker.
+
+They stand in one leaf that imports pydantic only, because each is read by the package it configures
+and none of these packages may import `bench.config`, which is above them.
+"""
 
 from __future__ import annotations
 
@@ -84,9 +88,9 @@ class PerplexityConfig(BaseModel):
 class ImagesConfig(BaseModel):
     """The labelled images of a classification benchmark.
 
-    `data` is the name of a data set in `bench.data.image_catalogue` and `folder` its location; `download`
-    lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for the part of
-    the training images that is held out for choosing hyperparameters.
+    `data` is the name of a data set in `bench.data.image_catalogue` and `folder` its location;
+    `download` lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for
+    the part of the training images that is held out for choosing hyperparameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

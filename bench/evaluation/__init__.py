@@ -4,10 +4,10 @@ Importing this package is cheap; torch and the harnesses are imported on the fir
 """
 
 from bench.evaluation.benchmark import (
+    PlanCache,
     PlannedBenchmark,
     evaluate,
     plan,
-    plan_once,
     prefetch_benchmark,
 )
 from bench.evaluation.metrics import Evaluation, TaskMetric
@@ -17,10 +17,10 @@ __all__ = [
     "BenchmarkConfig",
     "Evaluation",
     "PerplexityConfig",
+    "PlanCache",
     "PlannedBenchmark",
     "TaskMetric",
     "evaluate",
     "plan",
-    "plan_once",
     "prefetch_benchmark",
 ]

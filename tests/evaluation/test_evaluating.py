@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bench.errors import UserError
-from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan, plan_once
+from bench.evaluation import BenchmarkConfig, PerplexityConfig, PlanCache, evaluate, plan
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.metrics import SAMPLE_COLUMNS, SAMPLE_METRICS
 from bench.evaluation.text.adapter import LmEvalAdapter
@@ -217,8 +217,9 @@ def test_a_plan_is_kept_until_a_local_file_changes(tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     asked = BenchmarkConfig(name="b", tasks=("arc_easy",), data={"arc_easy": str(file)})
-    first = plan_once(asked, offline=True)
-    assert plan_once(asked, offline=True) is first
+    plans = PlanCache()
+    first = plans.plan(asked, offline=True)
+    assert plans.plan(asked, offline=True) is first
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    second = plan_once(asked, offline=True)
+    second = plans.plan(asked, offline=True)
     assert second.fingerprints != first.fingerprints

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from bench.config.composition import compose_run_config, config_names
+from bench.device.devices import describe_device
+from bench.errors import UserError
+from bench.evaluation import plan
+from bench.models.source import resolve_model
 from bench.ui import print_rows
 
 PACKAGES = (
@@ -34,9 +39,6 @@ def _packages() -> Iterator[dict[str, Any]]:
 
 
 def _devices() -> Iterator[dict[str, Any]]:
-    # Imported here, so that `bench --help` does not import torch.
-    from bench.device.devices import describe_device
-
     found = describe_device()
     memory = found["memory_bytes"] / 2**30
     cpu = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {memory:.0f} GiB"
@@ -45,15 +47,10 @@ def _devices() -> Iterator[dict[str, Any]]:
 
 
 def _models() -> Iterator[dict[str, Any]]:
-    from bench.config.composition import compose_run_config, config_names
-    from bench.errors import UserError
-    from bench.models import source as model_source
-
     for name in config_names("model"):
         try:
-            source = model_source.resolve_model(
-                compose_run_config([f"model={name}"]).model, offline=True
-            )
+            config = compose_run_config([f"model={name}"])
+            source = resolve_model(config.model, offline=True)
         except UserError as error:
             yield _row(f"model {name}", None, str(error))
         else:
@@ -61,10 +58,6 @@ def _models() -> Iterator[dict[str, Any]]:
 
 
 def _benchmarks() -> Iterator[dict[str, Any]]:
-    from bench.config.composition import compose_run_config, config_names
-    from bench.errors import UserError
-    from bench.evaluation import plan
-
     for name in config_names("benchmark"):
         try:
             plan(compose_run_config([f"benchmark={name}"]).benchmark, offline=True)
@@ -76,5 +69,4 @@ def _benchmarks() -> Iterator[dict[str, Any]]:
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench doctor`."""
-
     return print_rows(diagnose(), given.json)
