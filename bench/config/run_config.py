@@ -135,7 +135,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         raise _as_user_error(error, RunConfig, ()) from None
 
 
-def _build_method(name: str, knobs: Any) -> Method:
+def _build_method(name: str, knobs: object) -> Method:
     """Build a method from its config node, whose `_target_` names a `Method` class."""
     from hydra.utils import get_class
 

@@ -6,20 +6,19 @@ import functools
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bench.measurement.quantities import Cost
+from bench.records import AppliedMethod, DenseModel
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
-    from bench.measurement.quantities import Cost
     from bench.models.model import Model
-    from bench.records import AppliedMethod, DenseModel
     from bench.runner.inputs import RunInputs
 
 
 def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
     """Return the peak memory of each method while it was applied."""
-    from bench.measurement.quantities import Cost
-
     return [
         Cost(f"phase applying {method.name}", "peak_bytes", "B", method.peak_bytes, "measured")
         for method in methods
@@ -29,8 +28,6 @@ def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
 
 def describe_dense_model(model: Model, costs: Sequence[Cost]) -> DenseModel:
     """Describe the model as it was before any method changed it."""
-    from bench.records import DenseModel
-
     counted = {cost.quantity: cost.value for cost in costs}
     return DenseModel(
         name=model.name,
@@ -43,7 +40,7 @@ def describe_dense_model(model: Model, costs: Sequence[Cost]) -> DenseModel:
     )
 
 
-def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
+def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
     """Return the origin of every input, so that the numbers can be traced."""
     return {
         "data": inputs.benchmark.provenance,

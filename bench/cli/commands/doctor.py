@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from bench.config.composition import compose_run_config, config_names
 from bench.device.devices import describe_device
@@ -20,17 +19,17 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def diagnose() -> list[dict[str, Any]]:
+def diagnose() -> list[dict[str, str]]:
     """Return one row per check: `what`, `state` (ok or missing) and `detail`."""
     return [*_packages(), *_devices(), *_models(), *_benchmarks()]
 
 
-def _row(what: str, detail: str | None, missing: str = "") -> dict[str, Any]:
+def _row(what: str, detail: str | None, missing: str = "") -> dict[str, str]:
     """Build a row; a `detail` means ok, otherwise `missing` gives the reason."""
     return {"what": what, "state": "ok" if detail else "missing", "detail": detail or missing}
 
 
-def _packages() -> Iterator[dict[str, Any]]:
+def _packages() -> Iterator[dict[str, str]]:
     for name in PACKAGES:
         try:
             yield _row(f"package {name}", version(name))
@@ -38,7 +37,7 @@ def _packages() -> Iterator[dict[str, Any]]:
             yield _row(f"package {name}", None, "not installed")
 
 
-def _devices() -> Iterator[dict[str, Any]]:
+def _devices() -> Iterator[dict[str, str]]:
     found = describe_device()
     memory = found["memory_bytes"] / 2**30
     cpu = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {memory:.0f} GiB"
@@ -46,7 +45,7 @@ def _devices() -> Iterator[dict[str, Any]]:
     yield _row("device cuda", ", ".join(found["gpus"]) or None, "no CUDA device")
 
 
-def _models() -> Iterator[dict[str, Any]]:
+def _models() -> Iterator[dict[str, str]]:
     for name in config_names("model"):
         try:
             config = compose_run_config([f"model={name}"])
@@ -57,7 +56,7 @@ def _models() -> Iterator[dict[str, Any]]:
             yield _row(f"model {name}", f"{source.folder}")
 
 
-def _benchmarks() -> Iterator[dict[str, Any]]:
+def _benchmarks() -> Iterator[dict[str, str]]:
     for name in config_names("benchmark"):
         try:
             plan(compose_run_config([f"benchmark={name}"]).benchmark, offline=True)

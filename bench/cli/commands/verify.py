@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
 from bench.evaluation import evaluate, plan
@@ -31,7 +31,7 @@ TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05
 """Tolerance per dtype; a different batch size changes summation order."""
 EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction")
 """Text fields that must be identical."""
-SampleKey = tuple[str, Any, Any]
+SampleKey = tuple[str, str | None, object]
 SampleRow = dict[str, Any]
 
 
@@ -135,11 +135,11 @@ def _number_pairs(old: SampleRow, row: SampleRow) -> Iterator[tuple[str, float, 
             pairs = zip(was, value, strict=False)
             yield from ((f"{name}[{i}]", float(a), float(b)) for i, (a, b) in enumerate(pairs))
         elif name != "doc_id" and _is_number(value):
-            known: Any = old.get(name)
+            known = old.get(name)
             yield name, float(known) if _is_number(known) else math.nan, float(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not math.isnan(value)
 
 
@@ -179,7 +179,7 @@ class Verdict:
         """Whether every number is within the tolerance."""
         return not self.faults
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, object]:
         """Return the verdict as JSON values."""
         return {"agrees": self.agrees, **asdict(self)}
 
