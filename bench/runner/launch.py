@@ -265,7 +265,10 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
     from bench.config.composition import validated
 
     settings = HydraConfig.get()
-    command = shlex.join(["bench", "run", *settings.overrides.task])
+    # Hydra keeps overrides of its own config apart. The search path belongs to the run: without it
+    # a third party's methods would not be found when the command is repeated.
+    searched = Overrides.parse(list(settings.overrides.hydra)).setting("hydra.searchpath")
+    command = shlex.join(["bench", "run", *settings.overrides.task, *searched])
     if settings.mode == RunMode.MULTIRUN:
         folder = Path(settings.sweep.dir)
         request = RunRequest(command, group=folder.name)
