@@ -31,8 +31,36 @@ TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05
 """Tolerance per dtype; a different batch size changes summation order."""
 EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction")
 """Text fields that must be identical."""
+MAX_SHOWN_FAULTS = 5
 SampleKey = tuple[str, str | None, object]
 SampleRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of repeating a part of a run: samples per task, and which numbers differ.
+
+    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
+    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
+    run's, which is not a fault by itself.
+    """
+
+    run: str
+    tasks: dict[str, int]
+    numbers: int
+    tolerance: float
+    worst: float
+    faults: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every number is within the tolerance."""
+        return not self.faults
+
+    def plain(self) -> dict[str, object]:
+        """Return the verdict as JSON values."""
+        return {"agrees": self.agrees, **asdict(self)}
 
 
 def verify(
@@ -155,36 +183,6 @@ def _environment_changes(record: Record) -> Iterator[str]:
         was = record.environment.get(name)
         if was != now:
             yield f"{name} was {was} and is {now}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of repeating a part of a run: samples per task, and which numbers differ.
-
-    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
-    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
-    run's, which is not a fault by itself.
-    """
-
-    run: str
-    tasks: dict[str, int]
-    numbers: int
-    tolerance: float
-    worst: float
-    faults: tuple[str, ...]
-    changed: tuple[str, ...]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every number is within the tolerance."""
-        return not self.faults
-
-    def plain(self) -> dict[str, object]:
-        """Return the verdict as JSON values."""
-        return {"agrees": self.agrees, **asdict(self)}
-
-
-MAX_SHOWN_FAULTS = 5
 
 
 def print_verdict(verdict: Verdict) -> None:
