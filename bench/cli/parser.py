@@ -126,6 +126,7 @@ def _add_record_commands(command: AddCommand) -> None:
     show = command("show", "records:show", "show one record")
     show.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     show.add_argument("--command", action="store_true", help="print only the command of the run")
+    show.add_argument("--why", metavar="OTHER", help="show only why OTHER has a different id")
     compare = command(
         "compare", "records:compare", "paired statistics between runs over shared samples"
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
+from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -41,6 +42,8 @@ class RunInputs:
     benchmark: PlannedBenchmark
     calibration_inputs: CalibrationInputs
     versions: dict[str, str]
+    identity: dict[str, object]
+    """What the id is made of besides the config, by part."""
 
     def may_change(self, config: RunConfig) -> bool:
         """Return whether the hub could return different data next time."""
@@ -86,23 +89,25 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     planned.refuse_unfit(config.model)
     calibration_inputs = resolve_calibration_inputs(config)
 
-    identity = config.identity()
     device = select_device(config.model.device)
-    # `auto` and `cuda` are resolved first: the id must say on which kind of device and in which
-    # dtype the numbers were computed.
-    identity["model"] |= {
+    versions = library_versions()
+    decided = config.identity()
+    # `auto` and `cuda` are resolved: the id must say on which kind of device and in which dtype the
+    # numbers were computed, and not how that was asked for.
+    del decided["model"]["device"], decided["model"]["dtype"]
+    identity: dict[str, object] = {
         "device": device.type,
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
-    }
-    versions = library_versions()
-    hashed = {
-        "config": identity,
         "weights": source.fingerprint,
+        "model": model_files_identity(source.folder, remote_code=config.model.trust_remote_code),
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
+        "methods": {name: method_identity(method) for name, method in config.method.items()},
+        "code": scoring_code_identity(),
         "versions": versions,
     }
-    return RunInputs(run_id(hashed), source, planned, calibration_inputs, versions)
+    run = run_id({"config": decided, **identity})
+    return RunInputs(run, source, planned, calibration_inputs, versions, identity)
 
 
 def _string_leaves(node: object) -> Iterator[str]:

@@ -46,6 +46,7 @@ def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
         "data": inputs.benchmark.provenance,
         **inputs.calibration_inputs.fingerprints,
         "seed": config.seed,
+        "identity": inputs.identity,
         "git_commit": _git_commit(),
     }
 

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 import bench
 import bench.method
 from bench.errors import UserError
+from bench.runner.identity import identity_differences
 from bench.runner.session import Session
 
 SMALL = [
@@ -17,6 +18,8 @@ def test_runs_are_compared_and_drawn(tmp_path):
     with bench.Session() as session:
         records = bench.run(["-m", *SMALL, "seed=1,2", f"results_dir={tmp_path}"], session=session)
     first, second = (record.id for record in records)
+    (difference,) = identity_differences(*records)
+    assert difference == {"part": "seed", first: "1", second: "2"}
     comparison = bench.compare([first[:8], second], baseline=first, results_dir=tmp_path)
     assert comparison.baseline.id == first
     assert [candidate.id for candidate in comparison.candidates] == [second]

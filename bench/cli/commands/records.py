@@ -33,7 +33,12 @@ def show(given: argparse.Namespace) -> int:
     from bench.records import Store
     from bench.reporting.terminal_views import print_record
 
-    record = Store(given.results_dir).get(given.run)
+    store = Store(given.results_dir)
+    record = store.get(given.run)
+    if given.why is not None:
+        from bench.runner.identity import identity_differences
+
+        return print_rows(identity_differences(record, store.get(given.why)), given.json)
     if given.command:
         print(record.command)
     elif given.json:
