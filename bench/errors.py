@@ -8,6 +8,8 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
+# 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 75
 UNWRITABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Error numbers of a disk that accepts no more data; after freeing space a run can resume."""
 
@@ -29,8 +31,8 @@ class MissingData(UserError):
 
 def error_sentence(error: BaseException) -> str:
     """Return an error's type, the first line of its message, and its notes."""
-    said = (str(error) or "no message").splitlines()[0]
-    return ", ".join([f"{type(error).__name__}: {said}", *getattr(error, "__notes__", ())])
+    message = (str(error) or "no message").splitlines()[0]
+    return ", ".join([f"{type(error).__name__}: {message}", *getattr(error, "__notes__", ())])
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
@@ -50,7 +52,8 @@ def unknown_name(kind: str, word: str, options: Iterable[str]) -> UserError:
 class Stopped(BaseException):
     """Something outside a run stopped it, such as a full disk; the same command resumes it.
 
-    Like KeyboardInterrupt it is no `Exception`, so no job of a sweep records it as its own failure.
+    It derives from BaseException, as KeyboardInterrupt does, so that no job of a sweep records it
+    as a failure of its own.
     """
 
 
@@ -74,7 +77,3 @@ def optional_module(module: str, extra: str) -> ModuleType:
         raise UserError(
             f"{error.name} is not installed: pip install 'slimbench[{extra}]'"
         ) from None
-
-
-# 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
-EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 75

@@ -1,9 +1,7 @@
-"""Which code a config may name, and secrets hidden in every text that leaves the program.
+"""Code that a config may name, and redaction of secrets in every text that leaves the program.
 
-Redaction of secrets: every text that leaves the program passes `hide`.
-
-Secrets are known by where they are kept: environment variables with such a name, the Hugging Face
-token file, and the passwords of `~/.netrc`, where W&B stores its key.
+Secrets are recognised by where they are kept: environment variables with such a name, the Hugging
+Face token file, and the passwords in `~/.netrc`, where W&B stores its key.
 """
 
 from __future__ import annotations

@@ -6,16 +6,17 @@ command again to resume.
 
 from __future__ import annotations
 
-import argparse
 import gc
+import pkgutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from bench.cli.commands import run, table
-from bench.cli.parser import COMMANDS, build_parser
+from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
 from bench.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -37,27 +38,10 @@ with the default threshold of 700, GC takes a fifth of start-up."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    # Affects the whole process, also when `main` is called as a library (tests do); so do the
-    # signal handlers below.
-    gc.set_threshold(_GC_THRESHOLD)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
-    # to save what a later run resumes from.
-    for asked in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(asked, _interrupt)
     try:
-        # argparse would reject Hydra's flags such as -m and --cfg, so `run` and `table` bypass it
-        # and read their arguments themselves. argparse only answers --help for them.
-        if given[:1] == ["run"] and not {"-h", "--help"} & set(given):
-            return run.run_command(given[1:])
-        if given[:1] == ["table"] and not {"-h", "--help"} & set(given):
-            return table.run_command(given[1:])
-        # argparse would list all commands instead of naming the nearest one.
-        if given and not given[0].startswith("-") and given[0] not in COMMANDS:
-            raise unknown_name("command", given[0], COMMANDS)
-        parsed = build_parser().parse_args(given)
-        handler: Callable[[argparse.Namespace], int] = parsed.handler
-        return handler(parsed)
+        with _process_settings():
+            return _run_command(given)
     except UserError as error:
         print(f"bench: {redact(str(error))}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -77,12 +61,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report_unexpected(error)
 
 
+def _run_command(given: list[str]) -> int:
+    # argparse would reject Hydra's flags such as -m and --cfg, so commands that take overrides
+    # bypass it and read their arguments themselves. argparse only answers --help for them.
+    if given and given[0] in RAW_COMMANDS and not {"-h", "--help"} & set(given):
+        raw_handler: Callable[[list[str]], int] = pkgutil.resolve_name(RAW_COMMANDS[given[0]])
+        return raw_handler(given[1:])
+    # argparse would list all commands instead of naming the nearest one.
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        raise unknown_name("command", given[0], COMMANDS)
+    parsed = build_parser().parse_args(given)
+    return int(pkgutil.resolve_name(parsed.handler)(parsed))
+
+
+@contextmanager
+def _process_settings() -> Iterator[None]:
+    """Set up the process for a command and restore its settings afterwards.
+
+    `main` may be called in a process that goes on, such as a notebook or a test.
+    """
+    threshold = gc.get_threshold()
+    gc.set_threshold(_GC_THRESHOLD)
+    # Python delivers signals to the main thread only, and refuses handlers set in other threads.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Schedulers send one of these before they kill a job: raised as an interrupt, they leave time
+    # to save what a later run resumes from.
+    signals = (signal.SIGTERM, signal.SIGUSR1) if in_main_thread else ()
+    handlers = {number: signal.signal(number, _interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            # None: the handler was not installed from Python and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        gc.set_threshold(*threshold)
+
+
 def _report_unexpected(error: Exception) -> int:
     """Report an unexpected error and return the exit code."""
     # A run turns a full disk into `Stopped` itself; this one met a sweep's plan or status files.
     if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRNOS:
-        said = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
-        print(f"bench: {redact(said)} and run the same command to resume", file=sys.stderr)
+        cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
+        print(f"bench: {redact(cause)} and run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"bench: failed: {_save_traceback(error)}", file=sys.stderr)
     return EXIT_FAILED

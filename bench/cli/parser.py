@@ -1,6 +1,8 @@
 """Command-line parser.
 
-Commands that read a results folder take `--results-dir`; those that print rows take `--json`.
+A command names its handler by string, and the handler is imported only when its command is given:
+importing all of them would take most of the time of `bench --help`. Commands that read a results
+folder take `--results-dir`; those that print rows take `--json`.
 """
 
 from __future__ import annotations
@@ -10,17 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from bench.cli.commands import doctor as doctor_command
-from bench.cli.commands import export as export_command
-from bench.cli.commands import gc, records, run, sweeps, table
-from bench.cli.commands import prefetch as prefetch_command
-from bench.cli.commands import verify as verify_command
 from bench.errors import UserError
 
 COMMANDS = (
     "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "status",
     "resume", "gc", "export", "prefetch", "doctor",
 )  # fmt: skip
+LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
+RAW_COMMANDS = {
+    "run": "bench.cli.commands.run:run_command",
+    "table": "bench.cli.commands.table:run_command",
+}
+"""Commands whose handlers read their arguments themselves."""
 PLOT_HELP = """\
 figures of records, of all without RUN: PNG, SVG, PDF
 
@@ -49,8 +52,7 @@ a paper's table: run what is missing, show our numbers next to the published one
   bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
   bench ls tables                               list all tables
 """
-Handler = Callable[[argparse.Namespace], int]
-AddCommand = Callable[[str, Handler, str], argparse.ArgumentParser]
+AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -62,18 +64,21 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def build_parser() -> CommandParser:
-    """Return the parser of all commands; the `handler` of each returns the exit code."""
+    """Return the parser of all commands; `handler` is the name of a function below `commands`.
+
+    The function takes the parsed arguments and returns the exit code.
+    """
     top = CommandParser(prog="bench", description="Benchmark model-compression methods.")
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
 
-    def command(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+    def command(name: str, handler: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=text.splitlines()[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(handler=handler)
+        added.set_defaults(handler=f"bench.cli.commands.{handler}")
         return added
 
     _add_run_commands(command)
@@ -83,35 +88,30 @@ def build_parser() -> CommandParser:
 
 def _add_run_commands(command: AddCommand) -> None:
     """Add the commands that compute something."""
-    # Only for the help text and the list of commands: `main` hands the arguments of `run` and
-    # `table` to their handlers before argparse sees them.
-    command("run", lambda given: run.run_command(given.overrides), RUN_HELP).add_argument(
+    # Only for the help text and the list of commands: see `RAW_COMMANDS`.
+    command("run", "run:run_command", RUN_HELP).add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE"
     )
-    tables = command("table", lambda given: table.run_command([given.name]), TABLE_HELP)
+    tables = command("table", "table:run_command", TABLE_HELP)
     tables.add_argument("name", metavar="NAME")
     tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     tables.add_argument("--json", action="store_true", help="print the cells as JSON")
-    status = command("status", sweeps.status, "the state of all sweeps, or of each job of one")
+    status = command("status", "sweeps:status", "the state of all sweeps, or of each job of one")
     status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
-    resume = command("resume", sweeps.resume, "run the missing and failed jobs of a sweep")
+    resume = command("resume", "sweeps:resume", "run the missing and failed jobs of a sweep")
     resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
-    garbage = command("gc", gc.run_command, "remove unreferenced files, after asking")
+    garbage = command("gc", "gc:run_command", "remove unreferenced files, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
-    verify = command(
-        "verify", verify_command.run_command, "repeat part of a run and compare the results"
-    )
+    verify = command("verify", "verify:run_command", "repeat part of a run and compare the results")
     verify.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
     verify.add_argument("--tolerance", type=float, default=None, help="relative difference allowed")
-    export = command("export", export_command.run_command, "write the model of a run as a folder")
+    export = command("export", "export:run_command", "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export.add_argument("folder", type=Path, metavar="DIR")
     export.add_argument("--padded", action="store_true", help="pad experts for stock transformers")
     export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
-    prefetch = command(
-        "prefetch", prefetch_command.run_command, "download what a run or table needs"
-    )
+    prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
     prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, export):
         _add_results_dir(added)
@@ -121,13 +121,14 @@ def _add_run_commands(command: AddCommand) -> None:
 
 def _add_record_commands(command: AddCommand) -> None:
     """Add the commands that read records or inspect the installation."""
-    listing = command("ls", records.ls, "list models, methods, benchmarks, tables or runs")
-    listing.add_argument("what", metavar="|".join(records.LISTABLE))
-    show = command("show", records.show, "show one record")
+    listing = command("ls", "records:ls", "list models, methods, benchmarks, tables or runs")
+    listing.add_argument("what", metavar="|".join(LISTABLE))
+    show = command("show", "records:show", "show one record")
     show.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     show.add_argument("--command", action="store_true", help="print only the command of the run")
+    show.add_argument("--why", metavar="OTHER", help="show only why OTHER has a different id")
     compare = command(
-        "compare", records.compare, "paired statistics between runs over shared samples"
+        "compare", "records:compare", "paired statistics between runs over shared samples"
     )
     compare.add_argument("runs", nargs="+", metavar="RUN")
     compare.add_argument(
@@ -136,7 +137,7 @@ def _add_record_commands(command: AddCommand) -> None:
     compare.add_argument(
         "--flips", type=int, default=0, metavar="N", help="show N flipped samples each way"
     )
-    plot = command("plot", records.plot, PLOT_HELP)
+    plot = command("plot", "records:plot", PLOT_HELP)
     plot.add_argument("kind", metavar="KIND")
     plot.add_argument("runs", nargs="*", metavar="RUN")
     plot.add_argument("--task", default="average", help="the headline metric to show (average)")
@@ -144,25 +145,25 @@ def _add_record_commands(command: AddCommand) -> None:
     plot.add_argument("--scope", help="the scope of the cost, as in `bench show`")
     plot.add_argument("--knob", default="ratio", help="a method's knob or a config key (ratio)")
     plot.add_argument("--output", type=Path, action="append", default=[], metavar="FILE")
-    report = command("report", records.report, "write one HTML file with all records")
+    report = command("report", "records:report", "write one HTML file with all records")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS_DIR/report.html")
     report.add_argument("--open", action="store_true", help="open it in the browser")
     report.add_argument(
         "--samples", type=_non_negative_integer, default=40, metavar="N", help="per run (40)"
     )
     report.add_argument(
-        "--samples-runs",
+        "--sample-runs",
         type=_non_negative_integer,
         default=200,
         metavar="N",
         help="include samples of the N newest runs (200)",
     )
     track = command(
-        "track", records.track, "send records to W&B again; without RUN: all, and an overview"
+        "track", "records:track", "send records to W&B again; without RUN: all, and an overview"
     )
     track.add_argument("runs", nargs="*", metavar="RUN")
     doctor = command(
-        "doctor", doctor_command.run_command, "installed packages, devices, and what works offline"
+        "doctor", "doctor:run_command", "installed packages, devices, and what works offline"
     )
     for added in (listing, show, compare, plot, report, track):
         _add_results_dir(added)

@@ -1,23 +1,20 @@
 """From command-line overrides to a validated config, with actionable errors.
 
-Hydra's own exceptions are precise but long; `plainly` turns each into one sentence with the nearest
-match.
+Hydra's own exceptions are precise but long; `hydra_errors_as_user_errors` turns each into one
+sentence with the nearest match.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -27,6 +24,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench.config.overrides import Overrides, parse_error
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
 from bench.security import CONFIG_DIR, redact, refuse_shadowed_packages
@@ -43,10 +41,10 @@ def hydra_config_tree() -> Iterator[ConfigLoader]:
         yield GlobalHydra.instance().config_loader()
 
 
-def compose_run_config(overrides: list[str]) -> RunConfig:
+def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and validate the config of one run; raises `UserError` if it is wrong."""
     with hydra_errors_as_user_errors(overrides), hydra_config_tree():
-        return validated(hydra_compose("config", overrides=overrides))
+        return validated(hydra_compose("config", overrides=list(overrides)))
 
 
 def validated(composed: DictConfig) -> RunConfig:
@@ -59,7 +57,7 @@ def validated(composed: DictConfig) -> RunConfig:
     return validate({str(key): value for key, value in plain.items()})
 
 
-def _refuse_secrets(plain: dict[Any, Any]) -> None:
+def _refuse_secrets(plain: object) -> None:
     """Raise if a value is a password or token of the user, since a record would store it."""
     # One pass over all values in the usual case; the key is only searched once a secret was found.
     together = "\n".join(str(value) for _, value in _leaves(plain, ""))
@@ -79,29 +77,8 @@ def config_names(group: str) -> list[str]:
     return sorted(name for name in names if name != "dense" and not name.startswith("_"))
 
 
-def first_values(overrides: list[str]) -> list[str]:
-    """Return the overrides with each sweep reduced to its first value."""
-    reduced = []
-    for parsed in OverridesParser.create().parse_overrides(overrides):
-        if parsed.is_sweep_override():
-            reduced.append(f"{parsed.get_key_element()}={next(sweep_values(parsed))}")
-        else:
-            assert parsed.input_line is not None
-            reduced.append(parsed.input_line)
-    return reduced
-
-
-def sweep_values(parsed: Override) -> Iterator[str]:
-    """Yield the values of a sweep override; for an interval, its two ends."""
-    if parsed.value_type == ValueType.INTERVAL_SWEEP:
-        interval = parsed.value()
-        yield from (str(interval.start), str(interval.end))
-    else:
-        yield from map(str, parsed.sweep_string_iterator())
-
-
 @contextmanager
-def hydra_errors_as_user_errors(overrides: list[str]) -> Iterator[None]:
+def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
     """Convert exceptions of Hydra and OmegaConf inside the block into one-sentence `UserError`s."""
     # Otherwise Hydra prints its own abridged traceback and calls sys.exit instead of raising.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -110,8 +87,7 @@ def hydra_errors_as_user_errors(overrides: list[str]) -> Iterator[None]:
     except MissingConfigException as error:
         raise _unknown_choice(error) from None
     except OverrideParseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{error.override}: cannot be read as KEY=VALUE ({reason})") from None
+        raise parse_error(error) from None
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         raise _unknown_key(error, overrides) from None
 
@@ -122,7 +98,7 @@ def _unknown_choice(error: MissingConfigException) -> UserError:
     return unknown_name(group.strip("/") or "config", name, error.options or [])
 
 
-def _unknown_key(error: Exception, overrides: list[str]) -> UserError:
+def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
     """Build the error for an override whose key does not exist, with the nearest key that does."""
     text = " ".join(str(error).split())
     # Matches the English messages of Hydra 1.3 (pinned below 1.4), which carry no structured key.
@@ -134,8 +110,7 @@ def _unknown_key(error: Exception, overrides: list[str]) -> UserError:
         return UserError(text.split(" full_key:")[0])
     key = found.group(1)
     # The keys that exist are found by composing again without the wrong override.
-    without = [o for o in overrides if not o.lstrip("+~").startswith(key)]
-    known = _known_keys(without)
+    known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)
     parent = key.rpartition(".")[0]
     siblings = sorted({k for k in known if k.rpartition(".")[0] == parent})
@@ -148,17 +123,16 @@ def _unknown_key(error: Exception, overrides: list[str]) -> UserError:
 
 def _known_keys(overrides: list[str]) -> list[str]:
     """Return every dotted key of the config composed from these overrides."""
-    singles = first_values([o for o in overrides if not o.startswith("-")])
     try:
         with hydra_config_tree():
-            composed = hydra_compose("config", overrides=singles)
+            composed = hydra_compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException):
         with hydra_config_tree():
             composed = hydra_compose("config")
     return list(_node_keys(OmegaConf.to_container(composed, resolve=False), ""))
 
 
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(node: object, prefix: str) -> Iterator[tuple[str, object]]:
     """Yield every dotted key that holds a value, with that value."""
     if isinstance(node, list):
         node = dict(enumerate(node))
@@ -169,7 +143,7 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{prefix}{key}.")
 
 
-def _node_keys(node: Any, prefix: str) -> Iterator[str]:
+def _node_keys(node: object, prefix: str) -> Iterator[str]:
     """Yield the dotted key of every node below `node`."""
     if isinstance(node, dict):
         for key, value in node.items():

@@ -60,11 +60,19 @@ class RunConfig(BaseModel):
         """Whether any method of this run uses prompts with images."""
         return any(method.uses_prompts for method in self.method.values())
 
-    def identity(self) -> dict[str, Any]:
-        """Return the part of the config that decides the result; see `identity_of`."""
+    def plain(self) -> dict[str, Any]:
+        """Return the config as JSON values, each method with its knobs."""
+        # The methods one by one: by its declared type, pydantic would write a `Method`, which has
+        # no fields.
         plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method"})
         plain["method"] = {name: m.model_dump(mode="json") for name, m in self.method.items()}
-        return identity_of(plain, calibrated=self.uses_calibration, prompted=self.uses_prompts)
+        return plain
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the config that decides the result; see `identity_of`."""
+        return identity_of(
+            self.plain(), calibrated=self.uses_calibration, prompted=self.uses_prompts
+        )
 
 
 def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
         raise _as_user_error(error, RunConfig, ()) from None
 
 
-def _build_method(name: str, knobs: Any) -> Method:
+def _build_method(name: str, knobs: object) -> Method:
     """Build a method from its config node, whose `_target_` names a `Method` class."""
     from hydra.utils import get_class
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ _OFFLINE_CONSTANTS = {
     "huggingface_hub.constants": ("HF_HUB_OFFLINE",),
     "datasets.config": ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
 }
+_TRUE = {"1", "ON", "YES", "TRUE"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -33,6 +35,34 @@ def go_offline() -> None:
         if module in sys.modules:
             for name in names:
                 setattr(sys.modules[module], name, True)
+
+
+@contextmanager
+def offline_switch_restored() -> Iterator[None]:
+    """Undo `go_offline` at the end of the block, for a process that goes on afterwards."""
+    variables = {name: os.environ.get(name) for name in _OFFLINE_VARIABLES}
+    constants = dict(_offline_constants())
+    try:
+        yield
+    finally:
+        for variable, value in variables.items():
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
+        # A library that was imported during the block read the switch of the block, so its
+        # constants are those that the restored environment would have given.
+        switched_off = any((value or "").upper() in _TRUE for value in variables.values())
+        for key, _ in list(_offline_constants()):
+            module, name = key
+            setattr(sys.modules[module], name, constants.get(key, switched_off))
+
+
+def _offline_constants() -> Iterator[tuple[tuple[str, str], object]]:
+    """Yield the constants of the libraries that are imported already, with their values."""
+    for module, names in _OFFLINE_CONSTANTS.items():
+        if module in sys.modules:
+            for name in names:
+                yield (module, name), getattr(sys.modules[module], name, False)
 
 
 def is_offline() -> bool:

@@ -4,10 +4,10 @@ Importing this package is cheap; torch and the harnesses are imported on the fir
 """
 
 from bench.evaluation.benchmark import (
+    PlanCache,
     PlannedBenchmark,
     evaluate,
     plan,
-    plan_once,
     prefetch_benchmark,
 )
 from bench.evaluation.metrics import Evaluation
@@ -17,9 +17,9 @@ __all__ = [
     "BenchmarkConfig",
     "Evaluation",
     "PerplexityConfig",
+    "PlanCache",
     "PlannedBenchmark",
     "evaluate",
     "plan",
-    "plan_once",
     "prefetch_benchmark",
 ]

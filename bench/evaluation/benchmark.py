@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import pkgutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,16 +88,31 @@ def _planned_harness(benchmark: BenchmarkConfig, *, offline: bool) -> Harness:
     return planner(benchmark, offline=offline)
 
 
-def plan_once(benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
-    """Return `plan(...)`, reusing the last result while the local files are unchanged.
+class PlanCache:
+    """The last plans, reused while their local files are unchanged.
 
     The runs of a sweep share their benchmark, and building its tasks takes longer than many runs.
     """
-    paths = [path for path in benchmark.data.values() if path]
-    paths += [text.path for text in benchmark.perplexity.values() if text.path]
-    stamps = [stamp for path in sorted(paths) for stamp in _stamps(Path(path).expanduser())]
-    # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
-    return _cached_plan(benchmark.model_dump_json(), tuple(stamps), offline)
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple[object, ...], PlannedBenchmark] = OrderedDict()
+
+    def plan(self, benchmark: BenchmarkConfig, *, offline: bool) -> PlannedBenchmark:
+        """Return `plan(...)`, or the result of an earlier call with the same arguments."""
+        paths = [path for path in benchmark.data.values() if path]
+        paths += [text.path for text in benchmark.perplexity.values() if text.path]
+        stamps = [stamp for path in sorted(paths) for stamp in _stamps(Path(path).expanduser())]
+        # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
+        key = benchmark.model_dump_json(), tuple(stamps), offline
+        if key not in self._plans:
+            self._plans[key] = plan(benchmark, offline=offline)
+        self._plans.move_to_end(key)
+        if len(self._plans) > _CACHED_PLANS:
+            self._plans.popitem(last=False)
+        return self._plans[key]
+
+
+_CACHED_PLANS = 4
 
 
 def _stamps(path: Path) -> Iterator[FileStamp]:
@@ -107,12 +122,6 @@ def _stamps(path: Path) -> Iterator[FileStamp]:
         if file.is_file():
             status = file.stat()
             yield str(file), status.st_mtime_ns, status.st_size
-
-
-@functools.lru_cache(maxsize=4)
-def _cached_plan(benchmark: str, stamps: tuple[FileStamp, ...], offline: bool) -> PlannedBenchmark:
-    """Build a plan; `stamps` only invalidates a stale one."""
-    return plan(BenchmarkConfig.model_validate_json(benchmark), offline=offline)
 
 
 def prefetch_benchmark(benchmark: BenchmarkConfig) -> list[str]:

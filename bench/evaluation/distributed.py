@@ -104,6 +104,18 @@ def current_process_group() -> ProcessGroup:
     return ProcessGroup(state.process_index, state.num_processes)
 
 
+def leave_process_group() -> None:
+    """Disconnect from the other processes; the next call for the group connects again."""
+    connected = current_process_group.cache_info().currsize > 0
+    if connected and current_process_group().world_size > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+        # accelerate keeps its state in the class; without a reset it would not connect again.
+        PartialState._reset_state()
+    current_process_group.cache_clear()
+
+
 @contextmanager
 def hidden_from_harness() -> Iterator[None]:
     """Hide the distributed environment from a harness, which would partition documents again."""

@@ -35,7 +35,7 @@ class CalibrationInputs:
         text = self.calibration and config.calibration.source in ("wikitext2", "c4")
         return bool(text or (self.prompts and config.prompts.source == "hub"))
 
-    def to(
+    def prepare(
         self, config: RunConfig, model: Model, progress: Progress, folder: Path | None = None
     ) -> Context:
         """Return the inputs encoded by a loaded model's tokenizer and processor."""

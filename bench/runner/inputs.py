@@ -1,4 +1,4 @@
-"""All that a run reads, found and fingerprinted; its id."""
+"""Inputs of a run: found, fingerprinted, and hashed into its id; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
+from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
     from bench.evaluation import PlannedBenchmark
     from bench.models.source import ModelSource
+    from bench.runner.session import Session
 
 LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
-def check_run(config: RunConfig) -> list[Path] | None:
+def check_run(config: RunConfig, session: Session) -> list[Path] | None:
     """Refuse a run that cannot work, before anything is loaded or written.
 
     Returns the files that decide the run; None if data on a hub, which may change, do too.
     """
-    from bench.records import Store
-
     Store(config.results_dir).ensure_writable()
-    inputs = resolve_run(config)
+    inputs = resolve_run(config, session)
     return None if inputs.may_change(config) else inputs.files(config)
 
 
@@ -38,44 +39,44 @@ class RunInputs:
 
     id: str
     source: ModelSource
-    plan: PlannedBenchmark
-    loan: CalibrationInputs
+    benchmark: PlannedBenchmark
+    calibration_inputs: CalibrationInputs
     versions: dict[str, str]
+    identity: dict[str, object]
+    """What the id is made of besides the config, by part."""
 
     def may_change(self, config: RunConfig) -> bool:
         """Return whether the hub could return different data next time."""
         if config.offline:
             return False
-        from_hub = [source.origin == "hub" for source in self.plan.sources.values()]
+        from_hub = [source.origin == "hub" for source in self.benchmark.sources.values()]
         # A model is fixed only if the config names the commit itself; a branch such as main may
         # move.
         from_hub.append(self.source.revision not in (None, config.model.revision))
-        return any(from_hub) or self.loan.may_change(config)
+        return any(from_hub) or self.calibration_inputs.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
         """Return the model's folder, and every file or folder that the config names."""
         # Any text of the config may be a path (a method's settings folder, local data), so all that
         # exist count. A file by any name, a folder only if written as a path: "digits" is a data
         # set.
-        named = set(_string_leaves(_plain_config(config))) - {str(config.results_dir)}
+        named = set(_string_leaves(config.plain())) - {str(config.results_dir)}
         found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
         return [self.source.folder, *map(Path, sorted(filter(os.path.exists, found)))]
 
 
-def resolve_run(config: RunConfig) -> RunInputs:
+def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     """Find model files and data, let every method check the model, and name the run.
 
     Raises:
         UserError: a method does not fit the model, or a required input is missing.
     """
     from bench.device.devices import select_device, select_dtype
-    from bench.evaluation import plan_once
     from bench.models import loading
-    from bench.models import source as model_source
+    from bench.models.source import resolve_model
     from bench.models.structure.model_structure import inspect_model
-    from bench.records import run_id
 
-    source = model_source.resolve_model(config.model, offline=config.offline)
+    source = resolve_model(config.model, offline=config.offline)
     skeleton = loading.skeleton(source)
     if config.costs.measure:
         from bench.measurement.workload import refuse_long_prompts
@@ -84,37 +85,32 @@ def resolve_run(config: RunConfig) -> RunInputs:
     structure = inspect_model(skeleton)
     for method in config.method.values():
         method.check(structure)
-    planned = plan_once(config.benchmark, offline=config.offline)
+    planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
-    loan = resolve_calibration_inputs(config)
+    calibration_inputs = resolve_calibration_inputs(config)
 
-    identity = config.identity()
     device = select_device(config.model.device)
-    # `auto` and `cuda` are resolved first: the id must say on which kind of device and in which
-    # dtype the numbers were computed.
-    identity["model"] |= {
+    versions = library_versions()
+    decided = config.identity()
+    # `auto` and `cuda` are resolved: the id must say on which kind of device and in which dtype the
+    # numbers were computed, and not how that was asked for.
+    del decided["model"]["device"], decided["model"]["dtype"]
+    identity: dict[str, object] = {
         "device": device.type,
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
-    }
-    found = library_versions()
-    inputs = {
-        "config": identity,
         "weights": source.fingerprint,
+        "model": model_files_identity(source.folder, remote_code=config.model.trust_remote_code),
         "data": planned.fingerprints,
-        **loan.fingerprints,
-        "versions": found,
+        **calibration_inputs.fingerprints,
+        "methods": {name: method_identity(method) for name, method in config.method.items()},
+        "code": scoring_code_identity(),
+        "versions": versions,
     }
-    return RunInputs(run_id(inputs), source, planned, loan, found)
+    run = run_id({"config": decided, **identity})
+    return RunInputs(run, source, planned, calibration_inputs, versions, identity)
 
 
-def _plain_config(config: RunConfig) -> dict[str, Any]:
-    """Return the config as JSON values, each method with its knobs."""
-    plain: dict[str, Any] = config.model_dump(mode="json", exclude={"method"})
-    plain["method"] = {name: m.model_dump(mode="json") for name, m in config.method.items()}
-    return plain
-
-
-def _string_leaves(node: Any) -> Iterator[str]:
+def _string_leaves(node: object) -> Iterator[str]:
     """Yield every string in a tree of JSON values."""
     if isinstance(node, str):
         yield node

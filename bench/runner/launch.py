@@ -1,7 +1,6 @@
 """From `bench run` arguments to Hydra's launcher, and from its jobs to records.
 
-Hydra owns composition, multirun, sweepers and launchers; the caller passes the function that
-executes a run.
+Hydra owns composition, multirun, sweepers and launchers; each job comes back to `execute`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,18 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.errors import RunsFailed, UserError, unknown_name
+from bench.config.overrides import Overrides
+from bench.data import hub
+from bench.errors import RunsFailed, UserError
+from bench.runner.execute import execute
+from bench.runner.host_process import host_process_restored
+from bench.runner.inputs import check_run
 from bench.security import CONFIG_DIR, refuse_shadowed_packages
 from bench.sweeps import (
     RunRequest,
@@ -30,20 +34,14 @@ from bench.sweeps import (
     unfinished_jobs,
 )
 from bench.sweeps.job import STUDY_FILE, objective_value
-from bench.sweeps.plan import SweepFingerprint, read_plan
+from bench.sweeps.plan import SweepFingerprint, find_sweep, read_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from omegaconf import DictConfig
 
     from bench.config.run_config import RunConfig
     from bench.records import Record
-
-MULTIRUN_FLAGS = ("-m", "--multirun")
-CheckRun = Callable[["RunConfig"], "Sequence[Path] | None"]
-"""Refuses a run that cannot work; returns the files that decide it, None if a hub may change it."""
-ExecuteRun = Callable[["RunConfig", RunRequest], RunResult]
+    from bench.runner.session import Session
 
 
 @dataclass
@@ -54,7 +52,7 @@ class LaunchOutcome:
     reused: int = 0
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    searched: Path | None = None
+    study_folder: Path | None = None
     """Folder of a search, with its trials."""
 
     def add(self, result: RunResult) -> None:
@@ -66,51 +64,67 @@ class LaunchOutcome:
             self.reused += result.reused
 
 
-def launch(overrides: list[str], check: CheckRun, perform: ExecuteRun) -> LaunchOutcome:
-    """Check every alternative of the sweep, then let Hydra pass each run to `perform`.
+def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
+    """Check every alternative of the sweep, then let Hydra execute each run.
 
     A sweep that exists already, and whose inputs are unchanged, is resumed.
 
     Raises:
-        UserError: `check` refused one of them; nothing was run.
+        UserError: one of the alternatives is wrong; nothing was run.
         RunsFailed: no run of the sweep succeeded.
     """
-    overrides = _flags_first(overrides)
-    # Libraries read these variables only once, when they are imported.
-    _set_offline_environment(overrides)
-    # Looked up before anything is composed: resuming or repeating a sweep then needs neither the
-    # checks nor the libraries they import.
-    known = (
-        None if "force=true" in overrides else existing_sweep(_results_dir(overrides), overrides)
-    )
-    if known is not None:
-        return resume_plan(known, perform, reused=True)
+    overrides = Overrides.parse(arguments)
+    with host_process_restored():
+        # Libraries read the offline switch only once, when they are imported.
+        if overrides.is_true("offline"):
+            hub.go_offline()
+        # Looked up before anything is composed: resuming or repeating a sweep then needs neither
+        # the checks nor the libraries they import.
+        results_dir = Path(str(overrides.value("results_dir") or "results"))
+        known = existing_sweep(results_dir, overrides.arguments)
+        if known is not None and not overrides.is_true("force"):
+            return _resume_plan(known, session, reused=True)
+        return _launch_new(overrides, session)
+
+
+def resume_sweep(results_dir: Path, sweep: str, session: Session) -> LaunchOutcome:
+    """Run the missing and failed jobs of a sweep; `sweep` is its name or a prefix of it."""
+    with host_process_restored():
+        return _resume_plan(find_sweep(results_dir.absolute(), sweep), session)
+
+
+def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
+    """Check and run what was not launched before."""
+    # Imported here: composing needs the libraries that a finished sweep does without.
     from bench.config.sweep_checks import alternative_configs, is_sweep
 
-    found = alternative_configs(overrides)
-    files = [check(config) for config in found]
-    if is_sweep(overrides):
-        elsewhere = any("hydra.searchpath" in override for override in overrides)
-        inputs = _sweep_fingerprint(found, files, elsewhere=elsewhere)
-        plan = create_plan(found[0].results_dir, overrides, inputs)
-        try:
-            return _run_sweep(plan, perform)
-        except UserError:
-            # A sweeper or launcher refused its settings. The folder is removed only if no job was
-            # planned: a half-done sweep must stay resumable.
-            if not sweep_jobs(plan):
-                shutil.rmtree(plan.folder)
-            raise
-    outcome = LaunchOutcome()
-    _run_hydra(overrides, perform, outcome)
-    return outcome
+    configs = alternative_configs(overrides)
+    # An experiment may set it as well.
+    if any(config.offline for config in configs):
+        hub.go_offline()
+    files = [check_run(config, session) for config in configs]
+    if not is_sweep(overrides):
+        outcome = LaunchOutcome()
+        _run_hydra(overrides.arguments, session, outcome)
+        return outcome
+    elsewhere = bool(overrides.setting("hydra.searchpath"))
+    inputs = _sweep_fingerprint(configs, files, elsewhere=elsewhere)
+    plan = create_plan(configs[0].results_dir, overrides.arguments, inputs)
+    try:
+        return _run_sweep(plan, session)
+    except UserError:
+        # A sweeper or launcher refused its settings. The folder is removed only if no job was
+        # planned: a half-done sweep must stay resumable.
+        if not sweep_jobs(plan):
+            shutil.rmtree(plan.folder)
+        raise
 
 
-def resume_plan(plan: SweepPlan, perform: ExecuteRun, reused: bool = False) -> LaunchOutcome:
+def _resume_plan(plan: SweepPlan, session: Session, reused: bool = False) -> LaunchOutcome:
     """Run the missing and failed jobs of a sweep; `reused` counts earlier records as reused."""
     done_before = {job.run for job in sweep_jobs(plan)} if reused else set()
     outcome = (
-        _run_sweep(plan, perform)
+        _run_sweep(plan, session)
         if unfinished_jobs(plan) or not plan.complete
         else _sweep_outcome(plan)
     )
@@ -119,11 +133,11 @@ def resume_plan(plan: SweepPlan, perform: ExecuteRun, reused: bool = False) -> L
     return outcome
 
 
-def _run_sweep(plan: SweepPlan, perform: ExecuteRun) -> LaunchOutcome:
+def _run_sweep(plan: SweepPlan, session: Session) -> LaunchOutcome:
     """Let Hydra launch the unfinished jobs of a sweep, and collect the results of all jobs."""
     with _working_directory(plan.working_folder):
         overrides = [*plan.arguments, f"hydra.sweep.dir={plan.folder}"]
-        _run_hydra(overrides, perform, LaunchOutcome())
+        _run_hydra(overrides, session, LaunchOutcome())
     # The sweeper may have extended the plan on disk meanwhile.
     return _sweep_outcome(read_plan(plan.folder) or plan)
 
@@ -132,12 +146,12 @@ def _sweep_outcome(plan: SweepPlan) -> LaunchOutcome:
     """Collect the records and failures of a sweep from its status files."""
     outcome = LaunchOutcome()
     if (plan.folder / STUDY_FILE).is_file():
-        outcome.searched = plan.folder
-    for came in job_results(plan):
-        if isinstance(came, RunResult):
-            outcome.add(came)
+        outcome.study_folder = plan.folder
+    for result in job_results(plan):
+        if isinstance(result, RunResult):
+            outcome.add(result)
         else:
-            outcome.failures.append(came)
+            outcome.failures.append(result)
     # A sweep with any record succeeded in part: its failures are listed, not raised.
     if outcome.failures and not outcome.records:
         raise RunsFailed(outcome.failures)
@@ -145,62 +159,43 @@ def _sweep_outcome(plan: SweepPlan) -> LaunchOutcome:
 
 
 def _sweep_fingerprint(
-    configs: list[RunConfig], files: list[Sequence[Path] | None], *, elsewhere: bool
+    configs: Sequence[RunConfig], files: Sequence[Sequence[Path] | None], *, elsewhere: bool
 ) -> SweepFingerprint | None:
-    """Fingerprint what decides the sweep; None if something unwatched may change.
+    """Fingerprint what decides the sweep; None if it must not be answered from its records.
 
-    That is data on a hub, or config files `elsewhere`.
+    That is because something unwatched may change (data on a hub, config files `elsewhere`), or
+    because a config, an experiment's as well, forces its run.
     """
     known = [group for group in files if group is not None]
-    if len(known) < len(files) or elsewhere:
+    if len(known) < len(files) or elsewhere or any(config.force for config in configs):
         return None
     kinds = {type(method) for config in configs for method in config.method.values()}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
     return SweepFingerprint.record_now({file for group in known for file in group}, packages)
 
 
-def _flags_first(overrides: list[str]) -> list[str]:
-    """Put flags first, as Hydra's parser requires, so that users may write them anywhere."""
-    flags = [given for given in overrides if given.startswith("-")]
-    for flag in flags:
-        if flag not in MULTIRUN_FLAGS:
-            raise unknown_name("flag", flag, MULTIRUN_FLAGS)
-    return [*flags[:1], *(given for given in overrides if given not in flags)]
-
-
-def _results_dir(overrides: list[str]) -> Path:
-    """Return the results folder named by the arguments, without composing them."""
-    given = [o.partition("=")[2] for o in overrides if o.startswith("results_dir=")]
-    return Path(given[-1] if given else "results")
-
-
-def print_hydra_info(overrides: list[str]) -> None:
+def print_hydra_info(arguments: list[str]) -> None:
     """Let Hydra answer its own flags, such as `--cfg job`; nothing is run."""
     from bench.config.composition import hydra_errors_as_user_errors
 
-    def never(config: RunConfig, asked: RunRequest) -> RunResult:
-        raise AssertionError("Hydra runs no job when it is only asked")
-
-    with hydra_errors_as_user_errors(overrides):
-        _run_hydra(overrides, never, LaunchOutcome())
+    with host_process_restored(), hydra_errors_as_user_errors(arguments):
+        _run_hydra(arguments, None, LaunchOutcome())
 
 
-def _set_offline_environment(overrides: list[str]) -> None:
-    """Apply the offline switch before any library reads its environment."""
-    if any(override.lower() == "offline=true" for override in overrides):
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
+def _run_hydra(arguments: Sequence[str], session: Session | None, outcome: LaunchOutcome) -> None:
+    """Let Hydra compose and launch.
 
-
-def _run_hydra(overrides: list[str], perform: ExecuteRun, outcome: LaunchOutcome) -> None:
-    """Let Hydra compose and launch; a single run is added to `outcome`, a sweep leaves notes."""
+    A single run is added to `outcome`; the jobs of a sweep leave status files. Without a `session`
+    Hydra only answers a question and runs no job.
+    """
     import hydra
 
     raised: list[Exception] = []
 
     def job(composed: DictConfig) -> float | None:
+        assert session is not None
         try:
-            return _run_job(composed, perform, outcome)
+            return _run_job(composed, session, outcome)
         except Exception as error:
             # Hydra would print its own message first, so the error is carried past it.
             raised.append(error)
@@ -208,7 +203,7 @@ def _run_hydra(overrides: list[str], perform: ExecuteRun, outcome: LaunchOutcome
 
     refuse_shadowed_packages()
     enter = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-    with _hydra_arguments(overrides), _unwrapped_user_errors():
+    with _hydra_arguments(arguments), _unwrapped_user_errors():
         enter(job)()
     if raised:
         raise raised[0]
@@ -228,15 +223,15 @@ def _unwrapped_user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _hydra_arguments(overrides: list[str]) -> Iterator[None]:
-    """Put the overrides on the command line, from which Hydra reads them, and restore it after."""
+def _hydra_arguments(arguments: Sequence[str]) -> Iterator[None]:
+    """Put the arguments on the command line, from which Hydra reads them, and restore it after."""
     from hydra.core.global_hydra import GlobalHydra
 
     before = sys.argv
     # Otherwise Hydra prints its own abridged traceback and calls sys.exit instead of raising.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     GlobalHydra.instance().clear()
-    sys.argv = ["bench run", *overrides]
+    sys.argv = ["bench run", *arguments]
     try:
         yield
     finally:
@@ -260,25 +255,30 @@ def _working_directory(folder: str) -> Iterator[None]:
         os.chdir(before)
 
 
-def _run_job(composed: DictConfig, perform: ExecuteRun, outcome: LaunchOutcome) -> float | None:
+def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> float | None:
     """Execute one Hydra job, alone or in a sweep, and return the objective of a search."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from bench.config.composition import validated
 
-    about = HydraConfig.get()
-    command = shlex.join(["bench", "run", *about.overrides.task])
-    if about.mode == RunMode.MULTIRUN:
-        folder = Path(about.sweep.dir)
-        asked = RunRequest(command, sweep=folder.name)
+    settings = HydraConfig.get()
+    # Hydra keeps overrides of its own config apart. The search path belongs to the run: without it
+    # a third party's methods would not be found when the command is repeated.
+    searched = Overrides.parse(list(settings.overrides.hydra)).setting("hydra.searchpath")
+    command = shlex.join(["bench", "run", *settings.overrides.task, *searched])
+    if settings.mode == RunMode.MULTIRUN:
+        folder = Path(settings.sweep.dir)
+        request = RunRequest(command, sweep=folder.name)
         plan = read_plan(folder)
         # A resumed sweep launches only its missing jobs, which Hydra numbers from 0; the plan knows
         # the original number of a job by its overrides.
-        number = plan.number(about.overrides.task) if plan else None
-        number = int(about.job.num) if number is None else number
-        result = perform_job(folder, number, asked, lambda: perform(validated(composed), asked))
+        number = plan.number(settings.overrides.task) if plan else None
+        number = int(settings.job.num) if number is None else number
+        result = perform_job(
+            folder, number, request, lambda: execute(validated(composed), request, session)
+        )
     else:
-        result = perform(validated(composed), RunRequest(command))
+        result = execute(validated(composed), RunRequest(command), session)
         outcome.add(result)
     return None if result is None else objective_value(result.record, str(composed.objective))

@@ -27,16 +27,20 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
     from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
 
-    parts = []
+    applied = []
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
         # Two methods must not find each other's checkpoints.
-        own = replace(context, folder=context.folder / name if context.folder else None)
+        method_context = replace(context, folder=context.folder / name if context.folder else None)
         leaks = LeakMonitor(model.network, model.device)
         highest = PeakMemory(model.device) if watched else nullcontext()
-        with context.progress.phase(f"applying {name}"), _attribute_errors(name), highest as peak:
+        with (
+            context.progress.phase(f"applying {name}"),
+            _attribute_errors(name),
+            highest as peak,
+        ):
             began = time.perf_counter()
-            report = method.apply(model, own)
+            report = method.apply(model, method_context)
             synchronize(model.device)
             took = time.perf_counter() - began
         refuse_not_finite(model.network, name)
@@ -46,7 +50,7 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
                 "a long sweep will run out of memory"
             )
         knobs = method.model_dump(mode="json")
-        parts.append(
+        applied.append(
             AppliedMethod(
                 name=name,
                 config=knobs,
@@ -57,7 +61,7 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
                 peak_bytes=peak.above if peak else None,
             )
         )
-    return parts
+    return applied
 
 
 @contextmanager

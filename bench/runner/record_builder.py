@@ -1,4 +1,4 @@
-"""From results to a Record; provenance."""
+"""Parts of a record: the dense model, peak memory of methods, provenance."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import functools
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.runner.inputs import RunInputs, _plain_config
+from bench.records import AppliedMethod, Cost, DenseModel
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
     from bench.models.model import Model
-    from bench.records import AppliedMethod, Cost, DenseModel
+    from bench.runner.inputs import RunInputs
 
 
-def _method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
+def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
     """Return the peak memory of each method while it was applied."""
-    from bench.records import Cost
-
     return [
         Cost(
             scope=f"phase applying {method.name}",
@@ -33,10 +31,8 @@ def _method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
     ]
 
 
-def _dense_model(model: Model, costs: Sequence[Cost]) -> DenseModel:
+def describe_dense_model(model: Model, costs: Sequence[Cost]) -> DenseModel:
     """Describe the model as it was before any method changed it."""
-    from bench.records import DenseModel
-
     counted = {cost.quantity: cost.value for cost in costs}
     return DenseModel(
         name=model.name,
@@ -49,35 +45,38 @@ def _dense_model(model: Model, costs: Sequence[Cost]) -> DenseModel:
     )
 
 
-def _provenance(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
+def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
     """Return the origin of every input, so that the numbers can be traced."""
     return {
-        "data": inputs.plan.provenance,
-        **inputs.loan.fingerprints,
+        "data": inputs.benchmark.provenance,
+        **inputs.calibration_inputs.fingerprints,
         "seed": config.seed,
+        "identity": inputs.identity,
         "git_commit": _git_commit(),
     }
 
 
-def _config_yaml(config: RunConfig) -> str:
+def config_yaml(config: RunConfig) -> str:
+    """Return the config as the YAML file that lies beside a record."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(_plain_config(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(config.plain()))
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time in UTC, as records store it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+# Once per process: what it imported stays the same whatever is checked out meanwhile.
 @functools.cache
 def _git_commit() -> str | None:
     """Return the commit of the working tree that contains this package, None if installed."""
     import subprocess
 
-    here = Path(__file__).parent
-    asked = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except OSError:
         return None
-    return answer.stdout.strip() or None
+    return done.stdout.strip() or None

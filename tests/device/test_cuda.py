@@ -5,6 +5,7 @@ import torch
 
 from bench.device import devices
 from bench.runner.execute import execute
+from bench.runner.session import Session
 from bench.sweeps import RunRequest
 
 pytestmark = pytest.mark.gpu
@@ -14,11 +15,14 @@ pytestmark = pytest.mark.gpu
 def run(tmp_path):
     from bench.config.composition import compose_run_config
 
+    session = Session()
+
     def call(*overrides):
         small = ["benchmark.limit=8", "tracker=none", f"results_dir={tmp_path}"]
-        return execute(compose_run_config([*overrides, *small]), RunRequest("test")).record
+        return execute(compose_run_config([*overrides, *small]), RunRequest("test"), session).record
 
-    return call
+    with session:
+        yield call
 
 
 def accuracies(record):

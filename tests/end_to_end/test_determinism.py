@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.records import Store, samples
-from tests.faults.processes import timeless
+from tests.faults.killable_runs import timeless
 
 RUN = (
     "run", "method=[random_experts,camera_p]", "ratio=0.3", "benchmark.tasks=[arc_easy,boolq]",

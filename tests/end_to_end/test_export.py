@@ -11,6 +11,7 @@ import bench as slimbench
 from bench.models.loading import open_folder
 from bench.records import Store
 from bench.runner.replay import rebuild_model, recorded_config
+from bench.runner.session import Session
 
 QUICK = ("benchmark.tasks=[arc_easy]", "benchmark.perplexity={}")
 ROWS = torch.arange(5, 69).view(2, 32)
@@ -24,7 +25,7 @@ def test_an_exported_run_loads_in_one_call_and_in_a_run(bench, tmp_path):
     assert "slimbench" in out
 
     model = open_folder(tmp_path / "out")
-    expected = rebuild_model(record).network(ROWS).logits
+    expected = rebuild_model(record, Session()).network(ROWS).logits
     torch.testing.assert_close(model.network(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (record.id, record.model.fingerprint, "open_folder", '"ratio": 0.4', "removed"):
@@ -47,7 +48,7 @@ def test_padded_loads_in_transformers(bench, tmp_path):
     assert code == 0
     assert "padded" in out
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    expected = rebuild_model(record).network(ROWS).logits
+    expected = rebuild_model(record, Session()).network(ROWS).logits
     torch.testing.assert_close(stock(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
     assert "AutoModelForCausalLM" in (tmp_path / "out" / "README.md").read_text()
 

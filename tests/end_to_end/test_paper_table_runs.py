@@ -12,6 +12,7 @@ from bench.cli.main import main
 from bench.config.composition import compose_run_config
 from bench.records import Store
 from bench.runner.inputs import resolve_run
+from bench.runner.session import Session
 
 SMALL = ["benchmark.limit=3", "calibration.rows=4", "costs.length=32", "tracker=none"]
 FAST = ["benchmark.tasks=[arc_easy,boolq]", "benchmark.perplexity={}", *SMALL]
@@ -52,7 +53,8 @@ def test_a_stand_in_table_runs_what_is_missing_and_nothing_twice(call):
     assert {p: p.stat().st_mtime_ns for p in (call.results / "runs").rglob("*.json")} == before
 
     # The command that a record names is the same run.
-    assert resolve_run(compose_run_config(shlex.split(pruned.command)[2:])).id == pruned.id
+    repeated = compose_run_config(shlex.split(pruned.command)[2:])
+    assert resolve_run(repeated, Session()).id == pruned.id
 
 
 def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
@@ -129,11 +131,12 @@ def test_wrong_input_is_one_sentence(call, given, said):
 
 
 def test_keys_of_the_table_and_of_its_runs_are_told_apart():
-    asked = TableRequest.read(
+    asked = TableRequest.parse(
         ["scale=micro", "rows=[a,b]", "-m", "seed=1,2", "tracker=none", "hydra/launcher=joblib"]
     )
-    assert (asked.scale, asked.chosen, asked.seeds) == ("micro", {"rows": ["a", "b"]}, (1, 2))
-    assert asked.shared == ["tracker=none", "hydra/launcher=joblib"]
+    assert (asked.scale, asked.selections, asked.seeds) == ("micro", {"rows": ["a", "b"]}, (1, 2))
+    assert asked.run_overrides == ("tracker=none",)
+    assert asked.launcher_overrides == ("hydra/launcher=joblib",)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from bench.cli.main import main
 from bench.records import Store
 from methods.baselines.micro_expert_controls import RandomExperts
@@ -68,3 +70,17 @@ def test_asking_by_force_is_a_new_sweep(tmp_path):
     (second,) = Store(tmp_path).all()
     assert second.started > first.started
     assert len(list((tmp_path / "sweeps").iterdir())) == 2
+
+
+@pytest.mark.parametrize("force", ["force=True", "++force='true'"])
+def test_any_spelling_of_force_runs_a_repeated_sweep_again(tmp_path, force):
+    sweep = [
+        "run", "-m", "model=micro_lenet", "benchmark=images", "benchmark.limit=1", "seed=1,2",
+        "threads=1", "tracker=none", f"results_dir={tmp_path}", force,
+    ]  # fmt: skip
+    assert main(sweep) == 0
+    first = {record.id: record.started for record in Store(tmp_path).all()}
+    assert main(sweep) == 0
+    second = {record.id: record.started for record in Store(tmp_path).all()}
+    assert first.keys() == second.keys()
+    assert all(second[run] > first[run] for run in first)

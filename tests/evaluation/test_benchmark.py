@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan, plan_once
+from bench.evaluation import BenchmarkConfig, PerplexityConfig, PlanCache, evaluate, plan
 from bench.evaluation.metrics import SAMPLE_COLUMNS, SAMPLE_METRICS
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.planned_tasks import PlannedTask
@@ -160,12 +160,13 @@ def test_a_plan_is_reused_until_a_local_file_changes(tmp_path):
          "answerKey": "A"}
         for i in range(3)
     ]  # fmt: skip
+    plans = PlanCache()
     file = tmp_path / "test.jsonl"
     for path in (file, tmp_path):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
         config = BenchmarkConfig(name="b", tasks=("arc_easy",), data={"arc_easy": str(path)})
-        first = plan_once(config, offline=True)
-        assert plan_once(config, offline=True) is first
+        first = plans.plan(config, offline=True)
+        assert plans.plan(config, offline=True) is first
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        second = plan_once(config, offline=True)
+        second = plans.plan(config, offline=True)
         assert second.fingerprints != first.fingerprints

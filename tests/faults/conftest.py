@@ -6,7 +6,7 @@ import pytest
 from bench.cli.main import main
 from bench.evaluation.response_cache import ResponseCache
 from bench.records import samples
-from tests.faults.processes import SMALL, counted, only, timeless
+from tests.faults.killable_runs import SMALL, counted, only, timeless
 
 
 @pytest.fixture(scope="session")

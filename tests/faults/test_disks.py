@@ -12,7 +12,7 @@ import pytest
 
 from bench.errors import UserError
 from bench.records import Store, load
-from tests.faults.processes import (
+from tests.faults.killable_runs import (
     counting,
     largest_batch,
     lines,

@@ -6,7 +6,7 @@ import signal
 import time
 
 from bench.records import Store, atomic_files
-from tests.faults.processes import (
+from tests.faults.killable_runs import (
     counting,
     die_in,
     journals,

@@ -4,7 +4,7 @@ import torch
 
 from bench.records import Store
 from methods.camera.pruning import CameraP
-from tests.faults.processes import run
+from tests.faults.killable_runs import run
 
 RUN = ("method=camera_p", "ratio=0.4")
 LEAKED = []

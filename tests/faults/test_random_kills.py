@@ -14,7 +14,7 @@ import pytest
 
 from bench.cli.main import main
 from bench.records import samples
-from tests.faults.processes import (
+from tests.faults.killable_runs import (
     SMALL,
     counting,
     largest_batch,

@@ -12,7 +12,7 @@ from bench.records import Store
 from bench.ui import Progress
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
-from tests.faults.processes import only, run, timeless
+from tests.faults.killable_runs import only, run, timeless
 
 # What the trainings need is loaded once, and not again by each of the processes forked from here.
 for name in (

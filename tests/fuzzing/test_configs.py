@@ -11,6 +11,7 @@ from bench.config.composition import compose_run_config, config_names
 from bench.config.run_config import RunConfig
 from bench.errors import UserError
 from bench.runner.inputs import check_run
+from bench.runner.session import Session
 
 SMALL = ["micro_moe", "micro_llava", "micro_resnet", "micro_vgg", "micro_lenet", "micro_mobilenet"]
 EMBEDDED = ["camera_micro", "mllm_seven_micro", "images", "nine_tasks_micro", "perplexity_micro"]
@@ -60,7 +61,8 @@ def test_small_models_are_fit_or_refused_before_anything_is_loaded(
 ):
     given_words = chosen({"model": model, "benchmark": benchmark}, methods)
     try:
-        check_run(compose_run_config([*given_words, *ONE_STEP, f"results_dir={tmp_path}"]))
+        config = compose_run_config([*given_words, *ONE_STEP, f"results_dir={tmp_path}"])
+        check_run(config, Session())
     except UserError as error:
         assert "\n" not in str(error)
     assert not list(tmp_path.rglob("record.json"))

@@ -4,6 +4,7 @@ import pytest
 
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
+from bench.config.overrides import Overrides
 from bench.config.sweep_checks import single_runs
 from bench.errors import UserError
 from bench.security import refuse_foreign_code
@@ -32,7 +33,7 @@ def test_a_target_outside_the_packages_is_refused_however_deep(where):
 ])  # fmt: skip
 def test_hydras_own_config_names_no_foreign_code_either(where):
     with pytest.raises(UserError, match=REFUSED):
-        single_runs(["-m", where])
+        single_runs(Overrides.parse(["-m", where]))
 
 
 def test_a_package_that_the_user_names_may_run():

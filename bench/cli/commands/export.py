@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE, UserError
+from bench.records import Store
+from bench.records.atomic_files import write_folder
+from bench.reporting.model_card import model_card
 from bench.runner.replay import rebuild_model
+from bench.runner.session import Session
 
 if TYPE_CHECKING:
     from bench.models.model import Model
@@ -19,7 +23,13 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: str, folder: Path, results_dir: Path, *, pad: bool = False, onnx: bool = False
+    run: str,
+    folder: Path,
+    results_dir: Path,
+    session: Session,
+    *,
+    pad: bool = False,
+    onnx: bool = False,
 ) -> ExportFormat:
     """Write the model of a run to a new folder, atomically, and return its format.
 
@@ -30,25 +40,23 @@ def export(
         UserError: there is no such run, the folder is not empty, the run cannot be repeated because
             its weights, text or methods have changed, or its model cannot be written.
     """
+    # Imported here: it loads torch, and a wrong run or folder is refused without.
     from bench.models.saving import save_model
-    from bench.records import Store
-    from bench.records.atomic_files import write_folder
-    from bench.reporting.model_card import model_card
 
     record = Store(results_dir).get(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
     # The cheap refusals come first: repeating the methods may take hours.
-    model = rebuild_model(record)
-    form: list[ExportFormat] = []
+    model = rebuild_model(record, session)
+    written: list[ExportFormat] = []
 
     def fill(place: Path) -> None:
-        form.append(save_model(model, place, pad=pad, onnx=onnx))
-        text = model_card(record, form[0], stock=_is_stock_transformers(model))
+        written.append(save_model(model, place, pad=pad, onnx=onnx))
+        text = model_card(record, written[0], stock=_is_stock_transformers(model))
         (place / "README.md").write_text(text, encoding="utf-8")
 
     write_folder(folder, fill)
-    return form[0]
+    return written[0]
 
 
 def _is_stock_transformers(model: Model) -> bool:
@@ -58,7 +66,9 @@ def _is_stock_transformers(model: Model) -> bool:
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench export RUN DIR`."""
-
-    form = export(given.run, given.folder, given.results_dir, pad=given.padded, onnx=given.onnx)
-    print(f"wrote {given.folder} ({form}); its README.md says how to load it")
+    with Session() as session:
+        written = export(
+            given.run, given.folder, given.results_dir, session, pad=given.padded, onnx=given.onnx
+        )
+    print(f"wrote {given.folder} ({written}); its README.md says how to load it")
     return EXIT_DONE

@@ -31,7 +31,7 @@ class UnreferencedFile:
 
     path: Path
     bytes: int
-    why: str
+    reason: str
 
 
 def find_unreferenced(results_dir: Path) -> list[UnreferencedFile]:
@@ -42,13 +42,13 @@ def find_unreferenced(results_dir: Path) -> list[UnreferencedFile]:
         *_orphaned_tracker_notes(results_dir),
     ]
     found += [*_empty_sweeps(results_dir), *_recorded_unfinished(results_dir)]
-    old = [(path, why) for path, why in found if _age(path) > MIN_AGE_SECONDS]
-    listed = [UnreferencedFile(path, _size(path), why) for path, why in old]
+    old = [(path, reason) for path, reason in found if _age(path) > MIN_AGE_SECONDS]
+    listed = [UnreferencedFile(path, _size(path), reason) for path, reason in old]
     return sorted(listed, key=lambda item: (-item.bytes, item.path))
 
 
 def remove_unreferenced(items: list[UnreferencedFile]) -> None:
-    """Delete what `find` returned; a link is deleted, never its target."""
+    """Delete what `find_unreferenced` returned; a link is deleted, never its target."""
     for item in items:
         if item.path.is_dir() and not item.path.is_symlink():
             shutil.rmtree(item.path)
@@ -126,9 +126,8 @@ def _size(path: Path) -> int:
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench gc`: list unreferenced files, and remove them once confirmed."""
-
     found = find_unreferenced(given.results_dir)
-    rows = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in found]
+    rows = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in found]
     print_rows(rows, given.json)
     # With --json the output is for a program, which cannot answer a question.
     if not found or (given.json and not given.yes):

@@ -1,4 +1,8 @@
-"""The commands that read records or inspect the installation, and compute nothing."""
+"""The commands that only read records: ls, show, compare, plot, report, track.
+
+Each imports its own part of `bench.reporting`: they share nothing, and matplotlib and pandas are
+slow to import.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ import argparse
 import json
 import sys
 
+from bench.cli.parser import LISTABLE
 from bench.errors import EXIT_DONE, EXIT_FAILED, unknown_name
 from bench.ui import print_rows
-
-LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
 
 
 def ls(given: argparse.Namespace) -> int:
@@ -30,7 +33,12 @@ def show(given: argparse.Namespace) -> int:
     from bench.records import Store
     from bench.reporting.terminal_views import print_record
 
-    record = Store(given.results_dir).get(given.run)
+    store = Store(given.results_dir)
+    record = store.get(given.run)
+    if given.why is not None:
+        from bench.runner.identity import identity_differences
+
+        return print_rows(identity_differences(record, store.get(given.why)), given.json)
     if given.command:
         print(record.command)
     elif given.json:
@@ -47,14 +55,14 @@ def compare(given: argparse.Namespace) -> int:
     found, flipped = named_runs.compare_runs(
         given.runs, given.baseline, given.results_dir, flips=given.flips
     )
-    pictures, lacking = named_runs.flip_images(found, flipped, given.results_dir)
+    images, missing = named_runs.flip_images(found, flipped, given.results_dir)
     if given.json:
-        print(json.dumps(named_runs.comparison_json(found, flipped, pictures), indent=1))
+        print(json.dumps(named_runs.comparison_json(found, flipped, images), indent=1))
     else:
-        printer.print_comparison(found, flipped, pictures)
-    if lacking:
+        printer.print_comparison(found, flipped, images)
+    if missing:
         # To stderr, so that `--json` output stays parsable.
-        print(lacking, file=sys.stderr)
+        print(missing, file=sys.stderr)
     return EXIT_DONE
 
 
@@ -62,8 +70,10 @@ def plot(given: argparse.Namespace) -> int:
     """`bench plot KIND [RUN ...]`."""
     from bench.reporting.plots import figures
 
-    asked = figures.PlotRequest(given.results_dir, given.task, given.cost, given.scope, given.knob)
-    drawing = figures.prepare_figure(given.kind, given.runs, asked)
+    request = figures.PlotRequest(
+        given.results_dir, given.task, given.cost, given.scope, given.knob
+    )
+    drawing = figures.prepare_figure(given.kind, given.runs, request)
     if given.json:
         return print_rows(drawing.rows(), as_json=True)
     for path in figures.write_figures(drawing, given.kind, given.output, given.results_dir):
@@ -75,7 +85,7 @@ def report(given: argparse.Namespace) -> int:
     """`bench report`."""
     from bench.reporting.html import SampleShare, write_report
 
-    share = SampleShare(per_run=given.samples, runs=given.samples_runs)
+    share = SampleShare(per_run=given.samples, runs=given.sample_runs)
     written = write_report(given.results_dir, given.out, share)
     print(f"wrote {written.path} ({written})")
     if given.open:

@@ -1,42 +1,44 @@
-"""The commands that compute: runs, sweeps, tables, and what is derived from a run."""
+"""`bench run`: one run, a sweep or a search, and its outcome."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE, EXIT_FAILED
+from bench.runner.launch import LaunchOutcome, launch, print_hydra_info
+from bench.runner.session import Session
 from bench.security import redact
 
-if TYPE_CHECKING:
-    from bench.runner.launch import LaunchOutcome
+INFO_FLAGS = frozenset({"--cfg", "-c", "--info", "-i", "--hydra-help", "--version"})
+"""Flags that Hydra answers itself; nothing is run."""
 
 
-def run_command(overrides: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """`bench run`: run one config, a sweep or a search."""
-    # Hydra answers its own informational flags; nothing is run.
-    if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version"} & set(overrides):
-        from bench.runner.launch import print_hydra_info
-
-        print_hydra_info(overrides)
+    if any(argument.partition("=")[0] in INFO_FLAGS for argument in arguments):
+        print_hydra_info(arguments)
         return EXIT_DONE
-    from bench.runner.execute import launch_run
+    with Session() as session:
+        return print_outcome(launch(arguments, session), session)
 
-    return print_outcome(launch_run(overrides))
 
-
-def print_outcome(outcome: LaunchOutcome) -> int:
+def print_outcome(outcome: LaunchOutcome, session: Session) -> int:
     """Print the outcome of a run, a sweep or a search, and return the exit code."""
-    from bench.evaluation.distributed import current_process_group
+    # Imported here: both load pandas or plotting code, for which the run need not wait.
     from bench.reporting.summary import print_summary
     from bench.reporting.terminal_views import print_search
 
-    if not current_process_group().is_first:  # of several processes only the first prints
+    if not session.process_group.is_first:  # of several processes only the first prints
         return EXIT_FAILED if outcome.failures else EXIT_DONE
-    if outcome.searched is not None:
-        print_search(outcome.searched)
+    if outcome.study_folder is not None:
+        print_search(outcome.study_folder)
     else:
         print_summary(outcome.records, reused=outcome.reused)
+    return print_problems(outcome)
+
+
+def print_problems(outcome: LaunchOutcome) -> int:
+    """Print warnings and failures without secrets, and return the exit code."""
     # Jobs often share a warning, such as an unreachable tracker; each text is printed once.
     for warning in dict.fromkeys(outcome.warnings):
         print(f"bench: {redact(warning)}", file=sys.stderr)

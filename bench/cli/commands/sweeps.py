@@ -1,28 +1,29 @@
-"""bench status, bench resume."""
+"""`bench status` and `bench resume`."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench.cli.commands.run import print_outcome
+from bench.sweeps.plan import all_sweeps, find_sweep
+from bench.sweeps.status import job_rows, sweep_summary
 from bench.ui import print_rows
 
 
 def status(given: argparse.Namespace) -> int:
     """`bench status [SWEEP]`."""
-    from bench.sweeps.plan import all_sweeps, find_sweep
-    from bench.sweeps.status import job_rows as jobs
-    from bench.sweeps.status import sweep_summary
-
     if given.sweep is None:
-        return print_rows(
-            [sweep_summary(plan) for plan in all_sweeps(given.results_dir)], given.json
-        )
-    return print_rows(jobs(find_sweep(given.results_dir, given.sweep)), given.json)
+        summaries = [sweep_summary(plan) for plan in all_sweeps(given.results_dir)]
+        return print_rows(summaries, given.json)
+    return print_rows(job_rows(find_sweep(given.results_dir, given.sweep)), given.json)
 
 
 def resume(given: argparse.Namespace) -> int:
     """`bench resume SWEEP`."""
-    from bench.runner.execute import resume_sweep
+    # Imported here: `status`, which many people run often, does not need Hydra.
+    from bench.cli.commands.run import print_outcome
+    from bench.runner.launch import resume_sweep
+    from bench.runner.session import Session
 
-    return print_outcome(resume_sweep(given.results_dir, given.sweep))
+    with Session() as session:
+        outcome = resume_sweep(given.results_dir, given.sweep, session)
+        return print_outcome(outcome, session)

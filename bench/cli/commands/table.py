@@ -8,21 +8,34 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bench.errors import EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, MissingData, UserError
-from bench.reporting.tables.table_config import PARTS
+from bench.cli.commands.run import print_problems
+from bench.config.composition import compose_run_config
+from bench.config.overrides import Overrides, text_of
+from bench.data import hub
+from bench.data.calibration import resolve_calibration
+from bench.data.prompts import resolve_prompts
+from bench.errors import EXIT_WRONG_INPUT, MissingData, RunsFailed, UserError
+from bench.models.source import resolve_model
+from bench.records import Store
+from bench.reporting.tables import build_table, load_table_config, table_slots
+from bench.reporting.tables.table_config import PARTS, with_overrides
+from bench.reporting.tables.writers import print_table, table_rows, write_table
+from bench.runner.inputs import resolve_run
+from bench.runner.launch import LaunchOutcome, launch
+from bench.runner.session import Session
+from bench.security import redact
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from bench.config.run_config import RunConfig
-    from bench.records import Record, Store
+    from bench.records import Record
     from bench.reporting.tables import Table, TableSlot
     from bench.reporting.tables.table_config import TableConfig
-    from bench.runner.launch import CheckRun, ExecuteRun, LaunchOutcome
 
 RESERVED_KEYS = ("model", "method", "benchmark", "ratio", "experiment")
 """Keys that a table sets for its runs; users select among its rows instead."""
@@ -50,41 +63,49 @@ class TableRequest:
     """Command line of `bench table`, split into keys of the table, keys of its runs, and seeds."""
 
     scale: str | None = None
-    chosen: dict[str, list[str]] = field(default_factory=dict)
+    selections: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
-    shared: list[str] = field(default_factory=list)
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """Overrides that every run receives in addition to its own."""
-        return tuple(o for o in self.shared if not o.startswith("hydra"))
+    run_overrides: tuple[str, ...] = ()
+    """Overrides that every run receives in addition to its own."""
+    launcher_overrides: tuple[str, ...] = ()
+    """Overrides of Hydra's config, which apply to the sweep of all runs."""
 
     @classmethod
-    def read(cls, overrides: Sequence[str]) -> TableRequest:
-        """Split the overrides.
+    def parse(cls, arguments: Sequence[str]) -> TableRequest:
+        """Split the arguments.
 
         Raises:
             UserError: a key that the table sets is overridden, or a key other than the seed is
                 swept.
         """
-        asked, multirun = cls(), bool({"-m", "--multirun"} & set(overrides))
-        for override in overrides:
-            key, _, value = override.partition("=")
-            if override.startswith("-"):
-                continue
+        request = cls()
+        others = []
+        for argument in arguments:
+            # A table's own keys are no overrides of Hydra: names of rows may hold any character.
+            key, _, value = argument.partition("=")
             if key == "scale":
-                asked.scale = value
+                request.scale = value
             elif key in PARTS:
-                asked.chosen[key] = _split_list(value)
-            elif key in RESERVED_KEYS:
+                request.selections[key] = _split_list(value)
+            elif argument != "--json":
+                others.append(argument)
+        overrides = Overrides.parse(others)
+        for override in overrides.parsed:
+            key, text = override.key_or_group, text_of(override)
+            if key in RESERVED_KEYS:
                 raise UserError(
-                    f"{override}: a table sets its own {key}; select by {_selection_keys()}"
+                    f"{text}: a table sets its own {key}; select by {_selection_keys()}"
                 )
-            elif key == "seed" and multirun:
-                asked.seeds = tuple(_parse_seeds(value))
-            else:
-                asked.shared.append(_refuse_sweep(override))
-        return asked
+            if key == "seed" and overrides.multirun:
+                request.seeds = tuple(_parse_seeds(text.partition("=")[2]))
+            # A cell is one number, or the mean over seeds.
+            elif override.is_sweep_override():
+                raise UserError(f"{text}: a table can only sweep the seed, as in -m seed=1,2,3")
+        if overrides.multirun:
+            overrides = overrides.without("seed")
+        request.run_overrides = tuple(overrides.of_runs)
+        request.launcher_overrides = tuple(overrides.of_hydra)
+        return request
 
 
 def _split_list(value: str) -> list[str]:
@@ -102,111 +123,79 @@ def _parse_seeds(value: str) -> Iterator[int]:
         yield int(text)
 
 
-def _refuse_sweep(override: str) -> str:
-    """Refuse a sweep over anything but seeds: a cell is one number, or the mean over seeds."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from bench.config.composition import hydra_errors_as_user_errors
-
-    with hydra_errors_as_user_errors([override]):
-        parsed = OverridesParser.create().parse_override(override)
-    if parsed.is_sweep_override():
-        raise UserError(f"{override}: a table can only sweep the seed, as in -m seed=1,2,3")
-    return override
-
-
-def make_table(name: str, overrides: Sequence[str]) -> FinishedTable:
+def make_table(name: str, arguments: Sequence[str], session: Session) -> FinishedTable:
     """Run what is missing, then build and write the table.
 
     Raises:
         MissingInputs: models or data are out of reach; nothing was run.
         UserError: the overrides are wrong; nothing was run.
     """
-    from bench.records import Store
-    from bench.reporting.tables import build_table, table_slots
-    from bench.reporting.tables.writers import write_table
-    from bench.runner.execute import execute
-    from bench.runner.inputs import check_run
-    from bench.runner.launch import LaunchOutcome
-
-    asked = TableRequest.read(overrides)
-    config, own = _table_config(name, asked), asked.own
+    request = TableRequest.parse(arguments)
+    config = _table_config(name, request)
     lines = table_slots(config)
-    runs = _distinct_runs(lines, own)
-    ids = _name_runs(runs)
-    store = Store(ids.results_dir)
+    runs = _distinct_runs(lines, request)
+    names = _name_runs(runs, session)
+    store = Store(names.results_dir)
     # Records are looked up by run id, so a table shares runs with sweeps and with other tables.
-    wanted = [run for run in runs if ids.force or store.find(ids.of[run]) is None]
-    launched = _launch_runs(wanted, asked.shared, check_run, execute) if wanted else LaunchOutcome()
-    found = {line: _records_of(line, own, ids.of, store) for line in lines if line.runs}
-    table = build_table(config, found)
-    return FinishedTable(table, launched, write_table(table, ids.results_dir))
+    wanted = [run for run in runs if names.force or store.find(names.ids[run]) is None]
+    launched = _launch_runs(wanted, request, session) if wanted else LaunchOutcome()
+    records = {line: _records_of(line, request, names, store) for line in lines if line.runs}
+    table = build_table(config, records)
+    return FinishedTable(table, launched, write_table(table, names.results_dir))
 
 
-def runs_of_table(name: str, overrides: Sequence[str]) -> list[list[str]]:
+def runs_of_table(name: str, arguments: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every run that a table needs.
 
     Raises:
         UserError: there is no such table, or the overrides are wrong.
     """
-    from bench.reporting.tables import table_slots
-
-    asked = TableRequest.read(overrides)
-    return [list(run) for run in _distinct_runs(table_slots(_table_config(name, asked)), asked.own)]
+    request = TableRequest.parse(arguments)
+    return list(map(list, _distinct_runs(table_slots(_table_config(name, request)), request)))
 
 
-def _table_config(name: str, asked: TableRequest) -> TableConfig:
+def _table_config(name: str, request: TableRequest) -> TableConfig:
     """Return a table's config with the changes from the command line."""
-    from bench.reporting.tables import load_table_config
-
-    config: TableConfig = load_table_config(name, asked.scale, asked.chosen)
-    if asked.seeds:
-        config = config.model_copy(update={"seeds": asked.seeds})
-    return config
+    config: TableConfig = load_table_config(name, request.scale, request.selections)
+    return config.model_copy(update={"seeds": request.seeds}) if request.seeds else config
 
 
-def _distinct_runs(lines: Sequence[TableSlot], own: tuple[str, ...]) -> list[tuple[str, ...]]:
+def _distinct_runs(lines: Sequence[TableSlot], request: TableRequest) -> list[tuple[str, ...]]:
     """Return the runs of all lines without duplicates."""
-    from bench.reporting.tables.table_config import with_overrides
-
     # The dense run, for example, stands in many lines; a dict keeps the order of the table.
-    return list(dict.fromkeys(with_overrides(run, own) for line in lines for run in line.runs))
+    runs = (with_overrides(run, request.run_overrides) for line in lines for run in line.runs)
+    return list(dict.fromkeys(runs))
 
 
 @dataclass(frozen=True)
 class _RunIds:
     """The id of each run, and settings shared by all runs."""
 
-    of: dict[tuple[str, ...], str]
+    ids: dict[tuple[str, ...], str]
     results_dir: Path
     force: bool
 
 
-def _name_runs(runs: Sequence[tuple[str, ...]]) -> _RunIds:
+def _name_runs(runs: Sequence[tuple[str, ...]], session: Session) -> _RunIds:
     """Compose and resolve every run and return its id; report all missing inputs at once."""
-    from bench.config.composition import compose_run_config
-    from bench.runner.inputs import resolve_run
-
     if not runs:
         raise UserError("the selected rows have only published numbers: select different rows")
-    configs = {run: compose_run_config(list(run)) for run in runs}
-    # `resolve` would stop at the first missing input; a table with many models should name all of
-    # them.
-    _refuse_missing(list(configs.values()))
+    configs = {run: compose_run_config(run) for run in runs}
+    # `resolve_run` would stop at the first missing input; a table with many models should name all
+    # of them.
+    _refuse_missing(list(configs.values()), session)
     first = next(iter(configs.values()))
-    named = {run: resolve_run(config).id for run, config in configs.items()}
-    return _RunIds(named, first.results_dir, first.force)
+    ids = {run: resolve_run(config, session).id for run, config in configs.items()}
+    return _RunIds(ids, first.results_dir, first.force)
 
 
-def _refuse_missing(configs: Sequence[RunConfig]) -> None:
+def _refuse_missing(configs: Sequence[RunConfig], session: Session) -> None:
     """Raise with one sentence for each model and data set that cannot be reached."""
-    from bench.data import hub
-
     # One probe instead of a timeout per model and data set; after it everything is looked up in
     # caches.
     if _may_need_hub(configs) and not hub.is_reachable():
         hub.go_offline()
-    sentences = dict.fromkeys(s for config in configs for s in _missing_inputs(config))
+    sentences = dict.fromkeys(s for config in configs for s in _missing_inputs(config, session))
     if sentences:
         raise MissingInputs(list(sentences))
 
@@ -214,55 +203,43 @@ def _refuse_missing(configs: Sequence[RunConfig]) -> None:
 def _may_need_hub(configs: Sequence[RunConfig]) -> bool:
     """Return whether any run may need the hub; a table of embedded models must not wait for it."""
     models = (config.model for config in configs)
-    hub = any(m.path is None and not m.source.startswith(("embedded:", "fresh:")) for m in models)
-    return hub or any(config.benchmark.suite == "real" and config.benchmark.tasks
-                      for config in configs)  # fmt: skip
+    if any(m.path is None and not m.source.startswith(("embedded:", "fresh:")) for m in models):
+        return True
+    benchmarks = (config.benchmark for config in configs)
+    return any(benchmark.suite == "real" and benchmark.tasks for benchmark in benchmarks)
 
 
-def _missing_inputs(config: RunConfig) -> Iterator[str]:
+def _missing_inputs(config: RunConfig, session: Session) -> Iterator[str]:
     """Yield a sentence for each missing input of a run."""
-    from bench.data import calibration, prompts
-    from bench.evaluation import plan_once
-    from bench.models import source
-
     offline, benchmark = config.offline, config.benchmark
-    try:
-        source.resolve_model(config.model, offline=offline)
-    except MissingData as error:
-        yield str(error)
-    try:
-        plan_once(benchmark, offline=offline)
-    except MissingData as error:
-        cure = f"run `bench prefetch benchmark={benchmark.name}` on a machine with network access"
-        for item in error.items:
-            yield f"data {item} are neither cached nor reachable: {cure}"
-        if not error.items:
-            yield str(error)
+    lookups: list[Callable[[], object]] = [
+        lambda: resolve_model(config.model, offline=offline),
+        lambda: session.benchmarks.plan(benchmark, offline=offline),
+    ]
     if config.uses_calibration:
-        try:
-            calibration.resolve_calibration(config.calibration, offline=offline)
-        except MissingData as error:
-            yield str(error)
+        lookups.append(lambda: resolve_calibration(config.calibration, offline=offline))
     if config.uses_prompts:
+        lookups.append(lambda: resolve_prompts(config.prompts, offline=offline))
+    cure = f"run `bench prefetch benchmark={benchmark.name}` on a machine with network access"
+    for look_up in lookups:
         try:
-            prompts.resolve_prompts(config.prompts, offline=offline)
+            look_up()
         except MissingData as error:
-            yield str(error)
+            # Only a benchmark names several items, and its message does not say the cure.
+            for item in error.items:
+                yield f"data {item} are neither cached nor reachable: {cure}"
+            if not error.items:
+                yield str(error)
 
 
 def _launch_runs(
-    runs: Sequence[tuple[str, ...]], shared: Sequence[str], check: CheckRun, execute: ExecuteRun
+    runs: Sequence[tuple[str, ...]], request: TableRequest, session: Session
 ) -> LaunchOutcome:
     """Run them as a sweep of `bench run -m`; a failed run leaves its cells empty."""
-    from bench.errors import RunsFailed
-    from bench.runner.launch import LaunchOutcome, launch
-
     listed = ",".join(f"[{','.join(map(_quoted, run))}]" for run in runs)
     sweep = ["-m", "hydra/sweeper=list", f"hydra.sweeper.runs=[{listed}]"]
-    # Overrides of single runs are inside `runs` already; the rest configures the launcher.
-    launcher = [o for o in shared if o.startswith("hydra")]
     try:
-        return launch([*sweep, *launcher], check, execute)
+        return launch([*sweep, *request.launcher_overrides], session)
     except RunsFailed as error:
         return LaunchOutcome(failures=list(error.reasons))
 
@@ -277,39 +254,33 @@ def _quoted(override: str) -> str:
 
 
 def _records_of(
-    line: TableSlot, own: tuple[str, ...], ids: dict[tuple[str, ...], str], store: Store
+    line: TableSlot, request: TableRequest, names: _RunIds, store: Store
 ) -> list[Record]:
     """Return the records of a line, or none if one of its runs failed."""
-    from bench.reporting.tables.table_config import with_overrides
-
-    found = [store.find(ids[with_overrides(run, own)]) for run in line.runs]
+    ids = [names.ids[with_overrides(run, request.run_overrides)] for run in line.runs]
+    records = [record for record in map(store.find, ids) if record is not None]
     # A mean over the seeds that happened to succeed would not be the number that the table
     # announces.
-    whole = [record for record in found if record is not None]
-    return whole if len(whole) == len(found) else []
+    return records if len(records) == len(ids) else []
 
 
-def run_command(given: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """`bench table NAME [KEY=VALUE ...] [-m]`."""
-    from bench.reporting.tables.writers import print_table, table_rows
-
     # The name may stand anywhere among the overrides, as Hydra allows for its own flags.
-    named = [word for word in given if not word.startswith("-") and "=" not in word]
-    if len(named) != 1:
-        raise UserError(f"bench table takes one name, got {len(named)}: see `bench ls tables`")
+    names = [word for word in arguments if not word.startswith("-") and "=" not in word]
+    if len(names) != 1:
+        raise UserError(f"bench table takes one name, got {len(names)}: see `bench ls tables`")
+    overrides = [word for word in arguments if word != names[0]]
     try:
-        finished = make_table(named[0], [word for word in given if word != named[0]])
+        with Session() as session:
+            finished = make_table(names[0], overrides, session)
     except MissingInputs as error:
         for sentence in error.sentences:
-            print(f"bench: {sentence}", file=sys.stderr)
+            print(f"bench: {redact(sentence)}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    if "--json" in given:
+    if "--json" in arguments:
         print(json.dumps(table_rows(finished.table), indent=1, default=str))
     else:
         print_table(finished.table)
         print("wrote " + " ".join(map(str, finished.files)))
-    for warning in dict.fromkeys(finished.launched.warnings):
-        print(f"bench: {warning}", file=sys.stderr)
-    for failure in finished.launched.failures:
-        print(f"bench: failed: {failure}", file=sys.stderr)
-    return EXIT_FAILED if finished.launched.failures else EXIT_DONE
+    return print_problems(finished.launched)

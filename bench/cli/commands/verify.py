@@ -1,6 +1,4 @@
-"""bench verify: repeat a part of a run, compare, say whether it agrees.
-
-`bench verify`: repeat part of a run with the same code, and compare sample by sample.
+"""`bench verify`: repeat part of a run with the same code, and compare sample by sample.
 
 The model is rebuilt from its weights, methods and calibration text, then scored on the first
 samples of each task. Metrics, log-likelihoods and responses are compared with the recorded ones.
@@ -14,9 +12,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
+from bench.evaluation import evaluate, plan
+from bench.records import Store
+from bench.records import samples as recorded_samples
+from bench.runner.inputs import library_versions
+from bench.runner.replay import rebuild_model, recorded_config, refuse_change
+from bench.runner.session import Session
 from bench.ui import console
 
 if TYPE_CHECKING:
@@ -27,11 +31,45 @@ TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05
 """Tolerance per dtype; a different batch size changes summation order."""
 EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction")
 """Text fields that must be identical."""
-SampleKey = tuple[str, Any, Any]
+MAX_SHOWN_FAULTS = 5
+SampleKey = tuple[str, str | None, object]
 SampleRow = dict[str, Any]
 
 
-def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = None) -> Verdict:
+@dataclass(frozen=True)
+class Verdict:
+    """Result of repeating a part of a run: samples per task, and which numbers differ.
+
+    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
+    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
+    run's, which is not a fault by itself.
+    """
+
+    run: str
+    tasks: dict[str, int]
+    numbers: int
+    tolerance: float
+    worst: float
+    faults: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every number is within the tolerance."""
+        return not self.faults
+
+    def plain(self) -> dict[str, object]:
+        """Return the verdict as JSON values."""
+        return {"agrees": self.agrees, **asdict(self)}
+
+
+def verify(
+    run: str,
+    results_dir: Path,
+    samples: int,
+    session: Session,
+    tolerance: float | None = None,
+) -> Verdict:
     """Repeat the first `samples` of each task of a run; `run` may be a prefix of its id.
 
     A number agrees if it differs by at most `tolerance` times its magnitude, or times 1 if that is
@@ -40,39 +78,33 @@ def verify(run: str, results_dir: Path, samples: int, tolerance: float | None = 
     Raises:
         UserError: there is no such run, or its weights, data or calibration text have changed.
     """
-    from bench.device.devices import select_device, select_dtype, set_threads
-    from bench.evaluation import evaluate, plan
-    from bench.records import Store
-    from bench.records import samples as stored
-    from bench.runner.replay import rebuild_model, recorded_config
+    # Imported here: it loads torch, and an unknown run is refused without.
+    from bench.device.devices import select_device, select_dtype
 
     if samples < 1:
         raise UserError(f"--samples must be at least 1, got {samples}")
     record = Store(results_dir).get(run)
     config = recorded_config(record)
-    set_threads(config.threads)
-    _refuse_changed_data(config, record)
+    _refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
     limit = min(samples, config.benchmark.limit or samples)
     part = config.benchmark.model_copy(update={"limit": limit})
-    found = evaluate(rebuild_model(record), plan(part, offline=config.offline)).samples
+    model = rebuild_model(record, session)
+    found = evaluate(model, plan(part, offline=config.offline)).samples
     if tolerance is None:
         number_format = select_dtype(config.model.dtype, select_device(config.model.device))
         tolerance = TOLERANCE[str(number_format).removeprefix("torch.")]
-    frame = stored(record.id, results_dir)
+    frame = recorded_samples(record.id, results_dir)
     before = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
     return _compare(record, before, found, tolerance)
 
 
-def _refuse_changed_data(config: RunConfig, record: Record) -> None:
+def _refuse_changed_data(config: RunConfig, record: Record, session: Session) -> None:
     """Raise if a task's documents differ from those that the run scored."""
-    from bench.evaluation import plan_once
-
     # The run's own benchmark and not the limited one, so that fingerprints are comparable.
-    found = plan_once(config.benchmark, offline=config.offline).fingerprints
+    planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     for name, source in record.provenance["data"].items():
-        if found.get(name) != source["fingerprint"]:
-            raise UserError(f"the data of {name} changed since the run, so it cannot be repeated")
+        refuse_change(f"data of {name}", source["fingerprint"], planned.fingerprints.get(name))
 
 
 def _compare(
@@ -131,18 +163,17 @@ def _number_pairs(old: SampleRow, row: SampleRow) -> Iterator[tuple[str, float, 
             pairs = zip(was, value, strict=False)
             yield from ((f"{name}[{i}]", float(a), float(b)) for i, (a, b) in enumerate(pairs))
         elif name != "doc_id" and _is_number(value):
-            known: Any = old.get(name)
+            known = old.get(name)
             yield name, float(known) if _is_number(known) else math.nan, float(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not math.isnan(value)
 
 
 def _environment_changes(record: Record) -> Iterator[str]:
     """Yield the differences between the run's environment and this one."""
     from bench.device.devices import describe_device
-    from bench.runner.inputs import library_versions
 
     for name, now in library_versions().items():
         was = record.environment["versions"].get(name)
@@ -152,36 +183,6 @@ def _environment_changes(record: Record) -> Iterator[str]:
         was = record.environment.get(name)
         if was != fact:
             yield f"{name} was {was} and is {fact}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of repeating a part of a run: samples per task, and which numbers differ.
-
-    `worst` is the largest relative difference. `faults` describes, one sentence each, every number
-    that differs by more than `tolerance`. `changed` lists versions and devices that differ from the
-    run's, which is not a fault by itself.
-    """
-
-    run: str
-    tasks: dict[str, int]
-    numbers: int
-    tolerance: float
-    worst: float
-    faults: tuple[str, ...]
-    changed: tuple[str, ...]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every number is within the tolerance."""
-        return not self.faults
-
-    def plain(self) -> dict[str, Any]:
-        """Return the verdict as JSON values."""
-        return {"agrees": self.agrees, **asdict(self)}
-
-
-MAX_SHOWN_FAULTS = 5
 
 
 def print_verdict(verdict: Verdict) -> None:
@@ -197,17 +198,17 @@ def print_verdict(verdict: Verdict) -> None:
         out.print(f"differs: {fault}")
     if len(verdict.faults) > MAX_SHOWN_FAULTS:
         out.print(f"and {len(verdict.faults) - MAX_SHOWN_FAULTS} more")
-    said = "agrees" if verdict.agrees else "does not agree"
+    result = "agrees" if verdict.agrees else "does not agree"
     out.print(
-        f"{said}: {verdict.numbers} numbers, relative tolerance {verdict.tolerance:g} (absolute "
+        f"{result}: {verdict.numbers} numbers, relative tolerance {verdict.tolerance:g} (absolute "
         f"below 1), largest difference {verdict.worst:.2g}"
     )
 
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench verify RUN`."""
-
-    verdict = verify(given.run, given.results_dir, given.samples, given.tolerance)
+    with Session() as session:
+        verdict = verify(given.run, given.results_dir, given.samples, session, given.tolerance)
     if given.json:
         print(json.dumps(verdict.plain(), indent=1))
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import UserError
-from bench.evaluation import BenchmarkConfig, plan_once
+from bench.evaluation import BenchmarkConfig, PlanCache
 from bench.records import Metric, Record
 from bench.reporting.comparison.comparison import ComparedRun
 from bench.reporting.comparison.metric_forms import metric_rows
@@ -146,7 +146,7 @@ def write_flip_images(
     if not flip_of_image:
         return {}
     benchmark = BenchmarkConfig.model_validate(record.config["benchmark"])
-    plan = plan_once(benchmark, offline=bool(record.config.get("offline")))
+    plan = PlanCache().plan(benchmark, offline=bool(record.config.get("offline")))
     written: dict[str, list[Path]] = {}
     for name, flip in flip_of_image.items():
         images = plan.harness.images(flip.task, flip.document)

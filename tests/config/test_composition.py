@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.config.composition import compose_run_config, config_names
+from bench.config.overrides import Overrides
 from bench.config.sweep_checks import single_runs
 from bench.errors import UserError
 
@@ -72,7 +73,7 @@ def test_the_order_of_methods_is_part_of_the_identity():
 
 def test_every_alternative_of_a_sweep_is_looked_at_once():
     sweep = ["-m", "method=dense,camera_p,[camera_p,random_experts]", "ratio=0.2,0.4", "seed=3"]
-    singles = single_runs(sweep)
+    singles = single_runs(Overrides.parse(sweep))
     assert singles == [
         ["method=dense", "ratio=0.2", "seed=3"],
         ["method=dense", "ratio=0.4", "seed=3"],
@@ -84,7 +85,7 @@ def test_every_alternative_of_a_sweep_is_looked_at_once():
 
 
 def test_an_experiments_own_sweep_is_looked_at_too():
-    singles = single_runs(["experiment=demo"])
+    singles = single_runs(Overrides.parse(["experiment=demo"]))
     methods = {single[0] for single in singles}
     assert {"method=dense", "method=camera_p", "method=random_experts"} <= methods
 

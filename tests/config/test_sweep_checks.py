@@ -9,6 +9,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
 from bench.config.composition import compose_run_config, config_names, hydra_config_tree
+from bench.config.overrides import Overrides
 from bench.config.sweep_checks import alternative_configs, is_sweep, single_runs
 
 LAUNCHERS = sorted(
@@ -18,11 +19,12 @@ LAUNCHERS = sorted(
 
 @pytest.mark.parametrize("recipe", config_names("sweep"))
 def test_a_recipe_composes(recipe):
-    assert is_sweep([f"sweep={recipe}"])
-    found = alternative_configs([f"sweep={recipe}"])
+    sweep = Overrides.parse([f"sweep={recipe}"])
+    assert is_sweep(sweep)
+    found = alternative_configs(sweep)
     assert len(found) > 1
     # What is put into a composed config is what Hydra would have composed.
-    last = single_runs([f"sweep={recipe}"])[-1]
+    last = single_runs(sweep)[-1]
     assert found[-1] == compose_run_config(last)
 
 
@@ -42,6 +44,6 @@ def test_a_launcher_is_a_plugin_of_ours_with_limits(launcher):
 
 
 def test_a_single_run_is_no_sweep():
-    assert not is_sweep(["ratio=0.3"])
-    assert is_sweep(["experiment=demo"])
-    assert is_sweep(["-m", "ratio=0.1,0.2"])
+    assert not is_sweep(Overrides.parse(["ratio=0.3"]))
+    assert is_sweep(Overrides.parse(["experiment=demo"]))
+    assert is_sweep(Overrides.parse(["-m", "ratio=0.1,0.2"]))

@@ -1,0 +1,140 @@
+"""Arguments of `bench run`: flags, and overrides read once by Hydra's own grammar.
+
+A key may be written in several ways (`force=true`, `force=True`, `++force=true`, `"force='true'"`).
+They all become one key and one value here, so that nothing else compares raw text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import OverrideParseException
+from pydantic import TypeAdapter, ValidationError
+
+from bench.errors import UserError, unknown_name
+
+MULTIRUN_FLAGS = ("-m", "--multirun")
+_BOOLEAN = TypeAdapter(bool)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The arguments of a run or a sweep: whether a flag asks for a sweep, and the overrides."""
+
+    multirun: bool
+    parsed: tuple[Override, ...]
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Overrides:
+        """Read arguments, with flags anywhere among them.
+
+        Raises:
+            UserError: an unknown flag, or an argument that is not KEY=VALUE.
+        """
+        flags = [argument for argument in arguments if argument.startswith("-")]
+        for flag in flags:
+            if flag not in MULTIRUN_FLAGS:
+                raise unknown_name("flag", flag, MULTIRUN_FLAGS)
+        texts = [argument for argument in arguments if not argument.startswith("-")]
+        try:
+            return cls(bool(flags), tuple(OverridesParser.create().parse_overrides(texts)))
+        except OverrideParseException as error:
+            raise parse_error(error) from None
+
+    @property
+    def texts(self) -> list[str]:
+        """The overrides as they were written, without flags."""
+        return [text_of(override) for override in self.parsed]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments in the order that Hydra's parser requires: flags first."""
+        return [*MULTIRUN_FLAGS[: self.multirun], *self.texts]
+
+    @property
+    def of_hydra(self) -> list[str]:
+        """The overrides of Hydra's own config, such as its launcher."""
+        return [text_of(override) for override in self.parsed if _is_hydras(override)]
+
+    @property
+    def of_runs(self) -> list[str]:
+        """The overrides of the run's config."""
+        return [text_of(override) for override in self.parsed if not _is_hydras(override)]
+
+    def setting(self, key: str) -> list[str]:
+        """Return the overrides that set a key, or anything below it."""
+        found = [override for override in self.parsed if sets(override, key)]
+        return [text_of(override) for override in found]
+
+    def without(self, key: str) -> Overrides:
+        """Return the overrides that do not set a key, or anything below it."""
+        return replace(self, parsed=tuple(o for o in self.parsed if not sets(o, key)))
+
+    def value(self, key: str) -> object:
+        """Return the value that a key is given last; None if it is not set, deleted, or swept."""
+        value = None
+        for override in self.parsed:
+            if override.key_or_group == key:
+                value = None if override.is_sweep_override() else override.value()
+        return cast(object, value)
+
+    def is_true(self, key: str) -> bool:
+        """Return whether a key is set to a true value, in any spelling that the config accepts."""
+        try:
+            return _BOOLEAN.validate_python(self.value(key))
+        # Not a boolean (or not set): the validation of the config reports it, with the key.
+        except ValidationError:
+            return False
+
+    def first_values(self) -> list[str]:
+        """Return the overrides with each sweep reduced to its first value."""
+        return [
+            f"{override.get_key_element()}={next(sweep_values(override))}"
+            if override.is_sweep_override()
+            else text_of(override)
+            for override in self.parsed
+        ]
+
+
+def parse_error(error: OverrideParseException) -> UserError:
+    """Build the error for an argument that Hydra's grammar cannot read."""
+    reason = str(error).splitlines()[0]
+    return UserError(f"{error.override}: cannot be read as KEY=VALUE ({reason})")
+
+
+def text_of(override: Override) -> str:
+    """Return an override as it was written."""
+    return str(override.input_line)
+
+
+def sweep_values(override: Override) -> Iterator[str]:
+    """Yield the values of a sweep override; for an interval, its two ends."""
+    if override.value_type == ValueType.INTERVAL_SWEEP:
+        interval = override.value()
+        yield from (str(interval.start), str(interval.end))
+    else:
+        yield from map(str, override.sweep_string_iterator())
+
+
+def sets(override: Override, key: str) -> bool:
+    """Return whether an override sets a key, anything below it, or a mapping that contains it."""
+    own = override.key_or_group.replace("/", ".")
+    if own == key or own.startswith(f"{key}."):
+        return True
+    if not key.startswith(f"{own}.") or override.is_sweep_override():
+        return False
+    node: object = override.value()
+    for part in key.removeprefix(f"{own}.").split("."):
+        # Keys of a mapping may be dotted as well, as those of `hydra.sweeper.params` are.
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _is_hydras(override: Override) -> bool:
+    return sets(override, "hydra")

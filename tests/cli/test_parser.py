@@ -1,0 +1,30 @@
+"""The parser names a handler for every command, and imports none."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
+
+ARGUMENTS = {
+    "run": [], "table": ["camera_main"], "compare": ["a", "b"], "plot": ["front"], "ls": ["runs"],
+    "show": ["a"], "verify": ["a"], "resume": ["latest"], "export": ["a", "folder"],
+}  # fmt: skip
+HEAVY = ("torch", "pandas", "pydantic", "hydra", "omegaconf", "rich", "bench.cli.commands")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_handler(command):
+    parsed = build_parser().parse_args([command, *ARGUMENTS.get(command, [])])
+    assert callable(pkgutil.resolve_name(parsed.handler))
+    if command in RAW_COMMANDS:
+        assert parsed.handler == RAW_COMMANDS[command]
+
+
+@pytest.mark.parametrize("code", ["import bench", "from bench.cli.main import main; main(['-h'])"])
+def test_start_up_imports_nothing_heavy(code):
+    check = f"{code}\nimport sys\nprint('heavy:', *[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"

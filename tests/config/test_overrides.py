@@ -1,0 +1,75 @@
+"""Arguments of a run: every spelling of a key gives one value."""
+
+import pytest
+
+from bench.config.overrides import Overrides
+from bench.errors import UserError
+
+
+@pytest.mark.parametrize("text", [
+    "force=true", "force=True", "force=TRUE", "+force=true", "++force=True", "force='true'",
+    'force="True"', "force=1", "force=yes",
+])  # fmt: skip
+def test_every_spelling_of_true_is_true(text):
+    assert Overrides.parse(["ratio=0.2", text]).is_true("force")
+
+
+@pytest.mark.parametrize("texts", [
+    [], ["force=false"], ["force=null"], ["~force"], ["force=maybe"], ["force=true", "force=false"],
+    ["results_dir='force=true'"], ["offline=true"], ["force=true", "~force"], ["force={}"],
+])  # fmt: skip
+def test_everything_else_is_not(texts):
+    assert not Overrides.parse(texts).is_true("force")
+
+
+@pytest.mark.parametrize("text", [
+    "results_dir=/a b/c", "results_dir='/a b/c'", 'results_dir="/a b/c"', "+results_dir=/a b/c",
+    "++results_dir='/a b/c'",
+])  # fmt: skip
+def test_every_spelling_of_a_path_is_the_path(text):
+    assert Overrides.parse([text]).value("results_dir") == "/a b/c"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-m", "seed=1,2"], ["seed=1,2", "-m"], ["--multirun", "seed=1,2"],
+    ["-m", "--multirun", "seed=1,2"],
+])  # fmt: skip
+def test_flags_may_stand_anywhere_and_come_first_for_hydra(arguments):
+    parsed = Overrides.parse(arguments)
+    assert parsed.multirun
+    assert parsed.arguments == ["-m", "seed=1,2"]
+    assert not Overrides.parse(["seed=-m"]).multirun
+
+
+def test_an_unknown_flag_is_refused():
+    with pytest.raises(UserError, match=r"unknown flag '--multi': did you mean '--multirun'"):
+        Overrides.parse(["--multi", "seed=1,2"])
+
+
+def test_overrides_of_hydra_and_of_runs_are_told_apart():
+    given = ["hydra/launcher=joblib", "+hydra.callbacks.x=1", "seed=1", "hydra.sweep.dir=a"]
+    parsed = Overrides.parse(given)
+    assert parsed.of_hydra == [given[0], given[1], given[3]]
+    assert parsed.of_runs == ["seed=1"]
+    assert parsed.without("hydra.sweep").of_hydra == given[:2]
+
+
+@pytest.mark.parametrize("text", [
+    "model.allow_remote_code=true", "+model.allow_remote_code=1",
+    "+model={allow_remote_code: true}",
+    "~model.allow_remote_code", "model.allow_remote_code=true,false",
+])  # fmt: skip
+def test_a_key_is_found_inside_a_mapping_too(text):
+    assert Overrides.parse([text]).setting("model.allow_remote_code") == [text]
+
+
+def test_a_key_is_not_found_in_names_that_begin_alike():
+    given = ["model.allow_remote_codes=true", "model=micro_moe", "+model={other: 1}"]
+    assert Overrides.parse(given).setting("model.allow_remote_code") == []
+
+
+def test_a_sweep_is_reduced_to_its_first_values():
+    given = ["ratio=0.2,0.4", "++seed=range(3,5)", "x=interval(0,1)", "method=[a,b]"]
+    assert Overrides.parse(given).first_values() == [
+        "ratio=0.2", "++seed=3", "x=0.0", "method=[a,b]",
+    ]  # fmt: skip

@@ -1,0 +1,105 @@
+"""What a call changes in its process is as before when it returns."""
+
+import gc
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bench.cli.main import main
+from bench.data import hub
+from bench.errors import UserError
+from bench.runner.host_process import host_process_restored
+from bench.runner.launch import launch
+from bench.runner.session import Session
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """A process that is not offline, as a notebook may be."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setattr(datasets.config, name, False)
+
+
+def state():
+    signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    return dict(os.environ), list(sys.argv), signals, gc.get_threshold(), Path.cwd()
+
+
+@pytest.mark.parametrize("offline", ["offline=true", "++offline=True", "offline='true'"])
+def test_an_offline_run_leaves_the_process_online(online, monkeypatch, tmp_path, offline):
+    seen = []
+
+    def check(config, session):
+        seen.append(hub.is_offline())
+        raise UserError("seen enough")
+
+    monkeypatch.setattr("bench.runner.launch.check_run", check)
+    before = state()
+    with pytest.raises(UserError, match="seen enough"), Session() as session:
+        launch([offline, f"results_dir={tmp_path}"], session)
+    assert seen == [True]
+    assert not hub.is_offline()
+    assert state() == before
+
+
+def test_a_library_imported_offline_is_online_afterwards(online, monkeypatch):
+    import datasets
+
+    with hub.offline_switch_restored():
+        hub.go_offline()
+        # As if it were imported only now: it then was not there when the block began.
+        monkeypatch.setitem(sys.modules, "datasets.config", datasets.config)
+        assert datasets.config.HF_DATASETS_OFFLINE
+    assert not datasets.config.HF_DATASETS_OFFLINE
+
+
+def test_an_offline_process_stays_offline(online, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.go_offline()
+    with hub.offline_switch_restored():
+        pass
+    assert hub.is_offline()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_variables_are_restored_after_an_error(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    with pytest.raises(ValueError, match="broken"), host_process_restored():
+        os.environ.update(HYDRA_FULL_ERROR="1", DISABLE_MULTIPROC="1")
+        raise ValueError("broken")
+    assert os.environ["HYDRA_FULL_ERROR"] == "0"
+    assert "DISABLE_MULTIPROC" not in os.environ
+
+
+@pytest.mark.parametrize("arguments", [
+    ["run", "modell=x"], ["run", "--cfg", "job"], ["--help"], ["nonsense"], ["ls", "tables"],
+])  # fmt: skip
+def test_a_command_leaves_the_process_as_it_was(arguments, capsys):
+    gc.set_threshold(500, 7, 3)
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    before = state()
+    try:
+        main(arguments)
+        assert state() == before
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+        gc.set_threshold(700, 10, 10)
+
+
+def test_a_command_runs_outside_the_main_thread(capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["--help"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]

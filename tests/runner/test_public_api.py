@@ -1,0 +1,36 @@
+"""The names of `bench`: runs, comparisons and figures as objects."""
+
+import pytest
+from matplotlib.figure import Figure
+
+import bench
+import bench.method
+from bench.errors import UserError
+from bench.runner.identity import identity_differences
+from bench.runner.session import Session
+
+SMALL = [
+    "model=micro_lenet", "benchmark=images", "benchmark.limit=4", "threads=1", "tracker=none",
+]  # fmt: skip
+
+
+def test_runs_are_compared_and_drawn(tmp_path):
+    with bench.Session() as session:
+        records = bench.run(["-m", *SMALL, "seed=1,2", f"results_dir={tmp_path}"], session=session)
+    first, second = (record.id for record in records)
+    (difference,) = identity_differences(*records)
+    assert difference == {"part": "seed", first: "1", second: "2"}
+    comparison = bench.compare([first[:8], second], baseline=first, results_dir=tmp_path)
+    assert comparison.baseline.id == first
+    assert [candidate.id for candidate in comparison.candidates] == [second]
+    assert isinstance(bench.plot("front", results_dir=tmp_path), Figure)
+    assert set(bench.records.load(tmp_path).run) == {first, second}
+    with pytest.raises(UserError, match="did you mean 'front'"):
+        bench.plot("frond", results_dir=tmp_path)
+
+
+def test_classes_are_those_of_their_modules():
+    assert bench.Session is Session
+    assert (bench.Method, bench.Context) == (bench.method.Method, bench.method.Context)
+    with pytest.raises(AttributeError, match="no attribute 'Methods'"):
+        _ = bench.Methods
