@@ -26,7 +26,7 @@ from bench.schema import CalibrationConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bench.data.processors import Tokenizer
+    from bench.data.chat import Tokenizer
 
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"

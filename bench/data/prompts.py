@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.data import chat
-from bench.data.processors import ModelInputs, Processor
+from bench.data.chat import ModelInputs, Processor
 from bench.errors import MissingData, UserError
 from bench.schema import PromptsConfig
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from bench.data.processors import Processor, Tokenizer
+from bench.data.chat import Processor, Tokenizer
 from bench.device import devices
 from bench.errors import UserError
 from bench.models.classifiers import architectures, serialization

@@ -19,7 +19,7 @@ from typing import Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
-from bench.data.processors import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.replaced_modules import ReplacedModule

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from bench.data.processors import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.device.devices import synchronize
 from bench.errors import UserError
 from bench.models.network import replace_forward

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench.data.processors import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.data.prompts import ProcessedPrompts
 from bench.errors import MissingData, UserError
 from bench.models.expert_hooks import observe_experts

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bench.data import chat, conversations
-from bench.data.chat import Conversation
+from bench.data.chat import Conversation, Processor
 from bench.data.conversations import Conversations
-from bench.data.processors import Processor
 from bench.errors import UserError
 from bench.method import Context, Method, MethodReport
 from bench.models.model import Model

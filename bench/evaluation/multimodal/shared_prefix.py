@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from bench.evaluation.multimodal.prompts import EncodedPrompt
 from bench.evaluation.networks import CacheLayer, KeyValueCache, LanguageModel, NetworkConfig
 from bench.models.model import Model
-from bench.models.structure.attention_span import non_attention_layer, sliding_window
+from bench.models.network import non_attention_layer, sliding_window
 
 GROWTH = 64
 """Tokens by which a row may grow before it is copied: a question and a short answer."""

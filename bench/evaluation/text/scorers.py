@@ -31,8 +31,7 @@ from bench.evaluation.text.requests import (
     Tokens,
 )
 from bench.models.model import Model
-from bench.models.network import text_config
-from bench.models.structure.attention_span import sliding_window
+from bench.models.network import sliding_window, text_config
 from bench.schema import Backend
 from bench.ui import Progress
 

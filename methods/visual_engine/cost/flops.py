@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench.data.processors import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.models.macs import (
     MatmulCost,
     VisualLayer,

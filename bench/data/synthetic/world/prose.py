@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from bench.data.synthetic import Split
-from bench.data.synthetic.world import arithmetic_tasks, reading_tasks, vocabulary
+from bench.data.synthetic.world import reading_tasks, science_tasks, vocabulary
 from bench.data.synthetic.world.entities import (
     Object,
     Person,
@@ -144,10 +144,10 @@ def count_up(rng: random.Random) -> str:
 def work_sums(rng: random.Random) -> str:
     """Work out a few sums over pairs of numbers that occur in no test question."""
     worked = []
-    for operation in rng.choices(arithmetic_tasks.OPERATIONS, k=6):
-        x, y = arithmetic_tasks.draw_operands(rng, operation, "train")
+    for operation in rng.choices(science_tasks.OPERATIONS, k=6):
+        x, y = science_tasks.draw_operands(rng, operation, "train")
         worked.append(
-            f"{x} {operation.sign} {y} = {arithmetic_tasks.apply_operation(operation.name, x, y)}"
+            f"{x} {operation.sign} {y} = {science_tasks.apply_operation(operation.name, x, y)}"
         )
     return "Sums: " + ", ".join(worked) + "."
 

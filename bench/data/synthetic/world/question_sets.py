@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from bench.data.synthetic import Split
 from bench.data.synthetic.world import (
-    arithmetic_tasks,
     commonsense_tasks,
     prose,
     reading_tasks,
@@ -35,7 +34,7 @@ QUESTION_MAKERS: dict[str, QuestionMaker] = {
     "hellaswag": commonsense_tasks.ask_hellaswag,
     "arc_challenge": science_tasks.ask_arc_challenge,
     "piqa": commonsense_tasks.ask_piqa,
-    "mathqa": arithmetic_tasks.ask_mathqa,
+    "mathqa": science_tasks.ask_mathqa,
 }
 """The function that draws a question, by lm-eval's name of the task."""
 SEED = 2024

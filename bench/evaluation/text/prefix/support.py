@@ -18,8 +18,7 @@ from bench.evaluation.text.prefix.scorer import LoglikelihoodAccumulator, Prefix
 from bench.evaluation.text.prefix.trie import Trie
 from bench.evaluation.text.requests import LoglikelihoodRequest
 from bench.models.model import Model
-from bench.models.network import text_config
-from bench.models.structure.attention_span import non_attention_layer
+from bench.models.network import non_attention_layer, text_config
 from bench.ui import SILENT
 
 REQUIRED_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values")
