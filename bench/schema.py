@@ -77,7 +77,7 @@ class PerplexityConfig(BaseModel):
     text: Literal["wikitext2", "c4", "english"]
     protocol: Literal["gptq_wikitext2", "gptq_c4", "consecutive"] = "consecutive"
     window: int = Field(default=2048, ge=8)
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
 
 
 class ImagesConfig(BaseModel):
@@ -148,6 +148,10 @@ class BenchmarkConfig(BaseModel):
         """Drop null entries: config files list them only to make them overridable."""
         if not isinstance(data, dict):
             return data
+        for task, path in data.items():
+            # Not the same as null: an unset variable of a shell would silently score other data.
+            if path == "":
+                raise ValueError(f"benchmark.data.{task} is empty: give a path, or null for none")
         return {task: path for task, path in data.items() if path is not None}
 
     @model_validator(mode="after")

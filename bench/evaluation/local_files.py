@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import datasets
 import pyarrow
@@ -60,13 +61,16 @@ def load_local_rows(
     """Read a file as the split `split`, or a folder's files as one split each.
 
     Raises:
-        UserError: the path does not exist, a file cannot be read, or a column is missing.
+        UserError: the path does not exist, a file cannot be read, a column is missing, or a row
+            has no answer.
     """
     key = f"benchmark.data.{task}={path}"
     files = _files_by_split(_existing_path(path, key), key, split)
     splits = {name: read_rows(file, key) for name, file in files.items()}
     for name, rows in splits.items():
-        _check_columns(rows, TEXT_COLUMNS.get(task, ()), f"{key}: {files[name].name}")
+        where = f"{key}: {files[name].name}"
+        _check_columns(rows, TEXT_COLUMNS.get(task, ()), where)
+        _check_labels(task, rows, where)
     data = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
     return datasets.DatasetDict(data), file_source(list(files.values()))
 
@@ -134,6 +138,49 @@ def _json_rows(file: Path) -> list[DataRow]:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("every row must be an object")
     return list(rows)
+
+
+Label: TypeAlias = tuple[str, Callable[[DataRow], Iterable[object]]]
+"""The column of a task's correct answer, and a function from a row to the values it may have."""
+
+
+def _binary_labels(row: DataRow) -> Iterable[object]:
+    return (0, 1)
+
+
+def _option_letters(row: DataRow) -> Iterable[object]:
+    return cast("Iterable[object]", row["choices"]["label"])
+
+
+LABELS: dict[str, Label] = {
+    "boolq": ("label", _binary_labels),
+    "rte": ("label", _binary_labels),
+    "piqa": ("label", _binary_labels),
+    "arc_easy": ("answerKey", _option_letters),
+    "arc_challenge": ("answerKey", _option_letters),
+    "openbookqa": ("answerKey", _option_letters),
+    "winogrande": ("answer", lambda row: ("1", "2")),
+    # A string in the real data set, an integer in some copies of it; the harness reads both.
+    "hellaswag": ("label", lambda row: [*range(4), *map(str, range(4))]),
+    "mathqa": ("correct", lambda row: "abcde"),
+}
+
+
+def _check_labels(task: str, rows: list[DataRow], where: str) -> None:
+    """Raise UserError unless every row holds an answer that the task can score."""
+    if task not in LABELS:
+        return
+    column, allowed = LABELS[task]
+    for index, row in enumerate(rows):
+        value, values = row[column], list(allowed(row))
+        # The files of public test splits hold -1 or an empty string. The harness would score such
+        # a row as wrong for every model, and report an accuracy of 0.
+        label = value.strip() if isinstance(value, str) else value
+        if label not in values:
+            raise UserError(
+                f"{where}: row {index} has {column}={value!r}, which is no answer; this task needs "
+                f"one of {', '.join(map(repr, values))}. Give a split that holds the answers"
+            )
 
 
 def _check_columns(rows: list[DataRow], columns: tuple[str, ...], where: str) -> None:

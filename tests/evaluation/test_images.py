@@ -73,4 +73,4 @@ def test_missing_images_are_one_sentence(name, tmp_path):
 def test_a_language_model_is_refused_by_its_kind():
     language = ModelConfig(name="micro_moe", source="embedded:micro_moe")
     with pytest.raises(UserError, match="needs a model of kind image_classifier"):
-        plan(benchmark(), offline=True).refuse_unfit(language)
+        plan(benchmark(), offline=True).check_model(language)

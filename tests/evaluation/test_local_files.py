@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from bench.data.synthetic.world import TASKS, documents_by_split
 from bench.errors import UserError
-from bench.evaluation import BenchmarkConfig, evaluate, plan
-from bench.evaluation.local_files import TEXT_COLUMNS
+from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
+from bench.evaluation.local_files import LABELS, TEXT_COLUMNS
 from bench.evaluation.text.task_index import restrict_to_splits
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real_tasks"
@@ -40,7 +41,7 @@ def planned(task, path, **options):
 
 
 def test_every_task_has_its_columns_listed():
-    assert set(TEXT_COLUMNS) == set(TASKS)
+    assert set(TEXT_COLUMNS) == set(LABELS) == set(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -115,6 +116,28 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
     assert "has no rows" in refusal("piqa", write(tmp_path / "empty.jsonl", []))
     assert "must contain validation.parquet" in refusal("piqa", tmp_path)
     assert "cannot be read" in refusal("piqa", write(tmp_path / "list.json", [1, 2]))
+
+
+UNLABELLED = {
+    "boolq": -1, "rte": -1, "piqa": "x", "hellaswag": "", "winogrande": "", "arc_easy": "E",
+    "arc_challenge": "", "openbookqa": "?", "mathqa": "f",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_row_without_an_answer_is_named(task, tmp_path):
+    rows, (column, _) = rows_of(task), LABELS[task]
+    rows[2] = rows[2] | {column: UNLABELLED[task]}
+    message = refusal(task, write(tmp_path / "mine.jsonl", rows))
+    assert f"mine.jsonl: row 2 has {column}={UNLABELLED[task]!r}, which is no answer" in message
+
+
+def test_an_empty_path_is_refused_and_null_is_none():
+    with pytest.raises(ValidationError, match=r"benchmark\.data\.piqa is empty: give a path"):
+        BenchmarkConfig(name="b", tasks=("piqa",), data={"piqa": ""})
+    assert BenchmarkConfig(name="b", tasks=("piqa",), data={"piqa": None}).data == {}
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        PerplexityConfig(text="english", path="")
 
 
 def test_rows_that_do_not_fit_another_task_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Keys and values with room behind them are those of transformers' own growing layer."""
+"""A preallocated cache layer holds what transformers' own growing layer holds."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def grown(length):
 @pytest.mark.parametrize(
     "calls", [[7, 1, 1], [GROWTH, 1, 1], [GROWTH + 9, 1], [1] * (2 * GROWTH + 5)]
 )
-def test_it_grows_like_the_layer_that_copies(calls):
+def test_it_equals_the_layer_that_copies(calls):
     plain, ours = grown(11), preallocated(grown(11), OWNER_B)
     plain.batch_select_indices(OWNER_B)
     assert isinstance(ours, PreallocatedCacheLayer)
@@ -33,7 +33,7 @@ def test_it_grows_like_the_layer_that_copies(calls):
         assert ours.get_seq_length() == plain.get_seq_length()
 
 
-def test_an_answer_does_not_move_what_came_before_it():
+def test_appending_an_answer_does_not_copy_its_prefix():
     ours = preallocated(grown(11), OWNER_B)
     where = ours.keys.data_ptr()
     for _ in range(GROWTH):
@@ -43,7 +43,7 @@ def test_an_answer_does_not_move_what_came_before_it():
     assert ours.keys.data_ptr() != where
 
 
-def test_a_layer_of_another_kind_stays_itself():
+def test_a_layer_of_a_different_class_is_kept():
     class Other(DynamicLayer):
         pass
 

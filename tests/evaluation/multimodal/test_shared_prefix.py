@@ -1,4 +1,4 @@
-"""Questions about the same images are answered as if each came alone, from one prefill."""
+"""Questions about the same images share one prefill and get the answers they get alone."""
 
 from dataclasses import replace
 
@@ -41,14 +41,14 @@ def answers(model, asked, batch=8, share=True, **options):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("batch", [2, 7])
-def test_shared_answers_are_plain_answers(name, batch, mllms):
+def test_answers_equal_those_of_whole_prompts(name, batch, mllms):
     expected = answers(mllms[name], questions(), 1, share=False, max_new_tokens=6)
     assert len(set(expected)) > 3
     assert answers(mllms[name], questions(), batch, max_new_tokens=6) == expected
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_beginning_goes_through_the_decoder_once(name, mllms):
+def test_a_prefix_goes_through_the_decoder_once(name, mllms):
     model, widths = mllms[name], []
 
     def spy(module, args, kwargs):
@@ -71,15 +71,15 @@ def test_a_question_before_its_image_shares_nothing():
     encoded = [{"input_ids": torch.tensor([row])} for row in rows]
     assert shared_prefix.find_image_prefixes(encoded[:2], ["a", "a"], config) == []
     assert shared_prefix.find_image_prefixes(encoded[::2], ["a", "b"], config) == []
-    (start,) = shared_prefix.find_image_prefixes(encoded, ["b", "c", "a", "a"], config)
-    assert start == shared_prefix.ImagePrefix((2, 3), 3)
+    (prefix,) = shared_prefix.find_image_prefixes(encoded, ["b", "c", "a", "a"], config)
+    assert prefix == shared_prefix.ImagePrefix((2, 3), 3)
 
 
-def test_a_prompt_that_is_another_s_beginning_keeps_a_token_of_its_own():
+def test_a_prompt_that_is_a_prefix_of_another_keeps_a_token_of_its_own():
     config = type("Config", (), {"image_token_id": 9})
     encoded = [{"input_ids": torch.tensor([row])} for row in ([9, 1, 2], [9, 1, 2, 3], [9, 1, 2])]
-    (start,) = shared_prefix.find_image_prefixes(encoded, ["a"] * 3, config)
-    assert start.length == 2
+    (prefix,) = shared_prefix.find_image_prefixes(encoded, ["a"] * 3, config)
+    assert prefix.length == 2
 
 
 def micro(backend, **options):
@@ -128,7 +128,7 @@ def official():
 
 
 @pytest.mark.parametrize("method", [None, windows, drop])
-def test_both_engines_give_the_same_record_whatever_is_skipped(micro_llava, method):
+def test_both_backends_give_the_same_samples_whatever_is_skipped(micro_llava, method):
     model = micro_llava if method is None else applied(micro_llava, method())
     shared, plain = evaluate(model, micro("prefix_sharing")), evaluate(model, micro("padded"))
     assert shared.samples == plain.samples
@@ -143,7 +143,7 @@ def fastv():
 
 
 @pytest.mark.parametrize("method", [fastv, official])
-def test_a_method_that_looks_at_whole_prompts_is_asked_plainly(micro_llava, method):
+def test_a_method_that_looks_at_whole_prompts_uses_the_padded_backend(micro_llava, method):
     model = applied(micro_llava, method())
     found = evaluate(model, micro("prefix_sharing", tasks=("pope",), limit=6))
     assert found.backend["used"] == "padded"
@@ -151,7 +151,7 @@ def test_a_method_that_looks_at_whole_prompts_is_asked_plainly(micro_llava, meth
     assert found.samples == evaluate(model, micro("padded", tasks=("pope",), limit=6)).samples
 
 
-def test_a_window_shorter_than_the_prompts_is_asked_plainly(llava):
+def test_a_window_shorter_than_the_prompts_shares_nothing(llava):
     slides = replace(llava)
     config = type(llava.network.config)(**llava.network.config.to_dict())
     config.get_text_config().sliding_window = 64

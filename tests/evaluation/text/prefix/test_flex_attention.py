@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.evaluation.text.prefix.trees import VOCABULARY, assert_same, shared, tree
+from tests.evaluation.text.prefix.trees import VOCABULARY, assert_same, score, tree
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +35,7 @@ def network(attention):
 @pytest.mark.parametrize("stem", [3, 90])
 def test_it_answers_as_sdpa_does(stem):
     questions = tree(torch.Generator().manual_seed(1), 12, stem, 12, 3, 4)
-    found, asked = shared(network("flex_attention"), questions)
-    wanted, _ = shared(network("sdpa"), questions)
-    assert asked.computed_tokens < asked.padded_tokens
+    found, report = score(network("flex_attention"), questions)
+    wanted, _ = score(network("sdpa"), questions)
+    assert report.computed_tokens < report.padded_tokens
     assert_same(found, wanted, 1e-4)

@@ -23,7 +23,7 @@ from tests.evaluation.text.prefix.trees import (
     VOCABULARY,
     assert_same,
     one_by_one,
-    shared,
+    score,
     tree,
 )
 
@@ -87,16 +87,16 @@ def test_every_architecture_answers_the_same(kind, attention):
     window = KINDS[kind].get("sliding_window")
     network = network_of(kind, attention)
     questions = [*SHORT_PREFIXES, *WITH_LONG_PREFIX[:100], *LONG]
-    found, asked = shared(network, questions, window=window)
+    found, report = score(network, questions, window=window)
     assert_same(found, one_by_one(network, questions), 1e-4)
-    assert asked.computed_tokens < asked.padded_tokens
+    assert report.computed_tokens < report.padded_tokens
 
 
 def test_a_long_prefix_is_computed_once(llama):
-    found, asked = shared(llama, WITH_LONG_PREFIX)
+    found, report = score(llama, WITH_LONG_PREFIX)
     assert_same(found, one_by_one(llama, WITH_LONG_PREFIX), 1e-4)
     own = sum(len(set_) for set_ in _distinct(WITH_LONG_PREFIX))
-    assert own <= asked.computed_tokens < 1.15 * own + 90
+    assert own <= report.computed_tokens < 1.15 * own + 90
 
 
 def _distinct(questions):
@@ -119,32 +119,32 @@ def test_any_trie_in_any_batches(llama, asked, tokens, limits):
         LoglikelihoodRequest(inputs[:-1], inputs[max(1, len(inputs) - count) :])
         for inputs, count in asked
     ]
-    found, _ = shared(llama, questions, tokens, limits=limits)
+    found, _ = score(llama, questions, tokens, limits=limits)
     assert_same(found, one_by_one(llama, questions))
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 def test_answers_do_not_depend_on_the_batch(llama, tokens):
-    found, _ = shared(llama, SHORT_PREFIXES + WITH_LONG_PREFIX, tokens)
-    whole, _ = shared(llama, SHORT_PREFIXES + WITH_LONG_PREFIX, 4096)
+    found, _ = score(llama, SHORT_PREFIXES + WITH_LONG_PREFIX, tokens)
+    whole, _ = score(llama, SHORT_PREFIXES + WITH_LONG_PREFIX, 4096)
     assert_same(found, whole, 1e-5)
 
 
 def test_bfloat16_stays_within_a_hundredth_of_a_log_likelihood():
     half = network_of("llama").to(torch.bfloat16)
-    found, _ = shared(half, SHORT_PREFIXES)
+    found, _ = score(half, SHORT_PREFIXES)
     for ours, theirs in zip(found, one_by_one(half, SHORT_PREFIXES), strict=True):
         assert ours.value == pytest.approx(theirs.value, rel=0.01, abs=0.1)
 
 
-def test_nothing_is_asked():
-    assert shared(network_of("llama"), [])[0] == []
+def test_no_requests_give_no_results():
+    assert score(network_of("llama"), [])[0] == []
 
 
-def test_only_positions_that_are_asked_about_meet_the_head(llama):
+def test_only_scored_positions_meet_the_head(llama):
     seen = []
     hook = llama.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
-    shared(llama, SHORT_PREFIXES)
+    score(llama, SHORT_PREFIXES)
     hook.remove()
     asked = {
         tuple(q.inputs[: len(q.inputs) - back])
@@ -167,15 +167,15 @@ class Full(Forward):
 
 @pytest.mark.parametrize("room", [45, 60, 150, 300])
 def test_out_of_memory_halves_the_budget_says_so_and_changes_nothing(llama, room):
-    said, asked = io.StringIO(), BackendReport("prefix_sharing")
+    said, report = io.StringIO(), BackendReport("prefix_sharing")
     forward = Full(llama, CPU)
     forward.room = room
     budget = TokenBudget(2048, CPU, Progress(said))
-    scorer = PrefixSharingScorer(forward, budget, asked)
+    scorer = PrefixSharingScorer(forward, budget, report)
     found = dict(answer for batch in scorer.score(SHORT_PREFIXES) for answer in batch)
-    whole, _ = shared(llama, SHORT_PREFIXES)
+    whole, _ = score(llama, SHORT_PREFIXES)
     assert_same([found[number] for number in range(len(SHORT_PREFIXES))], whole)
-    assert asked.halved >= 1
+    assert report.halved >= 1
     assert budget.tokens < 2048
     assert "out of memory with a batch of" in said.getvalue()
 

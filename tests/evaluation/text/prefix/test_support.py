@@ -21,23 +21,23 @@ def model_of(kind, attention="eager", **changes):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**WIDTH, initializer_range=0.3, **changes)
     network = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    asked = ModelConfig(name=kind, source="embedded:tiny")
+    config = ModelConfig(name=kind, source="embedded:tiny")
     network.eval().requires_grad_(False)
-    return Model(asked, network, None, "0", None, torch.device("cpu"))
+    return Model(config, network, None, "0", None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "mixtral", "opt", "phi", "stablelm"])
-def test_networks_of_attention_are_taken(kind):
+def test_attention_networks_are_supported(kind):
     assert support.unsupported_reason(model_of(kind)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_taken_too(dtype):
+def test_half_precision_is_supported(dtype):
     model = model_of("llama", "sdpa")
     assert support.unsupported_reason(replace(model, network=model.network.to(dtype))) is None
 
 
-REFUSED = {
+UNSUPPORTED = {
     "mamba": "has no argument past_key_values",
     "bloom": "has no argument position_ids",
     "qwen3_next": "linear_attention layers",
@@ -45,14 +45,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_others_are_refused_by_name(kind):
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_the_reason_names_what_is_not_supported(kind):
     more = {"layer_types": ["linear_attention", "full_attention"]} if kind == "qwen3_next" else {}
-    assert REFUSED[kind] in support.unsupported_reason(model_of(kind, **more))
+    assert UNSUPPORTED[kind] in support.unsupported_reason(model_of(kind, **more))
 
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_a_network_that_ignores_what_it_is_given_is_found_out(ignored):
+def test_a_network_that_ignores_an_argument_is_detected(ignored):
     model = model_of("llama", "sdpa")
     stock = model.network.model.forward
 
@@ -63,7 +63,7 @@ def test_a_network_that_ignores_what_it_is_given_is_found_out(ignored):
     assert "log-likelihoods differ in a packed sequence" in support.unsupported_reason(model)
 
 
-def test_a_network_that_fails_on_branches_is_asked_plainly():
+def test_a_network_that_fails_on_branches_is_not_supported():
     model = model_of("llama", "sdpa")
     stock = model.network.model.forward
 
@@ -76,7 +76,7 @@ def test_a_network_that_fails_on_branches_is_asked_plainly():
     assert support.unsupported_reason(model).endswith("ValueError no mask of four dimensions")
 
 
-def test_running_out_of_memory_is_not_taken_for_a_fault():
+def test_running_out_of_memory_says_nothing_about_support():
     model = model_of("llama", "sdpa")
 
     def forward(*_, **__):

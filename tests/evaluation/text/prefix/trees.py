@@ -14,14 +14,14 @@ CPU = torch.device("cpu")
 VOCABULARY = 40
 
 
-def shared(network, questions, tokens=2048, window=None, limits=DEFAULT_LIMITS):
+def score(network, questions, tokens=2048, window=None, limits=DEFAULT_LIMITS):
     """Score with prefix sharing; return the results in order and the backend report."""
-    asked = BackendReport("prefix_sharing")
+    report = BackendReport("prefix_sharing")
     budget = TokenBudget(tokens, CPU, SILENT)
-    scorer = PrefixSharingScorer(Forward(network, CPU), budget, asked, window, limits)
+    scorer = PrefixSharingScorer(Forward(network, CPU), budget, report, window, limits)
     found = [answer for batch in scorer.score(questions) for answer in batch]
     assert sorted(number for number, _ in found) == list(range(len(questions)))
-    return [answer for _, answer in sorted(found)], asked
+    return [answer for _, answer in sorted(found)], report
 
 
 @torch.no_grad()
