@@ -74,11 +74,11 @@ def onloaded(module: nn.Module) -> Iterator[None]:
     end, changed and new weights are written back to where the module's weights were: CPU memory, or
     safetensors files on disk. A module that is not offloaded is left alone.
     """
-    stays = _Onloaded(module)
+    weights = _Onloaded(module)
     try:
         yield
     finally:
-        stays.end()
+        weights.end()
 
 
 @contextmanager

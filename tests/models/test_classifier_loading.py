@@ -60,11 +60,11 @@ def test_the_papers_networks_have_the_shape_of_their_data(name):
 
 
 def test_fresh_weights_are_those_of_the_seed_also_within_a_process():
-    pristine = BaseModelCache()
+    cache = BaseModelCache()
     weights = {}
     for seed in (1, 2, 1):
         source = resolve_model(fresh(seed), offline=True)
-        head = pristine.acquire(source, will_change=False).network.head[2].weight.clone()
+        head = cache.acquire(source, will_change=False).network.head[2].weight.clone()
         assert torch.equal(head, weights.setdefault((seed, source.fingerprint), head))
     assert len(weights) == 2
     assert not torch.equal(*weights.values())

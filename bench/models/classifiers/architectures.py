@@ -11,27 +11,26 @@ from torch import Tensor, nn
 from bench.errors import UserError, unknown_name
 from bench.models.classifiers.classifier import Classifier, VisionConfig, initialise, pooled_head
 
-
-def micro_vgg(config: VisionConfig) -> Classifier:
-    """Return a VGG of six convolutions for images of 8x8."""
-    return _vgg(config, VGG_MICRO)
-
-
-def mobilenet_v1(config: VisionConfig) -> Classifier:
-    """Return MobileNetV1; images below 64 pixels keep their size in the first layer."""
-    return _mobilenet(config, 32, MOBILENET)
+# From this size on, a ResNet's stem reduces the image by four, as for ImageNet; MobileNet's first
+# layer reduces it by two.
+LARGE_IMAGE = 64
 
 
-def micro_lenet(config: VisionConfig) -> Classifier:
-    """Return a LeNet for images of 8x8: 16 and 32 filters of 3x3, dense layers of 64 and 32."""
-    features = nn.Sequential(
-        *_lenet_stage(config.channels, 16, kernel=3, padding=1),
-        *_lenet_stage(16, 32, kernel=3, padding=1),
-        nn.Flatten(),
-    )
-    return Classifier(
-        config, features, _lenet_head(32 * (config.size // 4) ** 2, 64, 32, config.classes)
-    )
+def conv_bn_relu(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """Return convolution, BatchNorm and ReLU; the image keeps its size at stride 1."""
+    return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride, groups), nn.ReLU(inplace=True))
+
+
+def conv_bn(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """Return convolution and BatchNorm."""
+    padding = kernel // 2
+    # No bias: BatchNorm subtracts it again.
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
 
 
 def lenet5(config: VisionConfig) -> Classifier:
@@ -46,29 +45,40 @@ def lenet5(config: VisionConfig) -> Classifier:
     return Classifier(config, features, _lenet_head(16 * side**2, 120, 84, config.classes))
 
 
-def densenet40(config: VisionConfig) -> Classifier:
-    """Return DenseNet-40: three blocks of twelve layers, growth rate 12."""
-    return _densenet(config, growth=12, blocks=(12, 12, 12))
+def micro_lenet(config: VisionConfig) -> Classifier:
+    """Return a LeNet for images of 8x8: 16 and 32 filters of 3x3, dense layers of 64 and 32."""
+    features = nn.Sequential(
+        *_lenet_stage(config.channels, 16, kernel=3, padding=1),
+        *_lenet_stage(16, 32, kernel=3, padding=1),
+        nn.Flatten(),
+    )
+    return Classifier(
+        config, features, _lenet_head(32 * (config.size // 4) ** 2, 64, 32, config.classes)
+    )
 
 
-def micro_resnet(config: VisionConfig) -> Classifier:
-    """Return a ResNet of three basic blocks for images of 8x8."""
-    return _resnet(config, basic_block, ((16, 1), (32, 1), (64, 1)))
+def _lenet_stage(inputs: int, outputs: int, kernel: int, padding: int) -> list[nn.Module]:
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=padding)
+    return [layer, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
 
 
-def micro_densenet(config: VisionConfig) -> Classifier:
-    """Return a DenseNet of two blocks of three layers for images of 8x8."""
-    return _densenet(config, growth=8, blocks=(3, 3))
+def _lenet_head(inputs: int, first: int, second: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, first),
+        nn.ReLU(inplace=True),
+        nn.Linear(first, second),
+        nn.ReLU(inplace=True),
+        nn.Linear(second, classes),
+    )
 
 
-def resnet50(config: VisionConfig) -> Classifier:
-    """Return ResNet-50: stages of 3, 4, 6 and 3 bottlenecks."""
-    return _resnet(config, bottleneck, ((256, 3), (512, 4), (1024, 6), (2048, 3)), stem=64)
+StageWidths = tuple[tuple[int, ...], ...]
 
 
-def micro_mobilenet(config: VisionConfig) -> Classifier:
-    """Return a MobileNet of four blocks for images of 8x8."""
-    return _mobilenet(config, 16, MOBILENET_MICRO)
+VGG16: StageWidths = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+VGG_MICRO: StageWidths = ((16, 16), (32, 32), (32, 32))
 
 
 def vgg16(config: VisionConfig) -> Classifier:
@@ -76,9 +86,182 @@ def vgg16(config: VisionConfig) -> Classifier:
     return _vgg(config, VGG16)
 
 
+def micro_vgg(config: VisionConfig) -> Classifier:
+    """Return a VGG of six convolutions for images of 8x8."""
+    return _vgg(config, VGG_MICRO)
+
+
+def _vgg(config: VisionConfig, stages: StageWidths) -> Classifier:
+    layers: list[nn.Module] = []
+    inputs = config.channels
+    for number, stage in enumerate(stages):
+        if number > 0:
+            layers.append(nn.MaxPool2d(2))
+        layers += [conv_bn_relu(before, width) for before, width in pairwise((inputs, *stage))]
+        inputs = stage[-1]
+    return Classifier(config, nn.Sequential(*layers), pooled_head(inputs, config.classes))
+
+
+LayerWidths = tuple[tuple[int, int], ...]
+
+
+MOBILENET: LayerWidths = (
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+    (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
+)  # fmt: skip
+
+
+MOBILENET_MICRO: LayerWidths = ((32, 1), (32, 1), (64, 2), (64, 1))
+
+
+def mobilenet_v1(config: VisionConfig) -> Classifier:
+    """Return MobileNetV1; images below 64 pixels keep their size in the first layer."""
+    return _mobilenet(config, 32, MOBILENET)
+
+
+def micro_mobilenet(config: VisionConfig) -> Classifier:
+    """Return a MobileNet of four blocks for images of 8x8."""
+    return _mobilenet(config, 16, MOBILENET_MICRO)
+
+
+def _mobilenet(config: VisionConfig, stem: int, plan: LayerWidths) -> Classifier:
+    """Return a MobileNet; `plan` has width and stride of every block."""
+    stride = 2 if config.size >= LARGE_IMAGE else 1
+    layers: list[nn.Module] = [conv_bn_relu(config.channels, stem, stride=stride)]
+    inputs = stem
+    for width, step in plan:
+        layers.append(conv_bn_relu(inputs, inputs, stride=step, groups=inputs))
+        layers.append(conv_bn_relu(inputs, width, kernel=1))
+        inputs = width
+    return Classifier(config, nn.Sequential(*layers), pooled_head(inputs, config.classes))
+
+
+class DenseLayer(nn.Module):
+    """BatchNorm, ReLU and a convolution whose few new channels are appended to the input."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.convolution = nn.Conv2d(inputs, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input with the new channels appended."""
+        return torch.cat([x, self.convolution(torch.relu(self.norm(x)))], 1)
+
+
+def densenet40(config: VisionConfig) -> Classifier:
+    """Return DenseNet-40: three blocks of twelve layers, growth rate 12."""
+    return _densenet(config, growth=12, blocks=(12, 12, 12))
+
+
+def micro_densenet(config: VisionConfig) -> Classifier:
+    """Return a DenseNet of two blocks of three layers for images of 8x8."""
+    return _densenet(config, growth=8, blocks=(3, 3))
+
+
+def _densenet(config: VisionConfig, growth: int, blocks: tuple[int, ...]) -> Classifier:
+    """Return a DenseNet whose transitions keep the number of channels and halve the image."""
+    width = 2 * growth
+    layers: list[nn.Module] = [nn.Conv2d(config.channels, width, 3, padding=1, bias=False)]
+    for number, count in enumerate(blocks):
+        if number > 0:
+            layers += _densenet_transition(width)
+        for _ in range(count):
+            layers.append(DenseLayer(width, growth))
+            width += growth
+    layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    return Classifier(config, nn.Sequential(*layers), pooled_head(width, config.classes))
+
+
+def _densenet_transition(width: int) -> list[nn.Module]:
+    return [
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.AvgPool2d(2),
+    ]
+
+
+class ResidualBlock(nn.Module):
+    """Sum of a branch and a shortcut, then ReLU; without its branch, the shortcut alone."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch: nn.Module | None = branch
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute relu(shortcut(x) + branch(x))."""
+        y: Tensor = self.shortcut(x)
+        # Pruning may remove the whole branch; the block stays, so that names in the state dict do
+        # not shift.
+        if self.branch is not None:
+            y = y + self.branch(x)
+        return torch.relu(y)
+
+
+ResidualMaker = Callable[[int, int, int], ResidualBlock]
+
+
+BOTTLENECK_EXPANSION = 4
+
+
 def resnet18(config: VisionConfig) -> Classifier:
     """Return ResNet-18: two basic blocks in each of four stages."""
     return _resnet(config, basic_block, ((64, 2), (128, 2), (256, 2), (512, 2)))
+
+
+def resnet50(config: VisionConfig) -> Classifier:
+    """Return ResNet-50: stages of 3, 4, 6 and 3 bottlenecks."""
+    return _resnet(config, bottleneck, ((256, 3), (512, 4), (1024, 6), (2048, 3)), stem=64)
+
+
+def micro_resnet(config: VisionConfig) -> Classifier:
+    """Return a ResNet of three basic blocks for images of 8x8."""
+    return _resnet(config, basic_block, ((16, 1), (32, 1), (64, 1)))
+
+
+def _resnet(
+    config: VisionConfig, block: ResidualMaker, stages: tuple[tuple[int, int], ...], stem: int = 0
+) -> Classifier:
+    """Return a ResNet; `stages` has width and number of blocks, `stem` its width if different."""
+    inputs = stem or stages[0][0]
+    if config.size >= LARGE_IMAGE:
+        first = conv_bn_relu(config.channels, inputs, kernel=7, stride=2)
+        layers: list[nn.Module] = [first, nn.MaxPool2d(3, stride=2, padding=1)]
+    else:
+        layers = [conv_bn_relu(config.channels, inputs)]
+    for number, (width, blocks) in enumerate(stages):
+        for index in range(blocks):
+            # The first block of every stage but the first halves the image.
+            layers.append(block(inputs, width, 2 if index == 0 and number > 0 else 1))
+            inputs = width
+    return Classifier(config, nn.Sequential(*layers), pooled_head(inputs, config.classes))
+
+
+def basic_block(inputs: int, outputs: int, stride: int) -> ResidualBlock:
+    """Return two 3x3 convolutions with a shortcut."""
+    branch = nn.Sequential(conv_bn_relu(inputs, outputs, stride=stride), conv_bn(outputs, outputs))
+    return ResidualBlock(branch, _shortcut(inputs, outputs, stride))
+
+
+def bottleneck(inputs: int, outputs: int, stride: int) -> ResidualBlock:
+    """Return 1x1, 3x3 and 1x1 convolutions, the middle one four times narrower."""
+    inner = outputs // BOTTLENECK_EXPANSION
+    branch = nn.Sequential(
+        conv_bn_relu(inputs, inner, kernel=1),
+        # The stride is in the 3x3 convolution, as in torchvision's version (v1.5), not in the first
+        # 1x1 of the paper.
+        conv_bn_relu(inner, inner, stride=stride),
+        conv_bn(inner, outputs, kernel=1),
+    )
+    return ResidualBlock(branch, _shortcut(inputs, outputs, stride))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    return conv_bn(inputs, outputs, kernel=1, stride=stride)
 
 
 ARCHITECTURES: dict[str, Callable[[VisionConfig], Classifier]] = {
@@ -159,174 +342,3 @@ def _layer_to_resize(network: nn.Module, name: str) -> nn.Module:
         raise UserError(
             f"the config resizes {name}, which {type(network).__name__} does not have"
         ) from None
-
-
-def _lenet_stage(inputs: int, outputs: int, kernel: int, padding: int) -> list[nn.Module]:
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=padding)
-    return [layer, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
-
-
-def _lenet_head(inputs: int, first: int, second: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, first),
-        nn.ReLU(inplace=True),
-        nn.Linear(first, second),
-        nn.ReLU(inplace=True),
-        nn.Linear(second, classes),
-    )
-
-
-StageWidths = tuple[tuple[int, ...], ...]
-VGG16: StageWidths = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-VGG_MICRO: StageWidths = ((16, 16), (32, 32), (32, 32))
-
-
-def _vgg(config: VisionConfig, stages: StageWidths) -> Classifier:
-    layers: list[nn.Module] = []
-    inputs = config.channels
-    for number, stage in enumerate(stages):
-        if number > 0:
-            layers.append(nn.MaxPool2d(2))
-        layers += [conv_bn_relu(before, width) for before, width in pairwise((inputs, *stage))]
-        inputs = stage[-1]
-    return Classifier(config, nn.Sequential(*layers), pooled_head(inputs, config.classes))
-
-
-LayerWidths = tuple[tuple[int, int], ...]
-LARGE_IMAGE = 64
-MOBILENET: LayerWidths = (
-    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
-    (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
-)  # fmt: skip
-MOBILENET_MICRO: LayerWidths = ((32, 1), (32, 1), (64, 2), (64, 1))
-
-
-def _mobilenet(config: VisionConfig, stem: int, plan: LayerWidths) -> Classifier:
-    """Return a MobileNet; `plan` has width and stride of every block."""
-    stride = 2 if config.size >= LARGE_IMAGE else 1
-    layers: list[nn.Module] = [conv_bn_relu(config.channels, stem, stride=stride)]
-    inputs = stem
-    for width, step in plan:
-        layers.append(conv_bn_relu(inputs, inputs, stride=step, groups=inputs))
-        layers.append(conv_bn_relu(inputs, width, kernel=1))
-        inputs = width
-    return Classifier(config, nn.Sequential(*layers), pooled_head(inputs, config.classes))
-
-
-def _densenet(config: VisionConfig, growth: int, blocks: tuple[int, ...]) -> Classifier:
-    """Return a DenseNet whose transitions keep the number of channels and halve the image."""
-    width = 2 * growth
-    layers: list[nn.Module] = [nn.Conv2d(config.channels, width, 3, padding=1, bias=False)]
-    for number, count in enumerate(blocks):
-        if number > 0:
-            layers += _densenet_transition(width)
-        for _ in range(count):
-            layers.append(DenseLayer(width, growth))
-            width += growth
-    layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-    return Classifier(config, nn.Sequential(*layers), pooled_head(width, config.classes))
-
-
-def _densenet_transition(width: int) -> list[nn.Module]:
-    return [
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(width, width, 1, bias=False),
-        nn.AvgPool2d(2),
-    ]
-
-
-class ResidualBlock(nn.Module):
-    """Sum of a branch and a shortcut, then ReLU; without its branch, the shortcut alone."""
-
-    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.branch: nn.Module | None = branch
-        self.shortcut = shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute relu(shortcut(x) + branch(x))."""
-        y: Tensor = self.shortcut(x)
-        # Pruning may remove the whole branch; the block stays, so that names in the state dict do
-        # not shift.
-        if self.branch is not None:
-            y = y + self.branch(x)
-        return torch.relu(y)
-
-
-ResidualMaker = Callable[[int, int, int], ResidualBlock]
-BOTTLENECK_EXPANSION = 4
-"""From this size on, the stem reduces the image by four, as for ImageNet."""
-
-
-def basic_block(inputs: int, outputs: int, stride: int) -> ResidualBlock:
-    """Return two 3x3 convolutions with a shortcut."""
-    branch = nn.Sequential(conv_bn_relu(inputs, outputs, stride=stride), conv_bn(outputs, outputs))
-    return ResidualBlock(branch, _shortcut(inputs, outputs, stride))
-
-
-def bottleneck(inputs: int, outputs: int, stride: int) -> ResidualBlock:
-    """Return 1x1, 3x3 and 1x1 convolutions, the middle one four times narrower."""
-    inner = outputs // BOTTLENECK_EXPANSION
-    branch = nn.Sequential(
-        conv_bn_relu(inputs, inner, kernel=1),
-        # The stride is in the 3x3 convolution, as in torchvision's version (v1.5), not in the first
-        # 1x1 of the paper.
-        conv_bn_relu(inner, inner, stride=stride),
-        conv_bn(inner, outputs, kernel=1),
-    )
-    return ResidualBlock(branch, _shortcut(inputs, outputs, stride))
-
-
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    if inputs == outputs and stride == 1:
-        return nn.Identity()
-    return conv_bn(inputs, outputs, kernel=1, stride=stride)
-
-
-def _resnet(
-    config: VisionConfig, block: ResidualMaker, stages: tuple[tuple[int, int], ...], stem: int = 0
-) -> Classifier:
-    """Return a ResNet; `stages` has width and number of blocks, `stem` its width if different."""
-    inputs = stem or stages[0][0]
-    if config.size >= LARGE_IMAGE:
-        first = conv_bn_relu(config.channels, inputs, kernel=7, stride=2)
-        layers: list[nn.Module] = [first, nn.MaxPool2d(3, stride=2, padding=1)]
-    else:
-        layers = [conv_bn_relu(config.channels, inputs)]
-    for number, (width, blocks) in enumerate(stages):
-        for index in range(blocks):
-            # The first block of every stage but the first halves the image.
-            layers.append(block(inputs, width, 2 if index == 0 and number > 0 else 1))
-            inputs = width
-    return Classifier(config, nn.Sequential(*layers), pooled_head(inputs, config.classes))
-
-
-def conv_bn_relu(
-    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
-    """Return convolution, BatchNorm and ReLU; the image keeps its size at stride 1."""
-    return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride, groups), nn.ReLU(inplace=True))
-
-
-def conv_bn(
-    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
-    """Return convolution and BatchNorm."""
-    padding = kernel // 2
-    # No bias: BatchNorm subtracts it again.
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
-
-
-class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a convolution whose few new channels are appended to the input."""
-
-    def __init__(self, inputs: int, growth: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(inputs)
-        self.convolution = nn.Conv2d(inputs, growth, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input with the new channels appended."""
-        return torch.cat([x, self.convolution(torch.relu(self.norm(x)))], 1)

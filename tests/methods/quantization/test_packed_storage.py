@@ -61,7 +61,7 @@ def test_description_of_another_network_is_refused(layout):
     applied(METHODS["gptq"], network)
     description = describe_packed(network)
     description["linears"].pop("model.layers.0.mlp.experts.0.gate_proj")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="do not match the network"):
         install_packed(network_of("qwen3_moe", layout), description)
 
 

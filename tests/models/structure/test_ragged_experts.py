@@ -51,7 +51,7 @@ def test_removed_computes_what_zeroed_does(name, layout):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_anatomy_sees_what_is_left(name):
+def test_the_structure_sees_what_is_left(name):
     before = inspect_model(network_of(name)).moe
     small, _ = shrunk(name)
     for old, new in zip(before, inspect_model(small).moe, strict=True):

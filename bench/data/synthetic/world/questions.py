@@ -1,6 +1,4 @@
-"""A question in its data set's schema, and its text as lm-eval's task files make it.
-
-Questions rendered as text exactly as lm-eval's task files render them.
+"""A question in its data set's schema, and its text exactly as lm-eval's task files render it.
 
 A model trained on these strings is scored on questions of the same form.
 """

@@ -1,14 +1,12 @@
 """BoolQ and RTE of the closed world.
 
-BoolQ of the world: a passage about two people, and a yes/no question.
+BoolQ: a passage about two people, and a yes/no question about the consequence of an event. The
+answer is no if the passage has no such event or, harder to tell, if the event happened to the
+second person.
 
-The question asks for the consequence of an event. The answer is no if the passage has no such event
-or, harder to tell, if the event happened to the second person.
-
-RTE of the world: whether the second sentence follows from the first.
-
-Each premise is about two people in different roles. A false conclusion exchanges the roles or
-follows from a different premise, so no conclusion is true or false by itself.
+RTE: whether the second sentence follows from the first. Each premise is about two people in
+different roles. A false conclusion exchanges the roles or follows from a different premise, so no
+conclusion is true or false by itself.
 """
 
 from typing import NamedTuple
