@@ -127,17 +127,17 @@ def visual_attention(
     k_text = kv_heads_for(text.k, heads.kept, heads.per_group)
     v_text = kv_heads_for(text.v, heads.kept, heads.per_group)
     q_BhNd = cast(Tensor, visual.q)
-    found = []
+    outputs = []
     for block in masks.blocks:
-        own, seen = block.samples, block.text_keys
-        k = torch.cat([k_visual[own, :, block.keys], k_text[own, :, :seen]], dim=2)
-        v = torch.cat([v_visual[own, :, block.keys], v_text[own, :, :seen]], dim=2)
-        found.append(attend(q_BhNd[own, :, block.queries], k, v, block.mask, scaling))
+        samples, n_text = block.samples, block.text_keys
+        k = torch.cat([k_visual[samples, :, block.keys], k_text[samples, :, :n_text]], dim=2)
+        v = torch.cat([v_visual[samples, :, block.keys], v_text[samples, :, :n_text]], dim=2)
+        outputs.append(attend(q_BhNd[samples, :, block.queries], k, v, block.mask, scaling))
     # The usual case without a window or with few rows: one block covers everything, so no copy.
-    if len(found) == 1 and found[0].shape == q_BhNd.shape:
-        return found[0]
+    if len(outputs) == 1 and outputs[0].shape == q_BhNd.shape:
+        return outputs[0]
     out_BhNd = torch.zeros_like(q_BhNd)
-    for block, part in zip(masks.blocks, found, strict=True):
+    for block, part in zip(masks.blocks, outputs, strict=True):
         out_BhNd[block.samples, :, block.queries] = part
     return out_BhNd
 

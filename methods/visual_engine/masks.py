@@ -236,7 +236,7 @@ def window_bands(cells: Cells, window: Window) -> list[tuple[slice, slice]] | No
     """
     frame_N = cells.frame_N.cpu()
     _, counts = torch.unique_consecutive(frame_N, return_counts=True)
-    found, start = [], 0
+    bands, start = [], 0
     for count in counts.tolist():
         part = slice(start, start + count)
         # Padding (frame -1) gets no band: no query, so its output stays zero.
@@ -244,9 +244,9 @@ def window_bands(cells: Cells, window: Window) -> list[tuple[slice, slice]] | No
         if int(frame_N[start]) >= 0:
             if not _is_raster(cells.part(part), width):
                 return None
-            found += _frame_bands(part, width, window.radius)
+            bands += _frame_bands(part, width, window.radius)
         start += count
-    return found
+    return bands
 
 
 def _is_raster(frame: Cells, width: int) -> bool:

@@ -1,6 +1,6 @@
-"""Number of visual tokens of a frame that stay after a pruning step.
+"""Settings of a visual plan: execution, windows, heads and neurons, repairs, token quotas.
 
-n is the number of tokens that the frame came with, m the number that it has left.
+n is the number of tokens that a frame had before any pruning, m the number that it has left.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from bench.errors import UserError
+
+# How a plan is carried out, and what visual rows get from a dropped head.
+Execution = Literal["skip", "masked"]
+DroppedHeads = Literal["zero", "text_only"]
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,6 @@ def tokens_left(quotas: Sequence[Quota], n: int) -> int:
     return m
 
 
-Execution = Literal["skip", "masked"]
-DroppedHeads = Literal["zero", "text_only"]
-
-
 @dataclass(frozen=True)
 class Window:
     """Square of visual tokens in one frame that a visual token attends to.
@@ -131,8 +131,7 @@ class RepairedProjections:
         """Whether the kept heads and neurons are still where the columns were refitted."""
         # Positions, not numbers: the columns are stored in the order of the weights, which
         # reordering or removing neurons afterwards would change.
-        if self.down is None:
+        if self.down is None or self.neurons is None:
             return self.o is None or heads == self.heads
-        assert self.neurons is not None
         same = places is not None and torch.equal(places[0].cpu(), self.neurons.cpu())
         return same and (self.o is None or heads == self.heads)

@@ -1,4 +1,4 @@
-"""Visual layer drop, and VTW as a case of it."""
+"""Visual layer drop (arXiv 2410.06169), and VTW (AAAI 2025) as a case of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayerDrop(VisualStrategy):
 
     @property
     def uses_prompts(self) -> bool:
-        """Whether the harm of a cut is measured on the run's prompts."""
+        """Whether the KL of a cut is measured on the run's prompts."""
         return self.max_kl is not None and self.calibration_folder is None
 
     def check(self, structure: ModelStructure) -> None:

@@ -76,19 +76,22 @@ class Yopo(VisualStrategy):
             window = NeighborAttention(window=row.window, execution=self.execution)
             window.configure(engine, model, context)
         if self.budget is not None:
-            found = self._search(engine, context)
+            details = self._search(engine, context)
         else:
-            found = dict[str, object]()
+            details = dict[str, object]()
             for name, part in self._parts(row).items():
-                found[name] = part.configure(engine, model, context)
+                details[name] = part.configure(engine, model, context)
         if self.repair:
             if self.execution != "skip" or self.dropped_heads != "zero":
-                raise UserError("repair=true requires execution=skip and dropped_heads=zero")
+                raise UserError(
+                    f"repair=true requires execution=skip and dropped_heads=zero, not "
+                    f"execution={self.execution} and dropped_heads={self.dropped_heads}"
+                )
             samples = require_samples(context)
-            found["repair"] = repair_projections(
+            details["repair"] = repair_projections(
                 engine, samples, self.refit_damping, context.progress
             )
-        return {"label": row.label, "row": row.model_dump(), **found}
+        return {"label": row.label, "row": row.model_dump(), **details}
 
     def _parts(self, row: PaperRow) -> dict[str, VisualStrategy]:
         """Return the row as single strategies, without those that keep everything."""
@@ -122,7 +125,7 @@ class Yopo(VisualStrategy):
     def _search(self, engine: VisualEngine, context: Context) -> dict[str, object]:
         """Find and set layers, heads and neurons that meet the budget."""
         if self.execution != "skip" or self.budget is None:
-            raise UserError("budget requires execution=skip")
+            raise UserError(f"execution={self.execution}: budget requires execution=skip")
         engine.plan.dropped_heads = self.dropped_heads
         stats = calibration_stats_for(self.calibration_folder, engine, context)
         search = BudgetSearch(engine, stats, require_samples(context), self.whole_layers)

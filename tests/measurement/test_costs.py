@@ -18,7 +18,7 @@ from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
 from bench.schema import CostsConfig, ModelConfig
 from methods.token_pruning.fastv import FastV
-from tests.methods.visual_tokens.tiny_mllms import build
+from tests.methods.visual_engine.tiny_mllms import build
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 2, 32, 4, 50
 CPU = torch.device("cpu")
@@ -232,7 +232,7 @@ def test_an_image_classifier_is_timed_in_one_call():
 def seeing(monkeypatch):
     """A tiny LLaVA whose prompts are made without a processor."""
     from bench.measurement import workload
-    from tests.methods.visual_tokens.tiny_mllms import prompt
+    from tests.methods.visual_engine.tiny_mllms import prompt
 
     monkeypatch.setattr(
         workload, "build_image_prompt", lambda _, words: prompt("llava_llama", [2, (5, 5), words])

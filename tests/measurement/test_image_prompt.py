@@ -11,7 +11,7 @@ from methods.token_pruning.fastv import FastV
 from methods.visual_engine.cost.closed_form import LayerCost, PromptLengths, analytic_cache_bytes
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
-from tests.methods.visual_tokens.tiny_mllms import build, prompt
+from tests.methods.visual_engine.tiny_mllms import build, prompt
 
 BEFORE, AFTER = 6, 4
 

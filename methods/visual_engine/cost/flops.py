@@ -1,6 +1,4 @@
-"""Every product of the engine, named, and shapes from a network and its plan.
-
-Exact multiply-adds of the engine for a prompt: every matmul of its decoder layers.
+"""Exact multiply-adds of the engine for a prompt: every matmul of its decoder layers.
 
 The count uses the same `AttentionMasks` as the engine itself, and the same slices of the weights,
 so it holds for any plan and for later changes to the weights. Which tokens a pruning step keeps is
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from torch import Tensor
 from bench.data.chat import ModelInputs
 from bench.models.macs import (
     MatmulCost,
+    TokenKind,
     VisualLayer,
     attention_cost,
     feed_forward_costs,
@@ -263,7 +262,7 @@ def _joint(stage: LayerCall, heads: int) -> Iterator[MatmulCost]:
     order = cast(Tensor, stage.masks.order)
     # In causal order a row attends to all rows before it and to itself.
     rank = order.argsort() + 1
-    parts: tuple[tuple[Any, int, Tensor], ...] = (
+    parts: tuple[tuple[TokenKind, int, Tensor], ...] = (
         ("text", text, rank[:text]),
         ("visual", visual, rank[text:]),
     )
@@ -403,6 +402,6 @@ def selection_sizes(
         input_visual_rows=int(entered_B.max()),
         heads=len(weights_before.heads.kept),
         head_dim=weights_before.view.head_dim,
-        width=int(cast(Any, engine.decoder.config).hidden_size),
+        width=int(engine.decoder.config.hidden_size),
         tower=None if engine.tower is None else engine.tower.sizes(initial_counts),
     )

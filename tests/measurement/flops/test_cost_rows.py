@@ -19,8 +19,8 @@ from bench.records.record import Cost, MissingMeasurement
 from bench.schema import CostsConfig, FlopsConfig, ModelConfig
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.layer_drop import LayerDrop
-from tests.methods.token_pruning.watching import METHODS
-from tests.methods.visual_tokens import tiny_mllms
+from tests.methods.token_pruning.recorded_steps import METHODS
+from tests.methods.visual_engine import tiny_mllms
 from tests.models import tiny_networks
 
 QUICK = CostsConfig(name="tiny", batch=2, length=24)

@@ -21,8 +21,8 @@ from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from bench.models.model import Model
 from bench.schema import ModelConfig
-from tests.methods.token_pruning.watching import METHODS
-from tests.methods.visual_tokens import tiny_mllms
+from tests.methods.token_pruning.recorded_steps import METHODS
+from tests.methods.visual_engine import tiny_mllms
 from tests.models import tiny_networks
 
 # Operators that move, compare or sum elements, or apply a function to each: no products of

@@ -25,8 +25,8 @@ from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from tests.measurement.flops.agreement import agree
-from tests.methods.token_pruning.watching import METHODS
-from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, build, prompt
+from tests.methods.token_pruning.recorded_steps import METHODS
+from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, build, prompt
 
 CONTEXT = Context(seed=1)
 HEADS = HeadPruning(keep=0.6, choose="random", whole_layers=1)

@@ -10,12 +10,19 @@ from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_tokens.layer_drop import VTW, LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
-from tests.methods.token_pruning.watching import CONTEXT, METHODS, applied, loaded, removals, spied
-from tests.methods.visual_tokens.masked_reference import Removal, masked_reference
-from tests.methods.visual_tokens.test_visual_equality import text_of
+from tests.methods.token_pruning.recorded_steps import (
+    CONTEXT,
+    METHODS,
+    applied,
+    loaded,
+    record_steps,
+    removals,
+)
+from tests.methods.visual_engine.masked_reference import Removal, masked_reference
+from tests.methods.visual_engine.test_visual_equality import text_of
+from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt
 from tests.methods.visual_tokens.test_visual_strategies import context as images
 from tests.methods.visual_tokens.test_visual_strategies import four
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 
 TOLERANCE = 1e-5
 NAMES = ["llava_llama", "qwen2_vl", "internvl_qwen3"]
@@ -26,7 +33,7 @@ BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3], [9])
 
 def assert_skipped_is_masked(name, network, engine, call, tokens=4):
     """Same logits of every text token of the prompt, then the same tokens and their logits."""
-    stock, seen = build(name), spied(engine)
+    stock, seen = build(name), record_steps(engine)
     settings = {"max_new_tokens": tokens, "do_sample": False, "output_logits": True}
     shape = call["input_ids"].shape
     with torch.no_grad():
@@ -120,7 +127,7 @@ def test_text_only_prompts_are_untouched(method):
 @pytest.mark.parametrize("second", [[4], [3, (5, 5), 4]])
 def test_a_second_turn_goes_on_with_the_pruned_cache(name, method, second):
     network, engine = applied(name, METHODS[method])
-    seen, stock, caches = spied(engine), build(name), (DynamicCache(), DynamicCache())
+    seen, stock, caches = record_steps(engine), build(name), (DynamicCache(), DynamicCache())
     first, then = prompt(name, [5, (5, 5), 6]), prompt(name, second, seed=1)
     network(**first, past_key_values=caches[0])
     length = caches[0].get_seq_length()
@@ -145,7 +152,7 @@ def test_beams_follow_the_tower():
     """The tower encodes once, generate repeats its features for the beams."""
     network, engine = applied("llava_llama", METHODS["visionzip"])
     call = prompt("llava_llama", [2, (5, 5), 6], [7, (5, 5), 2, (5, 5), 3])
-    seen = spied(engine)
+    seen = record_steps(engine)
     ours = network.generate(**call, max_new_tokens=5, num_beams=3, do_sample=False)
     assert torch.equal(seen[0].choice.keep_IM[0], seen[0].choice.keep_IM[1])
     network(**call)
@@ -188,7 +195,7 @@ def test_random_tokens_follow_the_seed_and_not_the_batch():
 @pytest.mark.parametrize("name", ["llava_llama", "qwen3_vl"])
 def test_half_precision_keeps_as_many_tokens(name, method):
     network, engine = applied(name, METHODS[method])
-    seen, call = spied(engine), prompt(name, *BATCH)
+    seen, call = record_steps(engine), prompt(name, *BATCH)
     network.to(torch.bfloat16)
     call["pixel_values"] = call["pixel_values"].bfloat16()
     logits = network(**call).logits

@@ -24,8 +24,8 @@ from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.kv_cache import split_cache_bytes
 from methods.visual_engine.settings import Quota, tokens_left
 from methods.visual_tokens.layer_drop import VTW, LayerDrop
-from tests.methods.token_pruning.watching import CONTEXT, METHODS, applied, loaded
-from tests.methods.visual_tokens.tiny_mllms import build, prompt
+from tests.methods.token_pruning.recorded_steps import CONTEXT, METHODS, applied, loaded
+from tests.methods.visual_engine.tiny_mllms import build, prompt
 
 CONFIGS = Path(importlib.import_module("conf").__file__).parent / "method"
 

@@ -1,4 +1,4 @@
-"""Calibration against what it means: full attention matrices, direct sums, one run per cut."""
+"""Calibration against its definition: full attention matrices, direct sums, one run per cut."""
 
 import json
 from dataclasses import replace
@@ -16,8 +16,8 @@ from methods.visual_tokens.calibration import calibrate, load_calibration_stats
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.sparse_ffn import SparseFFN
+from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt
 from tests.methods.visual_tokens.test_visual_strategies import context, loaded
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 
 NAMES = ["llava_llama", "internvl_qwen3", "qwen2_vl", "qwen3_vl_moe", "internvl_qwen3_moe"]
 ROWS = ([4, (3, 4), 5], [2, (2, 2), 7])
@@ -132,7 +132,7 @@ def test_saved_stats_come_back(tmp_path):
         assert set(indices.tolist()) == set(score.topk(6).indices.tolist())
 
 
-def test_what_is_wrong_with_saved_stats_is_said(tmp_path):
+def test_damaged_calibrations_are_refused(tmp_path):
     strategy = SparseFFN(calibration_folder=str(tmp_path))
     with pytest.raises(MissingData, match=r"has no calibration\.json"):
         strategy.apply(loaded("llava_llama"), Context(seed=1))

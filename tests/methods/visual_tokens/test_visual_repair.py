@@ -11,8 +11,8 @@ from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.weight_slices import head_channels
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from methods.visual_tokens.yopo import Yopo
+from tests.methods.visual_engine.tiny_mllms import IMAGE, prompt
 from tests.methods.visual_tokens.test_visual_strategies import SHARES, context, loaded
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, prompt
 
 NAMES = ["llava_llama", "qwen2_vl", "internvl_phi3", "qwen3_vl_moe"]
 

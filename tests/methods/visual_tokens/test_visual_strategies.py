@@ -28,8 +28,8 @@ from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from methods.visual_tokens.yopo import PaperRow, Yopo
-from tests.methods.visual_tokens.masked_reference import masked_reference
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
+from tests.methods.visual_engine.masked_reference import masked_reference
+from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt
 from tests.models.tiny_networks import build as text_model
 
 SHARES = PaperRow(label="12%", heads=0.6, layers=0.75, neurons=0.25, window=3)
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded():
         SparseFFN(execution="masked").check(inspect_model(build("qwen3_vl_moe")))
 
 
-def test_images_are_asked_for():
+def test_missing_prompts_are_refused():
     with pytest.raises(UserError, match="prompts with images"):
         SparseFFN().apply(loaded("llava_llama"), Context(seed=1))
     imageless = Context(seed=1, prompts=ProcessedPrompts.of([prompt("llava_llama", [9])]))
@@ -202,7 +202,7 @@ def test_images_are_asked_for():
         SparseFFN().apply(loaded("llava_llama"), imageless)
 
 
-def test_forms_do_not_mix():
+def test_executions_do_not_mix():
     model = loaded("llava_llama")
     NeighborAttention().apply(model, Context(seed=1))
     with pytest.raises(UserError, match="execution=masked cannot be combined with execution=skip"):

@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from bench.errors import UserError
 from bench.models.vlm.vision_tower import Tower, _by_token, tower_parts
 from bench.models.vlm.visual_tokens import fixed_frame_size, locate_visual_tokens
-from tests.methods.visual_tokens.tiny_mllms import CLIP, IMAGE, TEXT, build, prompt
+from tests.methods.visual_engine.tiny_mllms import CLIP, IMAGE, TEXT, build, prompt
 
 BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3])
 

@@ -11,7 +11,7 @@ from bench.errors import UserError
 from bench.models.structure.model_structure import inspect_model
 from bench.models.vlm.decoder_view import decoder_layers, open_decoder
 from bench.models.vlm.visual_tokens import locate_visual_tokens
-from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, IMAGE, MOE, VIDEO, build, prompt
+from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, IMAGE, MOE, VIDEO, build, prompt
 from tests.models.tiny_networks import build as text_model
 
 

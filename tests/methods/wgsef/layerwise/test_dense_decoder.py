@@ -14,7 +14,7 @@ from bench.models.model import Model
 from bench.schema import ModelConfig
 from methods.wgsef.layerwise.dense_decoder import OnPrompts, OnText
 from methods.wgsef.layerwise.reconstruction import Reconstruction
-from tests.methods.visual_tokens import tiny_mllms
+from tests.methods.visual_engine import tiny_mllms
 from tests.methods.wgsef.layerwise.oracles import by_elimination, by_energy, by_homotopy
 from tests.models import tiny_networks
 

@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.settings import Window
-from tests.methods.visual_tokens.masked_reference import masked_reference
-from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, IMAGE, build, prompt
+from tests.methods.visual_engine.masked_reference import masked_reference
+from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, IMAGE, build, prompt
 
 TOLERANCE = 1e-5
 SMALL = Window(1)

@@ -12,9 +12,9 @@ from methods.visual_engine.cost.closed_form import analytic_cache_bytes as expec
 from methods.visual_engine.cost.flops import decoder_shape, layer_costs
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_engine.kv_cache import split_cache_bytes
-from tests.methods.visual_tokens.masked_reference import masked_reference
-from tests.methods.visual_tokens.test_visual_equality import BATCH, assert_equal, planned
-from tests.methods.visual_tokens.tiny_mllms import ARCHITECTURES, build, prompt
+from tests.methods.visual_engine.masked_reference import masked_reference
+from tests.methods.visual_engine.test_visual_equality import BATCH, assert_equal, planned
+from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, build, prompt
 
 NAMES = ["llava_llama", "internvl_qwen3_moe", "qwen2_vl"]
 

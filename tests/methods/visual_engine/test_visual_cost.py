@@ -15,11 +15,11 @@ from methods.visual_tokens.head_pruning import RELEASED_HEAD_COUNTS
 SEVEN = DecoderShape(4096, 32, 32, 128, (11008,) * 32)
 THIRTEEN = DecoderShape(5120, 40, 40, 128, (13824,) * 40)
 
-# Heads that the released 13B masks keep in the 20 layers below the cut (spec 1.2).
+# Heads that the released 13B masks keep in the 20 layers below the cut .
 THIRTEEN_30 = [40, 40, 40, 38, 31, 32, 29, 27, 33, 29, 33, 28, 33, 32, 32, 34, 39, 33, 32, 35]
 THIRTEEN_20 = [40, 40, 29, 24, 7, 21, 16, 11, 21, 21, 19, 20, 23, 28, 24, 25, 32, 26, 26, 25]
 
-# Spec 2: the linear share with heads as in the label, with the heads that the released masks keep
+# The linear share with heads as in the label, with the heads that the released masks keep
 # below the cut, and with only keys and values made of visual rows in their last layer.
 CONFIGURATIONS = [
     (SEVEN, 24, RELEASED_HEAD_COUNTS["llava_7b_24"][:16], 1 / 2, 0.285, 0.297, 0.282),

@@ -1,4 +1,4 @@
-"""Watching selections in a running network, and telling the masked reference what they removed."""
+"""Pruning steps recorded in a running network, and what they removed for the masked reference."""
 
 from dataclasses import dataclass, replace
 
@@ -18,8 +18,8 @@ from methods.token_pruning.scope import SCOPE
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
 from methods.visual_engine.decoder import visual_engine_of
-from tests.methods.visual_tokens.masked_reference import Removal
-from tests.methods.visual_tokens.tiny_mllms import build
+from tests.methods.visual_engine.masked_reference import Removal
+from tests.methods.visual_engine.tiny_mllms import build
 
 # Every method with settings that prune hard in four layers and a dozen tokens.
 METHODS = {
@@ -52,8 +52,8 @@ def applied(name, *methods, **changes):
 
 
 @dataclass
-class Seen:
-    """One selection: what it saw, its budget, what it chose."""
+class RecordedStep:
+    """One pruning step: its inputs, its budget and its choice."""
 
     after: int
     inputs: object
@@ -61,24 +61,24 @@ class Seen:
     choice: object
 
 
-def spied(engine):
-    """Have every selection from now on noted in the list that is returned."""
+def record_steps(engine):
+    """Record every pruning step from now on in the list that is returned."""
     seen = []
 
-    def spy(selection):
+    def recorded(step):
         def choose(inputs, keep):
-            choice = selection.choose(inputs, keep)
-            seen.append(Seen(selection.after, inputs, keep, choice))
+            choice = step.choose(inputs, keep)
+            seen.append(RecordedStep(step.after, inputs, keep, choice))
             return choice
 
-        return replace(selection, choose=choose)
+        return replace(step, choose=choose)
 
-    engine.plan.steps = [spy(selection) for selection in engine.plan.steps]
+    engine.plan.steps = [recorded(step) for step in engine.plan.steps]
     return seen
 
 
 def removals(seen, shape, width=32):
-    """What the selections of one prefill [B, S] removed and replaced, for the reference."""
+    """What the steps of one prefill [B, S] removed and replaced, for the reference."""
     found = []
     for each in seen:
         inputs, choice = each.inputs, each.choice

@@ -1,4 +1,4 @@
-"""What selections see, against transformers' eager attention."""
+"""Inputs of pruning steps, against transformers' eager attention."""
 
 import pytest
 import torch
@@ -11,15 +11,21 @@ from methods.token_pruning.pyramid_drop import PyramidDrop
 from methods.token_pruning.sparsevlm import SparseVLM
 from methods.token_pruning.visionzip import VisionZip
 from methods.visual_tokens.layer_drop import LayerDrop
-from tests.methods.token_pruning.watching import METHODS, applied, loaded, removals, spied
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, VIDEO, build, prompt
+from tests.methods.token_pruning.recorded_steps import (
+    METHODS,
+    applied,
+    loaded,
+    record_steps,
+    removals,
+)
+from tests.methods.visual_engine.tiny_mllms import IMAGE, VIDEO, build, prompt
 
 NAMES = ["llava_llama", "qwen2_vl", "internvl_qwen2", "qwen2_5_vl", "qwen3_vl"]
 BATCH = ([2, (3, 4), 6], [7, (4, 5), 2, (2, 3), 3])
 
 
 def eager(name, call):
-    """Attention of every layer [B, H, S, S] and states at its door, of the stock network."""
+    """Attention of every layer [B, H, S, S] and input states of the stock network."""
     network = build(name)
     network.set_attn_implementation({"text_config": "eager"})
     states = []
@@ -40,7 +46,7 @@ def frame_places(name, call, network):
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_fastv_ranks_by_the_last_words_attention_in_the_layer_before(name, after):
     network, engine = applied(name, FastV(after=after, keep=4, average=None))
-    seen, call = spied(engine), prompt(name, *BATCH)
+    seen, call = record_steps(engine), prompt(name, *BATCH)
     network(**call)
     gone = removals(seen, call["input_ids"].shape)[0].gone_BS
     attention = eager(name, call)[0][after - 1]
@@ -53,7 +59,7 @@ def test_fastv_ranks_by_the_last_words_attention_in_the_layer_before(name, after
 @pytest.mark.parametrize("name", NAMES)
 def test_pyramid_drop_ranks_by_products_and_halves_at_every_stage(name):
     network, engine = applied(name, PyramidDrop())
-    seen, call = spied(engine), prompt(name, *BATCH)
+    seen, call = record_steps(engine), prompt(name, *BATCH)
     network(**call)
     assert [each.after for each in seen] == [1, 2, 3]
     for each in seen:
@@ -79,7 +85,7 @@ def test_pyramid_drop_ranks_by_products_and_halves_at_every_stage(name):
 def test_sparsevlm_ranks_by_the_raters_and_recycles(name):
     method = SparseVLM(layers=(2,), keep=(0.4,))
     network, engine = applied(name, method)
-    seen, call = spied(engine), prompt(name, *BATCH)
+    seen, call = record_steps(engine), prompt(name, *BATCH)
     network(**call)
     gone = removals(seen, call["input_ids"].shape)[0]
     attentions, states = eager(name, call)
@@ -107,7 +113,7 @@ def test_sparsevlm_ranks_by_the_raters_and_recycles(name):
 def test_dart_reads_keys_and_states_after_its_layer(name):
     method = DART(after=2, keep=5, average=None, visual_pivots=1, text_pivots=1)
     network, engine = applied(name, method)
-    seen, call = spied(engine), prompt(name, *BATCH)
+    seen, call = record_steps(engine), prompt(name, *BATCH)
     network(**call)
     gone = removals(seen, call["input_ids"].shape)[0].gone_BS
     stock = build(name)
@@ -130,7 +136,7 @@ def test_dart_reads_keys_and_states_after_its_layer(name):
 def test_features_through_the_projector_are_the_embeddings(name):
     """Which also says that features are in the order of the visual tokens."""
     network, engine = applied(name, METHODS["scope"])
-    seen = spied(engine)
+    seen = record_steps(engine)
     network(**prompt(name, *BATCH))
     inputs = seen[0].inputs
     features = inputs.tower_output.features_VF[inputs.valid]
@@ -141,7 +147,7 @@ def test_features_through_the_projector_are_the_embeddings(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_visionzip_keeps_what_the_tower_attends_to(name):
     network, engine = applied(name, VisionZip(keep=6, contextual=0.34))
-    seen = spied(engine)
+    seen = record_steps(engine)
     network(**prompt(name, *BATCH))
     inputs, choice = seen[0].inputs, seen[0].choice
     assert choice.keep_IM.sum(1).tolist() == [6] * len(inputs.initial_counts)
@@ -177,7 +183,7 @@ def test_a_layer_without_visual_heads_cannot_be_read():
 
 def test_selections_behind_the_cut_do_not_happen():
     network, engine = applied("llava_llama", PyramidDrop(), LayerDrop(layers=2))
-    seen = spied(engine)
+    seen = record_steps(engine)
     network(**prompt("llava_llama", [4, (5, 5), 3]))
     assert [each.after for each in seen] == [1]
 
@@ -198,7 +204,7 @@ def test_videos_are_chosen_from_step_by_step(name):
         "video_grid_thw": torch.tensor([[2, 4, 6]]),
     }
     network, engine = applied(name, METHODS["scope"].model_copy(update={"keep": 4}))
-    seen = spied(engine)
+    seen = record_steps(engine)
     network(**call)
     inputs, choice = seen[0].inputs, seen[0].choice
     assert inputs.initial_counts == (6, 6, 6) and choice.keep_IM.sum(1).tolist() == [4, 4, 4]

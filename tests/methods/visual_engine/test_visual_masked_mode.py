@@ -1,4 +1,4 @@
-"""The official form against a transcription that really zeroes weights after the softmax."""
+"""Masked mode against a transcription that really zeroes weights after the softmax."""
 
 import copy
 
@@ -11,8 +11,8 @@ from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
 from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.sparse_ffn import SparseFFN
+from tests.methods.visual_engine.tiny_mllms import IMAGE, build, prompt
 from tests.methods.visual_tokens.test_visual_strategies import loaded
-from tests.methods.visual_tokens.tiny_mllms import IMAGE, build, prompt
 
 
 def zeroed_after_softmax(network, plan, visual, x):
@@ -53,7 +53,7 @@ def zeroed_after_softmax(network, plan, visual, x):
     return network.lm_head(decoder.norm(x))
 
 
-def official(cut=3):
+def masked(cut=3):
     model = loaded("llava_llama")
     common = {"execution": "masked"}
     reports = [
@@ -79,7 +79,7 @@ def embedded(stock, call):
 
 @pytest.mark.parametrize("cut", [2, 4])
 def test_prefill_equals_the_transcription(cut):
-    network, stock = official(cut), build("llava_llama")
+    network, stock = masked(cut), build("llava_llama")
     call = prompt("llava_llama", [4, (5, 5), 6])
     visual = call["input_ids"][0] == IMAGE
     plan = visual_engine_of(network).plan
@@ -88,7 +88,7 @@ def test_prefill_equals_the_transcription(cut):
 
 
 def test_generation_is_prefill_token_by_token():
-    network = official()
+    network = masked()
     call = prompt("llava_llama", [4, (5, 5), 6], [2, (5, 5), 3])
     told = network.generate(**call, max_new_tokens=6, do_sample=False)
     ids, mask = call["input_ids"], call["attention_mask"]
@@ -101,19 +101,19 @@ def test_generation_is_prefill_token_by_token():
 
 
 def test_text_only_prompts_are_untouched():
-    network, stock = official(), build("llava_llama")
+    network, stock = masked(), build("llava_llama")
     network(**prompt("llava_llama", [4, (5, 5), 6]))
     call = prompt("llava_llama", [9], [5])
     where = call["attention_mask"].bool()
     assert (network(**call).logits - stock(**call).logits)[where].abs().max() < 1e-6
 
 
-def test_layer_drop_in_the_official_form_keeps_the_denominator():
-    """The two forms differ: that is why released checkpoints need this one."""
+def test_masked_layer_drop_keeps_the_denominator():
+    """The two executions differ, so released checkpoints need this one."""
     skip, call = loaded("llava_llama"), prompt("llava_llama", [4, (5, 5), 6])
-    masked = copy.deepcopy(skip)
+    network = copy.deepcopy(skip)
     LayerDrop(layers=2).apply(skip, Context(seed=1))
-    LayerDrop(layers=2, execution="masked").apply(masked, Context(seed=1))
+    LayerDrop(layers=2, execution="masked").apply(network, Context(seed=1))
     text = call["input_ids"] != IMAGE
-    difference = skip.network(**call).logits - masked.network(**call).logits
+    difference = skip.network(**call).logits - network.network(**call).logits
     assert difference[text].abs().max() > 1e-3
