@@ -43,12 +43,12 @@ def model_card(record: Record, form: str, *, stock: bool) -> str:
 
     `stock` tells whether transformers has the network's class.
     """
-    parts = [
+    parts = (
         _front_matter(record),
         f"# {record.model.name}: {record.label}\n",
         _loading_section(form, stock),
-    ]
-    parts.append(_provenance_section(record))
+        _provenance_section(record),
+    )
     return "\n".join(parts)
 
 

@@ -1,12 +1,9 @@
-"""Holm, McNemar, bootstrap, intervals, power: pure functions with sources.
+"""Statistics of paired comparisons: Holm, bootstrap, McNemar, power; pure functions with sources.
 
-Intervals and p-values from a bootstrap distribution.
+The bootstrap is one of means, since every metric compared here is a function of means.
 
-Shapes: R resamples.
-
-Bootstrap of means; every metric compared here is a function of means.
-
-Shapes: N samples, C columns of scores, R resamples, K distinct rows, B resamples in a block.
+Shapes: M tests, N samples, C columns of scores, R resamples, K distinct rows, B resamples in a
+block.
 """
 
 from __future__ import annotations
@@ -19,6 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, ndtri
 from scipy.stats import binom
+
+Floats = NDArray[np.float64]
+CONFIDENCE = 0.95
+LEVEL, POWER = 0.05, 0.8
+RESAMPLES = 10_000
+DRAWS_PER_BLOCK = 1 << 17
+"""Draws held at once: 1 MiB of them and 1 MiB of counts, which fit into the CPU cache."""
+MULTINOMIAL_COST = 32
+"""A binomial draw takes about as long as drawing and counting 32 uniform numbers."""
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -38,9 +44,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     # p-values, even where a smaller factor would make their product smaller.
     adjusted_M[order_M] = np.minimum(np.maximum.accumulate(p_M[order_M] * factor_M), 1.0)
     return [float(p) for p in adjusted_M]
-
-
-CONFIDENCE = 0.95
 
 
 def percentile_interval(draw_R: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -103,9 +106,6 @@ def mcnemar(gained: int, lost: int) -> McNemar:
     return McNemar(exact, exact - point)
 
 
-LEVEL, POWER = 0.05, 0.8
-
-
 def detectable_difference(error: float, *, level: float = LEVEL, power: float = POWER) -> float:
     """Return the smallest true difference that a two-sided test detects with this power.
 
@@ -126,14 +126,6 @@ def min_significant_flips(level: float = LEVEL) -> int:
     / N cannot be significant on N samples.
     """
     return math.ceil(math.log2(2 / level))
-
-
-Floats = NDArray[np.float64]
-RESAMPLES = 10_000
-DRAWS_PER_BLOCK = 1 << 17
-"""Draws held at once: 1 MiB of them and 1 MiB of counts, which fit into the CPU cache."""
-MULTINOMIAL_COST = 32
-"""A binomial draw takes about as long as drawing and counting 32 uniform numbers."""
 
 
 def resampled_means(

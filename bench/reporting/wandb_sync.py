@@ -39,8 +39,8 @@ def sync_all(
     for record in records:
         projects[tracker_of(record)].append(record)
     for config, group in projects.items():
-        found = build_overview(build_leaderboard(group), page, tables)
-        yield f"overview of {config.project}", track_overview(found, config, store.root)
+        overview = build_overview(build_leaderboard(group), page, tables)
+        yield f"overview of {config.project}", track_overview(overview, config, store.root)
 
 
 def sync_runs(store: Store, records: Sequence[Record]) -> Iterator[tuple[str, str | None]]:
@@ -55,28 +55,32 @@ def tracker_of(record: Record) -> TrackerConfig:
     return TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
 
 
-def build_overview(runs: Leaderboard, page: Path | None, tables: Sequence[Table] = ()) -> Overview:
+def build_overview(
+    leaderboard: Leaderboard, page: Path | None, tables: Sequence[Table] = ()
+) -> Overview:
     """Return the leaderboard, one Pareto plot per setting, and the papers' tables as plain rows."""
-    plots = (_scatter(runs, index) for index in range(len(runs.settings)))
+    plots = (_scatter(leaderboard, index) for index in range(len(leaderboard.settings)))
     return Overview(
-        leaderboard=_leaderboard(runs),
+        leaderboard=_leaderboard_rows(leaderboard),
         pareto={plot.title: plot for plot in plots if plot is not None},
         tables={table.file: _table_rows(table) for table in tables},
         page=page,
     )
 
 
-def _leaderboard(runs: Leaderboard) -> WandbTable:
+def _leaderboard_rows(leaderboard: Leaderboard) -> WandbTable:
     """Return one row per run, with a column for every task and cost of any setting."""
     # Settings differ in tasks and costs, and W&B wants one rectangular table: the columns are the
     # union in order of appearance, and cells a setting does not have stay empty.
-    tasks = dict.fromkeys(task.task for setting in runs.settings for task in setting.tasks)
+    tasks = dict.fromkeys(task.task for setting in leaderboard.settings for task in setting.tasks)
     costs = dict.fromkeys(
-        f"{cost.quantity} of {cost.scope}" for setting in runs.settings for cost in setting.costs
+        f"{cost.quantity} of {cost.scope}"
+        for setting in leaderboard.settings
+        for cost in setting.costs
     )
     rows = []
-    for row in runs.rows:
-        setting = runs.settings[row.setting]
+    for row in leaderboard.rows:
+        setting = leaderboard.settings[row.setting]
         scored = dict(zip((t.task for t in setting.tasks), map(_score, row.values), strict=True))
         named = (f"{cost.quantity} of {cost.scope}" for cost in setting.costs)
         spent = dict(zip(named, row.costs, strict=True))
@@ -96,16 +100,16 @@ def _score(value: tuple[float, float | None] | None) -> float | None:
     return None if value is None else value[0]
 
 
-def _scatter(runs: Leaderboard, index: int) -> ScatterPlot | None:
+def _scatter(leaderboard: Leaderboard, index: int) -> ScatterPlot | None:
     """Return the score of a setting's runs against its first cost; None without either."""
-    setting = runs.settings[index]
+    setting = leaderboard.settings[index]
     at = setting.first_cost
     if not setting.tasks or at is None:
         return None
     x, y = f"{setting.costs[at].quantity} of {setting.costs[at].scope}", setting.tasks[0].task
     rows = [
         [row.record.id, row.record.label, row.effect, row.real, row.costs[at], score]
-        for row in runs.rows
+        for row in leaderboard.rows
         if row.setting == index
         and (score := _score(row.values[0])) is not None
         and row.costs[at] is not None

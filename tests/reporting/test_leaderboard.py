@@ -10,7 +10,7 @@ def row_of(runs, wanted):
     return next(row for row in runs.rows if row.record.id == wanted.id)
 
 
-def test_each_run_is_held_against_the_dense_run_of_its_model():
+def test_each_run_is_compared_with_the_dense_run_of_its_model():
     dense, other = record(0), record(1, model="small")
     pruned = record(2, method="camera_p")
     runs = build_leaderboard([dense, other, pruned])
@@ -23,7 +23,7 @@ def test_each_run_is_held_against_the_dense_run_of_its_model():
     assert [row.record for row in runs.rows] == [pruned, other, dense]
 
 
-def test_another_limit_is_another_setting_and_is_named():
+def test_a_different_limit_is_a_different_setting_and_is_named():
     dense, pruned = record(0), record(1, method="camera_p")
     config = {**pruned.config, "benchmark": {**pruned.config["benchmark"], "limit": 60}}
     limited = pruned.model_copy(update={"config": config})
@@ -37,7 +37,7 @@ def test_another_limit_is_another_setting_and_is_named():
 
 
 @pytest.mark.parametrize("change", [{"model": "f" * 8}, {"data": "e" * 64}])
-def test_other_weights_or_other_data_are_another_setting(change):
+def test_different_weights_or_data_are_a_different_setting(change):
     dense, pruned = record(0), record(1, method="camera_p")
     if "data" in change:
         update = {"provenance": {"data": {"boolq": {"fingerprint": change["data"]}}}}

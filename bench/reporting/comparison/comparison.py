@@ -104,62 +104,61 @@ class _RunPair:
 
     def contrasts(self) -> list[Contrast]:
         """Return the average, if both runs have one, and every task that both scored."""
-        ours, theirs = self.baseline.record, self.candidate.record
         tasks = [
-            (mine, its)
-            for mine in ours.metrics
-            if mine.headline and mine.task != AVERAGE
-            if (its := theirs.metric(mine.task)) is not None
+            (base, other)
+            for base in self.baseline.record.metrics
+            if base.headline and base.task != AVERAGE
+            if (other := self.candidate.record.metric(base.task)) is not None
         ]
         # Tasks before the average, whose draws reuse those of its tasks.
-        found = [made for mine, its in tasks if (made := self._task(mine, its)) is not None]
+        found = [c for base, other in tasks if (c := self._task(base, other)) is not None]
         return [*self._average(), *found]
 
-    def _task(self, mine: Metric, its: Metric) -> Contrast | None:
+    def _task(self, base: Metric, other: Metric) -> Contrast | None:
         """Contrast one headline metric; None if the two numbers may not be subtracted."""
-        if not self._same(mine, its):
+        if not self._same(base, other):
             return None
-        paired = self._pair(mine, its)
+        paired = self._pair(base, other)
         run = self.candidate.record.id
         if paired is not None:
-            return paired_contrast(run, mine, paired)
+            return paired_contrast(run, base, paired)
         # `_same` has refused values that are missing or not finite.
-        assert mine.value is not None and its.value is not None
-        return unpaired_contrast(run, mine, mine.value, its.value)
+        assert base.value is not None and other.value is not None
+        return unpaired_contrast(run, base, base.value, other.value)
 
-    def _same(self, mine: Metric, its: Metric) -> bool:
+    def _same(self, base: Metric, other: Metric) -> bool:
         """Whether two numbers may be subtracted; if not, record the reason."""
-        ours, theirs = self.baseline, self.candidate
-        reason = identity_mismatch((ours.record, mine), (theirs.record, its))
-        reason = reason or sample_mismatch(ours.samples, theirs.samples, mine)
-        for record, row in ((ours.record, mine), (theirs.record, its)):
+        baseline, candidate = self.baseline, self.candidate
+        reason = identity_mismatch((baseline.record, base), (candidate.record, other))
+        reason = reason or sample_mismatch(baseline.samples, candidate.samples, base)
+        for record, row in ((baseline.record, base), (candidate.record, other)):
             if reason is None and (row.value is None or not math.isfinite(row.value)):
                 reason = f"{row.task} is not compared: run {record.id[:8]} has no finite value"
         self.refused += [reason] if reason else []
         return reason is None
 
-    def _pair(self, mine: Metric, its: Metric) -> PairedScores | None:
+    def _pair(self, base: Metric, other: Metric) -> PairedScores | None:
         """Pair two numbers of one identity; None if the samples do not reproduce them."""
-        key = (mine.task, mine.metric)
+        key = (base.task, base.metric)
         # Cached: the average must use the very resamples that its tasks were reported with, and
         # drawing again would advance the generator.
         if key not in self._paired:
-            ours = unit_scores(self.baseline.samples, mine)
-            theirs = unit_scores(self.candidate.samples, its)
+            baseline = unit_scores(self.baseline.samples, base)
+            candidate = unit_scores(self.candidate.samples, other)
             self._paired[key] = (
                 None
-                if ours is None or theirs is None
-                else pair_scores(ours, theirs, self._generator)
+                if baseline is None or candidate is None
+                else pair_scores(baseline, candidate, self._generator)
             )
         return self._paired[key]
 
     def _average(self) -> list[Contrast]:
         """Contrast the averages by the benchmark's own rule, if both average the same metrics."""
-        ours, theirs = self.baseline.record, self.candidate.record
-        mine, its = ours.metric(AVERAGE), theirs.metric(AVERAGE)
-        if mine is None or its is None or mine.value is None or its.value is None:
+        baseline, candidate = self.baseline.record, self.candidate.record
+        base, other = baseline.metric(AVERAGE), candidate.metric(AVERAGE)
+        if base is None or other is None or base.value is None or other.value is None:
             return []
-        rows, others = _averaged_metrics(ours), _averaged_metrics(theirs)
+        rows, others = _averaged_metrics(baseline), _averaged_metrics(candidate)
         if [_metric_key(row) for row in rows] != [_metric_key(row) for row in others]:
             self.refused.append("average is not compared: the runs average different tasks")
             return []
@@ -171,8 +170,8 @@ class _RunPair:
         whole = [part for part in parts if part is not None]
         # A task without sample scores cannot be resampled, so the mean has no interval.
         if len(whole) < len(parts):
-            return [unpaired_contrast(theirs.id, mine, mine.value, its.value)]
-        return [paired_contrast(theirs.id, mine, mean_of_pairs(whole))]
+            return [unpaired_contrast(candidate.id, base, base.value, other.value)]
+        return [paired_contrast(candidate.id, base, mean_of_pairs(whole))]
 
 
 def _averaged_metrics(record: Record) -> list[Metric]:
@@ -186,32 +185,34 @@ def _metric_key(metric: Metric) -> tuple[str, str]:
 HASH_COLUMNS = {"doc_hash": "document", "prompt_hash": "prompt"}
 
 
-def identity_mismatch(ours: tuple[Record, Metric], theirs: tuple[Record, Metric]) -> str | None:
+def identity_mismatch(
+    baseline: tuple[Record, Metric], candidate: tuple[Record, Metric]
+) -> str | None:
     """Return one sentence on the first difference between two identities, or None."""
-    record, metric = ours
-    other_record, other = theirs
-    mine, its = metric_identity(record, metric), metric_identity(other_record, other)
-    for name, value in mine.items():
-        if value != its[name]:
+    record, metric = baseline
+    other_record, other = candidate
+    identity, other_identity = metric_identity(record, metric), metric_identity(other_record, other)
+    for name, value in identity.items():
+        if value != other_identity[name]:
             return (
                 f"{metric.task} is not compared: its {name} is {value} in run {record.id[:8]} "
-                f"and {its[name]} in run {other_record.id[:8]}{_cure(name)}"
+                f"and {other_identity[name]} in run {other_record.id[:8]}{_cure(name)}"
             )
     return None
 
 
-def sample_mismatch(ours: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> str | None:
+def sample_mismatch(baseline: pd.DataFrame, candidate: pd.DataFrame, metric: Metric) -> str | None:
     """Return one sentence on the first difference between two runs' samples, or None."""
-    if ours.empty or theirs.empty:
+    if baseline.empty or candidate.empty:
         return f"{metric.task} is not compared: one of the runs has no recorded samples"
-    mine, its = _samples_by_document(ours, metric), _samples_by_document(theirs, metric)
-    if not mine.index.equals(its.index):
+    base, other = _samples_by_document(baseline, metric), _samples_by_document(candidate, metric)
+    if not base.index.equals(other.index):
         return f"{metric.task} is not compared: the runs scored different documents"
-    for column, noun in _shared_hashes(mine, its):
+    for column, noun in _shared_hashes(base, other):
         # Equal task versions and data fingerprints do not guarantee equal prompts (a chat template
         # may have changed), so the questions themselves are compared. NaN differs from itself,
         # hence `fillna`.
-        unlike = mine[column].fillna("") != its[column].fillna("")
+        unlike = base[column].fillna("") != other[column].fillna("")
         if unlike.any():
             task, number = unlike.index[int(unlike.to_numpy().argmax())]
             return (
@@ -225,9 +226,9 @@ def _samples_by_document(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return metric_rows(samples, metric).set_index(["task", "doc_id"]).sort_index()
 
 
-def _shared_hashes(mine: pd.DataFrame, its: pd.DataFrame) -> Iterator[tuple[str, str]]:
+def _shared_hashes(base: pd.DataFrame, other: pd.DataFrame) -> Iterator[tuple[str, str]]:
     # A hash that only one of the runs recorded cannot be compared.
-    return ((c, noun) for c, noun in HASH_COLUMNS.items() if c in mine and c in its)
+    return ((c, noun) for c, noun in HASH_COLUMNS.items() if c in base and c in other)
 
 
 def _cure(name: str) -> str:

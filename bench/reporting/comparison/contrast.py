@@ -57,6 +57,34 @@ class Contrast:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class PairedScores:
+    """One metric of a baseline and a candidate.
+
+    `draws` [R, 2] holds the metric's values over resamples. `gained` and `lost` count the units
+    that only one of the two has right; None if units are not simply right or wrong. `units` counts
+    the resampled units.
+    """
+
+    baseline: float
+    candidate: float
+    draws: Floats
+    units: int
+    gained: int | None = None
+    lost: int | None = None
+
+    @property
+    def difference(self) -> float:
+        """Candidate minus baseline."""
+        return self.candidate - self.baseline
+
+    @property
+    def differences(self) -> Floats:
+        """The difference in every resample, [R]."""
+        difference_R: Floats = self.draws[:, 1] - self.draws[:, 0]
+        return difference_R
+
+
 def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
     """Compute interval, test, detectable difference and retention of one metric's pairs."""
     low, high = percentile_interval(paired.differences)
@@ -117,43 +145,15 @@ def _retention(
 
     If lower is better the ratio is inverted, so that less than 100 is a loss in either case.
     """
-    first_R, second_R = paired.draws.T
-    over, under = (paired.candidate, paired.baseline)
+    base_R, candidate_R = paired.draws.T
+    over, under = paired.candidate, paired.baseline
     if not higher_is_better:
-        first_R, second_R, over, under = second_R, first_R, under, over
+        base_R, candidate_R, over, under = candidate_R, base_R, under, over
     # A ratio to zero is undefined, and one to a value of changing sign has no meaning.
-    if under <= 0 or (first_R <= 0).any():
+    if under <= 0 or (base_R <= 0).any():
         return None, None, None
-    low, high = percentile_interval(100 * second_R / first_R)
+    low, high = percentile_interval(100 * candidate_R / base_R)
     return 100 * over / under, low, high
-
-
-@dataclass(frozen=True)
-class PairedScores:
-    """One metric of a baseline and a candidate.
-
-    `draws` [R, 2] holds the metric's values over resamples. `gained` and `lost` count the units
-    that only one of the two has right; None if units are not simply right or wrong. `units` counts
-    the resampled units.
-    """
-
-    baseline: float
-    candidate: float
-    draws: Floats
-    units: int
-    gained: int | None = None
-    lost: int | None = None
-
-    @property
-    def difference(self) -> float:
-        """Candidate minus baseline."""
-        return self.candidate - self.baseline
-
-    @property
-    def differences(self) -> Floats:
-        """The difference in every resample, [R]."""
-        difference_R: Floats = self.draws[:, 1] - self.draws[:, 0]
-        return difference_R
 
 
 def pair_scores(

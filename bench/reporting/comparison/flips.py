@@ -58,17 +58,17 @@ def find_flips(
 
     The largest changes come first. A metric without a score per sample has no flips.
     """
-    mine, its = (_scored(run.samples, metric) for run in (baseline, candidate))
-    if mine is None or its is None or not mine.index.equals(its.index):
+    base, other = (_scored(run.samples, metric) for run in (baseline, candidate))
+    if base is None or other is None or not base.index.equals(other.index):
         return []
-    change = its["score"] - mine["score"]
+    change = other["score"] - base["score"]
     # A stable sort keeps equal changes in document order, so that the choice is reproducible; for
     # accuracies all changes are equal.
     order = change.abs().sort_values(ascending=False, kind="stable").index
     lost = [position for position in order if change[position] < 0][:limit]
     gained = [position for position in order if change[position] > 0][:limit]
     source = (baseline.record.provenance.get("data", {}).get(metric.task) or {}).get("location")
-    shown = ((mine.loc[position], its.loc[position]) for position in lost + gained)
+    shown = ((base.loc[position], other.loc[position]) for position in lost + gained)
     return [_flip(candidate.record.id, metric, source, *rows) for rows in shown]
 
 
@@ -84,19 +84,19 @@ def _scored(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame | None:
     return scored.set_index(["task", "doc_id"], drop=False).sort_index()
 
 
-def _flip(run: str, metric: Metric, source: str | None, mine: SampleRow, its: SampleRow) -> Flip:
+def _flip(run: str, metric: Metric, source: str | None, base: SampleRow, other: SampleRow) -> Flip:
     return Flip(
         run=run,
-        task=str(mine["task"]),
-        document=int(mine["doc_id"]),
+        task=str(base["task"]),
+        document=int(base["doc_id"]),
         source=source,
-        image=_text(mine, "image_hash"),
-        prompt=_text(mine, "prompt"),
-        target=_target(mine),
-        baseline_answer=_answer(mine, metric.metric),
-        candidate_answer=_answer(its, metric.metric),
-        baseline_score=float(mine["score"]),
-        candidate_score=float(its["score"]),
+        image=_text(base, "image_hash"),
+        prompt=_text(base, "prompt"),
+        target=_target(base),
+        baseline_answer=_answer(base, metric.metric),
+        candidate_answer=_answer(other, metric.metric),
+        baseline_score=float(base["score"]),
+        candidate_score=float(other["score"]),
     )
 
 

@@ -28,21 +28,25 @@ def compare_runs(
     candidates = [record for record in records if record.id != against.id]
     if not candidates:
         raise UserError(f"only run {against.id[:8]} is named: name at least two runs to compare")
-    ours, *theirs = (ComparedRun(r, samples(r.id, results_dir)) for r in (against, *candidates))
-    comparison = compare(ours, theirs)
-    return comparison, [flip for run in theirs for flip in _all_flips(comparison, ours, run, flips)]
+    baseline_run, *candidate_runs = (
+        ComparedRun(r, samples(r.id, results_dir)) for r in (against, *candidates)
+    )
+    comparison = compare(baseline_run, candidate_runs)
+    return comparison, [
+        flip for run in candidate_runs for flip in _all_flips(comparison, baseline_run, run, flips)
+    ]
 
 
 def _all_flips(
-    comparison: Comparison, ours: ComparedRun, theirs: ComparedRun, limit: int
+    comparison: Comparison, baseline: ComparedRun, candidate: ComparedRun, limit: int
 ) -> list[Flip]:
     """Return the flips of every compared task."""
     if limit < 1:
         return []
     # Only compared tasks: a refused one scored different questions, where a flip means nothing.
-    tasks = [c.task for c in comparison.contrasts if c.run == theirs.record.id]
-    metrics = [m for m in map(ours.record.metric, tasks) if m is not None]
-    return [flip for metric in metrics for flip in find_flips(ours, theirs, metric, limit)]
+    tasks = [c.task for c in comparison.contrasts if c.run == candidate.record.id]
+    metrics = [m for m in map(baseline.record.metric, tasks) if m is not None]
+    return [flip for metric in metrics for flip in find_flips(baseline, candidate, metric, limit)]
 
 
 def flip_images(

@@ -63,13 +63,15 @@ def write_report(
         raise UserError(f"results_dir={results_dir}: no such folder, so there are no records")
     store, share = Store(results_dir), share or SampleShare()
     records = store.all()
-    runs = build_leaderboard(records)
-    chunks = list(samples.sample_chunks(runs, store, share))
+    leaderboard = build_leaderboard(records)
+    chunks = list(samples.sample_chunks(leaderboard, store, share))
     content = page.render_page(
         index=_report_index(
-            runs, store, share, chunks, [table_entry(table) for table in tables(records)]
+            leaderboard, store, share, chunks, [table_entry(table) for table in tables(records)]
         ),
-        details=[[run_details(record) for record in chunk] for chunk in _record_chunks(runs)],
+        details=[
+            [run_details(record) for record in chunk] for chunk in _record_chunks(leaderboard)
+        ],
         samples=chunks,
     ).encode("utf-8", "replace")
     path = out or results_dir / "report.html"
@@ -85,14 +87,14 @@ def write_report(
     return WrittenReport(path, len(records), shown, len(content))
 
 
-def _record_chunks(runs: Leaderboard) -> list[list[Record]]:
+def _record_chunks(leaderboard: Leaderboard) -> list[list[Record]]:
     """Return the records in the order of the leaderboard, in chunks."""
-    records = [row.record for row in runs.rows]
+    records = [row.record for row in leaderboard.rows]
     return [records[at : at + RUNS_PER_CHUNK] for at in range(0, len(records), RUNS_PER_CHUNK)]
 
 
 def _report_index(
-    runs: Leaderboard,
+    leaderboard: Leaderboard,
     store: Store,
     share: SampleShare,
     chunks: Sequence[SampleChunk],
@@ -106,11 +108,12 @@ def _report_index(
         "version": version("slimbench"),
         "results": str(store.root),
         "settings": [
-            {**asdict(setting), "first_cost": setting.first_cost} for setting in runs.settings
+            {**asdict(setting), "first_cost": setting.first_cost}
+            for setting in leaderboard.settings
         ],
         "runs": [
             _run_entry(row, at // RUNS_PER_CHUNK, chunk_of_run.get(row.record.id))
-            for at, row in enumerate(runs.rows)
+            for at, row in enumerate(leaderboard.rows)
         ],
         "tables": tables,
         "share": asdict(share),

@@ -67,16 +67,18 @@ class SampleChunk(TypedDict):
     runs: dict[str, RunSamples]
 
 
-def sample_chunks(runs: Leaderboard, store: Store, share: SampleShare) -> Iterator[SampleChunk]:
+def sample_chunks(
+    leaderboard: Leaderboard, store: Store, share: SampleShare
+) -> Iterator[SampleChunk]:
     """Yield the samples of the newest runs in chunks that are unpacked together.
 
     Dense runs are included even if they are old, since all other runs are compared with them.
     """
-    newest = runs.rows[: share.runs] if share.per_run else ()
+    newest = leaderboard.rows[: share.runs] if share.per_run else ()
     wanted = {row.record.id for row in newest} | {row.dense for row in newest}
     # By setting, because only runs of one setting share texts; the stable sort keeps the newest
     # first within a setting.
-    rows = sorted((r for r in runs.rows if r.record.id in wanted), key=lambda r: r.setting)
+    rows = sorted((r for r in leaderboard.rows if r.record.id in wanted), key=lambda r: r.setting)
     for _, group in groupby(rows, key=lambda row: row.setting):
         for batch in _batched(group, RUNS_PER_CHUNK):
             yield _sample_chunk(batch, store, share.per_run)

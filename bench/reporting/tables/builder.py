@@ -37,6 +37,22 @@ PublishedCells = Mapping[tuple[str, str, str, str], "PublishedCell"]
 """Published cells of a section by model, row, variant (the file's `setting`) and column."""
 
 
+class RatedMethod(NamedTuple):
+    """One method with both of its numbers."""
+
+    name: str
+    ours: OurValue
+    theirs: float
+
+
+class PairCounts(NamedTuple):
+    """Counts of pairs of methods: same order, reversed order, too close to call."""
+
+    same: int
+    reversed: int
+    close: int
+
+
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
     """Return a table filled from records; among records of one run the newest counts."""
     config = load_table_config(name, scale)
@@ -213,6 +229,14 @@ def _agreement(
     )
 
 
+class _RunChoices(NamedTuple):
+    """A run's choices of config groups: cheap to compare before anything is composed."""
+
+    model: str
+    benchmark: str
+    methods: tuple[str, ...]
+
+
 def _match_records(
     lines: Sequence[TableSlot], records: Sequence[Record]
 ) -> dict[TableSlot, list[Record]]:
@@ -228,14 +252,6 @@ def _match_records(
         if hits and all(hits):
             found[slot] = [hit for hit in hits if hit is not None]
     return found
-
-
-class _RunChoices(NamedTuple):
-    """A run's choices of config groups: cheap to compare before anything is composed."""
-
-    model: str
-    benchmark: str
-    methods: tuple[str, ...]
 
 
 def _choices_of_record(record: Record) -> _RunChoices:
@@ -274,22 +290,6 @@ def _composed_identity(run: Overrides) -> dict[str, object]:
     from bench.config.composition import compose_run_config
 
     return compose_run_config(list(run)).identity()
-
-
-class RatedMethod(NamedTuple):
-    """One method with both of its numbers."""
-
-    name: str
-    ours: OurValue
-    theirs: float
-
-
-class PairCounts(NamedTuple):
-    """Counts of pairs of methods: same order, reversed order, too close to call."""
-
-    same: int
-    reversed: int
-    close: int
 
 
 def count_pairs(rated: Sequence[RatedMethod]) -> PairCounts:

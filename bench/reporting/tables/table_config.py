@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bench.errors import UserError, unknown_name
 
 CONFIG_GROUP, MICRO = "table", "micro"
+Overrides = tuple[str, ...]
 Tree = dict[str, Any]
 """YAML before it is validated."""
 Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
@@ -167,9 +168,6 @@ def _selected(part: str, there: Tree, kept: list[str]) -> Tree:
         if name not in there:
             raise unknown_name(f"name in {part}", name, there)
     return {name: value for name, value in there.items() if name in kept}
-
-
-Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_numbers_that_samples_do_not_give_again_stand_side_by_side_only():
         ({"n": 39}, "its samples is 40 in run a0000000 and 39 in run b0000000: give both"),
     ],
 )
-def test_another_identity_is_refused_by_name(change, said):
+def test_a_different_identity_is_refused_by_name(change, said):
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
     changed = theirs.record.metrics[0].model_copy(update=change)
     other = ComparedRun(theirs.record.model_copy(update={"metrics": (changed,)}), theirs.samples)
@@ -127,7 +127,7 @@ def test_another_identity_is_refused_by_name(change, said):
         compare(ours, [other])
 
 
-def test_another_harness_version_and_other_data_are_refused():
+def test_a_different_harness_version_or_data_set_is_refused():
     ours = run("a", {"t": DENSE})
     newer = run("b", {"t": PRUNED}, "prune", environment={"versions": {"lm-eval": "0.5"}})
     with pytest.raises(UserError, match=r"harness is lm-eval 0\.4\.13 .* lm-eval 0\.5"):
@@ -140,7 +140,7 @@ def test_another_harness_version_and_other_data_are_refused():
 @pytest.mark.parametrize(
     ("column", "said"), [("doc_hash", "the document of t"), ("prompt_hash", "the prompt of t")]
 )
-def test_other_documents_or_prompts_are_refused_by_number(column, said):
+def test_different_documents_or_prompts_are_refused_by_number(column, said):
     ours, theirs = run("a", {"t": DENSE}), run("b", {"t": PRUNED}, "prune")
     theirs.samples.loc[[7, 9], column] = "something else"
     with pytest.raises(UserError, match=f"{said} document 7 differs between the runs, as do 1"):

@@ -49,7 +49,7 @@ def test_the_image_of_a_flip_is_written_and_named(runs, capsys):
     assert f"image  {written}" in capsys.readouterr().out
 
 
-def test_another_image_than_was_asked_about_is_not_shown(runs, capsys):
+def test_an_image_that_changed_is_not_shown(runs, capsys):
     folder = runs(["0" * 64, "1" * 64])
     assert main(["compare", "a", "b", "--flips", "2", "--results-dir", str(folder)]) == 0
     said = capsys.readouterr()

@@ -104,7 +104,7 @@ def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
         (recorded(1, mean_of_nine(0.59), harness="other"), "harness: ours other, the table's"),
     ],
 )
-def test_numbers_of_another_identity_are_not_subtracted(record, reason):
+def test_numbers_of_different_identity_are_not_subtracted(record, reason):
     cell = lines_of(camera(pruned=record))[DEEPSEEK, "Camera-P", "40%"].cells[0]
     assert cell.ours is not None
     assert cell.published is not None
@@ -169,7 +169,7 @@ def test_a_time_is_never_subtracted_and_a_bound_is_no_number():
     assert numbers_of.convert_unit(cell.published, "s") == 180
 
 
-def test_the_dense_baseline_comes_first_in_every_block():
+def test_the_dense_baseline_comes_first_in_every_section():
     for name in table_names():
         for scale in (None, "micro"):
             config = load_table_config(name, scale)
@@ -280,7 +280,7 @@ def test_records_are_found_by_what_decides_their_result():
 
 @pytest.mark.parametrize("name", table_names())
 def test_runs_of_every_table_compose(name):
-    """Every row once and every section once; variants differ in numbers alone."""
+    """Each row and each section once; variants differ in numbers only."""
     for scale in (None, "micro"):
         ours = [slot for slot in table_slots(load_table_config(name, scale)) if slot.runs]
         rows = {slot.row: slot.runs[0] for slot in ours}

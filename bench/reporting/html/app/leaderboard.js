@@ -71,34 +71,34 @@ const STARTED = {
 };
 
 function Leaderboard({ route }) {
-  const asked = Object.fromEntries(route.query);
-  const setting = asked.setting !== undefined && INDEX.settings[asked.setting];
+  const query = Object.fromEntries(route.query);
+  const setting = query.setting !== undefined && INDEX.settings[query.setting];
   const hasTasks = setting && setting.tasks.length > 1;
-  const sort = asked.sort ?? (setting ? (setting.tasks[0]?.higher_is_better === false ? "score" : "-score") : "-started");
-  const rows = useMemo(() => filtered(asked), [route]);
+  const sort = query.sort ?? (setting ? (setting.tasks[0]?.higher_is_better === false ? "score" : "-score") : "-started");
+  const rows = useMemo(() => filtered(query), [route]);
   const columns = useMemo(() => [
     METHOD, ...(setting ? [] : [WHERE]),
     SCORE, RETENTION, ...shareColumns(INDEX.runs), SAVED,
-    ...(hasTasks && asked.tasks ? taskColumns(setting) : []), STARTED,
-  ], [asked.setting, asked.tasks]);
+    ...(hasTasks && query.tasks ? taskColumns(setting) : []), STARTED,
+  ], [query.setting, query.tasks]);
   const change = (changes) => adjust(route, { page: "", ...changes });
   return html`<main id="main" tabindex="-1" class="wide">
     <h1>Leaderboard</h1>
     <form class="filters" role="search" onSubmit=${(event) => event.preventDefault()}>
-      <label class="choice grow"><span>Search</span><input type="search" id="search" placeholder="method, model, sweep or run id" value=${asked.q ?? ""}
+      <label class="choice grow"><span>Search</span><input type="search" id="search" placeholder="method, model, sweep or run id" value=${query.q ?? ""}
         onInput=${(event) => change({ q: event.target.value })} /></label>
-      <${Choice} label="Model and benchmark" value=${asked.setting ?? ""} onChange=${(value) => change({ setting: value, sort: "", tasks: "" })}
+      <${Choice} label="Model and benchmark" value=${query.setting ?? ""} onChange=${(value) => change({ setting: value, sort: "", tasks: "" })}
         options=${[["", "all"], ...INDEX.settings.map((one, at) => [String(at), one.name])]} />
-      <${Choice} label="Method" value=${asked.family ?? ""} onChange=${(value) => change({ family: value })}
+      <${Choice} label="Method" value=${query.family ?? ""} onChange=${(value) => change({ family: value })}
         options=${[["", "all"], ...FAMILIES.map((family) => [family, family])]} />
-      <${Choice} label="Weights" value=${asked.effect ?? ""} onChange=${(value) => change({ effect: value })}
+      <${Choice} label="Weights" value=${query.effect ?? ""} onChange=${(value) => change({ effect: value })}
         options=${[["", "all"], ...[...new Set(INDEX.runs.map((run) => run.effect))].sort().map((kind) => [kind, kind === "none" ? "unchanged" : kind])]} />
     </form>
     <p class="counted"><span role="status">${count(rows.length, "run")}${rows.length < INDEX.runs.length ? ` of ${INDEX.runs.length.toLocaleString("en")}` : ""}</span>
-      ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!asked.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}
-      ${setting && html`<a href=${address("pareto", { setting: asked.setting })}>Pareto plot</a>`}
-      ${Object.keys(asked).some((key) => asked[key] && key !== "sort") && html`<a href="#/leaderboard">Clear filters</a>`}</p>
-    <${Grid} rows=${rows} columns=${columns} sort=${sort} page=${Number(asked.page ?? 0)} caption="Runs"
+      ${hasTasks && html`<label class="tick"><input type="checkbox" checked=${!!query.tasks} onChange=${(event) => adjust(route, { tasks: event.target.checked ? "1" : "" })} /> every task</label>`}
+      ${setting && html`<a href=${address("pareto", { setting: query.setting })}>Pareto plot</a>`}
+      ${Object.keys(query).some((key) => query[key] && key !== "sort") && html`<a href="#/leaderboard">Clear filters</a>`}</p>
+    <${Grid} rows=${rows} columns=${columns} sort=${sort} page=${Number(query.page ?? 0)} caption="Runs"
       onSort=${(value) => change({ sort: value })} onPage=${(value) => adjust(route, { page: value || "" })} />
   </main>`;
 }

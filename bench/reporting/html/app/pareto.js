@@ -1,20 +1,20 @@
 // Score against a cost, for the runs of one setting.
 
 function Pareto({ route }) {
-  const asked = Object.fromEntries(route.query);
+  const query = Object.fromEntries(route.query);
   const sizes = useMemo(() => d3.rollup(INDEX.runs, (runs) => runs.length, (run) => run.setting), []);
   const largest = d3.greatest([...sizes], ([, size]) => size)?.[0] ?? 0;
-  const index = INDEX.settings[asked.setting] ? Number(asked.setting) : largest;
+  const index = INDEX.settings[query.setting] ? Number(query.setting) : largest;
   const setting = INDEX.settings[index];
   if (!setting || !setting.tasks.length || !setting.costs.length) {
     return html`<main id="main" tabindex="-1"><h1>Pareto plot</h1><p class="lead">No run has both a score and a cost yet.</p></main>`;
   }
-  const found = setting.tasks.findIndex((one) => one.task === asked.task);
+  const found = setting.tasks.findIndex((one) => one.task === query.task);
   const taskAt = Math.max(0, found);
-  const costFound = setting.costs.findIndex((one) => `${one.scope} ${one.quantity}` === asked.cost);
+  const costFound = setting.costs.findIndex((one) => `${one.scope} ${one.quantity}` === query.cost);
   const costAt = costFound < 0 ? setting.first_cost : costFound;
   const task = setting.tasks[taskAt], quantityOf = setting.costs[costAt];
-  const hidden = new Set((asked.hide ?? "").split(",").filter(Boolean));
+  const hidden = new Set((query.hide ?? "").split(",").filter(Boolean));
   const runs = INDEX.runs.filter((run) => run.setting === index);
   const families = FAMILIES.filter((family) => runs.some((run) => run.family === family));
   const points = pointsOf(runs.filter((run) => !hidden.has(run.family)), setting, taskAt, costAt);
@@ -23,7 +23,7 @@ function Pareto({ route }) {
     hidden.has(family) ? hidden.delete(family) : hidden.add(family);
     adjust(route, { hide: [...hidden].join(",") });
   };
-  const logarithmic = asked.log ? asked.log === "1" : spread(points);
+  const logarithmic = query.log ? query.log === "1" : spread(points);
   const left = runs.filter((run) => !hidden.has(run.family)).length - points.length;
   return html`<main id="main" tabindex="-1" class="wide">
     <h1>Pareto plot</h1>
@@ -40,7 +40,7 @@ function Pareto({ route }) {
     <ul class="legend" aria-label="Methods shown">${families.map((family) => html`<li><button aria-pressed=${!hidden.has(family)} onClick=${() => flip(family)}>
       <${Mark} family=${family} /> ${family}</button></li>`)}</ul>
     ${points.length ? html`<${Figure} label="${words(task.task)} against ${quantityOf.quantity}; the points of the front are in the table below"
-      draw=${(width) => drawPareto(points, front, task, quantityOf, width, { logarithmic })} inputs=${[index, taskAt, costAt, asked.hide, logarithmic]}
+      draw=${(width) => drawPareto(points, front, task, quantityOf, width, { logarithmic })} inputs=${[index, taskAt, costAt, query.hide, logarithmic]}
       onPick=${(point) => { location.hash = runAddress(point.run.id); }} />` : html`<p class="empty">None of these runs has both numbers.</p>`}
     <p class="quiet note">Filled: the saving is real. Hollow: weights are only zeroed or masked; such runs are never on the front.${" "}
       ${points.length > 150 ? "Intervals are left out above 150 points; hover for them. " : "Bars: 95 % intervals. "}${task.higher_is_better ? "" : "Lower is better. "}${

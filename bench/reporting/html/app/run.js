@@ -40,16 +40,16 @@ function Record({ run, record, dense }) {
 }
 
 function Command({ text }) {
-  const [said, setSaid] = useState("Copy");
+  const [label, setLabel] = useState("Copy");
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(text);
-      setSaid("Copied");
+      setLabel("Copied");
     } catch {
-      setSaid("Select and copy"); // browsers may deny clipboard access to a page opened from a file
+      setLabel("Select and copy"); // browsers may deny clipboard access to a page opened from a file
     }
   };
-  return html`<div class="command"><pre tabindex="0" aria-label="The command that repeats this run"><code>${text}</code></pre><button onClick=${copy}>${said}</button></div>`;
+  return html`<div class="command"><pre tabindex="0" aria-label="The command that repeats this run"><code>${text}</code></pre><button onClick=${copy}>${label}</button></div>`;
 }
 
 // What two metrics must share to be subtracted; Python states it, see `run_details`.
