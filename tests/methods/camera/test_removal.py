@@ -6,7 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from bench.config.run_config import validate
 from bench.data.calibration import Calibration
+from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
@@ -104,3 +106,13 @@ def _visits(network, layer):
 def test_refuses_what_cannot_be_done(knobs, said):
     with pytest.raises(ValidationError, match=said):
         CameraP(ratio=0.2, **knobs)
+
+
+def test_a_rule_over_several_options_is_said_without_repeating_all_of_them():
+    target = "methods.camera.pruning.CameraP"
+    options = {"_target_": target, "ratio": 0.2, "scope": "global", "sequential": True}
+    with pytest.raises(UserError) as refusal:
+        validate({"method": {"camera_p": options}})
+    assert str(refusal.value) == (
+        "method.camera_p: value error, scope=global ranks all layers at once: set sequential=false"
+    )
