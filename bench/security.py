@@ -1,9 +1,8 @@
-"""Which code a config may name, and secrets hidden in every text that leaves the program.
+"""What may run and what may leave: foreign code, shadowed packages, and redaction of secrets.
 
-Redaction of secrets: every text that leaves the program passes `hide`.
-
-Secrets are known by where they are kept: environment variables with such a name, the Hugging Face
-token file, and the passwords of `~/.netrc`, where W&B stores its key.
+Every text that leaves the program passes `redact`. Secrets are known by where they are kept:
+environment variables with such a name, the Hugging Face token file, and the passwords of
+`~/.netrc`, where W&B stores its key.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import psutil
 
@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 NVIDIA_SMI_SECONDS = 30
 """Patience with nvidia-smi, which takes seconds per GPU without persistence mode."""
+
+
+class DeviceFacts(TypedDict):
+    """Hardware and software facts of a record; `cuda` is None on a machine without a GPU."""
+
+    platform: str
+    python: str
+    cpu: str
+    cores: int | None
+    threads: int
+    memory_bytes: int
+    gpus: list[str]
+    cuda: str | None
 
 
 def select_device(wanted: str) -> torch.device:
@@ -139,8 +152,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def describe_device() -> dict[str, object]:
-    """Return the hardware and software facts of a record: CPU, threads, memory, GPUs, versions."""
+def describe_device() -> DeviceFacts:
+    """Return what a record says about this machine."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -25,8 +25,8 @@ PROC_STATUS, PROC_CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear
 RESET_PEAK = "5"  # proc(5): reset the peak resident set to what is resident now
 
 
-# torch has an error class for its GPU allocator only. The CPU allocator raises a RuntimeError, as do
-# libraries that allocate GPU memory past torch's allocator (workspaces, handles).
+# torch has an error class for its GPU allocator only. The CPU allocator raises a RuntimeError, as
+# do libraries that allocate GPU memory past torch's allocator (workspaces, handles).
 OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -1,4 +1,7 @@
-"""Both harnesses kept quiet and out of the terminal."""
+"""Suppression of the harnesses' own logs, prints and progress bars.
+
+Progress is shown by `bench.ui`; a second bar on the same terminal would break it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
 
 import datasets
 import lm_eval.api.task
@@ -18,10 +20,10 @@ from loguru import logger
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Suppress the logs and progress bars of lm-eval and of `datasets`."""
-    logger = logging.getLogger("lm_eval")
-    level, verbosity = logger.level, datasets.utils.logging.get_verbosity()
+    harness_log = logging.getLogger("lm_eval")
+    level, verbosity = harness_log.level, datasets.utils.logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    harness_log.setLevel(logging.ERROR)
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     bar = lm_eval.api.task.tqdm
@@ -31,7 +33,7 @@ def quiet_lm_eval() -> Iterator[None]:
         yield
     finally:
         lm_eval.api.task.tqdm = bar
-        logger.setLevel(level)
+        harness_log.setLevel(level)
         datasets.utils.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
@@ -42,10 +44,11 @@ def quiet() -> Iterator[None]:
     """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    logger.disable("")  # all names: task modules log under their own
+    # All names, because task modules log under their own.
+    logger.disable("")
     bar = lmms_eval.api.task.tqdm
 
-    def hidden(*args: Any, **options: Any) -> Any:
+    def hidden(*args: object, **options: object) -> object:
         # One bar sets `disable` explicitly; ours must win, so functools.partial is not enough.
         return bar(*args, **{**options, "disable": True})
 

@@ -148,10 +148,10 @@ def _environment_changes(record: Record) -> Iterator[str]:
         was = record.environment["versions"].get(name)
         if was != now:
             yield f"{name} was {was} and is {now}"
-    for name, now in describe_device().items():
+    for name, current in describe_device().items():
         was = record.environment.get(name)
-        if was != now:
-            yield f"{name} was {was} and is {now}"
+        if was != current:
+            yield f"{name} was {was} and is {current}"
 
 
 @dataclass(frozen=True)
