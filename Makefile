@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo browser test test-all test-gpu check audit format perf clean
+.PHONY: help install demo browser test test-all test-gpu coverage check audit format perf clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-all: $(READY) browser ## the tests and the long proofs
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+coverage: $(READY) browser ## the tests, and the share of lines and branches that they reach
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term --cov-report=html
+
 check: $(READY) ## lint, format, types, layers, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +60,5 @@ perf: $(READY) ## measure speed and memory against their goals
 	$(BIN)/python -m tests.performance
 
 clean: ## remove what was built; results stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info htmlcov .coverage* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
-"""Code that a config may name, and redaction of secrets in every text that leaves the program.
+"""What may run and what may leave: foreign code, shadowed packages, and redaction of secrets.
 
-Secrets are recognised by where they are kept: environment variables with such a name, the Hugging
-Face token file, and the passwords in `~/.netrc`, where W&B stores its key.
+Every text that leaves the program passes `redact`. Secrets are known by where they are kept:
+environment variables with such a name, the Hugging Face token file, and the passwords of
+`~/.netrc`, where W&B stores its key.
 """
 
 from __future__ import annotations

@@ -32,6 +32,19 @@ NVIDIA_SMI_SECONDS = 30
 """Patience with nvidia-smi, which takes seconds per GPU without persistence mode."""
 
 
+class DeviceFacts(TypedDict):
+    """Hardware and software facts of a record; `cuda` is None on a machine without a GPU."""
+
+    platform: str
+    python: str
+    cpu: str
+    cores: int | None
+    threads: int
+    memory_bytes: int
+    gpus: list[str]
+    cuda: str | None
+
+
 def select_device(wanted: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
@@ -140,21 +153,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-class DeviceFacts(TypedDict):
-    """Hardware and software of this process, as a record keeps them."""
-
-    platform: str
-    python: str
-    cpu: str
-    cores: int | None
-    threads: int
-    memory_bytes: int
-    gpus: list[str]
-    cuda: str | None
-
-
 def describe_device() -> DeviceFacts:
-    """Return the hardware and software facts of a record: CPU, threads, memory, GPUs, versions."""
+    """Return what a record says about this machine."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

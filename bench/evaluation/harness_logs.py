@@ -1,4 +1,7 @@
-"""Silence for both harnesses: no logs, progress bars or prints of theirs in our terminal."""
+"""Suppression of the harnesses' own logs, prints and progress bars.
+
+Progress is shown by `bench.ui`; a second bar on the same terminal would break it.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from loguru import logger
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Suppress the logs and progress bars of lm-eval and of `datasets`."""
-    logger = logging.getLogger("lm_eval")
-    level, verbosity = logger.level, datasets.utils.logging.get_verbosity()
+    harness_log = logging.getLogger("lm_eval")
+    level, verbosity = harness_log.level, datasets.utils.logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    harness_log.setLevel(logging.ERROR)
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     bar = lm_eval.api.task.tqdm
@@ -30,7 +33,7 @@ def quiet_lm_eval() -> Iterator[None]:
         yield
     finally:
         lm_eval.api.task.tqdm = bar
-        logger.setLevel(level)
+        harness_log.setLevel(level)
         datasets.utils.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
@@ -41,7 +44,8 @@ def quiet_lmms_eval() -> Iterator[None]:
     """Suppress the logs, progress bars and prints of lmms-eval, and the bars of `datasets`."""
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    logger.disable("")  # all names: task modules log under their own
+    # All names, because task modules log under their own.
+    logger.disable("")
     bar = lmms_eval.api.task.tqdm
 
     def hidden_bar(*args: object, **options: object) -> object:
