@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.records.record import SCHEMA, Record
+from bench.records.record import SCHEMA, JsonObject, Record
 from bench.records.store import RECORD, SAMPLES, Store
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def index_table(store: Store) -> pa.Table:
     pairs = kept.group_by(["run", "stamp"]).aggregate([]).to_pylist()
     valid = {pair["run"] for pair in pairs if stamps.get(pair["run"]) == pair["stamp"]}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for run, record in fresh.items():
         # An unreadable record gets a row as well, or its file would be parsed on every call.
         unreadable = [{"run": run, "kind": UNREADABLE, "stamp": stamps[run]}]
@@ -118,7 +118,7 @@ def _sorted_by_start(rows: pa.Table) -> pa.Table:
     return rows.take(np.lexsort((rows["run"].to_numpy(zero_copy_only=False).astype(str), begun)))
 
 
-def _rows_of_record(record: Record, stamp: str) -> list[dict[str, Any]]:
+def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
     described = {
         "run": record.id,
         "started": record.started,
