@@ -30,9 +30,9 @@ def index_table(store: Store) -> pa.Table:
     import pyarrow.compute as pc
 
     stamps = _record_stamps(store)
-    kept = _read_index(store.root / INDEX)
+    indexed = _read_index(store.root / INDEX)
     # Distinct (run, stamp) pairs: a run has many rows.
-    pairs = kept.group_by(["run", "stamp"]).aggregate([]).to_pylist()
+    pairs = indexed.group_by(["run", "stamp"]).aggregate([]).to_pylist()
     valid = {pair["run"] for pair in pairs if stamps.get(pair["run"]) == pair["stamp"]}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
     rows: list[JsonObject] = []
@@ -43,11 +43,11 @@ def index_table(store: Store) -> pa.Table:
     # The second test finds deleted records, whose rows must leave the index.
     if rows or len(valid) < len(pairs):
         known = pa.array(sorted(valid), pa.string())
-        current = kept.filter(pc.is_in(kept["run"], value_set=known))
-        added = pa.Table.from_pylist(rows, kept.schema)
-        kept = _sorted_by_start(pa.concat_tables([current, added]))
-        _write_index(store.root / INDEX, kept)
-    return kept.filter(pc.not_equal(kept["kind"], UNREADABLE))
+        current = indexed.filter(pc.is_in(indexed["run"], value_set=known))
+        added = pa.Table.from_pylist(rows, indexed.schema)
+        indexed = _sorted_by_start(pa.concat_tables([current, added]))
+        _write_index(store.root / INDEX, indexed)
+    return indexed.filter(pc.not_equal(indexed["kind"], UNREADABLE))
 
 
 def _record_stamps(store: Store) -> dict[str, str]:

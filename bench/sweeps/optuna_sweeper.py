@@ -47,7 +47,7 @@ class OptunaSweeper(LaunchingSweeper):
     Args:
         study: name; its journal is `results_dir/studies/NAME.log`; an existing study is resumed.
         trials: number of finished trials, pruned ones included.
-        parallel: number of trials that are asked for and launched at once.
+        parallel: number of trials that are proposed and launched at once.
         seed: seed of Optuna's TPE sampler.
         objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
         space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
@@ -124,7 +124,7 @@ class OptunaSweeper(LaunchingSweeper):
         self, study: Study, folder: Path, space: Distributions, fixed: list[str]
     ) -> None:
         remaining = self.trials - len(_ended_trials(study))
-        # Failed trials count as asked here, but not as ended: the next resume asks for them again,
+        # Failed trials count as proposed here, but not as ended: the next resume repeats them,
         # while this loop is guaranteed to stop.
         while remaining > 0:
             trials = [study.ask(space) for _ in range(min(self.parallel, remaining))]
