@@ -8,7 +8,14 @@ from bench.config.composition import compose_run_config
 from bench.device.energy_counters import Unavailable
 from bench.measurement import energy
 
-TIMING = ("lengths=[24]", "new_tokens=2", "rounds=5", "max_rounds=5", "max_warmup_rounds=1", "attempts=1")
+TIMING = (
+    "lengths=[24]",
+    "new_tokens=2",
+    "rounds=5",
+    "max_rounds=5",
+    "max_warmup_rounds=1",
+    "attempts=1",
+)
 MEASURED = ["costs=paper", *(f"costs.timing.{setting}" for setting in TIMING)]
 SHORT = ["benchmark=perplexity_micro", "ratio=0.5"]
 
