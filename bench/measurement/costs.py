@@ -7,10 +7,11 @@ weights were only zeroed or masked gets its times like any other, but no speed-u
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from bench.data.prompts import ModelInputs
 from bench.device.devices import release_memory
 from bench.device.memory import is_out_of_memory
 from bench.measurement import energy, image_prompt, memory, speedup
@@ -78,7 +79,7 @@ def _size_costs(model: Model) -> list[Cost]:
     ]
 
 
-def _prefill_costs(model: Model, inputs: dict[str, Any]) -> list[Cost]:
+def _prefill_costs(model: Model, inputs: ModelInputs) -> list[Cost]:
     scope = image_prompt.prompt_tokens(model, inputs).scope
     found = image_prompt.time_prefill(model, inputs)
     costs = [

@@ -105,7 +105,8 @@ def _joules_in_window(
     # Energy of work queued earlier must not fall into the window.
     synchronize(device)
     before, started, count = meter.joules(), time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
+    # At least one call, however busy the machine is between the two readings of the clock.
+    while not count or time.perf_counter() - started < seconds:
         call()
         # Per call, not per window: otherwise the loop would only enqueue kernels and overrun the
         # window by the length of the queue.

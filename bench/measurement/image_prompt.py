@@ -10,18 +10,21 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bench.data import chat
+from bench.data.prompts import ModelInputs
 from bench.device.devices import call_seconds
 from bench.errors import UserError
 from bench.measurement.flops.counter import CountedFlops, count_flops
 from bench.measurement.model_size import kv_cache_bytes, parameter_dtype
 
 if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
     from bench.models.model import Model
 
 WARM_UP_CALLS = 3
@@ -66,7 +69,7 @@ class PrefillTiming:
         return statistics.median(self.seconds)
 
 
-def build_image_prompt(model: Model, words: int) -> dict[str, Any]:
+def build_image_prompt(model: Model, words: int) -> ModelInputs:
     """Return one prompt as the model's processor builds it: a grey image, then `words` words."""
     from PIL import Image
 
@@ -83,7 +86,7 @@ def build_image_prompt(model: Model, words: int) -> dict[str, Any]:
     }
 
 
-def prompt_tokens(model: Model, inputs: dict[str, Any]) -> PromptTokens:
+def prompt_tokens(model: Model, inputs: ModelInputs) -> PromptTokens:
     """Count the visual and text tokens of a prompt.
 
     Raises:
@@ -99,7 +102,7 @@ def prompt_tokens(model: Model, inputs: dict[str, Any]) -> PromptTokens:
 
 
 @torch.no_grad()
-def count_prefill(model: Model, inputs: dict[str, Any]) -> tuple[CountedFlops, CountedFlops]:
+def count_prefill(model: Model, inputs: ModelInputs) -> tuple[CountedFlops, CountedFlops]:
     """Count the FLOPs of the prefill of one prompt with KV cache, and of the token after it."""
     with count_flops() as prompt_counted:
         cache = _prefill(model, inputs).past_key_values
@@ -112,7 +115,7 @@ def count_prefill(model: Model, inputs: dict[str, Any]) -> tuple[CountedFlops, C
 
 
 @torch.no_grad()
-def time_prefill(model: Model, inputs: dict[str, Any]) -> PrefillTiming:
+def time_prefill(model: Model, inputs: ModelInputs) -> PrefillTiming:
     """Time the prefill of one prompt with KV cache, and measure the size of the cache."""
     prefill = partial(_prefill, model, inputs)
     cache_bytes = kv_cache_bytes(prefill().past_key_values)
@@ -123,7 +126,7 @@ def time_prefill(model: Model, inputs: dict[str, Any]) -> PrefillTiming:
     return PrefillTiming(cache_bytes, seconds, method_overhead(model, prefill))
 
 
-def _prefill(model: Model, inputs: dict[str, Any]) -> Any:
+def _prefill(model: Model, inputs: ModelInputs) -> ModelOutput:
     # Logits of the last token only, as in generation: a head over all tokens would be charged to
     # the prefill.
     return model.network(**inputs, use_cache=True, logits_to_keep=1)

@@ -28,11 +28,13 @@ def memory_costs(model: Model, work: Workload) -> Measurements:
     before it, as if the model were alone: the dense model loaded next to it does not count.
     """
     inputs, network = work.on(model.device), model.network
-    with PeakMemory(model.device) as peak:
-        output = work.forward(network, inputs)
     if not isinstance(work, GenerationWorkload):
+        with PeakMemory(model.device) as peak:
+            work.forward(network, inputs)
         yield _peak_cost(network, f"{FORWARD} {work.shape}", peak)
         return
+    with PeakMemory(model.device) as peak:
+        output = work.forward(network, inputs)
     prefill, decode = f"{PREFILL} {work.shape}", f"{DECODE} {work.shape}"
     yield _peak_cost(network, prefill, peak)
     filled = kv_cache_bytes(output.past_key_values)

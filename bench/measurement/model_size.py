@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from bench.models.offload import iter_parameters
 from bench.models.replaced_modules import ReplacedModule
 
 if TYPE_CHECKING:
+    from transformers import Cache, PretrainedConfig
+
     from bench.models.structure.model_structure import ModelStructure
 
 
@@ -86,11 +88,15 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def text_config(network: nn.Module) -> PretrainedConfig:
+    """Return the config of the language part, which is the whole config of a text-only model."""
+    config = cast("PretrainedConfig", network.config)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def experts_per_token(network: nn.Module) -> int:
     """Return the number of experts per token from the network's config."""
-    config: Any = network.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.num_experts_per_tok)
+    return int(text_config(network).num_experts_per_tok)
 
 
 def _numel(module: nn.Module) -> int:
@@ -98,7 +104,7 @@ def _numel(module: nn.Module) -> int:
     return stored + sum(linear.numel for _, linear in packed_linears(module))
 
 
-def kv_cache_bytes(cache: Any) -> int:
+def kv_cache_bytes(cache: Cache) -> int:
     """Return the bytes of all keys and values in a cache, for text and visual tokens."""
     # By attribute suffix, since the cache layer of a method holds `visual_keys` and `visual_values`
     # as well; by identity, since one tensor may be an attribute under two names.

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from bench.schema import TimingConfig
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import Cache, GenerationMixin, PreTrainedModel
+    from transformers.utils import ModelOutput
 
     from bench.models.model import Model
     from bench.schema import ModelConfig
@@ -45,7 +47,7 @@ class Workload(ABC):
         return {name: value.to(device) for name, value in self.inputs.items()}
 
     @abstractmethod
-    def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> ModelOutput | Tensor:
         """Run one forward of the network."""
 
 
@@ -56,7 +58,7 @@ class GenerationWorkload(Workload):
     prompt: int
     new_tokens: int
 
-    def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> ModelOutput:
         """Prefill the prompts into a KV cache, with logits for their last tokens only."""
         return network(**inputs, use_cache=True, logits_to_keep=1)
 
@@ -65,12 +67,12 @@ class GenerationWorkload(Workload):
         network: nn.Module,
         inputs: dict[str, Tensor],
         on_token: Callable[[int], object] = lambda _: None,
-    ) -> Any:
+    ) -> Cache:
         """Generate with `generate()` and return the final KV cache.
 
         `on_token` is called with 1, 2, ... as soon as the id of that token is in host memory.
         """
-        generator: Any = network
+        generator = cast("GenerationMixin", network)
         # Some checkpoints list several end tokens; `generate` wants one id to pad with.
         end = generator.generation_config.eos_token_id
         first = end[0] if isinstance(end, list) else end
@@ -96,9 +98,10 @@ class GenerationWorkload(Workload):
 class ClassificationWorkload(Workload):
     """Images of the size that a classifier expects."""
 
-    def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    def forward(self, network: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the logits of all images."""
-        return network(inputs["image_BCHH"])
+        logits: Tensor = network(inputs["image_BCHH"])
+        return logits
 
 
 class _TokenListener(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
@@ -159,7 +162,7 @@ def refuse_long_prompts(timing: TimingConfig, config: ModelConfig, network: nn.M
 
 def _text_workloads(model: Model, timing: TimingConfig) -> Iterator[Workload]:
     # Random tokens, since every vocabulary has them and time hardly depends on the ids.
-    network: Any = model.network
+    network = cast("PreTrainedModel", model.network)
     vocabulary = network.get_input_embeddings().num_embeddings
     rng = torch.Generator().manual_seed(SEED)
     for batch, length in product(timing.batches, timing.lengths):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.records.record import SCHEMA, Record
+from bench.records.record import SCHEMA, JsonObject, Record
 from bench.records.store import RECORD, SAMPLES, Store
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def index_table(store: Store) -> pa.Table:
     import pyarrow.compute as pc
 
     stamps = _record_stamps(store)
-    kept = _read_index(store.root / INDEX)
+    indexed = _read_index(store.root / INDEX)
     # Distinct (run, stamp) pairs: a run has many rows.
-    pairs = kept.group_by(["run", "stamp"]).aggregate([]).to_pylist()
+    pairs = indexed.group_by(["run", "stamp"]).aggregate([]).to_pylist()
     valid = {pair["run"] for pair in pairs if stamps.get(pair["run"]) == pair["stamp"]}
     fresh = {run: store.find(run) for run in stamps.keys() - valid}
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for run, record in fresh.items():
         # An unreadable record gets a row as well, or its file would be parsed on every call.
         unreadable = [{"run": run, "kind": UNREADABLE, "stamp": stamps[run]}]
@@ -43,11 +43,11 @@ def index_table(store: Store) -> pa.Table:
     # The second test finds deleted records, whose rows must leave the index.
     if rows or len(valid) < len(pairs):
         known = pa.array(sorted(valid), pa.string())
-        current = kept.filter(pc.is_in(kept["run"], value_set=known))
-        added = pa.Table.from_pylist(rows, kept.schema)
-        kept = _sorted_by_start(pa.concat_tables([current, added]))
-        _write_index(store.root / INDEX, kept)
-    return kept.filter(pc.not_equal(kept["kind"], UNREADABLE))
+        current = indexed.filter(pc.is_in(indexed["run"], value_set=known))
+        added = pa.Table.from_pylist(rows, indexed.schema)
+        indexed = _sorted_by_start(pa.concat_tables([current, added]))
+        _write_index(store.root / INDEX, indexed)
+    return indexed.filter(pc.not_equal(indexed["kind"], UNREADABLE))
 
 
 def _record_stamps(store: Store) -> dict[str, str]:
@@ -118,7 +118,7 @@ def _sorted_by_start(rows: pa.Table) -> pa.Table:
     return rows.take(np.lexsort((rows["run"].to_numpy(zero_copy_only=False).astype(str), begun)))
 
 
-def _rows_of_record(record: Record, stamp: str) -> list[dict[str, Any]]:
+def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
     described = {
         "run": record.id,
         "started": record.started,

@@ -56,7 +56,7 @@ class Journal:
             os.fsync(self._file)
         os.close(self._file)
 
-    def append(self, entry: Any) -> None:
+    def append(self, entry: object) -> None:
         """Append one entry, whole or not at all.
 
         Raises:
@@ -108,7 +108,7 @@ class Journal:
         self.notes.append(f"{self.path}: {reason}; it was moved aside to {free.name}")
 
 
-def _encode_entry(entry: Any) -> bytes:
+def _encode_entry(entry: object) -> bytes:
     text = json.dumps(entry, separators=(",", ":")).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 

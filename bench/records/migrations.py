@@ -10,9 +10,7 @@ The config is never changed: a record states what the run was given.
 
 from __future__ import annotations
 
-from typing import Any
-
-from bench.records.record import SCHEMA
+from bench.records.record import SCHEMA, JsonObject
 
 READABLE_SCHEMAS = range(1, SCHEMA + 1)
 _QUANTITIES = {"limit_share": "roofline_efficiency", "realised": "realised_speedup_fraction"}
@@ -20,7 +18,7 @@ _MISSING_QUANTITIES = {**_QUANTITIES, "limits": "roofline"}
 _BACKENDS = {"shared": "prefix_sharing", "plain": "padded"}
 
 
-def migrate(content: dict[str, Any]) -> dict[str, Any]:
+def migrate(content: JsonObject) -> JsonObject:
     """Convert the content of a record of any readable schema to the current one."""
     try:
         if content["schema_version"] == 1:
@@ -33,7 +31,7 @@ def migrate(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _to_schema_2(content: dict[str, Any]) -> dict[str, Any]:
+def _to_schema_2(content: JsonObject) -> JsonObject:
     # The reasons were the names of the parts; their values carried nothing.
     missing = [
         {"scope": cost["scope"], "quantity": "flops", "reason": reason, "how": cost["how"]}
@@ -46,7 +44,7 @@ def _to_schema_2(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "schema_version": 2, "costs": costs, "gaps": gaps}
 
 
-def _to_schema_3(content: dict[str, Any]) -> dict[str, Any]:
+def _to_schema_3(content: JsonObject) -> JsonObject:
     new = {**content, "schema_version": 3}
     new["sweep"] = new.pop("group")
     new["missing"] = _renamed(new.pop("gaps", ()), _MISSING_QUANTITIES)
@@ -58,11 +56,11 @@ def _to_schema_3(content: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _renamed(rows: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
+def _renamed(rows: list[JsonObject], names: dict[str, str]) -> list[JsonObject]:
     return [{**row, "quantity": names.get(row["quantity"], row["quantity"])} for row in rows]
 
 
-def _method_of_schema_3(method: dict[str, Any]) -> dict[str, Any]:
+def _method_of_schema_3(method: JsonObject) -> JsonObject:
     new = {**method, "report": dict(method["report"])}
     new["effect"] = new.pop("saving")
     layers = new["report"].get("layers")
@@ -72,7 +70,7 @@ def _method_of_schema_3(method: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _backend_of_schema_3(engine: dict[str, Any] | None) -> dict[str, Any] | None:
+def _backend_of_schema_3(engine: JsonObject | None) -> JsonObject | None:
     if engine is None:
         return None
     new = {**engine, "used": _BACKENDS.get(engine["used"], engine["used"])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,8 @@ from bench.method import LayerReport
 SCHEMA = 3
 ID_DIGITS = 12
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object whose keys are not known here, such as the config of a run or its provenance."""
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""
 
@@ -44,9 +46,9 @@ class AppliedMethod(_FrozenModel):
     """
 
     name: str
-    config: dict[str, Any]
+    config: JsonObject
     effect: str
-    report: dict[str, Any]
+    report: JsonObject
     layers: tuple[LayerReport, ...] = ()
     seconds: float
     peak_bytes: int | None = None
@@ -112,14 +114,14 @@ class Record(_FrozenModel):
     finished: str
     sweep: str | None
     command: str
-    config: dict[str, Any]
-    environment: dict[str, Any]
+    config: JsonObject
+    environment: JsonObject
     model: DenseModel
     methods: tuple[AppliedMethod, ...]
     metrics: tuple[Metric, ...]
     costs: tuple[Cost, ...]
     missing: tuple[MissingMeasurement, ...] = ()
-    provenance: dict[str, Any]
+    provenance: JsonObject
 
     @property
     def label(self) -> str:
@@ -155,13 +157,13 @@ def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
     return "+".join(effects) if effects and effects.keys() <= EFFECTS_WITHOUT_SAVING else None
 
 
-def run_id(inputs: dict[str, Any]) -> str:
+def run_id(inputs: JsonObject) -> str:
     """Return the first 12 hex digits of the checksum of the inputs."""
     # 48 bits: even among a million runs a collision has a chance of about 0.2 %.
     return checksum(inputs)[:ID_DIGITS]
 
 
-def checksum(content: dict[str, Any]) -> str:
+def checksum(content: JsonObject) -> str:
     """Return the SHA-256 of the canonical JSON of `content`."""
     # Sorted keys, fixed separators and ASCII make the text independent of insertion order and
     # platform; any change here would change the id of every run.

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -26,7 +25,7 @@ from bench.errors import UserError, nearest
 from bench.records import atomic_files
 from bench.records.journal import Journal
 from bench.records.migrations import READABLE_SCHEMAS, migrate
-from bench.records.record import SCHEMA, Record, checksum
+from bench.records.record import SCHEMA, JsonObject, Record, checksum
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
 RESPONSES = "responses.journal"
@@ -158,7 +157,7 @@ class Store:
         self.folder(run_id).rename(free)
         return free
 
-    def write(self, record: Record, samples: Sequence[dict[str, Any]], config: str) -> Path:
+    def write(self, record: Record, samples: Sequence[JsonObject], config: str) -> Path:
         """Write one record with samples and config atomically; return its folder.
 
         The run's unfinished state is no longer needed and is removed.
@@ -213,7 +212,7 @@ def _parse_record(text: str) -> Record:
         raise ValueError(f"not a record: {key}: {fault['msg'].lower()}") from None
 
 
-def _write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
+def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:
     """Write one row per scored sample; a run without samples gets an empty table."""
     import pyarrow as pa
     import pyarrow.parquet as pq

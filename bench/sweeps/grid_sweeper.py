@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -44,7 +43,7 @@ class GridSweeper(LaunchingSweeper):
         self.params = dict(params or {})
         self.max_batch_size = max_batch_size
 
-    def sweep(self, arguments: list[str]) -> Any:
+    def sweep(self, arguments: list[str]) -> None:
         """Launch the jobs that are neither done nor running elsewhere, in the order of the plan."""
         folder = Path(self.config.hydra.sweep.dir)
         plan = plan_in(folder).with_jobs(self.jobs(arguments), complete=True)

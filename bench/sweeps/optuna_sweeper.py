@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,11 +29,14 @@ from bench.sweeps.job import STUDY_FILE, objective_value, read_status
 from bench.sweeps.plan import plan_in, read_plan
 
 if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
+    from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
     from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
     from bench.records import Record
 
+Distributions: TypeAlias = "dict[str, BaseDistribution]"
 # User attributes of a trial: its result on the early tasks, its run id, why it failed.
 EARLY_ATTRIBUTE, RUN_ATTRIBUTE, REASON_ATTRIBUTE = "early", "run", "reason"
 
@@ -44,7 +47,7 @@ class OptunaSweeper(LaunchingSweeper):
     Args:
         study: name; its journal is `results_dir/studies/NAME.log`; an existing study is resumed.
         trials: number of finished trials, pruned ones included.
-        parallel: number of trials that are asked for and launched at once.
+        parallel: number of trials that are proposed and launched at once.
         seed: seed of Optuna's TPE sampler.
         objectives: such as `maximize average` or `minimize flops`: a task or a cost quantity.
         space: range per key in Hydra's sweep syntax: `interval(0.1,0.7)`, `range(2,9)`,
@@ -95,7 +98,7 @@ class OptunaSweeper(LaunchingSweeper):
 
     def _study(self, journal: Path) -> Study:
         """Open or create the study; Optuna's journal is append-only text and survives a crash."""
-        optuna: Any = optional_module("optuna", "search")
+        optuna = optional_module("optuna", "search")
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
@@ -118,10 +121,10 @@ class OptunaSweeper(LaunchingSweeper):
         return study
 
     def _run_trials(
-        self, study: Study, folder: Path, space: dict[str, Any], fixed: list[str]
+        self, study: Study, folder: Path, space: Distributions, fixed: list[str]
     ) -> None:
         remaining = self.trials - len(_ended_trials(study))
-        # Failed trials count as asked here, but not as ended: the next resume asks for them again,
+        # Failed trials count as proposed here, but not as ended: the next resume repeats them,
         # while this loop is guaranteed to stop.
         while remaining > 0:
             trials = [study.ask(space) for _ in range(min(self.parallel, remaining))]
@@ -228,7 +231,7 @@ def _requeue_interrupted(study: Study) -> None:
     from optuna.trial import TrialState
 
     ended = [trial.params for trial in _ended_trials(study)]
-    again: list[dict[str, Any]] = []
+    again: list[dict[str, object]] = []
     # A trial cannot return from FAIL, so its parameters are enqueued as a new one, once each,
     # unless a repetition has ended or is waiting already.
     for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
@@ -243,13 +246,13 @@ def _requeue_interrupted(study: Study) -> None:
             study.enqueue_trial(params)
 
 
-def _ended_trials(study: Study) -> list[Any]:
+def _ended_trials(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     return list(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
-def _completed_trials(study: Study) -> list[Any]:
+def _completed_trials(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     return list(study.get_trials(states=(TrialState.COMPLETE,)))
@@ -281,7 +284,7 @@ def _write_study(study: Study, objectives: dict[str, str], folder: Path) -> None
     write_bytes(folder / STUDY_FILE, redact(text).encode())
 
 
-def optuna_distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any], list[str]]:
+def optuna_distributions(overrides: Iterable[Override]) -> tuple[Distributions, list[str]]:
     """Return a distribution per swept key, and the remaining overrides unchanged.
 
     Raises:
@@ -289,7 +292,7 @@ def optuna_distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any],
     """
     from hydra.core.override_parser.types import ValueType
 
-    space: dict[str, Any] = {}
+    space: Distributions = {}
     fixed: list[str] = []
     for override in overrides:
         key = override.get_key_element()
@@ -306,7 +309,7 @@ def optuna_distributions(overrides: Iterable[Override]) -> tuple[dict[str, Any],
     return space, fixed
 
 
-def _interval_distribution(key: str, interval: Any) -> Any:
+def _interval_distribution(key: str, interval: IntervalSweep) -> BaseDistribution:
     # Hydra's intervals are of real numbers; integers are searched with `range`.
     from optuna.distributions import FloatDistribution
 
@@ -317,7 +320,7 @@ def _interval_distribution(key: str, interval: Any) -> Any:
         raise UserError(f"{key}=interval({low},{high}): {error}") from None
 
 
-def _range_distribution(key: str, values: Any) -> Any:
+def _range_distribution(key: str, values: RangeSweep) -> BaseDistribution:
     from optuna.distributions import FloatDistribution, IntDistribution
 
     # The end is exclusive as in Python, but Optuna's bounds are inclusive: pass the last value.
@@ -329,7 +332,7 @@ def _range_distribution(key: str, values: Any) -> Any:
     return FloatDistribution(numbers[0], numbers[-1], step=float(values.step))
 
 
-def _choice_distribution(override: Override) -> Any:
+def _choice_distribution(override: Override) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution
 
     return CategoricalDistribution([str(value) for value in override.sweep_string_iterator()])
@@ -352,14 +355,15 @@ class EarlyResult:
         value = metric.value if metric and metric.value is not None else 0.0
         return cls(value, (metric.stderr or 0.0) if metric else 0.0, costs)
 
-    def to_json(self) -> list[Any]:
+    def to_json(self) -> list[float]:
         """Return the values as a JSON list, the inverse of `from_json`."""
-        return [self.accuracy, self.error, list(self.costs)]
+        return [self.accuracy, self.error, *self.costs]
 
     @classmethod
-    def from_json(cls, kept: list[Any]) -> EarlyResult:
+    def from_json(cls, values: list[float]) -> EarlyResult:
         """Restore what `to_json` returned."""
-        return cls(kept[0], kept[1], tuple(kept[2]))
+        accuracy, error, *costs = values
+        return cls(accuracy, error, tuple(costs))
 
 
 def is_dominated(mine: EarlyResult, rivals: Iterable[EarlyResult], margin: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from bench.records import Store
 from bench.sweeps.job import JOBS, RunResult, StatusDict, is_running, read_status
@@ -37,7 +37,7 @@ def sweep_jobs(plan: SweepPlan) -> list[SweepJob]:
     return [_read_job(plan, store, number, numbers[number]) for number in sorted(numbers)]
 
 
-def job_rows(plan: SweepPlan) -> list[dict[str, Any]]:
+def job_rows(plan: SweepPlan) -> list[dict[str, object]]:
     """Return one row per job, with only those overrides that not all jobs share."""
     states = sweep_jobs(plan)
     shared = set.intersection(*(set(job.overrides) for job in states)) if len(states) > 1 else set()
@@ -72,7 +72,7 @@ def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
             yield f"{command}: {job.reason}{log}"
 
 
-def sweep_summary(plan: SweepPlan) -> dict[str, Any]:
+def sweep_summary(plan: SweepPlan) -> dict[str, object]:
     """Return one row about a sweep with the number of its jobs per state."""
     states = [job.state for job in sweep_jobs(plan)]
     counts = {state: states.count(state) for state in ("waiting", "running", "done", "failed")}
@@ -84,7 +84,7 @@ def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, 
     if note is None:
         return SweepJob(number, overrides, "waiting")
     log, host = note.get("log"), note.get("host")
-    known: dict[str, Any] = {"number": number, "overrides": overrides, "log": log, "host": host}
+    known: StatusDict = {"number": number, "overrides": overrides, "log": log, "host": host}
     if note["state"] == "done":
         return _finished_job(store, note, known)
     # "running" is what a killed process leaves behind too; only the lock tells them apart.
@@ -96,7 +96,7 @@ def _read_job(plan: SweepPlan, store: Store, number: int, overrides: tuple[str, 
     return SweepJob(**known, state=state, reason=note.get("reason"))
 
 
-def _finished_job(store: Store, note: StatusDict, known: dict[str, Any]) -> SweepJob:
+def _finished_job(store: Store, note: StatusDict, known: StatusDict) -> SweepJob:
     # A job is done only while its record exists: a deleted record makes `resume` run it again.
     run = str(note.get("run"))
     if (store.folder(run) / "record.json").is_file():

@@ -36,7 +36,7 @@ def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> 
     # -P keeps the working folder off sys.path, where a stranger's `bench.py` may lie.
     command = [sys.executable, "-P", "-m", _MODULE, run, str(results_dir)]
     command.append(config.model_dump_json())
-    began = time.monotonic()
+    started = time.monotonic()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -59,7 +59,7 @@ def upload_in_subprocess(run: str, results_dir: Path, config: TrackerConfig) -> 
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         # The client may give up by itself before our timeout; after so long a wait that means a
         # silent server as well.
-        waited = time.monotonic() - began > WANDB_INIT_SECONDS
+        waited = time.monotonic() - started > WANDB_INIT_SECONDS
         raise (UploadTimeout if waited else UploadFailed)(lines[-1])
     return output.strip().splitlines()[-1]
 

@@ -22,10 +22,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
-from bench.records.record import Record
+from bench.records.record import JsonObject, Record
 from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
+
+if TYPE_CHECKING:
+    from wandb import Run, Table
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
@@ -59,9 +63,12 @@ def open_wandb_run(
     config: TrackerConfig,
     results_dir: Path,
     *,
-    config_of_run: dict[str, Any] | None = None,
-    **described: Any,
-) -> Iterator[tuple[Any, Any, str | None]]:
+    name: str,
+    job_type: str,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    config_of_run: JsonObject | None = None,
+) -> Iterator[tuple[ModuleType, Run, str | None]]:
     """Open a W&B run whose files stay in the results folder; yield (wandb, run, URL or folder).
 
     The third is None if W&B is disabled, since then nothing is kept. The run is finished even if
@@ -86,7 +93,10 @@ def open_wandb_run(
             settings=wandb.Settings(
                 console="off", silent=True, init_timeout=min(WANDB_INIT_SECONDS, config.timeout)
             ),
-            **described,
+            name=name,
+            job_type=job_type,
+            group=group,
+            tags=tags,
         )
         try:
             kept = run.settings.sync_dir if chosen == "offline" else run.url
@@ -95,7 +105,7 @@ def open_wandb_run(
             run.finish()
 
 
-def _log_record(wandb: Any, run: Any, record: Record, folder: Path) -> None:
+def _log_record(wandb: ModuleType, run: Run, record: Record, folder: Path) -> None:
     run.summary.update(wandb_summary(record))
     metrics = [m.model_dump() for m in record.metrics]
     # Tables hold plain values only, so the parts of a cost become JSON text.
@@ -112,7 +122,7 @@ def _log_record(wandb: Any, run: Any, record: Record, folder: Path) -> None:
     run.log_artifact(artifact)
 
 
-def _log_histories(run: Any, record: Record) -> None:
+def _log_histories(run: Run, record: Record) -> None:
     """Log the training history that a method reports, as curves over its own epochs.
 
     A report's `history` is a list of dicts of numbers, each with its `epoch`.
@@ -224,7 +234,7 @@ def send_overview(overview: Overview, config: TrackerConfig, results_dir: Path) 
     return kept
 
 
-def _to_wandb(wandb: Any, rows: WandbTable) -> Any:
+def _to_wandb(wandb: ModuleType, rows: WandbTable) -> Table:
     # Columns may hold missing values next to numbers or text, so their types are mixed.
     return wandb.Table(
         columns=list(rows.columns), data=[list(row) for row in rows.rows], allow_mixed_types=True

@@ -142,7 +142,8 @@ def test_a_history_becomes_curves_over_the_methods_own_epochs(store, record):
     assert curve == [(1, 9), (2, 8), (3, 7)]
 
 
-def test_a_disabled_client_keeps_the_run_nowhere(store, record):
-    assert track(record, store, TrackerConfig(mode="disabled")) is None
+def test_a_disabled_client_keeps_the_run_nowhere(store, record, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert track(record, store, TrackerConfig()) is None
     note = json.loads((store.root / "tracked" / f"{record.id}.json").read_text())
     assert note["kept"] is None

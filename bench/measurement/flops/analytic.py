@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.measurement.flops.counter import meta_forward
+from bench.measurement.model_size import text_config
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import (
     MatmulCost,
@@ -30,12 +31,15 @@ from bench.models.macs import (
 )
 from bench.models.structure.model_structure import ModelStructure
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FEED_FORWARD_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 
 
 def decoder_macs(
-    layers: Sequence[nn.Module], config: Any, tokens: CallTokens
+    layers: Sequence[nn.Module], config: PretrainedConfig, tokens: CallTokens
 ) -> Iterator[MatmulCost]:
     """Yield the multiply-adds of all layers; `config` is that of the language part.
 
@@ -78,12 +82,6 @@ def head_macs(network: nn.Module, rows: int) -> MatmulCost:
     return MatmulCost("head", float(rows * embeddings.in_features * embeddings.out_features))
 
 
-def text_config(network: nn.Module) -> Any:
-    """Return the config of the language part, which is the whole config of a text-only model."""
-    config: Any = network.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _named_submodule(layer: nn.Module, names: Sequence[str]) -> nn.Module:
     found = (getattr(layer, name, None) for name in names)
     part = next((each for each in found if isinstance(each, nn.Module)), None)
@@ -95,7 +93,7 @@ def _named_submodule(layer: nn.Module, names: Sequence[str]) -> nn.Module:
     return part
 
 
-def _sliding_window(config: Any, index: int) -> int | None:
+def _sliding_window(config: PretrainedConfig, index: int) -> int | None:
     """Return the sliding window of a layer, or None if it attends to all earlier tokens."""
     window: int | None = getattr(config, "sliding_window", None)
     # Models that mix both kinds of attention list the kind per layer; the others, such as Mistral,
@@ -192,7 +190,7 @@ def classifier_macs(network: Classifier, batch: int) -> list[MatmulCost]:
     config = network.config
     products: list[MatmulCost] = []
 
-    def note(layer: nn.Module, _: Any, output: Tensor) -> None:
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
         kind: NetworkPart = "convolution" if isinstance(layer, nn.Conv2d) else "dense"
         # A dense layer has no spatial dimensions; the product over none of them is 1.
         positions = output.shape[0] * output.shape[2:].numel()

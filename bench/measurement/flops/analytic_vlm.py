@@ -7,14 +7,16 @@ Shapes: P patches of a frame, c patches merged into a visual token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from bench.data.prompts import ModelInputs
 from bench.errors import UserError
-from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs, text_config
+from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs
+from bench.measurement.model_size import text_config
 from bench.models.macs import (
     MatmulCost,
     VisualLayer,
@@ -26,7 +28,8 @@ from bench.models.structure.model_structure import ModelStructure
 from bench.models.vlm.vision_tower import CLASS_TOKEN_MODELS, patches_per_token, tower_parts
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
 
-ModelInputs = Mapping[str, Any]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @torch.no_grad()
@@ -92,13 +95,13 @@ def _require_visual_tokens(network: nn.Module, inputs: ModelInputs) -> VisualTok
 GRID_INPUTS = ("image_grid_thw", "video_grid_thw")
 
 
-def vision_macs(network: nn.Module, inputs: Mapping[str, Any], tokens: int) -> list[MatmulCost]:
+def vision_macs(network: nn.Module, inputs: ModelInputs, tokens: int) -> list[MatmulCost]:
     """Return the multiply-adds of encoding the images of a call into `tokens` visual tokens.
 
     Raises:
         UserError: the vision tower is of an unsupported type.
     """
-    config = cast(Any, network.config)
+    config = cast("PretrainedConfig", network.config)
     module, _, projector = tower_parts(network)
     if config.model_type in CLASS_TOKEN_MODELS:
         # These towers take images of one size, so the patches divide evenly among the images.
@@ -129,7 +132,7 @@ def _class_token_tower(module: nn.Module, patches: int, images: int) -> Iterator
 
 
 def _patch_tower(
-    module: nn.Module, config: Any, grids: Sequence[Sequence[int]]
+    module: nn.Module, config: PretrainedConfig, grids: Sequence[Sequence[int]]
 ) -> Iterator[MatmulCost]:
     """Yield a tower without class token; attention covers a frame or, in some layers, a window."""
     part, vision = cast(Any, module), config.vision_config
@@ -148,7 +151,7 @@ def _patch_tower(
         yield attention_cost("visual", pairs, pairs, per_pair, part="vision")
 
 
-def _window_sizes(vision: Any, grids: Sequence[Sequence[int]]) -> list[int]:
+def _window_sizes(vision: PretrainedConfig, grids: Sequence[Sequence[int]]) -> list[int]:
     """Return the number of patches per window; those at the right and lower edge are smaller.
 
     A window is a square of whole visual tokens, counted in patches here.

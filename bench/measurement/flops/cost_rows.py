@@ -11,19 +11,21 @@ Shapes: B sequences or images, L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from bench.data.prompts import ModelInputs
 from bench.errors import UserError
 from bench.measurement import image_prompt
 from bench.measurement.flops import analytic, analytic_vlm
-from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES, text_config
+from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES
 from bench.measurement.flops.analytic_vlm import visual_layers
 from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, ConventionInputs
 from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
+from bench.measurement.model_size import text_config
 from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import MatmulCost, flops_provider_of, macs_by_part
@@ -105,7 +107,7 @@ def multimodal_parts(counted: CountedFlops) -> dict[str, int]:
 def image_parts(counted: CountedFlops) -> dict[str, int]:
     """Split FLOPs by operator into convolutions, dense layers and other."""
     # By operator instead of by module: each classifier architecture names its modules differently.
-    kinds: dict[Any, int] = counted.modules.get("Global", {})
+    kinds = counted.modules.get("Global", {})
     convolution = sum(flops for kind, flops in kinds.items() if "convolution" in str(kind))
     dense = sum(flops for kind, flops in kinds.items() if "mm" in str(kind))
     other = counted.total - convolution - dense
@@ -121,7 +123,7 @@ def flops_costs(model: Model, config: CostsConfig) -> Measurements:
     return kinds[model.config.kind](model, config)
 
 
-def prompt_flops_costs(model: Model, config: CostsConfig, inputs: dict[str, Any]) -> Measurements:
+def prompt_flops_costs(model: Model, config: CostsConfig, inputs: ModelInputs) -> Measurements:
     """Yield the FLOPs of a prompt with an image, and of the token generated after it.
 
     `inputs` are those of `image_prompt.build_image_prompt`.
@@ -192,7 +194,7 @@ def _image_flops_costs(model: Model, config: CostsConfig) -> Measurements:
 
 
 def convention_cost(
-    name: FlopsConvention, model: Model, inputs: dict[str, Any], lengths: image_prompt.PromptTokens
+    name: FlopsConvention, model: Model, inputs: ModelInputs, lengths: image_prompt.PromptTokens
 ) -> Cost:
     """Return the FLOPs of a prompt by a paper's convention."""
     text = text_config(model.network)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.models.offload import without_offload_hooks
+
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = dict[str, Any]
+"""Arguments of an operator as a mode of PyTorch receives them: of any type."""
 
 
 @dataclass
@@ -44,10 +48,10 @@ class CountedFlops:
     if it is not empty, the count is too small.
     """
 
-    modules: dict[str, dict[Any, int]] = field(default_factory=dict)
+    modules: dict[str, dict[object, int]] = field(default_factory=dict)
     masked: int | None = 0
     attention_calls: int = 0
-    operators: frozenset[Any] = frozenset()
+    operators: frozenset[object] = frozenset()
     without_formula: tuple[str, ...] = ()
 
     @property
@@ -83,15 +87,15 @@ class _OperatorRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not say
-        self.seen: set[Any] = set()
+        self.seen: set[object] = set()
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: Callable[..., object],
+        types: object,
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> object:
         self.seen.add(getattr(func, "_overloadpacket", func))
         return func(*args, **(kwargs or {}))
 
@@ -127,11 +131,11 @@ class MaskedPairs(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: Callable[..., object],
+        types: object,
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> object:
         """Record attention calls; run every function unchanged."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
@@ -146,7 +150,7 @@ class MaskedPairs(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        **_: Any,
+        **_: object,
     ) -> None:
         self.attention_calls += 1
         heads, queries, keys = prod(query.shape[:-2]), query.shape[-2], key.shape[-2]
@@ -184,36 +188,38 @@ MATMUL_NAME = re.compile(
 
 
 def attention_flops(
-    q_BHSd: TensorShape, k_BGTd: TensorShape, v_BGTd: TensorShape, *_: Any, **__: Any
+    q_BHSd: TensorShape, k_BGTd: TensorShape, v_BGTd: TensorShape, *_: object, **__: object
 ) -> int:
     """Charge q · k and weights · v in full, whatever the mask: causal attention is not halved."""
     return 2 * prod(q_BHSd[:3]) * k_BGTd[2] * (q_BHSd[3] + v_BGTd[3])
 
 
-def grouped_matmul_flops(x_SD: TensorShape, weight_EDF: TensorShape, *_: Any, **__: Any) -> int:
+def grouped_matmul_flops(
+    x_SD: TensorShape, weight_EDF: TensorShape, *_: object, **__: object
+) -> int:
     """Charge the product of each row with the matrix of the one expert it is routed to."""
     return 2 * prod(x_SD) * weight_EDF[-1]
 
 
-def matrix_vector_flops(matrix_RC: TensorShape, *_: Any, **__: Any) -> int:
+def matrix_vector_flops(matrix_RC: TensorShape, *_: object, **__: object) -> int:
     """Charge the product of a matrix and a vector, or the dot product of two vectors."""
     return 2 * prod(matrix_RC)
 
 
-def addmv_flops(_bias: TensorShape, matrix_RC: TensorShape, *_: Any, **__: Any) -> int:
+def addmv_flops(_bias: TensorShape, matrix_RC: TensorShape, *_: object, **__: object) -> int:
     """Charge a matrix-vector product plus bias; the addition is not counted."""
     return 2 * prod(matrix_RC)
 
 
-def distance_flops(x_BMD: TensorShape, y_BND: TensorShape, *_: Any, **__: Any) -> int:
+def distance_flops(x_BMD: TensorShape, y_BND: TensorShape, *_: object, **__: object) -> int:
     """Charge pairwise distances as the matmul x yᵀ that they are computed from."""
     return 2 * prod(x_BMD) * y_BND[-2]
 
 
-def flop_formulas() -> dict[Any, Formula]:
+def flop_formulas() -> dict[object, Formula]:
     """Return the formulas of those operators that exist in this installation."""
     aten = torch.ops.aten
-    known: dict[Any, Formula] = {
+    known: dict[object, Formula] = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
         aten.mv: matrix_vector_flops,
         aten.dot: matrix_vector_flops,
@@ -232,7 +238,7 @@ def flop_formulas() -> dict[Any, Formula]:
     return known
 
 
-def matmuls_without_formula(seen: Iterable[Any], known: Iterable[Any]) -> tuple[str, ...]:
+def matmuls_without_formula(seen: Iterable[object], known: Iterable[object]) -> tuple[str, ...]:
     """Return the names of operators that ran, look like matmuls, and have no formula."""
     free = set(seen) - set(known)
     names = (str(packet) for packet in free)
@@ -263,7 +269,7 @@ def meta_forward(network: nn.Module) -> Iterator[Callable[..., Any]]:
 
         # `named_parameters` lists a tied parameter once; `tie_weights` replaces it under its other
         # names as well.
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> object:
             return functional_call(network, weights, args=args, kwargs=kwargs, tie_weights=True)
 
         yield call

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
@@ -43,6 +43,9 @@ from bench.sweeps.job import (
 )
 from bench.sweeps.plan import read_plan
 from bench.sweeps.status import LOST_WORKER
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
 
 SAFE_PATH = "PYTHONSAFEPATH"
 
@@ -70,7 +73,7 @@ class RemoteJob:
     context: HydraContext
     config: DictConfig
     task: TaskFunction
-    singletons: dict[Any, Any]
+    singletons: dict[type, object]
     overrides: list[str]
     number: int
     working_folder: str
@@ -104,7 +107,7 @@ class RemoteJob:
                 job_subdir_key="hydra.sweep.subdir",
             )
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self) -> DelayedSubmission:
         """Return what submitit requeues when Slurm preempts the job: the same job.
 
         A run keeps what it has finished, so the second start resumes where this one stops.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from types import ModuleType
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
@@ -31,7 +31,7 @@ class RayLauncher(RetryingLauncher):
     def run_jobs(self, jobs: list[RemoteJob]) -> None:
         """Send all jobs to the cluster and wait until each has ended or is lost."""
         _set_ray_environment()
-        ray: Any = optional_module("ray", "ray")
+        ray = optional_module("ray", "ray")
         started = self._connect(ray)
         try:
             run = ray.remote(run_remote_job).options(**self._needs())
@@ -44,12 +44,12 @@ class RayLauncher(RetryingLauncher):
             if started:
                 ray.shutdown()
 
-    def _connect(self, ray: Any) -> bool:
+    def _connect(self, ray: ModuleType) -> bool:
         """Join the cluster at `address` or start one; return whether this launcher must end it."""
         if ray.is_initialized():  # a host program's connection must survive the sweep
             return False
         address = self.settings.get("address")
-        local: dict[str, Any] = {}
+        local: dict[str, object] = {}
         if address is None:
             local = {"num_cpus": self.settings.get("num_cpus"), "include_dashboard": False}
         for left in reversed(range(START_ATTEMPTS)):
@@ -71,7 +71,7 @@ class RayLauncher(RetryingLauncher):
                     ) from None
         return True
 
-    def _needs(self) -> dict[str, Any]:
+    def _needs(self) -> dict[str, object]:
         """Return the resources of a job; Ray starts it where they are free."""
         gpus = self.settings.get("gpus_per_job", "auto")
         if gpus == "auto":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bench.device.devices import visible_gpus
 from bench.errors import UserError, optional_module
 from bench.sweeps.launchers.local import JobLimits, RemoteJob, RetryingLauncher
+
+if TYPE_CHECKING:
+    from submitit import Executor, Job
 
 # Settings that are not passed on to submitit under the same name.
 OWN_SETTINGS = {"cluster", "parallel", "max_num_timeout", "mem_gb"}
@@ -56,7 +59,7 @@ class SubmititLauncher(RetryingLauncher):
                 submitted = [executor.submit(job) for job in batch]
             self._wait(submitted)
 
-    def _wait(self, jobs: list[Any]) -> None:
+    def _wait(self, jobs: list[Job]) -> None:
         """Wait for all jobs; on an interruption cancel local ones and leave Slurm's queued."""
         try:
             # `wait`, not `result`: the latter would raise the error of a failed job.
@@ -68,8 +71,8 @@ class SubmititLauncher(RetryingLauncher):
                     job.cancel()
             raise
 
-    def _executor(self, folder: Path) -> Any:
-        submitit: Any = optional_module("submitit", "slurm")
+    def _executor(self, folder: Path) -> Executor:
+        submitit = optional_module("submitit", "slurm")
         timeouts = int(self.settings.get("max_num_timeout", 3))
         given = {
             k: _without_config_nodes(v)
@@ -96,7 +99,7 @@ class SubmititLauncher(RetryingLauncher):
         return executor
 
 
-def _without_config_nodes(value: Any) -> Any:
+def _without_config_nodes(value: object) -> object:
     # submitit expects plain lists and dicts, not OmegaConf's nodes.
     from omegaconf import OmegaConf
 

@@ -1,4 +1,4 @@
-"""FLOPs as rows of a record: both ways, both conventions, gaps that are named."""
+"""FLOPs as rows of a record: both ways, both conventions, and what is missing is named."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def values(rows):
     return {(row.scope, row.quantity, row.how): getattr(row, "value", None) for row in rows}
 
 
-def gaps(rows):
+def missing_rows(rows):
     return [row for row in rows if isinstance(row, MissingMeasurement)]
 
 
@@ -89,7 +89,7 @@ def test_an_image_classifier():
 
 def test_a_prompt_with_an_image(multimodal):
     rows = [multimodal(), multimodal(LayerDrop(layers=2))]
-    assert gaps([*rows[0], *rows[1]]) == []
+    assert missing_rows([*rows[0], *rows[1]]) == []
     dense, cut = map(values, rows)
     prompt, token = "prefill 1x(25 visual + 10 text)", "token after 1x(25 visual + 10 text)"
     for how in ("counted", "analytic"):
@@ -133,7 +133,7 @@ def test_a_convention_of_prompts_is_missing_where_there_are_none():
     config = CostsConfig(name="tiny", length=9, flops=FlopsConfig(convention="yopo"))
     rows = list(flops_costs(model_of(tiny_networks.llama()), config))
     reason = "yopo covers prompts with images only"
-    assert gaps(rows) == [
+    assert missing_rows(rows) == [
         MissingMeasurement(
             scope="forward 1x9", quantity="flops_yopo", reason=reason, how="analytic"
         )
@@ -152,12 +152,12 @@ def test_what_depends_on_values_is_named_and_reckoned_all_the_same():
 def test_a_length_that_the_model_cannot_take_is_a_gap():
     model = model_of(tiny_networks.llama())
     longest = CostsConfig(name="tiny", length=model.max_length)
-    assert gaps(flops_costs(model, longest)) == []
+    assert missing_rows(flops_costs(model, longest)) == []
     found = list(flops_costs(model, CostsConfig(name="tiny", length=model.max_length + 1)))
-    assert {(gap.scope, gap.quantity) for gap in gaps(found)} == {
+    assert {(gap.scope, gap.quantity) for gap in missing_rows(found)} == {
         (f"{call} 1x{model.max_length + 1}", "flops") for call in ("forward", "token after")
     }
-    assert len(gaps(found)) == len(found)
+    assert len(missing_rows(found)) == len(found)
 
 
 def test_an_unknown_convention_is_one_sentence():
@@ -171,10 +171,10 @@ def test_a_method_that_does_not_say_what_choosing_multiplies_is_a_gap(multimodal
         plan = visual_engine_of(model.network).plan
         plan.steps = [replace(each, macs=None) for each in plan.steps]
 
-    (gap,) = gaps(multimodal(METHODS["fastv"], then=silent))
+    (gap,) = missing_rows(multimodal(METHODS["fastv"], then=silent))
     assert (gap.quantity, gap.how) == ("method_flops", "analytic")
     assert gap.reason == "fastv does not report the FLOPs of its selection"
-    assert gaps(multimodal(METHODS["fastv"])) == []
+    assert missing_rows(multimodal(METHODS["fastv"])) == []
 
 
 def test_gaps_are_named_and_never_a_zero():
@@ -184,7 +184,7 @@ def test_gaps_are_named_and_never_a_zero():
     del layer.self_attn.head_dim
     layer.forward = lambda x, **_: x
     rows = list(flops_costs(model_of(network), QUICK))
-    missing = [gap for gap in gaps(rows) if gap.how == "analytic"]
+    missing = [gap for gap in missing_rows(rows) if gap.how == "analytic"]
     assert [gap.scope for gap in missing] == ["forward 2x24", "token after 2x24"]
     assert all("LlamaAttention does not state the number" in gap.reason for gap in missing)
     assert not [row for row in rows if isinstance(row, Cost) and row.how == "analytic"]
@@ -198,7 +198,7 @@ def test_an_operator_without_a_formula_takes_the_count_with_it():
     network = build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8)).eval()
     network.head.append(Odd())
     counted = list(flops_costs(model_of(network, "image_classifier"), QUICK))
-    assert gaps(counted) == [
+    assert missing_rows(counted) == [
         MissingMeasurement(
             scope="forward 2x1x8x8",
             quantity="flops",
