@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.data.prompts import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.device.devices import release_memory
 from bench.device.memory import is_out_of_memory
 from bench.measurement import energy, image_prompt, memory, speedup

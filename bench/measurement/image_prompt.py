@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.data import chat
-from bench.data.prompts import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.device.devices import call_seconds
 from bench.errors import UserError
 from bench.measurement.flops.counter import CountedFlops, count_flops

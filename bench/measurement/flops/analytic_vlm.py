@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.data.prompts import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.errors import UserError
 from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs
 from bench.measurement.model_size import text_config

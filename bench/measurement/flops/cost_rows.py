@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from bench.data.prompts import ModelInputs
+from bench.data.chat import ModelInputs
 from bench.errors import UserError
 from bench.measurement import image_prompt
 from bench.measurement.flops import analytic, analytic_vlm
