@@ -32,6 +32,17 @@ class ModelSize:
     shared: int
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of parameters, tied ones once and packed ones by their unpacked number."""
+    packed = sum(linear.numel for _, linear in packed_linears(network))
+    return sum(weight.numel() for weight in network.parameters()) + packed
+
+
+def stored_bytes(network: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return tensor_bytes((*network.parameters(), *network.buffers()))
+
+
 def count_size(network: nn.Module, structure: ModelStructure | None = None) -> ModelSize:
     """Count a network's parameters: tied tensors once, packed weights by their unpacked number.
 
@@ -39,9 +50,8 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
     others, embeddings and head included, count as active. Modules in which a method replaced the
     experts report themselves how many of their parameters are routed.
     """
-    tensors = list(network.parameters())
     packed = [linear for _, linear in packed_linears(network)]
-    total = sum(t.numel() for t in tensors) + sum(linear.numel for linear in packed)
+    total = count_parameters(network)
     routed, idle, shared = 0, 0.0, 0
     for block in structure.blocks if structure else ():
         here = _numel(block.experts)
@@ -62,7 +72,7 @@ def count_size(network: nn.Module, structure: ModelStructure | None = None) -> M
             for t in chain(iter_parameters(network), (linear.weight for linear in packed))
         ),
         active=round(total - idle),
-        bytes=tensor_bytes((*tensors, *network.buffers())),
+        bytes=stored_bytes(network),
         routed=routed,
         shared=shared,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,11 @@ JsonObject: TypeAlias = dict[str, Any]
 """A JSON object whose keys are not known here, such as the config of a run or its provenance."""
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""
+
+
+def utc_now() -> str:
+    """Return the time of this moment as records store it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class _FrozenModel(BaseModel):

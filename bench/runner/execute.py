@@ -16,13 +16,13 @@ from bench.evaluation import evaluate
 from bench.evaluation.response_cache import ResponseCache
 from bench.records import Record, Store, without_real_saving
 from bench.records.atomic_files import disk_errors_as_stopped
+from bench.records.record import utc_now
 from bench.runner.inputs import RunInputs, resolve_run
 from bench.runner.method_application import apply_methods
 from bench.runner.record_builder import (
     config_yaml,
     describe_dense_model,
     method_memory_costs,
-    now,
     provenance_of,
 )
 from bench.sweeps import RunRequest, RunResult
@@ -81,16 +81,16 @@ def _execute_run(
     from bench.models.hashing import state_hash
 
     processes = session.process_group
-    started = now()
+    started = utc_now()
     set_threads(config.threads)
     seed_everything(config.seed)
 
     with progress.phase("loading the model"):
         model = session.base_model.acquire(inputs.source, will_change=bool(config.method))
 
-    # Methods change the model in place, so the dense costs are counted first. A dense run counts
-    # after evaluating, so that the first scores do not wait for it.
-    before = _count_costs(model, config, progress) if config.method else None
+    # Methods change the model in place. All that a record says about the dense model is its size;
+    # its costs are those of the dense run.
+    dense = describe_dense_model(model)
     checkpoints = store.unfinished(inputs.id, processes.rank)
     context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
     methods = apply_methods(config, model, context)
@@ -117,12 +117,12 @@ def _execute_run(
     record = Record(
         id=inputs.id,
         started=started,
-        finished=now(),
+        finished=utc_now(),
         sweep=request.sweep,
         command=request.command,
         config=config.plain(),
         environment={**describe_device(), "versions": inputs.versions},
-        model=describe_dense_model(model, (before or after).costs),
+        model=dense,
         methods=tuple(methods),
         metrics=evaluation.metrics,
         costs=tuple(costs),

@@ -19,7 +19,6 @@ from bench.config.overrides import Overrides
 from bench.data import hub
 from bench.errors import RunsFailed, UserError
 from bench.runner.execute import execute
-from bench.runner.host_process import host_process_restored
 from bench.runner.inputs import check_run
 from bench.security import CONFIG_DIR, refuse_shadowed_packages
 from bench.sweeps import (
@@ -42,6 +41,35 @@ if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
     from bench.records import Record
     from bench.runner.session import Session
+
+
+# Switches of lm-eval, Hydra and Ray. Those that keep libraries off the hub are restored by `hub`.
+_VARIABLES = (
+    "DISABLE_MULTIPROC",
+    "HYDRA_FULL_ERROR",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "RAY_USAGE_STATS_ENABLED",
+)
+
+
+@contextmanager
+def host_process_restored() -> Iterator[None]:
+    """Restore the environment variables that a run changes, however it ends.
+
+    `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
+    not leave the whole notebook offline.
+    """
+    # Named variables instead of the whole environment: libraries that are imported during a call
+    # keep settings there that they need for the rest of the process.
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    try:
+        with hub.offline_switch_restored():
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,17 +30,18 @@ def method_memory_costs(methods: Sequence[AppliedMethod]) -> list[Cost]:
     ]
 
 
-def describe_dense_model(model: Model, costs: Sequence[Cost]) -> DenseModel:
-    """Describe the model as it was before any method changed it."""
-    counted = {cost.quantity: cost.value for cost in costs}
+def describe_dense_model(model: Model) -> DenseModel:
+    """Describe a model as it is before any method changes it."""
+    from bench.measurement.model_size import count_parameters, stored_bytes
+
     return DenseModel(
         name=model.name,
         source=model.config.source,
         revision=model.revision,
         fingerprint=model.fingerprint,
         architecture=model.structure.architecture,
-        parameters=int(counted["parameters"]),
-        bytes=int(counted["bytes"]),
+        parameters=count_parameters(model.network),
+        bytes=stored_bytes(model.network),
     )
 
 
@@ -61,11 +61,6 @@ def config_yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config.plain()))
-
-
-def now() -> str:
-    """Return the time in UTC, as records store it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 # Once per process: what it imported stays the same whatever is checked out meanwhile.

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from bench.errors import UserError, error_sentence
 from bench.records.atomic_files import disk_errors_as_stopped, write_bytes
+from bench.records.record import utc_now
 from bench.security import redact
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def perform_job(
     interruption is not a failure of the job: it is recorded as `waiting` and raised.
     """
     status: StatusDict = {"number": number, "command": request.command, "state": "running"}
-    status |= {"host": platform.node(), "pid": os.getpid(), "started": _now()}
+    status |= {"host": platform.node(), "pid": os.getpid(), "started": utc_now()}
     result = None
     path = _status_path(folder, number)
     # A full disk fails every job alike, so it stops the sweep instead of this job; a status that
@@ -76,12 +76,12 @@ def perform_job(
                 if not isinstance(error, UserError):
                     status["log"] = str(_write_traceback(path, error))
             except BaseException:
-                status |= {"state": "waiting", "reason": "interrupted", "finished": _now()}
+                status |= {"state": "waiting", "reason": "interrupted", "finished": utc_now()}
                 # A full disk may be what interrupted the run, and then this write fails too.
                 with suppress(OSError):
                     write_status(folder, status)
                 raise
-            write_status(folder, {**status, "finished": _now()})
+            write_status(folder, {**status, "finished": utc_now()})
     return result
 
 
@@ -130,10 +130,6 @@ def _write_traceback(status_file: Path, error: Exception) -> Path:
     text = "".join(traceback.format_exception(error))
     write_bytes(path, redact(text).encode())
     return path
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 STUDY_FILE = "study.json"

@@ -12,8 +12,7 @@ import pytest
 from bench.cli.main import main
 from bench.data import hub
 from bench.errors import UserError
-from bench.runner.host_process import host_process_restored
-from bench.runner.launch import launch
+from bench.runner.launch import host_process_restored, launch
 from bench.runner.session import Session
 
 

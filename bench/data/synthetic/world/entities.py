@@ -137,7 +137,7 @@ def _dealt_evenly(rng: random.Random, values: tuple[str, ...], count: int) -> li
 
 def _people(rng: random.Random) -> tuple[Person, ...]:
     columns = zip(
-        vocabulary.person_names(rng, PEOPLE),
+        _person_names(rng, PEOPLE),
         _dealt_evenly(rng, ("he", "she"), PEOPLE),
         [rng.choice(AGES) for _ in range(PEOPLE)],
         _dealt_evenly(rng, vocabulary.TOWNS, PEOPLE),
@@ -162,7 +162,7 @@ def _towns(rng: random.Random) -> tuple[Town, ...]:
 
 def _substances(rng: random.Random) -> tuple[Substance, ...]:
     columns = zip(
-        vocabulary.substance_names(rng, SUBSTANCES),
+        _substance_names(rng, SUBSTANCES),
         _dealt_evenly(rng, vocabulary.COLOURS, SUBSTANCES),
         _dealt_evenly(rng, vocabulary.SOURCES, SUBSTANCES),
         *(_dealt_evenly(rng, values, SUBSTANCES) for values in BEHAVIOURS.values()),
@@ -194,3 +194,33 @@ def _routines(rng: random.Random) -> tuple[Routine, ...]:
             for name, steps, side in zip(craft.products, ways, sides, strict=True)
         ]
     return tuple(routines)
+
+
+_STARTS = (
+    *"BDFGHJKLMNPRSTVZ", "Br", "Dr", "Fl", "Gr", "Kl", "Pl", "St", "Tr",
+)  # fmt: skip
+_VOWELS = "aeiou"
+_MIDDLES = "lnrmsvdbkt"
+_NAME_ENDS = ("a", "o", "i", "en", "in", "an", "el", "is", "us", "ek")
+_SUBSTANCE_ENDS = ("ite", "ium", "stone", "wax", "bark", "glass")
+
+
+def _person_names(rng: random.Random, count: int) -> list[str]:
+    """Draw `count` distinct invented first names."""
+    return _names(rng, count, _NAME_ENDS, capital=True)
+
+
+def _substance_names(rng: random.Random, count: int) -> list[str]:
+    """Draw `count` distinct invented names of substances."""
+    return _names(rng, count, _SUBSTANCE_ENDS, capital=False)
+
+
+def _names(rng: random.Random, count: int, ends: tuple[str, ...], *, capital: bool) -> list[str]:
+    # Invented, so that no pretrained model knows anything about them. A dict serves as an ordered
+    # set, since the order of a set of strings depends on PYTHONHASHSEED.
+    found: dict[str, None] = {}
+    while len(found) < count:
+        parts = (rng.choice(_STARTS), rng.choice(_VOWELS), rng.choice(_MIDDLES), rng.choice(ends))
+        name = "".join(parts)
+        found[name if capital else name.lower()] = None
+    return list(found)

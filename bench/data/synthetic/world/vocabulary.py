@@ -1,6 +1,5 @@
 """Words, materials, tools and crafts of the closed world, as data."""
 
-import random
 from typing import NamedTuple
 
 TOWNS = (
@@ -41,34 +40,6 @@ GOODS = (
     "apples", "marbles", "stamps", "coins", "shells", "buttons", "pencils", "candles", "eggs",
     "tickets", "bricks", "roses",
 )  # fmt: skip
-_STARTS = (
-    *"BDFGHJKLMNPRSTVZ", "Br", "Dr", "Fl", "Gr", "Kl", "Pl", "St", "Tr",
-)  # fmt: skip
-_VOWELS = "aeiou"
-_MIDDLES = "lnrmsvdbkt"
-_NAME_ENDS = ("a", "o", "i", "en", "in", "an", "el", "is", "us", "ek")
-_SUBSTANCE_ENDS = ("ite", "ium", "stone", "wax", "bark", "glass")
-
-
-def person_names(rng: random.Random, count: int) -> list[str]:
-    """Draw `count` distinct invented first names."""
-    return _names(rng, count, _NAME_ENDS, capital=True)
-
-
-def substance_names(rng: random.Random, count: int) -> list[str]:
-    """Draw `count` distinct invented names of substances."""
-    return _names(rng, count, _SUBSTANCE_ENDS, capital=False)
-
-
-def _names(rng: random.Random, count: int, ends: tuple[str, ...], *, capital: bool) -> list[str]:
-    # Invented, so that no pretrained model knows anything about them. A dict serves as an ordered
-    # set, since the order of a set of strings depends on PYTHONHASHSEED.
-    found: dict[str, None] = {}
-    while len(found) < count:
-        parts = (rng.choice(_STARTS), rng.choice(_VOWELS), rng.choice(_MIDDLES), rng.choice(ends))
-        name = "".join(parts)
-        found[name if capital else name.lower()] = None
-    return list(found)
 
 
 class Craft(NamedTuple):
