@@ -1,5 +1,6 @@
 """What every test has: no network, a fixed thread count, a results folder of its own."""
 
+import functools
 import os
 import socket
 
@@ -34,6 +35,25 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def shared_session(request, monkeypatch):
+    """Commands in one test process share a session, or each would load the model again.
+
+    Tests marked `own_session` get the real thing, which frees everything when a command ends.
+    """
+    if "own_session" in request.keywords:
+        return
+    from bench.runner.session import Session
+
+    monkeypatch.setattr(Session, "__new__", lambda cls: _shared(Session))
+    monkeypatch.setattr(Session, "close", lambda self: None)
+
+
+@functools.cache
+def _shared(kind):
+    return object.__new__(kind)
 
 
 def pytest_collection_modifyitems(items):

@@ -15,6 +15,8 @@ from bench.errors import UserError
 from bench.runner.launch import host_process_restored, launch
 from bench.runner.session import Session
 
+pytestmark = pytest.mark.own_session
+
 
 @pytest.fixture
 def online(monkeypatch):

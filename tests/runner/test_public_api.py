@@ -13,6 +13,8 @@ SMALL = [
     "model=micro_lenet", "benchmark=images", "benchmark.limit=4", "threads=1", "tracker=none",
 ]  # fmt: skip
 
+pytestmark = pytest.mark.own_session
+
 
 def test_runs_are_compared_and_drawn(tmp_path):
     with bench.Session() as session:

@@ -4,6 +4,8 @@ import gc
 import pickle
 import weakref
 
+import pytest
+
 import bench
 from bench.models.base_model_cache import BaseModelCache
 from bench.runner.session import Session
@@ -11,6 +13,8 @@ from bench.runner.session import Session
 SMALL = [
     "model=micro_lenet", "benchmark=images", "benchmark.limit=2", "threads=1", "tracker=none",
 ]  # fmt: skip
+
+pytestmark = pytest.mark.own_session
 
 
 def test_the_model_is_loaded_once_and_freed_at_the_end(tmp_path, monkeypatch):
