@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from bench.errors import UserError
@@ -24,7 +23,7 @@ def flat(batches):
 )
 def test_a_batch_that_does_not_fit_is_halved_and_this_is_said(error):
     said = io.StringIO()
-    batches = AdaptiveBatches(8, torch.device("cpu"), Progress(Console(file=said)))
+    batches = AdaptiveBatches(8, torch.device("cpu"), Progress(said))
     tried = []
 
     def work(batch):
@@ -46,7 +45,7 @@ def test_whatever_fits_every_item_is_answered_once_and_in_order(items, size, roo
             raise torch.OutOfMemoryError("CUDA")
         return [-item for item in batch]
 
-    batches = AdaptiveBatches(size, torch.device("cpu"), Progress(Console(file=io.StringIO())))
+    batches = AdaptiveBatches(size, torch.device("cpu"), Progress(quiet=True))
     assert flat(batches.map(items, work)) == [-item for item in items]
 
 
