@@ -66,7 +66,7 @@ def test_a_zeroed_run_says_so_where_its_gain_would_be(record):
         ("costs.timing.lengths=[5000]", "micro_moe supports 1024 positions"),
         ("costs.timing.batches=[0]", "greater than 0"),
         ("costs.timing.round=9", "did you mean 'costs.timing.rounds'"),
-        ("costs.measure=[speed]", "'latency', 'memory', 'energy' or 'limits'"),
+        ("costs.measure=[speed]", "'latency', 'memory', 'energy' or 'roofline'"),
         ("model.device=cuda:99", "CUDA devices"),
         ("model.device=tpu", "unknown model.device 'tpu'"),
         ("costs.timing.precision=0", "costs.timing.precision=0: input should be greater than 0"),

@@ -9,6 +9,7 @@ import pytest
 import bench as library
 from bench.cli.main import main
 from bench.cli.parser import COMMANDS
+from bench.config.overrides import Overrides
 from bench.config.sweep_checks import alternative_configs
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ RUNS = [words[2:] for words in commands() if words[:2] == ["bench", "run"]]
 # Composed and validated, not run: some need a GPU, a hub or a folder of the reader's.
 @pytest.mark.parametrize("overrides", RUNS, ids=" ".join)
 def test_every_run_composes(overrides):
-    assert alternative_configs(overrides)
+    assert alternative_configs(Overrides.parse(overrides))
 
 
 @pytest.mark.parametrize("overrides", RUNS[:1], ids=" ".join)
