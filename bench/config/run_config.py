@@ -171,7 +171,9 @@ def _as_user_error(
         return UserError(f"unknown key {key!r}: {hint}allowed: {', '.join(sorted(options))}")
     if fault["type"] == "missing":
         return UserError(f"{key} is missing: give {key}=...")
-    reason = fault["msg"][0].lower() + fault["msg"][1:]
+    # pydantic puts its own words before those of our validators.
+    message = fault["msg"].removeprefix("Value error, ")
+    reason = message[0].lower() + message[1:]
     # A rule over several keys has the whole section as its input; its message names the keys.
     if isinstance(fault["input"], dict) and fault["type"] == "value_error":
         return UserError(f"{key}: {reason}")
