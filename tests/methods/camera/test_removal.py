@@ -114,5 +114,5 @@ def test_a_rule_over_several_options_is_said_without_repeating_all_of_them():
     with pytest.raises(UserError) as refusal:
         validate({"method": {"camera_p": options}})
     assert str(refusal.value) == (
-        "method.camera_p: value error, scope=global ranks all layers at once: set sequential=false"
+        "method.camera_p: scope=global ranks all layers at once: set sequential=false"
     )

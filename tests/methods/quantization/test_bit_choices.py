@@ -13,11 +13,10 @@ from methods.camera.joint import (
     BitOptions,
     CameraPQ,
     ReplacementErrors,
-    SolvingPlanner,
     solve_bit_budget,
 )
 from methods.moe.quantizer.grid import round_weights
-from methods.quantization.mixture import Mc
+from methods.quantization.mixture import Mc, McPlanner
 from tests.methods.quantization.quantized_networks import SMALL, applied, context, model_of
 from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
@@ -113,7 +112,7 @@ def test_more_bytes_never_foresee_more_error():
     errors = []
     for budget in range(0, 40000, 4000):
         (chosen,) = solve_bit_budget([measured], budget)
-        cost = options.costs(block)[torch.arange(len(chosen)), chosen].sum()
+        cost = options.cost_in_bits(block)[torch.arange(len(chosen)), chosen].sum()
         assert cost <= budget
         errors.append(float(measured.losses[torch.arange(len(chosen)), chosen].sum()))
     assert errors == sorted(errors, reverse=True)
@@ -132,7 +131,7 @@ def test_nothing_kept_is_an_expert_that_adds_nothing():
 
 def test_mixture_weighs_frequency_router_and_rounding_error():
     method = Mc(bits=(4, 2, 1), mean_bits=2, alpha=0.5, beta=2, group=8)
-    block, measured, seen = watched(build("qwen2_moe"), partial(SolvingPlanner, method))
+    block, measured, seen = watched(build("qwen2_moe"), partial(McPlanner, method))
     total = sum(len(x) for parts in seen.seen.values() for x, _ in parts)
     for expert, loss_B in enumerate(measured.losses()):
         if expert not in seen.seen:
@@ -153,7 +152,7 @@ def test_mixture_weighs_frequency_router_and_rounding_error():
 def test_mixture_chooses_the_best_of_all_allowed():
     network = build("mixtral")
     method = Mc(**SMALL)
-    _, measured, _ = watched(network, partial(SolvingPlanner, method))
+    _, measured, _ = watched(network, partial(McPlanner, method))
     loss_EB = measured.losses()
 
     def loss(bits):
