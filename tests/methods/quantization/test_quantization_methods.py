@@ -286,8 +286,8 @@ def test_refuses_budgets_that_some_layer_cannot_keep(method, reason):
 @pytest.mark.parametrize("name", ["gptq", "camera_q", "camera_q_dagger", "rtn"])
 def test_every_matrix_of_an_expert_is_counted(name):
     report = applied(METHODS[name], build("mixtral"))
-    for layer in report.details["layers"]:
-        assert sum(layer["rounding"].values()) == 3 * 6
+    for layer in report.layers:
+        assert sum(layer.rounding.values()) == 3 * 6
 
 
 def test_the_last_layer_runs_once(monkeypatch):
