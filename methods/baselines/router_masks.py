@@ -88,7 +88,7 @@ class MaskedRouter(ReplacedModule):
 
     kept: Tensor
     dropped: Tensor
-    new_index: Tensor
+    new_names: Tensor  # the key of saved folders, so the name stays
 
     def __init__(self, router: nn.Module, kept: Sequence[int]) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class MaskedRouter(ReplacedModule):
         gone = sorted(set(range(len(weight))) - set(kept))
         # Dropped experts get index 0: where one is still selected, its weight is zero, and the
         # index only has to be valid.
-        new_index = [kept.index(expert) if expert in kept else 0 for expert in range(len(weight))]
+        new_names = [kept.index(expert) if expert in kept else 0 for expert in range(len(weight))]
         self.router = router
-        for name, numbers in (("kept", kept), ("dropped", gone), ("new_index", new_index)):
+        for name, numbers in (("kept", kept), ("dropped", gone), ("new_names", new_names)):
             self.register_buffer(name, torch.tensor(numbers, device=weight.device))
 
     @property
@@ -119,4 +119,4 @@ class MaskedRouter(ReplacedModule):
         """Return (logits of the kept experts, weights [T, K], experts by their new index)."""
         logits_TE = self.router(x)[0]
         weight_TK, index_TK = route(self.router, logits_TE, self.dropped)
-        return logits_TE[:, self.kept], weight_TK, self.new_index[index_TK]
+        return logits_TE[:, self.kept], weight_TK, self.new_names[index_TK]
