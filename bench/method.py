@@ -29,7 +29,7 @@ Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
 
 class LayerReport(BaseModel):
-    """What a method did to one layer.
+    """Effect of a method on one layer.
 
     The declared fields are those that figures read; None where they mean nothing to the method. A
     method adds further JSON values under names of its own. Lists per expert are in the order of

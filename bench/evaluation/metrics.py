@@ -11,7 +11,7 @@ from bench.records.record import Metric
 from bench.schema import BenchmarkConfig
 
 LoggedSample: TypeAlias = Mapping[str, Any]
-"""What a harness logs of a scored document; each task adds its metrics as keys."""
+"""A scored document as a harness logs it; each task adds its metrics as keys."""
 SampleRow: TypeAlias = dict[str, Any]
 """One scored sample: the columns of `SAMPLE_COLUMNS`, its metrics, and what its task adds."""
 

@@ -1,4 +1,4 @@
-"""What the backends use of a transformers network, its output and its KV cache.
+"""Protocols for the parts of a transformers network that the backends use.
 
 transformers has no types that a checker could read, so the shapes that evaluation relies on are
 declared here, once.

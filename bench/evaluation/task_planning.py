@@ -1,4 +1,4 @@
-"""What both harnesses share when a benchmark is planned: task files, splits, missing data."""
+"""Planning shared by both harnesses: task files, splits, missing data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What measurements share: names of stages, the measured pair of models, the report of costs."""
+"""Names of stages, the measured pair of models, and the report of costs."""
 
 from __future__ import annotations
 

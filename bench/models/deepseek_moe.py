@@ -77,7 +77,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class _ExpertsMixin:
-    """What transformers has to know about experts, in addition to Llama."""
+    """Declarations about experts that transformers needs in addition to Llama's."""
 
     config_class = DeepseekConfig
     _no_split_modules = ("DeepseekDecoderLayer",)

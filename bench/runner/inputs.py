@@ -43,7 +43,7 @@ class RunInputs:
     calibration_inputs: CalibrationInputs
     versions: dict[str, str]
     identity: dict[str, object]
-    """What the id is made of besides the config, by part."""
+    """Parts of the id besides the config, by name."""
 
     def may_change(self, config: RunConfig) -> bool:
         """Return whether the hub could return different data next time."""

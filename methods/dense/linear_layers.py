@@ -75,7 +75,7 @@ def refuse_packed(layer: nn.Module, index: int) -> None:
 
 
 class InputStatistics(Protocol):
-    """What is accumulated of the inputs of a projection."""
+    """A statistic accumulated over the inputs of a projection."""
 
     def add(self, x_TC: Tensor) -> None:
         """Add some tokens."""

@@ -48,7 +48,7 @@ Metadata: TypeAlias = Mapping[str, object]
 
 
 class HarnessResult(TypedDict):
-    """What lmms-eval returns: aggregated scores and the scored documents, by task."""
+    """Results of lmms-eval: aggregated scores and the scored documents, by task."""
 
     results: dict[str, HarnessScores]
     samples: dict[str, list[LoggedSample]]

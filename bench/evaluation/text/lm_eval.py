@@ -53,7 +53,7 @@ HarnessResult = TypedDict(
         "samples": dict[str, list[LoggedSample]],
     },
 )
-"""What lm-eval returns: scores by task or group, their labels, and the scored documents."""
+"""Results of lm-eval: scores by task or group, their labels, and the scored documents."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class TaskGroup(Protocol):
 
 
 class LoadedTasks(TypedDict):
-    """What lm-eval's task manager builds from names."""
+    """Tasks and groups that lm-eval's task manager builds from names."""
 
     tasks: dict[str, TextTask]
     groups: dict[str, TaskGroup]

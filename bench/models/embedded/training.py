@@ -1,4 +1,4 @@
-"""What the recipes of the embedded models share: tokenizer, optimizer, schedules, loop and log."""
+"""Tokenizer, optimizer, schedules, loop and log of the embedded models' recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of a call are visual, and their cells in frames.
+"""Location of the visual tokens of a call, and their cells in frames.
 
 A call is what the multimodal model (the module below the language head) receives. Positions come
 from token ids and processor outputs, never from an offset. A call without an image has no visual

@@ -20,7 +20,7 @@ Ints: TypeAlias = NDArray[np.int64]
 
 
 class Read(NamedTuple):
-    """What a request, given by its index, reads: its targets after the tokens from `start` on."""
+    """Targets that a request, given by its index, reads after the tokens from `start` on."""
 
     request: int
     start: int
