@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.network import text_config
 from bench.models.offload import iter_parameters
 from bench.models.replaced_modules import ReplacedModule
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig
+    from transformers import Cache
 
     from bench.models.structure.model_structure import ModelStructure
 
@@ -96,12 +97,6 @@ def parameter_dtype(network: nn.Module) -> torch.dtype:
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of all elements of the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def text_config(network: nn.Module) -> PretrainedConfig:
-    """Return the config of the language part, which is the whole config of a text-only model."""
-    config = cast("PretrainedConfig", network.config)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def experts_per_token(network: nn.Module) -> int:

@@ -6,13 +6,13 @@ are common to them; a network is cast to one where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Forward = Callable[..., Any]
 
@@ -42,22 +42,6 @@ class TransformersNetwork(Protocol):
 
     def save_pretrained(self, folder: Path, *, save_original_format: bool = True) -> None:
         """Write config and weights; the original format has the checkpoint's own names."""
-
-
-class KVCacheLayer(Protocol):
-    """Keys and values of one layer, [B, G, S, d] each."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class KVCache(Protocol):
-    """Keys and values of all layers, by layer."""
-
-    layers: Sequence[KVCacheLayer]
-
-    def get_seq_length(self) -> int:
-        """Return the number of cached tokens."""
 
 
 def text_config(network: nn.Module) -> NetworkConfig:

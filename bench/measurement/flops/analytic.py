@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.measurement.flops.counter import meta_forward
-from bench.measurement.model_size import text_config
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import (
     MatmulCost,
@@ -29,6 +28,7 @@ from bench.models.macs import (
     matrix_weights,
     projection_cost,
 )
+from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bench.data.chat import ModelInputs
 from bench.errors import UserError
 from bench.measurement.flops.analytic import CallTokens, decoder_macs, head_macs
-from bench.measurement.model_size import text_config
 from bench.models.macs import (
     MatmulCost,
     VisualLayer,
@@ -24,6 +23,7 @@ from bench.models.macs import (
     flops_provider_of,
     matrix_weights,
 )
+from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.vlm.vision_tower import CLASS_TOKEN_MODELS, patches_per_token, tower_parts
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens

@@ -25,10 +25,10 @@ from bench.measurement.flops.analytic import ATTENTION_NAMES, FEED_FORWARD_NAMES
 from bench.measurement.flops.analytic_vlm import visual_layers
 from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, ConventionInputs
 from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
-from bench.measurement.model_size import text_config
 from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
 from bench.models.macs import MatmulCost, flops_provider_of, macs_by_part
+from bench.models.network import text_config
 from bench.records.record import Cost, How, MissingMeasurement
 from bench.schema import CostsConfig, FlopsConvention
 
