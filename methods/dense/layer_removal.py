@@ -15,8 +15,11 @@ from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
+from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
+from bench.ui import Progress
 from methods.dense.sparsity import count_zeroed
+from methods.moe.pruning import require_calibration
 
 
 class ShortGPT(Method):
@@ -45,10 +48,9 @@ class ShortGPT(Method):
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Score all layers, remove the lowest, and renumber what stays."""
-        if context.calibration is None:
-            raise UserError("this method needs calibration text: set calibration=NAME")
+        calibration = require_calibration(context)
         layers = model.structure.layers
-        influence = self._influences(model, context)
+        influence = self._influences(model, calibration.tokens, context.progress)
         count = count_zeroed(self.ratio, len(layers)) if self.count is None else self.count
         # Stable, so that of equal layers the earlier one goes.
         lowest = sorted(range(len(layers)), key=lambda index: influence[index])[:count]
@@ -56,9 +58,9 @@ class ShortGPT(Method):
         if lowest:
             keep_layers(model, kept)
         details = {
-            "asked": {"ratio": self.ratio, "count": self.count},
+            "requested": {"ratio": self.ratio, "count": self.count},
             "removed_layers": sorted(lowest),
-            "calibration": context.calibration.fingerprint,
+            "calibration": calibration.fingerprint,
         }
         reports = [
             LayerReport.model_validate({"layer": index, "influence": value, "kept": index in kept})
@@ -66,8 +68,7 @@ class ShortGPT(Method):
         ]
         return MethodReport("removed" if lowest else "none", details, reports)
 
-    def _influences(self, model: Model, context: Context) -> list[float]:
-        assert context.calibration is not None
+    def _influences(self, model: Model, tokens_BL: Tensor, progress: Progress) -> list[float]:
         layers, found = model.structure.layers, [0.0] * len(model.structure.layers)
 
         def observe(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -80,12 +81,11 @@ class ShortGPT(Method):
         places = {layer: index for index, layer in enumerate(layers)}
         handles = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers]
         try:
-            tokens_BL = context.calibration.tokens
             with LayerStream(model.network, layers, tokens_BL, self.batch) as stream:
                 # Entering the stream sends the text through layers that return their input, which
                 # calls the hooks as well.
                 found[:] = [0.0] * len(layers)
-                for index in context.progress.track(range(len(layers)), "scoring layers"):
+                for index in progress.track(range(len(layers)), "scoring layers"):
                     stream.run(index, advance=True)
         finally:
             for handle in handles:
@@ -113,12 +113,11 @@ def keep_layers(model: Model, kept: list[int]) -> None:
     the `layer_idx` by which attention finds its place in the KV cache are updated.
     """
     layers = model.structure.layers
-    network: Any = model.network
-    for module in network.modules():
+    for module in model.network.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and tuple(child) == layers:
                 setattr(module, name, nn.ModuleList(layers[index] for index in kept))
-    config = network.config.get_text_config()
+    config: Any = text_config(model.network)  # fields depend on the architecture
     for key, value in list(vars(config).items()):
         if key.endswith("_only_layers") and isinstance(value, list):  # a list of layer numbers
             setattr(config, key, [kept.index(index) for index in value if index in kept])

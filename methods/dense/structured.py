@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
@@ -22,6 +21,7 @@ from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress
 from methods.dense.linear_layers import observed_inputs
 from methods.dense.units import Units, describe_in_config, find_units, remove_units
+from methods.moe.pruning import require_calibration
 
 
 class StructuredPruning(Method):
@@ -36,10 +36,13 @@ class StructuredPruning(Method):
         """Refuse networks whose layers have no such units."""
         list(find_units(structure, self.label))
 
-    def _calibration(self, context: Context) -> Calibration:
-        if context.calibration is None:
-            raise UserError("this method needs calibration text: set calibration=NAME")
-        return context.calibration
+    def _refuse_offloaded(self, model: Model) -> None:
+        # Units are cut in memory; offloaded weights would be fetched again as they were.
+        if is_offloaded(model.network):
+            raise UserError(
+                f"{self.label} needs the weights of the whole model in memory: "
+                "set model.device_map=null"
+            )
 
     def _remove(
         self,
@@ -84,7 +87,8 @@ class Flap(StructuredPruning):
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure the inputs of all readouts, rank the units, remove the lowest."""
-        calibration = self._calibration(context)
+        calibration = require_calibration(context)
+        self._refuse_offloaded(model)
         units = list(find_units(model.structure, self.label))
         moments = readout_moments(model, units, calibration.tokens, self.batch, context.progress)
         scores = [
@@ -96,7 +100,7 @@ class Flap(StructuredPruning):
             gone = globally_lowest(scores, [u.weights_per_unit for u in units], self.ratio)
         means = [moment.mean for moment in moments] if self.compensate else None
         details = {
-            "asked": {"ratio": self.ratio, "allocation": self.allocation},
+            "requested": {"ratio": self.ratio, "allocation": self.allocation},
             "calibration": calibration.fingerprint,
         }
         return self._remove(model, units, gone, means, details)
@@ -127,11 +131,8 @@ class LLMPruner(StructuredPruning):
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Accumulate gradients of the loss, rank units within layers, remove the lowest."""
-        calibration = self._calibration(context)
-        if is_offloaded(model.network):
-            raise UserError(
-                "llm_pruner needs gradients of the whole model: set model.device_map=null"
-            )
+        calibration = require_calibration(context)
+        self._refuse_offloaded(model)
         units = list(find_units(model.structure, self.label))
         scores = taylor_scores(model, units, calibration.tokens, self.batch, context.progress)
         last = len(model.structure.layers) - self.protect_last
@@ -141,7 +142,7 @@ class LLMPruner(StructuredPruning):
             kept = max(1, int(unit.count * (1 - Fraction(repr(self.ratio)))))
             gone.append(lowest(score_U, unit.count - kept if inside else 0))
         details = {
-            "asked": {"ratio": self.ratio},
+            "requested": {"ratio": self.ratio},
             "protected_layers": [
                 *range(self.protect_first),
                 *range(last, len(model.structure.layers)),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.model import Model
+from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
 from methods.dense.linear_layers import refuse_packed
 
@@ -143,8 +144,7 @@ def describe_in_config(model: Model, units: list[Units]) -> None:
     Layers of different widths have no place in a transformers config. Such a network runs and is
     measured like any other; only its export is refused.
     """
-    network: Any = model.network
-    config = network.config.get_text_config()
+    config: Any = text_config(model.network)  # fields depend on the architecture
     counts = {
         kind: {u.readout.in_features for u in units if u.kind == kind}
         for kind in ("neurons", "heads")

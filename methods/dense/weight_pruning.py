@@ -28,6 +28,7 @@ from methods.dense.linear_layers import (
     require_dense_decoder,
 )
 from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
+from methods.moe.pruning import require_calibration
 
 
 class WeightPruning(Method):
@@ -67,7 +68,7 @@ class WeightPruning(Method):
     def _report(self, layers: list[dict[str, int]], fingerprint: str | None) -> MethodReport:
         zeroed = sum(layer["zeroed"] for layer in layers)
         details = {
-            "asked": {"ratio": self.ratio, "pattern": self.pattern},
+            "requested": {"ratio": self.ratio, "pattern": self.pattern},
             "zeroed_weights": zeroed,
             "weights": sum(layer["weights"] for layer in layers),
         }
@@ -107,10 +108,9 @@ class CalibratedWeightPruning(WeightPruning):
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Send the calibration text through the model layer by layer and prune each in turn."""
-        if context.calibration is None:
-            raise UserError("this method needs calibration text: set calibration=NAME")
+        calibration = require_calibration(context)
         structure, layers = model.structure, list[dict[str, int]]()
-        tokens_BL = context.calibration.tokens
+        tokens_BL = calibration.tokens
         with LayerStream(model.network, structure.layers, tokens_BL, self.batch) as stream:
             track = context.progress.track(structure.layers, "pruning layers")
             for index, layer in enumerate(track):
@@ -136,7 +136,7 @@ class CalibratedWeightPruning(WeightPruning):
                 layers.append(_layer_entry(index, linears))
                 if index + 1 < len(structure.layers):
                     stream.run(index, advance=True)
-        return self._report(layers, context.calibration.fingerprint)
+        return self._report(layers, calibration.fingerprint)
 
     @abstractmethod
     def _statistics(self, columns: int, device: torch.device) -> InputSquares | InputProducts:

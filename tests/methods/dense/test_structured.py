@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -228,6 +229,12 @@ def test_equal_scores_go_from_the_front():
 def test_no_layer_left_to_prune_is_one_sentence():
     with pytest.raises(UserError, match=r"protect_first=4 .* leave none of the 3 layers"):
         pruned(network(), LLMPruner(ratio=0.2))
+
+
+@pytest.mark.parametrize("method", [Flap(ratio=0.2), LLMPruner(ratio=0.2, protect_first=0)])
+def test_offloaded_weights_are_refused_before_anything_is_cut(method):
+    with pytest.raises(UserError, match=r"set model\.device_map=null"):
+        pruned(cpu_offload(network(), execution_device=torch.device("cpu")), method)
 
 
 def test_a_mixture_of_experts_is_refused_by_name():
