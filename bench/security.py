@@ -1,4 +1,4 @@
-"""What may run and what may leave: foreign code, shadowed packages, and redaction of secrets.
+"""Foreign code, shadowed packages, and redaction of secrets.
 
 Every text that leaves the program passes `redact`. Secrets are known by where they are kept:
 environment variables with such a name, the Hugging Face token file, and the passwords of

@@ -1,4 +1,4 @@
-"""What users see: messages and progress on stderr, results on stdout.
+"""Output for users: messages and progress on stderr, results on stdout.
 
 Nothing else in the package prints. Messages are records of the logger `bench`, so that a host
 program can filter them or add its own handlers. BENCH_LOG_LEVEL=INFO leaves out the lines about

@@ -38,7 +38,7 @@ ExpertState = Literal["zeroed", "removed", "dropped"]
 
 @dataclass(frozen=True)
 class RemovedExperts:
-    """What one block loses: `whole` experts, and some micro-experts of a `partial_expert`."""
+    """Losses of one block: `whole` experts, and some micro-experts of a `partial_expert`."""
 
     whole: tuple[int, ...]
     partial_expert: int | None = None

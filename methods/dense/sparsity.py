@@ -1,4 +1,4 @@
-"""Which single weights of a matrix are zeroed: magnitude, Wanda, SparseGPT.
+"""Masks of single weights of a matrix: magnitude, Wanda, SparseGPT.
 
 Shapes: R rows (outputs), C columns (inputs), c columns of one block.
 

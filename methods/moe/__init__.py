@@ -1,1 +1,1 @@
-"""What the MoE families share."""
+"""Code shared by the MoE families."""

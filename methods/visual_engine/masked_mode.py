@@ -37,7 +37,7 @@ MARKS_ATTRIBUTE, OWNER_ATTRIBUTE = "slimbench_visual_marks", "slimbench_visual_o
 
 
 class AttentionModule(Protocol):
-    """What transformers passes to an attention function as the module."""
+    """The module that transformers passes to an attention function."""
 
     layer_idx: int
 

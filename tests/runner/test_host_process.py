@@ -1,4 +1,4 @@
-"""What a call changes in its process is as before when it returns."""
+"""A call restores what it changes in its process."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""What a search is made of: ranges in Hydra's words, and the rule for hopeless trials."""
+"""Parts of a search: ranges in Hydra's words, and the rule for hopeless trials."""
 
 import json
 import math

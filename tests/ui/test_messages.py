@@ -1,4 +1,4 @@
-"""What is said to users: clean, without secrets, on stderr, and nothing at all when quiet."""
+"""Messages to users: clean, without secrets, on stderr, and none at all when quiet."""
 
 import io
 import logging

@@ -118,7 +118,7 @@ def test_durations_are_short(seconds, text):
 
 
 def everything(terminal):
-    """What was written to a terminal so far; closes it."""
+    """Return what was written to a terminal so far, and close it."""
     said = b""
     while select.select([terminal], [], [], 0)[0]:
         said += os.read(terminal, 4096)

@@ -42,7 +42,7 @@ class StepHooks(Protocol):
 
 
 class _SolverSteps(torch.optim.Optimizer):
-    """What both optimizers share: the solver acts before and after the step of the base class."""
+    """Base of both optimizers: the solver acts before and after the step of the base class."""
 
     # Both are set by the subclasses: torch's constructors take no further arguments.
     adaptive: bool

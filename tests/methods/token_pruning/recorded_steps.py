@@ -78,7 +78,7 @@ def record_steps(engine):
 
 
 def removals(seen, shape, width=32):
-    """What the steps of one prefill [B, S] removed and replaced, for the reference."""
+    """Tokens that the steps of one prefill [B, S] removed and replaced, for the reference."""
     found = []
     for each in seen:
         inputs, choice = each.inputs, each.choice

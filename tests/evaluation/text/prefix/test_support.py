@@ -1,4 +1,4 @@
-"""Which networks support prefix sharing, and the reason given for the others."""
+"""Networks that support prefix sharing, and the reason given for the others."""
 
 from dataclasses import replace
 
