@@ -33,7 +33,7 @@ class FastV(InDecoder):
         ]
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = inputs.attention(inputs.last_text())[:, 0]
+        score_IM = inputs.attention(inputs.last_row())[:, 0]
         return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:

@@ -52,7 +52,7 @@ class PyramidDrop(TokenPruning):
         ]
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = inputs.products(inputs.last_text())[:, 0]
+        score_IM = inputs.products(inputs.last_row())[:, 0]
         return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:

@@ -44,7 +44,12 @@ from methods.visual_engine.layer import Streams, two_stream_layer
 from methods.visual_engine.masked_mode import MaskedMode
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.selection_inputs import InputEmbeddings
-from methods.visual_engine.token_index import TokenRows, rows_where
+from methods.visual_engine.token_index import (
+    TokenRows,
+    last_positions,
+    rows_where,
+    text_rows_where,
+)
 from methods.visual_engine.weight_cache import WeightCache
 
 ENGINE_ATTRIBUTE = "slimbench_visual_engine"
@@ -180,26 +185,40 @@ class VisualEngine:
         streams = Streams(text.take(inputs_embeds), None)
         images: ImageInputs | None = None
         visual_state: VisualTokensState | None = None
+        readout_stacked: list[Tensor] = []
         if tokens is not None and visual is not None:
             streams.visual_BND = visual.take(inputs_embeds)
             embeddings = InputEmbeddings(streams.text_BTD, streams.visual_BND, visual.validity)
             images = ImageInputs(tokens, embeddings)
             stacked = _deepstack_rows(deepstack_visual_embeds, inputs_embeds, tokens, visual)
             visual_state = all_visual_tokens(tokens, visual, _take_angles(visual, angles), stacked)
+            if text.readout_BR is not None:
+                readout_stacked = _deepstack_rows(
+                    deepstack_visual_embeds, inputs_embeds, tokens, text
+                )
         rotary, window = _take_angles(text, angles), self.plan.window
         state = ForwardState(text, rotary, images, visual_state, window, cache, offset)
-        x_BTD = self._through_layers(streams, state, read_tower)
+        x_BTD = self._through_layers(streams, state, read_tower, readout_stacked)
         state.commit_to_cache(inputs_embeds.shape[1])
         norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
-        # Visual rows of the output stay zero: after the last layer only text rows are read, for
-        # logits.
-        out_BSD = text.put(torch.zeros_like(inputs_embeds), norm(x_BTD))
+        # Visual rows are not computed to the end. NaN says so to whoever reads their logits all the
+        # same; zeros would be an answer, token 0. In training a loss skips these rows, but NaN
+        # times a gradient of 0 is NaN.
+        unknown = 0.0 if torch.is_grad_enabled() else torch.nan
+        out_BSD = text.put(torch.full_like(inputs_embeds, unknown), norm(x_BTD))
         return MoeModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
 
     def _through_layers(
-        self, streams: Streams, state: ForwardState, read_tower: ReadTower
+        self,
+        streams: Streams,
+        state: ForwardState,
+        read_tower: ReadTower,
+        readout_stacked: list[Tensor],
     ) -> Tensor:
-        """Return the text rows after the last layer; visual rows end at the cut."""
+        """Return the text rows after the last layer; visual rows end at the cut.
+
+        `readout_stacked` [B, T, D] is what DeepStack adds to readout rows, zero elsewhere.
+        """
         cut, steps, stage = self.plan.cut, self.plan.steps, 0
         for layer in self.decoder.layers:
             # Several steps may follow the same layer. `stage` counts the steps passed, also in
@@ -231,7 +250,9 @@ class VisualEngine:
                     use_cache=call.cache is not None,
                 )
             # DeepStack (Qwen3-VL) adds tower features after each of the first layers, to visual
-            # rows only. They are narrowed by each pruning step together with the rows.
+            # tokens only. They are narrowed by each pruning step together with the rows.
+            if layer.index < len(readout_stacked):
+                streams.text_BTD = streams.text_BTD + readout_stacked[layer.index]
             stacked = [] if state.visual is None else state.visual.stacked
             if streams.visual_BND is not None and layer.index < len(stacked):
                 streams.visual_BND = streams.visual_BND + stacked[layer.index]
@@ -269,6 +290,8 @@ def split_rows(
 ) -> tuple[TokenRows, TokenRows | None]:
     """Separate text rows and visual rows; padding belongs to neither.
 
+    A visual token that ends its prompt is in both: among text rows as a readout row.
+
     Raises:
         UserError: the attention mask is not a padding mask of two dimensions.
     """
@@ -283,7 +306,8 @@ def split_rows(
     real_BS = every if mask is None else mask[:, -length:].bool()
     if tokens is None:
         return rows_where(real_BS), None
-    return rows_where(real_BS & ~tokens.mask), rows_where(tokens.mask)
+    readout_BS = last_positions(real_BS) & tokens.mask
+    return text_rows_where(real_BS & ~tokens.mask, readout_BS), rows_where(tokens.mask)
 
 
 def _take_angles(rows: TokenRows, angles: Rotary) -> Rotary:
@@ -291,15 +315,15 @@ def _take_angles(rows: TokenRows, angles: Rotary) -> Rotary:
 
 
 def _deepstack_rows(
-    embeds: list[Tensor] | None, x_BSD: Tensor, tokens: VisualTokens, visual: TokenRows
+    embeds: list[Tensor] | None, x_BSD: Tensor, tokens: VisualTokens, rows: TokenRows
 ) -> list[Tensor]:
-    """Return what DeepStack adds to visual rows after each of the first layers, [B, N, D] each."""
+    """Return what DeepStack adds to some rows after each of the first layers, [B, R, D] each."""
     if not embeds:
         return []
     # The embeddings come flat over the batch, in the order of visual tokens. Scattering them into
     # zeros restores their positions in the sequence, from which each sample takes its own rows.
     empty_BSD, mask_BS1 = torch.zeros_like(x_BSD), tokens.mask[..., None]
-    return [visual.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
+    return [rows.take(empty_BSD.masked_scatter(mask_BS1, e.to(x_BSD.dtype))) for e in embeds]
 
 
 @dataclass

@@ -41,11 +41,14 @@ class CachedPositions:
 
     def extended_by(self, rows: TokenRows, offset: int) -> CachedPositions:
         """Append the rows of a call that starts `offset` tokens into its sequences."""
+        # The cache keeps the keys of readout rows as well, since all rows of a call are appended at
+        # once; they count as padding.
+        plain = rows.readout_BR is None
         return CachedPositions(
             torch.cat([self.index_BR, rows.index_BR + offset], dim=1),
-            torch.cat([self.valid_BR, rows.validity], dim=1),
-            self.uniform and rows.valid_BR is None,
-            self.full and rows.full,
+            torch.cat([self.valid_BR, rows.keys_valid], dim=1),
+            self.uniform and rows.valid_BR is None and plain,
+            self.full and rows.full and plain,
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> CachedPositions:
@@ -103,8 +106,15 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
             UserError: an image is among them.
         """
         count = abs(tokens_to_remove)
-        if count > self.keys.shape[-2]:
-            raise UserError(f"cannot crop the cache by {count} tokens: the range contains an image")
+        # Only the first layer knows positions, and it is cropped first. Its first stage has every
+        # visual token.
+        if self.cached_tokens is not None:
+            images = self.cached_tokens.visual[0]
+            cut_BN = images.valid_BR & (images.index_BR >= self.length - count)
+            if bool(cut_BN.any()):
+                raise UserError(
+                    f"cannot crop the cache by {count} tokens: the range contains an image"
+                )
         super().crop(tokens_to_remove)
         self.length -= count
         if self.cached_tokens is not None and count:

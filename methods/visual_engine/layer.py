@@ -174,7 +174,7 @@ def _project_output(out_BhNd: Tensor | None, weights: VisualWeights, visual: Ten
 
 def _finish_text(x_BTD: Tensor, out_BHTd: Tensor, layer: DecoderLayer) -> Tensor:
     """Add attention and feed-forward to text rows, [B, T, D]."""
-    # A call may consist of images only.
+    # A call may consist of images and padding only, as when a prompt is processed in chunks.
     if not x_BTD.shape[1]:
         return x_BTD
     view = layer.attention_view()

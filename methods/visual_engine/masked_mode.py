@@ -27,7 +27,7 @@ from bench.models.vlm.visual_tokens import VisualTokens
 from methods.visual_engine.masks import window_mask
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.settings import LayerPlan
-from methods.visual_engine.token_index import Cells
+from methods.visual_engine.token_index import Cells, last_positions
 
 MASKED_ATTENTION = "slimbench_visual_masked_mode"
 
@@ -44,10 +44,15 @@ class AttentionModule(Protocol):
 
 @dataclass(frozen=True)
 class MaskedCall:
-    """The call that runs: its visual tokens, and marks of all visual ones so far, bool [B, K]."""
+    """The call that runs: its visual tokens, and marks of all visual ones so far, bool [B, K].
+
+    `reduced_BQ` marks the new rows whose work the plan reduces: the visual ones, except one that
+    ends its prompt, from which the next token is predicted. That row is a visual key all the same.
+    """
 
     tokens: VisualTokens | None
     visual_BK: Tensor
+    reduced_BQ: Tensor
 
 
 class MaskedMode:
@@ -65,10 +70,16 @@ class MaskedMode:
         *args: object,
         inputs_embeds: Tensor,
         past_key_values: DynamicCache | None = None,
+        attention_mask: Tensor | None = None,
         **rest: object,
     ) -> BaseModelOutputWithPast:
         """Run the decoder's own forward on one call under the plan."""
-        inputs = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, **rest}
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            **rest,
+        }
         past_BP = getattr(past_key_values, MARKS_ATTRIBUTE, None)
         if tokens is None and past_BP is None:
             return forward(*args, **inputs)
@@ -76,7 +87,8 @@ class MaskedMode:
         new_BQ = _visual_marks(tokens, inputs_embeds)
         past_BP = _past_visual_marks(past_BP, past_key_values, new_BQ)
         visual_BK = torch.cat([past_BP, new_BQ], dim=1)
-        self._call = MaskedCall(tokens, visual_BK)
+        real_BQ = _real_positions(attention_mask, new_BQ)
+        self._call = MaskedCall(tokens, visual_BK, new_BQ & ~last_positions(real_BQ))
         try:
             output = forward(*args, **inputs)
         finally:
@@ -115,8 +127,8 @@ class MaskedMode:
         v = v.masked_fill((hidden_H[:, None] & visual_BK[:, None, :])[..., None], 0)
         allowed = self._attention_mask(self._call, mask, q.shape[2])
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
-        new_BQ = visual_BK[:, -q.shape[2] :]
-        return out.masked_fill((dropped_H[:, None] & new_BQ[:, None, :])[..., None], 0)
+        reduced_BQ = self._call.reduced_BQ
+        return out.masked_fill((dropped_H[:, None] & reduced_BQ[:, None, :])[..., None], 0)
 
     def _attention_mask(self, call: MaskedCall, mask: Tensor | None, new: int) -> Tensor:
         """Return the attention mask, [B or 1, 1, Q, K]: causal, plus windows of visual tokens."""
@@ -130,23 +142,21 @@ class MaskedMode:
             return mask
         cells = Cells(tokens.frame_BS, tokens.row_BS, tokens.column_BS)
         window_BQQ = window_mask(cells, cells, window)
-        visual_BQ = tokens.mask
         # Columns of earlier calls are False for pairs of visual tokens: frames are numbered per
         # call, so the same number would be a different image, and a window never extends beyond its
         # own frame. With a window, visual rows therefore attend to no image of an earlier call.
         past = torch.zeros_like(window_BQQ[..., :1]).expand(-1, -1, length - new)
-        pairs = visual_BQ[:, :, None] & visual_BK[:, None, :]
+        pairs = call.reduced_BQ[:, :, None] & visual_BK[:, None, :]
         return torch.where(pairs, torch.cat([past, window_BQQ], dim=-1), mask[:, 0])[:, None]
 
     def zero_dropped_neurons(self, layer: DecoderLayer, hidden_BQF: Tensor) -> Tensor:
         """Zero the activations of dropped neurons on visual rows of a feed-forward."""
-        kept = self.plan.layers[layer.index].neurons
-        tokens = None if self._call is None else self._call.tokens
-        if kept is None or tokens is None:
+        kept, call = self.plan.layers[layer.index].neurons, self._call
+        if kept is None or call is None or call.tokens is None:
             return hidden_BQF
         dropped_F = torch.ones(hidden_BQF.shape[-1], dtype=torch.bool, device=hidden_BQF.device)
         dropped_F[kept[0].to(dropped_F.device)] = False
-        return hidden_BQF.masked_fill(tokens.mask[..., None] & dropped_F, 0)
+        return hidden_BQF.masked_fill(call.reduced_BQ[..., None] & dropped_F, 0)
 
 
 class _NeuronMaskHook:
@@ -210,6 +220,13 @@ def _visual_marks(tokens: VisualTokens | None, x_BQD: Tensor) -> Tensor:
     if tokens is not None:
         return tokens.mask
     return torch.zeros(x_BQD.shape[:2], dtype=torch.bool, device=x_BQD.device)
+
+
+def _real_positions(attention_mask: Tensor | None, new_BQ: Tensor) -> Tensor:
+    """Mark the new rows that are not padding, bool [B, Q]."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.ones_like(new_BQ)
+    return attention_mask[:, -new_BQ.shape[1] :].bool()
 
 
 def _past_visual_marks(

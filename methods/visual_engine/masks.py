@@ -75,14 +75,16 @@ class StreamPositions:
     key_valid: Tensor
 
     def can_attend_to(self, other: StreamPositions) -> Tensor:
-        """Mark the keys of `other` at or before each query of this stream, [B, 1, Q, K]."""
-        earlier = self.query[:, :, None] >= other.key[:, None, :]
+        """Mark the keys of `other` before each query of this stream, [B, 1, Q, K]."""
+        # Strictly before: only a readout row shares its position with a row of the other stream,
+        # the visual token that it repeats.
+        earlier = self.query[:, :, None] > other.key[:, None, :]
         return (earlier & other.key_valid[:, None, :])[:, None]
 
     def can_attend_to_self(self) -> Tensor:
         """Mark the keys of this stream that its own queries attend to, [B, 1, Q, K]."""
-        # Padding rows are queries like any other. Each attends at least to itself: a softmax over
-        # nothing is NaN in some kernels, and NaN times 0 stays NaN.
+        # Padding rows and readout rows are queries like any other. Each attends at least to itself:
+        # a softmax over nothing is NaN in some kernels, and NaN times 0 stays NaN.
         new = self.query.shape[1]
         own = torch.eye(new, dtype=torch.bool, device=self.query.device)
         past = torch.zeros(new, self.key.shape[1] - new, dtype=torch.bool, device=own.device)
@@ -132,7 +134,7 @@ def attention_masks(
     before = visual_places.can_attend_to(text_places)
     if uniform and visual.valid_BR is None:
         mixed, before = None if mixed is None else mixed[:1], before[:1]
-    if window is None and causal and visual.valid_BR is None:
+    if window is None and causal and visual.valid_BR is None and text.readout_BR is None:
         # Without a window, visual rows are causal as well. Both streams in the order of the call
         # are then one plain causal attention, which runs without any mask.
         order = torch.cat([text.index_BR[0], visual.index_BR[0]]).argsort()
@@ -152,7 +154,7 @@ def _stream_positions(
 ) -> StreamPositions:
     if past is None:
         query = rows.index_BR + offset
-        return StreamPositions(query, query, rows.validity)
+        return StreamPositions(query, query, rows.keys_valid)
     whole = past.extended_by(rows, offset)
     return StreamPositions(rows.index_BR + offset, whole.index_BR, whole.valid_BR)
 

@@ -104,14 +104,10 @@ class SelectionInputs:
             )
         return question_BT
 
-    def last_text(self) -> TokenRows:
-        """Return the last text row of every sample, which must come after its images.
-
-        Raises:
-            UserError: an image ends its prompt.
-        """
-        self.require_question_rows()
-        # Rows are aligned at the right, so the last text row has the same index in every sample.
+    def last_row(self) -> TokenRows:
+        """Return the row of every sample's last token: of text, or its readout row."""
+        # Rows are aligned at the right, so the last one has the same index in every sample. It
+        # exists and comes after all images: a prompt that ends with its image has a readout row.
         places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
         return TokenRows(places_B1, None)
 
@@ -126,6 +122,8 @@ class SelectionInputs:
         # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
         # where the layer itself ran in plain causal order without it.
         mask = cast(Tensor, last_qk.masks.mixed_BTK).expand(len(rows.index_BR), -1, -1, -1)
+        if self.text.readout_BR is not None:
+            mask = self._readouts_as_visual(mask, cast(Tensor, last_qk.visual_k).shape[2])
         index = rows.index_BR[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
         weight = scores_BhRK.masked_fill(~mask.gather(2, index), -torch.inf).softmax(dim=-1)
         return self._own(weight, last_qk).transpose(1, 2)
@@ -181,6 +179,22 @@ class SelectionInputs:
         visual_k = select_heads(cast(Tensor, last_qk.visual_k), heads.reads)
         k = torch.cat([visual_k, kv_heads_for(last_qk.text.k, heads.kept, heads.per_group)], dim=2)
         return q_BhTd.gather(2, index) @ k.float().transpose(2, 3) * last_qk.weights.view.scaling
+
+    def _readouts_as_visual(self, mask_BTK: Tensor, seen: int) -> Tensor:
+        """Let each readout row attend to the visual token that it repeats, in place of itself.
+
+        A choice by attention is about visual tokens, and the attention of the last one to itself is
+        part of it. Keys are `seen` visual ones, the call's own last, then text ones likewise.
+        """
+        text, visual = self.text, self.visual
+        same_BTN = text.index_BR[:, :, None] == visual.index_BR[:, None, :]
+        same_BTN &= cast(Tensor, text.readout_BR)[:, :, None] & visual.validity[:, None, :]
+        # A token that an earlier step removed is not repeated by any key: the row keeps its own.
+        alone_BTT = torch.diag_embed(same_BTN.any(dim=2))
+        mask_BTK = mask_BTK.clone()
+        mask_BTK[:, 0, :, seen - visual.count : seen] |= same_BTN
+        mask_BTK[:, 0, :, mask_BTK.shape[-1] - text.count :] &= ~alone_BTT
+        return mask_BTK
 
     def _own(self, x_BhRK: Tensor, last_qk: LayerQK) -> Tensor:
         """Return the mean over heads for the call's own visual tokens, [I, M, R]."""

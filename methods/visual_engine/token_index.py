@@ -8,7 +8,7 @@ frames), D width. Samples with fewer rows are padded on the left, frames with fe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +21,17 @@ class TokenRows:
     `index_BR` (int64) is a row's position in the call, `valid_BR` marks real rows; None means that
     all are real and that every sample has its rows at the same positions. `full` means that all
     rows are real, wherever they are.
+
+    `readout_BR` marks readout rows among text rows; None means that there are none. A prompt that
+    ends with its image is continued from its last visual token, and the work that a strategy skips
+    for visual rows is needed there. A readout row is a copy of that token with a text row's work:
+    it attends to what precedes it and to itself, and no row attends to it.
     """
 
     index_BR: Tensor
     valid_BR: Tensor | None
     full: bool = True
+    readout_BR: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -38,6 +44,11 @@ class TokenRows:
         if self.valid_BR is None:
             return torch.ones_like(self.index_BR, dtype=torch.bool)
         return self.valid_BR
+
+    @property
+    def keys_valid(self) -> Tensor:
+        """Rows to which other rows may attend, bool [B, R]: real rows, readout rows excepted."""
+        return self.validity if self.readout_BR is None else self.validity & ~self.readout_BR
 
     def take(self, x_BSD: Tensor) -> Tensor:
         """Return the stream's rows of a tensor, [B, R, D]; padding holds copies of other rows."""
@@ -71,6 +82,21 @@ def rows_after_images(text: TokenRows, visual: TokenRows) -> Tensor:
     """Mark the text rows after the last visual row of their sample, bool [B, T]."""
     places_BN = visual.index_BR.masked_fill(~visual.validity, -1)
     return text.validity & (text.index_BR > places_BN.amax(dim=1, keepdim=True))
+
+
+def last_positions(real_BS: Tensor) -> Tensor:
+    """Mark the last real position of each sample, bool [B, S]."""
+    later_BS = real_BS.flip(1).cumsum(dim=1).flip(1)
+    return real_BS & (later_BS == 1)
+
+
+def text_rows_where(text_BS: Tensor, readout_BS: Tensor) -> TokenRows:
+    """Return the text rows and the readout rows at the marked positions of each sample."""
+    if not bool(readout_BS.any()):
+        return rows_where(text_BS)
+    rows = rows_where(text_BS | readout_BS)
+    # Rows that fill up a shorter sample lie at unmarked positions, so the gather needs no mask.
+    return replace(rows, readout_BR=readout_BS.gather(1, rows.index_BR))
 
 
 def rows_where(mask_BS: Tensor) -> TokenRows:

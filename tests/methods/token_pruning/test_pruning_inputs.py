@@ -5,6 +5,7 @@ import torch
 
 from bench.errors import UserError
 from bench.models.vlm.visual_tokens import locate_visual_tokens
+from methods.token_pruning.cdpruner import CDPruner
 from methods.token_pruning.dart import DART
 from methods.token_pruning.fastv import FastV
 from methods.token_pruning.pyramid_drop import PyramidDrop
@@ -67,7 +68,7 @@ def test_pyramid_drop_ranks_by_products_and_halves_at_every_stage(name):
         assert each.keep.tolist() == [max(1, round(n * 0.5**each.after)) for n in whole]
     # Products and the softmax of one head rank alike; compare head by head through the logarithm.
     attention = eager(name, call)[0][0]
-    products = seen[0].inputs.products(seen[0].inputs.last_text())[:, 0]
+    products = seen[0].inputs.products(seen[0].inputs.last_row())[:, 0]
     last_qk = seen[0].inputs.last_qk
     q, k = last_qk.text.q[:, :, -1], last_qk.visual_k
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -169,8 +170,9 @@ def test_a_tower_that_was_not_seen_is_missed():
 
 
 def test_images_without_a_question_are_refused_by_name():
-    network, _ = applied("qwen2_vl", FastV(after=1, keep=3, average=None))
-    with pytest.raises(UserError, match="fastv chooses an image's tokens by the text after them"):
+    network, _ = applied("qwen2_vl", CDPruner(keep=3))
+    match = "cdpruner chooses an image's tokens by the text after them"
+    with pytest.raises(UserError, match=match):
         network(**prompt("qwen2_vl", [4, (3, 4)]))
 
 
