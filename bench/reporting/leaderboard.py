@@ -19,7 +19,6 @@ from bench.records import Metric, Record, without_real_saving
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     effect_text,
-    headline_costs,
     metric_identity,
 )
 
@@ -87,17 +86,17 @@ class LeaderboardRow:
 
     @property
     def family(self) -> str:
-        """The methods' names without their ratios; `dense` if there are none."""
-        return " + ".join(method.name for method in self.record.methods) or "dense"
+        """The methods' names without their ratios; `dense` or `untrained` if there are none."""
+        return self.record.family
 
     @property
     def effect(self) -> str:
-        """The effect on weights or computation: removed, zeroed, quantized, skipped; or none."""
+        """The effect on weights or computation: removed, zeroed, ..., unconfirmed; or none."""
         return effect_text(self.record.methods) or "none"
 
     @property
     def real(self) -> bool:
-        """Whether costs can have fallen: false if weights are only zeroed or masked."""
+        """Whether costs can have fallen: not if zeroed, masked or unconfirmed."""
         return without_real_saving(self.record.methods) is None
 
 
@@ -125,7 +124,7 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
     for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
         setting = _setting(name, group)
         settings.append(setting)
-        dense = next((record for record in group if not record.methods), None)
+        dense = next((record for record in group if record.is_dense), None)
         rows += [_row(record, index, setting, dense) for record in group]
     rows.sort(key=lambda row: row.record.started, reverse=True)
     return Leaderboard(tuple(settings), tuple(rows))
@@ -180,7 +179,7 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
     costs = {
         (c.scope, c.quantity): CostColumn(c.scope, c.quantity, c.unit)
         for record in group
-        for c in headline_costs(record)
+        for c in record.headline_costs
         # Phases split the wall time of the run itself; they say nothing about the model.
         if not c.scope.startswith("phase ")
     }
@@ -201,7 +200,7 @@ def _headline_column(metric: Metric) -> HeadlineColumn:
 
 def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> LeaderboardRow:
     metrics = {m.task: m for m in record.metrics if m.headline}
-    costs = {(c.scope, c.quantity): c.value for c in headline_costs(record)}
+    costs = {(c.scope, c.quantity): c.value for c in record.headline_costs}
     found = [metrics.get(task.task) for task in setting.tasks]
     return LeaderboardRow(
         record=record,

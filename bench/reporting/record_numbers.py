@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench.records import AppliedMethod, Cost, Metric, Record
+    from bench.records import AppliedMethod, Metric, Record
 
 PERCENT_METRICS = frozenset(
     {"acc", "acc_norm", "exact_match", "f1", "mean", "mc1", "mc2"}
@@ -48,24 +48,7 @@ def metric_identity(record: Record, metric: Metric) -> dict[str, object]:
     }
 
 
-def headline_costs(record: Record) -> list[Cost]:
-    """Return one cost per scope and quantity: the counted or measured one before the analytic."""
-    found: dict[tuple[str, str], Cost] = {}
-    for cost in record.costs:
-        known = found.get((cost.scope, cost.quantity))
-        # A formula only knows the changes that this repository makes to a network; a count sees
-        # those of any method. An analytic value must never replace it, whatever their order.
-        if known is None or (known.how == "analytic" and cost.how != "analytic"):
-            found[cost.scope, cost.quantity] = cost
-    return list(found.values())
-
-
-def headline_cost(record: Record, quantity: str, scope: str = "model") -> Cost | None:
-    """Return the headline cost of a quantity, or None if it was not obtained."""
-    costs = (c for c in headline_costs(record) if (c.scope, c.quantity) == (scope, quantity))
-    return next(costs, None)
-
-
 def effect_text(methods: Sequence[AppliedMethod]) -> str:
     """Return what was done to the weights, such as `removed+quantized`; empty if nothing was."""
-    return "+".join(dict.fromkeys(m.effect for m in methods if m.effect != "none"))
+    effects = dict.fromkeys(method.confirmed_effect for method in methods)
+    return "+".join(effect for effect in effects if effect != "none")

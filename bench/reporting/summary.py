@@ -15,8 +15,6 @@ from bench.reporting.cost_table import measured_scopes, print_costs, speedup_tex
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     effect_text,
-    headline_cost,
-    headline_costs,
     metric_scale,
 )
 from bench.reporting.terminal_tables import terminal_table, widest_fitting
@@ -73,7 +71,7 @@ def _outcome(records: Sequence[Record], reused: int) -> str:
 
 
 def _dense_first(record: Record) -> tuple[bool, str]:
-    return (bool(record.methods), record.label)
+    return (not record.is_dense, record.label)
 
 
 def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
@@ -122,7 +120,7 @@ def _metric_cell(metric: Metric | None) -> str:
 
 
 def _parameter_cell(record: Record, name: str) -> str:
-    cost = headline_cost(record, name)
+    cost = record.cost(name)
     return format_quantity(cost.value if cost else None)
 
 
@@ -131,7 +129,7 @@ def _work_columns(records: Sequence[Record]) -> dict[tuple[str, str], str]:
     return {
         (cost.scope, cost.quantity): WORK_UNITS[cost.quantity]
         for record in records
-        for cost in headline_costs(record)
+        for cost in record.headline_costs
         if cost.quantity in WORK_UNITS and not _is_superseded(cost, record)
     }
 
@@ -143,7 +141,7 @@ def _is_superseded(cost: Cost, record: Record) -> bool:
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
     """Format one cost; a time is not shown for runs whose weights are only masked or zeroed."""
-    cost = headline_cost(record, name, scope)
+    cost = record.cost(name, scope)
     if cost is not None and name.endswith("seconds"):
         # Masked or zeroed weights are still multiplied, so a shorter time would be noise and would
         # read as a speed-up.

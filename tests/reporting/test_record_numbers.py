@@ -8,7 +8,6 @@ from bench.reporting.html.report import run_details
 from bench.reporting.leaderboard import build_leaderboard
 from bench.reporting.plots.breakdown import cost_parts
 from bench.reporting.plots.points import run_points
-from bench.reporting.record_numbers import headline_cost, headline_costs
 from bench.reporting.summary import print_summary
 from bench.reporting.tables.numbers import our_value
 from bench.reporting.tables.table_config import TableColumn
@@ -34,11 +33,11 @@ def both(request):
 
 
 def test_one_cost_per_scope_and_quantity_stays(both):
-    assert headline_costs(both) == [COUNTED]
-    assert headline_cost(both, "flops", SCOPE) == COUNTED
+    assert both.headline_costs == [COUNTED]
+    assert both.cost("flops", SCOPE) == COUNTED
     only = both.model_copy(update={"costs": (ANALYTIC,)})
-    assert headline_costs(only) == [ANALYTIC]
-    assert headline_cost(only, "seconds", SCOPE) is None
+    assert only.headline_costs == [ANALYTIC]
+    assert only.cost("seconds", SCOPE) is None
 
 
 def test_the_leaderboard_and_the_overview_in_wandb_have_the_counted_value(both):

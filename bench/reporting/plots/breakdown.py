@@ -23,7 +23,6 @@ from bench.reporting.plots.style import (
     label_unit_axis,
     tint,
 )
-from bench.reporting.record_numbers import headline_costs
 
 WALL = "wall"
 METHODS_REST = "methods, the rest"
@@ -115,7 +114,7 @@ def _parts(
         for part, seconds in _phase_seconds(record).items():
             yield "time of the run", "s", part, seconds
         return
-    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    same = (c for c in record.headline_costs if c.quantity == quantity)
     fitting = (cost for cost in same if scope in (None, cost.scope))
     # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
     found = next(filter(_adds_up, fitting), None)

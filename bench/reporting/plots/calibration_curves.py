@@ -81,7 +81,9 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
                 run=run.record.id,
                 model=run.record.model.name,
                 benchmark=run.record.config["benchmark"]["name"],
-                name=f"{run.record.label} ({run.record.id[:8]})" if run.record.methods else "dense",
+                name="dense"
+                if run.record.is_dense
+                else f"{run.record.label} ({run.record.id[:8]})",
                 expected_error=expected_calibration_error(bins),
             )
         )

@@ -188,10 +188,10 @@ def family_handles(families: dict[str, SeriesStyle], *, joined: bool) -> list[Li
 
 
 def zeroed_handle() -> Line2D:
-    """Return the legend handle of points whose weights are only zeroed or masked."""
+    """Return the legend handle of points whose saving is not real."""
     return Line2D(
         [], [], color=INK, marker="o", markerfacecolor="white", linestyle="none",
-        label="zeroed or masked: no real saving",
+        label="zeroed, masked or unconfirmed: no real saving",
     )  # fmt: skip
 
 

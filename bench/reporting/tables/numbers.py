@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
-from bench.reporting.record_numbers import NORMAL_QUANTILE, headline_costs
+from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables.table import OurValue
 from bench.reporting.tables.table_config import TableColumn
 
@@ -72,7 +72,7 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
         # the time spent in methods during a forward pass.
         return math.fsum(method.seconds for method in record.methods) / factor, None
     if column.quantity is not None:
-        costs = [c for c in headline_costs(record) if c.quantity == column.quantity]
+        costs = [c for c in record.headline_costs if c.quantity == column.quantity]
         # A scope is a stage followed by its shapes: the table names the stage, and the first shape
         # counts.
         same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
