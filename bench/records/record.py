@@ -180,6 +180,13 @@ class Record(_FrozenModel):
         )
 
     @property
+    def marks(self) -> tuple[str, ...]:
+        """Warnings that stand beside the run's numbers wherever they are shown."""
+        unconfirmed = without_real_saving(self.methods) == UNCONFIRMED
+        marks = {"untrained": self.untrained, UNCONFIRMED: unconfirmed}
+        return tuple(mark for mark, is_set in marks.items() if is_set)
+
+    @property
     def is_dense(self) -> bool:
         """Whether the run is what compressed ones are compared with: whole and trained.
 

@@ -20,6 +20,7 @@ from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     effect_text,
     metric_identity,
+    scored_text,
 )
 
 MODEL_KEYS = ("dtype", "max_length", "seed")
@@ -118,7 +119,8 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
         key = _setting_key(record)
         keys[text := json.dumps(key, sort_keys=True)] = key
         groups[text].append(record)
-    names = _setting_names(list(keys.values()))
+    headings = [scored_text(group[0]) for group in groups.values()]
+    names = _setting_names(headings, list(keys.values()))
     settings: list[Setting] = []
     rows: list[LeaderboardRow] = []
     for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
@@ -154,9 +156,8 @@ def _setting_key(record: Record) -> dict[str, str]:
     }
 
 
-def _setting_names(keys: Sequence[dict[str, str]]) -> list[str]:
-    """Name each setting by model and benchmark, plus the entries that differ between namesakes."""
-    plain = [f"{key['model']} on {key['benchmark']}" for key in keys]
+def _setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[str]:
+    """Name each setting by its heading, plus the entries that differ between namesakes."""
     names = []
     for name, key in zip(plain, keys, strict=True):
         others = [other for same, other in zip(plain, keys, strict=True) if same == name]

@@ -16,6 +16,7 @@ from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     effect_text,
     metric_scale,
+    scored_text,
 )
 from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console, format_quantity
@@ -42,20 +43,19 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
 
     A table of costs follows for each run in which costs were measured.
 
-    Runs of one model on one benchmark share a table. Runs beyond the seventh, or beyond the width
-    of the terminal, continue in further tables, so that no number is cut.
+    Runs of one model that are evaluated in the same way share a table. Runs beyond the seventh, or
+    beyond the width of the terminal, continue in further tables, so that no number is cut.
     """
     if not records:
         return
     out = console()
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        key = (record.model.name, str(record.config["benchmark"]["name"]))
-        groups.setdefault(key, []).append(record)
-    for (model, benchmark), group in groups.items():
+        groups.setdefault(scored_text(record), []).append(record)
+    for title, group in groups.items():
         ordered = sorted(group, key=_dense_first)
         while ordered:
-            table, shown = _widest_table(f"{model} on {benchmark}", ordered, out)
+            table, shown = _widest_table(title, ordered, out)
             out.print(table)
             ordered = ordered[shown:]
     for record in records:
@@ -104,9 +104,9 @@ def _table(title: str, records: Sequence[Record]) -> Table:
 
 
 def _tasks(records: Sequence[Record]) -> dict[str, str]:
-    """Return the headline tasks with their units in order of appearance, the average first."""
+    """Return the headline tasks with units and n in order of appearance, the average first."""
     found = [m for record in records for m in record.metrics if m.headline]
-    units = {m.task: f"{m.metric} %" if m.metric in PERCENT_METRICS else m.metric for m in found}
+    units = {m.task: f"{m.metric}{' %' * (m.metric in PERCENT_METRICS)}, n={m.n}" for m in found}
     average = {name: unit for name, unit in units.items() if name == AVERAGE}
     return average | units
 

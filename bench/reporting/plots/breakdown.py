@@ -23,6 +23,7 @@ from bench.reporting.plots.style import (
     label_unit_axis,
     tint,
 )
+from bench.reporting.record_numbers import benchmark_text, model_text
 
 WALL = "wall"
 METHODS_REST = "methods, the rest"
@@ -51,8 +52,8 @@ def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -
     rows = [
         {
             "run": record.id,
-            "model": record.model.name,
-            "benchmark": record.config["benchmark"]["name"],
+            "model": model_text(record),
+            "benchmark": benchmark_text(record),
             "label": f"{record.label} ({record.id[:8]})",
             "part": part,
             "value": value,

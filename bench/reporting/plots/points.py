@@ -11,7 +11,12 @@ import pandas as pd
 from bench.errors import UserError, unknown_name
 from bench.evaluation.metrics import AVERAGE
 from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
-from bench.reporting.record_numbers import NORMAL_QUANTILE, metric_scale
+from bench.reporting.record_numbers import (
+    NORMAL_QUANTILE,
+    benchmark_text,
+    metric_scale,
+    model_text,
+)
 
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
@@ -71,8 +76,8 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
     assert metric.value is not None
     return {
         "run": record.id,
-        "model": record.model.name,
-        "benchmark": metric.benchmark,
+        "model": model_text(record),
+        "benchmark": benchmark_text(record),
         "family": family,
         "label": record.label,
         "amount": knob,
