@@ -11,10 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
+from bench.errors import UserError
 from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -57,12 +58,23 @@ class MethodReport:
     """Result of a method: its effect on the weights, and its counts for the record.
 
     `effect` decides which gains a record may claim: zeroed and masked weights still cost time and
-    memory. `details` holds only JSON values; what is reported per layer goes to `layers`.
+    memory. The run counts the network before and after, and claims nothing that the counts do not
+    show. `trained` says that the weights were fitted to data, so that a network which was drawn at
+    random is one no longer. `details` holds only JSON values; what is reported per layer goes to
+    `layers`.
     """
 
     effect: Effect
     details: dict[str, Any] = field(default_factory=dict)
     layers: Sequence[LayerReport] = ()
+    trained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.effect not in get_args(Effect):
+            raise UserError(
+                f"a method reports the effect {self.effect!r}; allowed: "
+                f"{', '.join(get_args(Effect))}"
+            )
 
 
 @dataclass(frozen=True)

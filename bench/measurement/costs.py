@@ -14,21 +14,37 @@ import torch
 from bench.data.chat import ModelInputs
 from bench.device.devices import release_memory
 from bench.device.memory import is_out_of_memory
+from bench.errors import UserError
 from bench.measurement import energy, image_prompt, memory, speedup
-from bench.measurement.flops.cost_rows import flops_costs, prompt_flops_costs
-from bench.measurement.model_size import count_size, parameter_dtype
+from bench.measurement.flops.cost_rows import count_call, flops_costs, prompt_flops_costs
+from bench.measurement.model_size import (
+    count_parameters,
+    count_size,
+    parameter_dtype,
+    stored_bytes,
+)
 from bench.measurement.quantities import CostReport, MeasuredPair, Measurements
 from bench.measurement.roofline import DeviceLimits, device_limits
 from bench.measurement.workload import Workload, workloads
-from bench.records.record import Cost, MissingMeasurement
+from bench.models.bitpacking.packed_modules import packed_linears
+from bench.records.record import Cost, MissingMeasurement, SizeAndWork
 from bench.schema import CostsConfig
-from bench.ui import SILENT, Progress
+from bench.ui import SILENT, Progress, format_quantity
 
 if TYPE_CHECKING:
     from bench.models.model import Model
 
 
-def count_costs(model: Model, config: CostsConfig) -> CostReport:
+MAX_DISAGREEMENT = 0.01
+"""Largest difference of an analytic from a counted number, as a share of the counted one."""
+ANALYTIC_QUANTITIES = {
+    "flops": ("flops", "macs", "visual_flops"),
+    "flops_causal": ("flops_causal", "macs_causal"),
+}
+"""Analytic quantities of a scope that stand and fall together, by the one that is compared."""
+
+
+def count_costs(model: Model, config: CostsConfig, progress: Progress = SILENT) -> CostReport:
     """Count a model's size and the FLOPs of one forward at the config's shapes.
 
     For a vision-language model the prefill of one image prompt is timed as well, and the size of
@@ -36,15 +52,66 @@ def count_costs(model: Model, config: CostsConfig) -> CostReport:
     """
     found = CostReport()
     found.add(_size_costs(model))
-    if model.config.kind != "image_text":
+    if model.config.kind == "image_text":
+        _add_prompt_costs(found, model, config)
+    else:
         found.add(flops_costs(model, config))
-        return found
+    return without_contradicted(found, progress)
+
+
+def count_size_and_work(model: Model, config: CostsConfig) -> SizeAndWork:
+    """Count parameters, bytes and the FLOPs of one forward, as quickly as they can be counted."""
+    network, flops, reason = model.network, None, None
+    try:
+        counted = count_call(model, config)
+        if counted.without_formula:
+            reason = f"no formula for {', '.join(counted.without_formula)}"
+        else:
+            flops = float(counted.total)
+    except UserError as error:
+        reason = str(error)
+    return SizeAndWork(
+        parameters=count_parameters(network),
+        packed=sum(linear.numel for _, linear in packed_linears(network)),
+        bytes=stored_bytes(network),
+        flops=flops,
+        reason=reason,
+    )
+
+
+def without_contradicted(found: CostReport, progress: Progress) -> CostReport:
+    """Replace analytic numbers that the count contradicts by a missing measurement, and warn."""
+    # A formula knows the changes that it was written for; the count sees what runs.
+    values = {(c.scope, c.quantity, c.how): c.value for c in found.costs}
+    report = CostReport(list(found.costs), list(found.missing))
+    for (scope, quantity, how), analytic in values.items():
+        counted = values.get((scope, quantity, "counted"))
+        if quantity not in ANALYTIC_QUANTITIES or how != "analytic" or counted is None:
+            continue
+        if abs(analytic - counted) <= MAX_DISAGREEMENT * counted:
+            continue
+        dropped = ANALYTIC_QUANTITIES[quantity]
+        report.costs = [
+            c for c in report.costs
+            if (c.scope, c.how) != (scope, "analytic") or c.quantity not in dropped
+        ]  # fmt: skip
+        share = f"{analytic / counted - 1:+.1%}" if counted else "from 0"
+        reason = f"{format_quantity(analytic)} differs by {share} from the counted number"
+        report.missing.append(
+            MissingMeasurement(scope=scope, quantity=quantity, reason=reason, how="analytic")
+        )
+        progress.warn(
+            f"{scope}: the analytic {quantity.replace('_', ' ')} of {reason} and is left out"
+        )
+    return report
+
+
+def _add_prompt_costs(found: CostReport, model: Model, config: CostsConfig) -> None:
     # A vision-language model runs for real: methods that skip visual tokens decide by values, which
     # do not exist on the meta device.
     inputs = image_prompt.build_image_prompt(model, config.words)
     found.add(prompt_flops_costs(model, config, inputs))
     found.add(_prefill_costs(model, inputs))
-    return found
 
 
 def _size_costs(model: Model) -> list[Cost]:

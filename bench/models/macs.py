@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from bench.data.chat import ModelInputs
 from bench.errors import UserError
-from bench.models.bitpacking.packed_modules import PackedLinear
+from bench.models.bitpacking.packed_modules import PackedExperts, PackedLinear
 from bench.models.replaced_modules import ReplacedModule
 from bench.models.structure.moe_block import SHARED_NAMES
+from bench.models.structure.ragged_experts import RaggedExperts
 
 NetworkPart = Literal[
     "vision", "projector", "rows", "attention", "routed", "shared", "router", "head", "method",
@@ -161,6 +162,20 @@ def _num_experts(experts: nn.Module) -> int:
         return len(experts)
     # Fused experts store all experts in one 3-D parameter, experts first.
     return int(next(w for w in experts.parameters(recurse=False) if w.ndim > 2).shape[0])
+
+
+def number_of_unlike_experts(experts: nn.Module) -> int | None:
+    """Return the number of experts in a module of slimbench's own, None for any other module.
+
+    Methods leave experts of different sizes in such modules; those of a published network, whose
+    experts are all alike, stay in its own.
+    """
+    if isinstance(experts, PackedExperts):
+        return len(experts)
+    if isinstance(experts, RaggedExperts):
+        return len(experts.widths)
+    own = experts.routed_parameters() if isinstance(experts, ReplacedModule) else None
+    return None if own is None else own[1]
 
 
 def _top_k(block: nn.Module, fallback: int | None) -> int:

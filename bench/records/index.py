@@ -126,7 +126,7 @@ def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
         "model": record.model.name,
         "label": record.label,
         "methods": _join_names([method.name for method in record.methods]) or "dense",
-        "effect": _join_names([method.effect for method in record.methods]) or "none",
+        "effect": _join_names([method.confirmed_effect for method in record.methods]) or "none",
         "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
         "stamp": stamp,
     }

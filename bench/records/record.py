@@ -6,15 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.method import LayerReport
+from bench.method import Effect, LayerReport
 
 SCHEMA = 3
 ID_DIGITS = 12
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
+UNCONFIRMED = "unconfirmed"
+"""Stands for the effect of a method that claims a saving which the counts do not show."""
+FRESH = "fresh:"
+"""Prefix of a model's source whose weights are drawn at random."""
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object whose keys are not known here, such as the config of a run or its provenance."""
 How = Literal["counted", "measured", "analytic"]
@@ -43,9 +47,37 @@ class DenseModel(_FrozenModel):
     bytes: int
 
 
+class SizeAndWork(_FrozenModel):
+    """Counts of a network: parameters, those of them in packed storage, bytes, FLOPs of a forward.
+
+    `flops` is None if it cannot be counted; `reason` says why.
+    """
+
+    parameters: int
+    packed: int
+    bytes: int
+    flops: float | None
+    reason: str | None = None
+
+
+class EffectCheck(_FrozenModel):
+    """What a network's counts before and after a method say about the effect that it reports.
+
+    `found` is the effect that the counts show; `refutation` says why they do not show the reported
+    one, None if they do or if it claims no saving.
+    """
+
+    found: str
+    before: SizeAndWork
+    after: SizeAndWork
+    refutation: str | None = None
+
+
 class AppliedMethod(_FrozenModel):
     """One applied method: its config, its effect on the weights, and its own report.
 
+    `effect` is the one that the method reports, `check` what the suite counted; None in records of
+    older programs. `trained` says whether it fitted the weights to data, None if that is not known.
     `layers` holds what it reports per layer, `report` everything else. `seconds` is the time of
     applying it, calibration included. `peak_bytes` is the peak memory of applying it on top of what
     was in use before; None if memory was not measured.
@@ -58,6 +90,15 @@ class AppliedMethod(_FrozenModel):
     layers: tuple[LayerReport, ...] = ()
     seconds: float
     peak_bytes: int | None = None
+    check: EffectCheck | None = None
+    trained: bool | None = None
+
+    @property
+    def confirmed_effect(self) -> str:
+        """The effect as reports show it: `unconfirmed` if the counts do not show a saving."""
+        known = self.effect in get_args(Effect)
+        refuted = self.check is not None and self.check.refutation is not None
+        return self.effect if known and not refuted else UNCONFIRMED
 
 
 class Metric(_FrozenModel):
@@ -130,11 +171,43 @@ class Record(_FrozenModel):
     provenance: JsonObject
 
     @property
+    def untrained(self) -> bool:
+        """Whether the scored weights were drawn at random and no method trained them."""
+        # A record that does not say whether its methods train is of a time when all that fresh
+        # weights were good for did.
+        return self.model.source.startswith(FRESH) and all(
+            method.trained is False for method in self.methods
+        )
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Warnings that stand beside the run's numbers wherever they are shown."""
+        unconfirmed = without_real_saving(self.methods) == UNCONFIRMED
+        marks = {"untrained": self.untrained, UNCONFIRMED: unconfirmed}
+        return tuple(mark for mark, is_set in marks.items() if is_set)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the run is what compressed ones are compared with: whole and trained.
+
+        Of a model that begins with random weights, this is a run that only trains.
+        """
+        if self.model.source.startswith(FRESH):
+            whole = all(method.effect == "none" for method in self.methods)
+            return whole and not self.untrained
+        return not self.methods
+
+    @property
+    def family(self) -> str:
+        """The methods' names without their ratios; `dense` if the run is, or `untrained`."""
+        names = ["dense"] if self.is_dense else [method.name for method in self.methods]
+        return " + ".join(_marked(names, untrained=self.untrained))
+
+    @property
     def label(self) -> str:
         """Name of the run in tables: its methods with their ratios, such as `camera_p 0.4`."""
-        if not self.methods:
-            return "dense"
-        return " + ".join(_label(method) for method in self.methods)
+        names = [_label(method) for method in self.methods] or ["dense"]
+        return " + ".join(_marked(names, untrained=self.untrained))
 
     def metric(self, task: str) -> Metric | None:
         """Return the headline metric of a task, or None if the run did not score it."""
@@ -148,18 +221,32 @@ class Record(_FrozenModel):
 
     def cost(self, quantity: str, scope: str = "model") -> Cost | None:
         """Return one cost of this run, or None if it was not obtained."""
-        # A quantity may be both counted and analytic; the counted entry is recorded first.
-        found = [c for c in self.costs if c.quantity == quantity and c.scope == scope]
-        return found[0] if found else None
+        costs = (c for c in self.headline_costs if (c.scope, c.quantity) == (scope, quantity))
+        return next(costs, None)
+
+    @property
+    def headline_costs(self) -> list[Cost]:
+        """One cost per scope and quantity: the counted or measured one before the analytic."""
+        found: dict[tuple[str, str], Cost] = {}
+        for cost in self.costs:
+            known = found.get((cost.scope, cost.quantity))
+            # A formula only knows the changes that this repository makes to a network; a count sees
+            # those of any method. An analytic value must never replace it, whatever their order.
+            if known is None or (known.how == "analytic" and cost.how != "analytic"):
+                found[cost.scope, cost.quantity] = cost
+        return list(found.values())
 
 
 def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:
     """Return the effect (`masked`, `zeroed`) if all weights are still computed, else None.
 
-    A run with such methods only may claim no gain in time or memory.
+    A run with such methods only may claim no gain in time or memory. Nor may one that has claimed
+    a saving which the counts do not show (`unconfirmed`), whatever its other methods do.
     """
     # As a dict instead of a set, to keep the order in which methods were applied.
-    effects = dict.fromkeys(method.effect for method in methods)
+    effects = dict.fromkeys(method.confirmed_effect for method in methods)
+    if UNCONFIRMED in effects:
+        return UNCONFIRMED
     return "+".join(effects) if effects and effects.keys() <= EFFECTS_WITHOUT_SAVING else None
 
 
@@ -175,6 +262,13 @@ def checksum(content: JsonObject) -> str:
     # platform; any change here would change the id of every run.
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _marked(names: list[str], *, untrained: bool) -> list[str]:
+    """Put `untrained` before the names, or in the place of `dense`."""
+    if not untrained:
+        return names
+    return ["untrained", *(name for name in names if name != "dense")]
 
 
 def _label(method: AppliedMethod) -> str:

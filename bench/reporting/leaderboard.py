@@ -19,8 +19,8 @@ from bench.records import Metric, Record, without_real_saving
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     effect_text,
-    headline_costs,
     metric_identity,
+    scored_text,
 )
 
 MODEL_KEYS = ("dtype", "max_length", "seed")
@@ -87,17 +87,17 @@ class LeaderboardRow:
 
     @property
     def family(self) -> str:
-        """The methods' names without their ratios; `dense` if there are none."""
-        return " + ".join(method.name for method in self.record.methods) or "dense"
+        """The methods' names without their ratios; `dense` or `untrained` if there are none."""
+        return self.record.family
 
     @property
     def effect(self) -> str:
-        """The effect on weights or computation: removed, zeroed, quantized, skipped; or none."""
+        """The effect on weights or computation: removed, zeroed, ..., unconfirmed; or none."""
         return effect_text(self.record.methods) or "none"
 
     @property
     def real(self) -> bool:
-        """Whether costs can have fallen: false if weights are only zeroed or masked."""
+        """Whether costs can have fallen: not if zeroed, masked or unconfirmed."""
         return without_real_saving(self.record.methods) is None
 
 
@@ -119,13 +119,14 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
         key = _setting_key(record)
         keys[text := json.dumps(key, sort_keys=True)] = key
         groups[text].append(record)
-    names = _setting_names(list(keys.values()))
+    headings = [scored_text(group[0]) for group in groups.values()]
+    names = _setting_names(headings, list(keys.values()))
     settings: list[Setting] = []
     rows: list[LeaderboardRow] = []
     for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
         setting = _setting(name, group)
         settings.append(setting)
-        dense = next((record for record in group if not record.methods), None)
+        dense = next((record for record in group if record.is_dense), None)
         rows += [_row(record, index, setting, dense) for record in group]
     rows.sort(key=lambda row: row.record.started, reverse=True)
     return Leaderboard(tuple(settings), tuple(rows))
@@ -155,9 +156,8 @@ def _setting_key(record: Record) -> dict[str, str]:
     }
 
 
-def _setting_names(keys: Sequence[dict[str, str]]) -> list[str]:
-    """Name each setting by model and benchmark, plus the entries that differ between namesakes."""
-    plain = [f"{key['model']} on {key['benchmark']}" for key in keys]
+def _setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[str]:
+    """Name each setting by its heading, plus the entries that differ between namesakes."""
     names = []
     for name, key in zip(plain, keys, strict=True):
         others = [other for same, other in zip(plain, keys, strict=True) if same == name]
@@ -180,7 +180,7 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
     costs = {
         (c.scope, c.quantity): CostColumn(c.scope, c.quantity, c.unit)
         for record in group
-        for c in headline_costs(record)
+        for c in record.headline_costs
         # Phases split the wall time of the run itself; they say nothing about the model.
         if not c.scope.startswith("phase ")
     }
@@ -201,7 +201,7 @@ def _headline_column(metric: Metric) -> HeadlineColumn:
 
 def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> LeaderboardRow:
     metrics = {m.task: m for m in record.metrics if m.headline}
-    costs = {(c.scope, c.quantity): c.value for c in headline_costs(record)}
+    costs = {(c.scope, c.quantity): c.value for c in record.headline_costs}
     found = [metrics.get(task.task) for task in setting.tasks]
     return LeaderboardRow(
         record=record,

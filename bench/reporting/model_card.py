@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from bench.records import Record
-from bench.reporting.record_numbers import headline_cost
 
 LOAD_WITH_TRANSFORMERS = """\
 Loads in transformers:
@@ -91,8 +90,9 @@ def _provenance_section(record: Record) -> str:
         lines.append(f"- {name} {version}")
     for method in record.methods:
         knobs = json.dumps(method.config, indent=1)
-        lines += ["", f"### {method.name}: weights {method.effect}", "", "```json", knobs, "```"]
-    parameters = headline_cost(record, "parameters")
+        head = f"### {method.name}: weights {method.confirmed_effect}"
+        lines += ["", head, "", "```json", knobs, "```"]
+    parameters = record.cost("parameters")
     if parameters is not None:
         lines += ["", f"Parameters in memory: {int(parameters.value):,}."]
     return "\n".join([*lines, ""])

@@ -15,9 +15,8 @@ from bench.reporting.cost_table import measured_scopes, print_costs, speedup_tex
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     effect_text,
-    headline_cost,
-    headline_costs,
     metric_scale,
+    scored_text,
 )
 from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console, format_quantity
@@ -44,20 +43,19 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
 
     A table of costs follows for each run in which costs were measured.
 
-    Runs of one model on one benchmark share a table. Runs beyond the seventh, or beyond the width
-    of the terminal, continue in further tables, so that no number is cut.
+    Runs of one model that are evaluated in the same way share a table. Runs beyond the seventh, or
+    beyond the width of the terminal, continue in further tables, so that no number is cut.
     """
     if not records:
         return
     out = console()
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        key = (record.model.name, str(record.config["benchmark"]["name"]))
-        groups.setdefault(key, []).append(record)
-    for (model, benchmark), group in groups.items():
+        groups.setdefault(scored_text(record), []).append(record)
+    for title, group in groups.items():
         ordered = sorted(group, key=_dense_first)
         while ordered:
-            table, shown = _widest_table(f"{model} on {benchmark}", ordered, out)
+            table, shown = _widest_table(title, ordered, out)
             out.print(table)
             ordered = ordered[shown:]
     for record in records:
@@ -73,7 +71,7 @@ def _outcome(records: Sequence[Record], reused: int) -> str:
 
 
 def _dense_first(record: Record) -> tuple[bool, str]:
-    return (bool(record.methods), record.label)
+    return (not record.is_dense, record.label)
 
 
 def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[Table, int]:
@@ -106,9 +104,9 @@ def _table(title: str, records: Sequence[Record]) -> Table:
 
 
 def _tasks(records: Sequence[Record]) -> dict[str, str]:
-    """Return the headline tasks with their units in order of appearance, the average first."""
+    """Return the headline tasks with units and n in order of appearance, the average first."""
     found = [m for record in records for m in record.metrics if m.headline]
-    units = {m.task: f"{m.metric} %" if m.metric in PERCENT_METRICS else m.metric for m in found}
+    units = {m.task: f"{m.metric}{' %' * (m.metric in PERCENT_METRICS)}, n={m.n}" for m in found}
     average = {name: unit for name, unit in units.items() if name == AVERAGE}
     return average | units
 
@@ -122,7 +120,7 @@ def _metric_cell(metric: Metric | None) -> str:
 
 
 def _parameter_cell(record: Record, name: str) -> str:
-    cost = headline_cost(record, name)
+    cost = record.cost(name)
     return format_quantity(cost.value if cost else None)
 
 
@@ -131,7 +129,7 @@ def _work_columns(records: Sequence[Record]) -> dict[tuple[str, str], str]:
     return {
         (cost.scope, cost.quantity): WORK_UNITS[cost.quantity]
         for record in records
-        for cost in headline_costs(record)
+        for cost in record.headline_costs
         if cost.quantity in WORK_UNITS and not _is_superseded(cost, record)
     }
 
@@ -143,7 +141,7 @@ def _is_superseded(cost: Cost, record: Record) -> bool:
 
 def _work_cell(record: Record, name: str, scope: str) -> str:
     """Format one cost; a time is not shown for runs whose weights are only masked or zeroed."""
-    cost = headline_cost(record, name, scope)
+    cost = record.cost(name, scope)
     if cost is not None and name.endswith("seconds"):
         # Masked or zeroed weights are still multiplied, so a shorter time would be noise and would
         # read as a speed-up.

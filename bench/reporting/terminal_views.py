@@ -98,8 +98,11 @@ def print_record(record: Record) -> None:
     for method in record.methods:
         knobs = ", ".join(f"{key}={value}" for key, value in method.config.items())
         out.print(
-            f"method {method.name}: weights {method.effect}, {method.seconds:.2f} s ({knobs})"
+            f"method {method.name}: weights {method.confirmed_effect}, {method.seconds:.2f} s "
+            f"({knobs})"
         )
+        if method.check is not None and method.check.refutation is not None:
+            out.print(f"  {method.name} {method.check.refutation}", soft_wrap=True)
     draw_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
     # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.
     rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]

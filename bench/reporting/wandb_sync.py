@@ -124,7 +124,7 @@ def _table_rows(table: Table) -> WandbTable:
         [
             line.section,
             line_text(line),
-            head.name,
+            head.text,
             head.unit,
             *_cell_values(cell),
         ]

@@ -31,10 +31,10 @@ from bench.ui import Progress
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
-    from bench.measurement.quantities import CostReport, MeasuredPair
+    from bench.measurement.quantities import MeasuredPair
     from bench.models.model import Model
     from bench.models.source import ModelSource
-    from bench.records import AppliedMethod
+    from bench.records import AppliedMethod, SizeAndWork
     from bench.runner.session import Session
 
 
@@ -77,7 +77,7 @@ def _execute_run(
 ) -> Record:
     """Load, apply, evaluate, measure and write: the part of a run that takes time."""
     from bench.device.devices import describe_device, seed_everything, set_threads
-    from bench.measurement.costs import measure_costs, phase_costs
+    from bench.measurement.costs import count_costs, measure_costs, phase_costs
     from bench.models.hashing import state_hash
 
     processes = session.process_group
@@ -93,7 +93,8 @@ def _execute_run(
     dense = describe_dense_model(model)
     checkpoints = store.unfinished(inputs.id, processes.rank)
     context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
-    methods = apply_methods(config, model, context)
+    counts = _dense_counts(model, config, inputs.source, session) if config.method else None
+    methods = apply_methods(config, model, context, counts) if counts else []
 
     # The journal is keyed by the weights after the methods: responses of a killed run are reused
     # only if applying the methods again gave exactly the same network.
@@ -103,7 +104,8 @@ def _execute_run(
             progress.warn(note)
         evaluation = evaluate(model, inputs.benchmark, progress, ResponseCache(journal))
 
-    after = _count_costs(model, config, progress)
+    with progress.phase("counting costs"):
+        after = count_costs(model, config.costs, progress)
     with progress.phase("measuring costs"):
         pair = _measured_pair(model, methods, inputs.source, session)
         measured = measure_costs(pair, config.costs, progress)
@@ -160,11 +162,16 @@ def _move_unreadable_aside(store: Store, run: str, progress: Progress) -> None:
         )
 
 
-def _count_costs(model: Model, config: RunConfig, progress: Progress) -> CostReport:
-    from bench.measurement.costs import count_costs
+def _dense_counts(
+    model: Model, config: RunConfig, source: ModelSource, session: Session
+) -> SizeAndWork:
+    """Count a model that no method has changed yet, once for all runs of a session."""
+    from bench.measurement.costs import count_size_and_work
 
-    with progress.phase("counting costs"):
-        return count_costs(model, config.costs)
+    key = (source, config.costs)
+    if key not in session.dense_counts:
+        session.dense_counts[key] = count_size_and_work(model, config.costs)
+    return session.dense_counts[key]
 
 
 def _measured_pair(

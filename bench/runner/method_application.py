@@ -1,4 +1,8 @@
-"""Application of a run's methods to its model, in order."""
+"""Application of a run's methods to its model, in order, and the check of what they claim.
+
+A method reports its effect; the suite counts the network before and after it. A saving that the
+counts do not show is not claimed in any report.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,34 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from bench.ui import format_quantity
+
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
-    from bench.method import Context
+    from bench.method import Context, MethodReport
     from bench.models.model import Model
-    from bench.records import AppliedMethod
+    from bench.records import AppliedMethod, EffectCheck, SizeAndWork
+    from bench.records.record import JsonObject
 
 
-def apply_methods(config: RunConfig, model: Model, context: Context) -> list[AppliedMethod]:
-    """Apply a run's methods to its model in order and return their reports.
+def apply_methods(
+    config: RunConfig, model: Model, context: Context, dense: SizeAndWork
+) -> list[AppliedMethod]:
+    """Apply a run's methods to its model in order and return their checked reports.
+
+    `dense` is the count of the model as it is given.
 
     Raises:
-        UserError: a method left NaN or infinite weights.
+        UserError: a method left NaN or infinite weights, or reports an unknown effect.
     """
     from bench.device.devices import synchronize
     from bench.device.memory import PeakMemory
+    from bench.measurement.costs import count_size_and_work
     from bench.measurement.memory import LeakMonitor
     from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
 
-    applied = []
+    applied, before = [], dense
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
         # Two methods must not find each other's checkpoints.
@@ -43,6 +55,9 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
             report = method.apply(model, method_context)
             synchronize(model.device)
             took = time.perf_counter() - began
+        # A method that replaces modules may not know of the cache, and the next reader of the
+        # structure (the next method, a formula) would see modules that are no longer there.
+        model.invalidate_structure()
         refuse_not_finite(model.network, name)
         if leaked := leaks.leaked_bytes(model.network):
             context.progress.warn(
@@ -50,6 +65,11 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
                 "a long sweep will run out of memory"
             )
         knobs = method.model_dump(mode="json")
+        after = count_size_and_work(model, config.costs)
+        check = check_effect(report.effect, before, after)
+        if (doubt := check.refutation or _idle_reason(check, report, knobs)) is not None:
+            context.progress.warn(f"{name} {doubt}")
+        before = after
         applied.append(
             AppliedMethod(
                 name=name,
@@ -59,9 +79,61 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
                 layers=tuple(report.layers),
                 seconds=took,
                 peak_bytes=peak.above if peak else None,
+                check=check,
+                trained=report.trained,
             )
         )
     return applied
+
+
+def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> EffectCheck:
+    """Compare the effect that a method reports with the counts before and after it.
+
+    `removed` needs fewer parameters or bytes, `quantized` fewer bytes or more packed weights,
+    `skipped` fewer FLOPs. The other effects claim no saving.
+    """
+    from bench.records import EffectCheck
+
+    fewer_parameters = after.parameters < before.parameters
+    fewer_bytes = after.bytes < before.bytes
+    # Work that could not be counted is not known to have fallen.
+    counted = before.flops is not None and after.flops is not None
+    shown = {
+        "removed": fewer_parameters or fewer_bytes,
+        "quantized": fewer_bytes or after.packed > before.packed,
+        "skipped": counted and (after.flops or 0) < (before.flops or 0),
+    }
+    # Fewer bytes with all parameters are a storage in fewer bits, not a removal.
+    signs = shown | {"removed": fewer_parameters}
+    found = next((name for name, is_shown in signs.items() if is_shown), "none")
+    refutation = None if shown.get(effect, True) else _refutation(effect, before, after)
+    return EffectCheck(found=found, before=before, after=after, refutation=refutation)
+
+
+def _refutation(effect: str, before: SizeAndWork, after: SizeAndWork) -> str:
+    """Say which counts should have fallen, and did not."""
+    counts = {
+        "parameters": (before.parameters, after.parameters),
+        "bytes": (before.bytes, after.bytes),
+        "FLOPs": (before.flops, after.flops),
+    }
+    names = {"removed": ("parameters", "bytes"), "quantized": ("bytes",), "skipped": ("FLOPs",)}
+    if effect == "skipped" and (reason := before.reason or after.reason):
+        return f"reports skipped computation, which cannot be confirmed: {reason}"
+    parts = [
+        f"{name} {format_quantity(counts[name][0])} before and {format_quantity(counts[name][1])} "
+        "after"
+        for name in names[effect]
+    ]
+    return f"reports the effect {effect}, but the counts do not show it: {', '.join(parts)}"
+
+
+def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) -> str | None:
+    """Return what to say of a method that was asked for a saving and changed nothing."""
+    # Zero is a request to change nothing, as a sweep's first value often is.
+    ratio = knobs.get("ratio")
+    idle = report.effect == "none" and check.found == "none" and not report.trained
+    return f"changed nothing, although ratio={ratio}" if idle and ratio else None
 
 
 @contextmanager

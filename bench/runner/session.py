@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from bench.evaluation import PlanCache
     from bench.evaluation.distributed import ProcessGroup
     from bench.models.base_model_cache import BaseModelCache
+    from bench.models.source import ModelSource
+    from bench.records import SizeAndWork
+    from bench.schema import CostsConfig
 
 
 class Session:
@@ -42,6 +45,11 @@ class Session:
         return PlanCache()
 
     @cached_property
+    def dense_counts(self) -> dict[tuple[ModelSource, CostsConfig], SizeAndWork]:
+        """Counts of unchanged models, at the shapes of a run's costs."""
+        return {}
+
+    @cached_property
     def process_group(self) -> ProcessGroup:
         """This process's place among those of a distributed run; connects on first use."""
         from bench.evaluation.distributed import current_process_group
@@ -52,6 +60,7 @@ class Session:
         """Free the model and the benchmarks, and disconnect from other processes."""
         held = self.__dict__
         held.pop("benchmarks", None)
+        held.pop("dense_counts", None)
         if "base_model" in held:
             self.base_model.release()
             del self.base_model

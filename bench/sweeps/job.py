@@ -146,5 +146,5 @@ def objective_value(record: Record, name: str) -> float | None:
         metric = headlines[0]
     if metric is not None:
         return metric.value
-    found = [cost.value for cost in record.costs if cost.quantity == name]
+    found = [cost.value for cost in record.headline_costs if cost.quantity == name]
     return found[0] if found else None

@@ -51,7 +51,7 @@ def send_record(
         name=f"{record.model.name} {record.label}",
         job_type="run",
         group=record.sweep,
-        tags=[record.model.name, *(m.name for m in record.methods)],
+        tags=[record.model.name, *(m.name for m in record.methods), *record.marks],
         config_of_run={**record.config, "record": record.id},
     ) as (wandb, run, kept):
         _log_record(wandb, run, record, folder)
@@ -137,15 +137,21 @@ def _log_histories(run: Run, record: Record) -> None:
 
 
 def wandb_summary(record: Record) -> dict[str, float]:
-    """Return the numbers of a record as a flat dict: `task/metric` and `cost/scope/quantity`.
+    """Return the numbers of a record as a flat dict.
 
-    If a cost has both a counted and an analytic value, the first is logged under `quantity` and the
-    second under `quantity/analytic`.
+    Keys are `task/metric,filter,N-shot`, since a metric may be taken with several filters, and
+    `cost/scope/quantity`. If a cost was obtained in several ways, the headline is under `quantity`
+    and another one under, for instance, `quantity/analytic`.
     """
-    values = {f"{m.task}/{m.metric}": m.value for m in record.metrics if m.value is not None}
+    values = {
+        f"{m.task}/{m.metric},{m.filter},{m.shots}-shot": m.value
+        for m in record.metrics
+        if m.value is not None
+    }
+    headlines = record.headline_costs
     for cost in record.costs:
         name = f"cost/{cost.scope}/{cost.quantity}"
-        values[f"{name}/{cost.how}" if name in values else name] = cost.value
+        values[name if cost in headlines else f"{name}/{cost.how}"] = cost.value
     return values
 
 

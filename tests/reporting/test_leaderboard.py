@@ -14,7 +14,10 @@ def test_each_run_is_compared_with_the_dense_run_of_its_model():
     dense, other = record(0), record(1, model="small")
     pruned = record(2, method="camera_p")
     runs = build_leaderboard([dense, other, pruned])
-    assert {setting.name for setting in runs.settings} == {"tiny on nine", "small on nine"}
+    assert {setting.name for setting in runs.settings} == {
+        "tiny on nine (0-shot)",
+        "small on nine (0-shot)",
+    }
     row = row_of(runs, pruned)
     assert row.dense == dense.id
     kept = pruned.metric("average").value / dense.metric("average").value
@@ -29,8 +32,8 @@ def test_a_different_limit_is_a_different_setting_and_is_named():
     limited = pruned.model_copy(update={"config": config})
     runs = build_leaderboard([dense, limited])
     assert {setting.name for setting in runs.settings} == {
-        "tiny on nine",
-        "tiny on nine (limit 60)",
+        "tiny on nine (0-shot)",
+        "tiny on nine (0-shot, limit 60)",
     }
     assert row_of(runs, limited).dense is None
     assert row_of(runs, limited).retention is None

@@ -36,14 +36,30 @@ def record():
     )  # fmt: skip
 
 
-def test_a_cost_that_was_had_twice_keeps_both_numbers(record):
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cost_that_was_had_twice_keeps_both_numbers(record, order):
     def flops(value, how):
         return Cost(scope="token", quantity="flops", unit="FLOP", value=value, how=how)
 
-    twice = record.model_copy(update={"costs": (flops(8.0, "counted"), flops(9.0, "analytic"))})
-    values = tracker.wandb_summary(twice)
+    both = (flops(8.0, "counted"), flops(9.0, "analytic"))[::order]
+    values = tracker.wandb_summary(record.model_copy(update={"costs": both}))
     assert values["cost/token/flops"] == 8.0
     assert values["cost/token/flops/analytic"] == 9.0
+
+
+def test_filters_and_shots_of_one_metric_stay_apart(record):
+    (acc,) = record.metrics
+    match = acc.model_copy(update={"task": "gsm8k", "metric": "exact_match", "shots": 5})
+    taken = [("strict-match", 5, 0.1), ("flexible-extract", 5, 0.6), ("strict-match", 0, 0.05)]
+    metrics = tuple(
+        match.model_copy(update={"filter": name, "shots": shots, "value": value})
+        for name, shots, value in taken
+    )
+    assert tracker.wandb_summary(record.model_copy(update={"metrics": metrics, "costs": ()})) == {
+        "gsm8k/exact_match,strict-match,5-shot": 0.1,
+        "gsm8k/exact_match,flexible-extract,5-shot": 0.6,
+        "gsm8k/exact_match,strict-match,0-shot": 0.05,
+    }
 
 
 @pytest.fixture
@@ -75,7 +91,7 @@ def test_an_offline_run_holds_config_numbers_tables_and_the_record(store, record
         if e.WhichOneof("record_type") == "summary"
         for item in e.summary.update
     }
-    assert summary["arc_easy/acc"] == "0.625"
+    assert summary["arc_easy/acc,none,0-shot"] == "0.625"
     assert summary["cost/model/bytes"] in ("28", "28.0")
     artifacts = [e for e in sent if "artifact" in str(e.WhichOneof("record_type"))]
     names = str(sent)

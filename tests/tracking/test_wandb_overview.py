@@ -61,7 +61,7 @@ def test_an_overview_holds_leaderboard_plots_tables_and_the_page(store):
         flops = record.cost("flops", "forward 1x512").value
         assert row["flops of forward 1x512"] == pytest.approx(flops)
 
-    points = media(folder, logged, "pareto/tiny on nine_table")
+    points = media(folder, logged, "pareto/tiny on nine (0-shot)_table")
     assert len(points["data"]) == len(records)
     assert points["columns"][-2:] == ["flops of forward 1x512", "average"]
 

@@ -10,11 +10,13 @@ Shapes: B sequences or images, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from bench.data.chat import ModelInputs
@@ -27,7 +29,12 @@ from bench.measurement.flops.conventions import CONVENTION_UNITS, CONVENTIONS, C
 from bench.measurement.flops.counter import CountedFlops, count_flops, meta_forward
 from bench.measurement.quantities import Measurements
 from bench.models.classifiers.classifier import Classifier
-from bench.models.macs import MatmulCost, flops_provider_of, macs_by_part
+from bench.models.macs import (
+    MatmulCost,
+    flops_provider_of,
+    macs_by_part,
+    number_of_unlike_experts,
+)
 from bench.models.network import text_config
 from bench.records.record import Cost, How, MissingMeasurement
 from bench.schema import CostsConfig, FlopsConvention
@@ -48,25 +55,54 @@ def count_text_flops(
     """Count a forward over `batch` sequences of `length` tokens, and the token after it.
 
     The first forward computes logits for all tokens, as scoring does; the second runs on the KV
-    cache of the first.
+    cache of the first. Routing is even: every expert meets the same number of tokens. Where that
+    number is not whole, as for one token that meets 2 of 8 experts, it is the mean.
 
     Raises:
         UserError: the network's control flow depends on values, which the meta device lacks.
     """
+    with _text_call(network, batch, length) as (call, ids_BL, copies):
+        with count_flops() as text:
+            cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
+        with count_flops() as token:
+            call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
+    return text.per_copy(copies), token.per_copy(copies)
+
+
+def count_forward_flops(network: nn.Module, batch: int, length: int) -> CountedFlops:
+    """Count the first of the two calls of `count_text_flops`, in half the time."""
+    with _text_call(network, batch, length) as (call, ids_BL, copies), count_flops() as text:
+        call(input_ids=ids_BL[:, :length], use_cache=True)
+    return text.per_copy(copies)
+
+
+@contextmanager
+def _text_call(
+    network: nn.Module, batch: int, length: int
+) -> Iterator[tuple[Callable[..., Any], Tensor, int]]:
+    """Yield a forward on the meta device, token ids [copies · B, L + 1] for it, and `copies`."""
+    copies = _copies_for_even_routing(network)
     with meta_forward(network) as call:
-        ids_BL = torch.zeros(batch, length + 1, dtype=torch.long, device="meta")
+        ids_BL = torch.zeros(copies * batch, length + 1, dtype=torch.long, device="meta")
         try:
-            with count_flops() as text:
-                cache = call(input_ids=ids_BL[:, :length], use_cache=True).past_key_values
-            with count_flops() as token:
-                call(input_ids=ids_BL[:, length:], past_key_values=cache, use_cache=True)
+            yield call, ids_BL, copies
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             kind = type(network).__name__
             raise UserError(
                 f"{kind} has data-dependent control flow and cannot be counted on the meta device: "
                 f"{error}"
             ) from None
-    return text, token
+
+
+def _copies_for_even_routing(network: nn.Module) -> int:
+    """Return how many copies of any inputs meet all experts of every block equally often.
+
+    1 if the experts of each block are alike, so that it does not matter which of them are met.
+    """
+    # One token meets a few experts. On the meta device it would always be the same few, and after
+    # pruning, which leaves experts of different widths, those are not of mean width.
+    counts = (number_of_unlike_experts(module) for module in network.modules())
+    return math.lcm(*(count for count in counts if count))
 
 
 def count_image_flops(network: Classifier, batch: int) -> CountedFlops:
@@ -78,6 +114,20 @@ def count_image_flops(network: Classifier, batch: int) -> CountedFlops:
         with count_flops() as counted:
             call(image_BCHH)
     return counted
+
+
+def count_call(model: Model, config: CostsConfig) -> CountedFlops:
+    """Count one forward at the config's shapes, or the prefill of a prompt with an image.
+
+    Raises:
+        UserError: it cannot be counted.
+    """
+    if model.config.kind == "image_text":
+        inputs = image_prompt.build_image_prompt(model, config.words)
+        return image_prompt.count_prefill(model, inputs)[0]
+    if model.config.kind == "image_classifier":
+        return count_image_flops(cast(Classifier, model.network), config.batch)
+    return count_forward_flops(model.network, config.batch, min(config.length, model.max_length))
 
 
 def language_parts(counted: CountedFlops) -> dict[str, int]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -63,6 +63,15 @@ class CountedFlops:
     def causal(self) -> int | None:
         """FLOPs of the whole call without masked pairs."""
         return None if self.masked is None else self.total - self.masked
+
+    def per_copy(self, copies: int) -> CountedFlops:
+        """Return the share of one of several equal copies of a call's inputs."""
+        modules = {
+            path: {operator: flops // copies for operator, flops in counts.items()}
+            for path, counts in self.modules.items()
+        }
+        masked = None if self.masked is None else self.masked // copies
+        return replace(self, modules=modules, masked=masked)
 
     def in_modules(self, *leaves: str, within: tuple[str, ...] = ()) -> int:
         """Return the FLOPs of all modules named in `leaves`, counting nested matches once.

@@ -52,7 +52,7 @@ def baseline_of(records: Sequence[Record]) -> Record:
     Raises:
         UserError: no run is dense, or more than one is.
     """
-    dense = [record for record in records if not record.methods]
+    dense = [record for record in records if record.is_dense]
     if len(dense) == 1:
         return dense[0]
     found = "none of the runs is" if not dense else f"{len(dense)} of the runs are"

@@ -15,7 +15,12 @@ from bench.records import Record
 from bench.reporting.comparison.comparison import Comparison
 from bench.reporting.comparison.contrast import Contrast
 from bench.reporting.comparison.flips import Flip
-from bench.reporting.record_numbers import PERCENT_METRICS, metric_scale
+from bench.reporting.record_numbers import (
+    PERCENT_METRICS,
+    benchmark_text,
+    metric_scale,
+    model_text,
+)
 from bench.reporting.terminal_tables import terminal_table
 from bench.ui import console
 
@@ -81,8 +86,8 @@ def _power_sentence(record: Record, row: Contrast) -> str:
 
 def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Table:
     names = [f"{r.label}\n{r.id[:8]}" for r in (baseline, candidate)]
-    models = " against ".join(dict.fromkeys((candidate.model.name, baseline.model.name)))
-    benchmark = candidate.config["benchmark"]["name"]
+    models = " against ".join(dict.fromkeys((model_text(candidate), model_text(baseline))))
+    benchmark = benchmark_text(candidate)
     title = f"{candidate.label} against {baseline.label}: {models} on {benchmark}"
     table = terminal_table((*names, *COLUMNS), title)
     for row in rows:

@@ -185,7 +185,7 @@ def table_entry(table: Table) -> dict[str, object]:
         "stand_in": table.stand_in,
         "columns": [
             # No digits: the page writes the number with a decimal prefix.
-            {"name": head.name, "unit": head.unit, "digits": DIGITS.get(head.unit)}
+            {"name": head.text, "unit": head.unit, "digits": DIGITS.get(head.unit)}
             for head in table.columns
         ],
         "lines": [

@@ -23,7 +23,7 @@ from bench.reporting.plots.style import (
     label_unit_axis,
     tint,
 )
-from bench.reporting.record_numbers import headline_costs
+from bench.reporting.record_numbers import benchmark_text, model_text
 
 WALL = "wall"
 METHODS_REST = "methods, the rest"
@@ -52,8 +52,8 @@ def cost_parts(records: Sequence[Record], cost: str, scope: str | None = None) -
     rows = [
         {
             "run": record.id,
-            "model": record.model.name,
-            "benchmark": record.config["benchmark"]["name"],
+            "model": model_text(record),
+            "benchmark": benchmark_text(record),
             "label": f"{record.label} ({record.id[:8]})",
             "part": part,
             "value": value,
@@ -115,7 +115,7 @@ def _parts(
         for part, seconds in _phase_seconds(record).items():
             yield "time of the run", "s", part, seconds
         return
-    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    same = (c for c in record.headline_costs if c.quantity == quantity)
     fitting = (cost for cost in same if scope in (None, cost.scope))
     # `parts` is also used for percentiles and bounds, which have no meaning in a stack.
     found = next(filter(_adds_up, fitting), None)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from bench.errors import UserError
 from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots.style import GREY, SeriesStyle, add_legend, draw_panels, series_styles
+from bench.reporting.record_numbers import benchmark_text, model_text
 
 BINS = 10
 
@@ -79,9 +80,11 @@ def confidence_curves(runs: Sequence[ComparedRun]) -> pd.DataFrame:
         frames.append(
             bins.assign(
                 run=run.record.id,
-                model=run.record.model.name,
-                benchmark=run.record.config["benchmark"]["name"],
-                name=f"{run.record.label} ({run.record.id[:8]})" if run.record.methods else "dense",
+                model=model_text(run.record),
+                benchmark=benchmark_text(run.record),
+                name="dense"
+                if run.record.is_dense
+                else f"{run.record.label} ({run.record.id[:8]})",
                 expected_error=expected_calibration_error(bins),
             )
         )

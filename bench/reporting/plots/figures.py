@@ -17,6 +17,7 @@ from bench.reporting.comparison import ComparedRun
 from bench.reporting.plots import allocation, breakdown, calibration_curves, curves, pareto
 from bench.reporting.plots.points import require_knob, run_points
 from bench.reporting.plots.style import FIGURE_FORMATS, plot_settings, save_figure
+from bench.reporting.record_numbers import benchmark_text
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def _plot_order(record: Record) -> tuple[str, str, bool, str]:
     """Order runs by panel, the dense model first, then by label."""
     # Styles are assigned in this order, and consecutive ones differ most, so that neighbours in a
     # legend do not look alike.
-    benchmark = str(record.config["benchmark"]["name"])
-    return record.model.name, benchmark, bool(record.methods), record.label
+    return record.model.name, benchmark_text(record), not record.is_dense, record.label
 
 
 def write_figures(

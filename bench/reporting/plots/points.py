@@ -11,7 +11,12 @@ import pandas as pd
 from bench.errors import UserError, unknown_name
 from bench.evaluation.metrics import AVERAGE
 from bench.records import AppliedMethod, Cost, Metric, Record, without_real_saving
-from bench.reporting.record_numbers import NORMAL_QUANTILE, headline_costs, metric_scale
+from bench.reporting.record_numbers import (
+    NORMAL_QUANTILE,
+    benchmark_text,
+    metric_scale,
+    model_text,
+)
 
 SPREAD_KEYS = (("least", "most"), ("p10", "p90"))
 """Names that costs give to the ends of a measured spread."""
@@ -71,8 +76,8 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
     assert metric.value is not None
     return {
         "run": record.id,
-        "model": record.model.name,
-        "benchmark": metric.benchmark,
+        "model": model_text(record),
+        "benchmark": benchmark_text(record),
         "family": family,
         "label": record.label,
         "amount": knob,
@@ -86,7 +91,7 @@ def _point(record: Record, metric: Metric, family: str, knob: float | None) -> d
 
 
 def _cost(record: Record, quantity: str, scope: str | None) -> Cost | None:
-    same = (c for c in headline_costs(record) if c.quantity == quantity)
+    same = (c for c in record.headline_costs if c.quantity == quantity)
     return next((cost for cost in same if scope in (None, cost.scope)), None)
 
 
@@ -122,7 +127,7 @@ def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, s
         differing = [key for key in knobs[0] if any(k.get(key) != knobs[0][key] for k in knobs)]
         for record, own in zip(group, knobs, strict=True):
             knob_text = "".join(f", {name[-1]}={own.get(name)}" for name in differing)
-            named[record.id] = (" + ".join(m.name for m in record.methods) or "dense") + knob_text
+            named[record.id] = record.family + knob_text
     return named
 
 

@@ -8,6 +8,7 @@ value.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 MAX_PANELS = 4
+TITLE_WIDTH = 44
+"""Letters of a line of a panel's title."""
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2
 """Inches per panel."""
 LEGEND_LINE_HEIGHT, LEGEND_LETTER_WIDTH = 0.2, 0.085
@@ -159,7 +162,7 @@ def _panel_figure(names: list[str]) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(PANEL_WIDTH * len(names), PANEL_HEIGHT), layout="constrained")
     axes = list(figure.subplots(1, len(names), squeeze=False)[0])
     for each, name in zip(axes, names, strict=True):
-        each.set_title(name, loc="left")
+        each.set_title(textwrap.fill(name, TITLE_WIDTH), loc="left")
     return figure, axes
 
 
@@ -188,10 +191,10 @@ def family_handles(families: dict[str, SeriesStyle], *, joined: bool) -> list[Li
 
 
 def zeroed_handle() -> Line2D:
-    """Return the legend handle of points whose weights are only zeroed or masked."""
+    """Return the legend handle of points whose saving is not real."""
     return Line2D(
         [], [], color=INK, marker="o", markerfacecolor="white", linestyle="none",
-        label="zeroed or masked: no real saving",
+        label="zeroed, masked or unconfirmed: no real saving",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
+from bench.evaluation.metrics import AVERAGE
 from bench.reporting.record_numbers import NORMAL_QUANTILE
 from bench.reporting.tables import numbers, published
 from bench.reporting.tables.table import (
@@ -76,16 +77,19 @@ def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]
         for slot in table_slots(config)
     ]
     columns = config.columns.items()
+    labels = {name: _label(config, name, found) for name in config.columns}
     return Table(
         name=config.name,
         title=config.title,
         stand_in=config.stand_in,
-        columns=tuple(ColumnHead(name, c.unit, c.lower_is_better) for name, c in columns),
+        columns=tuple(
+            ColumnHead(name, c.unit, c.lower_is_better, labels[name]) for name, c in columns
+        ),
         # A line with neither our number nor a published one is left out; one with either stays,
         # since a gap in the reproduction has to be visible.
         lines=tuple(line for line in lines if line.runs or any(c.published for c in line.cells)),
         notes=tuple(_notes(config, theirs)),
-        agreements=tuple(_agreements(config, lines, theirs)),
+        agreements=tuple(_agreements(config, lines, theirs, labels)),
     )
 
 
@@ -101,7 +105,27 @@ def _table_line(
     whole = records if len(records) == len(slot.runs) else ()
     cells = [_table_cell(config, slot, name, whole, theirs) for name in config.columns]
     ids = tuple(record.id for record in whole)
-    return TableLine(slot.section, slot.variant, slot.row, ids, tuple(cells))
+    marks = tuple(dict.fromkeys(mark for record in whole for mark in record.marks))
+    return TableLine(slot.section, slot.variant, slot.row, ids, tuple(cells), marks)
+
+
+def _label(
+    config: TableConfig, name: str, found: Mapping[TableSlot, Sequence[Record]]
+) -> str | None:
+    """Return what a column's numbers were scored on; None if the column's name says it."""
+    # A column is named after the real data set, which a stand-in or a local file replaces.
+    labels = dict.fromkeys(
+        label
+        for slot, records in found.items()
+        for label in numbers.scored_on(
+            numbers.with_variables(config.columns[name], config.sections[slot.section].variables),
+            records,
+        )
+    )
+    if any(labels):
+        return " / ".join(label or name for label in labels)
+    task = config.columns[name].task
+    return f"embedded {task}" if config.stand_in and task not in (None, AVERAGE) else None
 
 
 def _table_cell(
@@ -176,7 +200,10 @@ def _notes(config: TableConfig, theirs: Mapping[str, PublishedCells]) -> Iterato
 
 
 def _agreements(
-    config: TableConfig, lines: Sequence[TableLine], theirs: Mapping[str, PublishedCells]
+    config: TableConfig,
+    lines: Sequence[TableLine],
+    theirs: Mapping[str, PublishedCells],
+    labels: Mapping[str, str | None],
 ) -> Iterator[OrderAgreement]:
     """Compare the order of methods with each published model, variant by variant."""
     variants = list(config.variants) or [""]
@@ -189,7 +216,9 @@ def _agreements(
                 for index, (name, column) in enumerate(config.columns.items()):
                     rated = list(_rated_methods(config, model, same, index, name, theirs[section]))
                     if len(rated) >= 2:
-                        yield _agreement(section, model, variant, name, column, rated)
+                        label = labels[name]
+                        text = f"{label} against {name}" if label else name
+                        yield _agreement(section, model, variant, text, column, rated)
 
 
 def _rated_methods(

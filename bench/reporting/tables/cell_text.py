@@ -48,15 +48,16 @@ def heading_text(table: Table) -> str:
 
 
 def column_text(head: ColumnHead) -> str:
-    """Return a column's name and unit."""
+    """Return what a column's numbers were scored on, and their unit."""
     # A unit that repeats the name, as in "Perplexity perplexity", is left out.
     implied = {"count", head.name, head.name.rstrip("s")}
-    return head.name if head.unit in implied else f"{head.name} {head.unit}"
+    return head.text if head.unit in implied else f"{head.text} {head.unit}"
 
 
 def line_text(line: TableLine) -> str:
-    """Return a method and its variant."""
-    return f"{line.name} {line.variant}".strip()
+    """Return a method and its variant, with the warnings of its runs."""
+    marks = f"({', '.join(line.marks)})" if line.marks else ""
+    return " ".join(filter(None, (line.name, line.variant, marks)))
 
 
 def our_text(number: OurValue | None, unit: str) -> str:

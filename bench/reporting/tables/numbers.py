@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
-from bench.reporting.record_numbers import NORMAL_QUANTILE, headline_costs
+from bench.evaluation.metrics import AVERAGE
+from bench.reporting.record_numbers import NORMAL_QUANTILE, data_text
 from bench.reporting.tables.table import OurValue
 from bench.reporting.tables.table_config import TableColumn
 
@@ -72,7 +73,7 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
         # the time spent in methods during a forward pass.
         return math.fsum(method.seconds for method in record.methods) / factor, None
     if column.quantity is not None:
-        costs = [c for c in headline_costs(record) if c.quantity == column.quantity]
+        costs = [c for c in record.headline_costs if c.quantity == column.quantity]
         # A scope is a stage followed by its shapes: the table names the stage, and the first shape
         # counts.
         same = [cost for cost in costs if cost.scope.partition(" ")[0] == column.scope]
@@ -82,6 +83,35 @@ def _record_value(column: TableColumn, record: Record) -> tuple[float, float | N
         return None
     error = None if metric.stderr is None else metric.stderr / factor
     return metric.value / factor, error
+
+
+def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | None]:
+    """Yield what each record was scored on, None where that is the whole real data set."""
+    for record in records:
+        metric = column_metric(column, record)
+        if metric is None or column.task is None:
+            continue
+        limit = record.config["benchmark"].get("limit")
+        cut = None if limit is None else f"limit {limit}"
+        if column.task == AVERAGE:
+            name = _average_text(record, metric)
+        else:
+            name = data_text(record, column.task)
+        # A file's name does not tell which task reads it.
+        if name is not None and column.task != AVERAGE and column.task not in name:
+            name = f"{column.task} from {name}"
+        parts = [part for part in (name or (column.task if cut else None), cut) if part]
+        yield ", ".join(parts) or None
+
+
+def _average_text(record: Record, average: Metric) -> str | None:
+    """Return what an average is of if not of real data sets only."""
+    found = [data_text(record, m.task) for m in record.metrics if m.headline]
+    replaced = [text for text in found if text]
+    if not replaced:
+        return None
+    kind = "embedded" if all(text.startswith("embedded") for text in replaced) else "replaced"
+    return f"mean of {average.n} {kind} tasks"
 
 
 def column_metric(column: TableColumn, record: Record) -> Metric | None:

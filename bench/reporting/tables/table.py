@@ -12,11 +12,20 @@ from bench.reporting.tables.published import PublishedCell
 
 @dataclass(frozen=True)
 class ColumnHead:
-    """A column: its name, the unit of its numbers, and whether lower is better."""
+    """A column: its name, the unit of its numbers, and whether lower is better.
+
+    `label` says what our numbers were scored on if that is not what the name says.
+    """
 
     name: str
     unit: str
     lower_is_better: bool
+    label: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The label, or the name without one."""
+        return self.label or self.name
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,17 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableLine:
-    """One method in one variant and section; `runs` are the ids of its records."""
+    """One method in one variant and section; `runs` are the ids of its records.
+
+    `marks` are the warnings of its runs, such as `untrained`.
+    """
 
     section: str
     variant: str
     name: str
     runs: tuple[str, ...]
     cells: tuple[TableCell, ...]
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ def table_rows(table: Table) -> list[dict[str, object]]:
             about = {"table": table.name, "stand_in": table.stand_in, **position}
             # Every row has every key, as a CSV file and a frame need it.
             values = {**dict.fromkeys(VALUE_COLUMNS), **_cell_values(cell)}
-            found.append({**about, "column": head.name, "unit": head.unit, **values})
+            # A stand-in's column is not called by the name of the data that it stands in for.
+            column = {"column": head.text if table.stand_in else head.name, "unit": head.unit}
+            found.append({**about, **column, "scored_on": head.label, **values})
     return found
 
 
@@ -57,7 +59,8 @@ VALUE_COLUMNS = (
 def as_csv(table: Table) -> str:
     """Return the rows of `table_rows` as CSV."""
     out = io.StringIO()
-    names = ("table", "stand_in", "section", "variant", "row", "column", "unit", *VALUE_COLUMNS)
+    names = ("table", "stand_in", "section", "variant", "row", "column", "unit", "scored_on")
+    names += VALUE_COLUMNS
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table_rows(table))

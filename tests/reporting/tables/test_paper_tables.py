@@ -17,6 +17,7 @@ from bench.reporting.tables import (
     TableSlot,
     build_table,
     builder,
+    cell_text,
     load_table_config,
     table_names,
     table_of,
@@ -226,6 +227,54 @@ def test_a_stand_in_says_so_and_is_compared_by_order_alone():
         text = form(table)
         assert "58.58" not in text
     assert "STAND-IN" in writers.as_markdown(table).splitlines()[0]
+
+
+def scored(location, origin, task, limit=None, **more):
+    """A record of one task on the given data."""
+    record = recorded(3, metric(task, 0.5, **more), limit=limit)
+    data = {task: {"origin": origin, "location": location}}
+    return record.model_copy(update={"provenance": {"data": data}})
+
+
+@pytest.mark.parametrize("form", ["md", "tex", "html"])
+def test_a_stand_in_column_is_not_called_by_the_real_datas_name(form):
+    config = load_table_config("camera_main", "micro")
+    slot = next(s for s in table_slots(config) if s.row == "dense")
+    english = scored("english", "embedded", "english", name="perplexity")
+    text = writers.TABLE_FORMATS[form](build_table(config, {slot: [english]}))
+    assert "embedded english perplexity" in text
+    assert "Wiki2" not in text
+    empty = build_table(config, {})
+    assert cell_text.column_text(empty.columns[1]) == "embedded english perplexity"
+    rows = writers.table_rows(build_table(config, {slot: [english]}))
+    assert {row["column"] for row in rows} == {"avg", "embedded english"}
+
+
+@pytest.mark.parametrize(
+    ("location", "origin", "limit", "head"),
+    [
+        ("Salesforce/wikitext", "hub", None, "Wiki2 perplexity"),
+        ("Salesforce/wikitext", "hub", 10, "wikitext2, limit 10 perplexity"),
+        ("/data/prose.txt", "file", None, "wikitext2 from prose.txt perplexity"),
+        ("/data/wikitext2.parquet", "file", 5, "wikitext2.parquet, limit 5 perplexity"),
+        ("english", "embedded", None, "wikitext2 from embedded english perplexity"),
+    ],
+)
+def test_a_column_says_what_was_scored(location, origin, limit, head):
+    config = load_table_config("camera_main")
+    record = scored(location, origin, "wikitext2", limit, name="perplexity")
+    table = build_table(config, {table_slots(config)[0]: [record]})
+    assert cell_text.column_text(table.columns[1]) == head
+
+
+def test_a_line_says_that_its_network_is_untrained():
+    config = load_table_config("wgsef_grid", "micro")
+    slot = next(s for s in table_slots(config) if s.row == "dense")
+    fresh = MODEL.model_copy(update={"source": "fresh:lenet5"})
+    run = recorded(4, metric("digits", 0.1)).model_copy(update={"model": fresh, "methods": ()})
+    table = build_table(config, {slot: [run] * len(slot.runs)})
+    for form in ("md", "tex", "html"):
+        assert "dense (untrained)" in writers.TABLE_FORMATS[form](table)
 
 
 def test_pairs_too_close_to_call_are_not_counted_for_either_side():

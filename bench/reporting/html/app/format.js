@@ -63,5 +63,6 @@ const EFFECTS = {
   masked: "masked: no gain in time or memory",
   quantized: "stored in fewer bits",
   skipped: "unchanged: computation is skipped",
+  unconfirmed: "unconfirmed: a saving is claimed that the counts do not show",
 };
 const explained = (effect) => effect.split("+").map((kind) => EFFECTS[kind] ?? kind).join(" + ");

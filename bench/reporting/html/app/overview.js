@@ -69,7 +69,7 @@ function Reading() {
   return html`<details class="reading"><summary>How to read this</summary><ul>
     <li><b>±</b> is one standard error; bars in plots are 95 % intervals (1.96 standard errors).</li>
     <li><b>Kept</b> is the score relative to the dense run with the same weights and questions; only numbers of the same task, metric, filter, shots, split and version are compared.</li>
-    <li><b>Removed</b> weights are no longer stored. <b>Zeroed</b> or <b>masked</b> ones still cost time and memory, so no gain in time is shown for them; in plots they are hollow.</li>
+    <li><b>Removed</b> weights are no longer stored. <b>Zeroed</b> or <b>masked</b> ones still cost time and memory, so no gain in time is shown for them; in plots they are hollow. So are <b>unconfirmed</b> ones: the method claims a saving that the counts do not show.</li>
     <li>FLOPs are counted; times are measured on the machine named on each run's page.</li>
     <li>Keys: <kbd>Tab</kbd> to move, <kbd>Enter</kbd> to open or sort, <kbd>↑</kbd> <kbd>↓</kbd> from run to run in the leaderboard, <kbd>/</kbd> to search.</li></ul></details>`;
 }

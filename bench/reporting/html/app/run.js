@@ -115,6 +115,7 @@ function Method({ method }) {
   const report = method.layers.length > 0 ? { ...details, layers: method.layers } : details;
   return html`<h2>${method.name}</h2>
     <p>Weights ${explained(method.effect)}. Applied in ${seconds(method.seconds)}.</p>
+    ${method.check?.refutation && html`<p><b>Unconfirmed:</b> it ${method.check.refutation}.</p>`}
     <dl class="knobs">${Object.entries(method.config).map(([key, value]) => html`<div><dt>${key}</dt><dd>${plain(value)}</dd></div>`)}</dl>
     ${Array.isArray(history) && history.length > 1 && html`<${History} lines=${history.filter((line) => typeof line === "object")} />`}
     ${Object.keys(report).length > 0 && html`<details><summary>Method report</summary><pre class="yaml">${yaml(report)}</pre></details>`}`;

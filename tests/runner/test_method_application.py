@@ -1,0 +1,188 @@
+"""What a method claims is held against the counts before and after it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.data.calibration import Calibration
+from bench.errors import UserError
+from bench.measurement.costs import count_size_and_work
+from bench.method import Context, Method, MethodReport
+from bench.models.network import replace_forward
+from bench.records import SizeAndWork, without_real_saving
+from bench.runner.method_application import apply_methods, check_effect
+from bench.schema import CostsConfig
+from bench.ui import SILENT
+from methods.camera.pruning import CameraP
+from methods.quantization.uniform import Rtn
+from tests.methods.method_application import model_of
+from tests.models.tiny_networks import build, tokens
+
+COSTS = CostsConfig(name="tiny", length=8)
+
+
+class Claimed(Method):
+    """Does one thing to the network and reports another."""
+
+    effect: str
+    does: str = "nothing"
+    ratio: float = 0.5
+
+    def check(self, structure):
+        """Accept every model."""
+
+    def apply(self, model, context):
+        DEEDS[self.does](model.network)
+        return MethodReport(self.effect)
+
+
+def zero(network):
+    with torch.no_grad():
+        network.model.layers[0].self_attn.q_proj.weight.zero_()
+
+
+def drop_a_layer(network):
+    # Nothing is told to the model: no cache is emptied, no config changed.
+    del network.model.layers[0]
+
+
+def pass_a_layer_by(network):
+    replace_forward(network.model.layers[1], lambda hidden_states, *_, **__: hidden_states)
+
+
+def halve_the_bytes(network):
+    network.bfloat16()
+
+
+DEEDS = {
+    "nothing": lambda network: None,
+    "zero": zero,
+    "drop": drop_a_layer,
+    "pass": pass_a_layer_by,
+    "halve": halve_the_bytes,
+}
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The warnings of a method's application."""
+    lines = []
+    monkeypatch.setattr(type(SILENT), "warn", lambda self, text: lines.append(text))
+    return lines
+
+
+def applied(**methods):
+    model = model_of(build("qwen2_moe"))
+    context = Context(0, Calibration(tokens(rows=3), "calibration"))
+    config = SimpleNamespace(method=methods, costs=COSTS)
+    return apply_methods(config, model, context, count_size_and_work(model, COSTS)), model
+
+
+@pytest.mark.parametrize(
+    ("effect", "does", "found"),
+    [
+        ("removed", "zero", "none"),
+        ("removed", "nothing", "none"),
+        ("removed", "pass", "skipped"),
+        ("quantized", "zero", "none"),
+        ("quantized", "pass", "skipped"),
+        ("skipped", "zero", "none"),
+        ("skipped", "halve", "quantized"),
+    ],
+)
+def test_a_saving_that_the_counts_do_not_show_is_not_claimed(said, effect, does, found):
+    (method,), _ = applied(fake=Claimed(effect=effect, does=does))
+    assert (method.effect, method.check.found) == (effect, found)
+    assert method.confirmed_effect == "unconfirmed"
+    assert without_real_saving([method]) == "unconfirmed"
+    (line,) = said
+    assert line.startswith("fake reports")
+    assert effect in line
+
+
+@pytest.mark.parametrize(
+    ("effect", "does", "found"),
+    [
+        ("removed", "drop", "removed"),
+        ("removed", "halve", "quantized"),
+        ("quantized", "halve", "quantized"),
+        ("skipped", "pass", "skipped"),
+        ("skipped", "drop", "removed"),
+        ("zeroed", "zero", "none"),
+        ("masked", "nothing", "none"),
+    ],
+)
+def test_what_the_counts_show_stands(said, effect, does, found):
+    (method,), _ = applied(fake=Claimed(effect=effect, does=does))
+    assert method.check.found == found
+    assert method.confirmed_effect == effect
+    assert said == []
+
+
+def test_the_methods_of_this_repository_are_confirmed(said):
+    methods, _ = applied(
+        camera_p=CameraP(ratio=0.4, state="removed", align=4),
+        rtn=Rtn(bits=4, group=8),
+    )
+    assert [method.confirmed_effect for method in methods] == ["removed", "quantized"]
+    assert methods[0].check.after == methods[1].check.before
+    assert said == []
+
+
+def test_one_false_claim_marks_a_run_that_has_a_true_one(said):
+    methods, _ = applied(
+        camera_p=CameraP(ratio=0.4, state="removed", align=4),
+        fake=Claimed(effect="removed", does="zero"),
+    )
+    assert without_real_saving(methods) == "unconfirmed"
+
+
+@pytest.mark.parametrize("effect", ["deleted", "Removed", "", "removed+quantized"])
+def test_an_unknown_effect_is_refused(effect):
+    with pytest.raises(UserError, match=r"effect '.*'; allowed: removed, zeroed"):
+        applied(fake=Claimed(effect=effect))
+
+
+def test_a_method_after_one_that_drops_layers_sees_those_that_are_left():
+    (dropped, pruned), model = applied(
+        block_drop=Claimed(effect="removed", does="drop"),
+        camera_p=CameraP(ratio=0.4, state="removed", align=4),
+    )
+    assert dropped.confirmed_effect == "removed"
+    assert [layer.layer for layer in pruned.layers] == [0, 1]
+    assert len(model.structure.layers) == 2
+    with torch.no_grad():
+        assert model.network(tokens(), use_cache=False).logits.isfinite().all()
+
+
+def test_asked_for_a_saving_and_changed_nothing(said):
+    applied(fake=Claimed(effect="none", ratio=0.2))
+    assert said == ["fake changed nothing, although ratio=0.2"]
+    said.clear()
+    applied(fake=Claimed(effect="none", ratio=0))
+    assert said == []
+
+
+COUNTS = st.builds(
+    SizeAndWork,
+    parameters=st.integers(1, 5),
+    packed=st.integers(0, 3),
+    bytes=st.integers(1, 5),
+    flops=st.none() | st.integers(1, 5).map(float),
+)
+
+
+@given(COUNTS, COUNTS)
+def test_every_claim_stands_exactly_if_its_count_falls(before, after):
+    def stands(effect):
+        return check_effect(effect, before, after).refutation is None
+
+    fewer = after.parameters < before.parameters
+    assert stands("removed") == (fewer or after.bytes < before.bytes)
+    assert stands("quantized") == (after.bytes < before.bytes or after.packed > before.packed)
+    counted = before.flops is not None and after.flops is not None
+    assert stands("skipped") == (counted and after.flops < before.flops)
+    assert all(map(stands, ("zeroed", "masked", "none")))
