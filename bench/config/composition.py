@@ -24,10 +24,11 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench.config.gate import check_overrides
 from bench.config.overrides import Overrides, parse_error
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
-from bench.security import CONFIG_DIR, redact, refuse_shadowed_packages
+from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
 
 
 @contextmanager
@@ -43,6 +44,7 @@ def hydra_config_tree() -> Iterator[ConfigLoader]:
 
 def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and validate the config of one run; raises `UserError` if it is wrong."""
+    check_overrides(Overrides.parse(overrides))
     with hydra_errors_as_user_errors(overrides), hydra_config_tree():
         return validated(hydra_compose("config", overrides=list(overrides)))
 
@@ -63,8 +65,8 @@ def _refuse_secrets(plain: object) -> None:
     together = "\n".join(str(value) for _, value in _leaves(plain, ""))
     if redact(together) == together:
         return
-    key = next(key for key, value in _leaves(plain, "") if redact(str(value)) != str(value))
-    raise UserError(f"{key} contains one of your passwords or tokens; records would store it")
+    for key, value in _leaves(plain, ""):
+        refuse_secret(str(value), key)
 
 
 def config_names(group: str) -> list[str]:
