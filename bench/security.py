@@ -2,12 +2,13 @@
 
 Every text that leaves the program passes `redact`, and what would be stored is refused if it holds
 a secret. Secrets are known by where they are kept (variables that are named like credentials, the
-Hugging Face token file, `~/.netrc`, where W&B stores its key) and by their form: tokens of services,
-passwords in URLs, and values of variables that only a random generator writes.
+Hugging Face token file, `~/.netrc`, where W&B stores its key) and by their form: tokens of
+services, passwords in URLs, and values of variables that only a random generator writes.
 """
 
 from __future__ import annotations
 
+import itertools
 import netrc
 import os
 import re
@@ -178,7 +179,7 @@ def is_random(value: str) -> bool:
     if max(map(len, re.split(r"[^A-Za-z0-9]", text))) < MIN_RANDOM_LENGTH // 2:
         return False
     kinds = ["d" if c.isdigit() else "u" if c.isupper() else "l" for c in text if c.isalnum()]
-    changes = sum(one != other for one, other in zip(kinds, kinds[1:], strict=False))
+    changes = sum(one != other for one, other in itertools.pairwise(kinds))
     return len(set(kinds)) == 3 and changes > 0.4 * len(kinds)
 
 

@@ -100,7 +100,7 @@ def _repeated(allowed: Sequence[str]) -> Overrides:
         if override.key_or_group not in REPEATABLE_KEYS or override.is_sweep_override():
             keys = ", ".join(REPEATABLE_KEYS)
             raise UserError(
-                f"{text_of(override)}: a recorded run is repeated as it was; only {keys} can be given"
+                f"{text_of(override)}: a recorded run is repeated as it was, only {keys} count"
             )
     return given
 
@@ -123,8 +123,8 @@ def _refuse_unsaid(record: Record, given: Overrides) -> None:
             unsaid.append(f"model.path={path}")
     if unsaid:
         raise UserError(
-            f"run {record.id} used {', '.join(unsaid)}, which no record can allow: if you trust it, "
-            f"add {shlex.join(unsaid)} to this command"
+            f"run {record.id} used {', '.join(unsaid)}, which no record can allow: if you trust "
+            f"it, add {shlex.join(unsaid)} to this command"
         )
 
 
@@ -136,8 +136,8 @@ def _is_listed(record: Record, model: JsonObject, given: Overrides) -> bool:
         return False
     if model.get("path") is not None and given.value("model.path") is None:
         raise UserError(
-            f"run {record.id} read the code of its model from {model['path']}: add model.path=FOLDER "
-            "to this command if you trust the code there"
+            f"run {record.id} read the code of its model from {model['path']}: if you trust what "
+            "is there, add model.path=FOLDER to this command"
         )
     listed = compose_run_config(
         [f"model={model['name']}", *given.setting("hydra.searchpath")]
