@@ -28,7 +28,12 @@ from bench.config.gate import check_overrides
 from bench.config.overrides import Overrides, parse_error
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
+from bench.records.foreign_files import refuse_unstorable
+from bench.records.record import check_ratio
 from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
+
+METHOD_NAME = re.compile(r"\w[\w.+-]*")
+"""Names in tables, labels and commands, where other signs mean something."""
 
 
 @contextmanager
@@ -56,7 +61,22 @@ def validated(composed: DictConfig) -> RunConfig:
     plain.pop("hydra", None)
     # Before validation, whose errors quote values.
     _refuse_secrets(plain)
-    return validate({str(key): value for key, value in plain.items()})
+    config = validate({str(key): value for key, value in plain.items()})
+    _refuse_unstorable(config)
+    return config
+
+
+def _refuse_unstorable(config: RunConfig) -> None:
+    """Raise if the run would end with a record that cannot be written and read again."""
+    stored = config.plain()
+    refuse_unstorable(stored, "")
+    for name, knobs in stored["method"].items():
+        if not METHOD_NAME.fullmatch(name):
+            raise UserError(f"method.{name}: a method is named by letters, digits and . _ + - only")
+        try:
+            check_ratio(knobs.get("ratio"))
+        except ValueError as error:
+            raise UserError(f"method.{name}.{error}: give other settings another name") from None
 
 
 def _refuse_secrets(plain: object) -> None:

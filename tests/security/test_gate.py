@@ -141,7 +141,8 @@ def test_a_plan_of_plain_things_needs_no_word(asked):
 
 @pytest.mark.parametrize("job", [
     ["+hydra.callbacks.x={_target_: os.system}"], ["hydra.searchpath=[file:///tmp]"],
-    ["packages=[os]"], ["experiment=../../../tmp/evil"], ["+model.allow_remote_code=true"], ["${oc.create:x}"],
+    ["packages=[os]"], ["experiment=../../../tmp/evil"], ["+model.allow_remote_code=true"],
+    ["seed='${oc.create:x}'"],
 ])  # fmt: skip
 def test_a_planned_job_passes_the_same_gate(job):
     with pytest.raises(UserError):

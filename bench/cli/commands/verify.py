@@ -7,7 +7,6 @@ samples of each task. Metrics, log-likelihoods and responses are compared with t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from bench.records import samples as recorded_samples
 from bench.runner.inputs import library_versions
 from bench.runner.replay import rebuild_model, recorded_config, refuse_change
 from bench.runner.session import Session
-from bench.ui import console
+from bench.ui import console, print_json
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -214,7 +213,7 @@ def run_command(given: argparse.Namespace) -> int:
             given.run, given.results_dir, given.samples, session, given.tolerance, given.allowed
         )
     if given.json:
-        print(json.dumps(verdict.plain(), indent=1))
+        print_json(verdict.plain())
     else:
         print_verdict(verdict)
     return EXIT_DONE if verdict.agrees else EXIT_FAILED
