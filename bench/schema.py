@@ -142,6 +142,15 @@ class BenchmarkConfig(BaseModel):
     ocr_tokens: bool = True
     image_cache_gib: float = Field(default=2.0, ge=0)
 
+    @field_validator("tasks")
+    @classmethod
+    def _names_only(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse paths: the harnesses run the functions that a task file names."""
+        for name in tasks:
+            if "/" in name or "\\" in name:
+                raise ValueError(f"{name!r} is a path: give the name of a task")
+        return tasks
+
     @field_validator("data", mode="before")
     @classmethod
     def _without_blanks(cls, data: Any) -> Any:

@@ -30,6 +30,7 @@ from bench.errors import (
     unknown_name,
 )
 from bench.security import redact
+from bench.ui import fail
 
 _GC_THRESHOLD = 100_000
 """Allocations between two garbage collections. Importing creates millions of objects that stay;
@@ -43,17 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _process_settings():
             return _run_command(given)
     except UserError as error:
-        print(f"bench: {redact(str(error))}", file=sys.stderr)
+        fail(str(error))
         return EXIT_WRONG_INPUT
     except RunsFailed as error:
         for reason in error.reasons:
-            print(f"bench: failed: {redact(reason)}", file=sys.stderr)
+            fail(f"failed: {reason}")
         return EXIT_FAILED
     except Stopped as error:
-        print(f"bench: {error}", file=sys.stderr)
+        fail(str(error))
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        print("bench: interrupted; run the same command to resume", file=sys.stderr)
+        fail("interrupted; run the same command to resume")
         return EXIT_INTERRUPTED
     except SystemExit as error:  # argparse and Hydra exit like this after --help or a usage error
         return EXIT_DONE if error.code in (0, None) else EXIT_WRONG_INPUT
@@ -102,9 +103,9 @@ def _report_unexpected(error: Exception) -> int:
     # A run turns a full disk into `Stopped` itself; this one met a sweep's plan or status files.
     if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRNOS:
         cause = f"{error.filename or 'the disk'}: {error.strerror}; free some space"
-        print(f"bench: {redact(cause)} and run the same command to resume", file=sys.stderr)
+        fail(f"{cause} and run the same command to resume")
         return EXIT_INTERRUPTED
-    print(f"bench: failed: {_save_traceback(error)}", file=sys.stderr)
+    fail(f"failed: {_save_traceback(error)}")
     return EXIT_FAILED
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bench.errors import UserError
 
@@ -52,6 +52,10 @@ a paper's table: run what is missing, show our numbers next to the published one
   bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
   bench ls tables                               list all tables
 """
+ALLOWED_HELP = (
+    "packages=[...], hydra.searchpath=[...], model.trust_remote_code=true: code of others that may "
+    "run, which no record can allow; model.path=FOLDER: the model's files on this machine"
+)
 AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
 
 
@@ -61,6 +65,17 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`, without the usage text."""
         raise UserError(message)
+
+    # The signature of argparse, whose stubs overload it.
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments, with the overrides that a command allows anywhere among its options."""
+        # argparse fills a list of positionals once, so those after an option are left over.
+        parsed, rest = self.parse_known_args(args, namespace)
+        if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "allowed")):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            parsed.allowed = [*parsed.allowed, *rest]
+        return parsed
 
 
 def build_parser() -> CommandParser:
@@ -100,17 +115,20 @@ def _add_run_commands(command: AddCommand) -> None:
     status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
     resume = command("resume", "sweeps:resume", "run the missing and failed jobs of a sweep")
     resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name, or latest")
+    _add_allowed(resume, "an argument of the plan that no plan can allow")
     garbage = command("gc", "gc:run_command", "remove unreferenced files, after asking")
     garbage.add_argument("--yes", action="store_true", help="do not ask")
     verify = command("verify", "verify:run_command", "repeat part of a run and compare the results")
     verify.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
     verify.add_argument("--tolerance", type=float, default=None, help="relative difference allowed")
+    _add_allowed(verify, ALLOWED_HELP)
     export = command("export", "export:run_command", "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export.add_argument("folder", type=Path, metavar="DIR")
     export.add_argument("--padded", action="store_true", help="pad experts for stock transformers")
     export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
+    _add_allowed(export, ALLOWED_HELP)
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
     prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, export):
@@ -169,6 +187,11 @@ def _add_record_commands(command: AddCommand) -> None:
         _add_results_dir(added)
     for added in (listing, show, compare, plot, doctor):
         _add_json_flag(added)
+
+
+def _add_allowed(added: argparse.ArgumentParser, text: str) -> None:
+    """Add the overrides by which the user allows what a stored file only asks for."""
+    added.add_argument("allowed", nargs="*", metavar="KEY=VALUE", help=text)
 
 
 def _add_results_dir(added: argparse.ArgumentParser) -> None:

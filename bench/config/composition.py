@@ -24,10 +24,16 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench.config.gate import check_overrides
 from bench.config.overrides import Overrides, parse_error
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
-from bench.security import CONFIG_DIR, redact, refuse_shadowed_packages
+from bench.records.foreign_files import refuse_unstorable
+from bench.records.record import check_ratio
+from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
+
+METHOD_NAME = re.compile(r"\w[\w.+-]*")
+"""Names in tables, labels and commands, where other signs mean something."""
 
 
 @contextmanager
@@ -43,6 +49,7 @@ def hydra_config_tree() -> Iterator[ConfigLoader]:
 
 def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and validate the config of one run; raises `UserError` if it is wrong."""
+    check_overrides(Overrides.parse(overrides))
     with hydra_errors_as_user_errors(overrides), hydra_config_tree():
         return validated(hydra_compose("config", overrides=list(overrides)))
 
@@ -54,7 +61,22 @@ def validated(composed: DictConfig) -> RunConfig:
     plain.pop("hydra", None)
     # Before validation, whose errors quote values.
     _refuse_secrets(plain)
-    return validate({str(key): value for key, value in plain.items()})
+    config = validate({str(key): value for key, value in plain.items()})
+    _refuse_unstorable(config)
+    return config
+
+
+def _refuse_unstorable(config: RunConfig) -> None:
+    """Raise if the run would end with a record that cannot be written and read again."""
+    stored = config.plain()
+    refuse_unstorable(stored, "")
+    for name, knobs in stored["method"].items():
+        if not METHOD_NAME.fullmatch(name):
+            raise UserError(f"method.{name}: a method is named by letters, digits and . _ + - only")
+        try:
+            check_ratio(knobs.get("ratio"))
+        except ValueError as error:
+            raise UserError(f"method.{name}.{error}: give other settings another name") from None
 
 
 def _refuse_secrets(plain: object) -> None:
@@ -63,8 +85,8 @@ def _refuse_secrets(plain: object) -> None:
     together = "\n".join(str(value) for _, value in _leaves(plain, ""))
     if redact(together) == together:
         return
-    key = next(key for key, value in _leaves(plain, "") if redact(str(value)) != str(value))
-    raise UserError(f"{key} contains one of your passwords or tokens; records would store it")
+    for key, value in _leaves(plain, ""):
+        refuse_secret(str(value), key)
 
 
 def config_names(group: str) -> list[str]:

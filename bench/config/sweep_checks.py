@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from hydra import compose as hydra_compose
@@ -17,10 +19,16 @@ from bench.config.composition import (
     hydra_errors_as_user_errors,
     validated,
 )
-from bench.config.overrides import Overrides, sets, sweep_values, text_of
+from bench.config.gate import (
+    check_composed,
+    check_overrides,
+    check_plan,
+    check_run,
+    listed_runs,
+    plan_arguments,
+)
+from bench.config.overrides import Overrides, sweep_values, text_of
 from bench.config.run_config import RunConfig
-from bench.errors import UserError
-from bench.security import HYDRA_PACKAGES, refuse_foreign_code
 
 
 class SingleRun(NamedTuple):
@@ -72,30 +80,77 @@ def alternative_configs(overrides: Overrides) -> list[RunConfig]:
     return found
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """Arguments that have passed the gate, in the order that Hydra requires.
+
+    Hydra is started with nothing else; `admit` and `admit_plan` are the only makers.
+    """
+
+    arguments: tuple[str, ...]
+    is_sweep: bool
+
+    def in_folder(self, folder: Path) -> Admitted:
+        """Return the arguments with the folder of a sweep, which nobody may choose."""
+        return replace(self, arguments=(*self.arguments, f"hydra.sweep.dir={folder}"))
+
+
+def admit(overrides: Overrides) -> Admitted:
+    """Check arguments of the command line, with Hydra's own config that they compose.
+
+    Raises:
+        UserError: they are refused; see `bench.config.gate`.
+    """
+    with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
+        composed = _first_composition(overrides)
+    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed))
+
+
+def admit_plan(
+    folder: Path,
+    arguments: Sequence[str],
+    jobs: Sequence[Sequence[str]],
+    repeated: Sequence[str],
+) -> Admitted:
+    """Check arguments and jobs of the plan in a sweep's folder, which may be somebody else's.
+
+    `repeated` are arguments of the plan that were given again in this command.
+
+    Raises:
+        UserError: they are refused, or ask for more than was given again.
+    """
+    overrides = plan_arguments(arguments, folder.name)
+    # Before composition, which imports the packages of a search path.
+    check_plan(folder, overrides, jobs, repeated)
+    with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
+        composed = _first_composition(overrides)
+    check_plan(folder, overrides, [*jobs, *listed_runs(composed)], repeated)
+    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed))
+
+
 def is_sweep(overrides: Overrides) -> bool:
     """Return whether the arguments request a sweep, by a flag or by a config with mode MULTIRUN."""
-    if overrides.multirun:
-        return True
-    with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
-        return bool(_first_composition(overrides).hydra.mode == RunMode.MULTIRUN)
+    return overrides.multirun or admit(overrides).is_sweep
+
+
+def _is_multirun(overrides: Overrides, composed: DictConfig) -> bool:
+    return overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
 
 
 def _first_composition(overrides: Overrides) -> DictConfig:
-    """Compose the first value of everything, including Hydra's own config."""
+    """Compose and check the first value of everything, including Hydra's own config."""
+    check_overrides(overrides)
     composed = hydra_compose("config", overrides=overrides.first_values(), return_hydra_config=True)
     assert isinstance(composed, DictConfig)
+    check_composed(composed)
+    for run in listed_runs(composed):
+        check_run(run)
     return composed
 
 
 def _sweep_runs(overrides: Overrides) -> Iterator[SingleRun]:
     """Yield the runs that a sweep lists, or single runs that cover its product."""
-    _refuse_remote_code_override(overrides)
     base = _first_composition(overrides)
-    # Unresolved: values such as ${hydra:runtime.cwd} exist only inside a job. Launchers and
-    # sweepers are instantiated by Hydra before our own validation, so their `_target_` is checked
-    # here.
-    own = OmegaConf.to_container(base.hydra, resolve=False)
-    refuse_foreign_code(own, (*HYDRA_PACKAGES, *(base.get("packages") or ())), "hydra")
     # The list sweeper has explicit runs; every one of them is checked, as they need not form a
     # product.
     listed = base.hydra.sweeper.get("runs")
@@ -103,7 +158,6 @@ def _sweep_runs(overrides: Overrides) -> Iterator[SingleRun]:
         yield from _one_change_runs(_swept_keys(base, overrides))
         return
     for run in listed:
-        _refuse_remote_code_override(Overrides.parse(list(run)))
         yield SingleRun([*run, *overrides.of_runs])
 
 
@@ -113,7 +167,6 @@ def _swept_keys(base: DictConfig, overrides: Overrides) -> list[SweptKey]:
     params = base.hydra.sweeper.get("params") or base.hydra.sweeper.get("space") or {}
     # The command line wins over the sweeper's config, as in Hydra.
     recipe = Overrides.parse([f"{key}={text}" for key, text in params.items() if key not in given])
-    _refuse_remote_code_override(recipe)
     return [
         SweptKey(
             override.key_or_group,
@@ -148,14 +201,3 @@ def _is_value(override: Override, loader: ConfigLoader) -> bool:
     key = override.get_key_element()
     # Anything but letters, digits, dots and underscores (+key, ~key, key@package) is left to Hydra.
     return key.replace(".", "").replace("_", "").isalnum() and not loader.get_group_options(key)
-
-
-def _refuse_remote_code_override(overrides: Overrides) -> None:
-    """Reject overrides of `model.allow_remote_code`: only files in conf/model may grant it."""
-    for override in overrides.parsed:
-        # Checked before composition, after which the value looks the same whoever set it.
-        if sets(override, "model.allow_remote_code"):
-            raise UserError(
-                f"{text_of(override)}: only a file in conf/model may allow a model to run its own "
-                "code"
-            )

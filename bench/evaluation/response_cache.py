@@ -30,6 +30,10 @@ def request_key(*parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
 
+def _is_response(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+
+
 class ResponseCache:
     """Responses by key: those read from a journal, and those computed since."""
 
@@ -38,7 +42,9 @@ class ResponseCache:
 
         self._journal = journal
         entries = journal.entries if journal else []
-        own = [pair for batch in entries for pair in batch]
+        # A journal of the right identity may still hold anything: the folder may be a stranger's.
+        batches = (batch for batch in entries if isinstance(batch, list))
+        own = [pair for batch in batches for pair in batch if _is_response(pair)]
         # Every process has a journal of its own. They are merged, because all processes must see
         # the same requests as missing: they partition that list without communicating.
         self._known: dict[str, object] = dict(current_process_group().all_gather(own))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
+from bench.records.foreign_files import SAMPLE_COLUMNS, read_table
 from bench.records.record import SCHEMA, JsonObject, Record
 from bench.records.store import RECORD, SAMPLES, Store
 
@@ -58,7 +59,7 @@ def _record_stamps(store: Store) -> dict[str, str]:
     stamps = {}
     for run in store.ids():
         try:
-            state = (store.folder(run) / RECORD).stat()
+            state = (store.folder(run) / RECORD).lstat()
         except OSError:  # removed since the listing, or a folder without a record
             continue
         stamps[run] = f"{SCHEMA}.{state.st_ino}.{state.st_size}.{state.st_mtime_ns}"
@@ -83,12 +84,9 @@ def _schema() -> pa.Schema:
 
 def _read_index(path: Path) -> pa.Table:
     """Read the index; return an empty table if it is missing, corrupt, or has another schema."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        found = pq.read_table(path)
-    except (OSError, pa.ArrowException):
+        found = read_table(path, {})
+    except (OSError, ValueError):
         return _schema().empty_table()
     return found if found.schema.equals(_schema()) else _schema().empty_table()
 
@@ -151,21 +149,27 @@ def load(results_dir: str | Path = "results") -> pd.DataFrame:
     return frame
 
 
+def samples_table(path: Path) -> pa.Table:
+    """Return the samples in a file; raises as `read_table` does."""
+    table = read_table(path, SAMPLE_COLUMNS)
+    if table.num_rows and not {"task", "doc_id"} <= set(table.column_names):
+        raise ValueError("it has no columns `task` and `doc_id`")
+    return table
+
+
 def samples(run: str, results_dir: str | Path = "results") -> pd.DataFrame:
     """Return the scored samples of one run, one row per sample; `run` may be a prefix of its id.
 
     Raises:
         UserError: there is no such run, the prefix is ambiguous, or the samples are damaged.
     """
-    import pandas as pd
-
     store = Store(Path(results_dir))
     path = store.folder(store.get(run).id) / SAMPLES
     try:
-        # Without page checksums, a flipped bit in a value would go unnoticed.
-        return pd.read_parquet(path, engine="pyarrow", page_checksum_verification=True)
+        frame: pd.DataFrame = samples_table(path).to_pandas()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} cannot be read: {reason}; repeat the run: bench run ... force=true"
         ) from None
+    return frame

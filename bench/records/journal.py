@@ -21,7 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bench.records.foreign_files import read_regular_file
+
 FORMAT = 1
+MAX_BYTES = 2**33
+"""Of a file that is read whole; a run of a million long answers writes a hundredth of it."""
 SYNC_SECONDS = 1.0
 
 
@@ -33,7 +37,7 @@ class Journal:
         self.entries: list[Any] = []
         self.notes: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._end = self._read(identity) if path.exists() else 0
+        self._end = self._read(identity) if os.path.lexists(path) else 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         # Cut off a torn last line, or the next entry would be glued to it and be damaged as well.
         os.ftruncate(self._file, self._end)
@@ -82,7 +86,11 @@ class Journal:
 
     def _read(self, identity: str) -> int:
         """Read an existing file into `entries`; return the end of its last complete line."""
-        content = self.path.read_bytes()
+        try:
+            content = read_regular_file(self.path, MAX_BYTES)
+        except ValueError as error:
+            self._move_aside(str(error))
+            return 0
         end = content.rfind(b"\n") + 1
         lines = content[:end].split(b"\n")[:-1]
         reason = (
@@ -118,7 +126,10 @@ def _decode_entry(line: bytes) -> Any:
     digits, _, text = line.partition(b" ")
     if digits != b"%08x" % zlib.crc32(text):
         raise ValueError("is damaged")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
 
 
 def _mismatch_reason(line: bytes, identity: str) -> str | None:

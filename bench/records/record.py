@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bench.method import Effect, LayerReport
 
 SCHEMA = 3
 ID_DIGITS = 12
+CONFIG_SECTIONS = frozenset(
+    {"model", "method", "benchmark", "calibration", "prompts", "costs", "tracker"}
+)
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 UNCONFIRMED = "unconfirmed"
 """Stands for the effect of a method that claims a saving which the counts do not show."""
@@ -32,7 +35,7 @@ def utc_now() -> str:
 
 class _FrozenModel(BaseModel):
     # An unknown key means a newer program or a damaged file: refuse it instead of dropping it.
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DenseModel(_FrozenModel):
@@ -99,6 +102,22 @@ class AppliedMethod(_FrozenModel):
         known = self.effect in get_args(Effect)
         refuted = self.check is not None and self.check.refutation is not None
         return self.effect if known and not refuted else UNCONFIRMED
+
+    @field_validator("config")
+    @classmethod
+    def _ratio_is_a_number(cls, config: JsonObject) -> JsonObject:
+        check_ratio(config.get("ratio"))
+        return config
+
+    @field_validator("report")
+    @classmethod
+    def _history_is_lines_of_numbers(cls, report: JsonObject) -> JsonObject:
+        lines = report.get("history", [])
+        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+            raise ValueError("history is no list of objects")
+        if any(isinstance(value, str | list | dict) for line in lines for value in line.values()):
+            raise ValueError("history holds something else than numbers")
+        return report
 
 
 class Metric(_FrozenModel):
@@ -170,6 +189,34 @@ class Record(_FrozenModel):
     missing: tuple[MissingMeasurement, ...] = ()
     provenance: JsonObject
 
+    @field_validator("config")
+    @classmethod
+    def _config_has_sections(cls, config: JsonObject) -> JsonObject:
+        for name in CONFIG_SECTIONS & config.keys():
+            _require_object(config[name], name)
+        for name, knobs in config.get("method", {}).items():
+            _require_object(knobs, f"method.{name}")
+        benchmark = config.get("benchmark", {})
+        if not isinstance(benchmark.get("name"), str):
+            raise ValueError("benchmark.name is no text")
+        for name in {"perplexity", "data", "metrics", "images"} & benchmark.keys():
+            _require_object(benchmark[name], f"benchmark.{name}")
+        return config
+
+    @field_validator("provenance")
+    @classmethod
+    def _sources_are_objects(cls, provenance: JsonObject) -> JsonObject:
+        for task, source in _require_object(provenance.get("data") or {}, "data").items():
+            _require_object(source, f"data.{task}")
+        _require_object(provenance.get("identity") or {}, "identity")
+        return provenance
+
+    @field_validator("environment")
+    @classmethod
+    def _versions_are_an_object(cls, environment: JsonObject) -> JsonObject:
+        _require_object(environment.get("versions", {}), "versions")
+        return environment
+
     @property
     def untrained(self) -> bool:
         """Whether the scored weights were drawn at random and no method trained them."""
@@ -235,6 +282,21 @@ class Record(_FrozenModel):
             if known is None or (known.how == "analytic" and cost.how != "analytic"):
                 found[cost.scope, cost.quantity] = cost
         return list(found.values())
+
+
+def check_ratio(ratio: object) -> None:
+    """Raise `ValueError` unless a method's ratio is one number, or missing.
+
+    It is what tables sort by and labels show, so a list of ratios needs a name of its own.
+    """
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
+        raise ValueError(f"ratio={ratio} is not one number")
+
+
+def _require_object(value: object, name: str) -> JsonObject:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no object")
+    return value
 
 
 def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:

@@ -23,12 +23,15 @@ from pydantic import ValidationError
 
 from bench.errors import UserError, nearest
 from bench.records import atomic_files
+from bench.records.foreign_files import parse_json, read_regular_file, reason_of, warn_once
 from bench.records.journal import Journal
 from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, JsonObject, Record, checksum
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
 RESPONSES = "responses.journal"
+MARKER = ".slimbench"
+MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold this file.\n"
 
 
 class Store:
@@ -49,6 +52,7 @@ class Store:
         try:
             # Writes a file, since permission bits do not tell (read-only mounts, quotas, root).
             self.runs.mkdir(parents=True, exist_ok=True)
+            self._mark()
             probe = self.runs / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
@@ -115,7 +119,7 @@ class Store:
     def find(self, run_id: str) -> Record | None:
         """Return the record with exactly this id, or None if it is absent or unreadable."""
         path = self.folder(run_id) / RECORD
-        return self._read(path) if path.parent.exists() else None
+        return self._read(path) if os.path.lexists(path.parent) else None
 
     def get(self, prefix: str) -> Record:
         """Return the record whose id starts with `prefix`.
@@ -144,8 +148,10 @@ class Store:
         return sorted(p.name for p in self.runs.iterdir() if not p.name.startswith("."))
 
     def all(self) -> list[Record]:
-        """Return every readable record, oldest first."""
+        """Return every readable record, oldest first; each of the others is named in a warning."""
         records = [self.find(run_id) for run_id in self.ids()]
+        for run_id, reason in self.unreadable.items():
+            warn_once(self.folder(run_id), reason)
         return sorted((r for r in records if r is not None), key=lambda r: r.started)
 
     def move_aside(self, run_id: str) -> Path:
@@ -166,20 +172,37 @@ class Store:
         def fill(folder: Path) -> None:
             (folder / CONFIG).write_text(config)
             _write_samples(folder / SAMPLES, samples)
-            (folder / RECORD).write_text(serialize_record(record))
+            text = serialize_record(record)
+            # What cannot be read would be lost, and be in everybody's way.
+            _parse_record(text.encode())
+            (folder / RECORD).write_text(text)
 
+        self._mark()
         # In this order: a kill in between leaves leftovers, never a run with neither.
         atomic_files.write_folder(self.folder(record.id), fill)
         shutil.rmtree(self.unfinished(record.id), ignore_errors=True)
         return self.folder(record.id)
 
+    def _mark(self) -> None:
+        """Write the file by which `bench gc` knows a folder as one of slimbench's."""
+        marker = self.root / MARKER
+        if not marker.exists():
+            atomic_files.write_bytes(marker, MARKER_TEXT)
+
     def _read(self, path: Path) -> Record | None:
         """Read one record file; note the reason in `unreadable` if it is damaged or too new."""
+        run_id = path.parent.name
         try:
-            return _parse_record(path.read_text())
+            if path.parent.is_symlink():
+                raise ValueError("its folder is a link")
+            record = _parse_record(read_regular_file(path))
+            # A record under another name would be found twice, or overwrite its namesake.
+            if record.id != run_id:
+                raise ValueError(f"it is the record of run {record.id[:40]!r}")
         except (OSError, ValueError) as error:
-            self.unreadable[path.parent.name] = str(error)
+            self.unreadable[run_id] = reason_of(error)
             return None
+        return record
 
 
 def serialize_record(record: Record) -> str:
@@ -189,10 +212,10 @@ def serialize_record(record: Record) -> str:
     return json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
 
 
-def _parse_record(text: str) -> Record:
+def _parse_record(text: bytes) -> Record:
     """Parse and validate the text of a record file; a `ValueError` gives the reason in one line."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -205,11 +228,13 @@ def _parse_record(text: str) -> Record:
     if wanted is not None and wanted != checksum(content):
         raise ValueError("its checksum does not match: the file was changed or damaged")
     try:
-        return Record(**migrate(content))
+        # Strict: a number is no text. In JSON, where a list may stand for a tuple.
+        return Record.model_validate_json(json.dumps(migrate(content)), strict=True)
     except ValidationError as error:
-        fault = error.errors()[0]
+        fault = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(map(str, fault["loc"]))
-        raise ValueError(f"not a record: {key}: {fault['msg'].lower()}") from None
+        reason = fault["msg"].removeprefix("Value error, ")
+        raise ValueError(f"not a record: {key}: {reason[0].lower()}{reason[1:]}") from None
 
 
 def _write_samples(path: Path, samples: Sequence[JsonObject]) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import BeforeValidator, TypeAdapter
+
+# pydantic needs this one below Python 3.12.
+from typing_extensions import TypedDict
+
+from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE
+from bench.records.foreign_files import read_json, reason_of
 from bench.reporting.cost_table import print_costs
 from bench.security import CONFIG_DIR
 from bench.sweeps.job import STUDY_FILE
@@ -23,7 +29,8 @@ class TrialReport(TypedDict):
     run: str | None
     state: str
     front: bool
-    values: list[float]
+    # Of a trial that failed there are none.
+    values: Annotated[list[float], BeforeValidator(lambda values: values or [])]
     params: dict[str, object]
 
 
@@ -119,7 +126,7 @@ def _metric_row(record: Record, index: int) -> dict[str, object]:
 
 def print_search(folder: Path) -> None:
     """Print the Pareto set of a search and write `pareto.csv` and `pareto.svg` next to its jobs."""
-    study: StudyReport = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
+    study = _read_study(folder / STUDY_FILE)
     rows = pareto_trials(study)
     draw_rows(rows, title=f"study {study['study']}: Pareto-optimal trials")
     _write_trials(folder / "pareto.csv", rows)
@@ -131,6 +138,19 @@ def print_search(folder: Path) -> None:
     )  # fmt: skip
     where = f"{folder / 'pareto.csv'}" + (f" and {folder / 'pareto.svg'}" if drawn else "")
     console().print(f"{len(states)} trials: {counts}. {where}")
+
+
+def _read_study(path: Path) -> StudyReport:
+    try:
+        study = TypeAdapter(StudyReport).validate_python(read_json(path))
+        known = [
+            trial for trial in study["trials"] if trial["front"] or trial["state"] == "complete"
+        ]
+        if any(len(trial["values"]) != len(study["objectives"]) for trial in known):
+            raise ValueError("a trial has not one value per objective")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
+    return study
 
 
 def pareto_trials(study: StudyReport) -> list[dict[str, object]]:

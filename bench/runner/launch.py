@@ -5,6 +5,7 @@ Hydra owns composition, multirun, sweepers and launchers; each job comes back to
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from bench.config.run_config import RunConfig
+    from bench.config.sweep_checks import Admitted
     from bench.records import Record
     from bench.runner.session import Session
 
@@ -111,35 +113,44 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
         results_dir = Path(str(overrides.value("results_dir") or "results"))
         known = existing_sweep(results_dir, overrides.arguments)
         if known is not None and not overrides.is_true("force"):
-            return _resume_plan(known, session, reused=True)
+            return _resume_plan(known, session, overrides.texts, reused=True)
         return _launch_new(overrides, session)
 
 
-def resume_sweep(results_dir: Path, sweep: str, session: Session) -> LaunchOutcome:
-    """Run the missing and failed jobs of a sweep; `sweep` is its name or a prefix of it."""
+def resume_sweep(
+    results_dir: Path, sweep: str, session: Session, repeated: Sequence[str] = ()
+) -> LaunchOutcome:
+    """Run the missing and failed jobs of a sweep; `sweep` is its name or a prefix of it.
+
+    `repeated` are arguments of the plan that a plan cannot allow by itself, such as `packages`.
+
+    Raises:
+        UserError: there is no such sweep, or its plan asks for more than is repeated.
+    """
     with host_process_restored():
-        return _resume_plan(find_sweep(results_dir.absolute(), sweep), session)
+        return _resume_plan(find_sweep(results_dir.absolute(), sweep), session, repeated)
 
 
 def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
     """Check and run what was not launched before."""
     # Imported here: composing needs the libraries that a finished sweep does without.
-    from bench.config.sweep_checks import alternative_configs, is_sweep
+    from bench.config.sweep_checks import admit, alternative_configs
 
     configs = alternative_configs(overrides)
     # An experiment may set it as well.
     if any(config.offline for config in configs):
         hub.go_offline()
     files = [check_run(config, session) for config in configs]
-    if not is_sweep(overrides):
+    admitted = admit(overrides)
+    if not admitted.is_sweep:
         outcome = LaunchOutcome()
-        _run_hydra(overrides.arguments, session, outcome)
+        _run_hydra(admitted, session, outcome)
         return outcome
     elsewhere = bool(overrides.setting("hydra.searchpath"))
     inputs = _sweep_fingerprint(configs, files, elsewhere=elsewhere)
     plan = create_plan(configs[0].results_dir, overrides.arguments, inputs)
     try:
-        return _run_sweep(plan, session)
+        return _run_sweep(plan, admitted, session)
     except UserError:
         # A sweeper or launcher refused its settings. The folder is removed only if no job was
         # planned: a half-done sweep must stay resumable.
@@ -148,24 +159,30 @@ def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
         raise
 
 
-def _resume_plan(plan: SweepPlan, session: Session, reused: bool = False) -> LaunchOutcome:
+def _resume_plan(
+    plan: SweepPlan, session: Session, repeated: Sequence[str], reused: bool = False
+) -> LaunchOutcome:
     """Run the missing and failed jobs of a sweep; `reused` counts earlier records as reused."""
     done_before = {job.run for job in sweep_jobs(plan)} if reused else set()
-    outcome = (
-        _run_sweep(plan, session)
-        if unfinished_jobs(plan) or not plan.complete
-        else _sweep_outcome(plan)
-    )
+    if unfinished_jobs(plan) or not plan.complete:
+        # Imported here: a finished sweep is answered without Hydra.
+        from bench.config.sweep_checks import admit_plan
+
+        # In its folder, against which a relative search path counts.
+        with _working_directory(plan.working_folder):
+            admitted = admit_plan(plan.folder, plan.arguments, plan.jobs, repeated)
+        outcome = _run_sweep(plan, admitted, session)
+    else:
+        outcome = _sweep_outcome(plan)
     if reused:
         outcome.reused = sum(record.id in done_before for record in outcome.records)
     return outcome
 
 
-def _run_sweep(plan: SweepPlan, session: Session) -> LaunchOutcome:
+def _run_sweep(plan: SweepPlan, admitted: Admitted, session: Session) -> LaunchOutcome:
     """Let Hydra launch the unfinished jobs of a sweep, and collect the results of all jobs."""
     with _working_directory(plan.working_folder):
-        overrides = [*plan.arguments, f"hydra.sweep.dir={plan.folder}"]
-        _run_hydra(overrides, session, LaunchOutcome())
+        _run_hydra(admitted.in_folder(plan.folder), session, LaunchOutcome())
     # The sweeper may have extended the plan on disk meanwhile.
     return _sweep_outcome(read_plan(plan.folder) or plan)
 
@@ -205,12 +222,32 @@ def _sweep_fingerprint(
 def print_hydra_info(arguments: list[str]) -> None:
     """Let Hydra answer its own flags, such as `--cfg job`; nothing is run."""
     from bench.config.composition import hydra_errors_as_user_errors
+    from bench.config.sweep_checks import admit
 
+    # Without the flags that name config folders or a pickled job to run again.
+    parser = argparse.ArgumentParser("bench run", add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    parser.add_argument("--package", "-p")
+    for flag in ("--resolve", "--hydra-help", "--version"):
+        parser.add_argument(flag, action="store_true")
+    asked, others = parser.parse_known_args(arguments)
+    flags = [
+        f"--{name.replace('_', '-')}" if value is True else f"--{name}={value}"
+        for name, value in vars(asked).items()
+        if value
+    ]
     with host_process_restored(), hydra_errors_as_user_errors(arguments):
-        _run_hydra(arguments, None, LaunchOutcome())
+        admitted = admit(Overrides.parse(others))
+        _run_hydra(admitted, None, LaunchOutcome(), flags)
 
 
-def _run_hydra(arguments: Sequence[str], session: Session | None, outcome: LaunchOutcome) -> None:
+def _run_hydra(
+    admitted: Admitted,
+    session: Session | None,
+    outcome: LaunchOutcome,
+    flags: Sequence[str] = (),
+) -> None:
     """Let Hydra compose and launch.
 
     A single run is added to `outcome`; the jobs of a sweep leave status files. Without a `session`
@@ -231,7 +268,7 @@ def _run_hydra(arguments: Sequence[str], session: Session | None, outcome: Launc
 
     refuse_shadowed_packages()
     enter = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-    with _hydra_arguments(arguments), _unwrapped_user_errors():
+    with _hydra_arguments([*flags, *admitted.arguments]), _unwrapped_user_errors():
         enter(job)()
     if raised:
         raise raised[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from bench.config.overrides import Overrides
+from bench.config.overrides import Overrides, text_of
 from bench.errors import UserError
 from bench.runner.calibration_inputs import resolve_calibration_inputs
 from bench.runner.method_application import apply_methods
@@ -15,25 +18,33 @@ if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
     from bench.models.model import Model
     from bench.records import Record
+    from bench.records.record import JsonObject
     from bench.runner.session import Session
 
+REMOTE_CODE = "model.trust_remote_code"
+REPEATABLE_KEYS = ("packages", "hydra.searchpath", REMOTE_CODE, "model.path")
+"""Keys that a record asks for and the person at the keyboard allows; a path is checked by the
+fingerprint of the weights that lie there."""
+_GROUP_NAME = re.compile(r"\w[\w.+-]*")
 
-def rebuild_model(record: Record, session: Session) -> Model:
+
+def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ()) -> Model:
     """Return the model of a record, made again from its weights and methods.
 
     Raises:
-        UserError: the weights or the calibration inputs have changed since the run.
+        UserError: the weights or the calibration inputs have changed since the run, or it used
+            code that is not `allowed` in this command; see `recorded_config`.
     """
     from bench.device.devices import seed_everything, set_threads
     from bench.models.source import resolve_model
 
-    config = recorded_config(record)
+    config = recorded_config(record, allowed)
     source = resolve_model(config.model, offline=config.offline)
     refuse_change("weights", record.model.fingerprint, source.fingerprint)
     inputs = resolve_calibration_inputs(config)
     for name, found in inputs.fingerprints.items():
         if found is not None:
-            refuse_change(name, record.provenance[name], found)
+            refuse_change(name, record.provenance.get(name), found)
     # Same order as in a run: threads, seed, load, apply. A method that draws from the global
     # generator would otherwise make a different model, and another number of threads adds floats
     # up in another order.
@@ -44,23 +55,94 @@ def rebuild_model(record: Record, session: Session) -> Model:
     return model
 
 
-def recorded_config(record: Record) -> RunConfig:
+def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:
     """Return the config of a run as recorded, with methods as objects.
 
-    A record stores names and knobs of methods; the config tree maps a name to its class.
+    A record stores names and knobs of methods; the config tree maps a name to its class. What code
+    may run is never taken from the record, which may come from somebody else: `allowed` are the
+    overrides of `REPEATABLE_KEYS` that the person at the keyboard gives.
+
+    Raises:
+        UserError: the run used packages, a search path or a model's own code that are not allowed
+            again, or its config is no longer valid.
     """
     from bench.config.composition import compose_run_config
     from bench.config.run_config import validate
 
-    knobs = record.config["method"]
-    # A third party's methods are found only with the search path that the run was given.
-    given = Overrides.parse(shlex.split(record.command)[2:])
-    searched = given.setting("hydra.searchpath")
-    known = compose_run_config([f"method=[{','.join(knobs)}]", *searched]).method
-    classes = {name: type(method) for name, method in known.items()}
-    targets = {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in classes.items()}
-    methods = {name: {"_target_": targets[name], **knobs[name]} for name in knobs}
-    return validate({**record.config, "method": methods})
+    given = _repeated(allowed)
+    knobs, stored_model = dict(record.config["method"]), dict(record.config["model"])
+    for name in knobs:
+        if not _GROUP_NAME.fullmatch(name):
+            raise UserError(
+                f"run {record.id} names a method {name!r}, which is no name of a config"
+            )
+    _refuse_unsaid(record, given)
+    base = compose_run_config([f"method=[{','.join(knobs)}]", *given.texts])
+    methods = {}
+    for name, method in base.method.items():
+        kind = type(method)
+        target = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
+        methods[name] = {**knobs[name], **target}
+    stored_model["trust_remote_code"] = base.model.trust_remote_code
+    stored_model["allow_remote_code"] = base.model.trust_remote_code and _is_listed(
+        record, stored_model, given
+    )
+    path = given.value("model.path")
+    if path is not None:
+        stored_model["path"] = path
+    chosen = {"method": methods, "model": stored_model, "packages": list(base.packages)}
+    return validate({**record.config, **chosen})
+
+
+def _repeated(allowed: Sequence[str]) -> Overrides:
+    given = Overrides.parse(allowed)
+    for override in given.parsed:
+        if override.key_or_group not in REPEATABLE_KEYS or override.is_sweep_override():
+            keys = ", ".join(REPEATABLE_KEYS)
+            raise UserError(
+                f"{text_of(override)}: a recorded run is repeated as it was, only {keys} count"
+            )
+    return given
+
+
+def _refuse_unsaid(record: Record, given: Overrides) -> None:
+    """Raise if the run asked for code that this command does not allow; the message says how."""
+    unsaid = []
+    packages = given.value("packages")
+    stored = record.config.get("packages") or ["methods"]
+    if not set(stored) <= {"methods", *(packages if isinstance(packages, list) else ())}:
+        unsaid.append(f"packages=[{','.join(stored)}]")
+        # A third party's methods are found only with the search path that the run was given.
+        with suppress(UserError, ValueError):
+            command = Overrides.parse(shlex.split(record.command)[2:])
+            unsaid += command.setting("hydra.searchpath")
+    if record.config["model"].get("trust_remote_code") and not given.is_true(REMOTE_CODE):
+        unsaid.append(f"{REMOTE_CODE}=true")
+        path = record.config["model"].get("path")
+        if path is not None:
+            unsaid.append(f"model.path={path}")
+    if unsaid:
+        raise UserError(
+            f"run {record.id} used {', '.join(unsaid)}, which no record can allow: if you trust "
+            f"it, add {shlex.join(unsaid)} to this command"
+        )
+
+
+def _is_listed(record: Record, model: JsonObject, given: Overrides) -> bool:
+    """Tell whether the config tree lists the model's repository as one whose code may run."""
+    from bench.config.composition import compose_run_config
+
+    if not _GROUP_NAME.fullmatch(str(model.get("name"))):
+        return False
+    if model.get("path") is not None and given.value("model.path") is None:
+        raise UserError(
+            f"run {record.id} read the code of its model from {model['path']}: if you trust what "
+            "is there, add model.path=FOLDER to this command"
+        )
+    listed = compose_run_config(
+        [f"model={model['name']}", *given.setting("hydra.searchpath")]
+    ).model
+    return listed.allow_remote_code and listed.source == model.get("source")
 
 
 def refuse_change(name: str, recorded: object, found: object) -> None:

@@ -15,12 +15,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, Field, TypeAdapter
+
+# pydantic needs this one below Python 3.12.
+from typing_extensions import TypedDict
 
 from bench.errors import UserError, error_sentence
 from bench.records.atomic_files import disk_errors_as_stopped, write_bytes
+from bench.records.foreign_files import read_json
 from bench.records.record import utc_now
 from bench.security import redact
 
@@ -29,6 +34,24 @@ if TYPE_CHECKING:
 
 JOBS = "jobs"
 StatusDict = dict[str, Any]
+_RunId = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+
+
+class _StoredStatus(TypedDict, total=False):
+    """What is read of a status file; everything else in it is for people."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # pydantic's own way
+    state: Required[Literal["running", "done", "failed", "waiting"]]
+    run: _RunId | None
+    reused: bool
+    command: str
+    host: str
+    reason: str | None
+    log: str | None
+    warning: str | None
+
+
+_STATUS = TypeAdapter(_StoredStatus)
 
 
 @dataclass(frozen=True)
@@ -95,10 +118,10 @@ def write_status(folder: Path, status: StatusDict) -> None:
 def read_status(folder: Path, number: int) -> StatusDict | None:
     """Return the status of a job, or None if it has not started or the file is damaged."""
     try:
-        status = json.loads(_status_path(folder, number).read_text())
+        status = _STATUS.validate_python(read_json(_status_path(folder, number)), strict=True)
     except (OSError, ValueError):
         return None
-    return status if isinstance(status, dict) and "state" in status else None
+    return dict(status)
 
 
 def clear_status(folder: Path, number: int) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,11 +23,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.errors import UserError, nearest
 from bench.records.atomic_files import write_bytes
+from bench.records.foreign_files import read_json, warn_once
 from bench.security import CONFIG_DIR, redact
 
+MAX_FILES = 1_000_000
 SWEEPS, PLAN = "sweeps", "plan.json"
 PLAN_SCHEMA = 2
 
@@ -134,9 +138,17 @@ def existing_sweep(results_dir: Path, arguments: Sequence[str]) -> SweepPlan | N
 
 
 def all_sweeps(results_dir: Path) -> list[SweepPlan]:
-    """Return all sweeps of a results folder, oldest first; unreadable plans are left out."""
-    folders = sorted((results_dir / SWEEPS).glob("*"))
-    return [plan for folder in folders if (plan := read_plan(folder.absolute()))]
+    """Return all sweeps of a results folder, oldest first; each unreadable one is warned of."""
+    plans = []
+    for folder in sorted((results_dir / SWEEPS).glob("*")):
+        # A results folder may be a repository, or on a file system with folders of its own.
+        if folder.name.startswith("."):
+            continue
+        try:
+            plans.append(load_plan(folder.absolute()))
+        except (OSError, ValueError) as error:
+            warn_once(folder, error)
+    return plans
 
 
 def find_sweep(results_dir: Path, name: str) -> SweepPlan:
@@ -162,17 +174,56 @@ def find_sweep(results_dir: Path, name: str) -> SweepPlan:
 def read_plan(folder: Path) -> SweepPlan | None:
     """Read the plan in a folder; return None if it is missing, damaged or of another schema."""
     try:
-        content = json.loads((folder / PLAN).read_text())
-        if content.pop("schema_version") != PLAN_SCHEMA:
-            return None
-        content["folder"] = folder
-        content["arguments"] = tuple(content["arguments"])
-        content["jobs"] = tuple(tuple(job) for job in content["jobs"])
-        state = content["fingerprint"]
-        content["fingerprint"] = SweepFingerprint(**state) if state else None
-        return SweepPlan(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return load_plan(folder)
+    except (OSError, ValueError):
         return None
+
+
+def load_plan(folder: Path) -> SweepPlan:
+    """Read the plan in a folder.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is damaged, of another schema, or reached through a link.
+    """
+    # Jobs are written below the folder, so a link would put them somewhere else.
+    for place in (folder, folder / "jobs"):
+        if place.is_symlink():
+            raise ValueError(f"{place.name} is a link")
+    content = read_json(folder / PLAN)
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != PLAN_SCHEMA:
+        raise ValueError(f"its plan is version {found}, this program reads {PLAN_SCHEMA}")
+    try:
+        stored = _StoredPlan.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"its plan is damaged: {key}: {fault['msg'].lower()}") from None
+    return SweepPlan(
+        folder,
+        stored.arguments,
+        stored.working_folder,
+        stored.started,
+        stored.fingerprint,
+        stored.jobs,
+        stored.complete,
+    )
+
+
+class _StoredPlan(BaseModel):
+    """The content of a plan's file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    folder: None
+    arguments: tuple[str, ...]
+    working_folder: str
+    started: str
+    fingerprint: SweepFingerprint | None
+    jobs: tuple[tuple[str, ...], ...]
+    complete: bool
 
 
 def plan_in(folder: Path) -> SweepPlan:
@@ -211,10 +262,13 @@ def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
     """Yield path, size and modification time of every file, in a fixed order."""
     for name in files:
         path = Path(name)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        for file in sorted(_files_below(path)) if path.is_dir() else [path]:
             yield _file_stamp(file)
     roots = [CONFIG_DIR]
     for package in packages:
+        # A dotted name would be imported up to its last dot, and a plan may hold any name.
+        if not package.isidentifier():
+            continue
         # `find_spec` locates a top-level package without importing it.
         found = importlib.util.find_spec(package)
         roots += map(Path, (found.submodule_search_locations or []) if found else [])
@@ -222,6 +276,15 @@ def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
         for file in sorted(root.rglob("*")):
             if file.suffix in PROGRAM_SUFFIXES:
                 yield _file_stamp(file)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder of data; more than any data set has, and it counts as changed."""
+    for count, file in enumerate(folder.rglob("*")):
+        if count == MAX_FILES:
+            yield folder / f"more than {MAX_FILES} at {time.time_ns()}"
+            return
+        yield file
 
 
 def _file_stamp(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ class SweepJob:
     reason: str | None = None
     log: str | None = None
     host: str | None = None
+    recorded_before: bool = False
+    """Whether it is waiting because its record was removed."""
 
 
 def sweep_jobs(plan: SweepPlan) -> list[SweepJob]:
@@ -33,7 +36,8 @@ def sweep_jobs(plan: SweepPlan) -> list[SweepJob]:
     numbers = dict(enumerate(plan.jobs))
     # A foreign sweeper makes up jobs that are not in the plan; their status files show them.
     for path in (plan.folder / JOBS).glob("[0-9]*.json"):
-        numbers.setdefault(int(path.stem), ())
+        if re.fullmatch("[0-9]{5,9}", path.stem):
+            numbers.setdefault(int(path.stem), ())
     return [_read_job(plan, store, number, numbers[number]) for number in sorted(numbers)]
 
 
@@ -65,7 +69,12 @@ def job_results(plan: SweepPlan) -> Iterator[RunResult | str]:
     for job in sweep_jobs(plan):
         note = read_status(plan.folder, job.number) or {}
         if job.state == "done" and job.run:
-            yield RunResult(store.get(job.run), bool(note.get("reused")), note.get("warning"))
+            record = store.find(job.run)
+            if record is None:
+                reason = store.unreadable.get(job.run, "it no longer exists")
+                yield f"run {job.run} cannot be read: {reason}; move it away and resume the sweep"
+                continue
+            yield RunResult(record, bool(note.get("reused")), note.get("warning"))
         elif job.state == "failed":
             log = f" (details: {job.log})" if job.log else ""
             command = note.get("command") or " ".join(job.overrides)
@@ -101,4 +110,5 @@ def _finished_job(store: Store, note: StatusDict, known: StatusDict) -> SweepJob
     run = str(note.get("run"))
     if (store.folder(run) / "record.json").is_file():
         return SweepJob(**known, state="done", run=run)
-    return SweepJob(**known, state="waiting", reason=f"its record {run} no longer exists")
+    reason = f"its record {run} no longer exists"
+    return SweepJob(**known, state="waiting", reason=reason, recorded_before=True)

@@ -11,7 +11,7 @@ MODEL = DenseModel(
 ID = "a" * 12
 OLD_RECORD = {
     "id": ID, "status": "done", "started": "", "finished": "", "group": "sweep-1", "command": "",
-    "config": {"ratio": 0.2}, "environment": {}, "model": MODEL.model_dump(), "methods": [],
+    "config": {"benchmark": {"name": "b"}}, "environment": {}, "model": MODEL.model_dump(), "methods": [],
     "metrics": [], "costs": [], "gaps": [], "provenance": {},
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_schema_2_quantities_have_their_new_names(tmp_path):
 def test_the_file_of_an_old_record_is_not_rewritten(tmp_path):
     record = read_old(2, tmp_path)
     written = json.loads((Store(tmp_path).folder(ID) / "record.json").read_text())
-    assert (written["schema_version"], record.config) == (2, {"ratio": 0.2})
+    assert (written["schema_version"], record.config) == (2, OLD_RECORD["config"])
 
 
 def test_a_current_record_is_read_as_it_was_written(tmp_path):
@@ -114,7 +114,7 @@ def test_a_current_record_is_read_as_it_was_written(tmp_path):
     )
     layers = [{"layer": 0, "removed": 3}]
     record = Record(
-        id=ID, started="", finished="", sweep=None, command="", config={}, environment={},
+        id=ID, started="", finished="", sweep=None, command="", config={"benchmark": {"name": "b"}}, environment={},
         model=MODEL, metrics=(), costs=(), missing=(missing,), provenance={},
         methods=({"name": "cut", "config": {}, "effect": "removed", "report": {}, "seconds": 1,
                   "layers": layers},),

@@ -7,6 +7,7 @@ same weights and the same calibration text; evaluation is skipped.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from bench.records.atomic_files import write_folder
 from bench.reporting.model_card import model_card
 from bench.runner.replay import rebuild_model
 from bench.runner.session import Session
+from bench.ui import print_text
 
 if TYPE_CHECKING:
     from bench.models.model import Model
@@ -30,11 +32,14 @@ def export(
     *,
     pad: bool = False,
     onnx: bool = False,
+    allowed: Sequence[str] = (),
 ) -> ExportFormat:
     """Write the model of a run to a new folder, atomically, and return its format.
 
     `run` is a record's id or a prefix of it. `pad` fills experts of different widths up with zeros,
     so that stock transformers loads the folder. `onnx` also writes an image classifier as ONNX.
+    `allowed` are the overrides by which the user lets code run that the record cannot allow; see
+    `bench.runner.replay.recorded_config`.
 
     Raises:
         UserError: there is no such run, the folder is not empty, the run cannot be repeated because
@@ -47,7 +52,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
     # The cheap refusals come first: repeating the methods may take hours.
-    model = rebuild_model(record, session)
+    model = rebuild_model(record, session, allowed)
     written: list[ExportFormat] = []
 
     def fill(place: Path) -> None:
@@ -68,7 +73,13 @@ def run_command(given: argparse.Namespace) -> int:
     """`bench export RUN DIR`."""
     with Session() as session:
         written = export(
-            given.run, given.folder, given.results_dir, session, pad=given.padded, onnx=given.onnx
+            given.run,
+            given.folder,
+            given.results_dir,
+            session,
+            pad=given.padded,
+            onnx=given.onnx,
+            allowed=given.allowed,
         )
-    print(f"wrote {given.folder} ({written}); its README.md says how to load it")
+    print_text(f"wrote {given.folder} ({written}); its README.md says how to load it")
     return EXIT_DONE

@@ -1,141 +1,341 @@
-"""`bench gc`: unreferenced files in a results folder.
+"""`bench gc`: remove what slimbench wrote into a results folder and nothing refers to any more.
 
-Records, samples and studies are never removed. Files younger than one hour are kept: a running job
-may own them.
+A results folder is known by a marker file, and every entry by its name: what is not surely ours is
+left. Records, samples and studies are never removed, nor is anything younger than an hour, locked,
+queued, written by a newer program, or reached through a link.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bench.errors import EXIT_DONE
+from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
+from bench.records.foreign_files import reason_of
+from bench.records.store import MARKER, RECORD
 from bench.sweeps import sweep_jobs
-from bench.sweeps.plan import SWEEPS, read_plan
-from bench.ui import print_rows
+from bench.sweeps.plan import SWEEPS, load_plan
+from bench.ui import note, print_rows, warn
 
 MIN_AGE_SECONDS = 3600.0
+_RUN = "[0-9a-f]{12}"
+_RANDOM = "[a-z0-9_]{8}"
+"""The end of names that Python's tempfile makes."""
+_HALF_WRITTEN_RUN = re.compile(rf"\.(?P<old>old-)?(?P<run>{_RUN})\.{_RANDOM}")
+_HALF_WRITTEN_FILE = re.compile(rf"\.(?:plan\.json|study\.json|\d{{5,9}}\.(?:json|log))\.{_RANDOM}")
+_PROBE = re.compile(r"\.probe-\d+")
+_SWEEP = re.compile(r"\d{8}-\d{6}-\d{6}")
+_SWEEP_FILES = re.compile(r"plan\.json(\.lock)?|study\.json|pareto\.(csv|svg)|jobs|submitit")
+_JOB_FILES = re.compile(r"\d{5,9}\.(json|lock|log)")
+_FOLDERS = ("runs", "locks", "tracked", "unfinished", SWEEPS)
 
 
 @dataclass(frozen=True)
-class UnreferencedFile:
-    """A file or folder that can be removed, its size in bytes, and the reason."""
+class Entry:
+    """A file or folder below a results folder, by its path there, and what becomes of it.
 
-    path: Path
-    bytes: int
+    `stamp` identifies its content, so that exactly what was listed is removed.
+    """
+
+    path: str
     reason: str
+    bytes: int = 0
+    stamp: tuple[int, ...] = ()
 
 
-def find_unreferenced(results_dir: Path) -> list[UnreferencedFile]:
-    """Return unreferenced files, largest first."""
-    found = [
-        *_interrupted_writes(results_dir),
-        *_free_locks(results_dir),
-        *_orphaned_tracker_notes(results_dir),
-    ]
-    found += [*_empty_sweeps(results_dir), *_recorded_unfinished(results_dir)]
-    old = [(path, reason) for path, reason in found if _age(path) > MIN_AGE_SECONDS]
-    listed = [UnreferencedFile(path, _size(path), reason) for path, reason in old]
-    return sorted(listed, key=lambda item: (-item.bytes, item.path))
+@dataclass(frozen=True)
+class Findings:
+    """What can be removed, largest first, and what stays although nothing seems to need it."""
+
+    removable: tuple[Entry, ...]
+    kept: tuple[Entry, ...]
 
 
-def remove_unreferenced(items: list[UnreferencedFile]) -> None:
-    """Delete what `find_unreferenced` returned; a link is deleted, never its target."""
-    for item in items:
-        if item.path.is_dir() and not item.path.is_symlink():
-            shutil.rmtree(item.path)
-        else:
-            item.path.unlink(missing_ok=True)
+class _Keep(Exception):
+    """An entry has to stay; the message is the reason."""
 
 
-def _interrupted_writes(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield temporary files of interrupted writes."""
-    for folder in (root / "runs", *(root / SWEEPS).glob("*"), *(root / SWEEPS).glob("*/jobs")):
-        # Atomic writes go to a hidden file next to the target and are renamed when complete.
-        for path in folder.glob(".*"):
-            yield path, "incomplete write of a process that ended"
+def find_unreferenced(results_dir: Path) -> Findings:
+    """Return what nothing in a results folder refers to.
 
-
-def _free_locks(root: Path) -> Iterator[tuple[Path, str]]:
-    for path in (root / "locks").glob("*.lock"):
-        try:
-            # The file stays after its process ends; only taking the lock shows that it is free.
-            with FileLock(path, blocking=False):
-                yield path, "unused lock"
-        except (Timeout, OSError):
+    Raises:
+        UserError: the folder is not there, or not one that slimbench wrote.
+    """
+    if not results_dir.is_dir():
+        raise UserError(f"--results-dir={results_dir}: no such folder")
+    if not _is_regular(results_dir / MARKER):
+        raise UserError(
+            f"--results-dir={results_dir} has no file {MARKER}, which `bench run` writes into "
+            "every results folder: nothing in it is removed"
+        )
+    removable: list[Entry] = []
+    kept: list[Entry] = []
+    for name in _FOLDERS:
+        folder = results_dir / name
+        if folder.is_symlink():
+            kept.append(Entry(name, "a link, and what it leads to may be anything"))
             continue
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            # The parts of a sweep come after the sweep, and go with it.
+            whole = False
+            for place in _places(path, name):
+                if whole:
+                    break
+                relative = str(place.relative_to(results_dir))
+                try:
+                    reason = _reason_to_remove(place, results_dir)
+                    if reason is not None:
+                        removable.append(_measured(place, relative, reason))
+                        whole = whole or place == path
+                except _Keep as found:
+                    kept.append(Entry(relative, str(found)))
+                except OSError as error:
+                    kept.append(Entry(relative, reason_of(error)))
+    removable.sort(key=lambda entry: (-entry.bytes, entry.path))
+    return Findings(tuple(removable), tuple(kept))
 
 
-def _orphaned_tracker_notes(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield notes about uploads to a tracker whose record is gone."""
-    known = set(Store(root).ids())
-    for path in (root / "tracked").glob("*.json"):
-        if path.stem not in known:
-            yield path, f"upload note of run {path.stem}, which is gone"
+def _places(path: Path, folder: str) -> Iterator[Path]:
+    """Yield an entry of a folder and, of a sweep, what may go although the sweep stays."""
+    yield path
+    if folder != SWEEPS or path.is_symlink() or not path.is_dir():
+        return
+    jobs = path / "jobs"
+    for inside in (path, *([] if jobs.is_symlink() else [jobs])):
+        yield from sorted(inside.glob(".*"))
+    if (path / "submitit").exists():
+        yield path / "submitit"
 
 
-def _recorded_unfinished(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the resume data of runs that are recorded by now."""
-    known = set(Store(root).ids())
-    for path in (root / "unfinished").glob("*"):
-        if path.name in known:
-            yield path, f"run {path.name} is recorded"
+def _reason_to_remove(path: Path, root: Path) -> str | None:
+    """Return why an entry can go, or None if it is in use as it should be; raises `_Keep`."""
+    if path.is_symlink():
+        raise _Keep("a link, which slimbench does not write")
+    kind = path.parent.name if path.parent.parent == root else "in a sweep"
+    reasons = {
+        "runs": _half_written_run, "locks": _free_lock, "tracked": _upload_note,
+        "unfinished": _recorded_by_now, SWEEPS: _forgotten_sweep, "in a sweep": _part_of_sweep,
+    }  # fmt: skip
+    reason = reasons[kind](path, Store(root))
+    if reason is not None and _age(path) < MIN_AGE_SECONDS:
+        if kind == "locks":
+            return None  # every run leaves one
+        raise _Keep("younger than an hour: a process may be at work on it")
+    return reason
 
 
-def _empty_sweeps(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield sweeps without any record, and queue submissions of finished sweeps."""
-    known = set(Store(root).ids())
-    for folder in (root / SWEEPS).glob("*"):
-        plan = read_plan(folder.absolute())
-        if plan is None:
-            yield folder, "sweep without a readable plan"
-            continue
-        states = sweep_jobs(plan)
-        if any(job.state == "running" for job in states):
-            continue
-        if not any(job.run in known for job in states):
-            # A failed job has no record, but its note and log still explain the failure.
-            if not any(job.state == "failed" for job in states):
-                yield folder, "sweep without any remaining record"
-        elif (folder / "submitit").is_dir() and all(job.state == "done" for job in states):
-            yield folder / "submitit", "queue submissions of a finished sweep"
+def _half_written_run(path: Path, store: Store) -> str | None:
+    if _PROBE.fullmatch(path.name) and _is_regular(path):
+        return "probe of a process that ended"
+    found = _HALF_WRITTEN_RUN.fullmatch(path.name)
+    if found is None:
+        if path.name.startswith("."):
+            raise _Keep("not written by slimbench")
+        return None
+    run = found["run"]
+    if _is_locked(store.root / "locks" / f"{run}.lock"):
+        raise _Keep(f"a process is at work on run {run}")
+    if found["old"] and not store.folder(run).exists():
+        raise _Keep(f"the only copy of run {run}: repeat its command, which puts it back")
+    return "incomplete write of a process that ended"
+
+
+def _free_lock(path: Path, store: Store) -> str | None:
+    if not re.fullmatch(rf"{_RUN}\.lock", path.name) or not _is_regular(path):
+        raise _Keep("not written by slimbench")
+    # The file stays after its process ends; only taking the lock shows that it is free.
+    return None if _is_locked(path) else "unused lock"
+
+
+def _upload_note(path: Path, store: Store) -> str | None:
+    if not re.fullmatch(rf"{_RUN}\.json", path.name) or not _is_regular(path):
+        raise _Keep("not written by slimbench")
+    if store.folder(path.stem).exists():
+        return None
+    return f"upload note of run {path.stem}, which is gone"
+
+
+def _recorded_by_now(path: Path, store: Store) -> str | None:
+    if not re.fullmatch(_RUN, path.name) or not path.is_dir():
+        raise _Keep("not written by slimbench")
+    record = store.folder(path.name) / RECORD
+    if store.find(path.name) is None:
+        return None
+    if _is_locked(store.root / "locks" / f"{path.name}.lock"):
+        raise _Keep(f"a process is at work on run {path.name}")
+    # What is newer belongs to a run that is to replace the record, and goes on from here.
+    if _newest(path) > record.lstat().st_mtime_ns:
+        raise _Keep(f"newer than the record of run {path.name}, which it may replace")
+    return f"run {path.name} is recorded"
+
+
+def _forgotten_sweep(folder: Path, store: Store) -> str | None:
+    if not _SWEEP.fullmatch(folder.name) or not folder.is_dir():
+        raise _Keep("not written by slimbench")
+    try:
+        plan = load_plan(folder.absolute())
+    except FileNotFoundError:
+        raise _Keep("a sweep without a plan") from None
+    except (OSError, ValueError) as error:
+        raise _Keep(f"a sweep that this program cannot read: {reason_of(error)}") from None
+    jobs = sweep_jobs(plan)
+    # A job without a status may be in a queue, for days. A failed one has no record, but its note
+    # and log still explain the failure.
+    if not jobs or any(job.state != "waiting" or not job.recorded_before for job in jobs):
+        return None
+    for path in (*folder.iterdir(), *(folder / "jobs").iterdir()):
+        known = _JOB_FILES if path.parent != folder else _SWEEP_FILES
+        if not known.fullmatch(path.name) and not _HALF_WRITTEN_FILE.fullmatch(path.name):
+            raise _Keep(f"holds {path.name}, which slimbench did not write")
+    return "sweep whose records were all removed"
+
+
+def _part_of_sweep(path: Path, store: Store) -> str | None:
+    folder = path.parent.parent if path.parent.name == "jobs" else path.parent
+    if path.name.startswith("."):
+        if _HALF_WRITTEN_FILE.fullmatch(path.name) and _is_regular(path):
+            return "incomplete write of a process that ended"
+        raise _Keep("not written by slimbench")
+    try:
+        jobs = sweep_jobs(load_plan(folder.absolute()))
+    except (OSError, ValueError):
+        return None
+    done = bool(jobs) and all(job.state == "done" for job in jobs)
+    return "queue submissions of a finished sweep" if done else None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds a lock; in doubt it does."""
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _inside(path: Path) -> list[os.stat_result]:
+    """Return the states of an entry and of all that is in it; links are not followed."""
+    states = [path.lstat()]
+    if stat.S_ISDIR(states[0].st_mode):
+        for folder, _, files in os.walk(path, followlinks=False):
+            states += [Path(folder, name).lstat() for name in files]
+            states.append(Path(folder).lstat())
+    return states
+
+
+def _newest(path: Path) -> int:
+    return max(state.st_mtime_ns for state in _inside(path))
 
 
 def _age(path: Path) -> float:
-    """Return the seconds since anything inside was last modified."""
-    files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    return time.time() - _newest(path) / 1e9
+
+
+def _measured(path: Path, relative: str, reason: str) -> Entry:
+    states = _inside(path)
+    files = [state.st_size for state in states if not stat.S_ISDIR(state.st_mode)]
+    newest = max(state.st_mtime_ns for state in states)
+    own = states[0]
+    stamp = (own.st_dev, own.st_ino, own.st_mode, newest, len(states))
+    return Entry(relative, reason, sum(files), stamp)
+
+
+def remove(results_dir: Path, listed: tuple[Entry, ...]) -> Iterator[tuple[Entry, str | None]]:
+    """Delete what was listed; yield each entry with the reason why it was left, if it was."""
+    # Looked at once more: a process may have begun to use what it was listed for.
+    now = {entry.path: entry for entry in find_unreferenced(results_dir).removable}
+    for entry in listed:
+        if now.get(entry.path) != entry:
+            yield entry, "it changed after it was listed"
+            continue
+        try:
+            _delete(results_dir, entry)
+        except (OSError, _Keep) as error:
+            yield entry, reason_of(error)
+        else:
+            yield entry, None
+
+
+def _delete(root: Path, entry: Entry) -> None:
+    """Delete an entry, every folder above it opened without following links."""
+    *folders, name = Path(entry.path).parts
+    with _opened(root, folders) as parent:
+        state = os.lstat(name, dir_fd=parent)
+        if (state.st_dev, state.st_ino, state.st_mode) != entry.stamp[:3]:
+            raise _Keep("it changed after it was listed")
+        if stat.S_ISDIR(state.st_mode):
+            shutil.rmtree(name, dir_fd=parent)
+        elif entry.path.endswith(".lock"):
+            # While it is held: whoever opened the file before finds it unlinked, and opens a new
+            # one.
+            with FileLock(root / entry.path, blocking=False):
+                os.unlink(name, dir_fd=parent)
+        else:
+            os.unlink(name, dir_fd=parent)
+
+
+@contextmanager
+def _opened(root: Path, folders: list[str]) -> Iterator[int]:
+    """Open a folder below `root`, none of whose parents there is a link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    handle = os.open(root, flags)
     try:
-        return time.time() - max(file.lstat().st_mtime for file in files)
-    except OSError:
-        return 0.0  # a file vanished while listing, so the folder is in use
-
-
-def _size(path: Path) -> int:
-    if path.is_symlink() or not path.is_dir():
-        return path.lstat().st_size
-    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+        for folder in folders:
+            inner = os.open(folder, flags | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def run_command(given: argparse.Namespace) -> int:
     """`bench gc`: list unreferenced files, and remove them once confirmed."""
     found = find_unreferenced(given.results_dir)
-    rows = [{"path": str(item.path), "bytes": item.bytes, "reason": item.reason} for item in found]
+    rows = [
+        {"path": str(given.results_dir / entry.path), "bytes": entry.bytes, "reason": entry.reason}
+        for entry in found.removable
+    ]
     print_rows(rows, given.json)
+    for entry in found.kept:
+        note(f"left {given.results_dir / entry.path}: {entry.reason}")
     # With --json the output is for a program, which cannot answer a question.
-    if not found or (given.json and not given.yes):
+    if not rows or (given.json and not given.yes):
         return EXIT_DONE
     # Without a terminal nobody can confirm, so nothing is removed.
-    if given.yes or (sys.stdin.isatty() and input("Remove these? [y/N] ").lower() == "y"):
-        remove_unreferenced(found)
-        print(f"removed {len(found)}", file=sys.stderr)
-    else:
-        print("bench: nothing was removed; `bench gc --yes` removes them", file=sys.stderr)
+    if not given.yes and not (sys.stdin.isatty() and _confirmed(len(rows))):
+        note("nothing was removed; `bench gc --yes` removes them")
+        return EXIT_DONE
+    removed = 0
+    for entry, fault in remove(given.results_dir, found.removable):
+        if fault is None:
+            removed += 1
+        else:
+            warn(f"left {given.results_dir / entry.path}: {fault}")
+    note(f"removed {removed}")
     return EXIT_DONE
+
+
+def _confirmed(count: int) -> bool:
+    return input(f"Remove these {count}? [y/N] ").lower() == "y"

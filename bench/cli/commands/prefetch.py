@@ -13,6 +13,7 @@ from bench.data.prompts import prefetch_prompts
 from bench.errors import EXIT_DONE
 from bench.evaluation import prefetch_benchmark
 from bench.models.source import prefetch_model
+from bench.ui import print_text
 
 
 def prefetch_run(arguments: list[str]) -> Iterator[str]:
@@ -38,6 +39,6 @@ def run_command(given: argparse.Namespace) -> int:
     reported: set[str] = set()
     for line in (line for run in runs for line in prefetch_run(run)):
         if line not in reported:
-            print(line)
+            print_text(line)
             reported.add(line)
     return EXIT_DONE

@@ -7,12 +7,10 @@ slow to import.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 from bench.cli.parser import LISTABLE
 from bench.errors import EXIT_DONE, EXIT_FAILED, unknown_name
-from bench.ui import print_rows
+from bench.ui import note, print_json, print_rows, print_text, warn
 
 
 def ls(given: argparse.Namespace) -> int:
@@ -40,9 +38,9 @@ def show(given: argparse.Namespace) -> int:
 
         return print_rows(identity_differences(record, store.get(given.why)), given.json)
     if given.command:
-        print(record.command)
+        print_text(record.command)
     elif given.json:
-        print(record.model_dump_json(indent=1))
+        print_json(record.model_dump(mode="json"))
     else:
         print_record(record)
     return EXIT_DONE
@@ -57,12 +55,12 @@ def compare(given: argparse.Namespace) -> int:
     )
     images, missing = named_runs.flip_images(found, flipped, given.results_dir)
     if given.json:
-        print(json.dumps(named_runs.comparison_json(found, flipped, images), indent=1))
+        print_json(named_runs.comparison_json(found, flipped, images))
     else:
         printer.print_comparison(found, flipped, images)
     if missing:
         # To stderr, so that `--json` output stays parsable.
-        print(missing, file=sys.stderr)
+        note(missing)
     return EXIT_DONE
 
 
@@ -77,7 +75,7 @@ def plot(given: argparse.Namespace) -> int:
     if given.json:
         return print_rows(drawing.rows(), as_json=True)
     for path in figures.write_figures(drawing, given.kind, given.output, given.results_dir):
-        print(f"wrote {path}")
+        print_text(f"wrote {path}")
     return EXIT_DONE
 
 
@@ -87,7 +85,7 @@ def report(given: argparse.Namespace) -> int:
 
     share = SampleShare(per_run=given.samples, runs=given.sample_runs)
     written = write_report(given.results_dir, given.out, share)
-    print(f"wrote {written.path} ({written})")
+    print_text(f"wrote {written.path} ({written})")
     if given.open:
         import webbrowser
 
@@ -115,6 +113,9 @@ def track(given: argparse.Namespace) -> int:
     # A generator: each record is sent as the loop reaches it, and a failed one does not stop the
     # rest.
     for what, warning in sent:
-        print(f"bench: {warning}" if warning else f"sent {what}")
+        if warning:
+            warn(warning)
+        else:
+            print_text(f"sent {what}")
         failed = failed or warning is not None
     return EXIT_FAILED if failed else EXIT_DONE

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from bench.errors import EXIT_DONE, EXIT_FAILED
 from bench.runner.launch import LaunchOutcome, launch, print_hydra_info
 from bench.runner.session import Session
-from bench.security import redact
+from bench.ui import fail, warn
 
 INFO_FLAGS = frozenset({"--cfg", "-c", "--info", "-i", "--hydra-help", "--version"})
 """Flags that Hydra answers itself; nothing is run."""
@@ -41,7 +39,7 @@ def print_problems(outcome: LaunchOutcome) -> int:
     """Print warnings and failures without secrets, and return the exit code."""
     # Jobs often share a warning, such as an unreachable tracker; each text is printed once.
     for warning in dict.fromkeys(outcome.warnings):
-        print(f"bench: {redact(warning)}", file=sys.stderr)
+        warn(warning)
     for failure in outcome.failures:
-        print(f"bench: failed: {redact(failure)}", file=sys.stderr)
+        fail(f"failed: {failure}")
     return EXIT_FAILED if outcome.failures else EXIT_DONE

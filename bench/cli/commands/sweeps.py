@@ -25,5 +25,5 @@ def resume(given: argparse.Namespace) -> int:
     from bench.runner.session import Session
 
     with Session() as session:
-        outcome = resume_sweep(given.results_dir, given.sweep, session)
+        outcome = resume_sweep(given.results_dir, given.sweep, session, given.allowed)
         return print_outcome(outcome, session)

@@ -5,9 +5,7 @@ The runs are those of `bench run`: the same overrides, the same sweep, the same 
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,7 +25,7 @@ from bench.reporting.tables.writers import print_table, table_rows, write_table
 from bench.runner.inputs import resolve_run
 from bench.runner.launch import LaunchOutcome, launch
 from bench.runner.session import Session
-from bench.security import redact
+from bench.ui import fail, print_json, print_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -276,11 +274,11 @@ def run_command(arguments: list[str]) -> int:
             finished = make_table(names[0], overrides, session)
     except MissingInputs as error:
         for sentence in error.sentences:
-            print(f"bench: {redact(sentence)}", file=sys.stderr)
+            fail(sentence)
         return EXIT_WRONG_INPUT
     if "--json" in arguments:
-        print(json.dumps(table_rows(finished.table), indent=1, default=str))
+        print_json(table_rows(finished.table))
     else:
         print_table(finished.table)
-        print("wrote " + " ".join(map(str, finished.files)))
+        print_text("wrote " + " ".join(map(str, finished.files)))
     return print_problems(finished.launched)

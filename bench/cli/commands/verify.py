@@ -7,7 +7,6 @@ samples of each task. Metrics, log-likelihoods and responses are compared with t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from bench.records import samples as recorded_samples
 from bench.runner.inputs import library_versions
 from bench.runner.replay import rebuild_model, recorded_config, refuse_change
 from bench.runner.session import Session
-from bench.ui import console
+from bench.ui import console, print_json
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -69,11 +68,13 @@ def verify(
     samples: int,
     session: Session,
     tolerance: float | None = None,
+    allowed: Sequence[str] = (),
 ) -> Verdict:
     """Repeat the first `samples` of each task of a run; `run` may be a prefix of its id.
 
     A number agrees if it differs by at most `tolerance` times its magnitude, or times 1 if that is
-    larger; the default tolerance depends on the model's dtype.
+    larger; the default tolerance depends on the model's dtype. `allowed` are the overrides by which
+    the user lets code run that the record cannot allow; see `bench.runner.replay.recorded_config`.
 
     Raises:
         UserError: there is no such run, or its weights, data or calibration text have changed.
@@ -84,12 +85,12 @@ def verify(
     if samples < 1:
         raise UserError(f"--samples must be at least 1, got {samples}")
     record = Store(results_dir).get(run)
-    config = recorded_config(record)
+    config = recorded_config(record, allowed)
     _refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
     limit = min(samples, config.benchmark.limit or samples)
     part = config.benchmark.model_copy(update={"limit": limit})
-    model = rebuild_model(record, session)
+    model = rebuild_model(record, session, allowed)
     found = evaluate(model, plan(part, offline=config.offline)).samples
     if tolerance is None:
         number_format = select_dtype(config.model.dtype, select_device(config.model.device))
@@ -103,7 +104,7 @@ def _refuse_changed_data(config: RunConfig, record: Record, session: Session) ->
     """Raise if a task's documents differ from those that the run scored."""
     # The run's own benchmark and not the limited one, so that fingerprints are comparable.
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
-    for name, source in record.provenance["data"].items():
+    for name, source in record.provenance.get("data", {}).items():
         refuse_change(f"data of {name}", source["fingerprint"], planned.fingerprints.get(name))
 
 
@@ -176,7 +177,7 @@ def _environment_changes(record: Record) -> Iterator[str]:
     from bench.device.devices import describe_device
 
     for name, now in library_versions().items():
-        was = record.environment["versions"].get(name)
+        was = record.environment.get("versions", {}).get(name)
         if was != now:
             yield f"{name} was {was} and is {now}"
     for name, fact in describe_device().items():
@@ -208,9 +209,11 @@ def print_verdict(verdict: Verdict) -> None:
 def run_command(given: argparse.Namespace) -> int:
     """`bench verify RUN`."""
     with Session() as session:
-        verdict = verify(given.run, given.results_dir, given.samples, session, given.tolerance)
+        verdict = verify(
+            given.run, given.results_dir, given.samples, session, given.tolerance, given.allowed
+        )
     if given.json:
-        print(json.dumps(verdict.plain(), indent=1))
+        print_json(verdict.plain())
     else:
         print_verdict(verdict)
     return EXIT_DONE if verdict.agrees else EXIT_FAILED

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from bench.records import Store
+from bench.records.foreign_files import warn_once
+from bench.records.index import samples_table
 from bench.records.store import SAMPLES
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow
 
@@ -104,26 +106,25 @@ def _sample_chunk(rows: Iterable[LeaderboardRow], store: Store, per_run: int) ->
 
 def read_samples(path: Path, per_run: int) -> tuple[int, list[SampleRow]]:
     """Return the number of a run's samples, and about `per_run` of them, evenly spaced per task."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid):
+        table = samples_table(path)
+    except FileNotFoundError:
         return 0, []
-    if not file.metadata.num_rows:
+    except (OSError, ValueError) as error:
+        warn_once(path, error)
+        return 0, []
+    if not table.num_rows:
         return 0, []
     # Two small columns decide which rows are kept; their positions are taken from the order in the
     # file, which is that of the documents and so the same in every run of a setting.
-    kinds = file.read(columns=[c for c in ("task", "filter") if c in file.schema_arrow.names])
+    kinds = table.select([c for c in ("task", "filter") if c in table.column_names])
     positions: dict[tuple[str | None, ...], list[int]] = {}
     for position, kind in enumerate(zip(*kinds.to_pydict().values(), strict=True)):
         positions.setdefault(kind, []).append(position)
     # At least one sample of every task, even where that exceeds `per_run`.
     per_task = max(1, per_run // len(positions))
     chosen = [p for group in positions.values() for p in evenly_spaced(group, per_task)]
-    rows = file.read().take(chosen).to_pylist()
-    return file.metadata.num_rows, rows
+    return table.num_rows, table.take(chosen).to_pylist()
 
 
 def evenly_spaced(positions: list[int], count: int) -> list[int]:

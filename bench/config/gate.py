@@ -1,0 +1,287 @@
+"""What a config may contain, whoever wrote it, and what only the person at the keyboard may allow.
+
+Command lines, sweep plans, lists of runs and records become configs through these checks and in no
+other way. Whatever lets other code run, reads configs from elsewhere or sends results to somebody
+else counts only if it is said in this command: a plan or a record may ask for it, never grant it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bench.config.overrides import Overrides, sets, sweep_values, text_of
+from bench.errors import UserError
+from bench.security import refuse_foreign_code, refuse_secret
+
+HYDRA_KEYS = (
+    "hydra.launcher", "hydra.sweeper", "hydra.mode", "hydra.searchpath", "hydra.verbose",
+)  # fmt: skip
+"""The part of Hydra's own config that can be set."""
+_NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+SHIPPED_HYDRA: dict[str, object] = {
+    "callbacks": {},
+    "env": {},
+    "hydra_logging": _NO_LOGGING,
+    "job_logging": _NO_LOGGING,
+    "output_subdir": None,
+    "run.dir": "${results_dir}",
+    "sweep.dir": "${results_dir}/sweeps/unnamed",
+    "sweep.subdir": "jobs",
+    "job.chdir": None,
+    "job.env_set": {},
+    "job.env_copy": [],
+}
+"""The part that acts on this machine: classes, files, folders and the environment. It stays as it
+is shipped, whatever file of a search path would change it."""
+PLUGIN_PACKAGES = ("hydra_plugins", "hydra")
+"""Packages of launchers and sweepers; Hydra starts only classes that it found there itself."""
+RESOLVERS = frozenset({"hydra", "now", "oc.deprecated", "oc.env", "oc.select", "python_version"})
+"""Resolvers that look a value up. `oc.create` and its like build nodes, which could name code, when
+all checks are over."""
+
+WIDENING_KEYS = ("packages", "hydra.searchpath", "model.trust_remote_code", "tracker.entity")
+"""Keys that let code run, or results leave, beyond what is shipped."""
+LAUNCHER_LIMITS = frozenset({
+    "jobs", "devices", "timeout_min", "mem_gb", "num_cpus", "cpus_per_job", "gpus_per_job",
+    "parallel", "max_num_timeout", "signal_delay_s", "nodes", "tasks_per_node", "gpus_per_node",
+    "cpus_per_task", "stderr_to_stdout",
+})  # fmt: skip
+"""Settings of launchers that only count something; others reach a shell or another machine."""
+_NAME = re.compile(r"[\w+-][\w.+-]*")
+
+
+def check_overrides(overrides: Overrides) -> None:
+    """Check what was typed or stored as a command, before anything is composed from it.
+
+    Raises:
+        UserError: an override sets a part of Hydra's config that cannot be set, names a file
+            outside the config groups, grants remote code, or holds a secret.
+    """
+    for override in _single_values(overrides.parsed):
+        text = text_of(override)
+        refuse_secret(text, override.key_or_group)
+        _refuse_node_resolvers(text, text)
+        # Checked before composition, after which the value looks the same whoever set it.
+        if sets(override, "model.allow_remote_code"):
+            raise UserError(
+                f"{text}: only a file in conf/model may allow a model to run its own code"
+            )
+        if _is_hydras(override.package or ""):
+            raise UserError(f"{text}: a config group has no place in Hydra's own config")
+        leaves = dict(_leaves(override))
+        for key in leaves:
+            if _is_hydras(key) and not any(_is_below(key, allowed) for allowed in HYDRA_KEYS):
+                raise _not_settable(text)
+        # Only keys with a dot, and the results folder, hold values; all others may choose a file.
+        if "." in override.key_or_group or override.key_or_group == "results_dir":
+            continue
+        if any(".." in str(value).split("/") for value in leaves.values()):
+            raise UserError(f"{text}: a choice lies inside its config group, so `..` is refused")
+
+
+def check_run(overrides: Sequence[str]) -> Overrides:
+    """Check and return the overrides of one run of a sweep; they leave Hydra's config alone."""
+    parsed = Overrides.parse(overrides)
+    check_overrides(parsed)
+    if parsed.of_hydra:
+        raise UserError(
+            f"{parsed.of_hydra[0]}: one run of a sweep cannot change Hydra's own config; "
+            "give it to the whole sweep"
+        )
+    return parsed
+
+
+def check_composed(composed: DictConfig) -> None:
+    """Check a composed config with Hydra's own part, before Hydra acts on it.
+
+    Raises:
+        UserError: it names code outside its packages, or changes what cannot be set.
+    """
+    whole = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(whole, dict)
+    for key, value in _node_leaves(whole, ""):
+        _refuse_node_resolvers(key, value)
+    own = whole.pop("hydra")
+    refuse_foreign_code(whole, composed.get("packages") or ())
+    for key, shipped in SHIPPED_HYDRA.items():
+        found = own
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found != shipped:
+            raise _not_settable(f"hydra.{key}={found}")
+    for section in ("launcher", "sweeper"):
+        _check_plugin(f"hydra.{section}", own[section], composed)
+
+
+def _check_plugin(key: str, node: object, composed: DictConfig) -> None:
+    """Check that a launcher or sweeper is one class of Hydra's, and that its settings are plain."""
+    if not isinstance(node, dict):
+        raise UserError(f"{key}={node}: choose one by hydra/{key.removeprefix('hydra.')}=NAME")
+    settings = dict(node)
+    target = str(settings.pop("_target_", None))
+    if target.partition(".")[0] not in PLUGIN_PACKAGES:
+        allowed = ", ".join(PLUGIN_PACKAGES)
+        raise UserError(f"{key}._target_={target}: only code from {allowed} may run there")
+    # Hydra instantiates whatever names a class in the settings as well.
+    refuse_foreign_code(settings, (), key)
+    for name, value in _node_leaves(settings, f"{key}."):
+        if not isinstance(value, str) or "${" not in value:
+            continue
+        try:
+            found = OmegaConf.select(composed, name)
+        except OmegaConfBaseException:
+            # Known only inside a job, such as ${hydra:job.num}, and a value there.
+            continue
+        if OmegaConf.is_config(found):
+            raise UserError(f"{name}={value}: give a value instead of a part of the config")
+        refuse_secret(str(found), name)
+
+
+def check_plan(
+    folder: Path, arguments: Overrides, runs: Iterable[Sequence[str]], repeated: Sequence[str]
+) -> None:
+    """Check what the plan of the sweep in `folder` asks for.
+
+    `runs` are the overrides of its runs, planned or listed; `repeated` are the arguments of the
+    plan that the person at the keyboard gives again, and thereby allows.
+
+    Raises:
+        UserError: the plan asks for what a plan cannot allow, and this command does not.
+    """
+    check_overrides(arguments)
+    # Runs share most of their overrides, and parsing one takes a millisecond.
+    parsed = check_run(list(dict.fromkeys(text for run in runs for text in run)))
+    asked = [*arguments.parsed, *parsed.parsed]
+    name, results_dir = folder.name, folder.parent.parent
+    for override in asked:
+        if override.key_or_group == "results_dir" and not _is_same_folder(override, results_dir):
+            raise UserError(
+                f"the plan of sweep {name} in {results_dir} writes to {text_of(override)}: move it "
+                "back, or run its command again"
+            )
+    unsaid = dict.fromkeys(text_of(o) for o in asked if text_of(o) not in repeated and _widens(o))
+    if unsaid:
+        command = shlex.join(["bench", "resume", name, *dict.fromkeys([*repeated, *unsaid])])
+        raise UserError(
+            f"the plan of sweep {name} asks for {', '.join(unsaid)}, which no plan can allow: "
+            f"if you trust it, give it again: {command}"
+        )
+    known = {text_of(override) for override in asked}
+    for text in repeated:
+        if text not in known:
+            raise UserError(f"{text} is not in the plan of sweep {name}: resuming changes nothing")
+
+
+def _is_same_folder(override: Override, folder: Path) -> bool:
+    """Tell whether an override names a folder, by whatever path."""
+    value = None if override.is_sweep_override() else override.value()
+    return value is not None and os.path.realpath(str(value)) == os.path.realpath(folder)
+
+
+def _widens(override: Override) -> bool:
+    """Tell whether an override asks for what only the person at the keyboard can allow."""
+    for single in _single_values([override]):
+        if any(sets(single, key) for key in WIDENING_KEYS):
+            return True
+        # A resolver reads what is not in the plan, such as the environment.
+        if any(_resolvers(text_of(single))):
+            return True
+        for key, value in _leaves(single):
+            if _is_below(key, "hydra.launcher"):
+                setting = key.removeprefix("hydra.launcher").removeprefix(".").partition(".")[0]
+                if setting and setting not in LAUNCHER_LIMITS:
+                    return True
+            # The name of a study is that of a file.
+            elif key != "hydra.sweeper.study":
+                continue
+            if value is not None and not _NAME.fullmatch(str(value)):
+                return True
+    return False
+
+
+def _not_settable(text: str) -> UserError:
+    return UserError(f"{text}: of Hydra's own config only {', '.join(HYDRA_KEYS)} can be set")
+
+
+def _is_hydras(key: str) -> bool:
+    return _is_below(key, "hydra")
+
+
+def _is_below(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(f"{parent}.")
+
+
+def _single_values(overrides: Iterable[Override]) -> Iterator[Override]:
+    """Yield overrides with one value each: a sweep over mappings as one override per mapping."""
+    for override in overrides:
+        values = list(sweep_values(override)) if override.is_sweep_override() else []
+        if any("{" in value for value in values):
+            key = override.get_key_element()
+            yield from Overrides.parse([f"{key}={value}" for value in values]).parsed
+        else:
+            yield override
+
+
+def _leaves(override: Override) -> Iterator[tuple[str, object]]:
+    """Yield every dotted key that an override sets, with its value or, of a sweep, each value."""
+    key = override.key_or_group.replace("/", ".")
+    if override.is_sweep_override():
+        yield from ((key, value) for value in sweep_values(override))
+    else:
+        yield from _node_leaves(override.value(), f"{key}.")
+
+
+def _node_leaves(node: object, prefix: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, list | tuple):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict) or not node:
+        yield prefix.rstrip("."), node
+        return
+    for key, value in node.items():
+        yield from _node_leaves(value, f"{prefix}{key}.")
+
+
+def _refuse_node_resolvers(key: str, value: object) -> None:
+    for name in _resolvers(value):
+        if name not in RESOLVERS:
+            allowed = ", ".join(sorted(RESOLVERS))
+            raise UserError(f"{key}: the resolver {name!r} is not allowed: use one of {allowed}")
+
+
+def _resolvers(value: object) -> Iterator[str]:
+    """Yield the name of every resolver in a text; a computed name is yielded as far as it is read.
+
+    `${oc.env:HOME}` has one, `${seed}` has none.
+    """
+    for name, end in re.findall(r"\$\{([^:{}$]*)([:$]?)", value) if isinstance(value, str) else ():
+        if end:
+            yield name.strip() if end == ":" else f"{name}$"
+
+
+def plan_arguments(arguments: Sequence[str], name: str) -> Overrides:
+    """Read the stored arguments of a plan.
+
+    Raises:
+        UserError: they are not arguments of `bench run`.
+    """
+    try:
+        return Overrides.parse(arguments)
+    except UserError as error:
+        raise UserError(f"the plan of sweep {name} cannot be read: {error}") from None
+
+
+def listed_runs(composed: DictConfig) -> list[list[str]]:
+    """Return the overrides that the sweeper's own config gives to runs, one list per run or key."""
+    sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=False)
+    runs = [list(map(str, run)) for run in sweeper.get("runs") or []]
+    keys = {**(sweeper.get("params") or {}), **(sweeper.get("space") or {})}
+    return [*runs, *([f"{key}={values}"] for key, values in keys.items())]

@@ -1,0 +1,220 @@
+"""Files of a results folder, which may come from somebody else, read within bounds.
+
+Nothing here waits, follows a link or fills the memory: what is no regular file, too large or nested
+too deep is refused by its kind, before it is opened or parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from bench.errors import UserError
+from bench.ui import clean, warn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_TABLE_BYTES = 2**33
+"""Bytes of a table when it is unpacked; compression makes a small file of any amount of zeros."""
+MAX_DEPTH = 64
+MAX_INTEGER = 2**63 - 1
+"""Whole numbers are stored in 64 bits by Parquet, JavaScript and most other readers."""
+SAMPLE_COLUMNS = {
+    **dict.fromkeys(
+        ("task", "filter", "doc_hash", "prompt_hash", "image_hash", "prompt", "response"), "text"
+    ),
+    "doc_id": "numbers", "probability": "numbers", "choices": "lists of text",
+    "loglikelihoods": "lists of numbers",
+}  # fmt: skip
+"""What the columns of `samples.parquet` hold; metrics add numbers of their own."""
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def read_regular_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ValueError: it is something else, or too large.
+    """
+    _require_regular(path, path.lstat().st_mode)
+    # Without blocking and following, since the name may be exchanged between the two calls.
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        _require_regular(path, os.fstat(handle).st_mode)
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    return content
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path.name} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}")
+
+
+def parse_json(content: bytes) -> object:
+    """Parse JSON whose values every part of the program can hold.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeper than `MAX_DEPTH`, or holds a number or text
+            that cannot be stored again.
+    """
+    if not _is_shallow(content):
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    try:
+        found: object = json.loads(
+            content.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
+        )
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    if _SURROGATE.search(content):
+        # Half a character can be written in JSON, and nowhere else.
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a character") from None
+    return found
+
+
+def read_json(path: Path) -> object:
+    """Return the content of a JSON file; raises as `read_regular_file` and `parse_json` do."""
+    return parse_json(read_regular_file(path))
+
+
+def _is_shallow(content: bytes) -> bool:
+    """Tell whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
+    # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
+    left = _TEXT.sub(b"", content).translate(None, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        left = left.replace(b"{}", b"").replace(b"[]", b"")
+    if b"{}" in left or b"[]" in left:
+        return False
+    # What does not match up is no JSON; the parser says where.
+    return left.count(b"[") + left.count(b"{") <= MAX_DEPTH
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:20]}, which is no finite number")
+    return value
+
+
+def _bounded(text: str) -> int:
+    # By its length first: Python refuses to convert thousands of digits, in words of its own.
+    if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
+        raise ValueError(f"it holds {text[:20]}..., which needs more than 64 bits")
+    return int(text)
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line, without control characters, why a file was not read."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return clean((reason or str(error) or type(error).__name__).splitlines()[0])
+
+
+_warned: set[tuple[Path, str]] = set()
+
+
+def warn_once(path: Path, reason: str | Exception) -> None:
+    """Warn that a file or folder is left out; a command may come across it more than once."""
+    text = reason_of(reason) if isinstance(reason, Exception) else reason
+    if (path, text) not in _warned:
+        _warned.add((path, text))
+        warn(f"{path} is left out: {text}")
+
+
+def refuse_unstorable(node: object, key: str) -> None:
+    """Raise if a value cannot be stored in a record and read again.
+
+    Raises:
+        UserError: names the key, the value, and what can be stored.
+    """
+    if isinstance(node, Mapping):
+        for name, inner in node.items():
+            if not isinstance(name, str):
+                raise UserError(f"{key}.{name}: the name {name!r} is no text: quote it")
+            refuse_unstorable(name, f"the name {key}.{name}")
+            refuse_unstorable(inner, f"{key}.{name}" if key else name)
+    elif isinstance(node, list | tuple):
+        for place, inner in enumerate(node):
+            refuse_unstorable(inner, f"{key}.{place}")
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise UserError(f"{key}={node}: a record holds finite numbers only")
+    elif isinstance(node, int) and abs(node) > MAX_INTEGER:
+        raise UserError(f"{key}={str(node)[:20]}...: a record holds whole numbers of 64 bits only")
+    elif isinstance(node, str) and not node.isprintable() and _has_controls(node):
+        raise UserError(f"{key}={node!r}: control characters and halves of one cannot be stored")
+
+
+def _has_controls(text: str) -> bool:
+    controls = (ord(character) for character in text if character not in "\n\t\r")
+    return any(code < 32 or 127 <= code < 160 or 0xD800 <= code < 0xE000 for code in controls)
+
+
+def read_table(path: Path, kinds: Mapping[str, str]) -> pa.Table:
+    """Return a Parquet table; `kinds` says what a column holds, if it is there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ValueError: it is no such table; the message is one sentence.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = read_regular_file(path, MAX_TABLE_BYTES)
+    try:
+        # Without page checksums, a flipped bit in a value would go unnoticed.
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        groups = range(file.metadata.num_row_groups)
+        size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+        if not 0 <= size <= MAX_TABLE_BYTES:
+            raise ValueError(f"it would fill {size:,} bytes of memory")
+        table = file.read()
+        table.validate(full=True)
+    except (OSError, OverflowError, MemoryError, pa.ArrowException) as error:
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
+    for field in table.schema:
+        kind = kinds.get(field.name)
+        if kind is not None and not _holds(field.type, kind):
+            raise ValueError(f"its column {field.name!r} holds {field.type}, not {kind}")
+    return table
+
+
+def _holds(kind: pa.DataType, wanted: str) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_null(kind):
+        return True
+    if wanted.startswith("lists of "):
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        return listed and _holds(kind.value_type, wanted.removeprefix("lists of "))
+    if wanted == "text":
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
