@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -16,7 +16,8 @@ from bench.schema import BenchmarkConfig
 from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
-    from bench.evaluation.harness import DocumentSource, Harness
+    from bench.evaluation.harness import DocumentSource, Harness, ScoredBenchmark
+    from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
     from bench.schema import ModelConfig
@@ -150,7 +151,24 @@ def evaluate(
 
     seed_everything(SEED)
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
-    metrics, rows, report = plan.harness.score(model, progress, cache or ResponseCache())
-    metrics += headline_average(plan.benchmark, metrics)
-    backend = None if report is None else report.as_json()
-    return Evaluation(tuple(metrics), align_rows(rows), backend)
+    return _evaluation(plan, plan.harness.score(model, progress, cache or ResponseCache()))
+
+
+def rescore(plan: PlannedBenchmark, rows: Sequence[SampleRow]) -> Evaluation:
+    """Apply the harness's filters and metrics to the answers in sample rows, without a model.
+
+    Raises:
+        UserError: the rows lack answers that the metrics need.
+    """
+    return _evaluation(plan, plan.harness.rescore(rows))
+
+
+def _evaluation(plan: PlannedBenchmark, scored: ScoredBenchmark) -> Evaluation:
+    metrics = [*scored.metrics, *headline_average(plan.benchmark, scored.metrics)]
+    report = scored.backend_report
+    return Evaluation(
+        tuple(metrics),
+        align_rows(scored.rows),
+        backend=None if report is None else report.as_json(),
+        evidence=tuple(scored.evidence),
+    )

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
+    from torch import nn
 
+    from bench.data.chat import Tokenizer
     from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
-    from bench.records.record import Metric
-    from bench.schema import ModelKind
+    from bench.records.record import Metric, TaskEvidence
+    from bench.schema import ModelConfig, ModelKind
     from bench.ui import Progress
 
 SEED = 1234
@@ -70,11 +72,15 @@ def select_backend(
 
 
 class ScoredBenchmark(NamedTuple):
-    """The metrics of a model, one row per scored sample, and the backend report if there is one."""
+    """The metrics of a model, one row per scored sample, and the backend report if there is one.
+
+    `evidence` says per task what its numbers rest on.
+    """
 
     metrics: list[Metric]
     rows: list[SampleRow]
     backend_report: BackendReport | None = None
+    evidence: Sequence[TaskEvidence] = ()
 
 
 class Harness(Protocol):
@@ -88,11 +94,17 @@ class Harness(Protocol):
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task came from."""
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Raise UserError unless the tasks can be put to a network, given without weights."""
+
     def images(self, task: str, document: int) -> Sequence[Image]:
         """Return the images of a document, given its index in the data set; empty for text."""
 
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score a model; requests found in the response cache are skipped, new ones added to it."""
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Score the answers in sample rows; raise UserError if they do not suffice."""
 
 
 Origin = Literal["hub", "embedded", "file", "harness"]

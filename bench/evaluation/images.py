@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from bench.data import image_catalogue, image_sets
 from bench.data.image_sets import ImageSet, Splits
+from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.harness import DocumentSource, Origin, ScoredBenchmark
 from bench.evaluation.metrics import SampleRow, task_metric
@@ -22,8 +23,13 @@ from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.classifiers.classifier import Classifier
 from bench.models.model import Model
 from bench.records.record import Metric
-from bench.schema import BenchmarkConfig, ModelKind
+from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
 from bench.ui import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bench.data.chat import Tokenizer
 
 ACCURACY = "acc"
 
@@ -42,6 +48,9 @@ class ImageHarness:
     def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: a classifier's rows do not reference images by hash."""
         return ()
+
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Check nothing: classifiers read no text."""
 
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Return the accuracy and one row per image.
@@ -73,6 +82,13 @@ class ImageHarness:
             )
         correct = [float(row[ACCURACY]) for row in rows]
         return ScoredBenchmark([_accuracy(self.benchmark, task, correct)], rows)
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Raise: a predicted class passes through no filter, and its metric is ours."""
+        raise UserError(
+            f"benchmark {self.benchmark.name} classifies images: no harness scores their answers, "
+            "so there is nothing to score again"
+        )
 
 
 def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from bench.records.record import Metric
+from bench.records.record import Metric, TaskEvidence
 from bench.schema import BenchmarkConfig
 
 LoggedSample: TypeAlias = Mapping[str, Any]
@@ -30,6 +30,7 @@ def task_metric(
     higher_is_better: bool = True,
     headline: bool = True,
     task_version: str | None = None,
+    truncated: int | None = None,
 ) -> Metric:
     """Return a metric of a task; `through` is its filter, `none` if there is no choice."""
     return Metric(
@@ -45,6 +46,7 @@ def task_metric(
         higher_is_better=higher_is_better,
         headline=headline,
         task_version=task_version,
+        truncated=truncated,
     )
 
 
@@ -53,11 +55,13 @@ class Evaluation:
     """All metrics of one model on one benchmark, and one row per scored sample.
 
     `backend` is the backend report as JSON, None for harnesses without a choice of backend.
+    `evidence` says per task what its numbers rest on.
     """
 
     metrics: tuple[Metric, ...]
     samples: tuple[SampleRow, ...]
     backend: dict[str, object] | None = None
+    evidence: tuple[TaskEvidence, ...] = ()
 
 
 AVERAGE = "average"
@@ -144,6 +148,14 @@ SAMPLE_COLUMNS: dict[str, object] = {
     "loglikelihoods": (),
     "greedy": (),
     "response": None,
+    "generations": (),
+    "finish_reasons": (),
+    "prompt_tokens": (),
+    "answer_tokens": (),
+    "truncated_tokens": None,
+    "spans_join": None,
+    "tied_choices": None,
+    "in_examples": None,
     "n_tokens": None,
 }
 """First columns of every sample row, with the value used where a task has none."""

@@ -60,6 +60,9 @@ class GenerationConfig(Protocol):
 
     eos_token_id: int | list[int] | None
 
+    def to_diff_dict(self) -> dict[str, object]:
+        """Return the settings that differ from the library's defaults."""
+
 
 class LanguageModel(Protocol):
     """A network with a language model head."""

@@ -19,12 +19,11 @@ from bench.evaluation import evaluate, plan
 from bench.records import Store
 from bench.records import samples as recorded_samples
 from bench.runner.inputs import library_versions
-from bench.runner.replay import rebuild_model, recorded_config, refuse_change
+from bench.runner.replay import rebuild_model, recorded_config, refuse_changed_data
 from bench.runner.session import Session
 from bench.ui import console
 
 if TYPE_CHECKING:
-    from bench.config.run_config import RunConfig
     from bench.records import Record
 
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
@@ -85,7 +84,7 @@ def verify(
         raise UserError(f"--samples must be at least 1, got {samples}")
     record = Store(results_dir).get(run)
     config = recorded_config(record)
-    _refuse_changed_data(config, record, session)
+    refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
     limit = min(samples, config.benchmark.limit or samples)
     part = config.benchmark.model_copy(update={"limit": limit})
@@ -97,14 +96,6 @@ def verify(
     frame = recorded_samples(record.id, results_dir)
     before = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
     return _compare(record, before, found, tolerance)
-
-
-def _refuse_changed_data(config: RunConfig, record: Record, session: Session) -> None:
-    """Raise if a task's documents differ from those that the run scored."""
-    # The run's own benchmark and not the limited one, so that fingerprints are comparable.
-    planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
-    for name, source in record.provenance["data"].items():
-        refuse_change(f"data of {name}", source["fingerprint"], planned.fingerprints.get(name))
 
 
 def _compare(

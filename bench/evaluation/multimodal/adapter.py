@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -19,6 +20,7 @@ from PIL.Image import Image
 
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.evidence import EvidenceLog, Seen
 from bench.evaluation.harness import select_backend
 from bench.evaluation.multimodal import shared_prefix
 from bench.evaluation.multimodal.generation import Answer, Generation, ImageQuestion
@@ -41,7 +43,7 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
 
     Questions about the same images are answered one after the other, so that a small cache holds
     their features and their prefill is shared. `answers_by_document` maps (task, document) to the
-    full prompt and the answer.
+    full prompt and the answer, `evidence` to what the model saw.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
             )
         model.network.eval()
         self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.evidence = EvidenceLog()
+        self._overlong = benchmark.overlong
         self.backend_report = select_backend(
             model, benchmark.backend, shared_prefix.unsupported_reason(model), progress
         )
@@ -79,7 +83,9 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         for group in groups.values():
             indices = self._by_image(requests, group) if shares else group
             options = requests[indices[0]].args[1]
-            generation = Generation(self._model, self._prompts, self._features, options, shares)
+            generation = Generation(
+                self._model, self._prompts, self._features, options, shares, self._overlong
+            )
             responses = self._cache.get_or_compute_batched(
                 [_request_key(requests[index]) for index in indices],
                 [self._question(requests[index]) for index in indices],
@@ -88,10 +94,12 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
                 partial(_answer_fields, generation),
                 self._progress,
             )
-            for index, (text, prompt, hashed) in zip(indices, responses, strict=True):
+            for index, (text, prompt, hashed, seen) in zip(indices, responses, strict=True):
                 *_, document, task, _split = requests[index].args
-                answer = Answer(str(text), str(prompt), hashed)
+                answer = Answer(text, prompt, hashed, Seen(**seen))
                 self.answers_by_document[task, document] = answer
+                self.evidence.requests[task, document].append(answer.seen)
+                self.evidence.settings[task] = generation.in_force
                 texts[index] = answer.text
         return texts
 
@@ -104,7 +112,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
     def _question(self, request: Instance) -> ImageQuestion:
         text, _, doc_to_visual, document, task, split = request.args
         # Images are opened late: the decoded images of a whole task may exceed the memory.
-        return ImageQuestion(text, partial(self._open, doc_to_visual, document, task, split))
+        opening = partial(self._open, doc_to_visual, document, task, split)
+        return ImageQuestion(text, opening, f"task {task}, document {document}")
 
     def _by_image(self, requests: list[Instance], indices: list[int]) -> list[int]:
         """Group questions about the same images, in the order of the first question of each group.
@@ -135,11 +144,12 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         )
 
 
-def _answer_fields(
-    generation: Generation, questions: Sequence[ImageQuestion]
-) -> list[list[str | None]]:
+def _answer_fields(generation: Generation, questions: Sequence[ImageQuestion]) -> list[list[Any]]:
     """Return answers as JSON values, the form that the response cache stores."""
-    return [[answer.text, answer.prompt, answer.image_hash] for answer in generation.run(questions)]
+    return [
+        [answer.text, answer.prompt, answer.image_hash, asdict(answer.seen)]
+        for answer in generation.run(questions)
+    ]
 
 
 def _request_key(request: Instance) -> str:

@@ -6,13 +6,17 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+
 from bench.errors import UserError
 from bench.evaluation.distributed import hidden_from_harness
+from bench.evaluation.evidence import EvidenceLog, Seen, task_evidence, warn_about
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lmms_eval
 from bench.evaluation.metrics import LoggedSample, SampleRow, sample_score, task_metric
@@ -22,6 +26,7 @@ from bench.evaluation.multimodal.derived_metrics import (
     HarnessScores,
     derive_metrics,
 )
+from bench.evaluation.multimodal.generation import Answer
 from bench.evaluation.multimodal.planned_tasks import PlannedTask, scoring_unit
 from bench.evaluation.response_cache import ResponseCache
 from bench.evaluation.task_planning import (
@@ -32,12 +37,16 @@ from bench.evaluation.task_planning import (
     refuse_unknown_data,
 )
 from bench.models.model import Model
-from bench.records.record import Metric
-from bench.schema import BenchmarkConfig, ModelKind
-from bench.ui import Progress
+from bench.models.network import text_config
+from bench.records.record import Metric, TaskEvidence
+from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
+from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
+
+    from bench.data.chat import Tokenizer
 
 MEAN_METRICS = frozenset({"pope_accuracy"})
 """Metrics that are the mean of a score per sample, although their samples are not numbers."""
@@ -73,18 +82,82 @@ class MultimodalHarness:
         (planned,) = (each for each in self.tasks if each.name == task)
         return planned.images(planned.indices.index(document))
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Raise UserError unless answers can end."""
+        if tokenizer.eos_token_id is None and text_config(network).eos_token_id is None:
+            raise UserError(
+                f"neither the tokenizer nor the config of model {model.name} names an end-of-text "
+                "token, at which answers stop: set eos_token in its tokenizer_config.json"
+            )
+
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score the model on every task; images are encoded once for all of them."""
         adapter = LmmsEvalAdapter(model, self.benchmark, progress, cache)
+        scored = self._score_tasks(adapter, model.name, progress)
+        warn_about(scored.evidence, model.max_length, progress)
+        return scored._replace(backend_report=adapter.backend_report)
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Apply the harness's filters and metrics to the answers in sample rows.
+
+        Raises:
+            UserError: the rows lack answers that the metrics need.
+        """
+        return self._score_tasks(StoredAnswers(self.tasks, rows), "stored answers", SILENT)
+
+    def _score_tasks(
+        self, lm: LmmsEvalAdapter | StoredAnswers, name: str, progress: Progress
+    ) -> ScoredBenchmark:
         metrics: list[Metric] = []
         rows: list[SampleRow] = []
+        evidence: list[TaskEvidence] = []
         for task in self.tasks:
-            with progress.phase(f"{model.name} on {task.name}"):
-                result = _run_harness(adapter, task)
+            with progress.phase(f"{name} on {task.name}"):
+                result = _run_harness(lm, task)
             with quiet_lmms_eval():
                 metrics += task_metrics(self.benchmark, task, result)
-            rows += sample_rows(task, adapter, result)
-        return ScoredBenchmark(metrics, rows, adapter.backend_report)
+            found = sample_rows(task, lm, result)
+            evidence.append(task_evidence(task.name, found, lm.evidence.settings.get(task.name)))
+            rows += found
+        return ScoredBenchmark(metrics, rows, evidence=evidence)
+
+
+class StoredAnswers(lmms):  # type: ignore[misc]  # the harness has no types
+    """The answers in sample rows, given again to the harness's requests."""
+
+    def __init__(self, tasks: Sequence[PlannedTask], rows: Sequence[SampleRow]) -> None:
+        super().__init__()
+        self._indices = {task.name: task.indices for task in tasks}
+        self._rows = {(row["task"], row["doc_id"]): row for row in rows}
+        self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.evidence = EvidenceLog()
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the texts as they were before any filter."""
+        texts = []
+        for request in requests:
+            *_, document, task, _split = request.args
+            row = self._rows.get((task, self._indices[task][document]), {})
+            if not len(row.get("generations", ())):
+                raise UserError(
+                    f"task {task}, document {self._indices[task][document]}: the run stored no "
+                    "generations, so it cannot be scored again without the model"
+                )
+            (text,) = row["generations"]
+            seen = Seen(0, 0)
+            self.answers_by_document[task, document] = Answer(
+                text, row["prompt"], row["image_hash"], seen
+            )
+            texts.append(text)
+        return texts
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Raise: planning admits only generate_until tasks."""
+        raise NotImplementedError
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Raise: planning admits only single-turn tasks."""
+        raise NotImplementedError
 
 
 def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalHarness:
@@ -113,18 +186,18 @@ def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalH
     return MultimodalHarness(benchmark, tuple(tasks))
 
 
-def _run_harness(adapter: LmmsEvalAdapter, planned: PlannedTask) -> HarnessResult:
+def _run_harness(lm: LmmsEvalAdapter | StoredAnswers, planned: PlannedTask) -> HarnessResult:
     """Let lmms-eval build requests, collect responses and aggregate."""
     from lmms_eval.evaluator import evaluate
 
     # The adapter looks up the images of a request here.
-    adapter.task_dict[planned.name] = planned.task.dataset
+    lm.task_dict[planned.name] = planned.task.dataset
     with quiet_lmms_eval(), hidden_from_harness(), tempfile.TemporaryDirectory() as folder:
         # The harness insists on writing files next to its results; they go to a folder that is
         # dropped. `torchrun` is the executor backend that sets up nothing in a single process.
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: HarnessResult = evaluate(
-            adapter,
+            lm,
             {planned.name: planned.task},
             bootstrap_iters=0,
             log_samples=True,
@@ -189,14 +262,16 @@ def _version(metadata: Metadata | list[Metadata] | None) -> str | None:
 
 
 def sample_rows(
-    planned: PlannedTask, adapter: LmmsEvalAdapter, result: HarnessResult
+    planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, result: HarnessResult
 ) -> list[SampleRow]:
     """Return one row per scored document; `doc_id` is its index in the whole data set."""
-    return [_sample_row(planned, adapter, sample) for sample in result["samples"][planned.name]]
+    return [_sample_row(planned, lm, sample) for sample in result["samples"][planned.name]]
 
 
-def _sample_row(planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSample) -> SampleRow:
-    answer = adapter.answers_by_document[planned.name, sample["doc_id"]]
+def _sample_row(
+    planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, sample: LoggedSample
+) -> SampleRow:
+    answer = lm.answers_by_document[planned.name, sample["doc_id"]]
     metrics = {
         name: sample_score(sample[name]) for name in planned.task.aggregation() if name in sample
     }
@@ -211,9 +286,11 @@ def _sample_row(planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSa
         "target": _target(sample),
         "prompt": answer.prompt,
         "response": str(sample["filtered_resps"][0]),
+        "generations": [answer.text],
         "image_hash": answer.image_hash,
         "category": sample["doc"].get("category"),
         "unit": scoring_unit(planned.name, sample["doc"]),
+        **lm.evidence.columns(planned.name, sample["doc_id"]),
         **metrics,
     }
 

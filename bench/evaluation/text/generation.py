@@ -20,6 +20,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.evidence import Finish, settings_in_force, tokens_until_stop
 from bench.evaluation.harness import SEED
 from bench.evaluation.networks import language_model, pad_left
 from bench.evaluation.response_cache import ResponseCache, request_key
@@ -28,10 +29,33 @@ from bench.ui import Progress
 
 
 class GenerationRequest(NamedTuple):
-    """Tokens of a context, and the harness's generation settings for it."""
+    """Tokens of a context that fits, and the harness's generation settings for it."""
 
     context: list[int]
     options: Mapping[str, object]
+
+
+class Generated(NamedTuple):
+    """A text before any filter, how it ended, and its tokens up to there."""
+
+    text: str
+    finish: Finish
+    tokens: int
+
+
+def context_limit(options: Mapping[str, object], longest: int, name: str) -> int:
+    """Return the tokens that a task's settings leave for a context, of `longest` in total.
+
+    Raises:
+        UserError: they leave none.
+    """
+    new_tokens = int(normalize_gen_kwargs(options)["max_gen_toks"])
+    if new_tokens < longest:
+        return longest - new_tokens
+    raise UserError(
+        f"the task generates {new_tokens} tokens, which leaves none for a context: "
+        f"model {name} takes {longest} in total"
+    )
 
 
 def generate(
@@ -40,7 +64,7 @@ def generate(
     batches: AdaptiveBatches,
     cache: ResponseCache,
     progress: Progress,
-) -> list[str]:
+) -> list[Generated]:
     """Return one continuation per context; contexts with equal settings share batches.
 
     A task that samples several answers repeats its request, and each repetition is drawn
@@ -49,7 +73,7 @@ def generate(
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[json.dumps(request.options, sort_keys=True, default=str)].append(index)
-    texts = [""] * len(requests)
+    generated: dict[int, Generated] = {}
     for group in groups.values():
         # Longest first: padding stays small, and a batch that does not fit fails at the start.
         group.sort(key=lambda index: -len(requests[index].context))
@@ -62,9 +86,10 @@ def generate(
         responses = cache.get_or_compute_batched(
             keys, keyed, sizes, batches, settings.run, progress
         )
-        for index, text in zip(group, responses, strict=True):
-            texts[index] = text
-    return texts
+        generated |= {
+            index: Generated(*response) for index, response in zip(group, responses, strict=True)
+        }
+    return [generated[index] for index in range(len(requests))]
 
 
 def _request_keys(contexts: Sequence[list[int]], options: Mapping[str, object]) -> list[str]:
@@ -86,7 +111,11 @@ class GenerationSettings:
         self._model = model
         settings = dict(normalize_gen_kwargs(options))
         self._new_tokens = int(settings.pop("max_gen_toks"))
-        end = model.tokenizer.decode(model.tokenizer.eos_token_id, skip_special_tokens=False)
+        tokenizer, own = model.tokenizer, language_model(model).generation_config
+        # The model's own end tokens end a row as well, whatever the tokenizer calls EOS.
+        ends = own.eos_token_id
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        end = tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=False)
         self._stop: list[str] = handle_stop_sequences(settings.pop("until", None), eos=end)
         # Replaced in `run`: the limit there counts from the padded width, as in lm-eval's `hf`
         # model.
@@ -95,20 +124,18 @@ class GenerationSettings:
         if not settings.get("do_sample"):
             settings.pop("temperature", None)
         self._options: dict[str, object] = settings
-        pad, eos = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_token = int(eos if pad is None else pad)
-        self._max_context = model.max_length - self._new_tokens
-        if self._max_context < 1:
-            raise UserError(
-                f"the task generates {self._new_tokens} tokens, which leaves none for a context: "
-                f"model {model.name} takes {model.max_length} in total"
-            )
+        self.in_force = settings_in_force(
+            own.to_diff_dict(), settings, max_gen_toks=self._new_tokens, until=self._stop
+        )
 
     @torch.no_grad()
-    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[str]:
-        """Continue (key, context) pairs of any length, truncated and padded on the left.
+    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int]]:
+        """Continue (key, context) pairs of any length, padded on the left.
 
-        Sampling depends on the batch and not on what was drawn before it.
+        Returns the fields of `Generated` as JSON values. Sampling depends on the batch and not on
+        what was drawn before it.
         """
         contexts = [context for _, context in keyed]
         if self._options.get("do_sample"):
@@ -116,9 +143,8 @@ class GenerationSettings:
             # interrupted run would have drawn, although it did not draw for the batches before. 15
             # hexadecimal digits, since torch takes a signed 64-bit seed.
             torch.manual_seed(int(request_key(SEED, *(key for key, _ in keyed))[:15], 16))
-        # On the left a context is truncated, as lm-eval does, and padded, so that all rows end at
-        # one column and `generate` appends there.
-        rows = [torch.tensor([c[-self._max_context :]], dtype=torch.long) for c in contexts]
+        # On the left, so that all rows end at one column and `generate` appends there.
+        rows = [torch.tensor([context], dtype=torch.long) for context in contexts]
         ids_BT, device = pad_left(rows, self._pad_token), self._model.device
         mask_BT = pad_left([torch.ones_like(row) for row in rows], 0)
         width, tokenizer = ids_BT.shape[1], self._model.tokenizer
@@ -131,5 +157,19 @@ class GenerationSettings:
             use_cache=True,
             **self._options,
         )
-        texts = (tokenizer.decode(row[width:], skip_special_tokens=True) for row in output_BT)
-        return [postprocess_generated_text(text, self._stop, None) for text in texts]
+        return [list(self._generated(row)) for row in output_BT[:, width:].tolist()]
+
+    def _generated(self, row: list[int]) -> Generated:
+        """Cut one row of new tokens at its first stop string; padding may follow its end."""
+        whole = self._text(row)
+        text: str = postprocess_generated_text(whole, self._stop, None)
+        if text != whole:
+            return Generated(text, "stop", tokens_until_stop(row, self._text, self._stop))
+        end = next((index for index, token in enumerate(row) if token in self._ends), None)
+        if end is None:
+            return Generated(text, "length", len(row))
+        return Generated(text, "eos", end)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text

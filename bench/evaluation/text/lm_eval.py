@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import lm_eval.utils
+from lm_eval.api.model import LM
 
+from bench.errors import UserError
+from bench.evaluation.evidence import EvidenceLog, count_ties, task_evidence, warn_about
 from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.metrics import (
@@ -31,14 +34,20 @@ from bench.evaluation.task_planning import (
     refuse_unknown_data,
 )
 from bench.evaluation.text import perplexity, planned_tasks, task_data
-from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.evaluation.text.adapter import LmEvalAdapter, StoredAnswers
+from bench.evaluation.text.generation import context_limit
 from bench.evaluation.text.planned_tasks import PlannedTask
 from bench.evaluation.text.task_data import PlannedText
 from bench.evaluation.text.task_index import TextTask
-from bench.models.model import Model
-from bench.records.record import Metric
-from bench.schema import BenchmarkConfig, ModelKind
-from bench.ui import Progress
+from bench.models.model import Model, max_sequence_length
+from bench.records.record import Metric, TaskEvidence
+from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
+from bench.ui import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bench.data.chat import Tokenizer
 
 _BOOTSTRAP_RESAMPLES = 1000
 """Resamples for metrics without a closed-form standard error; others ignore it."""
@@ -76,27 +85,85 @@ class TextHarness:
         """Return nothing: documents are texts."""
         return ()
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Raise UserError unless special tokens and lengths suffice for every task."""
+        longest = max_sequence_length(model, network)
+        leaves = [task for planned in self.tasks for task in planned.tasks.values()]
+        generating = [task for task in leaves if task.OUTPUT_TYPE == "generate_until"]
+        if leaves and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of model {model.name} has neither an end-of-text nor a BOS token, "
+                "and lm-eval puts one of them in place of an empty context: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        if generating and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of model {model.name} has no end-of-text token, at which the "
+                f"answers of task {generating[0].task_name} stop: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        for task in generating:
+            options = dict(vars(task.config).get("generation_kwargs") or {})
+            try:
+                context_limit(options, longest, model.name)
+            except UserError as error:
+                raise UserError(f"task {task.task_name}: {error}") from None
+        for text in self.texts:
+            perplexity.check_window(text, longest, model.name)
+
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score the model on every task and text; cached requests are skipped."""
         benchmark = self.benchmark
         # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
         # memory.
-        adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.backend, cache)
-        metrics: list[Metric] = []
-        rows: list[SampleRow] = []
-        for task in self.tasks:
-            with progress.phase(f"{model.name} on {task.name}"), cached_templates():
-                result = _run_harness(adapter, task, benchmark.limit)
-                rows += sample_rows(task, result)
-            metrics += task_metrics(benchmark, task, result)
+        adapter = LmEvalAdapter(
+            model, benchmark.batch_size, progress, benchmark.backend, cache, benchmark.overlong
+        )
+        scored = self._score_tasks(adapter, adapter.evidence, model.name, progress)
+        warn_about(scored.evidence, model.max_length, progress)
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
                 metric, windows = perplexity.measure_perplexity(
                     model, text, benchmark, progress, cache
                 )
-            metrics.append(metric)
-            rows += windows
-        return ScoredBenchmark(metrics, rows, adapter.backend_report)
+            scored.metrics.append(metric)
+            scored.rows.extend(windows)
+        return scored._replace(backend_report=adapter.backend_report)
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Apply the harness's filters and metrics to the answers in sample rows.
+
+        Raises:
+            UserError: the rows lack answers that the metrics need.
+        """
+        scored = self._score_tasks(StoredAnswers(rows), EvidenceLog(), "stored answers", SILENT)
+        for text in self.texts:
+            windows = [row for row in rows if row["task"] == text.name]
+            scored.metrics.append(perplexity.rescore_windows(self.benchmark, text, windows))
+            scored.rows.extend(windows)
+        return scored
+
+    def _score_tasks(
+        self, lm: LM, log: EvidenceLog, name: str, progress: Progress
+    ) -> ScoredBenchmark:
+        """Let the harness put its requests to a model of its kind; `log` is what was seen."""
+        metrics: list[Metric] = []
+        rows: list[SampleRow] = []
+        evidence: list[TaskEvidence] = []
+        for task in self.tasks:
+            with progress.phase(f"{name} on {task.name}"), cached_templates():
+                result = _run_harness(lm, task, self.benchmark.limit)
+                found = sample_rows(task, result, log)
+            rows += found
+            leaves = {
+                leaf: task_evidence(
+                    leaf, [row for row in found if row["task"] == leaf], log.settings.get(leaf)
+                )
+                for leaf in task.tasks
+            }
+            evidence += leaves.values()
+            metrics += task_metrics(self.benchmark, task, result, leaves)
+        return ScoredBenchmark(metrics, rows, evidence=evidence)
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
@@ -125,7 +192,7 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
     return TextHarness(benchmark, tuple(tasks), tuple(loaded))
 
 
-def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None) -> HarnessResult:
+def _run_harness(lm: LM, planned: PlannedTask, limit: int | None) -> HarnessResult:
     """Let lm-eval build requests, collect responses and aggregate."""
     from lm_eval.evaluator import evaluate
 
@@ -134,7 +201,7 @@ def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None
     # The bootstrap also prints, and standard output belongs to our caller (`--json`).
     with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
         result: HarnessResult = evaluate(
-            adapter,
+            lm,
             {"tasks": planned.tasks, "groups": planned.groups},
             limit=limit,
             bootstrap_iters=_BOOTSTRAP_RESAMPLES,
@@ -158,17 +225,27 @@ def bootstrap_in_this_process() -> Iterator[None]:
 
 
 def task_metrics(
-    benchmark: BenchmarkConfig, planned: PlannedTask, result: HarnessResult
+    benchmark: BenchmarkConfig,
+    planned: PlannedTask,
+    result: HarnessResult,
+    evidence: Mapping[str, TaskEvidence],
 ) -> list[Metric]:
-    """Return every metric that the harness reports for a task, or for a group and its tasks."""
+    """Return every metric that the harness reports for a task, or for a group and its tasks.
+
+    `evidence` is that of each task.
+    """
     metrics: list[Metric] = []
     for name, scores in result["results"].items():
         # Results are keyed `METRIC,FILTER`; standard errors stand among them as
         # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
         keys = [key for key in scores if "," in key and "_stderr," not in key]
         headline = _headline_key(planned, keys) if name == planned.name else None
+        truncated = sum(evidence[leaf].truncated for leaf in _leaf_tasks(planned, name))
         metrics += [
-            _metric(benchmark, planned, result, name, key, headline=key == headline) for key in keys
+            _metric(benchmark, planned, result, name, key, headline=key == headline).model_copy(
+                update={"truncated": truncated}
+            )
+            for key in keys
         ]
     return metrics
 
@@ -219,16 +296,16 @@ def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
 
 
-def sample_rows(planned: PlannedTask, result: HarnessResult) -> list[SampleRow]:
-    """Return one row per scored document and filter."""
+def sample_rows(planned: PlannedTask, result: HarnessResult, log: EvidenceLog) -> list[SampleRow]:
+    """Return one row per scored document and filter; `log` is what the model saw of it."""
     return [
-        _sample_row(name, planned.tasks[name], sample)
+        _sample_row(name, planned.tasks[name], sample, log)
         for name, samples in result["samples"].items()
         for sample in samples
     ]
 
 
-def _sample_row(name: str, task: TextTask, sample: LoggedSample) -> SampleRow:
+def _sample_row(name: str, task: TextTask, sample: LoggedSample, log: EvidenceLog) -> SampleRow:
     first = sample["arguments"][0]
     return {
         "task": name,
@@ -239,7 +316,9 @@ def _sample_row(name: str, task: TextTask, sample: LoggedSample) -> SampleRow:
         "target": str(sample["target"]),
         "prompt": first[0],
         "choices": _choices(task, sample),
-        **_raw_responses(task, sample),
+        **_responses(task, sample),
+        "in_examples": _in_examples(task, sample["doc"], first[0]),
+        **log.columns(name, sample["doc_id"]),
         **{metric: sample_score(sample[metric]) for metric in sample["metrics"]},
     }
 
@@ -252,20 +331,58 @@ def _choices(task: TextTask, sample: LoggedSample) -> list[str]:
     return []
 
 
-def _raw_responses(task: TextTask, sample: LoggedSample) -> SampleRow:
-    """Return the model's raw responses, before any filter: scores of choices, or a text."""
+def _responses(task: TextTask, sample: LoggedSample) -> SampleRow:
+    """Return the model's responses: scores of choices, or texts before and after the filter."""
     raw = [responses[0] for responses in sample["resps"]]
     if task.OUTPUT_TYPE == "generate_until":
-        # The exception: a generated text is shown as its filter left it, since that is what was
-        # scored.
         filtered = sample["filtered_resps"][0]
-        return {"response": filtered if isinstance(filtered, str) else raw[0]}
+        return {
+            "response": filtered if isinstance(filtered, str) else raw[0],
+            # All of them: a task may draw several answers and let a filter vote.
+            "generations": list(sample["resps"][0]),
+        }
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return {"loglikelihoods": [float(value) for value in raw]}
-    return {
-        "loglikelihoods": [float(value) for value, _ in raw],
+    loglikelihoods = [float(value) for value, _ in raw]
+    responses = {
+        "loglikelihoods": loglikelihoods,
         "greedy": [bool(greedy) for _, greedy in raw],
     }
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return responses
+    # Metrics that correct for a prior ask for every choice again, without the question.
+    asked = loglikelihoods[: len(task.doc_to_choice(sample["doc"]))]
+    return {**responses, "tied_choices": count_ties(asked)}
+
+
+def _in_examples(task: TextTask, document: object, prompt: str) -> bool | None:
+    """Return whether a document is among its own few-shot examples; None if there are none."""
+    examples = getattr(task, "fewshot_cfg", None)
+    if not task.get_config("num_fewshot") or examples is None:
+        return None
+    # Rendered as an example, exactly as the harness does it in `fewshot_context`: it leaves out the
+    # document itself, but not a second row of the same text. That row may have another answer, but
+    # the question alone may also be the beginning of a longer one.
+    own = examples.doc_to_choice
+    question = task.doc_to_text(document, examples.doc_to_text)
+    choices = task.doc_to_choice(document, own) if own else None
+    answers: Sequence[object] = [task.doc_to_target(document, examples.doc_to_target)]
+    if task.multiple_input and choices:
+        question, choices = choices[int(question)], None
+    elif choices:
+        answers = range(len(choices))
+    for answer in answers:
+        turns = task.build_qa_turn(
+            q=question,
+            c=choices,
+            a=answer,
+            gen_prefix=task.resolve_field(document, examples.gen_prefix),
+            tgt_delim=examples.target_delimiter,
+            few_delim=examples.fewshot_delimiter,
+        )
+        if "".join(turn.to_text() for turn in turns) in prompt:
+            return True
+    return False
 
 
 @contextmanager

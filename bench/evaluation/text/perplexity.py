@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
+from bench.data.tokenization import encode_texts
 from bench.errors import UserError
 from bench.evaluation import batching
 from bench.evaluation.batching import AdaptiveBatches
@@ -70,16 +71,11 @@ def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list
         UserError: the window exceeds the model's length, or no document fills one.
     """
     window = text.config.window
-    if window > model.max_length:
-        raise UserError(
-            f"benchmark.perplexity.{text.name}.window={window}: "
-            f"model {model.name} takes at most {model.max_length} tokens"
-        )
+    check_window(text, model.max_length, model.name)
 
     def encode(string: str) -> list[int]:
-        special = model.config.add_bos
-        options = {} if special is None else {"add_special_tokens": special}
-        return list(model.tokenizer(string, verbose=False, **options)["input_ids"])
+        (ids,) = encode_texts(model.tokenizer, [string], add_special_tokens=model.config.add_bos)
+        return ids
 
     try:
         if text.config.protocol == "gptq_c4":
@@ -89,6 +85,26 @@ def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list
         return consecutive_windows(text.documents, encode, window)[:limit]
     except UserError as error:
         raise UserError(f"benchmark.perplexity.{text.name}: {error}") from error
+
+
+def check_window(text: PlannedText, longest: int, model: str) -> None:
+    """Raise UserError if the windows of a text do not fit into a model of `longest` tokens."""
+    window = text.config.window
+    if window > longest:
+        raise UserError(
+            f"benchmark.perplexity.{text.name}.window={window}: "
+            f"model {model} takes at most {longest} tokens"
+        )
+
+
+def rescore_windows(
+    benchmark: BenchmarkConfig, text: PlannedText, rows: Sequence[SampleRow]
+) -> Metric:
+    """Return the perplexity of a text from its sample rows."""
+    losses = [-row["loglikelihoods"][0] / row["n_tokens"] for row in rows]
+    if not losses:
+        raise UserError(f"the run stored no windows of {text.name}")
+    return _metric(benchmark, text, losses)
 
 
 @torch.no_grad()
