@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from bench.errors import UserError
 from bench.evaluation.harness import SEED
-from bench.evaluation.metrics import Evaluation, align_rows, headline_average
+from bench.evaluation.metrics import Evaluation, align_rows, headline_average, missing_average
 from bench.schema import BenchmarkConfig
 from bench.ui import SILENT, Progress
 
@@ -150,7 +150,9 @@ def evaluate(
 
     seed_everything(SEED)
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
-    metrics, rows, report = plan.harness.score(model, progress, cache or ResponseCache())
-    metrics += headline_average(plan.benchmark, metrics)
+    metrics, rows, report, missing = plan.harness.score(model, progress, cache or ResponseCache())
+    averages = headline_average(plan.benchmark, metrics)
+    missing = [*missing, *(missing_average(a, metrics) for a in averages if a.value is None)]
+    metrics += averages
     backend = None if report is None else report.as_json()
-    return Evaluation(tuple(metrics), align_rows(rows), backend)
+    return Evaluation(tuple(metrics), align_rows(rows), backend, tuple(missing))

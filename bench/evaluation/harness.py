@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
-    from bench.records.record import Metric
+    from bench.records.record import Metric, MissingMeasurement
     from bench.schema import ModelKind
     from bench.ui import Progress
 
@@ -70,11 +70,15 @@ def select_backend(
 
 
 class ScoredBenchmark(NamedTuple):
-    """The metrics of a model, one row per scored sample, and the backend report if there is one."""
+    """The metrics of a model, one row per scored sample, and the backend report if there is one.
+
+    `missing` names the headlines without a value, with the reason.
+    """
 
     metrics: list[Metric]
     rows: list[SampleRow]
     backend_report: BackendReport | None = None
+    missing: Sequence[MissingMeasurement] = ()
 
 
 class Harness(Protocol):

@@ -65,6 +65,9 @@ class Metric(_FrozenModel):
 
     `headline` marks the single metric that represents its task; `split` and `filter` are the
     harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
+
+    `value` is over the samples that have an answer, `missing` counts those of the task that have
+    none. The value is None if they are more than `benchmark.allow_missing` accepts.
     """
 
     benchmark: str
@@ -79,6 +82,7 @@ class Metric(_FrozenModel):
     higher_is_better: bool
     headline: bool
     task_version: str | None = None
+    missing: int = Field(default=0, ge=0)
 
 
 class Cost(_FrozenModel):
@@ -98,8 +102,9 @@ class Cost(_FrozenModel):
 
 
 class MissingMeasurement(_FrozenModel):
-    """One missing cost with its reason, recorded instead of a zero.
+    """One missing number with its reason, recorded instead of a zero.
 
+    `scope` and `quantity` are those of a cost, or the task and the metric of a headline.
     `how` names the method that failed if the quantity can be obtained in several ways, else None.
     """
 

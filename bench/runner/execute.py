@@ -126,7 +126,7 @@ def _execute_run(
         methods=tuple(methods),
         metrics=evaluation.metrics,
         costs=tuple(costs),
-        missing=(*after.missing, *measured.missing),
+        missing=(*evaluation.missing, *after.missing, *measured.missing),
         provenance=provenance_of(config, inputs) | {"backend": evaluation.backend},
     )
     if processes.is_first:

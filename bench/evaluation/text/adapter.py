@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.metrics import NON_FINITE_LOGITS
 from bench.evaluation.response_cache import IndexedResponses, ResponseCache, request_key
 from bench.evaluation.text.generation import GenerationRequest, generate
 from bench.evaluation.text.requests import LoglikelihoodRequest, truncated_request
@@ -26,7 +27,8 @@ from bench.ui import Progress
 class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model` and reports the backend used.
 
-    `scorer` computes the log-likelihoods that the response cache does not hold.
+    `scorer` computes the log-likelihoods that the response cache does not hold. `unanswered` maps
+    (task, document) to the reason where a generated text is none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         self._progress = progress
         self._prefix_text: str = self.tokenizer.decode(self.prefix_token_id)
         self._encoded: dict[str, list[int]] = {}
+        self.unanswered: dict[tuple[str, int], str] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -125,7 +128,12 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
             GenerationRequest(self.tok_encode(context), options)
             for context, options in (request.args for request in requests)
         ]
-        return generate(self._model, generations, self.batches, self._cache, self._progress)
+        texts = generate(self._model, generations, self.batches, self._cache, self._progress)
+        for request, text in zip(requests, texts, strict=True):
+            if text is None:
+                self.unanswered[request.task_name, request.doc_id] = NON_FINITE_LOGITS
+        # The harness's filters take strings only.
+        return [text or "" for text in texts]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object

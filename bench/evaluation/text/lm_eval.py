@@ -5,20 +5,26 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import ClassVar, TypeAlias, TypedDict
 
 import lm_eval.utils
 
 from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.metrics import (
+    EMPTY_ANSWER,
+    NON_FINITE_LOGLIKELIHOOD,
     LoggedSample,
     SampleRow,
+    TaskAnswers,
     common_split,
     sample_score,
+    settle_metrics,
     task_metric,
 )
 from bench.evaluation.response_cache import ResponseCache
@@ -36,7 +42,7 @@ from bench.evaluation.text.planned_tasks import PlannedTask
 from bench.evaluation.text.task_data import PlannedText
 from bench.evaluation.text.task_index import TextTask
 from bench.models.model import Model
-from bench.records.record import Metric
+from bench.records.record import Metric, MissingMeasurement
 from bench.schema import BenchmarkConfig, ModelKind
 from bench.ui import Progress
 
@@ -84,19 +90,28 @@ class TextHarness:
         adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.backend, cache)
         metrics: list[Metric] = []
         rows: list[SampleRow] = []
+        missing: list[MissingMeasurement] = []
         for task in self.tasks:
             with progress.phase(f"{model.name} on {task.name}"), cached_templates():
                 result = _run_harness(adapter, task, benchmark.limit)
-                rows += sample_rows(task, result)
-            metrics += task_metrics(benchmark, task, result)
+                unanswered = unanswered_documents(task, result, adapter.unanswered)
+                rows += sample_rows(task, result, unanswered)
+                if any(unanswered.values()):
+                    result = answered_only(task, result, unanswered)
+            settled, gaps = settled_metrics(benchmark, task, result, unanswered)
+            metrics += settled
+            missing += gaps
+            if any(unanswered.values()):
+                progress.warn(
+                    f"{task.name}: {_answers(task, task.name, result, unanswered).describe()}"
+                )
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
-                metric, windows = perplexity.measure_perplexity(
-                    model, text, benchmark, progress, cache
-                )
-            metrics.append(metric)
-            rows += windows
-        return ScoredBenchmark(metrics, rows, adapter.backend_report)
+                measured = perplexity.measure_perplexity(model, text, benchmark, progress, cache)
+            metrics += measured.metrics
+            rows += measured.rows
+            missing += measured.missing
+        return ScoredBenchmark(metrics, rows, adapter.backend_report, missing)
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
@@ -155,6 +170,107 @@ def bootstrap_in_this_process() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+Unanswered: TypeAlias = dict[str, dict[int, str]]
+"""By task: the document ids of the samples without an answer, each with the reason."""
+
+
+def unanswered_documents(
+    planned: PlannedTask, result: HarnessResult, reported: Mapping[tuple[str, int], str]
+) -> Unanswered:
+    """Find the documents without an answer: those in the logged responses, and those `reported`.
+
+    `reported` holds what responses do not show, by task and document id.
+    """
+    found: Unanswered = {name: {} for name in planned.tasks}
+    for name, samples in result["samples"].items():
+        for sample in samples:
+            document = sample["doc_id"]
+            reason = reported.get((name, document)) or _no_answer(planned.tasks[name], sample)
+            if reason is not None:
+                found[name][document] = reason
+    return found
+
+
+def _no_answer(task: TextTask, sample: LoggedSample) -> str | None:
+    """Return why the responses of a sample are no answer, or None if they are one."""
+    responses = [response for repeats in sample["resps"] for response in repeats]
+    if task.OUTPUT_TYPE == "generate_until":
+        # Of several answers to one question some may be empty; the filters expect that.
+        return None if any(text.strip() for text in responses) else EMPTY_ANSWER
+    rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
+    values = responses if rolling else [value for value, _ in responses]
+    # argmax over NaN is a choice all the same: the first one, for every question.
+    return None if all(map(math.isfinite, values)) else NON_FINITE_LOGLIKELIHOOD
+
+
+def answered_only(
+    planned: PlannedTask, result: HarnessResult, unanswered: Unanswered
+) -> HarnessResult:
+    """Let lm-eval aggregate again, over the documents that have an answer.
+
+    A task that has none keeps its numbers: lm-eval cannot aggregate nothing. `settled_metrics`
+    drops them.
+    """
+    from lm_eval.evaluator_utils import _process_results
+
+    accumulated = {}
+    for name, samples in result["samples"].items():
+        kept = [sample for sample in samples if sample["doc_id"] not in unanswered[name]]
+        raw: dict[tuple[str, str], list[object]] = defaultdict(list)
+        for sample in kept or samples:
+            for metric in sample["metrics"]:
+                raw[metric, sample["filter"]].append(sample[metric])
+        accumulated[name] = {
+            "task": planned.tasks[name], "raw_metrics": raw, "logged_samples": samples
+        }  # fmt: skip
+    with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
+        collected = _process_results(accumulated, planned.groups, _BOOTSTRAP_RESAMPLES)
+        again: HarnessResult = collected._to_eval_results(samples=collected.samples)
+    return again
+
+
+def settled_metrics(
+    benchmark: BenchmarkConfig,
+    planned: PlannedTask,
+    result: HarnessResult,
+    unanswered: Unanswered,
+) -> tuple[list[Metric], list[MissingMeasurement]]:
+    """Return every metric of a task or group, without a value where too few rows are answered."""
+    metrics: list[Metric] = []
+    missing: list[MissingMeasurement] = []
+    by_name: dict[str, list[Metric]] = defaultdict(list)
+    for metric in task_metrics(benchmark, planned, result):
+        by_name[metric.task].append(metric)
+    for name, found in by_name.items():
+        parts = [_answers(planned, leaf, result, unanswered) for leaf in _leaf_tasks(planned, name)]
+        # A group whose task has no answer at all is a group without that task: another number.
+        whole = all(part.suffice(1.0) for part in parts)
+        settled, gaps = settle_metrics(
+            found,
+            _answers(planned, name, result, unanswered),
+            benchmark.allow_missing if whole else 0.0,
+        )
+        metrics += settled
+        missing += gaps
+    return metrics, missing
+
+
+def _answers(
+    planned: PlannedTask, name: str, result: HarnessResult, unanswered: Unanswered
+) -> TaskAnswers:
+    """Count the rows of a task, or of all tasks of a group, and name those without an answer."""
+    leaves = _leaf_tasks(planned, name)
+    scored = [{sample["doc_id"] for sample in result["samples"][leaf]} for leaf in leaves]
+    return TaskAnswers(
+        sum(map(len, scored)),
+        {
+            str(document) if leaf == planned.name else f"{leaf} {document}": reason
+            for leaf in leaves
+            for document, reason in unanswered[leaf].items()
+        },
+    )
 
 
 def task_metrics(
@@ -219,16 +335,18 @@ def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
 
 
-def sample_rows(planned: PlannedTask, result: HarnessResult) -> list[SampleRow]:
-    """Return one row per scored document and filter."""
+def sample_rows(
+    planned: PlannedTask, result: HarnessResult, unanswered: Unanswered
+) -> list[SampleRow]:
+    """Return one row per scored document and filter; without an answer it has no scores."""
     return [
-        _sample_row(name, planned.tasks[name], sample)
+        _sample_row(name, planned.tasks[name], sample, unanswered[name].get(sample["doc_id"]))
         for name, samples in result["samples"].items()
         for sample in samples
     ]
 
 
-def _sample_row(name: str, task: TextTask, sample: LoggedSample) -> SampleRow:
+def _sample_row(name: str, task: TextTask, sample: LoggedSample, missing: str | None) -> SampleRow:
     first = sample["arguments"][0]
     return {
         "task": name,
@@ -240,7 +358,11 @@ def _sample_row(name: str, task: TextTask, sample: LoggedSample) -> SampleRow:
         "prompt": first[0],
         "choices": _choices(task, sample),
         **_raw_responses(task, sample),
-        **{metric: sample_score(sample[metric]) for metric in sample["metrics"]},
+        **{
+            metric: None if missing else sample_score(sample[metric])
+            for metric in sample["metrics"]
+        },
+        "missing": missing,
     }
 
 
