@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from bench.errors import UserError
 from bench.evaluation.harness import SEED
-from bench.evaluation.metrics import Evaluation, align_rows, headline_average
+from bench.evaluation.metrics import Evaluation, align_rows, headline_average, missing_average
 from bench.schema import BenchmarkConfig
 from bench.ui import SILENT, Progress
 
@@ -164,11 +164,13 @@ def rescore(plan: PlannedBenchmark, rows: Sequence[SampleRow]) -> Evaluation:
 
 
 def _evaluation(plan: PlannedBenchmark, scored: ScoredBenchmark) -> Evaluation:
-    metrics = [*scored.metrics, *headline_average(plan.benchmark, scored.metrics)]
+    averages = headline_average(plan.benchmark, scored.metrics)
+    gaps = [missing_average(each, scored.metrics) for each in averages if each.value is None]
     report = scored.backend_report
     return Evaluation(
-        tuple(metrics),
+        (*scored.metrics, *averages),
         align_rows(scored.rows),
         backend=None if report is None else report.as_json(),
+        missing=(*scored.missing, *gaps),
         evidence=tuple(scored.evidence),
     )

@@ -29,8 +29,8 @@ class Seen:
     """One request as the model saw it.
 
     `cut` tokens were removed on the left; `prompt` is then the text that was left. `spans` says
-    that a token lies across the join of prompt and answer. `unanswered` is the reason why the model
-    was not asked at all.
+    that a token lies across the join of prompt and answer. `unanswered` is the reason why there is
+    no answer.
     """
 
     prompt_tokens: int
@@ -64,13 +64,15 @@ class EvidenceLog:
             "spans_join": any(each.spans for each in seen),
             "image_sizes": list(seen[0].image_sizes),
         }
-        unanswered = next(filter(None, (each.unanswered for each in seen)), None)
-        if unanswered is not None:
-            columns["missing"] = unanswered
         # Otherwise the prompt stays the harness's text, all of which the model saw.
         if seen[0].prompt is not None:
             columns["prompt"] = seen[0].prompt
         return columns
+
+    def unanswered(self, task: str, document: int) -> str | None:
+        """Return why a document has no answer, as far as its responses do not show it."""
+        seen = self.requests.get((task, document), [])
+        return next((each.unanswered for each in seen if each.unanswered is not None), None)
 
 
 def task_evidence(
@@ -183,7 +185,7 @@ _OTHER_SETTINGS = frozenset(
     {
         "_from_model_config", "transformers_version", "bos_token_id", "eos_token_id",
         "pad_token_id", "use_cache", "cache_implementation", "output_attentions",
-        "output_hidden_states", "return_dict_in_generate", "max_length",
+        "output_hidden_states", "return_dict_in_generate", "max_length", "remove_invalid_values",
     }
 )  # fmt: skip
 """Settings of a checkpoint that change no answer, or that a task always gives itself."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
-    from bench.records.record import Metric, TaskEvidence
+    from bench.records.record import Metric, MissingMeasurement, TaskEvidence
     from bench.schema import ModelConfig, ModelKind
     from bench.ui import Progress
 
@@ -74,13 +74,25 @@ def select_backend(
 class ScoredBenchmark(NamedTuple):
     """The metrics of a model, one row per scored sample, and the backend report if there is one.
 
-    `evidence` says per task what its numbers rest on.
+    `missing` names the headlines without a value, with the reason. `evidence` says per task what
+    its numbers rest on.
     """
 
     metrics: list[Metric]
     rows: list[SampleRow]
     backend_report: BackendReport | None = None
+    missing: Sequence[MissingMeasurement] = ()
     evidence: Sequence[TaskEvidence] = ()
+
+    def extended(self, other: ScoredBenchmark) -> ScoredBenchmark:
+        """Return the results of both, with this one's backend report."""
+        return ScoredBenchmark(
+            [*self.metrics, *other.metrics],
+            [*self.rows, *other.rows],
+            self.backend_report,
+            [*self.missing, *other.missing],
+            [*self.evidence, *other.evidence],
+        )
 
 
 class Harness(Protocol):

@@ -66,6 +66,9 @@ class Metric(_FrozenModel):
     `headline` marks the single metric that represents its task; `split` and `filter` are the
     harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
     `truncated` counts the documents that lost tokens on the left, None if they were not counted.
+
+    `value` is over the samples that have an answer, `missing` counts those of the task that have
+    none. The value is None if they are more than `benchmark.allow_missing` accepts.
     """
 
     benchmark: str
@@ -81,6 +84,7 @@ class Metric(_FrozenModel):
     headline: bool
     task_version: str | None = None
     truncated: int | None = None
+    missing: int = Field(default=0, ge=0)
 
 
 class TaskEvidence(_FrozenModel):
@@ -119,8 +123,9 @@ class Cost(_FrozenModel):
 
 
 class MissingMeasurement(_FrozenModel):
-    """One missing cost with its reason, recorded instead of a zero.
+    """One missing number with its reason, recorded instead of a zero.
 
+    `scope` and `quantity` are those of a cost, or the task and the metric of a headline.
     `how` names the method that failed if the quantity can be obtained in several ways, else None.
     """
 

@@ -127,7 +127,7 @@ def _execute_run(
         methods=tuple(methods),
         metrics=evaluation.metrics,
         costs=tuple(costs),
-        missing=(*after.missing, *measured.missing),
+        missing=(*evaluation.missing, *after.missing, *measured.missing),
         evidence=evaluation.evidence,
         provenance=provenance_of(config, inputs)
         | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},

@@ -21,7 +21,7 @@ from bench.data.tokenization import appended_tokens, encode_texts
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.evidence import EvidenceLog, Seen, check_length
-from bench.evaluation.metrics import SampleRow
+from bench.evaluation.metrics import NON_FINITE_LOGITS, SampleRow
 from bench.evaluation.response_cache import IndexedResponses, ResponseCache, request_key
 from bench.evaluation.text.generation import (
     GenerationRequest,
@@ -242,19 +242,22 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         )
         answers = dict(zip(asked, generated, strict=True))
         for index, request in enumerate(requests):
-            cut = max(0, len(contexts[index]) - limits[index])
+            cut = 0 if reasons[index] else max(0, len(contexts[index]) - limits[index])
             left = contexts[index][cut:]
             prompt = self.tokenizer.decode(left) if cut else None
             answer = answers.get(index)
-            self.evidence.requests[request.task_name, request.doc_id].append(
-                Seen(len(left), answer.tokens, cut, prompt, finish=answer.finish)
-                if answer
-                else Seen(len(contexts[index]), 0, unanswered=reasons[index])
+            seen = (
+                Seen(len(left), 0, cut, prompt, unanswered=reasons[index] or NON_FINITE_LOGITS)
+                if answer is None
+                else Seen(len(left), answer.tokens, cut, prompt, finish=answer.finish)
             )
+            self.evidence.requests[request.task_name, request.doc_id].append(seen)
             if request.task_name not in self.evidence.settings:
                 settings = GenerationSettings(self._model, request.args[1])
                 self.evidence.settings[request.task_name] = settings.in_force
-        return [answers[index].text if index in answers else "" for index in range(len(requests))]
+        # The harness's filters take strings only.
+        found = [answers.get(index) for index in range(len(requests))]
+        return ["" if answer is None else answer.text for answer in found]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
@@ -286,6 +289,10 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         # The rows of a document's other filters hold the same answers.
         self._rows = {(row["task"], row["doc_id"]): row for row in rows}
+        self.evidence = EvidenceLog()
+        for document, row in self._rows.items():
+            if row.get("missing") is not None:
+                self.evidence.requests[document] = [Seen(0, 0, unanswered=row["missing"])]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""

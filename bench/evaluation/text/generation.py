@@ -17,12 +17,13 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
+from transformers import LogitsProcessorList
 
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.evidence import Finish, settings_in_force, tokens_until_stop
 from bench.evaluation.harness import SEED
-from bench.evaluation.networks import language_model, pad_left
+from bench.evaluation.networks import NonFiniteRows, language_model, pad_left
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
 from bench.ui import Progress
@@ -64,8 +65,10 @@ def generate(
     batches: AdaptiveBatches,
     cache: ResponseCache,
     progress: Progress,
-) -> list[Generated]:
+) -> list[Generated | None]:
     """Return one continuation per context; contexts with equal settings share batches.
+
+    None stands for a continuation that the network cannot compute: its logits are not finite.
 
     A task that samples several answers repeats its request, and each repetition is drawn
     independently.
@@ -73,7 +76,7 @@ def generate(
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[json.dumps(request.options, sort_keys=True, default=str)].append(index)
-    generated: dict[int, Generated] = {}
+    generated: dict[int, Generated | None] = {}
     for group in groups.values():
         # Longest first: padding stays small, and a batch that does not fit fails at the start.
         group.sort(key=lambda index: -len(requests[index].context))
@@ -87,7 +90,8 @@ def generate(
             keys, keyed, sizes, batches, settings.run, progress
         )
         generated |= {
-            index: Generated(*response) for index, response in zip(group, responses, strict=True)
+            index: None if response is None else Generated(*response)
+            for index, response in zip(group, responses, strict=True)
         }
     return [generated[index] for index in range(len(requests))]
 
@@ -130,13 +134,24 @@ class GenerationSettings:
             own.to_diff_dict(), settings, max_gen_toks=self._new_tokens, until=self._stop
         )
 
-    @torch.no_grad()
-    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int]]:
+    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int] | None]:
         """Continue (key, context) pairs of any length, padded on the left.
 
         Returns the fields of `Generated` as JSON values. Sampling depends on the batch and not on
-        what was drawn before it.
+        what was drawn before it. None stands for a row whose logits are not finite.
         """
+        texts = self._continue(keyed)
+        if len(keyed) == 1:
+            return texts
+        # Alone, without padding: the batch must not decide which rows have an answer, and a NaN at
+        # a padding token reaches the row, although it is masked.
+        return [
+            self._continue([pair])[0] if text is None else text
+            for pair, text in zip(keyed, texts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _continue(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int] | None]:
         contexts = [context for _, context in keyed]
         if self._options.get("do_sample"):
             # The seed is a hash of the batch's keys: a resumed run must draw for a batch what the
@@ -148,27 +163,43 @@ class GenerationSettings:
         ids_BT, device = pad_left(rows, self._pad_token), self._model.device
         mask_BT = pad_left([torch.ones_like(row) for row in rows], 0)
         width, tokenizer = ids_BT.shape[1], self._model.tokenizer
+        lost = NonFiniteRows(len(contexts), width, int(tokenizer.eos_token_id))
         output_BT = language_model(self._model).generate(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BT.to(device),
             max_length=width + self._new_tokens,
             stopping_criteria=stop_sequences_criteria(tokenizer, self._stop, width, len(contexts)),
+            logits_processor=LogitsProcessorList([lost]),
+            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            remove_invalid_values=False,
             pad_token_id=self._pad_token,
             use_cache=True,
             **self._options,
         )
-        return [list(self._generated(row)) for row in output_BT[:, width:].tolist()]
+        return [
+            self._generated(row, finite)
+            for row, finite in zip(
+                output_BT[:, width:].tolist(), lost.tokens_B.tolist(), strict=True
+            )
+        ]
 
-    def _generated(self, row: list[int]) -> Generated:
-        """Cut one row of new tokens at its first stop string; padding may follow its end."""
+    def _generated(self, row: list[int], finite: int) -> list[str | int] | None:
+        """Return the fields of `Generated`, cut at the first stop string; padding may follow.
+
+        None if logits were not finite before that: `finite` is the number of tokens up to there, -1
+        if all logits were finite.
+        """
+        decode = self._model.tokenizer.decode
+        # A row that has stopped goes on until its batch is done; what comes then is cut anyway.
+        before = decode(row[:finite], skip_special_tokens=False) if finite >= 0 else ""
+        if finite >= 0 and not any(stop in before for stop in self._stop):
+            return None
         whole = self._text(row)
         text: str = postprocess_generated_text(whole, self._stop, None)
         if text != whole:
-            return Generated(text, "stop", tokens_until_stop(row, self._text, self._stop))
+            return [text, "stop", tokens_until_stop(row, self._text, self._stop)]
         end = next((index for index, token in enumerate(row) if token in self._ends), None)
-        if end is None:
-            return Generated(text, "length", len(row))
-        return Generated(text, "eos", end)
+        return [text, "length", len(row)] if end is None else [text, "eos", end]
 
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=True)

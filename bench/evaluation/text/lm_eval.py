@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar
 
 import lm_eval.utils
 from lm_eval.api.model import LM
 
 from bench.errors import UserError
-from bench.evaluation.evidence import EvidenceLog, count_ties, task_evidence, warn_about
+from bench.evaluation.evidence import EvidenceLog, task_evidence, warn_about
 from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.metrics import (
-    LoggedSample,
     SampleRow,
+    TaskAnswers,
     common_split,
-    sample_score,
+    settle_metrics,
     task_metric,
 )
 from bench.evaluation.response_cache import ResponseCache
@@ -37,10 +38,15 @@ from bench.evaluation.text import perplexity, planned_tasks, task_data
 from bench.evaluation.text.adapter import LmEvalAdapter, StoredAnswers
 from bench.evaluation.text.generation import context_limit
 from bench.evaluation.text.planned_tasks import PlannedTask
+from bench.evaluation.text.sample_rows import (
+    HarnessResult,
+    Unanswered,
+    sample_rows,
+    unanswered_documents,
+)
 from bench.evaluation.text.task_data import PlannedText
-from bench.evaluation.text.task_index import TextTask
 from bench.models.model import Model, max_sequence_length
-from bench.records.record import Metric, TaskEvidence
+from bench.records.record import Metric, MissingMeasurement
 from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
 from bench.ui import SILENT, Progress
 
@@ -51,18 +57,6 @@ if TYPE_CHECKING:
 
 _BOOTSTRAP_RESAMPLES = 1000
 """Resamples for metrics without a closed-form standard error; others ignore it."""
-HarnessResult = TypedDict(
-    "HarnessResult",
-    {
-        "results": dict[str, dict[str, float | str]],
-        "higher_is_better": dict[str, dict[str, bool | None]],
-        "versions": dict[str, float | str | None],
-        "n-shot": dict[str, int | None],
-        "n-samples": dict[str, dict[str, int]],
-        "samples": dict[str, list[LoggedSample]],
-    },
-)
-"""Results of lm-eval: scores by task or group, their labels, and the scored documents."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +117,8 @@ class TextHarness:
         warn_about(scored.evidence, model.max_length, progress)
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
-                metric, windows = perplexity.measure_perplexity(
-                    model, text, benchmark, progress, cache
-                )
-            scored.metrics.append(metric)
-            scored.rows.extend(windows)
+                measured = perplexity.measure_perplexity(model, text, benchmark, progress, cache)
+            scored = scored.extended(measured)
         return scored._replace(backend_report=adapter.backend_report)
 
     def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
@@ -136,34 +127,46 @@ class TextHarness:
         Raises:
             UserError: the rows lack answers that the metrics need.
         """
-        scored = self._score_tasks(StoredAnswers(rows), EvidenceLog(), "stored answers", SILENT)
+        stored = StoredAnswers(rows)
+        scored = self._score_tasks(stored, stored.evidence, "stored answers", SILENT)
         for text in self.texts:
             windows = [row for row in rows if row["task"] == text.name]
-            scored.metrics.append(perplexity.rescore_windows(self.benchmark, text, windows))
-            scored.rows.extend(windows)
+            scored = scored.extended(perplexity.rescore_windows(self.benchmark, text, windows))
         return scored
 
     def _score_tasks(
         self, lm: LM, log: EvidenceLog, name: str, progress: Progress
     ) -> ScoredBenchmark:
         """Let the harness put its requests to a model of its kind; `log` is what was seen."""
-        metrics: list[Metric] = []
-        rows: list[SampleRow] = []
-        evidence: list[TaskEvidence] = []
+        scored = ScoredBenchmark([], [])
         for task in self.tasks:
             with progress.phase(f"{name} on {task.name}"), cached_templates():
-                result = _run_harness(lm, task, self.benchmark.limit)
-                found = sample_rows(task, result, log)
-            rows += found
-            leaves = {
-                leaf: task_evidence(
-                    leaf, [row for row in found if row["task"] == leaf], log.settings.get(leaf)
-                )
-                for leaf in task.tasks
-            }
-            evidence += leaves.values()
-            metrics += task_metrics(self.benchmark, task, result, leaves)
-        return ScoredBenchmark(metrics, rows, evidence=evidence)
+                scored = scored.extended(self._score_task(task, lm, log, progress))
+        return scored
+
+    def _score_task(
+        self, task: PlannedTask, lm: LM, log: EvidenceLog, progress: Progress
+    ) -> ScoredBenchmark:
+        result = _run_harness(lm, task, self.benchmark.limit)
+        unanswered = unanswered_documents(task, result, log)
+        rows = sample_rows(task, result, log, unanswered)
+        if any(unanswered.values()):
+            result = answered_only(task, result, unanswered)
+            progress.warn(
+                f"{task.name}: {_answers(task, task.name, result, unanswered).describe()}"
+            )
+        metrics, missing = settled_metrics(self.benchmark, task, result, unanswered)
+        of_leaves = {leaf: [row for row in rows if row["task"] == leaf] for leaf in task.tasks}
+        evidence = {
+            leaf: task_evidence(leaf, found, log.settings.get(leaf))
+            for leaf, found in of_leaves.items()
+        }
+
+        def truncated(name: str) -> int:
+            return sum(evidence[leaf].truncated for leaf in _leaf_tasks(task, name))
+
+        counted = [m.model_copy(update={"truncated": truncated(m.task)}) for m in metrics]
+        return ScoredBenchmark(counted, rows, missing=missing, evidence=list(evidence.values()))
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
@@ -224,28 +227,86 @@ def bootstrap_in_this_process() -> Iterator[None]:
             os.environ[name] = before
 
 
-def task_metrics(
+def answered_only(
+    planned: PlannedTask, result: HarnessResult, unanswered: Unanswered
+) -> HarnessResult:
+    """Let lm-eval aggregate again, over the documents that have an answer.
+
+    A task that has none keeps its numbers: lm-eval cannot aggregate nothing. `settled_metrics`
+    drops them.
+    """
+    from lm_eval.evaluator_utils import _process_results
+
+    accumulated = {}
+    for name, samples in result["samples"].items():
+        kept = [sample for sample in samples if sample["doc_id"] not in unanswered[name]]
+        raw: dict[tuple[str, str], list[object]] = defaultdict(list)
+        for sample in kept or samples:
+            for metric in sample["metrics"]:
+                raw[metric, sample["filter"]].append(sample[metric])
+        accumulated[name] = {
+            "task": planned.tasks[name], "raw_metrics": raw, "logged_samples": samples
+        }  # fmt: skip
+    with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
+        collected = _process_results(accumulated, planned.groups, _BOOTSTRAP_RESAMPLES)
+        again: HarnessResult = collected._to_eval_results(samples=collected.samples)
+    return again
+
+
+def settled_metrics(
     benchmark: BenchmarkConfig,
     planned: PlannedTask,
     result: HarnessResult,
-    evidence: Mapping[str, TaskEvidence],
-) -> list[Metric]:
-    """Return every metric that the harness reports for a task, or for a group and its tasks.
+    unanswered: Unanswered,
+) -> tuple[list[Metric], list[MissingMeasurement]]:
+    """Return every metric of a task or group, without a value where too few rows are answered."""
+    metrics: list[Metric] = []
+    missing: list[MissingMeasurement] = []
+    by_name: dict[str, list[Metric]] = defaultdict(list)
+    for metric in task_metrics(benchmark, planned, result):
+        by_name[metric.task].append(metric)
+    for name, found in by_name.items():
+        parts = [_answers(planned, leaf, result, unanswered) for leaf in _leaf_tasks(planned, name)]
+        # A group whose task has no answer at all is a group without that task: another number.
+        whole = all(part.suffice(1.0) for part in parts)
+        settled, gaps = settle_metrics(
+            found,
+            _answers(planned, name, result, unanswered),
+            benchmark.allow_missing if whole else 0.0,
+        )
+        metrics += settled
+        missing += gaps
+    return metrics, missing
 
-    `evidence` is that of each task.
-    """
+
+def _answers(
+    planned: PlannedTask, name: str, result: HarnessResult, unanswered: Unanswered
+) -> TaskAnswers:
+    """Count the rows of a task, or of all tasks of a group, and name those without an answer."""
+    leaves = _leaf_tasks(planned, name)
+    scored = [{sample["doc_id"] for sample in result["samples"][leaf]} for leaf in leaves]
+    return TaskAnswers(
+        sum(map(len, scored)),
+        {
+            str(document) if leaf == planned.name else f"{leaf} {document}": reason
+            for leaf in leaves
+            for document, reason in unanswered[leaf].items()
+        },
+    )
+
+
+def task_metrics(
+    benchmark: BenchmarkConfig, planned: PlannedTask, result: HarnessResult
+) -> list[Metric]:
+    """Return every metric that the harness reports for a task, or for a group and its tasks."""
     metrics: list[Metric] = []
     for name, scores in result["results"].items():
         # Results are keyed `METRIC,FILTER`; standard errors stand among them as
         # `METRIC_stderr,FILTER`, and keys without a comma are labels and counts.
         keys = [key for key in scores if "," in key and "_stderr," not in key]
         headline = _headline_key(planned, keys) if name == planned.name else None
-        truncated = sum(evidence[leaf].truncated for leaf in _leaf_tasks(planned, name))
         metrics += [
-            _metric(benchmark, planned, result, name, key, headline=key == headline).model_copy(
-                update={"truncated": truncated}
-            )
-            for key in keys
+            _metric(benchmark, planned, result, name, key, headline=key == headline) for key in keys
         ]
     return metrics
 
@@ -294,95 +355,6 @@ def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
     if name in planned.tasks:
         return [name]
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
-
-
-def sample_rows(planned: PlannedTask, result: HarnessResult, log: EvidenceLog) -> list[SampleRow]:
-    """Return one row per scored document and filter; `log` is what the model saw of it."""
-    return [
-        _sample_row(name, planned.tasks[name], sample, log)
-        for name, samples in result["samples"].items()
-        for sample in samples
-    ]
-
-
-def _sample_row(name: str, task: TextTask, sample: LoggedSample, log: EvidenceLog) -> SampleRow:
-    first = sample["arguments"][0]
-    return {
-        "task": name,
-        "filter": sample["filter"],
-        "doc_id": sample["doc_id"],
-        "doc_hash": sample["doc_hash"],
-        "prompt_hash": sample["prompt_hash"],
-        "target": str(sample["target"]),
-        "prompt": first[0],
-        "choices": _choices(task, sample),
-        **_responses(task, sample),
-        "in_examples": _in_examples(task, sample["doc"], first[0]),
-        **log.columns(name, sample["doc_id"]),
-        **{metric: sample_score(sample[metric]) for metric in sample["metrics"]},
-    }
-
-
-def _choices(task: TextTask, sample: LoggedSample) -> list[str]:
-    if task.OUTPUT_TYPE == "multiple_choice":
-        return [str(choice) for choice in task.doc_to_choice(sample["doc"])]
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return [argument[1] for argument in sample["arguments"]]
-    return []
-
-
-def _responses(task: TextTask, sample: LoggedSample) -> SampleRow:
-    """Return the model's responses: scores of choices, or texts before and after the filter."""
-    raw = [responses[0] for responses in sample["resps"]]
-    if task.OUTPUT_TYPE == "generate_until":
-        filtered = sample["filtered_resps"][0]
-        return {
-            "response": filtered if isinstance(filtered, str) else raw[0],
-            # All of them: a task may draw several answers and let a filter vote.
-            "generations": list(sample["resps"][0]),
-        }
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return {"loglikelihoods": [float(value) for value in raw]}
-    loglikelihoods = [float(value) for value, _ in raw]
-    responses = {
-        "loglikelihoods": loglikelihoods,
-        "greedy": [bool(greedy) for _, greedy in raw],
-    }
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return responses
-    # Metrics that correct for a prior ask for every choice again, without the question.
-    asked = loglikelihoods[: len(task.doc_to_choice(sample["doc"]))]
-    return {**responses, "tied_choices": count_ties(asked)}
-
-
-def _in_examples(task: TextTask, document: object, prompt: str) -> bool | None:
-    """Return whether a document is among its own few-shot examples; None if there are none."""
-    examples = getattr(task, "fewshot_cfg", None)
-    if not task.get_config("num_fewshot") or examples is None:
-        return None
-    # Rendered as an example, exactly as the harness does it in `fewshot_context`: it leaves out the
-    # document itself, but not a second row of the same text. That row may have another answer, but
-    # the question alone may also be the beginning of a longer one.
-    own = examples.doc_to_choice
-    question = task.doc_to_text(document, examples.doc_to_text)
-    choices = task.doc_to_choice(document, own) if own else None
-    answers: Sequence[object] = [task.doc_to_target(document, examples.doc_to_target)]
-    if task.multiple_input and choices:
-        question, choices = choices[int(question)], None
-    elif choices:
-        answers = range(len(choices))
-    for answer in answers:
-        turns = task.build_qa_turn(
-            q=question,
-            c=choices,
-            a=answer,
-            gen_prefix=task.resolve_field(document, examples.gen_prefix),
-            tgt_delim=examples.target_delimiter,
-            few_delim=examples.fewshot_delimiter,
-        )
-        if "".join(turn.to_text() for turn in turns) in prompt:
-            return True
-    return False
 
 
 @contextmanager

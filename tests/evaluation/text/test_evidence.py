@@ -199,7 +199,11 @@ def test_overlong_prompts_are_refused_or_left_out_by_name(backend, tmp_path):
     with pytest.raises(UserError, match=r"task boolq, document 1: .*benchmark\.overlong=truncate"):
         evaluate(model, plan(refused, offline=True))
     skipped = boolq(tmp_path, questions, backend=backend, overlong="skip")
-    rows = evaluate(model, plan(skipped, offline=True)).samples
+    found = evaluate(model, plan(skipped, offline=True))
+    rows = found.samples
+    assert [(metric.value, metric.missing) for metric in found.metrics] == [(None, 1)]
+    (gap,) = found.missing
+    assert "tokens do not fit: model tiny takes 121 (row 1)" in gap.reason
     assert [bool(row.get("missing")) for row in rows] == [False, True, False]
     assert all(value != value for value in rows[1]["loglikelihoods"])
 
@@ -217,8 +221,8 @@ def test_a_generation_that_leaves_no_room_is_cut_refused_or_left_out():
         LmEvalAdapter(model, 2, SILENT, overlong="refuse").generate_until(requests)
     skipping = LmEvalAdapter(model, 2, SILENT, overlong="skip")
     assert skipping.generate_until(requests)[0] == ""
-    assert "do not fit" in skipping.evidence.columns("task", 0)["missing"]
-    assert "missing" not in skipping.evidence.columns("task", 1)
+    assert "do not fit" in skipping.evidence.unanswered("task", 0)
+    assert skipping.evidence.unanswered("task", 1) is None
 
 
 @pytest.mark.parametrize("answer", ["", " yes" * 600])
@@ -228,7 +232,7 @@ def test_an_answer_that_cannot_be_scored_ends_nothing(answer):
     (value, _), (other, _) = adapter.loglikelihood(requests)
     assert value != value
     assert other < 0
-    assert adapter.evidence.columns("task", 0)["missing"]
+    assert adapter.evidence.unanswered("task", 0)
 
 
 @pytest.mark.parametrize("context", ["", " ", "\n\n"])
