@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
