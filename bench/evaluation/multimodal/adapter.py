@@ -10,30 +10,25 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import partial
-from typing import Protocol
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
 
+from bench.data.image_files import UnfitImage
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.harness import select_backend
 from bench.evaluation.multimodal import shared_prefix
 from bench.evaluation.multimodal.generation import Answer, Generation, ImageQuestion
 from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache, image_hash
+from bench.evaluation.multimodal.task_data import DocToVisual, open_document_images
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
 from bench.schema import BenchmarkConfig
 from bench.ui import Progress
-
-
-class DocToVisual(Protocol):
-    """A task's function from a document to its images."""
-
-    def __call__(self, document: object) -> list[Image]:
-        """Open the images of a document."""
 
 
 class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
@@ -88,11 +83,11 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
                 partial(_answer_fields, generation),
                 self._progress,
             )
-            for index, (text, prompt, hashed) in zip(indices, responses, strict=True):
+            for index, fields in zip(indices, responses, strict=True):
                 *_, document, task, _split = requests[index].args
-                answer = Answer(str(text), str(prompt), hashed)
+                answer = Answer(*fields)
                 self.answers_by_document[task, document] = answer
-                texts[index] = answer.text
+                texts[index] = answer.text or ""  # the harness's filters take strings only
         return texts
 
     def clean(self) -> None:
@@ -114,13 +109,17 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         same_images: dict[str, list[int]] = defaultdict(list)
         for index in indices:
             # Equal pixels, not equal document ids: data sets repeat one image in many documents.
-            same_images[image_hash(self._question(requests[index]).open_images())].append(index)
+            try:
+                key = image_hash(self._question(requests[index]).open_images())
+            except UnfitImage:
+                key = ""  # answering finds the same, and records the reason
+            same_images[key].append(index)
         return [index for group in same_images.values() for index in group]
 
     def _open(
         self, doc_to_visual: DocToVisual, document: int, task: str, split: str
     ) -> list[Image]:
-        return list(doc_to_visual(self.task_dict[task][split][document]))
+        return open_document_images(doc_to_visual, self.task_dict[task][split], document)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Raise: planning admits only generate_until tasks."""
@@ -139,7 +138,7 @@ def _answer_fields(
     generation: Generation, questions: Sequence[ImageQuestion]
 ) -> list[list[str | None]]:
     """Return answers as JSON values, the form that the response cache stores."""
-    return [[answer.text, answer.prompt, answer.image_hash] for answer in generation.run(questions)]
+    return [list(astuple(answer)) for answer in generation.run(questions)]
 
 
 def _request_key(request: Instance) -> str:

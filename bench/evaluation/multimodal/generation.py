@@ -12,9 +12,11 @@ from typing import Protocol, TypeAlias, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from bench.data.image_files import UnfitImage
 from bench.errors import UserError
+from bench.evaluation.metrics import NON_FINITE_LOGITS
 from bench.evaluation.multimodal.prompts import (
     PER_TOKEN,
     EncodedPrompt,
@@ -30,7 +32,7 @@ from bench.evaluation.multimodal.shared_prefix import (
     find_image_prefixes,
     prefill,
 )
-from bench.evaluation.networks import language_model, pad_left
+from bench.evaluation.networks import NonFiniteRows, language_model, pad_left
 from bench.models.model import Model
 
 MAX_ANSWER_TOKENS = 1024
@@ -56,11 +58,15 @@ class ImageQuestion:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, the full prompt, and the hash of the images."""
+    """An answer, the full prompt, and the hash of the images.
 
-    text: str
+    If there is no answer, `text` is None and `missing` the reason.
+    """
+
+    text: str | None
     prompt: str
     image_hash: str | None
+    missing: str | None = None
 
 
 class Generation:
@@ -96,20 +102,27 @@ class Generation:
     @torch.no_grad()
     def run(self, questions: Sequence[ImageQuestion]) -> list[Answer]:
         """Answer questions of any length, padded on the left."""
-        images = [question.open_images() for question in questions]
-        hashes = [image_hash(opened) if opened else None for opened in images]
-        prompts = [
-            self._prompts.render(question.text, len(opened))
-            for question, opened in zip(questions, images, strict=True)
-        ]
-        encoded = [
-            self._prompts.encode(prompt, opened)
-            for prompt, opened in zip(prompts, images, strict=True)
-        ]
-        texts = self._answer(encoded, hashes)
-        return [Answer(*fields) for fields in zip(texts, prompts, hashes, strict=True)]
+        answers: dict[int, Answer] = {}
+        whole: list[tuple[int, str, list[Image.Image]]] = []
+        for index, question in enumerate(questions):
+            try:
+                images = question.open_images()
+                whole.append((index, self._prompts.render(question.text, len(images)), images))
+            except UnfitImage as error:
+                answers[index] = Answer(None, "", None, str(error))
+        hashes = [image_hash(images) if images else None for _, _, images in whole]
+        encoded = [self._prompts.encode(prompt, images) for _, prompt, images in whole]
+        texts = self._answer(encoded, hashes) if encoded else []
+        for row, (index, prompt, _) in enumerate(whole):
+            text, key = texts[row], hashes[row]
+            if text is None and len(whole) > 1:
+                # Alone, without padding or a shared prefix: see `IsolatingScorer`.
+                (text,) = self._answer([encoded[row]], [key])
+            missing = NON_FINITE_LOGITS if text is None else None
+            answers[index] = Answer(text, prompt, key, missing)
+        return [answers[index] for index in range(len(questions))]
 
-    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[str]:
+    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[str | None]:
         """Answer prompts: in one batch where they share a prefix, in another where they do not."""
         # Two batches, because only one of them has a cache to start from.
         prefixes: list[ImagePrefix] = []
@@ -118,7 +131,7 @@ class Generation:
         limits = [self._token_limit(prompt["input_ids"].shape[1]) for prompt in encoded]
         sharing = [row for prefix in prefixes for row in prefix.rows]
         others = [row for row in range(len(encoded)) if row not in set(sharing)]
-        texts = [""] * len(encoded)
+        texts: list[str | None] = [None] * len(encoded)
 
         def write(rows: list[int], tokens: dict[str, Tensor], inputs: NetworkInputs) -> None:
             answers = self._generate(tokens, inputs, [limits[row] for row in rows])
@@ -220,8 +233,11 @@ class Generation:
 
     def _generate(
         self, tokens: dict[str, Tensor], inputs: NetworkInputs, limits: list[int]
-    ) -> list[str]:
+    ) -> list[str | None]:
+        """Return the answer of each row, None where its logits are not finite."""
         width = tokens["input_ids"].shape[1]
+        end = (self._ends or [self._pad_token])[0]
+        lost = NonFiniteRows(len(limits), width, end)
         stop = PerRowStopping(self._model.tokenizer, self._until, limits, width)
         # Every setting is given: a model's generation config may ask for sampling, with a
         # temperature that greedy decoding would warn about.
@@ -235,13 +251,28 @@ class Generation:
             top_p=None,
             top_k=None,
             stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList([lost]),
+            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            remove_invalid_values=False,
             eos_token_id=self._ends or None,
             pad_token_id=self._pad_token,
             use_cache=True,
         )
-        rows = zip(output_BT[:, width:].tolist(), limits, strict=True)
+        rows = zip(output_BT[:, width:].tolist(), limits, lost.tokens_B.tolist(), strict=True)
         # A row keeps generating padding until the whole batch is done, hence the cut per row.
-        return [self._text(answer[:limit]) for answer, limit in rows]
+        return [
+            self._text(answer[:limit])
+            if not 0 <= finite < limit or self._ends_in(answer[:finite])
+            else None
+            for answer, limit, finite in rows
+        ]
+
+    def _ends_in(self, tokens: list[int]) -> bool:
+        """Whether an answer has ended within its first tokens."""
+        if any(token in self._ends for token in tokens):
+            return True
+        text = self._model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(stop in text for stop in self._until)
 
     def _text(self, tokens: list[int]) -> str:
         """Decode an answer up to its end token and its first stop string."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,7 +15,15 @@ from bench.errors import UserError
 from bench.evaluation.distributed import hidden_from_harness
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lmms_eval
-from bench.evaluation.metrics import LoggedSample, SampleRow, sample_score, task_metric
+from bench.evaluation.metrics import (
+    EMPTY_ANSWER,
+    LoggedSample,
+    SampleRow,
+    TaskAnswers,
+    sample_score,
+    settle_metrics,
+    task_metric,
+)
 from bench.evaluation.multimodal.adapter import LmmsEvalAdapter
 from bench.evaluation.multimodal.derived_metrics import (
     DerivedMetric,
@@ -32,7 +40,7 @@ from bench.evaluation.task_planning import (
     refuse_unknown_data,
 )
 from bench.models.model import Model
-from bench.records.record import Metric
+from bench.records.record import Metric, MissingMeasurement
 from bench.schema import BenchmarkConfig, ModelKind
 from bench.ui import Progress
 
@@ -78,13 +86,20 @@ class MultimodalHarness:
         adapter = LmmsEvalAdapter(model, self.benchmark, progress, cache)
         metrics: list[Metric] = []
         rows: list[SampleRow] = []
+        missing: list[MissingMeasurement] = []
         for task in self.tasks:
             with progress.phase(f"{model.name} on {task.name}"):
                 result = _run_harness(adapter, task)
+            answers = unanswered_rows(task, adapter, result)
+            if answers.unanswered:
+                progress.warn(f"{task.name}: {answers.describe()}")
+            rows += sample_rows(task, adapter, result, answers)
             with quiet_lmms_eval():
-                metrics += task_metrics(self.benchmark, task, result)
-            rows += sample_rows(task, adapter, result)
-        return ScoredBenchmark(metrics, rows, adapter.backend_report)
+                scored = task_metrics(self.benchmark, task, answered_only(task, result, answers))
+            settled, gaps = settle_metrics(scored, answers, self.benchmark.allow_missing)
+            metrics += settled
+            missing += gaps
+        return ScoredBenchmark(metrics, rows, adapter.backend_report, missing)
 
 
 def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalHarness:
@@ -133,6 +148,61 @@ def _run_harness(adapter: LmmsEvalAdapter, planned: PlannedTask) -> HarnessResul
             process_docs_parallel=1,
         )
     return result
+
+
+UNIT_UNANSWERED = "a question that is scored together with it has no answer"
+
+
+def unanswered_rows(
+    planned: PlannedTask, adapter: LmmsEvalAdapter, result: HarnessResult
+) -> TaskAnswers:
+    """Count the documents of a task and name those without an answer, by index in the data set.
+
+    Documents that are scored together are answered together or not at all.
+    """
+    reasons: dict[int, str] = {}
+    units: dict[str, list[int]] = defaultdict(list)
+    samples = result["samples"][planned.name]
+    for sample in samples:
+        position = sample["doc_id"]
+        answer = adapter.answers_by_document[planned.name, position]
+        reason = answer.missing or (None if (answer.text or "").strip() else EMPTY_ANSWER)
+        if reason is not None:
+            reasons[position] = reason
+        unit = scoring_unit(planned.name, sample["doc"])
+        if unit is not None:
+            units[unit].append(position)
+    for positions in units.values():
+        if reasons.keys() & set(positions):
+            reasons |= {p: UNIT_UNANSWERED for p in positions if p not in reasons}
+    return TaskAnswers(
+        len({sample["doc_id"] for sample in samples}),
+        {str(planned.indices[position]): reasons[position] for position in sorted(reasons)},
+    )
+
+
+def answered_only(
+    planned: PlannedTask, result: HarnessResult, answers: TaskAnswers
+) -> HarnessResult:
+    """Let lmms-eval aggregate again, over the documents that have an answer.
+
+    A task that has none keeps its numbers, since nothing cannot be aggregated; they are dropped.
+    """
+    samples = result["samples"][planned.name]
+    kept = [s for s in samples if str(planned.indices[s["doc_id"]]) not in answers.unanswered]
+    if not kept or len(kept) == len(samples):
+        return result
+    from lmms_eval.evaluator_utils import TaskOutput
+
+    again = TaskOutput.from_taskdict(planned.name, planned.task)
+    filters = {key.partition(",")[2] for key in result["results"][planned.name] if "," in key}
+    for metric in planned.task.aggregation():
+        values = [sample[metric] for sample in kept if metric in sample]
+        for through in filters if values else ():
+            again.sample_metrics[metric, through] = values
+    again.calculate_aggregate_metric(bootstrap_iters=0)
+    again.calculate_clt_aggregate_metric()
+    return {"results": {planned.name: again.agg_metrics}, "samples": {planned.name: kept}}
 
 
 def task_metrics(
@@ -189,16 +259,31 @@ def _version(metadata: Metadata | list[Metadata] | None) -> str | None:
 
 
 def sample_rows(
-    planned: PlannedTask, adapter: LmmsEvalAdapter, result: HarnessResult
+    planned: PlannedTask, adapter: LmmsEvalAdapter, result: HarnessResult, answers: TaskAnswers
 ) -> list[SampleRow]:
-    """Return one row per scored document; `doc_id` is its index in the whole data set."""
-    return [_sample_row(planned, adapter, sample) for sample in result["samples"][planned.name]]
+    """Return one row per scored document; `doc_id` is its index in the whole data set.
+
+    A row without an answer has no scores.
+    """
+    return [
+        _sample_row(
+            planned,
+            adapter,
+            sample,
+            answers.unanswered.get(str(planned.indices[sample["doc_id"]])),
+        )
+        for sample in result["samples"][planned.name]
+    ]
 
 
-def _sample_row(planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSample) -> SampleRow:
+def _sample_row(
+    planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSample, missing: str | None
+) -> SampleRow:
     answer = adapter.answers_by_document[planned.name, sample["doc_id"]]
     metrics = {
-        name: sample_score(sample[name]) for name in planned.task.aggregation() if name in sample
+        name: None if missing else sample_score(sample[name])
+        for name in planned.task.aggregation()
+        if name in sample
     }
     return {
         "task": planned.name,
@@ -215,6 +300,7 @@ def _sample_row(planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSa
         "category": sample["doc"].get("category"),
         "unit": scoring_unit(planned.name, sample["doc"]),
         **metrics,
+        "missing": missing,
     }
 
 

@@ -18,6 +18,7 @@ from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.metrics import (
     EMPTY_ANSWER,
+    NO_LABEL,
     NON_FINITE_LOGLIKELIHOOD,
     LoggedSample,
     SampleRow,
@@ -179,17 +180,18 @@ Unanswered: TypeAlias = dict[str, dict[int, str]]
 def unanswered_documents(
     planned: PlannedTask, result: HarnessResult, reported: Mapping[tuple[str, int], str]
 ) -> Unanswered:
-    """Find the documents without an answer: those in the logged responses, and those `reported`.
+    """Find the documents without an answer or a label, in the responses and as `reported`.
 
     `reported` holds what responses do not show, by task and document id.
     """
-    found: Unanswered = {name: {} for name in planned.tasks}
+    unlabelled = dict.fromkeys(planned.unlabelled, NO_LABEL)
+    found: Unanswered = {name: dict(unlabelled) for name in planned.tasks}
     for name, samples in result["samples"].items():
         for sample in samples:
             document = sample["doc_id"]
             reason = reported.get((name, document)) or _no_answer(planned.tasks[name], sample)
             if reason is not None:
-                found[name][document] = reason
+                found[name].setdefault(document, reason)
     return found
 
 
