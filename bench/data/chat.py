@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from bench.data.image_files import UnfitImage
 from bench.data.tokenization import without_appended
 
 if TYPE_CHECKING:
@@ -81,13 +82,24 @@ def render_chat(
     """Return the text of a conversation, with all images before the first question.
 
     The text ends with the last answer or, if that is None, with the generation prompt. `system` is
-    the system message that opens the conversation.
+    the system message that opens the conversation. A first question that holds the processor's
+    image token places its images itself, as in lmms-eval's adapter for LLaVA.
+
+    Raises:
+        UnfitImage: it does so for a different number of images than there are.
     """
+    token = getattr(processor, "image_token", None)
+    placed = turns[0][0].count(token) if token else 0
+    if placed and placed != images:
+        raise UnfitImage(
+            f"the question holds {token} {placed} times, each of which stands for an image, but "
+            f"has {images}"
+        )
     messages: list[ChatMessage] = []
     if system:
         messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
     for number, (question, answer) in enumerate(turns):
-        placeholders = [{"type": "image"}] * images if number == 0 else []
+        placeholders = [{"type": "image"}] * (images - placed) if number == 0 else []
         content = [*placeholders, {"type": "text", "text": question}]
         messages.append({"role": "user", "content": content})
         if answer is not None:

@@ -137,11 +137,16 @@ class DocumentSource:
     fingerprint: str
 
 
+_CHUNK = 1 << 20
+
+
 def file_source(files: list[Path]) -> DocumentSource:
     """Describe local files; the fingerprint is the SHA-256 over their bytes, in order."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
     location = files[0] if len(files) == 1 else files[0].parent
     return DocumentSource("file", str(location), None, digest.hexdigest())
 

@@ -56,6 +56,7 @@ def task_metric(
 NON_FINITE_LOGLIKELIHOOD = "a log-likelihood is not finite"
 NON_FINITE_LOGITS = "the logits are not finite"
 EMPTY_ANSWER = "the generated text is empty"
+NO_LABEL = "the row has no label"
 """Reasons why a sample has no answer."""
 NAMED_ROWS = 5
 """Rows that a sentence about missing answers names; the samples of a run name all of them."""

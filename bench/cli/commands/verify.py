@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Tolerance per dtype; a different batch size changes summation order."""
-EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction")
+EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction", "missing")
 """Text fields that must be identical."""
 MAX_SHOWN_FAULTS = 5
 SampleKey = tuple[str, str | None, object]
@@ -87,7 +87,8 @@ def verify(
     refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
     limit = min(samples, config.benchmark.limit or samples)
-    part = config.benchmark.model_copy(update={"limit": limit})
+    # Rows without an answer are compared as well, however large their share of this part.
+    part = config.benchmark.model_copy(update={"limit": limit, "allow_missing": 1.0})
     model = rebuild_model(record, session)
     found = evaluate(model, plan(part, offline=config.offline)).samples
     if tolerance is None:
@@ -117,7 +118,9 @@ def _compare(
             f"{where}: different {name}" for name in EXACT_FIELDS if _text_differs(old, row, name)
         ]
         for name, was, value in _number_pairs(old, row):
-            difference = abs(was - value) / max(1.0, abs(was))
+            # What was not finite and is not again agrees: the run recorded no answer there.
+            repeated = was == value or (math.isnan(was) and math.isnan(value))
+            difference = 0.0 if repeated else abs(was - value) / max(1.0, abs(was))
             numbers, worst = numbers + 1, max(worst, difference)
             # Not `difference > tolerance`: a NaN compares false and must count as a fault.
             if not difference <= tolerance:

@@ -12,8 +12,9 @@ from typing import Protocol, TypeAlias, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from bench.data.image_files import UnfitImage
 from bench.evaluation.evidence import (
     Finish,
     Seen,
@@ -21,6 +22,7 @@ from bench.evaluation.evidence import (
     settings_in_force,
     tokens_until_stop,
 )
+from bench.evaluation.metrics import NON_FINITE_LOGITS
 from bench.evaluation.multimodal.prompts import (
     PER_TOKEN,
     EncodedPrompt,
@@ -36,7 +38,7 @@ from bench.evaluation.multimodal.shared_prefix import (
     find_image_prefixes,
     prefill,
 )
-from bench.evaluation.networks import language_model, pad_left
+from bench.evaluation.networks import NonFiniteRows, language_model, pad_left
 from bench.models.model import Model
 from bench.schema import Overlong
 
@@ -68,13 +70,18 @@ class ImageQuestion:
 class Answer:
     """An answer, the full prompt, the hash of the images, and what the model saw of them.
 
-    `text` is empty if the model was not asked; `seen` then has the reason.
+    If there is no answer, `text` is None and `missing` the reason.
     """
 
-    text: str
+    text: str | None
     prompt: str
     image_hash: str | None
     seen: Seen
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is no answer."""
+        return self.seen.unanswered
 
 
 class Generation:
@@ -118,33 +125,38 @@ class Generation:
     @torch.no_grad()
     def run(self, questions: Sequence[ImageQuestion]) -> list[Answer]:
         """Answer questions of any length, padded on the left."""
-        images = [question.open_images() for question in questions]
-        hashes = [image_hash(opened) if opened else None for opened in images]
-        prompts = [
-            self._prompts.render(question.text, len(opened))
-            for question, opened in zip(questions, images, strict=True)
-        ]
-        encoded = [
-            self._prompts.encode(prompt, opened)
-            for prompt, opened in zip(prompts, images, strict=True)
-        ]
-        widths = [prompt["input_ids"].shape[1] for prompt in encoded]
+        answers: dict[int, Answer] = {}
+        whole: list[tuple[int, str, list[Image.Image]]] = []
+        for index, question in enumerate(questions):
+            try:
+                images = question.open_images()
+                whole.append((index, self._prompts.render(question.text, len(images)), images))
+            except UnfitImage as error:
+                answers[index] = Answer(None, "", None, Seen(0, 0, unanswered=str(error)))
+        keys = [image_hash(images) if images else None for _, _, images in whole]
+        encoded = [self._prompts.encode(prompt, images) for _, prompt, images in whole]
         reasons = [
-            self._check_length(question.name, width)
-            for question, width in zip(questions, widths, strict=True)
+            self._check_length(questions[index].name, prompt["input_ids"].shape[1])
+            for (index, _, _), prompt in zip(whole, encoded, strict=True)
         ]
         asked = [row for row, reason in enumerate(reasons) if reason is None]
-        ended = self._answer([encoded[row] for row in asked], [hashes[row] for row in asked])
+        ended = self._answer([encoded[row] for row in asked], [keys[row] for row in asked])
         answered = dict(zip(asked, ended, strict=True))
-        answers = []
-        for row, prompt in enumerate(encoded):
-            text, finish, tokens = answered.get(row, ("", None, 0))
-            sizes = self._prompts.image_sizes(prompt)
+        for row, (index, prompt, _) in enumerate(whole):
+            end = answered.get(row)
+            if end is None and reasons[row] is None and len(asked) > 1:
+                # Alone, without padding or a shared prefix: see `IsolatingScorer`.
+                (end,) = self._answer([encoded[row]], [keys[row]])
+            text, finish, tokens = end or (None, None, 0)
             seen = Seen(
-                widths[row], tokens, finish=finish, unanswered=reasons[row], image_sizes=sizes
+                encoded[row]["input_ids"].shape[1],
+                tokens,
+                finish=finish,
+                unanswered=None if end else reasons[row] or NON_FINITE_LOGITS,
+                image_sizes=self._prompts.image_sizes(encoded[row]),
             )
-            answers.append(Answer(text, prompts[row], hashes[row], seen))
-        return answers
+            answers[index] = Answer(text, prompt, keys[row], seen)
+        return [answers[index] for index in range(len(questions))]
 
     def _check_length(self, name: str, width: int) -> str | None:
         """Return why a prompt of `width` tokens is not asked, None if an answer fits behind it."""
@@ -153,7 +165,7 @@ class Generation:
         policy: Overlong = "refuse" if self._overlong == "refuse" else "skip"
         return check_length(policy, name, width, self._model.max_length - 1, self._model.name)
 
-    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[Ended]:
+    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[Ended | None]:
         """Answer prompts: in one batch where they share a prefix, in another where they do not."""
         # Two batches, because only one of them has a cache to start from.
         prefixes: list[ImagePrefix] = []
@@ -162,7 +174,7 @@ class Generation:
         limits = [self._token_limit(prompt["input_ids"].shape[1]) for prompt in encoded]
         sharing = [row for prefix in prefixes for row in prefix.rows]
         others = [row for row in range(len(encoded)) if row not in set(sharing)]
-        answers: dict[int, Ended] = {}
+        answers: dict[int, Ended | None] = {}
 
         def write(rows: list[int], tokens: dict[str, Tensor], inputs: NetworkInputs) -> None:
             ended = self._generate(tokens, inputs, [limits[row] for row in rows])
@@ -253,8 +265,11 @@ class Generation:
 
     def _generate(
         self, tokens: dict[str, Tensor], inputs: NetworkInputs, limits: list[int]
-    ) -> list[Ended]:
+    ) -> list[Ended | None]:
+        """Return the answer of each row, None where its logits are not finite."""
         width = tokens["input_ids"].shape[1]
+        end = (self._ends or [self._pad_token])[0]
+        lost = NonFiniteRows(len(limits), width, end)
         stop = PerRowStopping(self._model.tokenizer, self._until, limits, width)
         # Every setting is given: a model's generation config may ask for sampling, with a
         # temperature that greedy decoding would warn about.
@@ -268,13 +283,28 @@ class Generation:
             top_p=None,
             top_k=None,
             stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList([lost]),
+            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            remove_invalid_values=False,
             eos_token_id=self._ends or None,
             pad_token_id=self._pad_token,
             use_cache=True,
         )
-        rows = zip(output_BT[:, width:].tolist(), limits, strict=True)
+        rows = zip(output_BT[:, width:].tolist(), limits, lost.tokens_B.tolist(), strict=True)
         # A row keeps generating padding until the whole batch is done, hence the cut per row.
-        return [self._ended(answer[:limit]) for answer, limit in rows]
+        return [
+            self._ended(answer[:limit])
+            if not 0 <= finite < limit or self._ends_in(answer[:finite])
+            else None
+            for answer, limit, finite in rows
+        ]
+
+    def _ends_in(self, tokens: list[int]) -> bool:
+        """Whether an answer has ended within its first tokens."""
+        if any(token in self._ends for token in tokens):
+            return True
+        text = self._text(tokens)
+        return any(stop in text for stop in self._until)
 
     def _ended(self, tokens: list[int]) -> Ended:
         """Cut an answer at its end token and at its first stop string."""

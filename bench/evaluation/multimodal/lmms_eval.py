@@ -5,28 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
-from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
-
 from bench.errors import UserError
 from bench.evaluation.distributed import hidden_from_harness
-from bench.evaluation.evidence import EvidenceLog, Seen, task_evidence, warn_about
+from bench.evaluation.evidence import task_evidence, warn_about
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lmms_eval
-from bench.evaluation.metrics import LoggedSample, SampleRow, sample_score, task_metric
-from bench.evaluation.multimodal.adapter import LmmsEvalAdapter
+from bench.evaluation.metrics import (
+    EMPTY_ANSWER,
+    LoggedSample,
+    SampleRow,
+    TaskAnswers,
+    sample_score,
+    settle_metrics,
+    task_metric,
+)
+from bench.evaluation.multimodal.adapter import LmmsEvalAdapter, StoredAnswers
 from bench.evaluation.multimodal.derived_metrics import (
     DerivedMetric,
     HarnessScores,
     derive_metrics,
 )
-from bench.evaluation.multimodal.generation import Answer
 from bench.evaluation.multimodal.planned_tasks import PlannedTask, scoring_unit
 from bench.evaluation.response_cache import ResponseCache
 from bench.evaluation.task_planning import (
@@ -38,7 +42,7 @@ from bench.evaluation.task_planning import (
 )
 from bench.models.model import Model
 from bench.models.network import text_config
-from bench.records.record import Metric, TaskEvidence
+from bench.records.record import Metric
 from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
 from bench.ui import SILENT, Progress
 
@@ -108,56 +112,22 @@ class MultimodalHarness:
     def _score_tasks(
         self, lm: LmmsEvalAdapter | StoredAnswers, name: str, progress: Progress
     ) -> ScoredBenchmark:
-        metrics: list[Metric] = []
-        rows: list[SampleRow] = []
-        evidence: list[TaskEvidence] = []
+        scored = ScoredBenchmark([], [])
         for task in self.tasks:
             with progress.phase(f"{name} on {task.name}"):
                 result = _run_harness(lm, task)
+            answers = unanswered_rows(task, lm, result)
+            if answers.unanswered:
+                progress.warn(f"{task.name}: {answers.describe()}")
+            rows = sample_rows(task, lm, result, answers)
             with quiet_lmms_eval():
-                metrics += task_metrics(self.benchmark, task, result)
-            found = sample_rows(task, lm, result)
-            evidence.append(task_evidence(task.name, found, lm.evidence.settings.get(task.name)))
-            rows += found
-        return ScoredBenchmark(metrics, rows, evidence=evidence)
-
-
-class StoredAnswers(lmms):  # type: ignore[misc]  # the harness has no types
-    """The answers in sample rows, given again to the harness's requests."""
-
-    def __init__(self, tasks: Sequence[PlannedTask], rows: Sequence[SampleRow]) -> None:
-        super().__init__()
-        self._indices = {task.name: task.indices for task in tasks}
-        self._rows = {(row["task"], row["doc_id"]): row for row in rows}
-        self.answers_by_document: dict[tuple[str, int], Answer] = {}
-        self.evidence = EvidenceLog()
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the texts as they were before any filter."""
-        texts = []
-        for request in requests:
-            *_, document, task, _split = request.args
-            row = self._rows.get((task, self._indices[task][document]), {})
-            if not len(row.get("generations", ())):
-                raise UserError(
-                    f"task {task}, document {self._indices[task][document]}: the run stored no "
-                    "generations, so it cannot be scored again without the model"
-                )
-            (text,) = row["generations"]
-            seen = Seen(0, 0)
-            self.answers_by_document[task, document] = Answer(
-                text, row["prompt"], row["image_hash"], seen
+                found = task_metrics(self.benchmark, task, answered_only(task, result, answers))
+            metrics, missing = settle_metrics(found, answers, self.benchmark.allow_missing)
+            evidence = [task_evidence(task.name, rows, lm.evidence.settings.get(task.name))]
+            scored = scored.extended(
+                ScoredBenchmark(metrics, rows, missing=missing, evidence=evidence)
             )
-            texts.append(text)
-        return texts
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Raise: planning admits only generate_until tasks."""
-        raise NotImplementedError
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Raise: planning admits only single-turn tasks."""
-        raise NotImplementedError
+        return scored
 
 
 def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalHarness:
@@ -206,6 +176,61 @@ def _run_harness(lm: LmmsEvalAdapter | StoredAnswers, planned: PlannedTask) -> H
             process_docs_parallel=1,
         )
     return result
+
+
+UNIT_UNANSWERED = "a question that is scored together with it has no answer"
+
+
+def unanswered_rows(
+    planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, result: HarnessResult
+) -> TaskAnswers:
+    """Count the documents of a task and name those without an answer, by index in the data set.
+
+    Documents that are scored together are answered together or not at all.
+    """
+    reasons: dict[int, str] = {}
+    units: dict[str, list[int]] = defaultdict(list)
+    samples = result["samples"][planned.name]
+    for sample in samples:
+        position = sample["doc_id"]
+        answer = lm.answers_by_document[planned.name, position]
+        reason = answer.missing or (None if (answer.text or "").strip() else EMPTY_ANSWER)
+        if reason is not None:
+            reasons[position] = reason
+        unit = scoring_unit(planned.name, sample["doc"])
+        if unit is not None:
+            units[unit].append(position)
+    for positions in units.values():
+        if reasons.keys() & set(positions):
+            reasons |= {p: UNIT_UNANSWERED for p in positions if p not in reasons}
+    return TaskAnswers(
+        len({sample["doc_id"] for sample in samples}),
+        {str(planned.indices[position]): reasons[position] for position in sorted(reasons)},
+    )
+
+
+def answered_only(
+    planned: PlannedTask, result: HarnessResult, answers: TaskAnswers
+) -> HarnessResult:
+    """Let lmms-eval aggregate again, over the documents that have an answer.
+
+    A task that has none keeps its numbers, since nothing cannot be aggregated; they are dropped.
+    """
+    samples = result["samples"][planned.name]
+    kept = [s for s in samples if str(planned.indices[s["doc_id"]]) not in answers.unanswered]
+    if not kept or len(kept) == len(samples):
+        return result
+    from lmms_eval.evaluator_utils import TaskOutput
+
+    again = TaskOutput.from_taskdict(planned.name, planned.task)
+    filters = {key.partition(",")[2] for key in result["results"][planned.name] if "," in key}
+    for metric in planned.task.aggregation():
+        values = [sample[metric] for sample in kept if metric in sample]
+        for through in filters if values else ():
+            again.sample_metrics[metric, through] = values
+    again.calculate_aggregate_metric(bootstrap_iters=0)
+    again.calculate_clt_aggregate_metric()
+    return {"results": {planned.name: again.agg_metrics}, "samples": {planned.name: kept}}
 
 
 def task_metrics(
@@ -262,18 +287,37 @@ def _version(metadata: Metadata | list[Metadata] | None) -> str | None:
 
 
 def sample_rows(
-    planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, result: HarnessResult
+    planned: PlannedTask,
+    lm: LmmsEvalAdapter | StoredAnswers,
+    result: HarnessResult,
+    answers: TaskAnswers,
 ) -> list[SampleRow]:
-    """Return one row per scored document; `doc_id` is its index in the whole data set."""
-    return [_sample_row(planned, lm, sample) for sample in result["samples"][planned.name]]
+    """Return one row per scored document; `doc_id` is its index in the whole data set.
+
+    A row without an answer has no scores.
+    """
+    return [
+        _sample_row(
+            planned,
+            lm,
+            sample,
+            answers.unanswered.get(str(planned.indices[sample["doc_id"]])),
+        )
+        for sample in result["samples"][planned.name]
+    ]
 
 
 def _sample_row(
-    planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, sample: LoggedSample
+    planned: PlannedTask,
+    lm: LmmsEvalAdapter | StoredAnswers,
+    sample: LoggedSample,
+    missing: str | None,
 ) -> SampleRow:
     answer = lm.answers_by_document[planned.name, sample["doc_id"]]
     metrics = {
-        name: sample_score(sample[name]) for name in planned.task.aggregation() if name in sample
+        name: None if missing else sample_score(sample[name])
+        for name in planned.task.aggregation()
+        if name in sample
     }
     return {
         "task": planned.name,
@@ -286,12 +330,13 @@ def _sample_row(
         "target": _target(sample),
         "prompt": answer.prompt,
         "response": str(sample["filtered_resps"][0]),
-        "generations": [answer.text],
+        "generations": [] if answer.text is None else [answer.text],
         "image_hash": answer.image_hash,
         "category": sample["doc"].get("category"),
         "unit": scoring_unit(planned.name, sample["doc"]),
         **lm.evidence.columns(planned.name, sample["doc_id"]),
         **metrics,
+        "missing": missing,
     }
 
 

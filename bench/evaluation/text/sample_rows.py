@@ -9,6 +9,7 @@ from typing import TypeAlias, TypedDict
 from bench.evaluation.evidence import EvidenceLog, count_ties
 from bench.evaluation.metrics import (
     EMPTY_ANSWER,
+    NO_LABEL,
     NON_FINITE_LOGLIKELIHOOD,
     LoggedSample,
     SampleRow,
@@ -36,15 +37,16 @@ Unanswered: TypeAlias = dict[str, dict[int, str]]
 def unanswered_documents(
     planned: PlannedTask, result: HarnessResult, log: EvidenceLog
 ) -> Unanswered:
-    """Find the documents without an answer, in the logged responses and in what was seen."""
-    found: Unanswered = {name: {} for name in planned.tasks}
+    """Find the documents without an answer or a label, in the responses and in what was seen."""
+    unlabelled = dict.fromkeys(planned.unlabelled, NO_LABEL)
+    found: Unanswered = {name: dict(unlabelled) for name in planned.tasks}
     for name, samples in result["samples"].items():
         for sample in samples:
             document = sample["doc_id"]
             # First what was seen: a response of NaN does not say that the prompt was too long.
             reason = log.unanswered(name, document) or _no_answer(planned.tasks[name], sample)
             if reason is not None:
-                found[name][document] = reason
+                found[name].setdefault(document, reason)
     return found
 
 
