@@ -97,6 +97,8 @@ class ImagesConfig(BaseModel):
 
 
 Backend = Literal["prefix_sharing", "padded"]
+Overlong = Literal["truncate", "skip", "refuse"]
+"""What happens to a prompt that does not fit into a model together with its answer."""
 
 
 class BenchmarkConfig(BaseModel):
@@ -118,6 +120,16 @@ class BenchmarkConfig(BaseModel):
     with one row per request. Results are the same. A model that does not support prefix sharing
     falls back to the padded backend, and the record states the backend used and the reason.
 
+    `overlong` selects what happens to a prompt that does not fit into the model together with its
+    answer: `truncate` removes tokens on its left as lm-eval does, so that numbers stay comparable
+    with published ones; `skip` leaves the document without an answer; `refuse` ends the run. A
+    question about an image is never cut.
+
+    `allow_missing` is the share of a task's rows that may have no answer: log-likelihoods that are
+    not finite, an empty text, a row without a label, an image that cannot be shown. Up to this
+    share the number is over the answered rows, and the record counts the others; beyond it the
+    task has no number. 0 accepts none.
+
     Only `lmms_eval` reads the last three keys. `system_prompt` replaces the model's own system
     prompt; an empty string removes it. `ocr_tokens` adds TextVQA's OCR tokens to the prompt, as in
     LLaVA's published numbers; lmms-eval omits them by default. `image_cache_gib` bounds the CPU
@@ -136,6 +148,8 @@ class BenchmarkConfig(BaseModel):
     batch_size: int = Field(default=16, ge=1)
     backend: Backend = "prefix_sharing"
     limit: int | None = Field(default=None, ge=1)
+    overlong: Overlong = "truncate"
+    allow_missing: float = Field(default=0.0, ge=0, le=1)
     data: dict[str, str] = Field(default_factory=dict)
     images: ImagesConfig = ImagesConfig()
     system_prompt: str | None = None

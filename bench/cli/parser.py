@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from bench.errors import UserError
 
 COMMANDS = (
-    "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "status",
-    "resume", "gc", "export", "prefetch", "doctor",
+    "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "rescore",
+    "status", "resume", "gc", "export", "prefetch", "doctor",
 )  # fmt: skip
 LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
 RAW_COMMANDS = {
@@ -123,6 +123,10 @@ def _add_run_commands(command: AddCommand) -> None:
     verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
     verify.add_argument("--tolerance", type=float, default=None, help="relative difference allowed")
     _add_allowed(verify, ALLOWED_HELP)
+    rescore = command(
+        "rescore", "rescore:run_command", "apply the harness's present metrics to stored answers"
+    )
+    rescore.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export = command("export", "export:run_command", "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export.add_argument("folder", type=Path, metavar="DIR")
@@ -131,9 +135,9 @@ def _add_run_commands(command: AddCommand) -> None:
     _add_allowed(export, ALLOWED_HELP)
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
     prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
-    for added in (status, resume, garbage, verify, export):
+    for added in (status, resume, garbage, verify, rescore, export):
         _add_results_dir(added)
-    for added in (status, garbage, verify):
+    for added in (status, garbage, verify, rescore):
         _add_json_flag(added)
 
 

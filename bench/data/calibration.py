@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.data.tokenization import encode_texts
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
 
@@ -196,12 +197,21 @@ def _english_share(rows: int) -> TextShare:
 
 
 def _read_text(path: str) -> str:
+    key = f"calibration.path={path}"
+    file = Path(path).expanduser()
+    if file.exists() and not file.is_file():
+        raise UserError(f"{key} is not a file")  # a pipe or a device may never end
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        # Without a byte order mark, which would be a token of its own.
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise MissingData(f"calibration.path={path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"calibration.path={path} is not a UTF-8 text file") from None
+        raise MissingData(f"{key}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        where = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{key} is not a UTF-8 text file: see line {where}") from None
+    if not text.strip():
+        raise UserError(f"{key} holds no text")
+    return text
 
 
 def _documents_from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence[str]:
@@ -238,5 +248,5 @@ def _cached_token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
 
 
 def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    # `verbose=False` silences the warning that the text exceeds the model's context.
-    return tokenizer(text, verbose=False)["input_ids"]
+    (ids,) = encode_texts(tokenizer, [text])
+    return ids

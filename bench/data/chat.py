@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from bench.data.image_files import UnfitImage
+from bench.data.tokenization import without_appended
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -18,7 +21,11 @@ class Tokenizer(Protocol):
 
     padding_side: str
     bos_token: str | None
+    eos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
     pad_token_id: int
+    all_special_tokens: list[str]
 
     def __hash__(self) -> int: ...
 
@@ -26,6 +33,9 @@ class Tokenizer(Protocol):
         self, text: str, *, verbose: bool = True, add_special_tokens: bool = True
     ) -> Mapping[str, list[int]]:
         """Return the ids of a text as `input_ids`; `verbose` warns if it is long."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all tokens, added ones included."""
 
 
 class Processor(Protocol):
@@ -72,23 +82,39 @@ def render_chat(
     """Return the text of a conversation, with all images before the first question.
 
     The text ends with the last answer or, if that is None, with the generation prompt. `system` is
-    the system message that opens the conversation.
+    the system message that opens the conversation. A first question that holds the processor's
+    image token places its images itself, as in lmms-eval's adapter for LLaVA.
+
+    Raises:
+        UnfitImage: it does so for a different number of images than there are.
     """
+    token = getattr(processor, "image_token", None)
+    placed = turns[0][0].count(token) if token else 0
+    if placed and placed != images:
+        raise UnfitImage(
+            f"the question holds {token} {placed} times, each of which stands for an image, but "
+            f"has {images}"
+        )
     messages: list[ChatMessage] = []
     if system:
         messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
     for number, (question, answer) in enumerate(turns):
-        placeholders = [{"type": "image"}] * images if number == 0 else []
+        placeholders = [{"type": "image"}] * (images - placed) if number == 0 else []
         content = [*placeholders, {"type": "text", "text": question}]
         messages.append({"role": "user", "content": content})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return processor.apply_chat_template(
         messages,
-        chat_template=getattr(processor, "chat_template", None) or VICUNA_TEMPLATE,
+        chat_template=chat_template(processor),
         tokenize=False,
         add_generation_prompt=turns[-1][1] is None,
     )
+
+
+def chat_template(processor: Processor) -> str | dict[str, str]:
+    """Return the template of a processor's conversations, or its named templates."""
+    return getattr(processor, "chat_template", None) or VICUNA_TEMPLATE
 
 
 def encode_chats(
@@ -105,4 +131,7 @@ def encode_chats(
         options["add_special_tokens"] = False
     if any(images):  # a batch of text only passes no `images` at all
         options["images"] = [list(of_text) for of_text in images]
-    return dict(processor(text=list(texts), return_tensors="pt", **options))
+    outputs = dict(processor(text=list(texts), return_tensors="pt", **options))
+    if options.get("add_special_tokens") is False:
+        return outputs
+    return without_appended(processor.tokenizer, outputs)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from bench.data.chat import Conversation
+from bench.data.image_files import UnfitImage, decode_image
 from bench.errors import MissingData, UserError
 
 if TYPE_CHECKING:
@@ -110,9 +111,7 @@ def _refuse_outside(folder: Path, name: str) -> None:
 
 
 def _open_image(file: Path) -> Image:
-    import PIL.Image
-
     try:
-        return PIL.Image.open(file).convert("RGB")
-    except (OSError, PIL.UnidentifiedImageError) as error:
+        return decode_image(file.read_bytes())
+    except (OSError, UnfitImage) as error:
         raise UserError(f"conversations: {file} cannot be read as an image: {error}") from None

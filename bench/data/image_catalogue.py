@@ -113,6 +113,8 @@ def _load_torchvision_set(
             f"{folder} does not hold {name} in torchvision's layout ({found.class_name}): set "
             "benchmark.images.download=true with a network connection, or give another folder"
         ) from error
+    for part, role in zip(parts, ("training", "test"), strict=True):
+        _refuse_misfit(name, found, role, *_pixels_and_labels(part))
     return Splits(
         name=name,
         train=TensorSet(*_pixels_and_labels(parts[0]), found.statistics, found.shift, found.flip),
@@ -133,6 +135,29 @@ def _pixels_and_labels(part: Any) -> tuple[Tensor, Tensor]:
     return pixel_NCHH.contiguous(), torch.as_tensor(part.targets)
 
 
+def _refuse_misfit(
+    name: str, found: _TorchvisionSet, role: str, pixel_NCHH: Tensor, label_N: Tensor
+) -> None:
+    """Raise UserError unless images and labels are those that a classifier of the set takes.
+
+    torchvision reads MNIST's files without a checksum, so a damaged label would be a wrong answer.
+    """
+    shape = (found.channels, found.size, found.size)
+    if pixel_NCHH.shape[1:] != shape or len(pixel_NCHH) != len(label_N) or not len(label_N):
+        raise UserError(
+            f"image data set {name}: {len(pixel_NCHH)} {role} images of shape "
+            f"{tuple(pixel_NCHH.shape[1:])} with {len(label_N)} labels; each needs one label and "
+            f"the shape {shape}"
+        )
+    outside_N = (label_N < 0) | (label_N >= found.classes)
+    if outside_N.any():
+        row = int(outside_N.nonzero()[0])
+        raise UserError(
+            f"image data set {name}: {role} image {row} has label {int(label_N[row])}, as do "
+            f"{int(outside_N.sum()) - 1} more without a class; labels are 0 to {found.classes - 1}"
+        )
+
+
 def _load_imagenet(folder: Path) -> Splits:
     """Read `train/` and `val/` with one sub-folder per class, the usual layout of ImageNet."""
     from torchvision import datasets, transforms
@@ -149,6 +174,14 @@ def _load_imagenet(folder: Path) -> Splits:
     )
     # ImageFolder, because torchvision's ImageNet class also needs the archive of the devkit.
     parts = {part: datasets.ImageFolder(str(folder / part)) for part in ("train", "val")}
+    classes = {part: images.classes for part, images in parts.items()}
+    # Labels are positions in the sorted names of the folders: one folder less shifts all others.
+    unshared = sorted(set(classes["train"]) ^ set(classes["val"]))
+    if unshared:
+        raise UserError(
+            f"image data set imagenet: class folder {unshared[0]} is in one of {folder}/train and "
+            f"{folder}/val only, as are {len(unshared) - 1} more; both need the same classes"
+        )
     return Splits(
         name="imagenet",
         train=FolderSet(parts["train"], test, training),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bench.data.image_files import UnfitImage, open_images
 from bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -196,10 +197,14 @@ class FolderSet(ImageSet):
         return len(self._folder)
 
     def fetch(self, index_B: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Decode the images; given a generator, apply the random `training` transform."""
+        """Decode the images; given a generator, apply the random `training` transform.
+
+        Raises:
+            UnfitImage: a file cannot be decoded; the message names it.
+        """
         images, labels = [], []
         for index in index_B.tolist():
-            image, label = self._folder[index]
+            image, label = self._decoded(index)
             labels.append(label)
             if generator is None:
                 images.append(self._test(image))
@@ -212,6 +217,12 @@ class FolderSet(ImageSet):
                 torch.manual_seed(seed)
                 images.append(self._training(image))
         return torch.stack(images), torch.tensor(labels)
+
+    def _decoded(self, index: int) -> tuple[Image, int]:
+        try:
+            return open_images(lambda: self._folder[index])
+        except UnfitImage as error:
+            raise UnfitImage(f"{self._folder.samples[index][0]}: {error}") from error
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over file names, file sizes and labels."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from bench.data import chat
 from bench.data.chat import ModelInputs, Processor
+from bench.data.image_files import UnfitImage, decode_image, open_images, refuse_clipped
 from bench.errors import MissingData, UserError
 from bench.schema import PromptsConfig
 
@@ -116,7 +116,16 @@ def _draw_prompts(config: PromptsConfig, *, offline: bool) -> Iterator[ImageProm
         raise UserError(f"{key} has {len(rows)} rows, but prompts.count={config.count}")
     # Rows are sampled by index, so that only the drawn images of a hub data set are decoded.
     for place in random.Random(config.seed).sample(range(len(rows)), config.count):
-        yield _decode_row(rows[place], config, key)
+        row = _drawn_row(rows, place, key)
+        yield _decode_row(row, config, key, place)
+
+
+def _drawn_row(rows: Sequence[_Row], place: int, key: str) -> _Row:
+    # A split of `datasets` decodes the image here.
+    try:
+        return open_images(lambda: rows[place])
+    except UnfitImage as error:
+        raise UserError(f"{key}: row {place} is no prompt, since {error}") from error
 
 
 def _embedded_prompts(config: PromptsConfig) -> Iterator[ImagePrompt]:
@@ -130,17 +139,20 @@ def _embedded_prompts(config: PromptsConfig) -> Iterator[ImagePrompt]:
 
 
 def _rows_from_file(config: PromptsConfig, key: str) -> Sequence[_Row]:
-    from pyarrow import parquet
+    import datasets
+    from pyarrow import ArrowException, parquet
 
     file = Path(str(config.path)).expanduser()
+    # A pipe or a device exists as well, and may never end.
     if not file.is_file():
         raise UserError(f"{key}: no such file")
     try:
-        table = parquet.read_table(file)
-    except (OSError, ValueError) as error:
+        table = parquet.read_table(file, memory_map=True)
+    except (OSError, ValueError, ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{key} cannot be read as parquet: {reason}") from error
-    rows: list[_Row] = table.to_pylist()
+    # Rows become Python objects, images included, only when they are drawn.
+    rows: Sequence[_Row] = datasets.Dataset(table)
     return rows
 
 
@@ -167,24 +179,28 @@ def _rows_from_hub(config: PromptsConfig, *, offline: bool) -> Sequence[_Row]:
     return rows
 
 
-def _decode_row(row: _Row, config: PromptsConfig, key: str) -> ImagePrompt:
+def _decode_row(row: _Row, config: PromptsConfig, key: str, place: int) -> ImagePrompt:
     for column in (config.image_column, config.question_column):
         if row.get(column) is None:
-            raise UserError(f"{key} has no column {column!r}: it has {', '.join(sorted(row))}")
-    return _decode_image(row[config.image_column], key), str(row[config.question_column])
+            columns = ", ".join(sorted(row))
+            raise UserError(f"{key}: row {place} has no column {column!r}; there are {columns}")
+    question = row[config.question_column]
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{key}: row {place} has no text in {config.question_column!r}")
+    try:
+        return _decode_image(row[config.image_column]), question
+    except UnfitImage as error:
+        raise UserError(f"{key}: row {place} is no prompt, since {error}") from error
 
 
-def _decode_image(value: object, key: str) -> Image:
+def _decode_image(value: object) -> Image:
     # The hub hands over decoded images. A parquet file holds bytes, or a struct of bytes and path
     # if `datasets` wrote it.
     import PIL.Image
 
     if isinstance(value, PIL.Image.Image):
-        return value.convert("RGB")
+        return refuse_clipped(value).convert("RGB")
     content = value.get("bytes") if isinstance(value, dict) else value
-    try:
-        if not isinstance(content, bytes):
-            raise TypeError
-        return PIL.Image.open(io.BytesIO(content)).convert("RGB")
-    except (TypeError, PIL.UnidentifiedImageError):
-        raise UserError(f"{key}: a value of its image column is not an image") from None
+    if not isinstance(content, bytes):
+        raise UnfitImage("the value of its image column is not an image")
+    return decode_image(content)

@@ -9,6 +9,7 @@ from bench.evaluation.benchmark import (
     evaluate,
     plan,
     prefetch_benchmark,
+    rescore,
 )
 from bench.evaluation.metrics import Evaluation
 from bench.schema import BenchmarkConfig, PerplexityConfig
@@ -22,4 +23,5 @@ __all__ = [
     "evaluate",
     "plan",
     "prefetch_benchmark",
+    "rescore",
 ]

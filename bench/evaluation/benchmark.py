@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pkgutil
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from bench.errors import UserError
 from bench.evaluation.harness import SEED
-from bench.evaluation.metrics import Evaluation, align_rows, headline_average
+from bench.evaluation.metrics import Evaluation, align_rows, headline_average, missing_average
 from bench.schema import BenchmarkConfig
 from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
-    from bench.evaluation.harness import DocumentSource, Harness
+    from bench.evaluation.harness import DocumentSource, Harness, ScoredBenchmark
+    from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
     from bench.schema import ModelConfig
@@ -150,7 +151,26 @@ def evaluate(
 
     seed_everything(SEED)
     # The cache is keyed by requests alone, not by weights, so the default is an empty one per call.
-    metrics, rows, report = plan.harness.score(model, progress, cache or ResponseCache())
-    metrics += headline_average(plan.benchmark, metrics)
-    backend = None if report is None else report.as_json()
-    return Evaluation(tuple(metrics), align_rows(rows), backend)
+    return _evaluation(plan, plan.harness.score(model, progress, cache or ResponseCache()))
+
+
+def rescore(plan: PlannedBenchmark, rows: Sequence[SampleRow]) -> Evaluation:
+    """Apply the harness's filters and metrics to the answers in sample rows, without a model.
+
+    Raises:
+        UserError: the rows lack answers that the metrics need.
+    """
+    return _evaluation(plan, plan.harness.rescore(rows))
+
+
+def _evaluation(plan: PlannedBenchmark, scored: ScoredBenchmark) -> Evaluation:
+    averages = headline_average(plan.benchmark, scored.metrics)
+    gaps = [missing_average(each, scored.metrics) for each in averages if each.value is None]
+    report = scored.backend_report
+    return Evaluation(
+        (*scored.metrics, *averages),
+        align_rows(scored.rows),
+        backend=None if report is None else report.as_json(),
+        missing=(*scored.missing, *gaps),
+        evidence=tuple(scored.evidence),
+    )

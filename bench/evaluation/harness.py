@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
+    from torch import nn
 
+    from bench.data.chat import Tokenizer
     from bench.evaluation.metrics import SampleRow
     from bench.evaluation.response_cache import ResponseCache
     from bench.models.model import Model
-    from bench.records.record import Metric
-    from bench.schema import ModelKind
+    from bench.records.record import Metric, MissingMeasurement, TaskEvidence
+    from bench.schema import ModelConfig, ModelKind
     from bench.ui import Progress
 
 SEED = 1234
@@ -70,11 +72,27 @@ def select_backend(
 
 
 class ScoredBenchmark(NamedTuple):
-    """The metrics of a model, one row per scored sample, and the backend report if there is one."""
+    """The metrics of a model, one row per scored sample, and the backend report if there is one.
+
+    `missing` names the headlines without a value, with the reason. `evidence` says per task what
+    its numbers rest on.
+    """
 
     metrics: list[Metric]
     rows: list[SampleRow]
     backend_report: BackendReport | None = None
+    missing: Sequence[MissingMeasurement] = ()
+    evidence: Sequence[TaskEvidence] = ()
+
+    def extended(self, other: ScoredBenchmark) -> ScoredBenchmark:
+        """Return the results of both, with this one's backend report."""
+        return ScoredBenchmark(
+            [*self.metrics, *other.metrics],
+            [*self.rows, *other.rows],
+            self.backend_report,
+            [*self.missing, *other.missing],
+            [*self.evidence, *other.evidence],
+        )
 
 
 class Harness(Protocol):
@@ -88,11 +106,17 @@ class Harness(Protocol):
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task came from."""
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Raise UserError unless the tasks can be put to a network, given without weights."""
+
     def images(self, task: str, document: int) -> Sequence[Image]:
         """Return the images of a document, given its index in the data set; empty for text."""
 
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score a model; requests found in the response cache are skipped, new ones added to it."""
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Score the answers in sample rows; raise UserError if they do not suffice."""
 
 
 Origin = Literal["hub", "embedded", "file", "harness"]
@@ -113,11 +137,16 @@ class DocumentSource:
     fingerprint: str
 
 
+_CHUNK = 1 << 20
+
+
 def file_source(files: list[Path]) -> DocumentSource:
     """Describe local files; the fingerprint is the SHA-256 over their bytes, in order."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
     location = files[0] if len(files) == 1 else files[0].parent
     return DocumentSource("file", str(location), None, digest.hexdigest())
 

@@ -8,22 +8,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from bench.data import image_catalogue, image_sets
+from bench.data.image_files import UnfitImage
 from bench.data.image_sets import ImageSet, Splits
+from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
 from bench.evaluation.harness import DocumentSource, Origin, ScoredBenchmark
-from bench.evaluation.metrics import SampleRow, task_metric
+from bench.evaluation.metrics import (
+    NON_FINITE_LOGITS,
+    SampleRow,
+    TaskAnswers,
+    settle_metrics,
+    task_metric,
+)
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.classifiers.classifier import Classifier
 from bench.models.model import Model
 from bench.records.record import Metric
-from bench.schema import BenchmarkConfig, ModelKind
+from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
 from bench.ui import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bench.data.chat import Tokenizer
 
 ACCURACY = "acc"
 
@@ -43,6 +56,9 @@ class ImageHarness:
         """Return nothing: a classifier's rows do not reference images by hash."""
         return ()
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Check nothing: classifiers read no text."""
+
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Return the accuracy and one row per image.
 
@@ -55,14 +71,21 @@ class ImageHarness:
         network.config.refuse_mismatched_images(task, self.splits.shape)
 
         def classify(indices: Sequence[int]) -> list[SampleRow]:
-            image_BCHH, label_B = self.scored.fetch(torch.tensor(indices), None)
+            try:
+                image_BCHH, label_B = self.scored.fetch(torch.tensor(indices), None)
+            except UnfitImage as error:
+                if len(indices) > 1:
+                    return [row for index in indices for row in classify([index])]
+                return [{**_blank_row(task, indices[0]), "missing": str(error)}]
             # The weights set device and dtype, whatever a method did to the network.
             weight = next(network.parameters())
             with torch.inference_mode():
                 # Softmax in float32: in half precision, the probabilities of close classes would
                 # round to a tie.
-                probability_BK = network(image_BCHH.to(weight)).float().softmax(-1).cpu()
-            return _sample_rows(task, indices, label_B, probability_BK)
+                logit_BK = network(image_BCHH.to(weight)).float()
+                probability_BK = logit_BK.softmax(-1).cpu()
+            finite_B = logit_BK.isfinite().all(-1).cpu()
+            return _sample_rows(task, indices, label_B, probability_BK, finite_B)
 
         network.eval()
         batches = AdaptiveBatches(self.benchmark.batch_size, model.device, progress)
@@ -71,8 +94,22 @@ class ImageHarness:
             rows = cache.get_or_compute_batched(
                 keys, range(count), [1] * count, batches, classify, progress
             )
-        correct = [float(row[ACCURACY]) for row in rows]
-        return ScoredBenchmark([_accuracy(self.benchmark, task, correct)], rows)
+        lost = {str(row["doc_id"]): str(row["missing"]) for row in rows if row["missing"]}
+        answers = TaskAnswers(count, lost)
+        if lost:
+            progress.warn(f"{task}: {answers.describe()}")
+        correct = [float(row[ACCURACY]) for row in rows if not row["missing"]]
+        metrics, missing = settle_metrics(
+            [_accuracy(self.benchmark, task, correct)], answers, self.benchmark.allow_missing
+        )
+        return ScoredBenchmark(metrics, rows, missing=missing)
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Raise: a predicted class passes through no filter, and its metric is ours."""
+        raise UserError(
+            f"benchmark {self.benchmark.name} classifies images: no harness scores their answers, "
+            "so there is nothing to score again"
+        )
 
 
 def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:
@@ -109,16 +146,19 @@ def _sources(splits: Splits, scored: ImageSet) -> dict[str, DocumentSource]:
 
 
 def _sample_rows(
-    task: str, indices: Sequence[int], label_B: Tensor, probability_BK: Tensor
+    task: str,
+    indices: Sequence[int],
+    label_B: Tensor,
+    probability_BK: Tensor,
+    finite_B: Tensor,
 ) -> list[SampleRow]:
     """Return one row per image; `probability` is that of the predicted class."""
     highest_B, predicted_B = probability_BK.max(-1)
     correct_B = (predicted_B == label_B).double()
     columns = (label_B.tolist(), predicted_B.tolist(), highest_B.tolist(), correct_B.tolist())
-    return [
+    rows = [
         {
-            "task": task,
-            "doc_id": index,
+            **_blank_row(task, index),
             "target": str(label),
             "prediction": str(predicted),
             "probability": probability,
@@ -126,11 +166,22 @@ def _sample_rows(
         }
         for index, label, predicted, probability, correct in zip(indices, *columns, strict=True)
     ]
+    blank = {"prediction": None, "probability": None, ACCURACY: None, "missing": NON_FINITE_LOGITS}
+    return [
+        row if finite else {**row, **blank}
+        for row, finite in zip(rows, finite_B.tolist(), strict=True)
+    ]
+
+
+def _blank_row(task: str, index: int) -> SampleRow:
+    unknown = dict.fromkeys(("target", "prediction", "probability", ACCURACY, "missing"))
+    return {"task": task, "doc_id": index, **unknown}
 
 
 def _accuracy(benchmark: BenchmarkConfig, task: str, correct: list[float]) -> Metric:
-    n, share = len(correct), sum(correct) / len(correct)
+    n = len(correct)
+    share = sum(correct) / n if n else None
     # The standard error of a Bernoulli mean, with n - 1 in its denominator as in lm-eval.
-    error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+    error = math.sqrt(share * (1 - share) / (n - 1)) if share is not None and n > 1 else None
     split = benchmark.images.split
     return task_metric(benchmark, task, ACCURACY, share, split=split, n=n, stderr=error)

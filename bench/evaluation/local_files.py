@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import datasets
 import pyarrow
@@ -15,17 +13,15 @@ from pyarrow import parquet
 
 from bench.errors import UserError
 from bench.evaluation.harness import DocumentSource, file_source
+from bench.evaluation.metrics import NO_LABEL, TaskAnswers
+from bench.evaluation.row_files import (
+    SUFFIXES,
+    UNREADABLE,
+    DataRow,
+    RowFile,
+    existing_path,
+)
 
-DataRow: TypeAlias = dict[str, Any]
-"""One document: values by column, as JSON or parquet gives them."""
-SUFFIXES = (".parquet", ".jsonl", ".json", ".gz")
-"""Supported formats: parquet, JSON Lines, a JSON list, and the latter two compressed."""
-UNREADABLE = (OSError, ValueError, EOFError, zlib.error)
-"""Errors of readers on a damaged file.
-
-ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors, BadGzipFile is an OSError;
-EOFError and zlib.error are raised on a `.gz` file that is cut off or damaged inside.
-"""
 TEXT_COLUMNS = {
     "boolq": ("passage", "question", "label"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
@@ -55,91 +51,80 @@ IMAGE_COLUMNS = ("id", "image")
 """Columns of a file with the images of documents that only name them."""
 
 
-def load_local_rows(
-    task: str, path: str, split: str
-) -> tuple[datasets.DatasetDict, DocumentSource]:
-    """Read a file as the split `split`, or a folder's files as one split each.
+@dataclass(frozen=True)
+class LocalDocuments:
+    """The splits of a user's files, where they came from, and the scored rows without a label.
+
+    The rows `unlabelled` stand in the data with a label that is valid and means nothing.
+    """
+
+    splits: datasets.DatasetDict
+    source: DocumentSource
+    unlabelled: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """What a run reads of a task's files.
+
+    `split` is scored, the first `scored` rows of it (None: all), and all other splits are read too
+    if the prompts hold `examples`. `allow_missing` is the share of rows that may have no label.
+    """
+
+    split: str
+    scored: int | None = None
+    examples: bool = False
+    allow_missing: float = 0.0
+
+
+def load_local_rows(task: str, path: str, use: RowUse) -> LocalDocuments:
+    """Read a file as the scored split, or a folder's files as one split each.
+
+    Every row of a file that is read is parsed and must have the task's columns; the values of a row
+    and its label are checked, and the row is kept, only if the run uses it.
 
     Raises:
         UserError: the path does not exist, a file cannot be read, a column is missing, or a row
             has no answer.
     """
     key = f"benchmark.data.{task}={path}"
-    files = _files_by_split(_existing_path(path, key), key, split)
-    splits = {name: read_rows(file, key) for name, file in files.items()}
-    for name, rows in splits.items():
-        where = f"{key}: {files[name].name}"
-        _check_columns(rows, TEXT_COLUMNS.get(task, ()), where)
-        _check_labels(task, rows, where)
-    data = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
-    return datasets.DatasetDict(data), file_source(list(files.values()))
-
-
-def _existing_path(path: str, key: str) -> Path:
-    """Return the path that the setting `key` names.
-
-    Raises:
-        UserError: there is nothing at it.
-    """
-    existing = Path(path).expanduser()
-    if not existing.exists():
-        raise UserError(f"{key}: no such file or folder")
-    return existing
+    files = _files_by_split(existing_path(path, key), key, use.split)
+    read = {name: file for name, file in files.items() if use.examples or name == use.split}
+    splits, unlabelled = {}, []
+    for name, file in read.items():
+        # Examples are drawn from all rows, so fewer would be other examples; and an example without
+        # a label would show a wrong one.
+        kept, allowed = (None, 0.0) if use.examples else (use.scored, use.allow_missing)
+        rows, unlabelled = _checked_rows(task, file, key, kept, allowed)
+        splits[name] = _as_dataset(rows, f"{key}: {file.name}")
+    # All files of the folder, whether they are read or not: the identity of data names a folder.
+    source = file_source(list(files.values()))
+    # One list: without examples only the scored split is read, with examples none is accepted.
+    return LocalDocuments(datasets.DatasetDict(splits), source, tuple(unlabelled))
 
 
 def _files_by_split(path: Path, key: str, split: str) -> dict[str, Path]:
     if path.is_file():
         return {split: path}
-    files = {
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
         # Up to the first dot: `test.jsonl.gz` is the split `test`.
-        file.name.partition(".")[0]: file
-        for file in sorted(path.iterdir())
-        if file.suffix in SUFFIXES
-    }
+        name = file.name.partition(".")[0]
+        if file.suffix not in SUFFIXES or not file.is_file():
+            continue
+        if name in files:
+            raise UserError(
+                f"{key}: {files[name].name} and {file.name} are both the split {name}; keep one"
+            )
+        files[name] = file
     if split not in files:
         raise UserError(f"{key}: the folder must contain {split}.parquet, the split that is scored")
     return files
 
 
-def read_rows(file: Path, key: str) -> list[DataRow]:
-    """Read the rows of a table; `key` names the user's setting in error messages.
-
-    Raises:
-        UserError: the format is not supported, the file cannot be read or has no rows.
-    """
-    if file.suffix not in SUFFIXES:
-        raise UserError(f"{key}: {file.name} must be one of {', '.join(SUFFIXES)}")
-    try:
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-    except UNREADABLE as error:
-        raise _unreadable(key, file, file.suffix, error) from error
-    if not rows:
-        raise UserError(f"{key}: {file.name} has no rows")
-    return rows
-
-
-def _unreadable(key: str, file: Path, kind: str, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0]
-    return UserError(f"{key}: {file.name} cannot be read as {kind}: {reason}")
-
-
-def _parquet_rows(file: Path) -> list[DataRow]:
-    rows: list[DataRow] = parquet.read_table(file).to_pylist()
-    return rows
-
-
-def _json_rows(file: Path) -> list[DataRow]:
-    content = file.read_bytes()
-    text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every row must be an object")
-    return list(rows)
-
-
+HELLASWAG_ENDINGS = 4
+SHOWN_CHARS = 60
+"""Characters of a faulty value that a message shows."""
 Label: TypeAlias = tuple[str, Callable[[DataRow], Iterable[object]]]
 """The column of a task's correct answer, and a function from a row to the values it may have."""
 
@@ -164,35 +149,136 @@ LABELS: dict[str, Label] = {
     "hellaswag": ("label", lambda row: [*range(4), *map(str, range(4))]),
     "mathqa": ("correct", lambda row: "abcde"),
 }
+LABEL_COLUMNS = frozenset(column for column, _ in LABELS.values())
 
 
-def _check_labels(task: str, rows: list[DataRow], where: str) -> None:
-    """Raise UserError unless every row holds an answer that the task can score."""
-    if task not in LABELS:
-        return
-    column, allowed = LABELS[task]
-    for index, row in enumerate(rows):
-        value, values = row[column], list(allowed(row))
-        # The files of public test splits hold -1 or an empty string. The harness would score such
-        # a row as wrong for every model, and report an accuracy of 0.
-        label = value.strip() if isinstance(value, str) else value
-        if label not in values:
-            raise UserError(
-                f"{where}: row {index} has {column}={value!r}, which is no answer; this task needs "
-                f"one of {', '.join(map(repr, values))}. Give a split that holds the answers"
+def _checked_rows(
+    task: str, path: Path, key: str, kept: int | None, allow_missing: float
+) -> tuple[list[DataRow], list[int]]:
+    """Read a file to its end; return the `kept` first rows, and the indices of unlabelled ones.
+
+    The files of public test splits hold -1 or an empty string. The harness would score such a row
+    as wrong for every model, and report an accuracy of 0.
+    """
+    columns = TEXT_COLUMNS.get(task, ())
+    file = RowFile(path, key, columns, kept)
+    rows: list[DataRow] = []
+    unlabelled: list[int] = []
+    first_fault: UserError | None = None
+    for row in file:
+        if columns:
+            _refuse_misfit(row, file, columns)
+        if task in LABELS:
+            column, allowed = LABELS[task]
+            values = list(allowed(row))
+            label = _canonical_label(row[column], values)
+            if label is None:
+                first_fault = first_fault or _unlabelled_error(file, column, row, values)
+                if not allow_missing:
+                    raise first_fault
+                unlabelled.append(len(rows))
+            # The harness needs a valid label in every row; scores of unlabelled rows are dropped.
+            row[column] = values[0] if label is None else label
+        rows.append(row)
+    if first_fault and not TaskAnswers(
+        len(rows), {str(row): NO_LABEL for row in unlabelled}
+    ).suffice(allow_missing):
+        raise UserError(f"{first_fault} ({len(unlabelled)} of {len(rows)} rows have none)")
+    return rows, unlabelled
+
+
+def _refuse_misfit(row: DataRow, file: RowFile, columns: Sequence[str]) -> None:
+    """Raise UserError unless the values of a row have the types that the task's prompt needs."""
+    for column in columns:
+        value = row[column]
+        if column == "choices":
+            texts, labels = (
+                (value.get("text"), value.get("label")) if isinstance(value, dict) else (None, None)
             )
+            fits = _is_texts(texts) and _is_texts(labels) and len(texts) == len(labels)
+            needed = "an object of two lists of strings of one length, 'text' and 'label'"
+        elif column == "endings":
+            fits, needed = _is_texts(value) and len(value) == HELLASWAG_ENDINGS, "four strings"
+        elif column in LABEL_COLUMNS:
+            continue
+        else:
+            fits, needed = isinstance(value, str), "a string"
+        if not fits:
+            raise file.fault(f"has {column}={_shortened(value)}; this task needs {needed}")
 
 
-def _check_columns(rows: list[DataRow], columns: tuple[str, ...], where: str) -> None:
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
+def _canonical_label(value: object, values: Sequence[object]) -> object | None:
+    """Return the label among `values` that is meant, None if none is.
+
+    Tables written by other programs hold 1 as 1.0, true, "1" or " 1".
+    """
+    if isinstance(value, str):
+        value = value.strip()
+    elif isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    if value in values:
+        return value
+    forms: list[object] = [str(value)]
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+        forms.append(int(value))
+    return next((form for form in forms if form in values), None)
+
+
+def _unlabelled_error(
+    file: RowFile, column: str, row: DataRow, values: Sequence[object]
+) -> UserError:
+    return file.fault(
+        f"has {column}={_shortened(row[column])}, which is no answer; this task needs one of "
+        f"{', '.join(map(repr, values))}. Give a split that holds the answers"
+    )
+
+
+def _as_dataset(rows: list[DataRow], where: str) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_list(rows)
+    # A number beside a string, half of a surrogate pair, an integer of more than 64 bits.
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{where}: {_table_fault(rows) or str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def _table_fault(rows: list[DataRow]) -> str | None:
+    """Return which row keeps the rows from being a table."""
+    kinds: dict[str, tuple[str, int]] = {}
     for index, row in enumerate(rows):
-        # None counts as missing: parquet and a list of dictionaries fill absent values with it, and
-        # a prompt template would render it as the word None.
-        missing = [column for column in columns if row.get(column) is None]
-        if missing:
-            raise UserError(
-                f"{where} has no column {missing[0]!r} (row {index}); "
-                f"this task needs {', '.join(columns)}"
-            )
+        try:
+            pyarrow.Table.from_pylist([row])
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+            reason = str(error).partition("\n")[0]
+            return f"row {index} holds a value that no table can hold: {reason}"
+        for column, value in row.items():
+            if value is None:
+                continue
+            kind = JSON_KINDS.get(type(value), "a string")
+            first, before = kinds.setdefault(column, (kind, index))
+            if kind != first:
+                return f"row {index} has {kind} in column {column!r}, row {before} has {first}"
+    return None
+
+
+JSON_KINDS = {
+    dict: "an object",
+    list: "a list",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+}
+"""Names of JSON's types; everything else is a string."""
 
 
 def read_image_rows(
@@ -204,7 +290,7 @@ def read_image_rows(
         UserError: the path does not exist, a file cannot be read, or a column is missing.
     """
     key = f"benchmark.data.{name}={path}"
-    files = _parquet_files(_existing_path(path, key), key, part, split)
+    files = _parquet_files(existing_path(path, key), key, part, split)
     rows = _read_parquet_table(files, key)
     _require_columns(rows, IMAGE_TASK_COLUMNS.get(name, ()), key)
     return rows, file_source(files)
@@ -219,7 +305,7 @@ def read_separate_images(
         UserError: the path is no folder, a file cannot be read, or a column is missing.
     """
     key = f"benchmark.data.{name}={path}"
-    folder = _existing_path(path, key)
+    folder = existing_path(path, key)
     if folder.is_file():
         raise UserError(
             f"{key}: the rows have no column 'image'; give a folder that contains {part}.parquet"
@@ -252,7 +338,8 @@ def _read_parquet_table(files: list[Path], key: str) -> datasets.Dataset:
     try:
         tables = [parquet.read_table(file, memory_map=True) for file in files]
     except UNREADABLE as error:
-        raise _unreadable(key, files[0], "parquet", error) from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{key}: {files[0].name} cannot be read as parquet: {reason}") from error
     # Wraps the memory-mapped tables; `load_dataset("parquet")` would copy them into its own cache.
     rows = datasets.Dataset(pyarrow.concat_tables(tables))
     if not len(rows):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from bench.records.record import Metric
+from bench.records.record import Metric, MissingMeasurement, TaskEvidence
 from bench.schema import BenchmarkConfig
 
 LoggedSample: TypeAlias = Mapping[str, Any]
@@ -20,7 +21,7 @@ def task_metric(
     benchmark: BenchmarkConfig,
     task: str,
     metric: str,
-    value: float,
+    value: float | None,
     *,
     split: str,
     n: int,
@@ -30,6 +31,8 @@ def task_metric(
     higher_is_better: bool = True,
     headline: bool = True,
     task_version: str | None = None,
+    truncated: int | None = None,
+    missing: int = 0,
 ) -> Metric:
     """Return a metric of a task; `through` is its filter, `none` if there is no choice."""
     return Metric(
@@ -45,6 +48,71 @@ def task_metric(
         higher_is_better=higher_is_better,
         headline=headline,
         task_version=task_version,
+        truncated=truncated,
+        missing=missing,
+    )
+
+
+NON_FINITE_LOGLIKELIHOOD = "a log-likelihood is not finite"
+NON_FINITE_LOGITS = "the logits are not finite"
+EMPTY_ANSWER = "the generated text is empty"
+NO_LABEL = "the row has no label"
+"""Reasons why a sample has no answer."""
+NAMED_ROWS = 5
+"""Rows that a sentence about missing answers names; the samples of a run name all of them."""
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """The number of scored rows of a task, and those without an answer, each with the reason.
+
+    A row is named by its document id; in a group of tasks, by its task and document id.
+    """
+
+    total: int
+    unanswered: Mapping[str, str] = field(default_factory=dict)
+
+    def suffice(self, allowed: float) -> bool:
+        """Whether a number over the answered rows may stand for the task."""
+        missing = len(self.unanswered)
+        # Divided, not multiplied: 29 / 100 is the float 0.29, while 0.29 * 100 is below 29.
+        return missing < self.total and missing / self.total <= allowed
+
+    def describe(self) -> str:
+        """Return how many rows have no answer, why, and which come first."""
+        rows_by_reason: dict[str, list[str]] = defaultdict(list)
+        for row, reason in self.unanswered.items():
+            rows_by_reason[reason].append(row)
+        parts = [f"{reason} ({_row_names(rows)})" for reason, rows in rows_by_reason.items()]
+        return f"{len(self.unanswered)} of {self.total} rows have no answer: {'; '.join(parts)}"
+
+
+def _row_names(rows: Sequence[str]) -> str:
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(rows[:NAMED_ROWS])}{more}"
+
+
+def settle_metrics(
+    metrics: Sequence[Metric], answers: TaskAnswers, allowed: float
+) -> tuple[list[Metric], list[MissingMeasurement]]:
+    """Count missing answers in a task's metrics; drop the values if too many are missing.
+
+    `metrics` are over the answered rows. Returns them, and what is missing from the headlines.
+    """
+    if not answers.unanswered:
+        return list(metrics), []
+    missing = len(answers.unanswered)
+    if answers.suffice(allowed):
+        return [metric.model_copy(update={"missing": missing}) for metric in metrics], []
+    blank = {"value": None, "stderr": None, "n": answers.total - missing, "missing": missing}
+    reason = f"{answers.describe()}; benchmark.allow_missing={allowed:g}"
+    return (
+        [metric.model_copy(update=blank) for metric in metrics],
+        [
+            MissingMeasurement(scope=metric.task, quantity=metric.metric, reason=reason)
+            for metric in metrics
+            if metric.headline
+        ],
     )
 
 
@@ -52,12 +120,16 @@ def task_metric(
 class Evaluation:
     """All metrics of one model on one benchmark, and one row per scored sample.
 
+    `missing` names the headlines without a value, with the reason.
     `backend` is the backend report as JSON, None for harnesses without a choice of backend.
+    `evidence` says per task what its numbers rest on.
     """
 
     metrics: tuple[Metric, ...]
     samples: tuple[SampleRow, ...]
     backend: dict[str, object] | None = None
+    missing: tuple[MissingMeasurement, ...] = ()
+    evidence: tuple[TaskEvidence, ...] = ()
 
 
 AVERAGE = "average"
@@ -70,21 +142,21 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list
 
     Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
     since it cannot be averaged with accuracies in [0, 1]. There is no average of fewer than two
-    headline metrics, nor of metrics of which some are better high and some better low.
+    headline metrics, nor of metrics of which some are better high and some better low. Its value is
+    None if a headline has none: a mean of the remaining tasks would be a different number.
     """
     shown = averaged_headlines(rows, benchmark.perplexity)
     if not shown:
         return []
     errors = [row.stderr for row in shown if row.stderr is not None]
     known = len(errors) == len(shown)
-    # A value that is not finite is null in a record; it makes the mean unknown as well.
-    values = [math.nan if row.value is None else row.value for row in shown]
+    values = [row.value for row in shown if row.value is not None]
     return [
         task_metric(
             benchmark,
             AVERAGE,
             "mean",
-            math.fsum(values) / len(shown),
+            math.fsum(values) / len(shown) if len(values) == len(shown) else None,
             split=common_split({row.split for row in shown}),
             shots=max(row.shots for row in shown),
             # Standard error of a mean of independent estimates: sqrt(sum of squares) / n. One
@@ -92,8 +164,16 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list
             stderr=math.hypot(*errors) / len(shown) if known else None,
             n=len(shown),
             higher_is_better=shown[0].higher_is_better,
+            missing=sum(row.missing for row in shown),
         )
     ]
+
+
+def missing_average(average: Metric, rows: Sequence[Metric]) -> MissingMeasurement:
+    """Return why an average has no value."""
+    gone = [row.task for row in rows if row.headline and row.value is None]
+    reason = f"{', '.join(gone)} {'has' if len(gone) == 1 else 'have'} no value"
+    return MissingMeasurement(scope=average.task, quantity=average.metric, reason=reason)
 
 
 def averaged_headlines(rows: Sequence[Metric], perplexity: Container[str]) -> list[Metric]:
@@ -144,7 +224,16 @@ SAMPLE_COLUMNS: dict[str, object] = {
     "loglikelihoods": (),
     "greedy": (),
     "response": None,
+    "generations": (),
+    "finish_reasons": (),
+    "prompt_tokens": (),
+    "answer_tokens": (),
+    "truncated_tokens": None,
+    "spans_join": None,
+    "tied_choices": None,
+    "in_examples": None,
     "n_tokens": None,
+    "missing": None,
 }
 """First columns of every sample row, with the value used where a task has none."""
 SAMPLE_METRICS = ("acc", "acc_norm", "exact_match")

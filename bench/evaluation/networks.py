@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 from bench.models.model import Model
 
@@ -60,6 +61,9 @@ class GenerationConfig(Protocol):
 
     eos_token_id: int | list[int] | None
 
+    def to_diff_dict(self) -> dict[str, object]:
+        """Return the settings that differ from the library's defaults."""
+
 
 class LanguageModel(Protocol):
     """A network with a language model head."""
@@ -95,3 +99,29 @@ def pad_left(rows: list[Tensor], fill: int) -> Tensor:
     return torch.cat(
         [nn.functional.pad(row, (width - row.shape[1], 0), value=fill) for row in rows]
     )
+
+
+class NonFiniteRows(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed here
+    """Ends the rows of a generation whose logits are not finite, and notes where they end.
+
+    `tokens_B` holds the number of tokens that a row had generated before; -1 if all were finite.
+    With beams, a row's beams count as one.
+    """
+
+    def __init__(self, rows: int, width: int, end_token: int) -> None:
+        self.tokens_B = torch.full((rows,), -1)
+        self._width = width
+        self._end_token = end_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits, with nothing but the end token possible in rows without any."""
+        # One reduction tells all: the maximum is NaN or infinite if a logit is NaN or +inf, or if
+        # all are -inf. Some -inf is no fault; other processors rule tokens out with it.
+        lost_N = ~scores.amax(-1).isfinite()
+        if lost_N.any():
+            # Sampling from NaN raises, on a GPU as an assertion that ends the process.
+            scores[lost_N] = -torch.inf
+            scores[lost_N, self._end_token] = 0.0
+            lost_B = lost_N.reshape(len(self.tokens_B), -1).any(-1).cpu()
+            self.tokens_B[lost_B & (self.tokens_B < 0)] = input_ids.shape[1] - self._width
+        return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from bench.device import devices
 from bench.errors import UserError
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.classifier import Classifier, VisionConfig
-from bench.models.model import Model
-from bench.models.network import NetworkConfig
+from bench.models.model import Model, max_sequence_length
+from bench.models.network import NetworkConfig, embedded_ids, learned_positions
 from bench.models.source import ModelSource, fresh_vision_config, is_fresh, resolve_model
 from bench.schema import ModelConfig
 
@@ -71,6 +72,42 @@ def _published_network(source: ModelSource) -> nn.Module:
         attn_implementation=source.config.attention,
         trust_remote_code=source.config.trust_remote_code,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(source: ModelSource, files: frozenset[tuple[str, str]]) -> Tokenizer:
+    """Load the tokenizer of a language model alone; `files` are the model's files with hashes."""
+    # Cached by the content of the files, since every run of a sweep asks.
+    with _one_sentence_errors(source):
+        tokenizer, _ = _load_tokenizer_and_processor(source)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+    """Check that a network takes what its tokenizer makes, as far as shapes tell.
+
+    Raises:
+        UserError: ids are beyond the embedding, or sequences longer than the learned positions.
+    """
+    rows = embedded_ids(network)
+    beyond = {text: number for text, number in tokenizer.get_vocab().items() if number >= rows}
+    # Special tokens come from no text. Many published models have one, mostly for padding, that
+    # they never had an embedding for.
+    special = set(tokenizer.all_special_tokens) - {tokenizer.bos_token, tokenizer.eos_token}
+    unfit = sorted(beyond.keys() - special, key=beyond.__getitem__)
+    if unfit:
+        raise UserError(
+            f"the tokenizer of model {config.name} has ids up to {max(beyond.values())}, such as "
+            f"{beyond[unfit[0]]} for {unfit[0]!r}, but the network has embeddings for {rows}: use "
+            "the tokenizer that belongs to the weights"
+        )
+    positions, longest = learned_positions(network), max_sequence_length(config, network)
+    if positions is not None and positions < longest:
+        raise UserError(
+            f"model.max_length={longest}: model {config.name} has learned positions for "
+            f"{positions} tokens: give {positions} or less"
+        )
 
 
 def load_model(source: ModelSource) -> Model:

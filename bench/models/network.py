@@ -69,6 +69,25 @@ def non_attention_layer(network: nn.Module) -> str | None:
     return "recurrent state" if getattr(network, "_is_stateful", False) else None
 
 
+def embedded_ids(network: nn.Module) -> int:
+    """Return the number of token ids that a network can both read and predict."""
+    whole = cast(TransformersNetwork, network)
+    tables = [whole.get_input_embeddings(), whole.get_output_embeddings()]
+    return min(len(table.weight) for table in tables if hasattr(table, "weight"))
+
+
+def learned_positions(network: nn.Module) -> int | None:
+    """Return the number of positions that a decoder has vectors for, None if it computes them."""
+    # GPT-2 names the table `wpe`, OPT and BioGPT `embed_positions`, others `position_embeddings`.
+    # Rotary and sinusoidal positions are no `nn.Embedding`.
+    for name, module in cast(TransformersNetwork, network).get_decoder().named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (leaf == "wpe" or "position" in leaf):
+            # OPT's first two rows belong to padding.
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
+
+
 def sliding_window(network: nn.Module) -> int | None:
     """Return the sliding window in tokens, or None if every layer sees the whole past."""
     config = text_config(network)

@@ -125,6 +125,10 @@ class Metric(_FrozenModel):
 
     `headline` marks the single metric that represents its task; `split` and `filter` are the
     harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
+    `truncated` counts the documents that lost tokens on the left, None if they were not counted.
+
+    `value` is over the samples that have an answer, `missing` counts those of the task that have
+    none. The value is None if they are more than `benchmark.allow_missing` accepts.
     """
 
     benchmark: str
@@ -139,6 +143,27 @@ class Metric(_FrozenModel):
     higher_is_better: bool
     headline: bool
     task_version: str | None = None
+    truncated: int | None = None
+    missing: int = Field(default=0, ge=0)
+
+
+class TaskEvidence(_FrozenModel):
+    """What the numbers of one task rest on, counted over its documents.
+
+    `truncated` documents lost tokens on the left of a prompt, `longest_cut` at most. In `spanning`
+    ones a token lies across the join of prompt and answer. `tied` ones have several most likely
+    choices. In `repeated_examples` the prompt has the question among its few-shot examples.
+    `generation` holds the settings in force, None if nothing is generated.
+    """
+
+    task: str
+    documents: int
+    truncated: int = 0
+    longest_cut: int = 0
+    spanning: int = 0
+    tied: int = 0
+    repeated_examples: int = 0
+    generation: JsonObject | None = None
 
 
 class Cost(_FrozenModel):
@@ -158,8 +183,9 @@ class Cost(_FrozenModel):
 
 
 class MissingMeasurement(_FrozenModel):
-    """One missing cost with its reason, recorded instead of a zero.
+    """One missing number with its reason, recorded instead of a zero.
 
+    `scope` and `quantity` are those of a cost, or the task and the metric of a headline.
     `how` names the method that failed if the quantity can be obtained in several ways, else None.
     """
 
@@ -187,6 +213,7 @@ class Record(_FrozenModel):
     metrics: tuple[Metric, ...]
     costs: tuple[Cost, ...]
     missing: tuple[MissingMeasurement, ...] = ()
+    evidence: tuple[TaskEvidence, ...] = ()
     provenance: JsonObject
 
     @field_validator("config")

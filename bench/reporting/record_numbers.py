@@ -49,7 +49,8 @@ def metric_identity(record: Record, metric: Metric) -> dict[str, object]:
         # A harness changes prompts and scoring between releases without a new task version.
         "harness": f"{library} {record.environment.get('versions', {}).get(library)}",
         "data fingerprint": source.get("fingerprint"),
-        "samples": metric.n,
+        # Numbers over different shares of the same samples are different numbers.
+        "samples": f"{metric.n} of {metric.n + metric.missing}" if metric.missing else metric.n,
     }
 
 
@@ -57,6 +58,11 @@ def model_text(record: Record) -> str:
     """Return the model's name; for a local folder, the folder's name as well."""
     path = record.config.get("model", {}).get("path")
     return f"{record.model.name} ({PurePath(path).name})" if path else record.model.name
+
+
+def answered_text(metric: Metric) -> str:
+    """Return how many samples a number is over, if some have no answer; else nothing."""
+    return f" (n {metric.n}, {metric.missing} missing)" if metric.missing else ""
 
 
 def benchmark_text(record: Record) -> str:

@@ -14,6 +14,7 @@ from bench.records import without_real_saving
 from bench.reporting.cost_table import measured_scopes, print_costs, speedup_text
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
+    answered_text,
     effect_text,
     metric_scale,
     scored_text,
@@ -112,11 +113,14 @@ def _tasks(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _metric_cell(metric: Metric | None) -> str:
-    if metric is None or metric.value is None:
+    if metric is None:
         return "-"
+    if metric.value is None:
+        return f"-{answered_text(metric)}"
     scale, digits = metric_scale(metric.metric)
     text = f"{metric.value * scale:.{digits}f}"
-    return text if metric.stderr is None else f"{text} ±{metric.stderr * scale:.{digits}f}"
+    error = "" if metric.stderr is None else f" ±{metric.stderr * scale:.{digits}f}"
+    return f"{text}{error}{answered_text(metric)}"
 
 
 def _parameter_cell(record: Record, name: str) -> str:

@@ -119,7 +119,7 @@ def print_record(record: Record) -> None:
 
 def _metric_row(record: Record, index: int) -> dict[str, object]:
     metric = record.metrics[index]
-    names = ("task", "metric", "filter", "shots", "split", "value", "stderr", "n")
+    names = ("task", "metric", "filter", "shots", "split", "value", "stderr", "n", "missing")
     row: dict[str, object] = {name: getattr(metric, name) for name in names}
     return {**row, "headline": "*" if metric.headline else ""}
 

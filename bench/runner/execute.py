@@ -20,6 +20,7 @@ from bench.records.record import utc_now
 from bench.runner.inputs import RunInputs, resolve_run
 from bench.runner.method_application import apply_methods
 from bench.runner.record_builder import (
+    chat_template_of,
     config_yaml,
     describe_dense_model,
     method_memory_costs,
@@ -128,8 +129,10 @@ def _execute_run(
         methods=tuple(methods),
         metrics=evaluation.metrics,
         costs=tuple(costs),
-        missing=(*after.missing, *measured.missing),
-        provenance=provenance_of(config, inputs) | {"backend": evaluation.backend},
+        missing=(*evaluation.missing, *after.missing, *measured.missing),
+        evidence=evaluation.evidence,
+        provenance=provenance_of(config, inputs)
+        | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},
     )
     if processes.is_first:
         with progress.phase("writing the record"):

@@ -69,7 +69,8 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     """Find model files and data, let every method check the model, and name the run.
 
     Raises:
-        UserError: a method does not fit the model, or a required input is missing.
+        UserError: a method, the tokenizer or the benchmark does not fit the model, or a required
+            input is missing.
     """
     from bench.device.devices import select_device, select_dtype
     from bench.models import loading
@@ -87,6 +88,11 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         method.check(structure)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
+    model_files = model_files_identity(source.folder, remote_code=config.model.trust_remote_code)
+    if config.model.kind != "image_classifier":
+        tokenizer = loading.load_tokenizer(source, frozenset(model_files.items()))
+        loading.check_tokenizer(config.model, tokenizer, skeleton)
+        planned.harness.check_tokenizer(config.model, tokenizer, skeleton)
     calibration_inputs = resolve_calibration_inputs(config)
 
     device = select_device(config.model.device)
@@ -99,7 +105,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "device": device.type,
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
         "weights": source.fingerprint,
-        "model": model_files_identity(source.folder, remote_code=config.model.trust_remote_code),
+        "model": model_files,
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
         "methods": {name: method_identity(method) for name, method in config.method.items()},

@@ -56,6 +56,15 @@ def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
     }
 
 
+def chat_template_of(config: RunConfig, model: Model) -> object:
+    """Return the template that questions about images were rendered with, None for text tasks."""
+    if config.benchmark.harness != "lmms_eval":
+        return None
+    from bench.data.chat import chat_template
+
+    return chat_template(model.processor)
+
+
 def config_yaml(config: RunConfig) -> str:
     """Return the config as the YAML file that lies beside a record."""
     from omegaconf import OmegaConf

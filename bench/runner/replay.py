@@ -149,3 +149,11 @@ def refuse_change(name: str, recorded: object, found: object) -> None:
     """Raise if the fingerprint of an input differs from that of what the run read."""
     if recorded != found:
         raise UserError(f"the {name} changed since the run, so it cannot be repeated")
+
+
+def refuse_changed_data(config: RunConfig, record: Record, session: Session) -> None:
+    """Raise if a task's documents differ from those that the run scored."""
+    # The run's own benchmark and not a limited one, so that fingerprints are comparable.
+    planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
+    for name, source in record.provenance["data"].items():
+        refuse_change(f"data of {name}", source["fingerprint"], planned.fingerprints.get(name))

@@ -151,3 +151,20 @@ def test_prefetch_says_what_is_there(text):
     assert calibrations.prefetch_calibration(config(path=str(text))).startswith(
         "calibration mine: text, "
     )
+
+
+def test_a_text_of_nothing_a_folder_and_a_wrong_byte_are_named_before_a_model_is_loaded(tmp_path):
+    blank, marked, wrong = tmp_path / "blank", tmp_path / "marked", tmp_path / "wrong"
+    blank.write_text(" \n\n")
+    with pytest.raises(UserError, match="blank holds no text"):
+        resolve_calibration(config(path=str(blank)), offline=True)
+    for path in (tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match="is not a file"):
+            resolve_calibration(config(path=str(path)), offline=True)
+    wrong.write_bytes(b"one\ntwo\nthr\xffee\n")
+    with pytest.raises(UserError, match="see line 3"):
+        resolve_calibration(config(path=str(wrong)), offline=True)
+    marked.write_bytes(b"\xef\xbb\xbfThe text.")
+    assert resolve_calibration(config(path=str(marked)), offline=True).parts[0].documents == [
+        "The text."
+    ]

@@ -102,6 +102,49 @@ def test_imagenet_is_read_from_folders_of_images(tmp_path):
     assert torch.equal(plain, splits.test.fetch(torch.tensor([0]), None)[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"targets": torch.tensor([0, 12, 3, 200])}, "test image 1 has label 12, as do 1 more"),
+        ({"targets": torch.tensor([0, 1, -1, 3])}, "test image 2 has label -1"),
+        ({"targets": torch.tensor([0, 1])}, r"4 test images of shape \(1, 28, 28\) with 2 labels"),
+        ({"data": torch.zeros(4, 8, 8, dtype=torch.uint8)}, r"of shape \(1, 8, 8\)"),
+    ],
+)
+def test_labels_and_shapes_of_no_class_are_named(tmp_path, monkeypatch, change, said):
+    write_mnist(tmp_path, "MNIST")
+
+    class Changed(torchvision.datasets.MNIST):
+        def __init__(self, *args, train, **options):
+            super().__init__(*args, train=train, **options)
+            if not train:
+                vars(self).update(change)
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Changed)
+    monkeypatch.setattr(Changed, "raw_folder", str(tmp_path / "MNIST" / "raw"))
+    with pytest.raises(UserError, match=said):
+        load_image_set("mnist", str(tmp_path))
+
+
+def test_classes_that_only_one_part_of_imagenet_has_are_named(tmp_path):
+    """Labels are positions among the folders' sorted names."""
+    for part, labels in (("train", "abc"), ("val", "ac")):
+        for label in labels:
+            (tmp_path / part / label).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / label / "one.png")
+    with pytest.raises(UserError, match="class folder b is in one of"):
+        load_image_set("imagenet", str(tmp_path))
+
+
+def test_a_file_of_imagenet_that_is_no_image_is_named(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "one.png").write_text("no image")
+    splits = load_image_set("imagenet", str(tmp_path))
+    with pytest.raises(UserError, match=r"val/cat/one\.png: its image cannot be opened"):
+        splits.test.fetch(torch.tensor([0]), None)
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_a_folder_without_the_set_is_one_sentence(name, tmp_path):
     with pytest.raises(MissingData, match=f"does not hold {name} in torchvision's layout"):

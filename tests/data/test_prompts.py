@@ -101,6 +101,22 @@ def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, options, rows, said)
         resolve_prompts(config(path=file, **options), offline=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"question": "  "}, "row 1 has no text in 'question'"),
+        ({"question": None}, "row 1 has no column 'question'"),
+        ({"image": {"bytes": stored(1)["image"]["bytes"][:-40]}}, "row 1 is no prompt, since its"),
+        ({"image": {"bytes": b"no image"}}, "row 1 is no prompt, since its image cannot be opened"),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named(tmp_path, change, said):
+    rows = [stored(n) for n in range(3)]
+    rows[1] |= change
+    with pytest.raises(UserError, match=said):
+        resolve_prompts(config(path=parquet_file(tmp_path, rows)), offline=True)
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         resolve_prompts(config(path=str(tmp_path / "none.parquet")), offline=True)

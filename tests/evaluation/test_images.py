@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.data.image_catalogue import load_image_set as load_images
+from bench.data.image_files import UnfitImage
 from bench.errors import MissingData, UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan
 from bench.models.loading import load_model
@@ -20,10 +21,11 @@ def classifier(name="micro_lenet"):
     return load_model(resolve_model(config, offline=True))
 
 
-def benchmark(limit=None, batch_size=100, **images):
+def benchmark(limit=None, batch_size=100, allow_missing=0.0, **images):
     return BenchmarkConfig(
-        name="images", harness="images", limit=limit, batch_size=batch_size, images=images
-    )
+        name="images", harness="images", limit=limit, batch_size=batch_size,
+        allow_missing=allow_missing, images=images,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
@@ -74,3 +76,45 @@ def test_a_language_model_is_refused_by_its_kind():
     language = ModelConfig(name="micro_moe", source="embedded:micro_moe")
     with pytest.raises(UserError, match="needs a model of kind image_classifier"):
         plan(benchmark(), offline=True).check_model(language)
+
+
+def test_images_whose_logits_are_not_finite_are_in_no_accuracy():
+    whole = evaluate(classifier(), plan(benchmark(limit=50), offline=True))
+    model = classifier()
+    stem = next(module for module in model.network.modules() if isinstance(module, torch.nn.Conv2d))
+    images, _ = load_images("digits").test.fetch(torch.arange(50), None)
+    unreadable = images.amax(dim=(1, 2, 3)).argmin()
+
+    def spoil(module, inputs, output):
+        """Let the images with the fainter strokes give no number."""
+        faint_B = inputs[0].flatten(1).amax(-1) <= images[unreadable].max()
+        return torch.where(faint_B[:, None, None, None], torch.nan, output)
+
+    stem.register_forward_hook(spoil)
+    lost = (images.flatten(1).amax(-1) <= images[unreadable].max()).nonzero().flatten().tolist()
+    assert 0 < len(lost) < 50
+    found = evaluate(model, plan(benchmark(limit=50), offline=True))
+    assert [row["doc_id"] for row in found.samples if row["missing"]] == lost
+    assert found.metrics[0].value is None and found.metrics[0].n == 50 - len(lost)
+    assert found.missing[0].reason.startswith(f"{len(lost)} of 50 rows have no answer: the logits")
+    allowed = evaluate(model, plan(benchmark(limit=50, allow_missing=0.99), offline=True))
+    kept = [row["acc"] for row in whole.samples if row["doc_id"] not in lost]
+    metric = allowed.metrics[0]
+    assert metric.value == pytest.approx(sum(kept) / len(kept))
+    assert (metric.n, metric.missing) == (len(kept), len(lost))
+
+
+def test_an_image_file_that_cannot_be_read_is_one_row(monkeypatch):
+    planned = plan(benchmark(limit=9, batch_size=4), offline=True)
+    fetch = planned.harness.scored.fetch
+
+    def broken(self, index_B, generator):
+        if 5 in index_B.tolist():
+            raise UnfitImage("val/3/x.png: its image cannot be opened")
+        return fetch(index_B, generator)
+
+    monkeypatch.setattr(type(planned.harness.scored), "fetch", broken)
+    found = evaluate(classifier(), planned)
+    assert [row["doc_id"] for row in found.samples] == list(range(9))
+    assert [row["doc_id"] for row in found.samples if row["missing"]] == [5]
+    assert "val/3/x.png" in found.missing[0].reason

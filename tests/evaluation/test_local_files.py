@@ -129,7 +129,7 @@ def test_a_row_without_an_answer_is_named(task, tmp_path):
     rows, (column, _) = rows_of(task), LABELS[task]
     rows[2] = rows[2] | {column: UNLABELLED[task]}
     message = refusal(task, write(tmp_path / "mine.jsonl", rows))
-    assert f"mine.jsonl: row 2 has {column}={UNLABELLED[task]!r}, which is no answer" in message
+    assert f"mine.jsonl: row 2 (line 3) has {column}={UNLABELLED[task]!r}, which" in message
 
 
 def test_an_empty_path_is_refused_and_null_is_none():

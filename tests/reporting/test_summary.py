@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.records.record import AppliedMethod, Cost, DenseModel, Metric, Record
+from bench.records.record import AppliedMethod, Cost, DenseModel, Metric, MissingMeasurement, Record
 from bench.reporting.summary import print_summary
 
 MODEL = DenseModel(
@@ -70,3 +70,21 @@ def test_work_is_shown_and_a_masked_run_gains_no_time(monkeypatch, capsys):
     assert "0.2500" in out and "0.1250" not in out
     (line,) = [line for line in out.splitlines() if line.startswith(f" {scope} s")]
     assert "masked" in line
+
+
+def test_rows_without_an_answer_stand_beside_the_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    whole = recorded(60)
+    metric = whole.metrics[0].model_copy(update={"task": "piqa", "n": 38, "missing": 2})
+    gone = metric.model_copy(update={"value": None, "stderr": None, "n": 0, "missing": 40})
+    reason = "40 of 40 rows have no answer: a log-likelihood is not finite (rows 0, 1 [/x])"
+    gap = MissingMeasurement(scope="piqa", quantity="acc", reason=reason)
+    print_summary(
+        [
+            whole.model_copy(update={"metrics": (metric,)}),
+            whole.model_copy(update={"metrics": (gone,), "missing": (gap,), "id": "f" * 12}),
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "60.0 ±1.0 (n 38, 2 missing)" in out and "- (n 0, 40 missing)" in out
+    assert f"no acc for piqa: {reason}" in out

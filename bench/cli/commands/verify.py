@@ -18,17 +18,16 @@ from bench.evaluation import evaluate, plan
 from bench.records import Store
 from bench.records import samples as recorded_samples
 from bench.runner.inputs import library_versions
-from bench.runner.replay import rebuild_model, recorded_config, refuse_change
+from bench.runner.replay import rebuild_model, recorded_config, refuse_changed_data
 from bench.runner.session import Session
 from bench.ui import console, print_json
 
 if TYPE_CHECKING:
-    from bench.config.run_config import RunConfig
     from bench.records import Record
 
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Tolerance per dtype; a different batch size changes summation order."""
-EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction")
+EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction", "missing")
 """Text fields that must be identical."""
 MAX_SHOWN_FAULTS = 5
 SampleKey = tuple[str, str | None, object]
@@ -86,10 +85,11 @@ def verify(
         raise UserError(f"--samples must be at least 1, got {samples}")
     record = Store(results_dir).get(run)
     config = recorded_config(record, allowed)
-    _refuse_changed_data(config, record, session)
+    refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
     limit = min(samples, config.benchmark.limit or samples)
-    part = config.benchmark.model_copy(update={"limit": limit})
+    # Rows without an answer are compared as well, however large their share of this part.
+    part = config.benchmark.model_copy(update={"limit": limit, "allow_missing": 1.0})
     model = rebuild_model(record, session, allowed)
     found = evaluate(model, plan(part, offline=config.offline)).samples
     if tolerance is None:
@@ -98,14 +98,6 @@ def verify(
     frame = recorded_samples(record.id, results_dir)
     before = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
     return _compare(record, before, found, tolerance)
-
-
-def _refuse_changed_data(config: RunConfig, record: Record, session: Session) -> None:
-    """Raise if a task's documents differ from those that the run scored."""
-    # The run's own benchmark and not the limited one, so that fingerprints are comparable.
-    planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
-    for name, source in record.provenance.get("data", {}).items():
-        refuse_change(f"data of {name}", source["fingerprint"], planned.fingerprints.get(name))
 
 
 def _compare(
@@ -127,7 +119,9 @@ def _compare(
             f"{where}: different {name}" for name in EXACT_FIELDS if _text_differs(old, row, name)
         ]
         for name, was, value in _number_pairs(old, row):
-            difference = abs(was - value) / max(1.0, abs(was))
+            # What was not finite and is not again agrees: the run recorded no answer there.
+            repeated = was == value or (math.isnan(was) and math.isnan(value))
+            difference = 0.0 if repeated else abs(was - value) / max(1.0, abs(was))
             numbers, worst = numbers + 1, max(worst, difference)
             # Not `difference > tolerance`: a NaN compares false and must count as a fault.
             if not difference <= tolerance:

@@ -1,4 +1,4 @@
-"""A loaded, possibly compressed vision-language model as lmms-eval's model.
+"""A loaded, possibly compressed vision-language model as lmms-eval's model, and stored answers.
 
 Prompts and answers are those of lmms-eval's own adapters for single images. Only the cost differs:
 real batches, rows that stop individually, images that are encoded once, and with prefix sharing one
@@ -10,30 +10,29 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
 
+from bench.data.image_files import UnfitImage
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.evidence import EvidenceLog, Seen
 from bench.evaluation.harness import select_backend
+from bench.evaluation.metrics import SampleRow
 from bench.evaluation.multimodal import shared_prefix
 from bench.evaluation.multimodal.generation import Answer, Generation, ImageQuestion
+from bench.evaluation.multimodal.planned_tasks import PlannedTask
 from bench.evaluation.multimodal.prompts import PromptEncoder, VisionFeatureCache, image_hash
+from bench.evaluation.multimodal.task_data import DocToVisual, open_document_images
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
 from bench.schema import BenchmarkConfig
 from bench.ui import Progress
-
-
-class DocToVisual(Protocol):
-    """A task's function from a document to its images."""
-
-    def __call__(self, document: object) -> list[Image]:
-        """Open the images of a document."""
 
 
 class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
@@ -41,7 +40,7 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
 
     Questions about the same images are answered one after the other, so that a small cache holds
     their features and their prefill is shared. `answers_by_document` maps (task, document) to the
-    full prompt and the answer.
+    full prompt and the answer, `evidence` to what the model saw.
     """
 
     def __init__(
@@ -58,6 +57,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
             )
         model.network.eval()
         self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.evidence = EvidenceLog()
+        self._overlong = benchmark.overlong
         self.backend_report = select_backend(
             model, benchmark.backend, shared_prefix.unsupported_reason(model), progress
         )
@@ -79,7 +80,9 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         for group in groups.values():
             indices = self._by_image(requests, group) if shares else group
             options = requests[indices[0]].args[1]
-            generation = Generation(self._model, self._prompts, self._features, options, shares)
+            generation = Generation(
+                self._model, self._prompts, self._features, options, shares, self._overlong
+            )
             responses = self._cache.get_or_compute_batched(
                 [_request_key(requests[index]) for index in indices],
                 [self._question(requests[index]) for index in indices],
@@ -88,11 +91,13 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
                 partial(_answer_fields, generation),
                 self._progress,
             )
-            for index, (text, prompt, hashed) in zip(indices, responses, strict=True):
+            for index, fields in zip(indices, responses, strict=True):
                 *_, document, task, _split = requests[index].args
-                answer = Answer(str(text), str(prompt), hashed)
+                answer = _answer_of(fields)
                 self.answers_by_document[task, document] = answer
-                texts[index] = answer.text
+                self.evidence.requests[task, document].append(answer.seen)
+                self.evidence.settings[task] = generation.in_force
+                texts[index] = answer.text or ""  # the harness's filters take strings only
         return texts
 
     def clean(self) -> None:
@@ -104,7 +109,8 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
     def _question(self, request: Instance) -> ImageQuestion:
         text, _, doc_to_visual, document, task, split = request.args
         # Images are opened late: the decoded images of a whole task may exceed the memory.
-        return ImageQuestion(text, partial(self._open, doc_to_visual, document, task, split))
+        opening = partial(self._open, doc_to_visual, document, task, split)
+        return ImageQuestion(text, opening, f"task {task}, document {document}")
 
     def _by_image(self, requests: list[Instance], indices: list[int]) -> list[int]:
         """Group questions about the same images, in the order of the first question of each group.
@@ -114,13 +120,17 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         same_images: dict[str, list[int]] = defaultdict(list)
         for index in indices:
             # Equal pixels, not equal document ids: data sets repeat one image in many documents.
-            same_images[image_hash(self._question(requests[index]).open_images())].append(index)
+            try:
+                key = image_hash(self._question(requests[index]).open_images())
+            except UnfitImage:
+                key = ""  # answering finds the same, and records the reason
+            same_images[key].append(index)
         return [index for group in same_images.values() for index in group]
 
     def _open(
         self, doc_to_visual: DocToVisual, document: int, task: str, split: str
     ) -> list[Image]:
-        return list(doc_to_visual(self.task_dict[task][split][document]))
+        return open_document_images(doc_to_visual, self.task_dict[task][split], document)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Raise: planning admits only generate_until tasks."""
@@ -135,11 +145,51 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
         )
 
 
-def _answer_fields(
-    generation: Generation, questions: Sequence[ImageQuestion]
-) -> list[list[str | None]]:
+class StoredAnswers(lmms):  # type: ignore[misc]  # the harness has no types
+    """The answers in sample rows, given again to the harness's requests."""
+
+    def __init__(self, tasks: Sequence[PlannedTask], rows: Sequence[SampleRow]) -> None:
+        super().__init__()
+        self.answers_by_document: dict[tuple[str, int], Answer] = {}
+        self.evidence = EvidenceLog()
+        self._indices = {task.name: task.indices for task in tasks}
+        self._rows = {(row["task"], row["doc_id"]): row for row in rows}
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the texts as they were before any filter."""
+        texts = []
+        for request in requests:
+            *_, document, task, _split = request.args
+            index = self._indices[task][document]
+            row = self._rows.get((task, index), {})
+            missing, stored = row.get("missing"), row.get("generations")
+            if missing is None and not stored:
+                raise UserError(
+                    f"task {task}, document {index}: the run stored no generations, so it cannot "
+                    "be scored again without the model"
+                )
+            text = stored[0] if stored else None
+            answer = Answer(text, row["prompt"], row["image_hash"], Seen(0, 0, unanswered=missing))
+            self.answers_by_document[task, document] = answer
+            texts.append(text or "")
+        return texts
+
+    loglikelihood = LmmsEvalAdapter.loglikelihood
+    generate_until_multi_round = LmmsEvalAdapter.generate_until_multi_round
+
+
+def _answer_fields(generation: Generation, questions: Sequence[ImageQuestion]) -> list[list[Any]]:
     """Return answers as JSON values, the form that the response cache stores."""
-    return [[answer.text, answer.prompt, answer.image_hash] for answer in generation.run(questions)]
+    return [
+        [answer.text, answer.prompt, answer.image_hash, asdict(answer.seen)]
+        for answer in generation.run(questions)
+    ]
+
+
+def _answer_of(fields: Sequence[Any]) -> Answer:
+    """Return the answer with these fields."""
+    text, prompt, hashed, seen = fields
+    return Answer(text, prompt, hashed, Seen(**{**seen, "image_sizes": tuple(seen["image_sizes"])}))
 
 
 def _request_key(request: Instance) -> str:

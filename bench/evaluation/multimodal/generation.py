@@ -12,9 +12,17 @@ from typing import Protocol, TypeAlias, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from bench.errors import UserError
+from bench.data.image_files import UnfitImage
+from bench.evaluation.evidence import (
+    Finish,
+    Seen,
+    check_length,
+    settings_in_force,
+    tokens_until_stop,
+)
+from bench.evaluation.metrics import NON_FINITE_LOGITS
 from bench.evaluation.multimodal.prompts import (
     PER_TOKEN,
     EncodedPrompt,
@@ -30,13 +38,16 @@ from bench.evaluation.multimodal.shared_prefix import (
     find_image_prefixes,
     prefill,
 )
-from bench.evaluation.networks import language_model, pad_left
+from bench.evaluation.networks import NonFiniteRows, language_model, pad_left
 from bench.models.model import Model
+from bench.schema import Overlong
 
 MAX_ANSWER_TOKENS = 1024
 """Default of `max_new_tokens`, as in lmms-eval's own adapters."""
 NetworkInputs: TypeAlias = dict[str, object]
 """Arguments of a forward besides tensors per token: pixels or features, grids, a KV cache."""
+Ended: TypeAlias = tuple[str, Finish | None, int]
+"""An answer, how it ended, and its tokens up to there."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -48,19 +59,29 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ImageQuestion:
-    """A task's text for one document, and its images, opened on demand."""
+    """A task's text for one document, its images, opened on demand, and its name in errors."""
 
     text: str
     open_images: Callable[[], list[Image.Image]]
+    name: str = "a question"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, the full prompt, and the hash of the images."""
+    """An answer, the full prompt, the hash of the images, and what the model saw of them.
 
-    text: str
+    If there is no answer, `text` is None and `missing` the reason.
+    """
+
+    text: str | None
     prompt: str
     image_hash: str | None
+    seen: Seen
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is no answer."""
+        return self.seen.unanswered
 
 
 class Generation:
@@ -76,8 +97,10 @@ class Generation:
         features: VisionFeatureCache,
         options: GenerationOptions,
         share: bool = False,
+        overlong: Overlong = "truncate",
     ) -> None:
         self._share = share
+        self._overlong = overlong
         self._model = model
         self._network = language_model(model)
         self._prompts = prompts
@@ -92,24 +115,57 @@ class Generation:
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
         pad = model.tokenizer.pad_token_id
         self._pad_token = int(pad if pad is not None else (self._ends or [0])[0])
+        self.in_force = settings_in_force(
+            self._network.generation_config.to_diff_dict(),
+            {"do_sample": False, "num_beams": 1},
+            max_new_tokens=self._max_new_tokens,
+            until=self._until,
+        )
 
     @torch.no_grad()
     def run(self, questions: Sequence[ImageQuestion]) -> list[Answer]:
         """Answer questions of any length, padded on the left."""
-        images = [question.open_images() for question in questions]
-        hashes = [image_hash(opened) if opened else None for opened in images]
-        prompts = [
-            self._prompts.render(question.text, len(opened))
-            for question, opened in zip(questions, images, strict=True)
+        answers: dict[int, Answer] = {}
+        whole: list[tuple[int, str, list[Image.Image]]] = []
+        for index, question in enumerate(questions):
+            try:
+                images = question.open_images()
+                whole.append((index, self._prompts.render(question.text, len(images)), images))
+            except UnfitImage as error:
+                answers[index] = Answer(None, "", None, Seen(0, 0, unanswered=str(error)))
+        keys = [image_hash(images) if images else None for _, _, images in whole]
+        encoded = [self._prompts.encode(prompt, images) for _, prompt, images in whole]
+        reasons = [
+            self._check_length(questions[index].name, prompt["input_ids"].shape[1])
+            for (index, _, _), prompt in zip(whole, encoded, strict=True)
         ]
-        encoded = [
-            self._prompts.encode(prompt, opened)
-            for prompt, opened in zip(prompts, images, strict=True)
-        ]
-        texts = self._answer(encoded, hashes)
-        return [Answer(*fields) for fields in zip(texts, prompts, hashes, strict=True)]
+        asked = [row for row, reason in enumerate(reasons) if reason is None]
+        ended = self._answer([encoded[row] for row in asked], [keys[row] for row in asked])
+        answered = dict(zip(asked, ended, strict=True))
+        for row, (index, prompt, _) in enumerate(whole):
+            end = answered.get(row)
+            if end is None and reasons[row] is None and len(asked) > 1:
+                # Alone, without padding or a shared prefix: see `IsolatingScorer`.
+                (end,) = self._answer([encoded[row]], [keys[row]])
+            text, finish, tokens = end or (None, None, 0)
+            seen = Seen(
+                encoded[row]["input_ids"].shape[1],
+                tokens,
+                finish=finish,
+                unanswered=None if end else reasons[row] or NON_FINITE_LOGITS,
+                image_sizes=self._prompts.image_sizes(encoded[row]),
+            )
+            answers[index] = Answer(text, prompt, keys[row], seen)
+        return [answers[index] for index in range(len(questions))]
 
-    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[str]:
+    def _check_length(self, name: str, width: int) -> str | None:
+        """Return why a prompt of `width` tokens is not asked, None if an answer fits behind it."""
+        # Cutting on the left would remove image tokens, which networks refuse, so a prompt that is
+        # too long is left out where a text would be truncated.
+        policy: Overlong = "refuse" if self._overlong == "refuse" else "skip"
+        return check_length(policy, name, width, self._model.max_length - 1, self._model.name)
+
+    def _answer(self, encoded: list[EncodedPrompt], hashes: list[str | None]) -> list[Ended | None]:
         """Answer prompts: in one batch where they share a prefix, in another where they do not."""
         # Two batches, because only one of them has a cache to start from.
         prefixes: list[ImagePrefix] = []
@@ -118,12 +174,11 @@ class Generation:
         limits = [self._token_limit(prompt["input_ids"].shape[1]) for prompt in encoded]
         sharing = [row for prefix in prefixes for row in prefix.rows]
         others = [row for row in range(len(encoded)) if row not in set(sharing)]
-        texts = [""] * len(encoded)
+        answers: dict[int, Ended | None] = {}
 
         def write(rows: list[int], tokens: dict[str, Tensor], inputs: NetworkInputs) -> None:
-            answers = self._generate(tokens, inputs, [limits[row] for row in rows])
-            for row, answer in zip(rows, answers, strict=True):
-                texts[row] = answer
+            ended = self._generate(tokens, inputs, [limits[row] for row in rows])
+            answers.update(zip(rows, ended, strict=True))
 
         if others:
             prompts = [encoded[row] for row in others]
@@ -131,7 +186,7 @@ class Generation:
             write(others, self._padded(prompts), inputs)
         if sharing:
             write(sharing, *self._prefilled(prefixes, encoded, hashes))
-        return texts
+        return [answers[row] for row in range(len(encoded))]
 
     def _prefilled(
         self,
@@ -163,18 +218,8 @@ class Generation:
         return tokens, {"past_key_values": cache}
 
     def _token_limit(self, width: int) -> int:
-        """Return the maximal number of new tokens for a prompt of `width` tokens.
-
-        Raises:
-            UserError: the prompt leaves none.
-        """
-        remaining = self._model.max_length - width
-        if remaining < 1:
-            raise UserError(
-                f"a prompt of {width} tokens leaves none for an answer: "
-                f"model {self._model.name} takes {self._model.max_length} in total"
-            )
-        return min(self._max_new_tokens, remaining)
+        """Return the maximal number of new tokens for a prompt of `width` tokens that fits."""
+        return min(self._max_new_tokens, self._model.max_length - width)
 
     def _padded(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
         """Pad all per-token outputs of the processor to one length."""
@@ -220,8 +265,11 @@ class Generation:
 
     def _generate(
         self, tokens: dict[str, Tensor], inputs: NetworkInputs, limits: list[int]
-    ) -> list[str]:
+    ) -> list[Ended | None]:
+        """Return the answer of each row, None where its logits are not finite."""
         width = tokens["input_ids"].shape[1]
+        end = (self._ends or [self._pad_token])[0]
+        lost = NonFiniteRows(len(limits), width, end)
         stop = PerRowStopping(self._model.tokenizer, self._until, limits, width)
         # Every setting is given: a model's generation config may ask for sampling, with a
         # temperature that greedy decoding would warn about.
@@ -235,20 +283,42 @@ class Generation:
             top_p=None,
             top_k=None,
             stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList([lost]),
+            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            remove_invalid_values=False,
             eos_token_id=self._ends or None,
             pad_token_id=self._pad_token,
             use_cache=True,
         )
-        rows = zip(output_BT[:, width:].tolist(), limits, strict=True)
+        rows = zip(output_BT[:, width:].tolist(), limits, lost.tokens_B.tolist(), strict=True)
         # A row keeps generating padding until the whole batch is done, hence the cut per row.
-        return [self._text(answer[:limit]) for answer, limit in rows]
+        return [
+            self._ended(answer[:limit])
+            if not 0 <= finite < limit or self._ends_in(answer[:finite])
+            else None
+            for answer, limit, finite in rows
+        ]
 
-    def _text(self, tokens: list[int]) -> str:
-        """Decode an answer up to its end token and its first stop string."""
-        end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
-        text: str = self._model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    def _ends_in(self, tokens: list[int]) -> bool:
+        """Whether an answer has ended within its first tokens."""
+        if any(token in self._ends for token in tokens):
+            return True
+        text = self._text(tokens)
+        return any(stop in text for stop in self._until)
+
+    def _ended(self, tokens: list[int]) -> Ended:
+        """Cut an answer at its end token and at its first stop string."""
+        end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
+        whole = self._text(tokens[:end])
+        text = whole
         for stop in self._until:
             text = text.partition(stop)[0]
+        if text != whole:
+            return text, "stop", tokens_until_stop(tokens[:end], self._text, self._until)
+        return (text, "length", len(tokens)) if end is None else (text, "eos", end)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
 
@@ -270,7 +340,7 @@ class PerRowStopping(StoppingCriteria):  # type: ignore[misc]  # transformers is
         self._limit_B = torch.tensor(limits)
         self._width = width
         # If each token has a character, a stop string of n characters that ends in the last token
-        # lies in the last n tokens. A miss costs time only: `_text` cuts the answer anyway.
+        # lies in the last n tokens. A miss costs time only: `_ended` cuts the answer anyway.
         self._tail = max(map(len, until), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:

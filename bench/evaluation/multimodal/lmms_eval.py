@@ -5,18 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
 from bench.errors import UserError
 from bench.evaluation.distributed import hidden_from_harness
+from bench.evaluation.evidence import task_evidence, warn_about
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lmms_eval
-from bench.evaluation.metrics import LoggedSample, SampleRow, sample_score, task_metric
-from bench.evaluation.multimodal.adapter import LmmsEvalAdapter
+from bench.evaluation.metrics import (
+    EMPTY_ANSWER,
+    LoggedSample,
+    SampleRow,
+    TaskAnswers,
+    sample_score,
+    settle_metrics,
+    task_metric,
+)
+from bench.evaluation.multimodal.adapter import LmmsEvalAdapter, StoredAnswers
 from bench.evaluation.multimodal.derived_metrics import (
     DerivedMetric,
     HarnessScores,
@@ -32,12 +41,16 @@ from bench.evaluation.task_planning import (
     refuse_unknown_data,
 )
 from bench.models.model import Model
+from bench.models.network import text_config
 from bench.records.record import Metric
-from bench.schema import BenchmarkConfig, ModelKind
-from bench.ui import Progress
+from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
+from bench.ui import SILENT, Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
+
+    from bench.data.chat import Tokenizer
 
 MEAN_METRICS = frozenset({"pope_accuracy"})
 """Metrics that are the mean of a score per sample, although their samples are not numbers."""
@@ -73,18 +86,48 @@ class MultimodalHarness:
         (planned,) = (each for each in self.tasks if each.name == task)
         return planned.images(planned.indices.index(document))
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Raise UserError unless answers can end."""
+        if tokenizer.eos_token_id is None and text_config(network).eos_token_id is None:
+            raise UserError(
+                f"neither the tokenizer nor the config of model {model.name} names an end-of-text "
+                "token, at which answers stop: set eos_token in its tokenizer_config.json"
+            )
+
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score the model on every task; images are encoded once for all of them."""
         adapter = LmmsEvalAdapter(model, self.benchmark, progress, cache)
-        metrics: list[Metric] = []
-        rows: list[SampleRow] = []
+        scored = self._score_tasks(adapter, model.name, progress)
+        warn_about(scored.evidence, model.max_length, progress)
+        return scored._replace(backend_report=adapter.backend_report)
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Apply the harness's filters and metrics to the answers in sample rows.
+
+        Raises:
+            UserError: the rows lack answers that the metrics need.
+        """
+        return self._score_tasks(StoredAnswers(self.tasks, rows), "stored answers", SILENT)
+
+    def _score_tasks(
+        self, lm: LmmsEvalAdapter | StoredAnswers, name: str, progress: Progress
+    ) -> ScoredBenchmark:
+        scored = ScoredBenchmark([], [])
         for task in self.tasks:
-            with progress.phase(f"{model.name} on {task.name}"):
-                result = _run_harness(adapter, task)
+            with progress.phase(f"{name} on {task.name}"):
+                result = _run_harness(lm, task)
+            answers = unanswered_rows(task, lm, result)
+            if answers.unanswered:
+                progress.warn(f"{task.name}: {answers.describe()}")
+            rows = sample_rows(task, lm, result, answers)
             with quiet_lmms_eval():
-                metrics += task_metrics(self.benchmark, task, result)
-            rows += sample_rows(task, adapter, result)
-        return ScoredBenchmark(metrics, rows, adapter.backend_report)
+                found = task_metrics(self.benchmark, task, answered_only(task, result, answers))
+            metrics, missing = settle_metrics(found, answers, self.benchmark.allow_missing)
+            evidence = [task_evidence(task.name, rows, lm.evidence.settings.get(task.name))]
+            scored = scored.extended(
+                ScoredBenchmark(metrics, rows, missing=missing, evidence=evidence)
+            )
+        return scored
 
 
 def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalHarness:
@@ -113,18 +156,18 @@ def plan_multimodal(benchmark: BenchmarkConfig, *, offline: bool) -> MultimodalH
     return MultimodalHarness(benchmark, tuple(tasks))
 
 
-def _run_harness(adapter: LmmsEvalAdapter, planned: PlannedTask) -> HarnessResult:
+def _run_harness(lm: LmmsEvalAdapter | StoredAnswers, planned: PlannedTask) -> HarnessResult:
     """Let lmms-eval build requests, collect responses and aggregate."""
     from lmms_eval.evaluator import evaluate
 
     # The adapter looks up the images of a request here.
-    adapter.task_dict[planned.name] = planned.task.dataset
+    lm.task_dict[planned.name] = planned.task.dataset
     with quiet_lmms_eval(), hidden_from_harness(), tempfile.TemporaryDirectory() as folder:
         # The harness insists on writing files next to its results; they go to a folder that is
         # dropped. `torchrun` is the executor backend that sets up nothing in a single process.
         settings = SimpleNamespace(output_path=folder, process_with_media=False)
         result: HarnessResult = evaluate(
-            adapter,
+            lm,
             {planned.name: planned.task},
             bootstrap_iters=0,
             log_samples=True,
@@ -133,6 +176,61 @@ def _run_harness(adapter: LmmsEvalAdapter, planned: PlannedTask) -> HarnessResul
             process_docs_parallel=1,
         )
     return result
+
+
+UNIT_UNANSWERED = "a question that is scored together with it has no answer"
+
+
+def unanswered_rows(
+    planned: PlannedTask, lm: LmmsEvalAdapter | StoredAnswers, result: HarnessResult
+) -> TaskAnswers:
+    """Count the documents of a task and name those without an answer, by index in the data set.
+
+    Documents that are scored together are answered together or not at all.
+    """
+    reasons: dict[int, str] = {}
+    units: dict[str, list[int]] = defaultdict(list)
+    samples = result["samples"][planned.name]
+    for sample in samples:
+        position = sample["doc_id"]
+        answer = lm.answers_by_document[planned.name, position]
+        reason = answer.missing or (None if (answer.text or "").strip() else EMPTY_ANSWER)
+        if reason is not None:
+            reasons[position] = reason
+        unit = scoring_unit(planned.name, sample["doc"])
+        if unit is not None:
+            units[unit].append(position)
+    for positions in units.values():
+        if reasons.keys() & set(positions):
+            reasons |= {p: UNIT_UNANSWERED for p in positions if p not in reasons}
+    return TaskAnswers(
+        len({sample["doc_id"] for sample in samples}),
+        {str(planned.indices[position]): reasons[position] for position in sorted(reasons)},
+    )
+
+
+def answered_only(
+    planned: PlannedTask, result: HarnessResult, answers: TaskAnswers
+) -> HarnessResult:
+    """Let lmms-eval aggregate again, over the documents that have an answer.
+
+    A task that has none keeps its numbers, since nothing cannot be aggregated; they are dropped.
+    """
+    samples = result["samples"][planned.name]
+    kept = [s for s in samples if str(planned.indices[s["doc_id"]]) not in answers.unanswered]
+    if not kept or len(kept) == len(samples):
+        return result
+    from lmms_eval.evaluator_utils import TaskOutput
+
+    again = TaskOutput.from_taskdict(planned.name, planned.task)
+    filters = {key.partition(",")[2] for key in result["results"][planned.name] if "," in key}
+    for metric in planned.task.aggregation():
+        values = [sample[metric] for sample in kept if metric in sample]
+        for through in filters if values else ():
+            again.sample_metrics[metric, through] = values
+    again.calculate_aggregate_metric(bootstrap_iters=0)
+    again.calculate_clt_aggregate_metric()
+    return {"results": {planned.name: again.agg_metrics}, "samples": {planned.name: kept}}
 
 
 def task_metrics(
@@ -189,16 +287,37 @@ def _version(metadata: Metadata | list[Metadata] | None) -> str | None:
 
 
 def sample_rows(
-    planned: PlannedTask, adapter: LmmsEvalAdapter, result: HarnessResult
+    planned: PlannedTask,
+    lm: LmmsEvalAdapter | StoredAnswers,
+    result: HarnessResult,
+    answers: TaskAnswers,
 ) -> list[SampleRow]:
-    """Return one row per scored document; `doc_id` is its index in the whole data set."""
-    return [_sample_row(planned, adapter, sample) for sample in result["samples"][planned.name]]
+    """Return one row per scored document; `doc_id` is its index in the whole data set.
+
+    A row without an answer has no scores.
+    """
+    return [
+        _sample_row(
+            planned,
+            lm,
+            sample,
+            answers.unanswered.get(str(planned.indices[sample["doc_id"]])),
+        )
+        for sample in result["samples"][planned.name]
+    ]
 
 
-def _sample_row(planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSample) -> SampleRow:
-    answer = adapter.answers_by_document[planned.name, sample["doc_id"]]
+def _sample_row(
+    planned: PlannedTask,
+    lm: LmmsEvalAdapter | StoredAnswers,
+    sample: LoggedSample,
+    missing: str | None,
+) -> SampleRow:
+    answer = lm.answers_by_document[planned.name, sample["doc_id"]]
     metrics = {
-        name: sample_score(sample[name]) for name in planned.task.aggregation() if name in sample
+        name: None if missing else sample_score(sample[name])
+        for name in planned.task.aggregation()
+        if name in sample
     }
     return {
         "task": planned.name,
@@ -211,10 +330,13 @@ def _sample_row(planned: PlannedTask, adapter: LmmsEvalAdapter, sample: LoggedSa
         "target": _target(sample),
         "prompt": answer.prompt,
         "response": str(sample["filtered_resps"][0]),
+        "generations": [] if answer.text is None else [answer.text],
         "image_hash": answer.image_hash,
         "category": sample["doc"].get("category"),
         "unit": scoring_unit(planned.name, sample["doc"]),
+        **lm.evidence.columns(planned.name, sample["doc_id"]),
         **metrics,
+        "missing": missing,
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,12 +11,14 @@ import datasets
 from lmms_eval.api.task import ConfigurableTask
 from PIL.Image import Image
 
+from bench.data.image_files import UnfitImage
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource
 from bench.evaluation.harness_logs import quiet_lmms_eval
-from bench.evaluation.local_files import DataRow
+from bench.evaluation.metrics import TaskAnswers
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
-from bench.evaluation.multimodal.task_data import ImageDocuments
+from bench.evaluation.multimodal.task_data import ImageDocuments, open_document_images
+from bench.evaluation.row_files import DataRow
 from bench.evaluation.task_planning import TaskDefinition, evaluated_split
 from bench.schema import BenchmarkConfig
 
@@ -53,7 +56,8 @@ class PlannedTask:
     def images(self, position: int) -> list[Image]:
         """Return the images shown with a document, given its position in `indices`."""
         with quiet_lmms_eval():
-            return list(self.task.doc_to_visual(self.task.dataset[self.split][position]))
+            rows = self.task.dataset[self.split]
+            return task_data.open_document_images(self.task.doc_to_visual, rows, position)
 
 
 def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
@@ -71,6 +75,8 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         indices = select_documents(name, documents.rows, benchmark.limit)
         rows = documents.rows.select(indices)
         task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
+        if name in benchmark.data:
+            _refuse_unfit_images(name, task, indices, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
     return PlannedTask(name, task, split, tuple(indices), documents.source, headline)
@@ -94,14 +100,54 @@ def _loaded_task(
     if name not in benchmark.data:
         return LoadedTask(definition, rows)
     try:
-        task = LoadedTask(definition, rows)
-        # Tried on one row now: otherwise the first failure would come after the model is loaded.
-        task.doc_to_visual(rows[0])
+        return LoadedTask(definition, rows)
     except Exception as error:  # task functions raise anything on such rows
         reason = f"{type(error).__name__} {error}"
         key = f"benchmark.data.{name}={benchmark.data[name]}"
         raise UserError(f"{key}: the rows do not fit {name}: {reason}") from error
-    return task
+
+
+def _refuse_unfit_images(
+    name: str, task: LoadedTask, indices: Sequence[int], benchmark: BenchmarkConfig
+) -> None:
+    """Raise UserError if more images of a user's file cannot be shown than the benchmark allows.
+
+    Found now, since the model would be loaded and asked in vain. Images of the hub are too many to
+    be decoded twice; those that fail are found when they are asked about.
+    """
+    rows = task.dataset[evaluated_split(vars(task.config))]
+    images = [n for n, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    stored = rows
+    for column in images:
+        stored = stored.cast_column(column, datasets.Image(decode=False))
+    unfit: dict[str, str] = {}
+    known: dict[tuple[str, ...], str | None] = {}
+    for position, document in enumerate(stored):
+        # Data sets ask many questions about one image: each is decoded once.
+        parts = [document[column] or {} for column in images] or [document]
+        key = tuple(
+            hashlib.sha256(part.get("bytes") or b"").hexdigest() + str(part.get("path"))
+            + str(part.get("imageId"))
+            for part in parts
+        )  # fmt: skip
+        if key not in known:
+            known[key] = _unfit_reason(task, rows, position)
+        if known[key]:
+            unfit[str(indices[position])] = str(known[key])
+    answers = TaskAnswers(len(indices), unfit)
+    if unfit and not answers.suffice(benchmark.allow_missing):
+        raise UserError(
+            f"benchmark.data.{name}={benchmark.data[name]}: {answers.describe()}; mend the file, "
+            f"or accept a share by benchmark.allow_missing, now {benchmark.allow_missing:g}"
+        )
+
+
+def _unfit_reason(task: LoadedTask, rows: datasets.Dataset, position: int) -> str | None:
+    try:
+        open_document_images(task.doc_to_visual, rows, position)
+    except UnfitImage as error:
+        return str(error)
+    return None
 
 
 def _headline(name: str, offered: list[str], benchmark: BenchmarkConfig) -> str:

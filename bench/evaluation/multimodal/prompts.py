@@ -47,6 +47,20 @@ class PromptEncoder:
         """Return the processor's output for one prompt."""
         return chat.encode_chats(self._processor, [prompt], [images])
 
+    def image_sizes(self, prompt: EncodedPrompt) -> tuple[str, ...]:
+        """Return the size of each image of an encoded prompt, as the vision encoder sees it."""
+        if "image_grid_thw" in prompt:
+            patch = int(self._processor.image_processor.patch_size)
+            grids = prompt["image_grid_thw"].tolist()
+            return tuple(f"{columns * patch}x{rows * patch}" for _, rows, columns in grids)
+        pixels = prompt.get("pixel_values")
+        if pixels is None:
+            return ()
+        *images, _, height, width = pixels.shape
+        # One more axis: an image of high resolution in tiles of this size.
+        tiles = f" in {images[1]} tiles" if len(images) > 1 else ""
+        return (f"{width}x{height}{tiles}",) * int(images[0])
+
 
 def slice_tokens(prompt: EncodedPrompt, first: int, last: int | None) -> EncodedPrompt:
     """Return a prompt's tokens from `first` to `last`, together with all of its images."""

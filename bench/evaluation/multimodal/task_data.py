@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import datasets
 from PIL import Image
 
 from bench.data import hub
+from bench.data.image_files import UnfitImage, open_images, refuse_clipped
 from bench.evaluation import local_files
 from bench.evaluation.harness import DocumentSource
-from bench.evaluation.local_files import DataRow
+from bench.evaluation.row_files import DataRow
 from bench.evaluation.task_planning import (
     TaskDefinition,
     evaluated_split,
@@ -36,8 +38,45 @@ class ImageIndex:
         return {name: row for row, name in enumerate(self.rows["id"])}
 
     def doc_to_visual(self, document: DataRow) -> list[Image.Image]:
-        """Return the image of a document, as lmms-eval's function of this name does."""
-        return [self.rows[self._row_of[document["imageId"]]]["image"].convert("RGB")]
+        """Return the image of a document, as lmms-eval's function of this name does.
+
+        Raises:
+            UnfitImage: there is no image of its name, or it cannot be shown.
+        """
+        name = document["imageId"]
+        if name not in self._row_of:
+            raise UnfitImage(f"no image is named {name!r}")
+        image = open_images(lambda: self.rows[self._row_of[name]]["image"])
+        return [open_images(lambda: refuse_clipped(image).convert("RGB"))]
+
+
+class DocToVisual(Protocol):
+    """A task's function from a document to its images."""
+
+    def __call__(self, document: DataRow) -> list[Image.Image]:
+        """Open the images of a document."""
+
+
+def open_document_images(
+    doc_to_visual: DocToVisual, rows: datasets.Dataset, position: int
+) -> list[Image.Image]:
+    """Open the images of one document of a task.
+
+    Raises:
+        UnfitImage: an image is absent, or no model can be shown it.
+    """
+
+    def opened() -> list[Image.Image]:
+        document = rows[position]  # `datasets` decodes the images of a row here
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                if document[column] is None:
+                    raise UnfitImage(f"it has no image in column {column!r}")
+                # Before the task's own code, which converts to RGB.
+                refuse_clipped(document[column])
+        return list(doc_to_visual(document))
+
+    return open_images(opened)
 
 
 @dataclass(frozen=True)

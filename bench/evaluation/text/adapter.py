@@ -1,32 +1,58 @@
-"""A loaded, possibly compressed model as lm-eval's language model.
+"""A loaded, possibly compressed model as lm-eval's language model, and stored answers as one.
 
-Tokenization, truncation and log-likelihoods are those of lm-eval's own `hf` model. Only the cost
-differs: all texts are tokenized in one call, each once, and a scorer decides what goes through the
-network.
+Tokenization, truncation and log-likelihoods are those of lm-eval's own `hf` model, except where it
+has none: it stops at an answer that has no token of its own, and scores EOS after EOS if the
+tokenizer appends one. Only the cost differs: all texts are tokenized in one call, each once, and a
+scorer decides what goes through the network.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from bench.data.tokenization import appended_tokens, encode_texts
+from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.evidence import EvidenceLog, Seen, check_length
+from bench.evaluation.metrics import NON_FINITE_LOGITS, SampleRow
 from bench.evaluation.response_cache import IndexedResponses, ResponseCache, request_key
-from bench.evaluation.text.generation import GenerationRequest, generate
-from bench.evaluation.text.requests import LoglikelihoodRequest, truncated_request
+from bench.evaluation.text.generation import (
+    GenerationRequest,
+    GenerationSettings,
+    context_limit,
+    generate,
+)
+from bench.evaluation.text.requests import LoglikelihoodRequest, Tokens, truncated_request
 from bench.evaluation.text.scorers import select_scorer
 from bench.models.model import Model
-from bench.schema import Backend
+from bench.schema import Backend, Overlong
 from bench.ui import Progress
+
+NO_ANSWER = (math.nan, False)
+"""Response to a request that was not put to the model."""
+EMPTY_ANSWER = "the answer is empty: it has no tokens"
+
+
+class EncodedRequest(NamedTuple):
+    """A request as tokens; `spans` says that a token lies across the join of its two texts."""
+
+    context: Tokens
+    answer: Tokens
+    spans: bool = False
 
 
 class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Serves the harness's requests with a `Model` and reports the backend used.
 
-    `scorer` computes the log-likelihoods that the response cache does not hold.
+    `scorer` computes the log-likelihoods that the response cache does not hold. `evidence` holds
+    what the model saw of each request.
     """
 
     def __init__(
@@ -36,17 +62,28 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         progress: Progress,
         backend: Backend = "prefix_sharing",
         cache: ResponseCache | None = None,
+        overlong: Overlong = "truncate",
     ) -> None:
         super().__init__()
         model.network.eval()
         self.tokenizer = model.tokenizer
+        self.evidence = EvidenceLog()
+        self._overlong = overlong
         self.batches = AdaptiveBatches(batch_size, model.device, progress)
         self.scorer, self.backend_report = select_scorer(model, backend, self.batches, progress)
         self._cache = cache or ResponseCache()
         self._model = model
         self._progress = progress
-        self._prefix_text: str = self.tokenizer.decode(self.prefix_token_id)
+        begin = self._begin_or_end
+        self._prefix_text = None if begin is None else str(self.tokenizer.decode(begin))
         self._encoded: dict[str, list[int]] = {}
+        appended = appended_tokens(self.tokenizer) if model.config.add_bos is not False else []
+        if appended:
+            progress.warn(
+                f"the tokenizer of {model.name} appends {self.tokenizer.decode(appended)} to every "
+                "text; it is left out, since no answer can follow it (lm-eval scores only what "
+                "comes after it)"
+            )
 
     @property
     def eot_token_id(self) -> int:
@@ -54,10 +91,24 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def _begin_or_end(self) -> int | None:
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return end if begin is None else begin
+
+    @property
     def prefix_token_id(self) -> int:
         """The token that stands for an empty context: BOS if the tokenizer has one, else EOS."""
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else int(begin)
+        if self._begin_or_end is None:
+            raise UserError(
+                f"the tokenizer of model {self._model.name} has neither a BOS nor an end-of-text "
+                "token to put in place of an empty context: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        return int(self._begin_or_end)
+
+    def _begins(self, text: str) -> bool:
+        """Tell whether a text already begins with the token that begins texts."""
+        return self._prefix_text is not None and text.startswith(self._prefix_text)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
@@ -74,18 +125,16 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         """Tokenize texts, which must all start with the BOS text or all not."""
         special = self._model.config.add_bos
         # lm-eval's rule: a chat template that wrote BOS itself must not get a second one.
-        if texts[0].startswith(self._prefix_text):
+        if self._begins(texts[0]):
             special = False
-        options = {} if special is None else {"add_special_tokens": special}
-        ids: list[list[int]] = self.tokenizer(texts, verbose=False, **options)["input_ids"]
-        return ids
+        return encode_texts(self.tokenizer, texts, add_special_tokens=special)
 
     def _encode_once(self, texts: Iterable[str]) -> None:
         """Tokenize distinct texts together for `tok_encode` to look up."""
         self._encoded = {}
         distinct = dict.fromkeys(texts)
         for with_bos in (True, False):
-            group = [text for text in distinct if text.startswith(self._prefix_text) == with_bos]
+            group = [text for text in distinct if self._begins(text) == with_bos]
             if group:
                 # One call takes one value of `add_special_tokens`, hence two calls at most.
                 self._encoded |= zip(group, self._encode(group), strict=True)
@@ -95,11 +144,59 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation and whether it is the greedy one."""
         self._encode_once(text for request in requests for text in _texts_to_encode(*request.args))
-        # The base class splits context from continuation, with its rule for trailing spaces, and
-        # calls `_loglikelihood_tokens`.
-        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        encoded = [self._encode_request(*request.args) for request in requests]
         self._encoded = {}
-        return scored
+        reasons = [
+            self._record(request, *each) for request, each in zip(requests, encoded, strict=True)
+        ]
+        asked = [index for index, reason in enumerate(reasons) if reason is None]
+        scored = self._loglikelihood_tokens(
+            [(None, encoded[index].context, encoded[index].answer) for index in asked]
+        )
+        responses = dict(zip(asked, scored, strict=True))
+        return [responses.get(index, NO_ANSWER) for index in range(len(requests))]
+
+    def _encode_request(self, context: str, answer: str) -> EncodedRequest:
+        """Return a request as tokens, split as lm-eval splits it.
+
+        A token may span the join. lm-eval cuts the tokens of the whole at the number of tokens of
+        the context: what is left of the answer is scored after the context alone. It stops where
+        nothing is left; the answer is then encoded on its own.
+        """
+        # Spaces alone are no context either: they go to the answer, and nothing is left.
+        if not context or (not context.strip() and not self.tok_encode("")):
+            return self._encode_alone(context + answer)
+        context_ids, answer_ids = self._encode_pair(context, answer)
+        spans = self.tok_encode(context + answer)[: len(context_ids)] != context_ids
+        if not answer_ids:
+            spaces = context[len(context.rstrip()) :]
+            answer_ids = self.tok_encode(spaces + answer, add_special_tokens=False)
+        return EncodedRequest(context_ids, answer_ids, spans)
+
+    def _encode_alone(self, answer: str) -> EncodedRequest:
+        """Return the tokens of an answer to nothing, after BOS or EOS."""
+        ids, prefix = self.tok_encode(answer, add_special_tokens=False), self.prefix_token_id
+        # As in lm-eval: an answer that begins with that token has it once.
+        return EncodedRequest([prefix], ids[1:] if ids[:1] == [prefix] else ids)
+
+    def _record(
+        self, request: Instance, context: Tokens, answer: Tokens, spans: bool
+    ) -> str | None:
+        """Log what the model sees of a request; return why it is not asked, None if it is."""
+        longest, tokens = self._model.max_length, len(context) + len(answer)
+        reason = None if answer else EMPTY_ANSWER
+        if len(answer) > longest:
+            reason = f"the answer alone has {len(answer)} tokens: the model takes {longest}"
+        elif answer:
+            # One more than the network takes: the last token is predicted and never an input.
+            where, name = _place(request), self._model.name
+            reason = check_length(self._overlong, where, tokens, longest + 1, name)
+        cut = 0 if reason else max(0, tokens - longest - 1)
+        left = context[cut:]
+        prompt = self.tokenizer.decode(left) if cut else None
+        seen = Seen(len(left), len(answer), cut, prompt, spans, unanswered=reason)
+        self.evidence.requests[request.task_name, request.doc_id].append(seen)
+        return reason
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -121,11 +218,46 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that follows each context, up to its first stop string."""
-        generations = [
-            GenerationRequest(self.tok_encode(context), options)
-            for context, options in (request.args for request in requests)
+        self._encode_once(request.args[0] for request in requests)
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        self._encoded = {}
+        limits = [
+            context_limit(request.args[1], self._model.max_length, self._model.name)
+            for request in requests
         ]
-        return generate(self._model, generations, self.batches, self._cache, self._progress)
+        reasons = [
+            check_length(self._overlong, _place(request), len(ids), limit, self._model.name)
+            for request, ids, limit in zip(requests, contexts, limits, strict=True)
+        ]
+        asked = [index for index, reason in enumerate(reasons) if reason is None]
+        generated = generate(
+            self._model,
+            [
+                GenerationRequest(contexts[index][-limits[index] :], requests[index].args[1])
+                for index in asked
+            ],
+            self.batches,
+            self._cache,
+            self._progress,
+        )
+        answers = dict(zip(asked, generated, strict=True))
+        for index, request in enumerate(requests):
+            cut = 0 if reasons[index] else max(0, len(contexts[index]) - limits[index])
+            left = contexts[index][cut:]
+            prompt = self.tokenizer.decode(left) if cut else None
+            answer = answers.get(index)
+            seen = (
+                Seen(len(left), 0, cut, prompt, unanswered=reasons[index] or NON_FINITE_LOGITS)
+                if answer is None
+                else Seen(len(left), answer.tokens, cut, prompt, finish=answer.finish)
+            )
+            self.evidence.requests[request.task_name, request.doc_id].append(seen)
+            if request.task_name not in self.evidence.settings:
+                settings = GenerationSettings(self._model, request.args[1])
+                self.evidence.settings[request.task_name] = settings.in_force
+        # The harness's filters take strings only.
+        found = [answers.get(index) for index in range(len(requests))]
+        return ["" if answer is None else answer.text for answer in found]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
@@ -150,8 +282,57 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
             yield [(indices[index], list(result)) for index, result in batch]
 
 
+class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
+    """The answers in sample rows, given again to the harness's requests."""
+
+    def __init__(self, rows: Sequence[SampleRow]) -> None:
+        super().__init__()
+        # The rows of a document's other filters hold the same answers.
+        self._rows = {(row["task"], row["doc_id"]): row for row in rows}
+        self.evidence = EvidenceLog()
+        for document, row in self._rows.items():
+            if row.get("missing") is not None:
+                self.evidence.requests[document] = [Seen(0, 0, unanswered=row["missing"])]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation and whether it is the greedy one."""
+        return [
+            (self._stored(request, "loglikelihoods"), self._stored(request, "greedy"))
+            for request in requests
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Return the log-likelihood of whole texts."""
+        return [self._stored(request, "loglikelihoods") for request in requests]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the texts as they were before any filter."""
+        repetitions: Counter[object] = Counter()
+        texts = []
+        for request in requests:
+            # Several answers of a document have the same request, one after the other.
+            texts.append(self._stored(request, "generations", repetitions[request.doc_id]))
+            repetitions[request.doc_id] += 1
+        return texts
+
+    def _stored(self, request: Instance, column: str, position: int | None = None) -> Any:
+        row = self._rows.get((request.task_name, request.doc_id), {})
+        stored, index = row.get(column), request.idx if position is None else position
+        if stored is None or index >= len(stored):
+            raise UserError(
+                f"task {request.task_name}, document {request.doc_id}: the run stored no {column}, "
+                "so it cannot be scored again without the model"
+            )
+        return stored[index]
+
+
 def _texts_to_encode(context: str, continuation: str) -> tuple[str, ...]:
     """Return the strings that lm-eval tokenizes for a request: the context, and all of it."""
     # `TemplateLM._encode_pair` moves trailing spaces of the context to the continuation before it
     # tokenizes. An empty context takes another path, which is not worth preparing.
     return (context.rstrip(), context + continuation) if context else ()
+
+
+def _place(request: Instance) -> str:
+    """Name the document of a request in a sentence."""
+    return f"task {request.task_name}, document {request.doc_id}"

@@ -17,21 +17,46 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
+from transformers import LogitsProcessorList
 
 from bench.errors import UserError
 from bench.evaluation.batching import AdaptiveBatches
+from bench.evaluation.evidence import Finish, settings_in_force, tokens_until_stop
 from bench.evaluation.harness import SEED
-from bench.evaluation.networks import language_model, pad_left
+from bench.evaluation.networks import NonFiniteRows, language_model, pad_left
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.models.model import Model
 from bench.ui import Progress
 
 
 class GenerationRequest(NamedTuple):
-    """Tokens of a context, and the harness's generation settings for it."""
+    """Tokens of a context that fits, and the harness's generation settings for it."""
 
     context: list[int]
     options: Mapping[str, object]
+
+
+class Generated(NamedTuple):
+    """A text before any filter, how it ended, and its tokens up to there."""
+
+    text: str
+    finish: Finish
+    tokens: int
+
+
+def context_limit(options: Mapping[str, object], longest: int, name: str) -> int:
+    """Return the tokens that a task's settings leave for a context, of `longest` in total.
+
+    Raises:
+        UserError: they leave none.
+    """
+    new_tokens = int(normalize_gen_kwargs(options)["max_gen_toks"])
+    if new_tokens < longest:
+        return longest - new_tokens
+    raise UserError(
+        f"the task generates {new_tokens} tokens, which leaves none for a context: "
+        f"model {name} takes {longest} in total"
+    )
 
 
 def generate(
@@ -40,8 +65,10 @@ def generate(
     batches: AdaptiveBatches,
     cache: ResponseCache,
     progress: Progress,
-) -> list[str]:
+) -> list[Generated | None]:
     """Return one continuation per context; contexts with equal settings share batches.
+
+    None stands for a continuation that the network cannot compute: its logits are not finite.
 
     A task that samples several answers repeats its request, and each repetition is drawn
     independently.
@@ -49,7 +76,7 @@ def generate(
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[json.dumps(request.options, sort_keys=True, default=str)].append(index)
-    texts = [""] * len(requests)
+    generated: dict[int, Generated | None] = {}
     for group in groups.values():
         # Longest first: padding stays small, and a batch that does not fit fails at the start.
         group.sort(key=lambda index: -len(requests[index].context))
@@ -62,9 +89,11 @@ def generate(
         responses = cache.get_or_compute_batched(
             keys, keyed, sizes, batches, settings.run, progress
         )
-        for index, text in zip(group, responses, strict=True):
-            texts[index] = text
-    return texts
+        generated |= {
+            index: None if response is None else Generated(*response)
+            for index, response in zip(group, responses, strict=True)
+        }
+    return [generated[index] for index in range(len(requests))]
 
 
 def _request_keys(contexts: Sequence[list[int]], options: Mapping[str, object]) -> list[str]:
@@ -86,7 +115,11 @@ class GenerationSettings:
         self._model = model
         settings = dict(normalize_gen_kwargs(options))
         self._new_tokens = int(settings.pop("max_gen_toks"))
-        end = model.tokenizer.decode(model.tokenizer.eos_token_id, skip_special_tokens=False)
+        tokenizer, own = model.tokenizer, language_model(model).generation_config
+        # The model's own end tokens end a row as well, whatever the tokenizer calls EOS.
+        ends = own.eos_token_id
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        end = tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=False)
         self._stop: list[str] = handle_stop_sequences(settings.pop("until", None), eos=end)
         # Replaced in `run`: the limit there counts from the padded width, as in lm-eval's `hf`
         # model.
@@ -95,41 +128,79 @@ class GenerationSettings:
         if not settings.get("do_sample"):
             settings.pop("temperature", None)
         self._options: dict[str, object] = settings
-        pad, eos = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_token = int(eos if pad is None else pad)
-        self._max_context = model.max_length - self._new_tokens
-        if self._max_context < 1:
-            raise UserError(
-                f"the task generates {self._new_tokens} tokens, which leaves none for a context: "
-                f"model {model.name} takes {model.max_length} in total"
-            )
+        self.in_force = settings_in_force(
+            own.to_diff_dict(), settings, max_gen_toks=self._new_tokens, until=self._stop
+        )
+
+    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int] | None]:
+        """Continue (key, context) pairs of any length, padded on the left.
+
+        Returns the fields of `Generated` as JSON values. Sampling depends on the batch and not on
+        what was drawn before it. None stands for a row whose logits are not finite.
+        """
+        texts = self._continue(keyed)
+        if len(keyed) == 1:
+            return texts
+        # Alone, without padding: the batch must not decide which rows have an answer, and a NaN at
+        # a padding token reaches the row, although it is masked.
+        return [
+            self._continue([pair])[0] if text is None else text
+            for pair, text in zip(keyed, texts, strict=True)
+        ]
 
     @torch.no_grad()
-    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[str]:
-        """Continue (key, context) pairs of any length, truncated and padded on the left.
-
-        Sampling depends on the batch and not on what was drawn before it.
-        """
+    def _continue(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int] | None]:
         contexts = [context for _, context in keyed]
         if self._options.get("do_sample"):
             # The seed is a hash of the batch's keys: a resumed run must draw for a batch what the
             # interrupted run would have drawn, although it did not draw for the batches before. 15
             # hexadecimal digits, since torch takes a signed 64-bit seed.
             torch.manual_seed(int(request_key(SEED, *(key for key, _ in keyed))[:15], 16))
-        # On the left a context is truncated, as lm-eval does, and padded, so that all rows end at
-        # one column and `generate` appends there.
-        rows = [torch.tensor([c[-self._max_context :]], dtype=torch.long) for c in contexts]
+        # On the left, so that all rows end at one column and `generate` appends there.
+        rows = [torch.tensor([context], dtype=torch.long) for context in contexts]
         ids_BT, device = pad_left(rows, self._pad_token), self._model.device
         mask_BT = pad_left([torch.ones_like(row) for row in rows], 0)
         width, tokenizer = ids_BT.shape[1], self._model.tokenizer
+        lost = NonFiniteRows(len(contexts), width, int(tokenizer.eos_token_id))
         output_BT = language_model(self._model).generate(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BT.to(device),
             max_length=width + self._new_tokens,
             stopping_criteria=stop_sequences_criteria(tokenizer, self._stop, width, len(contexts)),
+            logits_processor=LogitsProcessorList([lost]),
+            # A checkpoint's generation config may ask to replace NaN by 0, which is no answer.
+            remove_invalid_values=False,
             pad_token_id=self._pad_token,
             use_cache=True,
             **self._options,
         )
-        texts = (tokenizer.decode(row[width:], skip_special_tokens=True) for row in output_BT)
-        return [postprocess_generated_text(text, self._stop, None) for text in texts]
+        return [
+            self._generated(row, finite)
+            for row, finite in zip(
+                output_BT[:, width:].tolist(), lost.tokens_B.tolist(), strict=True
+            )
+        ]
+
+    def _generated(self, row: list[int], finite: int) -> list[str | int] | None:
+        """Return the fields of `Generated`, cut at the first stop string; padding may follow.
+
+        None if logits were not finite before that: `finite` is the number of tokens up to there, -1
+        if all logits were finite.
+        """
+        decode = self._model.tokenizer.decode
+        # A row that has stopped goes on until its batch is done; what comes then is cut anyway.
+        before = decode(row[:finite], skip_special_tokens=False) if finite >= 0 else ""
+        if finite >= 0 and not any(stop in before for stop in self._stop):
+            return None
+        whole = self._text(row)
+        text: str = postprocess_generated_text(whole, self._stop, None)
+        if text != whole:
+            return [text, "stop", tokens_until_stop(row, self._text, self._stop)]
+        end = next((index for index, token in enumerate(row) if token in self._ends), None)
+        return [text, "length", len(row)] if end is None else [text, "eos", end]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self._model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text

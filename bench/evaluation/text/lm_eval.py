@@ -5,20 +5,24 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar
 
 import lm_eval.utils
+from lm_eval.api.model import LM
 
+from bench.errors import UserError
+from bench.evaluation.evidence import EvidenceLog, task_evidence, warn_about
 from bench.evaluation.harness import SEED, DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.metrics import (
-    LoggedSample,
     SampleRow,
+    TaskAnswers,
     common_split,
-    sample_score,
+    settle_metrics,
     task_metric,
 )
 from bench.evaluation.response_cache import ResponseCache
@@ -31,29 +35,28 @@ from bench.evaluation.task_planning import (
     refuse_unknown_data,
 )
 from bench.evaluation.text import perplexity, planned_tasks, task_data
-from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.evaluation.text.adapter import LmEvalAdapter, StoredAnswers
+from bench.evaluation.text.generation import context_limit
 from bench.evaluation.text.planned_tasks import PlannedTask
+from bench.evaluation.text.sample_rows import (
+    HarnessResult,
+    Unanswered,
+    sample_rows,
+    unanswered_documents,
+)
 from bench.evaluation.text.task_data import PlannedText
-from bench.evaluation.text.task_index import TextTask
-from bench.models.model import Model
-from bench.records.record import Metric
-from bench.schema import BenchmarkConfig, ModelKind
-from bench.ui import Progress
+from bench.models.model import Model, max_sequence_length
+from bench.records.record import Metric, MissingMeasurement
+from bench.schema import BenchmarkConfig, ModelConfig, ModelKind
+from bench.ui import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bench.data.chat import Tokenizer
 
 _BOOTSTRAP_RESAMPLES = 1000
 """Resamples for metrics without a closed-form standard error; others ignore it."""
-HarnessResult = TypedDict(
-    "HarnessResult",
-    {
-        "results": dict[str, dict[str, float | str]],
-        "higher_is_better": dict[str, dict[str, bool | None]],
-        "versions": dict[str, float | str | None],
-        "n-shot": dict[str, int | None],
-        "n-samples": dict[str, dict[str, int]],
-        "samples": dict[str, list[LoggedSample]],
-    },
-)
-"""Results of lm-eval: scores by task or group, their labels, and the scored documents."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +79,94 @@ class TextHarness:
         """Return nothing: documents are texts."""
         return ()
 
+    def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
+        """Raise UserError unless special tokens and lengths suffice for every task."""
+        longest = max_sequence_length(model, network)
+        leaves = [task for planned in self.tasks for task in planned.tasks.values()]
+        generating = [task for task in leaves if task.OUTPUT_TYPE == "generate_until"]
+        if leaves and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of model {model.name} has neither an end-of-text nor a BOS token, "
+                "and lm-eval puts one of them in place of an empty context: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        if generating and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of model {model.name} has no end-of-text token, at which the "
+                f"answers of task {generating[0].task_name} stop: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        for task in generating:
+            options = dict(vars(task.config).get("generation_kwargs") or {})
+            try:
+                context_limit(options, longest, model.name)
+            except UserError as error:
+                raise UserError(f"task {task.task_name}: {error}") from None
+        for text in self.texts:
+            perplexity.check_window(text, longest, model.name)
+
     def score(self, model: Model, progress: Progress, cache: ResponseCache) -> ScoredBenchmark:
         """Score the model on every task and text; cached requests are skipped."""
         benchmark = self.benchmark
         # One adapter for all tasks: choosing its scorer runs a numerical probe and estimates free
         # memory.
-        adapter = LmEvalAdapter(model, benchmark.batch_size, progress, benchmark.backend, cache)
-        metrics: list[Metric] = []
-        rows: list[SampleRow] = []
-        for task in self.tasks:
-            with progress.phase(f"{model.name} on {task.name}"), cached_templates():
-                result = _run_harness(adapter, task, benchmark.limit)
-                rows += sample_rows(task, result)
-            metrics += task_metrics(benchmark, task, result)
+        adapter = LmEvalAdapter(
+            model, benchmark.batch_size, progress, benchmark.backend, cache, benchmark.overlong
+        )
+        scored = self._score_tasks(adapter, adapter.evidence, model.name, progress)
+        warn_about(scored.evidence, model.max_length, progress)
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
-                metric, windows = perplexity.measure_perplexity(
-                    model, text, benchmark, progress, cache
-                )
-            metrics.append(metric)
-            rows += windows
-        return ScoredBenchmark(metrics, rows, adapter.backend_report)
+                measured = perplexity.measure_perplexity(model, text, benchmark, progress, cache)
+            scored = scored.extended(measured)
+        return scored._replace(backend_report=adapter.backend_report)
+
+    def rescore(self, rows: Sequence[SampleRow]) -> ScoredBenchmark:
+        """Apply the harness's filters and metrics to the answers in sample rows.
+
+        Raises:
+            UserError: the rows lack answers that the metrics need.
+        """
+        stored = StoredAnswers(rows)
+        scored = self._score_tasks(stored, stored.evidence, "stored answers", SILENT)
+        for text in self.texts:
+            windows = [row for row in rows if row["task"] == text.name]
+            scored = scored.extended(perplexity.rescore_windows(self.benchmark, text, windows))
+        return scored
+
+    def _score_tasks(
+        self, lm: LM, log: EvidenceLog, name: str, progress: Progress
+    ) -> ScoredBenchmark:
+        """Let the harness put its requests to a model of its kind; `log` is what was seen."""
+        scored = ScoredBenchmark([], [])
+        for task in self.tasks:
+            with progress.phase(f"{name} on {task.name}"), cached_templates():
+                scored = scored.extended(self._score_task(task, lm, log, progress))
+        return scored
+
+    def _score_task(
+        self, task: PlannedTask, lm: LM, log: EvidenceLog, progress: Progress
+    ) -> ScoredBenchmark:
+        result = _run_harness(lm, task, self.benchmark.limit)
+        unanswered = unanswered_documents(task, result, log)
+        rows = sample_rows(task, result, log, unanswered)
+        if any(unanswered.values()):
+            result = answered_only(task, result, unanswered)
+            progress.warn(
+                f"{task.name}: {_answers(task, task.name, result, unanswered).describe()}"
+            )
+        metrics, missing = settled_metrics(self.benchmark, task, result, unanswered)
+        of_leaves = {leaf: [row for row in rows if row["task"] == leaf] for leaf in task.tasks}
+        evidence = {
+            leaf: task_evidence(leaf, found, log.settings.get(leaf))
+            for leaf, found in of_leaves.items()
+        }
+
+        def truncated(name: str) -> int:
+            return sum(evidence[leaf].truncated for leaf in _leaf_tasks(task, name))
+
+        counted = [m.model_copy(update={"truncated": truncated(m.task)}) for m in metrics]
+        return ScoredBenchmark(counted, rows, missing=missing, evidence=list(evidence.values()))
 
 
 def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
@@ -125,7 +195,7 @@ def plan_text(benchmark: BenchmarkConfig, *, offline: bool) -> TextHarness:
     return TextHarness(benchmark, tuple(tasks), tuple(loaded))
 
 
-def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None) -> HarnessResult:
+def _run_harness(lm: LM, planned: PlannedTask, limit: int | None) -> HarnessResult:
     """Let lm-eval build requests, collect responses and aggregate."""
     from lm_eval.evaluator import evaluate
 
@@ -134,7 +204,7 @@ def _run_harness(adapter: LmEvalAdapter, planned: PlannedTask, limit: int | None
     # The bootstrap also prints, and standard output belongs to our caller (`--json`).
     with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
         result: HarnessResult = evaluate(
-            adapter,
+            lm,
             {"tasks": planned.tasks, "groups": planned.groups},
             limit=limit,
             bootstrap_iters=_BOOTSTRAP_RESAMPLES,
@@ -155,6 +225,74 @@ def bootstrap_in_this_process() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+def answered_only(
+    planned: PlannedTask, result: HarnessResult, unanswered: Unanswered
+) -> HarnessResult:
+    """Let lm-eval aggregate again, over the documents that have an answer.
+
+    A task that has none keeps its numbers: lm-eval cannot aggregate nothing. `settled_metrics`
+    drops them.
+    """
+    from lm_eval.evaluator_utils import _process_results
+
+    accumulated = {}
+    for name, samples in result["samples"].items():
+        kept = [sample for sample in samples if sample["doc_id"] not in unanswered[name]]
+        raw: dict[tuple[str, str], list[object]] = defaultdict(list)
+        for sample in kept or samples:
+            for metric in sample["metrics"]:
+                raw[metric, sample["filter"]].append(sample[metric])
+        accumulated[name] = {
+            "task": planned.tasks[name], "raw_metrics": raw, "logged_samples": samples
+        }  # fmt: skip
+    with quiet_lm_eval(), redirect_stdout(io.StringIO()), bootstrap_in_this_process():
+        collected = _process_results(accumulated, planned.groups, _BOOTSTRAP_RESAMPLES)
+        again: HarnessResult = collected._to_eval_results(samples=collected.samples)
+    return again
+
+
+def settled_metrics(
+    benchmark: BenchmarkConfig,
+    planned: PlannedTask,
+    result: HarnessResult,
+    unanswered: Unanswered,
+) -> tuple[list[Metric], list[MissingMeasurement]]:
+    """Return every metric of a task or group, without a value where too few rows are answered."""
+    metrics: list[Metric] = []
+    missing: list[MissingMeasurement] = []
+    by_name: dict[str, list[Metric]] = defaultdict(list)
+    for metric in task_metrics(benchmark, planned, result):
+        by_name[metric.task].append(metric)
+    for name, found in by_name.items():
+        parts = [_answers(planned, leaf, result, unanswered) for leaf in _leaf_tasks(planned, name)]
+        # A group whose task has no answer at all is a group without that task: another number.
+        whole = all(part.suffice(1.0) for part in parts)
+        settled, gaps = settle_metrics(
+            found,
+            _answers(planned, name, result, unanswered),
+            benchmark.allow_missing if whole else 0.0,
+        )
+        metrics += settled
+        missing += gaps
+    return metrics, missing
+
+
+def _answers(
+    planned: PlannedTask, name: str, result: HarnessResult, unanswered: Unanswered
+) -> TaskAnswers:
+    """Count the rows of a task, or of all tasks of a group, and name those without an answer."""
+    leaves = _leaf_tasks(planned, name)
+    scored = [{sample["doc_id"] for sample in result["samples"][leaf]} for leaf in leaves]
+    return TaskAnswers(
+        sum(map(len, scored)),
+        {
+            str(document) if leaf == planned.name else f"{leaf} {document}": reason
+            for leaf in leaves
+            for document, reason in unanswered[leaf].items()
+        },
+    )
 
 
 def task_metrics(
@@ -217,55 +355,6 @@ def _leaf_tasks(planned: PlannedTask, name: str) -> list[str]:
     if name in planned.tasks:
         return [name]
     return [task.task_name for task in planned.groups[name].get_all_tasks()]
-
-
-def sample_rows(planned: PlannedTask, result: HarnessResult) -> list[SampleRow]:
-    """Return one row per scored document and filter."""
-    return [
-        _sample_row(name, planned.tasks[name], sample)
-        for name, samples in result["samples"].items()
-        for sample in samples
-    ]
-
-
-def _sample_row(name: str, task: TextTask, sample: LoggedSample) -> SampleRow:
-    first = sample["arguments"][0]
-    return {
-        "task": name,
-        "filter": sample["filter"],
-        "doc_id": sample["doc_id"],
-        "doc_hash": sample["doc_hash"],
-        "prompt_hash": sample["prompt_hash"],
-        "target": str(sample["target"]),
-        "prompt": first[0],
-        "choices": _choices(task, sample),
-        **_raw_responses(task, sample),
-        **{metric: sample_score(sample[metric]) for metric in sample["metrics"]},
-    }
-
-
-def _choices(task: TextTask, sample: LoggedSample) -> list[str]:
-    if task.OUTPUT_TYPE == "multiple_choice":
-        return [str(choice) for choice in task.doc_to_choice(sample["doc"])]
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return [argument[1] for argument in sample["arguments"]]
-    return []
-
-
-def _raw_responses(task: TextTask, sample: LoggedSample) -> SampleRow:
-    """Return the model's raw responses, before any filter: scores of choices, or a text."""
-    raw = [responses[0] for responses in sample["resps"]]
-    if task.OUTPUT_TYPE == "generate_until":
-        # The exception: a generated text is shown as its filter left it, since that is what was
-        # scored.
-        filtered = sample["filtered_resps"][0]
-        return {"response": filtered if isinstance(filtered, str) else raw[0]}
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return {"loglikelihoods": [float(value) for value in raw]}
-    return {
-        "loglikelihoods": [float(value) for value, _ in raw],
-        "greedy": [bool(greedy) for _, greedy in raw],
-    }
 
 
 @contextmanager

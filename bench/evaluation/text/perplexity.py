@@ -15,19 +15,22 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
+from bench.data.tokenization import encode_texts
 from bench.errors import UserError
 from bench.evaluation import batching
 from bench.evaluation.batching import AdaptiveBatches
-from bench.evaluation.metrics import SampleRow, task_metric
+from bench.evaluation.harness import ScoredBenchmark
+from bench.evaluation.metrics import SampleRow, TaskAnswers, settle_metrics, task_metric
 from bench.evaluation.networks import LanguageModel, language_model
 from bench.evaluation.response_cache import ResponseCache, request_key
 from bench.evaluation.text.task_data import PlannedText
 from bench.models.model import Model
-from bench.records.record import Metric
+from bench.records.record import Metric, MissingMeasurement
 from bench.schema import BenchmarkConfig
-from bench.ui import Progress
+from bench.ui import SILENT, Progress
 
 Encode: TypeAlias = Callable[[str], list[int]]
+NON_FINITE_LOSS = "the loss of the window is not finite"
 C4_WINDOWS = 256
 """Number of windows that the GPTQ scripts draw from C4."""
 _TOKENS_PER_BATCH = 8192
@@ -42,7 +45,7 @@ def measure_perplexity(
     benchmark: BenchmarkConfig,
     progress: Progress,
     cache: ResponseCache,
-) -> tuple[Metric, list[SampleRow]]:
+) -> ScoredBenchmark:
     """Return the perplexity of a text, and one sample row per window."""
     windows = cut_windows(model, text, benchmark.limit)
     tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
@@ -57,10 +60,8 @@ def measure_perplexity(
         lambda batch: window_losses(network, torch.tensor(batch, device=model.device)),
         progress,
     )
-    metric = _metric(benchmark, text, losses)
-    if metric.value is None or not math.isfinite(metric.value):
-        progress.warn(f"{text.name}: perplexity is {metric.value}")
-    return metric, _sample_rows(text, windows, losses)
+    metrics, missing = _settled(benchmark, text, losses, progress)
+    return ScoredBenchmark(metrics, _sample_rows(text, windows, losses), missing=missing)
 
 
 def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list[int]]:
@@ -70,16 +71,11 @@ def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list
         UserError: the window exceeds the model's length, or no document fills one.
     """
     window = text.config.window
-    if window > model.max_length:
-        raise UserError(
-            f"benchmark.perplexity.{text.name}.window={window}: "
-            f"model {model.name} takes at most {model.max_length} tokens"
-        )
+    check_window(text, model.max_length, model.name)
 
     def encode(string: str) -> list[int]:
-        special = model.config.add_bos
-        options = {} if special is None else {"add_special_tokens": special}
-        return list(model.tokenizer(string, verbose=False, **options)["input_ids"])
+        (ids,) = encode_texts(model.tokenizer, [string], add_special_tokens=model.config.add_bos)
+        return ids
 
     try:
         if text.config.protocol == "gptq_c4":
@@ -89,6 +85,27 @@ def cut_windows(model: Model, text: PlannedText, limit: int | None) -> list[list
         return consecutive_windows(text.documents, encode, window)[:limit]
     except UserError as error:
         raise UserError(f"benchmark.perplexity.{text.name}: {error}") from error
+
+
+def check_window(text: PlannedText, longest: int, model: str) -> None:
+    """Raise UserError if the windows of a text do not fit into a model of `longest` tokens."""
+    window = text.config.window
+    if window > longest:
+        raise UserError(
+            f"benchmark.perplexity.{text.name}.window={window}: "
+            f"model {model} takes at most {longest} tokens"
+        )
+
+
+def rescore_windows(
+    benchmark: BenchmarkConfig, text: PlannedText, rows: Sequence[SampleRow]
+) -> ScoredBenchmark:
+    """Return the perplexity of a text from its sample rows."""
+    if not rows:
+        raise UserError(f"the run stored no windows of {text.name}")
+    losses = [-row["loglikelihoods"][0] / row["n_tokens"] for row in rows]
+    metrics, missing = _settled(benchmark, text, losses, SILENT)
+    return ScoredBenchmark(metrics, list(rows), missing=missing)
 
 
 @torch.no_grad()
@@ -103,17 +120,45 @@ def window_losses(network: LanguageModel, ids_BT: torch.Tensor) -> list[float]:
     return [float(loss) for loss in losses]
 
 
+def mean_loss(losses: Sequence[float]) -> float:
+    """Return the mean over windows, exactly rounded."""
+    return math.fsum(losses) / len(losses)
+
+
 def perplexity(losses: Sequence[float]) -> tuple[float, float | None]:
     """Return exp of the mean loss and its standard error by the delta method: ppl * se(mean)."""
-    mean = math.fsum(losses) / len(losses)
     try:
-        value = math.exp(mean)
+        value = math.exp(mean_loss(losses))
     except OverflowError:
         # A network ruined by compression has losses beyond 709; its perplexity is inf, not a crash.
         value = math.inf
     if len(losses) < 2 or not math.isfinite(value):
         return value, None
     return value, value * statistics.stdev(losses) / math.sqrt(len(losses))
+
+
+def _settled(
+    benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float], progress: Progress
+) -> tuple[list[Metric], list[MissingMeasurement]]:
+    """Return the perplexity over the windows whose loss is finite, and why it is missing if so."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    lost = {
+        str(index): NON_FINITE_LOSS for index, loss in enumerate(losses) if not math.isfinite(loss)
+    }
+    answers = TaskAnswers(len(losses), lost)
+    # With no finite loss at all the value is that of the others, and dropped below.
+    metric = _metric(benchmark, text, finite or losses)
+    metrics, missing = settle_metrics([metric], answers, benchmark.allow_missing)
+    if lost:
+        progress.warn(f"{text.name}: {answers.describe()}")
+    elif metric.value is None or not math.isfinite(metric.value):
+        # Losses beyond 709 are answers, very bad ones; only their exponential is no double.
+        reason = (
+            f"the perplexity is beyond floating point: the mean loss is {mean_loss(losses):.4g}"
+        )
+        progress.warn(f"{text.name}: {reason}")
+        missing = [MissingMeasurement(scope=text.name, quantity=metric.metric, reason=reason)]
+    return metrics, missing
 
 
 def _metric(benchmark: BenchmarkConfig, text: PlannedText, losses: Sequence[float]) -> Metric:
@@ -142,6 +187,7 @@ def _sample_rows(
             "doc_hash": hashlib.sha256(repr(tokens).encode()).hexdigest(),
             "loglikelihoods": [-loss * (len(tokens) - 1)],
             "n_tokens": len(tokens) - 1,
+            "missing": None if math.isfinite(loss) else NON_FINITE_LOSS,
         }
         for index, (tokens, loss) in enumerate(zip(windows, losses, strict=True))
     ]

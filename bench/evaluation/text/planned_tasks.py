@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lm_eval.tasks import TaskManager
 
@@ -27,7 +27,8 @@ class PlannedTask:
     """One scored name: a task, or a group of tasks whose scores the harness aggregates.
 
     `groups` is empty unless the name is that of a group. `headline` is the metric that represents
-    the name, and the filter through which it is read; filter None means the first one.
+    the name, and the filter through which it is read; filter None means the first one. `unlabelled`
+    are the documents whose label means nothing.
     """
 
     name: str
@@ -35,6 +36,7 @@ class PlannedTask:
     groups: dict[str, TaskGroup]
     sources: dict[str, DocumentSource]
     headline: tuple[str, str | None]
+    unlabelled: tuple[int, ...] = ()
 
 
 def scored_names(benchmark: BenchmarkConfig) -> list[str]:
@@ -58,8 +60,10 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
     with quiet_lm_eval():
         if file is None:
             return _build_group(name, benchmark)
-        task, source = _build_one(name, task_index.read_task_definition(file), benchmark)
-    return _planned_task(name, {name: task}, {}, {name: source}, benchmark)
+        definition = task_index.read_task_definition(file)
+        task, source, unlabelled = _build_one(name, definition, benchmark)
+    planned = _planned_task(name, {name: task}, {}, {name: source}, benchmark)
+    return replace(planned, unlabelled=unlabelled)
 
 
 def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
@@ -75,20 +79,22 @@ def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
 
 def _build_one(
     name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
-) -> tuple[TextTask, DocumentSource]:
+) -> tuple[TextTask, DocumentSource, tuple[int, ...]]:
+    """Build one task; return it with the source of its data and the documents without a label."""
     if "class" in definition:
         if name in benchmark.data:
             raise UserError(f"benchmark.data.{name}: {name} loads its data in Python code")
-        return _build_python(definition)
+        return *_build_python(definition), ()
     definition["num_fewshot"] = task_index.num_shots(definition, benchmark.num_fewshot)
-    data, source = task_data.load_documents(name, definition, benchmark)
+    data, source, unlabelled = task_data.load_documents(name, definition, benchmark)
     # With zero shots only the scored split is kept: the harness would process every document of
     # a training split, however large, before it scores the first question.
     present = set(data) if definition["num_fewshot"] else {evaluated_split(definition)}
     fitted = _with_documents(task_index.restrict_to_splits(definition, present), data)
     if name not in benchmark.data:
-        return _construct(fitted), source
-    return _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}"), source
+        return _construct(fitted), source, ()
+    task = _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}")
+    return task, source, unlabelled
 
 
 def _with_documents(definition: TaskDefinition, data: Splits) -> TaskDefinition:

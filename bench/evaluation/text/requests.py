@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from bench.errors import UserError
 from bench.models.model import Model
 
 Tokens: TypeAlias = list[int]
@@ -39,17 +38,11 @@ class Scorer(Protocol):
 def truncated_request(model: Model, context: Tokens, continuation: Tokens) -> LoglikelihoodRequest:
     """Return a request as the network sees it, truncated on the left to the model's length.
 
-    Raises:
-        UserError: the continuation is empty or longer than the model's length.
+    The continuation has at least one token and fits into the model.
     """
-    longest = model.max_length
-    if not 0 < len(continuation) <= longest:
-        raise UserError(
-            f"a continuation of {len(continuation)} tokens cannot be scored: "
-            f"model {model.name} takes 1 to {longest}"
-        )
     # The rule of lm-eval's `hf` model, which must be matched to the token: keep the last max_length
     # + 1 tokens, then drop the last one. That one is only ever predicted, never an input, which is
     # why one token more than the network takes still fits; the left end goes, so the continuation
     # stays whole.
-    return LoglikelihoodRequest((context + continuation)[-(longest + 1) : -1], continuation)
+    tokens = (context + continuation)[-(model.max_length + 1) :]
+    return LoglikelihoodRequest(tokens[:-1], continuation)

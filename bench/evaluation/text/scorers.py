@@ -8,6 +8,7 @@ Suffixes: B batch, T padded length, K kept positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -51,15 +52,17 @@ def _local_scorer(
     # Checked only if the backend is requested, since the check runs a forward.
     reason = support.unsupported_reason(model) if backend == "prefix_sharing" else None
     report = select_backend(model, backend, reason, progress)
+    padded = PaddedScorer(model, batches)
     if report.used == "padded":
-        return PaddedScorer(model, batches), report
+        return IsolatingScorer(padded, padded), report
     network = language_model(model)
     budget = batching.estimate_token_budget(
         text_config(model.network), network.dtype, model.device, progress
     )
     report.tokens_per_batch = budget.tokens
     forward = Forward(network, model.device)
-    return PrefixSharingScorer(forward, budget, report, sliding_window(model.network)), report
+    sharing = PrefixSharingScorer(forward, budget, report, sliding_window(model.network))
+    return IsolatingScorer(sharing, padded), report
 
 
 ScoredInput: TypeAlias = tuple[tuple[int, ...], list[tuple[int, Tokens]]]
@@ -141,6 +144,32 @@ def _continuation_loglikelihood(logp_KV: torch.Tensor, tokens: Tokens) -> torch.
     value = rows_KV.gather(1, target_K[:, None]).sum()
     greedy = (rows_KV.argmax(-1) == target_K).all()
     return torch.stack([value, greedy.to(value.dtype)])
+
+
+class IsolatingScorer:
+    """Scores again, in rows without padding or neighbours, what is not finite the first time.
+
+    An attention weight of zero times a value of NaN is NaN: one prompt that the network cannot
+    compute spoils all that share a packed sequence with it, and a NaN in the embedding of the
+    padding token all padded rows. Which rows have no answer must not depend on the backend.
+    """
+
+    def __init__(self, scorer: Scorer, padded: PaddedScorer) -> None:
+        self._scorer = scorer
+        self._padded = padded
+
+    def score(self, requests: Sequence[LoglikelihoodRequest]) -> Iterator[Loglikelihoods]:
+        """Yield the finite results of each batch as they come, then all others."""
+        spoiled: list[int] = []
+        for batch in self._scorer.score(requests):
+            spoiled += [index for index, result in batch if not math.isfinite(result.value)]
+            yield [pair for pair in batch if math.isfinite(pair[1].value)]
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index in spoiled:
+            by_length[len(requests[index].inputs)].append(index)
+        for indices in by_length.values():
+            for batch in self._padded.score([requests[index] for index in indices]):
+                yield [(indices[place], result) for place, result in batch]
 
 
 class DistributedScorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
@@ -14,7 +14,8 @@ from bench.data.synthetic.world import documents_by_split as world_splits
 from bench.errors import UserError
 from bench.evaluation import local_files
 from bench.evaluation.harness import DocumentSource, file_source, hub_source
-from bench.evaluation.local_files import SUFFIXES, read_rows
+from bench.evaluation.local_files import TEXT_COLUMNS, RowUse
+from bench.evaluation.row_files import SUFFIXES, existing_path, read_rows
 from bench.evaluation.task_planning import (
     Splits,
     TaskDefinition,
@@ -25,21 +26,40 @@ from bench.evaluation.task_planning import (
 from bench.schema import BenchmarkConfig, PerplexityConfig
 
 
-def load_documents(
-    name: str, definition: TaskDefinition, benchmark: BenchmarkConfig
-) -> tuple[Splits, DocumentSource]:
+class Documents(NamedTuple):
+    """The splits of a task and where they came from; `unlabelled` rows have no valid label."""
+
+    splits: Splits
+    source: DocumentSource
+    unlabelled: tuple[int, ...] = ()
+
+
+def load_documents(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) -> Documents:
     """Return the splits that the benchmark gives a task, and where they came from."""
     path = benchmark.data.get(name)
     if path:
-        return local_files.load_local_rows(name, path, evaluated_split(definition))
+        local = local_files.load_local_rows(name, path, _row_use(name, definition, benchmark))
+        return Documents(local.splits, local.source, local.unlabelled)
     if benchmark.suite == "micro":
-        return _documents_from_function(definition, only=_single_split(definition)), world_source(
-            name
-        )
+        data = _documents_from_function(definition, only=_single_split(definition))
+        return Documents(data, world_source(name))
     if "custom_dataset" in definition:
         data = _documents_from_function(definition)
-        return data, DocumentSource("harness", name, None, content_fingerprint(data))
-    return load_from_hub(definition)
+        source = DocumentSource("harness", name, None, content_fingerprint(data))
+        return Documents(data, source)
+    return Documents(*load_from_hub(definition))
+
+
+def _row_use(name: str, definition: TaskDefinition, benchmark: BenchmarkConfig) -> RowUse:
+    # The harness applies the limit after a task's own code, which may drop rows; those of the known
+    # tasks keep them all.
+    keeps_rows = name in TEXT_COLUMNS or "process_docs" not in definition
+    return RowUse(
+        evaluated_split(definition),
+        scored=benchmark.limit if keeps_rows else None,
+        examples=bool(definition.get("num_fewshot")),
+        allow_missing=benchmark.allow_missing,
+    )
 
 
 def _single_split(definition: TaskDefinition) -> str | None:
@@ -118,15 +138,22 @@ def _text_from_hub(config: PerplexityConfig, split: str) -> tuple[Sequence[str],
 
 def _text_from_file(key: str, path: str) -> tuple[Sequence[str], DocumentSource]:
     """Read the column `text` of a table, or any other file as one document of plain text."""
-    file = Path(path).expanduser()
+    file = existing_path(path, key)
     if not file.is_file():
-        raise UserError(f"{key}: no such file")
+        raise UserError(f"{key} is a folder; give a file")
     if file.suffix in SUFFIXES:
-        rows = read_rows(file, key)
-        if not all(isinstance(row.get("text"), str) for row in rows):
-            raise UserError(f"{key}: {file.name} needs a column 'text' of strings")
-        return [row["text"] for row in rows], file_source([file])
-    try:
-        return [file.read_text(encoding="utf-8")], file_source([file])
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {file.name} is not UTF-8 text: {error}") from error
+        documents = [row.get("text") for row in read_rows(file, key)]
+        for index, text in enumerate(documents):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{key}: {file.name} needs a column 'text' of strings; row {index} has none"
+                )
+    else:
+        try:
+            # Without a byte order mark, which would be a token of its own.
+            documents = [file.read_text(encoding="utf-8-sig")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{key}: {file.name} is not UTF-8 text: {error}") from error
+    if not any(text.strip() for text in documents):
+        raise UserError(f"{key}: {file.name} holds no text")
+    return documents, file_source([file])

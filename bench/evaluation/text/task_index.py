@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -21,6 +21,7 @@ class TextTask(Protocol):
     """A task of lm-eval, as far as we use it ourselves."""
 
     OUTPUT_TYPE: str
+    multiple_input: bool
     DATASET_PATH: str | None
     DATASET_NAME: str | None
     config: object
@@ -41,8 +42,20 @@ class TextTask(Protocol):
     def aggregation(self) -> dict[str, object]:
         """Return a function per metric."""
 
-    def doc_to_choice(self, document: object) -> list[str]:
+    def doc_to_choice(self, document: object, rule: object = None) -> list[str]:
         """Return the choices of a multiple-choice question."""
+
+    def doc_to_text(self, document: object, rule: object = None) -> str | int:
+        """Return the question, or the number of the right one among several contexts."""
+
+    def doc_to_target(self, document: object, rule: object = None) -> object:
+        """Return the right answer, or its number."""
+
+    def resolve_field(self, document: object, field: object = None) -> str | None:
+        """Return a field of a document, given by its name or a template."""
+
+    def build_qa_turn(self, **parts: object) -> list[Any]:
+        """Return the messages that ask a question and answer it."""
 
 
 class AggregatedMetric(Protocol):

@@ -122,6 +122,12 @@ class _RunPair:
         run = self.candidate.record.id
         if paired is not None:
             return paired_contrast(run, base, paired)
+        if base.missing or other.missing:
+            self.refused.append(
+                f"{base.task} is not compared: the runs have no answer to "
+                f"{base.missing} and {other.missing} samples, and these numbers cannot be paired"
+            )
+            return None
         # `_same` has refused values that are missing or not finite.
         assert base.value is not None and other.value is not None
         return unpaired_contrast(run, base, base.value, other.value)
@@ -168,6 +174,8 @@ class _RunPair:
             return []
         parts = [self._pair(row, other) for row, other in both]
         whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts) and (base.missing or other.missing):
+            return []
         # A task without sample scores cannot be resampled, so the mean has no interval.
         if len(whole) < len(parts):
             return [unpaired_contrast(candidate.id, base, base.value, other.value)]
@@ -192,6 +200,9 @@ def identity_mismatch(
     record, metric = baseline
     other_record, other = candidate
     identity, other_identity = metric_identity(record, metric), metric_identity(other_record, other)
+    # Pairing takes care of rows that one of the runs did not answer.
+    identity["samples"] = metric.n + metric.missing
+    other_identity["samples"] = other.n + other.missing
     for name, value in identity.items():
         if value != other_identity[name]:
             return (

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from bench.records import Metric
 from bench.reporting.comparison.metric_forms import UnitScores
@@ -63,7 +64,7 @@ class PairedScores:
 
     `draws` [R, 2] holds the metric's values over resamples. `gained` and `lost` count the units
     that only one of the two has right; None if units are not simply right or wrong. `units` counts
-    the resampled units.
+    the resampled units, `left_out` those that only one of the two answered.
     """
 
     baseline: float
@@ -72,6 +73,7 @@ class PairedScores:
     units: int
     gained: int | None = None
     lost: int | None = None
+    left_out: int = 0
 
     @property
     def difference(self) -> float:
@@ -113,6 +115,11 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         retention=retained,
         retention_low=retained_low,
         retention_high=retained_high,
+        note=(
+            f"paired over the {paired.units} samples that both runs answered"
+            if paired.left_out or metric.missing
+            else None
+        ),
     )
 
 
@@ -159,10 +166,15 @@ def _retention(
 def pair_scores(
     baseline: UnitScores, candidate: UnitScores, generator: np.random.Generator
 ) -> PairedScores:
-    """Pair two runs by unit and resample each stratum independently."""
+    """Pair two runs by unit and resample each stratum independently.
+
+    Both runs scored the same documents, as `sample_mismatch` makes sure; units that only one of
+    them answered are in neither value.
+    """
     both = baseline.units.merge(candidate.units, on=["unit", "stratum"], validate="1:1")
-    # `sample_mismatch` has made sure that both runs scored the same documents.
-    assert len(both) == len(baseline.units) == len(candidate.units)
+    left_out = len(baseline.units) + len(candidate.units) - 2 * len(both)
+    baseline = _restricted(baseline, both, "score_x")
+    candidate = _restricted(candidate, both, "score_y")
     drawn = [
         # Resampling within a stratum keeps its size, as the metric's definition does: POPE's splits
         # and MME's categories have a fixed number of questions.
@@ -177,7 +189,20 @@ def pair_scores(
     if baseline.binary and candidate.binary:
         gained = int((both["score_x"] < both["score_y"]).sum())
         lost = int((both["score_x"] > both["score_y"]).sum())
-    return PairedScores(baseline.observed, candidate.observed, draws_R2, len(both), gained, lost)
+    return PairedScores(
+        baseline.observed,
+        candidate.observed,
+        draws_R2,
+        len(both),
+        gained,
+        lost,
+        left_out,
+    )
+
+
+def _restricted(scores: UnitScores, both: pd.DataFrame, column: str) -> UnitScores:
+    kept = both[["unit", "stratum", column]].rename(columns={column: "score"})
+    return replace(scores, units=kept)
 
 
 def mean_of_pairs(parts: list[PairedScores]) -> PairedScores:
@@ -189,4 +214,5 @@ def mean_of_pairs(parts: list[PairedScores]) -> PairedScores:
         # distribution of the mean.
         draws=np.mean([part.draws for part in parts], axis=0),
         units=sum(part.units for part in parts),
+        left_out=sum(part.left_out for part in parts),
     )

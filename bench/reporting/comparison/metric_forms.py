@@ -66,6 +66,9 @@ MetricForm = Callable[[pd.DataFrame, str], Iterator[UnitScores]]
 def unit_scores(samples: pd.DataFrame, metric: Metric) -> UnitScores | None:
     """Return the units behind a number, or None if the samples do not reproduce it."""
     rows = metric_rows(samples, metric)
+    if "missing" in rows:
+        # Without an answer there is no score, although a form might compute one from the response.
+        rows = rows[rows["missing"].isna()]
     if rows.empty or metric.value is None:
         return None
     for form in METRIC_FORMS:

@@ -68,7 +68,8 @@ def our_text(number: OurValue | None, unit: str) -> str:
         return format_quantity(number.value)
     digits = DIGITS[unit]
     text = f"{number.value:.{digits}f}"
-    return text if number.stderr is None else f"{text} ±{number.stderr:.{digits}f}"
+    error = "" if number.stderr is None else f" ±{number.stderr:.{digits}f}"
+    return f"{text}{error}{f' ({number.missing} missing)' if number.missing else ''}"
 
 
 def their_text(cell: TableCell, unit: str) -> str:

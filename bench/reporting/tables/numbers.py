@@ -53,9 +53,11 @@ def our_value(column: TableColumn, records: Sequence[Record]) -> OurValue | None
     else:
         stderr, reach = next(error for _, error in filter(None, found)), NORMAL_QUANTILE
     mean = math.fsum(values) / len(values)
+    metrics = (column_metric(column, record) for record in records)
+    missing = 0 if column.quantity else sum(metric.missing for metric in metrics if metric)
     if stderr is None:
-        return OurValue(mean, None, None, None, ids)
-    return OurValue(mean, stderr, mean - reach * stderr, mean + reach * stderr, ids)
+        return OurValue(mean, None, None, None, ids, missing)
+    return OurValue(mean, stderr, mean - reach * stderr, mean + reach * stderr, ids, missing)
 
 
 def _student_quantile(freedom: int) -> float:
@@ -156,6 +158,8 @@ def _record_mismatch(column: TableColumn, record: Record) -> str | None:
     # Not comparable even where the identity matches: a limit is not part of the published one.
     if benchmark["limit"] is not None:
         return f"ours covers only the first {benchmark['limit']} samples"
+    if metric.missing:
+        return f"ours leaves out {metric.missing} samples without an answer"
     if column.of is not None and metric.n != column.of:
         return f"ours is the mean of {metric.n} tasks, not of {column.of}"
     given = {"shots": metric.shots, "split": metric.split, "harness": benchmark["harness"]}

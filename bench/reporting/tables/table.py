@@ -30,13 +30,17 @@ class ColumnHead:
 
 @dataclass(frozen=True)
 class OurValue:
-    """Our number: one run's, or the mean over seeds, with its 95 % interval if it has one."""
+    """Our number: one run's, or the mean over seeds, with its 95 % interval if it has one.
+
+    `missing` counts the samples of the runs that have no answer and are not in it.
+    """
 
     value: float
     stderr: float | None
     low: float | None
     high: float | None
     runs: tuple[str, ...]
+    missing: int = 0
 
 
 @dataclass(frozen=True)

@@ -127,15 +127,37 @@ def test_a_row_is_done_when_full_or_at_a_string_over_two_tokens(llava):
     assert PerRowStopping(tokenizer, [], [3, 4], 0)(ids, None).tolist() == [True, False]
 
 
-def test_a_question_without_room_for_an_answer_is_refused(mllms):
+def test_a_question_without_room_for_an_answer_is_left_out_or_refused(mllms):
     from dataclasses import replace
 
     from bench.errors import UserError
 
     short = replace(mllms["llava"])
     short.config = short.config.model_copy(update={"max_length": 30})
-    with pytest.raises(UserError, match="leaves none for an answer: model llava0 takes 30"):
-        answer(short, questions()[:1], 1)
+    named = [replace(question, name="task t, document 7") for question in questions()]
+    features = VisionFeatureCache(short, 0)
+    prompts = PromptEncoder(short, None)
+    found = Generation(short, prompts, features, {"max_new_tokens": 2}).run(named)
+    # The question without an image is the only short one.
+    assert [answer.seen.unanswered is None for answer in found] == [False] * 3 + [True, False]
+    assert "model llava0 takes 29" in found[0].seen.unanswered
+    refusing = Generation(short, prompts, features, {}, overlong="refuse")
+    with pytest.raises(UserError, match=r"task t, document 7: .* tokens do not fit"):
+        refusing.run(named)
+
+
+def test_an_answer_says_what_was_seen(mllms):
+    for name, sizes in {"llava": "20x20", "qwen2_vl": "16x32"}.items():
+        model, question = mllms[name], ImageQuestion("What?", lambda: [picture(1, (30, 20))])
+        generation = Generation(
+            model, PromptEncoder(model, None), VisionFeatureCache(model, 0), {"max_new_tokens": 3}
+        )
+        (found,) = generation.run([question])
+        width = PromptEncoder(model, None).encode(found.prompt, question.open_images())
+        assert found.seen.prompt_tokens == width["input_ids"].shape[1]
+        assert found.seen.image_sizes == (sizes,)
+        assert found.seen.finish in ("eos", "length")
+        assert found.seen.answer_tokens <= 3
 
 
 def test_vicuna_with_its_sentence_is_what_the_harness_sends(llava):

@@ -250,3 +250,41 @@ def test_the_command_prints_json(stored, capsys):
 def test_one_run_alone_is_refused(stored, capsys):
     assert main(["compare", "a", "--results-dir", str(stored)]) == 2
     assert "name at least two" in capsys.readouterr().err
+
+
+def answered(identifier, scores, method=None):
+    """A run with no answer where a score is None."""
+    kept = [score for score in scores if score is not None]
+    found = pd.DataFrame(
+        [
+            row | {"acc": score, "missing": "why" if score is None else None}
+            for row, score in zip(rows("t", [s or 0.0 for s in scores]), scores, strict=True)
+        ]
+    )
+    number = metric("t", float(np.mean(kept)), len(kept), missing=len(scores) - len(kept))
+    return ComparedRun(record(identifier, [number], method), found)
+
+
+def test_samples_that_only_one_run_answered_are_in_neither_value():
+    gap = [None, *PRUNED[1:20], None, *PRUNED[21:]]
+    dense, pruned = answered("a", DENSE), answered("b", gap, "prune")
+    whole = [i for i, score in enumerate(gap) if score is not None]
+    for baseline, candidate, first, second in (
+        (dense, pruned, DENSE, gap), (pruned, dense, gap, DENSE)
+    ):  # fmt: skip
+        found = only(baseline, candidate, "t")
+        assert found.n == 38
+        assert found.baseline == pytest.approx(np.mean([first[i] for i in whole]))
+        assert found.candidate == pytest.approx(np.mean([second[i] for i in whole]))
+        assert found.note == "paired over the 38 samples that both runs answered"
+    assert only(answered("a", DENSE), answered("b", PRUNED, "p"), "t").note is None
+    # Also where both lack the same answers.
+    assert only(pruned, answered("c", gap, "q"), "t").note.startswith("paired over the 38 samples")
+
+
+def test_numbers_over_other_samples_that_cannot_be_paired_are_refused():
+    dense, pruned = answered("a", DENSE), answered("b", [None, *PRUNED[1:]], "prune")
+    off = metric("t", 0.1, 39, missing=1)
+    wrong = ComparedRun(record("b", [off], "prune"), pruned.samples)
+    with pytest.raises(UserError, match="no answer to 0 and 1 samples, and these numbers cannot"):
+        compare(dense, [wrong])

@@ -72,7 +72,7 @@ function Metrics({ record, dense }) {
     ...(dense ? [
       { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, metric) },
       { title: "Change", number: true, cell: change }] : []),
-    { title: "n", number: true, cell: (metric) => metric.n.toLocaleString("en") },
+    { title: "n", number: true, hint: "samples that the value is over; rows without an answer are missing", cell: (metric) => html`${metric.n.toLocaleString("en")}${metric.missing ? html` <span class="quiet">${metric.missing.toLocaleString("en")} missing</span>` : ""}` },
     { title: "Identity", hint: "numbers with different identities are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
       metric.filter === "none" ? "" : `, filter ${metric.filter}`}${metric.task_version ? `, version ${metric.task_version}` : ""}</span>` },
   ];

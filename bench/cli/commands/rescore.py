@@ -1,0 +1,151 @@
+"""`bench rescore RUN`: the harness's present filters and metrics on stored answers.
+
+No model is loaded. The documents are found again and their requests built again; each is answered
+from the run's samples. What differs from the record then comes from the harness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import EXIT_DONE
+from bench.evaluation import rescore as rescore_rows
+from bench.evaluation.metrics import SAMPLE_COLUMNS, SampleRow
+from bench.records import Store
+from bench.records import samples as recorded_samples
+from bench.runner.replay import recorded_config, refuse_changed_data
+from bench.runner.session import Session
+from bench.ui import console, print_rows
+
+if TYPE_CHECKING:
+    from bench.evaluation.metrics import Evaluation
+    from bench.records import Metric, Record
+
+MAX_SHOWN_SAMPLES = 10
+SampleKey = tuple[str, str | None, int]
+
+
+@dataclass(frozen=True)
+class ChangedSample:
+    """A value of a sample that is not what the run stored."""
+
+    task: str
+    filter: str | None
+    doc_id: int
+    column: str
+    stored: Any
+    rescored: Any
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task} sample {self.doc_id} ({self.filter}): {self.column} was {self.stored!r} "
+            f"and is {self.rescored!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Stored and new numbers of a run, and the samples that changed."""
+
+    run: str
+    metrics: list[dict[str, Any]]
+    samples: list[ChangedSample]
+
+    def plain(self) -> dict[str, object]:
+        """Return all of it as JSON values."""
+        return asdict(self)
+
+
+def rescore(run: str, results_dir: Path, session: Session) -> Rescored:
+    """Score a run's stored answers again; `run` may be a prefix of its id.
+
+    Raises:
+        UserError: there is no such run, its data changed, or its samples lack answers.
+    """
+    record = Store(results_dir).get(run)
+    config = recorded_config(record)
+    refuse_changed_data(config, record, session)
+    planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
+    stored = [
+        _plain_row(row) for row in recorded_samples(record.id, results_dir).to_dict("records")
+    ]
+    found = rescore_rows(planned, stored)
+    return Rescored(
+        record.id, list(_metric_rows(record, found)), list(_changed(stored, found.samples))
+    )
+
+
+def _plain_row(row: dict[str, Any]) -> SampleRow:
+    """Return a row of a data frame with lists in place of arrays, and None for a missing value."""
+    plain = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in row.items()}
+    return {name: None if _is_nan(value) else value for name, value in plain.items()}
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _metric_rows(record: Record, found: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield every metric with its stored and its new value; one that is gone has none."""
+    known = {_metric_key(metric): metric for metric in record.metrics}
+    new = {_metric_key(metric): metric for metric in found.metrics}
+    for key in known | new:
+        task, metric, through = key
+        yield {
+            "task": task,
+            "metric": metric,
+            "filter": through,
+            "stored": known[key].value if key in known else None,
+            "rescored": new[key].value if key in new else None,
+        }
+
+
+def _metric_key(metric: Metric) -> tuple[str, str, str]:
+    return metric.task, metric.metric, metric.filter
+
+
+def _changed(stored: Sequence[SampleRow], found: Sequence[SampleRow]) -> Iterator[ChangedSample]:
+    """Yield every score and every filtered answer that differs from the stored one."""
+    known = {_sample_key(row): row for row in stored}
+    for row in found:
+        key = _sample_key(row)
+        # What the model saw and said is the same by construction.
+        names = [name for name in row if name not in SAMPLE_COLUMNS or name == "response"]
+        for name in names:
+            was, value = known.get(key, {}).get(name), row[name]
+            if was != value and not (_is_nan(was) and _is_nan(value)):
+                yield ChangedSample(*key, name, was, value)
+
+
+def _sample_key(row: SampleRow) -> SampleKey:
+    return row["task"], row.get("filter"), row["doc_id"]
+
+
+def print_rescored(rescored: Rescored) -> None:
+    """Print the numbers side by side, and the first samples that changed."""
+    print_rows(rescored.metrics, as_json=False)
+    out = console()
+    for sample in rescored.samples[:MAX_SHOWN_SAMPLES]:
+        out.print(f"differs: {sample}", markup=False)
+    more = len(rescored.samples) - MAX_SHOWN_SAMPLES
+    if more > 0:
+        out.print(f"and {more} more; --json lists them")
+    if not rescored.samples:
+        out.print("all samples are scored as stored")
+
+
+def run_command(given: argparse.Namespace) -> int:
+    """`bench rescore RUN`."""
+    with Session() as session:
+        rescored = rescore(given.run, given.results_dir, session)
+    if given.json:
+        print(json.dumps(rescored.plain(), indent=1))
+    else:
+        print_rescored(rescored)
+    return EXIT_DONE

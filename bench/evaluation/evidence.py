@@ -1,0 +1,205 @@
+"""What a model really saw of every question, how its answers ended, and what that says per task.
+
+Where a number follows the harness and still means little (prompts cut on the left, tokens across
+the join of question and answer, answers that are equally likely), it is counted and said once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from bench.errors import UserError
+from bench.evaluation.metrics import SampleRow
+from bench.records.record import JsonObject, TaskEvidence
+from bench.schema import Overlong
+from bench.ui import Progress
+
+Finish: TypeAlias = Literal["stop", "eos", "length"]
+"""How a generated answer ended: a stop string, an end token, or the maximal length."""
+MIN_TIED_SHARE = 0.05
+"""Share of questions with ties from which they are worth a warning: half precision makes a few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One request as the model saw it.
+
+    `cut` tokens were removed on the left; `prompt` is then the text that was left. `spans` says
+    that a token lies across the join of prompt and answer. `unanswered` is the reason why there is
+    no answer.
+    """
+
+    prompt_tokens: int
+    answer_tokens: int
+    cut: int = 0
+    prompt: str | None = None
+    spans: bool = False
+    finish: Finish | None = None
+    unanswered: str | None = None
+    image_sizes: tuple[str, ...] = ()
+
+
+@dataclass
+class EvidenceLog:
+    """What was seen per (task, document), in the order of the requests."""
+
+    requests: dict[tuple[str, int], list[Seen]] = field(default_factory=lambda: defaultdict(list))
+    settings: dict[str, JsonObject] = field(default_factory=dict)
+    """Generation settings in force, by task."""
+
+    def columns(self, task: str, document: int) -> SampleRow:
+        """Return what was seen of a document as columns of its row, one entry per request."""
+        seen = self.requests.get((task, document), [])
+        if not seen:
+            return {}
+        columns: SampleRow = {
+            "prompt_tokens": [each.prompt_tokens for each in seen],
+            "answer_tokens": [each.answer_tokens for each in seen],
+            "finish_reasons": [each.finish for each in seen if each.finish is not None],
+            "truncated_tokens": max(each.cut for each in seen),
+            "spans_join": any(each.spans for each in seen),
+            "image_sizes": list(seen[0].image_sizes),
+        }
+        # Otherwise the prompt stays the harness's text, all of which the model saw.
+        if seen[0].prompt is not None:
+            columns["prompt"] = seen[0].prompt
+        return columns
+
+    def unanswered(self, task: str, document: int) -> str | None:
+        """Return why a document has no answer, as far as its responses do not show it."""
+        seen = self.requests.get((task, document), [])
+        return next((each.unanswered for each in seen if each.unanswered is not None), None)
+
+
+def task_evidence(
+    task: str, rows: Iterable[SampleRow], generation: JsonObject | None = None
+) -> TaskEvidence:
+    """Count over the documents of a task; `rows` are its sample rows of all filters."""
+    documents = {row["doc_id"]: row for row in rows}.values()
+
+    def count(column: str, least: int = 1) -> int:
+        return sum((row.get(column) or 0) >= least for row in documents)
+
+    return TaskEvidence(
+        task=task,
+        documents=len(documents),
+        truncated=count("truncated_tokens"),
+        longest_cut=max((row.get("truncated_tokens") or 0 for row in documents), default=0),
+        spanning=count("spans_join"),
+        tied=count("tied_choices", least=2),
+        repeated_examples=count("in_examples"),
+        generation=generation,
+    )
+
+
+def check_length(
+    overlong: Overlong, where: str, tokens: int, longest: int, model: str
+) -> str | None:
+    """Return why a prompt is left out, None if it is asked, whole or truncated.
+
+    Raises:
+        UserError: the prompt does not fit and `benchmark.overlong` refuses such prompts.
+    """
+    if tokens <= longest or overlong == "truncate":
+        return None
+    reason = f"{tokens} tokens do not fit: model {model} takes {longest}"
+    if overlong == "skip":
+        return reason
+    raise UserError(
+        f"{where}: {reason}; benchmark.overlong=truncate cuts on the left, skip leaves it out"
+    )
+
+
+def tokens_until_stop(
+    tokens: Sequence[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str]
+) -> int:
+    """Return after how many tokens the first stop string is complete."""
+
+    # The row of a batch is no help: it goes on until all rows of the batch are done.
+    def stopped(count: int) -> bool:
+        text = decode(tokens[:count])
+        return any(stop in text for stop in stops if stop)
+
+    return bisect_left(range(len(tokens)), True, key=stopped)
+
+
+def count_ties(loglikelihoods: Sequence[float]) -> int:
+    """Return how many choices have the greatest log-likelihood: 1 unless there is a tie."""
+    return sum(value == max(loglikelihoods) for value in loglikelihoods)
+
+
+def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progress) -> None:
+    """Warn once per kind of finding, naming all tasks that it concerns."""
+
+    def concerned(count: Callable[[TaskEvidence], int], share: float = 0.0) -> str:
+        return ", ".join(
+            f"{each.task} {count(each)} of {each.documents}"
+            for each in evidence
+            if count(each) > share * each.documents
+        )
+
+    truncated = concerned(lambda each: each.truncated)
+    if truncated:
+        most = max(each.longest_cut for each in evidence)
+        progress.warn(
+            f"prompts longer than the model's {longest} tokens lost up to {most} on the left, as "
+            f"in lm-eval ({truncated}); benchmark.overlong=skip leaves them out"
+        )
+    spanning = concerned(lambda each: each.spanning)
+    if spanning:
+        progress.warn(
+            f"a token spans the join of question and answer, so that a part of the answer is not "
+            f"scored, as in lm-eval ({spanning})"
+        )
+    tied = concerned(lambda each: each.tied, MIN_TIED_SHARE)
+    if tied:
+        progress.warn(
+            f"the most likely answers are equally likely, and the first of them counts, as in "
+            f"lm-eval ({tied})"
+        )
+    repeated = concerned(lambda each: each.repeated_examples)
+    if repeated:
+        progress.warn(f"a few-shot example is the question itself, with its answer ({repeated})")
+    for settings in _inherited(evidence):
+        progress.warn(
+            f"the model's generation_config.json stays in force: {settings}; remove it for plain "
+            "decoding"
+        )
+
+
+def _inherited(evidence: Sequence[TaskEvidence]) -> list[str]:
+    """Return the distinct settings that tasks did not ask for."""
+    found = [(each.generation or {}).get("from_checkpoint", {}) for each in evidence]
+    texts = [", ".join(f"{name}={value}" for name, value in each.items()) for each in found]
+    return list(dict.fromkeys(filter(None, texts)))
+
+
+SAMPLING_SETTINGS = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+)
+_OTHER_SETTINGS = frozenset(
+    {
+        "_from_model_config", "transformers_version", "bos_token_id", "eos_token_id",
+        "pad_token_id", "use_cache", "cache_implementation", "output_attentions",
+        "output_hidden_states", "return_dict_in_generate", "max_length", "remove_invalid_values",
+    }
+)  # fmt: skip
+"""Settings of a checkpoint that change no answer, or that a task always gives itself."""
+
+
+def settings_in_force(
+    checkpoint: Mapping[str, object], asked: Mapping[str, object], **always: object
+) -> JsonObject:
+    """Return the settings of a generation: those asked for, and what a checkpoint adds to them.
+
+    `checkpoint` holds the settings of its generation config that differ from the defaults.
+    """
+    ignored = _OTHER_SETTINGS | asked.keys() | always.keys()
+    if not asked.get("do_sample"):
+        ignored |= SAMPLING_SETTINGS | {"do_sample"}
+    added = {name: value for name, value in sorted(checkpoint.items()) if name not in ignored}
+    return {**asked, **always, "from_checkpoint": added}

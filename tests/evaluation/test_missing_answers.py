@@ -1,0 +1,237 @@
+"""What has no answer is counted and named, and stands in no number."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+
+from bench.data import english
+from bench.data.synthetic.world import documents_by_split
+from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
+from bench.evaluation.metrics import TaskAnswers, headline_average, settle_metrics, task_metric
+from bench.evaluation.text.adapter import LmEvalAdapter
+from bench.models.model import Model
+from bench.ui import SILENT
+
+ODD = "Ω"
+"""Its last token, a byte, occurs nowhere else."""
+BACKENDS = ("prefix_sharing", "padded")
+
+
+def with_network(model, change) -> Model:
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        change(network)
+    return Model(model.config, network, model.tokenizer, "changed", None, model.device)
+
+
+@pytest.fixture(scope="module")
+def ruined(model):
+    """A model whose logits are all NaN."""
+    return with_network(model, lambda network: network.lm_head.weight.fill_(math.nan))
+
+
+@pytest.fixture(scope="module")
+def holed(model):
+    """A model that cannot read one token: the last one of the odd letter."""
+    token = model.tokenizer(ODD)["input_ids"][-1]
+    return with_network(
+        model, lambda network: network.get_input_embeddings().weight[token].fill_(math.nan)
+    )
+
+
+def questions(path, count=6, odd=()):
+    rows = documents_by_split("piqa")["validation"][:count]
+    rows = [
+        row | {"goal": f"{row['goal']} {ODD}"} if index in odd else row
+        for index, row in enumerate(rows)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def local(path, **options):
+    options = {
+        "tasks": ("piqa",),
+        "metrics": {"piqa": "acc"},
+        "data": {"piqa": str(path)},
+    } | options
+    return plan(BenchmarkConfig(name="local", **options), offline=True)
+
+
+def headline(evaluation, task="piqa"):
+    return next(m for m in evaluation.metrics if m.task == task and m.headline)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_ruined_model_has_no_accuracy(ruined, tmp_path, backend):
+    found = evaluate(ruined, local(questions(tmp_path / "q.jsonl"), backend=backend))
+    assert {(m.value, m.stderr, m.n, m.missing) for m in found.metrics} == {(None, None, 0, 6)}
+    (gap,) = found.missing
+    assert (gap.scope, gap.quantity) == ("piqa", "acc")
+    assert gap.reason == (
+        "6 of 6 rows have no answer: a log-likelihood is not finite "
+        "(rows 0, 1, 2, 3, 4 and 1 more); benchmark.allow_missing=0"
+    )
+    assert all(row["missing"] and row["acc"] is None for row in found.samples)
+    # Not even where every answer may be missing: there is nothing left to count.
+    all_allowed = evaluate(ruined, local(tmp_path / "q.jsonl", backend=backend, allow_missing=1))
+    assert headline(all_allowed).value is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_prompts_with_the_unreadable_token_are_missing(model, holed, tmp_path, backend):
+    path = questions(tmp_path / "q.jsonl", odd=(1, 4))
+    whole = evaluate(model, local(path, backend=backend)).samples
+    found = evaluate(holed, local(path, backend=backend))
+    assert [row["doc_id"] for row in found.samples if row["missing"]] == [1, 4]
+    assert headline(found).value is None
+    for before, after in zip(whole, found.samples, strict=True):
+        if not after["missing"]:
+            assert after["loglikelihoods"] == pytest.approx(before["loglikelihoods"], abs=1e-4)
+
+
+def test_an_allowed_share_gives_the_number_of_the_answered_rows(model, holed, tmp_path):
+    path = questions(tmp_path / "q.jsonl", odd=(1, 4))
+    scores = [row["acc"] for row in evaluate(model, local(path)).samples]
+    kept = [score for index, score in enumerate(scores) if index not in (1, 4)]
+    assert headline(evaluate(holed, local(path, allow_missing=0.33))).value is None
+    found = evaluate(holed, local(path, allow_missing=0.34))
+    number = headline(found)
+    assert (number.value, number.n, number.missing) == (sum(kept) / 4, 4, 2)
+    assert not found.missing
+    # The error of a mean of four, not of six.
+    p = number.value
+    assert number.stderr == pytest.approx(math.sqrt(p * (1 - p) / 3))
+
+
+def test_a_padding_token_that_cannot_be_read_spoils_no_row(model, tmp_path):
+    broken = with_network(
+        model, lambda network: network.get_input_embeddings().weight[0].fill_(math.nan)
+    )
+    path = questions(tmp_path / "q.jsonl")
+    found = evaluate(broken, local(path, backend="padded"))
+    assert headline(found).value == headline(evaluate(model, local(path))).value
+
+
+def test_a_mean_over_tasks_needs_all_of_them(model, holed, tmp_path):
+    path = questions(tmp_path / "q.jsonl", odd=(2,))
+    options = {"tasks": ("piqa", "boolq"), "suite": "micro", "limit": 6}
+    found = evaluate(holed, local(path, **options))
+    average = headline(found, "average")
+    assert (average.value, average.stderr, average.missing) == (None, None, 1)
+    assert [(gap.scope, gap.reason) for gap in found.missing][1:] == [
+        ("average", "piqa has no value")
+    ]
+    assert headline(found, "boolq").value is not None
+    assert headline(evaluate(holed, local(path, allow_missing=0.5, **options)), "average").value
+
+
+def test_windows_without_a_finite_loss_are_in_no_perplexity(model, holed, tmp_path):
+    file = tmp_path / "text.txt"
+    plain = english.train_text()[:4000]
+    file.write_text(f"{ODD} {plain}")
+    text = PerplexityConfig(text="english", window=64, path=str(file))
+
+    def measured(network, **options):
+        config = BenchmarkConfig(name="ppl", perplexity={"text": text}, **options)
+        return evaluate(network, plan(config, offline=True))
+
+    found = measured(holed)
+    assert headline(found, "text").value is None
+    assert "row 0" in found.missing[0].reason
+    assert [row["doc_id"] for row in found.samples if row["missing"]] == [0]
+    allowed = headline(measured(holed, allow_missing=0.5), "text")
+    losses = [-r["loglikelihoods"][0] / r["n_tokens"] for r in measured(model).samples[1:]]
+    assert allowed.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (allowed.n, allowed.missing) == (len(losses), 1)
+
+
+def test_a_perplexity_beyond_floating_point_is_missing_with_the_mean_loss(model, tmp_path):
+    extreme = with_network(model, lambda network: network.lm_head.weight.mul_(1e5))
+    file = tmp_path / "text.txt"
+    file.write_text(english.train_text()[:2000])
+    text = PerplexityConfig(text="english", window=64, path=str(file))
+    config = BenchmarkConfig(name="ppl", perplexity={"text": text})
+    found = evaluate(extreme, plan(config, offline=True))
+    assert "beyond floating point: the mean loss is" in found.missing[0].reason
+    assert found.metrics[0].missing == 0
+
+
+GREEDY = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+SAMPLED = GREEDY | {"do_sample": True, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_generation_from_logits_that_are_not_finite_is_no_answer(model, holed, options):
+    contexts = ["What is", f"What is a {ODD}", "A much longer question, to be padded: why"]
+
+    def answered(network):
+        adapter = LmEvalAdapter(network, 8, SILENT)
+        requests = [
+            Instance("generate_until", {}, (context, options), 0, ("task", index, 1))
+            for index, context in enumerate(contexts)
+        ]
+        texts = adapter.generate_until(requests)
+        found = {key: adapter.evidence.unanswered(*key) for key in adapter.evidence.requests}
+        return texts, {key: reason for key, reason in found.items() if reason is not None}
+
+    texts, unanswered = answered(holed)
+    assert unanswered == {("task", 1): "the logits are not finite"}
+    assert texts[1] == ""
+    if options is GREEDY:
+        expected, none = answered(model)
+        assert not none and [texts[0], texts[2]] == [expected[0], expected[2]]
+
+
+def test_a_row_that_has_stopped_before_is_an_answer(model):
+    from bench.evaluation.text.generation import GenerationSettings
+
+    settings = GenerationSettings(model, {"until": ["\n"], "max_gen_toks": 8})
+    tokens = torch.tensor(model.tokenizer("yes\nno")["input_ids"])
+    assert settings._text(tokens, len(tokens)) == "yes"
+    assert settings._text(tokens, 1) is None
+    assert settings._text(tokens, -1) == "yes"
+
+
+def metric(value=0.5, n=10):
+    config = BenchmarkConfig(name="b", tasks=("t",))
+    return task_metric(config, "t", "acc", value, split="test", n=n, stderr=0.1)
+
+
+@given(st.integers(1, 400), st.integers(0, 400), st.floats(0, 1))
+def test_a_number_needs_an_answer_and_at_most_the_allowed_share_missing(total, missing, allowed):
+    missing = min(missing, total)
+    answers = TaskAnswers(total, {str(row): "why" for row in range(missing)})
+    (settled,), gaps = settle_metrics([metric(n=total - missing)], answers, allowed)
+    has_number = missing == 0 or (missing < total and missing / total <= allowed)
+    assert (settled.value is not None) == has_number == (not gaps)
+    assert settled.missing == missing and settled.n == total - missing
+
+
+@given(st.integers(1, 1000))
+def test_a_share_written_as_a_decimal_allows_exactly_that_many(missing):
+    answers = TaskAnswers(1001, {str(row): "why" for row in range(missing)})
+    assert TaskAnswers(1000, answers.unanswered).suffice(float(f"{missing / 1000:.3f}")) == (
+        missing < 1000
+    )
+
+
+def test_reasons_are_counted_apart_and_the_first_rows_named():
+    rows = {str(row): "it is empty" for row in range(7)} | {"9": "it is NaN"}
+    assert TaskAnswers(10, rows).describe() == (
+        "8 of 10 rows have no answer: it is empty (rows 0, 1, 2, 3, 4 and 2 more); "
+        "it is NaN (row 9)"
+    )
+
+
+def test_an_average_is_none_if_a_part_is():
+    config = BenchmarkConfig(name="b", tasks=("t", "u"))
+    rows = [metric(), metric().model_copy(update={"task": "u", "value": None, "missing": 3})]
+    (average,) = headline_average(config, rows)
+    assert (average.value, average.missing) == (None, 3)
