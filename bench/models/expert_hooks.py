@@ -6,7 +6,8 @@ an expert's width.
 Fused experts of transformers 5 never expose their intermediate, so their forward is replaced
 through transformers' experts interface: the same sum, expert by expert, with the intermediate
 passed to an observer. Ragged experts, which are our own, are replaced likewise. Lists of experts
-are observed by a hook on their inputs. In all cases the router's weights are those that the model
+are observed by a hook on their inputs, and a dense feed-forward by hooks on its own matrices. In
+all cases the router's weights are those that the model
 applies, whatever its router computes (normalised, scaled, sparsemixer).
 """
 
@@ -20,9 +21,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from bench.errors import UserError
 from bench.models.network import replaced_forward
 from bench.models.structure.expert_view import ExpertView, gated_projections, sort_slots
 from bench.models.structure.moe_block import MoEBlock
+
+# Tokens by which a dense feed-forward is compared with its formula, and the relative difference
+# allowed: half precision rounds to 1e-2.
+SAMPLE = 16
+DECOMPOSITION_TOLERANCE = 0.03
 
 # Name of our forward in a table of transformers, by which a config selects it.
 EXPERTS_IMPLEMENTATION = "slimbench_observed"
@@ -89,9 +96,11 @@ def observe_experts(
                 hook = _input_hook(block, observer, chunk)
                 handle = block.experts.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
+            if block.layout == "dense":
+                _hook_dense(block, observer, chunk, stack)
             if block.shared is not None:
                 _hook_shared(block, observer, chunk, stack)
-            handle = block.block.register_forward_hook(_output_hook(observer))
+            handle = block.output_module.register_forward_hook(_output_hook(observer))
             stack.callback(handle.remove)
         yield
 
@@ -210,6 +219,39 @@ def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: E
 
     stack.callback(shared.register_forward_pre_hook(enter).remove)
     stack.callback(linears[2].register_forward_pre_hook(hidden).remove)
+
+
+def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
+    """Show a dense feed-forward's input and the input of its down matrix, with weight 1."""
+    feed_forward = block.feed_forward
+    assert feed_forward is not None
+    entered: list[Tensor] = []
+    unchecked = [block]
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entered.append(args[0].flatten(0, -2))
+
+    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
+        while unchecked:
+            _require_decomposition(unchecked.pop(), x_TD[:SAMPLE], hidden_TF[:SAMPLE])
+        for x_SD, hidden_SF in zip(x_TD.split(chunk), hidden_TF.split(chunk), strict=True):
+            observer.routed(0, x_SD, hidden_SF, x_SD.new_ones(len(x_SD)))
+
+    stack.callback(feed_forward.sources[0].register_forward_pre_hook(enter).remove)
+    stack.callback(feed_forward.down.register_forward_pre_hook(hidden).remove)
+
+
+def _require_decomposition(block: MoEBlock, x_SD: Tensor, hidden_SF: Tensor) -> None:
+    """Raise if a feed-forward computes anything else than its view does."""
+    # Its form is recognised by the names of its parts. A class may do more with them than the
+    # formula, such as a top-k over neurons (Gemma 3n), and every score would then be wrong.
+    apart = (block.expert(0).hidden(x_SD) - hidden_SF).float().norm()
+    if float(apart) > DECOMPOSITION_TOLERANCE * float(hidden_SF.float().norm()):
+        raise UserError(
+            f"{block.name} is a {type(block.block).__name__}, which computes its neurons in an "
+            "unknown way: choose a method that does not need them, such as wanda"
+        )
 
 
 def _shared_weight(block: MoEBlock, x_TD: Tensor) -> Tensor:

@@ -82,8 +82,13 @@ class LayerStream:
     @torch.no_grad()
     def _enter(self, decoder: nn.Module, rows_BL: Tensor) -> None:
         """Store the embeddings of some rows, and each layer's arguments for this batch size."""
-        with _recorded_arguments(self.layers) as (inputs, arguments):
-            decoder(input_ids=rows_BL.to(self._device), use_cache=False)
+        rows_BL = rows_BL.to(self._device)
+        try:
+            with _recorded_arguments(self.layers, in_tuple=False) as (inputs, arguments):
+                decoder(input_ids=rows_BL, use_cache=False)
+        except _CutStateError:
+            with _recorded_arguments(self.layers, in_tuple=True) as (inputs, arguments):
+                decoder(input_ids=rows_BL, use_cache=False)
         self._states.append(inputs[0].to(self._waiting))
         # Arguments are stored per number of rows, since masks and positions have a batch dimension
         # and the last batch can be smaller. Equal batch sizes share one entry: rows have one length
@@ -91,21 +96,27 @@ class LayerStream:
         self._arguments.setdefault(len(rows_BL), arguments)
 
 
+class _CutStateError(Exception):
+    """A decoder took the first element of what a layer returned."""
+
+
 @contextmanager
 def _recorded_arguments(
-    layers: tuple[nn.Module, ...],
+    layers: tuple[nn.Module, ...], *, in_tuple: bool
 ) -> Iterator[tuple[list[Tensor], list[LayerArguments]]]:
     """Make layers return their input and record the arguments of their calls."""
     inputs: list[Tensor] = []
     arguments: list[LayerArguments] = []
 
     # One forward of the decoder with pass-through layers records the arguments of all layers and
-    # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder that unpacks or
-    # indexes a tuple from its layers would cut this tensor along the batch.
-    def passing(hidden_BLD: Tensor, *args: object, **kwargs: object) -> Tensor:
+    # computes none of them; `inputs[0]` is the embedding output. Trap: a decoder whose
+    # layers return a tuple (Falcon) takes its first element, which cuts a tensor along the batch.
+    def passing(hidden_BLD: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+        if inputs and hidden_BLD.shape != inputs[0].shape:
+            raise _CutStateError
         inputs.append(hidden_BLD)
         arguments.append((args, kwargs))
-        return hidden_BLD
+        return (hidden_BLD,) if in_tuple else hidden_BLD
 
     with ExitStack() as stack:
         for layer in layers:

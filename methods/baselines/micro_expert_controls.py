@@ -27,10 +27,12 @@ class Magnitude(MicroExpertPruning):
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Rank within every layer; no calibration."""
         structure = model.structure
-        refuse_offloaded(structure.moe)
+        refuse_offloaded(structure.micro_expert_blocks)
         layers = [
             self.remove_micro_experts(block, lowest(magnitudes(block), budget))
-            for block, budget in zip(structure.moe, self.budgets(structure), strict=True)
+            for block, budget in zip(
+                structure.micro_expert_blocks, self.budgets(structure), strict=True
+            )
         ]
         return self.build_report(model, structure, layers)
 
@@ -42,7 +44,7 @@ class ActivationOnly(MicroExpertPruning, SequentialPruning):
         """Measure and rank within every layer."""
         calibration = require_calibration(context)
         structure = model.structure
-        refuse_offloaded(structure.moe)
+        refuse_offloaded(structure.micro_expert_blocks)
         layers = []
         observed = self.observe_blocks(model, calibration.tokens, Activations, context.progress)
         for (block, observer), budget in zip(observed, self.budgets(structure), strict=True):
@@ -77,9 +79,11 @@ class RandomMicroExperts(MicroExpertPruning):
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Remove random micro-experts; the report counts them per expert."""
         structure = model.structure
-        refuse_offloaded(structure.moe)
+        refuse_offloaded(structure.micro_expert_blocks)
         layers = []
-        for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
+        for block, budget in zip(
+            structure.micro_expert_blocks, self.budgets(structure), strict=True
+        ):
             # Seeded per block by name, so that a block's draw does not depend on which other blocks
             # there are.
             rng = random.Random(f"{context.seed}:{block.name}")

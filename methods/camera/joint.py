@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Literal
 
@@ -37,7 +37,7 @@ from methods.moe.calibration_statistics import squared_column_norms
 from methods.moe.calibration_walk import NullObserver, WalkOptions, require_finite, walk_blocks
 from methods.moe.pruning import require_calibration
 from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
-from methods.moe.quantizer.expert_plan import ExpertPlan, tied_plan
+from methods.moe.quantizer.expert_plan import ExpertPlan, matrix_weights, tied_plan
 from methods.moe.quantizer.grid import Clip, RoundedWeights, round_weights
 from methods.moe.quantizer.method import MoEQuantization, check_falling
 from methods.moe.quantizer.observers import Planner
@@ -66,12 +66,12 @@ class CameraPQ(MoEQuantization):
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a budget below the cost of the fewest bits."""
         super().check(structure)
-        for block in structure.moe:
+        for block in self.blocks(structure):
             # Per block the cheapest option, which is the fewest bits: 0 costs nothing, not even a
             # grid.
             least = int(self.options(block).cost_in_bits(block).amin(1).sum())
             if least > self.budget(block):
-                need = least / (3 * block.d_model * sum(block.widths))
+                need = least / matrix_weights(block)
                 raise UserError(
                     f"budget_bits={self.budget_bits} is too low for {block.name}: with scales and "
                     f"offsets, bits={list(self.bits)} need {need:.3g} at least"
@@ -84,7 +84,7 @@ class CameraPQ(MoEQuantization):
 
     def budget(self, block: MoEBlock) -> int:
         """Return the budget in bits of a block's routed experts."""
-        return math.floor(exact_fraction(self.budget_bits) * 3 * block.d_model * sum(block.widths))
+        return math.floor(exact_fraction(self.budget_bits) * matrix_weights(block))
 
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:
         """With scope `global`, measure and solve for all blocks before anything changes."""
@@ -193,9 +193,11 @@ class ReplacementErrors(NullObserver):
         return torch.stack(losses)
 
     def _round_inputs(self, expert: int, view: ExpertView, bits: int) -> ExpertView:
-        gate = self._rounded.values((expert, "gate"), view.gate, bits)
         up = self._rounded.values((expert, "up"), view.up, bits)
-        return ExpertView(gate, up, view.down, view.act)
+        gate = view.gate
+        if view.form != "plain":
+            gate = self._rounded.values((expert, "gate"), view.gate, bits)
+        return replace(view, gate=gate, up=up)
 
 
 class SolvingPlanner(ReplacementErrors):
@@ -228,7 +230,10 @@ class DecidedPlanner(NullObserver):
         """Return a plan for every expert: falling bits, then falling energy."""
         # The choices are one flat list over experts; each expert consumes as many as it has blocks.
         remaining = iter(self._bits_I)
-        return [self._plan([(next(remaining), p) for p in own]) for own in self._measured.blocks]
+        return [
+            self._plan(self._measured.block.expert(expert), [(next(remaining), p) for p in own])
+            for expert, own in enumerate(self._measured.blocks)
+        ]
 
     def details(self) -> dict[str, object]:
         """Return what was removed, and the predicted error."""
@@ -243,8 +248,8 @@ class DecidedPlanner(NullObserver):
             "predicted_relative_error": error / measured.energy if measured.energy else 0.0,
         }
 
-    def _plan(self, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:
-        options, block = self._measured.options, self._measured.block
+    def _plan(self, view: ExpertView, parts: Sequence[tuple[int, Tensor]]) -> ExpertPlan:
+        options = self._measured.options
         # A stable sort keeps blocks of equal bits in order of energy, so that each level is
         # contiguous.
         kept = sorted((part for part in parts if part[0]), key=lambda part: -part[0])
@@ -252,7 +257,7 @@ class DecidedPlanner(NullObserver):
         # The group size of down is the block size: one grid per row and block, as `cost_in_bits`
         # counts. Only an expert's last block is smaller, and it comes last in its level.
         levels = [Level(b, sum(len(p) for own, p in kept if own == b)) for b in options.bits if b]
-        return tied_plan(order_f, levels, block.d_model, options.group, options.block)
+        return tied_plan(view, order_f, levels, options.group, options.block)
 
 
 def solve_bit_budget(measured: Sequence[ReplacementErrors], budget: int) -> list[list[int]]:
@@ -282,15 +287,18 @@ class BitOptions:
     def cost_in_bits(self, block: MoEBlock) -> Tensor:
         """Return the bits that every block of micro-experts takes, grids included, int64 [I, O].
 
-        Each of n micro-experts has two rows (gate, up) with a grid per group of inputs; the down
-        matrix has a grid per row for the columns of the block.
+        Each of n micro-experts has a row in gate and in up, or in up alone, with a grid per group
+        of inputs; the down matrix has a grid per row for the columns of the block.
         """
         sizes = [n for width in block.widths for n in block_lengths(width, self.block)]
         size_I1 = torch.tensor(sizes, dtype=torch.int64)[:, None]
         # -(-a // b) is the ceiling. Dropped blocks (0 bits) store no grid.
-        grids_I1 = 2 * size_I1 * -(-block.d_model // self.group) + block.d_model
+        rows = block.matrices - 1
+        grids_I1 = rows * size_I1 * -(-block.d_model // self.group) + block.d_model
         bits_O = torch.tensor(self.bits)
-        return 3 * block.d_model * size_I1 * bits_O + GRID_BITS * grids_I1 * (bits_O > 0)
+        return block.matrices * block.d_model * size_I1 * bits_O + GRID_BITS * grids_I1 * (
+            bits_O > 0
+        )
 
 
 class Overlaps:

@@ -76,7 +76,7 @@ def output_metrics(model: Model, tokens_BL: Tensor, progress: Progress) -> dict[
     Rows are processed one at a time, since all activations of a row are kept until its backward
     pass.
     """
-    gathered = {block: OutputMetric(block) for block in model.structure.moe}
+    gathered = {block: OutputMetric(block) for block in model.structure.micro_expert_blocks}
     with enable_gradients(model.network), _record_output_gradients(gathered):
         for row_1L in progress.track(tokens_BL.split(1), "computing gradients of the loss"):
             backpropagate_loss(model.network, row_1L)
@@ -88,7 +88,7 @@ def _record_output_gradients(gathered: dict[MoEBlock, OutputMetric]) -> Iterator
     """Accumulate the gradients at the block outputs inside the `with` block."""
     with ExitStack() as stack:
         for block, found in gathered.items():
-            handle = block.block.register_forward_hook(_gradient_hook(found))
+            handle = block.output_module.register_forward_hook(_gradient_hook(found))
             stack.callback(handle.remove)
         yield
 
@@ -114,13 +114,15 @@ class CameraLossAware(MicroExpertPruning, CalibratedPruning):
         """Run one backward pass per row, measure activations once, rank and remove."""
         calibration = require_calibration(context)
         structure = model.structure
-        refuse_offloaded(structure.moe)
+        refuse_offloaded(structure.micro_expert_blocks)
         # Everything is measured before anything is removed: G comes from the unpruned model, and
         # activations have to match it.
         energies = self._energies(model, calibration.tokens, context.progress)
         chosen = self._choose(energies, self.budgets(structure))
         layers = []
-        for block, energy_N, indices in zip(structure.moe, energies, chosen, strict=True):
+        for block, energy_N, indices in zip(
+            structure.micro_expert_blocks, energies, chosen, strict=True
+        ):
             here = indices.to(energy_N.device)
             share = energy_share(energy_N, here)
             layers.append(self.remove_micro_experts(block, here) | {"removed_energy_share": share})

@@ -86,7 +86,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         """Measure, rank and prune; the report holds what was removed from every layer."""
         calibration = require_calibration(context)
         structure = model.structure
-        refuse_packed(structure.moe)
+        refuse_packed(structure.micro_expert_blocks)
         started = time.perf_counter()
         alpha = resolve_alpha(self.alpha, structure.model_type)
         prune = self._prune_globally if self.scope == "global" else self._prune_by_layer

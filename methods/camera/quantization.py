@@ -121,7 +121,7 @@ class CameraQ(MixedBitQuantization):
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a mean that these bits cannot produce in some layer."""
         super().check(structure)
-        for block in structure.moe:
+        for block in self.blocks(structure):
             # Raises if no division exists: better now than after calibration.
             self.levels(sum(block.widths))
 
@@ -146,9 +146,10 @@ class EnergyPlanner(BlockEnergies):
         energies = [energy_N[place] for expert, place in expert_spans(block) if expert != SHARED]
         ranked = rank_blocks(energies, self._block_size, method.scope)
         dealt = distribute_levels(ranked, method.levels(sum(block.widths)), block.num_experts)
+        experts = zip(range(block.num_experts), energies, dealt, strict=True)
         return [
-            tied_plan(energy_order(energy_F), levels, block.d_model, method.group, method.group)
-            for energy_F, levels in zip(energies, dealt, strict=True)
+            tied_plan(block.expert(e), energy_order(energy_F), levels, method.group, method.group)
+            for e, energy_F, levels in experts
         ]
 
     def details(self) -> dict[str, object]:
@@ -162,7 +163,8 @@ class CameraQDagger(MixedBitQuantization):
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a mean that these bits cannot produce in some matrix."""
         super().check(structure)
-        for size in {n for block in structure.moe for n in (block.d_model, *block.widths)}:
+        blocks = self.blocks(structure)
+        for size in {n for block in blocks for n in (block.d_model, *block.widths)}:
             self.levels(size)
 
     def planner(self, block: MoEBlock, alpha: float) -> Planner:
@@ -176,7 +178,7 @@ class ColumnPlanner(BlockEnergies):
     def __init__(self, method: CameraQDagger, block: MoEBlock, alpha: float) -> None:
         super().__init__(block)
         self._method, self._alpha = method, alpha
-        device = block.expert(0).gate.device
+        device = block.expert(0).down.device
         self._inputs = [Moments(block.d_model, device) for _ in range(block.num_experts)]
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
@@ -201,14 +203,14 @@ class ColumnPlanner(BlockEnergies):
         # The columns of down are the micro-experts, stored in order of energy anyway; gate and up
         # need a stored permutation of their own, since the order of their inputs is the model's.
         down = MatrixPlan(self._shape(self.block.d_model, len(order_F), permuted=False))
-        gate, up = (self._matrix(expert, weight_FD) for weight_FD in (found.gate, found.up))
-        return ExpertPlan(order_F, gate, up, down)
+        inputs = tuple(self._matrix(expert, weight_RD) for weight_RD in found.input_matrices())
+        return ExpertPlan(order_F, inputs, down)
 
-    def _matrix(self, expert: int, weight_FD: Tensor) -> MatrixPlan:
-        norms_D = squared_column_norms(weight_FD)
+    def _matrix(self, expert: int, weight_RD: Tensor) -> MatrixPlan:
+        norms_D = squared_column_norms(weight_RD)
         tokens = self.tokens if self._method.normalised else None
         energy_D = energy(self._inputs[expert], norms_D, self._alpha, tokens)
-        shape = self._shape(*weight_FD.shape, permuted=True)
+        shape = self._shape(*weight_RD.shape, permuted=True)
         return MatrixPlan(shape, energy_order(energy_D))
 
     def _shape(self, rows: int, columns: int, *, permuted: bool) -> PackedShape:

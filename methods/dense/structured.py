@@ -6,7 +6,7 @@ Shapes: B rows, L tokens per row, T tokens, U units of a layer, C readout column
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -17,24 +17,34 @@ from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
+from bench.models.structure.dense_layer import is_transposed, shape_of, weight_of
 from bench.models.structure.model_structure import ModelStructure
 from bench.ui import Progress
-from methods.dense.linear_layers import observed_inputs
-from methods.dense.units import Units, describe_in_config, find_units, remove_units
+from methods.dense.units import Kind, Units, describe_in_config, find_units, remove_units
+from methods.moe.calibration_statistics import observe_inputs
 from methods.moe.pruning import require_calibration
 
 
 class StructuredPruning(Method):
-    """Removes units by one score each; the smaller network has no zeros and no masks."""
+    """Removes units by one score each; the smaller network has no zeros and no masks.
+
+    `units` are neurons and heads, or one kind alone, for architectures whose queries, keys and
+    values share a matrix.
+    """
 
     label: ClassVar[str]
     uses_calibration: ClassVar[bool] = True
     ratio: float = Field(ge=0, lt=1)
     batch: int = Field(default=8, ge=1)
+    units: Literal["all", "neurons", "heads"] = "all"
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse networks whose layers have no such units."""
-        list(find_units(structure, self.label))
+        self._find(structure)
+
+    def _find(self, structure: ModelStructure) -> list[Units]:
+        kinds: tuple[Kind, ...] = ("heads", "neurons") if self.units == "all" else (self.units,)
+        return list(find_units(structure, self.label, kinds))
 
     def _refuse_offloaded(self, model: Model) -> None:
         # Units are cut in memory; offloaded weights would be fetched again as they were.
@@ -89,7 +99,7 @@ class Flap(StructuredPruning):
         """Measure the inputs of all readouts, rank the units, remove the lowest."""
         calibration = require_calibration(context)
         self._refuse_offloaded(model)
-        units = list(find_units(model.structure, self.label))
+        units = self._find(model.structure)
         moments = readout_moments(model, units, calibration.tokens, self.batch, context.progress)
         scores = [
             fluctuation_scores(u, moment.variance) for u, moment in zip(units, moments, strict=True)
@@ -133,7 +143,7 @@ class LLMPruner(StructuredPruning):
         """Accumulate gradients of the loss, rank units within layers, remove the lowest."""
         calibration = require_calibration(context)
         self._refuse_offloaded(model)
-        units = list(find_units(model.structure, self.label))
+        units = self._find(model.structure)
         scores = taylor_scores(model, units, calibration.tokens, self.batch, context.progress)
         last = len(model.structure.layers) - self.protect_last
         gone = []
@@ -183,12 +193,14 @@ def readout_moments(
     model: Model, units: list[Units], tokens_BL: Tensor, batch: int, progress: Progress
 ) -> list[InputMoments]:
     """Return the moments of the inputs of all readouts on the dense model."""
-    found = {u.readout: InputMoments(u.readout.in_features, u.readout.weight.device) for u in units}
+    found = {
+        u.readout: InputMoments(shape_of(u.readout)[1], weight_of(u.readout).device) for u in units
+    }
     layers = model.structure.layers
     with LayerStream(model.network, layers, tokens_BL, batch) as stream:
         for index in progress.track(range(len(layers)), "measuring units"):
             here = {u.readout: found[u.readout] for u in units if u.layer == index}
-            with observed_inputs(here):
+            with observe_inputs(here):
                 stream.run(index, advance=True)
     moments = [found[unit.readout] for unit in units]
     for unit, moment in zip(units, moments, strict=True):
@@ -202,7 +214,7 @@ def readout_moments(
 
 def fluctuation_scores(units: Units, variance_C: Tensor) -> Tensor:
     """Return the standardised WIFV score of every unit, [U] (FLAP, equations 3 and 6)."""
-    metric_C = variance_C * units.readout.weight.double().square().sum(0).to(variance_C.device)
+    metric_C = variance_C * weight_of(units.readout).double().square().sum(0).to(variance_C.device)
     if units.kind == "heads":
         metric_C = metric_C.square()
     spread = metric_C.std() if len(metric_C) > 1 else torch.zeros(())
@@ -217,7 +229,7 @@ def taylor_scores(
 ) -> list[Tensor]:
     """Return Σ |w · dL/dw| over the weights of every unit, [U] each; L is the mean loss."""
     parts = {linear for u in units for linear in (*(s for s, _ in u.sources), u.readout)}
-    weights = [linear.weight for linear in parts]
+    weights = [cast(nn.Parameter, linear.weight) for linear in parts]
     network: Any = model.network
     for weight in weights:
         weight.requires_grad_(True)
@@ -245,17 +257,19 @@ def taylor_scores(
 @torch.no_grad()
 def _taylor(units: Units) -> Tensor:
     total_U = torch.zeros(units.count, dtype=torch.float64)
-    for source, rows in units.sources:
-        term = _first_order(source).sum(1)
-        total_U += term.unflatten(0, (units.count, rows)).sum(1)
+    for source, unit_R in units.sources:
+        total_U.index_add_(0, unit_R, _first_order(source).sum(1))
     term = _first_order(units.readout).sum(0)
     total_U += term.unflatten(0, (units.count, units.width)).sum(1)
     return total_U
 
 
-def _first_order(linear: nn.Linear) -> Tensor:
-    assert linear.weight.grad is not None
-    return (linear.weight.double() * linear.weight.grad.double()).abs().cpu()
+def _first_order(linear: nn.Module) -> Tensor:
+    """Return |w · dL/dw| of every weight of a projection, float64 [R, C]."""
+    gradient = cast(nn.Parameter, linear.weight).grad
+    assert gradient is not None
+    gradient_RC = gradient.T if is_transposed(linear) else gradient
+    return (weight_of(linear).double() * gradient_RC.double()).abs().cpu()
 
 
 def uniform_count(ratio: float, units: int) -> int:

@@ -2,16 +2,16 @@
 
 Shapes: D d_model, F neurons, G head groups (a KV head with its query heads), C readout columns.
 
-The readout is the projection through which units reach the residual stream: `down_proj` for
-neurons, `o_proj` for heads. A unit owns columns of its readout, so removing it and its rows
-elsewhere leaves all other units as they were.
+The readout is the projection through which units reach the residual stream: that of the
+feed-forward's or of the attention's output. A unit owns columns of its readout, so removing it and
+its rows elsewhere leaves all other units as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,91 +19,111 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.models.model import Model
 from bench.models.network import text_config
+from bench.models.structure.dense_layer import (
+    FeedForward,
+    Heads,
+    assign_weight,
+    bias_of,
+    feed_forwards,
+    find_heads,
+    shape_of,
+    state_width,
+    weight_of,
+)
 from bench.models.structure.model_structure import ModelStructure
 from methods.dense.linear_layers import refuse_packed
 
 Kind = Literal["neurons", "heads"]
-_FFN = ("gate_proj", "up_proj", "down_proj")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
 class Units:
     """All units of one kind in one layer.
 
-    `sources` are the projections whose rows belong to units, each with its rows per unit.
+    `sources` are the projections whose rows belong to units, each with the unit of every row [R].
     """
 
     layer: int
     kind: Kind
     count: int
     owner: nn.Module
-    sources: tuple[tuple[nn.Linear, int], ...]
-    readout: nn.Linear
+    sources: tuple[tuple[nn.Module, Tensor], ...]
+    readout: nn.Module
 
     @property
     def width(self) -> int:
         """Readout columns per unit."""
-        return self.readout.in_features // self.count
+        return shape_of(self.readout)[1] // self.count
 
     @property
     def weights_per_unit(self) -> int:
-        """Weights that leave with one unit, biases aside."""
-        rows = sum(source.in_features * rows for source, rows in self.sources)
-        return rows + self.readout.out_features * self.width
+        """Weights that leave with one unit, biases included."""
+        rows = sum(
+            len(unit_R) // self.count * (shape_of(source)[1] + (bias_of(source) is not None))
+            for source, unit_R in self.sources
+        )
+        return rows + shape_of(self.readout)[0] * self.width
 
     def columns(self, units: Tensor) -> Tensor:
         """Return a mask over the readout's columns from a mask over units."""
         return units.repeat_interleave(self.width)
 
 
-def find_units(structure: ModelStructure, method: str) -> Iterator[Units]:
-    """Yield heads and neurons of every layer, in layer order.
+def find_units(
+    structure: ModelStructure, method: str, kinds: Sequence[Kind] = ("heads", "neurons")
+) -> Iterator[Units]:
+    """Yield heads and neurons of every layer, in layer order, or those of one kind.
 
     Raises:
-        UserError: a layer has not exactly one gated FFN and one attention of separate projections.
+        UserError: a layer has not exactly one feed-forward and one attention of separate matrices.
     """
     if not structure.layers:
         raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
+    if structure.moe and "neurons" in kinds:
+        raise UserError(
+            f"{method} removes neurons of dense feed-forwards, but {structure.architecture} has "
+            "experts: choose a method for experts such as camera_p, or units=heads"
+        )
     for index, layer in enumerate(structure.layers):
         refuse_packed(layer, index)
-        yield _heads(index, _only(layer, _ATTENTION, f"{method}: layer {index} of", structure))
-        yield _neurons(index, _only(layer, _FFN, f"{method}: layer {index} of", structure))
+        where = f"{method}: layer {index} of {structure.architecture}"
+        if "heads" in kinds:
+            what = "attentions with a matrix for each of q, k and v"
+            yield _heads(index, _only(find_heads(layer), f"{where} has", what, "neurons"), where)
+        if "neurons" in kinds:
+            what = "feed-forwards of a known form"
+            yield _neurons(index, _only(feed_forwards(layer), f"{where} has", what, "heads"))
 
 
-def _only(
-    layer: nn.Module, parts: tuple[str, ...], where: str, structure: ModelStructure
-) -> nn.Module:
-    found = [
-        module
-        for module in layer.modules()
-        if all(isinstance(getattr(module, part, None), nn.Linear) for part in parts)
-    ]
+Part = TypeVar("Part")
+
+
+def _only(found: list[Part], where: str, what: str, others: Kind) -> Part:
     if len(found) != 1:
-        raise UserError(
-            f"{where} {structure.architecture} has {len(found)} modules with "
-            f"{', '.join(parts)}; exactly one is supported"
-        )
+        raise UserError(f"{where} {len(found)} {what}, but needs one: set units={others}")
     return found[0]
 
 
-def _neurons(index: int, ffn: Any) -> Units:
-    sources = ((ffn.gate_proj, 1), (ffn.up_proj, 1))
-    return Units(index, "neurons", ffn.down_proj.in_features, ffn, sources, ffn.down_proj)
+def _neurons(index: int, found: FeedForward) -> Units:
+    unit_F = torch.arange(found.width)
+    # A fused matrix has the gate's rows first and then those of up, in the same order.
+    unit_R = unit_F.repeat(2) if found.form == "fused" else unit_F
+    sources = tuple((source, unit_R) for source in found.sources)
+    return Units(index, "neurons", found.width, found.owner, sources, found.down)
 
 
-def _heads(index: int, attention: Any) -> Units:
-    width = int(attention.head_dim)
-    groups = attention.k_proj.out_features // width
-    # Query heads of one KV head are consecutive: the order in which transformers' `repeat_kv`
-    # pairs them.
-    queries = attention.q_proj.out_features // groups
-    sources = (
-        (attention.q_proj, queries),
-        (attention.k_proj, width),
-        (attention.v_proj, width),
+def _heads(index: int, found: Heads, where: str) -> Units:
+    if found.normalised_together:
+        raise UserError(
+            f"{where} normalises the queries of all heads together, so none can go: "
+            "set units=neurons"
+        )
+    query, key, value, readout = found.projections
+    sources = tuple(
+        (source, torch.arange(found.groups).repeat_interleave(rows))
+        for source, rows in ((query, found.queries), (key, found.head_dim), (value, found.head_dim))
     )
-    return Units(index, "heads", groups, attention, sources, attention.o_proj)
+    return Units(index, "heads", found.groups, found.owner, sources, readout)
 
 
 @torch.no_grad()
@@ -114,28 +134,24 @@ def remove_units(units: Units, gone: Tensor, mean_C: Tensor | None = None) -> No
     readout over the calibration tokens (FLAP, arXiv 2312.11983, equation 5): the mean of the
     layer's output over these tokens does not change.
     """
-    columns = units.columns(gone).to(units.readout.weight.device)
+    weight, bias = weight_of(units.readout), bias_of(units.readout)
+    columns = units.columns(gone).to(weight.device)
     if mean_C is not None:
-        weight = units.readout.weight
         lost = weight[:, columns].double() @ mean_C.to(weight.device).double()[columns]
-        before = bias_of(units.readout)
-        bias = lost if before is None else before.double() + lost
-        units.readout.bias = nn.Parameter(bias.to(weight), requires_grad=False)
-    for source, rows in units.sources:
-        kept = (~gone).repeat_interleave(rows).to(source.weight.device)
-        source.weight = nn.Parameter(source.weight[kept], requires_grad=False)
-        bias_F = bias_of(source)
-        if bias_F is not None:
-            source.bias = nn.Parameter(bias_F[kept], requires_grad=False)
-        source.out_features = len(source.weight)
-    readout = units.readout
-    readout.weight = nn.Parameter(readout.weight[:, ~columns], requires_grad=False)
-    readout.in_features = readout.weight.shape[1]
+        bias = (lost if bias is None else bias.double() + lost).to(weight)
+    for source, unit_R in units.sources:
+        kept = ~gone[unit_R].to(weight.device)
+        before = bias_of(source)
+        assign_weight(source, weight_of(source)[kept], None if before is None else before[kept])
+    assign_weight(units.readout, weight[:, ~columns], bias)
+    if units.kind == "heads" and hasattr(units.owner, "num_heads"):
+        # OPT cuts its states into as many heads as it was built with.
+        left = int((~columns).sum()) // _head_dim(units)
+        setattr(units.owner, "num_heads", left)  # noqa: B010  # modules declare no fields
 
 
-def bias_of(linear: nn.Linear) -> Tensor | None:
-    """Return the bias, which PyTorch's type declares to exist always."""
-    return linear.bias
+def _head_dim(units: Units) -> int:
+    return int(cast(Any, units.owner).head_dim)
 
 
 def describe_in_config(model: Model, units: list[Units]) -> None:
@@ -145,26 +161,23 @@ def describe_in_config(model: Model, units: list[Units]) -> None:
     measured like any other; only its export is refused.
     """
     config: Any = text_config(model.network)  # fields depend on the architecture
-    counts = {
-        kind: {u.readout.in_features for u in units if u.kind == kind}
-        for kind in ("neurons", "heads")
-    }
-    if len(counts["neurons"]) == 1:
-        config.intermediate_size = counts["neurons"].pop()
-    if len(counts["heads"]) == 1:
-        head_dim = int(getattr(units[0].owner, "head_dim"))  # noqa: B009  # modules declare none
+    state_width(model.network, [shape_of(u.readout)[1] for u in units if u.kind == "neurons"])
+    heads = {shape_of(u.readout)[1] for u in units if u.kind == "heads"}
+    # A config without KV heads (OPT) derives the width of a head from their number: it cannot
+    # state fewer heads, and the export of such a network is refused.
+    if len(heads) == 1 and hasattr(config, "num_key_value_heads"):
+        head_dim = _head_dim(units[0])
         ratio = config.num_attention_heads // config.num_key_value_heads
         config.head_dim = head_dim
-        config.num_attention_heads = counts["heads"].pop() // head_dim
+        config.num_attention_heads = heads.pop() // head_dim
         config.num_key_value_heads = config.num_attention_heads // ratio
-    biased = any(bias_of(u.readout) is not None for u in units)
-    if biased and hasattr(config, "mlp_bias") and hasattr(config, "attention_bias"):
-        # One flag of the config gives a bias to all projections of a module, so the others get
-        # zeros.
-        config.mlp_bias = config.attention_bias = True
-        for unit in units:
-            for linear in (*(source for source, _ in unit.sources), unit.readout):
+    # One flag of a config gives a bias to all projections of a module, so the others get zeros.
+    for kind, flag in (("neurons", "mlp_bias"), ("heads", "attention_bias")):
+        mine = [unit for unit in units if unit.kind == kind]
+        if hasattr(config, flag) and any(bias_of(u.readout) is not None for u in mine):
+            setattr(config, flag, True)
+            for linear in (part for u in mine for part in (*(s for s, _ in u.sources), u.readout)):
                 if bias_of(linear) is None:
-                    zeros = torch.zeros(linear.out_features).to(linear.weight)
-                    linear.bias = nn.Parameter(zeros, requires_grad=False)
+                    weight = weight_of(linear)
+                    assign_weight(linear, weight, torch.zeros(len(weight)).to(weight))
     model.invalidate_structure()

@@ -19,15 +19,14 @@ from bench.models.model import Model
 from bench.models.offload import onloaded
 from bench.models.structure.model_structure import ModelStructure
 from methods.dense.linear_layers import (
-    InputProducts,
     InputSquares,
     LinearLayer,
     linear_layers,
-    observed_inputs,
     refuse_packed,
     require_dense_decoder,
 )
 from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
+from methods.moe.calibration_statistics import Gram, observe_inputs
 from methods.moe.pruning import require_calibration
 
 
@@ -123,7 +122,7 @@ class CalibratedWeightPruning(WeightPruning):
                     linear.module: self._statistics(linear.weight.shape[1], linear.weight.device)
                     for linear in linears
                 }
-                with observed_inputs(found):
+                with observe_inputs(found):
                     stream.run(index, advance=False)
                 for linear in linears:
                     total = found[linear.module].total
@@ -139,7 +138,7 @@ class CalibratedWeightPruning(WeightPruning):
         return self._report(layers, calibration.fingerprint)
 
     @abstractmethod
-    def _statistics(self, columns: int, device: torch.device) -> InputSquares | InputProducts:
+    def _statistics(self, columns: int, device: torch.device) -> InputSquares | Gram:
         """Return empty statistics of the inputs of one projection."""
 
     @abstractmethod
@@ -175,8 +174,8 @@ class SparseGPT(CalibratedWeightPruning):
             )
         return self
 
-    def _statistics(self, columns: int, device: torch.device) -> InputProducts:
-        return InputProducts(columns, device)
+    def _statistics(self, columns: int, device: torch.device) -> Gram:
+        return Gram.empty(columns, device)
 
     def _prune(self, weight_RC: Tensor, total: Tensor) -> None:
         pattern = Pattern.parse(self.pattern)

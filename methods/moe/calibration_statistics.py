@@ -1,23 +1,27 @@
 """Calibration statistics: moments of micro-experts, input Gram matrices, gradients of the loss.
 
-Shapes: B rows, L tokens per row, S tokens of one expert (or of a row), T tokens (or marked ones), D
-d_model, F an expert's width or the inputs of a layer, N micro-experts of a layer (shared ones
-first), V vocabulary entries.
+Shapes: B rows, L tokens per row, S tokens of one expert (or of a row), T tokens, D d_model, F an
+expert's width, C inputs of a projection, N micro-experts of a layer (shared ones first), V
+vocabulary entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.calibration_walk import NullObserver
 from methods.moe.micro_experts import SHARED, expert_spans, expert_view
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Activations(NullObserver):
@@ -84,28 +88,67 @@ def backpropagate_loss(network: nn.Module, rows_BL: Tensor) -> float:
     return float(loss.detach())
 
 
-@contextmanager
-def record_input_grams(
-    modules: Sequence[nn.Module], marked_BS: Tensor, found: dict[nn.Module, Tensor]
-) -> Iterator[None]:
-    """Add ΦᵀΦ of the modules' inputs at the marked tokens to `found`, float64 [F, F].
+class InputStatistic(Protocol):
+    """A statistic accumulated over the inputs of a projection."""
 
-    `found` accumulates over calls. The hooks exist only inside the `with` block.
+    def add(self, x_SC: Tensor) -> None:
+        """Add some tokens."""
+
+
+@contextmanager
+def observe_inputs(
+    statistics: Mapping[Module, InputStatistic], marked_BS: Tensor | None = None
+) -> Iterator[None]:
+    """Add the inputs of every call of the modules, at the marked tokens only, to their statistics.
+
+    The hooks exist only inside the `with` block.
     """
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # float64: a Gram matrix squares the condition number of Φ, and a least-squares solve
-        # follows.
-        phi_TF = args[0][marked_BS.to(args[0].device)].double()
-        gram_FF = phi_TF.T @ phi_TF
-        found[module] = found[module] + gram_FF if module in found else gram_FF
+    def before(module: Module, args: tuple[Tensor, ...]) -> None:
+        # Some feed-forwards (OPT's) get the tokens of all rows in one dimension.
+        x_SC = args[0].flatten(0, -2)
+        if marked_BS is not None:
+            x_SC = x_SC[marked_BS.flatten().to(x_SC.device)]
+        statistics[module].add(x_SC)
 
-    hooks = [m.register_forward_pre_hook(cast(Callable[..., None], before)) for m in modules]
-    try:
+    with ExitStack() as stack:
+        for module in statistics:
+            stack.callback(module.register_forward_pre_hook(before).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+@dataclass
+class Gram:
+    """Σ_t x_t x_tᵀ of the inputs of a projection, [C, C], and the number of tokens in the sum.
+
+    It is the Hessian of the projection's squared error. float32 suffices where it is damped and
+    factorized (GPTQ, SparseGPT); a least-squares solve wants float64, since a Gram matrix squares
+    the condition number of x.
+    """
+
+    total: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Gram:
+        """Return the sum over no tokens."""
+        return cls(torch.zeros(columns, columns, dtype=dtype, device=device))
+
+    @classmethod
+    def of_inputs(cls, projection: nn.Module, dtype: torch.dtype = torch.float32) -> Gram:
+        """Return the sum over no tokens, for the inputs of a linear layer."""
+        weight_RC = weight_of(projection)
+        return cls.empty(weight_RC.shape[1], weight_RC.device, dtype)
+
+    def add(self, x_SC: Tensor) -> None:
+        """Add some tokens."""
+        x_SC = x_SC.to(self.total.dtype)
+        self.total.addmm_(x_SC.T, x_SC)
+        self.tokens += len(x_SC)
+
+    def select(self, order_C: Tensor) -> Gram:
+        """Return the sum of the given columns in the given order."""
+        return Gram(self.total[order_C][:, order_C], self.tokens)
 
 
 class Moments:

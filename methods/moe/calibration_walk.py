@@ -100,16 +100,15 @@ def walk_blocks(
     on those of the unmodified one.
     """
     structure = model.structure
-    last = structure.moe[-1].layer
+    blocks = structure.micro_expert_blocks
+    last = blocks[-1].layer
     with LayerStream(model.network, structure.layers, tokens_BL, options.batch) as stream:
         # Layers after the last MoE block are never run: nothing is observed there.
         for index in progress.track(range(last + 1), "observing experts"):
             # Onload first: observers allocate on the device of the weights, and the weights must
             # stay there until the caller, which runs between yields, has modified them.
             stream.onload_layer(index)
-            observers = {
-                block: make_observer(block) for block in structure.moe if block.layer == index
-            }
+            observers = {block: make_observer(block) for block in blocks if block.layer == index}
             # With `sequential` a layer runs twice: once as it was, for the observers, without
             # advancing the hidden states, and once more after the caller modified it, to produce
             # the inputs of the next layer. The last MoE layer runs once, since nothing reads its

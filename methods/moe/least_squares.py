@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.models.structure.moe_block import MoEBlock
+from methods.moe.calibration_statistics import Gram
 from methods.moe.calibration_walk import NullObserver
 from methods.moe.micro_experts import SHARED, complement, expert_spans, expert_view
 
@@ -33,15 +34,15 @@ class ExpertGrams(NullObserver):
     def __init__(self, block: MoEBlock) -> None:
         device = expert_view(block, 0).down.device
         self.block = block
-        self.gram_FF = {
-            expert: torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.grams = {
+            expert: Gram.empty(width, device, torch.float64)
             for expert, width in ((e, place.stop - place.start) for e, place in expert_spans(block))
         }
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:
         """Add the tokens of one routed expert."""
         phi_SF = hidden_SF.double() * weight_S.double()[:, None]
-        self.gram_FF[expert].addmm_(phi_SF.T, phi_SF)
+        self.grams[expert].add(phi_SF)
 
     def shared(self, x_TD: Tensor, hidden_TF: Tensor, weight_T: Tensor) -> None:
         """Add all tokens of the shared experts."""
@@ -93,7 +94,7 @@ def refit_experts(
     """
     before = after = 0.0
     for expert, gone in removed.items():
-        down_DF, gram_FF = expert_view(grams.block, expert).down, grams.gram_FF[expert]
+        down_DF, gram_FF = expert_view(grams.block, expert).down, grams.grams[expert].total
         kept_K = complement(gone.to(down_DF.device), down_DF.shape[1])
         # Rounded to the stored dtype first, so that the reported error is that of what is stored.
         columns_DK = refit_columns(gram_FF, down_DF, kept_K, damping).to(down_DF.dtype)

@@ -6,7 +6,7 @@ kept.
 The order is that of the official CAMERA code: shared experts first, then expert by expert. Every
 micro-expert has the same 3·D weights, so shares of micro-experts are shares of parameters. Removal
 leaves the router unchanged: it chooses among as many experts as before, and an expert without any
-micro-expert adds zero.
+micro-expert adds zero. A dense feed-forward is a block of one expert, narrowed in place.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def zero_micro_experts(block: MoEBlock, indices: Tensor) -> None:
     """Set the micro-experts at flat indices to zero; shapes and router are unchanged."""
     for expert, channels in channels_per_expert(block, indices):
         found = expert_view(block, expert)
-        found.zero(channels.to(found.gate.device))
+        found.zero(channels.to(found.down.device))
 
 
 def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
@@ -94,6 +94,12 @@ def delete_micro_experts(block: MoEBlock, indices: Tensor, align: int) -> int:
     call `Model.invalidate_structure()`.
     """
     gone = dict(channels_per_expert(block, indices))
+    if block.feed_forward is not None:
+        # Exactly, without padding: `align` serves grouped kernels, and a dense layer keeps the
+        # module of its architecture, whose config can state any width.
+        for channels in gone.values():
+            block.feed_forward.narrow(complement(channels, block.d_ff))
+        return 0
     # Shared experts are one dense gated module and are simply narrowed; only routed experts, whose
     # widths then differ, need ragged storage with padding.
     if SHARED in gone:

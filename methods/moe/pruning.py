@@ -13,8 +13,9 @@ from torch import Tensor
 from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
-from bench.models.bitpacking.packed_modules import packed_linears
+from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.model import Model
+from bench.models.structure.dense_layer import state_width
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.micro_experts import (
@@ -33,7 +34,8 @@ class MoEPruning(Method):
 
     `base` defines the whole: `moe`, the weights of all routed and shared experts, or `total`, all
     weights of the model, the removed ones still being taken from the experts only. The papers' 20 %
-    of DeepSeek-MoE-16B is 0.2 of `total` and about 0.21 of `moe`.
+    of DeepSeek-MoE-16B is 0.2 of `total` and about 0.21 of `moe`. On a dense decoder `moe` means
+    the weights of all feed-forward layers.
     """
 
     ratio: float = Field(ge=0, lt=1)
@@ -41,14 +43,22 @@ class MoEPruning(Method):
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without MoE blocks, and a ratio that would remove every expert."""
-        require_experts(structure, type(self).__name__, "removes")
-        share = self.share(structure)
-        if share >= 1:
-            most = structure.moe_parameters / structure.parameters
+        blocks = self.blocks(structure)
+        if self.share(structure) >= 1:
+            most = _parameters(blocks) / structure.parameters
             raise UserError(
                 f"ratio={self.ratio} with base=total would remove every expert: experts hold only "
                 f"{most:.1%} of the weights of {structure.architecture}; use a lower ratio"
             )
+
+    def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
+        """Return the blocks that the method changes; a method that chooses experts needs several.
+
+        Raises:
+            UserError: the model has no experts to choose among.
+        """
+        require_experts(structure, type(self).__name__, "removes")
+        return structure.moe
 
     def share(self, structure: ModelStructure) -> Fraction:
         """Return the share of expert weights to remove as an exact fraction."""
@@ -57,12 +67,12 @@ class MoEPruning(Method):
         ratio = Fraction(repr(self.ratio))
         if self.base == "moe":
             return ratio
-        return ratio * structure.parameters / structure.moe_parameters
+        return ratio * structure.parameters / _parameters(self.blocks(structure))
 
     def budgets(self, structure: ModelStructure) -> list[int]:
         """Return the number of micro-experts to remove per block: the same share, rounded down."""
         share = self.share(structure)
-        return [math.floor(share * block.micro_experts) for block in structure.moe]
+        return [math.floor(share * block.micro_experts) for block in self.blocks(structure)]
 
 
 def require_experts(structure: ModelStructure, method: str, verb: str) -> None:
@@ -74,18 +84,28 @@ def require_experts(structure: ModelStructure, method: str, verb: str) -> None:
         )
 
 
+def require_micro_experts(structure: ModelStructure, method: str) -> tuple[MoEBlock, ...]:
+    """Return the blocks whose micro-experts methods change; raise if a model has none."""
+    if not structure.layers:
+        raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
+    return structure.micro_expert_blocks
+
+
+def _parameters(blocks: Sequence[MoEBlock]) -> int:
+    return sum(block.parameters for block in blocks)
+
+
 def achieved_ratios(structure: ModelStructure, removed: Sequence[int]) -> dict[str, float]:
     """Return the counts and the achieved ratio on both bases, as stored in the record."""
-    micro_experts = sum(block.micro_experts for block in structure.moe)
-    # A micro-expert is one gate row, one up row and one down column: 3·D weights.
+    blocks = structure.micro_expert_blocks
     weights = sum(
-        3 * block.d_model * count for block, count in zip(structure.moe, removed, strict=True)
+        block.parameters_each * count for block, count in zip(blocks, removed, strict=True)
     )
     return {
         "removed_micro_experts": sum(removed),
-        "micro_experts": micro_experts,
+        "micro_experts": sum(block.micro_experts for block in blocks),
         "removed_parameters": weights,
-        "ratio_of_moe": weights / structure.moe_parameters,
+        "ratio_of_moe": weights / _parameters(blocks),
         "ratio_of_total": weights / structure.parameters,
     }
 
@@ -106,7 +126,7 @@ def refuse_offloaded(blocks: Sequence[MoEBlock]) -> None:
 def refuse_packed(blocks: Sequence[MoEBlock]) -> None:
     """Raise if expert weights are packed, and so cannot be modified."""
     for block in blocks:
-        if any(True for _ in packed_linears(block.block)):
+        if any(isinstance(module, PackedLinear) for module in block.modules):
             raise UserError(
                 f"the weights of {block.name} are quantized already: list pruning methods before "
                 "the quantization method, and use only one of the latter"
@@ -121,7 +141,7 @@ def require_calibration(context: Context) -> Calibration:
 
 
 class MicroExpertPruning(MoEPruning):
-    """A method that removes selected micro-experts from every block.
+    """A method that removes selected micro-experts from every block, of experts or dense.
 
     `state` says how: `zeroed` as in the CAMERA paper, or `removed`, which computes the same
     function without storing the weights; widths are then stored as multiples of `align`.
@@ -129,6 +149,10 @@ class MicroExpertPruning(MoEPruning):
 
     state: Literal["zeroed", "removed"] = "zeroed"
     align: int = Field(default=16, ge=1)
+
+    def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
+        """Return the MoE blocks, or the feed-forward layers of a dense decoder."""
+        return require_micro_experts(structure, type(self).__name__)
 
     def remove_micro_experts(self, block: MoEBlock, indices: Tensor) -> LayerEntry:
         """Remove the micro-experts at flat indices from one block; return its report entry."""
@@ -151,6 +175,8 @@ class MicroExpertPruning(MoEPruning):
         """
         if self.state == "removed":
             model.invalidate_structure()
+            if not structure.moe:
+                state_width(model.network, [b.d_ff for b in model.structure.dense_blocks])
         removed = [layer["removed"] for layer in layers]
         details: dict[str, object] = {
             "requested": {"ratio": self.ratio, "base": self.base},

@@ -27,6 +27,7 @@ from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from methods.moe.calibration_walk import NullObserver, require_finite
+from methods.moe.pruning import require_experts
 from methods.moe.quantizer.bit_budget import exact_fraction, solve_multiple_choice_knapsack
 from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan
 from methods.moe.quantizer.grid import RoundedWeights
@@ -49,6 +50,11 @@ class Mc(MoEQuantization):
     def _check_mean_bits(self) -> Self:
         require_mean_between(self.mean_bits, self.bits)
         return self
+
+    def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
+        """Return the MoE blocks: with one expert per layer there is nothing to choose."""
+        require_experts(structure, type(self).__name__, "allocates bits to")
+        return structure.moe
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a budget that cannot give every bit width but the smallest to an expert."""

@@ -13,7 +13,7 @@ from methods.moe.quantizer.observers import Planner, UniformPlanner
 
 
 class Gptq(MoEQuantization):
-    """GPTQ (arXiv 2210.17323) with `bits` for every weight of the routed experts."""
+    """GPTQ (arXiv 2210.17323) with `bits` for every weight of the experts or feed-forwards."""
 
     bits: BitWidth = 2
 
@@ -23,7 +23,7 @@ class Gptq(MoEQuantization):
 
 
 class Rtn(Gptq):
-    """Rounding to nearest with `bits` for every weight of the routed experts; no calibration."""
+    """Rounding to nearest with `bits` for the weights that GPTQ takes; no calibration."""
 
     uses_calibration: ClassVar[bool] = False
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.data.prompts import ProcessedPrompts
 from bench.models.vlm.decoder_view import DecoderLayer
 from bench.ui import Progress
-from methods.moe.calibration_statistics import record_input_grams
+from methods.moe.calibration_statistics import Gram, observe_inputs
 from methods.moe.least_squares import refit_columns
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import RepairedProjections
@@ -105,12 +105,12 @@ def _grams(
     """Return ΦᵀΦ of the inputs of the layers' projections on visual rows, float64 [F, F]."""
     modules = [_output_projection(layer) for layer in layers]
     modules += [_down_projection(layer) for layer in layers if layer.moe is None]
-    found: dict[nn.Module, Tensor] = {}
+    found = {module: Gram.of_inputs(module, torch.float64) for module in modules}
     for call in samples.inputs:
         tokens = require_visual_tokens(engine, call)
-        with engine.dense(), record_input_grams(modules, tokens.mask, found):
+        with engine.dense(), observe_inputs(found, tokens.mask):
             engine.last_logits(call)
-    return found
+    return {module: gram.total for module, gram in found.items()}
 
 
 def _output_projection(layer: DecoderLayer) -> nn.Module:

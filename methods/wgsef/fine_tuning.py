@@ -22,7 +22,12 @@ from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
 from methods.moe.calibration_statistics import Activations
 from methods.moe.calibration_walk import WalkOptions, require_finite, walk_blocks
-from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
+from methods.moe.pruning import (
+    MicroExpertPruning,
+    refuse_offloaded,
+    require_calibration,
+    require_experts,
+)
 from methods.moe.ranking import magnitudes
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.groups.transformer import micro_experts
@@ -60,6 +65,7 @@ class WgsefFinetune(MicroExpertPruning):
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a budget that the routed experts cannot provide."""
+        require_experts(structure, type(self).__name__, "trains")
         super().check(structure)
         self._share_of_routed(structure)
 

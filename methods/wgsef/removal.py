@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.classifiers.classifier import Classifier
+from bench.models.structure.dense_layer import is_projection, state_width
 from methods.wgsef.groups.partition import GroupFamily
 
 
@@ -147,6 +148,9 @@ def _update_layer_sizes(layer: nn.Module) -> None:
         layer.in_channels = layer.weight.shape[1] * layer.groups
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif is_projection(layer):
+        conv: Any = layer  # GPT-2's linear layer, stored transposed
+        conv.nx, conv.nf = conv.weight.shape
     elif isinstance(layer, nn.BatchNorm2d):
         layer.num_features = layer.weight.shape[0]
 
@@ -197,7 +201,7 @@ def smaller_language_model(
     config = smaller.config.get_text_config()
     count = counts.pop()
     if kinds == {"neurons"}:
-        config.intermediate_size = count
+        state_width(smaller, [count])
     else:
         _set_head_counts(config, count)
     _refuse_unloadable_config(config, f"{count} {kinds.pop()} per layer")
@@ -206,6 +210,7 @@ def smaller_language_model(
 
 def _set_head_counts(config: Any, kv_heads: int) -> None:
     """Set the numbers of KV and query heads, and the head width, in the config."""
+    refuse_unstated_heads(config)
     # Without an explicit head_dim transformers derives it as hidden_size / num_attention_heads,
     # which is wrong as soon as heads are missing.
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -213,6 +218,15 @@ def _set_head_counts(config: Any, kv_heads: int) -> None:
     config.head_dim = width
     config.num_key_value_heads = kv_heads
     config.num_attention_heads = kv_heads * queries
+
+
+def refuse_unstated_heads(config: Any) -> None:
+    """Raise if a config cannot state that heads are missing."""
+    if not hasattr(config, "num_key_value_heads"):
+        raise UserError(
+            f"a config of {config.model_type} derives the width of a head from the number of "
+            "heads, so it cannot state fewer: use state=zeroed"
+        )
 
 
 def _refuse_unloadable_config(config: Any, what: str) -> None:

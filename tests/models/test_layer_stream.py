@@ -5,18 +5,28 @@ import torch
 
 from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
-from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
+from tests.models.tiny_networks import (
+    ARCHITECTURES,
+    DENSE_ARCHITECTURES,
+    build,
+    build_dense,
+    tokens,
+)
+
+
+def state_of(output):
+    return output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "llama"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *DENSE_ARCHITECTURES])
 def test_layer_by_layer_equals_the_whole_forward(name, batch):
-    network = llama() if name == "llama" else build(name)
+    network = build(name) if name in ARCHITECTURES else build_dense(name)
     rows = tokens()
     layers = inspect_model(network).layers
     stream = LayerStream(network, layers, rows, batch)
     seen = []
-    layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    layers[-1].register_forward_hook(lambda _, __, output: seen.append(state_of(output)))
     for index in range(len(layers)):
         stream.run(index, advance=True)
     last, seen[:] = torch.cat(seen), []

@@ -76,6 +76,58 @@ def build(name, seed=0, **changes):
     return randomise(getattr(home, f"{family}ForCausalLM")(config), seed)
 
 
+DENSE_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT_SIZES = {"n_embd": 32, "n_inner": 40, "n_layer": 2, "n_head": 4, "n_positions": 128}
+OPT_SIZES = {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}
+FALCON_SIZES = {"ffn_hidden_size": 40, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+# Fields that these architectures name differently, or do not have.
+WIDTHS = ("intermediate_size", "head_dim", "num_key_value_heads")
+GPT_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+GPT_OWN = (*WIDTHS, *GPT_NAMES)
+DENSE_ARCHITECTURES = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama_biased": ("Llama", {"mlp_bias": True, "attention_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma2": ("Gemma2", {"sliding_window": 8}),
+    "gemma3": ("Gemma3", {"sliding_window": 8}),
+    "phi3": ("Phi3", {}),
+    "smollm3": ("SmolLM3", {}),
+    "olmo2": ("Olmo2", {}),
+    "gpt2": ("GPT2", GPT_SIZES),
+    "opt": ("OPT", OPT_SIZES),
+    "opt_post_norm": ("OPT", OPT_SIZES | {"do_layer_norm_before": False}),
+    "opt_projected": ("OPT", OPT_SIZES | {"word_embed_proj_dim": 16}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "falcon": ("Falcon", FALCON_SIZES | {"new_decoder_architecture": False}),
+    "falcon_new": ("Falcon", FALCON_SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+}
+
+
+def build_dense(name, seed=0, **changes):
+    """A decoder without experts, of one architecture, with random float32 weights."""
+    family, extra = DENSE_ARCHITECTURES[name]
+    config = getattr(transformers, f"{family}{'TextConfig' if family == 'Gemma3' else 'Config'}")
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    own = {"GPT2": GPT_OWN, "OPT": WIDTHS, "Falcon": WIDTHS}.get(family, ())
+    sizes = {key: value for key, value in DENSE_SIZES.items() if key not in own}
+    made = getattr(transformers, f"{family}{head}")(config(**(sizes | extra | changes)))
+    return randomise(made, seed)
+
+
 def llama():
     """A dense network of the same size."""
     sizes = {k: v for k, v in SIZES.items() if k != "num_experts_per_tok"}

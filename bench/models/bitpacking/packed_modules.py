@@ -241,13 +241,20 @@ def install_packed(
             _install_packed_experts(network, name, int(count), linears)
         for name, linear in linears.items():
             # Biases are not packed: the parameter of the original layer is taken over, and loaded
-            # as usual.
-            linear.bias = cast(nn.Linear, network.get_submodule(name)).bias
+            # as usual. Where micro-experts were removed, it is shorter than the original.
+            bias = cast(nn.Linear, network.get_submodule(name)).bias
+            linear.register_parameter("bias", _first_rows(bias, linear))
             network.set_submodule(name, linear)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"slimbench.json: the packed weights do not match the network: {error}"
         ) from None
+
+
+def _first_rows(bias: nn.Parameter | None, linear: PackedLinear) -> nn.Parameter | None:
+    if bias is None or len(bias) == linear.out_features:
+        return bias
+    return nn.Parameter(bias.detach()[: linear.out_features].clone(), requires_grad=False)
 
 
 def _install_packed_experts(

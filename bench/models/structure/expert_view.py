@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ Activation = Callable[[Tensor], Tensor]
 
 # Names of (gate, up, down) in per-expert modules: Llama's and Qwen's, then Mixtral's (w2 is down).
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+
+ExpertForm = Literal["gated", "fused", "plain"]
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,61 @@ class ExpertView:
     """The three matrices of one expert, sharing memory with the network.
 
     `gate` and `up`, both [F, D], hold one micro-expert per row, `down` [D, F] one per column; `act`
-    is the activation of the gate. Writing to them changes the network.
+    is the activation of the gate. Writing to them changes the network. `form` says how they are
+    stored: in a `fused` one gate and up are rows of one matrix, and a `plain` one has no gate:
+    `gate` is [0, D], and `act` is the activation of up. Routed experts have no biases.
     """
 
     gate: Tensor
     up: Tensor
     down: Tensor
     act: Activation
+    form: ExpertForm = "gated"
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     @property
     def width(self) -> int:
         """Number of micro-experts."""
-        return self.gate.shape[0]
+        return self.up.shape[0]
 
     def hidden(self, x_SD: Tensor) -> Tensor:
         """Compute act(x Wgateᵀ) · (x Wupᵀ), [S, F]: the coefficient of every micro-expert."""
-        gate_SF = functional.linear(x_SD, self.gate)
-        return self.act(gate_SF) * functional.linear(x_SD, self.up)
+        up_SF = functional.linear(x_SD, self.up, self.up_bias)
+        if self.form == "plain":
+            return self.act(up_SF)
+        return self.act(functional.linear(x_SD, self.gate, self.gate_bias)) * up_SF
 
     def combine(self, hidden_SF: Tensor) -> Tensor:
         """Compute hidden Wdownᵀ, [S, D]: the expert's output before the router's weight."""
-        return functional.linear(hidden_SF, self.down)
+        return functional.linear(hidden_SF, self.down, self.down_bias)
+
+    def input_matrices(self, order_f: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the matrices that read the input as stored, with only some micro-experts.
+
+        They are gate and up, each [f, D]; their one fused matrix [2f, D]; or up alone.
+        """
+        parts = (self.up,) if self.form == "plain" else (self.gate, self.up)
+        chosen = tuple(part if order_f is None else part[order_f] for part in parts)
+        return (torch.cat(chosen),) if self.form == "fused" else chosen
+
+    def input_biases(self, order_f: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Return the biases of `input_matrices`, None where there is none."""
+        parts = (self.up_bias,) if self.form == "plain" else (self.gate_bias, self.up_bias)
+        chosen = tuple(b if b is None or order_f is None else b[order_f] for b in parts)
+        held = [part for part in chosen if part is not None]
+        if self.form == "fused":
+            return (torch.cat(held) if held else None,)
+        return chosen
 
     @torch.no_grad()
     def zero(self, channels: Tensor) -> None:
-        """Zero the micro-experts with these indices in all three matrices."""
-        self.gate[channels] = 0
-        self.up[channels] = 0
+        """Zero the micro-experts with these indices in all matrices and their biases."""
+        for weight in (self.gate, self.gate_bias, self.up, self.up_bias):
+            # A plain one has a gate without rows.
+            if weight is not None and len(weight):
+                weight[channels] = 0
         self.down[:, channels] = 0
 
     @torch.no_grad()

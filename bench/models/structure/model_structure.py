@@ -10,7 +10,12 @@ from torch import nn
 from bench.errors import UserError
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.network import TransformersNetwork, text_config
-from bench.models.structure.moe_block import MoEBlock, UnsupportedStructure, moe_block_of
+from bench.models.structure.moe_block import (
+    MoEBlock,
+    UnsupportedStructure,
+    dense_block_of,
+    moe_block_of,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class ModelStructure:
 
     `layers` are the decoder layers in order. An image classifier has none; `vision` describes it
     instead. `parameters` counts every weight once, tied ones too. `refusal` is the reason why the
-    MoE blocks are not supported; reading `moe` then raises it.
+    MoE blocks are not supported; reading `moe` then raises it. `dense_blocks` are the feed-forward
+    layers of a decoder without experts, and `dense_refusal` the reason why they are not supported.
     """
 
     architecture: str
@@ -29,6 +35,8 @@ class ModelStructure:
     blocks: tuple[MoEBlock, ...] = ()
     refusal: str | None = None
     vision: VisionConfig | None = None
+    dense_blocks: tuple[MoEBlock, ...] = ()
+    dense_refusal: str | None = None
 
     @property
     def moe(self) -> tuple[MoEBlock, ...]:
@@ -36,6 +44,19 @@ class ModelStructure:
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.blocks
+
+    @property
+    def micro_expert_blocks(self) -> tuple[MoEBlock, ...]:
+        """Blocks whose micro-experts methods change.
+
+        They are the MoE blocks; in a decoder without experts, the feed-forward of every layer as a
+        block of one expert that is always chosen. Raises `UserError` if unsupported.
+        """
+        if self.moe:
+            return self.moe
+        if self.dense_refusal is not None:
+            raise UserError(self.dense_refusal)
+        return self.dense_blocks
 
     @property
     def moe_parameters(self) -> int:
@@ -58,6 +79,13 @@ def inspect_model(network: nn.Module) -> ModelStructure:
         blocks = _moe_blocks(network, layers)
     except UnsupportedStructure as difference:
         refusal = f"{architecture} has experts in an unsupported form: {difference}"
+    dense_blocks: tuple[MoEBlock, ...] = ()
+    dense_refusal = None
+    if not blocks and refusal is None:
+        try:
+            dense_blocks = _dense_blocks(network, layers)
+        except UnsupportedStructure as difference:
+            dense_refusal = f"{architecture} has feed-forwards in an unsupported form: {difference}"
     return ModelStructure(
         architecture=architecture,
         model_type=str(getattr(config, "model_type", architecture)),
@@ -65,6 +93,8 @@ def inspect_model(network: nn.Module) -> ModelStructure:
         parameters=sum(weight.numel() for weight in network.parameters()),
         blocks=blocks,
         refusal=refusal,
+        dense_blocks=dense_blocks,
+        dense_refusal=dense_refusal,
     )
 
 
@@ -111,6 +141,11 @@ def _moe_blocks(network: nn.Module, layers: tuple[nn.Module, ...]) -> tuple[MoEB
             except UnsupportedStructure as difference:
                 raise UnsupportedStructure(f"in {names[block]}, {difference}") from None
     return tuple(found)
+
+
+def _dense_blocks(network: nn.Module, layers: tuple[nn.Module, ...]) -> tuple[MoEBlock, ...]:
+    names = {module: name for name, module in network.named_modules()}
+    return tuple(dense_block_of(index, names[layer], layer) for index, layer in enumerate(layers))
 
 
 def _refuse_hidden_experts(layer: nn.Module, names: dict[nn.Module, str]) -> None:

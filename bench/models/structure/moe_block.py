@@ -11,6 +11,11 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
+from bench.models.structure.dense_layer import (
+    FeedForward,
+    SingleExpertRouter,
+    feed_forwards,
+)
 from bench.models.structure.expert_view import (
     ExpertView,
     fused_view,
@@ -19,18 +24,21 @@ from bench.models.structure.expert_view import (
 )
 from bench.models.structure.ragged_experts import RaggedExperts
 
-ExpertLayout = Literal["fused", "list", "ragged"]
+ExpertLayout = Literal["fused", "list", "ragged", "dense"]
 
 
 @dataclass(frozen=True)
 class MoEBlock:
-    """One MoE block of a decoder layer.
+    """One MoE block of a decoder layer, or a dense feed-forward as a block of one expert.
 
     `experts` takes (x [T, D], top_k_index [T, K], top_k_weights [T, K]) and returns [T, D]. Its
     weights are `fused` (all experts in 3-D parameters), a `list` of modules, or slimbench's own
     `ragged` form; widths may differ in the last two. `shared` runs on every token, multiplied by
     sigmoid(shared_gate(x)) if there is a `shared_gate`; it is None in a block without shared
     experts.
+
+    A `dense` block has a `feed_forward`, whose owner stands for block and experts, and a router
+    that is not part of the network: its one expert is always chosen, with weight 1.
     """
 
     layer: int
@@ -46,6 +54,7 @@ class MoEBlock:
     d_model: int
     widths: tuple[int, ...]
     d_shared: int
+    feed_forward: FeedForward | None = None
 
     @property
     def d_ff(self) -> int:
@@ -58,12 +67,39 @@ class MoEBlock:
         return self.d_shared + sum(self.widths)
 
     @property
+    def matrices(self) -> int:
+        """Number of rows and columns that make a micro-expert: gate, up, down; 2 without a gate."""
+        plain = self.feed_forward is not None and self.feed_forward.form == "plain"
+        return 2 if plain else 3
+
+    @property
+    def parameters_each(self) -> int:
+        """Number of weights of one micro-expert: 3·D, or 2·D without a gate, and its biases."""
+        biases = 0 if self.feed_forward is None else self.feed_forward.biases
+        return self.matrices * self.d_model + biases
+
+    @property
     def parameters(self) -> int:
-        """Number of weights in the experts: 3·D per micro-expert, without router and gate."""
-        return 3 * self.d_model * self.micro_experts
+        """Number of weights in the experts: those of all micro-experts, without router and gate."""
+        return self.parameters_each * self.micro_experts
+
+    @property
+    def output_module(self) -> nn.Module:
+        """The module whose output is that of the block."""
+        # OPT's feed-forward is no module of its own, so what the down matrix returns is taken.
+        return self.block if self.feed_forward is None else self.feed_forward.down
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of the block, and none of those around it."""
+        if self.feed_forward is None:
+            return tuple(self.block.modules())
+        return self.feed_forward.projections
 
     def expert(self, index: int) -> ExpertView:
         """View a routed expert; writing to it changes the network."""
+        if self.feed_forward is not None:
+            return self.feed_forward.view()
         if self.layout == "fused":
             return fused_view(self.experts, index)
         if self.layout == "ragged":
@@ -127,6 +163,40 @@ def moe_block_of(layer: int, name: str, block: nn.Module, top_k: int | None) -> 
         d_model=d_model,
         widths=widths,
         d_shared=0 if shared is None else _gated_shape(shared)[1],
+    )
+
+
+def dense_block_of(layer: int, name: str, module: nn.Module) -> MoEBlock:
+    """Describe the feed-forward of a decoder layer as a block of one expert.
+
+    `name` is that of the layer.
+
+    Raises:
+        UnsupportedStructure: it has none of a known form, several, or one with unknown parts.
+    """
+    found = feed_forwards(module)
+    if len(found) != 1:
+        raise UnsupportedStructure(f"{name} has {len(found)} feed-forwards of a known form, not 1")
+    (feed_forward,) = found
+    owner = feed_forward.owner
+    if owner is not module:
+        _refuse_unknown_parts(owner, feed_forward.projections)
+    inside = next(own for own, part in module.named_modules() if part is owner)
+    return MoEBlock(
+        layer=layer,
+        name=f"{name}.{inside}" if inside else name,
+        block=owner,
+        experts=owner,
+        router=SingleExpertRouter(),
+        shared=None,
+        shared_gate=None,
+        layout="dense",
+        num_experts=1,
+        top_k=1,
+        d_model=feed_forward.d_model,
+        widths=(feed_forward.width,),
+        d_shared=0,
+        feed_forward=feed_forward,
     )
 
 

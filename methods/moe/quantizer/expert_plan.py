@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.models.bitpacking.packed_shape import Level, PackedShape
 from bench.models.structure.expert_view import ExpertView
+from bench.models.structure.moe_block import MoEBlock
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,23 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """An expert's kept micro-experts in storage order, [f], and the plans of its matrices."""
+    """An expert's kept micro-experts in storage order, [f], and the plans of its matrices.
+
+    `inputs` are those of `ExpertView.input_matrices`: gate and up in a routed expert.
+    """
 
     order_f: Tensor
-    gate: MatrixPlan
-    up: MatrixPlan
+    inputs: tuple[MatrixPlan, ...]
     down: MatrixPlan
 
     @property
-    def shapes(self) -> tuple[PackedShape, PackedShape, PackedShape]:
-        """The shapes of gate, up and down."""
-        return self.gate.shape, self.up.shape, self.down.shape
+    def shapes(self) -> list[PackedShape]:
+        """The shapes of all matrices, down last."""
+        return [plan.shape for plan in (*self.inputs, self.down)]
 
 
 def tied_plan(
-    order_f: Tensor, levels: Sequence[Level], d_model: int, group: int, down_group: int
+    view: ExpertView, order_f: Tensor, levels: Sequence[Level], group: int, down_group: int
 ) -> ExpertPlan:
     """Plan an expert in which all weights of a micro-expert get the same bits.
 
@@ -47,15 +50,23 @@ def tied_plan(
     over the columns of down.
     """
     kept = tuple(level for level in levels if level.size)
-    width = len(order_f)
+    width, d_model = len(order_f), len(view.down)
+    down = MatrixPlan(PackedShape(d_model, width, kept, "columns", down_group))
+    if view.form == "fused":
+        # Gate rows, then up rows, of one matrix: the levels come twice.
+        both = MatrixPlan(PackedShape(2 * width, d_model, (*kept, *kept), "rows", group))
+        return ExpertPlan(order_f, (both,), down)
     # One object for gate and up: the rounder detects it and inverts their Hessian once.
     rows = MatrixPlan(PackedShape(width, d_model, kept, "rows", group))
-    down = MatrixPlan(PackedShape(d_model, width, kept, "columns", down_group))
-    return ExpertPlan(order_f, rows, rows, down)
+    return ExpertPlan(order_f, (rows,) if view.form == "plain" else (rows, rows), down)
 
 
 def uniform_plan(view: ExpertView, bits: int, group: int) -> ExpertPlan:
     """Plan an expert with the same bits for all weights, in its original order."""
-    width, d_model = view.gate.shape
-    order_f = torch.arange(width, device=view.gate.device)
-    return tied_plan(order_f, [Level(bits, width)], d_model, group, group)
+    order_f = torch.arange(view.width, device=view.down.device)
+    return tied_plan(view, order_f, [Level(bits, view.width)], group, group)
+
+
+def matrix_weights(block: MoEBlock) -> int:
+    """Return the number of weights that are quantized in a block's experts: biases are not."""
+    return block.matrices * block.d_model * sum(block.widths)

@@ -12,11 +12,10 @@ independent, so each may have its own bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from methods.moe.calibration_statistics import Gram
 from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, quantize_groups
 
 # Attempts to factorize a Hessian; the damping grows tenfold after each failure.
@@ -67,30 +66,7 @@ def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple
     return codes_Rc, error_Rc
 
 
-@dataclass
-class Hessian:
-    """Σ_t x_t x_tᵀ in float32, [C, C], and the number of tokens in the sum."""
-
-    sum_CC: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, columns: int, device: torch.device) -> Hessian:
-        """Return the Hessian of no tokens."""
-        return cls(torch.zeros(columns, columns, dtype=torch.float32, device=device))
-
-    def add(self, x_SC: Tensor) -> None:
-        """Add some tokens."""
-        x_SC = x_SC.float()
-        self.sum_CC.addmm_(x_SC.T, x_SC)
-        self.tokens += len(x_SC)
-
-    def select(self, order_C: Tensor) -> Hessian:
-        """Return the Hessian of the given columns in the given order."""
-        return Hessian(self.sum_CC[order_C][:, order_C], self.tokens)
-
-
-def inverse_factor(hessian: Hessian, damping: float) -> tuple[Tensor, float] | None:
+def inverse_factor(hessian: Gram, damping: float) -> tuple[Tensor, float] | None:
     """Return U upper triangular with Uᵀ U = (H + λ I)⁻¹, float64 [C, C], and the damping used.
 
     λ is `damping` times the mean of H's diagonal. The damping is scaled up by columns / tokens if
@@ -98,8 +74,8 @@ def inverse_factor(hessian: Hessian, damping: float) -> tuple[Tensor, float] | N
     that were always zero additionally get the mean diagonal. Returns None if no damping suffices,
     or if H is zero or not finite.
     """
-    columns = len(hessian.sum_CC)
-    diagonal_C = hessian.sum_CC.diagonal().double()
+    columns = len(hessian.total)
+    diagonal_C = hessian.total.diagonal().double()
     mean = float(diagonal_C.mean()) if columns else 0.0
     if not 0 < mean < float("inf"):
         return None
@@ -112,7 +88,7 @@ def inverse_factor(hessian: Hessian, damping: float) -> tuple[Tensor, float] | N
     dead_C = diagonal_C == 0
     for _ in range(MAX_DAMPING_ATTEMPTS):
         # float64: H is ill-conditioned, and it is factorized, inverted and factorized again.
-        damped_CC = hessian.sum_CC.double()
+        damped_CC = hessian.total.double()
         damped_CC.diagonal().add_(damping * mean + dead_C * mean)
         # cholesky_ex reports failure instead of raising: a singular Hessian is expected here.
         lower_CC, fault = torch.linalg.cholesky_ex(damped_CC)

@@ -15,18 +15,21 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.models.bitpacking.packed_modules import PackedExperts
+from bench.models.bitpacking.packed_modules import PackedExpert, PackedExperts
 from bench.models.bitpacking.packed_shape import Level, PackedShape
 from bench.models.expert_hooks import ExpertObserver, observe_experts
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import onloaded
+from bench.models.structure.dense_layer import is_projection, shape_of
 from bench.models.structure.expert_view import gated_projections
 from bench.models.structure.moe_block import MoEBlock
+from bench.models.structure.ragged_experts import activation_of
 from bench.ui import Progress
+from methods.moe.calibration_statistics import Gram, observe_inputs
 from methods.moe.micro_experts import replace_child
 from methods.moe.quantizer.bit_budget import BitCount, weights_by_bits
-from methods.moe.quantizer.gptq import Hessian
+from methods.moe.quantizer.expert_plan import matrix_weights
 from methods.moe.quantizer.observers import BlockHessians, CompositeObserver, Planner
 from methods.moe.quantizer.rounding import Rounder
 
@@ -71,7 +74,7 @@ class Quantizer:
                 stream = LayerStream(model.network, structure.layers, tokens_BL, self.batch)
                 stack.enter_context(stream)
             for index, layer in enumerate(progress.track(structure.layers, "quantizing layers")):
-                blocks = [block for block in structure.moe if block.layer == index]
+                blocks = [b for b in structure.micro_expert_blocks if b.layer == index]
                 # A stream owns the onloading of its layers; without one each layer is onloaded
                 # here.
                 with onloaded(layer) if stream is None else _onloaded_layer(stream, index):
@@ -99,13 +102,13 @@ class Quantizer:
         if stream is not None:
             # Hessians cost D² + F² floats per expert; rounding to nearest does not need them.
             if self.rounder.kind == "gptq":
-                inputs = {slot.linear: _empty_hessian(slot.linear) for slot in slots}
+                inputs = {slot.linear: Gram.of_inputs(slot.linear) for slot in slots}
                 hessians = _LayerHessians({block: BlockHessians(block) for block in blocks}, inputs)
             # A layer runs twice. Once with its original weights, to measure its true inputs and
             # hidden states; the hidden states between layers do not advance.
             with (
                 observe_experts(hessians.observers(planners), self.chunk),
-                accumulate_hessians(hessians.inputs),
+                observe_inputs(hessians.inputs),
             ):
                 stream.run(index, advance=False)
         for block, planner in planners.items():
@@ -129,12 +132,18 @@ class Quantizer:
         for expert, plan in enumerate(plans):
             hessians = None if observed is None else observed.experts[expert]
             packed.append(self.rounder.expert(block.expert(expert), plan, hessians))
-        replace_child(block.block, block.experts, PackedExperts(packed))
+        if block.feed_forward is not None:
+            (matrices,) = packed
+            block.feed_forward.replace(matrices[:-1], matrices[-1])
+        else:
+            act = activation_of(block.experts)
+            experts = [PackedExpert(gate, up, down, act) for gate, up, down in packed]
+            replace_child(block.block, block.experts, PackedExperts(experts))
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
         shapes = [shape for plan in plans for shape in plan.shapes]
         here = BitCount()
         for tally in (here, self.bit_counts.setdefault("experts", BitCount())):
-            tally.add(3 * block.d_model * sum(block.widths), shapes)
+            tally.add(matrix_weights(block), shapes)
         return {
             "layer": block.layer,
             "name": block.name,
@@ -145,8 +154,8 @@ class Quantizer:
             **planner.details(),
         }
 
-    def _linear(self, slot: LinearSlot, hessian: Hessian | None) -> None:
-        rows, columns = slot.linear.weight.shape
+    def _linear(self, slot: LinearSlot, hessian: Gram | None) -> None:
+        rows, columns = shape_of(slot.linear)
         level = Level(self.bits[slot.role], rows)
         shape = PackedShape(rows, columns, (level,), group=self.group)
         slot.replace(self.rounder.linear(slot.linear, shape, hessian))
@@ -178,7 +187,7 @@ class _LayerHessians:
     """Hessians of one layer: those of its MoE blocks and those of its other linear layers."""
 
     experts: dict[MoEBlock, BlockHessians]
-    inputs: dict[nn.Linear, Hessian]
+    inputs: dict[nn.Module, Gram]
 
     def observers(self, planners: Mapping[MoEBlock, Planner]) -> dict[MoEBlock, ExpertObserver]:
         """Combine the planner and the Hessians of every block into one observer."""
@@ -190,10 +199,6 @@ class _LayerHessians:
         }
 
 
-def _empty_hessian(linear: nn.Linear) -> Hessian:
-    return Hessian.empty(linear.in_features, linear.weight.device)
-
-
 @dataclass(frozen=True)
 class LinearSlot:
     """A linear layer, its role, and its name relative to `owner`."""
@@ -201,7 +206,7 @@ class LinearSlot:
     role: LinearRole
     owner: nn.Module
     name: str
-    linear: nn.Linear
+    linear: nn.Module
 
     def replace(self, module: nn.Module) -> None:
         """Replace the layer."""
@@ -217,28 +222,12 @@ def find_linears(layer: nn.Module, blocks: Sequence[MoEBlock]) -> list[LinearSlo
     shared = {m for b in blocks if b.shared is not None for m in b.shared.modules()}
     # Everything in a MoE block but the shared experts: routed experts have their own plans, and
     # routers and the gate of the shared experts are small, sensitive, and never quantized.
-    routing = {m for b in blocks for m in b.block.modules()} - shared
+    routing = {m for b in blocks for m in b.modules} - shared
     # Recognised by structure and not by name, so this holds for all architectures.
     gated = {part for module in layer.modules() for part in gated_projections(module) or ()}
     found = []
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and module not in routing:
+        if is_projection(module) and module not in routing:
             dense: LinearRole = "dense" if module in gated else "attention"
             found.append(LinearSlot("shared" if module in shared else dense, layer, name, module))
     return found
-
-
-@contextmanager
-def accumulate_hessians(hessians: Mapping[nn.Linear, Hessian]) -> Iterator[None]:
-    """Add the inputs of the layers to their Hessians inside the `with` block."""
-    with ExitStack() as stack:
-        for linear, hessian in hessians.items():
-            stack.callback(linear.register_forward_pre_hook(_hessian_hook(hessian)).remove)
-        yield
-
-
-def _hessian_hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hessian.add(args[0].flatten(0, -2))
-
-    return before

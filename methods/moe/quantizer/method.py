@@ -13,7 +13,7 @@ from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.pruning import refuse_packed, require_calibration, require_experts
+from methods.moe.pruning import refuse_packed, require_calibration, require_micro_experts
 from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
 from methods.moe.quantizer.layer_walk import Quantizer
@@ -44,10 +44,11 @@ BitWidthOrUnquantized = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
 class MoEQuantization(Method):
     """A method that packs the routed experts; a subclass's `planner` allocates their bits.
 
-    Attention, shared experts, dense feed-forward layers and the head have one bit width each, where
-    16 means unquantized; routers and embeddings are never quantized. The papers do not state
-    theirs; 8 for attention and shared experts is what a later comparison used for all its rows
-    (DartMoQP). The head is rounded to nearest.
+    In a decoder without experts, the feed-forward of every layer is a block of one expert. What is
+    outside the blocks has one bit width per role, where 16 means unquantized: attention, shared
+    experts, the dense feed-forward layers of a mixture, and the head. Routers and embeddings are
+    never quantized. The papers do not state theirs; 8 for attention and shared experts is what a
+    later comparison used for all its rows (DartMoQP). The head is rounded to nearest.
 
     Every row has one grid per `group` input columns, from least to greatest weight or, with
     `clip=mse`, of least squared error. GPTQ adds `damping` times the mean diagonal to a Hessian;
@@ -76,13 +77,17 @@ class MoEQuantization(Method):
         """
 
     def check(self, structure: ModelStructure) -> None:
-        """Refuse a model without MoE blocks."""
-        require_experts(structure, type(self).__name__, "quantizes")
+        """Refuse a model without experts or feed-forward layers of a known form."""
+        self.blocks(structure)
+
+    def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
+        """Return the blocks that are packed by plan."""
+        return require_micro_experts(structure, type(self).__name__)
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Quantize layer by layer; the report holds the bits of every block."""
         # Packed weights cannot be quantized again. Offloaded ones are fine: the walk onloads them.
-        refuse_packed(model.structure.moe)
+        refuse_packed(model.structure.micro_expert_blocks)
         started, before = time.perf_counter(), stored_bytes(model.network)
         calibration = require_calibration(context) if self.uses_calibration else None
         quantizer = self._quantizer(self.planners(model, context))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bench.models.expert_hooks import ExpertObserver
 from bench.models.structure.moe_block import MoEBlock
+from methods.moe.calibration_statistics import Gram
 from methods.moe.calibration_walk import NullObserver, require_finite
 from methods.moe.quantizer.expert_plan import ExpertPlan, uniform_plan
-from methods.moe.quantizer.gptq import Hessian
 from methods.moe.quantizer.rounding import ExpertHessians
 
 
@@ -51,7 +51,7 @@ class BlockHessians(NullObserver):
         self._block = block
         device = block.expert(0).down.device
         self.experts = [
-            ExpertHessians(Hessian.empty(block.d_model, device), Hessian.empty(width, device))
+            ExpertHessians(Gram.empty(block.d_model, device), Gram.empty(width, device))
             for width in block.widths
         ]
 
@@ -66,7 +66,7 @@ class BlockHessians(NullObserver):
         for expert in self.experts:
             for hessian in (expert.inputs, expert.hidden):
                 # The diagonal suffices: it sums squares, so one bad value stays visible in it.
-                require_finite(self._block, hessian.sum_CC.diagonal())
+                require_finite(self._block, hessian.total.diagonal())
 
 
 class CompositeObserver:

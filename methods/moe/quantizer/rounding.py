@@ -6,18 +6,21 @@ Shapes: R rows, C columns, D d_model, F an expert's width, f the kept micro-expe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.models.bitpacking.packed_modules import PackedExpert, PackedLinear
+from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.bitpacking.packed_shape import PackedShape
+from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.expert_view import ExpertView
+from methods.moe.calibration_statistics import Gram
 from methods.moe.quantizer.expert_plan import ExpertPlan, MatrixPlan
-from methods.moe.quantizer.gptq import Hessian, gptq, inverse_factor
+from methods.moe.quantizer.gptq import gptq, inverse_factor
 from methods.moe.quantizer.grid import Clip, QuantizedMatrix, round_to_nearest, row_bits
 
 
@@ -25,8 +28,8 @@ from methods.moe.quantizer.grid import Clip, QuantizedMatrix, round_to_nearest, 
 class ExpertHessians:
     """Second moments of an expert's inputs [D, D] and of its hidden states [F, F]."""
 
-    inputs: Hessian
-    hidden: Hessian
+    inputs: Gram
+    hidden: Gram
 
 
 @dataclass
@@ -45,27 +48,31 @@ class Rounder:
 
     def expert(
         self, view: ExpertView, plan: ExpertPlan, hessians: ExpertHessians | None
-    ) -> PackedExpert:
-        """Pack an expert according to its plan."""
+    ) -> list[PackedLinear]:
+        """Pack the matrices of an expert, down last, according to its plan."""
         # Rows of gate and up and columns of down are permuted (or dropped) alike, which leaves the
         # expert's function unchanged; only the down Hessian has micro-experts as columns and must
         # follow.
         order_f, inputs, hidden = plan.order_f, None, None
         if hessians is not None:
             inputs, hidden = hessians.inputs, hessians.hidden.select(order_f)
-        gate, up = self._pair(view.gate[order_f], view.up[order_f], plan, inputs)
-        down = self.matrix(view.down[:, order_f], plan.down, hidden)
-        return PackedExpert(gate, up, down, view.act)
-
-    def linear(
-        self, linear: nn.Linear, shape: PackedShape, hessian: Hessian | None
-    ) -> PackedLinear:
-        """Pack a linear layer; its bias is kept as it is."""
-        packed = self.matrix(linear.weight.detach(), MatrixPlan(shape), hessian)
-        packed.bias = linear.bias
+        packed = self._inputs(view.input_matrices(order_f), plan.inputs, inputs)
+        packed.append(self.matrix(view.down[:, order_f], plan.down, hidden))
+        biases = (*view.input_biases(order_f), view.down_bias)
+        for linear, bias_R in zip(packed, biases, strict=True):
+            if bias_R is not None:
+                linear.bias = nn.Parameter(bias_R.clone(), requires_grad=False)
         return packed
 
-    def matrix(self, weight_RC: Tensor, plan: MatrixPlan, hessian: Hessian | None) -> PackedLinear:
+    def linear(
+        self, projection: nn.Module, shape: PackedShape, hessian: Gram | None
+    ) -> PackedLinear:
+        """Pack a linear layer; its bias is kept as it is."""
+        packed = self.matrix(weight_of(projection), MatrixPlan(shape), hessian)
+        packed.bias = cast(nn.Linear, projection).bias
+        return packed
+
+    def matrix(self, weight_RC: Tensor, plan: MatrixPlan, hessian: Gram | None) -> PackedLinear:
         """Pack one matrix according to its plan."""
         if plan.order_C is not None:
             weight_RC = weight_RC[:, plan.order_C]
@@ -73,27 +80,28 @@ class Rounder:
         bits_RG = row_bits(plan.shape, weight_RC.device)
         return _pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, hessian))
 
-    def _pair(
-        self, gate_fD: Tensor, up_fD: Tensor, plan: ExpertPlan, inputs: Hessian | None
-    ) -> tuple[PackedLinear, PackedLinear]:
-        # A `tied_plan` uses one object for both: same columns, same order, same bits. GPTQ treats
-        # rows independently, so stacking the matrices gives the same codes as two calls, with one
-        # inversion and one pass over the columns.
-        if plan.gate is not plan.up:
-            return self.matrix(gate_fD, plan.gate, inputs), self.matrix(up_fD, plan.up, inputs)
-        shape, width = plan.gate.shape, len(gate_fD)
-        bits_RG = row_bits(shape, gate_fD.device).repeat(2, 1)
-        both = self._round(torch.cat((gate_fD, up_fD)), shape, bits_RG, inputs, matrices=2)
+    def _inputs(
+        self, weights: Sequence[Tensor], plans: Sequence[MatrixPlan], hessian: Gram | None
+    ) -> list[PackedLinear]:
+        # A `tied_plan` uses one object for gate and up: same columns, same order, same bits. GPTQ
+        # treats rows independently, so stacking the matrices gives the same codes as two calls,
+        # with one inversion and one pass over the columns.
+        if len(plans) == 1 or plans[0] is not plans[1]:
+            pairs = zip(weights, plans, strict=True)
+            return [self.matrix(weight_RC, plan, hessian) for weight_RC, plan in pairs]
+        (gate_fD, up_fD), plan = weights, plans[0]
+        width = len(gate_fD)
+        bits_RG = row_bits(plan.shape, gate_fD.device).repeat(2, 1)
+        both = self._round(torch.cat((gate_fD, up_fD)), plan.shape, bits_RG, hessian, matrices=2)
         halves = both.rows(slice(0, width)), both.rows(slice(width, 2 * width))
-        gate, up = (_pack(gate_fD, plan.gate, half) for half in halves)
-        return gate, up
+        return [_pack(gate_fD, plan, half) for half in halves]
 
     def _round(
         self,
         weight_RC: Tensor,
         shape: PackedShape,
         bits_RG: Tensor,
-        hessian: Hessian | None,
+        hessian: Gram | None,
         matrices: int = 1,
     ) -> QuantizedMatrix:
         if self.kind == "gptq" and hessian is not None and hessian.tokens >= self.min_tokens:

@@ -2,33 +2,40 @@
 
 Shapes: E experts of a layer, I hidden neurons of an FFN.
 
-Layouts are those of transformers: `gate_proj`/`up_proj`/`down_proj` linears, `q/k/v/o_proj`
-linears, and experts fused into `gate_up_proj` [E, 2 I, D] and `down_proj` [E, D, I].
+Layouts are those of transformers: dense feed-forwards and attention as `dense_layer` finds them,
+and experts fused into `gate_up_proj` [E, 2 I, D] and `down_proj` [E, D, I].
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import nn
 
 from bench.errors import UserError
+from bench.models.structure.dense_layer import (
+    FeedForward,
+    Heads,
+    feed_forwards,
+    find_heads,
+    is_transposed,
+)
 from methods.wgsef.groups.partition import GroupFamily, Slice
-
-_ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def neurons(network: nn.Module) -> list[GroupFamily]:
     """Return the hidden neurons of every dense FFN: rows of gate and up, columns of down.
 
+    A network with gated FFNs has its plain ones in other parts, such as a vision tower: these are
+    left out.
+
     Raises:
-        UserError: the network has no such FFN.
+        UserError: the network has no FFN of a known form.
     """
-    families = _families(network, _FFN_PROJECTIONS, _neuron_family)
-    return _require_families(families, network, "FFN with gate_proj, up_proj and down_proj")
+    names = {module: name for name, module in network.named_modules()}
+    found = feed_forwards(network)
+    gated = [part for part in found if part.form != "plain"]
+    families = [_neuron_family(names[part.owner], part) for part in gated or found]
+    return _require_families(families, network, "FFN of a known form")
 
 
 def heads(network: nn.Module) -> list[GroupFamily]:
@@ -37,10 +44,12 @@ def heads(network: nn.Module) -> list[GroupFamily]:
     A group owns rows of q, k and v, their biases, and columns of o.
 
     Raises:
-        UserError: the network has no such attention.
+        UserError: the network has no attention with a matrix for each role, or one that normalises
+            the queries of all heads together.
     """
-    families = _families(network, _ATTENTION_PROJECTIONS, _head_family)
-    return _require_families(families, network, "attention with q_proj, k_proj, v_proj and o_proj")
+    names = {module: name for name, module in network.named_modules()}
+    families = [_head_family(names[part.owner], part) for part in find_heads(network)]
+    return _require_families(families, network, "attention with a matrix for each of q, k and v")
 
 
 def experts(network: nn.Module) -> list[GroupFamily]:
@@ -90,46 +99,39 @@ def micro_experts(network: nn.Module) -> list[GroupFamily]:
     return _require_families(families, network, "fused experts")
 
 
-def _families(
-    network: nn.Module,
-    projections: tuple[str, ...],
-    make_family: Callable[[str, nn.Module], GroupFamily],
-) -> list[GroupFamily]:
-    """Make a family of every module that has these linear layers."""
-    return [
-        make_family(name, module)
-        for name, module in network.named_modules()
-        if all(isinstance(getattr(module, part, None), nn.Linear) for part in projections)
-    ]
-
-
-def _neuron_family(name: str, module: nn.Module) -> GroupFamily:
-    gate, up, down = (module.get_submodule(part) for part in _FFN_PROJECTIONS)
-    assert isinstance(down, nn.Linear)
+def _neuron_family(name: str, found: FeedForward) -> GroupFamily:
+    where = f"{name}." if name else ""
+    neuron_R = torch.arange(found.width)
+    # A fused matrix has the gate's rows first and then those of up, in the same order.
+    group_R = neuron_R.repeat(2) if found.form == "fused" else neuron_R
     owned = [
-        Slice.whole(f"{name}.{part}.{key}", (0,), down.in_features)
-        for part, layer in (("gate_proj", gate), ("up_proj", up))
-        for key, _ in layer.named_parameters()
+        Slice(f"{where}{part}.{key}", (axis,), torch.arange(len(group_R)), group_R)
+        for part, source in zip(found.inputs, found.sources, strict=True)
+        for key, axis in (("weight", _row_axis(source)), ("bias", 0))
+        if getattr(source, key) is not None
     ]
-    owned.append(Slice.whole(f"{name}.down_proj.weight", (1,), down.in_features))
-    return GroupFamily(name, "neurons", down.in_features, tuple(owned))
+    columns = 1 - _row_axis(found.down)
+    owned.append(Slice.whole(f"{where}{found.output}.weight", (columns,), found.width))
+    return GroupFamily(name, "neurons", found.width, tuple(owned))
 
 
-def _head_family(name: str, attention: nn.Module) -> GroupFamily:
-    q_proj, k_proj = (attention.get_submodule(part) for part in ("q_proj", "k_proj"))
-    assert isinstance(q_proj, nn.Linear) and isinstance(k_proj, nn.Linear)
-    width = cast(int, attention.head_dim)
-    count = k_proj.out_features // width
-    # Rows of q per KV head: its query heads are consecutive, which is the order in which
-    # transformers' `repeat_kv` pairs them.
-    queries = q_proj.out_features // count
+def _row_axis(projection: nn.Module) -> int:
+    return 1 if is_transposed(projection) else 0
+
+
+def _head_family(name: str, found: Heads) -> GroupFamily:
+    if found.normalised_together:
+        raise UserError(
+            f"{type(found.owner).__name__} normalises the queries of all heads together"
+        )
+    *inputs, output = found.names
     owned = [
-        Slice.whole(f"{name}.{part}.{key}", (0,), count, queries if part == "q_proj" else width)
-        for part in ("q_proj", "k_proj", "v_proj")
-        for key, _ in attention.get_submodule(part).named_parameters()
+        Slice.whole(f"{name}.{part}.{key}", (0,), found.groups, rows)
+        for part, rows in zip(inputs, (found.queries, *[found.head_dim] * 2), strict=True)
+        for key, _ in found.owner.get_submodule(part).named_parameters()
     ]
-    owned.append(Slice.whole(f"{name}.o_proj.weight", (1,), count, queries))
-    return GroupFamily(name, "heads", count, tuple(owned))
+    owned.append(Slice.whole(f"{name}.{output}.weight", (1,), found.groups, found.queries))
+    return GroupFamily(name, "heads", found.groups, tuple(owned))
 
 
 def _fused_experts(network: nn.Module) -> list[tuple[str, int, int]]:

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
+from bench.models.structure.dense_layer import find_heads, weight_of
 from bench.models.structure.model_structure import ModelStructure
-from methods.moe.calibration_statistics import record_input_grams
+from methods.moe.calibration_statistics import Gram, observe_inputs
 from methods.moe.least_squares import refit_columns, refit_error
 from methods.moe.pruning import LayerEntry, require_calibration
 from methods.wgsef.groups import transformer
 from methods.wgsef.groups.partition import GroupFamily
 from methods.wgsef.layerwise.moe_layers import SELECTORS
 from methods.wgsef.layerwise.reconstruction import Reconstruction
-from methods.wgsef.removal import smaller_language_model
+from methods.wgsef.removal import refuse_unstated_heads, smaller_language_model
 
 ModelInputs = Mapping[str, Tensor]
 LAYERS_AT_ONCE = 4
 """Layers measured per pass; the [M, M] Gram matrices are float64, too large to hold all at once."""
-_OUTPUT_PROJECTION = {"neurons": "down_proj", "heads": "o_proj"}
 
 
 class WgsefDecoder(Method):
@@ -67,6 +67,8 @@ class WgsefDecoder(Method):
             )
         for layer in structure.layers:
             self._family(layer, structure.architecture)
+            if self.atoms == "heads" and self.state == "removed":
+                refuse_unstated_heads(cast(Any, find_heads(layer)[0].owner).config)
 
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
@@ -115,7 +117,7 @@ class WgsefDecoder(Method):
         try:
             found = make(layer)
         except UserError as missing:
-            raise UserError(f"{architecture} has a layer without {self.atoms}: {missing}") from None
+            raise UserError(f"{architecture} has no {self.atoms} to remove: {missing}") from None
         if len(found) != 1:
             raise UserError(
                 f"{architecture} has {len(found)} modules with {self.atoms} in a layer, but this "
@@ -123,13 +125,12 @@ class WgsefDecoder(Method):
             )
         return found[0]
 
-    def _readout(self, network: nn.Module, family: GroupFamily) -> nn.Linear:
-        return cast(
-            nn.Linear, network.get_submodule(f"{family.name}.{_OUTPUT_PROJECTION[self.atoms]}")
-        )
+    def _readout(self, network: nn.Module, family: GroupFamily) -> nn.Module:
+        # The weight of the output projection is the last slice of neurons and of heads alike.
+        return network.get_submodule(family.owned_slices[-1].tensor.removesuffix(".weight"))
 
     def _choose(
-        self, family: GroupFamily, readout: nn.Linear, gram_MM: Tensor, tokens: int
+        self, family: GroupFamily, readout: nn.Module, gram_MM: Tensor, tokens: int
     ) -> tuple[Tensor, LayerEntry]:
         """Return a mask [A] of the atoms to remove from a layer, after refitting all others."""
         if not bool(gram_MM.isfinite().all()):
@@ -137,17 +138,17 @@ class WgsefDecoder(Method):
                 f"calibration produced NaN or infinite activations in {family.name}: try "
                 "model.dtype=float32 or different calibration data"
             )
-        width = readout.in_features // family.groups
+        weight_DM = weight_of(readout)
+        width = weight_DM.shape[1] // family.groups
         # Rounded down, so that no layer loses more than `ratio`; as a fraction of the decimal as
         # typed, since in floating point 0.29 * 100 is 28.999...
         exact = Fraction(repr(self.ratio))
         count = max(1, family.groups - math.floor(exact * family.groups))
-        problem = Reconstruction.from_gram(gram_MM / tokens, readout.weight.T, width)
+        problem = Reconstruction.from_gram(gram_MM / tokens, weight_DM.T, width)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
         entry: LayerEntry = {"kept": kept_A.nonzero().flatten().tolist()}
         kept_K = kept_A.repeat_interleave(width).nonzero().flatten()
-        if self.refit and len(kept_K) < readout.in_features:
-            weight_DM = readout.weight
+        if self.refit and len(kept_K) < weight_DM.shape[1]:
             # The selection works on zeroed atoms; the columns that stay can take over part of the
             # lost output.
             columns_DK = refit_columns(gram_MM, weight_DM, kept_K, self.refit_damping).to(weight_DM)
@@ -186,20 +187,20 @@ class OnPrompts(WgsefDecoder):
 
 
 def _grams(
-    model: Model, inputs: Sequence[ModelInputs], readouts: Sequence[nn.Linear]
+    model: Model, inputs: Sequence[ModelInputs], readouts: Sequence[nn.Module]
 ) -> tuple[dict[nn.Module, Tensor], int]:
     """Return ΦᵀΦ of the inputs of the projections, float64 [M, M], and the number of tokens."""
-    found: dict[nn.Module, Tensor] = {}
+    found = {readout: Gram.of_inputs(readout, torch.float64) for readout in readouts}
     tokens = 0
     for call in inputs:
         mask = call.get("attention_mask")
         real_BS = torch.ones_like(call["input_ids"]) if mask is None else mask
         tokens += int(real_BS.sum())
-        with record_input_grams(readouts, real_BS.bool(), found):
+        with observe_inputs(found, real_BS.bool()):
             # Only activations inside the layers are needed: logits of the last position are the
             # least the forward can compute.
             cast(Any, model.network)(**call, use_cache=False, logits_to_keep=1)
-    return found, tokens
+    return {readout: gram.total for readout, gram in found.items()}, tokens
 
 
 def _zero_atoms(network: nn.Module, family: GroupFamily, gone_A: Tensor) -> None:
@@ -214,4 +215,6 @@ def _qualified(family: GroupFamily, layer: str) -> GroupFamily:
         type(part)(f"{layer}.{part.tensor}", part.axes, part.units, part.groups)
         for part in family.owned_slices
     )
-    return GroupFamily(f"{layer}.{family.name}", family.kind, family.groups, owned)
+    # OPT's feed-forward is the layer itself.
+    name = f"{layer}.{family.name}" if family.name else layer
+    return GroupFamily(name, family.kind, family.groups, owned)

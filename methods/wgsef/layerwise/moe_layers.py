@@ -57,12 +57,12 @@ class WgsefLayerwise(MicroExpertPruning, SequentialPruning):
         """Measure, select, refit and remove, layer by layer."""
         calibration = require_calibration(context)
         structure = model.structure
-        refuse_offloaded(structure.moe)
+        refuse_offloaded(structure.micro_expert_blocks)
         tokens = calibration.tokens.numel()
         layers = []
         observed = self.observe_blocks(model, calibration.tokens, ExpertGrams, context.progress)
         for (block, grams), budget in zip(observed, self.budgets(structure), strict=True):
-            require_finite(block, *grams.gram_FF.values())
+            require_finite(block, *(gram.total for gram in grams.grams.values()))
             layers.append(self._prune(block, grams, tokens, budget))
         more = {"calibration": calibration.fingerprint, "tokens": tokens}
         return self.build_report(model, structure, layers, **more)
@@ -73,7 +73,7 @@ class WgsefLayerwise(MicroExpertPruning, SequentialPruning):
             # All tokens of the text, not those routed to the expert: errors of different experts
             # are then in one unit, and a rarely used expert weighs little.
             Reconstruction.from_gram(
-                grams.gram_FF[expert] / tokens, expert_view(block, expert).down.T
+                grams.grams[expert].total / tokens, expert_view(block, expert).down.T
             )
             for expert, _ in expert_spans(block)
         ]

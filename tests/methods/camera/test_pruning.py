@@ -13,7 +13,7 @@ from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
-from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.model_structure import ModelStructure, inspect_model
 from bench.schema import ModelConfig
 from methods.baselines.micro_expert_controls import RandomExperts, RandomMicroExperts
 from methods.camera.pruning import CameraP
@@ -23,7 +23,7 @@ from methods.moe.micro_experts import (
     expert_view,
     zero_micro_experts,
 )
-from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens, unfuse
+from tests.models.tiny_networks import ARCHITECTURES, build, tokens, unfuse
 
 CONTROLS = [RandomExperts, RandomMicroExperts]
 
@@ -190,9 +190,10 @@ def test_controls_follow_the_seed(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_refuses_a_model_without_experts(method):
-    with pytest.raises(UserError, match=r"LlamaForCausalLM.*has none"):
-        method(ratio=0.2).check(inspect_model(llama()))
+def test_refuses_a_model_that_is_no_decoder(method):
+    encoder = ModelStructure("Encoder", "encoder", layers=(), parameters=1)
+    with pytest.raises(UserError, match=r"Encoder.*(has no decoder layers|has none)"):
+        method(ratio=0.2).check(encoder)
 
 
 @pytest.mark.parametrize("method", METHODS)

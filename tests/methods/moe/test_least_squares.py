@@ -72,7 +72,7 @@ def test_the_gram_matrices_hold_every_coefficient(name):
     nothing = torch.tensor([], dtype=torch.int64)
     for expert, _ in expert_spans(block):
         down_DF = expert_view(block, expert).down
-        predicted = refit_error(shown.gram_FF[expert], down_DF, nothing, down_DF[:, nothing])
+        predicted = refit_error(shown.grams[expert].total, down_DF, nothing, down_DF[:, nothing])
         down_DF.zero_()
         measured = float((block.block(x_TD) - y_TD).double().square().sum())
         assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8)

@@ -12,7 +12,7 @@ from bench.method import Context
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.expert_hooks import observe_experts
 from bench.models.layer_stream import LayerStream
-from bench.models.structure.model_structure import inspect_model
+from bench.models.structure.model_structure import ModelStructure, inspect_model
 from methods.camera.allocation import energy_order
 from methods.camera.joint import CameraPQ
 from methods.camera.pruning import CameraP
@@ -29,7 +29,7 @@ from tests.methods.quantization.quantized_networks import (
     network_of,
     rounded_in_place,
 )
-from tests.models.tiny_networks import ARCHITECTURES, build, llama, tokens
+from tests.models.tiny_networks import ARCHITECTURES, build, tokens
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -214,9 +214,9 @@ def test_packed_weights_cannot_be_changed_again(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_refuses_a_model_without_experts(name):
-    with pytest.raises(UserError, match=r"LlamaForCausalLM.*has none"):
-        METHODS[name].check(inspect_model(llama()))
+def test_refuses_a_model_that_is_no_decoder(name):
+    with pytest.raises(UserError, match=r"no decoder layers|has none"):
+        METHODS[name].check(ModelStructure("Encoder", "encoder", layers=(), parameters=1))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "rtn"])

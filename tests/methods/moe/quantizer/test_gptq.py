@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bench.models.bitpacking.packed_shape import Level, PackedShape
-from methods.moe.quantizer.gptq import Hessian, gptq, inverse_factor
+from methods.moe.calibration_statistics import Gram
+from methods.moe.quantizer.gptq import gptq, inverse_factor
 from methods.moe.quantizer.grid import fit_grid, round_to_nearest, row_bits
 
 BY_ROWS = PackedShape(12, 16, (Level(4, 3), Level(3, 4), Level(2, 4), Level(1, 1)), "rows", 8)
@@ -19,7 +20,7 @@ def inputs(tokens=200, columns=16, seed=0):
 
 
 def seen(x_SC):
-    hessian = Hessian.empty(x_SC.shape[1], torch.device("cpu"))
+    hessian = Gram.empty(x_SC.shape[1], torch.device("cpu"))
     for part in torch.split(x_SC, 64):
         hessian.add(part)
     return hessian
@@ -123,7 +124,7 @@ def test_no_factor_without_inputs(value):
 
 def test_chunks_do_not_matter():
     x_SC = inputs()
-    one = Hessian.empty(16, torch.device("cpu"))
+    one = Gram.empty(16, torch.device("cpu"))
     one.add(x_SC)
     assert one.tokens == seen(x_SC).tokens == 200
-    torch.testing.assert_close(one.sum_CC, seen(x_SC).sum_CC, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(one.total, seen(x_SC).total, rtol=1e-4, atol=1e-2)

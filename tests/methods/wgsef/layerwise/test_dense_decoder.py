@@ -161,7 +161,7 @@ def test_a_vision_language_model_loses_heads_of_its_decoder_only(atoms):
     [
         ("mixtral", "neurons", "use wgsef_layerwise"),
         ("qwen2_moe", "neurons", "use wgsef_layerwise"),
-        ("deepseek_v2", "heads", "without heads"),
+        ("deepseek_v2", "heads", "no heads to remove"),
     ],
 )
 def test_layers_without_such_atoms_are_refused(name, atoms, sentence):
