@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo browser test test-all test-gpu coverage check audit format perf clean
+.PHONY: help install demo browser test test-all test-real test-gpu coverage check audit format perf clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,16 +30,20 @@ browser:
 	|| echo "no Chromium: the report's browser tests will be skipped"
 
 test: $(READY) browser ## the tests
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not real'
 
 test-all: $(READY) browser ## the tests and the long proofs
-	HYPOTHESIS_PROFILE=searching $(BIN)/python -m pytest -m 'not gpu'
+	HYPOTHESIS_PROFILE=searching $(BIN)/python -m pytest -m 'not gpu and not real'
+
+# SLIMBENCH_REAL_TASKS=FOLDER adds the tests on real tasks.
+test-real: $(READY) ## the tests on a real checkpoint, which is downloaded once
+	$(BIN)/python -m pytest -rs -m real tests/real
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 coverage: $(READY) browser ## the tests, and the share of lines and branches that they reach
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term --cov-report=html
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not real' --cov --cov-report=term --cov-report=html
 
 check: $(READY) ## lint, format, types, layers, dependencies
 	$(BIN)/ruff check .

@@ -101,6 +101,8 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uses_calibration: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = True
+    """Whether the method reads or writes weights as dense matrices."""
 
     @property
     def uses_prompts(self) -> bool:

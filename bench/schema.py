@@ -5,6 +5,7 @@ A leaf that imports pydantic only, so that every package can read its own sectio
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,7 +25,9 @@ class ModelConfig(BaseModel):
     """One entry of the `model` config group.
 
     `source` is a Hugging Face id, or `embedded:NAME` for a small trained model that ships with the
-    package. `path`, when given, is a local folder that is read instead; `source: local` needs one.
+    package. `path`, when given, is a local folder or GGUF file that is read instead; `source:
+    local` needs one. `adapter`, a folder or a Hugging Face id, is a LoRA adapter that is merged
+    into the weights before anything else happens to them.
     `fresh:ARCHITECTURE` is an untrained image classifier for the data set `images`, its weights
     drawn with `seed`.
 
@@ -44,6 +47,7 @@ class ModelConfig(BaseModel):
     source: str
     path: str | None = None
     revision: str = "main"
+    adapter: str | None = Field(default=None, min_length=1)
     kind: ModelKind = "causal_lm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -56,6 +60,17 @@ class ModelConfig(BaseModel):
     images: str | None = None
     seed: int | None = Field(default=None, ge=0)
     system_prompt: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_adapter(cls, given: Any) -> Any:
+        """Append the adapter to the name, so that tables tell an adapted model from its base."""
+        if isinstance(given, dict) and given.get("adapter") and given.get("name"):
+            adapter = PurePath(str(given["adapter"])).name
+            # Validated again when a recorded run is repeated: the name has it by then.
+            if adapter and not str(given["name"]).endswith(f"+{adapter}"):
+                return {**given, "name": f"{given['name']}+{adapter}"}
+        return given
 
     @model_validator(mode="after")
     def _local_needs_path(self) -> ModelConfig:

@@ -1,10 +1,11 @@
-"""Names under which Hydra finds slimbench's sweepers and launchers.
+"""Names under which Hydra finds slimbench's sweepers, launchers and source of models.
 
 Hydra discovers plug-ins in this namespace package only, and whenever it starts it loads every
 module of it as a separate copy. The implementations are therefore in `bench.sweeps.launchers`, and
 optional libraries are imported when they are used.
 """
 
+from bench.config import model_names
 from bench.sweeps import grid_sweeper, optuna_sweeper
 from bench.sweeps.launchers import joblib_pool, local, ray_cluster, slurm_array
 
@@ -35,3 +36,11 @@ class SubmititLauncher(slurm_array.SubmititLauncher):
 
 class RayLauncher(ray_cluster.RayLauncher):
     """Jobs on a Ray cluster, started on this machine or an existing one."""
+
+
+class ModelNames(model_names.ModelNames):
+    """Configs of models that are given by hub id, folder or file."""
+
+
+class ModelNamesPath(model_names.ModelNamesPath):
+    """The place of `ModelNames` in Hydra's search path."""

@@ -24,6 +24,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench.config import model_names
 from bench.config.gate import check_overrides
 from bench.config.overrides import Overrides, parse_error
 from bench.config.run_config import RunConfig, validate
@@ -116,8 +117,13 @@ def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
 
 def _unknown_choice(error: MissingConfigException) -> UserError:
     missing = error.missing_cfg_file or ""
-    group, _, name = str(missing).rpartition("/")
-    return unknown_name(group.strip("/") or "config", name, error.options or [])
+    group, slash, name = str(missing).partition("/")
+    if not slash:
+        group, name = "", group
+    if group == model_names.GROUP:
+        known = unknown_name(group, name, error.options or [])
+        return UserError(f"{known}; or {model_names.ACCEPTED}")
+    return unknown_name(group or "config", name, error.options or [])
 
 
 def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:

@@ -95,6 +95,7 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     # A path says where something is; its content is part of the run id by fingerprint.
     for group in ("model", "calibration", "prompts"):
         chosen.get(group, {}).pop("path", None)
+    chosen["model"].pop("adapter", None)
     # A mapping of task to local data: the tasks matter, their folders do not.
     chosen["benchmark"]["data"] = sorted(plain["benchmark"]["data"])
     for text in chosen["benchmark"]["perplexity"].values():

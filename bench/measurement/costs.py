@@ -142,7 +142,14 @@ def _size_costs(model: Model) -> list[Cost]:
             value=counted.active,
             how="analytic",
         ),
-        Cost(scope="model", quantity="bytes", unit="B", value=counted.bytes, how="counted"),
+        Cost(
+            scope="model",
+            quantity="bytes",
+            unit="B",
+            # In memory a quantized checkpoint may be dense: what it saves is in its files.
+            value=model.quantization.bytes if model.quantization else counted.bytes,
+            how="counted",
+        ),
     ]
 
 

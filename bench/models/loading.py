@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -15,6 +12,8 @@ import torch
 from bench.data.chat import Processor, Tokenizer
 from bench.device import devices
 from bench.errors import UserError
+from bench.models import checkpoints
+from bench.models.checkpoints import one_sentence_errors
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
@@ -26,17 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
-
-# Exceptions that transformers raises for a folder from which it cannot build a model.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    ImportError,
-    RuntimeError,
-    AttributeError,
-)
 
 
 class _NetworkClass(Protocol):
@@ -59,10 +47,12 @@ def skeleton(source: ModelSource) -> nn.Module:
     description = replaced_modules.read_description(source.folder)
     # The constructor runs under the meta device, so even a 100 GB model is inspected in seconds;
     # replaced modules are rebuilt inside the block for the same reason.
-    with _one_sentence_errors(source), torch.device("meta"):
+    with one_sentence_errors(source.given), torch.device("meta"):
         network = _published_network(source)
         if description is not None:
             replaced_modules.install_described_modules(network, description)
+    if source.adapter is not None:
+        checkpoints.refuse_other_base(source.adapter, network)
     return network
 
 
@@ -118,13 +108,13 @@ def load_model(source: ModelSource) -> Model:
             have, or contains NaN.
     """
     device = devices.select_device(source.config.device)
-    with _one_sentence_errors(source):
+    with one_sentence_errors(source.given):
         network = _load_network(source, device)
     # Methods that train turn gradients on for what they train; everything else runs without a
     # graph.
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
-    with _one_sentence_errors(source):
+    with one_sentence_errors(source.given):
         tokenizer, processor = _load_tokenizer_and_processor(source)
     return Model(
         config=source.config,
@@ -133,6 +123,7 @@ def load_model(source: ModelSource) -> Model:
         processor=processor,
         fingerprint=source.fingerprint,
         revision=source.revision,
+        quantization=source.quantization,
         device=next(network.parameters()).device,
     )
 
@@ -171,6 +162,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
     if config.kind == "image_classifier":
         return load_classifier(source, device)
     folder = offload.offload_folder() if config.device_map else None
+    quantized = source.quantization.loading_settings if source.quantization else {}
     network, report = _network_class(source).from_pretrained(
         source.folder,
         config=_network_config(source),
@@ -181,6 +173,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         # Pickled weights can run code when opened; transformers would fall back to them.
         use_safetensors=True,
         **_local_files(source),
+        **quantized,
         # Without the report, transformers initialises missing weights at random and only warns.
         output_loading_info=True,
     )
@@ -193,7 +186,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         if keys:
             names = ", ".join(keys[:3])
             raise UserError(f"{source.folder} has {len(keys)} {kind} weights, such as {names}")
-    return network
+    return checkpoints.merge_adapter(network, source.adapter) if source.adapter else network
 
 
 def _network_class(source: ModelSource) -> _NetworkClass:
@@ -274,28 +267,6 @@ def _refuse_nan(network: nn.Module, config: ModelConfig) -> None:
         # implemented for 8-bit floats.
         if readable and weight.element_size() > 1 and bool(weight.amax().isnan()):
             raise UserError(f"the weights of {config.name} contain NaN, for instance in {name}")
-
-
-@contextmanager
-def _one_sentence_errors(source: ModelSource) -> Iterator[None]:
-    """Turn exceptions of transformers into one sentence, and suppress its warnings."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    # Verbosity and progress bars are global state of transformers: both are restored, since the
-    # caller may be a library user.
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise UserError(f"{source.folder} cannot be loaded: {reason}") from error
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def classifier_skeleton(source: ModelSource) -> Classifier:

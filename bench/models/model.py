@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bench.models.checkpoints import Quantization
     from bench.models.structure.model_structure import ModelStructure
 
 
@@ -38,7 +39,8 @@ class Model:
     call.
 
     `fingerprint` is a SHA-256 over the weights as they were on disk; `revision` is the commit that
-    the requested revision resolved to, None for local folders.
+    the requested revision resolved to, None for local folders. `quantization` says how a checkpoint
+    is stored that was quantized already; None for dense ones.
     """
 
     config: ModelConfig
@@ -48,6 +50,7 @@ class Model:
     revision: str | None
     device: torch.device
     processor: Any = None
+    quantization: Quantization | None = None
     overhead: Callable[[], AbstractContextManager[TimedWork]] | None = None
     needs_pixels: bool = False
     needs_prompt: bool = False

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import MissingData, UserError, unknown_name
-from bench.models import embedded
+from bench.models import checkpoints, embedded
 from bench.models.hashing import fingerprint
 from bench.schema import ModelConfig
 
@@ -151,20 +151,20 @@ IGNORE_PATTERNS = ["*/*", "consolidated*"]
 class ModelSource:
     """A model's files, found and checked; no weights are in memory.
 
-    `fingerprint` is a SHA-256 over the weight files; `revision` is the hub's commit, None
-    otherwise. Fresh weights have no files: `folder` is that of the code that draws them, and
-    `fingerprint` covers what they depend on.
+    `fingerprint` is a SHA-256 over the weight files, the adapter's included; `revision` is the
+    hub's commit, None otherwise. Fresh weights have no files: `folder` is that of the code that
+    draws them, and `fingerprint` covers what they depend on. `given` is the folder or GGUF file
+    that was given; of a GGUF file, `folder` is the conversion.
     """
 
     config: ModelConfig
     folder: Path
     fingerprint: str
     revision: str | None
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weight files."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+    given: Path
+    adapter: Path | None = None
+    adapter_revision: str | None = None
+    quantization: checkpoints.Quantization | None = None
 
 
 def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
@@ -176,13 +176,80 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     """
     _gate_remote_code(config)
     if is_fresh(config):
-        return ModelSource(config, fresh_folder(), fresh_fingerprint(config), None)
+        refuse_adapter(config, "drawn at random")
+        return ModelSource(config, fresh_folder(), fresh_fingerprint(config), None, fresh_folder())
+    if config.path is not None and config.path.endswith(checkpoints.GGUF_SUFFIX):
+        return _gguf_source(config, offline=offline)
     folder, revision = _model_folder(config, offline=offline)
     # Before anything in the folder is opened, config.json included.
     refuse_outside_links(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
-    return ModelSource(config, folder, fingerprint(find_weight_files(folder)), revision)
+    files = find_weight_files(folder)
+    quantization = checkpoints.find_quantization(folder, files)
+    if quantization is not None:
+        refuse_adapter(config, f"quantized by {quantization.method}")
+    source = ModelSource(
+        config, folder, fingerprint(files), revision, folder, quantization=quantization
+    )
+    return _with_adapter(source, files, offline=offline)
+
+
+def refuse_adapter(config: ModelConfig, weights: str) -> None:
+    """Raise if an adapter is to be merged into weights that cannot take it."""
+    if config.adapter is not None:
+        raise UserError(
+            f"model.adapter={config.adapter}: the weights of {config.name} are {weights}, "
+            "and an adapter is merged into dense weights of a trained model"
+        )
+
+
+def _gguf_source(config: ModelConfig, *, offline: bool) -> ModelSource:
+    from bench.device.devices import select_device, select_dtype
+
+    file = checkpoints.find_gguf(Path(str(config.path)).expanduser())
+    if config.kind != "causal_lm":
+        raise UserError(f"model.path={config.path}: a GGUF file needs model.kind=causal_lm")
+    dtype = select_dtype(config.dtype, select_device(config.device))
+    folder = checkpoints.converted_gguf(file, dtype)
+    source = ModelSource(config, folder, fingerprint([file]), None, file)
+    return _with_adapter(source, (file,), offline=offline)
+
+
+def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool) -> ModelSource:
+    """Return the source with its config's adapter, found and checked without reading weights."""
+    config = source.config
+    if config.adapter is None:
+        return source
+    if config.kind == "image_classifier" or config.device_map is not None:
+        raise UserError(
+            f"model.adapter={config.adapter} is for language models with model.device_map=null"
+        )
+    folder, revision = _adapter_folder(config.adapter, offline=offline)
+    refuse_outside_links(folder)
+    checkpoints.adapter_settings(folder)
+    weights = folder / checkpoints.ADAPTER_WEIGHTS
+    check_header(weights)
+    return replace(
+        source,
+        fingerprint=fingerprint((*files, weights)),
+        adapter=folder,
+        adapter_revision=revision,
+    )
+
+
+def _adapter_folder(adapter: str, *, offline: bool) -> tuple[Path, str | None]:
+    """Return the folder of an adapter's files and their commit; `adapter` may be ID@REVISION."""
+    folder = Path(adapter).expanduser()
+    if folder.is_dir():
+        return folder.absolute(), None
+    name, _, revision = adapter.partition("@")
+    # A name on the hub has exactly one slash; anything else was meant as a folder.
+    if adapter.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise MissingData(f"model.adapter={adapter} is neither a folder nor ORG/NAME on the hub")
+    request = HubRequest(name, revision or "main", f"adapter {name}", f"model.adapter={adapter}")
+    wanted = [checkpoints.ADAPTER_CONFIG, checkpoints.ADAPTER_WEIGHTS]
+    return _hub_folder(request, wanted, offline=offline)
 
 
 def prefetch_model(config: ModelConfig) -> Path:
@@ -216,7 +283,22 @@ def _model_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | No
         return folder.absolute(), None
     if config.source.startswith(EMBEDDED_PREFIX):
         return _embedded_folder(config.source.removeprefix(EMBEDDED_PREFIX)), None
-    return _hub_folder(config, offline=offline)
+    # Python files are not even downloaded unless the model may run them.
+    wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
+    request = HubRequest(
+        config.source,
+        config.revision,
+        f"model {config.source} at revision {config.revision}",
+        _model_choice(config),
+    )
+    return _hub_folder(request, wanted, offline=offline)
+
+
+def _model_choice(config: ModelConfig) -> str:
+    """Return the overrides that choose a model of the hub."""
+    if config.name != config.source or config.revision == "main":
+        return f"model={config.name}"
+    return f"model={config.name} model.revision={config.revision}"
 
 
 def _embedded_folder(name: str) -> Path:
@@ -227,8 +309,20 @@ def _embedded_folder(name: str) -> Path:
     return embedded_folder / name
 
 
-def _hub_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:
-    """Return the snapshot folder of a hub model and its commit."""
+@dataclass(frozen=True)
+class HubRequest:
+    """A repository of the hub, the words for it in messages, and the overrides that ask for it."""
+
+    repository: str
+    revision: str
+    words: str
+    overrides: str
+
+
+def _hub_folder(
+    request: HubRequest, wanted: list[str], *, offline: bool
+) -> tuple[Path, str | None]:
+    """Return the snapshot folder of a repository and its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -239,37 +333,37 @@ def _hub_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None
         RevisionNotFoundError,
     )
 
-    model = f"model {config.source} at revision {config.revision}"
-    # Python files are not even downloaded unless the model may run them.
-    wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
+    name = request.words
     try:
         folder = snapshot_download(
-            config.source,
-            revision=config.revision,
+            request.repository,
+            revision=request.revision,
             allow_patterns=wanted,
             ignore_patterns=IGNORE_PATTERNS,
             local_files_only=offline,
         )
     except HFValidationError:
-        raise UserError(f"model.source={config.source} is not a name on the hub") from None
+        raise UserError(f"model.source={request.repository} is not a name on the hub") from None
     # Order matters: GatedRepoError is a RepositoryNotFoundError, and all are HfHubHTTPErrors.
     except GatedRepoError:
-        raise MissingData(f"{model} is gated: request access on the hub and log in") from None
+        raise MissingData(f"{name} is gated: request access on the hub and log in") from None
     except RevisionNotFoundError:
-        raise UserError(f"{model}: this revision does not exist") from None
+        raise UserError(f"{name}: this revision does not exist") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{model}: the model does not exist or is private") from None
+        raise UserError(
+            f"{name}: it does not exist on the hub or is private, and is no folder here"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
-        raise MissingData(_not_cached_message(model, config.name, offline=offline)) from None
+        raise MissingData(_not_cached_message(request, offline=offline)) from None
     # Snapshot folders are named by the commit that the revision resolved to.
     return Path(folder), Path(folder).name
 
 
-def _not_cached_message(model: str, name: str, *, offline: bool) -> str:
+def _not_cached_message(request: HubRequest, *, offline: bool) -> str:
     where = "and offline=true" if offline else "and the hub cannot be reached"
     return (
-        f"{model} is not in the local cache {where}: run `bench prefetch model={name}` with "
-        "network access, or set model.path=FOLDER"
+        f"{request.words} is not in the local cache {where}: run `bench prefetch "
+        f"{request.overrides}` with network access, or set model.path=FOLDER"
     )
 
 

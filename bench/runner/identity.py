@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.config.run_config import identity_of
+from bench.models.checkpoints import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from bench.method import Method
@@ -35,12 +36,17 @@ _SCORING_CODE = ("data", "device", "evaluation", "models", "method.py", "runner"
 _CODE_SUFFIXES = (".py", ".yaml")
 
 
-def model_files_identity(folder: Path, *, remote_code: bool) -> dict[str, str]:
+def model_files_identity(
+    folder: Path, *, remote_code: bool, adapter: Path | None = None
+) -> dict[str, str]:
     """Return the hash of every file that loading a model reads, its weights excepted."""
     patterns = (*_MODEL_FILES, "*.py") if remote_code else _MODEL_FILES
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     # Read on every run, and not looked up by time and size as weights are: the files are small.
-    return {f"file {file.relative_to(folder)}": _hash_files([file]) for file in sorted(files)}
+    named = {f"file {file.relative_to(folder)}": file for file in sorted(files)}
+    if adapter is not None:
+        named[f"adapter {ADAPTER_CONFIG}"] = adapter / ADAPTER_CONFIG
+    return {name: _hash_files([file]) for name, file in named.items()}
 
 
 def method_identity(method: Method) -> str:

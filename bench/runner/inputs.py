@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.errors import UserError
 from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
 from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
@@ -53,6 +54,8 @@ class RunInputs:
         # A model is fixed only if the config names the commit itself; a branch such as main may
         # move.
         from_hub.append(self.source.revision not in (None, config.model.revision))
+        adapter = (config.model.adapter or "").partition("@")[2]
+        from_hub.append(self.source.adapter_revision not in (None, adapter))
         return any(from_hub) or self.calibration_inputs.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
@@ -62,7 +65,8 @@ class RunInputs:
         # set.
         named = set(_string_leaves(config.plain())) - {str(config.results_dir)}
         found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
-        return [self.source.folder, *map(Path, sorted(filter(os.path.exists, found)))]
+        places = [self.source.given, *filter(None, [self.source.adapter])]
+        return [*places, *map(Path, sorted(filter(os.path.exists, found)))]
 
 
 def resolve_run(config: RunConfig, session: Session) -> RunInputs:
@@ -86,9 +90,12 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     structure = inspect_model(skeleton)
     for method in config.method.values():
         method.check(structure)
+    refuse_quantized(source, config)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
-    model_files = model_files_identity(source.folder, remote_code=config.model.trust_remote_code)
+    model_files = model_files_identity(
+        source.folder, remote_code=config.model.trust_remote_code, adapter=source.adapter
+    )
     if config.model.kind != "image_classifier":
         tokenizer = loading.load_tokenizer(source, frozenset(model_files.items()))
         loading.check_tokenizer(config.model, tokenizer, skeleton)
@@ -114,6 +121,19 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     }
     run = run_id({"config": decided, **identity})
     return RunInputs(run, source, planned, calibration_inputs, versions, identity)
+
+
+def refuse_quantized(source: ModelSource, config: RunConfig) -> None:
+    """Raise if a method would change weights that are quantized already."""
+    if source.quantization is None:
+        return
+    for name, method in config.method.items():
+        if method.changes_weights:
+            raise UserError(
+                f"method={name} changes dense weights, and those of model {config.model.name} are "
+                f"quantized by {source.quantization.method}: leave the method out, or give the "
+                "checkpoint that was quantized"
+            )
 
 
 def _string_leaves(node: object) -> Iterator[str]:

@@ -41,7 +41,7 @@ def describe_dense_model(model: Model) -> DenseModel:
         fingerprint=model.fingerprint,
         architecture=model.structure.architecture,
         parameters=count_parameters(model.network),
-        bytes=stored_bytes(model.network),
+        bytes=model.quantization.bytes if model.quantization else stored_bytes(model.network),
     )
 
 

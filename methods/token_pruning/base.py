@@ -43,6 +43,7 @@ class TokenPruning(VisualStrategy):
 
     # The method's name in messages and reports; equal to the name of its config.
     label: ClassVar[str]
+    changes_weights: ClassVar[bool] = False
     reads_tower: ClassVar[bool] = False
 
     def check(self, structure: ModelStructure) -> None:

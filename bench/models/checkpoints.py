@@ -1,0 +1,364 @@
+"""What a checkpoint can be besides a folder of dense safetensors: GGUF, LoRA adapter, quantized.
+
+A GGUF file is converted once into a folder of safetensors in the user's cache. An adapter is
+compared with the base's shapes before weights are loaded, and merged into them. A quantized
+checkpoint is loaded for scoring; its bytes are those of its files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bench.errors import MissingData, UserError, optional_module
+from bench.models.hashing import digest
+from bench.models.network import text_config
+from bench.ui import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bench.models.network import TransformersNetwork
+
+# Exceptions that transformers raises for a folder from which it cannot build a model.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+)
+
+
+@contextmanager
+def one_sentence_errors(
+    place: Path, errors: tuple[type[Exception], ...] = LOADING_ERRORS
+) -> Iterator[None]:
+    """Turn exceptions of transformers into one sentence, and suppress its warnings."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    # Verbosity and progress bars are global state of transformers: both are restored, since the
+    # caller may be a library user.
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Meant: the settings of `Quantization` replace those of the checkpoint's config.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            yield
+    except errors as error:
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise UserError(f"{place} cannot be loaded: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+GGUF_SUFFIX = ".gguf"
+_GGUF_MAGIC = b"GGUF"
+
+
+def find_gguf(path: Path) -> Path:
+    """Return the absolute path of a GGUF file.
+
+    Raises:
+        MissingData: there is no such file.
+        UserError: it is not a GGUF file.
+    """
+    if not path.is_file():
+        raise MissingData(f"model.path={path} is not a file")
+    with path.open("rb") as stream:
+        if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    return path.absolute()
+
+
+def converted_gguf(file: Path, dtype: torch.dtype) -> Path:
+    """Return a folder with a GGUF file's config, tokenizer and dequantized weights.
+
+    Raises:
+        UserError: the package gguf is not installed, or transformers cannot convert the file.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # The conversion is that of transformers, whose versions may differ in it.
+    made_by = f"{str(dtype).removeprefix('torch.')}-transformers-{version('transformers')}"
+    folder = base / "slimbench" / "gguf" / f"{digest(file)}-{made_by}"
+    if folder.is_dir():
+        return folder
+    optional_module("gguf", "gguf")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        with Progress().phase(f"converting {file.name} into safetensors, once"):
+            _convert_gguf(file, work, dtype)
+        # Two processes may convert at once; whichever is second finds the folder and drops its own.
+        if not folder.is_dir():
+            (work / "converted").rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(file: Path, work: Path, dtype: torch.dtype) -> None:
+    """Write the folder `converted` in `work`."""
+    import transformers
+
+    # Alone in a folder of its own: transformers also reads the config and tokenizer files that lie
+    # beside a GGUF file, whatever model they belong to.
+    source = work / "source"
+    source.mkdir()
+    (source / "model.gguf").symlink_to(file.resolve())
+    settings: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
+    dense: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Newer versions keep the weights in GGUF's blocks where they have a kernel for it.
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # Any exception: the readers take lengths and offsets from the file as they are.
+    with one_sentence_errors(file, (Exception,)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **settings)
+        network, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **settings, **dense
+        )
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing:
+        raise UserError(f"{file} lacks {len(missing)} weights, such as {missing[0]}")
+    # transformers takes a network from GGUF for quantized, and refuses to save it.
+    network.hf_quantizer = None
+    network.config.__dict__.pop("quantization_config", None)
+    network.save_pretrained(work / "converted")
+    tokenizer.save_pretrained(work / "converted")
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_PREFIX = "base_model.model."
+_ADAPTER_KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|embedding_A|embedding_B"
+    r"|magnitude_vector(?:\.weight)?)"
+)
+
+# What decides the numbers of a plain LoRA. Everything else in a config is about training, or names
+# modules to import: it is not passed on.
+_LORA_SETTINGS = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias",
+    "use_rslora", "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "lora_bias",
+)  # fmt: skip
+_UNSUPPORTED_LORA = (
+    "layer_replication", "megatron_config", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+)  # fmt: skip
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a LoRA adapter that decide its numbers.
+
+    Raises:
+        UserError: the folder holds no LoRA adapter in safetensors, or one of a kind that is not
+            merged here.
+    """
+    file = folder / ADAPTER_CONFIG
+    key = f"model.adapter={folder}"
+    if not file.is_file():
+        raise UserError(f"{key} is not an adapter of peft: it has no {ADAPTER_CONFIG}")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"{key} has no {ADAPTER_WEIGHTS}: only adapters in safetensors are read, since a "
+            "pickled file can run code when opened"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file} is corrupt: it names no peft_type") from None
+    if kind != "LORA":
+        raise UserError(f"{key} is of peft_type {kind}: only LORA is merged")
+    for name in _UNSUPPORTED_LORA:
+        if config.get(name):
+            raise UserError(f"{key} sets {name}, which is not merged: train it without")
+    return {name: config[name] for name in _LORA_SETTINGS if name in config}
+
+
+def refuse_other_base(folder: Path, network: nn.Module) -> None:
+    """Raise unless every matrix of an adapter fits the module of the network that it changes.
+
+    The network may be on the meta device; no weight is read.
+    """
+    settings, modules = adapter_settings(folder), dict(network.named_modules())
+    state = network.state_dict()
+    key, architecture = f"model.adapter={folder}", type(network).__name__
+    for name, shape in _adapter_shapes(folder).items():
+        found = _ADAPTER_KEY.fullmatch(name)
+        target = found["module"] if found else name
+        weight = state.get(f"{target}.weight" if found else target)
+        if weight is None:
+            raise UserError(
+                f"{key} is for another base: it changes {target}, which {architecture} lacks"
+            )
+        module = modules[target if found else target.rpartition(".")[0]]
+        wanted = _wanted_shape(found["part"] if found else "", module, tuple(weight.shape))
+        if len(wanted) != len(shape) or any(
+            size not in (None, given) for size, given in zip(wanted, shape, strict=True)
+        ):
+            raise UserError(
+                f"{key} is for another base: its {name} is {_product(shape)}, and {target} of "
+                f"{architecture} is {_product(weight.shape)}"
+            )
+        if _is_tied(network, module):
+            # Merged, the change would reach the other one as well, which the training did not see.
+            raise UserError(f"{key} changes {target}: {architecture} ties its head and embedding")
+    if not settings.get("target_modules"):
+        raise UserError(f"{key} names no target_modules")
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter, by its name in the base."""
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is corrupt: {str(error).splitlines()[0]}") from None
+    if not shapes or not all(key.startswith(_ADAPTER_PREFIX) for key in shapes):
+        raise UserError(f"{file} holds no weights of an adapter as peft writes them")
+    return {key.removeprefix(_ADAPTER_PREFIX): shape for key, shape in shapes.items()}
+
+
+def _wanted_shape(part: str, module: nn.Module, weight: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Return the shape that a part of an adapter needs for a weight; None where any size fits."""
+    if not part:  # a module that was trained whole
+        return weight
+    rows, columns = weight
+    # GPT-2's Conv1D stores its weight as [in, out].
+    outputs, inputs = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
+    if part.startswith("magnitude_vector"):
+        return (outputs,)
+    return {
+        "A.weight": (None, inputs),
+        "B.weight": (outputs, None),
+        "embedding_A": (None, rows),
+        "embedding_B": (columns, None),
+    }[part]
+
+
+def _is_tied(network: nn.Module, module: nn.Module) -> bool:
+    """Return whether a module is the embedding or the head of a network that ties the two."""
+    whole = cast("TransformersNetwork", network)
+    # By the config: on the meta device tied weights are separate tensors.
+    tied = bool(getattr(text_config(network), "tie_word_embeddings", False))
+    return tied and module in (whole.get_input_embeddings(), whole.get_output_embeddings())
+
+
+def _product(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def merge_adapter(network: nn.Module, folder: Path) -> nn.Module:
+    """Add a LoRA adapter to the weights it was trained for, and return the network.
+
+    Raises:
+        UserError: peft is not installed, or the adapter is for another base.
+    """
+    peft = optional_module("peft", "adapters")
+    # A library user may load without having built the skeleton, where a run checks it.
+    refuse_other_base(folder, network)
+    config = peft.LoraConfig(**adapter_settings(folder), inference_mode=True)
+    adapted = peft.PeftModel.from_pretrained(network, folder, config=config)
+    reached = {
+        name.removeprefix(_ADAPTER_PREFIX)
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    matches = map(_ADAPTER_KEY.fullmatch, _adapter_shapes(folder))
+    if reached != {found["module"] for found in matches if found}:
+        raise UserError(f"model.adapter={folder}: its target_modules and its weights do not agree")
+    # `safe_merge` refuses to write NaN into a weight.
+    merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+    return merged
+
+
+# Of the quantizers of transformers: the packages that each needs, as imported and as installed.
+_QUANTIZERS = {
+    "compressed-tensors": ("compressed_tensors", "'slimbench[quantized]'"),
+    "gptq": ("gptqmodel", "gptqmodel optimum"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint is stored that was quantized before it came here.
+
+    `method` is transformers' name of it; `bytes` counts the tensors in the files, scales and
+    zero points included.
+    """
+
+    method: str
+    bytes: int
+    quantizes_activations: bool = False
+
+    @property
+    def loading_settings(self) -> dict[str, Any]:
+        """Settings with which transformers loads the checkpoint."""
+        if self.method != "compressed-tensors" or self.quantizes_activations:
+            return {}
+        # compressed-tensors computes with dequantized weights in any case, from the first forward
+        # on. Dequantized at once, the network is the same before and after it.
+        from transformers import CompressedTensorsConfig
+
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
+def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | None:
+    """Return how the checkpoint in a folder is quantized; None if it is dense.
+
+    Raises:
+        UserError: it is quantized by a method that is not supported or needs another package.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = config.get("quantization_config") or config.get("compression_config")
+    except (ValueError, AttributeError):
+        return None  # transformers explains what is wrong with it
+    if not stored:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method not in _QUANTIZERS:
+        raise UserError(
+            f"{folder} is quantized by {method}, which is not supported: "
+            f"allowed: {', '.join(_QUANTIZERS)}"
+        )
+    package, install = _QUANTIZERS[method]
+    if find_spec(package) is None:
+        raise UserError(f"{folder} is quantized by {method}: pip install {install}")
+    groups = stored.get("config_groups")
+    schemes = groups.values() if isinstance(groups, dict) else ()
+    activations = any(isinstance(s, dict) and s.get("input_activations") for s in schemes)
+    return Quantization(method, sum(map(_tensor_bytes, files)), activations)
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Return the size of a safetensors file without its header."""
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")

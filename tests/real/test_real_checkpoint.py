@@ -1,0 +1,160 @@
+"""SmolLM2 through the whole of slimbench, compared with plain transformers and plain lm-eval."""
+
+import json
+import math
+
+import lm_eval
+import peft
+import pytest
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+
+from bench.cli.main import main
+from bench.errors import UserError
+from bench.evaluation import BenchmarkConfig, evaluate, plan
+from tests.evaluation.text.test_harness_equality import assert_equal
+from tests.models.quantized_folder import write_quantized
+from tests.real.conftest import load
+
+PROMPT = "The capital of France is"
+TASKS = ("arc_easy", "piqa", "openbookqa", "boolq", "rte", "hellaswag")
+
+
+def next_word(network, tokenizer):
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return tokenizer.decode(network(ids).logits[0, -1].argmax())
+
+
+def plain(folder):
+    """The network of a folder, by transformers alone."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(network, tokenizer, prompt=PROMPT):
+    with torch.no_grad():
+        return network(tokenizer(prompt, return_tensors="pt")["input_ids"]).logits
+
+
+def test_the_gguf_file_is_the_model_that_was_published(model):
+    config = model.network.config
+    shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    assert shape == (30, 576, 1536)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
+    assert config.tie_word_embeddings
+    assert next_word(model.network, model.tokenizer) == " Paris"
+    asked = [{"role": "user", "content": "Hello"}]
+    assert "<|im_start|>user\nHello<|im_end|>" in model.tokenizer.apply_chat_template(
+        asked, tokenize=False
+    )
+
+
+def test_a_run_is_given_the_gguf_file_by_name(gguf, run):
+    choice = [f"model={gguf}", "benchmark=perplexity_micro", "benchmark.limit=1", "costs.length=32"]
+    (record,) = run(*choice)
+    assert record.model.name == "SmolLM2-135M-Instruct.Q4_1"
+    assert record.model.parameters == 134_515_008
+    assert record.model.bytes >= 4 * record.model.parameters
+    (again,) = run(*choice)
+    assert again.id == record.id
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_real_tasks_agree_with_lm_eval_per_sample(task, model, real_tasks):
+    file = real_tasks / f"{task}.parquet"
+    data = {task: str(file)}
+    assert_equal(model, BenchmarkConfig(name="real", tasks=(task,), data=data, limit=8))
+
+
+def test_perplexity_is_that_of_a_direct_computation(model, real_tasks, folder):
+    file = real_tasks.parent / "wikitext2" / "test.parquet"
+    if not file.is_file():
+        pytest.skip(f"there is no {file}")
+    config = {"text": "wikitext2", "protocol": "gptq_wikitext2", "path": str(file)}
+    benchmark = BenchmarkConfig(name="wikitext2", perplexity={"wikitext2": config}, limit=2)
+    (found,) = evaluate(model, plan(benchmark, offline=True)).metrics
+
+    import pandas
+
+    text = "\n\n".join(pandas.read_parquet(file)["text"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0, : 2 * 2048].view(2, 1, 2048)
+    network = plain(folder)
+    with torch.no_grad():
+        losses = [float(network(row, labels=row).loss) for row in ids]
+    assert found.value == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
+
+
+def test_an_adapter_by_peft_is_merged(folder, tmp_path):
+    targets = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    adapted = peft.get_peft_model(plain(folder), peft.LoraConfig(task_type="CAUSAL_LM", **targets))
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.eval()
+
+    ours = load(folder, adapter=str(tmp_path / "adapter"))
+    expected = logits(adapted, ours.tokenizer)
+    torch.testing.assert_close(logits(ours.network, ours.tokenizer), expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(logits(plain(folder), ours.tokenizer), expected, atol=1e-1)
+
+    # The same adapter for a base of another width.
+    small = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=30,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="for another base"):
+        load(tmp_path / "small", adapter=str(tmp_path / "adapter"))
+
+
+def test_a_quantized_checkpoint_is_scored_as_it_is_stored(folder, run, tmp_path):
+    quantized = tmp_path / "w8"
+    network = plain(folder)
+    network.save_pretrained(quantized)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(quantized)
+    reference = write_quantized(network, quantized, bits=8)
+
+    ours = load(quantized)
+    torch.testing.assert_close(
+        logits(ours.network, tokenizer), logits(reference, tokenizer), atol=1e-3, rtol=1e-3
+    )
+    assert next_word(ours.network, tokenizer) == " Paris"
+    small = ["benchmark=perplexity_micro", "benchmark.limit=1", "costs.length=32"]
+    (record,) = run(f"model={quantized}", *small)
+    assert record.model.parameters == 134_515_008
+    # 28.3 million embeddings in float32, the rest in 8 bits, and scales.
+    assert 219e6 < record.model.bytes < 225e6
+    with pytest.raises(UserError, match="method=rtn changes dense weights"):
+        run(f"model={quantized}", *small, "method=rtn")
+
+
+def test_an_exported_model_scores_the_same_in_plain_lm_eval(gguf, run, real_tasks, tmp_path):
+    file = real_tasks / "arc_easy.parquet"
+    chosen = [
+        "benchmark=nine_tasks", "benchmark.tasks=[arc_easy]", "benchmark.limit=12",
+        f"benchmark.data.arc_easy={file}", "costs.length=32",
+        "method=shortgpt", "method.shortgpt.count=3", "calibration.rows=2", "calibration.length=64",
+    ]  # fmt: skip
+    (record,) = run(f"model={gguf}", *chosen)
+    place = tmp_path / "exported"
+    assert main(["export", record.id, str(place), "--results-dir", str(tmp_path / "results")]) == 0
+    assert json.loads((place / "config.json").read_text())["num_hidden_layers"] == 27
+
+    planned = plan(
+        BenchmarkConfig(name="real", tasks=("arc_easy",), data={"arc_easy": str(file)}),
+        offline=True,
+    )
+    tasks = {task.name: task.tasks[task.name] for task in planned.harness.tasks}
+    theirs = lm_eval.evaluator.evaluate(
+        HFLM(pretrained=str(place), dtype="float32", device="cpu", batch_size=4),
+        {"tasks": tasks},
+        limit=12,
+        bootstrap_iters=1,
+    )["results"]["arc_easy"]
+    ours = {metric.metric: metric.value for metric in record.metrics if metric.task == "arc_easy"}
+    assert (ours["acc"], ours["acc_norm"]) == (theirs["acc,none"], theirs["acc_norm,none"])
