@@ -68,7 +68,7 @@ def _published_network(source: ModelSource) -> nn.Module:
 def load_tokenizer(source: ModelSource, files: frozenset[tuple[str, str]]) -> Tokenizer:
     """Load the tokenizer of a language model alone; `files` are the model's files with hashes."""
     # Cached by the content of the files, since every run of a sweep asks.
-    with _one_sentence_errors(source):
+    with one_sentence_errors(source):
         tokenizer, _ = _load_tokenizer_and_processor(source)
     assert tokenizer is not None
     return tokenizer
