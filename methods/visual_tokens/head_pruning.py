@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -12,6 +15,7 @@ from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
+from bench.models.vlm.decoder_view import decoder_layers
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.settings import DroppedHeads
 from methods.visual_engine.strategy import VisualStrategy
@@ -30,9 +34,10 @@ from methods.visual_tokens.calibration_stats import Queries
 class HeadPruning(VisualStrategy):
     """Keep the query heads that attend to the image; drop the others from visual computation.
 
-    The number of heads is set in one of three ways: `counts`, heads for every layer or the name of
-    a released mask whose counts are used; `threshold`, the paper's tau on visual over text
-    attention; or `keep`, a share of all heads, for which the threshold is derived. A head stays if
+    Heads are set in one of four ways: `mask`, a file that says which heads stay, such as a released
+    one; `counts`, heads for every layer or the name of a released mask whose counts are used;
+    `threshold`, the paper's tau on visual over text attention; or `keep`, a share of all heads, for
+    which the threshold is derived. A head stays if
     its ratio exceeds the threshold in more than `votes` of the samples, where the ratio is that of
     the prompt's `last` token or of all its `text` (`queries`); the first `whole_layers` layers stay
     whole. `keep` is taken over all layers, as in the release (`over=all`), or over those that
@@ -45,6 +50,7 @@ class HeadPruning(VisualStrategy):
     """
 
     keep: float = Field(default=0.5, ge=0, le=1)
+    mask: str | None = None
     counts: str | list[int] | None = None
     threshold: float | None = Field(default=None, ge=0)
     votes: float = Field(default=0.4, ge=0, lt=1)
@@ -58,8 +64,13 @@ class HeadPruning(VisualStrategy):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if self.counts is not None and self.threshold is not None:
-            raise ValueError("counts and threshold are both set: set one of them to null")
+        given = [
+            name for name in ("mask", "counts", "threshold") if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are set: set all but one of them to null")
+        if self.mask is not None and self.choose != "scored":
+            raise ValueError(f"choose={self.choose}: a mask chooses the heads itself")
         if self.threshold is not None and self.choose != "scored":
             raise ValueError(f"choose={self.choose}: threshold needs choose=scored")
         if isinstance(self.counts, str) and self.counts not in RELEASED_HEAD_COUNTS:
@@ -70,11 +81,14 @@ class HeadPruning(VisualStrategy):
     @property
     def uses_prompts(self) -> bool:
         """Whether heads are scored on the run's prompts."""
-        return self.choose == "scored" and self.calibration_folder is None
+        return self.choose == "scored" and self.calibration_folder is None and self.mask is None
 
     def check(self, structure: ModelStructure) -> None:
-        """Also refuse counts that are not one per layer."""
+        """Also refuse a mask that does not fit, and counts that are not one per layer."""
         super().check(structure)
+        if self.mask is not None:
+            sizes = [layer.attention_view().heads for layer in decoder_layers(structure)]
+            read_head_mask(Path(self.mask), sizes)
         counts = self._counts()
         if counts is not None and len(counts) != len(structure.layers):
             raise UserError(
@@ -87,15 +101,19 @@ class HeadPruning(VisualStrategy):
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Choose each layer's heads, set them in the plan and report their numbers."""
-        score_LH, origin = self._scores(engine, context)
-        kept = self._choose(score_LH, engine.plan.cut)
+        sizes = [layer.attention_view().heads for layer in engine.decoder.layers]
+        if self.mask is not None:
+            kept, origin = read_head_mask(Path(self.mask), sizes), "mask"
+        else:
+            score_LH, origin = self._scores(engine, context)
+            kept = self._choose(score_LH, engine.plan.cut)
         engine.plan.keep_heads(kept)
         engine.plan.dropped_heads = self.dropped_heads
         if self.reorder and self.execution == "skip":
             engine.weight_cache.reorder()
         heads = [list(layer) for layer in kept]
         total = sum(len(layer) for layer in heads)
-        return {"heads": heads, "kept": total, "of": score_LH.numel(), "scores": origin}
+        return {"heads": heads, "kept": total, "of": sum(sizes), "scores": origin}
 
     def _scores(self, engine: VisualEngine, context: Context) -> tuple[Tensor, str]:
         """Return a score for every head, [L, H], and its origin."""
@@ -115,9 +133,38 @@ class HeadPruning(VisualStrategy):
         return top_heads_by_share(score_LH, self.keep, self.whole_layers, reached)
 
 
-# Heads kept per layer by the released LLaVA-1.5-7B masks, counted from the three boolean masks in
-# the paper's repository; which heads they keep is not reproduced here. The counts of the 13B masks
-# are only partly known, so they are left out.
+def read_head_mask(file: Path, heads: Sequence[int]) -> KeptHeads:
+    """Read which heads of every layer are kept from a NumPy array of bool, [L, H].
+
+    `heads` are the numbers of heads of the network's layers. The paper's release has its masks in
+    this form (`LLaVA/headmask/headmask_7b_16.npy` and others).
+
+    Raises:
+        UserError: the file is no such array, or not for this network.
+    """
+    wanted = f"method.head_pruning.mask={file}"
+    try:
+        # Without pickle: an array of objects could run code.
+        keep_LH = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{wanted}: there is no such file") from None
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{wanted} is not an array that numpy.save wrote") from None
+    if not isinstance(keep_LH, np.ndarray) or keep_LH.dtype != np.bool_:
+        kind = getattr(keep_LH, "dtype", "several arrays")
+        raise UserError(f"{wanted} holds {kind}: give an array of bool, one row per layer")
+    if keep_LH.shape != (len(heads), heads[0]) or len(set(heads)) > 1:
+        shape = "x".join(map(str, keep_LH.shape))
+        raise UserError(
+            f"{wanted} is for {shape} (layers x heads), but the model has {len(heads)} layers of "
+            f"{' or '.join(map(str, sorted(set(heads))))} heads: use the mask of this model"
+        )
+    return [tuple(row_H.nonzero()[0].tolist()) for row_H in keep_LH]
+
+
+# Heads kept per layer by the released LLaVA-1.5 masks, counted from the boolean masks in the
+# paper's repository (ZhangAIPI/YOPO_MLLM_Pruning, LLaVA/headmask); which heads they keep is in
+# those files only (`mask`).
 # fmt: off
 RELEASED_HEAD_COUNTS: dict[str, list[int]] = {
     "llava_7b_8": [
@@ -131,5 +178,21 @@ RELEASED_HEAD_COUNTS: dict[str, list[int]] = {
     "llava_7b_24": [
         32, 32, 32, 19, 24, 17, 21, 27, 26, 23, 27, 24, 28, 31, 31, 27,
         29, 27, 23, 28, 25, 21, 20, 19, 18, 21, 20, 13, 18, 22, 16, 32,
+    ],
+    "llava_13b_5": [
+        40, 40, 0, 0, 0, 0, 0, 0, 2, 0, 3, 2, 1, 3, 3, 7, 6, 7, 4, 6,
+        5, 2, 4, 5, 5, 6, 5, 3, 4, 1, 4, 2, 4, 0, 3, 1, 5, 4, 4, 9,
+    ],
+    "llava_13b_10": [
+        40, 40, 4, 3, 0, 5, 2, 7, 13, 8, 10, 8, 12, 20, 9, 14, 14, 16, 17, 12,
+        14, 16, 9, 9, 9, 9, 8, 5, 5, 2, 4, 2, 6, 2, 4, 6, 7, 6, 9, 21,
+    ],
+    "llava_13b_20": [
+        40, 40, 29, 24, 7, 21, 16, 11, 21, 21, 19, 20, 23, 28, 24, 25, 32, 26, 26, 25,
+        21, 26, 20, 12, 17, 12, 14, 11, 11, 9, 15, 10, 15, 10, 16, 16, 18, 18, 17, 32,
+    ],
+    "llava_13b_30": [
+        40, 40, 40, 38, 31, 32, 29, 27, 33, 29, 33, 28, 33, 32, 32, 34, 39, 33, 32, 35,
+        30, 31, 31, 23, 23, 23, 22, 23, 16, 24, 28, 29, 28, 25, 30, 27, 24, 29, 26, 35,
     ],
 }

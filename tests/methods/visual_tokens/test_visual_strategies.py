@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -116,11 +117,54 @@ def test_a_budget_that_cannot_be_met_says_what_can():
 
 
 def test_official_counts_are_reachable():
-    score = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
-    for name, total in (("llava_7b_8", 260), ("llava_7b_16", 499), ("llava_7b_24", 773)):
+    totals = {
+        "llava_7b_8": 260, "llava_7b_16": 499, "llava_7b_24": 773,
+        "llava_13b_5": 200, "llava_13b_10": 407, "llava_13b_20": 798, "llava_13b_30": 1197,
+    }  # fmt: skip
+    assert totals.keys() == RELEASED_HEAD_COUNTS.keys()
+    for name, total in totals.items():
+        size = len(RELEASED_HEAD_COUNTS[name])
+        score = torch.rand(size, size, generator=torch.Generator().manual_seed(0))
         kept = top_heads_by_count(score, RELEASED_HEAD_COUNTS[name])
         assert [len(layer) for layer in kept] == RELEASED_HEAD_COUNTS[name]
         assert sum(map(len, kept)) == total
+
+
+def test_a_mask_file_says_which_heads_stay(tmp_path):
+    file = tmp_path / "headmask.npy"
+    mask_LH = np.array([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=bool)
+    np.save(file, mask_LH)
+    model = loaded("llava_llama")
+    method = HeadPruning(mask=str(file))
+    assert not method.uses_prompts
+    method.check(model.structure)
+    report = method.apply(model, Context(seed=1))
+    assert report.details["heads"] == [[0, 1, 2, 3], [1], [], [0, 3]]
+    assert (report.details["kept"], report.details["of"]) == (7, 16)
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (np.ones((4, 5), dtype=bool), r"is for 4x5 .* the model has 4 layers of 4 heads"),
+        (np.ones((3, 4), dtype=bool), r"is for 3x4 "),
+        (np.ones(4, dtype=bool), r"is for 4 "),
+        (np.ones((4, 4)), "holds float64: give an array of bool"),
+        (np.array([[print]], dtype=object), "is not an array that numpy.save wrote"),
+        (b"no array", "is not an array that numpy.save wrote"),
+        (b"", "is not an array that numpy.save wrote"),
+        (None, "there is no such file"),
+    ],
+    ids=str,
+)
+def test_a_mask_that_does_not_fit_is_refused(tmp_path, content, match):
+    file = tmp_path / "headmask.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        np.save(file, content, allow_pickle=True)
+    with pytest.raises(UserError, match=match):
+        HeadPruning(mask=str(file)).check(loaded("llava_llama").structure)
 
 
 def test_counts_given_by_hand():
@@ -173,6 +217,8 @@ def test_random_choices_follow_the_seed():
         (NeighborAttention, {"window": 4}),
         (NeighborAttention, {"radius": 2}),
         (HeadPruning, {"counts": [1], "threshold": 0.1}),
+        (HeadPruning, {"mask": "m.npy", "counts": [1]}),
+        (HeadPruning, {"mask": "m.npy", "choose": "first"}),
         (HeadPruning, {"counts": "llava_70b"}),
         (HeadPruning, {"threshold": 0.1, "choose": "first"}),
         (SparseFFN, {"keep": 0}),
