@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 import bench
 from bench.cli.main import main
 from bench.config.composition import compose_run_config, hydra_config_tree
-from bench.config.gate import SHIPPED_HYDRA, check_plan
+from bench.config.gate import SHIPPED_HYDRA, check_plan, refuse_unplanned
 from bench.config.overrides import Overrides
 from bench.config.sweep_checks import Admitted, admit, admit_plan, alternative_configs
 from bench.errors import UserError
@@ -127,7 +127,7 @@ def test_a_plan_asks_and_only_this_command_allows(asked):
             check_plan(HERE, Overrides.parse(arguments), runs, [])
         check_plan(HERE, Overrides.parse(arguments), runs, [asked])
     with pytest.raises(UserError, match="resuming changes nothing"):
-        check_plan(HERE, Overrides.parse(["seed=1"]), [], [asked])
+        refuse_unplanned(HERE, Overrides.parse(["seed=1"]), [["seed=2"]], [asked])
 
 
 @pytest.mark.parametrize("asked", [
@@ -279,7 +279,8 @@ def test_no_message_holds_a_control_character(words, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(("overrides", "reason"), [
-    (["method=camera_p", "method.camera_p.ratio=[0.1,0.2]"], "ratio"), (["seed=99999999999999999999999"], "seed"),
+    (["method=camera_p", "method.camera_p.ratio=[0.1,0.2]"], "ratio"),
+    (["seed=99999999999999999999999"], "seed"),
     (["method=camera_p", "+method.x={1: 2}"], "method"), (["objective='a\x07'"], "control"),
     (["costs.timing.max_seconds=inf"], "finite"), (["+method.'[x]'={a: 1}"], "method"),
 ])  # fmt: skip
