@@ -5,6 +5,7 @@ A leaf that imports pydantic only, so that every package can read its own sectio
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
@@ -315,7 +316,8 @@ WANDB_INIT_SECONDS = 20.0
 class TrackerConfig(BaseModel):
     """One entry of the `tracker` config group: Weights & Biases, or none.
 
-    Sending a record is abandoned after `timeout` seconds; `bench track` sends it later.
+    Sending a record is abandoned after `timeout` seconds; `bench track` sends it later. `samples`
+    false keeps the scored samples, and with them all prompts and answers, on this machine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -325,6 +327,15 @@ class TrackerConfig(BaseModel):
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
     timeout: float = Field(default=120, gt=0)
+    samples: bool = True
+
+    @field_validator("project", "entity")
+    @classmethod
+    def _no_key(cls, name: str | None) -> str | None:
+        # W&B's key is 40 hexadecimal digits, as is a commit, so only its place tells.
+        if name is not None and re.fullmatch("[0-9a-f]{40}", name):
+            raise ValueError("40 hexadecimal digits are a W&B key and no name; revoke the key")
+        return name
 
 
 class CalibrationConfig(BaseModel):

@@ -183,7 +183,9 @@ def _add_record_commands(command: AddCommand) -> None:
     track = command(
         "track", "records:track", "send records to W&B again; without RUN: all, and an overview"
     )
-    track.add_argument("runs", nargs="*", metavar="RUN")
+    track.add_argument(
+        "runs", nargs="*", metavar="RUN", help="or tracker.entity=NAME, for records that name it"
+    )
     doctor = command(
         "doctor", "doctor:run_command", "installed packages, devices, and what works offline"
     )

@@ -50,8 +50,8 @@ def hydra_config_tree() -> Iterator[ConfigLoader]:
 
 def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and validate the config of one run; raises `UserError` if it is wrong."""
-    check_overrides(Overrides.parse(overrides))
     with hydra_errors_as_user_errors(overrides), hydra_config_tree():
+        check_overrides(Overrides.parse(overrides))
         return validated(hydra_compose("config", overrides=list(overrides)))
 
 

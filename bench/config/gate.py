@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -111,7 +111,9 @@ def check_composed(composed: DictConfig) -> None:
     for key, value in _node_leaves(whole, ""):
         _refuse_node_resolvers(key, value)
     own = whole.pop("hydra")
-    refuse_foreign_code(whole, composed.get("packages") or ())
+    packages = whole.get("packages")
+    # Anything else than a list allows nothing; validation says what is wrong with it.
+    refuse_foreign_code(whole, packages if isinstance(packages, list) else ())
     for key, shipped in SHIPPED_HYDRA.items():
         found = own
         for part in key.split("."):
@@ -175,10 +177,18 @@ def check_plan(
             f"the plan of sweep {name} asks for {', '.join(unsaid)}, which no plan can allow: "
             f"if you trust it, give it again: {command}"
         )
-    known = {text_of(override) for override in asked}
+
+
+def refuse_unplanned(
+    folder: Path, arguments: Overrides, runs: Iterable[Sequence[str]], repeated: Sequence[str]
+) -> None:
+    """Raise if an argument that was given again is not in the plan; see `check_plan`."""
+    known = {*arguments.texts, *(text for run in runs for text in run)}
     for text in repeated:
         if text not in known:
-            raise UserError(f"{text} is not in the plan of sweep {name}: resuming changes nothing")
+            raise UserError(
+                f"{text} is not in the plan of sweep {folder.name}: resuming changes nothing"
+            )
 
 
 def _is_same_folder(override: Override, folder: Path) -> bool:
@@ -223,7 +233,7 @@ def _is_below(key: str, parent: str) -> bool:
 def _single_values(overrides: Iterable[Override]) -> Iterator[Override]:
     """Yield overrides with one value each: a sweep over mappings as one override per mapping."""
     for override in overrides:
-        values = list(sweep_values(override)) if override.is_sweep_override() else []
+        values = list(sweep_values(override)) if _is_choice(override) else []
         if any("{" in value for value in values):
             key = override.get_key_element()
             yield from Overrides.parse([f"{key}={value}" for value in values]).parsed
@@ -231,11 +241,18 @@ def _single_values(overrides: Iterable[Override]) -> Iterator[Override]:
             yield override
 
 
+def _is_choice(override: Override) -> bool:
+    """Tell whether an override lists its values; a range may have billions."""
+    return override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP)
+
+
 def _leaves(override: Override) -> Iterator[tuple[str, object]]:
     """Yield every dotted key that an override sets, with its value or, of a sweep, each value."""
     key = override.key_or_group.replace("/", ".")
-    if override.is_sweep_override():
+    if _is_choice(override):
         yield from ((key, value) for value in sweep_values(override))
+    elif override.is_sweep_override():
+        yield key, text_of(override).partition("=")[2]
     else:
         yield from _node_leaves(override.value(), f"{key}.")
 
@@ -280,8 +297,26 @@ def plan_arguments(arguments: Sequence[str], name: str) -> Overrides:
 
 
 def listed_runs(composed: DictConfig) -> list[list[str]]:
-    """Return the overrides that the sweeper's own config gives to runs, one list per run or key."""
+    """Return the overrides that the sweeper's own config gives to runs, one list per run or key.
+
+    Raises:
+        UserError: they are no lists of texts, or no mapping of keys to texts.
+    """
     sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=False)
-    runs = [list(map(str, run)) for run in sweeper.get("runs") or []]
-    keys = {**(sweeper.get("params") or {}), **(sweeper.get("space") or {})}
-    return [*runs, *([f"{key}={values}"] for key, values in keys.items())]
+    found = [
+        [str(_typed(text, str, "runs")) for text in _typed(run, list, "runs")]
+        for run in _typed(sweeper.get("runs"), list, "runs")
+    ]
+    for name in ("params", "space"):
+        values = _typed(sweeper.get(name), dict, name)
+        found += [[f"{key}={text}"] for key, text in values.items()]
+    return found
+
+
+_KINDS = {list: "list", dict: "mapping", str: "text"}
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"hydra.sweeper.{name}: {value!r} is no {_KINDS[kind]}")
+    return kind() if value is None else value

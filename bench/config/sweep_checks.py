@@ -26,6 +26,7 @@ from bench.config.gate import (
     check_run,
     listed_runs,
     plan_arguments,
+    refuse_unplanned,
 )
 from bench.config.overrides import Overrides, sweep_values, text_of
 from bench.config.run_config import RunConfig
@@ -124,7 +125,9 @@ def admit_plan(
     check_plan(folder, overrides, jobs, repeated)
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
         composed = _first_composition(overrides)
-    check_plan(folder, overrides, [*jobs, *listed_runs(composed)], repeated)
+    runs = [*jobs, *listed_runs(composed)]
+    check_plan(folder, overrides, runs, repeated)
+    refuse_unplanned(folder, overrides, runs, repeated)
     return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed))
 
 

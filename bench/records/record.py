@@ -223,6 +223,9 @@ class Record(_FrozenModel):
             _require_object(config[name], name)
         for name, knobs in config.get("method", {}).items():
             _require_object(knobs, f"method.{name}")
+        packages = config.get("packages", [])
+        if not isinstance(packages, list):
+            raise ValueError("packages is no list")
         benchmark = config.get("benchmark", {})
         if not isinstance(benchmark.get("name"), str):
             raise ValueError("benchmark.name is no text")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from bench.errors import UserError
 from bench.records import Record, Store
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, Setting, build_leaderboard
 from bench.reporting.tables.cell_text import line_text
@@ -32,27 +37,51 @@ def sync_all(
     records: Sequence[Record],
     page: Path,
     tables: Sequence[Table] = (),
+    entities: Collection[str] = (),
 ) -> Iterator[tuple[str, str | None]]:
-    """Send all records and one overview per project; yield each name and its error, if any."""
-    yield from sync_runs(store, records)
+    """Send all records and one overview per project; yield each name and its error, if any.
+
+    `entities` are those that the person at the keyboard allows; see `tracker_of`.
+    """
+    yield from sync_runs(store, records, entities)
     projects: dict[TrackerConfig, list[Record]] = defaultdict(list)
     for record in records:
-        projects[tracker_of(record)].append(record)
+        with suppress(UserError):
+            projects[tracker_of(record, entities)].append(record)
     for config, group in projects.items():
         overview = build_overview(build_leaderboard(group), page, tables)
         yield f"overview of {config.project}", track_overview(overview, config, store.root)
 
 
-def sync_runs(store: Store, records: Sequence[Record]) -> Iterator[tuple[str, str | None]]:
+def sync_runs(
+    store: Store, records: Sequence[Record], entities: Collection[str] = ()
+) -> Iterator[tuple[str, str | None]]:
     """Send records; yield each id with one sentence if sending failed."""
     for record in records:
-        yield record.id, track(record, store, tracker_of(record))
+        try:
+            yield record.id, track(record, store, tracker_of(record, entities))
+        except UserError as error:
+            yield record.id, str(error)
 
 
-def tracker_of(record: Record) -> TrackerConfig:
-    """Return where a record is sent: its own tracker settings, always with kind `wandb`."""
+def tracker_of(record: Record, entities: Collection[str] = ()) -> TrackerConfig:
+    """Return where a record is sent: its own tracker settings, always with kind `wandb`.
+
+    Raises:
+        UserError: the settings are not valid, or name an entity that is not allowed.
+    """
     # A run without a tracker is sent as well: the user asked for all records to be in W&B.
-    return TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
+    try:
+        config = TrackerConfig(**{**record.config.get("tracker", {}), "kind": "wandb"})
+    except (ValidationError, TypeError):
+        raise UserError(f"run {record.id} is not sent: its tracker settings are damaged") from None
+    # A record may come from somebody else, and its overview holds everybody's records.
+    if config.entity not in (None, os.environ.get("WANDB_ENTITY"), *entities):
+        raise UserError(
+            f"run {record.id} is not sent: it names the W&B entity {config.entity!r}, which no "
+            f"record can allow; add tracker.entity={config.entity} to this command"
+        )
+    return config
 
 
 def build_overview(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.config.run_config import identity_of
+from bench.errors import UserError
 from bench.models.checkpoints import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -145,11 +146,14 @@ def identity_differences(one: Record, other: Record) -> list[dict[str, str]]:
 def _flat_identity(record: Record) -> dict[str, str]:
     """Return all parts of a recorded run's identity, the config by its dotted keys."""
     parts = record.provenance.get("identity") or {}
-    config = identity_of(
-        record.config,
-        calibrated=record.provenance.get("calibration") is not None,
-        prompted=record.provenance.get("prompts") is not None,
-    )
+    try:
+        config = identity_of(
+            record.config,
+            calibrated=record.provenance.get("calibration") is not None,
+            prompted=record.provenance.get("prompts") is not None,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the config of run {record.id} is not whole: {error}") from None
     # As in the id: the resolved device and dtype stand among the parts.
     for key in ("device", "dtype"):
         config["model"].pop(key, None)

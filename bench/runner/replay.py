@@ -70,7 +70,7 @@ def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:
     from bench.config.run_config import validate
 
     given = _repeated(allowed)
-    knobs, stored_model = dict(record.config["method"]), dict(record.config["model"])
+    knobs, stored_model = record.config.get("method", {}), dict(record.config.get("model", {}))
     for name in knobs:
         if not _GROUP_NAME.fullmatch(name):
             raise UserError(
@@ -109,18 +109,18 @@ def _refuse_unsaid(record: Record, given: Overrides) -> None:
     """Raise if the run asked for code that this command does not allow; the message says how."""
     unsaid = []
     packages = given.value("packages")
-    stored = record.config.get("packages") or ["methods"]
+    stored = list(map(str, record.config.get("packages") or ["methods"]))
     if not set(stored) <= {"methods", *(packages if isinstance(packages, list) else ())}:
         unsaid.append(f"packages=[{','.join(stored)}]")
         # A third party's methods are found only with the search path that the run was given.
         with suppress(UserError, ValueError):
             command = Overrides.parse(shlex.split(record.command)[2:])
             unsaid += command.setting("hydra.searchpath")
-    if record.config["model"].get("trust_remote_code") and not given.is_true(REMOTE_CODE):
+    model = record.config.get("model", {})
+    if model.get("trust_remote_code") and not given.is_true(REMOTE_CODE):
         unsaid.append(f"{REMOTE_CODE}=true")
-        path = record.config["model"].get("path")
-        if path is not None:
-            unsaid.append(f"model.path={path}")
+        if model.get("path") is not None:
+            unsaid.append(f"model.path={model['path']}")
     if unsaid:
         raise UserError(
             f"run {record.id} used {', '.join(unsaid)}, which no record can allow: if you trust "

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from bench.records.record import JsonObject, Record
+from bench.records.store import CONFIG, RECORD, SAMPLES
 from bench.schema import WANDB_INIT_SECONDS, TrackerConfig
+from bench.security import redact
 
 if TYPE_CHECKING:
     from wandb import Run, Table
@@ -54,7 +57,8 @@ def send_record(
         tags=[record.model.name, *(m.name for m in record.methods), *record.marks],
         config_of_run={**record.config, "record": record.id},
     ) as (wandb, run, kept):
-        _log_record(wandb, run, record, folder)
+        files = (RECORD, CONFIG, SAMPLES) if config.samples else (RECORD, CONFIG)
+        _log_record(wandb, run, record, [folder / name for name in files])
     return kept
 
 
@@ -77,7 +81,7 @@ def open_wandb_run(
     # Absolute, so that it stays valid if the working directory changes.
     home = (results_dir / "wandb_home").resolve()
     home.mkdir(parents=True, exist_ok=True)
-    with _wandb_files_below(home):
+    with _wandb_files_below(home), _masked_arguments():
         # Imported with the variables set, so that not even the import writes elsewhere.
         import wandb
 
@@ -91,7 +95,12 @@ def open_wandb_run(
             # A host program may already have a W&B run open, which must not be taken over.
             reinit="create_new",
             settings=wandb.Settings(
-                console="off", silent=True, init_timeout=min(WANDB_INIT_SECONDS, config.timeout)
+                console="off",
+                silent=True,
+                init_timeout=min(WANDB_INIT_SECONDS, config.timeout),
+                # The address of a Git remote may hold a token; a record names the commit.
+                disable_git=True,
+                save_code=False,
             ),
             name=name,
             job_type=job_type,
@@ -105,7 +114,7 @@ def open_wandb_run(
             run.finish()
 
 
-def _log_record(wandb: ModuleType, run: Run, record: Record, folder: Path) -> None:
+def _log_record(wandb: ModuleType, run: Run, record: Record, files: Sequence[Path]) -> None:
     run.summary.update(wandb_summary(record))
     metrics = [m.model_dump() for m in record.metrics]
     # Tables hold plain values only, so the parts of a cost become JSON text.
@@ -118,7 +127,10 @@ def _log_record(wandb: ModuleType, run: Run, record: Record, folder: Path) -> No
             run.log({name: wandb.Table(columns=columns, data=data)})
     _log_histories(run, record)
     artifact = wandb.Artifact(f"record-{record.id}", type="record")
-    artifact.add_dir(str(folder))
+    # By name, and no links: a folder from elsewhere may hold more than a record, or lead to it.
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            artifact.add_file(str(file))
     run.log_artifact(artifact)
 
 
@@ -167,6 +179,18 @@ def wandb_mode(config: TrackerConfig) -> WandbMode:
     import wandb
 
     return "online" if wandb.api.api_key else "offline"
+
+
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Hide secrets on the command line of this process, which W&B stores with every run."""
+    # It may be a host program's, whose arguments are none of ours.
+    before = sys.argv
+    sys.argv = list(map(redact, before))
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 import bench
 from bench.cli.main import main
 from bench.config.composition import compose_run_config, hydra_config_tree
-from bench.config.gate import SHIPPED_HYDRA, check_plan
+from bench.config.gate import SHIPPED_HYDRA, check_plan, refuse_unplanned
 from bench.config.overrides import Overrides
 from bench.config.sweep_checks import Admitted, admit, admit_plan, alternative_configs
 from bench.errors import UserError
@@ -127,7 +127,7 @@ def test_a_plan_asks_and_only_this_command_allows(asked):
             check_plan(HERE, Overrides.parse(arguments), runs, [])
         check_plan(HERE, Overrides.parse(arguments), runs, [asked])
     with pytest.raises(UserError, match="resuming changes nothing"):
-        check_plan(HERE, Overrides.parse(["seed=1"]), [], [asked])
+        refuse_unplanned(HERE, Overrides.parse(["seed=1"]), [["seed=2"]], [asked])
 
 
 @pytest.mark.parametrize("asked", [
@@ -265,3 +265,39 @@ def test_the_models_own_code_needs_the_list_the_word_and_the_folder(plain_config
 def test_the_name_of_a_task_is_no_path(name):
     with pytest.raises(UserError, match=r"benchmark\.tasks"):
         compose_run_config([f"benchmark.tasks=['{name}']"])
+
+
+@pytest.mark.parametrize("words", [
+    ["show", "\x1b[31mred"], ["run", "model=\x1b]0;title\x07x"], ["\x9b2J"],
+    ["gc", "--results-dir", "\u202elive"], ["table", "\x1b[2Jx"],
+])  # fmt: skip
+def test_no_message_holds_a_control_character(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert not set("\x1b\x9b\x07\u202e") & set(said.out + said.err)
+
+
+@pytest.mark.parametrize(("overrides", "reason"), [
+    (["method=camera_p", "method.camera_p.ratio=[0.1,0.2]"], "ratio"),
+    (["seed=99999999999999999999999"], "seed"),
+    (["method=camera_p", "+method.x={1: 2}"], "method"), (["objective='a\x07'"], "control"),
+    (["costs.timing.max_seconds=inf"], "finite"), (["+method.'[x]'={a: 1}"], "method"),
+])  # fmt: skip
+def test_what_a_record_cannot_hold_is_refused_before_the_run(overrides, reason):
+    with pytest.raises(UserError, match=reason):
+        compose_run_config(overrides)
+
+
+def test_a_method_with_a_list_for_a_ratio_is_refused_before_the_run(tmp_path, monkeypatch):
+    folder = tmp_path / "several_ratios"
+    (folder / "conf" / "method").mkdir(parents=True)
+    (folder / "__init__.py").write_text(THIRD_PARTY + "    ratio: list[float] = [0.1, 0.2]\n")
+    (folder / "conf" / "__init__.py").touch()
+    (folder / "conf" / "method" / "several.yaml").write_text(
+        "# @package method.several\n_target_: several_ratios.Nothing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = ["hydra.searchpath=[pkg://several_ratios.conf]", "packages=[several_ratios]"]
+    with pytest.raises(UserError, match=r"method\.several\.ratio=\[0\.1, 0\.2\] is not one number"):
+        compose_run_config([*given, "method=several"])

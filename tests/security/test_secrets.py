@@ -1,10 +1,23 @@
 """A planted W&B key and hub token appear in nothing that a run leaves or prints."""
 
+import sys
+
 import pytest
 
 from bench.cli.main import main
+from bench.config.composition import compose_run_config
+from bench.config.overrides import Overrides
+from bench.config.sweep_checks import admit
+from bench.errors import UserError
+from bench.records import Store
+from bench.reporting.html import WrittenReport
+from bench.reporting.wandb_sync import tracker_of
+from bench.schema import TrackerConfig
 from bench.security import REDACTED, redact
+from bench.tracking.tracker import track
 from methods.baselines.micro_expert_controls import RandomExperts
+from tests.records.test_store import make
+from tests.tracking.offline import entries
 
 KEY, TOKEN, PASSWORD = (
     "0123456789abcdef" * 2 + "deadbeef",
@@ -78,3 +91,107 @@ def test_a_secret_in_the_config_is_refused(tmp_path, capsys, value):
     said = capsys.readouterr()
     assert "tracker.project contains one of your passwords or tokens" in said.err
     assert leaked(tmp_path, said.out, said.err) == []
+
+
+RANDOM = "Zq7Lr2Xw9Kd4Tb6Vn1Mc8Ys3"
+FORMS = {
+    "MYSQL_PWD": "hunter2hunter2", "GITHUB_PAT": "some-pat-value-1", "PGPASSWORD": "correct-horse",
+    "MY_SERVICE": RANDOM, "OPENAI_API_KEY": "local-key-77",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("place", [
+    "tracker.project={}", "tracker.entity={}", "results_dir=/tmp/{}/x", "model.path=/tmp/{}",
+    "+hydra.launcher.name='{}'", "+hydra.sweeper.params={{seed: '{}'}}", "+x.y=[{{a: '{}'}}]",
+])  # fmt: skip
+def test_the_value_of_a_credential_is_refused_wherever_it_is_typed(monkeypatch, name, place):
+    monkeypatch.setenv(name, FORMS[name])
+    text = place.format(FORMS[name])
+    with pytest.raises(UserError, match="passwords or tokens") as refused:
+        admit(Overrides.parse([text]))
+    assert FORMS[name] not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [
+    "postgresql://me:s3cret@host/db", "sqlite://x:longer-password@h/db", "hf_" + "aB3" * 9,
+    "sk-proj-" + "aB3_" * 8, "ghp_" + "a1B2" * 9, "AKIA" + "Z7" * 8, "glpat-" + "x1Y2" * 5,
+    "github_pat_" + "a1B2" * 6, "AIza" + "x1Y2-" * 7,
+])  # fmt: skip
+def test_a_token_or_password_is_known_by_its_form(text):
+    secret = text.partition("://")[2].partition(":")[2].partition("@")[0] or text
+    assert secret not in redact(f"value {text}, and more")
+    with pytest.raises(UserError, match=r"tracker\.project contains"):
+        compose_run_config([f"tracker.project='{text}'"])
+
+
+def test_the_password_in_a_variables_url_is_a_secret_of_its_own(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:s3cr%2Ft-word@host/db")
+    assert redact("/data/s3cr/t-word and s3cr%2Ft-word") == f"/data/{REDACTED} and {REDACTED}"
+
+
+def test_a_wandb_key_is_known_by_its_place():
+    commit = "0123456789abcdef" * 2 + "0badcafe"
+    for place in ("tracker.project", "tracker.entity"):
+        with pytest.raises(UserError, match="a W&B key and no name"):
+            compose_run_config([f"{place}='{commit}'"])
+    assert compose_run_config([f"model.revision='{commit}'"]).model.revision == commit
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("HOME", "/root"), ("USER", "micro_moe"), ("PWD", "/work/results"), ("MY_MODEL", "micro_moe"),
+    ("POSTGRES_PASSWORD", "slimbench"), ("DB_PASSWORD", "micro_moe"), ("GIT_COMMIT", "ab12" * 10),
+    ("CHECKPOINT", "Qwen3VLMoeForConditionalGeneration30B"), ("MONKEY", "camera_p_and_more"),
+    ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/passwd"), ("TOKENIZERS_PARALLELISM", "false"),
+    ("MODEL", "DeepSeek-V2-Lite-Chat-Int4-AWQ"), ("JOB", "slurm_CameraP_Ratio04_Seed1234"),
+    ("KEYBOARD", "us-international"), ("UUID", "0f8fad5b-d9cb-469f-a165-70867728950e"),
+])  # fmt: skip
+def test_a_path_or_a_plain_word_is_no_secret(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert redact(f"model={value} and /data/{value}/x") == f"model={value} and /data/{value}/x"
+
+
+def test_a_password_that_is_a_word_leaves_longer_words(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", "swordfish")
+    assert redact("swordfish, swordfishes") == f"{REDACTED}, swordfishes"
+
+
+def test_wandb_gets_no_secret_argument_no_samples_and_no_links(tmp_path, monkeypatch):
+    store = Store(tmp_path / "results")
+    folder = store.write(make(), [{"task": "arc_easy", "doc_id": 0, "prompt": "my prompt"}], "")
+    (folder / "id_rsa").symlink_to(tmp_path / "home" / "token")
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--key={KEY}", "hydra.x=" + TOKEN])
+    assert track(make(), store, TrackerConfig(mode="offline", samples=False)) is None
+    assert sys.argv[1] == f"--key={KEY}"
+    (file,) = store.root.rglob("*.wandb")
+    sent = str(entries(file))
+    assert leaked(tmp_path) == []
+    assert "record.json" in sent
+    assert "samples.parquet" not in sent
+    assert "id_rsa" not in sent
+
+
+def test_a_record_names_no_entity_to_send_to(monkeypatch):
+    record = make().model_copy(update={"config": {"tracker": {"entity": "them"}}})
+    with pytest.raises(UserError, match=r"add tracker\.entity=them"):
+        tracker_of(record)
+    assert tracker_of(record, ["them"]).entity == "them"
+    monkeypatch.setenv("WANDB_ENTITY", "them")
+    assert tracker_of(record).entity == "them"
+
+
+def test_the_page_sent_to_wandb_holds_no_samples_that_stay_at_home(tmp_path, monkeypatch):
+    store = Store(tmp_path / "results")
+    config = {**make().config, "tracker": {"samples": False, "mode": "offline"}}
+    record = make().model_copy(update={"config": config})
+    store.write(record, [{"task": "arc_easy", "doc_id": 0, "prompt": "my prompt"}], "")
+    shares = []
+    monkeypatch.setattr(
+        "bench.reporting.html.write_report",
+        lambda root, out, share: shares.append((out, share)) or WrittenReport(out, 1, 0, 0),
+    )
+    monkeypatch.setattr("bench.reporting.wandb_sync.sync_all", lambda *_: [])
+    assert main(["track", "--results-dir", str(store.root)]) == 0
+    ((out, share),) = shares
+    assert share.runs == 0
+    assert not out.is_relative_to(store.root)

@@ -7,9 +7,12 @@ slow to import.
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 
 from bench.cli.parser import LISTABLE
-from bench.errors import EXIT_DONE, EXIT_FAILED, unknown_name
+from bench.errors import EXIT_DONE, EXIT_FAILED, UserError, unknown_name
 from bench.ui import note, print_json, print_rows, print_text, warn
 
 
@@ -99,16 +102,35 @@ def track(given: argparse.Namespace) -> int:
     from bench.reporting.wandb_sync import sync_all, sync_runs
 
     store = Store(given.results_dir)
-    if given.runs:
-        sent = sync_runs(store, [store.get(run) for run in given.runs])
-    else:
-        from bench.reporting.html import write_report
-        from bench.reporting.tables.builder import tables_of
+    runs = [word for word in given.runs if "=" not in word]
+    entities = [_allowed_entity(word) for word in given.runs if "=" in word]
+    if runs:
+        sent = sync_runs(store, [store.get(run) for run in runs], entities)
+        return _report_sent(sent)
+    from bench.reporting.html import SampleShare, write_report
+    from bench.reporting.tables.builder import tables_of
 
-        page, records = write_report(given.results_dir).path, store.all()
+    records = store.all()
+    # The page is sent as well, and holds samples of all runs.
+    at_home = any(not record.config.get("tracker", {}).get("samples", True) for record in records)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.html" if at_home else None
+        share = SampleShare(runs=0) if at_home else None
+        page = write_report(given.results_dir, out, share).path
         # The overview in W&B holds the report page and the tables, which are built from all
         # records: it is only renewed when all are sent.
-        sent = sync_all(store, records, page, tuple(tables_of(records)))
+        return _report_sent(sync_all(store, records, page, tuple(tables_of(records)), entities))
+
+
+def _allowed_entity(word: str) -> str:
+    key, _, name = word.partition("=")
+    if key != "tracker.entity":
+        raise UserError(f"{word}: only tracker.entity=NAME can be given, for records that name it")
+    return name
+
+
+def _report_sent(sent: Iterable[tuple[str, str | None]]) -> int:
+    """Print what was sent, and what was not and why; return the exit code."""
     failed = False
     # A generator: each record is sent as the loop reaches it, and a failed one does not stop the
     # rest.

@@ -285,9 +285,8 @@ def _match_records(
 
 def _choices_of_record(record: Record) -> _RunChoices:
     config = record.config
-    return _RunChoices(
-        config["model"]["name"], config["benchmark"]["name"], tuple(config["method"])
-    )
+    model, methods = config.get("model", {}), config.get("method", {})
+    return _RunChoices(str(model.get("name")), config["benchmark"]["name"], tuple(methods))
 
 
 def _choices_in_overrides(run: Overrides) -> _RunChoices:
@@ -307,7 +306,10 @@ def _newest_record(run: Overrides, likely: Sequence[Record]) -> Record | None:
         # method read have no influence and are left out of the identity.
         calibrated = record.provenance.get("calibration") is not None
         prompted = record.provenance.get("prompts") is not None
-        found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
+        try:
+            found = identity_of(record.config, calibrated=calibrated, prompted=prompted)
+        except (KeyError, TypeError, AttributeError):
+            continue  # a config of another program, which no run of ours can equal
         if found == _composed_identity(run):
             return record
     return None
