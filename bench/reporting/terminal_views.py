@@ -101,13 +101,12 @@ def print_record(record: Record) -> None:
             f"method {method.name}: weights {method.effect}, {method.seconds:.2f} s ({knobs})"
         )
     draw_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
-    # Only what was found: a table of zeros would hide it.
-    counts = [each.model_dump(exclude={"generation", "longest_cut"}) for each in record.evidence]
-    found = [
-        row for row in counts if sum(v for k, v in row.items() if k not in ("task", "documents"))
-    ]
-    if found:
-        draw_rows(found, "documents that the numbers should be read with")
+    # Only what was found: rows of zeros would hide it.
+    names = ("truncated", "spanning", "tied", "repeated_examples")
+    counts = [each.model_dump(include={"task", "documents", *names}) for each in record.evidence]
+    caveats = [row for row in counts if any(row[name] for name in names)]
+    if caveats:
+        draw_rows(caveats, "documents with a caveat")
     # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.
     rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]
     draw_rows(rows, "all costs")
