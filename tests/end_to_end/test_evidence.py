@@ -20,8 +20,9 @@ def test_a_run_keeps_what_was_seen_and_is_scored_again(bench, tmp_path):
     data = tmp_path / "boolq.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = bench(
-        "run", "model=micro_moe", "benchmark=nine_tasks", "benchmark.tasks=[boolq]",
-        "benchmark.metrics={boolq:acc}", f"benchmark.data={{boolq:{data}}}", "tracker=none",
+        "run", "model=micro_moe", "model.max_length=256", "benchmark=nine_tasks",
+        "benchmark.tasks=[boolq]", "benchmark.metrics={boolq:acc}",
+        f"benchmark.data={{boolq:{data}}}", "tracker=none",
         "offline=true",
     )  # fmt: skip
     assert code == 0, err
