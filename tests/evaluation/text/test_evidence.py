@@ -203,7 +203,7 @@ def test_overlong_prompts_are_refused_or_left_out_by_name(backend, tmp_path):
     rows = found.samples
     assert [(metric.value, metric.missing) for metric in found.metrics] == [(None, 1)]
     (gap,) = found.missing
-    assert "tokens do not fit: model tiny takes 121 (row 1)" in gap.reason
+    assert "tokens do not fit: model tiny has room for 121 (row 1)" in gap.reason
     assert [bool(row.get("missing")) for row in rows] == [False, True, False]
     assert all(value != value for value in rows[1]["loglikelihoods"])
 
