@@ -196,7 +196,7 @@ def test_a_row_that_has_stopped_before_is_an_answer(model):
     tokens = model.tokenizer("yes\nno")["input_ids"]
     assert settings._generated(tokens, len(tokens))[:2] == ["yes", "stop"]
     assert settings._generated(tokens, 1) is None
-    assert settings._generated(tokens, -1) == "yes"
+    assert settings._generated(tokens, -1)[0] == "yes"
 
 
 def metric(value=0.5, n=10):
