@@ -83,9 +83,9 @@ class LmmsEvalAdapter(lmms):  # type: ignore[misc]  # the harness has no types
                 partial(_answer_fields, generation),
                 self._progress,
             )
-            for index, fields in zip(indices, responses, strict=True):
+            for index, (text, prompt, hashed, missing) in zip(indices, responses, strict=True):
                 *_, document, task, _split = requests[index].args
-                answer = Answer(*fields)
+                answer = Answer(text, str(prompt), hashed, missing)
                 self.answers_by_document[task, document] = answer
                 texts[index] = answer.text or ""  # the harness's filters take strings only
         return texts
