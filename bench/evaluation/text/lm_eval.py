@@ -99,13 +99,12 @@ class TextHarness:
                 rows += sample_rows(task, result, unanswered)
                 if any(unanswered.values()):
                     result = answered_only(task, result, unanswered)
+            answers = _answers(task, task.name, result, unanswered)
+            if answers.unanswered:
+                progress.warn(f"{task.name}: {answers.describe()}")
             settled, gaps = settled_metrics(benchmark, task, result, unanswered)
             metrics += settled
             missing += gaps
-            if any(unanswered.values()):
-                progress.warn(
-                    f"{task.name}: {_answers(task, task.name, result, unanswered).describe()}"
-                )
         for text in self.texts:
             with progress.phase(f"{model.name} on {text.name}"):
                 measured = perplexity.measure_perplexity(model, text, benchmark, progress, cache)
