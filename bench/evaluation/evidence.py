@@ -106,7 +106,7 @@ def check_length(
     """
     if tokens <= longest or overlong == "truncate":
         return None
-    reason = f"{tokens} tokens do not fit: model {model} takes {longest}"
+    reason = f"{tokens} tokens do not fit: model {model} has room for {longest}"
     if overlong == "skip":
         return reason
     raise UserError(
@@ -152,18 +152,18 @@ def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progres
     spanning = concerned(lambda each: each.spanning)
     if spanning:
         progress.warn(
-            f"a token spans the join of question and answer, so that a part of the answer is not "
+            "a token spans the join of question and answer, so that a part of the answer is not "
             f"scored, as in lm-eval ({spanning})"
         )
     tied = concerned(lambda each: each.tied, MIN_TIED_SHARE)
     if tied:
         progress.warn(
-            f"the most likely answers are equally likely, and the first of them counts, as in "
+            "the most likely answers are equally likely, and the first of them counts, as in "
             f"lm-eval ({tied})"
         )
     repeated = concerned(lambda each: each.repeated_examples)
     if repeated:
-        progress.warn(f"a few-shot example is the question itself, with its answer ({repeated})")
+        progress.warn(f"a few-shot example repeats the question, with its answer ({repeated})")
     for settings in _inherited(evidence):
         progress.warn(
             f"the model's generation_config.json stays in force: {settings}; remove it for plain "

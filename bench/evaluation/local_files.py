@@ -90,7 +90,8 @@ def load_local_rows(task: str, path: str, use: RowUse) -> LocalDocuments:
     key = f"benchmark.data.{task}={path}"
     files = _files_by_split(existing_path(path, key), key, use.split)
     read = {name: file for name, file in files.items() if use.examples or name == use.split}
-    splits, unlabelled = {}, []
+    splits: dict[str, datasets.Dataset] = {}
+    unlabelled: list[int] = []
     for name, file in read.items():
         # Examples are drawn from all rows, so fewer would be other examples; and an example without
         # a label would show a wrong one.
@@ -190,25 +191,39 @@ def _checked_rows(
 def _refuse_misfit(row: DataRow, file: RowFile, columns: Sequence[str]) -> None:
     """Raise UserError unless the values of a row have the types that the task's prompt needs."""
     for column in columns:
-        value = row[column]
-        if column == "choices":
-            texts, labels = (
-                (value.get("text"), value.get("label")) if isinstance(value, dict) else (None, None)
-            )
-            fits = _is_texts(texts) and _is_texts(labels) and len(texts) == len(labels)
-            needed = "an object of two lists of strings of one length, 'text' and 'label'"
-        elif column == "endings":
-            fits, needed = _is_texts(value) and len(value) == HELLASWAG_ENDINGS, "four strings"
-        elif column in LABEL_COLUMNS:
-            continue
-        else:
-            fits, needed = isinstance(value, str), "a string"
-        if not fits:
-            raise file.fault(f"has {column}={_shortened(value)}; this task needs {needed}")
+        fits, needed = COLUMN_FORMS.get(column, TEXT_FORM)
+        if column not in LABEL_COLUMNS and not fits(row[column]):
+            raise file.fault(f"has {column}={_shortened(row[column])}; this task needs {needed}")
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _are_choices(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    texts, labels = value.get("text"), value.get("label")
+    return _are_texts(texts) and _are_texts(labels) and len(texts or ()) == len(labels or ())
+
+
+def _are_endings(value: object) -> bool:
+    return isinstance(value, list) and _are_texts(value) and len(value) == HELLASWAG_ENDINGS
+
+
+TEXT_FORM = (_is_text, "a string")
+COLUMN_FORMS = {
+    "choices": (
+        _are_choices,
+        "an object of two lists of strings of one length, 'text' and 'label'",
+    ),
+    "endings": (_are_endings, f"a list of {HELLASWAG_ENDINGS} strings"),
+}
+"""Columns that hold no plain text: what their values must be, as a check and in words."""
 
 
 def _shortened(value: object) -> str:

@@ -40,6 +40,7 @@ _PARQUET_BATCH = 1024
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 _DECODER = json.JSONDecoder()
+_SCAN = cast("Any", _DECODER).scan_once
 
 
 def existing_path(path: str, key: str) -> Path:
@@ -133,7 +134,7 @@ class RowFile:
             ) from error
 
     def _absent(self, column: str) -> UserError:
-        return self.fault(f"has no column {column!r}; this task needs {', '.join(self._columns)}")
+        return self.fault(f"has no column {column!r}; it needs {', '.join(self._columns)}")
 
     def _rows(self) -> Iterator[DataRow]:
         if self.file.suffix == ".parquet":
@@ -178,7 +179,7 @@ class RowFile:
             text = line.decode()
             try:
                 # Twice as fast as `json.loads`; what it does not take as it is goes there.
-                row, end = _DECODER.scan_once(text, 0)
+                row, end = _SCAN(text, 0)
             except (StopIteration, ValueError):
                 end = 0
             if end and end >= len(text.rstrip(_SPACE)):

@@ -72,8 +72,9 @@ def non_attention_layer(network: nn.Module) -> str | None:
 def embedded_ids(network: nn.Module) -> int:
     """Return the number of token ids that a network can both read and predict."""
     whole = cast(TransformersNetwork, network)
-    tables = [whole.get_input_embeddings(), whole.get_output_embeddings()]
-    return min(len(table.weight) for table in tables if hasattr(table, "weight"))
+    tables = (whole.get_input_embeddings(), whole.get_output_embeddings())
+    weights = [getattr(table, "weight", None) for table in tables]
+    return min(weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor))
 
 
 def learned_positions(network: nn.Module) -> int | None:

@@ -111,6 +111,12 @@ def print_record(record: Record) -> None:
         if method.check is not None and method.check.refutation is not None:
             out.print(f"  {method.name} {method.check.refutation}", soft_wrap=True)
     draw_rows([_metric_row(record, index) for index in range(len(record.metrics))], "metrics")
+    # Only what was found: rows of zeros would hide it.
+    names = ("truncated", "spanning", "tied", "repeated_examples")
+    counts = [each.model_dump(include={"task", "documents", *names}) for each in record.evidence]
+    caveats = [row for row in counts if any(row[name] for name in names)]
+    if caveats:
+        draw_rows(caveats, "documents with a caveat")
     # Parts and notes are too wide for this table; `print_costs` shows the ones that matter.
     rows = [c.model_dump(exclude={"parts", "note"}) for c in record.costs]
     draw_rows(rows, "all costs")

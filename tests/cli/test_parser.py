@@ -10,7 +10,8 @@ from bench.cli.parser import COMMANDS, RAW_COMMANDS, build_parser
 
 ARGUMENTS = {
     "run": [], "table": ["camera_main"], "compare": ["a", "b"], "plot": ["front"], "ls": ["runs"],
-    "show": ["a"], "verify": ["a"], "resume": ["latest"], "export": ["a", "folder"],
+    "show": ["a"], "verify": ["a"], "rescore": ["a"], "resume": ["latest"],
+    "export": ["a", "folder"],
 }  # fmt: skip
 HEAVY = ("torch", "pandas", "pydantic", "hydra", "omegaconf", "rich", "bench.cli.commands")
 

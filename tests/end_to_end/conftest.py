@@ -23,7 +23,7 @@ def bench(tmp_path, capsys):
             keys = {argument.split("=")[0] for argument in given}
             given += [f"{key}={value}" for key, value in SMALL.items() if key not in keys]
             given += [f"results_dir={call.results}"]
-        elif given[0] in ("ls", "show", "track", "export"):
+        elif given[0] in ("ls", "show", "track", "export", "rescore"):
             given += ["--results-dir", str(call.results)]
         code = main(given)
         said = capsys.readouterr()

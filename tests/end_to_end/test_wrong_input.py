@@ -1,5 +1,6 @@
 """Wrong input: one sentence, exit code 2, no traceback, nothing written."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from bench.data.synthetic.world import documents_by_split
 from bench.models import embedded
 
 MICRO_MOE = Path(next(iter(embedded.__path__))) / "micro_moe"
@@ -191,3 +193,15 @@ def test_wrong_commands(bench, capsys, arguments):
 
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_data_that_never_end_or_have_a_bad_row_are_refused(refused, tmp_path):
+    rows = documents_by_split("arc_easy")["test"][:4]
+    file = tmp_path / "arc.jsonl"
+    asked = ("model=micro_moe", "benchmark=nine_tasks", "benchmark.tasks=[arc_easy]")
+    assert "neither a file nor a folder" in refused(*asked, "benchmark.data.arc_easy=/dev/zero")
+    file.write_text(
+        "\n".join(map(json.dumps, [*rows[:1], rows[1] | {"answerKey": "?"}, *rows[2:]]))
+    )
+    message = refused(*asked, f"benchmark.data.arc_easy={file}")
+    assert "arc.jsonl: row 1 (line 2) has answerKey='?', which is no answer" in message

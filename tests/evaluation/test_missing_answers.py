@@ -193,10 +193,10 @@ def test_a_row_that_has_stopped_before_is_an_answer(model):
     from bench.evaluation.text.generation import GenerationSettings
 
     settings = GenerationSettings(model, {"until": ["\n"], "max_gen_toks": 8})
-    tokens = torch.tensor(model.tokenizer("yes\nno")["input_ids"])
-    assert settings._text(tokens, len(tokens)) == "yes"
-    assert settings._text(tokens, 1) is None
-    assert settings._text(tokens, -1) == "yes"
+    tokens = model.tokenizer("yes\nno")["input_ids"]
+    assert settings._generated(tokens, len(tokens))[:2] == ["yes", "stop"]
+    assert settings._generated(tokens, 1) is None
+    assert settings._generated(tokens, -1)[0] == "yes"
 
 
 def metric(value=0.5, n=10):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,9 +81,9 @@ def rescore(run: str, results_dir: Path, session: Session) -> Rescored:
     )
 
 
-def _plain_row(row: dict[str, Any]) -> SampleRow:
+def _plain_row(row: Mapping[Hashable, Any]) -> SampleRow:
     """Return a row of a data frame with lists in place of arrays, and None for a missing value."""
-    plain = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in row.items()}
+    plain = {str(name): v.tolist() if hasattr(v, "tolist") else v for name, v in row.items()}
     return {name: None if _is_nan(value) else value for name, value in plain.items()}
 
 

@@ -29,6 +29,10 @@ TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.05
 """Tolerance per dtype; a different batch size changes summation order."""
 EXACT_FIELDS = ("doc_hash", "prompt_hash", "target", "response", "prediction", "missing")
 """Text fields that must be identical."""
+UNCOMPARED_FIELDS = frozenset(
+    {"doc_id", "tied_choices", "truncated_tokens", "spans_join", "in_examples"}
+)
+"""Numbers that follow from those compared, or from the prompt; older records lack them."""
 MAX_SHOWN_FAULTS = 5
 SampleKey = tuple[str, str | None, object]
 SampleRow = dict[str, Any]
@@ -157,7 +161,7 @@ def _number_pairs(old: SampleRow, row: SampleRow) -> Iterator[tuple[str, float, 
                 yield f"{name} (count)", float(len(was)), float(len(value))
             pairs = zip(was, value, strict=False)
             yield from ((f"{name}[{i}]", float(a), float(b)) for i, (a, b) in enumerate(pairs))
-        elif name != "doc_id" and _is_number(value):
+        elif name not in UNCOMPARED_FIELDS and _is_number(value):
             known = old.get(name)
             yield name, float(known) if _is_number(known) else math.nan, float(value)
 

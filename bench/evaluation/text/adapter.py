@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
@@ -46,6 +47,14 @@ class EncodedRequest(NamedTuple):
     context: Tokens
     answer: Tokens
     spans: bool = False
+
+
+class FittedPrompt(NamedTuple):
+    """A prompt without the `cut` tokens on its left; `left_out` is why it is not asked."""
+
+    tokens: Tokens
+    cut: int
+    left_out: str | None = None
 
 
 class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no types
@@ -92,7 +101,8 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
 
     @property
     def _begin_or_end(self) -> int | None:
-        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        begin: int | None = self.tokenizer.bos_token_id
+        end: int | None = self.tokenizer.eos_token_id
         return end if begin is None else begin
 
     @property
@@ -219,45 +229,42 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that follows each context, up to its first stop string."""
         self._encode_once(request.args[0] for request in requests)
-        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self._fit_prompt(request) for request in requests]
         self._encoded = {}
-        limits = [
-            context_limit(request.args[1], self._model.max_length, self._model.name)
-            for request in requests
-        ]
-        reasons = [
-            check_length(self._overlong, _place(request), len(ids), limit, self._model.name)
-            for request, ids, limit in zip(requests, contexts, limits, strict=True)
-        ]
-        asked = [index for index, reason in enumerate(reasons) if reason is None]
+        asked = [index for index, prompt in enumerate(prompts) if prompt.left_out is None]
         generated = generate(
             self._model,
-            [
-                GenerationRequest(contexts[index][-limits[index] :], requests[index].args[1])
-                for index in asked
-            ],
+            [GenerationRequest(prompts[index].tokens, requests[index].args[1]) for index in asked],
             self.batches,
             self._cache,
             self._progress,
         )
         answers = dict(zip(asked, generated, strict=True))
-        for index, request in enumerate(requests):
-            cut = 0 if reasons[index] else max(0, len(contexts[index]) - limits[index])
-            left = contexts[index][cut:]
-            prompt = self.tokenizer.decode(left) if cut else None
-            answer = answers.get(index)
-            seen = (
-                Seen(len(left), 0, cut, prompt, unanswered=reasons[index] or NON_FINITE_LOGITS)
-                if answer is None
-                else Seen(len(left), answer.tokens, cut, prompt, finish=answer.finish)
-            )
-            self.evidence.requests[request.task_name, request.doc_id].append(seen)
-            if request.task_name not in self.evidence.settings:
-                settings = GenerationSettings(self._model, request.args[1])
-                self.evidence.settings[request.task_name] = settings.in_force
-        # The harness's filters take strings only.
         found = [answers.get(index) for index in range(len(requests))]
+        for request, prompt, answer in zip(requests, prompts, found, strict=True):
+            task, tokens = request.task_name, prompt.tokens
+            text = self.tokenizer.decode(tokens) if prompt.cut else None
+            seen = Seen(len(tokens), answer.tokens if answer else 0, prompt.cut, text)
+            if answer is None:
+                seen = replace(seen, unanswered=prompt.left_out or NON_FINITE_LOGITS)
+            else:
+                seen = replace(seen, finish=answer.finish)
+            self.evidence.requests[task, request.doc_id].append(seen)
+            if task not in self.evidence.settings:
+                settings = GenerationSettings(self._model, request.args[1])
+                self.evidence.settings[task] = settings.in_force
+        # The harness's filters take strings only.
         return ["" if answer is None else answer.text for answer in found]
+
+    def _fit_prompt(self, request: Instance) -> FittedPrompt:
+        """Return a prompt as tokens, cut on the left to leave room for its answer."""
+        text, options = request.args
+        tokens, name = self.tok_encode(text), self._model.name
+        limit = context_limit(options, self._model.max_length, name)
+        reason = check_length(self._overlong, _place(request), len(tokens), limit, name)
+        if reason is not None:
+            return FittedPrompt(tokens, 0, reason)
+        return FittedPrompt(tokens[-limit:], max(0, len(tokens) - limit))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
@@ -307,12 +314,13 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the texts as they were before any filter."""
-        repetitions: Counter[object] = Counter()
+        repetitions: Counter[tuple[str, int]] = Counter()
         texts = []
         for request in requests:
             # Several answers of a document have the same request, one after the other.
-            texts.append(self._stored(request, "generations", repetitions[request.doc_id]))
-            repetitions[request.doc_id] += 1
+            document = (request.task_name, request.doc_id)
+            texts.append(self._stored(request, "generations", repetitions[document]))
+            repetitions[document] += 1
         return texts
 
     def _stored(self, request: Instance, column: str, position: int | None = None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.utils import (
@@ -134,7 +134,7 @@ class GenerationSettings:
             own.to_diff_dict(), settings, max_gen_toks=self._new_tokens, until=self._stop
         )
 
-    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int] | None]:
+    def run(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[Any] | None]:
         """Continue (key, context) pairs of any length, padded on the left.
 
         Returns the fields of `Generated` as JSON values. Sampling depends on the batch and not on
@@ -151,7 +151,7 @@ class GenerationSettings:
         ]
 
     @torch.no_grad()
-    def _continue(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[str | int] | None]:
+    def _continue(self, keyed: Sequence[tuple[str, list[int]]]) -> list[list[Any] | None]:
         contexts = [context for _, context in keyed]
         if self._options.get("do_sample"):
             # The seed is a hash of the batch's keys: a resumed run must draw for a batch what the
@@ -183,7 +183,7 @@ class GenerationSettings:
             )
         ]
 
-    def _generated(self, row: list[int], finite: int) -> list[str | int] | None:
+    def _generated(self, row: list[int], finite: int) -> list[Any] | None:
         """Return the fields of `Generated`, cut at the first stop string; padding may follow.
 
         None if logits were not finite before that: `finite` is the number of tokens up to there, -1

@@ -15,7 +15,7 @@ from bench.errors import UserError
 from bench.evaluation import local_files
 from bench.evaluation.harness import DocumentSource, file_source, hub_source
 from bench.evaluation.local_files import TEXT_COLUMNS, RowUse
-from bench.evaluation.row_files import SUFFIXES, existing_path, read_rows
+from bench.evaluation.row_files import SUFFIXES, RowFile, existing_path, read_rows
 from bench.evaluation.task_planning import (
     Splits,
     TaskDefinition,
@@ -142,12 +142,12 @@ def _text_from_file(key: str, path: str) -> tuple[Sequence[str], DocumentSource]
     if not file.is_file():
         raise UserError(f"{key} is a folder; give a file")
     if file.suffix in SUFFIXES:
-        documents = [row.get("text") for row in read_rows(file, key)]
-        for index, text in enumerate(documents):
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{key}: {file.name} needs a column 'text' of strings; row {index} has none"
-                )
+        documents: list[str] = []
+        rows = RowFile(file, key, ("text",))
+        for row in rows:
+            if not isinstance(row["text"], str):
+                raise rows.fault("has no string in column 'text'")
+            documents.append(row["text"])
     else:
         try:
             # Without a byte order mark, which would be a token of its own.

@@ -21,7 +21,10 @@ from bench.records.store import SAMPLES
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow
 
 QUESTION_COLUMNS = ("task", "filter", "doc_id", "target", "prompt", "choices")
-ANSWER_COLUMNS = ("loglikelihoods", "response", "prediction", "probability")
+ANSWER_COLUMNS = (
+    "loglikelihoods", "response", "generations", "prediction", "probability", "tied_choices",
+    "truncated_tokens",
+)  # fmt: skip
 NON_SCORE_COLUMNS = frozenset(
     {*QUESTION_COLUMNS, *ANSWER_COLUMNS, "doc_hash", "prompt_hash", "image_hash"}
 )
@@ -51,6 +54,9 @@ class SampleEntry(TypedDict):
     choices: list[int | None]
     logs: list[float]
     answer: str | None
+    raw: str | None
+    tied: int | None
+    cut: int | None
     sure: float | None
     scores: dict[str, float]
 
@@ -150,6 +156,9 @@ def _sample_entry(row: SampleRow, texts: dict[str, int]) -> SampleEntry:
         # The page shows fewer digits than that, and shorter numbers compress better.
         "logs": [round(value, 3) for value in row.get("loglikelihoods") or []],
         "answer": _optional_text(row.get("prediction") if answer is None else answer),
+        "raw": _raw_text(row),
+        "tied": row.get("tied_choices"),
+        "cut": row.get("truncated_tokens"),
         "sure": row.get("probability"),
         "scores": {
             key: value
@@ -157,6 +166,12 @@ def _sample_entry(row: SampleRow, texts: dict[str, int]) -> SampleEntry:
             if key not in NON_SCORE_COLUMNS and isinstance(value, float)
         },
     }
+
+
+def _raw_text(row: SampleRow) -> str | None:
+    """Return what the model wrote, if a filter made something else of it."""
+    written = row.get("generations") or []
+    return _optional_text(written[0]) if written and written[0] != row.get("response") else None
 
 
 def _optional_text(value: object) -> str | None:

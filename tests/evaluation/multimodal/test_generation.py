@@ -140,7 +140,7 @@ def test_a_question_without_room_for_an_answer_is_left_out_or_refused(mllms):
     found = Generation(short, prompts, features, {"max_new_tokens": 2}).run(named)
     # The question without an image is the only short one.
     assert [answer.seen.unanswered is None for answer in found] == [False] * 3 + [True, False]
-    assert "model llava0 takes 29" in found[0].seen.unanswered
+    assert "model llava0 has room for 29" in found[0].seen.unanswered
     refusing = Generation(short, prompts, features, {}, overlong="refuse")
     with pytest.raises(UserError, match=r"task t, document 7: .* tokens do not fit"):
         refusing.run(named)

@@ -203,7 +203,7 @@ def test_overlong_prompts_are_refused_or_left_out_by_name(backend, tmp_path):
     rows = found.samples
     assert [(metric.value, metric.missing) for metric in found.metrics] == [(None, 1)]
     (gap,) = found.missing
-    assert "tokens do not fit: model tiny takes 121 (row 1)" in gap.reason
+    assert "tokens do not fit: model tiny has room for 121 (row 1)" in gap.reason
     assert [bool(row.get("missing")) for row in rows] == [False, True, False]
     assert all(value != value for value in rows[1]["loglikelihoods"])
 
@@ -294,6 +294,26 @@ def test_a_setting_of_the_checkpoint_is_recorded_and_said(tmp_path):
     old = [{**row, "generations": None} for row in found.samples]
     with pytest.raises(UserError, match="document 0: the run stored no generations"):
         rescore(plan(benchmark, offline=True), old)
+
+
+def test_choices_windows_and_missing_answers_are_scored_again(tmp_path):
+    model = make_model(make_tokenizer(), max_length=120)
+    questions = ["is it so", "is " + "it so or " * 60 + "not", "no"]
+    windows = {"e": {"text": "english", "window": 64}}
+    left_out = {"overlong": "skip", "allow_missing": 0.5}
+    benchmark = boolq(tmp_path, questions, perplexity=windows, limit=3, **left_out)
+    found = evaluate(model, plan(benchmark, offline=True))
+    again = rescore(plan(benchmark, offline=True), found.samples)
+    for old, new in zip(found.metrics, again.metrics, strict=True):
+        assert (new.task, new.n, new.missing) == (old.task, old.n, old.missing)
+        assert new.value == pytest.approx(old.value)
+    assert [row["missing"] for row in again.samples] == [row["missing"] for row in found.samples]
+    # The scores follow the stored answers and nothing else.
+    changed = [dict(row) for row in found.samples]
+    changed[0]["loglikelihoods"] = changed[0]["loglikelihoods"][::-1]
+    flipped = rescore(plan(benchmark, offline=True), changed).samples
+    assert flipped[0]["acc"] == 1 - found.samples[0]["acc"]
+    assert flipped[2]["acc"] == found.samples[2]["acc"]
 
 
 def test_ties_are_counted_and_said_once(tmp_path):

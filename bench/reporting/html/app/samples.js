@@ -60,11 +60,14 @@ function Sample({ sample, now, before }) {
   return html`<li class="sample">
     <header><span>${sample.task} <span class="quiet">#${sample.doc}</span></span><span><${Verdict} value=${now} />
       ${before !== null && before !== now && html`<span class="quiet">dense: ${before === 1 ? "right" : before === 0 ? "wrong" : before.toFixed(2)}</span>`}</span></header>
+    ${sample.cut > 0 && html`<p class="quiet">${count(sample.cut, "token")} cut on the left; the model saw only this</p>`}
     ${sample.prompt !== null && html`<pre class="prompt">${sample.prompt}</pre>`}
     ${sample.choices.length > 0 && html`<ul class="choices">${sample.choices.map((choice, at) => html`
       <li class=${at === best ? "picked" : ""}><span>${choice}${choice === target && html` <span class="badge">target</span>`}</span>
         <span class="number">${sample.logs[at] === undefined ? "" : fixed(sample.logs[at], 2)}</span></li>`)}</ul>`}
+    ${sample.tied > 1 && html`<p class="quiet">${sample.tied} choices are equally likely; the first of them counts</p>`}
     ${sample.answer !== null && html`<dl class="pairs"><dt>answer</dt><dd class="answer">${sample.answer}</dd>
+      ${sample.raw !== null && html`<dt>as written</dt><dd class="answer">${sample.raw}</dd>`}
       ${sample.sure !== null && sample.sure !== undefined && html`<dt>probability</dt><dd>${sample.sure.toFixed(3)}</dd>`}</dl>`}
     ${target !== null && !sample.choices.includes(target) && html`<dl class="pairs"><dt>target</dt><dd>${target}</dd></dl>`}
     ${now === null && Object.keys(sample.scores).length > 0 && html`<p class="quiet">${Object.entries(sample.scores).map(([name, value]) => `${name} ${value}`).join(", ")}</p>`}
