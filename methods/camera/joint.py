@@ -197,7 +197,10 @@ class ReplacementErrors(NullObserver):
         gate = view.gate
         if view.form != "plain":
             gate = self._rounded.values((expert, "gate"), view.gate, bits)
-        return replace(view, gate=gate, up=up)
+        # The rounded matrices are float32, whatever the model is; so are the inputs of the caller.
+        biases = (b if b is None else b.float() for b in (view.gate_bias, view.up_bias))
+        gate_bias, up_bias = biases
+        return replace(view, gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
 
 
 class SolvingPlanner(ReplacementErrors):

@@ -31,7 +31,7 @@ from bench.models.structure.dense_layer import (
     weight_of,
 )
 from bench.models.structure.model_structure import ModelStructure
-from methods.dense.linear_layers import refuse_packed
+from methods.moe.pruning import refuse_packed_layer
 
 Kind = Literal["neurons", "heads"]
 
@@ -85,7 +85,7 @@ def find_units(
             "experts: choose a method for experts such as camera_p, or units=heads"
         )
     for index, layer in enumerate(structure.layers):
-        refuse_packed(layer, index)
+        refuse_packed_layer(layer, index)
         where = f"{method}: layer {index} of {structure.architecture}"
         if "heads" in kinds:
             what = "attentions with a matrix for each of q, k and v"

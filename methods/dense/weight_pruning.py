@@ -1,33 +1,80 @@
 """Single weights of dense decoders zeroed: magnitude, Wanda, SparseGPT.
 
 The weights stay in memory as zeros, so no method here claims a gain in time or bytes.
+
+Shapes: T tokens, R rows (outputs), C columns (inputs) of a projection.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import onloaded
+from bench.models.structure.dense_layer import is_projection, weight_of
 from bench.models.structure.model_structure import ModelStructure
-from methods.dense.linear_layers import (
-    InputSquares,
-    LinearLayer,
-    linear_layers,
-    refuse_packed,
-    require_dense_decoder,
-)
 from methods.dense.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
 from methods.moe.calibration_statistics import Gram, observe_inputs
-from methods.moe.pruning import require_calibration
+from methods.moe.pruning import refuse_packed_layer, require_calibration
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One projection of a decoder layer; `name` is relative to the layer."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [R, C]: a view, so that changes reach the module."""
+        return weight_of(self.module)
+
+
+def linear_layers(layer: nn.Module) -> list[LinearLayer]:
+    """Return all projections of a decoder layer: attention and feed-forward."""
+    return [
+        LinearLayer(name, module) for name, module in layer.named_modules() if is_projection(module)
+    ]
+
+
+def require_dense_decoder(structure: ModelStructure, method: str) -> None:
+    """Refuse networks whose weights are not all in linear layers.
+
+    Raises:
+        UserError: there are no decoder layers, or some hold routed experts or packed weights.
+    """
+    if not structure.layers:
+        raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
+    if structure.moe:
+        raise UserError(
+            f"{method} prunes linear layers, but most weights of {structure.architecture} are in "
+            "routed experts: choose a dense decoder, or a method for experts such as camera_p"
+        )
+    for index, layer in enumerate(structure.layers):
+        refuse_packed_layer(layer, index)
+        if not linear_layers(layer):
+            raise UserError(f"{method} finds no linear layer in layer {index}")
+
+
+class InputSquares:
+    """Σ x² of every input of a projection, [C] in float32."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.total = torch.zeros(columns, dtype=torch.float32, device=device)
+
+    def add(self, x_TC: Tensor) -> None:
+        """Add some tokens."""
+        self.total += x_TC.float().square().sum(0)
 
 
 class WeightPruning(Method):
@@ -88,7 +135,7 @@ class WeightMagnitude(WeightPruning):
         layers = []
         track = context.progress.track(model.structure.layers, "pruning layers")
         for index, layer in enumerate(track):
-            refuse_packed(layer, index)
+            refuse_packed_layer(layer, index)
             with onloaded(layer):
                 for linear in linear_layers(layer):
                     weight_RC = linear.weight
@@ -113,7 +160,7 @@ class CalibratedWeightPruning(WeightPruning):
         with LayerStream(model.network, structure.layers, tokens_BL, self.batch) as stream:
             track = context.progress.track(structure.layers, "pruning layers")
             for index, layer in enumerate(track):
-                refuse_packed(layer, index)
+                refuse_packed_layer(layer, index)
                 stream.onload_layer(index)
                 linears = linear_layers(layer)
                 # All projections of a layer are measured on the same inputs, before any of them is

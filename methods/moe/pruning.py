@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
@@ -131,6 +131,15 @@ def refuse_packed(blocks: Sequence[MoEBlock]) -> None:
                 f"the weights of {block.name} are quantized already: list pruning methods before "
                 "the quantization method, and use only one of the latter"
             )
+
+
+def refuse_packed_layer(layer: nn.Module, index: int) -> None:
+    """Raise if weights of a decoder layer are packed, and so cannot be modified."""
+    if any(isinstance(module, PackedLinear) for module in layer.modules()):
+        raise UserError(
+            f"the weights of layer {index} are quantized already: list pruning methods before "
+            "the quantization method"
+        )
 
 
 def require_calibration(context: Context) -> Calibration:

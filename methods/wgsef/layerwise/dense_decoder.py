@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.method import Context, LayerReport, Method, MethodReport
 from bench.models.model import Model
+from bench.models.offload import is_offloaded
 from bench.models.structure.dense_layer import find_heads, weight_of
 from bench.models.structure.model_structure import ModelStructure
 from methods.moe.calibration_statistics import Gram, observe_inputs
@@ -73,6 +74,12 @@ class WgsefDecoder(Method):
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, select and refit a few layers at a time, then remove all dead atoms at once."""
+        # Atoms are zeroed in memory; offloaded weights would be fetched again as they were.
+        if is_offloaded(model.network):
+            raise UserError(
+                "this method needs the weights of the whole model in memory: "
+                "set model.device_map=null"
+            )
         structure, names = model.structure, {m: name for name, m in model.network.named_modules()}
         found = [self._family(layer, structure.architecture) for layer in structure.layers]
         families = [

@@ -9,9 +9,12 @@ from transformers import AutoModelForCausalLM
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.expert_hooks import observe_experts
+from bench.models.loading import load_model
 from bench.models.saving import save_model
+from bench.models.source import resolve_model
 from bench.models.structure.dense_layer import feed_forwards, weight_of
 from bench.models.structure.model_structure import inspect_model
+from bench.schema import ModelConfig
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ, CameraQDagger
 from methods.moe.calibration_walk import NullObserver
@@ -23,10 +26,11 @@ from tests.methods.dense.architectures import (
     METHODS,
     START,
     applied,
+    context,
     refusal,
     table,
 )
-from tests.models.tiny_networks import DENSE_ARCHITECTURES, build, build_dense, tokens
+from tests.models.tiny_networks import DENSE_ARCHITECTURES, build, build_dense, save, tokens
 
 EVERY = pytest.mark.parametrize("name", DENSE_ARCHITECTURES)
 
@@ -143,6 +147,40 @@ def test_many_bits_change_next_to_nothing(name, label):
     model, _ = applied(method, network)
     apart = (model.network(tokens()).logits - wanted).norm() / wanted.norm()
     assert 0 < apart < 0.05
+
+
+STREAMED = ["camera_p", "camera_q", "camera_pq", "gptq", "awq", "wanda", "sparsegpt", "shortgpt"]
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_a_decoder_on_disk_is_changed_like_one_in_memory(name, tmp_path):
+    folder = save(build_dense(name), tmp_path / "model")
+
+    def loaded(device_map):
+        config = ModelConfig(name="t", source="local", path=str(folder), device_map=device_map)
+        return load_model(resolve_model(config, offline=True))
+
+    for label in STREAMED:
+        logits = []
+        for device_map in ("offload_disk", None):
+            model = loaded(device_map)
+            METHODS[label].apply(model, context())
+            logits.append(model.network(tokens()).logits)
+        assert torch.equal(*logits), label
+    with pytest.raises(UserError, match=r"set model\.device_map=null"):
+        METHODS["wgsef_neurons"].apply(loaded("offload_disk"), context())
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "gemma2", "phi3", "gpt2", "opt", "falcon"])
+def test_each_method_runs_in_bfloat16(name):
+    dense = build_dense(name).to(torch.bfloat16)
+    for label, method in METHODS.items():
+        if refusal(method, dense) is None:
+            model, report = applied(method, copy.deepcopy(dense))
+            logits = model.network(tokens()).logits
+            assert logits.dtype == torch.bfloat16 and logits.isfinite().all(), label
+            if label == "awq":
+                assert any(entry["folded"] for layer in report.layers for entry in layer.scaled)
 
 
 def test_a_class_that_does_more_with_its_neurons_is_refused():

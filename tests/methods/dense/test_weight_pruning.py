@@ -10,9 +10,8 @@ from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
 from bench.schema import ModelConfig
-from methods.dense.linear_layers import linear_layers
 from methods.dense.sparsity import sparsegpt, wanda_mask
-from methods.dense.weight_pruning import SparseGPT, Wanda, WeightMagnitude
+from methods.dense.weight_pruning import SparseGPT, Wanda, WeightMagnitude, linear_layers
 from tests.models import tiny_networks
 
 KINDS = pytest.mark.parametrize("kind", [Wanda, SparseGPT, WeightMagnitude])
