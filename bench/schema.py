@@ -30,7 +30,10 @@ class ModelConfig(BaseModel):
     local` needs one. `adapter`, a folder or a Hugging Face id, is a LoRA adapter that is merged
     into the weights before anything else happens to them.
     `fresh:ARCHITECTURE` is an untrained image classifier for the data set `images`, its weights
-    drawn with `seed`.
+    drawn with `seed`; `torchvision:NAME` is one of torchvision, and `module` the class `_target_`
+    of a package named in `packages`, called with `arguments`. `channels`, `size` and `classes`
+    describe images that are in no known data set. With these sources, `path` may be a state dict in
+    safetensors.
 
     `device_map` is for models larger than one device: `offload_cpu` and `offload_disk` keep the
     decoder layers in CPU memory or on disk and onload them one at a time; every other value
@@ -42,10 +45,15 @@ class ModelConfig(BaseModel):
     `system_prompt` is the sentence that an image_text model saw before each question in training.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # `_target_` keeps its name in records: by it, every config is searched for code to run.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True
+    )
 
     name: str
     source: str
+    target: str | None = Field(default=None, alias="_target_")
+    arguments: dict[str, Any] | None = None
     path: str | None = None
     revision: str = "main"
     adapter: str | None = Field(default=None, min_length=1)
@@ -59,6 +67,9 @@ class ModelConfig(BaseModel):
     max_length: int | None = Field(default=None, ge=8)
     add_bos: bool | None = None
     images: str | None = None
+    channels: int | None = Field(default=None, ge=1)
+    size: int | None = Field(default=None, ge=8)
+    classes: int | None = Field(default=None, ge=2)
     seed: int | None = Field(default=None, ge=0)
     system_prompt: str | None = None
 
@@ -77,6 +88,8 @@ class ModelConfig(BaseModel):
     def _local_needs_path(self) -> ModelConfig:
         if self.path is None and self.source == "local":
             raise ValueError("model=local needs model.path=FOLDER")
+        if (self.source == "module") != (self.target is not None):
+            raise ValueError("model._target_ is required by model=module and by no other model")
         return self
 
 
@@ -100,8 +113,10 @@ class ImagesConfig(BaseModel):
     """The labelled images of a classification benchmark.
 
     `data` names a data set in `bench.data.image_catalogue`, `folder` is its location; `download`
-    lets torchvision fetch what the folder lacks. `split` is `test`, or `validation` for the part of
-    the training images that is held out for choosing hyperparameters.
+    lets torchvision fetch what the folder lacks. `size` is for `data=folder` alone, a folder of
+    images of your own: height and width to which they are resized and cropped. `split` is `test`,
+    or `validation` for the part of the training images that is held out for choosing
+    hyperparameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,6 +124,7 @@ class ImagesConfig(BaseModel):
     data: str = "digits"
     folder: str | None = None
     download: bool = False
+    size: int = Field(default=224, ge=8)
     split: Literal["test", "validation"] = "test"
 
 

@@ -22,7 +22,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from bench.config import model_names
 from bench.config.gate import check_overrides
@@ -111,6 +111,8 @@ def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
         raise _unknown_choice(error) from None
     except OverrideParseException as error:
         raise parse_error(error) from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing: give {error.full_key}=...") from None
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         raise _unknown_key(error, overrides) from None
 

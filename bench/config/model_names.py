@@ -66,7 +66,7 @@ def _shipped(file: str, **changed: object) -> dict[str, object]:
     return {str(key): value for key, value in plain.items()} | changed
 
 
-class ModelNames(ConfigSource):
+class ModelNames(ConfigSource):  # type: ignore[misc]  # Hydra has no types
     """Source of Hydra configs for models that have no file in conf/model."""
 
     @staticmethod
@@ -108,7 +108,7 @@ def _value(config_path: str) -> str | None:
     return value if group == GROUP and slash else None
 
 
-class ModelNamesPath(SearchPathPlugin):
+class ModelNamesPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra has no types
     """Appends `ModelNames` to Hydra's search path, after every folder with config files."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from bench.data import handwritten_digits
-from bench.data.image_sets import FolderSet, ImageShape, Splits, Statistics, TensorSet
+from bench.data.image_sets import (
+    FolderSet,
+    ImageShape,
+    ImageTransform,
+    Splits,
+    Statistics,
+    Subset,
+    TensorSet,
+)
 from bench.errors import MissingData, UserError, unknown_name
 
 IMAGENET_SIZE = 224
@@ -48,7 +56,9 @@ _TORCHVISION_SETS = {
         "CIFAR100", 3, 32, 100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 4, True
     ),
 }
-IMAGE_SETS = ("digits", *_TORCHVISION_SETS, "imagenet")
+KNOWN_SETS = ("digits", *_TORCHVISION_SETS, "imagenet")
+IMAGE_SETS = (*KNOWN_SETS, "folder")
+IMAGENET_SHAPE = ImageShape(3, IMAGENET_SIZE, 1000)
 
 # Fraction of the training images that `Splits.for_selection` holds out.
 HELD_OUT_SHARE = 0.1
@@ -63,21 +73,28 @@ def image_shape(name: str) -> ImageShape:
     if name == "digits":
         return ImageShape(1, 8, 10)
     if name == "imagenet":
-        return ImageShape(3, IMAGENET_SIZE, 1000)
+        return IMAGENET_SHAPE
+    if name == "folder":
+        raise UserError(
+            "the shape of a folder of images is not known: set model.size and model.classes"
+        )
     if name not in _TORCHVISION_SETS:
         raise unknown_name("image data set", name, IMAGE_SETS)
     found = _TORCHVISION_SETS[name]
     return ImageShape(found.channels, found.size, found.classes)
 
 
-def load_image_set(name: str, folder: str | None = None, *, download: bool = False) -> Splits:
+def load_image_set(
+    name: str, folder: str | None = None, *, download: bool = False, size: int = IMAGENET_SIZE
+) -> Splits:
     """Load a data set; all but the digits are read from `folder` in torchvision's layout.
 
     With `download`, torchvision fetches missing files; ImageNet's licence does not allow this.
+    `size` is that of images in a folder of the user's own.
 
     Raises:
-        UserError: no data set has this name, `download` was set for ImageNet, or the folder may
-            not be read or written.
+        UserError: no data set has this name, `download` was set for ImageNet or for a folder, or
+            the folder may not be read or written.
         MissingData: `folder` is not given or does not hold the data set.
     """
     if name not in IMAGE_SETS:
@@ -89,6 +106,10 @@ def load_image_set(name: str, folder: str | None = None, *, download: bool = Fal
             f"image data set {name} does not ship with the package and needs a folder that holds "
             "it: set benchmark.images.folder=FOLDER"
         )
+    if name == "folder":
+        if download:
+            raise UserError("benchmark.images.download=true: a folder of your own has no source")
+        return _load_folder(Path(folder).expanduser(), size)
     if name == "imagenet":
         if download:
             raise UserError("benchmark.images.download=true: imagenet's licence forbids downloads")
@@ -160,38 +181,88 @@ def _refuse_misfit(
 
 def _load_imagenet(folder: Path) -> Splits:
     """Read `train/` and `val/` with one sub-folder per class, the usual layout of ImageNet."""
-    from torchvision import datasets, transforms
-
     missing = [part for part in ("train", "val") if not (folder / part).is_dir()]
     if missing:
         raise MissingData(f"{folder} does not hold imagenet: it has no {' and no '.join(missing)}")
-    finish = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
-    test = transforms.Compose(
-        [transforms.Resize(IMAGENET_RESIZE), transforms.CenterCrop(IMAGENET_SIZE), *finish]
-    )
-    training = transforms.Compose(
-        [transforms.RandomResizedCrop(IMAGENET_SIZE), transforms.RandomHorizontalFlip(), *finish]
-    )
     # ImageFolder, because torchvision's ImageNet class also needs the archive of the devkit.
-    parts = {part: datasets.ImageFolder(str(folder / part)) for part in ("train", "val")}
-    classes = {part: images.classes for part, images in parts.items()}
+    train, test = _image_folder(folder / "train"), _image_folder(folder / "val")
     # Labels are positions in the sorted names of the folders: one folder less shifts all others.
-    unshared = sorted(set(classes["train"]) ^ set(classes["val"]))
+    unshared = sorted(set(train.classes) ^ set(test.classes))
     if unshared:
         raise UserError(
             f"image data set imagenet: class folder {unshared[0]} is in one of {folder}/train and "
             f"{folder}/val only, as are {len(unshared) - 1} more; both need the same classes"
         )
+    transforms = _transforms(IMAGENET_SIZE)
     return Splits(
         name="imagenet",
-        train=FolderSet(parts["train"], test, training),
-        test=FolderSet(parts["val"], test, training),
+        train=FolderSet(train, *transforms),
+        test=FolderSet(test, *transforms),
         channels=3,
         size=IMAGENET_SIZE,
-        classes=len(parts["train"].classes),
-        provenance=f"ImageNet folders train and val, {len(parts['train'].classes)} classes",
+        classes=len(train.classes),
+        provenance=f"ImageNet folders train and val, {len(train.classes)} classes",
         # ImageFolder sorts by class: the last training images would all be of the last classes.
         held_out=0,
+    )
+
+
+# Names of the part that is scored; a folder without any is scored whole.
+_SCORED_PARTS = ("test", "val", "validation")
+
+
+def _load_folder(folder: Path, size: int) -> Splits:
+    """Read a folder of images with one sub-folder per class, below `train` and `test` if it has.
+
+    Images are resized and cropped to `size`, and normalised as for ImageNet.
+    """
+    scored = next((folder / part for part in _SCORED_PARTS if (folder / part).is_dir()), folder)
+    test = _image_folder(scored)
+    train = _image_folder(folder / "train") if (folder / "train").is_dir() else None
+    if scored == folder and train is not None:
+        raise MissingData(f"{folder} has train, and none of {', '.join(_SCORED_PARTS)}")
+    if train is not None and train.classes != test.classes:
+        different = sorted(set(train.classes) ^ set(test.classes))
+        raise UserError(f"{folder}: {different[0]!r} is a class of one of train and {scored.name}")
+    if len(test.classes) < 2:
+        raise UserError(
+            f"{scored} has one class, {test.classes[0]!r}: two are needed to tell apart"
+        )
+    transforms = _transforms(size)
+    whole = FolderSet(test, *transforms, by_content=True)
+    return Splits(
+        name="folder",
+        train=FolderSet(train, *transforms, by_content=True) if train else Subset(whole, range(0)),
+        test=whole,
+        channels=3,
+        size=size,
+        classes=len(test.classes),
+        provenance=f"a folder of {len(test.classes)} classes: {', '.join(test.classes[:10])}",
+    )
+
+
+def _image_folder(folder: Path) -> Any:
+    """Return torchvision's view of a folder with one sub-folder of images per class."""
+    from torchvision import datasets
+
+    try:
+        return datasets.ImageFolder(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise MissingData(f"{folder} holds no images in one folder per class: {reason}") from None
+
+
+def _transforms(size: int) -> tuple[ImageTransform, ImageTransform]:
+    """Return what is done to an image of ImageNet's kind when it is scored, and in training."""
+    from torchvision import transforms
+
+    finish = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
+    resized = round(size * IMAGENET_RESIZE / IMAGENET_SIZE)
+    return (
+        transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), *finish]),
+        transforms.Compose(
+            [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish]
+        ),
     )
 
 

@@ -121,7 +121,7 @@ def plan_images(benchmark: BenchmarkConfig, *, offline: bool) -> ImageHarness:
     """
     config = benchmark.images
     splits = image_catalogue.load_image_set(
-        config.data, config.folder, download=config.download and not offline
+        config.data, config.folder, download=config.download and not offline, size=config.size
     )
     if config.split == "validation":
         # From here on the held-out part of the training set plays the role of the test set, so that

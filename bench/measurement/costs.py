@@ -114,43 +114,41 @@ def _add_prompt_costs(found: CostReport, model: Model, config: CostsConfig) -> N
     found.add(_prefill_costs(model, inputs))
 
 
-def _size_costs(model: Model) -> list[Cost]:
-    counted = count_size(model.network, model.structure)
-    other = counted.parameters - counted.routed - counted.shared
-    parts = {"routed": counted.routed, "shared": counted.shared, "other": other}
-    return [
-        Cost(
-            scope="model",
-            quantity="parameters",
-            unit="1",
-            value=counted.parameters,
-            how="counted",
-            parts=dict(parts),
-        ),
-        Cost(
-            scope="model",
-            quantity="nonzero_parameters",
-            unit="1",
-            value=counted.nonzero,
-            how="counted",
-        ),
-        # Analytic, because it assumes top-k of equally large experts instead of observing routing.
-        Cost(
-            scope="model",
-            quantity="active_parameters",
-            unit="1",
-            value=counted.active,
-            how="analytic",
-        ),
-        Cost(
-            scope="model",
-            quantity="bytes",
-            unit="B",
-            # In memory a quantized checkpoint may be dense: what it saves is in its files.
-            value=model.quantization.bytes if model.quantization else counted.bytes,
-            how="counted",
-        ),
-    ]
+def _size_costs(model: Model) -> Measurements:
+    stored = model.quantization
+    if stored is not None and not stored.dequantized:
+        yield _counted("parameters", stored.parameters)
+        yield _counted("bytes", stored.bytes, "B")
+        reason = f"the weights are packed by {stored.method}"
+        yield MissingMeasurement(
+            scope="model", quantity="nonzero_parameters", reason=reason, how="counted"
+        )
+        yield MissingMeasurement(
+            scope="model", quantity="active_parameters", reason=reason, how="analytic"
+        )
+        return
+    size = count_size(model.network, model.structure)
+    other = size.parameters - size.routed - size.shared
+    parts = {"routed": size.routed, "shared": size.shared, "other": other}
+    yield Cost(
+        scope="model",
+        quantity="parameters",
+        unit="1",
+        value=size.parameters,
+        how="counted",
+        parts=dict(parts),
+    )
+    yield _counted("nonzero_parameters", size.nonzero)
+    # Analytic, because it assumes top-k of equally large experts instead of observing routing.
+    yield Cost(
+        scope="model", quantity="active_parameters", unit="1", value=size.active, how="analytic"
+    )
+    # In memory a dequantized checkpoint is dense: what it saves is in its files.
+    yield _counted("bytes", stored.bytes if stored else size.bytes, "B")
+
+
+def _counted(quantity: str, value: float, unit: str = "1") -> Cost:
+    return Cost(scope="model", quantity=quantity, unit=unit, value=value, how="counted")
 
 
 def _prefill_costs(model: Model, inputs: ModelInputs) -> list[Cost]:

@@ -311,17 +311,23 @@ class Quantization:
     """How a checkpoint is stored that was quantized before it came here.
 
     `method` is transformers' name of it; `bytes` counts the tensors in the files, scales and
-    zero points included.
+    zero points included; `parameters` are those of the dense network, counted when it is built.
     """
 
     method: str
     bytes: int
     quantizes_activations: bool = False
+    parameters: int = 0
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether the network computes with dense weights, dequantized when it is loaded."""
+        return self.method == "compressed-tensors" and not self.quantizes_activations
 
     @property
     def loading_settings(self) -> dict[str, Any]:
         """Settings with which transformers loads the checkpoint."""
-        if self.method != "compressed-tensors" or self.quantizes_activations:
+        if not self.dequantized:
             return {}
         # compressed-tensors computes with dequantized weights in any case, from the first forward
         # on. Dequantized at once, the network is the same before and after it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -11,14 +12,15 @@ import torch
 
 from bench.data.chat import Processor, Tokenizer
 from bench.device import devices
-from bench.errors import UserError
+from bench.errors import UserError, error_sentence
 from bench.models import checkpoints
 from bench.models.checkpoints import one_sentence_errors
 from bench.models.classifiers import architectures, serialization
+from bench.models.classifiers.built_networks import fresh_vision_config, is_fresh, is_state_dict
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
 from bench.models.network import NetworkConfig, embedded_ids, learned_positions
-from bench.models.source import ModelSource, fresh_vision_config, is_fresh, resolve_model
+from bench.models.source import ModelSource, resolve_model
 from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -114,6 +116,10 @@ def load_model(source: ModelSource) -> Model:
     # graph.
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
+    quantization = source.quantization
+    if quantization is not None:
+        counted = sum(weight.numel() for weight in skeleton(source).parameters())
+        quantization = replace(quantization, parameters=counted)
     with one_sentence_errors(source.given):
         tokenizer, processor = _load_tokenizer_and_processor(source)
     return Model(
@@ -123,7 +129,7 @@ def load_model(source: ModelSource) -> Model:
         processor=processor,
         fingerprint=source.fingerprint,
         revision=source.revision,
-        quantization=source.quantization,
+        quantization=quantization,
         device=next(network.parameters()).device,
     )
 
@@ -277,16 +283,28 @@ def classifier_skeleton(source: ModelSource) -> Classifier:
     """
     config = _vision_config(source)
     with torch.device("meta"), torch.no_grad():
+        network = architectures.build_classifier(config).eval()
+        # Constructors accept any size; only a forward shows that the pooling layers leave no
+        # pixel. On meta it costs no arithmetic and the message names no internal shape.
+        image = torch.zeros(1, config.channels, config.size, config.size)
+        ours = config.architecture in architectures.ARCHITECTURES
         try:
-            network = architectures.build_classifier(config).eval()
-            # Constructors accept any size; only a forward shows that the pooling layers leave no
-            # pixel. On meta it costs no arithmetic and the message names no internal shape.
-            network(torch.zeros(1, config.channels, config.size, config.size))
-        except RuntimeError:
+            logits = network(image)
+        # The forward of a user's own network may raise anything.
+        except Exception as error:
+            if ours and not isinstance(error, RuntimeError):
+                raise
+            reason = "a layer would have an empty output" if ours else error_sentence(error)
             raise UserError(
                 f"{config.architecture} does not fit images of size {config.size} with "
-                f"{config.channels} channels: a layer would have an empty output"
+                f"{config.channels} channels: {reason}"
             ) from None
+    given = tuple(getattr(logits, "shape", ()))
+    if given != (1, config.classes):
+        raise UserError(
+            f"{config.architecture} returns {given or type(logits).__name__} for one image, "
+            f"where logits of shape {(1, config.classes)} are needed"
+        )
     return network
 
 
@@ -300,17 +318,21 @@ def load_classifier(source: ModelSource, device: torch.device) -> Classifier:
         raise UserError("model.device_map is for language models: set it to null for a classifier")
     # Fresh weights are drawn on the CPU and moved, so that a seed gives the same weights on every
     # device.
-    network = (
-        _fresh_classifier(source)
-        if is_fresh(source.config)
-        else serialization.load_classifier_folder(source.folder)
-    )
+    if is_fresh(source.config):
+        network = _fresh_classifier(source)
+    elif is_state_dict(source.config):
+        network = serialization.load_state(_fresh_classifier(source), source.given)
+    else:
+        _vision_config(source)  # which registers a class of the user's
+        network = serialization.load_classifier_folder(source.folder)
     return network.to(device, devices.select_dtype(source.config.dtype, device))
 
 
 def _vision_config(source: ModelSource) -> VisionConfig:
-    if is_fresh(source.config):
+    if is_fresh(source.config) or is_state_dict(source.config):
         return fresh_vision_config(source.config)
+    if source.config.target is not None:
+        architectures.register_module(source.config.target)
     return VisionConfig.read(source.folder)
 
 

@@ -45,6 +45,11 @@ def save_model(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> 
         return _save_classifier(network, folder, pad=pad, onnx=onnx)
     if onnx:
         raise UserError(f"--onnx is for image classifiers; {model.structure.architecture} is none")
+    if model.quantization is not None:
+        raise UserError(
+            f"{model.name} is quantized by {model.quantization.method} already: its own folder is "
+            "what could be exported"
+        )
     if is_offloaded(network):
         raise UserError("a model is written from memory only: set model.device_map=null")
     description = replaced_modules.describe_network(network)

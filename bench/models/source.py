@@ -12,16 +12,13 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
+from bench.models.classifiers import built_networks
 from bench.models.hashing import fingerprint
 from bench.schema import ModelConfig
-
-if TYPE_CHECKING:
-    from bench.models.classifiers.classifier import VisionConfig
-
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,7 +136,6 @@ def _no_weights_message(folder: Path) -> str:
 
 
 EMBEDDED_PREFIX = "embedded:"
-FRESH_PREFIX = "fresh:"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 
@@ -153,18 +149,23 @@ class ModelSource:
 
     `fingerprint` is a SHA-256 over the weight files, the adapter's included; `revision` is the
     hub's commit, None otherwise. Fresh weights have no files: `folder` is that of the code that
-    draws them, and `fingerprint` covers what they depend on. `given` is the folder or GGUF file
-    that was given; of a GGUF file, `folder` is the conversion.
+    draws them, and `fingerprint` covers what they depend on. `file` is what was given in place of a
+    folder: a GGUF file, whose conversion `folder` is, or a state dict.
     """
 
     config: ModelConfig
     folder: Path
     fingerprint: str
     revision: str | None
-    given: Path
+    file: Path | None = None
     adapter: Path | None = None
     adapter_revision: str | None = None
     quantization: checkpoints.Quantization | None = None
+
+    @property
+    def given(self) -> Path:
+        """The file or folder that messages name."""
+        return self.file or self.folder
 
 
 def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
@@ -175,9 +176,12 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
         UserError: they can be reached but are unusable.
     """
     _gate_remote_code(config)
-    if is_fresh(config):
+    if built_networks.is_fresh(config):
         refuse_adapter(config, "drawn at random")
-        return ModelSource(config, fresh_folder(), fresh_fingerprint(config), None, fresh_folder())
+        drawn = built_networks.fresh_fingerprint(config)
+        return ModelSource(config, built_networks.fresh_folder(), drawn, None)
+    if built_networks.is_state_dict(config):
+        return _state_dict_source(config)
     if config.path is not None and config.path.endswith(checkpoints.GGUF_SUFFIX):
         return _gguf_source(config, offline=offline)
     folder, revision = _model_folder(config, offline=offline)
@@ -189,9 +193,7 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     quantization = checkpoints.find_quantization(folder, files)
     if quantization is not None:
         refuse_adapter(config, f"quantized by {quantization.method}")
-    source = ModelSource(
-        config, folder, fingerprint(files), revision, folder, quantization=quantization
-    )
+    source = ModelSource(config, folder, fingerprint(files), revision, quantization=quantization)
     return _with_adapter(source, files, offline=offline)
 
 
@@ -212,7 +214,7 @@ def _gguf_source(config: ModelConfig, *, offline: bool) -> ModelSource:
         raise UserError(f"model.path={config.path}: a GGUF file needs model.kind=causal_lm")
     dtype = select_dtype(config.dtype, select_device(config.device))
     folder = checkpoints.converted_gguf(file, dtype)
-    source = ModelSource(config, folder, fingerprint([file]), None, file)
+    source = ModelSource(config, folder, fingerprint([file]), None, file=file)
     return _with_adapter(source, (file,), offline=offline)
 
 
@@ -225,7 +227,7 @@ def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool
         raise UserError(
             f"model.adapter={config.adapter} is for language models with model.device_map=null"
         )
-    folder, revision = _adapter_folder(config.adapter, offline=offline)
+    folder, revision = _adapter_folder(config, config.adapter, offline=offline)
     refuse_outside_links(folder)
     checkpoints.adapter_settings(folder)
     weights = folder / checkpoints.ADAPTER_WEIGHTS
@@ -238,7 +240,7 @@ def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool
     )
 
 
-def _adapter_folder(adapter: str, *, offline: bool) -> tuple[Path, str | None]:
+def _adapter_folder(config: ModelConfig, adapter: str, *, offline: bool) -> tuple[Path, str | None]:
     """Return the folder of an adapter's files and their commit; `adapter` may be ID@REVISION."""
     folder = Path(adapter).expanduser()
     if folder.is_dir():
@@ -247,9 +249,27 @@ def _adapter_folder(adapter: str, *, offline: bool) -> tuple[Path, str | None]:
     # A name on the hub has exactly one slash; anything else was meant as a folder.
     if adapter.startswith((".", "/", "~")) or name.count("/") != 1:
         raise MissingData(f"model.adapter={adapter} is neither a folder nor ORG/NAME on the hub")
-    request = HubRequest(name, revision or "main", f"adapter {name}", f"model.adapter={adapter}")
+    request = HubRequest(
+        repository=name,
+        revision=revision or "main",
+        words=f"adapter {name}",
+        overrides=f"{_model_choice(config)} model.adapter={adapter}",
+        local_key="model.adapter",
+    )
     wanted = [checkpoints.ADAPTER_CONFIG, checkpoints.ADAPTER_WEIGHTS]
     return _hub_folder(request, wanted, offline=offline)
+
+
+def _state_dict_source(config: ModelConfig) -> ModelSource:
+    file = Path(str(config.path)).expanduser().absolute()
+    if not file.is_file():
+        raise MissingData(f"model.path={config.path} is not a file")
+    check_header(file)
+    described = (
+        f"{fingerprint([file])} {built_networks.fresh_vision_config(config).model_dump_json()}"
+    )
+    content = hashlib.sha256(described.encode()).hexdigest()
+    return ModelSource(config, built_networks.fresh_folder(), content, None, file=file)
 
 
 def prefetch_model(config: ModelConfig) -> Path:
@@ -286,19 +306,21 @@ def _model_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | No
     # Python files are not even downloaded unless the model may run them.
     wanted = [*DOWNLOAD_PATTERNS, "*.py"] if config.trust_remote_code else DOWNLOAD_PATTERNS
     request = HubRequest(
-        config.source,
-        config.revision,
-        f"model {config.source} at revision {config.revision}",
-        _model_choice(config),
+        repository=config.source,
+        revision=config.revision,
+        words=f"model {config.source} at revision {config.revision}",
+        overrides=_model_choice(config),
+        local_key="model.path",
     )
     return _hub_folder(request, wanted, offline=offline)
 
 
 def _model_choice(config: ModelConfig) -> str:
-    """Return the overrides that choose a model of the hub."""
-    if config.name != config.source or config.revision == "main":
-        return f"model={config.name}"
-    return f"model={config.name} model.revision={config.revision}"
+    """Return the overrides that choose a model."""
+    name = config.name.rpartition("+")[0] if config.adapter else config.name
+    # A file in conf/model has its revision; an id of the hub has none.
+    given = name == config.source and config.revision != "main"
+    return f"model={name} model.revision={config.revision}" if given else f"model={name}"
 
 
 def _embedded_folder(name: str) -> Path:
@@ -311,12 +333,16 @@ def _embedded_folder(name: str) -> Path:
 
 @dataclass(frozen=True)
 class HubRequest:
-    """A repository of the hub, the words for it in messages, and the overrides that ask for it."""
+    """A repository of the hub, and how messages speak of it.
+
+    `overrides` ask for it on the command line, and `local_key` takes a folder in its place.
+    """
 
     repository: str
     revision: str
     words: str
     overrides: str
+    local_key: str
 
 
 def _hub_folder(
@@ -343,7 +369,7 @@ def _hub_folder(
             local_files_only=offline,
         )
     except HFValidationError:
-        raise UserError(f"model.source={request.repository} is not a name on the hub") from None
+        raise UserError(f"{name}: {request.repository} is not a name on the hub") from None
     # Order matters: GatedRepoError is a RepositoryNotFoundError, and all are HfHubHTTPErrors.
     except GatedRepoError:
         raise MissingData(f"{name} is gated: request access on the hub and log in") from None
@@ -363,48 +389,5 @@ def _not_cached_message(request: HubRequest, *, offline: bool) -> str:
     where = "and offline=true" if offline else "and the hub cannot be reached"
     return (
         f"{request.words} is not in the local cache {where}: run `bench prefetch "
-        f"{request.overrides}` with network access, or set model.path=FOLDER"
+        f"{request.overrides}` with network access, or set {request.local_key}=FOLDER"
     )
-
-
-def is_fresh(config: ModelConfig) -> bool:
-    """Whether the model has no files; `model.path`, when given, overrides its source."""
-    return config.path is None and config.source.startswith(FRESH_PREFIX)
-
-
-def fresh_vision_config(config: ModelConfig) -> VisionConfig:
-    """Return the architecture's config with the input shape of the named data set.
-
-    Raises:
-        UserError: the architecture or the data set does not exist, or no data set is given.
-    """
-    # Imported here because the architectures import torch, and `bench.models.source` stays
-    # importable without it.
-    from bench.data.image_catalogue import IMAGE_SETS, image_shape
-    from bench.models.classifiers.architectures import ARCHITECTURES
-    from bench.models.classifiers.classifier import VisionConfig
-
-    name = config.source.removeprefix(FRESH_PREFIX)
-    if name not in ARCHITECTURES:
-        raise unknown_name("architecture", name, ARCHITECTURES)
-    if config.images is None:
-        raise UserError(
-            f"model.images is missing: {config.source} needs one of {', '.join(IMAGE_SETS)}"
-        )
-    images = image_shape(config.images)
-    return VisionConfig(
-        architecture=name, channels=images.channels, size=images.size, classes=images.classes
-    )
-
-
-def fresh_fingerprint(config: ModelConfig) -> str:
-    """Hash everything that fresh weights depend on, except the version of torch."""
-    described = f"{fresh_vision_config(config).model_dump_json()} seed {config.seed}"
-    return hashlib.sha256(described.encode()).hexdigest()
-
-
-def fresh_folder() -> Path:
-    """Return the folder of the code that draws the weights."""
-    from bench.models import classifiers
-
-    return Path(next(iter(classifiers.__path__)))

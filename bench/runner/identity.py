@@ -59,6 +59,11 @@ def method_identity(method: Method) -> str:
     return f"{kind.__module__}.{kind.__qualname__} {_code_hash(kind.__module__)}"
 
 
+def class_identity(target: str) -> str:
+    """Return the name of a class, which is imported, with a hash of its code."""
+    return f"{target} {_code_hash(target.rpartition('.')[0])}"
+
+
 @functools.cache
 def scoring_code_identity() -> str:
     """Return a hash of the code of bench that scores."""

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 from bench.errors import UserError
 from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
-from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
+from bench.runner.identity import (
+    class_identity,
+    method_identity,
+    model_files_identity,
+    scoring_code_identity,
+)
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -113,6 +118,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
         "weights": source.fingerprint,
         "model": model_files,
+        **({"network": class_identity(config.model.target)} if config.model.target else {}),
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
         "methods": {name: method_identity(method) for name, method in config.method.items()},

@@ -215,7 +215,9 @@ def _sweep_fingerprint(
     if len(known) < len(files) or elsewhere or any(config.force for config in configs):
         return None
     kinds = {type(method) for config in configs for method in config.method.values()}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    names = [kind.__module__ for kind in kinds]
+    names += [config.model.target for config in configs if config.model.target]
+    packages = {name.partition(".")[0] for name in names}
     return SweepFingerprint.record_now({file for group in known for file in group}, packages)
 
 

@@ -34,14 +34,15 @@ def describe_dense_model(model: Model) -> DenseModel:
     """Describe a model as it is before any method changes it."""
     from bench.measurement.model_size import count_parameters, stored_bytes
 
+    stored = model.quantization
     return DenseModel(
         name=model.name,
         source=model.config.source,
         revision=model.revision,
         fingerprint=model.fingerprint,
         architecture=model.structure.architecture,
-        parameters=count_parameters(model.network),
-        bytes=model.quantization.bytes if model.quantization else stored_bytes(model.network),
+        parameters=stored.parameters if stored else count_parameters(model.network),
+        bytes=stored.bytes if stored else stored_bytes(model.network),
     )
 
 

@@ -90,6 +90,16 @@ def test_an_experiments_own_sweep_is_looked_at_too():
     assert {"method=dense", "method=camera_p", "method=random_experts"} <= methods
 
 
+# What is for models and texts of the user's says what it cannot do without.
+NEEDED = {
+    ("model", "local"): ["model.path=/somewhere"],
+    ("model", "hub"): ["model.source=someones/model"],
+    ("model", "torchvision"): ["model.source=torchvision:resnet18"],
+    ("model", "module"): ["model._target_=methods.Net"],
+    ("calibration", "text"): ["calibration.path=/x.txt"],
+}
+
+
 @pytest.mark.parametrize(
     "group", ["model", "method", "benchmark", "calibration", "tracker", "costs"]
 )
@@ -97,9 +107,7 @@ def test_every_shipped_config_composes(group):
     names = config_names(group)
     assert names
     for name in names:
-        extra = ["model.path=/somewhere"] if (group, name) == ("model", "local") else []
-        extra += ["calibration.path=/x.txt"] if (group, name) == ("calibration", "text") else []
-        config = compose_run_config([f"{group}={name}", *extra])
+        config = compose_run_config([f"{group}={name}", *NEEDED.get((group, name), [])])
         if group == "method":
             assert list(config.method) == [name]
         elif group in ("model", "benchmark", "calibration", "costs"):

@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bench.data.image_catalogue import IMAGE_SETS, image_shape, load_image_set
+from bench.data.image_catalogue import KNOWN_SETS, image_shape, load_image_set
 from bench.data.image_sets import Subset, sequential_batches, training_batches
 from bench.errors import MissingData, UserError
 
@@ -195,7 +195,7 @@ def test_fingerprints_tell_images_and_places_apart():
 
 
 def test_shapes_are_known_without_reading():
-    assert all(image_shape(name).classes >= 10 for name in IMAGE_SETS)
+    assert all(image_shape(name).classes >= 10 for name in KNOWN_SETS)
     assert image_shape("digits") == load_image_set("digits").shape
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
         image_shape("cifar1")
@@ -221,3 +221,71 @@ def test_only_absent_files_are_reported_as_such(fault, raised, said, tmp_path, m
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
     with pytest.raises(raised, match=said):
         load_image_set("cifar10", str(tmp_path), download=True)
+
+
+def draw(folder, classes, count=2, size=40):
+    """Write images of one colour each, in one sub-folder per class."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            colour = (40 * number, 10 * index, 200)
+            Image.new("RGB", (size + index, size), colour).save(folder / name / f"{index}.png")
+
+
+@pytest.mark.parametrize("scored", ["test", "val", "validation", "."])
+def test_a_folder_of_images_has_any_number_of_classes(scored, tmp_path):
+    names = ["cat", "dog", "owl"]
+    draw(tmp_path / scored, names)
+    if scored != ".":
+        draw(tmp_path / "train", names, count=3)
+    splits = load_image_set("folder", str(tmp_path), size=16)
+    assert (splits.channels, splits.size, splits.classes) == (3, 16, 3)
+    assert (len(splits.test), len(splits.train)) == (6, 0 if scored == "." else 9)
+    image_BCHH, label_B = splits.test.fetch(torch.arange(6), None)
+    assert image_BCHH.shape == (6, 3, 16, 16)
+    assert label_B.tolist() == [0, 0, 1, 1, 2, 2]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (torch.tensor([80, 10, 200]) / 255 - mean) / std
+    torch.testing.assert_close(image_BCHH[5, :, 8, 8], expected, atol=1e-5, rtol=0)
+
+
+def test_a_folder_is_known_by_the_content_of_its_images(tmp_path):
+    draw(tmp_path, ["a", "b"])
+    before = load_image_set("folder", str(tmp_path), size=16).test.fingerprint()
+    file = tmp_path / "a" / "0.png"
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    assert load_image_set("folder", str(tmp_path), size=16).test.fingerprint() != before
+
+
+def test_folders_that_are_no_data_set_are_refused(tmp_path):
+    def refused(folder, match, kind=UserError):
+        with pytest.raises(kind, match=match) as raised:
+            load_image_set("folder", str(tmp_path / folder), size=16)
+        assert "\n" not in str(raised.value)
+
+    refused("nowhere", "nowhere holds no images", MissingData)
+    (tmp_path / "empty").mkdir()
+    refused("empty", "holds no images in one folder per class", MissingData)
+    (tmp_path / "blank" / "cat").mkdir(parents=True)
+    refused("blank", "holds no images", MissingData)
+    draw(tmp_path / "single", ["cat"])
+    refused("single", "has one class, 'cat'")
+    draw(tmp_path / "unequal" / "train", ["cat", "dog", "owl"])
+    draw(tmp_path / "unequal" / "test", ["cat", "dog"])
+    refused("unequal", "'owl' is a class of one of train and test")
+    draw(tmp_path / "unscored" / "train", ["cat", "dog"])
+    refused("unscored", "has train, and none of test, val", MissingData)
+    with pytest.raises(UserError, match="a folder of your own has no source"):
+        load_image_set("folder", str(tmp_path), download=True)
+    with pytest.raises(UserError, match=r"set model.size and model.classes"):
+        image_shape("folder")
+
+
+def test_a_broken_image_is_named(tmp_path):
+    draw(tmp_path, ["a", "b"])
+    (tmp_path / "b" / "0.png").write_bytes(b"no image")
+    splits = load_image_set("folder", str(tmp_path), size=16)
+    with pytest.raises(UserError, match=r"b/0.png cannot be read as an image"):
+        splits.test.fetch(torch.arange(4), None)

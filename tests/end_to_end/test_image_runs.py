@@ -6,9 +6,11 @@ import onnxruntime
 import pandas
 import pytest
 import torch
+from PIL import Image
 
 from bench.data.image_catalogue import load_image_set as load_images
 from bench.models.classifiers import serialization
+from bench.records import Store
 
 SHORT = [
     "model=micro_lenet", "benchmark=images", "benchmark.limit=null", "method=wgsef", "ratio=0.5",
@@ -143,3 +145,23 @@ def test_forms_that_a_model_has_not(bench, tmp_path, flag):
     code, _, err = bench("export", folder.name, str(tmp_path / "out"), flag)
     assert code == 2 and flag in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_torchvision_scores_a_folder_of_images(bench, tmp_path):
+    for number, name in enumerate(("cat", "dog", "owl")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (80 * number, 0, 0)).save(tmp_path / "images" / name / "0.png")
+    chosen = [
+        "model=torchvision/mobilenet_v3_small", "model.classes=3", "model.size=32",
+        "benchmark=images", "benchmark.images.data=folder", "benchmark.images.size=32",
+        f"benchmark.images.folder={tmp_path / 'images'}",
+    ]  # fmt: skip
+    code, _, said = bench("run", *chosen)
+    assert code == 0, said
+    (record,) = Store(bench.results).all()
+    assert record.model.name == "torchvision/mobilenet_v3_small"
+    (accuracy,) = record.metrics
+    assert (accuracy.task, accuracy.n) == ("folder", 3)
+
+    code, _, said = bench("run", *chosen, "model.classes=4")
+    assert code == 2 and "4 classes; folder has 3, 32 and 3" in said

@@ -1,15 +1,18 @@
 """One command from config to record, through the real harness on the trained model."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import bench as library
 from bench.data.synthetic.world import question_sets
+from bench.models import embedded
 from bench.records import Store
 
 HELP = [sys.executable, "-P", "-m", "bench.cli", "--help"]
@@ -187,3 +190,17 @@ def test_the_composed_config_can_be_seen_without_running(bench):
     assert code == 0
     assert "ratio: 0.3" in out
     assert not (bench.results / "runs").exists()
+
+
+def test_a_sweep_goes_over_a_folder_and_a_named_model(bench, tmp_path, monkeypatch):
+    shipped = Path(next(iter(embedded.__path__))) / "micro_moe"
+    shutil.copytree(shipped, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    swept = ["-m", "model=./mine,micro_moe", "benchmark.tasks=[rte]", "benchmark.limit=2"]
+    code, _, said = bench("run", *swept)
+    assert code == 0, said
+    records = {record.model.name: record for record in Store(bench.results).all()}
+    assert records.keys() == {"mine", "micro_moe"}
+    (mine, shipped) = (records[name] for name in ("mine", "micro_moe"))
+    assert mine.model.fingerprint == shipped.model.fingerprint
+    assert mine.metrics == shipped.metrics

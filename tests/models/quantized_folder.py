@@ -14,18 +14,21 @@ from compressed_tensors.quantization import (
 from safetensors.torch import save_file
 
 
-def write_quantized(network, folder, bits=4):
+def write_quantized(network, folder, bits=4, activations=False):
     """Put quantized weights into the folder of a network, and return one that computes with them.
 
-    Every linear layer but the head has `bits` per weight and one scale per row. `network` itself is
-    compressed.
+    Every linear layer but the head has `bits` per weight and one scale per row; with `activations`,
+    its inputs are rounded to 8 bits with one scale per token. `network` itself is compressed.
     """
+    inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if activations else None
     scheme = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(num_bits=bits, strategy="channel")
+        targets=["Linear"],
+        weights=QuantizationArgs(num_bits=bits, strategy="channel"),
+        input_activations=inputs,
     )
     config = QuantizationConfig(
         config_groups={"all": scheme},
-        format="pack-quantized",
+        format="int-quantized" if activations else "pack-quantized",
         ignore=["lm_head"],
         quantization_status="frozen",
     )

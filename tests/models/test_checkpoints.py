@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bench.errors import MissingData, UserError
+from bench.measurement.costs import count_costs
 from bench.models import checkpoints
 from bench.models.loading import load_model, skeleton
 from bench.models.source import resolve_model
 from bench.runner.identity import model_files_identity
-from bench.schema import ModelConfig
+from bench.runner.record_builder import describe_dense_model
+from bench.schema import CostsConfig, ModelConfig
 from tests.models.quantized_folder import write_quantized
 from tests.models.tiny_networks import SIZES, llama, randomise, save, tokens
 
@@ -181,10 +183,6 @@ def quantized_llama(folder):
 
 
 def test_compressed_tensors_are_scored_as_they_are_stored(tmp_path):
-    from bench.measurement.costs import count_costs
-    from bench.runner.record_builder import describe_dense_model
-    from bench.schema import CostsConfig
-
     expected = quantized_llama(tmp_path)
     model = load_model(source(tmp_path))
     torch.testing.assert_close(model.network(tokens()).logits, expected)
@@ -197,6 +195,23 @@ def test_compressed_tensors_are_scored_as_they_are_stored(tmp_path):
     assert (described.parameters, described.bytes) == (dense, stored)
     costs = {cost.quantity: cost.value for cost in count_costs(model, CostsConfig(name="x")).costs}
     assert costs["bytes"] == stored
+
+
+def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path):
+    save(llama(), tmp_path)
+    reference = write_quantized(llama(), tmp_path, bits=8, activations=True)
+    expected = reference(tokens()).logits
+    model = load_model(source(tmp_path))
+    # The base model of a sweep is copied before its first forward.
+    for network in (model.copy().network, model.network, model.network):
+        torch.testing.assert_close(network(tokens()).logits, expected)
+    assert model.quantization.quantizes_activations
+
+    report = count_costs(model, CostsConfig(name="x"))
+    costs = {cost.quantity: cost.value for cost in report.costs}
+    dense = sum(weight.numel() for weight in llama().parameters())
+    assert (costs["parameters"], costs["bytes"]) == (dense, model.quantization.bytes)
+    assert [m.reason for m in report.missing if m.quantity == "nonzero_parameters"]
 
 
 @pytest.mark.parametrize(
@@ -274,3 +289,39 @@ def test_a_gguf_file_needs_its_package(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "optional_module", absent)
     refusal(tmp_path / "model.gguf", r"gguf is not installed: pip install 'slimbench\[gguf\]'")
+
+
+def test_a_quantized_checkpoint_is_not_written_again(tmp_path):
+    from bench.models.saving import save_model
+
+    quantized_llama(tmp_path / "model")
+    model = load_model(source(tmp_path / "model"))
+    with pytest.raises(UserError, match="quantized by compressed-tensors already"):
+        save_model(model, tmp_path / "out", pad=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"source": "no/body", "name": "no/body"}, "bench prefetch model=no/body` .*model.path="),
+        (
+            {"source": "no/body", "name": "no/body", "revision": "v1"},
+            "bench prefetch model=no/body model.revision=v1`",
+        ),
+        ({"source": "no/body", "name": "short", "revision": "v1"}, "bench prefetch model=short`"),
+        (
+            {"source": "no/body", "name": "no/body", "adapter": "me/lora"},
+            "bench prefetch model=no/body`",
+        ),
+    ],
+)
+def test_a_model_that_is_not_in_the_cache_says_how_to_fetch_it(given, match):
+    with pytest.raises(MissingData, match=match) as raised:
+        resolve_model(ModelConfig(device="cpu", **given), offline=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_that_is_not_in_the_cache_says_how_to_fetch_it(base):
+    match = "bench prefetch model=tiny model.adapter=me/lora@v1` .*model.adapter=FOLDER"
+    refusal(base, match, MissingData, adapter="me/lora@v1")

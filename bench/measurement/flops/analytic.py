@@ -186,8 +186,14 @@ def classifier_macs(network: Classifier, batch: int) -> list[MatmulCost]:
 
     The forward runs on the meta device, so the layers themselves derive the output shapes from
     stride and padding and nothing is computed.
+
+    Raises:
+        UserError: the network is one of torchvision or of the user.
     """
     config = network.config
+    if not len(network.head):
+        # Multiply-adds of theirs may be outside of convolutions and dense layers.
+        raise UserError(f"{config.architecture} is not built here: its products are not known")
     products: list[MatmulCost] = []
 
     def note(layer: nn.Module, _: object, output: Tensor) -> None:

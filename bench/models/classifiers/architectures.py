@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import UserError, unknown_name
+from bench.errors import UserError, error_sentence, unknown_name
 from bench.models.classifiers.classifier import Classifier, VisionConfig, initialise, pooled_head
 
 # From this size on, a ResNet's stem reduces the image by four, as for ImageNet; MobileNet's first
@@ -283,22 +284,94 @@ ARCHITECTURES: dict[str, Callable[[VisionConfig], Classifier]] = {
 }
 
 
+TORCHVISION_PREFIX = "torchvision/"
+_MODULES: dict[str, type[nn.Module]] = {}
+"""Classes of users, by the name in configs. A saved folder names one, and never imports it."""
+
+
+def register_module(target: str) -> None:
+    """Import a user's class, whose package the run's config has allowed, so that it can be built.
+
+    Raises:
+        UserError: it cannot be imported, or is not a torch.nn.Module.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    # The module is the user's and may raise anything.
+    except Exception as error:
+        raise UserError(f"model._target_={target}: {error_sentence(error)}") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UserError(f"model._target_={target} is not a class of torch.nn.Module")
+    _MODULES[target] = kind
+
+
+def _users_classifier(config: VisionConfig) -> Classifier:
+    target = config.architecture
+    try:
+        network = _MODULES[target](**config.arguments)
+    except Exception as error:
+        raise UserError(
+            f"model._target_={target} cannot be called with model.arguments={config.arguments}: "
+            f"{error_sentence(error)}"
+        ) from error
+    return whole_network(config, network)
+
+
+def _torchvision_classifier(config: VisionConfig) -> Classifier:
+    from torchvision import models
+
+    name = config.architecture.removeprefix(TORCHVISION_PREFIX)
+    known = models.list_models(module=models)
+    if name not in known:
+        raise unknown_name("torchvision model", name, known)
+    if config.channels != 3:
+        raise UserError(
+            f"{config.architecture} takes 3 channels; the images have {config.channels}"
+        )
+    # Vision transformers alone have weights that depend on the size of the images.
+    size = {"image_size": config.size} if name.startswith("vit_") else {}
+    try:
+        network = models.get_model(name, weights=None, num_classes=config.classes, **size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{config.architecture} does not fit the images: {error}") from error
+    return whole_network(config, network)
+
+
+def whole_network(config: VisionConfig, network: nn.Module) -> Classifier:
+    """Return a network that was not built here as a classifier: its features are all of it."""
+    return Classifier(config, nn.Sequential(network), nn.Sequential())
+
+
 def build_classifier(config: VisionConfig) -> Classifier:
     """Return the network with fresh weights, pruned layers in their pruned shapes.
 
     Raises:
         UserError: the architecture does not exist, or the config resizes layers that it lacks.
     """
-    if config.architecture not in ARCHITECTURES:
-        raise unknown_name("architecture", config.architecture, ARCHITECTURES)
-    network = ARCHITECTURES[config.architecture](config)
+    name = config.architecture
+    ours = name in ARCHITECTURES
+    if ours:
+        network = ARCHITECTURES[name](config)
+    elif name.startswith(TORCHVISION_PREFIX):
+        network = _torchvision_classifier(config)
+    elif name in _MODULES:
+        network = _users_classifier(config)
+    elif "." in name:
+        raise UserError(
+            f"{name} is a class of your own: load it with model=module model._target_={name} "
+            "model.path=FOLDER and its package in packages=[...]"
+        )
+    else:
+        raise unknown_name("architecture", name, ARCHITECTURES)
     for name in config.removed:
         remove_branch(network, name)
     for name, shape in config.shapes.items():
         resize_layer(_layer_to_resize(network, name), shape)
     # After resizing, which leaves weights uninitialised; the fan of He's initialisation is then
-    # that of the pruned layer.
-    initialise(network)
+    # that of the pruned layer. Networks of others draw their weights by their own rules.
+    if ours or config.shapes:
+        initialise(network)
     return network
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class VisionConfig(BaseModel):
     # its weights, for instance on meta.
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    # What the class of a user's own network is called with.
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> VisionConfig:

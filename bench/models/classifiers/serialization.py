@@ -48,6 +48,25 @@ def load_classifier_folder(folder: Path) -> Classifier:
     return network
 
 
+def load_state(network: Classifier, file: Path) -> Classifier:
+    """Return a network with the weights of a state dict in safetensors, in evaluation mode.
+
+    Raises:
+        UserError: the state dict is not one of this network.
+    """
+    # Of a network of others, names are those that it gives its weights itself.
+    whole = network if len(network.head) else network.features[0]
+    try:
+        whole.load_state_dict(load_file(file))
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.path={file} does not fit {network.config.architecture}: {reason}"
+        ) from error
+    network.eval()
+    return network
+
+
 ONNX_FILE = "model.onnx"
 
 
