@@ -89,6 +89,8 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uses_calibration: ClassVar[bool] = False
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Knobs that name what the method writes; files that other knobs name are part of an id."""
 
     @property
     def uses_prompts(self) -> bool:

@@ -214,17 +214,24 @@ class FolderSet(ImageSet):
         return torch.stack(images), torch.tensor(labels)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over file names, file sizes and labels."""
-        # Not over the contents: reading all 1.3 million images of ImageNet would take too long.
-        digest = hashlib.sha256()
+        """Return the SHA-256 over file names, labels and contents, or sizes and times of many."""
+        total = hashlib.sha256()
         for name, label in self._folder.samples:
             file = Path(name)
-            digest.update(
-                f"{file.parent.name}/{file.name} {file.stat().st_size} {label}\n".encode()
-            )
-        return digest.hexdigest()
+            state = self._state(file)
+            total.update(f"{file.parent.name}/{file.name} {state} {label}\n".encode())
+        return total.hexdigest()
+
+    def _state(self, file: Path) -> str:
+        # The 50,000 pictures that ImageNet tests on are read anyhow, and in a tenth of the time
+        # that decoding them takes. Its 1.3 million training pictures are not read for an id.
+        if len(self._folder) <= _PICTURES_READ:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+        seen = file.stat()
+        return f"{seen.st_size} {seen.st_mtime_ns}"
 
 
+_PICTURES_READ = 50_000
 _PRIME = 1_000_003
 
 

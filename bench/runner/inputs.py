@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
-from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
+from bench.runner.identity import (
+    class_identity,
+    library_versions,
+    method_identity,
+    scoring_code_identity,
+    string_leaves,
+)
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bench.config.run_config import RunConfig
     from bench.evaluation import PlannedBenchmark
     from bench.models.source import ModelSource
     from bench.runner.session import Session
-
-LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
 def check_run(config: RunConfig, session: Session) -> list[Path] | None:
@@ -60,7 +63,7 @@ class RunInputs:
         # Any text of the config may be a path (a method's settings folder, local data), so all that
         # exist count. A file by any name, a folder only if written as a path: "digits" is a data
         # set.
-        named = set(_string_leaves(config.plain())) - {str(config.results_dir)}
+        named = set(string_leaves(config.plain())) - {str(config.results_dir)}
         found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
         return [self.source.folder, *map(Path, sorted(filter(os.path.exists, found)))]
 
@@ -90,7 +93,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     calibration_inputs = resolve_calibration_inputs(config)
 
     device = select_device(config.model.device)
-    versions = library_versions()
+    versions = library_versions(config)
     decided = config.identity()
     # `auto` and `cuda` are resolved: the id must say on which kind of device and in which dtype the
     # numbers were computed, and not how that was asked for.
@@ -99,7 +102,8 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "device": device.type,
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
         "weights": source.fingerprint,
-        "model": model_files_identity(source.folder, remote_code=config.model.trust_remote_code),
+        "files": {**source.files, **_modules_of_methods(skeleton)},
+        "tasks": planned.definitions,
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
         "methods": {name: method_identity(method) for name, method in config.method.items()},
@@ -110,17 +114,8 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     return RunInputs(run, source, planned, calibration_inputs, versions, identity)
 
 
-def _string_leaves(node: object) -> Iterator[str]:
-    """Yield every string in a tree of JSON values."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict | list):
-        for inner in node.values() if isinstance(node, dict) else node:
-            yield from _string_leaves(inner)
-
-
-@functools.cache
-def library_versions() -> dict[str, str]:
-    """Return the library versions that are part of a run's id."""
-    # Cached: imported libraries keep their version even if the installation changes meanwhile.
-    return {name: version(name) for name in LIBRARIES}
+def _modules_of_methods(skeleton: nn.Module) -> dict[str, str]:
+    """Return the code of modules that an exported model has from a method, by class."""
+    kinds = {type(module) for module in skeleton.modules()}
+    found = sorted((kind for kind in kinds if kind.__module__.startswith("methods.")), key=str)
+    return {f"class {kind.__name__}": class_identity(kind) for kind in found}

@@ -68,6 +68,11 @@ class MultimodalHarness:
         """Where the documents of each task came from."""
         return {task.name: task.source for task in self.tasks}
 
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Hash of each task's definition."""
+        return {task.name: task.definition for task in self.tasks}
+
     def images(self, task: str, document: int) -> list[Image]:
         """Return the images of a document, given its index in the whole data set."""
         (planned,) = (each for each in self.tasks if each.name == task)

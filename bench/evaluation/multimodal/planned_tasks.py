@@ -16,7 +16,7 @@ from bench.evaluation.harness_logs import quiet_lmms_eval
 from bench.evaluation.local_files import DataRow
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments
-from bench.evaluation.task_planning import TaskDefinition, evaluated_split
+from bench.evaluation.task_planning import TaskDefinition, definition_hash, evaluated_split
 from bench.schema import BenchmarkConfig
 
 
@@ -41,6 +41,7 @@ class PlannedTask:
     """One task with its documents.
 
     `indices` are the indices of its documents in the whole data set, `headline` is its metric.
+    `definition` is a hash of the harness's own definition.
     """
 
     name: str
@@ -49,6 +50,7 @@ class PlannedTask:
     indices: tuple[int, ...]
     source: DocumentSource
     headline: str
+    definition: str
 
     def images(self, position: int) -> list[Image]:
         """Return the images shown with a document, given its position in `indices`."""
@@ -67,13 +69,14 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
     file = task_index.FILES.find_micro(name) if micro else task_index.find_task_file(name)
     with quiet_lmms_eval():
         definition = task_index.read_task_definition(file, benchmark)
+        identity = definition_hash(definition, task_index.FILES)
         documents = task_data.load_image_documents(name, definition, benchmark)
         indices = select_documents(name, documents.rows, benchmark.limit)
         rows = documents.rows.select(indices)
         task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
-    return PlannedTask(name, task, split, tuple(indices), documents.source, headline)
+    return PlannedTask(name, task, split, tuple(indices), documents.source, headline, identity)
 
 
 def _with_local_images(definition: TaskDefinition, documents: ImageDocuments) -> TaskDefinition:

@@ -72,6 +72,11 @@ class TextHarness:
         of_tasks = {name: source for task in self.tasks for name, source in task.sources.items()}
         return of_tasks | {text.name: text.source for text in self.texts}
 
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Hash of each task's definition, those of a group's members included."""
+        return {name: found for task in self.tasks for name, found in task.definitions.items()}
+
     def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: documents are texts."""
         return ()

@@ -15,6 +15,7 @@ from bench.evaluation.task_planning import (
     Splits,
     TaskDefinition,
     content_fingerprint,
+    definition_hash,
     evaluated_split,
 )
 from bench.evaluation.text import task_data, task_index
@@ -28,6 +29,7 @@ class PlannedTask:
 
     `groups` is empty unless the name is that of a group. `headline` is the metric that represents
     the name, and the filter through which it is read; filter None means the first one.
+    `definitions` holds a hash of each task's and each group's definition.
     """
 
     name: str
@@ -35,6 +37,7 @@ class PlannedTask:
     groups: dict[str, TaskGroup]
     sources: dict[str, DocumentSource]
     headline: tuple[str, str | None]
+    definitions: dict[str, str]
 
 
 def scored_names(benchmark: BenchmarkConfig) -> list[str]:
@@ -147,7 +150,18 @@ def _planned_task(
         task.set_config("num_fewshot", task_index.num_shots(own, benchmark.num_fewshot))
     aggregated = groups[name].aggregate_metric_list if groups else None
     offered = _offered_metrics(aggregated, tasks)
-    return PlannedTask(name, tasks, groups, sources, _headline(name, offered, benchmark))
+    definitions = _definitions(tasks, groups)
+    headline = _headline(name, offered, benchmark)
+    return PlannedTask(name, tasks, groups, sources, headline, definitions)
+
+
+def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> dict[str, str]:
+    """Return the hash of every task as the harness built it, and of what a group makes of them."""
+    told: dict[str, object] = {leaf: [type(task), task.config] for leaf, task in tasks.items()}
+    for name, group in groups.items():
+        members = [task.task_name for task in group.get_all_tasks()]
+        told[name] = [members, group.aggregate_metric_list]
+    return {name: definition_hash(each, task_index.FILES) for name, each in told.items()}
 
 
 def _refuse_unsupported(name: str, task: TextTask) -> None:
