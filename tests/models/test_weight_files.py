@@ -48,7 +48,8 @@ def add_shards(folder, changed=False):
         shard = {n: tensors[n] * factor for n in half}
         save_file(shard, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(half, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def first_weight(folder, **more):
