@@ -110,7 +110,12 @@ _READ_SUFFIXES = frozenset(
 # Once per process, as Python imports a module once: an edit counts from the next process on.
 @functools.cache
 def code_hash(file: Path, module: str, own: str) -> str:
-    """Hash a module with everything it imports from the package `own`, or from a working copy.
+    """Hash a module with everything it imports from the package `own`, or from a working copy."""
+    return contents_hash(code_files(file, module, own))
+
+
+def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
+    """Return the files that `code_hash` covers, by module.
 
     Installed libraries are left out: they do not change without their version. Files that lie
     beside the modules, such as tables, are included.
@@ -128,7 +133,7 @@ def code_hash(file: Path, module: str, own: str) -> str:
         # A single module lies among anything, perhaps all of the user's files.
         if "." in name or found.stem == "__init__":
             seen |= {f"{name}/{file.name}": file for file in _files_beside(found.parent)}
-    return contents_hash(seen)
+    return seen
 
 
 @functools.cache

@@ -60,6 +60,11 @@ class PlannedBenchmark:
         return self.harness.definitions
 
     @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+        return self.harness.folders
+
+    @property
     def provenance(self) -> dict[str, dict[str, str | None]]:
         """Sources as stored in a record: origin, location, revision and fingerprint."""
         return {name: asdict(source) for name, source in self.sources.items()}

@@ -92,6 +92,10 @@ class Harness(Protocol):
     def definitions(self) -> dict[str, str]:
         """Hash of each task's definition: its prompt, metrics and filters, with their code."""
 
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+
     def images(self, task: str, document: int) -> Sequence[Image]:
         """Return the images of a document, given its index in the data set; empty for text."""
 

@@ -67,11 +67,26 @@ class TaskFiles:
         ours = self.ours / f"{name}.yaml"
         if not ours.is_file():
             return None
-        # Read by a pattern: lm-eval's files contain `!function` tags, which a plain YAML loader
-        # rejects.
-        (line,) = re.findall(r"^include: *(\S+)", ours.read_text(), re.MULTILINE)
+        (line,) = _INCLUDE.findall(ours.read_text())
         file = self.harness_folder / str(line)
         return file if file.is_file() else None
+
+
+def folders_of(file: Path) -> frozenset[Path]:
+    """Return the folders of a task file and of the files that it includes, with their code."""
+    seen: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        current = waiting.pop().resolve()
+        if current not in seen and current.is_file():
+            seen.add(current)
+            text = current.read_text(encoding="utf-8", errors="replace")
+            waiting += [current.parent / name for name in _INCLUDE.findall(text)]
+    return frozenset(each.parent for each in seen)
+
+
+# Read by a pattern: task files contain `!function` tags, which a plain YAML loader rejects.
+_INCLUDE = re.compile(r"^include: *[\"']?([^\s\"']+)", re.MULTILINE)
 
 
 @cache
@@ -169,8 +184,12 @@ def content_fingerprint(data: Splits) -> str:
 
 def rows_hash(rows: Iterable[object]) -> str:
     """Return the SHA-256 of rows of plain values."""
-    told = json.dumps(list(rows), sort_keys=True, default=repr)
-    return hashlib.sha256(told.encode()).hexdigest()
+    described = json.dumps(list(rows), sort_keys=True, default=repr)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+CONFIG_SOURCE = "config_source"
+"""Metadata in which lm-eval says where a task file lies, which is no part of the task."""
 
 
 def definition_hash(definition: object, files: TaskFiles) -> str:
@@ -179,31 +198,35 @@ def definition_hash(definition: object, files: TaskFiles) -> str:
     Code in the harness's task folders counts by its content; the rest of the harness and other
     installed libraries by their version.
     """
-    told = json.dumps(_told(definition, files), sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    described = json.dumps(_described(definition, files), sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _told(value: object, files: TaskFiles) -> object:
+def _described(value: object, files: TaskFiles) -> object:
     """Return JSON values that differ whenever two parts of a definition do."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     # lm-eval's own classes of settings are empty mappings with fields.
     if isinstance(value, Mapping) and not is_dataclass(value):
-        return {str(key): _told(inner, files) for key, inner in value.items()}
+        return {
+            str(key): _described(inner, files)
+            for key, inner in value.items()
+            if key != CONFIG_SOURCE
+        }
     if isinstance(value, list | tuple):
-        return [_told(inner, files) for inner in value]
+        return [_described(inner, files) for inner in value]
     if isinstance(value, functools.partial):
-        return [_told(part, files) for part in (value.func, value.args, value.keywords)]
+        return [_described(part, files) for part in (value.func, value.args, value.keywords)]
     if hasattr(value, "__qualname__"):
-        return _told_code(value, files)
+        return _described_code(value, files)
     if not hasattr(value, "__dict__"):
         return repr(value)
     # An object of the harness, such as the settings of few-shot examples: its own text may show
     # where it is in memory.
-    return [_told_code(type(value), files), _told(vars(value), files)]
+    return [_described_code(type(value), files), _described(vars(value), files)]
 
 
-def _told_code(value: Any, files: TaskFiles) -> str:
+def _described_code(value: Any, files: TaskFiles) -> str:
     """Return the name of a function or a class, with a hash of its code unless a version tells."""
     module, name = str(value.__module__), f"{value.__module__}.{value.__qualname__}"
     code = getattr(inspect.unwrap(value), "__code__", None)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.config.run_config import identity_of
-from bench.data.digests import code_hash, contents_hash, digest, module_file
+from bench.data.digests import code_files, code_hash, contents_hash, digest, module_file
 from bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,6 +89,15 @@ def class_identity(kind: type) -> str:
     codes = [_code_of_class(each) for each in (kind, *bases)]
     together = hashlib.sha256(" ".join(dict.fromkeys(codes)).encode()).hexdigest()
     return f"{kind.__module__}.{kind.__qualname__} {together}"
+
+
+def method_files(method: Method) -> list[Path]:
+    """Return the files of a method's code."""
+    kind = type(method)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None:
+        return []
+    return list(code_files(Path(file), kind.__module__, _top_package(kind)).values())
 
 
 def _top_package(kind: type) -> str:

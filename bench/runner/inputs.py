@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibrati
 from bench.runner.identity import (
     class_identity,
     library_versions,
+    method_files,
     method_identity,
     scoring_code_identity,
     string_leaves,
@@ -59,13 +59,15 @@ class RunInputs:
         return any(from_hub) or self.calibration_inputs.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
-        """Return the model's folder, and every file or folder that the config names."""
+        """Return the folders of the model and the tasks, and what the config and methods name."""
         # Any text of the config may be a path (a method's settings folder, local data), so all that
         # exist count. A file by any name, a folder only if written as a path: "digits" is a data
         # set.
         named = set(string_leaves(config.plain())) - {str(config.results_dir)}
-        found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
-        return [self.source.folder, *map(Path, sorted(filter(os.path.exists, found)))]
+        places = {text: Path(text).expanduser() for text in named if text}
+        found = {p for text, p in places.items() if p.is_file() or ("/" in text and p.exists())}
+        code = {file for method in config.method.values() for file in method_files(method)}
+        return [self.source.folder, *sorted(found | code | self.benchmark.folders)]
 
 
 def resolve_run(config: RunConfig, session: Session) -> RunInputs:

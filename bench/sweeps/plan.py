@@ -217,7 +217,9 @@ def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
     for name in files:
         path = Path(name)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            yield _file_stamp(file)
+            # Compiled copies appear when a task's code is imported.
+            if "__pycache__" not in file.parts:
+                yield _file_stamp(file)
     roots = [CONFIG_DIR]
     for package in packages:
         # `find_spec` locates a top-level package without importing it.

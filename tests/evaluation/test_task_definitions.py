@@ -5,7 +5,12 @@ import importlib.util
 
 import pytest
 
-from bench.evaluation.task_planning import TaskFiles, content_fingerprint, definition_hash
+from bench.evaluation.task_planning import (
+    TaskFiles,
+    content_fingerprint,
+    definition_hash,
+    folders_of,
+)
 
 UTILS = """
 from . import shared
@@ -100,3 +105,21 @@ def test_objects_do_not_count_by_their_place_in_memory(hashed):
 def test_documents_of_a_tasks_own_code_count_by_content():
     one, other = ([{"question": text}] for text in ("a", "b"))
     assert content_fingerprint({"test": one}) != content_fingerprint({"test": other})
+
+
+def test_where_a_task_lies_is_no_part_of_it(hashed):
+    marks = [hashed(metadata={"version": 1, "config_source": place}) for place in ("/a", "/b")]
+    assert marks[0] == marks[1]
+
+
+def test_folders_of_all_included_files_are_found(tmp_path):
+    for name, content in {
+        "mine/task.yaml": "include: ../shared/base.yaml\ntask: mine",
+        "shared/base.yaml": "include: '../deep/deeper.yaml'",
+        "deep/deeper.yaml": "include: ../mine/task.yaml",
+        "other/task.yaml": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    expected = {tmp_path.resolve() / name for name in ("mine", "shared", "deep")}
+    assert folders_of(tmp_path / "mine" / "task.yaml") == expected

@@ -18,7 +18,12 @@ from bench.models import embedded
 from bench.models.source import read_files
 from bench.records import Store
 from bench.runner import identity
-from bench.runner.identity import identity_differences, library_versions, method_identity
+from bench.runner.identity import (
+    identity_differences,
+    library_versions,
+    method_files,
+    method_identity,
+)
 from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
 from tests.records.test_store import make
@@ -266,7 +271,7 @@ def test_versions_are_those_of_the_libraries_in_use():
 
 
 def test_differences_are_named_by_dotted_keys_and_short_hashes():
-    given = [[*FAST, "method=camera_p", "ratio=0.2"], [*FAST, "method=[camera_p,gptq]", "seed=1"]]
+    given = [[*FAST, "method=camera_p", "ratio=0.35"], [*FAST, "method=[camera_p,gptq]", "seed=1"]]
     records = []
     with Session() as session:
         for place, overrides in enumerate(given):
@@ -279,7 +284,7 @@ def test_differences_are_named_by_dotted_keys_and_short_hashes():
     assert rows["order of methods"]["run0"] == "camera_p"
     assert rows["order of methods"]["run1"] == "camera_p, gptq"
     assert (rows["seed"]["run0"], rows["seed"]["run1"]) == ("1234", "1")
-    assert rows["method.camera_p.ratio"]["run0"] == "0.2"
+    assert rows["method.camera_p.ratio"]["run0"] == "0.35"
     assert rows["method.gptq.bits"]["run0"] == "-"
     name, code = rows["methods.gptq"]["run1"].split()
     assert (name, len(code)) == ("methods.quantization.uniform.Gptq", 12)
@@ -309,3 +314,17 @@ def test_the_command_says_why_two_runs_differ(tmp_path, capsys):
     assert "torch" not in shown
     assert main(["show", "aaaa", "--why", "aaaa", *where]) == 0
     assert "differ in no part" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", [
+    ["benchmark=nine_tasks_micro", "benchmark.tasks=[arc_easy,hellaswag]"],
+    ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[gqa]"],
+])  # fmt: skip
+def test_a_sweep_watches_task_files_and_a_methods_code(benchmark):
+    config = compose_run_config([*benchmark, "costs.length=16"])
+    with Session() as session:
+        files = resolve_run(config, session).files(config)
+    assert {"hellaswag", "gqa"} & {file.name for file in files}
+    text = compose_run_config(["method=camera_p"])
+    (method,) = text.method.values()
+    assert "pruning.py" in {file.name for file in method_files(method)}

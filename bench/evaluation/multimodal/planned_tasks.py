@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import datasets
@@ -16,7 +17,12 @@ from bench.evaluation.harness_logs import quiet_lmms_eval
 from bench.evaluation.local_files import DataRow
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments
-from bench.evaluation.task_planning import TaskDefinition, definition_hash, evaluated_split
+from bench.evaluation.task_planning import (
+    TaskDefinition,
+    definition_hash,
+    evaluated_split,
+    folders_of,
+)
 from bench.schema import BenchmarkConfig
 
 
@@ -41,7 +47,7 @@ class PlannedTask:
     """One task with its documents.
 
     `indices` are the indices of its documents in the whole data set, `headline` is its metric.
-    `definition` is a hash of the harness's own definition.
+    `definition` is a hash of the harness's own definition, `folders` are those of its files.
     """
 
     name: str
@@ -51,6 +57,7 @@ class PlannedTask:
     source: DocumentSource
     headline: str
     definition: str
+    folders: frozenset[Path]
 
     def images(self, position: int) -> list[Image]:
         """Return the images shown with a document, given its position in `indices`."""
@@ -76,7 +83,10 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
-    return PlannedTask(name, task, split, tuple(indices), documents.source, headline, identity)
+    folders = folders_of(task_index.FILES.find_included(name) or file)
+    return PlannedTask(
+        name, task, split, tuple(indices), documents.source, headline, identity, folders
+    )
 
 
 def _with_local_images(definition: TaskDefinition, documents: ImageDocuments) -> TaskDefinition:

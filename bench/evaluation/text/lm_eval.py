@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, TypedDict
 
 import lm_eval.utils
@@ -76,6 +77,11 @@ class TextHarness:
     def definitions(self) -> dict[str, str]:
         """Hash of each task's definition, those of a group's members included."""
         return {name: found for task in self.tasks for name, found in task.definitions.items()}
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+        return frozenset().union(*(task.folders for task in self.tasks))
 
     def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: documents are texts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from lm_eval.tasks import TaskManager
 
@@ -12,11 +13,13 @@ from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.task_planning import (
+    CONFIG_SOURCE,
     Splits,
     TaskDefinition,
     content_fingerprint,
     definition_hash,
     evaluated_split,
+    folders_of,
 )
 from bench.evaluation.text import task_data, task_index
 from bench.evaluation.text.task_index import AggregatedMetric, TaskGroup, TextTask
@@ -29,7 +32,8 @@ class PlannedTask:
 
     `groups` is empty unless the name is that of a group. `headline` is the metric that represents
     the name, and the filter through which it is read; filter None means the first one.
-    `definitions` holds a hash of each task's and each group's definition.
+    `definitions` holds a hash of each task's and each group's definition, `folders` those of the
+    task files and of their code.
     """
 
     name: str
@@ -38,6 +42,7 @@ class PlannedTask:
     sources: dict[str, DocumentSource]
     headline: tuple[str, str | None]
     definitions: dict[str, str]
+    folders: frozenset[Path]
 
 
 def scored_names(benchmark: BenchmarkConfig) -> list[str]:
@@ -152,7 +157,19 @@ def _planned_task(
     offered = _offered_metrics(aggregated, tasks)
     definitions = _definitions(tasks, groups)
     headline = _headline(name, offered, benchmark)
-    return PlannedTask(name, tasks, groups, sources, headline, definitions)
+    folders = frozenset().union(*(_folders(leaf, task) for leaf, task in tasks.items()))
+    return PlannedTask(name, tasks, groups, sources, headline, definitions, folders)
+
+
+def _folders(name: str, task: TextTask) -> frozenset[Path]:
+    # Of the members of a group lm-eval says where their files lie; of the others we know it.
+    metadata = getattr(task.config, "metadata", None) or {}
+    file = Path(str(metadata.get(CONFIG_SOURCE)))
+    try:
+        found = file if file.is_file() else task_index.find_task_file(name)
+    except UserError:  # a member that its group makes, without a file
+        found = None
+    return folders_of(found) if found else frozenset()
 
 
 def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> dict[str, str]:
