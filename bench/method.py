@@ -103,6 +103,8 @@ class Method(BaseModel, ABC):
     uses_calibration: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = True
     """Whether the method reads or writes weights as dense matrices."""
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Knobs that name what the method writes; files that other knobs name are part of an id."""
 
     @property
     def uses_prompts(self) -> bool:

@@ -56,6 +56,21 @@ def _shared(kind):
     return object.__new__(kind)
 
 
+@pytest.fixture
+def forget_sources():
+    """Forget what the process remembers of source files, as a new process would."""
+    from bench.data import digests
+
+    def forget():
+        for cached in vars(digests).values():
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
     import torch

@@ -6,12 +6,15 @@ They all become one key and one value here, so that nothing else compares raw te
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.errors import OverrideParseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -116,8 +119,32 @@ def sweep_values(override: Override) -> Iterator[str]:
     if override.value_type == ValueType.INTERVAL_SWEEP:
         interval = override.value()
         yield from (str(interval.start), str(interval.end))
+    elif override.value_type == ValueType.RANGE_SWEEP:
+        numbers = range_numbers(override.value())
+        if override.value().shuffle:
+            random.shuffle(numbers)
+        yield from map(str, numbers)
     else:
         yield from map(str, override.sweep_string_iterator())
+
+
+def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
+    """Return the numbers of a range as they are written: `range(0.1,0.35,0.1)` ends with 0.3.
+
+    Hydra adds the binary values up, which gives 0.30000000000000004: another ratio, and another
+    run, than 0.3.
+
+    Raises:
+        UserError: the step is 0 or not a number.
+    """
+    start, stop, step = (Decimal(str(part)) for part in (sweep.start, sweep.stop, sweep.step))
+    if not step or not (start.is_finite() and stop.is_finite() and step.is_finite()):
+        raise UserError(f"range({start},{stop},{step}): the step must be a number other than 0")
+    count = max(0, math.ceil((stop - start) / step))
+    numbers = [start + place * step for place in range(count)]
+    if all(isinstance(part, int) for part in (sweep.start, sweep.stop, sweep.step)):
+        return [int(number) for number in numbers]
+    return [float(number) for number in numbers]
 
 
 def sets(override: Override, key: str) -> bool:

@@ -231,20 +231,24 @@ class FolderSet(ImageSet):
             raise UnfitImage(f"{self._folder.samples[index][0]}: {error}") from error
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over file names, labels, and file sizes or contents."""
-        digest = hashlib.sha256()
+        """Return the SHA-256 over file names, labels and contents, or sizes and times of many."""
+        total = hashlib.sha256()
         for name, label in self._folder.samples:
             file = Path(name)
-            # Reading all 1.3 million images of ImageNet would take too long.
-            said = (
-                hashlib.sha256(file.read_bytes()).hexdigest()
-                if self._by_content
-                else file.stat().st_size
-            )
-            digest.update(f"{file.parent.name}/{file.name} {said} {label}\n".encode())
-        return digest.hexdigest()
+            state = self._state(file)
+            total.update(f"{file.parent.name}/{file.name} {state} {label}\n".encode())
+        return total.hexdigest()
+
+    def _state(self, file: Path) -> str:
+        # The 50,000 pictures that ImageNet tests on are read anyhow, and in a tenth of the time
+        # that decoding them takes. Its 1.3 million training pictures are not read for an id.
+        if self._by_content or len(self._folder) <= _PICTURES_READ:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+        seen = file.stat()
+        return f"{seen.st_size} {seen.st_mtime_ns}"
 
 
+_PICTURES_READ = 50_000
 _PRIME = 1_000_003
 
 

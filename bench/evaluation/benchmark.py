@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
+from bench.data.digests import FileStamp, file_stamp
 from bench.errors import UserError
 from bench.evaluation.harness import SEED
 from bench.evaluation.metrics import Evaluation, align_rows, headline_average, missing_average
@@ -28,10 +29,6 @@ PLANNERS = {
     "lmms_eval": "bench.evaluation.multimodal.lmms_eval:plan_multimodal",
     "images": "bench.evaluation.images:plan_images",
 }
-
-
-FileStamp: TypeAlias = tuple[str, int, int]
-"""Path, modification time and size of a file: equal for as long as nobody writes to it."""
 
 
 class Planner(Protocol):
@@ -57,6 +54,16 @@ class PlannedBenchmark:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of the documents per task and per text."""
         return {name: source.fingerprint for name, source in self.sources.items()}
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Hash of each task's definition, with the code that it names."""
+        return self.harness.definitions
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+        return self.harness.folders
 
     @property
     def provenance(self) -> dict[str, dict[str, str | None]]:
@@ -102,6 +109,9 @@ class PlanCache:
         """Return `plan(...)`, or the result of an earlier call with the same arguments."""
         paths = [path for path in benchmark.data.values() if path]
         paths += [text.path for text in benchmark.perplexity.values() if text.path]
+        # A million pictures are not looked at before every run of a sweep.
+        if benchmark.images.folder and benchmark.images.data != "imagenet":
+            paths.append(benchmark.images.folder)
         stamps = [stamp for path in sorted(paths) for stamp in _stamps(Path(path).expanduser())]
         # A config is not hashable (it holds dicts), so its JSON is the key of the cache.
         key = benchmark.model_dump_json(), tuple(stamps), offline
@@ -116,13 +126,11 @@ class PlanCache:
 _CACHED_PLANS = 4
 
 
-def _stamps(path: Path) -> Iterator[FileStamp]:
-    """Yield a stamp of a file, or of every file in a folder."""
-    # Names as well: another file of the same size and time may stand in the place of one.
+def _stamps(path: Path) -> Iterator[tuple[str, FileStamp]]:
+    """Yield the path and the state of a file, or of every file in a folder."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            status = file.stat()
-            yield str(file), status.st_mtime_ns, status.st_size
+            yield str(file), file_stamp(file)
 
 
 def prefetch_benchmark(benchmark: BenchmarkConfig) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+from bench.data.digests import digest, fingerprint
 from bench.schema import Backend
 
 if TYPE_CHECKING:
@@ -109,6 +109,14 @@ class Harness(Protocol):
     def check_tokenizer(self, model: ModelConfig, tokenizer: Tokenizer, network: nn.Module) -> None:
         """Raise UserError unless the tasks can be put to a network, given without weights."""
 
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Hash of each task's definition: its prompt, metrics and filters, with their code."""
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+
     def images(self, task: str, document: int) -> Sequence[Image]:
         """Return the images of a document, given its index in the data set; empty for text."""
 
@@ -141,14 +149,13 @@ _CHUNK = 1 << 20
 
 
 def file_source(files: list[Path]) -> DocumentSource:
-    """Describe local files; the fingerprint is the SHA-256 over their bytes, in order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-    location = files[0] if len(files) == 1 else files[0].parent
-    return DocumentSource("file", str(location), None, digest.hexdigest())
+    """Describe local files; the fingerprint of one is the SHA-256 of its bytes.
+
+    That of several names them too, since their names say which split they are.
+    """
+    if len(files) == 1:
+        return DocumentSource("file", str(files[0]), None, digest(files[0]))
+    return DocumentSource("file", str(files[0].parent), None, fingerprint(files))
 
 
 def hub_source(location: str, revision: str | None, loaded: str) -> DocumentSource:

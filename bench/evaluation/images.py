@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -51,6 +52,16 @@ class ImageHarness:
     sources: dict[str, DocumentSource]
 
     kinds: ClassVar[tuple[ModelKind, ...]] = ("image_classifier",)
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Return nothing: top-1 accuracy is code of our own."""
+        return {}
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Return nothing, as for definitions."""
+        return frozenset()
 
     def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: a classifier's rows do not reference images by hash."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
+import inspect
+import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from bench.data import hub
+from bench.data.digests import code_hash, module_file
 from bench.errors import MissingData, UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.schema import BenchmarkConfig
@@ -61,11 +67,26 @@ class TaskFiles:
         ours = self.ours / f"{name}.yaml"
         if not ours.is_file():
             return None
-        # Read by a pattern: lm-eval's files contain `!function` tags, which a plain YAML loader
-        # rejects.
-        (line,) = re.findall(r"^include: *(\S+)", ours.read_text(), re.MULTILINE)
+        (line,) = _INCLUDE.findall(ours.read_text())
         file = self.harness_folder / str(line)
         return file if file.is_file() else None
+
+
+def folders_of(file: Path) -> frozenset[Path]:
+    """Return the folders of a task file and of the files that it includes, with their code."""
+    seen: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        current = waiting.pop().resolve()
+        if current not in seen and current.is_file():
+            seen.add(current)
+            text = current.read_text(encoding="utf-8", errors="replace")
+            waiting += [current.parent / name for name in _INCLUDE.findall(text)]
+    return frozenset(each.parent for each in seen)
+
+
+# Read by a pattern: task files contain `!function` tags, which a plain YAML loader rejects.
+_INCLUDE = re.compile(r"^include: *[\"']?([^\s\"']+)", re.MULTILINE)
 
 
 @cache
@@ -154,7 +175,67 @@ def load_from_hub(definition: TaskDefinition) -> tuple[Splits, DocumentSource]:
 def content_fingerprint(data: Splits) -> str:
     """Return the identity of loaded documents."""
     # The library's own hash of how the data came to be. It is there already, whereas hashing the
-    # rows could mean reading gigabytes.
+    # rows could mean reading gigabytes. A task's own code may also return plain rows.
     return "-".join(
-        str(getattr(split, "_fingerprint", name)) for name, split in sorted(data.items())
+        str(getattr(split, "_fingerprint", None) or rows_hash(split))
+        for _, split in sorted(data.items())
     )
+
+
+def rows_hash(rows: Iterable[object]) -> str:
+    """Return the SHA-256 of rows of plain values."""
+    described = json.dumps(list(rows), sort_keys=True, default=repr)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+CONFIG_SOURCE = "config_source"
+"""Metadata in which lm-eval says where a task file lies, which is no part of the task."""
+
+
+def definition_hash(definition: object, files: TaskFiles) -> str:
+    """Return a hash of a task as its harness resolved it: settings, and the code that they name.
+
+    Code in the harness's task folders counts by its content; the rest of the harness and other
+    installed libraries by their version.
+    """
+    described = json.dumps(_described(definition, files), sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _described(value: object, files: TaskFiles) -> object:
+    """Return JSON values that differ whenever two parts of a definition do."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    # lm-eval's own classes of settings are empty mappings with fields.
+    if isinstance(value, Mapping) and not is_dataclass(value):
+        return {
+            str(key): _described(inner, files)
+            for key, inner in value.items()
+            if key != CONFIG_SOURCE
+        }
+    if isinstance(value, list | tuple):
+        return [_described(inner, files) for inner in value]
+    if isinstance(value, functools.partial):
+        return [_described(part, files) for part in (value.func, value.args, value.keywords)]
+    if hasattr(value, "__qualname__"):
+        return _described_code(value, files)
+    if not hasattr(value, "__dict__"):
+        return repr(value)
+    # An object of the harness, such as the settings of few-shot examples: its own text may show
+    # where it is in memory.
+    return [_described_code(type(value), files), _described(vars(value), files)]
+
+
+def _described_code(value: Any, files: TaskFiles) -> str:
+    """Return the name of a function or a class, with a hash of its code unless a version tells."""
+    module, name = str(value.__module__), f"{value.__module__}.{value.__qualname__}"
+    code = getattr(inspect.unwrap(value), "__code__", None)
+    source = code.co_filename if code else getattr(sys.modules.get(module), "__file__", None)
+    file = Path(str(source))
+    if file.is_relative_to(files.harness_folder):
+        # Harnesses load these files by path, under names by which Python does not find them.
+        inside = file.with_suffix("").relative_to(files.harness_folder.parents[1])
+        return f"{name} {code_hash(file, '.'.join(inside.parts), f'{files.package}.tasks')}"
+    if module_file(module, own="") is None:
+        return name
+    return f"{name} {code_hash(file, module, module)}"

@@ -67,9 +67,9 @@ def _published_network(source: ModelSource) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=4)
-def load_tokenizer(source: ModelSource, files: frozenset[tuple[str, str]]) -> Tokenizer:
-    """Load the tokenizer of a language model alone; `files` are the model's files with hashes."""
-    # Cached by the content of the files, since every run of a sweep asks.
+def load_tokenizer(source: ModelSource) -> Tokenizer:
+    """Load the tokenizer of a language model alone."""
+    # Cached, since every run of a sweep asks; sources are equal if the contents of their files are.
     with one_sentence_errors(source):
         tokenizer, _ = _load_tokenizer_and_processor(source)
     assert tokenizer is not None

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.data.digests import contents_hash, fingerprint
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.classifiers import built_networks
-from bench.models.hashing import fingerprint
 from bench.schema import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -29,22 +30,45 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a model folder, sorted by name, after checking them.
+    """Return the safetensors files that transformers loads from a folder, after checking them.
 
     Raises:
         UserError: there are none, only pickled ones, one that is missing, truncated or corrupt, or
-            one that lies outside the folder.
+            one that lies outside the folder; or the folder makes transformers read further ones.
     """
     refuse_outside_links(folder)
-    if (folder / INDEX_FILE).is_file():
-        files = _indexed_shards(folder)
-    elif (folder / SINGLE_FILE).is_file():
+    _refuse_further_weights(folder)
+    # In this order, as transformers does: next to the single file, shards and their index are not
+    # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
+    if (folder / SINGLE_FILE).is_file():
         files = (folder / SINGLE_FILE,)
+    elif (folder / INDEX_FILE).is_file():
+        files = _indexed_shards(folder)
     else:
         raise UserError(_no_weights_message(folder))
     for file in files:
         check_header(file)
     return files
+
+
+def _refuse_further_weights(folder: Path) -> None:
+    """Raise if a file of the folder makes transformers read weights other than the usual files."""
+    # With peft installed, an adapter is added to the weights; from a pickled file as well.
+    if (folder / checkpoints.ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds an adapter ({checkpoints.ADAPTER_CONFIG}), which would change the weights in "
+            "silence: merge it into them, or move it to a folder of its own"
+        )
+    for file in sorted(folder.glob("config*.json")):
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("transformers_weights")
+        except (ValueError, AttributeError):
+            continue  # transformers says what is wrong with it
+        if named is not None:
+            raise UserError(
+                f"{file} names its weights by transformers_weights={named}: remove that key, and "
+                f"rename them to {SINGLE_FILE}, or to {INDEX_FILE} with its shards"
+            )
 
 
 def refuse_outside_links(folder: Path) -> None:
@@ -143,20 +167,43 @@ DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoke
 IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 
+# What transformers reads beside the weights: `from_pretrained` of config, tokenizer and processor.
+# Recipes, licences and model cards are in the same folders and change no number.
+_READ_FILES = (
+    "config.json", "config.*.json", "generation_config.json", "slimbench.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "normalizer.json",
+    "*vocab*", "merges.txt", "dict.txt", "emoji.json", "byte_maps.json", "word_*.json",
+    "tekken.json", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer", "*tokenizer/*",
+    "chat_template*", "additional_chat_templates/*",
+    "processor_config.json", "*preprocessor_config.json", "audio_tokenizer_config.json",
+)  # fmt: skip
+
+
+def read_files(folder: Path, *, remote_code: bool) -> dict[str, str]:
+    """Return the hash of every file that loading a model reads, its weights excepted."""
+    patterns = (*_READ_FILES, "**/*.py") if remote_code else _READ_FILES
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    # Read on every run, and not looked up by their state as weights are: the files are small.
+    return {str(file.relative_to(folder)): contents_hash({"": file}) for file in sorted(files)}
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model's files, found and checked; no weights are in memory.
 
     `fingerprint` is a SHA-256 over the weight files, the adapter's included; `revision` is the
-    hub's commit, None otherwise. Fresh weights have no files: `folder` is that of the code that
-    draws them, and `fingerprint` covers what they depend on. `file` is what was given in place of a
-    folder: a GGUF file, whose conversion `folder` is, or a state dict.
+    hub's commit, None otherwise. `files` holds a hash of every other file that loading reads: two
+    sources are equal only if the same model is loaded from them. Fresh weights have no files:
+    `folder` is that of the code that draws them, and `fingerprint` covers what they depend on.
+    `file` is what was given in place of a folder: a GGUF file, whose conversion `folder` is, or a
+    state dict.
     """
 
     config: ModelConfig
     folder: Path
     fingerprint: str
     revision: str | None
+    files: Mapping[str, str] = field(default_factory=dict, hash=False)
     file: Path | None = None
     adapter: Path | None = None
     adapter_revision: str | None = None
@@ -189,12 +236,21 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     refuse_outside_links(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
-    files = find_weight_files(folder)
-    quantization = checkpoints.find_quantization(folder, files)
+    if config.trust_remote_code:
+        _refuse_code_from_elsewhere(folder)
+    weights = find_weight_files(folder)
+    quantization = checkpoints.find_quantization(folder, weights)
     if quantization is not None:
         refuse_adapter(config, f"quantized by {quantization.method}")
-    source = ModelSource(config, folder, fingerprint(files), revision, quantization=quantization)
-    return _with_adapter(source, files, offline=offline)
+    source = ModelSource(
+        config,
+        folder,
+        fingerprint(weights),
+        revision,
+        files=read_files(folder, remote_code=config.trust_remote_code),
+        quantization=quantization,
+    )
+    return _with_adapter(source, weights, offline=offline)
 
 
 def refuse_adapter(config: ModelConfig, weights: str) -> None:
@@ -214,7 +270,8 @@ def _gguf_source(config: ModelConfig, *, offline: bool) -> ModelSource:
         raise UserError(f"model.path={config.path}: a GGUF file needs model.kind=causal_lm")
     dtype = select_dtype(config.dtype, select_device(config.device))
     folder = checkpoints.converted_gguf(file, dtype)
-    source = ModelSource(config, folder, fingerprint([file]), None, file=file)
+    files = read_files(folder, remote_code=False)
+    source = ModelSource(config, folder, fingerprint([file]), None, files=files, file=file)
     return _with_adapter(source, (file,), offline=offline)
 
 
@@ -230,11 +287,16 @@ def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool
     folder, revision = _adapter_folder(config, config.adapter, offline=offline)
     refuse_outside_links(folder)
     checkpoints.adapter_settings(folder)
+    settings = folder / checkpoints.ADAPTER_CONFIG
     weights = folder / checkpoints.ADAPTER_WEIGHTS
     check_header(weights)
     return replace(
         source,
         fingerprint=fingerprint((*files, weights)),
+        files={
+            **source.files,
+            f"adapter {settings.name}": contents_hash({"": settings}),
+        },
         adapter=folder,
         adapter_revision=revision,
     )
@@ -292,6 +354,18 @@ def _gate_remote_code(config: ModelConfig) -> None:
             f"model.revision={config.revision} with model.trust_remote_code=true: code runs only "
             "from an explicit commit of 40 hexadecimal digits"
         )
+
+
+def _refuse_code_from_elsewhere(folder: Path) -> None:
+    """Raise if a file of the folder names code of another repository, at a commit of its own."""
+    for file in sorted(folder.glob("*config*.json")):
+        # transformers writes such a name as OWNER/REPOSITORY--MODULE.CLASS.
+        found = re.search(r'"([^"\s]+/[^"\s]+--[\w.]+)"', file.read_text(errors="replace"))
+        if found:
+            raise UserError(
+                f"{file} runs code of another repository ({found.group(1)}), which "
+                "model.revision does not fix: copy that code into the model's folder"
+            )
 
 
 def _model_folder(config: ModelConfig, *, offline: bool) -> tuple[Path, str | None]:

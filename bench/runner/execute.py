@@ -21,6 +21,7 @@ from bench.runner.inputs import RunInputs, resolve_run
 from bench.runner.method_application import apply_methods
 from bench.runner.record_builder import (
     chat_template_of,
+    code_revision,
     config_yaml,
     describe_dense_model,
     method_memory_costs,
@@ -83,6 +84,8 @@ def _execute_run(
 
     processes = session.process_group
     started = utc_now()
+    # Asked now: by the end of a long run the working tree may have moved on.
+    code_revision()
     set_threads(config.threads)
     seed_everything(config.seed)
 

@@ -7,145 +7,185 @@ the old record.
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
+import inspect
+import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.config.run_config import identity_of
+from bench.data.digests import code_files, code_hash, contents_hash, digest, module_file
 from bench.errors import UserError
-from bench.models.checkpoints import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
+    from bench.config.run_config import RunConfig
     from bench.method import Method
     from bench.records import Record
 
-# What transformers reads beside the weights: `from_pretrained` of config, tokenizer and processor.
-# Recipes, licences and model cards are in the same folders and change no number.
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "slimbench.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*",
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
-_SCORING_CODE = ("data", "device", "evaluation", "models", "method.py", "runner")
-"""Parts of bench that load, change or score a model, and not those that measure or report."""
+_COUNTING_CODE = ("data", "device", "evaluation", "measurement", "models", "method.py", "runner")
+"""Parts of bench that load, change, score or measure a model; the others show what these found."""
+_TRAINED_MODELS = "embedded"
+"""Folder of `models` with weights and how they were trained; what is read has parts of its own."""
 _CODE_SUFFIXES = (".py", ".yaml")
 
-
-def model_files_identity(
-    folder: Path, *, remote_code: bool, adapter: Path | None = None
-) -> dict[str, str]:
-    """Return the hash of every file that loading a model reads, its weights excepted."""
-    patterns = (*_MODEL_FILES, "*.py") if remote_code else _MODEL_FILES
-    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    # Read on every run, and not looked up by time and size as weights are: the files are small.
-    named = {f"file {file.relative_to(folder)}": file for file in sorted(files)}
-    if adapter is not None:
-        named[f"adapter {ADAPTER_CONFIG}"] = adapter / ADAPTER_CONFIG
-    return {name: _hash_files([file]) for name, file in named.items()}
+# numpy draws and adds up in methods and metrics, tokenizers decides what a model reads. safetensors
+# and datasets only carry bytes, which are hashed where they arrive.
+_LIBRARIES = ("slimbench", "torch", "transformers", "tokenizers", "numpy", "lm-eval", "lmms-eval")
+_IMAGE_LIBRARIES = ("pillow", "torchvision")
+"""They decode and resize pictures, each version a little differently."""
 
 
 def method_identity(method: Method) -> str:
-    """Return the class of a method with a hash of its code.
+    """Return the class of a method with a hash of its code, and of the files that its knobs name.
 
-    The code is its module, and those modules of the same package that are imported from there.
+    The code is its module, those modules of the same package that are imported from there, and what
+    the class inherits from.
     """
+    knobs = method.model_dump(mode="json", exclude=set(method.writes))
+    read = sorted(f"{text} {_content(text)}" for text in string_leaves(knobs) if _is_place(text))
+    together = hashlib.sha256("\n".join(read).encode()).hexdigest()
+    return class_identity(type(method)) + (f" reading {together}" if read else "")
+
+
+def _is_place(text: str) -> bool:
+    """Whether a text names a file, or a folder: by a bare name, `digits`, a data set is meant."""
+    place = Path(text).expanduser()
+    return bool(text) and (place.is_file() or ("/" in text and place.is_dir()))
+
+
+def _content(text: str) -> str:
+    place = Path(text).expanduser()
+    if place.is_file():
+        return digest(place)
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    # A data set of a million pictures is not read anew for its id.
+    state = digest if len(files) <= _FILES_READ else _size_and_time
+    lines = [f"{file.relative_to(place)} {state(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+_FILES_READ = 1000
+
+
+def _size_and_time(file: Path) -> str:
+    seen = file.stat()
+    return f"{seen.st_size} {seen.st_mtime_ns}"
+
+
+def class_identity(kind: type) -> str:
+    """Return the name of a class with a hash of its code and of that of its bases.
+
+    Raises:
+        UserError: the class has no source, so that a change of it could not be seen.
+    """
+    top = _top_package(kind)
+    # Of bench and of installed libraries an id has the code and the version anyway.
+    bases = [base for base in inspect.getmro(kind)[1:] if module_file(base.__module__, top)]
+    codes = [_code_of_class(each) for each in (kind, *bases)]
+    together = hashlib.sha256(" ".join(dict.fromkeys(codes)).encode()).hexdigest()
+    return f"{kind.__module__}.{kind.__qualname__} {together}"
+
+
+def method_files(method: Method) -> list[Path]:
+    """Return the files of a method's code."""
     kind = type(method)
-    return f"{kind.__module__}.{kind.__qualname__} {_code_hash(kind.__module__)}"
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None:
+        return []
+    return list(code_files(Path(file), kind.__module__, _top_package(kind)).values())
 
 
-def class_identity(target: str) -> str:
-    """Return the name of a class, which is imported, with a hash of its code."""
-    return f"{target} {_code_hash(target.rpartition('.')[0])}"
+def _top_package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _code_of_class(kind: type) -> str:
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is not None:
+        return code_hash(Path(file), kind.__module__, _top_package(kind))
+    try:  # defined in a notebook, whose cells Python remembers
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
+    except (OSError, TypeError):
+        raise UserError(
+            f"{kind.__module__}.{kind.__qualname__} has no source that can be read, so a changed "
+            "method would look like an unchanged one: put the class into a file"
+        ) from None
+
+
+def string_leaves(node: object) -> Iterator[str]:
+    """Yield every string in a tree of JSON values."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for inner in node.values() if isinstance(node, dict) else node:
+            yield from string_leaves(inner)
 
 
 @functools.cache
 def scoring_code_identity() -> str:
-    """Return a hash of the code of bench that scores."""
+    """Return a hash of the code of bench that decides numbers."""
     # Also of an installed package, whose files may have been edited.
     package = Path(__file__).parents[1]
-    places = [package / name for name in _SCORING_CODE]
+    places = [package / name for name in _COUNTING_CODE]
     found = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
-    return _hash_files(sorted(file for file in found if file.suffix in _CODE_SUFFIXES))
+    trained = package / "models" / _TRAINED_MODELS
+    return contents_hash(
+        {
+            str(file.relative_to(package)): file
+            for file in found
+            if file.suffix in _CODE_SUFFIXES and trained not in file.parents
+        }
+    )
 
 
-# Once per process, as Python imports a module once: an edit counts from the next process on.
+def library_versions(config: RunConfig) -> dict[str, str]:
+    """Return the versions of the libraries that decide a run's numbers."""
+    names = list(_LIBRARIES)
+    if config.model.kind != "causal_lm":
+        names += _IMAGE_LIBRARIES
+    if config.model.device_map is not None:
+        names.append("accelerate")
+    if config.model.attention == "flash_attention_2":
+        names.append("flash-attn")
+    return {name: found for name in names if (found := library_version(name)) is not None}
+
+
+# Once per process: imported libraries keep their version even if the installation changes.
 @functools.cache
-def _code_hash(module: str) -> str:
-    """Return a hash of a module and of what it imports from its own top-level package."""
-    top = module.partition(".")[0]
-    origin = getattr(sys.modules[top], "__file__", None)
-    if origin is None:  # defined in a notebook or an interactive session, without a file
-        return "no file"
-    if Path(origin).stem != "__init__":  # a single module, not a package
-        return _hash_files([Path(origin)])
-    root = Path(origin).parent
-    seen: dict[str, Path] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        file = _module_file(root, name)
-        if name in seen or file is None:
-            continue
-        seen[name] = file
-        # Importing a module runs the packages above it as well.
-        waiting.append(name.rpartition(".")[0])
-        waiting += _imported_names(file, name)
-    return _hash_files(seen[name] for name in sorted(seen))
-
-
-def _module_file(root: Path, module: str) -> Path | None:
-    """Return the file of a module of the package in `root`; None if it is not one of its."""
-    top, *parts = module.split(".")
-    if top != root.name:
+def library_version(name: str) -> str | None:
+    """Return the version of a library; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:  # whoever needs it says so
         return None
-    place = root.joinpath(*parts)
-    candidates = (place / "__init__.py", place.with_suffix(".py"))
-    return next((file for file in candidates if file.is_file()), None)
 
 
-# The methods of a run share most of what they import, and parsing is what takes time.
-@functools.cache
-def _imported_names(file: Path, module: str) -> tuple[str, ...]:
-    """Return the absolute names of all modules that a file may import, at any depth of its code."""
-    return tuple(_names_in_imports(file, module))
+def identity_differences(
+    one: Record, other: Record, *, shortened: bool = False
+) -> list[dict[str, str]]:
+    """Return one row per part of the identity in which two runs differ, by its dotted key.
 
-
-def _names_in_imports(file: Path, module: str) -> Iterator[str]:
-    package = module if file.stem == "__init__" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level]
-            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
-            yield base
-            # Whether a name is a module or a function is seen by looking for its file.
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def _hash_files(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        # With the length, so that a byte moved from one file to the next changes the hash.
-        digest.update(f"{file.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-def identity_differences(one: Record, other: Record) -> list[dict[str, str]]:
-    """Return one row per part of the identity in which two runs differ."""
+    `shortened` cuts hashes to the length at which people tell them apart.
+    """
     ours, theirs = _flat_identity(one), _flat_identity(other)
+
+    def shown(parts: dict[str, str], key: str) -> str:
+        text = parts.get(key, "-")
+        return _LONG_HASH.sub(lambda found: found.group()[:_SHORT], text) if shortened else text
+
     return [
-        {"part": part, one.id: ours.get(part, "-"), other.id: theirs.get(part, "-")}
-        for part in sorted(ours.keys() | theirs.keys())
-        if ours.get(part) != theirs.get(part)
+        {"part": key, one.id: shown(ours, key), other.id: shown(theirs, key)}
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
     ]
+
+
+_LONG_HASH, _SHORT = re.compile(r"\b[0-9a-f]{40,64}\b"), 12
 
 
 def _flat_identity(record: Record) -> dict[str, str]:
@@ -162,7 +202,10 @@ def _flat_identity(record: Record) -> dict[str, str]:
     # As in the id: the resolved device and dtype stand among the parts.
     for key in ("device", "dtype"):
         config["model"].pop(key, None)
-    return dict(_leaves(config, "")) | dict(_leaves(parts, ""))
+    # Pairs in the id, which says in which order methods are applied.
+    config["method"] = dict(config["method"])
+    order = {"order of methods": ", ".join(config["method"]) or "dense"}
+    return order | dict(_leaves(config, "")) | dict(_leaves(parts, ""))
 
 
 def _leaves(node: object, prefix: str) -> Iterator[tuple[str, str]]:
@@ -170,4 +213,4 @@ def _leaves(node: object, prefix: str) -> Iterator[tuple[str, str]]:
         for key, inner in node.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield prefix, str(node)
+        yield prefix, json.dumps(node, ensure_ascii=False) if not isinstance(node, str) else node

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +11,20 @@ from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
 from bench.runner.identity import (
     class_identity,
+    library_versions,
+    method_files,
     method_identity,
-    model_files_identity,
     scoring_code_identity,
+    string_leaves,
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bench.config.run_config import RunConfig
     from bench.evaluation import PlannedBenchmark
     from bench.models.source import ModelSource
     from bench.runner.session import Session
-
-LIBRARIES = ("slimbench", "torch", "transformers", "lm-eval", "lmms-eval")
 
 
 def check_run(config: RunConfig, session: Session) -> list[Path] | None:
@@ -64,14 +62,16 @@ class RunInputs:
         return any(from_hub) or self.calibration_inputs.may_change(config)
 
     def files(self, config: RunConfig) -> list[Path]:
-        """Return the model's folder, and every file or folder that the config names."""
+        """Return the folders of the model and the tasks, and what the config and methods name."""
         # Any text of the config may be a path (a method's settings folder, local data), so all that
         # exist count. A file by any name, a folder only if written as a path: "digits" is a data
         # set.
-        named = set(_string_leaves(config.plain())) - {str(config.results_dir)}
-        found = [text for text in named if os.path.isfile(text) or "/" in text]  # noqa: PTH113
-        places = [self.source.given, *filter(None, [self.source.adapter])]
-        return [*places, *map(Path, sorted(filter(os.path.exists, found)))]
+        named = set(string_leaves(config.plain())) - {str(config.results_dir)}
+        places = {text: Path(text).expanduser() for text in named if text}
+        found = {p for text, p in places.items() if p.is_file() or ("/" in text and p.exists())}
+        code = {file for method in config.method.values() for file in method_files(method)}
+        model = [self.source.given, *filter(None, [self.source.adapter])]
+        return [*model, *sorted(found | code | self.benchmark.folders)]
 
 
 def resolve_run(config: RunConfig, session: Session) -> RunInputs:
@@ -81,6 +81,8 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         UserError: a method, the tokenizer or the benchmark does not fit the model, or a required
             input is missing.
     """
+    from hydra.utils import get_class
+
     from bench.device.devices import select_device, select_dtype
     from bench.models import loading
     from bench.models.source import resolve_model
@@ -98,17 +100,14 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     refuse_quantized(source, config)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
-    model_files = model_files_identity(
-        source.folder, remote_code=config.model.trust_remote_code, adapter=source.adapter
-    )
     if config.model.kind != "image_classifier":
-        tokenizer = loading.load_tokenizer(source, frozenset(model_files.items()))
+        tokenizer = loading.load_tokenizer(source)
         loading.check_tokenizer(config.model, tokenizer, skeleton)
         planned.harness.check_tokenizer(config.model, tokenizer, skeleton)
     calibration_inputs = resolve_calibration_inputs(config)
 
     device = select_device(config.model.device)
-    versions = library_versions()
+    versions = library_versions(config)
     decided = config.identity()
     # `auto` and `cuda` are resolved: the id must say on which kind of device and in which dtype the
     # numbers were computed, and not how that was asked for.
@@ -117,8 +116,9 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "device": device.type,
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
         "weights": source.fingerprint,
-        "model": model_files,
-        **({"network": class_identity(config.model.target)} if config.model.target else {}),
+        "files": {**source.files, **_modules_of_methods(skeleton)},
+        **({"network": class_identity(get_class(config.model.target))} if config.model.target else {}),
+        "tasks": planned.definitions,
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
         "methods": {name: method_identity(method) for name, method in config.method.items()},
@@ -142,17 +142,8 @@ def refuse_quantized(source: ModelSource, config: RunConfig) -> None:
             )
 
 
-def _string_leaves(node: object) -> Iterator[str]:
-    """Yield every string in a tree of JSON values."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict | list):
-        for inner in node.values() if isinstance(node, dict) else node:
-            yield from _string_leaves(inner)
-
-
-@functools.cache
-def library_versions() -> dict[str, str]:
-    """Return the library versions that are part of a run's id."""
-    # Cached: imported libraries keep their version even if the installation changes meanwhile.
-    return {name: version(name) for name in LIBRARIES}
+def _modules_of_methods(skeleton: nn.Module) -> dict[str, str]:
+    """Return the code of modules that an exported model has from a method, by class."""
+    kinds = {type(module) for module in skeleton.modules()}
+    found = sorted((kind for kind in kinds if kind.__module__.startswith("methods.")), key=str)
+    return {f"class {kind.__name__}": class_identity(kind) for kind in found}

@@ -53,7 +53,7 @@ def provenance_of(config: RunConfig, inputs: RunInputs) -> dict[str, object]:
         **inputs.calibration_inputs.fingerprints,
         "seed": config.seed,
         "identity": inputs.identity,
-        "git_commit": _git_commit(),
+        "git_commit": code_revision(),
     }
 
 
@@ -75,13 +75,34 @@ def config_yaml(config: RunConfig) -> str:
 
 # Once per process: what it imported stays the same whatever is checked out meanwhile.
 @functools.cache
-def _git_commit() -> str | None:
-    """Return the commit of the working tree that contains this package, None if installed."""
+def code_revision() -> str | None:
+    """Return the commit of the working tree that contains this package, as `git describe` does.
+
+    `-dirty` is added for any change of a tracked file, and for a new file of code. None if the
+    package is installed, even into a folder of somebody's repository.
+    """
+    folder = Path(__file__).parents[2]
+    # An installed package lies in no repository, or is not tracked by the one around it.
+    if not _git(folder, "ls-files", __file__):
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    added = _git(folder, "ls-files", "--others", "--exclude-standard", *_CODE_FOLDERS)
+    # Git that answers one question and not the next proves nothing clean.
+    return f"{commit}" if (changed, added) == ("", "") else f"{commit}-dirty"
+
+
+_CODE_FOLDERS = ("bench", "methods", "conf", "hydra_plugins")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git answers; None if there is no git, no repository, or an error."""
     import subprocess
 
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    # Without locks, since a run must not disturb a commit that is made meanwhile.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None

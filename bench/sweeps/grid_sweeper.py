@@ -13,6 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from bench.config.overrides import sweep_values
 from bench.errors import UserError
 from bench.sweeps.plan import plan_in
 from bench.sweeps.status import unfinished_jobs
@@ -91,7 +92,7 @@ def grid_jobs(overrides: list[Override]) -> list[list[str]]:
         if not override.is_sweep_override():
             values[key] = [str(override.input_line)]
         elif override.is_discrete_sweep():
-            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            values[key] = [f"{key}={value}" for value in sweep_values(override)]
         else:
             raise UserError(
                 f"{override.input_line} is a continuous range, but a grid needs single values: "

@@ -14,12 +14,14 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from bench.config.overrides import range_numbers
 from bench.errors import UserError, optional_module
 from bench.records import Store
 from bench.records.atomic_files import write_bytes
@@ -129,7 +131,7 @@ class OptunaSweeper(LaunchingSweeper):
         while remaining > 0:
             trials = [study.ask(space) for _ in range(min(self.parallel, remaining))]
             remaining -= len(trials)
-            jobs = {t.number: [*fixed, *(f"{k}={v}" for k, v in t.params.items())] for t in trials}
+            jobs = {t.number: [*fixed, *_trial_overrides(t, space)] for t in trials}
             promising = self._drop_hopeless(study, folder, trials, jobs)
             outcomes = self._launch(folder, [jobs[trial.number] for trial in promising])
             for trial, outcome in zip(promising, outcomes, strict=True):
@@ -309,6 +311,21 @@ def optuna_distributions(overrides: Iterable[Override]) -> tuple[Distributions, 
     return space, fixed
 
 
+def _trial_overrides(trial: Trial, space: Distributions) -> list[str]:
+    """Return the overrides of a trial; a value from a range is a decimal, as in a grid."""
+    return [f"{key}={_decimal(value, space.get(key))}" for key, value in trial.params.items()]
+
+
+def _decimal(value: object, distribution: BaseDistribution | None) -> object:
+    """Undo the float arithmetic of Optuna's steps: 0.1 and two steps of 0.1 are 0.3."""
+    from optuna.distributions import FloatDistribution
+
+    if not isinstance(distribution, FloatDistribution) or distribution.step is None:
+        return value
+    start, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
+    return float(start + round((Decimal(str(value)) - start) / step) * step)
+
+
 def _interval_distribution(key: str, interval: IntervalSweep) -> BaseDistribution:
     # Hydra's intervals are of real numbers; integers are searched with `range`.
     from optuna.distributions import FloatDistribution
@@ -324,7 +341,7 @@ def _range_distribution(key: str, values: RangeSweep) -> BaseDistribution:
     from optuna.distributions import FloatDistribution, IntDistribution
 
     # The end is exclusive as in Python, but Optuna's bounds are inclusive: pass the last value.
-    numbers = list(values.range())
+    numbers = range_numbers(values)
     if not numbers:
         raise UserError(f"{key}: the range is empty")
     if all(isinstance(number, int) for number in numbers):

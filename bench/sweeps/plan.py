@@ -5,8 +5,8 @@ in its records.
 
 With the plan goes a fingerprint of everything that decides the results. Whether a run must be
 executed is decided by its id; the fingerprint only answers sooner, without composing the runs or
-loading a model library, and counts as changed when in doubt. Files enter by size and modification
-time.
+loading a model library, and counts as changed when in doubt. Files enter by what the file system
+says of them: inode, size and times.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bench.data.digests import file_stamp
 from bench.errors import UserError, nearest
 from bench.records.atomic_files import write_bytes
 from bench.records.foreign_files import read_json, warn_once
@@ -235,6 +236,10 @@ FINGERPRINTED_LIBRARIES = (
     "slimbench",
     "torch",
     "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "torchvision",
     "lm-eval",
     "lmms-eval",
     "hydra-core",
@@ -259,11 +264,13 @@ def _library_versions() -> Iterator[str]:
 
 
 def _file_stamps(files: list[str], packages: list[str]) -> Iterator[str]:
-    """Yield path, size and modification time of every file, in a fixed order."""
+    """Yield path and state of every file, in a fixed order."""
     for name in files:
         path = Path(name)
         for file in sorted(_files_below(path)) if path.is_dir() else [path]:
-            yield _file_stamp(file)
+            # Compiled copies appear when a task's code is imported.
+            if "__pycache__" not in file.parts:
+                yield _file_stamp(file)
     roots = [CONFIG_DIR]
     for package in packages:
         # A dotted name would be imported up to its last dot, and a plan may hold any name.
@@ -289,7 +296,6 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def _file_stamp(file: Path) -> str:
     try:
-        seen = file.stat()
+        return str(file) if file.is_dir() else f"{file} {file_stamp(file)}"
     except OSError:
         return f"{file} missing"
-    return str(file) if file.is_dir() else f"{file} {seen.st_size} {seen.st_mtime_ns}"

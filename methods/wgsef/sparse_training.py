@@ -56,6 +56,8 @@ class SparseTraining(Method):
     names a folder to use for that instead of the run's own.
     """
 
+    writes = ("checkpoints",)
+
     ratio: float = Field(default=0.7, gt=0, lt=1)
     groups: ConvolutionGroups = "filters"
     scope: BudgetScope = "global"

@@ -1,8 +1,12 @@
 """Arguments of a run: every spelling of a key gives one value."""
 
-import pytest
+from decimal import Decimal
 
-from bench.config.overrides import Overrides
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.config.overrides import Overrides, sweep_values
 from bench.errors import UserError
 
 
@@ -73,3 +77,47 @@ def test_a_sweep_is_reduced_to_its_first_values():
     assert Overrides.parse(given).first_values() == [
         "ratio=0.2", "++seed=3", "x=0.0", "method=[a,b]",
     ]  # fmt: skip
+
+
+def values(text):
+    (override,) = Overrides.parse([text]).parsed
+    return list(sweep_values(override))
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("ratio=range(0.1,0.35,0.1)", ["0.1", "0.2", "0.3"]),
+    ("ratio=range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),
+    ("ratio=range(0,1,0.25)", ["0.0", "0.25", "0.5", "0.75"]),
+    ("ratio=range(0.7,0.1,-0.2)", ["0.7", "0.5", "0.3"]),
+    ("ratio=range(1e-3,4e-3,1e-3)", ["0.001", "0.002", "0.003"]),
+    ("ratio=sort(range(0.1,0.35,0.1))", ["0.1", "0.2", "0.3"]),
+    ("ratio=float(range(1,4))", ["1.0", "2.0", "3.0"]),
+    ("seed=range(3,9,2)", ["3", "5", "7"]),
+    ("seed=range(3)", ["0", "1", "2"]),
+    ("ratio=0.30,3e-1,0.3", ["0.3", "0.3", "0.3"]),
+    ("ratio=choice(0.30,3e-1)", ["0.3", "0.3"]),
+    ("ratio=interval(0.30,7e-1)", ["0.3", "0.7"]),
+])  # fmt: skip
+def test_swept_numbers_are_decimals(text, expected):
+    assert values(text) == expected
+
+
+@given(st.integers(-99, 99), st.integers(1, 40), st.integers(1, 20), st.integers(0, 4))
+def test_a_range_gives_what_would_be_written_by_hand(start, step, count, places):
+    def written(number):
+        return str(Decimal(number).scaleb(-places)) + ("" if places else ".0")
+
+    text = f"range({written(start)},{written(start + count * step)},{written(step)})"
+    listed = ",".join(written(start + place * step) for place in range(count))
+    assert values(f"ratio={text}") == [str(float(number)) for number in listed.split(",")]
+
+
+def test_a_shuffled_range_keeps_its_numbers():
+    assert sorted(values("ratio=shuffle(range(0.1,0.95,0.1))")) == [
+        f"0.{digit}" for digit in range(1, 10)
+    ]
+
+
+def test_a_range_without_a_step_is_refused():
+    with pytest.raises(UserError, match="the step must be a number other than 0"):
+        values("ratio=range(0.1,0.4,0)")

@@ -166,6 +166,7 @@ def test_refuses_a_link_out_of_the_folder(folder, tmp_path):
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
 def test_refuses_an_index_that_leads_out_of_the_folder(folder, name):
     index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors").unlink()  # otherwise the index is not read
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refusal(folder, "outside its folder")
 
@@ -180,6 +181,7 @@ def test_refuses_an_index_that_leads_out_of_the_folder(folder, name):
     ],
 )
 def test_refuses_a_bad_index(folder, index, match):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     refusal(folder, match)
 
@@ -269,3 +271,13 @@ def test_code_in_a_folder_does_not_run_unasked(folder):
     (folder / "code.py").write_text("import pathlib; pathlib.Path('ran').touch()")
     refusal(folder, "cannot be loaded")
     assert not (Path.cwd() / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_of_another_repository_is_refused(folder, name):
+    file = folder / name
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    settings["auto_map"] = {"AutoConfig": "some/where--code.Mine"}
+    file.write_text(json.dumps(settings))
+    allowed = {"trust_remote_code": True, "allow_remote_code": True, "revision": "0" * 40}
+    refusal(folder, r"code of another repository \(some/where--code\.Mine\)", **allowed)

@@ -1,16 +1,32 @@
 """The identity of a run covers every byte that can change its numbers, and no other."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bench.cli.main import main
 from bench.config.composition import compose_run_config
+from bench.data.digests import fingerprint
+from bench.errors import UserError
+from bench.evaluation.harness import file_source
+from bench.method import Method
 from bench.models import embedded
+from bench.models.source import read_files
+from bench.records import Store
 from bench.runner import identity
-from bench.runner.identity import method_identity, model_files_identity
+from bench.runner.identity import (
+    identity_differences,
+    library_versions,
+    method_files,
+    method_identity,
+)
 from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
+from tests.records.test_store import make
 
 MICRO_MOE = Path(next(iter(embedded.__path__))) / "micro_moe"
 READ = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -22,50 +38,38 @@ def model(tmp_path):
     return Path(shutil.copytree(MICRO_MOE, tmp_path / "model"))
 
 
-@pytest.fixture
-def fresh_process(monkeypatch):
-    """Forget what the process remembers of source files, as a new process would."""
-
-    def forget():
-        identity._code_hash.cache_clear()
-        identity._imported_names.cache_clear()
-
-    forget()
-    yield forget
-    forget()
-
-
 @pytest.mark.parametrize("name", READ)
 def test_a_byte_of_any_file_that_loading_reads_changes_it(model, name):
-    before = model_files_identity(model, remote_code=False)
+    before = read_files(model, remote_code=False)
     (model / name).write_bytes((model / name).read_bytes() + b" ")
-    after = model_files_identity(model, remote_code=False)
-    assert {key for key in before if before[key] != after[key]} == {f"file {name}"}
+    after = read_files(model, remote_code=False)
+    assert {key for key in before if before[key] != after[key]} == {name}
 
 
 @pytest.mark.parametrize("name", [
     "chat_template.jinja", "slimbench.json", "processor_config.json", "preprocessor_config.json",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "merges.txt",
-    "additional_chat_templates/tools.jinja",
+    "additional_chat_templates/tools.jinja", "config.4.0.0.json", "tokenizer.4.0.0.json",
+    "qformer_tokenizer/tokenizer.json", "video_preprocessor_config.json", "vocab.txt",
 ])  # fmt: skip
 def test_a_new_file_that_loading_reads_changes_it(model, name):
-    before = model_files_identity(model, remote_code=False)
+    before = read_files(model, remote_code=False)
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text("{}")
-    assert model_files_identity(model, remote_code=False) != before
+    assert read_files(model, remote_code=False) != before
 
 
 @pytest.mark.parametrize("name", ["README.md", "training.json", "modeling.py", ".gitattributes"])
 def test_a_file_that_loading_does_not_read_does_not(model, name):
-    before = model_files_identity(model, remote_code=False)
+    before = read_files(model, remote_code=False)
     (model / name).write_text("changed")
-    assert model_files_identity(model, remote_code=False) == before
+    assert read_files(model, remote_code=False) == before
 
 
 def test_remote_code_counts_where_it_runs(model):
-    before = model_files_identity(model, remote_code=True)
+    before = read_files(model, remote_code=True)
     (model / "modeling.py").write_text("changed = True")
-    assert model_files_identity(model, remote_code=True) != before
+    assert read_files(model, remote_code=True) != before
 
 
 def test_the_id_changes_with_the_models_config(model):
@@ -119,7 +123,7 @@ def third_party(tmp_path, monkeypatch):
     ],
 )
 def test_the_source_of_a_method_and_of_what_it_imports_counts(
-    third_party, fresh_process, monkeypatch, file, changes
+    third_party, forget_sources, monkeypatch, file, changes
 ):
     import importlib
     import sys
@@ -129,7 +133,7 @@ def test_the_source_of_a_method_and_of_what_it_imports_counts(
     importlib.invalidate_caches()
     method = importlib.import_module("identified.method").M()
     before = method_identity(method)
-    fresh_process()
+    forget_sources()
     (third_party / file).write_text((third_party / file).read_text() + "\n# changed\n")
     assert (method_identity(method) != before) == changes
     for name in [name for name in sys.modules if name.startswith("identified")]:
@@ -140,3 +144,187 @@ def test_two_classes_with_equal_knobs_are_two_methods():
     one, other = compose_run_config(["method=[camera_p,gptq]"]).method.values()
     assert method_identity(one) != method_identity(other)
     assert method_identity(one).startswith("methods.camera.pruning.CameraP ")
+
+
+BASE = {name: (MICRO_MOE / name).read_bytes() for name in (*READ, "model.safetensors")}
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(sorted(BASE)), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_any_bit_of_any_file_that_loading_reads_changes_it(tmp_path_factory, name, place, bit):
+    folder = Path(tmp_path_factory.mktemp("any") / "model")
+    shutil.copytree(MICRO_MOE, folder)
+    before = read_files(folder, remote_code=False), fingerprint([folder / "model.safetensors"])
+    content = bytearray(BASE[name])
+    content[int(place * len(content))] ^= 1 << bit
+    (folder / name).write_bytes(content)
+    after = read_files(folder, remote_code=False), fingerprint([folder / "model.safetensors"])
+    assert before != after
+
+
+@settings(max_examples=30)
+@given(st.lists(st.binary(max_size=6), min_size=2, max_size=3), st.data())
+def test_any_byte_of_local_data_changes_it_and_their_place_does_not(tmp_path_factory, parts, data):
+    def source(contents):
+        folder = tmp_path_factory.mktemp("data")
+        files = [folder / f"{name}.jsonl" for name in ("test", "train", "validation")]
+        for file, content in zip(files, contents, strict=False):
+            file.write_bytes(content)
+        return file_source(files[: len(contents)]).fingerprint
+
+    before = source(parts)
+    assert source(parts) == before
+    # The last byte of one split as the first of the next: the same bytes in the same order.
+    moved = [parts[0][:-1], parts[0][-1:] + parts[1], *parts[2:]]
+    assert (source(moved) == before) == (moved == parts)
+    place = data.draw(st.integers(0, len(parts) - 1))
+    assert source([*parts[:place], parts[place] + b"x", *parts[place + 1 :]]) != before
+
+
+class Reading(Method):
+    """Reads what its knobs name, and writes a folder."""
+
+    table: str | None = None
+    tables: dict[str, str] | None = None
+    checkpoints: str | None = None
+    writes = ("checkpoints",)
+
+    def check(self, structure): ...
+    def apply(self, model, context): ...
+
+
+def test_files_that_a_method_reads_count_and_those_it_writes_do_not(tmp_path):
+    table = tmp_path / "tables" / "deep" / "scale.json"
+    table.parent.mkdir(parents=True)
+    table.write_text("1")
+    methods = [
+        Reading(table=str(table)),
+        Reading(table=str(tmp_path / "tables")),
+        Reading(tables={"one": str(table)}),
+        Reading(checkpoints=str(tmp_path / "tables")),
+    ]
+    before = [method_identity(method) for method in methods]
+    table.write_text("2")
+    after = [method_identity(method) for method in methods]
+    assert [one != other for one, other in zip(before, after, strict=True)] == [
+        True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_method_whose_source_cannot_be_read_is_refused():
+    kind = type("Made", (Method,), {"__module__": "nowhere", **methods_of_nothing()})
+    with pytest.raises(UserError, match=r"nowhere\.Made has no source.*put the class into a file"):
+        method_identity(kind())
+
+
+def methods_of_nothing():
+    return {"check": lambda self, structure: None, "apply": lambda self, model, context: None}
+
+
+@pytest.mark.parametrize("spelling", ["0.30", "3e-1", "0.3"])
+def test_spellings_of_a_number_are_one_run(spelling):
+    one, other = (
+        compose_run_config([*FAST, "method=camera_p", f"ratio={text}"])
+        for text in ("0.3", spelling)
+    )
+    assert one.identity() == other.identity()
+
+
+def test_code_that_scores_or_measures_counts(tmp_path, monkeypatch):
+    package = tmp_path / "bench"
+    for name in ("measurement", "evaluation", "models/embedded/micro", "reporting"):
+        (package / name).mkdir(parents=True)
+        (package / name / "code.py").write_text("x = 1")
+    (package / "runner").mkdir()
+    (package / "method.py").touch()
+    monkeypatch.setattr(identity, "__file__", str(package / "runner" / "identity.py"))
+
+    def now():
+        identity.scoring_code_identity.cache_clear()
+        return identity.scoring_code_identity()
+
+    before = now()
+    changes = {}
+    for name in ("measurement", "evaluation", "models/embedded/micro", "reporting"):
+        (package / name / "code.py").write_text("x = 2")
+        changes[name] = now() != before
+        (package / name / "code.py").write_text("x = 1")
+    monkeypatch.undo()
+    identity.scoring_code_identity.cache_clear()
+    assert changes == {
+        "measurement": True, "evaluation": True, "models/embedded/micro": False, "reporting": False,
+    }  # fmt: skip
+
+
+def test_versions_are_those_of_the_libraries_in_use():
+    of = {
+        name: library_versions(compose_run_config(given))
+        for name, given in {
+            "text": [],
+            "offloaded": ["model.device_map=offload_cpu"],
+            "images": ["model=micro_lenet", "benchmark=images"],
+        }.items()
+    }
+    assert {"torch", "tokenizers", "numpy", "lm-eval"} <= of["text"].keys()
+    assert of["offloaded"].keys() - of["text"].keys() == {"accelerate"}
+    assert of["images"].keys() - of["text"].keys() == {"pillow", "torchvision"}
+
+
+def test_differences_are_named_by_dotted_keys_and_short_hashes():
+    given = [[*FAST, "method=camera_p", "ratio=0.35"], [*FAST, "method=[camera_p,gptq]", "seed=1"]]
+    records = []
+    with Session() as session:
+        for place, overrides in enumerate(given):
+            config = compose_run_config(overrides)
+            inputs = resolve_run(config, session)
+            provenance = {"identity": inputs.identity, "calibration": "x"}
+            changed = {"config": config.plain(), "provenance": provenance}
+            records.append(make(f"run{place}").model_copy(update=changed))
+    rows = {row["part"]: row for row in identity_differences(*records, shortened=True)}
+    assert rows["order of methods"]["run0"] == "camera_p"
+    assert rows["order of methods"]["run1"] == "camera_p, gptq"
+    assert (rows["seed"]["run0"], rows["seed"]["run1"]) == ("1234", "1")
+    assert rows["method.camera_p.ratio"]["run0"] == "0.35"
+    assert rows["method.gptq.bits"]["run0"] == "-"
+    name, code = rows["methods.gptq"]["run1"].split()
+    assert (name, len(code)) == ("methods.quantization.uniform.Gptq", 12)
+    full = {row["part"]: row for row in identity_differences(*records)}
+    assert len(full["methods.gptq"]["run1"].split()[1]) == 64
+    assert not {"weights", "code", "files.config.json", "tasks.arc_easy"} & rows.keys()
+    assert identity_differences(records[0], records[0]) == []
+
+
+def test_the_command_says_why_two_runs_differ(tmp_path, capsys):
+    config = compose_run_config([*FAST, "method=camera_p"]).plain()
+    for name, code in (("a" * 12, "1" * 64), ("b" * 12, "1" * 12 + "2" * 52)):
+        identity_parts = {"methods": {"mine": f"plug.Mine {code}"}, "versions": {"torch": "2"}}
+        changed = {"config": config, "provenance": {"identity": identity_parts}}
+        Store(tmp_path).write(make(name).model_copy(update=changed), [], "")
+    where = ["--results-dir", str(tmp_path)]
+    assert main(["show", "aaaa", "--why", "bbbb", *where, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row == {
+        "part": "methods.mine",
+        "a" * 12: f"plug.Mine {'1' * 64}",
+        "b" * 12: f"plug.Mine {'1' * 12}{'2' * 52}",
+    }
+    assert main(["show", "aaaa", "--why", "bbbb", *where]) == 0
+    shown = capsys.readouterr().out
+    assert "methods.mine" in shown
+    assert "torch" not in shown
+    assert main(["show", "aaaa", "--why", "aaaa", *where]) == 0
+    assert "differ in no part" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", [
+    ["benchmark=nine_tasks_micro", "benchmark.tasks=[arc_easy,hellaswag]"],
+    ["model=micro_llava", "benchmark=mllm_seven_micro", "benchmark.tasks=[gqa]"],
+])  # fmt: skip
+def test_a_sweep_watches_task_files_and_a_methods_code(benchmark):
+    config = compose_run_config([*benchmark, "costs.length=16"])
+    with Session() as session:
+        files = resolve_run(config, session).files(config)
+    assert {"hellaswag", "gqa"} & {file.name for file in files}
+    text = compose_run_config(["method=camera_p"])
+    (method,) = text.method.values()
+    assert "pruning.py" in {file.name for file in method_files(method)}

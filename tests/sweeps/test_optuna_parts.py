@@ -14,6 +14,7 @@ from bench.errors import UserError
 from bench.sweeps.optuna_sweeper import (
     EarlyResult,
     OptunaSweeper,
+    _trial_overrides,
     _write_study,
     is_dominated,
     optuna_distributions,
@@ -106,3 +107,13 @@ def test_the_file_of_a_study_holds_no_secret(tmp_path, monkeypatch):
     text = (tmp_path / "study.json").read_text()
     assert "planted-secret" not in text and "[hidden] was refused" in text
     assert json.loads(text)["trials"][0]["front"]
+
+
+def test_values_of_a_range_are_decimals():
+    found, _ = space("ratio=range(0.1,0.95,0.1)", "seed=range(3,9)", "bits=choice(2.5,3)")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    asked = [tuple(_trial_overrides(study.ask(found), found)) for _ in range(100)]
+    ratios = {ratio for ratio, _, _ in asked}
+    assert ratios == {f"ratio=0.{digit}" for digit in range(1, 10)}
+    assert {seed for _, seed, _ in asked} == {f"seed={number}" for number in range(3, 9)}
+    assert {bits for _, _, bits in asked} == {"bits=2.5", "bits=3"}

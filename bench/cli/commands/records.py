@@ -39,7 +39,12 @@ def show(given: argparse.Namespace) -> int:
     if given.why is not None:
         from bench.runner.identity import identity_differences
 
-        return print_rows(identity_differences(record, store.get(given.why)), given.json)
+        other = store.get(given.why)
+        rows = identity_differences(record, other, shortened=not given.json)
+        if not rows and not given.json:
+            print(f"runs {record.id} and {other.id} differ in no part of their identity")
+            return EXIT_DONE
+        return print_rows(rows, given.json)
     if given.command:
         print_text(record.command)
     elif given.json:

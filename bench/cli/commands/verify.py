@@ -17,7 +17,7 @@ from bench.errors import EXIT_DONE, EXIT_FAILED, UserError
 from bench.evaluation import evaluate, plan
 from bench.records import Store
 from bench.records import samples as recorded_samples
-from bench.runner.inputs import library_versions
+from bench.runner.identity import library_version
 from bench.runner.replay import rebuild_model, recorded_config, refuse_changed_data
 from bench.runner.session import Session
 from bench.ui import console, print_json
@@ -174,8 +174,8 @@ def _environment_changes(record: Record) -> Iterator[str]:
     """Yield the differences between the run's environment and this one."""
     from bench.device.devices import describe_device
 
-    for name, now in library_versions().items():
-        was = record.environment.get("versions", {}).get(name)
+    for name, was in record.environment.get("versions", {}).items():
+        now = library_version(name)
         if was != now:
             yield f"{name} was {was} and is {now}"
     for name, fact in describe_device().items():

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
@@ -80,6 +81,16 @@ class MultimodalHarness:
     def sources(self) -> dict[str, DocumentSource]:
         """Where the documents of each task came from."""
         return {task.name: task.source for task in self.tasks}
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Hash of each task's definition."""
+        return {task.name: task.definition for task in self.tasks}
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+        return frozenset().union(*(task.folders for task in self.tasks))
 
     def images(self, task: str, document: int) -> list[Image]:
         """Return the images of a document, given its index in the whole data set."""

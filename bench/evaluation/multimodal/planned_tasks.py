@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import datasets
@@ -19,7 +20,12 @@ from bench.evaluation.metrics import TaskAnswers
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments, open_document_images
 from bench.evaluation.row_files import DataRow
-from bench.evaluation.task_planning import TaskDefinition, evaluated_split
+from bench.evaluation.task_planning import (
+    TaskDefinition,
+    definition_hash,
+    evaluated_split,
+    folders_of,
+)
 from bench.schema import BenchmarkConfig
 
 
@@ -44,6 +50,7 @@ class PlannedTask:
     """One task with its documents.
 
     `indices` are the indices of its documents in the whole data set, `headline` is its metric.
+    `definition` is a hash of the harness's own definition, `folders` are those of its files.
     """
 
     name: str
@@ -52,6 +59,8 @@ class PlannedTask:
     indices: tuple[int, ...]
     source: DocumentSource
     headline: str
+    definition: str
+    folders: frozenset[Path]
 
     def images(self, position: int) -> list[Image]:
         """Return the images shown with a document, given its position in `indices`."""
@@ -71,6 +80,7 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
     file = task_index.FILES.find_micro(name) if micro else task_index.find_task_file(name)
     with quiet_lmms_eval():
         definition = task_index.read_task_definition(file, benchmark)
+        identity = definition_hash(definition, task_index.FILES)
         documents = task_data.load_image_documents(name, definition, benchmark)
         indices = select_documents(name, documents.rows, benchmark.limit)
         rows = documents.rows.select(indices)
@@ -79,7 +89,10 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
             _refuse_unfit_images(name, task, indices, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
-    return PlannedTask(name, task, split, tuple(indices), documents.source, headline)
+    folders = folders_of(task_index.FILES.find_included(name) or file)
+    return PlannedTask(
+        name, task, split, tuple(indices), documents.source, headline, identity, folders
+    )
 
 
 def _with_local_images(definition: TaskDefinition, documents: ImageDocuments) -> TaskDefinition:

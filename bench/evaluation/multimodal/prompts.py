@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, cast
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -68,12 +68,24 @@ def slice_tokens(prompt: EncodedPrompt, first: int, last: int | None) -> Encoded
 
 
 def image_hash(images: Sequence[Image.Image]) -> str:
-    """Return a SHA-256 over the pixels of a question's images, in order."""
+    """Return a SHA-256 over all that decides what a question's images show, in order."""
     digest = hashlib.sha256()
     for image in images:
-        # Mode and size too: the same bytes may be images of different shapes.
-        digest.update(f"{image.mode}{image.size}".encode())
-        digest.update(image.tobytes())
+        image.load()  # before that, a file's palette is not there
+        pixels = image.tobytes()
+        # Pixels of mode P are indices into a palette. Transparency and orientation are not in the
+        # pixels of any mode, but processors heed them when they convert to RGB.
+        palette = bytes(image.getpalette(None) or ()) if image.palette else b""
+        kind = image.palette.mode if image.palette else None
+        seen = (
+            image.mode,
+            image.size,
+            kind,
+            image.info.get("transparency"),
+            image.getexif().get(ExifTags.Base.Orientation),
+        )
+        # With lengths, since the same bytes may be images of different shapes.
+        digest.update(f"{seen} {len(palette)} {len(pixels)}\n".encode() + palette + pixels)
     return digest.hexdigest()
 
 

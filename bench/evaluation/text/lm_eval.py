@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import lm_eval.utils
@@ -74,6 +75,16 @@ class TextHarness:
         """Where the documents of each task and each text came from."""
         of_tasks = {name: source for task in self.tasks for name, source in task.sources.items()}
         return of_tasks | {text.name: text.source for text in self.texts}
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Hash of each task's definition, those of a group's members included."""
+        return {name: found for task in self.tasks for name, found in task.definitions.items()}
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """Folders of the harness's task files and of their code."""
+        return frozenset().union(*(task.folders for task in self.tasks))
 
     def images(self, task: str, document: int) -> tuple[()]:
         """Return nothing: documents are texts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lm_eval.tasks import TaskManager
 
@@ -12,10 +13,13 @@ from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.evaluation.harness_logs import quiet_lm_eval
 from bench.evaluation.task_planning import (
+    CONFIG_SOURCE,
     Splits,
     TaskDefinition,
     content_fingerprint,
+    definition_hash,
     evaluated_split,
+    folders_of,
 )
 from bench.evaluation.text import task_data, task_index
 from bench.evaluation.text.task_index import AggregatedMetric, TaskGroup, TextTask
@@ -27,8 +31,9 @@ class PlannedTask:
     """One scored name: a task, or a group of tasks whose scores the harness aggregates.
 
     `groups` is empty unless the name is that of a group. `headline` is the metric that represents
-    the name, and the filter through which it is read; filter None means the first one. `unlabelled`
-    are the documents whose label means nothing.
+    the name, and the filter through which it is read; filter None means the first one.
+    `definitions` holds a hash of each task's and each group's definition, `folders` those of the
+    task files and of their code. `unlabelled` are the documents whose label means nothing.
     """
 
     name: str
@@ -36,6 +41,8 @@ class PlannedTask:
     groups: dict[str, TaskGroup]
     sources: dict[str, DocumentSource]
     headline: tuple[str, str | None]
+    definitions: dict[str, str]
+    folders: frozenset[Path]
     unlabelled: tuple[int, ...] = ()
 
 
@@ -153,7 +160,30 @@ def _planned_task(
         task.set_config("num_fewshot", task_index.num_shots(own, benchmark.num_fewshot))
     aggregated = groups[name].aggregate_metric_list if groups else None
     offered = _offered_metrics(aggregated, tasks)
-    return PlannedTask(name, tasks, groups, sources, _headline(name, offered, benchmark))
+    definitions = _definitions(tasks, groups)
+    headline = _headline(name, offered, benchmark)
+    folders = frozenset().union(*(_folders(leaf, task) for leaf, task in tasks.items()))
+    return PlannedTask(name, tasks, groups, sources, headline, definitions, folders)
+
+
+def _folders(name: str, task: TextTask) -> frozenset[Path]:
+    # Of the members of a group lm-eval says where their files lie; of the others we know it.
+    metadata = getattr(task.config, "metadata", None) or {}
+    file = Path(str(metadata.get(CONFIG_SOURCE)))
+    try:
+        found = file if file.is_file() else task_index.find_task_file(name)
+    except UserError:  # a member that its group makes, without a file
+        found = None
+    return folders_of(found) if found else frozenset()
+
+
+def _definitions(tasks: dict[str, TextTask], groups: dict[str, TaskGroup]) -> dict[str, str]:
+    """Return the hash of every task as the harness built it, and of what a group makes of them."""
+    told: dict[str, object] = {leaf: [type(task), task.config] for leaf, task in tasks.items()}
+    for name, group in groups.items():
+        members = [task.task_name for task in group.get_all_tasks()]
+        told[name] = [members, group.aggregate_metric_list]
+    return {name: definition_hash(each, task_index.FILES) for name, each in told.items()}
 
 
 def _refuse_unsupported(name: str, task: TextTask) -> None:

@@ -1,0 +1,197 @@
+"""Digests of files and of source code, for ids that must not miss a changed byte.
+
+The digest of a large file is remembered in the user's cache folder, so that weights are read once
+and not once a run. A remembered digest is used only if nothing about the file has changed: device,
+inode, size, modification time and change time. The last is set by the kernel and by nothing else,
+so a file that was exchanged under its old size and modification time (tar, rsync, Nix, image
+layers) is read again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+FileStamp: TypeAlias = tuple[int, int, int, int, int]
+"""Device, inode, size, modification and change time of a file: equal until somebody writes it."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# The coarsest clock of the file systems in use (FAT, old NFS) counts in steps of two seconds.
+_CLOCK_STEP_NS = 2 * 10**9
+
+
+def file_stamp(file: Path) -> FileStamp:
+    """Return the state of a file, without reading it."""
+    seen = file.stat()
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash the names and digests of files, independent of their order."""
+    lines = sorted(f"{file.name} {digest(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file's content, read or remembered."""
+    real = file.resolve()
+    place = _digest_memory() / hashlib.sha256(str(real).encode()).hexdigest()
+    began, before = time.time_ns(), file_stamp(real)
+    known = _remembered(place, before)
+    if known is not None:
+        return known
+    with real.open("rb") as stream:
+        computed = hashlib.file_digest(stream, "sha256").hexdigest()
+    # As git does for its index: within one step of the clock, a second write leaves no trace in
+    # the times. What was written so shortly before it was read is read again next time.
+    at_rest = max(before[-2:]) < began - _CLOCK_STEP_NS
+    if at_rest and file_stamp(real) == before:
+        _remember(place, before, computed)
+    return computed
+
+
+def _digest_memory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "slimbench" / "digests"
+
+
+def _remembered(place: Path, stamp: FileStamp) -> str | None:
+    """Return what is remembered of a file in this state; None if nothing is, or nothing legible."""
+    try:
+        *numbers, known = json.loads(place.read_text())
+    # A memory that a full disk cut off is treated as absent.
+    except (OSError, ValueError, TypeError):
+        return None
+    return known if tuple(numbers) == stamp and _SHA256.fullmatch(str(known)) else None
+
+
+def _remember(place: Path, stamp: FileStamp, value: str) -> None:
+    """Write a digest atomically; without a writable cache it is computed again next time."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Jobs of a sweep share the cache: rename is atomic, so that a reader sees the whole digest
+        # or none.
+        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as stream:
+            json.dump([*stamp, value], stream)
+        Path(stream.name).replace(place)
+    except OSError:
+        pass
+
+
+def contents_hash(files: Mapping[str, Path]) -> str:
+    """Hash small files under the names given; their contents are read and not looked up."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        content = files[name].read_bytes()
+        # With the length, so that a byte moved from one file to the next changes the hash.
+        total.update(f"{name} {len(content)}\n".encode() + content)
+    return total.hexdigest()
+
+
+# Libraries that an id names by their version. `bench` has a part of its own in an id.
+_BY_VERSION = frozenset({"bench", "torch", "transformers", "lm_eval", "lmms_eval"})
+# What a module may read from its own folder: tables, settings, compiled code.
+_READ_SUFFIXES = frozenset(
+    {".json", ".yaml", ".yml", ".toml", ".txt", ".csv", ".tsv", ".jinja", ".npy", ".npz",
+     ".safetensors", ".so", ".cu", ".cpp"}
+)  # fmt: skip
+
+
+# Once per process, as Python imports a module once: an edit counts from the next process on.
+@functools.cache
+def code_hash(file: Path, module: str, own: str) -> str:
+    """Hash a module with everything it imports from the package `own`, or from a working copy."""
+    return contents_hash(code_files(file, module, own))
+
+
+def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
+    """Return the files that `code_hash` covers, by module.
+
+    Installed libraries are left out: they do not change without their version. Files that lie
+    beside the modules, such as tables, are included.
+    """
+    seen: dict[str, Path] = {}
+    waiting: list[tuple[str, Path | None]] = [(module, file)]
+    while waiting:
+        name, found = waiting.pop()
+        if name in seen or found is None:
+            continue
+        seen[name] = found
+        # Importing a module runs the packages above it as well.
+        imported = (name.rpartition(".")[0], *_imported_names(found, name))
+        waiting += [(other, module_file(other, own)) for other in imported if other]
+        # A single module lies among anything, perhaps all of the user's files.
+        if "." in name or found.stem == "__init__":
+            seen |= {f"{name}/{file.name}": file for file in _files_beside(found.parent)}
+    return seen
+
+
+@functools.cache
+def _files_beside(folder: Path) -> tuple[Path, ...]:
+    return tuple(file for file in folder.iterdir() if file.suffix in _READ_SUFFIXES)
+
+
+@functools.cache
+def module_file(name: str, own: str) -> Path | None:
+    """Return the file of a module; None if it is not `own` and comes from an installed library."""
+    top, *parts = name.split(".")
+    is_own = name == own or name.startswith(f"{own}.")
+    if top in sys.stdlib_module_names or (top in _BY_VERSION and not is_own):
+        return None
+    for place in _places_of(top):
+        if not is_own and {"site-packages", "dist-packages"} & set(place.parts):
+            return None
+        if not parts and place.is_file():
+            return place
+        inner = place.joinpath(*parts)
+        candidates = (inner / "__init__.py", inner.with_suffix(".py") if parts else place)
+        for file in candidates:
+            if file.is_file():
+                return file
+    return None
+
+
+@functools.cache
+def _places_of(top: str) -> tuple[Path, ...]:
+    """Return the file of a top-level module, or the folders of a package, without importing it."""
+    # A package without `__init__.py` has folders and no file.
+    module = sys.modules.get(top)
+    folders, origin = getattr(module, "__path__", None), getattr(module, "__file__", None)
+    if module is None:
+        try:
+            spec = importlib.util.find_spec(top)
+        except (ImportError, ValueError):
+            spec = None
+        folders = spec.submodule_search_locations if spec else None
+        origin = spec.origin if spec and spec.has_location else None
+    return tuple(map(Path, folders)) if folders else (Path(origin),) if origin else ()
+
+
+# The methods of a run share most of what they import, and parsing is what takes time.
+@functools.cache
+def _imported_names(file: Path, module: str) -> tuple[str, ...]:
+    """Return the absolute names of all modules that a file may import, at any depth of its code."""
+    return tuple(_names_in_imports(file, module)) if file.suffix == ".py" else ()
+
+
+def _names_in_imports(file: Path, module: str) -> Iterator[str]:
+    package = module if file.stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            yield base
+            # Whether a name is a module or a function is seen by looking for its file.
+            yield from (f"{base}.{alias.name}" for alias in node.names)
