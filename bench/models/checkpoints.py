@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bench.data.digests import digest
 from bench.errors import MissingData, UserError, optional_module
-from bench.models.hashing import digest
 from bench.models.network import text_config
 from bench.ui import Progress
 

@@ -70,7 +70,7 @@ def _published_network(source: ModelSource) -> nn.Module:
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Load the tokenizer of a language model alone."""
     # Cached, since every run of a sweep asks; sources are equal if the contents of their files are.
-    with one_sentence_errors(source):
+    with one_sentence_errors(source.given):
         tokenizer, _ = _load_tokenizer_and_processor(source)
     assert tokenizer is not None
     return tokenizer

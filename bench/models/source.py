@@ -40,6 +40,7 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     _refuse_further_weights(folder)
     # In this order, as transformers does: next to the single file, shards and their index are not
     # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
+    files: tuple[Path, ...]
     if (folder / SINGLE_FILE).is_file():
         files = (folder / SINGLE_FILE,)
     elif (folder / INDEX_FILE).is_file():
@@ -56,8 +57,8 @@ def _refuse_further_weights(folder: Path) -> None:
     # With peft installed, an adapter is added to the weights; from a pickled file as well.
     if (folder / checkpoints.ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{folder} holds an adapter ({checkpoints.ADAPTER_CONFIG}), which would change the weights in "
-            "silence: merge it into them, or move it to a folder of its own"
+            f"{folder} holds an adapter ({checkpoints.ADAPTER_CONFIG}), which would change the "
+            "weights in silence: merge it into them, or move it to a folder of its own"
         )
     for file in sorted(folder.glob("config*.json")):
         try:

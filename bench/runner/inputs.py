@@ -81,8 +81,6 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         UserError: a method, the tokenizer or the benchmark does not fit the model, or a required
             input is missing.
     """
-    from hydra.utils import get_class
-
     from bench.device.devices import select_device, select_dtype
     from bench.models import loading
     from bench.models.source import resolve_model
@@ -117,7 +115,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "dtype": str(select_dtype(config.model.dtype, device)).removeprefix("torch."),
         "weights": source.fingerprint,
         "files": {**source.files, **_modules_of_methods(skeleton)},
-        **({"network": class_identity(get_class(config.model.target))} if config.model.target else {}),
+        **_own_network(config),
         "tasks": planned.definitions,
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
@@ -140,6 +138,14 @@ def refuse_quantized(source: ModelSource, config: RunConfig) -> None:
                 f"quantized by {source.quantization.method}: leave the method out, or give the "
                 "checkpoint that was quantized"
             )
+
+
+def _own_network(config: RunConfig) -> dict[str, str]:
+    """Return the code of a network that is a class of the user's own."""
+    from hydra.utils import get_class
+
+    target = config.model.target
+    return {} if target is None else {"network": class_identity(get_class(target))}
 
 
 def _modules_of_methods(skeleton: nn.Module) -> dict[str, str]:

@@ -36,14 +36,15 @@ def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ())
             code that is not `allowed` in this command; see `recorded_config`.
     """
     from bench.device.devices import seed_everything, set_threads
+    from bench.measurement.costs import count_size_and_work
     from bench.models.source import resolve_model
 
     config = recorded_config(record, allowed)
     source = resolve_model(config.model, offline=config.offline)
     refuse_change("weights", record.model.fingerprint, source.fingerprint)
     recorded = (record.provenance.get("identity") or {}).get("files", {})
-    for name, found in source.files.items():
-        refuse_change(f"file {name}", recorded.get(name, found), found)
+    for name, content in source.files.items():
+        refuse_change(f"file {name}", recorded.get(name, content), content)
     inputs = resolve_calibration_inputs(config)
     for name, found in inputs.fingerprints.items():
         if found is not None:
@@ -54,7 +55,9 @@ def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ())
     set_threads(config.threads)
     seed_everything(config.seed)
     model = session.base_model.acquire(source, will_change=bool(config.method))
-    apply_methods(config, model, inputs.prepare(config, model, Progress()))
+    if config.method:
+        context = inputs.prepare(config, model, Progress())
+        apply_methods(config, model, context, count_size_and_work(model, config.costs))
     return model
 
 
