@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.data.tokenization import encode_texts
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
 
@@ -248,5 +247,5 @@ def _cached_token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
 
 
 def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    (ids,) = encode_texts(tokenizer, [text])
-    return ids
+    # `verbose=False` silences the warning that the text exceeds the model's context.
+    return tokenizer(text, verbose=False)["input_ids"]

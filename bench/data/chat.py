@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from bench.data.image_files import UnfitImage
-from bench.data.tokenization import without_appended
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -131,7 +130,4 @@ def encode_chats(
         options["add_special_tokens"] = False
     if any(images):  # a batch of text only passes no `images` at all
         options["images"] = [list(of_text) for of_text in images]
-    outputs = dict(processor(text=list(texts), return_tensors="pt", **options))
-    if options.get("add_special_tokens") is False:
-        return outputs
-    return without_appended(processor.tokenizer, outputs)
+    return dict(processor(text=list(texts), return_tensors="pt", **options))

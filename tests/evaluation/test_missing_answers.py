@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 
 from bench.data import english
 from bench.data.synthetic.world import documents_by_split
+from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
 from bench.evaluation.metrics import TaskAnswers, headline_average, settle_metrics, task_metric
 from bench.evaluation.text.adapter import LmEvalAdapter
@@ -161,6 +162,40 @@ def test_a_perplexity_beyond_floating_point_is_missing_with_the_mean_loss(model,
     found = evaluate(extreme, plan(config, offline=True))
     assert "beyond floating point: the mean loss is" in found.missing[0].reason
     assert found.metrics[0].missing == 0
+
+
+def grammatical(path, labels):
+    rows = [{"sentence": f"this is number {i}", "label": each} for i, each in enumerate(labels)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return local(path, tasks=("cola",), data={"cola": str(path)}, metrics={})
+
+
+def test_a_label_that_is_no_choice_is_found_in_any_task_of_choices(model, tmp_path):
+    """The test splits of GLUE on the hub have label -1."""
+    path = tmp_path / "cola.jsonl"
+    with pytest.raises(UserError) as refused:
+        grammatical(path, [0, 1, -1, 1, 2])
+    assert "task cola: 2 of 5 rows have no answer: the row has no label (rows 2, 4)" in str(
+        refused.value
+    )
+    options = {"tasks": ("cola",), "data": {"cola": str(path)}, "metrics": {}}
+    found = evaluate(model, local(path, allow_missing=0.4, **options))
+    assert [row["doc_id"] for row in found.samples if row["missing"]] == [2, 4]
+    assert (headline(found, "cola").n, headline(found, "cola").missing) == (3, 2)
+    assert not local(path, limit=2, **options).harness.tasks[0].unlabelled
+
+
+def test_a_label_in_a_known_task_may_be_absent_if_that_is_allowed(model, tmp_path):
+    path = questions(tmp_path / "q.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    scores = [row["acc"] for row in evaluate(model, local(path)).samples]
+    path.write_text(
+        "\n".join(json.dumps(row | {"label": -1} if i == 3 else row) for i, row in enumerate(rows))
+    )
+    with pytest.raises(UserError, match="row 3"):
+        local(path)
+    found = headline(evaluate(model, local(path, allow_missing=0.2)))
+    assert (found.value, found.n, found.missing) == ((sum(scores) - scores[3]) / 5, 5, 1)
 
 
 GREEDY = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}

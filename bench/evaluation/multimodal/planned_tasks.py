@@ -16,7 +16,7 @@ from bench.data.image_files import UnfitImage
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource
 from bench.evaluation.harness_logs import quiet_lmms_eval
-from bench.evaluation.metrics import TaskAnswers
+from bench.evaluation.metrics import NO_LABEL, TaskAnswers
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments, open_document_images
 from bench.evaluation.row_files import DataRow
@@ -86,7 +86,7 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         rows = documents.rows.select(indices)
         task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
         if name in benchmark.data:
-            _refuse_unfit_images(name, task, indices, benchmark)
+            _refuse_unfit_rows(name, task, indices, benchmark)
     headline = _headline(name, list(task.aggregation()), benchmark)
     split = evaluated_split(definition)
     folders = folders_of(task_index.FILES.find_included(name) or file)
@@ -120,10 +120,10 @@ def _loaded_task(
         raise UserError(f"{key}: the rows do not fit {name}: {reason}") from error
 
 
-def _refuse_unfit_images(
+def _refuse_unfit_rows(
     name: str, task: LoadedTask, indices: Sequence[int], benchmark: BenchmarkConfig
 ) -> None:
-    """Raise UserError if more images of a user's file cannot be shown than the benchmark allows.
+    """Raise UserError if a row of a user's file has no label, or too many images cannot be shown.
 
     Found now, since the model would be loaded and asked in vain. Images of the hub are too many to
     be decoded twice; those that fail are found when they are asked about.
@@ -133,9 +133,13 @@ def _refuse_unfit_images(
     stored = rows
     for column in images:
         stored = stored.cast_column(column, datasets.Image(decode=False))
+    key_of_file = f"benchmark.data.{name}={benchmark.data[name]}"
+    unlabelled: dict[str, str] = {}
     unfit: dict[str, str] = {}
     known: dict[tuple[str, ...], str | None] = {}
     for position, document in enumerate(stored):
+        if not _has_label(document):
+            unlabelled[str(indices[position])] = NO_LABEL
         # Data sets ask many questions about one image: each is decoded once.
         parts = [document[column] or {} for column in images] or [document]
         key = tuple(
@@ -147,12 +151,29 @@ def _refuse_unfit_images(
             known[key] = _unfit_reason(task, rows, position)
         if known[key]:
             unfit[str(indices[position])] = str(known[key])
+    if unlabelled:
+        # However many are allowed to be missing: the tasks' own code fails on such rows.
+        raise UserError(
+            f"{key_of_file}: {TaskAnswers(len(indices), unlabelled).describe()}; give a split that "
+            "holds the answers"
+        )
     answers = TaskAnswers(len(indices), unfit)
     if unfit and not answers.suffice(benchmark.allow_missing):
         raise UserError(
-            f"benchmark.data.{name}={benchmark.data[name]}: {answers.describe()}; mend the file, "
-            f"or accept a share by benchmark.allow_missing, now {benchmark.allow_missing:g}"
+            f"{key_of_file}: {answers.describe()}; mend the file, or accept a share "
+            f"by benchmark.allow_missing, now {benchmark.allow_missing:g}"
         )
+
+
+def _has_label(document: DataRow) -> bool:
+    """Whether a document holds the reference answer, which public test splits leave out."""
+    columns = [column for column in ("answer", "answers") if column in document]
+    if not columns:
+        return True  # a task of the harness that keeps its answers elsewhere
+    label, choices = document[columns[0]], document.get("choices")
+    if isinstance(label, int):
+        return label >= 0 and (not choices or label < len(choices))
+    return bool(label)
 
 
 def _unfit_reason(task: LoadedTask, rows: datasets.Dataset, position: int) -> str | None:

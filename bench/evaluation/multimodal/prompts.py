@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from bench.data import chat
+from bench.data.tokenization import without_appended
 from bench.models.model import Model
 
 EncodedPrompt: TypeAlias = dict[str, Tensor]
@@ -45,7 +46,8 @@ class PromptEncoder:
 
     def encode(self, prompt: str, images: Sequence[Image.Image]) -> EncodedPrompt:
         """Return the processor's output for one prompt."""
-        return chat.encode_chats(self._processor, [prompt], [images])
+        outputs = chat.encode_chats(self._processor, [prompt], [images])
+        return without_appended(self._processor.tokenizer, outputs)
 
     def image_sizes(self, prompt: EncodedPrompt) -> tuple[str, ...]:
         """Return the size of each image of an encoded prompt, as the vision encoder sees it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from lm_eval.tasks import TaskManager
@@ -12,6 +13,8 @@ from bench.data import hub
 from bench.errors import UserError, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.evaluation.harness_logs import quiet_lm_eval
+from bench.evaluation.local_files import LABELS
+from bench.evaluation.metrics import NO_LABEL, TaskAnswers
 from bench.evaluation.task_planning import (
     CONFIG_SOURCE,
     Splits,
@@ -70,7 +73,45 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         definition = task_index.read_task_definition(file)
         task, source, unlabelled = _build_one(name, definition, benchmark)
     planned = _planned_task(name, {name: task}, {}, {name: source}, benchmark)
+    # The embedded data have their labels, and a file of a known task has been checked.
+    if not (micro or (name in LABELS and name in benchmark.data)):
+        unlabelled = _unlabelled_documents(name, task, benchmark)
     return replace(planned, unlabelled=unlabelled)
+
+
+def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig) -> tuple[int, ...]:
+    """Return the scored documents whose label is none of their choices.
+
+    The harness counts them as wrong, so that a public test split (label -1) scores 0 %.
+
+    Raises:
+        UserError: they are more than the benchmark allows.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or getattr(task, "multiple_input", 0):
+        return ()
+    documents = list(islice(task.eval_docs, benchmark.limit))
+    unlabelled = [
+        index
+        for index, document in enumerate(documents)
+        if not _is_label(task.doc_to_target(document), task.doc_to_choice(document))
+    ]
+    answers = TaskAnswers(len(documents), {str(index): NO_LABEL for index in unlabelled})
+    if unlabelled and not answers.suffice(benchmark.allow_missing):
+        raise UserError(
+            f"task {name}: {answers.describe()}; give a split that holds the answers, or accept a "
+            f"share by benchmark.allow_missing, now {benchmark.allow_missing:g}"
+        )
+    return tuple(unlabelled)
+
+
+def _is_label(target: object, choices: Sequence[str]) -> bool:
+    """Whether a target is an index of a choice, a choice, or a list of such."""
+    if isinstance(target, list):
+        return bool(target) and all(_is_label(each, choices) for each in target)
+    if isinstance(target, int):
+        return 0 <= target < len(choices)
+    # Other types, such as numpy's, are left to the harness.
+    return target in choices if isinstance(target, str) else target is not None
 
 
 def _build_group(name: str, benchmark: BenchmarkConfig) -> PlannedTask:

@@ -79,10 +79,26 @@ def test_an_unfit_image_is_named_before_scoring_and_counted_if_allowed(llava, tm
     assert found.samples[2]["image_hash"] is None
 
 
+@pytest.mark.parametrize(
+    ("task", "column", "absent"),
+    [("pope", "answer", None), ("pope", "answer", ""), ("scienceqa_img", "answer", -1),
+     ("scienceqa_img", "answer", 9), ("textvqa_val", "answers", [])],
+)  # fmt: skip
+def test_a_question_without_its_answer_is_named(tmp_path, task, column, absent):
+    """As in the test splits of the hub."""
+    rows = [dict(row) for row in documents(task)[:4]]
+    rows[1][column] = absent
+    path = write(tmp_path / "rows.parquet", rows)
+    with pytest.raises(
+        UserError, match=r"1 of 4 rows have no answer: the row has no label \(row 1"
+    ):
+        planned(path, task, allow_missing=0.9)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_the_check_before_scoring_it_is_a_gap(llava, tmp_path, monkeypatch, backend):
     """As for images of the hub, which are not all decoded beforehand."""
-    monkeypatch.setattr(planned_tasks, "_refuse_unfit_images", lambda *_: None)
+    monkeypatch.setattr(planned_tasks, "_refuse_unfit_rows", lambda *_: None)
     rows = pope()
     plain = evaluate(llava, planned(write(tmp_path / "a.parquet", rows), backend=backend))
     rows[1]["image"] = TRUNCATED

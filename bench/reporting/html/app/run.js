@@ -79,6 +79,8 @@ function Metrics({ record, dense }) {
   const rows = heads.map((metric) => ({ ...metric, emphasis: metric.task === "average" }))
     .sort((a, b) => b.emphasis - a.emphasis);
   return html`<${Plain} caption="Headline scores" columns=${columns} rows=${rows} />
+    ${(record.missing ?? []).filter((gap) => heads.some((metric) => metric.task === gap.scope)).map((gap) => html`
+      <p class="quiet">no ${words(gap.quantity)} for ${words(gap.scope)}: ${gap.reason}</p>`)}
     ${others.length > 0 && html`<details><summary>${count(others.length, "other metric")}</summary><${Plain} caption="Other metrics" columns=${columns} rows=${others} /></details>`}`;
 }
 
