@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -47,19 +48,24 @@ def method_identity(method: Method) -> str:
     the class inherits from.
     """
     knobs = method.model_dump(mode="json", exclude=set(method.writes))
-    read = sorted(f"{text} {_content(text)}" for text in string_leaves(knobs) if _is_place(text))
+    places = {text: place_named(text) for text in string_leaves(knobs)}
+    read = sorted(f"{text} {_content(place)}" for text, place in places.items() if place)
     together = hashlib.sha256("\n".join(read).encode()).hexdigest()
     return class_identity(type(method)) + (f" reading {together}" if read else "")
 
 
-def _is_place(text: str) -> bool:
-    """Whether a text names a file, or a folder: by a bare name, `digits`, a data set is meant."""
-    place = Path(text).expanduser()
-    return bool(text) and (place.is_file() or ("/" in text and place.is_dir()))
+def place_named(text: str) -> Path | None:
+    """Return the file or the folder that a text names; a folder only if written as a path.
+
+    By a bare name, `digits`, a data set is meant.
+    """
+    # Not by pathlib, which raises if a sentence is too long for a path.
+    path = os.path.expanduser(text)  # noqa: PTH111
+    is_folder = "/" in text and os.path.isdir(path)  # noqa: PTH112
+    return Path(path) if is_folder or os.path.isfile(path) else None  # noqa: PTH113
 
 
-def _content(text: str) -> str:
-    place = Path(text).expanduser()
+def _content(place: Path) -> str:
     if place.is_file():
         return digest(place)
     files = sorted(file for file in place.rglob("*") if file.is_file())

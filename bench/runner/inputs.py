@@ -14,6 +14,7 @@ from bench.runner.identity import (
     library_versions,
     method_files,
     method_identity,
+    place_named,
     scoring_code_identity,
     string_leaves,
 )
@@ -64,11 +65,9 @@ class RunInputs:
     def files(self, config: RunConfig) -> list[Path]:
         """Return the folders of the model and the tasks, and what the config and methods name."""
         # Any text of the config may be a path (a method's settings folder, local data), so all that
-        # exist count. A file by any name, a folder only if written as a path: "digits" is a data
-        # set.
+        # exist count.
         named = set(string_leaves(config.plain())) - {str(config.results_dir)}
-        places = {text: Path(text).expanduser() for text in named if text}
-        found = {p for text, p in places.items() if p.is_file() or ("/" in text and p.exists())}
+        found = set(filter(None, map(place_named, named)))
         code = {file for method in config.method.values() for file in method_files(method)}
         model = [self.source.given, *filter(None, [self.source.adapter])]
         return [*model, *sorted(found | code | self.benchmark.folders)]

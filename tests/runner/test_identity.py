@@ -23,6 +23,7 @@ from bench.runner.identity import (
     library_versions,
     method_files,
     method_identity,
+    place_named,
 )
 from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
@@ -328,3 +329,14 @@ def test_a_sweep_watches_task_files_and_a_methods_code(benchmark):
     text = compose_run_config(["method=camera_p"])
     (method,) = text.method.values()
     assert "pruning.py" in {file.name for file in method_files(method)}
+
+
+def test_only_what_is_written_as_a_path_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "file").touch()
+    named = ["digits", "./digits", "file", "~/file", "missing", "long " * 2000, "a\0b", "~nobody/x"]
+    assert [place_named(text) is not None for text in named] == [
+        False, True, True, True, False, False, False, False,
+    ]  # fmt: skip
