@@ -50,7 +50,7 @@ EXPONENTS = tuple(step / 20 for step in range(20))
 CLIPPED_SHARES = tuple(1 - step / 20 for step in range(10))
 CLIP_TOKENS = 512
 ROWS_AT_ONCE = 64
-# Relative difference of a layer's output up to which a fold counts as exact, by significant bits.
+# Relative difference of a layer's output up to which a fold counts as exact.
 FOLD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.05
 
@@ -182,13 +182,19 @@ def observe_layer(
     with ExitStack() as stack:
         for norm in norms:
             stack.callback(norm.register_forward_hook(wrote).remove)
-        for linear in linears:
+        # All of them: one that stays unquantized must not get an input that was divided.
+        for linear in _linears(layer):
             stack.callback(linear.register_forward_pre_hook(read).remove)
         for part in (layer, *layer.children()):
             handle = part.register_forward_pre_hook(called, with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(observe_inputs(observed.inputs))
         stream.run(index, advance=True)
+    if not all(bool(sample.mean.isfinite().all()) for sample in observed.inputs.values()):
+        raise UserError(
+            f"calibration produced NaN or infinite inputs in layer {index}: try "
+            "model.dtype=float32 or a different calibration text"
+        )
     return observed
 
 
@@ -281,6 +287,8 @@ Group = tuple[nn.Module, list[nn.Module], Callable[[], float]]
 def _groups(layer: nn.Module, observed: ObservedLayer, search: ScaleSearch) -> Iterator[Group]:
     """Yield what computes an input, the linears that read it, and their error when changed."""
     for norm, linears in observed.readers.items():
+        if not all(linear in search.bits for linear in linears):
+            continue
         # The child of the layer that holds all of them, such as the attention; as in the release,
         # its output is compared, where errors of queries and keys meet.
         parts = [part for part in layer.children() if set(linears) <= set(part.modules())]

@@ -101,9 +101,9 @@ def test_the_seventh_job_of_a_sweep_is_checked_before_the_first_runs(refused):
     assert "1.5" in refused("-m", "method=dense,camera_p", "ratio=0.1,0.2,0.3,0.4,0.5,0.6,1.5")
 
 
-def test_a_dense_model_with_camera_p(refused, dense_model):
-    said = refused("model=local", f"model.path={dense_model}", "method=camera_p")
-    assert "LlamaForCausalLM" in said
+def test_a_dense_model_with_a_method_that_chooses_experts(refused, dense_model):
+    said = refused("model=local", f"model.path={dense_model}", "method=naee")
+    assert "LlamaForCausalLM (llama) has none" in said
 
 
 @pytest.mark.parametrize("method", ["camera_p", "camera_q", "naee", "d2_moe", "reap"])

@@ -15,6 +15,7 @@ from bench.models.source import resolve_model
 from bench.models.structure.dense_layer import feed_forwards, weight_of
 from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
+from methods.camera.joint import CameraPQ
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ, CameraQDagger
 from methods.moe.calibration_walk import NullObserver
@@ -147,6 +148,19 @@ def test_many_bits_change_next_to_nothing(name, label):
     model, _ = applied(method, network)
     apart = (model.network(tokens()).logits - wanted).norm() / wanted.norm()
     assert 0 < apart < 0.05
+
+
+@EVERY
+def test_a_packed_decoder_is_loaded_from_its_folder(name, tmp_path):
+    # With neurons of 0 bits, which are removed, their biases with them.
+    method = CameraPQ(bits=(4, 0), budget_bits=5, block=4, group=8, rounding="rtn")
+    model, report = applied(method, build_dense(name))
+    assert sum(layer.removed for layer in report.layers) > 0
+    assert save_model(model, tmp_path, pad=False) == "slimbench"
+    attention = "eager" if name == "gemma2" else "sdpa"  # transformers has no SDPA for Gemma 2
+    config = ModelConfig(name="t", source="local", path=str(tmp_path), attention=attention)
+    again = load_model(resolve_model(config, offline=True))
+    assert torch.equal(again.network(tokens()).logits, model.network(tokens()).logits)
 
 
 STREAMED = ["camera_p", "camera_q", "camera_pq", "gptq", "awq", "wanda", "sparsegpt", "shortgpt"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bench.errors import UserError
 from bench.models.structure.dense_layer import feed_forwards, weight_of
 from bench.models.structure.model_structure import inspect_model
 from methods.baselines.micro_expert_controls import ActivationOnly, Magnitude
@@ -405,6 +406,19 @@ def test_scaling_and_clipping_help_where_channels_differ():
         bits = report.details["bits"]
         assert bits["experts"]["mean_bits_with_overhead"] == pytest.approx(3 + 32 / 32, abs=0.3)
     assert errors["awq"] < 0.9 * errors["rtn"]
+
+
+def test_a_norm_that_also_feeds_unquantized_weights_takes_no_scale():
+    network = build_dense("falcon")
+    _, report = applied(Awq(bits=3, group=8, attention_bits=16), network)
+    assert all(layer.scaled == [] for layer in report.layers)
+
+
+def test_activations_that_are_not_finite_are_one_sentence():
+    network = build_dense("llama")
+    network.model.layers[1].input_layernorm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="NaN or infinite inputs in layer 1"):
+        applied(Awq(group=8), network)
 
 
 def test_rho_zero_and_no_clipping_equal_rtn(monkeypatch):

@@ -29,10 +29,8 @@ from tests.methods.quantization.quantized_networks import (
     model_of,
     network_of,
 )
-from tests.models import tiny_networks
 from tests.models.tiny_networks import (
     ARCHITECTURES,
-    DENSE_ARCHITECTURES,
     SIZES,
     build,
     randomise,
@@ -42,9 +40,8 @@ from tests.models.tiny_networks import (
 )
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *DENSE_ARCHITECTURES])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_survives_a_copy_and_a_safetensors_file(architecture, tmp_path):
-    build = tiny_networks.build if architecture in ARCHITECTURES else tiny_networks.build_dense
     network = build(architecture)
     applied(CameraPQ(budget_bits=6, block=4, head_bits=8, **SMALL), network)
     wanted = network(tokens()).logits
