@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -27,6 +28,8 @@ from bench.errors import (
     Stopped,
     UserError,
     error_sentence,
+    exit_reason,
+    is_panic,
     unknown_name,
 )
 from bench.security import redact
@@ -55,9 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except SystemExit as error:  # argparse and Hydra exit like this after --help or a usage error
-        return EXIT_DONE if error.code in (0, None) else EXIT_WRONG_INPUT
+    except SystemExit as error:
+        return _report_exit(error)
     except Exception as error:
+        return _report_unexpected(error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
         return _report_unexpected(error)
 
 
@@ -71,7 +78,20 @@ def _run_command(given: list[str]) -> int:
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise unknown_name("command", given[0], COMMANDS)
     parsed = build_parser().parse_args(given)
+    # `ls` takes a results folder for one of its lists only.
+    if getattr(parsed, "what", "runs") == "runs" and "results_dir" in parsed:
+        _refuse_absent_folder(parsed.results_dir)
     return int(pkgutil.resolve_name(parsed.handler)(parsed))
+
+
+def _refuse_absent_folder(results_dir: Path) -> None:
+    """Raise if there is no results folder, where an empty answer would hide a misspelt path."""
+    if not results_dir.is_dir():
+        fault = "is not a folder" if results_dir.exists() else "no such folder"
+        raise UserError(
+            f"--results-dir={results_dir}: {fault}, so there are no records: name the folder that "
+            "`bench run` wrote"
+        )
 
 
 @contextmanager
@@ -97,7 +117,19 @@ def _process_settings() -> Iterator[None]:
         gc.set_threshold(*threshold)
 
 
-def _report_unexpected(error: Exception) -> int:
+def _report_exit(error: SystemExit) -> int:
+    """Return the exit code for a library that ended the program."""
+    # argparse and Hydra exit like this after --help, and after a usage error that they printed.
+    if error.code in (0, None):
+        return EXIT_DONE
+    if error.code == EXIT_WRONG_INPUT:
+        return EXIT_WRONG_INPUT
+    reason = redact(exit_reason(error))
+    print(f"bench: failed: a library ended the program: {reason}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _report_unexpected(error: BaseException) -> int:
     """Report an unexpected error and return the exit code."""
     # A run turns a full disk into `Stopped` itself; this one met a sweep's plan or status files.
     if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRNOS:
@@ -105,10 +137,13 @@ def _report_unexpected(error: Exception) -> int:
         print(f"bench: {redact(cause)} and run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"bench: failed: {_save_traceback(error)}", file=sys.stderr)
+    if isinstance(error, MemoryError):
+        cure = "use less memory: a lower benchmark.batch_size, or a smaller model or calibration"
+        print(f"bench: {cure}", file=sys.stderr)
     return EXIT_FAILED
 
 
-def _save_traceback(error: Exception) -> str:
+def _save_traceback(error: BaseException) -> str:
     """Write the traceback to a file, secrets redacted, and return a one-sentence error."""
     import tempfile
     import traceback

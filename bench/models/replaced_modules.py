@@ -21,6 +21,7 @@ from typing import Any, Self, TypedDict, cast
 from torch import nn
 
 from bench.errors import UserError
+from bench.method import WeightForm
 from bench.models.bitpacking import packed_modules
 
 DESCRIPTION_FILE = "slimbench.json"
@@ -38,6 +39,12 @@ MODULE_OF_CLASS = {
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
     "MaskedRouter": "methods.baselines.router_masks",
 }
+
+FORM_OF_CLASS: dict[str, WeightForm] = {
+    "RaggedExperts": "ragged",
+    "SharedBaseExperts": "shared_base",
+}
+"""Replaced modules whose weights have a form of their own; a masked router's are plain."""
 
 # JSON values of one module; `from_spec` converts them to the types that it needs.
 ModuleSpec = dict[str, Any]
@@ -91,6 +98,14 @@ def describe_network(network: nn.Module) -> Description | None:
     if not modules and not packed["linears"] and not packed["experts"]:
         return None
     return {"format": DESCRIPTION_FORMAT, "modules": modules, "packed": packed}
+
+
+def weight_forms(network: nn.Module) -> set[WeightForm]:
+    """Return the forms that the weights of a network have besides the published one."""
+    names = {type(module).__name__ for module in network.modules()}
+    forms = {form for name, form in FORM_OF_CLASS.items() if name in names}
+    packed = next(packed_modules.packed_linears(network), None) is not None
+    return forms | ({"packed"} if packed else set())
 
 
 def write_description(description: Description, folder: Path) -> None:

@@ -178,10 +178,11 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     if is_fresh(config):
         return ModelSource(config, fresh_folder(), fresh_fingerprint(config), None)
     folder, revision = _model_folder(config, offline=offline)
-    # Before anything in the folder is opened, config.json included.
-    refuse_outside_links(folder)
+    # First, since any folder of the system has links that lead elsewhere; nothing is opened yet.
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
+    # Before anything in the folder is opened, config.json included.
+    refuse_outside_links(folder)
     return ModelSource(config, folder, fingerprint(find_weight_files(folder)), revision)
 
 

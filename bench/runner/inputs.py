@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.errors import UserError
 from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
 from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
+from bench.runner.method_application import refuse_impossible_order
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -73,6 +75,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     """
     from bench.device.devices import select_device, select_dtype
     from bench.models import loading
+    from bench.models.replaced_modules import weight_forms
     from bench.models.source import resolve_model
     from bench.models.structure.model_structure import inspect_model
 
@@ -85,6 +88,13 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     structure = inspect_model(skeleton)
     for method in config.method.values():
         method.check(structure)
+    refuse_impossible_order(config, weight_forms(skeleton))
+    if config.uses_prompts and config.model.kind != "image_text":
+        names = [name for name, method in config.method.items() if method.uses_prompts]
+        raise UserError(
+            f"method={names[0]} looks at images, which model={config.model.name} of kind "
+            f"{config.model.kind} cannot: take a model of kind image_text, such as micro_llava"
+        )
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     calibration_inputs = resolve_calibration_inputs(config)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from bench.config.overrides import Overrides
 from bench.data import hub
-from bench.errors import RunsFailed, UserError
+from bench.errors import RunsFailed, UserError, library_failures_as_errors
+from bench.records import Store
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
 from bench.security import CONFIG_DIR, refuse_shadowed_packages
@@ -118,20 +119,34 @@ def launch(arguments: Sequence[str], session: Session) -> LaunchOutcome:
 def resume_sweep(results_dir: Path, sweep: str, session: Session) -> LaunchOutcome:
     """Run the missing and failed jobs of a sweep; `sweep` is its name or a prefix of it."""
     with host_process_restored():
-        return _resume_plan(find_sweep(results_dir.absolute(), sweep), session)
+        plan = find_sweep(results_dir.absolute(), sweep)
+        Store(results_dir).ensure_writable()
+        return _resume_plan(plan, session)
 
 
 def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
     """Check and run what was not launched before."""
     # Imported here: composing needs the libraries that a finished sweep does without.
-    from bench.config.sweep_checks import alternative_configs, is_sweep
+    from bench.config.sweep_checks import (
+        alternative_configs,
+        check_sweeper,
+        is_sweep,
+        refuse_unknown_objective,
+    )
 
+    swept = is_sweep(overrides)
+    if not swept:
+        overrides.refuse_several_values()
     configs = alternative_configs(overrides)
+    for config in configs:
+        refuse_unknown_objective("objective", config.objective, config.benchmark)
+    if swept:
+        check_sweeper(overrides, configs)
     # An experiment may set it as well.
     if any(config.offline for config in configs):
         hub.go_offline()
     files = [check_run(config, session) for config in configs]
-    if not is_sweep(overrides):
+    if not swept:
         outcome = LaunchOutcome()
         _run_hydra(overrides.arguments, session, outcome)
         return outcome
@@ -290,6 +305,10 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
 
     from bench.config.composition import validated
 
+    def perform(request: RunRequest) -> RunResult:
+        with library_failures_as_errors("a library of this run"):
+            return execute(validated(composed), request, session)
+
     settings = HydraConfig.get()
     # Hydra keeps overrides of its own config apart. The search path belongs to the run: without it
     # a third party's methods would not be found when the command is repeated.
@@ -303,10 +322,8 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
         # the original number of a job by its overrides.
         number = plan.number(settings.overrides.task) if plan else None
         number = int(settings.job.num) if number is None else number
-        result = perform_job(
-            folder, number, request, lambda: execute(validated(composed), request, session)
-        )
+        result = perform_job(folder, number, request, lambda: perform(request))
     else:
-        result = execute(validated(composed), RunRequest(command), session)
+        result = perform(RunRequest(command))
         outcome.add(result)
     return None if result is None else objective_value(result.record, str(composed.objective))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.method import Context, LayerReport, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -35,6 +35,8 @@ class MoEPruning(Method):
     weights of the model, the removed ones still being taken from the experts only. The papers' 20 %
     of DeepSeek-MoE-16B is 0.2 of `total` and about 0.21 of `moe`.
     """
+
+    accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain", "ragged"})
 
     ratio: float = Field(ge=0, lt=1)
     base: Literal["moe", "total"] = "moe"
@@ -129,6 +131,11 @@ class MicroExpertPruning(MoEPruning):
 
     state: Literal["zeroed", "removed"] = "zeroed"
     align: int = Field(default=16, ge=1)
+
+    @property
+    def leaves(self) -> WeightForm | None:
+        """Removal makes experts of different widths."""
+        return "ragged" if self.state == "removed" else None
 
     def remove_micro_experts(self, block: MoEBlock, indices: Tensor) -> LayerEntry:
         """Remove the micro-experts at flat indices from one block; return its report entry."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +22,7 @@ from bench.data import chat, conversations
 from bench.data.chat import Conversation, Processor
 from bench.data.conversations import Conversations
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import ALL_FORMS, Context, Method, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods import checkpoint
@@ -46,6 +46,8 @@ class VisualFineTuning(Method):
     trained weight, 112 GB for seven billion, and three quarters of that in a checkpoint, from which
     an interrupted run resumes. Nothing is sharded.
     """
+
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
 
     data: Literal["llava", "embedded"] = "llava"
     path: str | None = None

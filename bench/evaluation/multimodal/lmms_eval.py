@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
-from bench.errors import UserError
+from bench.errors import UserError, library_failures_as_errors
 from bench.evaluation.distributed import hidden_from_harness
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
 from bench.evaluation.harness_logs import quiet_lmms_eval
@@ -119,7 +119,12 @@ def _run_harness(adapter: LmmsEvalAdapter, planned: PlannedTask) -> HarnessResul
 
     # The adapter looks up the images of a request here.
     adapter.task_dict[planned.name] = planned.task.dataset
-    with quiet_lmms_eval(), hidden_from_harness(), tempfile.TemporaryDirectory() as folder:
+    with (
+        library_failures_as_errors(f"task {planned.name!r} of lmms-eval"),
+        quiet_lmms_eval(),
+        hidden_from_harness(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         # The harness insists on writing files next to its results; they go to a folder that is
         # dropped. `torchrun` is the executor backend that sets up nothing in a single process.
         settings = SimpleNamespace(output_path=folder, process_with_media=False)

@@ -16,7 +16,12 @@ from bench.evaluation.harness_logs import quiet_lmms_eval
 from bench.evaluation.local_files import DataRow
 from bench.evaluation.multimodal import derived_metrics, task_data, task_index
 from bench.evaluation.multimodal.task_data import ImageDocuments
-from bench.evaluation.task_planning import TaskDefinition, evaluated_split
+from bench.evaluation.task_planning import (
+    TaskDefinition,
+    evaluated_split,
+    task_code_errors,
+    task_fault,
+)
 from bench.schema import BenchmarkConfig
 
 
@@ -92,15 +97,15 @@ def _loaded_task(
     name: str, definition: TaskDefinition, rows: datasets.Dataset, benchmark: BenchmarkConfig
 ) -> LoadedTask:
     if name not in benchmark.data:
-        return LoadedTask(definition, rows)
+        with task_code_errors("lmms-eval", name):
+            return LoadedTask(definition, rows)
     try:
         task = LoadedTask(definition, rows)
         # Tried on one row now: otherwise the first failure would come after the model is loaded.
         task.doc_to_visual(rows[0])
-    except Exception as error:  # task functions raise anything on such rows
-        reason = f"{type(error).__name__} {error}"
+    except (Exception, SystemExit) as error:  # task functions raise anything on such rows
         key = f"benchmark.data.{name}={benchmark.data[name]}"
-        raise UserError(f"{key}: the rows do not fit {name}: {reason}") from error
+        raise UserError(f"{key}: the rows do not fit {name}: {task_fault(error)}") from error
     return task
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.errors import UserError
 from bench.records import Metric, Record, Store
-from bench.records.atomic_files import write_bytes
+from bench.records.atomic_files import refuse_unwritable, write_bytes
 from bench.reporting.html import page, samples
 from bench.reporting.html.samples import SampleChunk, SampleShare
 from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, build_leaderboard
@@ -61,6 +61,8 @@ def write_report(
     """
     if not results_dir.is_dir():
         raise UserError(f"results_dir={results_dir}: no such folder, so there are no records")
+    path = out or results_dir / "report.html"
+    refuse_unwritable("--out", path)
     store, share = Store(results_dir), share or SampleShare()
     records = store.all()
     leaderboard = build_leaderboard(records)
@@ -74,15 +76,10 @@ def write_report(
         ],
         samples=chunks,
     ).encode("utf-8", "replace")
-    path = out or results_dir / "report.html"
-    try:
-        write_bytes(path, content)
-        # The atomic write goes through a temporary file that only its owner may read; a report is
-        # there to be shared.
-        path.chmod(0o644)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"out={path}: cannot be written ({reason})") from None
+    write_bytes(path, content)
+    # The atomic write goes through a temporary file that only its owner may read; a report is
+    # there to be shared.
+    path.chmod(0o644)
     shown = sum(len(chunk["runs"]) for chunk in chunks)
     return WrittenReport(path, len(records), shown, len(content))
 

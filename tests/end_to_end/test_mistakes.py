@@ -1,0 +1,137 @@
+"""Slips at the keyboard: each is answered by one sentence that says how to mend it.
+
+Nothing is loaded and nothing is written; `test_wrong_input.py` has input that does not fit.
+"""
+
+import shlex
+
+import pytest
+
+import bench
+from bench.cli.main import main
+from bench.config.overrides import Overrides
+from bench.config.run_config import validate
+from bench.errors import UserError
+
+SEARCH = "sweep=camera_p_pareto"
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Call a command that must be refused in an empty folder; return its sentence."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        assert main(list(arguments)) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("bench: ")
+        assert said.err.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+        return said.err
+
+    return call
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ("ratio=0.2,0.4", "add -m to run each of them"),
+    ("method=dense,camera_p", "method=[dense,camera_p] applies them one after the other"),
+    ("model.path=choice(a,b)", "write \"model.path='choice(a,b)'\" if this is one text"),
+    ("seed=range(3)", "add -m"),
+    ("method=null", "method=[] for the dense model"),
+    ("method=5", "names no method"),
+    ("model=null", "is no choice: allowed:"),
+    ("benchmark=3.5", "camera_micro"),
+    ("=5", "has no key"),
+    ("+ratio=0.3", "write ratio=0.3"),
+    ("model.path=a=b", "\"model.path='a=b'\""),
+    ("model.path=a[b", "\"model.path='a[b'\""),
+    ("model.path=a#b", "\"model.path='a#b'\""),
+    ("model.path=it's", "\"model.path='it\\'s'\""),
+    ("camera_p", "as in method=camera_p"),
+    ("a b=c", "a key has letters, digits, dots and slashes"),
+    ("benchmark=organisation/name", "unknown benchmark 'organisation/name'"),
+    ("hydra/launcher=locall", "did you mean 'local'?"),
+    ("benchmark.limit=true", "a number is needed"),
+    ("benchmark.limit=1e23", "numbers go up to"),
+    ("benchmark.limit=100000000000000000000000", "numbers go up to"),
+    ("costs.timing.batches=[true]", "costs.timing.batches=[true]: a number is needed"),
+    ("costs.timing.max_seconds=inf", "a finite number is needed"),
+    ("ratio=-5", "ratio=-5"),
+    ("ratio=nan", "a finite number is needed"),
+    ("objective=averge", "did you mean 'average'?"),
+    ("model.path=/etc", "/etc is not a model folder: it has no config.json"),
+])  # fmt: skip
+def test_an_override_that_cannot_be_meant(refused, asked, said):
+    assert said in refused("run", asked, "tracker=none")
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ("hydra.sweeper.trials=0", "a whole number from 1 on"),
+    ("hydra.sweeper.parallel=many", "a whole number from 1 on"),
+    ("hydra.sweeper.objectives=[]", "is empty"),
+    ("hydra.sweeper.objectives=[maximize foo]", "'foo' is neither a metric"),
+    ("hydra.sweeper.objectives=[minimize flop]", "did you mean 'flops'?"),
+    ("hydra.sweeper.study=../outside", "a name without slashes"),
+])  # fmt: skip
+def test_a_search_that_cannot_be_meant_leaves_no_sweep(refused, asked, said):
+    assert said in refused("run", SEARCH, asked, "tracker=none", "offline=true")
+
+
+@pytest.mark.parametrize(
+    "value", ["a=b", "a[b", "a#b", "it's", 'say "x"', "$HOME", "a\\", "{", "%"]
+)
+def test_the_quoted_override_is_what_was_meant(value):
+    from bench.config.overrides import quoted_override
+
+    (argument,) = shlex.split(quoted_override(f"model.path={value}"))
+    assert Overrides.parse([argument]).value("model.path") == value
+
+
+@pytest.mark.parametrize("command", [
+    ["ls", "runs"], ["gc"], ["status"], ["compare", "a", "b"], ["plot", "front"], ["verify", "a"],
+    ["export", "a", "b"], ["resume", "latest"], ["track"], ["report"], ["show", "a"],
+])  # fmt: skip
+def test_a_results_folder_that_is_not_there(refused, tmp_path, command):
+    assert "no such folder" in refused(*command, "--results-dir", str(tmp_path / "missing"))
+
+
+def test_lists_that_need_no_results_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ls", "models"]) == 0
+    assert "micro_moe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [
+    ["verify", "a", "--tolerance", "nan"], ["verify", "a", "--tolerance", "-1"],
+    ["verify", "a", "--tolerance", "inf"], ["compare", "a", "b", "--flips", "-1"],
+    ["report", "--samples", "²"], ["report", "--samples", "9" * 40],
+])  # fmt: skip
+def test_numbers_of_options(refused, arguments):
+    assert repr(arguments[-1]) in refused(*arguments)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: bench.run("method=camera_p"), lambda: bench.run([1]), lambda: bench.run(5),
+    lambda: bench.compare("1a2b"), lambda: bench.plot("front", "1a2b"),
+])  # fmt: skip
+def test_a_text_where_a_list_is_due(call):
+    with pytest.raises(UserError, match="is not a list of texts, as in bench"):
+        call()
+
+
+def test_a_method_knows_a_number_from_a_truth_value(tmp_path):
+    from bench.config.composition import compose_run_config
+
+    config = compose_run_config(["method=camera_p"]).plain()
+    knobs = {"_target_": "methods.camera.pruning.CameraP", **config["method"]["camera_p"]}
+    for wrong in (True, float("inf"), float("nan"), 2**70):
+        with pytest.raises(UserError, match=r"method\.camera_p\.alpha"):
+            validate({**config, "method": {"camera_p": {**knobs, "alpha": wrong}}})
+
+
+def test_the_hint_at_prefetch_names_the_tasks_that_were_chosen(refused):
+    said = refused("run", "benchmark=nine_tasks", "benchmark.tasks=[boolq]", "offline=true")
+    assert '`bench prefetch benchmark=nine_tasks "benchmark.tasks=[boolq]"`' in said
+    whole = refused("run", "benchmark=nine_tasks", "offline=true")
+    assert "`bench prefetch benchmark=nine_tasks`" in whole
