@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     tracker: TrackerConfig
     ratio: float | None = Field(default=None, ge=0, le=1)
     seed: int = Field(default=1234, ge=0, lt=2**32)
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     offline: bool = False
     force: bool = False
     results_dir: Path = Path("results")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from bench.data.chat import Processor, Tokenizer
+from bench.data.chat import Processor, Tokenizer, render_chat
 from bench.device import devices
-from bench.errors import UserError
+from bench.errors import UserError, is_panic
+from bench.models import text_files_probe
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model
 from bench.models.network import NetworkConfig
-from bench.models.source import ModelSource, fresh_vision_config, is_fresh, resolve_model
+from bench.models.source import (
+    ModelSource,
+    fresh_vision_config,
+    is_fresh,
+    resolve_model,
+)
+from bench.models.stated_sizes import read_json_object
 from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -26,16 +34,8 @@ if TYPE_CHECKING:
 
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
-# Exceptions that transformers raises for a folder from which it cannot build a model.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    ImportError,
-    RuntimeError,
-    AttributeError,
-)
+TOLD_ERRORS = (OSError, ValueError, ImportError)
+"""Exceptions whose messages transformers writes for users; those of others need their type."""
 
 
 class _NetworkClass(Protocol):
@@ -81,14 +81,17 @@ def load_model(source: ModelSource) -> Model:
             have, or contains NaN.
     """
     device = devices.select_device(source.config.device)
+    # Before the weights, which may take minutes to read.
+    if source.config.kind != "image_classifier" and not source.is_embedded:
+        refuse_endless_text_files(source.folder)
+    with _one_sentence_errors(source):
+        tokenizer, processor = _load_tokenizer_and_processor(source)
     with _one_sentence_errors(source):
         network = _load_network(source, device)
     # Methods that train turn gradients on for what they train; everything else runs without a
     # graph.
     network.eval().requires_grad_(False)
     _refuse_nan(network, source.config)
-    with _one_sentence_errors(source):
-        tokenizer, processor = _load_tokenizer_and_processor(source)
     return Model(
         config=source.config,
         network=network,
@@ -98,6 +101,35 @@ def load_model(source: ModelSource) -> Model:
         revision=source.revision,
         device=next(network.parameters()).device,
     )
+
+
+def refuse_endless_text_files(folder: Path) -> None:
+    """Raise if the tokenizer or a chat template of a foreign folder does not come to an end.
+
+    Raises:
+        UserError: trying them took too much time or memory, or panicked.
+    """
+    # By path and isolated: neither the working folder nor the model's decides what is imported.
+    command = [sys.executable, "-I", text_files_probe.__file__, str(folder)]
+    try:
+        tried = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10 * text_files_probe.SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{folder}: its tokenizer or chat template does not end") from None
+    if tried.returncode:
+        last = (tried.stdout.splitlines() or ["its tokenizer"])[-1]
+        words = tried.stderr.strip().splitlines()
+        # A negative code is a signal: that of the limit on time, or an abort for lack of memory.
+        fault = words[-1] if words and tried.returncode > 0 else "no end within the limits"
+        raise UserError(
+            f"{folder}: {last} cannot be used: {fault} (tried with {text_files_probe.SECONDS} s "
+            f"and {text_files_probe.BYTES // 2**30} GiB of memory)"
+        )
 
 
 def open_folder(folder: str | Path, **settings: Any) -> Model:
@@ -198,11 +230,8 @@ def _refuse_classifier(source: ModelSource) -> None:
     """Raise if a folder meant for transformers holds an image classifier of ours."""
     if is_fresh(source.config):
         raise UserError(f"{source.config.source} needs model.kind=image_classifier")
-    try:
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return  # transformers explains what is wrong with it
-    if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
+    config = read_json_object(source.folder / "config.json")
+    if "architecture" in config and "model_type" not in config:
         raise UserError(
             f"{source.folder} contains an image classifier ({config['architecture']}): "
             "set model.kind=image_classifier"
@@ -216,6 +245,8 @@ def _load_processor(source: ModelSource) -> Processor:
     # Without a preprocessor config, AutoProcessor silently returns the tokenizer alone.
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{source.folder} contains no image processor")
+    # A template that refuses a question would do so only after the weights are loaded.
+    render_chat(processor, [("What is this?", None)], images=1, system=None)
     return processor
 
 
@@ -252,8 +283,15 @@ def _one_sentence_errors(source: ModelSource) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except LOADING_ERRORS as error:
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    except UserError:
+        raise
+    except BaseException as error:
+        # Its files are foreign: they make transformers raise anything, and tokenizers panic.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        reason = next((line for line in str(error).splitlines() if line), "no message")
+        if not isinstance(error, TOLD_ERRORS):
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{source.folder} cannot be loaded: {reason}") from error
     finally:
         transformers_logging.set_verbosity(level)

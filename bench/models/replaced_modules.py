@@ -23,6 +23,7 @@ from torch import nn
 from bench.errors import UserError
 from bench.method import WeightForm
 from bench.models.bitpacking import packed_modules
+from bench.models.stated_sizes import read_json_object
 
 DESCRIPTION_FILE = "slimbench.json"
 
@@ -124,11 +125,10 @@ def read_description(folder: Path) -> Description | None:
     file = folder / DESCRIPTION_FILE
     if not file.is_file():
         return None
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        version = description["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is corrupt: it does not describe a network") from None
+    description = read_json_object(file)
+    version = description.get("format")
+    if version is None:
+        raise UserError(f"{file} is corrupt: it does not describe a network")
     if version != DESCRIPTION_FORMAT:
         raise UserError(f"{file} has format {version}, this program reads {DESCRIPTION_FORMAT}")
     for key in ("modules", "packed"):

@@ -62,7 +62,7 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
     """
     due, other = (target.is_dir, "file") if folder else (target.is_file, "folder")
     if os.path.lexists(target) and not due():
-        raise UserError(f"{key} {target} is a {other} or something else: choose another name")
+        raise UserError(f"{key}={target}: cannot be written (it is a {other} or something else)")
     parent = target if target.is_dir() else target.parent
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
@@ -74,7 +74,7 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
         if isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS:
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{key} {target}: cannot be written ({reason})") from None
+        raise UserError(f"{key}={target}: cannot be written ({reason})") from None
 
 
 def _swap(new: Path, path: Path) -> None:

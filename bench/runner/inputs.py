@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.records import Store, run_id
+from bench.records import run_id
+from bench.records.atomic_files import refuse_unwritable
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
 from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
 from bench.runner.method_application import refuse_impossible_order
@@ -30,7 +31,7 @@ def check_run(config: RunConfig, session: Session) -> list[Path] | None:
 
     Returns the files that decide the run; None if data on a hub, which may change, do too.
     """
-    Store(config.results_dir).ensure_writable()
+    refuse_unwritable("results_dir", config.results_dir, folder=True)
     inputs = resolve_run(config, session)
     return None if inputs.may_change(config) else inputs.files(config)
 

@@ -52,7 +52,7 @@ class VisualFineTuning(Method):
     data: Literal["llava", "embedded"] = "llava"
     path: str | None = None
     images: str | None = None
-    count: int = Field(default=512, ge=1)
+    count: int = Field(default=512, ge=1, le=1_000_000)
     epochs: int = Field(default=1, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch: int = Field(default=8, ge=1)

@@ -10,6 +10,7 @@ from bench.cli.commands.table import TableRequest
 from bench.cli.commands.verify import _compare
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
+from bench.config.overrides import quoted_text
 from bench.records import Store
 from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
