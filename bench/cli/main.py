@@ -148,9 +148,14 @@ def _save_traceback(error: BaseException) -> str:
     import tempfile
     import traceback
 
-    # Not below results/: the error may be that nothing can be written there.
-    with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
-        file.write(redact("".join(traceback.format_exception(error))))
+    text = redact("".join(traceback.format_exception(error)))
+    try:
+        # Not below results/: the error may be that nothing can be written there.
+        with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
+            file.write(text)
+    except OSError:  # a read-only container has no folder for it
+        print(text, file=sys.stderr)
+        return redact(error_sentence(error))
     return redact(f"{error_sentence(error)} (details: {file.name})")
 
 

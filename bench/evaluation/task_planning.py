@@ -137,12 +137,22 @@ def refuse_missing_data(benchmark: BenchmarkConfig, missing: list[str], local_ke
 def prefetch_command(benchmark: BenchmarkConfig) -> str:
     """Return the command that downloads the data of a benchmark as it was chosen."""
     command = f"bench prefetch benchmark={benchmark.name}"
-    file = CONFIG_DIR / "benchmark" / f"{benchmark.name}.yaml"
-    shipped = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
     # What the shipped file says itself would only make the command long.
-    if not isinstance(shipped, dict) or shipped.get("tasks", []) != list(benchmark.tasks):
+    if _shipped_tasks(benchmark.name) != list(benchmark.tasks):
         command += f' "benchmark.tasks=[{",".join(benchmark.tasks)}]"'
     return command
+
+
+def _shipped_tasks(name: str) -> list[str] | None:
+    """Return the tasks in a shipped benchmark's file, or in those that it extends."""
+    file = CONFIG_DIR / "benchmark" / f"{name}.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+    if not isinstance(content, dict):
+        return None
+    if "tasks" in content:
+        return list(content["tasks"])
+    parents = [str(each) for each in content.get("defaults", ()) if each != "_self_"]
+    return next((tasks for each in parents if (tasks := _shipped_tasks(each))), [])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Self, TypedDict, cast
 
 from torch import nn
 
-from bench.errors import UserError
+from bench.errors import UserError, error_sentence
 from bench.method import WeightForm
 from bench.models.bitpacking import packed_modules
 from bench.models.stated_sizes import read_json_object
@@ -152,8 +152,9 @@ def install_described_modules(network: nn.Module, description: Description) -> N
             parent = network.get_submodule(parent_name)
             original = parent.get_submodule(child)
             built = _class_by_name(spec).from_spec(spec, original)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{DESCRIPTION_FILE}: {name} cannot be built: {error}") from None
+        except Exception as error:  # whatever a constructor raises for foreign values
+            reason = error_sentence(error)
+            raise UserError(f"{DESCRIPTION_FILE}: {name} cannot be built: {reason}") from None
         setattr(parent, child, built)
     packed_modules.install_packed(network, description["packed"])
 

@@ -12,6 +12,10 @@ from bench.cli.main import main
 from bench.config.overrides import Overrides
 from bench.config.run_config import validate
 from bench.errors import UserError
+from bench.evaluation.task_planning import task_code_errors
+from bench.records import Store
+from bench.records.atomic_files import refuse_unwritable
+from tests.records.test_store import make
 
 SEARCH = "sweep=camera_p_pareto"
 
@@ -135,3 +139,76 @@ def test_the_hint_at_prefetch_names_the_tasks_that_were_chosen(refused):
     assert '`bench prefetch benchmark=nine_tasks "benchmark.tasks=[boolq]"`' in said
     whole = refused("run", "benchmark=nine_tasks", "offline=true")
     assert "`bench prefetch benchmark=nine_tasks`" in whole
+
+
+class TooSoon(Exception):
+    """Work began before the target was looked at."""
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fail as soon as records are read or a model is built."""
+
+    def begun(*given, **more):
+        raise TooSoon
+
+    for name in ("bench.records.Store.all", "bench.cli.commands.export.rebuild_model"):
+        monkeypatch.setattr(name, begun)
+
+
+@pytest.mark.parametrize("command", [
+    ["report", "--out", "FILE/report.html"], ["report", "--out", "/proc/no/report.html"],
+    ["report", "--out", "FOLDER"], ["plot", "front", "--output", "FILE/a.png"],
+    ["plot", "front", "--output", "a.bmp"], ["plot", "front", "--output", "FOLDER/a.svg\0"],
+    ["export", "a", "FILE/model"], ["export", "a", "/proc/no/model"], ["track"],
+])  # fmt: skip
+def test_a_target_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path, monkeypatch, capsys, no_work, command
+):
+    monkeypatch.chdir(tmp_path)
+    results, file, folder = tmp_path / "results", tmp_path / "file", tmp_path / "folder"
+    Store(results).write(make(), [], "")
+    file.write_text("in the way")
+    folder.mkdir()
+    (results / "tracked").write_text("in the way")
+    places = {"FILE": str(file), "FOLDER": str(folder)}
+    named = [
+        word.replace(key, place) if key in word else word
+        for word in command
+        for key, place in [next((p for p in places.items() if p[0] in word), ("", ""))]
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*named, "--results-dir", str(results)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot be written" in said or "must end in" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_target_on_a_full_disk_is_no_mistake(tmp_path, monkeypatch):
+    def full(**given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match="No space left"):
+        refuse_unwritable("--out", tmp_path / "a")
+
+
+def test_verify_refuses_a_run_without_samples(tmp_path, capsys):
+    Store(tmp_path).write(make(), [], "")
+    assert main(["verify", "a", "--results-dir", str(tmp_path)]) == 2
+    assert "has no samples to repeat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (SystemExit("no such video"), "its code ended the program (no such video)"),
+    (SystemExit(1), "its code ended the program (exit code 1)"),
+    (KeyError("SLIMBENCH_NO_SUCH_VARIABLE"), "it needs the environment variable SLIMBENCH_NO"),
+    (KeyError("question"), "KeyError: 'question'"),
+    (RuntimeError("set OPENAI_API_KEY"), "RuntimeError: set OPENAI_API_KEY"),
+])  # fmt: skip
+def test_a_task_whose_code_fails_is_named(error, said):
+    with pytest.raises(UserError) as raised, task_code_errors("lmms-eval", "mmvet"):
+        raise error
+    assert "task 'mmvet' of lmms-eval cannot be set up" in str(raised.value)
+    assert said in str(raised.value)

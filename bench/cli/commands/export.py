@@ -47,7 +47,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
     refuse_unwritable("DIR", folder, folder=True)
-    kind = record.config["model"].get("kind", "causal_lm")
+    kind = record.config.get("model", {}).get("kind", "causal_lm")
     if onnx and kind != "image_classifier":
         raise UserError(f"--onnx is for image classifiers; {record.model.name} is a {kind}")
     if pad and kind == "image_classifier":
