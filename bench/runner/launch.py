@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from bench.config.overrides import Overrides
 from bench.data import hub
+from bench.device.devices import generators_restored
 from bench.errors import RunsFailed, UserError, library_failures_as_errors
 from bench.records import Store
 from bench.runner.execute import execute
@@ -55,7 +56,7 @@ _VARIABLES = (
 
 @contextmanager
 def host_process_restored() -> Iterator[None]:
-    """Restore the environment variables that a run changes, however it ends.
+    """Restore the environment variables and generators that a run changes, however it ends.
 
     `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
     not leave the whole notebook offline.
@@ -64,7 +65,7 @@ def host_process_restored() -> Iterator[None]:
     # keep settings there that they need for the rest of the process.
     before = {name: os.environ.get(name) for name in _VARIABLES}
     try:
-        with hub.offline_switch_restored():
+        with hub.offline_switch_restored(), generators_restored():
             yield
     finally:
         for name, value in before.items():

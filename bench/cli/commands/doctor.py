@@ -54,28 +54,28 @@ def _devices() -> Iterator[dict[str, str]]:
 
 def _models() -> Iterator[dict[str, str]]:
     for name in config_names("model"):
-        yield _looked_up(f"model {name}", lambda: _find_model(_shipped("model", name, ModelConfig)))
+        yield _looked_up("model", name, _find_model)
 
 
 def _benchmarks() -> Iterator[dict[str, str]]:
     for name in config_names("benchmark"):
-        yield _looked_up(
-            f"benchmark {name}", lambda: _find_data(_shipped("benchmark", name, BenchmarkConfig))
-        )
+        yield _looked_up("benchmark", name, _find_data)
 
 
-def _looked_up(what: str, look_up: Callable[[], str]) -> dict[str, str]:
+def _looked_up(group: str, name: str, find: Callable[[str], str]) -> dict[str, str]:
+    what = f"{group} {name}"
     try:
-        return _row(what, look_up())
+        return _row(what, find(name))
     except UserError as error:
         return _row(what, None, str(error))
 
 
-def _find_model(config: ModelConfig) -> str:
-    return str(resolve_model(config, offline=True).folder)
+def _find_model(name: str) -> str:
+    return str(resolve_model(_shipped("model", name, ModelConfig), offline=True).folder)
 
 
-def _find_data(config: BenchmarkConfig) -> str:
+def _find_data(name: str) -> str:
+    config = _shipped("benchmark", name, BenchmarkConfig)
     texts = {text.text for text in config.perplexity.values()}
     if config.harness == "images":
         embedded = config.images.data == "digits"
@@ -86,8 +86,8 @@ def _find_data(config: BenchmarkConfig) -> str:
         return "embedded"
     if config.harness != "images" and not hub.has_cached_data_sets():
         raise UserError(
-            "no data set is in the local cache: run "
-            f"`bench prefetch benchmark={config.name}` with network access"
+            f"no data set is in the local cache: run `bench prefetch benchmark={name}` with "
+            "network access"
         )
     plan(config, offline=True)
     return "all data at hand"
