@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _process_settings():
+            _refuse_unreadable_bytes(given)
             return _run_command(given)
     except UserError as error:
         print(f"bench: {redact(str(error))}", file=sys.stderr)
@@ -84,12 +85,24 @@ def _run_command(given: list[str]) -> int:
     return int(pkgutil.resolve_name(parsed.handler)(parsed))
 
 
+def _refuse_unreadable_bytes(given: Sequence[str]) -> None:
+    """Raise if an argument has bytes that the locale's encoding cannot read, as in the C locale."""
+    for argument in given:
+        # Python hides such bytes as lone surrogates, which no record and no message can hold.
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            shown = argument.encode("ascii", "replace").decode()
+            raise UserError(
+                f"{shown}: not readable as {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or a "
+                "locale such as LC_ALL=C.UTF-8"
+            )
+
+
 def _refuse_absent_folder(results_dir: Path) -> None:
     """Raise if there is no results folder, where an empty answer would hide a misspelt path."""
     if not results_dir.is_dir():
         fault = "is not a folder" if results_dir.exists() else "no such folder"
         raise UserError(
-            f"--results-dir={results_dir}: {fault}, so there are no records: name the folder that "
+            f"results_dir={results_dir}: {fault}, so there are no records: name the folder that "
             "`bench run` wrote"
         )
 

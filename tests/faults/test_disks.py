@@ -156,7 +156,7 @@ def test_a_disk_that_turns_read_only_stops_the_run_which_goes_on_when_it_is_mend
     failing, tmp_path, same
 ):
     results, log = failing.folder / "results", tmp_path / "scored"
-    child = start(results, *RUN, before=counting(log, pause=0.3))
+    child = start(results, *RUN, before=counting(log, pause=1.0))
     wait_for(lambda: lines(results) > 3)
     failing.fail()
     assert child.wait() == 75, child.text

@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 import bench.sweeps.plan as plans
+from bench.cli.main import main
 from bench.config.overrides import quoted_text
 from bench.models import embedded
 from bench.records import Store
@@ -22,7 +23,8 @@ from tests.faults.killable_runs import SMALL
 from tests.records.test_store import make
 
 ROOT = Path(__file__).parents[2]
-ODD = "a b, [c] = é'漢"
+ODD = "a b, [c] = #'d'"
+FOREIGN = "é漢 😀"
 RUN = ("method=dense", "benchmark.tasks=[boolq]", "benchmark.perplexity={}", "benchmark.limit=4")
 
 # A day is lost while the run goes on: every look at the clock is earlier than the one before.
@@ -59,6 +61,21 @@ def command_in(folder, *more):
     return [sys.executable, "-P", "-c", COMMANDS, json.dumps([str(results), run])]
 
 
+def test_records_in_a_folder_with_foreign_letters(tmp_path, capsys):
+    results = tmp_path / f"{ODD} {FOREIGN}"
+    Store(results).write(make(), [], "")
+    for command in (["ls", "runs"], ["report"], ["show", "a"], ["plot", "front"], ["status"]):
+        assert main([*command, "--results-dir", str(results)]) == 0, capsys.readouterr().err
+    assert (results / "plots" / "front.svg").is_file()
+
+
+def test_bytes_that_the_locale_cannot_read_are_named_with_the_cure(tmp_path, capsys):
+    hidden = os.fsencode("é").decode("ascii", "surrogateescape")
+    for command in (["ls", "runs", "--results-dir", hidden], ["run", f"model.path={hidden}"]):
+        assert main(command) == 2
+        assert "set PYTHONUTF8=1" in capsys.readouterr().err
+
+
 def test_a_run_without_home_or_locale_on_odd_paths_and_a_clock_that_goes_back(tmp_path):
     folder = tmp_path / ODD
     folder.mkdir()
@@ -80,7 +97,7 @@ def test_a_run_without_home_or_locale_on_odd_paths_and_a_clock_that_goes_back(tm
 
 @pytest.mark.slow
 def test_a_run_in_a_read_only_container(tmp_path):
-    folder = tmp_path / "writable"
+    folder = tmp_path / FOREIGN
     folder.mkdir()
     command = command_in(folder)
     script = textwrap.dedent(f"""

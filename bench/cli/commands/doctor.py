@@ -18,6 +18,7 @@ from bench.errors import UserError
 from bench.evaluation import plan
 from bench.models.source import resolve_model
 from bench.schema import BenchmarkConfig, ModelConfig
+from bench.security import CONFIG_DIR
 from bench.ui import print_rows
 
 PACKAGES = (
@@ -99,7 +100,10 @@ Section = TypeVar("Section", ModelConfig, BenchmarkConfig)
 def _shipped(group: str, name: str, kind: type[Section]) -> Section:
     """Compose a config of a group without the rest of a run's config, which takes far longer."""
     with hydra_config_tree():
-        content = OmegaConf.to_container(compose(f"{group}/{name}")[group], resolve=True)
+        composed = compose(f"{group}/{name}")
+    # A fresh model takes its seed from the run.
+    whole = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "config.yaml"), composed)
+    content = OmegaConf.to_container(whole[group], resolve=True)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
