@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -121,9 +122,15 @@ def _process_settings() -> Iterator[None]:
     # to save what a later run resumes from.
     signals = (signal.SIGTERM, signal.SIGUSR1) if in_main_thread else ()
     handlers = {number: signal.signal(number, _interrupt) for number in signals}
+    # In a C locale a table with an accented name would otherwise end in an encoding error.
+    stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
+    if isinstance(stream, TextIOWrapper) and errors == "strict":
+        stream.reconfigure(errors="replace")
     try:
         yield
     finally:
+        if isinstance(stream, TextIOWrapper) and errors is not None:
+            stream.reconfigure(errors=errors)
         for number, handler in handlers.items():
             # None: the handler was not installed from Python and cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -112,8 +112,8 @@ def refuse_unknown_objective(key: str, name: str, benchmark: BenchmarkConfig) ->
     if benchmark.harness == "images":
         metrics.add(benchmark.images.data)
     # A task that is a group has a metric of each of its own tasks as well.
-    beginnings = (*COUNTED_PREFIXES, *(f"{task}_" for task in benchmark.tasks))
-    if name in metrics or name in COST_QUANTITIES or name.startswith(beginnings):
+    prefixes = (*COUNTED_PREFIXES, *(f"{task}_" for task in benchmark.tasks))
+    if name in metrics or name in COST_QUANTITIES or name.startswith(prefixes):
         return
     close = nearest(name, [*metrics, *COST_QUANTITIES])
     hint = f"did you mean {close!r}? " if close else ""

@@ -21,7 +21,6 @@ from typing import Any, Self, TypedDict, cast
 from torch import nn
 
 from bench.errors import UserError, error_sentence
-from bench.method import WeightForm
 from bench.models.bitpacking import packed_modules
 from bench.models.stated_sizes import read_json_object
 
@@ -41,11 +40,11 @@ MODULE_OF_CLASS = {
     "MaskedRouter": "methods.baselines.router_masks",
 }
 
-FORM_OF_CLASS: dict[str, WeightForm] = {
+FORM_OF_CLASS = {
     "RaggedExperts": "ragged",
     "SharedBaseExperts": "shared_base",
 }
-"""Replaced modules whose weights have a form of their own; a masked router's are plain."""
+"""Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
 
 # JSON values of one module; `from_spec` converts them to the types that it needs.
 ModuleSpec = dict[str, Any]
@@ -101,7 +100,7 @@ def describe_network(network: nn.Module) -> Description | None:
     return {"format": DESCRIPTION_FORMAT, "modules": modules, "packed": packed}
 
 
-def weight_forms(network: nn.Module) -> set[WeightForm]:
+def weight_forms(network: nn.Module) -> set[str]:
     """Return the forms that the weights of a network have besides the published one."""
     names = {type(module).__name__ for module in network.modules()}
     forms = {form for name, form in FORM_OF_CLASS.items() if name in names}

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.method import WeightForm
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -67,13 +66,13 @@ def apply_methods(config: RunConfig, model: Model, context: Context) -> list[App
     return applied
 
 
-def refuse_impossible_order(config: RunConfig, found: Collection[WeightForm]) -> None:
+def refuse_impossible_order(config: RunConfig, found: Collection[str]) -> None:
     """Raise if a method cannot change weights in the form in which an earlier one leaves them.
 
     `found` are the forms of the model's own weights besides the published one.
     """
     # By form, the method that made it; None for the model's own.
-    made_by: dict[WeightForm, str | None] = dict.fromkeys(found)
+    made_by: dict[str, str | None] = dict.fromkeys(found)
     for name, method in config.method.items():
         for form, maker in made_by.items():
             if form in method.accepts:
@@ -97,7 +96,7 @@ def refuse_impossible_order(config: RunConfig, found: Collection[WeightForm]) ->
             made_by[method.leaves] = name
 
 
-FORM_WORDS: dict[WeightForm, str] = {
+FORM_WORDS = {
     "plain": "as published",
     "ragged": "experts of different widths",
     "packed": "quantized already",
