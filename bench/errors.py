@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 # 75 is EX_TEMPFAIL of sysexits.h, which schedulers and scripts understand as "retry later".
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 75
-UNWRITABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE_ERRNOS = (*FULL_DISK_ERRNOS, errno.EFBIG, errno.EROFS)
 """Error numbers of a disk that accepts no more data; after freeing space a run can resume."""
 
 
@@ -49,6 +51,19 @@ def unknown_name(kind: str, word: str, options: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {word!r}: {hint}allowed: {', '.join(allowed) or 'none'}")
 
 
+def refuse_bare_text(argument: str, value: object, example: str) -> None:
+    """Raise if a text was given where a list of texts is due, which Python would read by letters.
+
+    `example` is a correct call.
+    """
+    if isinstance(value, str) or not all(isinstance(each, str) for each in _iterable(value)):
+        raise UserError(f"{argument}={value!r} is not a list of texts, as in {example}")
+
+
+def _iterable(value: object) -> Iterable[object]:
+    return value if isinstance(value, Iterable) else (value,)
+
+
 class Stopped(BaseException):
     """Something outside a run stopped it, such as a full disk; the same command resumes it.
 
@@ -63,6 +78,43 @@ class RunsFailed(Exception):
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = reasons
+
+
+class LibraryFailure(Exception):
+    """A library ended the program or panicked, where Python code would have raised an error."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether an error is a panic of a library in Rust, such as tokenizers.
+
+    Its class derives from BaseException and cannot be imported: every library makes its own.
+    """
+    return type(error).__module__ == "pyo3_runtime"
+
+
+@contextmanager
+def library_failures_as_errors(subject: str) -> Iterator[None]:
+    """Turn `sys.exit` and panics of libraries into errors, which fail one run and not a sweep.
+
+    `subject` begins the sentence: what the library was doing.
+
+    Raises:
+        LibraryFailure: a library ended the program or panicked inside the block.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise LibraryFailure(f"{subject} ended the program: {exit_reason(error)}") from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise LibraryFailure(f"{subject} panicked: {error_sentence(error)}") from error
+
+
+def exit_reason(error: SystemExit) -> str:
+    """Return the message of a `sys.exit`, or its number in words."""
+    text = str(error.code).strip()
+    return text.splitlines()[0] if isinstance(error.code, str) and text else f"exit code {text}"
 
 
 def optional_module(module: str, extra: str) -> ModuleType:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from bench.models.model import Model
     from bench.models.structure.model_structure import ModelStructure
 
+WeightForm = Literal["plain", "ragged", "packed", "shared_base"]
+"""How weights are stored: as published, in experts of different widths, quantized and packed, or as
+a base with low-rank differences."""
+ALL_FORMS: frozenset[WeightForm] = frozenset({"plain", "ragged", "packed", "shared_base"})
+
 Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 
 
@@ -96,7 +101,12 @@ class Context:
 
 
 class Method(BaseModel, ABC):
-    """A plug-in that changes a model; fields are knobs, and unknown ones are refused."""
+    """A plug-in that changes a model; fields are knobs, and unknown ones are refused.
+
+    `accepts` says which forms of weights a method can change, and `leaves` which one it makes. They
+    let an impossible order of methods be refused before the first is applied. By default a method
+    accepts all forms and leaves those that it finds.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -105,6 +115,12 @@ class Method(BaseModel, ABC):
     """Whether the method reads or writes weights as dense matrices."""
     writes: ClassVar[tuple[str, ...]] = ()
     """Knobs that name what the method writes; files that other knobs name are part of an id."""
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS
+
+    @property
+    def leaves(self) -> WeightForm | None:
+        """The form that, with these knobs, the changed weights have; None for that they had."""
+        return None
 
     @property
     def uses_prompts(self) -> bool:

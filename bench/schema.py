@@ -176,7 +176,7 @@ class BenchmarkConfig(BaseModel):
     tasks: tuple[str, ...] = ()
     metrics: dict[str, str] = Field(default_factory=dict)
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
-    num_fewshot: int | None = Field(default=0, ge=0)
+    num_fewshot: int | None = Field(default=0, ge=0, le=1000)
     batch_size: int = Field(default=16, ge=1)
     backend: Backend = "prefix_sharing"
     limit: int | None = Field(default=None, ge=1)
@@ -275,6 +275,10 @@ class FlopsConfig(BaseModel):
     convention: FlopsConvention | None = None
 
 
+MAX_SHAPE = 2**24
+"""Far beyond every context window; counting would allocate masks and positions for more."""
+
+
 class CostsConfig(BaseModel):
     """One entry of the `costs` config group.
 
@@ -286,9 +290,9 @@ class CostsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    batch: int = Field(default=1, ge=1)
-    length: int = Field(default=512, ge=1)
-    words: int = Field(default=32, ge=1)
+    batch: int = Field(default=1, ge=1, le=MAX_SHAPE)
+    length: int = Field(default=512, ge=1, le=MAX_SHAPE)
+    words: int = Field(default=32, ge=1, le=MAX_SHAPE)
     flops: FlopsConfig = FlopsConfig()
     measure: tuple[MeasuredQuantity, ...] = ()
     timing: TimingConfig = TimingConfig()
@@ -312,7 +316,8 @@ class PromptsConfig(BaseModel):
     split: str = "train"
     image_column: str = "image"
     question_column: str = "question"
-    count: int = Field(default=100, ge=1)
+    # A million of the smallest images fill the memory of a large machine.
+    count: int = Field(default=100, ge=1, le=1_000_000)
     batch: int = Field(default=10, ge=1)
     seed: int = Field(default=1234, ge=0)
 
@@ -354,6 +359,10 @@ class TrackerConfig(BaseModel):
         return name
 
 
+MAX_CALIBRATION_TOKENS = 2**30
+"""Eight gigabytes as 64-bit integers, two thousand times what the papers use."""
+
+
 class CalibrationConfig(BaseModel):
     """Source of the calibration text, number and length of its rows, and sampling seed.
 
@@ -369,6 +378,15 @@ class CalibrationConfig(BaseModel):
     rows: int = Field(default=128, ge=1)
     length: int = Field(default=2048, ge=2)
     seed: int = Field(default=1234, ge=0)
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> CalibrationConfig:
+        if self.rows * self.length > MAX_CALIBRATION_TOKENS:
+            raise ValueError(
+                f"calibration.rows={self.rows} of calibration.length={self.length} are "
+                f"{self.rows * self.length:,} tokens: at most {MAX_CALIBRATION_TOKENS:,}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _path_for_text_only(self) -> CalibrationConfig:

@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -27,6 +29,8 @@ from bench.errors import (
     Stopped,
     UserError,
     error_sentence,
+    exit_reason,
+    is_panic,
     unknown_name,
 )
 from bench.security import redact
@@ -42,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _process_settings():
+            _refuse_unreadable_bytes(given)
             return _run_command(given)
     except UserError as error:
         fail(str(error))
@@ -56,9 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         fail("interrupted; run the same command to resume")
         return EXIT_INTERRUPTED
-    except SystemExit as error:  # argparse and Hydra exit like this after --help or a usage error
-        return EXIT_DONE if error.code in (0, None) else EXIT_WRONG_INPUT
+    except SystemExit as error:
+        return _report_exit(error)
     except Exception as error:
+        return _report_unexpected(error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
         return _report_unexpected(error)
 
 
@@ -72,7 +81,32 @@ def _run_command(given: list[str]) -> int:
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         raise unknown_name("command", given[0], COMMANDS)
     parsed = build_parser().parse_args(given)
+    # `ls` takes a results folder for one of its lists only.
+    if getattr(parsed, "what", "runs") == "runs" and "results_dir" in parsed:
+        _refuse_absent_folder(parsed.results_dir)
     return int(pkgutil.resolve_name(parsed.handler)(parsed))
+
+
+def _refuse_unreadable_bytes(given: Sequence[str]) -> None:
+    """Raise if an argument has bytes that the locale's encoding cannot read, as in the C locale."""
+    for argument in given:
+        # Python hides such bytes as lone surrogates, which no record and no message can hold.
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            shown = argument.encode("ascii", "replace").decode()
+            raise UserError(
+                f"{shown}: not readable as {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or a "
+                "locale such as LC_ALL=C.UTF-8"
+            )
+
+
+def _refuse_absent_folder(results_dir: Path) -> None:
+    """Raise if there is no results folder, where an empty answer would hide a misspelt path."""
+    if not results_dir.is_dir():
+        fault = "is not a folder" if results_dir.exists() else "no such folder"
+        raise UserError(
+            f"results_dir={results_dir}: {fault}, so there are no records: name the folder that "
+            "`bench run` wrote"
+        )
 
 
 @contextmanager
@@ -89,16 +123,34 @@ def _process_settings() -> Iterator[None]:
     # to save what a later run resumes from.
     signals = (signal.SIGTERM, signal.SIGUSR1) if in_main_thread else ()
     handlers = {number: signal.signal(number, _interrupt) for number in signals}
+    # In a C locale a table with an accented name would otherwise end in an encoding error.
+    stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
+    if isinstance(stream, TextIOWrapper) and errors == "strict":
+        stream.reconfigure(errors="replace")
     try:
         yield
     finally:
+        if isinstance(stream, TextIOWrapper) and errors is not None:
+            stream.reconfigure(errors=errors)
         for number, handler in handlers.items():
             # None: the handler was not installed from Python and cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         gc.set_threshold(*threshold)
 
 
-def _report_unexpected(error: Exception) -> int:
+def _report_exit(error: SystemExit) -> int:
+    """Return the exit code for a library that ended the program."""
+    # argparse and Hydra exit like this after --help, and after a usage error that they printed.
+    if error.code in (0, None):
+        return EXIT_DONE
+    if error.code == EXIT_WRONG_INPUT:
+        return EXIT_WRONG_INPUT
+    reason = redact(exit_reason(error))
+    print(f"bench: failed: a library ended the program: {reason}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _report_unexpected(error: BaseException) -> int:
     """Report an unexpected error and return the exit code."""
     # A run turns a full disk into `Stopped` itself; this one met a sweep's plan or status files.
     if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRNOS:
@@ -106,17 +158,24 @@ def _report_unexpected(error: Exception) -> int:
         fail(f"{cause} and run the same command to resume")
         return EXIT_INTERRUPTED
     fail(f"failed: {_save_traceback(error)}")
+    if isinstance(error, MemoryError):
+        fail("use less memory: a lower benchmark.batch_size, or a smaller model or calibration")
     return EXIT_FAILED
 
 
-def _save_traceback(error: Exception) -> str:
+def _save_traceback(error: BaseException) -> str:
     """Write the traceback to a file, secrets redacted, and return a one-sentence error."""
     import tempfile
     import traceback
 
-    # Not below results/: the error may be that nothing can be written there.
-    with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
-        file.write(redact("".join(traceback.format_exception(error))))
+    text = redact("".join(traceback.format_exception(error)))
+    try:
+        # Not below results/: the error may be that nothing can be written there.
+        with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as file:
+            file.write(text)
+    except OSError:  # a read-only container has no folder for it
+        print(text, file=sys.stderr)
+        return redact(error_sentence(error))
     return redact(f"{error_sentence(error)} (details: {file.name})")
 
 

@@ -8,6 +8,7 @@ folder take `--results-dir`; those that print rows take `--json`.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,7 +122,9 @@ def _add_run_commands(command: AddCommand) -> None:
     verify = command("verify", "verify:run_command", "repeat part of a run and compare the results")
     verify.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     verify.add_argument("--samples", type=int, default=20, metavar="N", help="per task (20)")
-    verify.add_argument("--tolerance", type=float, default=None, help="relative difference allowed")
+    verify.add_argument(
+        "--tolerance", type=_non_negative_number, default=None, help="relative difference allowed"
+    )
     _add_allowed(verify, ALLOWED_HELP)
     rescore = command(
         "rescore", "rescore:run_command", "apply the harness's present metrics to stored answers"
@@ -157,7 +160,11 @@ def _add_record_commands(command: AddCommand) -> None:
         "--baseline", metavar="RUN", help="the run to compare with (the dense run)"
     )
     compare.add_argument(
-        "--flips", type=int, default=0, metavar="N", help="show N flipped samples each way"
+        "--flips",
+        type=_non_negative_integer,
+        default=0,
+        metavar="N",
+        help="show N flipped samples each way",
     )
     plot = command("plot", "records:plot", PLOT_HELP)
     plot.add_argument("kind", metavar="KIND")
@@ -208,7 +215,19 @@ def _add_json_flag(added: argparse.ArgumentParser) -> None:
     added.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _non_negative_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    # Nothing would agree within a tolerance that is no number, and everything within infinity.
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 1e-4")
+    return number
+
+
 def _non_negative_integer(text: str) -> int:
-    if not text.isdecimal():
+    # Nothing that is listed has so many entries; larger numbers fail in the libraries they reach.
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 0 or 40")
     return int(text)

@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from bench.config import model_names
 from bench.config.gate import check_overrides
-from bench.config.overrides import Overrides, parse_error
+from bench.config.overrides import Overrides, parse_error, text_of
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
 from bench.records.foreign_files import refuse_unstorable
@@ -115,17 +115,44 @@ def hydra_errors_as_user_errors(overrides: Sequence[str]) -> Iterator[None]:
         raise UserError(f"{error.full_key} is missing: give {error.full_key}=...") from None
     except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
         raise _unknown_key(error, overrides) from None
+    except ValueError as error:
+        if (refused := _not_a_choice(error, overrides)) is None:
+            raise
+        raise refused from None
+
+
+def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | None:
+    """Build the error for a group whose choice is a number or null; None for any other error."""
+    # The words of Hydra 1.3, as in `_unknown_key`.
+    if not str(error).startswith("Config group override must be"):
+        return None
+    for override in Overrides.parse(overrides).parsed:
+        value = override.value()
+        if override.is_sweep_override() or isinstance(value, str | list | dict):
+            continue
+        key, text = override.key_or_group, text_of(override)
+        if key == "method":
+            return UserError(f"{text} names no method: give names, as in method=[camera_p,camera_q]"
+                             ", or method=[] for the dense model")  # fmt: skip
+        if "." not in key and _choices(key):
+            return UserError(f"{text} is no choice: allowed: {', '.join(_choices(key))}")
+    return None
+
+
+def _choices(group: str) -> list[str]:
+    with hydra_config_tree() as loader:
+        return sorted(loader.get_group_options(group))
 
 
 def _unknown_choice(error: MissingConfigException) -> UserError:
     missing = error.missing_cfg_file or ""
-    group, slash, name = str(missing).partition("/")
-    if not slash:
-        group, name = "", group
-    if group == model_names.GROUP:
-        known = unknown_name(group, name, error.options or [])
-        return UserError(f"{known}; or {model_names.ACCEPTED}")
-    return unknown_name(group or "config", name, error.options or [])
+    group, _, name = str(missing).strip("/").rpartition("/")
+    # Hydra takes the first part of `organisation/name` for a folder of the group.
+    while "/" in group and not _choices(group):
+        group, _, folder = group.rpartition("/")
+        name = f"{folder}/{name}"
+    known = unknown_name(group or "config", name, error.options or [])
+    return UserError(f"{known}; or {model_names.ACCEPTED}") if group == model_names.GROUP else known
 
 
 def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
@@ -139,6 +166,10 @@ def _unknown_key(error: Exception, overrides: Sequence[str]) -> UserError:
     if found is None:
         return UserError(text.split(" full_key:")[0])
     key = found.group(1)
+    for override in Overrides.parse(overrides).parsed:
+        if override.is_add() and override.key_or_group == key:
+            text = text_of(override)
+            return UserError(f"{text} adds a key that exists: write {text.removeprefix('+')}")
     # The keys that exist are found by composing again without the wrong override.
     known = _known_keys(Overrides.parse(overrides).without(key).first_values())
     hints = nearest(key, known)

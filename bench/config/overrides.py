@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -18,7 +20,7 @@ from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.errors import OverrideParseException
 from pydantic import TypeAdapter, ValidationError
 
-from bench.errors import UserError, unknown_name
+from bench.errors import UserError, refuse_bare_text, unknown_name
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
 _BOOLEAN = TypeAdapter(bool)
@@ -38,15 +40,23 @@ class Overrides:
         Raises:
             UserError: an unknown flag, or an argument that is not KEY=VALUE.
         """
+        refuse_bare_text("overrides", arguments, 'bench.run(["model=micro_moe", "ratio=0.4"])')
         flags = [argument for argument in arguments if argument.startswith("-")]
         for flag in flags:
             if flag not in MULTIRUN_FLAGS:
                 raise unknown_name("flag", flag, MULTIRUN_FLAGS)
         texts = [argument for argument in arguments if not argument.startswith("-")]
         try:
-            return cls(bool(flags), tuple(OverridesParser.create().parse_overrides(texts)))
+            parsed = tuple(OverridesParser.create().parse_overrides(texts))
         except OverrideParseException as error:
             raise parse_error(error) from None
+        # Hydra's grammar allows it and its config loader then fails on the value.
+        for override in parsed:
+            if not override.key_or_group:
+                raise UserError(
+                    f"{text_of(override)!r} has no key: write KEY=VALUE, as in ratio=0.4"
+                )
+        return cls(bool(flags), parsed)
 
     @property
     def texts(self) -> list[str]:
@@ -93,6 +103,21 @@ class Overrides:
         except ValidationError:
             return False
 
+    def refuse_several_values(self) -> None:
+        """Raise if a key has several values, which only a sweep can go through."""
+        for override in self.parsed:
+            if override.is_sweep_override():
+                text, key = text_of(override), override.get_key_element()
+                value = text.partition("=")[2]
+                other = (
+                    f"method=[{value}] applies them one after the other"
+                    if key == "method"
+                    else f"write {quoted_override(text)} if this is one text"
+                )
+                raise UserError(
+                    f"{text} gives {key} several values: add -m to run each of them; {other}"
+                )
+
     def first_values(self) -> list[str]:
         """Return the overrides with each sweep reduced to its first value."""
         return [
@@ -104,9 +129,34 @@ class Overrides:
 
 
 def parse_error(error: OverrideParseException) -> UserError:
-    """Build the error for an argument that Hydra's grammar cannot read."""
-    reason = str(error).splitlines()[0]
-    return UserError(f"{error.override}: cannot be read as KEY=VALUE ({reason})")
+    """Build the error for an argument that Hydra's grammar cannot read, with the cure."""
+    text = str(error.override)
+    key, equals, _ = text.partition("=")
+    if not equals:
+        cure = "write it with its value, as in method=camera_p"
+    elif not re.fullmatch(r"[~+]{0,2}[\w./@-]+", key):
+        cure = "a key has letters, digits, dots and slashes, as in method.camera_p.ratio"
+    else:
+        cure = f"to give it as a text, quote it: {quoted_override(text)}"
+    return UserError(f"{text} cannot be read as KEY=VALUE: {cure}")
+
+
+def quoted_override(text: str) -> str:
+    """Return KEY=VALUE as a word of a shell in which the value is one text."""
+    key, _, value = text.partition("=")
+    word = f"{key}={quoted_text(value)}"
+    # Double quotes are easier to read around Hydra's single ones, where a shell reads them alike.
+    plain = not set(word) & set('"$`!') and "\\\\" not in word
+    return f'"{word}"' if plain else shlex.quote(word)
+
+
+def quoted_text(text: str) -> str:
+    """Quote a text by Hydra's grammar, in which backslashes count only before a quote."""
+    # Backslashes directly before a quote are doubled and the quote escaped; a trailing run of
+    # backslashes is doubled too, since the closing quote follows it.
+    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"'{escaped}'"
 
 
 def text_of(override: Override) -> str:

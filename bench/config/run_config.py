@@ -7,9 +7,11 @@ again. Importing this module does not import torch.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator, Mapping
 from inspect import isabstract
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,9 +43,9 @@ class RunConfig(BaseModel):
     prompts: PromptsConfig
     costs: CostsConfig
     tracker: TrackerConfig
-    ratio: float | None = None
+    ratio: float | None = Field(default=None, ge=0, le=1)
     seed: int = Field(default=1234, ge=0, lt=2**32)
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     offline: bool = False
     force: bool = False
     results_dir: Path = Path("results")
@@ -129,6 +131,7 @@ def validate(composed: dict[str, Any]) -> RunConfig:
     methods = chosen.pop("method", None) or {}
     if not isinstance(methods, dict):
         raise UserError(f"method={methods!r} names no methods, as in method=[camera_p,camera_q]")
+    _refuse_unfit_numbers(RunConfig, chosen, ())
     chosen["method"] = {name: _build_method(name, knobs) for name, knobs in methods.items()}
     try:
         return RunConfig(**chosen)
@@ -150,11 +153,58 @@ def _build_method(name: str, knobs: object) -> Method:
         raise UserError(f"method.{name}._target_={knobs['_target_']}: {error}") from None
     if not issubclass(kind, Method) or isabstract(kind):
         raise UserError(f"method.{name}._target_={knobs['_target_']} is not a bench.method.Method")
+    _refuse_unfit_numbers(kind, fields, ("method", name))
     try:
         method: Method = kind(**fields)
     except ValidationError as error:
         raise _as_user_error(error, kind, ("method", name)) from None
     return method
+
+
+LARGEST_INTEGER = 2**63 - 1
+"""Beyond it no count is meant, and libraries fail where they convert it."""
+
+
+def _refuse_unfit_numbers(
+    kind: type[BaseModel], values: Mapping[str, object], prefix: tuple[str, ...]
+) -> None:
+    """Raise for what pydantic takes for a number: true, and what is endless or no number."""
+    for name, value in values.items():
+        field = kind.model_fields.get(name)
+        if field is None:
+            continue
+        inner = field.annotation
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            _refuse_unfit_numbers(inner, value, (*prefix, name))
+        if not _holds_number(inner):
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            fault = _number_fault(number)
+            if fault is not None:
+                key = ".".join((*prefix, name))
+                raise UserError(f"{key}={str(value).lower()}: {fault}")
+
+
+def _number_fault(value: object) -> str | None:
+    if isinstance(value, bool):
+        return "a number is needed"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is needed"
+    if isinstance(value, int | float) and abs(value) > LARGEST_INTEGER:
+        return f"numbers go up to {LARGEST_INTEGER}"
+    return None
+
+
+def _holds_number(annotation: object) -> bool:
+    """Return whether a field's type has a number in it, and no truth value."""
+    kinds = list(_inner_types(annotation))
+    return bool not in kinds and (int in kinds or float in kinds)
+
+
+def _inner_types(annotation: object) -> Iterator[object]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _inner_types(inner)
 
 
 def _as_user_error(

@@ -11,7 +11,10 @@ from typing import NamedTuple
 from hydra import compose as hydra_compose
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bench.config.composition import (
@@ -30,6 +33,9 @@ from bench.config.gate import (
 )
 from bench.config.overrides import Overrides, sweep_values, text_of
 from bench.config.run_config import RunConfig
+from bench.errors import UserError, nearest
+from bench.measurement.quantities import COST_QUANTITIES, COUNTED_PREFIXES
+from bench.schema import BenchmarkConfig
 
 
 class SingleRun(NamedTuple):
@@ -138,6 +144,44 @@ def is_sweep(overrides: Overrides) -> bool:
 
 def _is_multirun(overrides: Overrides, composed: DictConfig) -> bool:
     return overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
+
+
+def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig]) -> None:
+    """Raise if the sweeper refuses its settings, or optimises what no run of it has.
+
+    Called after `alternative_configs`, which refuses a sweeper from a package that is not named.
+    """
+    with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
+        settings = _first_composition(overrides).hydra.sweeper
+        known = Plugins.instance().class_name_to_class
+        if settings.get("_target_") not in known:
+            return  # Hydra names those that it knows
+        try:
+            sweeper = instantiate(settings)
+        except InstantiationException as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise UserError(f"hydra.sweeper: {error.__cause__ or error}") from None
+    for name in getattr(sweeper, "objectives", ()):
+        for config in configs:
+            refuse_unknown_objective("hydra.sweeper.objectives", name, config.benchmark)
+
+
+def refuse_unknown_objective(key: str, name: str, benchmark: BenchmarkConfig) -> None:
+    """Raise unless a run on a benchmark has a metric or a cost of this name."""
+    metrics = {"average", *benchmark.tasks, *benchmark.perplexity}
+    if benchmark.harness == "images":
+        metrics.add(benchmark.images.data)
+    # A task that is a group has a metric of each of its own tasks as well.
+    prefixes = (*COUNTED_PREFIXES, *(f"{task}_" for task in benchmark.tasks))
+    if name in metrics or name in COST_QUANTITIES or name.startswith(prefixes):
+        return
+    close = nearest(name, [*metrics, *COST_QUANTITIES])
+    hint = f"did you mean {close!r}? " if close else ""
+    raise UserError(
+        f"{key}: {name!r} is neither a metric of benchmark={benchmark.name} nor a cost: {hint}"
+        f"allowed: {', '.join(sorted(metrics))}, or a cost such as flops, bytes or parameters"
+    )
 
 
 def _first_composition(overrides: Overrides) -> DictConfig:

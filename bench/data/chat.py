@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from bench.data.image_files import UnfitImage
+from bench.errors import UserError, error_sentence
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,12 +104,15 @@ def render_chat(
         messages.append({"role": "user", "content": content})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return processor.apply_chat_template(
-        messages,
-        chat_template=chat_template(processor),
-        tokenize=False,
-        add_generation_prompt=turns[-1][1] is None,
-    )
+    try:
+        return processor.apply_chat_template(
+            messages,
+            chat_template=chat_template(processor),
+            tokenize=False,
+            add_generation_prompt=turns[-1][1] is None,
+        )
+    except Exception as error:  # a template is a program, which may raise anything
+        raise UserError(f"the model's chat template fails: {error_sentence(error)}") from error
 
 
 def chat_template(processor: Processor) -> str | dict[str, str]:

@@ -101,6 +101,16 @@ def load_dataset(repository: str, config: str | None, **options: object) -> Data
         raise unreachable_error(dataset_name(repository, config), error) from error
 
 
+def has_cached_data_sets() -> bool:
+    """Return whether any data set of the hub is in the local caches."""
+    # Imports neither `datasets` nor a harness: an empty cache is known in milliseconds.
+    from huggingface_hub import constants
+
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    downloaded = Path(constants.HF_HUB_CACHE)
+    return any(prepared.glob("*___*")) or any(downloaded.glob("datasets--*"))
+
+
 def download_file(repository: str, file: str) -> Path:
     """Return the local path of one file of a data set's repository, downloading it if needed.
 

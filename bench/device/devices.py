@@ -13,8 +13,10 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, TypedDict
 
@@ -112,6 +114,29 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)  # numpy's global generator takes 32 bits only
     torch.manual_seed(seed)
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Restore the global generators of Python, numpy and torch at the end of the block.
+
+    Of libraries that are not imported yet nobody has drawn.
+    """
+    plain, numpy, torch = random.getstate(), sys.modules.get("numpy"), sys.modules.get("torch")
+    of_numpy = numpy.random.get_state() if numpy else None
+    of_torch = torch.get_rng_state() if torch else None
+    cuda = torch is not None and torch.cuda.is_initialized()
+    of_cuda = torch.cuda.get_rng_state_all() if torch and cuda else None
+    try:
+        yield
+    finally:
+        random.setstate(plain)
+        if numpy and of_numpy is not None:
+            numpy.random.set_state(of_numpy)
+        if torch and of_torch is not None:
+            torch.set_rng_state(of_torch)
+        if torch and of_cuda is not None:
+            torch.cuda.set_rng_state_all(of_cuda)
 
 
 def set_threads(count: int | None) -> None:

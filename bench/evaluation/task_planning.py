@@ -7,19 +7,24 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from omegaconf import OmegaConf
+
 from bench.data import hub
 from bench.data.digests import code_hash, module_file
-from bench.errors import MissingData, UserError, unknown_name
+from bench.errors import MissingData, UserError, error_sentence, exit_reason, unknown_name
 from bench.evaluation.harness import DocumentSource, hub_source
 from bench.schema import BenchmarkConfig
+from bench.security import CONFIG_DIR
 
 Planned = TypeVar("Planned")
 TaskDefinition: TypeAlias = dict[str, Any]
@@ -144,10 +149,59 @@ def refuse_missing_data(benchmark: BenchmarkConfig, missing: list[str], local_ke
     if missing:
         raise MissingData(
             f"benchmark {benchmark.name} needs data that are neither cached nor reachable: "
-            f"{'; '.join(missing)}. Run `bench prefetch benchmark={benchmark.name}` with a "
-            f"network, or give local files: {local_keys}",
+            f"{'; '.join(missing)}. Run `{prefetch_command(benchmark)}` with a network, or give "
+            f"local files: {local_keys}",
             missing,
         )
+
+
+def prefetch_command(benchmark: BenchmarkConfig) -> str:
+    """Return the command that downloads the data of a benchmark as it was chosen."""
+    command = f"bench prefetch benchmark={benchmark.name}"
+    # What the shipped file says itself would only make the command long.
+    if _shipped_tasks(benchmark.name) != list(benchmark.tasks):
+        command += f' "benchmark.tasks=[{",".join(benchmark.tasks)}]"'
+    return command
+
+
+def _shipped_tasks(name: str) -> list[str] | None:
+    """Return the tasks in a shipped benchmark's file, or in those that it extends."""
+    file = CONFIG_DIR / "benchmark" / f"{name}.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+    if not isinstance(content, dict):
+        return None
+    if "tasks" in content:
+        return list(content["tasks"])
+    parents = [str(each) for each in content.get("defaults", ()) if each != "_self_"]
+    return next((tasks for each in parents if (tasks := _shipped_tasks(each))), [])
+
+
+@contextmanager
+def task_code_errors(harness: str, task: str) -> Iterator[None]:
+    """Turn what a task's own code raises while it is set up into one sentence with its name.
+
+    Such code may want a judge's key, a variable of the environment, or simply call `sys.exit`.
+    Only calls into the harness belong inside the block: it takes every error for the task's.
+    """
+    try:
+        yield
+    # Their callers have sentences of their own for packages and data that are missing.
+    except (UserError, hub.DatasetUnreachable, ImportError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        reason = task_fault(error)
+        raise UserError(f"task {task!r} of {harness} cannot be set up: {reason}") from error
+
+
+def task_fault(error: Exception | SystemExit) -> str:
+    """Return why a task's own code failed, in words that name what it lacks."""
+    if isinstance(error, SystemExit):
+        return f"its code ended the program ({exit_reason(error)})"
+    name = error.args[0] if isinstance(error, KeyError) and error.args else None
+    # A task that looks up `os.environ["HF_HOME"]` says no more than the name.
+    if isinstance(name, str) and name.isupper() and name not in os.environ:
+        return f"it needs the environment variable {name}"
+    return error_sentence(error)
 
 
 def hub_options(definition: TaskDefinition) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.data.digests import digest
-from bench.errors import MissingData, UserError, optional_module
+from bench.errors import MissingData, UserError, is_panic, optional_module
 from bench.models.network import text_config
 from bench.ui import Progress
 
@@ -33,22 +33,12 @@ if TYPE_CHECKING:
 
     from bench.models.network import TransformersNetwork
 
-# Exceptions that transformers raises for a folder from which it cannot build a model.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    ImportError,
-    RuntimeError,
-    AttributeError,
-)
+TOLD_ERRORS = (OSError, ValueError, ImportError)
+"""Exceptions whose messages transformers writes for users; those of others need their type."""
 
 
 @contextmanager
-def one_sentence_errors(
-    place: Path, errors: tuple[type[Exception], ...] = LOADING_ERRORS
-) -> Iterator[None]:
+def one_sentence_errors(place: Path) -> Iterator[None]:
     """Turn exceptions of transformers into one sentence, and suppress its warnings."""
     from transformers.utils import logging as transformers_logging
 
@@ -63,8 +53,15 @@ def one_sentence_errors(
             # Meant: the settings of `Quantization` replace those of the checkpoint's config.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             yield
-    except errors as error:
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    except UserError:
+        raise
+    except BaseException as error:
+        # The files are foreign: they make transformers raise anything, and tokenizers panic.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        reason = next((line for line in str(error).splitlines() if line), "no message")
+        if not isinstance(error, TOLD_ERRORS):
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{place} cannot be loaded: {reason}") from error
     finally:
         transformers_logging.set_verbosity(level)
@@ -132,7 +129,7 @@ def _convert_gguf(file: Path, work: Path, dtype: torch.dtype) -> None:
         # Newer versions keep the weights in GGUF's blocks where they have a kernel for it.
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Any exception: the readers take lengths and offsets from the file as they are.
-    with one_sentence_errors(file, (Exception,)):
+    with one_sentence_errors(file):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **settings)
         network, report = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **settings, **dense

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from bench.data.chat import Processor, Tokenizer
+from bench.data.chat import Processor, Tokenizer, render_chat
 from bench.device import devices
 from bench.errors import UserError, error_sentence
-from bench.models import checkpoints
+from bench.models import checkpoints, text_files_probe
 from bench.models.checkpoints import one_sentence_errors
 from bench.models.classifiers import architectures, serialization
 from bench.models.classifiers.built_networks import fresh_vision_config, is_fresh, is_state_dict
@@ -21,6 +22,7 @@ from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
 from bench.models.network import NetworkConfig, embedded_ids, learned_positions
 from bench.models.source import ModelSource, resolve_model
+from bench.models.stated_sizes import read_json_object
 from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -111,6 +113,8 @@ def load_model(source: ModelSource) -> Model:
     """
     device = devices.select_device(source.config.device)
     with one_sentence_errors(source.given):
+        # Before the weights, which may take minutes to read.
+        tokenizer, processor = _load_tokenizer_and_processor(source)
         network = _load_network(source, device)
     # Methods that train turn gradients on for what they train; everything else runs without a
     # graph.
@@ -120,8 +124,6 @@ def load_model(source: ModelSource) -> Model:
     if quantization is not None:
         counted = sum(weight.numel() for weight in skeleton(source).parameters())
         quantization = replace(quantization, parameters=counted)
-    with one_sentence_errors(source.given):
-        tokenizer, processor = _load_tokenizer_and_processor(source)
     return Model(
         config=source.config,
         network=network,
@@ -132,6 +134,41 @@ def load_model(source: ModelSource) -> Model:
         quantization=quantization,
         device=next(network.parameters()).device,
     )
+
+
+# Once for the content of a folder: the tokenizer alone is loaded before the model is.
+@functools.lru_cache(maxsize=4)
+def _try_text_files(source: ModelSource) -> None:
+    refuse_endless_text_files(source.folder)
+
+
+def refuse_endless_text_files(folder: Path) -> None:
+    """Raise if the tokenizer or a chat template of a foreign folder does not come to an end.
+
+    Raises:
+        UserError: trying them took too much time or memory, or panicked.
+    """
+    # By path and isolated: neither the working folder nor the model's decides what is imported.
+    command = [sys.executable, "-I", text_files_probe.__file__, str(folder)]
+    try:
+        tried = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10 * text_files_probe.SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{folder}: its tokenizer or chat template does not end") from None
+    if tried.returncode:
+        last = (tried.stdout.splitlines() or ["its tokenizer"])[-1]
+        words = tried.stderr.strip().splitlines()
+        # A negative code is a signal: that of the limit on time, or an abort for lack of memory.
+        fault = words[-1] if words and tried.returncode > 0 else "no end within the limits"
+        raise UserError(
+            f"{folder}: {last} cannot be used: {fault} (tried with {text_files_probe.SECONDS} s "
+            f"and {text_files_probe.BYTES // 2**30} GiB of memory)"
+        )
 
 
 def open_folder(folder: str | Path, **settings: Any) -> Model:
@@ -222,11 +259,13 @@ def _auto_class(source: ModelSource) -> _NetworkClass:
 def _load_tokenizer_and_processor(
     source: ModelSource,
 ) -> tuple[Tokenizer | None, Processor | None]:
+    if source.config.kind == "image_classifier":
+        return None, None
+    if not source.is_embedded:
+        _try_text_files(source)
     if source.config.kind == "image_text":
         processor = _load_processor(source)
         return processor.tokenizer, processor
-    if source.config.kind == "image_classifier":
-        return None, None
     return _load_tokenizer(source), None
 
 
@@ -234,11 +273,8 @@ def _refuse_classifier(source: ModelSource) -> None:
     """Raise if a folder meant for transformers holds an image classifier of ours."""
     if is_fresh(source.config):
         raise UserError(f"{source.config.source} needs model.kind=image_classifier")
-    try:
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return  # transformers explains what is wrong with it
-    if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
+    config = read_json_object(source.folder / "config.json")
+    if "architecture" in config and "model_type" not in config:
         raise UserError(
             f"{source.folder} contains an image classifier ({config['architecture']}): "
             "set model.kind=image_classifier"
@@ -252,6 +288,8 @@ def _load_processor(source: ModelSource) -> Processor:
     # Without a preprocessor config, AutoProcessor silently returns the tokenizer alone.
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{source.folder} contains no image processor")
+    # A template that refuses a question would do so only after the weights are loaded.
+    render_chat(processor, [("What is this?", None)], images=1, system=None)
     return processor
 
 

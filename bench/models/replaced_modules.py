@@ -20,8 +20,9 @@ from typing import Any, Self, TypedDict, cast
 
 from torch import nn
 
-from bench.errors import UserError
+from bench.errors import UserError, error_sentence
 from bench.models.bitpacking import packed_modules
+from bench.models.stated_sizes import read_json_object
 
 DESCRIPTION_FILE = "slimbench.json"
 
@@ -38,6 +39,12 @@ MODULE_OF_CLASS = {
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
     "MaskedRouter": "methods.baselines.router_masks",
 }
+
+FORM_OF_CLASS = {
+    "RaggedExperts": "ragged",
+    "SharedBaseExperts": "shared_base",
+}
+"""Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
 
 # JSON values of one module; `from_spec` converts them to the types that it needs.
 ModuleSpec = dict[str, Any]
@@ -93,6 +100,14 @@ def describe_network(network: nn.Module) -> Description | None:
     return {"format": DESCRIPTION_FORMAT, "modules": modules, "packed": packed}
 
 
+def weight_forms(network: nn.Module) -> set[str]:
+    """Return the forms that the weights of a network have besides the published one."""
+    names = {type(module).__name__ for module in network.modules()}
+    forms = {form for name, form in FORM_OF_CLASS.items() if name in names}
+    packed = next(packed_modules.packed_linears(network), None) is not None
+    return forms | ({"packed"} if packed else set())
+
+
 def write_description(description: Description, folder: Path) -> None:
     """Write a description into a model folder."""
     (folder / DESCRIPTION_FILE).write_text(
@@ -109,11 +124,10 @@ def read_description(folder: Path) -> Description | None:
     file = folder / DESCRIPTION_FILE
     if not file.is_file():
         return None
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        version = description["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is corrupt: it does not describe a network") from None
+    description = read_json_object(file)
+    version = description.get("format")
+    if version is None:
+        raise UserError(f"{file} is corrupt: it does not describe a network")
     if version != DESCRIPTION_FORMAT:
         raise UserError(f"{file} has format {version}, this program reads {DESCRIPTION_FORMAT}")
     for key in ("modules", "packed"):
@@ -137,8 +151,9 @@ def install_described_modules(network: nn.Module, description: Description) -> N
             parent = network.get_submodule(parent_name)
             original = parent.get_submodule(child)
             built = _class_by_name(spec).from_spec(spec, original)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{DESCRIPTION_FILE}: {name} cannot be built: {error}") from None
+        except Exception as error:  # whatever a constructor raises for foreign values
+            reason = error_sentence(error)
+            raise UserError(f"{DESCRIPTION_FILE}: {name} cannot be built: {reason}") from None
         setattr(parent, child, built)
     packed_modules.install_packed(network, description["packed"])
 

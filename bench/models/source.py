@@ -13,12 +13,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from bench.data.digests import contents_hash, fingerprint
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.classifiers import built_networks
+from bench.models.stated_sizes import (
+    MalformedEntry,
+    byte_range,
+    read_json_object,
+    refuse_impossible_sizes,
+)
 from bench.schema import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -34,7 +39,8 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
 
     Raises:
         UserError: there are none, only pickled ones, one that is missing, truncated or corrupt, or
-            one that lies outside the folder; or the folder makes transformers read further ones.
+            one that lies outside the folder; or the folder makes transformers read further ones, or
+            config.json states sizes that do not fit them.
     """
     refuse_outside_links(folder)
     _refuse_further_weights(folder)
@@ -47,8 +53,10 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
         files = _indexed_shards(folder)
     else:
         raise UserError(_no_weights_message(folder))
-    for file in files:
-        check_header(file)
+    tensors, config = sum(map(check_header, files)), folder / "config.json"
+    if config.is_file():
+        bits = 8 * sum(file.stat().st_size for file in files)
+        refuse_impossible_sizes(read_json_object(config), str(config), tensors=tensors, bits=bits)
     return files
 
 
@@ -86,14 +94,21 @@ def refuse_outside_links(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if not file.exists():
             raise UserError(f"{file} is a link to a file that does not exist")
+        # Reading a pipe or a device would never end.
+        if not file.is_file() and not file.is_dir():
+            raise UserError(f"{file} is neither a file nor a folder")
         if not file.resolve().is_relative_to(root):
             raise UserError(
                 f"{file} leads out of its model folder to {file.resolve()}, which is not allowed"
             )
 
 
-def check_header(file: Path) -> None:
-    """Raise if a safetensors file is truncated or its header does not match its content."""
+def check_header(file: Path) -> int:
+    """Check a safetensors file against its header and return the number of its tensors.
+
+    Raises:
+        UserError: the file is truncated, or its header does not match its content.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -101,10 +116,12 @@ def check_header(file: Path) -> None:
             raise UserError(f"{file} is cut off or not a safetensors file: it has {size} bytes")
         try:
             header = json.loads(stream.read(length))
-            spans = sorted(
-                _byte_range(entry) for name, entry in header.items() if name != "__metadata__"
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            spans = sorted(byte_range(name, entry) for name, entry in tensors.items())
+        except MalformedEntry as fault:
+            raise UserError(f"{file} is corrupt: {fault}") from None
+        # RecursionError: a header can be nested thousands of levels deep.
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{file} is corrupt: its header cannot be read") from None
     end = 0
     for start, stop in spans:
@@ -116,23 +133,15 @@ def check_header(file: Path) -> None:
     if 8 + length + end != size:
         wanted = 8 + length + end
         raise UserError(f"{file} is cut off: it has {size} bytes, its header describes {wanted}")
-
-
-def _byte_range(entry: dict[str, Any]) -> tuple[int, int]:
-    """Return where a tensor begins and ends in the file's data part."""
-    start, stop = entry["data_offsets"]
-    if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
-        # Caught by the caller, like every malformed entry.
-        raise TypeError
-    return int(start), int(stop)
+    return len(spans)
 
 
 def _indexed_shards(folder: Path) -> tuple[Path, ...]:
     """Return the shards named by the index."""
     try:
-        named = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
+        named = read_json_object(folder / INDEX_FILE)["weight_map"].values()
         names = sorted({str(name) for name in named})
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError):
         raise UserError(
             f"{folder / INDEX_FILE} is corrupt: it has no readable weight_map"
         ) from None
@@ -211,6 +220,11 @@ class ModelSource:
     quantization: checkpoints.Quantization | None = None
 
     @property
+    def is_embedded(self) -> bool:
+        """Whether the files ship with the package, and need not be distrusted."""
+        return self.config.path is None and self.config.source.startswith(EMBEDDED_PREFIX)
+
+    @property
     def given(self) -> Path:
         """The file or folder that messages name."""
         return self.file or self.folder
@@ -233,8 +247,7 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     if config.path is not None and config.path.endswith(checkpoints.GGUF_SUFFIX):
         return _gguf_source(config, offline=offline)
     folder, revision = _model_folder(config, offline=offline)
-    # Before anything in the folder is opened, config.json included.
-    refuse_outside_links(folder)
+    # First, since any folder of the system has links that lead elsewhere; nothing is opened yet.
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     if config.trust_remote_code:

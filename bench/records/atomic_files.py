@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.errors import UNWRITABLE_ERRNOS, Stopped
+from bench.errors import FULL_DISK_ERRNOS, UNWRITABLE_ERRNOS, Stopped, UserError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -49,6 +49,32 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
+    """Raise if a file, or a folder, cannot be written at `target`; called before any work.
+
+    `key` is the option that the user gave. Nothing stays behind.
+
+    Raises:
+        UserError: it cannot be written, whatever is freed.
+        OSError: the disk is full at the moment.
+    """
+    due, other = (target.is_dir, "file") if folder else (target.is_file, "folder")
+    if os.path.lexists(target) and not due():
+        raise UserError(f"{key}={target}: cannot be written (it is a {other} or something else)")
+    parent = target if target.is_dir() else target.parent
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    try:
+        # Writes a file, since permission bits do not tell (read-only mounts, quotas, root).
+        with tempfile.TemporaryFile(dir=parent) as probe:
+            probe.write(b"\0")
+    except (OSError, ValueError) as error:  # ValueError: a name that no system takes
+        if isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS:
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{key}={target}: cannot be written ({reason})") from None
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -20,7 +20,7 @@ from bench.sweeps.job import STUDY_FILE
 from bench.ui import console, draw_rows
 
 if TYPE_CHECKING:
-    from bench.records import Record
+    from bench.records import Record, Store
 
 
 class TrialReport(TypedDict):
@@ -55,22 +55,57 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
     from bench.records import Store
 
     store = Store(results_dir)
-    rows: list[dict[str, object]] = [
-        {
-            "run": record.id,
-            "started": record.started,
-            "model": record.model.name,
-            "method": record.label,
-            "benchmark": _benchmark(record),
-            "average": metric.value if (metric := record.metric(AVERAGE)) else None,
-            "note": None,
-        }
-        for record in store.all()
-    ]
-    empty = dict.fromkeys(("started", "model", "method", "benchmark", "average"))
+    rows = _indexed_runs(store)
+    listed = {row["run"] for row in rows}
+    # What the index does not hold is unreadable, or has no metric; either is read, for the reason.
+    others = [store.find(run) for run in store.ids() if run not in listed]
+    rows += [_run_row(record) for record in others if record is not None]
+    rows.sort(key=lambda row: str(row["started"]))
     for run_id, reason in store.unreadable.items():
+        empty = dict.fromkeys(("started", "model", "method", "benchmark", "average"))
         rows.append({"run": run_id, **empty, "note": f"unreadable: {reason}"})
     return rows
+
+
+def _indexed_runs(store: Store) -> list[dict[str, object]]:
+    """Return a row per record with metrics, from the index: thousands of files take seconds."""
+    from bench.records.index import index_table
+
+    names = ("run", "started", "model", "label", "benchmark", "kind", "task", "value")
+    table = index_table(store).select(names)
+    found: dict[str, dict[str, object]] = {}
+    for run, started, model, label, benchmark, kind, task, value in zip(
+        *(table[name].to_pylist() for name in names), strict=True
+    ):
+        if kind != "metric":
+            continue
+        row = found.setdefault(
+            run,
+            {
+                "run": run,
+                "started": started,
+                "model": model,
+                "method": label,
+                "benchmark": benchmark,
+                "average": None,
+                "note": None,
+            },
+        )
+        if task == AVERAGE:
+            row["average"] = value
+    return list(found.values())
+
+
+def _run_row(record: Record) -> dict[str, object]:
+    return {
+        "run": record.id,
+        "started": record.started,
+        "model": record.model.name,
+        "method": record.label,
+        "benchmark": _benchmark(record),
+        "average": None,
+        "note": None,
+    }
 
 
 def _benchmark(record: Record) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import UserError
-from bench.records import Store, run_id
+from bench.records import run_id
+from bench.records.atomic_files import refuse_unwritable
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
 from bench.runner.identity import (
     class_identity,
@@ -18,6 +19,7 @@ from bench.runner.identity import (
     scoring_code_identity,
     string_leaves,
 )
+from bench.runner.method_application import refuse_impossible_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +35,7 @@ def check_run(config: RunConfig, session: Session) -> list[Path] | None:
 
     Returns the files that decide the run; None if data on a hub, which may change, do too.
     """
-    Store(config.results_dir).ensure_writable()
+    refuse_unwritable("results_dir", config.results_dir, folder=True)
     inputs = resolve_run(config, session)
     return None if inputs.may_change(config) else inputs.files(config)
 
@@ -82,6 +84,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     """
     from bench.device.devices import select_device, select_dtype
     from bench.models import loading
+    from bench.models.replaced_modules import weight_forms
     from bench.models.source import resolve_model
     from bench.models.structure.model_structure import inspect_model
 
@@ -95,6 +98,13 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     for method in config.method.values():
         method.check(structure)
     refuse_quantized(source, config)
+    refuse_impossible_order(config, weight_forms(skeleton))
+    if config.uses_prompts and config.model.kind != "image_text":
+        names = [name for name, method in config.method.items() if method.uses_prompts]
+        raise UserError(
+            f"method={names[0]} looks at images, which model={config.model.name} of kind "
+            f"{config.model.kind} cannot: take a model of kind image_text, such as micro_llava"
+        )
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     if config.model.kind != "image_classifier":

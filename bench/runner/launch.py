@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 from bench.config.overrides import Overrides
 from bench.data import hub
-from bench.errors import RunsFailed, UserError
+from bench.device.devices import generators_restored
+from bench.errors import RunsFailed, UserError, library_failures_as_errors
+from bench.records import Store
 from bench.runner.execute import execute
 from bench.runner.inputs import check_run
 from bench.security import CONFIG_DIR, refuse_shadowed_packages
@@ -56,7 +58,7 @@ _VARIABLES = (
 
 @contextmanager
 def host_process_restored() -> Iterator[None]:
-    """Restore the environment variables that a run changes, however it ends.
+    """Restore the environment variables and generators that a run changes, however it ends.
 
     `bench.run` may be called in a process that lives on, such as a notebook: an offline run must
     not leave the whole notebook offline.
@@ -65,7 +67,7 @@ def host_process_restored() -> Iterator[None]:
     # keep settings there that they need for the rest of the process.
     before = {name: os.environ.get(name) for name in _VARIABLES}
     try:
-        with hub.offline_switch_restored():
+        with hub.offline_switch_restored(), generators_restored():
             yield
     finally:
         for name, value in before.items():
@@ -128,20 +130,33 @@ def resume_sweep(
         UserError: there is no such sweep, or its plan asks for more than is repeated.
     """
     with host_process_restored():
-        return _resume_plan(find_sweep(results_dir.absolute(), sweep), session, repeated)
+        plan = find_sweep(results_dir.absolute(), sweep)
+        Store(results_dir).ensure_writable()
+        return _resume_plan(plan, session, repeated)
 
 
 def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
     """Check and run what was not launched before."""
     # Imported here: composing needs the libraries that a finished sweep does without.
-    from bench.config.sweep_checks import admit, alternative_configs
+    from bench.config.sweep_checks import (
+        admit,
+        alternative_configs,
+        check_sweeper,
+        refuse_unknown_objective,
+    )
 
+    admitted = admit(overrides)
+    if not admitted.is_sweep:
+        overrides.refuse_several_values()
     configs = alternative_configs(overrides)
+    for config in configs:
+        refuse_unknown_objective("objective", config.objective, config.benchmark)
+    if admitted.is_sweep:
+        check_sweeper(overrides, configs)
     # An experiment may set it as well.
     if any(config.offline for config in configs):
         hub.go_offline()
     files = [check_run(config, session) for config in configs]
-    admitted = admit(overrides)
     if not admitted.is_sweep:
         outcome = LaunchOutcome()
         _run_hydra(admitted, session, outcome)
@@ -329,6 +344,10 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
 
     from bench.config.composition import validated
 
+    def perform(request: RunRequest) -> RunResult:
+        with library_failures_as_errors("a library of this run"):
+            return execute(validated(composed), request, session)
+
     settings = HydraConfig.get()
     # Hydra keeps overrides of its own config apart. The search path belongs to the run: without it
     # a third party's methods would not be found when the command is repeated.
@@ -342,10 +361,8 @@ def _run_job(composed: DictConfig, session: Session, outcome: LaunchOutcome) -> 
         # the original number of a job by its overrides.
         number = plan.number(settings.overrides.task) if plan else None
         number = int(settings.job.num) if number is None else number
-        result = perform_job(
-            folder, number, request, lambda: execute(validated(composed), request, session)
-        )
+        result = perform_job(folder, number, request, lambda: perform(request))
     else:
-        result = execute(validated(composed), RunRequest(command), session)
+        result = perform(RunRequest(command))
         outcome.add(result)
     return None if result is None else objective_value(result.record, str(composed.objective))

@@ -7,11 +7,12 @@ counts do not show is not claimed in any report.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from bench.errors import UserError
 from bench.ui import format_quantity
 
 if TYPE_CHECKING:
@@ -134,6 +135,44 @@ def _idle_reason(check: EffectCheck, report: MethodReport, knobs: JsonObject) ->
     ratio = knobs.get("ratio")
     idle = report.effect == "none" and check.found == "none" and not report.trained
     return f"changed nothing, although ratio={ratio}" if idle and ratio else None
+
+
+def refuse_impossible_order(config: RunConfig, found: Collection[str]) -> None:
+    """Raise if a method cannot change weights in the form in which an earlier one leaves them.
+
+    `found` are the forms of the model's own weights besides the published one.
+    """
+    # By form, the method that made it; None for the model's own.
+    made_by: dict[str, str | None] = dict.fromkeys(found)
+    for name, method in config.method.items():
+        for form, maker in made_by.items():
+            if form in method.accepts:
+                continue
+            words = FORM_WORDS[form]
+            if maker is None:
+                raise UserError(
+                    f"method={name} cannot change the weights of model={config.model.name}, which "
+                    f"are {words}: take the model from which they were made"
+                )
+            earlier = config.method[maker]
+            other_way = method.leaves is None or method.leaves in earlier.accepts
+            cure = (
+                f"list {name} before {maker}" if other_way else f"use {name} or {maker}, not both"
+            )
+            raise UserError(
+                f"method=[{','.join(config.method)}]: {maker} leaves weights that are {words}, "
+                f"which {name} cannot change: {cure}"
+            )
+        if method.leaves is not None:
+            made_by[method.leaves] = name
+
+
+FORM_WORDS = {
+    "plain": "as published",
+    "ragged": "experts of different widths",
+    "packed": "quantized already",
+    "shared_base": "differences from a shared base",
+}
 
 
 @contextmanager

@@ -62,8 +62,14 @@ class OptunaSweeper(LaunchingSweeper):
         self, study: str, trials: int, parallel: int, seed: int, objectives: list[str],
         space: dict[str, str], early_tasks: list[str], early_margin: float,
     ) -> None:  # fmt: skip
+        for key, number in (("trials", trials), ("parallel", parallel)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise UserError(f"hydra.sweeper.{key}={number}: a whole number from 1 on is needed")
+        # It names a file, which belongs into the folder of studies.
+        if not isinstance(study, str) or not study or "/" in study or study.startswith("."):
+            raise UserError(f"hydra.sweeper.study={study!r}: a name without slashes is needed")
         self.name, self.trials, self.parallel, self.seed = study, trials, parallel, seed
-        self.objectives = _directions(objectives)
+        self.objectives = _directions(objectives or [])
         self.space, self.early_tasks, self.early_margin = (
             dict(space),
             list(early_tasks),

@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -114,7 +114,10 @@ def create_plan(
 ) -> SweepPlan:
     """Create a new sweep, named by the current time, and write its plan."""
     now = datetime.now(UTC)
-    folder = (results_dir / SWEEPS / now.strftime("%Y%m%d-%H%M%S-%f")).absolute()
+    folders = (results_dir / SWEEPS).absolute()
+    # After a clock that went back, or in the same microsecond, an older sweep may have the name.
+    while (folder := folders / now.strftime("%Y%m%d-%H%M%S-%f")).exists():
+        now += timedelta(microseconds=1)
     plan = SweepPlan(
         folder,
         tuple(arguments),

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Effect, LayerReport, MethodReport
+from bench.method import Effect, LayerReport, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -79,6 +79,11 @@ class WholeExpertPruning(MoEPruning):
 
     state: ExpertState = "zeroed"
     align: int = Field(default=16, ge=1)
+
+    @property
+    def leaves(self) -> WeightForm | None:
+        """Removal makes experts of different widths; dropped ones are gone as a whole."""
+        return "ragged" if self.state == "removed" else None
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse a ratio that routed experts alone cannot reach."""

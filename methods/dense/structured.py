@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, LayerReport, Method, MethodReport
+from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
@@ -34,6 +34,7 @@ class StructuredPruning(Method):
 
     label: ClassVar[str]
     uses_calibration: ClassVar[bool] = True
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
     ratio: float = Field(ge=0, lt=1)
     batch: int = Field(default=8, ge=1)
     units: Literal["all", "neurons", "heads"] = "all"

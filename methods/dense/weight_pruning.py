@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, LayerReport, Method, MethodReport
+from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import onloaded
@@ -85,6 +85,7 @@ class WeightPruning(Method):
     """
 
     label: ClassVar[str]
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
     ratio: float = Field(ge=0, lt=1)
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.method import Context, LayerReport, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.bitpacking.packed_modules import PackedLinear
 from bench.models.model import Model
 from bench.models.structure.dense_layer import state_width
@@ -37,6 +37,8 @@ class MoEPruning(Method):
     of DeepSeek-MoE-16B is 0.2 of `total` and about 0.21 of `moe`. On a dense decoder `moe` means
     the weights of all feed-forward layers.
     """
+
+    accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain", "ragged"})
 
     ratio: float = Field(ge=0, lt=1)
     base: Literal["moe", "total"] = "moe"
@@ -158,6 +160,11 @@ class MicroExpertPruning(MoEPruning):
 
     state: Literal["zeroed", "removed"] = "zeroed"
     align: int = Field(default=16, ge=1)
+
+    @property
+    def leaves(self) -> WeightForm | None:
+        """Removal makes experts of different widths."""
+        return "ragged" if self.state == "removed" else None
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the MoE blocks, or the feed-forward layers of a dense decoder."""

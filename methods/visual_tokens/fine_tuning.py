@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +22,7 @@ from bench.data import chat, conversations
 from bench.data.chat import Conversation, Processor
 from bench.data.conversations import Conversations
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import ALL_FORMS, Context, Method, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from methods import checkpoint
@@ -47,10 +47,12 @@ class VisualFineTuning(Method):
     an interrupted run resumes. Nothing is sharded.
     """
 
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
+
     data: Literal["llava", "embedded"] = "llava"
     path: str | None = None
     images: str | None = None
-    count: int = Field(default=512, ge=1)
+    count: int = Field(default=512, ge=1, le=1_000_000)
     epochs: int = Field(default=1, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch: int = Field(default=8, ge=1)

@@ -10,7 +10,12 @@ from hydra.plugins.sweeper import Sweeper
 
 from bench.config.composition import compose_run_config, config_names, hydra_config_tree
 from bench.config.overrides import Overrides
-from bench.config.sweep_checks import alternative_configs, is_sweep, single_runs
+from bench.config.sweep_checks import (
+    alternative_configs,
+    check_sweeper,
+    is_sweep,
+    single_runs,
+)
 
 LAUNCHERS = sorted(
     p.stem for p in (Path(__file__).parents[2] / "conf/hydra/launcher").glob("*.yaml")
@@ -23,6 +28,8 @@ def test_a_recipe_composes(recipe):
     assert is_sweep(sweep)
     found = alternative_configs(sweep)
     assert len(found) > 1
+    # The recipe's own choice of a sweeper wins, so that its settings are those of its class.
+    check_sweeper(sweep, found)
     # What is put into a composed config is what Hydra would have composed.
     last = single_runs(sweep)[-1]
     assert found[-1] == compose_run_config(last)

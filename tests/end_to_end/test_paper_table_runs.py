@@ -6,10 +6,11 @@ import shlex
 import pandas as pd
 import pytest
 
-from bench.cli.commands.table import TableRequest, _quoted
+from bench.cli.commands.table import TableRequest
 from bench.cli.commands.verify import _compare
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
+from bench.config.overrides import quoted_text
 from bench.records import Store
 from bench.runner.inputs import resolve_run
 from bench.runner.session import Session
@@ -145,7 +146,7 @@ def test_keys_of_the_table_and_of_its_runs_are_told_apart():
 def test_listed_runs_survive_hydras_grammar(run):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    listed = f"hydra.sweeper.runs=[[{','.join(map(_quoted, run))}]]"
+    listed = f"hydra.sweeper.runs=[[{','.join(map(quoted_text, run))}]]"
     parsed = OverridesParser.create().parse_override(listed)
     assert [[str(o) for o in one] for one in parsed.value()] == [run]
 

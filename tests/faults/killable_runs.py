@@ -1,6 +1,8 @@
 """Runs in processes of their own, which can be killed: forked, so that they start at once."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -11,13 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cli.main import main
+from bench.data import english
 from bench.evaluation.response_cache import ResponseCache
 from bench.records import Store
 from bench.ui import Progress
 
+# The whole text has five hundred windows, which would be most of a run's time.
+SHORT_TEXT = Path(tempfile.mkdtemp(prefix="killable-")) / "english.txt"
+SHORT_TEXT.write_text(english.test_text()[:4000], encoding="utf-8")
+atexit.register(shutil.rmtree, SHORT_TEXT.parent)
 SMALL = (
     "benchmark.tasks=[arc_easy,boolq]",
     "benchmark.perplexity.english.window=64",
+    f"benchmark.perplexity.english.path={SHORT_TEXT}",
     "benchmark.limit=12",
     "benchmark.batch_size=4",
     "calibration.rows=4",

@@ -109,7 +109,9 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(disk, same):
     same(results)
 
 
-@pytest.mark.parametrize("kilobytes", [8, 32, 56])
+@pytest.mark.parametrize(
+    "kilobytes", [32, *(pytest.param(size, marks=pytest.mark.slow) for size in (8, 56))]
+)
 def test_a_full_disk_stops_a_sweep_wherever_it_is(disk, undisturbed, kilobytes):
     results, sweep = disk / "results", ("-m", *RUN, "seed=1,2")
     (disk / "ballast").write_bytes(b"\0" * (64 - kilobytes) * 1024)
@@ -154,7 +156,7 @@ def test_a_disk_that_turns_read_only_stops_the_run_which_goes_on_when_it_is_mend
     failing, tmp_path, same
 ):
     results, log = failing.folder / "results", tmp_path / "scored"
-    child = start(results, *RUN, before=counting(log, pause=0.3))
+    child = start(results, *RUN, before=counting(log, pause=1.0))
     wait_for(lambda: lines(results) > 3)
     failing.fail()
     assert child.wait() == 75, child.text
@@ -166,6 +168,24 @@ def test_a_disk_that_turns_read_only_stops_the_run_which_goes_on_when_it_is_mend
     same(results)
     # What was not on the disk yet is gone: a second's batches, and the one in flight.
     assert scored_twice(log) <= 5 * largest_batch(log)
+
+
+@pytest.mark.slow
+def test_a_real_file_system_that_fills_up_stops_the_run_which_goes_on(failing, same):
+    results, ballast = failing.folder / "results", failing.folder / "ballast"
+    # All but a few blocks, as writing until it is refused leaves them.
+    with ballast.open("wb") as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(2**16))
+            file.flush()
+    os.truncate(ballast, ballast.stat().st_size - 40 * 1024)
+    code, said = run(results, *RUN)
+    assert code == 75, said
+    assert "No space left on device" in said and "Traceback" not in said
+    assert not Store(results).all()
+    ballast.unlink()
+    assert run(results, *RUN)[0] == 0
+    same(results)
 
 
 def test_what_is_on_a_read_only_disk_can_be_read(disk):

@@ -21,6 +21,11 @@ from tests.faults.killable_runs import (
 )
 
 RUN = ("method=camera_p", "ratio=0.4")
+BRIEF = (
+    "benchmark.tasks=[boolq]", "~benchmark.perplexity", "benchmark.limit=12",
+    "benchmark.batch_size=4", "costs.length=32", "threads=1", "tracker=none",
+)  # fmt: skip
+"""A run of one task, for what is about many runs."""
 STAGES = (
     "loading the model",
     "applying camera_p",
@@ -112,7 +117,7 @@ def test_polite_signals_are_exit_code_75_and_nothing_is_scored_twice(tmp_path, s
 
 def test_of_processes_at_one_run_one_works_and_the_others_wait(tmp_path, same):
     results, log = tmp_path / "results", tmp_path / "scored"
-    first = start(results, *RUN, before=counting(log, pause=0.3))
+    first = start(results, *RUN, before=counting(log, pause=2.0))
     wait_for(lambda: lines(results) > 2)
     second = start(results, *RUN, before=counting(log, pause=0.05))
     wait_for(lambda: second.says("another process is executing run"))
@@ -137,3 +142,31 @@ def test_other_methods_meet_none_of_its_answers(tmp_path, undisturbed):
     assert run(results, *RUN, before=counting(alone))[0] == 0
     assert timeless(only(results)) == timeless(only(undisturbed))
     assert alone.read_text() == (undisturbed.parent / "scored").read_text()
+
+
+def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path):
+    results, log = tmp_path / "results", tmp_path / "scored"
+    sweep = ("-m", "method=dense", "seed=1,2")
+    both = [start(results, *sweep, before=counting(log, pause=0.2), small=BRIEF) for _ in range(2)]
+    assert [child.wait() for child in both] == [0, 0], [child.text for child in both]
+    store = Store(results)
+    assert len(store.all()) == 2
+    assert not store.unreadable
+    # One seed's requests are not told from the other's, so each is counted once for each of them.
+    assert len(log.read_text().split()) == 2 * len(set(log.read_text().split()))
+
+
+def test_a_sweep_that_is_killed_from_outside_goes_on(tmp_path):
+    results, log = tmp_path / "results", tmp_path / "scored"
+    sweep = ("-m", "method=dense", "seed=1,2")
+    child = start(results, *sweep, before=counting(log, pause=0.5), small=BRIEF)
+    wait_for(lambda: len(Store(results).ids()) == 1 and lines(results) > 1)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    whole = Store(results).ids()
+    code, said = run(results, *sweep, before=counting(log), small=BRIEF)
+    assert code == 0, said
+    assert len(Store(results).all()) == 2
+    assert set(whole) < set(Store(results).ids())
+    assert scored_twice(log) - len(set(log.read_text().split())) <= largest_batch(log)
+    assert not list((results / "unfinished").iterdir())

@@ -221,11 +221,13 @@ def test_refuses_nan_in_weights(folder):
 
 
 def test_refuses_an_unknown_architecture_and_a_missing_tokenizer(folder):
+    known = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"model_type": "no_such"}')
+    refusal(folder, "cannot be loaded")
+    (folder / "config.json").write_text(known)
     for file in folder.glob("tokenizer*"):
         file.unlink()
     refusal(folder, "no tokenizer")
-    (folder / "config.json").write_text('{"model_type": "no_such"}')
-    refusal(folder, "cannot be loaded")
 
 
 def test_a_path_that_is_not_there_is_missing_data(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from bench.cli.main import main
 from bench.data import hub
+from bench.device.devices import seed_everything
 from bench.errors import UserError
 from bench.runner.launch import host_process_restored, launch
 from bench.runner.session import Session
@@ -104,3 +105,22 @@ def test_a_command_runs_outside_the_main_thread(capsys):
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_the_global_generators_are_where_they_were():
+    import random
+
+    import numpy
+    import torch
+
+    def draw():
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    seed_everything(5)
+    expected = draw()
+    seed_everything(5)
+    with pytest.raises(UserError), host_process_restored():
+        seed_everything(77)
+        draw()
+        raise UserError("a run that fails")
+    assert draw() == expected

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
-from bench.config.composition import compose_run_config, config_names
+from hydra import compose
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from bench.config.composition import config_names, hydra_config_tree
+from bench.data import hub
 from bench.device.devices import describe_device
 from bench.errors import UserError
 from bench.evaluation import plan
 from bench.models.source import resolve_model
+from bench.schema import BenchmarkConfig, ModelConfig
+from bench.security import CONFIG_DIR
 from bench.ui import print_rows
 
 PACKAGES = (
@@ -47,23 +55,59 @@ def _devices() -> Iterator[dict[str, str]]:
 
 def _models() -> Iterator[dict[str, str]]:
     for name in config_names("model"):
-        try:
-            config = compose_run_config([f"model={name}"])
-            source = resolve_model(config.model, offline=True)
-        except UserError as error:
-            yield _row(f"model {name}", None, str(error))
-        else:
-            yield _row(f"model {name}", f"{source.folder}")
+        yield _looked_up("model", name, _find_model)
 
 
 def _benchmarks() -> Iterator[dict[str, str]]:
     for name in config_names("benchmark"):
-        try:
-            plan(compose_run_config([f"benchmark={name}"]).benchmark, offline=True)
-        except UserError as error:
-            yield _row(f"benchmark {name}", None, str(error))
-        else:
-            yield _row(f"benchmark {name}", "all data at hand")
+        yield _looked_up("benchmark", name, _find_data)
+
+
+def _looked_up(group: str, name: str, find: Callable[[str], str]) -> dict[str, str]:
+    what = f"{group} {name}"
+    try:
+        return _row(what, find(name))
+    except UserError as error:
+        return _row(what, None, str(error))
+
+
+def _find_model(name: str) -> str:
+    return str(resolve_model(_shipped("model", name, ModelConfig), offline=True).folder)
+
+
+def _find_data(name: str) -> str:
+    config = _shipped("benchmark", name, BenchmarkConfig)
+    texts = {text.text for text in config.perplexity.values()}
+    if config.harness == "images":
+        embedded = config.images.data == "digits"
+    else:
+        embedded = texts <= {"english"} and (config.suite == "micro" or not config.tasks)
+    # Planning imports a harness, which takes longer than all other checks together.
+    if embedded:
+        return "embedded"
+    if config.harness != "images" and not hub.has_cached_data_sets():
+        raise UserError(
+            f"no data set is in the local cache: run `bench prefetch benchmark={name}` with "
+            "network access"
+        )
+    plan(config, offline=True)
+    return "all data at hand"
+
+
+Section = TypeVar("Section", ModelConfig, BenchmarkConfig)
+
+
+def _shipped(group: str, name: str, kind: type[Section]) -> Section:
+    """Compose a config of a group without the rest of a run's config, which takes far longer."""
+    with hydra_config_tree():
+        composed = compose(f"{group}/{name}")
+    # A fresh model takes its seed from the run.
+    whole = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "config.yaml"), composed)
+    content = OmegaConf.to_container(whole[group], resolve=True)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def run_command(given: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
-from bench.records.atomic_files import write_folder
+from bench.records.atomic_files import refuse_unwritable, write_folder
 from bench.reporting.model_card import model_card
 from bench.runner.replay import rebuild_model
 from bench.runner.session import Session
@@ -51,6 +51,12 @@ def export(
     record = Store(results_dir).get(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
+    refuse_unwritable("DIR", folder, folder=True)
+    kind = record.config.get("model", {}).get("kind", "causal_lm")
+    if onnx and kind != "image_classifier":
+        raise UserError(f"--onnx is for image classifiers; {record.model.name} is a {kind}")
+    if pad and kind == "image_classifier":
+        raise UserError(f"--padded is for experts; {record.model.name} is an image classifier")
     # The cheap refusals come first: repeating the methods may take hours.
     model = rebuild_model(record, session, allowed)
     written: list[ExportFormat] = []

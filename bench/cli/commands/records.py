@@ -75,10 +75,14 @@ def compare(given: argparse.Namespace) -> int:
 def plot(given: argparse.Namespace) -> int:
     """`bench plot KIND [RUN ...]`."""
     from bench.reporting.plots import figures
+    from bench.reporting.plots.style import check_figure_file
 
     request = figures.PlotRequest(
         given.results_dir, given.task, given.cost, given.scope, given.knob
     )
+    if not given.json and given.kind in figures.PLOT_KINDS:
+        for path in figures.figure_files(given.kind, given.output, given.results_dir):
+            check_figure_file(path)
     drawing = figures.prepare_figure(given.kind, given.runs, request)
     if given.json:
         return print_rows(drawing.rows(), as_json=True)
@@ -104,9 +108,11 @@ def report(given: argparse.Namespace) -> int:
 def track(given: argparse.Namespace) -> int:
     """`bench track [RUN ...]`."""
     from bench.records import Store
+    from bench.records.atomic_files import refuse_unwritable
     from bench.reporting.wandb_sync import sync_all, sync_runs
 
     store = Store(given.results_dir)
+    refuse_unwritable("--results-dir", store.root / "tracked", folder=True)
     runs = [word for word in given.runs if "=" not in word]
     entities = [_allowed_entity(word) for word in given.runs if "=" in word]
     if runs:

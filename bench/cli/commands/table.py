@@ -5,23 +5,24 @@ The runs are those of `bench run`: the same overrides, the same sweep, the same 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bench.cli.commands.run import print_problems
 from bench.config.composition import compose_run_config
-from bench.config.overrides import Overrides, text_of
+from bench.config.overrides import Overrides, quoted_text, text_of
 from bench.data import hub
 from bench.data.calibration import resolve_calibration
 from bench.data.prompts import resolve_prompts
 from bench.errors import EXIT_WRONG_INPUT, MissingData, RunsFailed, UserError
+from bench.evaluation.task_planning import prefetch_command
 from bench.models.source import resolve_model
 from bench.records import Store
+from bench.records.atomic_files import refuse_unwritable
 from bench.reporting.tables import build_table, load_table_config, table_slots
 from bench.reporting.tables.table_config import PARTS, with_overrides
-from bench.reporting.tables.writers import print_table, table_rows, write_table
+from bench.reporting.tables.writers import TABLE_FOLDER, print_table, table_rows, write_table
 from bench.runner.inputs import resolve_run
 from bench.runner.launch import LaunchOutcome, launch
 from bench.runner.session import Session
@@ -134,6 +135,8 @@ def make_table(name: str, arguments: Sequence[str], session: Session) -> Finishe
     runs = _distinct_runs(lines, request)
     names = _name_runs(runs, session)
     store = Store(names.results_dir)
+    store.ensure_writable()
+    refuse_unwritable("results_dir", store.root / TABLE_FOLDER, folder=True)
     # Records are looked up by run id, so a table shares runs with sweeps and with other tables.
     wanted = [run for run in runs if names.force or store.find(names.ids[run]) is None]
     launched = _launch_runs(wanted, request, session) if wanted else LaunchOutcome()
@@ -218,7 +221,7 @@ def _missing_inputs(config: RunConfig, session: Session) -> Iterator[str]:
         lookups.append(lambda: resolve_calibration(config.calibration, offline=offline))
     if config.uses_prompts:
         lookups.append(lambda: resolve_prompts(config.prompts, offline=offline))
-    cure = f"run `bench prefetch benchmark={benchmark.name}` on a machine with network access"
+    cure = f"run `{prefetch_command(benchmark)}` on a machine with network access"
     for look_up in lookups:
         try:
             look_up()
@@ -234,21 +237,12 @@ def _launch_runs(
     runs: Sequence[tuple[str, ...]], request: TableRequest, session: Session
 ) -> LaunchOutcome:
     """Run them as a sweep of `bench run -m`; a failed run leaves its cells empty."""
-    listed = ",".join(f"[{','.join(map(_quoted, run))}]" for run in runs)
+    listed = ",".join(f"[{','.join(map(quoted_text, run))}]" for run in runs)
     sweep = ["-m", "hydra/sweeper=list", f"hydra.sweeper.runs=[{listed}]"]
     try:
         return launch([*sweep, *request.launcher_overrides], session)
     except RunsFailed as error:
         return LaunchOutcome(failures=list(error.reasons))
-
-
-def _quoted(override: str) -> str:
-    """Quote an override by Hydra's grammar, in which backslashes count only before a quote."""
-    # Backslashes directly before a quote are doubled and the quote escaped; a trailing run of
-    # backslashes is doubled too, since the closing quote follows it.
-    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", override)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f"'{escaped}'"
 
 
 def _records_of(

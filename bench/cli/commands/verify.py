@@ -87,7 +87,15 @@ def verify(
 
     if samples < 1:
         raise UserError(f"--samples must be at least 1, got {samples}")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance={tolerance}: a number from 0 on is needed, such as 1e-4")
     record = Store(results_dir).get(run)
+    frame = recorded_samples(record.id, results_dir)
+    if frame.empty:
+        raise UserError(
+            f"run {record.id} has no samples to repeat: it measured perplexity or costs only; "
+            "`bench run` with force=true repeats it whole"
+        )
     config = recorded_config(record, allowed)
     refuse_changed_data(config, record, session)
     # Never beyond the run's own limit: further samples were not scored and could not be compared.
@@ -99,7 +107,6 @@ def verify(
     if tolerance is None:
         number_format = select_dtype(config.model.dtype, select_device(config.model.device))
         tolerance = TOLERANCE[str(number_format).removeprefix("torch.")]
-    frame = recorded_samples(record.id, results_dir)
     before = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
     return _compare(record, before, found, tolerance)
 

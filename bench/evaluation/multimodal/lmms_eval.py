@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
-from bench.errors import UserError
+from bench.errors import UserError, library_failures_as_errors
 from bench.evaluation.distributed import hidden_from_harness
 from bench.evaluation.evidence import task_evidence, warn_about
 from bench.evaluation.harness import DocumentSource, ScoredBenchmark
@@ -173,7 +173,12 @@ def _run_harness(lm: LmmsEvalAdapter | StoredAnswers, planned: PlannedTask) -> H
 
     # The adapter looks up the images of a request here.
     lm.task_dict[planned.name] = planned.task.dataset
-    with quiet_lmms_eval(), hidden_from_harness(), tempfile.TemporaryDirectory() as folder:
+    with (
+        library_failures_as_errors(f"task {planned.name!r} of lmms-eval"),
+        quiet_lmms_eval(),
+        hidden_from_harness(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         # The harness insists on writing files next to its results; they go to a folder that is
         # dropped. `torchrun` is the executor backend that sets up nothing in a single process.
         settings = SimpleNamespace(output_path=folder, process_with_media=False)

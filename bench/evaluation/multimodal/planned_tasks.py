@@ -25,6 +25,8 @@ from bench.evaluation.task_planning import (
     definition_hash,
     evaluated_split,
     folders_of,
+    task_code_errors,
+    task_fault,
 )
 from bench.schema import BenchmarkConfig
 
@@ -111,13 +113,13 @@ def _loaded_task(
     name: str, definition: TaskDefinition, rows: datasets.Dataset, benchmark: BenchmarkConfig
 ) -> LoadedTask:
     if name not in benchmark.data:
-        return LoadedTask(definition, rows)
+        with task_code_errors("lmms-eval", name):
+            return LoadedTask(definition, rows)
     try:
         return LoadedTask(definition, rows)
-    except Exception as error:  # task functions raise anything on such rows
-        reason = f"{type(error).__name__} {error}"
+    except (Exception, SystemExit) as error:  # task functions raise anything on such rows
         key = f"benchmark.data.{name}={benchmark.data[name]}"
-        raise UserError(f"{key}: the rows do not fit {name}: {reason}") from error
+        raise UserError(f"{key}: the rows do not fit {name}: {task_fault(error)}") from error
 
 
 def _refuse_unfit_rows(

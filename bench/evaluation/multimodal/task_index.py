@@ -10,7 +10,7 @@ from lmms_eval.utils import load_yaml_config
 from omegaconf import OmegaConf
 
 from bench.errors import UserError, nearest
-from bench.evaluation.task_planning import TaskDefinition, TaskFiles
+from bench.evaluation.task_planning import TaskDefinition, TaskFiles, task_code_errors
 from bench.schema import BenchmarkConfig
 
 FILES = TaskFiles("lmms_eval", "lmms-eval", ours=Path(__file__).parent / "tasks" / "micro")
@@ -72,7 +72,8 @@ def _with_includes(file: Path) -> TaskDefinition:
         ours = {str(key): value for key, value in OmegaConf.load(file).items()}
         return {**_with_includes(FILES.harness_folder / ours.pop("include")), **ours}
     try:
-        loaded: TaskDefinition = load_yaml_config(str(file), mode="full")
+        with task_code_errors("lmms-eval", file.stem):
+            loaded: TaskDefinition = load_yaml_config(str(file), mode="full")
     except ImportError as error:
         raise UserError(
             f"lmms-eval's {file.name} needs a package that is not installed: {error}"

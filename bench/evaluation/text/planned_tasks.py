@@ -23,6 +23,8 @@ from bench.evaluation.task_planning import (
     definition_hash,
     evaluated_split,
     folders_of,
+    task_code_errors,
+    task_fault,
 )
 from bench.evaluation.text import task_data, task_index
 from bench.evaluation.text.task_index import AggregatedMetric, TaskGroup, TextTask
@@ -140,7 +142,8 @@ def _build_one(
     present = set(data) if definition["num_fewshot"] else {evaluated_split(definition)}
     fitted = _with_documents(task_index.restrict_to_splits(definition, present), data)
     if name not in benchmark.data:
-        return _construct(fitted), source, ()
+        with task_code_errors("lm-eval", name):
+            return _construct(fitted), source, ()
     task = _construct_local(fitted, f"benchmark.data.{name}={benchmark.data[name]}")
     return task, source, unlabelled
 
@@ -173,8 +176,9 @@ def _source_of(task: TextTask) -> DocumentSource:
 def _construct_local(definition: TaskDefinition, key: str) -> TextTask:
     try:
         return _construct(definition)
-    except Exception as error:  # templates and task functions raise anything on such rows
-        reason = f"{type(error).__name__} {error}"
+    # Templates and task functions raise anything on such rows.
+    except (Exception, SystemExit) as error:
+        reason = task_fault(error)
         raise UserError(f"{key}: the rows do not fit {definition['task']}: {reason}") from error
 
 

@@ -12,7 +12,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from bench.data.hub import unreachable_error
 from bench.errors import UserError, nearest
-from bench.evaluation.task_planning import TaskDefinition, TaskFiles, evaluated_split
+from bench.evaluation.task_planning import (
+    TaskDefinition,
+    TaskFiles,
+    evaluated_split,
+    task_code_errors,
+)
 
 FILES = TaskFiles("lm_eval", "lm-eval", ours=Path(__file__).parent / "tasks" / "micro")
 
@@ -144,7 +149,8 @@ def read_task_definition(file: Path) -> TaskDefinition:
     if load_yaml(file, resolve_func=False).get("unsafe_code"):
         raise unsafe_code_error(file.stem)
     try:
-        definition: TaskDefinition = load_yaml(file)
+        with task_code_errors("lm-eval", file.stem):
+            definition: TaskDefinition = load_yaml(file)
     except ImportError as error:
         raise UserError(
             f"lm-eval's {file.name} needs a package that is not installed: {error}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.errors import UserError
+from bench.errors import UserError, error_sentence
 from bench.models.bitpacking.packed_shape import (
     BitBlock,
     Level,
@@ -245,9 +245,10 @@ def install_packed(
             bias = cast(nn.Linear, network.get_submodule(name)).bias
             linear.register_parameter("bias", _first_rows(bias, linear))
             network.set_submodule(name, linear)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever a constructor raises for foreign values
+        reason = error_sentence(error)
         raise UserError(
-            f"slimbench.json: the packed weights do not match the network: {error}"
+            f"slimbench.json: the packed weights do not match the network: {reason}"
         ) from None
 
 

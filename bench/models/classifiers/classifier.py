@@ -47,7 +47,7 @@ class VisionConfig(BaseModel):
         """
         file = folder / CONFIG_FILE
         try:
-            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+            return cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
             # One fault suffices for one sentence; a folder of a different kind of model has dozens.
             fault = error.errors()[0]

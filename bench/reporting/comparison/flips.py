@@ -13,6 +13,7 @@ import pandas as pd
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PlanCache
 from bench.records import Metric, Record
+from bench.records.atomic_files import refuse_unwritable
 from bench.reporting.comparison.comparison import ComparedRun
 from bench.reporting.comparison.metric_forms import metric_rows
 
@@ -145,6 +146,7 @@ def write_flip_images(
     flip_of_image = {flip.image: flip for flip in flips if flip.image}
     if not flip_of_image:
         return {}
+    refuse_unwritable("--results-dir", results_dir / IMAGE_FOLDER, folder=True)
     benchmark = BenchmarkConfig.model_validate(record.config["benchmark"])
     plan = PlanCache().plan(benchmark, offline=bool(record.config.get("offline")))
     written: dict[str, list[Path]] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.errors import UserError
+from bench.errors import UserError, refuse_bare_text
 from bench.records import Record, Store, samples
 from bench.reporting.comparison.comparison import ComparedRun, Comparison, baseline_of, compare
 from bench.reporting.comparison.flips import Flip, find_flips, write_flip_images
@@ -21,6 +21,7 @@ def compare_runs(
     Raises:
         UserError: a run is unknown, only one is named, or the baseline is ambiguous.
     """
+    refuse_bare_text("runs", runs, 'bench.compare(["1a2b", "3c4d"])')
     store = Store(results_dir)
     # Two prefixes may name the same run; by id it is compared once.
     records = list({record.id: record for record in map(store.get, runs)}.values())

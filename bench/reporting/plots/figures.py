@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bench.errors import UserError, unknown_name
+from bench.errors import UserError, refuse_bare_text, unknown_name
 from bench.evaluation.metrics import AVERAGE
 from bench.records import Record, Store, samples
 from bench.reporting.comparison import ComparedRun
@@ -51,6 +51,7 @@ def prepare_figure(kind: str, runs: Sequence[str], request: PlotRequest) -> Prep
     Raises:
         UserError: the kind or a run is unknown, or the runs have no data for this kind.
     """
+    refuse_bare_text("runs", runs, 'bench.plot("front", ["1a2b", "3c4d"])')
     if kind not in PLOT_KINDS:
         raise unknown_name("kind of plot", kind, PLOT_KINDS)
     store = Store(request.results_dir)
@@ -67,13 +68,18 @@ def _plot_order(record: Record) -> tuple[str, str, bool, str]:
     return record.model.name, benchmark_text(record), not record.is_dense, record.label
 
 
+def figure_files(kind: str, outputs: Sequence[Path], results_dir: Path) -> list[Path]:
+    """Return the given files, or one in every format at `RESULTS/plots/KIND.*`."""
+    return list(outputs) or [
+        results_dir / "plots" / f"{kind}.{suffix}" for suffix in FIGURE_FORMATS
+    ]
+
+
 def write_figures(
     prepared: PreparedFigure, kind: str, outputs: Sequence[Path], results_dir: Path
 ) -> list[Path]:
-    """Write a figure to the given files, or in every format to `RESULTS/plots/KIND.*`."""
-    paths = list(outputs) or [
-        results_dir / "plots" / f"{kind}.{suffix}" for suffix in FIGURE_FORMATS
-    ]
+    """Write a figure to the files of `figure_files`, which have been checked."""
+    paths = figure_files(kind, outputs, results_dir)
     # matplotlib applies its settings when artists are created, so the figure is drawn, and not only
     # saved, within the context.
     with plot_settings():

@@ -28,6 +28,7 @@ from matplotlib.typing import LineStyleType
 
 from bench.errors import UserError
 from bench.evaluation.metrics import AVERAGE
+from bench.records.atomic_files import refuse_unwritable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -108,23 +109,25 @@ def plot_settings() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the file's suffix; equal figures give equal files.
+def check_figure_file(path: Path) -> None:
+    """Raise if a figure cannot be written at a path, before its data are read.
 
     Raises:
         UserError: the format is none of the three, or the file cannot be written.
     """
-    suffix = path.suffix.removeprefix(".").lower()
-    if suffix not in FIGURE_FORMATS:
+    if path.suffix.removeprefix(".").lower() not in FIGURE_FORMATS:
         raise UserError(f"--output {path}: the name must end in {', '.join(FIGURE_FORMATS)}")
+    refuse_unwritable("--output", path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the file's suffix; equal figures give equal files."""
+    suffix = path.suffix.removeprefix(".").lower()
     # matplotlib writes its version into PNG and the time into SVG and PDF, which would make every
     # file differ.
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=suffix, metadata=undated[suffix])
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format=suffix, metadata=undated[suffix])
 
 
 MAX_PANELS = 4

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bench.evaluation.metrics import AVERAGE
 from bench.reporting.record_numbers import NORMAL_QUANTILE
@@ -56,15 +56,20 @@ class PairCounts(NamedTuple):
 
 def table_of(name: str, records: Sequence[Record], scale: str | None = None) -> Table:
     """Return a table filled from records; among records of one run the newest counts."""
+    return _filled_table(name, scale, _by_choices(records))
+
+
+def _filled_table(name: str, scale: str | None, named: _NamedRecords) -> Table:
     config = load_table_config(name, scale)
-    return build_table(config, _match_records(table_slots(config), records))
+    return build_table(config, _match_records(table_slots(config), named))
 
 
 def tables_of(records: Sequence[Record]) -> Iterator[Table]:
     """Yield every table, real or stand-in, of which at least one line has a record."""
+    named = _by_choices(records)
     for name in table_names():
         for scale in (None, MICRO):
-            table = table_of(name, records, scale)
+            table = _filled_table(name, scale, named)
             if any(line.runs for line in table.lines):
                 yield table
 
@@ -266,15 +271,23 @@ class _RunChoices(NamedTuple):
     methods: tuple[str, ...]
 
 
+_NamedRecords: TypeAlias = "Mapping[_RunChoices, Sequence[Record]]"
+
+
+def _by_choices(records: Sequence[Record]) -> _NamedRecords:
+    """Sort records by their choices of config groups, the newest of each first."""
+    named: dict[_RunChoices, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.started, reverse=True):
+        named.setdefault(_choices_of_record(record), []).append(record)
+    return named
+
+
 def _match_records(
-    lines: Sequence[TableSlot], records: Sequence[Record]
+    lines: Sequence[TableSlot], named: _NamedRecords
 ) -> dict[TableSlot, list[Record]]:
     """Find the records of each line by everything that determines a result, except the device."""
     # Identities are exact but need a run to be composed by Hydra, which is slow. The choices of
     # config groups can be read from the overrides and rule out nearly all records first.
-    named: dict[_RunChoices, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.started, reverse=True):
-        named.setdefault(_choices_of_record(record), []).append(record)
     found: dict[TableSlot, list[Record]] = {}
     for slot in lines:
         hits = [_newest_record(run, named.get(_choices_in_overrides(run), ())) for run in slot.runs]

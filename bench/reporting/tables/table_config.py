@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from string import Template
 from typing import Any, Literal, cast
 
@@ -107,6 +109,22 @@ def table_names() -> list[str]:
     return config_names(CONFIG_GROUP)
 
 
+@cache  # A report builds every table twice, and composing takes longer than the rest of it.
+def _composed_table(name: str) -> Tree:
+    """Return the config of a table as it is written; the caller must not change it."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    from bench.config.composition import hydra_config_tree
+
+    names = table_names()
+    if name not in names:
+        raise unknown_name("table", name, names)
+    with hydra_config_tree():
+        composed = compose(f"{CONFIG_GROUP}/{name}")
+    return cast(Tree, OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True))
+
+
 def load_table_config(
     name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None
 ) -> TableConfig:
@@ -118,18 +136,9 @@ def load_table_config(
     Raises:
         UserError: there is no such table, scale, section, row, variant or column.
     """
-    from hydra import compose
-    from omegaconf import OmegaConf
-
-    from bench.config.composition import hydra_config_tree
-
-    if name not in table_names():
-        raise unknown_name("table", name, table_names())
     if scale not in (None, MICRO):
         raise UserError(f"scale={scale}: give scale={MICRO}, or omit it for the real table")
-    with hydra_config_tree():
-        composed = compose(f"{CONFIG_GROUP}/{name}")
-    plain = cast(Tree, OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True))
+    plain = copy.deepcopy(_composed_table(name))
     micro = plain.pop(MICRO, None)
     if scale == MICRO:
         # `stand_in` is set here and not in the file, so that no stand-in can pass for the real

@@ -24,9 +24,13 @@ RECORD_LINK = "../runs/{run}/record.json"
 """The target of a cell's link, relative to `results/tables`."""
 
 
+TABLE_FOLDER = "tables"
+"""Folder of the written tables in a results folder."""
+
+
 def write_table(table: Table, results_dir: Path) -> list[Path]:
     """Write a table to `results_dir/tables` in every format and return the files."""
-    folder = results_dir / "tables"
+    folder = results_dir / TABLE_FOLDER
     paths = []
     for ending, form in TABLE_FORMATS.items():
         path = folder / f"{table.file}.{ending}"

@@ -6,12 +6,13 @@ Shapes: B rows, L tokens per row.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, Effect, LayerReport, MethodReport
+from bench.method import Context, Effect, LayerReport, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -39,7 +40,14 @@ class D2Moe(CalibratedPruning):
     (`pp_ratio`); here that share is zero, so all compression comes from the differences.
     """
 
+    accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain"})
+
     damping: float = Field(default=1e-4, gt=0)
+
+    @property
+    def leaves(self) -> WeightForm:
+        """Routed experts become differences from their base."""
+        return "shared_base"
 
     def check(self, structure: ModelStructure) -> None:
         """Also refuse experts of different shapes, and a ratio that leaves no room for the base."""

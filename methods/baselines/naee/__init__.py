@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, MethodReport
+from bench.method import Context, MethodReport, WeightForm
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
@@ -199,6 +199,7 @@ class Naee(WholeExpertPruning):
     """
 
     uses_calibration: ClassVar[bool] = True
+    accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain"})
 
     state: ExpertState = "dropped"
     progressive: bool = True

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from bench.method import Context, LayerReport, Method, MethodReport
+from bench.method import Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -56,6 +56,7 @@ class MoEQuantization(Method):
     """
 
     uses_calibration: ClassVar[bool] = True
+    accepts: ClassVar[frozenset[WeightForm]] = frozenset({"plain", "ragged"})
 
     rounding: Literal["gptq", "rtn"] = "gptq"
     group: int = Field(default=128, ge=1)
@@ -68,6 +69,11 @@ class MoEQuantization(Method):
     head_bits: BitWidthOrUnquantized = 16
     batch: int = Field(default=8, ge=1)
     chunk: int = Field(default=4096, ge=1)
+
+    @property
+    def leaves(self) -> WeightForm:
+        """Routed experts are packed, whatever the bits of the rest."""
+        return "packed"
 
     @abstractmethod
     def planners(self, model: Model, context: Context) -> Callable[[MoEBlock], Planner]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import UserError
-from bench.method import Context, LayerReport, Method, MethodReport
+from bench.method import ALL_FORMS, Context, LayerReport, Method, MethodReport, WeightForm
 from bench.models.model import Model
 from bench.models.offload import is_offloaded
 from bench.models.structure.dense_layer import find_heads, weight_of
@@ -45,6 +45,8 @@ class WgsefDecoder(Method):
     With `sequential`, layers are measured `LAYERS_AT_ONCE` at a time on what the pruned layers
     before them produce.
     """
+
+    accepts: ClassVar[frozenset[WeightForm]] = ALL_FORMS - {"packed"}
 
     atoms: Literal["neurons", "heads"]
     ratio: float = Field(ge=0, lt=1)

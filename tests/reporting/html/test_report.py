@@ -112,7 +112,7 @@ def test_the_command_writes_where_it_is_told(written, tmp_path, capsys):
     ("given", "said"),
     [
         (["--results-dir", "no/such"], "results_dir=no/such: no such folder"),
-        (["--out", "/proc/no/report.html"], "out=/proc/no/report.html: cannot be written"),
+        (["--out", "/proc/no/report.html"], "--out=/proc/no/report.html: cannot be written"),
         (["--samples", "-3"], "argument --samples"),
         (["--sample-runs", "many"], "'many' is not a whole number"),
     ],

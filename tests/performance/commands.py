@@ -1,0 +1,43 @@
+"""CPU seconds of commands that people wait for: a diagnosis, and views of thousands of records."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.performance.figure import Figure
+from tests.reporting.html.synthetic_records import fill
+
+RECORDS = 3000
+
+
+def figures() -> list[Figure]:
+    """Seconds of processor time of each command, in a process of its own."""
+    doctor = _cpu_seconds("doctor")
+    with tempfile.TemporaryDirectory() as name:
+        results = ["--results-dir", name]
+        fill(Path(name), RECORDS, per_task=0)
+        first = _cpu_seconds("ls", "runs", *results)
+        again = _cpu_seconds("ls", "runs", *results)
+        report = _cpu_seconds("report", *results)
+    how = f"{RECORDS:,} records; {first:.1f} s without their index"
+    return [
+        Figure("bench doctor", doctor, "<= 5 s", doctor <= 5, "CPU time of the whole process"),
+        Figure("bench ls runs", again, "<= 1.5 s", again <= 1.5, how),
+        Figure("bench report", report, "<= 5 s", report <= 5, f"{RECORDS:,} records, no samples"),
+    ]
+
+
+def _cpu_seconds(*arguments: str) -> float:
+    before = _spent_by_children()
+    command = [sys.executable, "-P", "-m", "bench.cli", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+    return _spent_by_children() - before
+
+
+def _spent_by_children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
