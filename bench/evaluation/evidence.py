@@ -62,8 +62,9 @@ class EvidenceLog:
             "finish_reasons": [each.finish for each in seen if each.finish is not None],
             "truncated_tokens": max(each.cut for each in seen),
             "spans_join": any(each.spans for each in seen),
-            "image_sizes": list(seen[0].image_sizes),
         }
+        if seen[0].image_sizes:
+            columns["image_sizes"] = list(seen[0].image_sizes)
         # Otherwise the prompt stays the harness's text, all of which the model saw.
         if seen[0].prompt is not None:
             columns["prompt"] = seen[0].prompt

@@ -85,7 +85,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, network: nn.Modul
         UserError: ids are beyond the embedding, or sequences longer than the learned positions.
     """
     rows = embedded_ids(network)
-    beyond = {text: number for text, number in tokenizer.get_vocab().items() if number >= rows}
+    beyond = _tokens_beyond(tokenizer, rows)
     # Special tokens come from no text. Many published models have one, mostly for padding, that
     # they never had an embedding for.
     special = set(tokenizer.all_special_tokens) - {tokenizer.bos_token, tokenizer.eos_token}
@@ -102,6 +102,13 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, network: nn.Modul
             f"model.max_length={longest}: model {config.name} has learned positions for "
             f"{positions} tokens: give {positions} or less"
         )
+
+
+# Cached, since every run of a sweep asks and a vocabulary has up to 200,000 entries.
+@functools.lru_cache(maxsize=4)
+def _tokens_beyond(tokenizer: Tokenizer, rows: int) -> dict[str, int]:
+    """Return the tokens whose ids are not below `rows`."""
+    return {text: number for text, number in tokenizer.get_vocab().items() if number >= rows}
 
 
 def load_model(source: ModelSource) -> Model:

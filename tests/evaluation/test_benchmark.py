@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, PlanCache, evaluate, plan
@@ -135,12 +136,12 @@ def test_a_network_without_a_head_that_can_be_cut_gives_the_same(model):
         assert ours["loglikelihoods"] == pytest.approx(theirs["loglikelihoods"], abs=1e-4)
 
 
-def test_an_answer_longer_than_the_context_is_refused(short_model):
+def test_an_answer_longer_than_the_context_is_no_answer(short_model):
     adapter = LmEvalAdapter(short_model, 4, Progress(quiet=True))
-    with pytest.raises(
-        UserError, match="a continuation of 30 tokens cannot be scored: model tiny0"
-    ):
-        adapter._loglikelihood_tokens([(None, [1], [2] * 30)])
+    asked = Instance("loglikelihood", {}, ("x", " y" * 30), 0, ("task", 5, 1))
+    ((value, greedy),) = adapter.loglikelihood([asked])
+    assert math.isnan(value) and not greedy
+    assert "the model takes 24" in adapter.evidence.unanswered("task", 5)
 
 
 def test_nothing_is_printed(model, capfd):
