@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from bench.records import Store, run_id
 from bench.runner.calibration_inputs import CalibrationInputs, resolve_calibration_inputs
 from bench.runner.identity import method_identity, model_files_identity, scoring_code_identity
+from bench.runner.method_application import refuse_idle
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
@@ -83,8 +84,9 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
 
         refuse_long_prompts(config.costs.timing, config.model, skeleton)
     structure = inspect_model(skeleton)
-    for method in config.method.values():
+    for name, method in config.method.items():
         method.check(structure)
+        refuse_idle(name, method, structure)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     calibration_inputs = resolve_calibration_inputs(config)

@@ -40,7 +40,7 @@ def rebuild_model(record: Record, session: Session) -> Model:
     set_threads(config.threads)
     seed_everything(config.seed)
     model = session.base_model.acquire(source, will_change=bool(config.method))
-    apply_methods(config, model, inputs.prepare(config, model, Progress()))
+    apply_methods(config, model, inputs.prepare(config, model, Progress()), session)
     return model
 
 

@@ -200,6 +200,15 @@ class SparseTraining(ClassifierTraining):
         if (self.scope, self.unit) == ("global", "groups"):
             refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
 
+    def planned_removals(self, structure: ModelStructure) -> list[int] | None:
+        """Return the number of groups, of the network or of each layer; a cost has none."""
+        config = structure.vision
+        if config is None or self.unit != "groups":
+            return None
+        sizes = convolution.group_counts(config, self.groups)
+        parts = sizes if self.scope == "layer" else [sum(sizes)]
+        return [int(self._sparsity(sum(sizes)) * size + 1e-9) for size in parts]
+
     def _sparsity(self, groups: int) -> float:
         """Return the fraction to remove, of `groups` or of their cost."""
         if self.k is None:
