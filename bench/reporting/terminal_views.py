@@ -56,7 +56,7 @@ def list_runs(results_dir: Path) -> list[dict[str, object]]:
             "method": record.label,
             "benchmark": _benchmark(record),
             "average": metric.value if (metric := record.metric(AVERAGE)) else None,
-            "note": None,
+            "note": ", ".join(record.marks) or None,
         }
         for record in store.all()
     ]
