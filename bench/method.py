@@ -132,6 +132,13 @@ class Method(BaseModel, ABC):
     def check(self, structure: ModelStructure) -> None:
         """Raise `UserError` if this method does not fit the model; no weight is loaded yet."""
 
+    def planned_removals(self, structure: ModelStructure) -> Sequence[int] | None:
+        """Return how many units `ratio` removes from each part, None if that is not known yet.
+
+        A run is refused whose `ratio` is not 0 and rounds down to no unit at all.
+        """
+        return None
+
     @abstractmethod
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Change `model.network` in place and report the effect."""

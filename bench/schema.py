@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,6 +18,17 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+
+def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Raise if a value stands in a list twice, since its results would count twice."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice: name it once")
+    return values
+
+
+Distinct = AfterValidator(_refuse_twice)
 
 ModelKind = Literal["causal_lm", "image_text", "image_classifier"]
 """Inputs and outputs of a model: text to text, images and text to text, image to class."""
@@ -173,7 +185,7 @@ class BenchmarkConfig(BaseModel):
     name: str
     harness: Literal["lm_eval", "lmms_eval", "images"] = "lm_eval"
     suite: Literal["real", "micro"] = "real"
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], Distinct] = ()
     metrics: dict[str, str] = Field(default_factory=dict)
     perplexity: dict[str, PerplexityConfig] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=0, ge=0, le=1000)
@@ -220,7 +232,7 @@ class BenchmarkConfig(BaseModel):
 
 MeasuredQuantity = Literal["latency", "memory", "energy", "roofline"]
 """Quantities measured in addition to the counts; `roofline` is what the device can do at best."""
-SizeList = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+SizeList = Annotated[tuple[PositiveInt, ...], Field(min_length=1), Distinct]
 
 
 class TimingConfig(BaseModel):
@@ -294,7 +306,7 @@ class CostsConfig(BaseModel):
     length: int = Field(default=512, ge=1, le=MAX_SHAPE)
     words: int = Field(default=32, ge=1, le=MAX_SHAPE)
     flops: FlopsConfig = FlopsConfig()
-    measure: tuple[MeasuredQuantity, ...] = ()
+    measure: Annotated[tuple[MeasuredQuantity, ...], Distinct] = ()
     timing: TimingConfig = TimingConfig()
 
 

@@ -50,9 +50,39 @@ def hydra_config_tree() -> Iterator[ConfigLoader]:
 
 def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and validate the config of one run; raises `UserError` if it is wrong."""
-    with hydra_errors_as_user_errors(overrides), hydra_config_tree():
+    with hydra_errors_as_user_errors(overrides), hydra_config_tree() as loader:
         check_overrides(Overrides.parse(overrides))
+        refuse_doubles(Overrides.parse(overrides), loader)
         return validated(hydra_compose("config", overrides=list(overrides)))
+
+
+LIST_GROUPS = ("method",)
+"""Config groups of which a run may have several choices."""
+
+
+def refuse_doubles(overrides: Overrides, loader: ConfigLoader) -> None:
+    """Raise if a run names two choices that cannot both be meant.
+
+    Hydra would apply a method once that is named twice, and the last of two models.
+    """
+    chosen: dict[str, str] = {}
+    for override in overrides.parsed:
+        group, text = override.key_or_group, text_of(override)
+        if override.is_sweep_override() or not loader.get_group_options(group):
+            continue
+        if group in chosen:
+            raise UserError(f"{chosen[group]} and {text} choose {group} twice: give one of them")
+        chosen[group] = text
+        value = override.value()
+        names = [str(name) for name in value] if isinstance(value, list) else []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{text} names {twice} twice: name it once")
+        if len(names) > 1 and group not in LIST_GROUPS:
+            raise UserError(
+                f"{text}: a run has one {group}: give one, or sweep them with "
+                f"-m {group}={','.join(names)}"
+            )
 
 
 def validated(composed: DictConfig) -> RunConfig:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench.config.composition import (
     hydra_config_tree,
     hydra_errors_as_user_errors,
+    refuse_doubles,
     validated,
 )
 from bench.config.gate import (
@@ -74,6 +75,7 @@ def alternative_configs(overrides: Overrides) -> list[RunConfig]:
     first = DictConfig({})
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree() as loader:
         for single in _sweep_runs(overrides):
+            refuse_doubles(Overrides.parse(single.overrides), loader)
             changed = None if single.changed is None else _parse_one(single.changed)
             if changed is None or not _is_value(changed, loader):
                 composed = hydra_compose("config", overrides=single.overrides)

@@ -95,14 +95,13 @@ def without_contradicted(found: CostReport, progress: Progress) -> CostReport:
             c for c in report.costs
             if (c.scope, c.how) != (scope, "analytic") or c.quantity not in dropped
         ]  # fmt: skip
-        share = f"{analytic / counted - 1:+.1%}" if counted else "from 0"
-        reason = f"{format_quantity(analytic)} differs by {share} from the counted number"
+        reason = (
+            f"{format_quantity(analytic)} by the formula, but {format_quantity(counted)} counted"
+        )
         report.missing.append(
             MissingMeasurement(scope=scope, quantity=quantity, reason=reason, how="analytic")
         )
-        progress.warn(
-            f"{scope}: the analytic {quantity.replace('_', ' ')} of {reason} and is left out"
-        )
+        progress.warn(f"no analytic {quantity.replace('_', ' ')} for {scope}: {reason}")
     return report
 
 

@@ -74,7 +74,7 @@ def _schema() -> pa.Schema:
     columns = dict.fromkeys(
         ("run", "started", "sweep", "model", "label", "methods", "effect"), text
     )
-    columns |= {"ratio": number, "kind": text}
+    columns |= {"ratio": number, "marks": text, "kind": text}
     columns |= dict.fromkeys(("benchmark", "task", "metric", "filter"), text)
     columns |= {"shots": whole, "split": text, "value": number, "stderr": number, "n": whole}
     columns |= {"higher_is_better": truth, "headline": truth, "task_version": text}
@@ -126,6 +126,7 @@ def _rows_of_record(record: Record, stamp: str) -> list[JsonObject]:
         "methods": _join_names([method.name for method in record.methods]) or "dense",
         "effect": _join_names([method.confirmed_effect for method in record.methods]) or "none",
         "ratio": next((m.config["ratio"] for m in record.methods if "ratio" in m.config), None),
+        "marks": ", ".join(record.marks),
         "stamp": stamp,
     }
     metrics = [{"kind": "metric", **m.model_dump()} for m in record.metrics]

@@ -71,10 +71,10 @@ def _indexed_runs(store: Store) -> list[dict[str, object]]:
     """Return a row per record with metrics, from the index: thousands of files take seconds."""
     from bench.records.index import index_table
 
-    names = ("run", "started", "model", "label", "benchmark", "kind", "task", "value")
+    names = ("run", "started", "model", "label", "benchmark", "marks", "kind", "task", "value")
     table = index_table(store).select(names)
     found: dict[str, dict[str, object]] = {}
-    for run, started, model, label, benchmark, kind, task, value in zip(
+    for run, started, model, label, benchmark, marks, kind, task, value in zip(
         *(table[name].to_pylist() for name in names), strict=True
     ):
         if kind != "metric":
@@ -88,7 +88,7 @@ def _indexed_runs(store: Store) -> list[dict[str, object]]:
                 "method": label,
                 "benchmark": benchmark,
                 "average": None,
-                "note": None,
+                "note": marks or None,
             },
         )
         if task == AVERAGE:
@@ -104,7 +104,7 @@ def _run_row(record: Record) -> dict[str, object]:
         "method": record.label,
         "benchmark": _benchmark(record),
         "average": None,
-        "note": None,
+        "note": ", ".join(record.marks) or None,
     }
 
 

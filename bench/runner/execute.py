@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bench.measurement.quantities import MeasuredPair
     from bench.models.model import Model
     from bench.models.source import ModelSource
-    from bench.records import AppliedMethod, SizeAndWork
+    from bench.records import AppliedMethod
     from bench.runner.session import Session
 
 
@@ -97,8 +97,7 @@ def _execute_run(
     dense = describe_dense_model(model)
     checkpoints = store.unfinished(inputs.id, processes.rank)
     context = inputs.calibration_inputs.prepare(config, model, progress, checkpoints)
-    counts = _dense_counts(model, config, inputs.source, session) if config.method else None
-    methods = apply_methods(config, model, context, counts) if counts else []
+    methods = apply_methods(config, model, context, session)
 
     # The journal is keyed by the weights after the methods: responses of a killed run are reused
     # only if applying the methods again gave exactly the same network.
@@ -166,18 +165,6 @@ def _move_unreadable_aside(store: Store, run: str, progress: Progress) -> None:
             f"the record of run {run} is unreadable ({reason}): running it again; "
             f"the old files are in {place}"
         )
-
-
-def _dense_counts(
-    model: Model, config: RunConfig, source: ModelSource, session: Session
-) -> SizeAndWork:
-    """Count a model that no method has changed yet, once for all runs of a session."""
-    from bench.measurement.costs import count_size_and_work
-
-    key = (source, config.costs)
-    if key not in session.dense_counts:
-        session.dense_counts[key] = count_size_and_work(model, config.costs)
-    return session.dense_counts[key]
 
 
 def _measured_pair(

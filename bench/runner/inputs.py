@@ -19,7 +19,7 @@ from bench.runner.identity import (
     scoring_code_identity,
     string_leaves,
 )
-from bench.runner.method_application import refuse_impossible_order
+from bench.runner.method_application import refuse_idle, refuse_impossible_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,8 +95,9 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
 
         refuse_long_prompts(config.costs.timing, config.model, skeleton)
     structure = inspect_model(skeleton)
-    for method in config.method.values():
+    for name, method in config.method.items():
         method.check(structure)
+        refuse_idle(name, method, structure)
     refuse_quantized(source, config)
     refuse_impossible_order(config, weight_forms(skeleton))
     if config.uses_prompts and config.model.kind != "image_text":

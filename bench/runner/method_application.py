@@ -17,18 +17,18 @@ from bench.ui import format_quantity
 
 if TYPE_CHECKING:
     from bench.config.run_config import RunConfig
-    from bench.method import Context, MethodReport
+    from bench.method import Context, Method, MethodReport
     from bench.models.model import Model
+    from bench.models.structure.model_structure import ModelStructure
     from bench.records import AppliedMethod, EffectCheck, SizeAndWork
     from bench.records.record import JsonObject
+    from bench.runner.session import Session
 
 
 def apply_methods(
-    config: RunConfig, model: Model, context: Context, dense: SizeAndWork
+    config: RunConfig, model: Model, context: Context, session: Session
 ) -> list[AppliedMethod]:
     """Apply a run's methods to its model in order and return their checked reports.
-
-    `dense` is the count of the model as it is given.
 
     Raises:
         UserError: a method left NaN or infinite weights, or reports an unknown effect.
@@ -40,7 +40,14 @@ def apply_methods(
     from bench.models.hashing import refuse_not_finite
     from bench.records import AppliedMethod
 
-    applied, before = [], dense
+    if not config.method:
+        return []
+    # The unchanged model is counted once for all runs of a session.
+    described = repr(getattr(model.network, "config", None))
+    key = (model.fingerprint, described, model.config, config.costs)
+    if key not in session.dense_counts:
+        session.dense_counts[key] = count_size_and_work(model, config.costs)
+    applied, before = [], session.dense_counts[key]
     watched = "memory" in config.costs.measure
     for name, method in config.method.items():
         # Two methods must not find each other's checkpoints.
@@ -85,6 +92,21 @@ def apply_methods(
             )
         )
     return applied
+
+
+def refuse_idle(name: str, method: Method, structure: ModelStructure) -> None:
+    """Raise if a method is asked for a saving and will remove nothing; no weight is loaded yet.
+
+    Otherwise the dense model would be recorded under the method's name.
+    """
+    # Zero is a request to change nothing, as a sweep's first value often is.
+    ratio = getattr(method, "ratio", None)
+    planned = method.planned_removals(structure) if ratio else None
+    if planned is not None and not any(planned):
+        raise UserError(
+            f"method.{name}.ratio={ratio:g} rounds down to nothing in every part of "
+            f"{structure.architecture}: raise it, or set it to 0 to change nothing on purpose"
+        )
 
 
 def check_effect(effect: str, before: SizeAndWork, after: SizeAndWork) -> EffectCheck:

@@ -36,7 +36,6 @@ def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ())
             code that is not `allowed` in this command; see `recorded_config`.
     """
     from bench.device.devices import seed_everything, set_threads
-    from bench.measurement.costs import count_size_and_work
     from bench.models.source import resolve_model
 
     config = recorded_config(record, allowed)
@@ -55,9 +54,7 @@ def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ())
     set_threads(config.threads)
     seed_everything(config.seed)
     model = session.base_model.acquire(source, will_change=bool(config.method))
-    if config.method:
-        context = inputs.prepare(config, model, Progress())
-        apply_methods(config, model, context, count_size_and_work(model, config.costs))
+    apply_methods(config, model, inputs.prepare(config, model, Progress()), session)
     return model
 
 

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from bench.evaluation import PlanCache
     from bench.evaluation.distributed import ProcessGroup
     from bench.models.base_model_cache import BaseModelCache
-    from bench.models.source import ModelSource
     from bench.records import SizeAndWork
-    from bench.schema import CostsConfig
+    from bench.schema import CostsConfig, ModelConfig
+
+    DenseKey = tuple[str, str, ModelConfig, CostsConfig]
+    """Fingerprint, network config and config of a model, and the shapes at which it is counted."""
 
 
 class Session:
@@ -45,8 +47,8 @@ class Session:
         return PlanCache()
 
     @cached_property
-    def dense_counts(self) -> dict[tuple[ModelSource, CostsConfig], SizeAndWork]:
-        """Counts of unchanged models, at the shapes of a run's costs."""
+    def dense_counts(self) -> dict[DenseKey, SizeAndWork]:
+        """Counts of unchanged models, by all that decides them."""
         return {}
 
     @cached_property

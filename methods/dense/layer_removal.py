@@ -45,6 +45,10 @@ class ShortGPT(Method):
                 f"{structure.architecture}: at most {len(structure.layers) - 1}"
             )
 
+    def planned_removals(self, structure: ModelStructure) -> list[int] | None:
+        """Return the number of layers to remove; None if `count` is given in place of a ratio."""
+        return None if self.count is not None else [count_zeroed(self.ratio, len(structure.layers))]
+
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Score all layers, remove the lowest, and renumber what stays."""

@@ -95,6 +95,13 @@ class Flap(StructuredPruning):
     allocation: Literal["global", "uniform"] = "global"
     compensate: bool = True
 
+    def planned_removals(self, structure: ModelStructure) -> list[int] | None:
+        """Return the number of units per layer and kind; that of a joint ranking is not known."""
+        if self.allocation == "global":
+            return None
+        units = find_units(structure, self.label)
+        return [uniform_count(self.ratio, unit.count) for unit in units]
+
     @torch.no_grad()
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure the inputs of all readouts, rank the units, remove the lowest."""

@@ -76,6 +76,10 @@ class MoEPruning(Method):
         share = self.share(structure)
         return [math.floor(share * block.micro_experts) for block in self.blocks(structure)]
 
+    def planned_removals(self, structure: ModelStructure) -> list[int]:
+        """Return the budgets: micro-experts per block."""
+        return self.budgets(structure)
+
 
 def require_experts(structure: ModelStructure, method: str, verb: str) -> None:
     """Raise if a model has no MoE blocks; `verb` says what the method does to experts."""

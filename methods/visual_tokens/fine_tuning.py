@@ -97,7 +97,7 @@ class VisualFineTuning(Method):
             "steps": total,
             "losses": [round(loss, 5) for loss in losses],
         }
-        return MethodReport("none", details)
+        return MethodReport("none", details, trained=True)
 
     @property
     def _conversations_per_step(self) -> int:

@@ -1,6 +1,7 @@
 """Methods for image classifiers: WGSEF and each competitor in the same training.
 
-`SparseTraining` trains with any solver; a method is its options and its solver.
+`SparseTraining` trains with any solver; a method is its options and its solver. `Train` is the same
+training with nothing removed.
 
 Shapes: M groups of all families.
 """
@@ -8,6 +9,7 @@ Shapes: M groups of all families.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,9 +19,9 @@ from pydantic import Field, field_validator, model_validator
 
 from bench.data import image_catalogue
 from bench.errors import UserError
-from bench.method import Context, Method, MethodReport
+from bench.method import Context, Effect, Method, MethodReport
 from bench.models.classifiers.architectures import build_classifier
-from bench.models.classifiers.classifier import Classifier
+from bench.models.classifiers.classifier import Classifier, VisionConfig
 from methods.wgsef.groups import convolution
 from methods.wgsef.groups.convolution import ConvolutionGroups
 from methods.wgsef.groups.costs import GroupCosts
@@ -44,16 +46,118 @@ if TYPE_CHECKING:
     from bench.models.structure.model_structure import ModelStructure
 
 
-class SparseTraining(Method):
+class ClassifierTraining(Method):
+    """Training of an image classifier, with or without sparsity.
+
+    `data` are the images, those of the benchmark. `split: validation` trains without the held-out
+    images and reports accuracy on them. `restart` draws fresh weights; otherwise training starts
+    from the model's own. An interrupted run resumes; `checkpoints` names a folder to use for that
+    instead of the run's own.
+    """
+
+    data: str = "digits"
+    data_folder: str | None = None
+    split: Literal["test", "validation"] = "test"
+    recipe: SparseTrainingRecipe = SparseTrainingRecipe()
+    restart: bool = True
+    checkpoints: str | None = None
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse other models and mismatched images."""
+        self._config(structure)
+
+    def _config(self, structure: ModelStructure) -> VisionConfig:
+        config = structure.vision
+        if config is None:
+            raise UserError(
+                f"this training needs an image classifier; this model is {structure.architecture}"
+            )
+        known = image_catalogue.image_shape(self.data)
+        # An ImageNet folder may hold only a subset of the classes.
+        given = replace(known, classes=config.classes) if self.data == "imagenet" else known
+        config.refuse_mismatched_images(self.data, given)
+        return config
+
+    def _network(self, model: Model, seed: int) -> Classifier:
+        """Return the classifier to train, with fresh weights if `restart` is set."""
+        network = model.network
+        if not isinstance(network, Classifier):
+            raise UserError(f"{model.name} is not an image classifier")
+        if self.restart:
+            # Initialisation draws from the global CPU generator. Seeding a fork of it makes the
+            # weights independent of methods applied earlier in the same run, and leaves the
+            # process's random state as it was.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                network = build_classifier(network.config).to(model.device)
+        return network
+
+    def _splits(self) -> Splits:
+        splits = image_catalogue.load_image_set(self.data, self.data_folder)
+        return splits if self.split == "test" else splits.for_selection()
+
+    def _job(
+        self,
+        network: Classifier,
+        splits: Splits,
+        partition: GroupPartition,
+        allocation: Allocation,
+        solver: Callable[[SolverContext], Solver],
+        context: Context,
+    ) -> TrainingJob:
+        return TrainingJob(
+            network=network,
+            splits=splits,
+            partition=partition,
+            allocation=allocation,
+            solver=solver,
+            recipe=self.recipe,
+            seed=context.seed,
+            folder=Path(self.checkpoints) if self.checkpoints else context.folder,
+            # The class name is part of the identity of a checkpoint: renaming a method class
+            # invalidates the checkpoints of interrupted runs. Where they are stored is not.
+            identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
+            progress=context.progress,
+        )
+
+
+class Train(ClassifierTraining):
+    """Train a classifier with the recipe of sparse training and keep all of its weights.
+
+    It gives the dense row of a table whose network begins with fresh weights.
+    """
+
+    def apply(self, model: Model, context: Context) -> MethodReport:
+        """Train; `model.network` keeps its shapes."""
+        network = self._network(model, context.seed)
+        splits = self._splits()
+        network.config.refuse_mismatched_images(splits.name, splits.shape)
+        # The trainer selects groups at the end: here it keeps them all.
+        families = convolution.families_of_kind(network, "filters")
+        partition = GroupPartition(network, families)
+        whole = GlobalAllocation(partition, sparsity=0.0)
+        job = self._job(network, splits, partition, whole, Solver, context)
+        outcome = Trainer(job).run()
+        model.network = network
+        details = {
+            "data": splits.provenance,
+            "accuracy": outcome.history[-1]["accuracy"],
+            "history": [{key: line[key] for key in TRAINING_CURVES} for line in outcome.history],
+        }
+        return MethodReport("none", details, trained=True)
+
+
+TRAINING_CURVES = ("epoch", "loss", "rate", "accuracy")
+"""Numbers of an epoch that a training without sparsity has."""
+
+
+class SparseTraining(ClassifierTraining):
     """Train a classifier with a solver until few groups are left, then remove all others.
 
     `ratio` is the fraction to remove, counted in `unit`: groups, multiply-adds or bytes. With scope
     `global` all layers share one budget, with `layer` each loses that fraction of its groups. If
     `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
-    minimum fraction kept per layer. `split: validation` trains without the held-out images and
-    reports accuracy on them. `restart` draws fresh weights; otherwise training starts from the
-    model's own. Kept counts are rounded up to `multiple`. An interrupted run resumes; `checkpoints`
-    names a folder to use for that instead of the run's own.
+    minimum fraction kept per layer. Kept counts are rounded up to `multiple`.
     """
 
     writes = ("checkpoints",)
@@ -63,14 +167,8 @@ class SparseTraining(Method):
     scope: BudgetScope = "global"
     unit: BudgetUnit = "groups"
     floor: float = Field(default=0.05, ge=0, lt=1)
-    data: str = "digits"
-    data_folder: str | None = None
-    split: Literal["test", "validation"] = "test"
     k: int | None = Field(default=None, ge=1)
-    recipe: SparseTrainingRecipe = SparseTrainingRecipe()
-    restart: bool = True
     multiple: int = Field(default=1, ge=1)
-    checkpoints: str | None = None
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -99,18 +197,19 @@ class SparseTraining(Method):
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse other models, mismatched images, and budgets that the network cannot keep."""
-        config = structure.vision
-        if config is None:
-            raise UserError(
-                f"sparse training needs an image classifier; this model is {structure.architecture}"
-            )
-        known = image_catalogue.image_shape(self.data)
-        # An ImageNet folder may hold only a subset of the classes.
-        given = replace(known, classes=config.classes) if self.data == "imagenet" else known
-        config.refuse_mismatched_images(self.data, given)
+        config = self._config(structure)
         sizes = convolution.group_counts(config, self.groups)
         if (self.scope, self.unit) == ("global", "groups"):
             refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
+
+    def planned_removals(self, structure: ModelStructure) -> list[int] | None:
+        """Return the number of groups, of the network or of each layer; a cost has none."""
+        config = structure.vision
+        if config is None or self.unit != "groups":
+            return None
+        sizes = convolution.group_counts(config, self.groups)
+        parts = sizes if self.scope == "layer" else [sum(sizes)]
+        return [int(self._sparsity(sum(sizes)) * size + 1e-9) for size in parts]
 
     def _sparsity(self, groups: int) -> float:
         """Return the fraction to remove, of `groups` or of their cost."""
@@ -127,7 +226,9 @@ class SparseTraining(Method):
         network.config.refuse_mismatched_images(splits.name, splits.shape)
         families = convolution.families_of_kind(network, self.groups)
         partition = GroupPartition(network, families)
-        outcome = Trainer(self._job(network, splits, partition, context)).run()
+        allocation = self._allocation(network, splits, partition)
+        job = self._job(network, splits, partition, allocation, self.solver, context)
+        outcome = Trainer(job).run()
         removable = all(family.unremovable_reason is None for family in families)
         if removable:
             dead = partition.split(~outcome.keep)
@@ -135,43 +236,8 @@ class SparseTraining(Method):
         model.network = network
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
-        return MethodReport(effect="removed" if removable else "zeroed", details=details)
-
-    def _network(self, model: Model, seed: int) -> Classifier:
-        """Return the classifier to train, with fresh weights if `restart` is set."""
-        network = model.network
-        if not isinstance(network, Classifier):
-            raise UserError(f"{model.name} is not an image classifier")
-        if self.restart:
-            # Initialisation draws from the global CPU generator. Seeding a fork of it makes the
-            # weights independent of methods applied earlier in the same run, and leaves the
-            # process's random state as it was.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                network = build_classifier(network.config).to(model.device)
-        return network
-
-    def _splits(self) -> Splits:
-        splits = image_catalogue.load_image_set(self.data, self.data_folder)
-        return splits if self.split == "test" else splits.for_selection()
-
-    def _job(
-        self, network: Classifier, splits: Splits, partition: GroupPartition, context: Context
-    ) -> TrainingJob:
-        return TrainingJob(
-            network=network,
-            splits=splits,
-            partition=partition,
-            allocation=self._allocation(network, splits, partition),
-            solver=self.solver,
-            recipe=self.recipe,
-            seed=context.seed,
-            folder=Path(self.checkpoints) if self.checkpoints else context.folder,
-            # The class name is part of the identity of a checkpoint: renaming a method class
-            # invalidates the checkpoints of interrupted runs. Where they are stored is not.
-            identity=f"{type(self).__name__} {self.model_dump_json(exclude={'checkpoints'})}",
-            progress=context.progress,
-        )
+        effect: Effect = "removed" if removable else "zeroed"
+        return MethodReport(effect, details, trained=True)
 
     def _allocation(
         self, network: Classifier, splits: Splits, partition: GroupPartition

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from bench.config.composition import compose_run_config, config_names
 from bench.config.overrides import Overrides
-from bench.config.sweep_checks import single_runs
+from bench.config.sweep_checks import alternative_configs, single_runs
 from bench.errors import UserError
 
 
@@ -134,6 +134,52 @@ def test_wrong_input_is_one_sentence(overrides, parts):
     assert "\n" not in said
     for part in parts:
         assert part in said
+
+
+DOUBLES = [
+    ("method=[gptq,gptq]", "names gptq twice"),
+    ("method=[camera_p,gptq,camera_p]", "names camera_p twice"),
+    ("model=[micro_moe,micro_llava]", "a run has one model"),
+    ("benchmark=[camera_micro,nine_tasks]", "a run has one benchmark"),
+    ("calibration=[english,english]", "names english twice"),
+    ("tracker=[none,wandb]", "a run has one tracker"),
+    ("costs=[quick,full]", "a run has one costs"),
+    ("hydra/launcher=[local,joblib]", "a run has one hydra/launcher"),
+    ("benchmark.tasks=[arc_easy,arc_easy]", "arc_easy is named twice"),
+    ("costs.measure=[latency,memory,latency]", "latency is named twice"),
+    ("costs.timing.lengths=[16,16]", "16 is named twice"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), DOUBLES)
+def test_two_things_that_cannot_both_be_meant_are_refused(text, said):
+    for wrong in ([text], ["ratio=0.4", text]):
+        with pytest.raises(UserError, match=said):
+            compose_run_config(wrong)
+        with pytest.raises(UserError, match=said):
+            alternative_configs(Overrides.parse(wrong))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["-m", "method=dense,[gptq,gptq]"], "names gptq twice"),
+        (["-m", "method=dense,gptq", "model=[micro_moe,micro_moe]"], "names micro_moe twice"),
+        (["-m", "ratio=0.2,0.4", "benchmark.tasks=[boolq,boolq]"], "boolq is named twice"),
+        (["model=micro_moe", "model=micro_llava"], "choose model twice"),
+        (["method=gptq", "method=camera_p"], "choose method twice"),
+        (["hydra/sweeper=list", "hydra.sweeper.runs=[['method=[gptq,gptq]']]"], "gptq twice"),
+    ],
+)
+def test_nor_in_a_sweep_or_one_after_the_other(overrides, said):
+    with pytest.raises(UserError, match=said):
+        alternative_configs(Overrides.parse(overrides))
+
+
+def test_a_list_of_one_and_a_chain_of_methods_are_fine():
+    config = compose_run_config(["model=[micro_moe]", "method=[camera_p,gptq]"])
+    assert list(config.method) == ["camera_p", "gptq"]
+    assert config.model.name == "micro_moe"
 
 
 def test_a_target_that_is_not_a_method_is_refused():

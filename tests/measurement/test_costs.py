@@ -7,16 +7,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2Moe
 from bench.device.energy_counters import Unavailable
 from bench.errors import UserError
 from bench.measurement import energy
-from bench.measurement.costs import measure_costs
+from bench.measurement.costs import count_costs, measure_costs, without_contradicted
+from bench.measurement.flops import analytic
 from bench.measurement.memory import disk_bytes
-from bench.measurement.quantities import MeasuredPair
+from bench.measurement.quantities import CostReport, MeasuredPair
 from bench.measurement.roofline import DeviceLimits, device_limits, weight_bytes_read
 from bench.measurement.workload import refuse_long_prompts, workloads
 from bench.method import Context
 from bench.models.classifiers import architectures, classifier
 from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
+from bench.records import Cost
 from bench.schema import CostsConfig, ModelConfig
+from bench.ui import SILENT
 from methods.token_pruning.fastv import FastV
 from tests.methods.visual_engine.tiny_mllms import build
 
@@ -61,6 +64,43 @@ def llama_flops(tokens, keys, heads_of, inner):
 def test_nothing_is_measured_unless_it_is_asked_for():
     found = measure_costs(MeasuredPair(model(llama())), config())
     assert (found.costs, found.missing) == ([], [])
+
+
+def doubled(structure_of):
+    """An analytic formula that takes every layer twice."""
+    return lambda layers, *rest: structure_of([*layers, *layers], *rest)
+
+
+def test_a_formula_that_the_count_contradicts_is_a_gap_with_a_warning(monkeypatch):
+    said = []
+    monkeypatch.setattr(type(SILENT), "warn", lambda self, text: said.append(text))
+    whole = count_costs(model(llama()), CostsConfig(name="test", length=8))
+    assert {(c.scope, c.how) for c in whole.costs if c.quantity == "flops"} == {
+        ("forward 1x8", "counted"), ("forward 1x8", "analytic"),
+        ("token after 1x8", "counted"), ("token after 1x8", "analytic"),
+    }  # fmt: skip
+    assert said == []
+    monkeypatch.setattr(analytic, "decoder_macs", doubled(analytic.decoder_macs))
+    found = count_costs(model(llama()), CostsConfig(name="test", length=8))
+    assert {c.how for c in found.costs if c.quantity in ("flops", "macs")} == {"counted"}
+    assert all(
+        "by the formula, but" in gap.reason for gap in found.missing if gap.quantity == "flops"
+    )
+    assert {gap.scope for gap in found.missing if gap.how == "analytic"} == {
+        "forward 1x8", "token after 1x8",
+    }  # fmt: skip
+    assert sum("no analytic flops for" in line for line in said) == 2
+
+
+@pytest.mark.parametrize(("analytic_value", "stays"), [(99.0, True), (101.0, True), (98.9, False)])
+def test_one_per_cent_is_the_limit(analytic_value, stays):
+    def flops(value, how):
+        return Cost(scope="s", quantity="flops", unit="FLOP", value=value, how=how)
+
+    both = CostReport([flops(100.0, "counted"), flops(analytic_value, "analytic")])
+    found = without_contradicted(both, SILENT)
+    assert (len(found.costs) == 2) == stays
+    assert (len(found.missing) == 0) == stays
 
 
 def test_every_stage_has_its_time_and_the_flops_of_the_very_call():

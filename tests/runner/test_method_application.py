@@ -6,20 +6,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.data.calibration import Calibration
 from bench.errors import UserError
-from bench.measurement.costs import count_size_and_work
 from bench.method import Context, Method, MethodReport
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import VisionConfig
 from bench.models.network import replace_forward
+from bench.models.structure.model_structure import inspect_model
 from bench.records import SizeAndWork, without_real_saving
-from bench.runner.method_application import apply_methods, check_effect
+from bench.runner.method_application import apply_methods, check_effect, refuse_idle
+from bench.runner.session import Session
 from bench.schema import CostsConfig
 from bench.ui import SILENT
+from methods.baselines.d2_moe.method import D2Moe
+from methods.baselines.naee import Naee
 from methods.camera.pruning import CameraP
+from methods.dense.layer_removal import ShortGPT
+from methods.dense.structured import Flap
 from methods.quantization.uniform import Rtn
+from methods.wgsef.layerwise.dense_decoder import OnText
+from methods.wgsef.sparse_training import Wgsef
 from tests.methods.method_application import model_of
-from tests.models.tiny_networks import build, tokens
+from tests.models.tiny_networks import build, llama, tokens
 
 COSTS = CostsConfig(name="tiny", length=8)
 
@@ -78,7 +88,9 @@ def applied(**methods):
     model = model_of(build("qwen2_moe"))
     context = Context(0, Calibration(tokens(rows=3), "calibration"))
     config = SimpleNamespace(method=methods, costs=COSTS)
-    return apply_methods(config, model, context, count_size_and_work(model, COSTS)), model
+    with Session() as session:
+        session.dense_counts.clear()
+        return apply_methods(config, model, context, session), model
 
 
 @pytest.mark.parametrize(
@@ -164,6 +176,46 @@ def test_asked_for_a_saving_and_changed_nothing(said):
     said.clear()
     applied(fake=Claimed(effect="none", ratio=0))
     assert said == []
+
+
+MOE, DENSE = inspect_model(build("qwen2_moe")), inspect_model(llama())
+VISION = inspect_model(
+    build_classifier(VisionConfig(architecture="micro_lenet", channels=1, size=8))
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "structure", "least"),
+    [
+        (lambda ratio: CameraP(ratio=ratio), MOE, 0.05),
+        (lambda ratio: Naee(ratio=ratio), MOE, 0.05),
+        (lambda ratio: D2Moe(ratio=ratio), MOE, 0.05),
+        (lambda ratio: OnText(atoms="heads", ratio=ratio), DENSE, 0.5),
+        (lambda ratio: OnText(atoms="neurons", ratio=ratio), DENSE, 0.5),
+        (lambda ratio: Flap(ratio=ratio, allocation="uniform"), DENSE, 0.5),
+        (lambda ratio: ShortGPT(ratio=ratio), DENSE, 0.5),
+        (lambda ratio: Wgsef(ratio=ratio), VISION, 0.5),
+        (lambda ratio: Wgsef(ratio=ratio, scope="layer"), VISION, 0.5),
+    ],
+)
+def test_a_ratio_that_rounds_down_to_nothing_is_refused_before_weights_are_loaded(
+    make, structure, least
+):
+    with pytest.raises(UserError, match=r"method\.x\.ratio=0\.0001 rounds down to nothing"):
+        refuse_idle("x", make(0.0001), structure)
+    refuse_idle("x", make(least), structure)
+
+
+def test_a_ratio_of_zero_may_change_nothing():
+    refuse_idle("x", CameraP(ratio=0), MOE)
+    refuse_idle("x", ShortGPT(count=0), DENSE)
+
+
+def test_a_fifth_of_three_heads_is_none():
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}
+    three = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, intermediate_size=8))
+    with pytest.raises(UserError, match=r"ratio=0\.2 rounds down to nothing"):
+        refuse_idle("wgsef_heads", OnText(atoms="heads", ratio=0.2), inspect_model(three))
 
 
 COUNTS = st.builds(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -18,19 +19,27 @@ from bench.models.structure.moe_block import (
 )
 
 
+class LayerStack(NamedTuple):
+    """A list of decoder layers, and its name in the decoder."""
+
+    name: str
+    layers: tuple[nn.Module, ...]
+
+
 @dataclass(frozen=True)
 class ModelStructure:
     """Parts of a network that methods change.
 
-    `layers` are the decoder layers in order. An image classifier has none; `vision` describes it
-    instead. `parameters` counts every weight once, tied ones too. `refusal` is the reason why the
-    MoE blocks are not supported; reading `moe` then raises it. `dense_blocks` are the feed-forward
-    layers of a decoder without experts, and `dense_refusal` the reason why they are not supported.
+    `stacks` are the names and layers of the decoder's stacks; published decoders have one. An image
+    classifier has none; `vision` describes it instead. `parameters` counts every weight once, tied
+    ones too. `refusal` is the reason why the MoE blocks are not supported; reading `moe` then
+    raises it. `dense_blocks` are the feed-forward layers of a decoder without experts, and
+    `dense_refusal` the reason why they are not supported.
     """
 
     architecture: str
     model_type: str
-    layers: tuple[nn.Module, ...]
+    stacks: tuple[LayerStack, ...]
     parameters: int
     blocks: tuple[MoEBlock, ...] = ()
     refusal: str | None = None
@@ -39,11 +48,24 @@ class ModelStructure:
     dense_refusal: str | None = None
 
     @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Decoder layers in order; raises `UserError` if there are several stacks of them."""
+        # Neither stack may be dropped in silence: half of the network would pass for the whole.
+        if len(self.stacks) > 1:
+            found = " and ".join(f"{stack.name} ({len(stack.layers)})" for stack in self.stacks)
+            raise UserError(
+                f"{self.architecture} has several stacks of decoder layers, {found}: methods and "
+                "FLOP formulas know one"
+            )
+        return self.stacks[0].layers if self.stacks else ()
+
+    @property
     def moe(self) -> tuple[MoEBlock, ...]:
         """MoE blocks in layer order, without dense layers; raises `UserError` if unsupported."""
         if self.refusal is not None:
             raise UserError(self.refusal)
-        return self.blocks
+        # Blocks are numbered by layer, which needs one stack.
+        return self.blocks if self.layers else ()
 
     @property
     def micro_expert_blocks(self) -> tuple[MoEBlock, ...]:
@@ -70,26 +92,27 @@ def inspect_model(network: nn.Module) -> ModelStructure:
         return _classifier_structure(network)
     config = getattr(network, "config", None)
     architecture = type(network).__name__
-    layers = _decoder_layers(network)
+    stacks = _decoder_stacks(network)
     blocks: tuple[MoEBlock, ...] = ()
     # The refusal is stored, not raised: such a network can be evaluated and its other parts
     # changed; only readers of `moe` must fail.
     refusal = None
     try:
-        blocks = _moe_blocks(network, layers)
+        blocks = _moe_blocks(network, [layer for stack in stacks for layer in stack.layers])
     except UnsupportedStructure as difference:
         refusal = f"{architecture} has experts in an unsupported form: {difference}"
     dense_blocks: tuple[MoEBlock, ...] = ()
     dense_refusal = None
-    if not blocks and refusal is None:
+    # Several stacks are refused when `layers` is read.
+    if not blocks and refusal is None and len(stacks) == 1:
         try:
-            dense_blocks = _dense_blocks(network, layers)
+            dense_blocks = _dense_blocks(network, stacks[0].layers)
         except UnsupportedStructure as difference:
             dense_refusal = f"{architecture} has feed-forwards in an unsupported form: {difference}"
     return ModelStructure(
         architecture=architecture,
         model_type=str(getattr(config, "model_type", architecture)),
-        layers=layers,
+        stacks=stacks,
         parameters=sum(weight.numel() for weight in network.parameters()),
         blocks=blocks,
         refusal=refusal,
@@ -102,29 +125,33 @@ def _classifier_structure(network: Classifier) -> ModelStructure:
     return ModelStructure(
         architecture=network.config.architecture,
         model_type="image_classifier",
-        layers=(),
+        stacks=(),
         parameters=sum(weight.numel() for weight in network.parameters()),
         vision=network.config,
     )
 
 
-def _decoder_layers(network: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the longest of the outermost module lists of the decoder, or an empty tuple."""
+def _decoder_stacks(network: nn.Module) -> tuple[LayerStack, ...]:
+    """Return the outermost module lists of the decoder that hold layers."""
     decoder = network
     if hasattr(network, "get_decoder"):
         decoder = cast(TransformersNetwork, network).get_decoder()
     stacks = [
-        (name.count("."), -len(module), tuple(module))
+        LayerStack(name, tuple(module))
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, nn.ModuleList) and _holds_layers(module)
     ]
-    # Lists deeper in the tree are experts or sublayers of one layer, so the fewest dots come first.
-    # Of lists at the same depth the longest wins: a decoder with two stacks would silently be
-    # reduced to the longer one.
-    return min(stacks, key=lambda stack: stack[:2], default=(0, 0, ()))[2]
+    # Lists deeper in the tree are experts or sublayers of one layer: the fewest dots are outermost.
+    outermost = min((stack.name.count(".") for stack in stacks), default=0)
+    return tuple(stack for stack in stacks if stack.name.count(".") == outermost)
 
 
-def _moe_blocks(network: nn.Module, layers: tuple[nn.Module, ...]) -> tuple[MoEBlock, ...]:
+def _holds_layers(modules: nn.ModuleList) -> bool:
+    """Whether the items of a list are layers, and not single matrices or norms beside them."""
+    return any(any(True for _ in item.children()) for item in modules)
+
+
+def _moe_blocks(network: nn.Module, layers: Sequence[nn.Module]) -> tuple[MoEBlock, ...]:
     # The `experts` attribute identifies a block, since every model family in transformers defines
     # block classes of its own.
     names = {module: name for name, module in network.named_modules()}

@@ -63,8 +63,8 @@ VALUE_COLUMNS = (
 def as_csv(table: Table) -> str:
     """Return the rows of `table_rows` as CSV."""
     out = io.StringIO()
-    names = ("table", "stand_in", "section", "variant", "row", "column", "unit", "scored_on")
-    writer = csv.DictWriter(out, (*names, *VALUE_COLUMNS), lineterminator="\n")
+    about = ("table", "stand_in", "section", "variant", "row", "column", "unit", "scored_on")
+    writer = csv.DictWriter(out, (*about, *VALUE_COLUMNS), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table_rows(table))
     return out.getvalue()

@@ -116,6 +116,19 @@ class WgsefDecoder(Method):
         effect = self.state if removed else "none"
         return MethodReport(effect, details, [LayerReport(**layer) for layer in layers])
 
+    def planned_removals(self, structure: ModelStructure) -> list[int]:
+        """Return the number of atoms to remove per layer."""
+        return [
+            self._removed(self._family(layer, structure.architecture).groups)
+            for layer in structure.layers
+        ]
+
+    def _removed(self, atoms: int) -> int:
+        """Return how many of a layer's atoms go; one stays."""
+        # Rounded down, so that no layer loses more than `ratio`; as a fraction of the decimal as
+        # typed, since in floating point 0.29 * 100 is 28.999...
+        return min(atoms - 1, math.floor(Fraction(repr(self.ratio)) * atoms))
+
     @abstractmethod
     def _inputs(self, context: Context, model: Model) -> tuple[Sequence[ModelInputs], str]:
         """Return the inputs on which activations are measured, and their fingerprint."""
@@ -149,10 +162,7 @@ class WgsefDecoder(Method):
             )
         weight_DM = weight_of(readout)
         width = weight_DM.shape[1] // family.groups
-        # Rounded down, so that no layer loses more than `ratio`; as a fraction of the decimal as
-        # typed, since in floating point 0.29 * 100 is 28.999...
-        exact = Fraction(repr(self.ratio))
-        count = max(1, family.groups - math.floor(exact * family.groups))
+        count = family.groups - self._removed(family.groups)
         problem = Reconstruction.from_gram(gram_MM / tokens, weight_DM.T, width)
         (kept_A,) = SELECTORS[self.selector]([problem], count)
         entry: LayerEntry = {"kept": kept_A.nonzero().flatten().tolist()}

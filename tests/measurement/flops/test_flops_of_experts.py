@@ -1,15 +1,19 @@
 """Counted and arithmetic FLOPs agree for every mixture of experts, dense and really pruned."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from bench.data.calibration import Calibration
 from bench.measurement.flops import analytic
 from bench.measurement.flops.cost_rows import count_text_flops, language_parts
 from bench.measurement.flops.counter import count_flops
 from bench.method import Context
+from bench.models.embedded.micro_moe import FOLDER
 from bench.models.macs import macs_by_part
 from bench.models.model import Model
 from bench.models.structure.model_structure import inspect_model
@@ -143,3 +147,31 @@ def test_packed_weights_and_shared_bases():
         model = loaded(build("qwen2_moe"))
         method.apply(model, context)
         both_agree(model.network)
+
+
+@pytest.fixture(scope="module")
+def micro_moe():
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("ratio", [None, 0.2, 0.4, 0.6])
+def test_counts_of_micro_moe_agree_dense_and_after_camera_p(micro_moe, ratio):
+    """A forward and one token: it meets 4 of 16 experts, which pruning leaves of unlike widths."""
+    network = copy.deepcopy(micro_moe).requires_grad_(False)
+    if ratio is not None:
+        CameraP(ratio=ratio).apply(loaded(network), Context(0, Calibration(tokens(3), "text")))
+    structure, (text, token) = inspect_model(network), count_text_flops(network, 1, 512)
+    agree(text, analytic.text_forward_macs(network, structure, 1, 512))
+    agree(token, analytic.text_token_macs(network, structure, 1, 512))
+
+
+def test_a_token_after_any_method_that_leaves_unlike_experts():
+    context = Context(0, Calibration(tokens(rows=3), "calibration"))
+    pruned, packed = CameraP(ratio=0.6, align=2), Gptq(bits=4, group=4, min_tokens=4)
+    for methods in ([pruned], [D2Moe(ratio=0.5)], [pruned, packed]):
+        model = loaded(build("qwen2_moe"))
+        for method in methods:
+            method.apply(model, context)
+            model.invalidate_structure()
+        _, token = both_agree(model.network)
+        agree(token, analytic.text_token_macs(model.network, model.structure, BATCH, LENGTH))

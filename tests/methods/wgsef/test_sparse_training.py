@@ -19,7 +19,9 @@ from methods.wgsef import sparse_training as methods
 
 CONF = Path(__file__).parents[3] / "conf" / "method"
 FILES = sorted(
-    path for path in CONF.glob("*.yaml") if "methods.wgsef.sparse_training." in path.read_text()
+    path
+    for path in CONF.glob("*.yaml")
+    if "methods.wgsef.sparse_training." in path.read_text() and path.stem != "train"
 )
 FOLLOWED = {"data": "digits", "data_folder": None, "split": "test"}
 
@@ -56,10 +58,28 @@ def test_every_config_is_a_method_that_removes_the_share_it_was_given(path):
 
 def test_the_configs_name_every_knob_of_their_class():
     assert len(FILES) == 10
-    for path in FILES:
+    for path in (*FILES, CONF / "train.yaml"):
         maker, given = knobs(path)
         assert set(given) == set(maker.model_fields), path.stem
         assert set(given["recipe"]) == set(maker.model_fields["recipe"].annotation.model_fields)
+
+
+@pytest.mark.parametrize("name", ["micro_lenet", "micro_resnet", "micro_mobilenet"])
+def test_training_without_sparsity_keeps_every_weight_and_learns(name):
+    subject, recipe = model(name), {"epochs": 2, "batch": 100}
+    report = methods.Train(recipe=recipe).apply(subject, Context(seed=0))
+    assert (report.effect, report.trained) == ("none", True)
+    assert {k: v.shape for k, v in subject.network.state_dict().items()} == {
+        k: v.shape for k, v in model(name).network.state_dict().items()
+    }
+    assert report.details["history"][1]["loss"] < report.details["history"][0]["loss"]
+    # The recipe is that of sparse training: until its selection, plain training is the same.
+    rival = methods.MagnitudePruning(ratio=0.5, recipe={**recipe, "sparse_share": 1.0})
+    other = rival.apply(model(name), Context(seed=0)).details["history"][0]
+    again = methods.Train(recipe={**recipe, "sparse_share": 1.0}).apply(
+        model(name), Context(seed=0)
+    )
+    assert again.details["history"][0]["loss"] == other["loss"]
 
 
 def test_groups_that_cannot_be_removed_are_reported_as_zeroed():

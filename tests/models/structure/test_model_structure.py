@@ -181,3 +181,35 @@ def test_refuses_experts_under_another_name():
     network.model.layers[2].mlp.input_linear = ParallelExperts()
     with pytest.raises(UserError, match=r"mlp\.input_linear is a ParallelExperts"):
         _ = inspect_model(network).moe
+
+
+class Stacks(nn.Module):
+    """A decoder with lists of layers and of other modules side by side."""
+
+    def __init__(self, **lists):
+        super().__init__()
+        for name, modules in lists.items():
+            self.add_module(name, nn.ModuleList(modules))
+
+
+def layer():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 2), (2, 2), (1, 5)])
+def test_neither_of_two_stacks_is_dropped_in_silence(lengths):
+    first, second = ([layer() for _ in range(length)] for length in lengths)
+    structure = inspect_model(Stacks(early=first, late=second))
+    said = rf"early \({lengths[0]}\) and late \({lengths[1]}\)"
+    for read in (lambda: structure.layers, lambda: structure.moe):
+        with pytest.raises(UserError, match=said):
+            read()
+    assert structure.parameters == sum(lengths) * 40
+
+
+def test_lists_of_matrices_beside_the_layers_and_inside_them_are_no_stacks():
+    inner = Stacks(experts=[layer(), layer(), layer()])
+    layers = [inner, layer()]
+    network = Stacks(layers=layers, norms=[nn.LayerNorm(4) for _ in range(9)])
+    assert inspect_model(network).layers == tuple(layers)
+    assert inspect_model(nn.Linear(2, 2)).layers == ()
