@@ -45,7 +45,7 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     # In this order, as transformers does: next to the single file, shards and their index are not
     # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
     if (folder / SINGLE_FILE).is_file():
-        files = (folder / SINGLE_FILE,)
+        files: tuple[Path, ...] = (folder / SINGLE_FILE,)
     elif (folder / INDEX_FILE).is_file():
         files = _indexed_shards(folder)
     else:

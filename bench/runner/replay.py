@@ -31,8 +31,8 @@ def rebuild_model(record: Record, session: Session) -> Model:
     source = resolve_model(config.model, offline=config.offline)
     refuse_change("weights", record.model.fingerprint, source.fingerprint)
     recorded = (record.provenance.get("identity") or {}).get("files", {})
-    for name, found in source.files.items():
-        refuse_change(f"file {name}", recorded.get(name, found), found)
+    for name, content in source.files.items():
+        refuse_change(f"file {name}", recorded.get(name, content), content)
     inputs = resolve_calibration_inputs(config)
     for name, found in inputs.fingerprints.items():
         if found is not None:
