@@ -48,7 +48,7 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
     files: tuple[Path, ...]
     if (folder / SINGLE_FILE).is_file():
-        files = (folder / SINGLE_FILE,)
+        files: tuple[Path, ...] = (folder / SINGLE_FILE,)
     elif (folder / INDEX_FILE).is_file():
         files = _indexed_shards(folder)
     else:
