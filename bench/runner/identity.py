@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.config.run_config import identity_of
-from bench.models.checkpoints import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from bench.method import Method
@@ -45,6 +44,9 @@ def model_files_identity(
     # Read on every run, and not looked up by time and size as weights are: the files are small.
     named = {f"file {file.relative_to(folder)}": file for file in sorted(files)}
     if adapter is not None:
+        # Imported here: it needs torch, and a finished sweep is answered without.
+        from bench.models.checkpoints import ADAPTER_CONFIG
+
         named[f"adapter {ADAPTER_CONFIG}"] = adapter / ADAPTER_CONFIG
     return {name: _hash_files([file]) for name, file in named.items()}
 
