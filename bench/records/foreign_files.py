@@ -31,9 +31,12 @@ SAMPLE_COLUMNS = {
     **dict.fromkeys(
         ("task", "filter", "doc_hash", "prompt_hash", "image_hash", "prompt", "response"), "text"
     ),
-    "doc_id": "numbers", "probability": "numbers", "choices": "lists of text",
+    **dict.fromkeys(
+        ("doc_id", "n_tokens", "probability", "acc", "acc_norm", "exact_match"), "numbers"
+    ),
+    "choices": "lists of text",
     "loglikelihoods": "lists of numbers",
-}  # fmt: skip
+}
 """What the columns of `samples.parquet` hold; metrics add numbers of their own."""
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
