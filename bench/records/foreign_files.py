@@ -110,6 +110,8 @@ def _is_shallow(content: bytes) -> bool:
     # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
     left = _TEXT.sub(b"", content).translate(None, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
+        if not left:
+            return True
         left = left.replace(b"{}", b"").replace(b"[]", b"")
     if b"{}" in left or b"[]" in left:
         return False
