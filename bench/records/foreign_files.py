@@ -31,9 +31,12 @@ SAMPLE_COLUMNS = {
     **dict.fromkeys(
         ("task", "filter", "doc_hash", "prompt_hash", "image_hash", "prompt", "response"), "text"
     ),
-    "doc_id": "numbers", "probability": "numbers", "choices": "lists of text",
+    **dict.fromkeys(
+        ("doc_id", "n_tokens", "probability", "acc", "acc_norm", "exact_match"), "numbers"
+    ),
+    "choices": "lists of text",
     "loglikelihoods": "lists of numbers",
-}  # fmt: skip
+}
 """What the columns of `samples.parquet` hold; metrics add numbers of their own."""
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -107,6 +110,8 @@ def _is_shallow(content: bytes) -> bool:
     # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
     left = _TEXT.sub(b"", content).translate(None, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
+        if not left:
+            return True
         left = left.replace(b"{}", b"").replace(b"[]", b"")
     if b"{}" in left or b"[]" in left:
         return False

@@ -155,6 +155,10 @@ def samples_table(path: Path) -> pa.Table:
     table = read_table(path, SAMPLE_COLUMNS)
     if table.num_rows and not {"task", "doc_id"} <= set(table.column_names):
         raise ValueError("it has no columns `task` and `doc_id`")
+    for name in {"task", "doc_id", "choices", "loglikelihoods"} & set(table.column_names):
+        # A sample without choices has an empty list of them.
+        if table[name].null_count:
+            raise ValueError(f"its column {name!r} has empty places")
     return table
 
 

@@ -35,7 +35,7 @@ def utc_now() -> str:
 
 class _FrozenModel(BaseModel):
     # An unknown key means a newer program or a damaged file: refuse it instead of dropping it.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DenseModel(_FrozenModel):

@@ -11,8 +11,8 @@ MODEL = DenseModel(
 ID = "a" * 12
 OLD_RECORD = {
     "id": ID, "status": "done", "started": "", "finished": "", "group": "sweep-1", "command": "",
-    "config": {"benchmark": {"name": "b"}}, "environment": {}, "model": MODEL.model_dump(), "methods": [],
-    "metrics": [], "costs": [], "gaps": [], "provenance": {},
+    "config": {"benchmark": {"name": "b"}}, "environment": {},
+    "model": MODEL.model_dump(), "methods": [], "metrics": [], "costs": [], "gaps": [], "provenance": {},
 }  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def test_a_current_record_is_read_as_it_was_written(tmp_path):
     )
     layers = [{"layer": 0, "removed": 3}]
     record = Record(
-        id=ID, started="", finished="", sweep=None, command="", config={"benchmark": {"name": "b"}}, environment={},
+        id=ID, started="", finished="", sweep=None, command="",
+        config={"benchmark": {"name": "b"}}, environment={},
         model=MODEL, metrics=(), costs=(), missing=(missing,), provenance={},
         methods=({"name": "cut", "config": {}, "effect": "removed", "report": {}, "seconds": 1,
                   "layers": layers},),

@@ -19,7 +19,8 @@ def record():
     )  # fmt: skip
     return Record(
         id="c" * 12, started="2026-01-01", finished="2026-01-01", sweep="sweep-1",
-        command="bench run", config={"seed": 3, "tracker": {}, "benchmark": {"name": "b"}}, environment={},
+        command="bench run", environment={},
+        config={"seed": 3, "tracker": {}, "benchmark": {"name": "b"}},
         model=DenseModel(
             name="tiny", source="s", revision=None, fingerprint="f", architecture="A",
             parameters=7, bytes=28,

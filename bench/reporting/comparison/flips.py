@@ -108,7 +108,7 @@ def _text(row: SampleRow, column: str) -> str | None:
 
 def _target(row: SampleRow) -> str | None:
     """Return the correct answer; if the target is the index of a choice, return that choice."""
-    target, choices = _text(row, "target"), list(row["choices"])
+    target, choices = _text(row, "target"), list(row.get("choices", ()))
     # lm-eval stores the index as text. A number that is no index of a choice is the answer itself.
     if choices and target is not None and target.isdecimal() and int(target) < len(choices):
         return str(choices[int(target)])
@@ -117,8 +117,8 @@ def _target(row: SampleRow) -> str | None:
 
 def _answer(row: SampleRow, metric: str) -> str | None:
     """Return the choice with the highest log-likelihood, or the generated text or class."""
-    choices = [str(choice) for choice in row["choices"]]
-    likelihood_C = np.asarray(row["loglikelihoods"], dtype=float)
+    choices = [str(choice) for choice in row.get("choices", ())]
+    likelihood_C = np.asarray(row.get("loglikelihoods", ()), dtype=float)
     if choices and len(choices) == len(likelihood_C):
         if metric == LENGTH_NORMALIZED:
             likelihood_C = likelihood_C / [max(len(choice), 1) for choice in choices]

@@ -84,7 +84,8 @@ def unit_scores(samples: pd.DataFrame, metric: Metric) -> UnitScores | None:
 def metric_rows(samples: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Return the samples of a task, or of the members of a task group, under one filter."""
     # Image classifiers have no filter, which a frame holds as NaN; their metrics say "none".
-    filters = samples["filter"].astype(object).where(samples["filter"].notna(), "none")
+    named = samples.get("filter", pd.Series(None, samples.index, dtype=object)).astype(object)
+    filters = named.where(named.notna(), "none")
     seen = samples[filters == metric.filter]
     own = seen["task"] == metric.task
     # lm-eval names members after their group (`mmlu_anatomy`). An unrelated task with this prefix
@@ -112,7 +113,7 @@ def _means(rows: pd.DataFrame, metric: str) -> Iterator[UnitScores]:
 
 def _perplexity(rows: pd.DataFrame, metric: str) -> Iterator[UnitScores]:
     """Yield the mean token loss of every window."""
-    if metric == "perplexity":
+    if metric == "perplexity" and {"loglikelihoods", "n_tokens"} <= set(rows):
         # The windows are the units: the recorded perplexity is the exponential of the mean over
         # windows of their mean token losses, whatever their lengths.
         loss = -rows["loglikelihoods"].str[0].astype(float) / rows["n_tokens"].astype(float)
@@ -145,7 +146,7 @@ def _mme(rows: pd.DataFrame, metric: str) -> Iterator[UnitScores]:
 def _mmbench(rows: pd.DataFrame, metric: str) -> Iterator[UnitScores]:
     """Yield MMBench's form: a question counts if it is answered right in all option rotations."""
     scale = {"mmbench_accuracy": 1.0, "gpt_eval_score": 100.0}.get(metric)
-    if scale is not None and "unit" in rows:
+    if scale is not None and {"unit", "response", "target"} <= set(rows):
         right = rows["response"].str.strip().str[:1] == rows["target"]
         # CircularEval of MMBench (Liu et al., arXiv 2307.06281).
         all_right = right.groupby(rows["unit"]).min().astype(float)

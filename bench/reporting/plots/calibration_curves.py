@@ -25,7 +25,7 @@ def answer_confidences(samples: pd.DataFrame) -> pd.DataFrame:
     accuracy counts.
     """
     # Generation tasks have no accuracy, and an interrupted store may have no samples at all.
-    if samples.empty or "acc" not in samples:
+    if samples.empty or not {"acc", "loglikelihoods"} <= set(samples):
         return pd.DataFrame(columns=["confidence", "right"])
     graded = samples[samples["acc"].notna()].astype({"acc": float})
     # A single log-likelihood is that of a text, not of a choice: its softmax is always 1.

@@ -18,6 +18,7 @@ from bench.reporting.plots import allocation, breakdown, calibration_curves, cur
 from bench.reporting.plots.points import require_knob, run_points
 from bench.reporting.plots.style import FIGURE_FORMATS, plot_settings, save_figure
 from bench.reporting.record_numbers import benchmark_text
+from bench.ui import warn
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,19 @@ def _breakdown(records: list[Record], request: PlotRequest) -> PreparedFigure:
 
 
 def _calibration(records: list[Record], request: PlotRequest) -> PreparedFigure:
-    found = calibration_curves.confidence_curves(
-        [ComparedRun(r, samples(r.id, request.results_dir)) for r in records]
-    )
+    read: list[ComparedRun] = []
+    faults: list[UserError] = []
+    for record in records:
+        try:
+            read.append(ComparedRun(record, samples(record.id, request.results_dir)))
+        except UserError as error:
+            faults.append(error)
+    # Damaged samples of one run are no reason to draw none of the others.
+    if faults and not read:
+        raise faults[0]
+    for fault in faults:
+        warn(str(fault))
+    found = calibration_curves.confidence_curves(read)
     return PreparedFigure(found, lambda: calibration_curves.draw_calibration(found))
 
 
