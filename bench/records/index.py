@@ -87,7 +87,9 @@ def _read_index(path: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        found = pq.read_table(path)
+        # Not `read_table`, which imports pandas for its data sets of many files.
+        with pq.ParquetFile(path) as file:
+            found = file.read()
     except (OSError, pa.ArrowException):
         return _schema().empty_table()
     return found if found.schema.equals(_schema()) else _schema().empty_table()
