@@ -56,6 +56,19 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
         return validated(hydra_compose("config", overrides=list(overrides)))
 
 
+def compose_section(group: str, name: str) -> DictConfig:
+    """Compose one config of a group without the rest of a run's config, as a tree below `group`."""
+    file = CONFIG_DIR / group / f"{name}.yaml"
+    own = OmegaConf.load(file) if file.is_file() else None
+    # Hydra composes its own config along with each, which takes ten times as long; it is needed for
+    # files that extend others, and for those of other packages.
+    if own is not None and "defaults" not in own:
+        return OmegaConf.create({group: own})
+    with hydra_config_tree():
+        composed: DictConfig = hydra_compose(f"{group}/{name}")
+    return composed
+
+
 LIST_GROUPS = ("method",)
 """Config groups of which a run may have several choices."""
 
@@ -162,8 +175,8 @@ def _not_a_choice(error: ValueError, overrides: Sequence[str]) -> UserError | No
             continue
         key, text = override.key_or_group, text_of(override)
         if key == "method":
-            return UserError(f"{text} names no method: give names, as in method=[camera_p,camera_q]"
-                             ", or method=[] for the dense model")  # fmt: skip
+            names = "method=[camera_p,camera_q], or method=[] for the dense model"
+            return UserError(f"{text} names no method: give names, as in {names}")
         if "." not in key and _choices(key):
             return UserError(f"{text} is no choice: allowed: {', '.join(_choices(key))}")
     return None

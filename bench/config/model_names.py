@@ -42,6 +42,11 @@ def model_config(value: str) -> dict[str, object] | None:
     return None
 
 
+def is_own_path(value: str) -> bool:
+    """Return whether a value is a path, and no choice that Hydra would find in its config tree."""
+    return _is_path(value) and not (CONFIG_DIR / GROUP / f"{value}.yaml").is_file()
+
+
 def _is_path(value: str) -> bool:
     # What is written as a path is taken for one whether or not it exists: the sentence about a
     # missing file is then about that file, and not about names of models.

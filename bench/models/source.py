@@ -46,7 +46,6 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     _refuse_further_weights(folder)
     # In this order, as transformers does: next to the single file, shards and their index are not
     # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
-    files: tuple[Path, ...]
     if (folder / SINGLE_FILE).is_file():
         files: tuple[Path, ...] = (folder / SINGLE_FILE,)
     elif (folder / INDEX_FILE).is_file():

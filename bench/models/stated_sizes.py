@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from bench.errors import UserError
 
@@ -47,7 +47,7 @@ def byte_range(name: str, entry: dict[str, Any]) -> tuple[int, int]:
     return start, stop
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -107,6 +107,6 @@ def refuse_impossible_sizes(config: dict[str, Any], where: str, *, tensors: int,
             )
     experts = next((config[key] for key in _EXPERT_KEYS if config.get(key)), None)
     chosen = config.get("num_experts_per_tok")
-    possible = _is_size(chosen) and 1 <= chosen <= (experts or 0)
+    possible = _is_size(chosen) and _is_size(experts) and 1 <= chosen <= experts
     if experts is not None and chosen is not None and not possible:
         raise UserError(f"{where}: num_experts_per_tok={chosen} of {experts} experts")

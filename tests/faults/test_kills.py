@@ -144,7 +144,7 @@ def test_other_methods_meet_none_of_its_answers(tmp_path, undisturbed):
     assert alone.read_text() == (undisturbed.parent / "scored").read_text()
 
 
-def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path):
+def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path, undisturbed):
     results, log = tmp_path / "results", tmp_path / "scored"
     sweep = ("-m", "method=dense", "seed=1,2")
     both = [start(results, *sweep, before=counting(log, pause=0.2), small=BRIEF) for _ in range(2)]
@@ -156,7 +156,7 @@ def test_two_identical_sweeps_at_once_execute_every_run_once(tmp_path):
     assert len(log.read_text().split()) == 2 * len(set(log.read_text().split()))
 
 
-def test_a_sweep_that_is_killed_from_outside_goes_on(tmp_path):
+def test_a_sweep_that_is_killed_from_outside_goes_on(tmp_path, undisturbed):
     results, log = tmp_path / "results", tmp_path / "scored"
     sweep = ("-m", "method=dense", "seed=1,2")
     child = start(results, *sweep, before=counting(log, pause=0.5), small=BRIEF)

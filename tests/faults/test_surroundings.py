@@ -1,5 +1,6 @@
 """Machines with something wrong: no home, no locale, no writable disk, a wrong clock, odd paths."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -21,11 +22,12 @@ from bench.sweeps.plan import all_sweeps, create_plan, find_sweep
 from bench.sweeps.status import unfinished_jobs
 from tests.faults.killable_runs import SMALL
 from tests.records.test_store import make
+from tests.reporting.html.synthetic_records import fill
 
 ROOT = Path(__file__).parents[2]
 ODD = "a b, [c] = #'d'"
 FOREIGN = "é漢 😀"
-RUN = ("method=dense", "benchmark.tasks=[boolq]", "benchmark.perplexity={}", "benchmark.limit=4")
+RUN = ("method=dense", "benchmark.tasks=[boolq]", "~benchmark.perplexity", "benchmark.limit=4")
 
 # A day is lost while the run goes on: every look at the clock is earlier than the one before.
 COMMANDS = """
@@ -38,7 +40,7 @@ def backwards():
 time.time = backwards
 results, run = json.loads(sys.argv[1])
 codes = [main(["run", *run])]
-for command in (["ls", "runs"], ["report"], ["plot", "front"], ["status"]):
+for command in (["ls", "runs"], ["report"], ["plot", "front", "--task", "boolq"], ["status"]):
     codes.append(main([*command, "--results-dir", results]))
 print(codes)
 """
@@ -63,10 +65,21 @@ def command_in(folder, *more):
 
 def test_records_in_a_folder_with_foreign_letters(tmp_path, capsys):
     results = tmp_path / f"{ODD} {FOREIGN}"
-    Store(results).write(make(), [], "")
-    for command in (["ls", "runs"], ["report"], ["show", "a"], ["plot", "front"], ["status"]):
+    fill(results, 3, per_task=0)
+    (run, *_) = Store(results).ids()
+    for command in (["ls", "runs"], ["report"], ["show", run], ["plot", "front"], ["status"]):
         assert main([*command, "--results-dir", str(results)]) == 0, capsys.readouterr().err
     assert (results / "plots" / "front.svg").is_file()
+
+
+def test_an_output_that_knows_no_accents_gets_the_rest(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    fill(tmp_path / "é", 1, per_task=0)
+    assert main(["report", "--results-dir", str(tmp_path / "é")]) == 0
+    assert sys.stdout.errors == "strict"
+    sys.stdout.flush()
+    assert b"report.html" in written.getvalue()
 
 
 def test_bytes_that_the_locale_cannot_read_are_named_with_the_cure(tmp_path, capsys):

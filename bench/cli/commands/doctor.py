@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
-from hydra import compose
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from bench.config.composition import config_names, hydra_config_tree
+from bench.config.composition import compose_section, config_names
 from bench.data import hub
 from bench.device.devices import describe_device
 from bench.errors import UserError
@@ -54,21 +54,20 @@ def _devices() -> Iterator[dict[str, str]]:
 
 
 def _models() -> Iterator[dict[str, str]]:
-    for name in config_names("model"):
-        yield _looked_up("model", name, _find_model)
+    yield from _looked_up("model", _find_model)
 
 
 def _benchmarks() -> Iterator[dict[str, str]]:
-    for name in config_names("benchmark"):
-        yield _looked_up("benchmark", name, _find_data)
+    yield from _looked_up("benchmark", _find_data)
 
 
-def _looked_up(group: str, name: str, find: Callable[[str], str]) -> dict[str, str]:
-    what = f"{group} {name}"
-    try:
-        return _row(what, find(name))
-    except UserError as error:
-        return _row(what, None, str(error))
+def _looked_up(group: str, find: Callable[[str], str]) -> Iterator[dict[str, str]]:
+    for name in config_names(group):
+        what = f"{group} {name}"
+        try:
+            yield _row(what, find(name))
+        except UserError as error:
+            yield _row(what, None, str(error))
 
 
 def _find_model(name: str) -> str:
@@ -94,16 +93,21 @@ def _find_data(name: str) -> str:
     return "all data at hand"
 
 
+@cache
+def _run_settings() -> DictConfig:
+    settings = OmegaConf.load(CONFIG_DIR / "config.yaml")
+    assert isinstance(settings, DictConfig)
+    return settings
+
+
 Section = TypeVar("Section", ModelConfig, BenchmarkConfig)
 
 
 def _shipped(group: str, name: str, kind: type[Section]) -> Section:
     """Compose a config of a group without the rest of a run's config, which takes far longer."""
-    with hydra_config_tree():
-        composed = compose(f"{group}/{name}")
     # A fresh model takes its seed from the run.
-    whole = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "config.yaml"), composed)
-    content = OmegaConf.to_container(whole[group], resolve=True)
+    whole = OmegaConf.merge(_run_settings(), compose_section(group, name))
+    content = OmegaConf.to_container(OmegaConf.select(whole, group), resolve=True)
     try:
         return kind.model_validate(content)
     except ValidationError as error:

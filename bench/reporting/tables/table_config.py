@@ -112,16 +112,14 @@ def table_names() -> list[str]:
 @cache  # A report builds every table twice, and composing takes longer than the rest of it.
 def _composed_table(name: str) -> Tree:
     """Return the config of a table as it is written; the caller must not change it."""
-    from hydra import compose
     from omegaconf import OmegaConf
 
-    from bench.config.composition import hydra_config_tree
+    from bench.config.composition import compose_section
 
     names = table_names()
     if name not in names:
         raise unknown_name("table", name, names)
-    with hydra_config_tree():
-        composed = compose(f"{CONFIG_GROUP}/{name}")
+    composed = compose_section(CONFIG_GROUP, name)
     return cast(Tree, OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True))
 
 
