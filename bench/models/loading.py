@@ -22,7 +22,7 @@ from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
 from bench.models.network import NetworkConfig, embedded_ids, learned_positions
 from bench.models.source import ModelSource, resolve_model
-from bench.models.stated_sizes import read_json_object
+from bench.models.weight_files import read_json_object
 from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -191,10 +191,11 @@ def open_folder(folder: str | Path, **settings: Any) -> Model:
 def _network_config(source: ModelSource) -> NetworkConfig:
     from transformers import AutoConfig
 
-    from bench.models import deepseek_moe
+    # transformers does not know this one type, and must before AutoConfig reads config.json.
+    if read_json_object(source.folder / "config.json").get("model_type") == "deepseek":
+        from bench.models import deepseek_moe
 
-    # Before AutoConfig reads config.json: afterwards `model_type: deepseek` would be unknown to it.
-    deepseek_moe.register_deepseek()
+        deepseek_moe.register_deepseek()
     config: NetworkConfig = AutoConfig.from_pretrained(source.folder, **_local_files(source))
     return config
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from bench.errors import UserError, error_sentence
 from bench.models.bitpacking import packed_modules
-from bench.models.stated_sizes import read_json_object
+from bench.models.weight_files import read_json_object
 
 DESCRIPTION_FILE = "slimbench.json"
 

@@ -1,14 +1,11 @@
-"""Where a model's files are: embedded, fresh, a local folder, the hub; whether they are whole.
+"""Where a model's files are: embedded, fresh, a local folder, a file, the hub.
 
-No weight is read here. Only safetensors are accepted: a pickled file can run code when it is
-opened. The format: eight bytes little-endian with the header's length, a JSON header, then the
-tensors without gaps (https://github.com/huggingface/safetensors, section Format).
+No weight is read here; `bench.models.weight_files` says which files they are, and whether whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,155 +15,8 @@ from bench.data.digests import contents_hash, fingerprint
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.classifiers import built_networks
-from bench.models.stated_sizes import (
-    MalformedEntry,
-    byte_range,
-    read_json_object,
-    refuse_impossible_sizes,
-)
+from bench.models.weight_files import check_header, find_weight_files, refuse_outside_links
 from bench.schema import ModelConfig
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-
-# The reference implementation's limit; it stops a corrupt length from allocating the memory.
-MAX_HEADER_BYTES = 100_000_000
-
-
-def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files that transformers loads from a folder, after checking them.
-
-    Raises:
-        UserError: there are none, only pickled ones, one that is missing, truncated or corrupt, or
-            one that lies outside the folder; or the folder makes transformers read further ones, or
-            config.json states sizes that do not fit them.
-    """
-    refuse_outside_links(folder)
-    _refuse_further_weights(folder)
-    # In this order, as transformers does: next to the single file, shards and their index are not
-    # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
-    if (folder / SINGLE_FILE).is_file():
-        files: tuple[Path, ...] = (folder / SINGLE_FILE,)
-    elif (folder / INDEX_FILE).is_file():
-        files = _indexed_shards(folder)
-    else:
-        raise UserError(_no_weights_message(folder))
-    tensors, config = sum(map(check_header, files)), folder / "config.json"
-    if config.is_file():
-        bits = 8 * sum(file.stat().st_size for file in files)
-        refuse_impossible_sizes(read_json_object(config), str(config), tensors=tensors, bits=bits)
-    return files
-
-
-def _refuse_further_weights(folder: Path) -> None:
-    """Raise if a file of the folder makes transformers read weights other than the usual files."""
-    # With peft installed, an adapter is added to the weights; from a pickled file as well.
-    if (folder / checkpoints.ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"{folder} holds an adapter ({checkpoints.ADAPTER_CONFIG}), which would change the "
-            "weights in silence: merge it into them, or move it to a folder of its own"
-        )
-    for file in sorted(folder.glob("config*.json")):
-        try:
-            named = json.loads(file.read_text(encoding="utf-8")).get("transformers_weights")
-        except (ValueError, AttributeError):
-            continue  # transformers says what is wrong with it
-        if named is not None:
-            raise UserError(
-                f"{file} names its weights by transformers_weights={named}: remove that key, and "
-                f"rename them to {SINGLE_FILE}, or to {INDEX_FILE} with its shards"
-            )
-
-
-def refuse_outside_links(folder: Path) -> None:
-    """Raise if a file of the folder, at any depth, is a link to a file outside it.
-
-    A snapshot in the Hugging Face cache consists of links to `blobs` next to it; those stay within
-    the model's own part of the cache and are allowed.
-    """
-    # A downloaded folder is untrusted: a link to ~/.ssh would otherwise be read as a tokenizer
-    # file, and its content could end up in an error message.
-    root = folder.resolve()
-    if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
-        root = root.parents[1]
-    for file in sorted(folder.rglob("*")):
-        if not file.exists():
-            raise UserError(f"{file} is a link to a file that does not exist")
-        # Reading a pipe or a device would never end.
-        if not file.is_file() and not file.is_dir():
-            raise UserError(f"{file} is neither a file nor a folder")
-        if not file.resolve().is_relative_to(root):
-            raise UserError(
-                f"{file} leads out of its model folder to {file.resolve()}, which is not allowed"
-            )
-
-
-def check_header(file: Path) -> int:
-    """Check a safetensors file against its header and return the number of its tensors.
-
-    Raises:
-        UserError: the file is truncated, or its header does not match its content.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise UserError(f"{file} is cut off or not a safetensors file: it has {size} bytes")
-        try:
-            header = json.loads(stream.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            spans = sorted(byte_range(name, entry) for name, entry in tensors.items())
-        except MalformedEntry as fault:
-            raise UserError(f"{file} is corrupt: {fault}") from None
-        # RecursionError: a header can be nested thousands of levels deep.
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise UserError(f"{file} is corrupt: its header cannot be read") from None
-    end = 0
-    for start, stop in spans:
-        # Sorted spans that meet end to start cover the data part exactly once; gaps could hide
-        # data, and overlaps let two tensors alias.
-        if start != end or stop < start:
-            raise UserError(f"{file} is corrupt: its tensors overlap or leave gaps")
-        end = stop
-    if 8 + length + end != size:
-        wanted = 8 + length + end
-        raise UserError(f"{file} is cut off: it has {size} bytes, its header describes {wanted}")
-    return len(spans)
-
-
-def _indexed_shards(folder: Path) -> tuple[Path, ...]:
-    """Return the shards named by the index."""
-    try:
-        named = read_json_object(folder / INDEX_FILE)["weight_map"].values()
-        names = sorted({str(name) for name in named})
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder / INDEX_FILE} is corrupt: it has no readable weight_map"
-        ) from None
-    for name in names:
-        # The index is untrusted input, too: `../x.safetensors` would leave the folder without a
-        # link.
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{folder / INDEX_FILE} names {name!r}, which is outside its folder")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {missing[0]}")
-    if any(not name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder / INDEX_FILE} names files that are not safetensors")
-    return tuple(folder / name for name in names)
-
-
-def _no_weights_message(folder: Path) -> str:
-    """Describe what the folder has instead of safetensors."""
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickled:
-        return (
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when opened: "
-            "convert them to safetensors"
-        )
-    return f"{folder} has no weights: there is neither {SINGLE_FILE} nor {INDEX_FILE}"
-
 
 EMBEDDED_PREFIX = "embedded:"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bench.config.overrides import Overrides, text_of
 from bench.errors import UserError
-from bench.runner.calibration_inputs import resolve_calibration_inputs
+from bench.runner.inputs import resolve_calibration_inputs
 from bench.runner.method_application import apply_methods
 from bench.ui import Progress
 

@@ -2,7 +2,7 @@
 
 Shapes: N micro-experts of a layer (shared ones first).
 
-With φ the coefficients and w the down columns of `methods.camera.energy`, the energy at α = 0 is
+With φ the coefficients and w the down columns of `methods.camera.analysis`, the energy at α = 0 is
 ‖φ‖₂² · ‖w‖₂²; each factor alone is a control for the other.
 """
 

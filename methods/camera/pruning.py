@@ -18,8 +18,7 @@ from bench.models.offload import onloaded
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.camera.allocation import allocate_least_error
-from methods.camera.analysis import BlockEnergies
-from methods.camera.energy import Alpha, resolve_alpha
+from methods.camera.analysis import Alpha, BlockEnergies, resolve_alpha
 from methods.moe.calibration_walk import SequentialPruning, walk_blocks
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import (
@@ -39,7 +38,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
     """Prune micro-experts by energy.
 
     `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of two readings of
-    what the authors used for this model (`methods.camera.energy`).
+    what the authors used for this model (`methods.camera.analysis`).
 
     `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
     `expert`, or over the whole model (`global`: energies relative to the output power of their

@@ -37,8 +37,7 @@ from methods.camera.allocation import (
     energy_order,
     rank_blocks,
 )
-from methods.camera.analysis import BlockEnergies
-from methods.camera.energy import Alpha, energy, resolve_alpha
+from methods.camera.analysis import Alpha, BlockEnergies, energy, resolve_alpha
 from methods.moe.calibration_statistics import Moments, squared_column_norms
 from methods.moe.micro_experts import SHARED, expert_spans
 from methods.moe.quantizer.bit_budget import exact_fraction, level_sizes, mean_bits_of

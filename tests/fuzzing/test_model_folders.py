@@ -14,8 +14,9 @@ import torch
 from bench.errors import UserError
 from bench.models import replaced_modules
 from bench.models.loading import load_model, skeleton
-from bench.models.source import find_weight_files, resolve_model
+from bench.models.source import resolve_model
 from bench.models.structure.model_structure import inspect_model
+from bench.models.weight_files import find_weight_files
 from bench.schema import ModelConfig
 from methods.moe.micro_experts import delete_micro_experts
 from tests.models.tiny_networks import build, save

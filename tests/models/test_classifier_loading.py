@@ -11,12 +11,12 @@ from bench.data.image_catalogue import image_shape
 from bench.data.image_catalogue import load_image_set as load_images
 from bench.errors import UserError
 from bench.models import embedded
-from bench.models.base_model_cache import BaseModelCache
 from bench.models.classifiers import serialization
 from bench.models.embedded.classifiers import NAMES, classifier_accuracy
 from bench.models.loading import load_model, open_folder, skeleton
 from bench.models.source import resolve_model
 from bench.models.structure.model_structure import inspect_model
+from bench.runner.session import BaseModelCache
 from bench.schema import ModelConfig
 
 FRESH = ["lenet5", "vgg16", "resnet18", "mobilenet_v1", "densenet40", "resnet50"]

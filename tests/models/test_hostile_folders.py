@@ -10,8 +10,8 @@ import pytest
 
 from bench.errors import UserError, is_panic
 from bench.models.loading import load_model, refuse_endless_text_files, skeleton
-from bench.models.source import find_weight_files, resolve_model
-from bench.models.stated_sizes import read_json_object
+from bench.models.source import resolve_model
+from bench.models.weight_files import find_weight_files, read_json_object
 from bench.schema import ModelConfig
 from tests.models.tiny_networks import build, save
 
@@ -119,7 +119,7 @@ def test_a_pipe_among_the_files_is_not_opened(folder):
 
 
 def test_a_file_of_json_is_small(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.models.stated_sizes.MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr("bench.models.weight_files.MAX_CONFIG_BYTES", 10)
     (tmp_path / "a.json").write_text('{"a": "much longer"}')
     with pytest.raises(UserError, match="more than 10 bytes"):
         read_json_object(tmp_path / "a.json")

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from bench.errors import UserError
 from bench.models import embedded
-from bench.models.base_model_cache import BaseModelCache
 from bench.models.classifiers.serialization import load_classifier_folder
 from bench.models.loading import load_model
-from bench.models.source import find_weight_files, resolve_model
+from bench.models.source import resolve_model
+from bench.models.weight_files import find_weight_files
+from bench.runner.session import BaseModelCache
 from bench.schema import ModelConfig
 from tests.models.tiny_networks import build, save
 

@@ -14,8 +14,8 @@ from bench.measurement.quantities import MeasuredPair
 from bench.measurement.speedup import speedup_costs
 from bench.measurement.workload import Workload, workloads
 from bench.models import source as model_source
-from bench.models.base_model_cache import BaseModelCache
 from bench.records.record import Cost
+from bench.runner.session import BaseModelCache
 from tests.performance.figure import Figure
 
 RUNS, GOOD = 10, 9

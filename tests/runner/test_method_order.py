@@ -13,8 +13,7 @@ from bench.method import ALL_FORMS, Method, MethodReport
 from bench.models import loading
 from bench.models.replaced_modules import weight_forms
 from bench.models.source import resolve_model
-from bench.runner.calibration_inputs import resolve_calibration_inputs
-from bench.runner.inputs import check_run
+from bench.runner.inputs import check_run, resolve_calibration_inputs
 from bench.runner.method_application import apply_methods, refuse_impossible_order
 from bench.runner.session import Session
 from bench.ui import SILENT

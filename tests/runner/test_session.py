@@ -7,8 +7,7 @@ import weakref
 import pytest
 
 import bench
-from bench.models.base_model_cache import BaseModelCache
-from bench.runner.session import Session
+from bench.runner.session import BaseModelCache, Session
 
 SMALL = [
     "model=micro_lenet", "benchmark=images", "benchmark.limit=2", "threads=1", "tracker=none",

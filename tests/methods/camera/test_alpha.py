@@ -3,7 +3,7 @@
 import pytest
 
 from bench.models.structure.model_structure import inspect_model
-from methods.camera.energy import resolve_alpha
+from methods.camera.analysis import resolve_alpha
 from methods.camera.pruning import CameraP
 from methods.camera.quantization import CameraQ
 from tests.methods.method_application import applied, network_of, zeroed

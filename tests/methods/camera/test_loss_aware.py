@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from bench.errors import UserError
 from bench.models.structure.model_structure import inspect_model
 from bench.ui import SILENT
-from methods.camera.energy import energy
+from methods.camera.analysis import energy
 from methods.camera.loss_aware import (
     CameraLossAware,
     OutputMetric,

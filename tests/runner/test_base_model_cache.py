@@ -1,11 +1,12 @@
-""""""
+"""The model that the runs of a session share: loaded once, lent unchanged."""
 
 import pytest
 import torch
 
-from bench.models import base_model_cache
-from bench.models.base_model_cache import BaseModelCache
+from bench.device import devices
+from bench.models import loading
 from bench.models.source import resolve_model
+from bench.runner.session import BaseModelCache
 from bench.schema import ModelConfig
 from tests.models.tiny_networks import build, save
 
@@ -23,10 +24,8 @@ def found(folder):
 @pytest.fixture
 def loads(monkeypatch):
     done = []
-    real = base_model_cache.load_model
-    monkeypatch.setattr(
-        base_model_cache, "load_model", lambda source: done.append(source) or real(source)
-    )
+    real = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda source: done.append(source) or real(source))
     return done
 
 
@@ -47,9 +46,9 @@ def test_is_loaded_once_and_lent_unchanged(source, loads):
 def test_what_is_kept_is_a_copy_like_those_that_are_lent(source, monkeypatch):
     """A loaded network lies scattered in memory and would lose against any copy of it."""
     first = []
-    real = base_model_cache.load_model
+    real = loading.load_model
     monkeypatch.setattr(
-        base_model_cache, "load_model", lambda source: first.append(real(source)) or first[0]
+        loading, "load_model", lambda source: first.append(real(source)) or first[0]
     )
     kept = BaseModelCache().acquire(source, will_change=False)
     assert kept is not first[0]
@@ -60,7 +59,7 @@ def test_what_is_kept_is_a_copy_like_those_that_are_lent(source, monkeypatch):
 
 
 def test_is_given_away_when_a_copy_does_not_fit(source, loads, monkeypatch):
-    monkeypatch.setattr(base_model_cache.devices, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
     keeper = BaseModelCache()
     dense = keeper.acquire(source, will_change=False)
     assert keeper.acquire(source, will_change=True) is dense
