@@ -19,7 +19,8 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from bench.models.network import TransformersNetwork, replaced_forward
+from bench.errors import UserError
+from bench.models.network import TransformersNetwork, replaced_forward, text_config
 from bench.models.offload import execution_device, is_offloaded, onloaded
 
 LayerArguments = tuple[tuple[object, ...], dict[str, object]]
@@ -39,6 +40,7 @@ class LayerStream:
         self._arguments: dict[int, list[LayerArguments]] = {}
         self._states: list[Tensor] = []
         whole = cast(TransformersNetwork, network)
+        _refuse_more_tokens_than_positions(whole, tokens_BL.shape[1])
         self._device = execution_device(whole.get_input_embeddings())
         offloaded = any(is_offloaded(layer) for layer in layers)
         # Hidden states of all calibration rows can exceed the weights of one layer many times; a
@@ -94,6 +96,22 @@ class LayerStream:
         # and the last batch can be smaller. Equal batch sizes share one entry: rows have one length
         # and no padding, so the content is the same as well.
         self._arguments.setdefault(len(rows_BL), arguments)
+
+
+def _refuse_more_tokens_than_positions(network: TransformersNetwork, length: int) -> None:
+    """Raise if a decoder with a table of positions (GPT-2, OPT) gets more tokens than it has."""
+    limit = getattr(text_config(cast(nn.Module, network)), "max_position_embeddings", None)
+    tables = [
+        part
+        for part in network.get_decoder().modules()
+        if isinstance(part, nn.Embedding) and part is not network.get_input_embeddings()
+    ]
+    # Rotary positions have no table, and no end.
+    if limit is not None and tables and length > limit:
+        raise UserError(
+            f"calibration.length={length} is more than the {limit} positions of "
+            f"{type(network).__name__}: lower calibration.length"
+        )
 
 
 class _CutStateError(Exception):

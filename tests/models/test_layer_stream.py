@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.errors import UserError
 from bench.models.layer_stream import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from tests.models.tiny_networks import (
@@ -44,3 +45,14 @@ def test_a_layer_runs_again_until_it_advances():
     stream.run(0, advance=True)
     assert torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:]))
     assert all("forward" not in layer.__dict__ for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_more_tokens_than_positions_are_one_sentence(name):
+    network = build_dense(name)
+    layers = inspect_model(network).layers
+    LayerStream(network, layers, tokens(rows=1, length=128), batch=1)
+    with pytest.raises(UserError, match=r"calibration\.length=129 is more than the 128 positions"):
+        LayerStream(network, layers, tokens(rows=1, length=129), batch=1)
+    rotary = build_dense("llama")
+    LayerStream(rotary, inspect_model(rotary).layers, tokens(rows=1, length=129), batch=1)
