@@ -313,7 +313,7 @@ def listed_runs(composed: DictConfig) -> list[list[str]]:
     return found
 
 
-_KINDS = {list: "list", dict: "mapping", str: "text"}
+_KINDS: dict[type, str] = {list: "list", dict: "mapping", str: "text"}
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:

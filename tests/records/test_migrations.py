@@ -12,7 +12,8 @@ ID = "a" * 12
 OLD_RECORD = {
     "id": ID, "status": "done", "started": "", "finished": "", "group": "sweep-1", "command": "",
     "config": {"benchmark": {"name": "b"}}, "environment": {},
-    "model": MODEL.model_dump(), "methods": [], "metrics": [], "costs": [], "gaps": [], "provenance": {},
+    "model": MODEL.model_dump(), "methods": [], "metrics": [], "costs": [], "gaps": [],
+    "provenance": {},
 }  # fmt: skip
 
 
