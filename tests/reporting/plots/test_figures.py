@@ -204,7 +204,10 @@ def test_families_differ_in_more_than_colour():
 
 @pytest.fixture
 def results(tmp_path, records):
-    rows = [{"acc": float(i % 3 > 0), "loglikelihoods": [0.0, float(i)]} for i in range(30)]
+    rows = [
+        {"task": "t", "doc_id": i, "acc": float(i % 3 > 0), "loglikelihoods": [0.0, float(i)]}
+        for i in range(30)
+    ]
     for record in records:
         Store(tmp_path).write(record, rows, "")
     return tmp_path
