@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Protocol, cast
 
 from lm_eval.tasks import TaskManager
 
@@ -72,6 +73,19 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
     return replace(planned, unlabelled=unlabelled)
 
 
+class ChoiceTask(Protocol):
+    """A multiple-choice task of lm-eval; with `multiple_input` the contexts are the choices."""
+
+    multiple_input: int
+    eval_docs: Iterable[object]
+
+    def doc_to_target(self, document: object) -> object:
+        """Return the right choice, its index, or a list of such."""
+
+    def doc_to_choice(self, document: object) -> list[str]:
+        """Return the choices."""
+
+
 def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig) -> tuple[int, ...]:
     """Return the scored documents whose label is none of their choices.
 
@@ -80,13 +94,14 @@ def _unlabelled_documents(name: str, task: TextTask, benchmark: BenchmarkConfig)
     Raises:
         UserError: they are more than the benchmark allows.
     """
-    if task.OUTPUT_TYPE != "multiple_choice" or getattr(task, "multiple_input", 0):
+    choosing = cast("ChoiceTask", task)
+    if task.OUTPUT_TYPE != "multiple_choice" or choosing.multiple_input:
         return ()
-    documents = list(islice(task.eval_docs, benchmark.limit))
+    documents = list(islice(choosing.eval_docs, benchmark.limit))
     unlabelled = [
         index
         for index, document in enumerate(documents)
-        if not _is_label(task.doc_to_target(document), task.doc_to_choice(document))
+        if not _is_label(choosing.doc_to_target(document), choosing.doc_to_choice(document))
     ]
     answers = TaskAnswers(len(documents), {str(index): NO_LABEL for index in unlabelled})
     if unlabelled and not answers.suffice(benchmark.allow_missing):
