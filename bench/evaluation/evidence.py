@@ -153,8 +153,8 @@ def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progres
     spanning = concerned(lambda each: each.spanning)
     if spanning:
         progress.warn(
-            "a token spans the join of question and answer, so that a part of the answer is not "
-            f"scored, as in lm-eval ({spanning})"
+            "a token spans the join of question and answer: only what lm-eval's split leaves of "
+            f"the answer is scored, or the answer alone if nothing is left ({spanning})"
         )
     tied = concerned(lambda each: each.tied, MIN_TIED_SHARE)
     if tied:
