@@ -86,6 +86,8 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     from bench.models.structure.model_structure import inspect_model
 
     source = resolve_model(config.model, offline=config.offline)
+    # Before the methods' own checks, which see the network as it was before it was quantized.
+    refuse_quantized(source, config)
     skeleton = loading.skeleton(source)
     if config.costs.measure:
         from bench.measurement.workload import refuse_long_prompts
@@ -94,7 +96,6 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     structure = inspect_model(skeleton)
     for method in config.method.values():
         method.check(structure)
-    refuse_quantized(source, config)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     planned.check_model(config.model)
     calibration_inputs = resolve_calibration_inputs(config)
