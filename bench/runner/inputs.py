@@ -130,6 +130,8 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     from bench.models.structure.model_structure import inspect_model
 
     source = resolve_model(config.model, offline=config.offline)
+    # Before the methods' own checks, which see the network as it was before it was quantized.
+    refuse_quantized(source, config)
     skeleton = loading.skeleton(source)
     if config.costs.measure:
         from bench.measurement.workload import refuse_long_prompts
@@ -139,7 +141,6 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
     for name, method in config.method.items():
         method.check(structure)
         refuse_idle(name, method, structure)
-    refuse_quantized(source, config)
     refuse_impossible_order(config, weight_forms(skeleton))
     if config.uses_prompts and config.model.kind != "image_text":
         names = [name for name, method in config.method.items() if method.uses_prompts]
