@@ -125,7 +125,7 @@ def _process_settings() -> Iterator[None]:
     handlers = {number: signal.signal(number, _interrupt) for number in signals}
     # In a C locale a table with an accented name would otherwise end in an encoding error.
     stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
-    if isinstance(stream, TextIOWrapper) and errors == "strict":
+    if isinstance(stream, TextIOWrapper) and errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="replace")
     try:
         yield
