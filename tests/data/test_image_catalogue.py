@@ -287,5 +287,5 @@ def test_a_broken_image_is_named(tmp_path):
     draw(tmp_path, ["a", "b"])
     (tmp_path / "b" / "0.png").write_bytes(b"no image")
     splits = load_image_set("folder", str(tmp_path), size=16)
-    with pytest.raises(UserError, match=r"b/0.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"b/0.png: its image cannot be opened"):
         splits.test.fetch(torch.arange(4), None)

@@ -259,7 +259,8 @@ def test_what_is_no_file_is_named_and_never_waited_for(results, capsys, name, ki
     else:
         file.symlink_to("/dev/zero" if kind == "device" else secret)
     look(capsys, results, ["ls runs --json", COMMAND_OF[name]])
-    said = answer(capsys, "ls", "runs", "--results-dir", str(results))
+    # As JSON: a table of 80 columns breaks the note into lines.
+    said = answer(capsys, "ls", "runs", "--json", "--results-dir", str(results))
     if name == "record.json":
         kinds = {"pipe": "a pipe", "folder": "a folder", "link": "a link", "device": "a link"}
         assert f"record.json is {kinds[kind]}" in said.out

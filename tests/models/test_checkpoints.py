@@ -15,7 +15,6 @@ from bench.measurement.costs import count_costs
 from bench.models import checkpoints
 from bench.models.loading import load_model, skeleton
 from bench.models.source import resolve_model
-from bench.runner.identity import model_files_identity
 from bench.runner.record_builder import describe_dense_model
 from bench.schema import CostsConfig, ModelConfig
 from tests.models.quantized_folder import write_quantized
@@ -103,10 +102,10 @@ def test_an_adapted_model_is_another_model(base, adapter, tmp_path):
     second = source(base, adapter=str(tmp_path / "second"))
     assert len({plain.fingerprint, first.fingerprint, second.fingerprint}) == 3
 
-    before = model_files_identity(base, remote_code=False, adapter=adapter)
+    before = source(base, adapter=str(adapter)).files
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 13}))
-    assert before != model_files_identity(base, remote_code=False, adapter=adapter)
+    assert before != source(base, adapter=str(adapter)).files
 
 
 @pytest.mark.parametrize(

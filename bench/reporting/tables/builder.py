@@ -127,9 +127,11 @@ def _label(
             records,
         )
     )
-    if any(labels):
-        return " / ".join(label or name for label in labels)
     task = config.columns[name].task
+    if any(labels):
+        # Where the sections name the data sets, a column's name says what was measured on them.
+        measured = f"{name}, " if task is not None and task.startswith("$") else ""
+        return measured + " / ".join(label or name for label in labels)
     return f"embedded {task}" if config.stand_in and task not in (None, AVERAGE) else None
 
 

@@ -191,7 +191,7 @@ def test_controls_follow_the_seed(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_a_model_that_is_no_decoder(method):
-    encoder = ModelStructure("Encoder", "encoder", layers=(), parameters=1)
+    encoder = ModelStructure("Encoder", "encoder", stacks=(), parameters=1)
     with pytest.raises(UserError, match=r"Encoder.*(has no decoder layers|has none)"):
         method(ratio=0.2).check(encoder)
 

@@ -216,7 +216,7 @@ def test_packed_weights_cannot_be_changed_again(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_refuses_a_model_that_is_no_decoder(name):
     with pytest.raises(UserError, match=r"no decoder layers|has none"):
-        METHODS[name].check(ModelStructure("Encoder", "encoder", layers=(), parameters=1))
+        METHODS[name].check(ModelStructure("Encoder", "encoder", stacks=(), parameters=1))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "rtn"])

@@ -153,7 +153,7 @@ def test_views_compute_what_the_modules_compute(name):
 
 
 def test_a_decoder_without_attention_is_refused():
-    layers = nn.ModuleList([nn.Linear(2, 2)])
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
     network = nn.Module()
     network.layers, network.config = layers, transformers.PreTrainedConfig()
     with pytest.raises(UserError, match="kind without self_attn"):
