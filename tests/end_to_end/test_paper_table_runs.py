@@ -66,8 +66,8 @@ def test_seeds_can_be_swept_and_a_cell_is_their_mean(call):
     assert code == 0
     assert len(Store(call.results).all()) == 3
     table = pd.read_csv(call.results / "tables" / "wgsef_grid_micro.csv")
-    print(table.column.unique())
-    assert len(table[table.column == "accuracy, embedded digits"].runs.iloc[0].split()) == 3
+    accuracies = table[table.column.str.startswith("accuracy, embedded")]
+    assert len(accuracies.runs.iloc[0].split()) == 3
 
 
 def test_a_failed_run_leaves_its_cell_empty_and_the_others_whole(call, monkeypatch):
