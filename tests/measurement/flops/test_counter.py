@@ -33,11 +33,11 @@ _to_copy _unsafe_view abs add add_ alias all amax amin any arange argmax argmin 
 bitwise_and bitwise_not bitwise_or bitwise_or_ cat ceil_ clamp clamp_min clamp_min_ clone
 constant_pad_nd copy_ cos cumsum detach diagonal div div_ embedding empty empty_like eq equal exp
 expand eye flip floor floor_divide full full_like gather ge gelu gt histc index index_copy
-index_put_ index_select isnan le lerp_ lift_fresh linalg_vector_norm logical_not_ lt masked_fill masked_fill_
-masked_scatter max max_pool2d_with_indices maximum mean minimum mul nan_to_num native_layer_norm
-ne neg new_empty new_ones new_zeros nonzero ones ones_like permute polar pow prim.device prod rand
-randint randn reciprocal relu relu_ remainder repeat repeat_interleave round rsqrt rsub
-scalar_tensor scatter scatter_ scatter_add select sigmoid silu sin slice sort split
+index_put_ index_select isnan le lerp_ lift_fresh linalg_vector_norm logical_not_ lt masked_fill
+masked_fill_ masked_scatter max max_pool2d_with_indices maximum mean minimum mul nan_to_num
+native_layer_norm ne neg new_empty new_ones new_zeros nonzero ones ones_like permute polar pow
+prim.device prod rand randint randn reciprocal relu relu_ remainder repeat repeat_interleave round
+rsqrt rsub scalar_tensor scatter scatter_ scatter_add select sigmoid silu sin slice sort split
 split_with_sizes sqrt squeeze squeeze_ stack sub sum t topk transpose transpose_ tril unbind
 unique_consecutive unsqueeze unsqueeze_ view view_as_complex view_as_real where zeros zeros_like
 """
