@@ -130,6 +130,7 @@ def _add_run_commands(command: AddCommand) -> None:
         "rescore", "rescore:run_command", "apply the harness's present metrics to stored answers"
     )
     rescore.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
+    _add_allowed(rescore, ALLOWED_HELP)
     export = command("export", "export:run_command", "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export.add_argument("folder", type=Path, metavar="DIR")

@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from bench.errors import UserError
 from bench.records.record import Metric, MissingMeasurement, TaskEvidence
 from bench.schema import BenchmarkConfig
 
@@ -238,6 +239,39 @@ SAMPLE_COLUMNS: dict[str, object] = {
 """First columns of every sample row, with the value used where a task has none."""
 SAMPLE_METRICS = ("acc", "acc_norm", "exact_match")
 """Metric columns that are always present; further metrics append theirs."""
+
+
+ASKED = {
+    "doc_hash": "document",
+    "prompt_hash": "prompt",
+    "question_hash": "prompt",
+    "choices": "choices",
+}
+"""Columns that say what was asked, and what each is called; those that a row lacks are empty."""
+
+
+def refuse_changed_questions(stored: Sequence[SampleRow], found: Sequence[SampleRow]) -> None:
+    """Raise if the rows of a run and those that are made now ask for different things.
+
+    Raises:
+        UserError: a task was edited since, so that the stored answers are to other questions.
+    """
+    present = {(row["task"], row["doc_id"]): row for row in found}
+    tasks = {task for task, _ in present}
+    for row in stored:
+        task, document = row["task"], row["doc_id"]
+        now = present.get((task, document), {})
+        changed = dict.fromkeys(
+            word
+            for column, word in ASKED.items()
+            if task in tasks and row.get(column) and row[column] != now.get(column)
+        )
+        if changed:
+            raise UserError(
+                f"task {task}, document {document}: not what the run asked (different: "
+                f"{', '.join(changed)}), so its stored answers cannot be scored: undo the edit of "
+                "the task, or evaluate again with `bench run`"
+            )
 
 
 def align_rows(rows: Sequence[SampleRow]) -> tuple[SampleRow, ...]:

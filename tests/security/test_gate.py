@@ -187,6 +187,12 @@ def test_methods_of_a_third_party_are_verified_and_exported_on_the_users_word(
         assert "which no record can allow" in said
         assert all(allowed in said for allowed in third_party)
         assert main([*command, *third_party, *where]) == 0, capsys.readouterr().err
+    rescore = ["rescore", record.id, "--results-dir", str(results)]
+    assert main(rescore) == 2
+    assert "which no record can allow" in capsys.readouterr().err
+    # A run on images has no answers for a harness: it is refused for that, and not for its code.
+    assert main([*rescore, *third_party]) == 2
+    assert "nothing to score again" in capsys.readouterr().err
     with pytest.raises(UserError, match="only packages"):
         recorded_config(record, ["seed=2"])
 

@@ -62,14 +62,18 @@ class Rescored:
         return asdict(self)
 
 
-def rescore(run: str, results_dir: Path, session: Session) -> Rescored:
+def rescore(run: str, results_dir: Path, session: Session, allowed: Sequence[str] = ()) -> Rescored:
     """Score a run's stored answers again; `run` may be a prefix of its id.
 
+    `allowed` are the overrides by which the user lets code run that the record cannot allow; see
+    `bench.runner.replay.recorded_config`.
+
     Raises:
-        UserError: there is no such run, its data changed, or its samples lack answers.
+        UserError: there is no such run, its data or questions changed, its samples lack answers, or
+            it used code that is not `allowed`.
     """
     record = Store(results_dir).get(run)
-    config = recorded_config(record)
+    config = recorded_config(record, allowed)
     refuse_changed_data(config, record, session)
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
     stored = [
@@ -143,7 +147,7 @@ def print_rescored(rescored: Rescored) -> None:
 def run_command(given: argparse.Namespace) -> int:
     """`bench rescore RUN`."""
     with Session() as session:
-        rescored = rescore(given.run, given.results_dir, session)
+        rescored = rescore(given.run, given.results_dir, session, given.allowed)
     if given.json:
         print(json.dumps(rescored.plain(), indent=1))
     else:

@@ -22,6 +22,7 @@ from bench.evaluation.metrics import (
     LoggedSample,
     SampleRow,
     TaskAnswers,
+    refuse_changed_questions,
     sample_score,
     settle_metrics,
     task_metric,
@@ -116,9 +117,11 @@ class MultimodalHarness:
         """Apply the harness's filters and metrics to the answers in sample rows.
 
         Raises:
-            UserError: the rows lack answers that the metrics need.
+            UserError: the rows lack answers that the metrics need, or answer other questions.
         """
-        return self._score_tasks(StoredAnswers(self.tasks, rows), "stored answers", SILENT)
+        scored = self._score_tasks(StoredAnswers(self.tasks, rows), "stored answers", SILENT)
+        refuse_changed_questions(rows, scored.rows)
+        return scored
 
     def _score_tasks(
         self, lm: LmmsEvalAdapter | StoredAnswers, name: str, progress: Progress
@@ -343,6 +346,8 @@ def _sample_row(
         "doc_id": planned.indices[sample["doc_id"]],
         "doc_hash": _sha256(json.dumps(sample["doc"], sort_keys=True, default=str)),
         "prompt_hash": _sha256(answer.prompt),
+        # The task's own text: without the model's processor no prompt can be rendered to compare.
+        "question_hash": _sha256(str(sample["arguments"][0])),
         "target": _target(sample),
         "prompt": answer.prompt,
         "response": str(sample["filtered_resps"][0]),

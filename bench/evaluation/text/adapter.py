@@ -326,9 +326,10 @@ class StoredAnswers(LM):  # type: ignore[misc]  # the harness has no types
     def _stored(self, request: Instance, column: str, position: int | None = None) -> Any:
         row = self._rows.get((request.task_name, request.doc_id), {})
         stored, index = row.get(column), request.idx if position is None else position
-        if stored is None or index >= len(stored):
+        if not stored or index >= len(stored):
+            found = f"only {len(stored)} {column}, and the task asks for more" if stored else None
             raise UserError(
-                f"task {request.task_name}, document {request.doc_id}: the run stored no {column}, "
+                f"{_place(request)}: the run stored {found or f'no {column}'}, "
                 "so it cannot be scored again without the model"
             )
         return stored[index]

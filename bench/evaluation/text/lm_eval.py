@@ -23,6 +23,7 @@ from bench.evaluation.metrics import (
     SampleRow,
     TaskAnswers,
     common_split,
+    refuse_changed_questions,
     settle_metrics,
     task_metric,
 )
@@ -136,10 +137,11 @@ class TextHarness:
         """Apply the harness's filters and metrics to the answers in sample rows.
 
         Raises:
-            UserError: the rows lack answers that the metrics need.
+            UserError: the rows lack answers that the metrics need, or answer other questions.
         """
         stored = StoredAnswers(rows)
         scored = self._score_tasks(stored, stored.evidence, "stored answers", SILENT)
+        refuse_changed_questions(rows, scored.rows)
         for text in self.texts:
             windows = [row for row in rows if row["task"] == text.name]
             scored = scored.extended(perplexity.rescore_windows(self.benchmark, text, windows))

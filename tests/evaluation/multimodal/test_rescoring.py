@@ -30,3 +30,14 @@ def test_rows_without_generations_are_refused_by_name(llava):
     old = [{**row, "generations": None, "missing": None} for row in found.samples]
     with pytest.raises(UserError, match="task pope, document 0: the run stored no generations"):
         rescore(planned("pope"), old)
+
+
+@pytest.mark.parametrize(
+    ("column", "different"), [("doc_hash", "document"), ("question_hash", "prompt")]
+)
+def test_answers_to_other_questions_are_refused(column, different, llava):
+    found = evaluate(llava, planned("pope"))
+    old = [{**row, column: "0"} for row in found.samples]
+    with pytest.raises(UserError, match=f"task pope, document 0: .*different: {different}"):
+        rescore(planned("pope"), old)
+    rescore(planned("pope"), [{**row, column: None} for row in found.samples])

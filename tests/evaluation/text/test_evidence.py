@@ -16,6 +16,7 @@ from bench.data.tokenization import appended_tokens, encode_texts
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, evaluate, plan, rescore
 from bench.evaluation.evidence import count_ties, settings_in_force, tokens_until_stop
+from bench.evaluation.metrics import refuse_changed_questions
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.evaluation.text.perplexity import cut_windows
 from bench.models.model import Model
@@ -314,6 +315,36 @@ def test_choices_windows_and_missing_answers_are_scored_again(tmp_path):
     flipped = rescore(plan(benchmark, offline=True), changed).samples
     assert flipped[0]["acc"] == 1 - found.samples[0]["acc"]
     assert flipped[2]["acc"] == found.samples[2]["acc"]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "different"),
+    [
+        ("doc_to_choice", "{{choices.text|reverse|list}}", "choices"),
+        ("doc_to_choice", "{{choices.text + ['all of them']}}", None),
+        ("doc_to_text", "Q: {{question}}\nA:", "prompt"),
+    ],
+)
+def test_stored_answers_are_not_given_to_other_questions(name, edit, different):
+    benchmark = BenchmarkConfig(name="b", suite="micro", tasks=("arc_easy",), limit=3)
+    found = evaluate(make_model(make_tokenizer()), plan(benchmark, offline=True))
+    edited = plan(benchmark, offline=True)
+    (task,) = edited.harness.tasks
+    setattr(task.tasks["arc_easy"].config, name, edit)
+    reason = f"different: {different}" if different else "loglikelihoods, and the task asks for"
+    with pytest.raises(UserError, match=f"task arc_easy, document 0: .*{reason}"):
+        rescore(edited, found.samples)
+
+
+def test_a_document_that_is_another_or_gone_is_refused():
+    row = {"task": "t", "doc_id": 1, "doc_hash": "a", "prompt_hash": "b", "choices": ["c"]}
+    refuse_changed_questions([row], [dict(row)])
+    # Older records lack columns; windows of texts are not asked again.
+    refuse_changed_questions([{**row, "doc_hash": None}, {**row, "task": "u"}], [row])
+    with pytest.raises(UserError, match=r"task t, document 1: .* \(different: document\)"):
+        refuse_changed_questions([row], [{**row, "doc_hash": "z"}])
+    with pytest.raises(UserError, match=r"task t, document 2: .*different: document, prompt"):
+        refuse_changed_questions([row, {**row, "doc_id": 2}], [row])
 
 
 def test_ties_are_counted_and_said_once(tmp_path):
