@@ -109,11 +109,12 @@ class Overrides:
             if override.is_sweep_override():
                 text, key = text_of(override), override.get_key_element()
                 value = text.partition("=")[2]
-                other = (
-                    f"method=[{value}] applies them one after the other"
-                    if key == "method"
-                    else f"write {quoted_override(text)} if this is one text"
-                )
+                other = f"write {quoted_override(text)} if this is one text"
+                if key == "method":
+                    # A list in a list, or one that names a method twice, would be refused in turn.
+                    names = list(dict.fromkeys(re.findall(r"[^][,\s]+", value)))
+                    order = "them one after the other" if len(names) > 1 else "it"
+                    other = f"method=[{','.join(names)}] applies {order}"
                 raise UserError(
                     f"{text} gives {key} several values: add -m to run each of them; {other}"
                 )

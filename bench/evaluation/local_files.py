@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,15 @@ def _option_letters(row: DataRow) -> Iterable[object]:
     return cast("Iterable[object]", row["choices"]["label"])
 
 
+def _maths_letters(row: DataRow) -> Iterable[object]:
+    return "abcde"[: _count_options(row["options"])]
+
+
+def _count_options(text: str) -> int:
+    """Return how many options the harness finds in MathQA's `a ) 1 , b ) 2 , ... e ) 5`."""
+    return len(re.findall(r"[abcd] \) .*?, |e \) .*?$", text))
+
+
 LABELS: dict[str, Label] = {
     "boolq": ("label", _binary_labels),
     "rte": ("label", _binary_labels),
@@ -148,7 +158,7 @@ LABELS: dict[str, Label] = {
     "winogrande": ("answer", lambda row: ("1", "2")),
     # A string in the real data set, an integer in some copies of it; the harness reads both.
     "hellaswag": ("label", lambda row: [*range(4), *map(str, range(4))]),
-    "mathqa": ("correct", lambda row: "abcde"),
+    "mathqa": ("correct", _maths_letters),
 }
 LABEL_COLUMNS = frozenset(column for column, _ in LABELS.values())
 
@@ -215,6 +225,10 @@ def _are_endings(value: object) -> bool:
     return isinstance(value, list) and _are_texts(value) and len(value) == HELLASWAG_ENDINGS
 
 
+def _are_lettered(value: object) -> bool:
+    return isinstance(value, str) and _count_options(value) > 0
+
+
 TEXT_FORM = (_is_text, "a string")
 COLUMN_FORMS = {
     "choices": (
@@ -222,8 +236,9 @@ COLUMN_FORMS = {
         "an object of two lists of strings of one length, 'text' and 'label'",
     ),
     "endings": (_are_endings, f"a list of {HELLASWAG_ENDINGS} strings"),
+    "options": (_are_lettered, "a string such as 'a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5'"),
 }
-"""Columns that hold no plain text: what their values must be, as a check and in words."""
+"""Columns that hold more than plain text: what their values must be, as a check and in words."""
 
 
 def _shortened(value: object) -> str:

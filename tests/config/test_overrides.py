@@ -121,3 +121,17 @@ def test_a_shuffled_range_keeps_its_numbers():
 def test_a_range_without_a_step_is_refused():
     with pytest.raises(UserError, match="the step must be a number other than 0"):
         values("ratio=range(0.1,0.4,0)")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("method=gptq,gptq", "method=[gptq] applies it"),
+        ("method=gptq,rtn,gptq", "method=[gptq,rtn] applies them one after the other"),
+        ("method=[camera_p,gptq],gptq", "method=[camera_p,gptq] applies them one after the other"),
+    ],
+)
+def test_several_methods_are_advised_as_a_list_that_is_accepted(text, advice):
+    with pytest.raises(UserError) as error:
+        Overrides.parse([text]).refuse_several_values()
+    assert str(error.value).endswith(f"; {advice}")

@@ -132,6 +132,18 @@ def test_a_row_without_an_answer_is_named(task, tmp_path):
     assert f"mine.jsonl: row 2 (line 3) has {column}={UNLABELLED[task]!r}, which" in message
 
 
+def test_a_letter_beyond_the_options_and_options_without_letters_are_named(tmp_path):
+    rows = rows_of("mathqa")
+    rows[2] |= {"options": "a ) 1 , b ) 2 , c ) 3 , d ) 4", "correct": "e"}
+    message = refusal("mathqa", write(tmp_path / "four.jsonl", rows))
+    # The harness reads option d only up to a comma.
+    assert "row 2 (line 3) has correct='e', which is no answer" in message
+    assert "one of 'a', 'b', 'c'. Give" in message
+    rows[2] |= {"options": "see the picture", "correct": "a"}
+    message = refusal("mathqa", write(tmp_path / "none.jsonl", rows))
+    assert "row 2 (line 3) has options='see the picture'; this task needs a string such" in message
+
+
 def test_an_empty_path_is_refused_and_null_is_none():
     with pytest.raises(ValidationError, match=r"benchmark\.data\.piqa is empty: give a path"):
         BenchmarkConfig(name="b", tasks=("piqa",), data={"piqa": ""})
