@@ -152,14 +152,17 @@ def wandb_summary(record: Record) -> dict[str, float]:
     """Return the numbers of a record as a flat dict.
 
     Keys are `task/metric,filter,N-shot`, since a metric may be taken with several filters, and
-    `cost/scope/quantity`. If a cost was obtained in several ways, the headline is under `quantity`
-    and another one under, for instance, `quantity/analytic`.
+    `cost/scope/quantity`. Where answers are missing, `n` and `missing` of a metric stand below its
+    key, since W&B shows the value alone. If a cost was obtained in several ways, the headline is
+    under `quantity` and another one under, for instance, `quantity/analytic`.
     """
-    values = {
-        f"{m.task}/{m.metric},{m.filter},{m.shots}-shot": m.value
-        for m in record.metrics
-        if m.value is not None
-    }
+    values: dict[str, float] = {}
+    for m in record.metrics:
+        key = f"{m.task}/{m.metric},{m.filter},{m.shots}-shot"
+        if m.value is not None:
+            values[key] = m.value
+        if m.missing:
+            values |= {f"{key}/n": m.n, f"{key}/missing": m.missing}
     headlines = record.headline_costs
     for cost in record.costs:
         name = f"cost/{cost.scope}/{cost.quantity}"

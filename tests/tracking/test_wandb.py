@@ -63,6 +63,15 @@ def test_filters_and_shots_of_one_metric_stay_apart(record):
     }
 
 
+@pytest.mark.parametrize("value", [0.5, None])
+def test_a_number_with_missing_answers_is_sent_with_their_count(record, value):
+    (acc,) = record.metrics
+    holed = acc.model_copy(update={"value": value, "n": 38, "missing": 2})
+    sent = tracker.wandb_summary(record.model_copy(update={"metrics": (holed,), "costs": ()}))
+    key = f"{acc.task}/{acc.metric},{acc.filter},{acc.shots}-shot"
+    assert sent == {f"{key}/n": 38, f"{key}/missing": 2} | ({key: value} if value else {})
+
+
 @pytest.fixture
 def store(tmp_path, record):
     store = Store(tmp_path / "results")
