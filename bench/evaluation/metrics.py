@@ -144,7 +144,8 @@ def headline_average(benchmark: BenchmarkConfig, rows: Sequence[Metric]) -> list
     Perplexities are left out. A sum of points (MME, up to 2000) enters as its share of the maximum,
     since it cannot be averaged with accuracies in [0, 1]. There is no average of fewer than two
     headline metrics, nor of metrics of which some are better high and some better low. Its value is
-    None if a headline has none: a mean of the remaining tasks would be a different number.
+    None if a headline has none: a mean of the remaining tasks would be a different number. Its `n`
+    counts the tasks, its `missing` the rows without an answer in all of them.
     """
     shown = averaged_headlines(rows, benchmark.perplexity)
     if not shown:

@@ -124,7 +124,8 @@ class Metric(_FrozenModel):
     """One metric of a task, with everything that is needed to compare it with another.
 
     `headline` marks the single metric that represents its task; `split` and `filter` are the
-    harness's names. In the metric of task `average`, `n` is the number of tasks averaged.
+    harness's names. In the metric of task `average`, `n` is the number of tasks averaged, and
+    `missing` the number of rows without an answer in all of them.
     `truncated` counts the documents that lost tokens on the left, None if they were not counted.
 
     `value` is over the samples that have an answer, `missing` counts those of the task that have

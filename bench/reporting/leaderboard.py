@@ -8,7 +8,6 @@ same.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,17 +17,16 @@ from bench.evaluation.metrics import AVERAGE
 from bench.records import Metric, Record, without_real_saving
 from bench.reporting.record_numbers import (
     PERCENT_METRICS,
+    answered_text,
     effect_text,
+    headline_key,
     metric_identity,
     scored_text,
+    setting_key,
+    setting_names,
 )
 
-MODEL_KEYS = ("dtype", "max_length", "seed")
-BENCHMARK_KEYS = ("tasks", "perplexity", "num_fewshot", "limit")
-"""Keys of the benchmark config that decide which questions are evaluated. Together with MODEL_KEYS,
-which decide what is loaded, they identify a setting."""
 FIRST_COSTS = ("flops", "seconds", "parameters")
-MAX_DIFFERENCE_CHARS = 24
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class HeadlineColumn:
 
     task: str
     metric: str
+    filter: str
+    shots: int
     percent: bool
     higher_is_better: bool
 
@@ -74,7 +74,8 @@ class Setting:
 class LeaderboardRow:
     """One run: its numbers in the order of its setting's tasks and costs.
 
-    `dense` is the id of the setting's dense run. `values` holds pairs of value and standard error.
+    `dense` is the id of the setting's dense run. `values` holds pairs of value and standard error,
+    `answered` says beside each how many samples it is over if some have no answer, else nothing.
     `retention` is the fraction of the dense score that is left.
     """
 
@@ -82,6 +83,7 @@ class LeaderboardRow:
     setting: int
     dense: str | None
     values: tuple[tuple[float, float | None] | None, ...]
+    answered: tuple[str, ...]
     costs: tuple[float | None, ...]
     retention: float | None
 
@@ -116,11 +118,11 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
     # Newest first: `next` below then takes the newest dense run of a setting as its reference. The
     # key is serialized, since a dictionary cannot be hashed.
     for record in sorted(records, key=lambda r: r.started, reverse=True):
-        key = _setting_key(record)
+        key = setting_key(record)
         keys[text := json.dumps(key, sort_keys=True)] = key
         groups[text].append(record)
     headings = [scored_text(group[0]) for group in groups.values()]
-    names = _setting_names(headings, list(keys.values()))
+    names = setting_names(headings, list(keys.values()))
     settings: list[Setting] = []
     rows: list[LeaderboardRow] = []
     for index, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
@@ -132,51 +134,16 @@ def build_leaderboard(records: Iterable[Record]) -> Leaderboard:
     return Leaderboard(tuple(settings), tuple(rows))
 
 
-def _setting_key(record: Record) -> dict[str, str]:
-    """Return everything two comparable runs must share, by name, without unset entries."""
-    benchmark, model = record.config["benchmark"], record.config.get("model", {})
-    data = record.provenance.get("data", {})
-    # One hash over the fingerprints of all tasks: a setting may have dozens of them, and a key has
-    # to stay short enough to name the setting by.
-    prints = [data[task].get("fingerprint") for task in sorted(data)]
-    entries = {
-        "model": record.model.name,
-        "weights": record.model.fingerprint[:8],
-        "benchmark": benchmark["name"],
-        "data": hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:8] if prints else None,
-        **{name: model.get(name) for name in MODEL_KEYS},
-        **{name: benchmark.get(name) for name in BENCHMARK_KEYS},
-    }
-    return {
-        # Unset entries are dropped, so that a record written before a key existed falls into the
-        # same setting as one where the key has its empty default.
-        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        for name, value in entries.items()
-        if value not in (None, {}, [])
-    }
-
-
-def _setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[str]:
-    """Name each setting by its heading, plus the entries that differ between namesakes."""
-    names = []
-    for name, key in zip(plain, keys, strict=True):
-        others = [other for same, other in zip(plain, keys, strict=True) if same == name]
-        differing = [part for part in key if any(o.get(part) != key[part] for o in others)]
-        suffix = ", ".join(f"{part} {key[part][:MAX_DIFFERENCE_CHARS]}" for part in differing)
-        names.append(f"{name} ({suffix})" if suffix else name)
-    return names
-
-
 def _setting(name: str, group: Sequence[Record]) -> Setting:
-    # Oldest first: where records disagree about a task, the newest one wins. The average moves to
-    # the front, since the first task is the setting's score.
+    # Oldest first: where records disagree about a number, the newest one wins. The average moves to
+    # the front, since the first number is the setting's score.
     tasks = {
-        m.task: _headline_column(m)
+        headline_key(m): _headline_column(m)
         for record in reversed(group)
         for m in record.metrics
         if m.headline
     }
-    first = {AVERAGE: tasks[AVERAGE]} if AVERAGE in tasks else {}
+    first = {key: column for key, column in tasks.items() if column.task == AVERAGE}
     costs = {
         (c.scope, c.quantity): CostColumn(c.scope, c.quantity, c.unit)
         for record in group
@@ -194,20 +161,20 @@ def _setting(name: str, group: Sequence[Record]) -> Setting:
 
 
 def _headline_column(metric: Metric) -> HeadlineColumn:
-    return HeadlineColumn(
-        metric.task, metric.metric, metric.metric in PERCENT_METRICS, metric.higher_is_better
-    )
+    percent = metric.metric in PERCENT_METRICS
+    return HeadlineColumn(*headline_key(metric), percent, metric.higher_is_better)
 
 
 def _row(record: Record, index: int, setting: Setting, dense: Record | None) -> LeaderboardRow:
-    metrics = {m.task: m for m in record.metrics if m.headline}
+    metrics = {headline_key(m): m for m in record.metrics if m.headline}
     costs = {(c.scope, c.quantity): c.value for c in record.headline_costs}
-    found = [metrics.get(task.task) for task in setting.tasks]
+    found = [metrics.get((c.task, c.metric, c.filter, c.shots)) for c in setting.tasks]
     return LeaderboardRow(
         record=record,
         setting=index,
         dense=dense.id if dense else None,
         values=tuple(_value(metric) for metric in found),
+        answered=tuple(answered_text(metric) if metric else "" for metric in found),
         costs=tuple(costs.get((c.scope, c.quantity)) for c in setting.costs),
         retention=_retention(record, found[0], dense) if found else None,
     )

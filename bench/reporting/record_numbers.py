@@ -6,6 +6,8 @@ what the methods did to the weights.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -28,6 +30,18 @@ HARNESS_LIBRARIES = {"lm_eval": "lm-eval", "lmms_eval": "lmms-eval", "images": "
 """The library whose version is part of the identity, by harness."""
 MAX_NAMED = 3
 """Tasks or files that a heading names."""
+MODEL_KEYS = ("dtype", "max_length", "seed")
+BENCHMARK_KEYS = (
+    "tasks", "metrics", "perplexity", "num_fewshot", "limit", "overlong", "allow_missing",
+    "system_prompt", "ocr_tokens",
+)  # fmt: skip
+"""Keys of the benchmark config that decide what is evaluated and what counts as an answer. Together
+with MODEL_KEYS, which decide what is loaded, they identify a setting."""
+USUAL = {"overlong": "truncate", "allow_missing": 0.0, "ocr_tokens": True}
+"""Values of keys that headings and settings leave out."""
+HASH_DIGITS = 8
+MAX_DIFFERENCE_CHARS = 24
+"""Longer entries of a setting are named by their start and a hash."""
 
 
 def metric_scale(metric: str) -> tuple[float, int]:
@@ -54,22 +68,84 @@ def metric_identity(record: Record, metric: Metric) -> dict[str, object]:
     }
 
 
+def headline_key(metric: Metric) -> tuple[str, str, str, int]:
+    """Return what one row or column of a report stands for: numbers of one kind on one task."""
+    return metric.task, metric.metric, metric.filter, metric.shots
+
+
+def setting_key(record: Record) -> dict[str, str]:
+    """Return everything two comparable runs must share, by name, without unset entries."""
+    benchmark, model = record.config["benchmark"], record.config.get("model", {})
+    data = record.provenance.get("data", {})
+    # One hash over the fingerprints of all tasks: a setting may have dozens of them, and a key has
+    # to stay short enough to name the setting by.
+    prints = [data[task].get("fingerprint") for task in sorted(data)]
+    entries = {
+        "model": record.model.name,
+        "weights": record.model.fingerprint[:HASH_DIGITS],
+        "benchmark": benchmark["name"],
+        "data": _short_hash(json.dumps(prints)) if prints else None,
+        **{name: model.get(name) for name in MODEL_KEYS},
+        **{name: benchmark.get(name) for name in BENCHMARK_KEYS},
+    }
+    return {
+        # Unset entries are dropped, so that a record written before a key existed falls into the
+        # same setting as one where the key has its empty or usual default.
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in entries.items()
+        if value not in (None, {}, []) and not (name in USUAL and value == USUAL[name])
+    }
+
+
+def setting_names(plain: Sequence[str], keys: Sequence[dict[str, str]]) -> list[str]:
+    """Name each setting by its heading, plus the entries that differ between namesakes."""
+    names = []
+    for name, key in zip(plain, keys, strict=True):
+        others = [other for same, other in zip(plain, keys, strict=True) if same == name]
+        differing = [part for part in key if any(o.get(part) != key[part] for o in others)]
+        suffix = ", ".join(f"{part} {_shortened(key[part])}" for part in differing)
+        names.append(f"{name} ({suffix})" if suffix else name)
+    return names
+
+
+def _shortened(text: str) -> str:
+    # The start of two long texts may be the same, and a hash of both is not.
+    if len(text) <= MAX_DIFFERENCE_CHARS:
+        return text
+    return f"{text[: MAX_DIFFERENCE_CHARS - HASH_DIGITS - 1]} {_short_hash(text)}"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+
+
 def model_text(record: Record) -> str:
-    """Return the model's name; for a local folder, the folder's name as well."""
+    """Return the model's name; for a local folder, its name and the start of the weights' hash."""
     path = record.config.get("model", {}).get("path")
-    return f"{record.model.name} ({PurePath(path).name})" if path else record.model.name
+    if not path:
+        return record.model.name
+    # Folders in different places may share a name.
+    weights = record.model.fingerprint[:HASH_DIGITS]
+    return f"{record.model.name} ({PurePath(path).name} {weights})"
 
 
 def answered_text(metric: Metric) -> str:
-    """Return how many samples a number is over, if some have no answer; else nothing."""
-    return f" (n {metric.n}, {metric.missing} missing)" if metric.missing else ""
+    """Return how many samples a number is over, if some have no answer; else nothing.
+
+    An average is over tasks, of which `n` is the number, while rows of these tasks are missing.
+    """
+    if not metric.missing:
+        return ""
+    if metric.task == AVERAGE:
+        return f" ({metric.n} tasks, {metric.missing} rows missing)"
+    return f" (n {metric.n}, {metric.missing} missing)"
 
 
 def benchmark_text(record: Record) -> str:
     """Return the benchmark with all that tells two evaluations by it apart.
 
     Embedded data and local files are named, since a benchmark's name is that of the real data; so
-    are shots and the limit.
+    are shots, the limit, and what decides whether a long prompt or a task has a number.
     """
     benchmark = record.config["benchmark"]
     unasked = {AVERAGE, *benchmark.get("perplexity", {})}
@@ -79,6 +155,14 @@ def benchmark_text(record: Record) -> str:
         parts.append(" and ".join(f"{count}-shot" for count in shots))
     if benchmark.get("limit") is not None:
         parts.append(f"limit {benchmark['limit']}")
+    max_length = record.config.get("model", {}).get("max_length")
+    if max_length is not None:
+        parts.append(f"max_length {max_length}")
+    parts += [
+        f"{name} {benchmark[name]}"
+        for name in ("overlong", "allow_missing")
+        if benchmark.get(name, USUAL[name]) != USUAL[name]
+    ]
     return f"{benchmark['name']} ({', '.join(parts)})" if parts else str(benchmark["name"])
 
 
@@ -88,11 +172,18 @@ def scored_text(record: Record) -> str:
 
 
 def data_text(record: Record, task: str) -> str | None:
-    """Return what a task was scored on if that is not the real data set, else None."""
+    """Return what a task was scored on if that is not the real data set, else None.
+
+    A file is named without its folder and with the start of its fingerprint, since files in
+    different places may share a name.
+    """
     source = record.provenance.get("data", {}).get(task) or {}
     if source.get("origin") == "embedded":
         return f"embedded {source['location']}"
-    return PurePath(source["location"]).name if source.get("origin") == "file" else None
+    if source.get("origin") != "file":
+        return None
+    name, digest = PurePath(source["location"]).name, source.get("fingerprint") or ""
+    return f"{name} {digest[:HASH_DIGITS]}".rstrip()
 
 
 def _origins(record: Record) -> Iterator[str]:

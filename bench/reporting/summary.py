@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.evaluation.metrics import AVERAGE
+from bench.evaluation.metrics import AVERAGE, averaged_headlines
 from bench.measurement.quantities import DECODE, FORWARD, PREFILL
 from bench.records import without_real_saving
 from bench.reporting.cost_table import measured_scopes, print_costs, speedup_text
@@ -16,8 +19,11 @@ from bench.reporting.record_numbers import (
     PERCENT_METRICS,
     answered_text,
     effect_text,
+    headline_key,
     metric_scale,
     scored_text,
+    setting_key,
+    setting_names,
 )
 from bench.reporting.terminal_tables import terminal_table, widest_fitting
 from bench.ui import console, format_quantity
@@ -50,10 +56,7 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
     if not records:
         return
     out = console()
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(scored_text(record), []).append(record)
-    for title, group in groups.items():
+    for title, group in _alike(records):
         ordered = sorted(group, key=_dense_first)
         while ordered:
             table, shown = _widest_table(title, ordered, out)
@@ -62,6 +65,21 @@ def print_summary(records: Sequence[Record], reused: int = 0) -> None:
     for record in records:
         print_costs(record)
     out.print(f"{_outcome(records, reused)}. One run: bench show RUN; all runs: bench ls runs")
+
+
+def _alike(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Return the runs whose numbers may stand side by side, under a heading of their own."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    keys: dict[str, dict[str, str]] = {}
+    for record in records:
+        # Runs that differ in their headline metrics have rows of their own in one table.
+        key = {name: part for name, part in setting_key(record).items() if name != "metrics"}
+        plain = scored_text(record)
+        keys[text := json.dumps([plain, key], sort_keys=True)] = key
+        groups[text].append(record)
+    plains = [scored_text(group[0]) for group in groups.values()]
+    names = setting_names(plains, list(keys.values()))
+    return list(zip(names, groups.values(), strict=True))
 
 
 def _outcome(records: Sequence[Record], reused: int) -> str:
@@ -84,9 +102,8 @@ def _widest_table(title: str, records: Sequence[Record], out: Console) -> tuple[
 def _table(title: str, records: Sequence[Record]) -> Table:
     # The ratio goes onto a second line of the heading, which keeps columns narrow.
     table = terminal_table(("\n".join(r.label.rsplit(" ", 1)) for r in records), title)
-    for task, unit in _tasks(records).items():
-        cells = (_metric_cell(record.metric(task)) for record in records)
-        table.add_row(f"{task} {unit}", *cells, end_section=task == AVERAGE)
+    for row_title, cells in _headline_rows(records):
+        table.add_row(row_title, *cells, end_section=row_title.startswith(f"{AVERAGE} "))
     table.add_section()
     for name in PARAMETER_COUNTS:
         table.add_row(
@@ -104,12 +121,54 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     return table
 
 
-def _tasks(records: Sequence[Record]) -> dict[str, str]:
-    """Return the headline tasks with units and n in order of appearance, the average first."""
-    found = [m for record in records for m in record.metrics if m.headline]
-    units = {m.task: f"{m.metric}{' %' * (m.metric in PERCENT_METRICS)}, n={m.n}" for m in found}
-    average = {name: unit for name, unit in units.items() if name == AVERAGE}
-    return average | units
+@dataclass(frozen=True)
+class _HeadlineRow:
+    """What one row of scores stands for; `parts` are the numbers that an average is of."""
+
+    task: str
+    metric: str
+    filter: str
+    shots: int
+    parts: frozenset[str]
+
+
+def _headline_rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+    """Return title and cells of each headline number in order of appearance, averages first."""
+    found: dict[_HeadlineRow, dict[int, Metric]] = defaultdict(dict)
+    for at, record in enumerate(records):
+        for metric in record.metrics:
+            if metric.headline:
+                found[_headline_row(record, metric)][at] = metric
+    ordered = sorted(found.items(), key=lambda item: item[0].task != AVERAGE)
+    return [
+        (
+            _row_title(row, next(iter(metrics.values())), list(found)),
+            [_metric_cell(metrics.get(at)) for at in range(len(records))],
+        )
+        for row, metrics in ordered
+    ]
+
+
+def _headline_row(record: Record, metric: Metric) -> _HeadlineRow:
+    parts: list[Metric] = []
+    if metric.task == AVERAGE:
+        perplexity = record.config["benchmark"].get("perplexity", {})
+        parts = averaged_headlines(record.metrics, perplexity)
+    named = frozenset(f"{part.task} {part.metric},{part.filter}" for part in parts)
+    return _HeadlineRow(*headline_key(metric), named)
+
+
+def _row_title(row: _HeadlineRow, metric: Metric, rows: Sequence[_HeadlineRow]) -> str:
+    """Return task, metric, unit and n, and what tells the row from others of this metric."""
+    same = [other for other in rows if (other.task, other.metric) == (row.task, row.metric)]
+    through = f",{row.filter}" if len({other.filter for other in same}) > 1 else ""
+    percent = " %" if row.metric in PERCENT_METRICS else ""
+    # A cell says how many samples are missing; the title counts all of them.
+    n = metric.n if row.task == AVERAGE else metric.n + metric.missing
+    shots = f", {row.shots}-shot" if len({other.shots for other in same}) > 1 else ""
+    own = sorted(row.parts - frozenset.intersection(*(other.parts for other in same)))
+    parts = f", with {', '.join(own)}" if own else ""
+    return f"{row.task} {row.metric}{through}{percent}, n={n}{shots}{parts}"
 
 
 def _metric_cell(metric: Metric | None) -> str:

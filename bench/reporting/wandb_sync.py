@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,13 @@ from pydantic import ValidationError
 
 from bench.errors import UserError
 from bench.records import Record, Store
-from bench.reporting.leaderboard import Leaderboard, LeaderboardRow, Setting, build_leaderboard
+from bench.reporting.leaderboard import (
+    HeadlineColumn,
+    Leaderboard,
+    LeaderboardRow,
+    Setting,
+    build_leaderboard,
+)
 from bench.reporting.tables.cell_text import line_text
 from bench.reporting.tables.table import Table, TableCell
 from bench.schema import TrackerConfig
@@ -30,6 +36,8 @@ RUN_COLUMNS = (
     "score",
     "retention",
 )
+ANSWERED = "answered"
+"""Column beside a score that says how many samples it is over, where answers are missing."""
 
 
 def sync_all(
@@ -98,24 +106,48 @@ def build_overview(
 
 
 def _leaderboard_rows(leaderboard: Leaderboard) -> WandbTable:
-    """Return one row per run, with a column for every task and cost of any setting."""
+    """Return one row per run, with a column for every headline number and cost of any setting."""
     # Settings differ in tasks and costs, and W&B wants one rectangular table: the columns are the
     # union in order of appearance, and cells a setting does not have stay empty.
-    tasks = dict.fromkeys(task.task for setting in leaderboard.settings for task in setting.tasks)
+    settings = leaderboard.settings
+    kinds = Counter(task for task, _, _ in {_kind(c) for s in settings for c in s.tasks})
+    names = [[_score_name(column, kinds) for column in setting.tasks] for setting in settings]
+    incomplete = {
+        name
+        for row in leaderboard.rows
+        for name, note in zip(names[row.setting], row.answered, strict=True)
+        if note
+    }
+    scores = dict.fromkeys(name for named in names for name in named)
+    tasks = [f"{name}{end}" for name in scores for end in _column_ends(name in incomplete)]
     costs = dict.fromkeys(
-        f"{cost.quantity} of {cost.scope}"
-        for setting in leaderboard.settings
-        for cost in setting.costs
+        f"{cost.quantity} of {cost.scope}" for setting in settings for cost in setting.costs
     )
     rows = []
     for row in leaderboard.rows:
-        setting = leaderboard.settings[row.setting]
-        scored = dict(zip((t.task for t in setting.tasks), map(_score, row.values), strict=True))
+        setting = settings[row.setting]
+        scored: dict[str, str | float | None] = {}
+        for name, value, note in zip(names[row.setting], row.values, row.answered, strict=True):
+            scored |= {name: _score(value), f"{name} {ANSWERED}": note.strip() or None}
         named = (f"{cost.quantity} of {cost.scope}" for cost in setting.costs)
         spent = dict(zip(named, row.costs, strict=True))
         numbers = [*(scored.get(task) for task in tasks), *(spent.get(cost) for cost in costs)]
         rows.append([*_run_cells(row, setting), *numbers])
     return WandbTable((*RUN_COLUMNS, *tasks, *costs), rows)
+
+
+def _kind(column: HeadlineColumn) -> tuple[str, str, str]:
+    return column.task, column.metric, column.filter
+
+
+def _score_name(column: HeadlineColumn, kinds: Mapping[str, int]) -> str:
+    """Return the task, with metric and filter if settings differ in these."""
+    several = kinds[column.task] > 1
+    return f"{column.task} {column.metric},{column.filter}" if several else column.task
+
+
+def _column_ends(incomplete: bool) -> tuple[str, ...]:
+    return ("", f" {ANSWERED}") if incomplete else ("",)
 
 
 def _run_cells(row: LeaderboardRow, setting: Setting) -> list[str | float | None]:

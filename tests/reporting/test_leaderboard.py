@@ -3,6 +3,7 @@
 import pytest
 
 from bench.reporting.leaderboard import build_leaderboard
+from bench.reporting.wandb_sync import build_overview
 from tests.reporting.html.synthetic_records import metric, record
 
 
@@ -37,6 +38,48 @@ def test_a_different_limit_is_a_different_setting_and_is_named():
     }
     assert row_of(runs, limited).dense is None
     assert row_of(runs, limited).retention is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": {"arc_easy": "acc"}}, {"overlong": "skip"}, {"allow_missing": 0.5},
+        {"system_prompt": ""}, {"ocr_tokens": False},
+    ],
+)  # fmt: skip
+def test_every_key_that_changes_numbers_makes_a_setting(change):
+    plain, changed = record(0), record(1)
+    usual = {"overlong": "truncate", "allow_missing": 0.0, "metrics": {}, "ocr_tokens": True}
+    config = {**changed.config, "benchmark": {**changed.config["benchmark"], **usual}}
+    spelt = changed.model_copy(update={"config": config})
+    assert len(build_leaderboard([plain, spelt]).settings) == 1
+    config = {**config, "benchmark": {**config["benchmark"], **change}}
+    runs = build_leaderboard([plain, changed.model_copy(update={"config": config})])
+    assert len({setting.name for setting in runs.settings}) == 2
+
+
+def test_a_number_stands_in_the_column_of_its_own_metric_and_says_what_is_missing():
+    one = record(0)
+    rows = [metric("arc_easy", 0.75), metric("arc_easy", 0.5, "acc_norm", n=38)]
+    rows[1] = rows[1].model_copy(update={"missing": 2})
+    pair = [
+        one.model_copy(update={"id": str(at) * 12, "metrics": (row,)})
+        for at, row in enumerate(rows)
+    ]
+    runs = build_leaderboard(pair)
+    (setting,) = runs.settings
+    columns = [column.metric for column in setting.tasks]
+    for run, row, note in zip(pair, rows, ("", " (n 38, 2 missing)"), strict=True):
+        found, at = row_of(runs, run), columns.index(row.metric)
+        assert (found.values[at], found.answered[at]) == ((row.value, row.stderr), note)
+        assert found.values[1 - at] is None
+    table = build_overview(runs, None).leaderboard
+    cells = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows]
+    by_run = {row["run"]: row for row in cells}
+    assert by_run["0" * 12]["arc_easy acc,none"] == 0.75
+    assert by_run["0" * 12]["arc_easy acc_norm,none"] is None
+    assert by_run["1" * 12]["arc_easy acc_norm,none answered"] == "(n 38, 2 missing)"
+    assert "arc_easy acc,none answered" not in table.columns
 
 
 @pytest.mark.parametrize("change", [{"model": "f" * 8}, {"data": "e" * 64}])

@@ -62,7 +62,7 @@ def test_a_heading_names_limit_shots_and_local_model():
             "model": run.model.model_copy(update={"name": "local"}),
         }
     )  # fmt: skip
-    assert scored_text(run) == "local (qwen) on nine (2-shot, limit 10)"
+    assert scored_text(run) == "local (qwen tinyffff) on nine (2-shot, limit 10)"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,31 @@ def test_a_heading_names_data_in_place_of_the_real(sources, heading):
 def test_runs_share_a_heading_only_if_they_share_a_limit(one, other):
     headings = {benchmark_text(evaluated(limit=limit)) for limit in (one, other)}
     assert (len(headings) == 1) == (one == other)
+
+
+def test_files_and_folders_of_one_name_have_headings_of_their_own():
+    run = record(1)
+    (task, *_) = run.config["benchmark"]["tasks"]
+    headings = set()
+    for folder, digest in (("a", "1" * 64), ("b", "2" * 64)):
+        source = {"origin": "file", "location": f"/{folder}/q.jsonl", "fingerprint": digest}
+        update = {
+            "provenance": {"data": {task: source}},
+            "config": {**run.config, "model": {"name": "local", "path": f"/{folder}/qwen"}},
+            "model": run.model.model_copy(update={"fingerprint": digest}),
+        }
+        headings.add(scored_text(run.model_copy(update=update)))
+    assert headings == {
+        f"tiny (qwen {digit * 8}) on nine ({task} from q.jsonl {digit * 8}, 0-shot)"
+        for digit in "12"
+    }
+
+
+def test_a_heading_names_what_decides_which_rows_have_a_number():
+    assert benchmark_text(evaluated(overlong="truncate", allow_missing=0.0)) == "nine (0-shot)"
+    run = evaluated(overlong="skip", allow_missing=0.1)
+    run = run.model_copy(update={"config": {**run.config, "model": {"max_length": 64}}})
+    assert benchmark_text(run) == "nine (0-shot, max_length 64, overlong skip, allow_missing 0.1)"
 
 
 def test_an_unconfirmed_and_an_untrained_run_are_marked_everywhere(both, capsys):

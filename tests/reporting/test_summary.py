@@ -88,3 +88,54 @@ def test_rows_without_an_answer_stand_beside_the_number(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "60.0 ±1.0 (n 38, 2 missing)" in out and "- (n 0, 40 missing)" in out
     assert f"no acc for piqa: {reason}" in out
+
+
+def test_each_metric_of_a_task_has_a_row_of_its_own(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    runs = []
+    for number, name in ((75, "acc"), (50, "acc_norm")):
+        run = recorded(number)
+        (average,) = run.metrics
+        average = average.model_copy(update={"metric": "mean", "value": 0.6, "n": 2})
+        arc = average.model_copy(update={"task": "arc_easy", "metric": name, "n": 8})
+        arc = arc.model_copy(update={"value": number / 100})
+        piqa = arc.model_copy(update={"task": "piqa", "metric": "acc", "value": 0.4})
+        config = {"benchmark": {"name": "exam", "metrics": {"arc_easy": name}}}
+        runs.append(run.model_copy(update={"metrics": (arc, average, piqa), "config": config}))
+    print_summary(runs)
+    out = capsys.readouterr().out
+    cells = {
+        line.split("  ")[0].strip(): line.split("  ")[1:]
+        for line in out.splitlines() if "n=" in line
+    }  # fmt: skip
+    shown = {title: " ".join(rest).split() for title, rest in cells.items()}
+    assert shown == {
+        "average mean %, n=2, with arc_easy acc,none": ["60.0", "±1.0", "-"],
+        "average mean %, n=2, with arc_easy acc_norm,none": ["-", "60.0", "±1.0"],
+        "arc_easy acc %, n=8": ["75.0", "±1.0", "-"],
+        "arc_easy acc_norm %, n=8": ["-", "50.0", "±1.0"],
+        "piqa acc %, n=8": ["40.0", "±1.0", "40.0", "±1.0"],
+    }
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_numbers_over_other_data_or_settings_have_a_table_of_their_own(section, capsys):
+    runs = []
+    for digit in "12":
+        run = recorded(int(digit))
+        source = {"origin": "hub", "location": "q", "fingerprint": digit * 64}
+        changes = {
+            "model": {"config": {**run.config, "model": {"dtype": f"float{digit}"}}},
+            "data": {"provenance": {"data": {"average": source}}},
+        }
+        runs.append(run.model_copy(update=changes[section]))
+    print_summary(runs)
+    assert capsys.readouterr().out.count("tiny on exam") == 2
+
+
+def test_an_average_counts_tasks_and_missing_rows_under_their_names(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = recorded(60)
+    average = run.metrics[0].model_copy(update={"n": 2, "missing": 6})
+    print_summary([run.model_copy(update={"metrics": (average,)})])
+    assert "60.0 ±1.0 (2 tasks, 6 rows missing)" in capsys.readouterr().out

@@ -131,6 +131,7 @@ def _run_entry(row: LeaderboardRow, chunk: int, samples_chunk: int | None) -> di
         "sweep": record.sweep,
         "dense": row.dense,
         "values": row.values,
+        "answered": row.answered,
         "costs": row.costs,
         "retention": row.retention,
         "chunk": chunk,

@@ -32,14 +32,15 @@ function taskColumns(setting) {
     number: true,
     first: task.higher_is_better ? "down" : "up",
     value: (run) => (run.values[at + 1] ? run.values[at + 1][0] : null),
-    cell: (run) => html`<${Scored} pair=${run.values[at + 1]} task=${task} />`,
+    cell: (run) => html`<${Scored} pair=${run.values[at + 1]} answered=${run.answered[at + 1]} task=${task} />`,
   }));
 }
 
-function Scored({ pair, task }) {
-  if (!pair) return MISSING;
+function Scored({ pair, answered, task }) {
+  const note = answered && html`<span class="quiet">${answered}</span>`;
+  if (!pair) return html`${MISSING}${note}`;
   const scale = task.percent ? 100 : 1;
-  return html`${score(pair[0], task)}${pair[1] !== null && html`<span class="error"> ±${(pair[1] * scale).toFixed(task.percent ? 1 : 2)}</span>`}`;
+  return html`${score(pair[0], task)}${pair[1] !== null && html`<span class="error"> ±${(pair[1] * scale).toFixed(task.percent ? 1 : 2)}</span>`}${note}`;
 }
 
 const METHOD = {
@@ -54,7 +55,7 @@ const WHERE = {
 const SCORE = {
   key: "score", title: "Score", hint: "average of the headline metrics, or the only one", number: true, first: "down",
   value: (run) => run.score,
-  cell: (run) => html`<${Scored} pair=${run.values[0]} task=${run.where.tasks[0]} />`,
+  cell: (run) => html`<${Scored} pair=${run.values[0]} answered=${run.answered[0]} task=${run.where.tasks[0]} />`,
 };
 const RETENTION = {
   key: "retention", title: "Kept", hint: "score, relative to the dense run", number: true, first: "down",

@@ -48,7 +48,7 @@ function Pareto({ route }) {
     <h2>On the front</h2>
     <${Plain} caption="Runs on the Pareto front, cheapest first" rows=${front} columns=${[
       { title: "Method", cell: ({ run }) => html`<${RunLink} run=${run} />` },
-      { title: `${words(task.task)} ${unit(task)}`, number: true, cell: ({ run }) => html`<${Scored} pair=${run.values[taskAt]} task=${task} />` },
+      { title: `${words(task.task)} ${unit(task)}`, number: true, cell: ({ run }) => html`<${Scored} pair=${run.values[taskAt]} answered=${run.answered[taskAt]} task=${task} />` },
       { title: words(quantityOf.quantity), number: true, cell: ({ x }) => cost(x, quantityOf.unit) },
       { title: "of dense", number: true, cell: ({ run }) => factor(shareOf(run, costAt)) },
       { title: "Weights", cell: ({ run }) => html`<${Effect} effect=${run.effect} />` },

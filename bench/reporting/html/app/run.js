@@ -14,7 +14,7 @@ function RunPage({ id }) {
     <h1><${Mark} family=${run.family} size=${60} /> ${run.label}</h1>
     <p class="quiet">run <code>${run.id}</code>, started ${when(run.started)} UTC${run.sweep && html`, sweep <a href=${address("leaderboard", { q: run.sweep })}>${run.sweep}</a>`}</p>
     <dl class="figures">
-      ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} task=${task} /> ${unit(task)}</dd></div>`}
+      ${task && run.values[0] && html`<div><dt>${words(task.task)}</dt><dd><${Scored} pair=${run.values[0]} answered=${run.answered[0]} task=${task} /> ${unit(task)}</dd></div>`}
       ${run.retention !== null && denseRun && html`<div><dt>kept of dense</dt><dd>${fixed(run.retention * 100, 1)} %</dd></div>`}
       ${denseRun && shareColumns([run]).filter((column) => column.value(run) !== null).map((column) => html`<div><dt>${column.title} of dense</dt><dd>${column.cell(run)}</dd></div>`)}
       <div><dt>weights</dt><dd class="words">${explained(run.effect)}</dd></div>
@@ -72,7 +72,7 @@ function Metrics({ record, dense }) {
     ...(dense ? [
       { title: "Dense", number: true, cell: (metric) => score(before.get(identity(metric))?.value, metric) },
       { title: "Change", number: true, cell: change }] : []),
-    { title: "n", number: true, hint: "samples that the value is over; rows without an answer are missing", cell: (metric) => html`${metric.n.toLocaleString("en")}${metric.missing ? html` <span class="quiet">${metric.missing.toLocaleString("en")} missing</span>` : ""}` },
+    { title: "n", number: true, hint: "samples that the value is over, or tasks of an average; rows without an answer are missing", cell: (metric) => html`${metric.n.toLocaleString("en")}${metric.missing ? html` <span class="quiet">${metric.missing.toLocaleString("en")} ${metric.task === "average" ? "rows " : ""}missing</span>` : ""}` },
     { title: "Identity", hint: "numbers with different identities are never subtracted", cell: (metric) => html`<span class="quiet identity">${metric.shots}-shot, ${metric.split}${
       metric.filter === "none" ? "" : `, filter ${metric.filter}`}${metric.task_version ? `, version ${metric.task_version}` : ""}</span>` },
   ];
