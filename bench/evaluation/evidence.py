@@ -102,16 +102,19 @@ def check_length(
 ) -> str | None:
     """Return why a prompt is left out, None if it is asked, whole or truncated.
 
+    The reason is the same for all prompts: the columns of a row hold its own number of tokens.
+
     Raises:
         UserError: the prompt does not fit and `benchmark.overlong` refuses such prompts.
     """
     if tokens <= longest or overlong == "truncate":
         return None
-    reason = f"{tokens} tokens do not fit: model {model} has room for {longest}"
+    reason = f"tokens do not fit: model {model} has room for {longest}"
     if overlong == "skip":
-        return reason
+        return f"the prompt's {reason}"
     raise UserError(
-        f"{where}: {reason}; benchmark.overlong=truncate cuts on the left, skip leaves it out"
+        f"{where}: {tokens} {reason}; benchmark.overlong=truncate cuts on the left, skip "
+        "leaves it out"
     )
 
 

@@ -61,6 +61,8 @@ NO_LABEL = "the row has no label"
 """Reasons why a sample has no answer."""
 NAMED_ROWS = 5
 """Rows that a sentence about missing answers names; the samples of a run name all of them."""
+NAMED_REASONS = 5
+"""Reasons that it names: those of most rows, since a reason may name a row's own file."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,15 @@ class TaskAnswers:
         return missing < self.total and missing / self.total <= allowed
 
     def describe(self) -> str:
-        """Return how many rows have no answer, why, and which come first."""
+        """Return how many rows have no answer, the most frequent reasons, and the first rows."""
         rows_by_reason: dict[str, list[str]] = defaultdict(list)
         for row, reason in self.unanswered.items():
             rows_by_reason[reason].append(row)
-        parts = [f"{reason} ({_row_names(rows)})" for reason, rows in rows_by_reason.items()]
+        groups = sorted(rows_by_reason.items(), key=lambda group: -len(group[1]))
+        parts = [f"{reason} ({_row_names(rows)})" for reason, rows in groups[:NAMED_REASONS]]
+        rest = [row for _, rows in groups[NAMED_REASONS:] for row in rows]
+        if rest:
+            parts.append(f"other reasons ({_row_names(rest)})")
         return f"{len(self.unanswered)} of {self.total} rows have no answer: {'; '.join(parts)}"
 
 

@@ -14,6 +14,7 @@ from bench.data import english
 from bench.data.synthetic.world import documents_by_split
 from bench.errors import UserError
 from bench.evaluation import BenchmarkConfig, PerplexityConfig, evaluate, plan
+from bench.evaluation.evidence import check_length
 from bench.evaluation.metrics import TaskAnswers, headline_average, settle_metrics, task_metric
 from bench.evaluation.text.adapter import LmEvalAdapter
 from bench.models.model import Model
@@ -263,6 +264,16 @@ def test_reasons_are_counted_apart_and_the_first_rows_named():
         "8 of 10 rows have no answer: it is empty (rows 0, 1, 2, 3, 4 and 2 more); "
         "it is NaN (row 9)"
     )
+
+
+def test_a_sentence_about_missing_answers_is_bounded():
+    rows = {str(row): f"no image is named {row}" for row in range(1000)} | {"x": "no", "y": "no"}
+    said = TaskAnswers(2000, rows).describe()
+    assert said.startswith("1002 of 2000 rows have no answer: no (rows x, y); no image is named 0")
+    assert said.endswith("; other reasons (rows 4, 5, 6, 7, 8 and 991 more)")
+    # Prompts of all lengths are left out for the same reason.
+    left_out = {check_length("skip", "here", tokens, 8, "m") for tokens in range(9, 99)}
+    assert left_out == {"the prompt's tokens do not fit: model m has room for 8"}
 
 
 def test_an_average_is_none_if_a_part_is():

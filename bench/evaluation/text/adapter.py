@@ -196,7 +196,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         longest, tokens = self._model.max_length, len(context) + len(answer)
         reason = None if answer else EMPTY_ANSWER
         if len(answer) > longest:
-            reason = f"the answer alone has {len(answer)} tokens: the model takes {longest}"
+            reason = f"the answer alone is longer than the {longest} tokens that the model takes"
         elif answer:
             # One more than the network takes: the last token is predicted and never an input.
             where, name = _place(request), self._model.name
