@@ -98,9 +98,27 @@ def contents_hash(files: Mapping[str, Path]) -> str:
     return total.hexdigest()
 
 
+# Above this, files are not read anew for an id: a data set may have a million pictures.
+_FILES_READ = 1000
+
+
+def state_hash(files: Mapping[str, Path]) -> str:
+    """Hash files under the names given by their content, a great many by their sizes and times."""
+    state = digest if len(files) <= _FILES_READ else _size_and_time
+    lines = [f"{name} {state(files[name])}\n" for name in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _size_and_time(file: Path) -> str:
+    seen = file.stat()
+    return f"{seen.st_size} {seen.st_mtime_ns}"
+
+
 # Libraries that an id names by their version. `bench` has a part of its own in an id.
 _BY_VERSION = frozenset({"bench", "torch", "transformers", "lm_eval", "lmms_eval"})
-# What a module may read from its own folder: tables, settings, compiled code.
+# Packages of many methods or tasks, of which an id covers what is imported.
+_BY_IMPORTS = _BY_VERSION | {"methods"}
+# What a task may read from its own folder, which has the model cards of a harness as well.
 _READ_SUFFIXES = frozenset(
     {".json", ".yaml", ".yml", ".toml", ".txt", ".csv", ".tsv", ".jinja", ".npy", ".npz",
      ".safetensors", ".so", ".cu", ".cpp"}
@@ -111,14 +129,21 @@ _READ_SUFFIXES = frozenset(
 @functools.cache
 def code_hash(file: Path, module: str, own: str) -> str:
     """Hash a module with everything it imports from the package `own`, or from a working copy."""
-    return contents_hash(code_files(file, module, own))
+    files = code_files(file, module, own)
+    modules = {name: found for name, found in files.items() if "/" not in name}
+    data = {name: found for name, found in files.items() if "/" in name}
+    return contents_hash(modules) + (f"+{state_hash(data)}" if data else "")
 
 
 def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
-    """Return the files that `code_hash` covers, by module.
+    """Return the files that `code_hash` covers: modules by their names, data by names with a slash.
 
-    Installed libraries are left out: they do not change without their version. Files that lie
-    beside the modules, such as tables, are included.
+    A package counts whole, with everything that its modules import: what it reads, or imports by a
+    name that it computes, cannot be told from its source. Of the packages of this repository and of
+    harnesses only the imported modules count, so that a method does not change with another, and
+    the data that lies with them. A single module lies among anything, so that only what it imports
+    and what its strings name counts. Installed libraries are left out: they do not change without
+    their version.
     """
     seen: dict[str, Path] = {}
     waiting: list[tuple[str, Path | None]] = [(module, file)]
@@ -130,15 +155,100 @@ def code_files(file: Path, module: str, own: str) -> dict[str, Path]:
         # Importing a module runs the packages above it as well.
         imported = (name.rpartition(".")[0], *_imported_names(found, name))
         waiting += [(other, module_file(other, own)) for other in imported if other]
-        # A single module lies among anything, perhaps all of the user's files.
-        if "." in name or found.stem == "__init__":
-            seen |= {f"{name}/{file.name}": file for file in _files_beside(found.parent)}
+        modules, data = _files_with(found, name)
+        waiting += modules.items()
+        seen |= data
     return seen
 
 
+def _files_with(file: Path, module: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return modules that may be imported along with one, and the data that it may read."""
+    top = module.partition(".")[0]
+    if "." not in module and file.stem != "__init__":
+        return _named_in_strings(file)
+    if top in _BY_IMPORTS:
+        return {}, {f"{module}/{name}": path for name, path in _data_of(file.parent, top).items()}
+    folders = tuple(place for place in _places_of(top) if file.is_relative_to(place))
+    if folders:
+        return _whole_package(top, folders)
+    # Harnesses load files by path, under names by which Python does not find them.
+    package = module if file.stem == "__init__" else module.rpartition(".")[0]
+    return _whole_package(package, (file.parent,))
+
+
 @functools.cache
-def _files_beside(folder: Path) -> tuple[Path, ...]:
-    return tuple(file for file in folder.iterdir() if file.suffix in _READ_SUFFIXES)
+def _whole_package(name: str, folders: tuple[Path, ...]) -> tuple[dict[str, Path], dict[str, Path]]:
+    modules, data = {}, {}
+    # As Python does, the first folder before the others, and `a/__init__.py` before `a.py`.
+    for folder in reversed(folders):
+        files = files_within(folder)
+        for inside, file in sorted(files.items()):
+            if file.suffix == ".py" and len(files) <= _FILES_READ:
+                parts = Path(inside).with_suffix("").parts
+                inner = parts[:-1] if parts[-1] == "__init__" else parts
+                modules[".".join((name, *inner))] = file
+            else:
+                data[f"{name}/{inside}"] = file
+    return modules, data
+
+
+@functools.cache
+def _data_of(folder: Path, top: str) -> dict[str, Path]:
+    """Return what lies in the folder of a package, other than code and packages."""
+    if top in _BY_VERSION:
+        return {file.name: file for file in folder.iterdir() if file.suffix in _READ_SUFFIXES}
+    files = files_within(folder, with_packages=False)
+    return {name: file for name, file in files.items() if file.suffix != ".py"}
+
+
+@functools.cache
+def _named_in_strings(file: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the modules, files and folders beside a module that strings in its source name."""
+    modules, data = {}, {}
+    for text in _strings(file):
+        # In an f-string, what follows the folder begins with a slash.
+        name = text.strip("/")
+        place = os.path.join(file.parent, name)  # noqa: PTH118 (pathlib drops dots)
+        # The folder itself and what lies above it hold anything.
+        if not Path(name).parts or ".." in Path(name).parts:
+            continue
+        # Not by pathlib, which raises if a sentence is too long for a path.
+        if name.isidentifier() and os.path.isfile(f"{place}.py"):  # noqa: PTH113
+            modules[name] = Path(f"{place}.py")
+        if os.path.isfile(place):  # noqa: PTH113
+            data[f"./{name}"] = Path(place)
+        elif os.path.isdir(place):  # noqa: PTH112
+            inside = files_within(Path(place))
+            data |= {f"./{name}/{inner}": found for inner, found in inside.items()}
+    return modules, data
+
+
+def _strings(file: Path) -> set[str]:
+    nodes = ast.walk(_parsed(file))
+    values = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    return {value for value in values if isinstance(value, str)}
+
+
+def files_within(folder: Path, *, with_packages: bool = True) -> dict[str, Path]:
+    """Return the files below a folder that can be read, by relative name.
+
+    Caches of Python and hidden folders, such as those of git, are left out; linked folders are not.
+    """
+    files: dict[str, Path] = {}
+    entered: set[Path] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        real = here.resolve()
+        # A link may lead to a folder above it.
+        if real in entered or not (here == folder or with_packages or "__init__.py" not in names):
+            inner.clear()
+            continue
+        entered.add(real)
+        inner[:] = sorted(n for n in inner if n != "__pycache__" and not n.startswith("."))
+        found = [here / name for name in names if not name.endswith(".pyc")]
+        readable = [file for file in found if file.is_file() and os.access(file, os.R_OK)]
+        files |= {file.relative_to(folder).as_posix(): file for file in readable}
+    return files
 
 
 @functools.cache
@@ -181,12 +291,23 @@ def _places_of(top: str) -> tuple[Path, ...]:
 @functools.cache
 def _imported_names(file: Path, module: str) -> tuple[str, ...]:
     """Return the absolute names of all modules that a file may import, at any depth of its code."""
-    return tuple(_names_in_imports(file, module)) if file.suffix == ".py" else ()
+    return tuple(_names_in_imports(file, module))
+
+
+def _parsed(file: Path) -> ast.AST:
+    """Return the syntax tree of a file; an empty one if it is compiled, or a draft that is not run.
+
+    Python itself says what is wrong with a file that it runs.
+    """
+    try:
+        return ast.parse(file.read_bytes() if file.suffix == ".py" else b"")
+    except (SyntaxError, ValueError):
+        return ast.Module(body=[], type_ignores=[])
 
 
 def _names_in_imports(file: Path, module: str) -> Iterator[str]:
     package = module if file.stem == "__init__" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    for node in ast.walk(_parsed(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from bench.config.run_config import identity_of
-from bench.data.digests import code_files, code_hash, contents_hash, digest, module_file
+from bench.data.digests import code_files, code_hash, contents_hash, digest, module_file, state_hash
 from bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,43 +44,70 @@ _IMAGE_LIBRARIES = ("pillow", "torchvision")
 def method_identity(method: Method) -> str:
     """Return the class of a method with a hash of its code, and of the files that its knobs name.
 
-    The code is its module, those modules of the same package that are imported from there, and what
-    the class inherits from.
+    The code is what `code_files` tells, of the class and of what it inherits from. A knob that
+    names a module, or something in it, adds that module.
     """
-    knobs = method.model_dump(mode="json", exclude=set(method.writes))
-    places = {text: place_named(text) for text in string_leaves(knobs)}
-    read = sorted(f"{text} {_content(place)}" for text, place in places.items() if place)
-    together = hashlib.sha256("\n".join(read).encode()).hexdigest()
+    places, modules = _named_by_knobs(method)
+    read = [f"{text} {_content(place)}" for text, place in places.items()]
+    read += [f"{name} {code_hash(file, name, _top(name))}" for name, file in modules.items()]
+    together = hashlib.sha256("\n".join(sorted(read)).encode()).hexdigest()
     return class_identity(type(method)) + (f" reading {together}" if read else "")
 
 
-def place_named(text: str) -> Path | None:
-    """Return the file or the folder that a text names; a folder only if written as a path.
+def _named_by_knobs(method: Method) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the files and folders, and the modules, that the knobs of a method name.
 
-    By a bare name, `digits`, a data set is meant.
+    A word that the type of a knob offers, as in `Literal["random", "first"]`, names neither.
+    """
+    places: dict[str, Path] = {}
+    modules: dict[str, Path] = {}
+    knobs = method.model_dump(mode="json", exclude=set(method.writes))
+    for knob, value in knobs.items():
+        field = type(method).model_fields.get(knob)
+        for text in set(string_leaves(value)) - _words(field.annotation if field else None):
+            if place := place_named(text, bare=True):
+                places[text] = place
+            if found := _module_named(text):
+                modules[found[0]] = found[1]
+    return places, modules
+
+
+def _words(annotation: object) -> set[str]:
+    """Return the words that a type offers, at any depth."""
+    if get_origin(annotation) is Literal:
+        return {word for word in get_args(annotation) if isinstance(word, str)}
+    return set().union(*map(_words, get_args(annotation)))
+
+
+def _module_named(text: str) -> tuple[str, Path] | None:
+    """Return the module that a text names, or that has the name in it: `a.b`, `a.b.C`, `a.b:C`."""
+    name = text.replace(":", ".")
+    if not all(part.isidentifier() for part in name.split(".")):
+        return None
+    while name:
+        if file := module_file(name, own=""):
+            return name, file
+        name = name.rpartition(".")[0]
+    return None
+
+
+def place_named(text: str, *, bare: bool = False) -> Path | None:
+    """Return the file or the folder that a text names; `bare` also finds a folder without a slash.
+
+    In a config, `digits` is a data set also where a folder of that name happens to be. A knob of a
+    method names what the method reads, however it is written.
     """
     # Not by pathlib, which raises if a sentence is too long for a path.
     path = os.path.expanduser(text)  # noqa: PTH111
-    is_folder = "/" in text and os.path.isdir(path)  # noqa: PTH112
+    is_folder = (bare or "/" in text) and os.path.isdir(path)  # noqa: PTH112
     return Path(path) if is_folder or os.path.isfile(path) else None  # noqa: PTH113
 
 
 def _content(place: Path) -> str:
     if place.is_file():
         return digest(place)
-    files = sorted(file for file in place.rglob("*") if file.is_file())
-    # A data set of a million pictures is not read anew for its id.
-    state = digest if len(files) <= _FILES_READ else _size_and_time
-    lines = [f"{file.relative_to(place)} {state(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-_FILES_READ = 1000
-
-
-def _size_and_time(file: Path) -> str:
-    seen = file.stat()
-    return f"{seen.st_size} {seen.st_mtime_ns}"
+    files = [file for file in place.rglob("*") if file.is_file()]
+    return state_hash({str(file.relative_to(place)): file for file in files})
 
 
 def class_identity(kind: type) -> str:
@@ -89,7 +116,7 @@ def class_identity(kind: type) -> str:
     Raises:
         UserError: the class has no source, so that a change of it could not be seen.
     """
-    top = _top_package(kind)
+    top = _top(kind.__module__)
     # Of bench and of installed libraries an id has the code and the version anyway.
     bases = [base for base in inspect.getmro(kind)[1:] if module_file(base.__module__, top)]
     codes = [_code_of_class(each) for each in (kind, *bases)]
@@ -98,22 +125,25 @@ def class_identity(kind: type) -> str:
 
 
 def method_files(method: Method) -> list[Path]:
-    """Return the files of a method's code."""
-    kind = type(method)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file is None:
-        return []
-    return list(code_files(Path(file), kind.__module__, _top_package(kind)).values())
+    """Return the files of a method's code, and what its knobs name."""
+    places, modules = _named_by_knobs(method)
+    found = list(places.values())
+    file = getattr(sys.modules.get(type(method).__module__), "__file__", None)
+    if file is not None:
+        modules[type(method).__module__] = Path(file)
+    for name, module in modules.items():
+        found += code_files(module, name, _top(name)).values()
+    return found
 
 
-def _top_package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+def _top(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _code_of_class(kind: type) -> str:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is not None:
-        return code_hash(Path(file), kind.__module__, _top_package(kind))
+        return code_hash(Path(file), kind.__module__, _top(kind.__module__))
     try:  # defined in a notebook, whose cells Python remembers
         return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
     except (OSError, TypeError):

@@ -213,15 +213,130 @@ def test_another_package_of_the_users_counts(plug_in):
     assert hashed("plugged_c.method") != before
 
 
-def test_a_table_beside_a_module_counts_and_its_readme_does_not(plug_in, tmp_path):
+NAMES = ("s.json", "s.pt", "s.bin", "S", "README.md", "tables/s.json", "a/b/c/s.gguf")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_file_of_a_users_package_counts(plug_in, tmp_path, name):
     write, hashed = plug_in
     write(plugged_d__in__method="", plugged_d__in____init__="")
-    (tmp_path / "plugged_d" / "scale.json").write_text("1")
-    before = hashed("plugged_d.method")
-    (tmp_path / "plugged_d" / "README.md").write_text("a method")
-    assert hashed("plugged_d.method") == before
-    (tmp_path / "plugged_d" / "scale.json").write_text("2")
-    assert hashed("plugged_d.method") != before
+    seen = [hashed("plugged_d.method")]
+    file = tmp_path / "plugged_d" / name
+    for content in ("1", "2"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        seen.append(hashed("plugged_d.method"))
+    assert len(set(seen)) == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(["a", "b", "__pycache__", ".git", ".cache"]), max_size=3),
+    name=st.sampled_from(["x", "x.pt", "x.bin", "x.json", "__init__.py", ".x", "x.pyc"]),
+)
+def test_all_but_caches_and_hidden_folders_lie_within(tmp_path_factory, parts, name):
+    folder = tmp_path_factory.mktemp("package")
+    file = folder.joinpath(*parts, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    counts = not {"__pycache__", ".git", ".cache"} & set(parts) and name != "x.pyc"
+    assert list(digests.files_within(folder).values()) == [file] * counts
+
+
+def test_linked_folders_count_and_a_loop_of_links_ends(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "s.json").touch()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "tables").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "back").symlink_to(tmp_path / "package")
+    (tmp_path / "package" / "gone").symlink_to(tmp_path / "nothing")
+    assert list(digests.files_within(tmp_path / "package")) == ["tables/s.json"]
+
+
+def test_a_module_that_is_imported_dynamically_counts_with_its_imports(plug_in):
+    write, hashed = plug_in
+    write(
+        plugged_f__in__method="import importlib as i\ni.import_module('.hidden', __package__)",
+        plugged_f__in__hidden="import plugged_far", plugged_f__in____init__="", plugged_far="x=1",
+    )  # fmt: skip
+    before = hashed("plugged_f.method")
+    write(plugged_far="x=2")
+    between = hashed("plugged_f.method")
+    write(plugged_f__in__hidden="import plugged_far\nx=1")
+    assert len({before, between, hashed("plugged_f.method")}) == 3
+
+
+def test_a_draft_that_python_does_not_run_is_hashed_and_not_parsed(plug_in):
+    write, hashed = plug_in
+    write(plugged_g__in__method="", plugged_g__in____init__="", plugged_g__in__draft="def (")
+    before = hashed("plugged_g.method")
+    write(plugged_g__in__draft="def f(")
+    assert hashed("plugged_g.method") != before
+
+
+def test_a_great_many_files_count_by_size_and_time(plug_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_FILES_READ", 2)
+    write, hashed = plug_in
+    write(plugged_h__in__method="", plugged_h__in____init__="")
+    files = [tmp_path / "plugged_h" / name for name in ("a.pt", "b.pt")]
+    for file in files:
+        file.write_text("1")
+    before = hashed("plugged_h.method")
+    monkeypatch.setattr(digests, "digest", None)
+    assert hashed("plugged_h.method") == before
+    files[0].write_text("22")
+    assert hashed("plugged_h.method") != before
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "changes"),
+    [
+        ("open(HERE / 's.pt')", "s.pt", True),
+        ("open(HERE / 'tables' / 's.json')", "tables/s.json", True),
+        ("open(HERE / 'tables/s.json')", "tables/s.json", True),
+        ("open(f'{HERE}/s.bin')", "s.bin", True),
+        ("__import__('plugged_named')", "plugged_named.py", True),
+        ("open(HERE / 's.pt')", "s.json", False),
+        ("'.', '..', '/', '', '../../s.json'", "s.json", False),
+    ],
+)
+def test_of_what_lies_beside_a_single_module_what_its_strings_name_counts(
+    plug_in, tmp_path, source, name, changes
+):
+    write, hashed = plug_in
+    # In a function, for the files need not be there when the module is imported.
+    write(plugged_i=f"def late():\n    {source}")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x=1")
+    before = hashed("plugged_i")
+    (tmp_path / name).write_text("x=2")
+    assert (hashed("plugged_i") != before) == changes
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("one/s.pt", True),
+        ("one/tables/deep/s.json", True),
+        ("two/s.pt", False),
+        ("two/tables/s.json", False),
+        ("two/method.py", False),
+    ],
+)
+def test_of_packages_of_many_methods_the_data_of_those_that_are_imported_counts(
+    plug_in, tmp_path, monkeypatch, name, changes
+):
+    monkeypatch.setattr(digests, "_BY_IMPORTS", {"plugged_many"})
+    write, hashed = plug_in
+    for family in ("one", "two"):
+        (tmp_path / "plugged_many" / family).mkdir(parents=True)
+        (tmp_path / "plugged_many" / family / "__init__.py").touch()
+        (tmp_path / "plugged_many" / family / "method.py").touch()
+    write(plugged_many__in____init__="")
+    before = hashed("plugged_many.one.method")
+    (tmp_path / "plugged_many" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "plugged_many" / name).write_text("x=1")
+    assert (hashed("plugged_many.one.method") != before) == changes
 
 
 def test_installed_libraries_are_not_read(plug_in, monkeypatch):

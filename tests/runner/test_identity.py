@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -97,7 +98,7 @@ def test_the_id_names_the_device_and_not_how_it_was_asked_for():
 
 @pytest.fixture
 def third_party(tmp_path, monkeypatch):
-    """A package whose method imports one module of three."""
+    """A package whose method imports some of its modules."""
     folder = tmp_path / "identified"
     (folder / "maths").mkdir(parents=True)
     method = "from bench.method import Method\nfrom .maths import scale\n\nclass M(Method):\n"
@@ -120,7 +121,8 @@ def third_party(tmp_path, monkeypatch):
         ("maths/__init__.py", True),
         ("maths/scale.py", True),
         ("deep.py", True),
-        ("unrelated.py", False),
+        # It may be imported by a computed name.
+        ("unrelated.py", True),
     ],
 )
 def test_the_source_of_a_method_and_of_what_it_imports_counts(
@@ -210,6 +212,60 @@ def test_files_that_a_method_reads_count_and_those_it_writes_do_not(tmp_path):
     assert [one != other for one, other in zip(before, after, strict=True)] == [
         True, True, True, False,
     ]  # fmt: skip
+
+
+class Naming(Method):
+    """Has a knob that offers words, and one that names anything."""
+
+    order: Literal["random", "first"] | None = None
+    source: str | None = None
+
+    def check(self, structure): ...
+    def apply(self, model, context): ...
+
+
+@pytest.mark.parametrize(
+    ("knobs", "changes"),
+    [
+        ({"source": "random"}, True),
+        ({"source": "./random"}, True),
+        ({"order": "random"}, False),
+        ({"source": "elsewhere"}, False),
+    ],
+)
+def test_a_folder_that_a_knob_names_counts_however_written(tmp_path, monkeypatch, knobs, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()
+    method = Naming(**knobs)
+    before = method_identity(method)
+    (tmp_path / "random" / "s.json").write_text("1")
+    assert (method_identity(method) != before) == changes
+    assert (Path("random") in method_files(method)) == changes
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("named_lib", True),
+        ("named_lib.Scale", True),
+        ("named_lib:Scale", True),
+        ("named_other", False),
+        ("named.lib", False),
+        ("numpy", False),
+        ("...", False),
+    ],
+)
+def test_a_module_that_a_knob_names_counts(tmp_path, monkeypatch, forget_sources, text, changes):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    # The code of this class, with all tests, is not what is asked for.
+    monkeypatch.setattr(identity, "class_identity", str)
+    module = tmp_path / "named_lib.py"
+    module.write_text("factor = 1")
+    method = Naming(source=text)
+    before = method_identity(method)
+    forget_sources()
+    module.write_text("factor = 2")
+    assert (method_identity(method) != before) == changes
 
 
 def test_a_method_whose_source_cannot_be_read_is_refused():
@@ -340,3 +396,4 @@ def test_only_what_is_written_as_a_path_is_a_folder(tmp_path, monkeypatch):
     assert [place_named(text) is not None for text in named] == [
         False, True, True, True, False, False, False, False,
     ]  # fmt: skip
+    assert place_named("digits", bare=True) is not None
