@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bench.method import Effect, LayerReport
 
 SCHEMA = 3
 ID_DIGITS = 12
-CONFIG_SECTIONS = frozenset(
-    {"model", "method", "benchmark", "calibration", "prompts", "costs", "tracker"}
-)
 EFFECTS_WITHOUT_SAVING = frozenset({"zeroed", "masked"})
 UNCONFIRMED = "unconfirmed"
 """Stands for the effect of a method that claims a saving which the counts do not show."""
@@ -24,6 +28,9 @@ FRESH = "fresh:"
 """Prefix of a model's source whose weights are drawn at random."""
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object whose keys are not known here, such as the config of a run or its provenance."""
+SHOWN_ORIGINS = frozenset({"embedded", "file"})
+"""Origins of data that reports name together with its location."""
+LARGEST_WHOLE_FLOAT = 2**53
 How = Literal["counted", "measured", "analytic"]
 """How a cost was obtained."""
 
@@ -196,6 +203,83 @@ class MissingMeasurement(_FrozenModel):
     how: How | None = None
 
 
+class _Leaves(BaseModel):
+    """The values of a free JSON object that reports read; any may be absent, others are kept.
+
+    A record may come from somebody else. What has another type would stop the reports of all runs,
+    so its record is set aside when it is read.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _ModelLeaves(_Leaves):
+    name: str | None = None
+    source: str | None = None
+    path: str | None = None
+    kind: str | None = None
+    dtype: str | None = None
+    max_length: int | None = None
+    seed: int | None = None
+    trust_remote_code: bool | None = None
+
+
+class _BenchmarkLeaves(_Leaves):
+    name: str
+    harness: str | None = None
+    tasks: Sequence[str] = ()
+    metrics: JsonObject = {}
+    perplexity: dict[str, JsonObject] = {}
+    num_fewshot: int | None = None
+    limit: int | None = None
+    data: JsonObject = {}
+    images: JsonObject = {}
+
+
+class _TrackerLeaves(_Leaves):
+    samples: bool = True
+
+
+class _ConfigLeaves(_Leaves):
+    model: _ModelLeaves = _ModelLeaves()
+    method: dict[str, JsonObject] = {}
+    benchmark: _BenchmarkLeaves
+    calibration: JsonObject = {}
+    prompts: JsonObject = {}
+    costs: JsonObject = {}
+    tracker: _TrackerLeaves = _TrackerLeaves()
+    offline: bool = False
+    packages: Sequence[str] = ()
+
+
+class _SourceLeaves(_Leaves):
+    origin: str | None = None
+    location: str | None = None
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _named_where_it_is_shown(self) -> _SourceLeaves:
+        if self.origin in SHOWN_ORIGINS and self.location is None:
+            raise ValueError(f"origin={self.origin} needs a location")
+        return self
+
+
+class _IdentityLeaves(_Leaves):
+    files: dict[str, str] = {}
+
+
+class _ProvenanceLeaves(_Leaves):
+    data: dict[str, _SourceLeaves] = {}
+    calibration: str | None = None
+    prompts: str | None = None
+    identity: _IdentityLeaves | None = None
+
+
+class _EnvironmentLeaves(_Leaves):
+    threads: int | None = None
+    versions: dict[str, str | None] = {}
+
+
 class Record(_FrozenModel):
     """One run; `id` is a hash of its inputs, see `run_id`."""
 
@@ -219,34 +303,18 @@ class Record(_FrozenModel):
 
     @field_validator("config")
     @classmethod
-    def _config_has_sections(cls, config: JsonObject) -> JsonObject:
-        for name in CONFIG_SECTIONS & config.keys():
-            _require_object(config[name], name)
-        for name, knobs in config.get("method", {}).items():
-            _require_object(knobs, f"method.{name}")
-        packages = config.get("packages", [])
-        if not isinstance(packages, list):
-            raise ValueError("packages is no list")
-        benchmark = config.get("benchmark", {})
-        if not isinstance(benchmark.get("name"), str):
-            raise ValueError("benchmark.name is no text")
-        for name in {"perplexity", "data", "metrics", "images"} & benchmark.keys():
-            _require_object(benchmark[name], f"benchmark.{name}")
-        return config
+    def _config_fits_reports(cls, config: JsonObject) -> JsonObject:
+        return _with_leaves(config, _ConfigLeaves)
 
     @field_validator("provenance")
     @classmethod
-    def _sources_are_objects(cls, provenance: JsonObject) -> JsonObject:
-        for task, source in _require_object(provenance.get("data") or {}, "data").items():
-            _require_object(source, f"data.{task}")
-        _require_object(provenance.get("identity") or {}, "identity")
-        return provenance
+    def _provenance_fits_reports(cls, provenance: JsonObject) -> JsonObject:
+        return _with_leaves(provenance, _ProvenanceLeaves)
 
     @field_validator("environment")
     @classmethod
-    def _versions_are_an_object(cls, environment: JsonObject) -> JsonObject:
-        _require_object(environment.get("versions", {}), "versions")
-        return environment
+    def _environment_fits_reports(cls, environment: JsonObject) -> JsonObject:
+        return _with_leaves(environment, _EnvironmentLeaves)
 
     @property
     def untrained(self) -> bool:
@@ -322,12 +390,21 @@ def check_ratio(ratio: object) -> None:
     """
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
         raise ValueError(f"ratio={ratio} is not one number")
+    # The index and plots keep ratios as floats, which hold no larger whole number exactly.
+    if isinstance(ratio, int) and abs(ratio) > LARGEST_WHOLE_FLOAT:
+        raise ValueError(f"ratio={ratio}: whole numbers go up to {LARGEST_WHOLE_FLOAT}")
 
 
-def _require_object(value: object, name: str) -> JsonObject:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is no object")
-    return value
+def _with_leaves(found: JsonObject, leaves: type[_Leaves]) -> JsonObject:
+    """Return a JSON object as it is; raise `ValueError` unless reports can read its values."""
+    try:
+        leaves.model_validate(found)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        reason = fault["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key}: {reason[0].lower()}{reason[1:]}") from None
+    return found
 
 
 def without_real_saving(methods: Sequence[AppliedMethod]) -> str | None:

@@ -104,9 +104,16 @@ class Store:
         folder, record = self.unfinished(run_id), self.folder(run_id) / RECORD
         if not folder.exists() or not record.exists():
             return
-        newest = max((path.stat().st_mtime_ns for path in folder.rglob("*")), default=0)
+        newest = max((path.lstat().st_mtime_ns for path in folder.rglob("*")), default=0)
         if newest <= record.stat().st_mtime_ns:
-            shutil.rmtree(folder)
+            self._remove_unfinished(run_id)
+
+    def _remove_unfinished(self, run_id: str) -> None:
+        """Remove the unfinished state of a run, unless a link leads to it."""
+        folder = self.unfinished(run_id)
+        # Beyond a link may lie anything of the same name, which this program did not write.
+        if not folder.parent.is_symlink() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def journal(self, run_id: str, identity: str, process: int = 0) -> Journal:
         """Open a run's journal of responses of the network whose weights are `identity`."""
@@ -180,7 +187,7 @@ class Store:
         self._mark()
         # In this order: a kill in between leaves leftovers, never a run with neither.
         atomic_files.write_folder(self.folder(record.id), fill)
-        shutil.rmtree(self.unfinished(record.id), ignore_errors=True)
+        self._remove_unfinished(record.id)
         return self.folder(record.id)
 
     def _mark(self) -> None:

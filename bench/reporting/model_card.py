@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 from bench.records import Record
+from bench.ui import clean
 
 LOAD_WITH_TRANSFORMERS = """\
 Loads in transformers:
@@ -35,6 +37,7 @@ present, computes the same function.
 """
 REPLACED_MODULES_NOTE = "`slimbench.json` lists the modules that were replaced or reshaped."
 UNKNOWN_CLASS_NOTE = "Its architecture is not in transformers."
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def model_card(record: Record, form: str, *, stock: bool) -> str:
@@ -44,7 +47,7 @@ def model_card(record: Record, form: str, *, stock: bool) -> str:
     """
     parts = (
         _front_matter(record),
-        f"# {record.model.name}: {record.label}\n",
+        f"# {_code(f'{record.model.name}: {record.label}')}\n",
         _loading_section(form, stock),
         _provenance_section(record),
     )
@@ -55,8 +58,8 @@ def _front_matter(record: Record) -> str:
     """Return the YAML block that the Hugging Face hub reads."""
     lines = ["---", "library_name: transformers", "tags: [slimbench, model-compression]"]
     # Only `owner/name` is a model on the hub; a local path must not be given as a base model.
-    if "/" in record.model.source:
-        lines.append(f"base_model: {record.model.source}")
+    if _HUB_NAME.fullmatch(record.model.source):
+        lines.append(f"base_model: {json.dumps(record.model.source)}")
     return "\n".join([*lines, "---", ""])
 
 
@@ -76,23 +79,32 @@ def _loading_section(form: str, stock: bool) -> str:
 def _provenance_section(record: Record) -> str:
     """Describe what was done to which weights, in enough detail to repeat it."""
     model = record.model
-    revision = f" at {model.revision}" if model.revision else ""
+    revision = f" at {_code(model.revision)}" if model.revision else ""
     lines = [
         "## How it was made",
         "",
-        f"- run `{record.id}`: `{record.command}`",
-        f"- from {model.source}{revision}, {model.architecture}, {model.parameters:,} parameters,",
-        f"  weights SHA-256 `{model.fingerprint}`",
+        f"- run {_code(record.id)}: {_code(record.command)}",
+        f"- from {_code(model.source)}{revision}, {_code(model.architecture)}, "
+        f"{model.parameters:,} parameters,",
+        f"  weights SHA-256 {_code(model.fingerprint)}",
     ]
     if record.provenance.get("calibration"):
-        lines.append(f"- calibration text SHA-256 `{record.provenance['calibration']}`")
+        lines.append(f"- calibration text SHA-256 {_code(record.provenance['calibration'])}")
     for name, version in record.environment.get("versions", {}).items():
-        lines.append(f"- {name} {version}")
+        lines.append(f"- {_code(f'{name} {version}')}")
     for method in record.methods:
         knobs = json.dumps(method.config, indent=1)
-        head = f"### {method.name}: weights {method.confirmed_effect}"
+        head = f"### {_code(method.name)}: weights {method.confirmed_effect}"
         lines += ["", head, "", "```json", knobs, "```"]
     parameters = record.cost("parameters")
     if parameters is not None:
         lines += ["", f"Parameters in memory: {int(parameters.value):,}."]
     return "\n".join([*lines, ""])
+
+
+def _code(text: str) -> str:
+    """Return text of a record as code in one line, so that it is no Markdown of its own."""
+    line = " ".join(clean(text).split())
+    # A fence longer than any row of backticks inside; spaces keep backticks at the ends apart.
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"

@@ -158,5 +158,5 @@ def refuse_changed_data(config: RunConfig, record: Record, session: Session) -> 
     """Raise if a task's documents differ from those that the run scored."""
     # The run's own benchmark and not a limited one, so that fingerprints are comparable.
     planned = session.benchmarks.plan(config.benchmark, offline=config.offline)
-    for name, source in record.provenance["data"].items():
-        refuse_change(f"data of {name}", source["fingerprint"], planned.fingerprints.get(name))
+    for name, source in record.provenance.get("data", {}).items():
+        refuse_change(f"data of {name}", source.get("fingerprint"), planned.fingerprints.get(name))

@@ -4,9 +4,12 @@ Each mutation replaces, adds or removes something in a sound file and lets every
 it go over the folder, in which a second, sound record must stay visible.
 """
 
+import copy
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 from contextlib import contextmanager
 
@@ -124,13 +127,14 @@ def damaged(rng, raw):
     return bytes(raw)
 
 
-def answer(capsys, *command):
+def answer(capsys, *command, code=None):
     """Run a command; it ends in time, in one of its codes, with no traceback and no raw control."""
+    wanted = (0, 1, 2) if code is None else (code,)
     capsys.readouterr()
     with time_limit():
         code = main(list(command))
     said = capsys.readouterr()
-    assert code in (0, 1, 2), (command, said.err)
+    assert code in wanted, (command, said.err)
     assert "Traceback" not in said.out + said.err, said
     assert "details:" not in said.err, said.err
     assert not set("\x1b\x9b\u202e\x07\x00") & set(said.out + said.err), said
@@ -158,6 +162,9 @@ READERS = (
 )  # fmt: skip
 
 
+PLOTS = ("plot front --json", "plot curves --json")
+
+
 def fuzz_records(capsys, root, rng, count, readers):
     store = Store(root)
     sound = json.loads((store.folder(BAD) / "record.json").read_text())
@@ -173,6 +180,22 @@ def fuzz_records(capsys, root, rng, count, readers):
             (store.folder(BAD) / "record.json").write_bytes(raw)
         (root / "index.parquet").unlink(missing_ok=True)
         look(capsys, root, rng.sample(READERS, readers) if turn else READERS)
+
+
+LEAVES = [
+    *(("config", "model", key) for key in ("name", "source", "path", "kind", "dtype", "seed")),
+    *(("config", "model", key) for key in ("max_length", "trust_remote_code")),
+    *(("config", "benchmark", key) for key in ("name", "harness", "tasks", "perplexity", "limit")),
+    *(("config", "benchmark", key) for key in ("num_fewshot", "data", "metrics", "images")),
+    ("config", "tracker", "samples"), ("config", "packages"), ("config", "offline"),
+    ("config", "calibration"), ("config", "method", "wgsef"), ("methods", 0, "config", "ratio"),
+    ("provenance", "data"), ("provenance", "data", "t"), ("provenance", "data", "t", "origin"),
+    ("provenance", "data", "t", "location"), ("provenance", "data", "t", "fingerprint"),
+    ("provenance", "calibration"), ("provenance", "prompts"), ("provenance", "identity"),
+    ("provenance", "identity", "files"), ("environment", "threads"), ("environment", "versions"),
+    ("environment", "versions", "lm-eval"),
+]  # fmt: skip
+"""Values of the free parts of a record that reports read."""
 
 
 def fuzz_plans(capsys, root, rng, count):
@@ -216,6 +239,34 @@ def other_columns(rng, table):
 
 def test_a_foreign_record_is_read_or_left_out(results, capsys):
     fuzz_records(capsys, results, random.Random(1), 5, readers=1)
+
+
+def test_no_value_of_what_reports_read_stops_a_command(results, capsys):
+    """All of them in one folder, so that each command has to get past every one."""
+    store = Store(results)
+    sound = json.loads((store.folder(BAD) / "record.json").read_text())
+    sound.pop("checksum")
+    task = next(iter(sound["provenance"]["data"]))
+    sound["provenance"]["data"][task] |= {"origin": "file", "location": "x.csv"}
+    values = [5, [], {}, None, "x", 2**62, float("nan")]
+    for number, ((*above, last), value) in enumerate(itertools.product(LEAVES, values)):
+        changed = copy.deepcopy({**sound, "id": f"{number:012x}"})
+        node = changed
+        for key in above:
+            key = task if key == "t" else key
+            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+        node[task if last == "t" else last] = value
+        folder = store.folder(changed["id"])
+        shutil.copytree(store.folder(BAD), folder)
+        (folder / "record.json").write_text(json.dumps(changed))
+    for command in ("ls runs --json", "ls runs", "report", *PLOTS):
+        said = answer(capsys, *command.split(), "--results-dir", str(results), code=0)
+        assert GOOD in said.out or command != "ls runs --json"
+    left = [record.id for record in store.all()]
+    assert len(left) < number / 2
+    for run in random.Random(0).sample(left, 8):
+        answer(capsys, "show", run, "--results-dir", str(results), code=0)
+        answer(capsys, "compare", GOOD, run, "--results-dir", str(results))
 
 
 def test_a_foreign_plan_is_read_or_left_out(results, capsys):

@@ -141,3 +141,55 @@ def test_the_id_depends_on_every_input_and_not_on_their_order():
         {**base, "config": {"a": 1.5, "b": [1, 2]}},
     ]
     assert len({run_id(inputs) for inputs in [base, *changed]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "key"),
+    [
+        ("config", {"benchmark": {"name": "b"}, "model": {"path": 5}}, "model.path"),
+        ("config", {"benchmark": {"name": "b"}, "model": {"path": ["x"]}}, "model.path"),
+        ("config", {"benchmark": {"name": 5}}, "benchmark.name"),
+        ("config", {"benchmark": {"name": "b", "perplexity": {"t": 5}}}, "benchmark.perplexity.t"),
+        ("config", {"benchmark": {"name": "b"}, "packages": [5]}, "packages.0"),
+        ("provenance", {"data": {"t": {"origin": "file", "location": 5}}}, "data.t.location"),
+        ("provenance", {"data": {"t": {"origin": "file"}}}, "origin=file needs a location"),
+        ("provenance", {"identity": {"files": 5}}, "identity.files"),
+        ("environment", {"versions": {"torch": [1]}}, "versions.torch"),
+    ],
+)
+def test_what_reports_read_has_its_type_or_the_record_is_set_aside(tmp_path, part, content, key):
+    store = Store(tmp_path)
+    path = store.write(make(), [], "") / "record.json"
+    changed = {**json.loads(path.read_text()), part: content}
+    del changed["checksum"]
+    path.write_text(json.dumps(changed))
+    assert store.all() == []
+    assert part in store.unreadable["a" * 12]
+    assert key in store.unreadable["a" * 12]
+
+
+@pytest.mark.parametrize("ratio", [2**53 + 1, 2**62, -(2**62)])
+def test_a_ratio_that_no_float_holds_is_refused_by_name(tmp_path, ratio):
+    with pytest.raises(ValueError, match="whole numbers go up to"):
+        make(ratio=ratio)
+    Store(tmp_path).write(make(ratio=2**53), [], "")
+    assert set(load_frame(tmp_path)["ratio"]) == {2.0**53}
+
+
+@pytest.mark.parametrize("link", ["unfinished", "run"])
+def test_unfinished_state_behind_a_link_is_never_removed(tmp_path, link):
+    store, elsewhere = Store(tmp_path / "results"), tmp_path / "elsewhere"
+    run = "a" * 12
+    kept = elsewhere / run / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    os.utime(kept, (0, 0))
+    if link == "unfinished":
+        store.root.mkdir()
+        (store.root / "unfinished").symlink_to(elsewhere)
+    else:
+        store.unfinished(run).parent.mkdir(parents=True)
+        store.unfinished(run).symlink_to(elsewhere / run)
+    store.write(make(run), [], "")
+    with store.claim(run):
+        assert kept.read_text() == "mine"

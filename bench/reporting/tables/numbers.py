@@ -156,13 +156,13 @@ def _record_mismatch(column: TableColumn, record: Record) -> str | None:
         return None
     benchmark = record.config["benchmark"]
     # Not comparable even where the identity matches: a limit is not part of the published one.
-    if benchmark["limit"] is not None:
+    if benchmark.get("limit") is not None:
         return f"ours covers only the first {benchmark['limit']} samples"
     if metric.missing:
         return f"ours leaves out {metric.missing} samples without an answer"
     if column.of is not None and metric.n != column.of:
         return f"ours is the mean of {metric.n} tasks, not of {column.of}"
-    given = {"shots": metric.shots, "split": metric.split, "harness": benchmark["harness"]}
+    given = {"shots": metric.shots, "split": metric.split, "harness": benchmark.get("harness")}
     for field, value in given.items():
         wanted = getattr(column, field)
         if wanted not in ("", None) and value != wanted:
