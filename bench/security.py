@@ -17,7 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, quote_plus, unquote
 
 from bench.errors import UserError
 
@@ -73,16 +73,23 @@ def refuse_shadowed_packages() -> None:
 
 
 CREDENTIAL_NAME = re.compile(
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|APIKEY|ACCESSKEY"
-    r"|(?:^|_)(?:KEY|PASS|PWD|PAT|AUTH|COOKIE))S?$",
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|APIKEY|ACCESSKEY|PWD"
+    r"|(?<!BY)(?<!COM)(?<!ASK)PASS|(?:^|_)(?:KEY|PAT|AUTH|COOKIE))S?(?![A-Z])",
     re.IGNORECASE,
 )
-"""Names of variables that hold credentials: HF_TOKEN, MYSQL_PWD, GITHUB_PAT, OPENAI_API_KEY."""
+"""Words of names that hold credentials: HF_TOKEN, SSHPASS, OPENAI_API_KEY, SECRET_KEY_BASE."""
+_PUBLIC_NAME = re.compile(
+    r"_(?:FILE|PATH|DIR|SOCK|URL|URI|HOST|PORT|NAME|TYPE|METHOD|MODE|SIZE|LENGTH|LIMIT|COUNT)$",
+    re.IGNORECASE,
+)
+"""Endings of names that tell about a credential and hold none: SSH_AUTH_SOCK, TOKEN_URL."""
 FOLDER_VARIABLES = frozenset({"PWD", "OLDPWD"})
 MIN_SECRET_LENGTH = 8
 """Characters; shorter values would redact ordinary words as well."""
 MIN_RANDOM_LENGTH = 20
 """Characters from which a value can be told to be random whatever its variable is called."""
+MIN_USER_TOKEN_LENGTH = 16
+"""Characters from which the user of a URL is a token and no name."""
 REDACTED = "[hidden]"
 
 _TOKENS = re.compile(
@@ -92,12 +99,22 @@ _TOKENS = re.compile(
     r"|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}[\w-]*"  # OpenAI, Anthropic, OpenRouter
     r"|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{16,}"  # GitHub, GitLab
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}"  # AWS, Google
+    r"|gsk_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}"  # Groq, xAI, NVIDIA
+    r"|r8_[A-Za-z0-9]{20,}|dop_v1_[a-f0-9]{32,}"  # Replicate, DigitalOcean
+    r"|SG\.[\w-]{16,}\.[\w-]{16,}|ya29\.[\w-]{16,}"  # SendGrid, Google OAuth
     r"|xox[a-z]-[\w-]{16,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{40,}"  # Slack, npm, PyPI
+    r"|(?:(?<=AccountKey=)|(?<=AccessKey=))[A-Za-z0-9+/]{20,}={0,2}"  # Azure
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"  # JSON web tokens
     r")"
 )
 """Tokens that services mark by a prefix, so that they are found in public texts."""
-_URL_PASSWORD = re.compile(r"(?<=://)([^\s:@/]*):([^\s@/]+)(?=@)")
+_AFTER_SCHEME = re.compile(r"(?<=://)(?:(?!://)\S)+")
+_PORT = re.compile(r"\d{1,5}$")
+_NAMED_PART = re.compile(r"""(?<![\w-])([A-Za-z_][\w-]{0,60})["']?[ ]?[=:][ ]?["']?""")
+_PART = re.compile(r"""[^\s"',;&{}]{1,4096}""")
+_NUMBER = re.compile(r"[\d.,:+_-]+")
+MIN_NUMBER_DIGITS = 10
+"""Digits; shorter numbers are dates, sizes and seeds."""
 _HEX = re.compile(r"(?:0x)?[0-9a-fA-F-]+")
 
 
@@ -107,11 +124,43 @@ def redact(text: str) -> str:
     for secret in sorted(set(_secrets()), key=len, reverse=True):
         if secret not in text:
             continue
-        # A password that is a word hides the word and leaves longer ones that contain it.
+        # A password that is a word or a number hides that and leaves longer ones that contain it.
+        # What is as long as a generated secret is neither.
         whole = rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
-        text = re.sub(whole if secret.isalpha() else re.escape(secret), REDACTED, text)
-    text = _URL_PASSWORD.sub(rf"\1:{REDACTED}", text)
+        plain = len(secret) < MIN_RANDOM_LENGTH and (secret.isalpha() or secret.isdigit())
+        text = re.sub(whole if plain else re.escape(secret), REDACTED, text)
+    text = _AFTER_SCHEME.sub(_without_login, text)
     return _TOKENS.sub(REDACTED, text)
+
+
+def _without_login(address: re.Match[str]) -> str:
+    text = address[0]
+    user, password = _login(text)
+    # A login starts the address, so that its length says where the rest starts.
+    rest = text[len(user) + (len(password) + 1 if password else 0) :]
+    return (
+        (REDACTED if _is_user_token(user) else user) + (f":{REDACTED}" if password else "") + rest
+    )
+
+
+def _login(address: str) -> tuple[str, str]:
+    """Return the user and the password, as written, of an address without its scheme."""
+    host = re.split(r"[/?#]", address, maxsplit=1)[0]
+    if "@" in host:
+        user, _, password = host.rpartition("@")[0].partition(":")
+        return user, password
+    user, colon, rest = host.partition(":")
+    # A password may hold a slash: what follows the colon is then no port, and an @ comes later.
+    if colon and "@" in address and rest and "[" not in user and not _PORT.match(rest):
+        return user, address.rpartition("@")[0][len(user) + 1 :]
+    return "", ""
+
+
+def _is_user_token(user: str) -> bool:
+    """Tell a token that stands as the user of a URL (Sentry, Git) from the name of a person."""
+    return len(user) >= MIN_USER_TOKEN_LENGTH and (
+        user.isalnum() or any(character.isdigit() for character in user)
+    )
 
 
 def refuse_secret(text: str, key: str) -> None:
@@ -131,23 +180,58 @@ def _secrets() -> Iterator[str]:
     # Read on every call, since a token may be set or a file written during the process.
     values = [_hub_token(), *_netrc_passwords()]
     for name, value in os.environ.items():
-        values += [unquote(password) for _, password in _URL_PASSWORD.findall(value)]
-        values += [password for _, password in _URL_PASSWORD.findall(value)]
+        values += _parts(value)
         if name in FOLDER_VARIABLES:
             continue
-        if is_random(value) or (CREDENTIAL_NAME.search(name) and not _is_known(value)):
-            values.append(value)
-    for value in values:
-        if len(value.strip()) >= MIN_SECRET_LENGTH:
-            yield value.strip()
+        if is_random(value) or _names_credential(name):
+            # A key of several lines is printed line by line; `\n` stands for a line in JSON.
+            lines = re.split(r"\r?\n|\\n", value)
+            values += [value, *(line for line in lines if not line.startswith("-----"))]
+    for value in {value.strip() for value in values}:
+        if len(value) >= MIN_SECRET_LENGTH and not _is_known(value):
+            yield from _spellings(value)
+
+
+def _names_credential(name: str) -> bool:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_")
+    return CREDENTIAL_NAME.search(words) is not None and not _PUBLIC_NAME.search(words)
+
+
+def _parts(value: str) -> Iterator[str]:
+    """Yield the credentials inside a value: of its URLs, connection strings and JSON."""
+    for address in _AFTER_SCHEME.findall(value):
+        user, password = _login(address)
+        if _is_user_token(user):
+            yield user
+        yield from (password, unquote(password))
+    place = 0
+    while name := _NAMED_PART.search(value, place):
+        place = name.end()
+        if _names_credential(name[1]) and (part := _PART.match(value, place)):
+            yield part[0]
+            # No part is read twice, so that the time stays linear.
+            place = part.end()
+
+
+def _spellings(secret: str) -> Iterator[str]:
+    """Yield a secret as it is and as it stands in a URL."""
+    yield secret
+    for encoded in (quote(secret), quote(secret, safe=""), quote_plus(secret)):
+        yield encoded
+        yield re.sub(r"%[0-9A-F]{2}", lambda code: code[0].lower(), encoded)
 
 
 def _is_known(value: str) -> bool:
-    """Tell whether a value is public: a file or folder, or a name of the shipped configs."""
-    # GOOGLE_APPLICATION_CREDENTIALS and its like hold the path of a file with the secret.
-    text = value.strip()
-    looks_like_path = "/" in text or text.startswith(("~", "."))
-    return text in _shipped_names() or (looks_like_path and _exists(text))
+    """Tell whether a value is public: a path, a number, or a name of the shipped configs."""
+    if _NUMBER.fullmatch(value):
+        return sum(map(str.isdigit, value)) < MIN_NUMBER_DIGITS
+    if all(part in _shipped_names() for part in re.split(r"[./=,]", value)):
+        return True
+    # GOOGLE_APPLICATION_CREDENTIALS and its like hold the path of a file with the secret, which
+    # need not exist yet. A base64 text may start with a slash as well.
+    if re.match(r"(?:~|\.{1,2})?/[\w.-]+/", value) and not is_random(value):
+        return True
+    return ("/" in value or value.startswith(("~", "."))) and _exists(value)
 
 
 def _exists(text: str) -> bool:
@@ -159,9 +243,17 @@ def _exists(text: str) -> bool:
 
 @cache
 def _shipped_names() -> frozenset[str]:
-    # A password such as `slimbench` would otherwise hide the project in every message and refuse
-    # every run.
-    return frozenset({"slimbench", *(file.stem for file in CONFIG_DIR.rglob("*.yaml"))})
+    """Return the groups, choices, keys and values of the shipped configs, and the schema's keys."""
+    # A password such as `slimbench` or `benchmark` would otherwise hide the project in every
+    # message and refuse every run.
+    names = {"slimbench"}
+    for file in CONFIG_DIR.rglob("*.yaml"):
+        names |= {file.stem, file.parent.name}
+        lines = file.read_text(encoding="utf-8").splitlines()
+        names.update(*(re.findall(r"\w+", line.partition("#")[0]) for line in lines))
+    schema = (INSTALLATION / "bench" / "schema.py").read_text(encoding="utf-8")
+    names.update(re.findall(r"^    (\w+):", schema, re.MULTILINE), re.findall(r'"(\w+)"', schema))
+    return frozenset(names)
 
 
 def is_random(value: str) -> bool:

@@ -1,8 +1,14 @@
 """A planted W&B key and hub token appear in nothing that a run leaves or prints."""
 
+import os
 import sys
+import time
+from unittest.mock import patch
+from urllib.parse import quote
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bench.cli.main import main
 from bench.config.composition import compose_run_config
@@ -117,6 +123,8 @@ def test_the_value_of_a_credential_is_refused_wherever_it_is_typed(monkeypatch, 
     "postgresql://me:s3cret@host/db", "sqlite://x:longer-password@h/db", "hf_" + "aB3" * 9,
     "sk-proj-" + "aB3_" * 8, "ghp_" + "a1B2" * 9, "AKIA" + "Z7" * 8, "glpat-" + "x1Y2" * 5,
     "github_pat_" + "a1B2" * 6, "AIza" + "x1Y2-" * 7,
+    "gsk_" + "aB1" * 16, "xai-" + "aB1" * 25, "nvapi-" + "aB1_" * 15, "r8_" + "aB1" * 12,
+    "dop_v1_" + "a1" * 32, "SG." + "aB1-" * 5 + "." + "xY2_" * 10, "ya29.a0AfB_" + "x1Y2" * 5,
 ])  # fmt: skip
 def test_a_token_or_password_is_known_by_its_form(text):
     secret = text.partition("://")[2].partition(":")[2].partition("@")[0] or text
@@ -144,11 +152,118 @@ def test_a_wandb_key_is_known_by_its_place():
     ("CHECKPOINT", "Qwen3VLMoeForConditionalGeneration30B"), ("MONKEY", "camera_p_and_more"),
     ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/passwd"), ("TOKENIZERS_PARALLELISM", "false"),
     ("MODEL", "DeepSeek-V2-Lite-Chat-Int4-AWQ"), ("JOB", "slurm_CameraP_Ratio04_Seed1234"),
+    ("SORT_KEY", "benchmark"), ("SORT_KEY", "benchmark.results_dir"), ("API_KEY", "camera_micro"),
+    ("CACHE_KEY", "results/runs"), ("PGPASS", "/nowhere/pgpass"), ("SSH_AUTH_SOCK", "agent-socket"),
+    ("LOGIN_KEY", "12345678"), ("DAY_KEY", "2026-11-29"), ("COMPASS", "northeast"),
+    ("DB_PASS", "monday"), ("BYPASS", "experiments"), ("HOMEPAGE", "https://someone@example.org/"),
     ("KEYBOARD", "us-international"), ("UUID", "0f8fad5b-d9cb-469f-a165-70867728950e"),
 ])  # fmt: skip
 def test_a_path_or_a_plain_word_is_no_secret(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert redact(f"model={value} and /data/{value}/x") == f"model={value} and /data/{value}/x"
+
+
+NAMED = "lowercaseonlysecretvalue"
+
+
+@pytest.mark.parametrize("name", [
+    "SSHPASS", "DBPASS", "MYSQLPWD", "API_TOKEN_V2", "SECRET_KEY_BASE", "DEPLOY_KEY_PROD",
+    "HEXSECRET_VALUE", "API_KEY2",
+])  # fmt: skip
+def test_a_credential_is_known_by_a_word_anywhere_in_its_name(monkeypatch, name):
+    monkeypatch.setenv(name, NAMED)
+    assert redact(f"x={NAMED}, and {NAMED}s") == f"x={REDACTED}, and {REDACTED}s"
+
+
+@pytest.mark.parametrize(("value", "secret"), [
+    ("DefaultEndpointsProtocol=https;AccountName=a;AccountKey=Zm9vYmFyZm9v/mFyMTI==;X=y",
+     "Zm9vYmFyZm9v/mFyMTI=="),
+    ("Server=h;User Id=me;Password=correct-horse", "correct-horse"),
+    ('{"auths": {"x": {"auth": "dXNlcjpwYXNzd29yZDEyMw=="}}}', "dXNlcjpwYXNzd29yZDEyMw=="),
+    ("https://h/x?user=me&api-key=correct-horse", "correct-horse"),
+    ("https://0123456789abcdef0123456789abcdef@o1.ingest.sentry.io/1",
+     "0123456789abcdef0123456789abcdef"),
+    ("postgres://me:pass/word-1@h/db", "pass/word-1"),
+])  # fmt: skip
+def test_a_credential_inside_a_value_is_a_secret_of_its_own(monkeypatch, value, secret):
+    monkeypatch.setenv("MY_SERVICE", value)
+    assert redact(f"x={secret} y={value}").count(secret) == 0
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("https://0123456789abcdef0123@github.com/x", f"https://{REDACTED}@github.com/x"),
+    ("https://abcdefghijklmnopqrst:x-oauth@h/x", f"https://{REDACTED}:{REDACTED}@h/x"),
+    ("https://me:pass/word@h/x", f"https://me:{REDACTED}@h/x"),
+    ("https://me:pa@ss@h/x", f"https://me:{REDACTED}@h/x"),
+    ("AccountKey=Zm9vYmFyZm9vYmFyMTIzNDU2==;X=y", f"AccountKey={REDACTED};X=y"),
+])  # fmt: skip
+def test_a_login_in_any_text_is_hidden(text, said):
+    assert redact(text) == said
+    assert redact(said) == said
+
+
+@pytest.mark.parametrize("text", [
+    "https://host:8080/path@v1", "http://h/x:y@z", "https://[::1]:80/x@y", "ssh://git@github.com/x",
+    "hf://datasets/x@main", "https://first.last-name@host/x", "s3://bucket/a, b@c",
+])  # fmt: skip
+def test_an_address_without_a_password_is_unchanged(text):
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\\n"])
+def test_each_line_of_a_secret_is_hidden(monkeypatch, end):
+    lines = ["-----BEGIN PRIVATE KEY-----", "first-secret-line", "other-secret-line"]
+    monkeypatch.setenv("DEPLOY_KEY", end.join(lines))
+    said = redact("\n  ".join(lines))
+    assert said == f"{lines[0]}\n  {REDACTED}\n  {REDACTED}"
+
+
+@pytest.mark.parametrize("encoded", [
+    "wJalr%2FK7MDENG%2BbPx", "wJalr%2fK7MDENG%2bbPx", "wJalr/K7MDENG%2BbPx",
+])  # fmt: skip
+def test_the_percent_encoded_form_is_hidden(monkeypatch, encoded):
+    monkeypatch.setenv("MY_SECRET", "wJalr/K7MDENG+bPx")
+    assert redact(f"key={encoded}&x=1") == f"key={REDACTED}&x=1"
+
+
+def test_a_number_hides_itself_and_no_longer_number(monkeypatch):
+    monkeypatch.setenv("LOGIN_KEY", "1234567890")
+    assert redact("x=1234567890, y=91234567890") == f"x={REDACTED}, y=91234567890"
+
+
+PRINTABLE = st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="[]")
+relaxed = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@relaxed
+@given(st.text(PRINTABLE, min_size=4, max_size=60), st.sampled_from(["A_TOKEN", "X_KEY_PROD"]))
+def test_a_secret_never_survives(text, name):
+    secret = f"Zq7!{text}"
+    with patch.dict(os.environ, {name: secret}):
+        said = redact(f"a {secret} b={quote(secret, safe='')}&c {secret}{secret}")
+    assert secret not in said
+    assert quote(secret, safe="") not in said
+
+
+@relaxed
+@given(st.text("abcxyzKT0189 ./:=,-_\n", max_size=200))
+def test_a_text_without_a_secret_is_unchanged(text):
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("piece", [
+    "a", "sk-", "a1-", "://a:", "://", "@", "a://u:p@", "eyJaaaaaaaa.", "AccountKey=", "key=",
+    "%2F", "0", "/", "SG.aaaaaaaaaaaaaaaa.",
+])  # fmt: skip
+def test_time_grows_with_the_length_only(monkeypatch, piece):
+    text = piece * (100_000 // len(piece))
+    monkeypatch.setenv("MY_SERVICE", text)
+    start = time.process_time()
+    redact(f"https://u:{text}")
+    redact(f"sk-{text}!")
+    assert time.process_time() - start < 2
 
 
 def test_a_password_that_is_a_word_leaves_longer_words(monkeypatch):
