@@ -110,8 +110,7 @@ def _table(title: str, records: Sequence[Record]) -> Table:
             name.replace("_", " "), *(_parameter_cell(record, name) for record in records)
         )
     for (scope, name), unit in _work_columns(records).items():
-        cells = (_work_cell(record, name, scope) for record in records)
-        table.add_row(f"{scope} {unit}", *cells)
+        table.add_row(f"{scope} {unit}", *(_work_cell(record, name, scope) for record in records))
     for scope in _headline_scopes(records):
         table.add_row(
             f"{scope} speed-up (of theory)", *(speedup_text(record, scope) for record in records)

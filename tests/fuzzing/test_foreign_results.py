@@ -252,8 +252,8 @@ def test_no_value_of_what_reports_read_stops_a_command(results, capsys):
     for number, ((*above, last), value) in enumerate(itertools.product(LEAVES, values)):
         changed = copy.deepcopy({**sound, "id": f"{number:012x}"})
         node = changed
-        for key in above:
-            key = task if key == "t" else key
+        for name in above:
+            key = task if name == "t" else name
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
         node[task if last == "t" else last] = value
         folder = store.folder(changed["id"])
