@@ -156,8 +156,9 @@ def warn_about(evidence: Sequence[TaskEvidence], longest: int, progress: Progres
     spanning = concerned(lambda each: each.spanning)
     if spanning:
         progress.warn(
-            "a token spans the join of question and answer: only what lm-eval's split leaves of "
-            f"the answer is scored, or the answer alone if nothing is left ({spanning})"
+            f"a token spans the join of question and answer ({spanning}): what lm-eval's split "
+            "leaves of the answer is scored; where it leaves nothing, the whole answer is encoded "
+            "alone and scored"
         )
     tied = concerned(lambda each: each.tied, MIN_TIED_SHARE)
     if tied:
