@@ -7,7 +7,6 @@ checkpoint is loaded for scoring; its bytes are those of its files.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bench.data.digests import digest
 from bench.errors import MissingData, UserError, is_panic, optional_module
 from bench.models.network import text_config
+from bench.models.weight_files import ADAPTER_CONFIG, read_json_object
 from bench.ui import Progress
 
 if TYPE_CHECKING:
@@ -144,7 +144,6 @@ def _convert_gguf(file: Path, work: Path, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(work / "converted")
 
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."
 _ADAPTER_KEY = re.compile(
@@ -163,6 +162,12 @@ _UNSUPPORTED_LORA = (
     "layer_replication", "megatron_config", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
 )  # fmt: skip
+# Among the settings. A foreign pattern can keep the matching of peft busy for ever.
+_NAMING_MODULES = (
+    "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+_MODULE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
@@ -181,17 +186,31 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
             f"{key} has no {ADAPTER_WEIGHTS}: only adapters in safetensors are read, since a "
             "pickled file can run code when opened"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{file} is corrupt: it names no peft_type") from None
-    if kind != "LORA":
+    config = read_json_object(file)
+    if "peft_type" not in config:
+        raise UserError(f"{file} is corrupt: it names no peft_type")
+    if (kind := config["peft_type"]) != "LORA":
         raise UserError(f"{key} is of peft_type {kind}: only LORA is merged")
     for name in _UNSUPPORTED_LORA:
         if config.get(name):
             raise UserError(f"{key} sets {name}, which is not merged: train it without")
+    for name in _NAMING_MODULES:
+        _refuse_patterns(file, name, config.get(name))
     return {name: config[name] for name in _LORA_SETTINGS if name in config}
+
+
+def _refuse_patterns(file: Path, key: str, value: object) -> None:
+    """Raise unless modules are given by their names, of which peft makes regular expressions."""
+    # A mapping has a number for each name. peft takes a single text for a regular expression.
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list | dict):
+        raise UserError(f"{file}: {key}={str(names)[:80]!r} is no list of names of modules")
+    for name in names:
+        if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
+            raise UserError(
+                f"{file}: {key} has {str(name)[:80]!r}, which is no name of a module (letters, "
+                "digits, dots, underscores and hyphens): list the names instead of a pattern"
+            )
 
 
 def refuse_other_base(folder: Path, network: nn.Module) -> None:
@@ -337,13 +356,11 @@ def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | N
     """Return how the checkpoint in a folder is quantized; None if it is dense.
 
     Raises:
-        UserError: it is quantized by a method that is not supported or needs another package.
+        UserError: it is quantized by a method that is not supported or needs another package, or
+            its config.json is corrupt.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        stored = config.get("quantization_config") or config.get("compression_config")
-    except (ValueError, AttributeError):
-        return None  # transformers explains what is wrong with it
+    config = read_json_object(folder / "config.json")
+    stored = config.get("quantization_config") or config.get("compression_config")
     if not stored:
         return None
     method = stored.get("quant_method") if isinstance(stored, dict) else None

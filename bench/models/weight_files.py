@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bench.errors import UserError
-from bench.models.checkpoints import ADAPTER_CONFIG
 
+ADAPTER_CONFIG = "adapter_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -59,9 +59,11 @@ def _refuse_further_weights(folder: Path) -> None:
         )
     for file in sorted(folder.glob("config*.json")):
         try:
-            named = json.loads(file.read_text(encoding="utf-8")).get("transformers_weights")
-        except (ValueError, AttributeError):
-            continue  # transformers says what is wrong with it
+            named = read_json_object(file).get("transformers_weights")
+        except UserError:
+            if file.name == "config.json":
+                raise
+            continue  # transformers cannot read it either, if it reads it at all
         if named is not None:
             raise UserError(
                 f"{file} names its weights by transformers_weights={named}: remove that key, and "

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from bench.errors import UserError, is_panic
+from bench.models.checkpoints import adapter_settings
 from bench.models.loading import load_model, refuse_endless_text_files, skeleton
 from bench.models.source import resolve_model
 from bench.models.weight_files import find_weight_files, read_json_object
@@ -186,3 +187,42 @@ def test_a_panic_is_known_by_the_module_of_its_class():
     kind = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
     assert is_panic(kind("boom"))
     assert not is_panic(KeyboardInterrupt())
+
+
+def test_a_further_config_that_is_too_deep_is_not_read(folder):
+    (folder / "config_old.json").write_text("[" * 100_000)
+    assert find_weight_files(folder)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+
+    def write(text="", **settings):
+        text = text or json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]} | settings)
+        (tmp_path / "adapter_config.json").write_text(text)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", "[" * 100_000, '{"a":' * 100_000])
+def test_an_adapter_without_readable_settings(adapter, text):
+    with pytest.raises(UserError, match=r"adapter_config\.json is corrupt"):
+        adapter_settings(adapter(text))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("target_modules", "(a+)+$"), ("target_modules", ["q_proj", "(.*)*x"]), ("target_modules", 5),
+    ("exclude_modules", ".*"), ("modules_to_save", [["lm_head"]]), ("layers_pattern", "(a|a)*"),
+    ("rank_pattern", {"(a+)+$": 4}), ("alpha_pattern", {"^q": 4}),
+])  # fmt: skip
+def test_an_adapter_names_modules_and_gives_no_patterns(adapter, key, value):
+    with pytest.raises(UserError, match=f"{key}.* (no name of a module|no list of names)"):
+        adapter_settings(adapter(**{key: value}))
+
+
+def test_names_of_modules_are_read(adapter):
+    named = {"target_modules": "all-linear", "rank_pattern": {"layers.0.q_proj": 4}}
+    named |= {"modules_to_save": None, "exclude_modules": ["lm_head"]}
+    assert adapter_settings(adapter(**named)) == named
