@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -86,6 +87,9 @@ def build_task(name: str, benchmark: BenchmarkConfig) -> PlannedTask:
         documents = task_data.load_image_documents(name, definition, benchmark)
         indices = select_documents(name, documents.rows, benchmark.limit)
         rows = documents.rows.select(indices)
+        if name in benchmark.data:
+            _refuse_unlabelled_rows(name, rows, indices, benchmark)
+            rows = _with_whole_labels(rows)
         task = _loaded_task(name, _with_local_images(definition, documents), rows, benchmark)
         if name in benchmark.data:
             _refuse_unfit_rows(name, task, indices, benchmark)
@@ -122,10 +126,30 @@ def _loaded_task(
         raise UserError(f"{key}: the rows do not fit {name}: {task_fault(error)}") from error
 
 
+def _refuse_unlabelled_rows(
+    name: str, rows: datasets.Dataset, indices: Sequence[int], benchmark: BenchmarkConfig
+) -> None:
+    """Raise UserError if a row of a user's file has no label that its task can score.
+
+    However many are allowed to be missing: the tasks' own code fails on such rows.
+    """
+    images = [n for n, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    faults = {
+        str(index): fault
+        for index, document in zip(indices, rows.remove_columns(images), strict=True)
+        if (fault := _label_fault(name, document))
+    }
+    if faults:
+        raise UserError(
+            f"benchmark.data.{name}={benchmark.data[name]}: "
+            f"{TaskAnswers(len(indices), faults).describe()}; give a split that holds the answers"
+        )
+
+
 def _refuse_unfit_rows(
     name: str, task: LoadedTask, indices: Sequence[int], benchmark: BenchmarkConfig
 ) -> None:
-    """Raise UserError if a row of a user's file has no label, or too many images cannot be shown.
+    """Raise UserError if too many images of a user's file cannot be shown.
 
     Found now, since the model would be loaded and asked in vain. Images of the hub are too many to
     be decoded twice; those that fail are found when they are asked about.
@@ -136,12 +160,9 @@ def _refuse_unfit_rows(
     for column in images:
         stored = stored.cast_column(column, datasets.Image(decode=False))
     key_of_file = f"benchmark.data.{name}={benchmark.data[name]}"
-    unlabelled: dict[str, str] = {}
     unfit: dict[str, str] = {}
     known: dict[tuple[str, ...], str | None] = {}
     for position, document in enumerate(stored):
-        if not _has_label(document):
-            unlabelled[str(indices[position])] = NO_LABEL
         # Data sets ask many questions about one image: each is decoded once.
         parts = [document[column] or {} for column in images] or [document]
         key = tuple(
@@ -153,12 +174,6 @@ def _refuse_unfit_rows(
             known[key] = _unfit_reason(task, rows, position)
         if known[key]:
             unfit[str(indices[position])] = str(known[key])
-    if unlabelled:
-        # However many are allowed to be missing: the tasks' own code fails on such rows.
-        raise UserError(
-            f"{key_of_file}: {TaskAnswers(len(indices), unlabelled).describe()}; give a split that "
-            "holds the answers"
-        )
     answers = TaskAnswers(len(indices), unfit)
     if unfit and not answers.suffice(benchmark.allow_missing):
         raise UserError(
@@ -167,15 +182,45 @@ def _refuse_unfit_rows(
         )
 
 
-def _has_label(document: DataRow) -> bool:
-    """Whether a document holds the reference answer, which public test splits leave out."""
+YES_OR_NO = ("pope", "mme")
+"""Families of tasks whose own code fails on any other answer, when the model has been asked."""
+
+
+def _label_fault(name: str, document: DataRow) -> str | None:
+    """Return why a document holds no reference answer, as in public test splits; None if it does.
+
+    A task of the harness that keeps its answers elsewhere has no fault.
+    """
     columns = [column for column in ("answer", "answers") if column in document]
     if not columns:
-        return True  # a task of the harness that keeps its answers elsewhere
+        return None
     label, choices = document[columns[0]], document.get("choices")
-    if isinstance(label, int):
-        return label >= 0 and (not choices or label < len(choices))
-    return bool(label)
+    if _is_blank(label):
+        return NO_LABEL
+    if isinstance(label, int | float) and choices:
+        return None if label in range(len(choices)) else NO_LABEL
+    if _family(name, YES_OR_NO) and str(label).lower().strip(" .") not in ("yes", "no"):
+        return f"its answer {label!r} is neither 'yes' nor 'no'"
+    return None
+
+
+def _is_blank(label: object) -> bool:
+    """Whether a label, or each of a list of labels, is one of the signs for "none"."""
+    if isinstance(label, list):
+        return all(map(_is_blank, label))
+    if isinstance(label, dict):  # one annotator's answer
+        return _is_blank(label.get("answer"))
+    if isinstance(label, int | float):
+        return math.isnan(label) or label < 0
+    return label is None or str(label).strip() in ("", "-1")
+
+
+def _with_whole_labels(rows: datasets.Dataset) -> datasets.Dataset:
+    """Make the index of the right choice an integer; other programs write 1 as 1.0."""
+    kind = rows.features.get("answer")
+    if "choices" in rows.features and str(getattr(kind, "dtype", "")).startswith("float"):
+        return rows.cast_column("answer", datasets.Value("int64"))
+    return rows
 
 
 def _unfit_reason(task: LoadedTask, rows: datasets.Dataset, position: int) -> str | None:
@@ -233,6 +278,10 @@ def scoring_unit(name: str, document: DataRow) -> str | None:
 
 def _unit_rule(name: str) -> UnitRule | None:
     """Return the columns and the function that define the units of a task, if it has any."""
-    families = (key for key in SCORING_UNITS if name == key or name.startswith(f"{key}_"))
-    family = next(families, None)
+    family = _family(name, SCORING_UNITS)
     return None if family is None else SCORING_UNITS[family]
+
+
+def _family(name: str, families: Iterable[str]) -> str | None:
+    """Return which of these families of tasks a task belongs to."""
+    return next((key for key in families if name == key or name.startswith(f"{key}_")), None)

@@ -82,7 +82,8 @@ def test_an_unfit_image_is_named_before_scoring_and_counted_if_allowed(llava, tm
 @pytest.mark.parametrize(
     ("task", "column", "absent"),
     [("pope", "answer", None), ("pope", "answer", ""), ("scienceqa_img", "answer", -1),
-     ("scienceqa_img", "answer", 9), ("textvqa_val", "answers", [])],
+     ("scienceqa_img", "answer", 9), ("textvqa_val", "answers", []), ("pope", "answer", " "),
+     ("textvqa_val", "answers", ["", " "]), ("pope", "answer", "-1")],
 )  # fmt: skip
 def test_a_question_without_its_answer_is_named(tmp_path, task, column, absent):
     """As in the test splits of the hub."""
@@ -93,6 +94,33 @@ def test_a_question_without_its_answer_is_named(tmp_path, task, column, absent):
         UserError, match=r"1 of 4 rows have no answer: the row has no label \(row 1"
     ):
         planned(path, task, allow_missing=0.9)
+
+
+@pytest.mark.parametrize("absent", [math.nan, -1.0, 5.0, 0.5])
+def test_an_index_of_a_choice_may_be_a_whole_float_and_no_other(tmp_path, absent):
+    rows = [dict(row) for row in documents("scienceqa_img")[:4]]
+    right = [row["answer"] for row in rows]
+    for row in rows:
+        row["answer"] = float(row["answer"])
+    task = planned(write(tmp_path / "whole.parquet", rows), "scienceqa_img").harness.tasks[0]
+    assert task.task.dataset[task.split]["answer"][:] == right
+    rows[2]["answer"] = absent
+    with pytest.raises(UserError, match=r"1 of 4 rows .* the row has no label \(row 2\)"):
+        planned(write(tmp_path / "rows.parquet", rows), "scienceqa_img", allow_missing=0.9)
+
+
+def test_an_answer_to_yes_or_no_that_is_neither_is_named(tmp_path):
+    rows = pope()
+    rows[3]["answer"] = "maybe"
+    with pytest.raises(UserError, match=r"its answer 'maybe' is neither 'yes' nor 'no' \(row 3\)"):
+        planned(write(tmp_path / "rows.parquet", rows))
+
+
+def test_ten_empty_answers_are_no_label():
+    answers = [{"answer": "", "answer_id": number} for number in range(10)]
+    assert planned_tasks._label_fault("vqav2_val", {"answers": answers})
+    answers[4]["answer"] = "red"
+    assert not planned_tasks._label_fault("vqav2_val", {"answers": answers})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
