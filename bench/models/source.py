@@ -15,7 +15,12 @@ from bench.data.digests import contents_hash, fingerprint
 from bench.errors import MissingData, UserError, unknown_name
 from bench.models import checkpoints, embedded
 from bench.models.classifiers import built_networks
-from bench.models.weight_files import check_header, find_weight_files, refuse_outside_links
+from bench.models.weight_files import (
+    ADAPTER_CONFIG,
+    check_header,
+    find_weight_files,
+    refuse_outside_links,
+)
 from bench.schema import ModelConfig
 
 EMBEDDED_PREFIX = "embedded:"
@@ -150,7 +155,7 @@ def _with_adapter(source: ModelSource, files: tuple[Path, ...], *, offline: bool
     folder, revision = _adapter_folder(config, config.adapter, offline=offline)
     refuse_outside_links(folder)
     checkpoints.adapter_settings(folder)
-    settings = folder / checkpoints.ADAPTER_CONFIG
+    settings = folder / ADAPTER_CONFIG
     weights = folder / checkpoints.ADAPTER_WEIGHTS
     check_header(weights)
     return replace(
@@ -181,7 +186,7 @@ def _adapter_folder(config: ModelConfig, adapter: str, *, offline: bool) -> tupl
         overrides=f"{_model_choice(config)} model.adapter={adapter}",
         local_key="model.adapter",
     )
-    wanted = [checkpoints.ADAPTER_CONFIG, checkpoints.ADAPTER_WEIGHTS]
+    wanted = [ADAPTER_CONFIG, checkpoints.ADAPTER_WEIGHTS]
     return _hub_folder(request, wanted, offline=offline)
 
 
