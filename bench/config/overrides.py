@@ -46,6 +46,8 @@ class Overrides:
             if flag not in MULTIRUN_FLAGS:
                 raise unknown_name("flag", flag, MULTIRUN_FLAGS)
         texts = [argument for argument in arguments if not argument.startswith("-")]
+        for text in texts:
+            _refuse_endless(text)
         try:
             parsed = tuple(OverridesParser.create().parse_overrides(texts))
         except OverrideParseException as error:
@@ -129,6 +131,24 @@ class Overrides:
         ]
 
 
+MAX_CHARACTERS, MAX_LEVELS, MAX_VALUES = 100_000, 30, 100_000
+"""Bounds of one argument, which may come from the plan of somebody else: its length, the nesting of
+its lists and mappings, and the values of a range."""
+
+
+def _refuse_endless(text: str) -> None:
+    """Raise if an argument is so long or so deep that Hydra's parser would not come to an end."""
+    levels = deepest = 0
+    for character in text[:MAX_CHARACTERS]:
+        levels += (character in "[{(") - (character in "]})")
+        deepest = max(deepest, levels)
+    if len(text) > MAX_CHARACTERS or deepest > MAX_LEVELS:
+        raise UserError(
+            f"{text[:40]}...: an argument has at most {MAX_CHARACTERS:,} characters and "
+            f"{MAX_LEVELS} levels of brackets; put larger values into a config file"
+        )
+
+
 def parse_error(error: OverrideParseException) -> UserError:
     """Build the error for an argument that Hydra's grammar cannot read, with the cure."""
     text = str(error.override)
@@ -186,12 +206,18 @@ def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
     run, than 0.3.
 
     Raises:
-        UserError: the step is 0 or not a number.
+        UserError: the step is 0 or not a number, or there are too many numbers.
     """
     start, stop, step = (Decimal(str(part)) for part in (sweep.start, sweep.stop, sweep.step))
     if not step or not (start.is_finite() and stop.is_finite() and step.is_finite()):
         raise UserError(f"range({start},{stop},{step}): the step must be a number other than 0")
     count = max(0, math.ceil((stop - start) / step))
+    # Before they are listed: a slip of a few zeros would fill the memory.
+    if count > MAX_VALUES:
+        raise UserError(
+            f"range({start},{stop},{step}) has {count:,} values: a sweep takes {MAX_VALUES:,} at "
+            "most; give a larger step"
+        )
     numbers = [start + place * step for place in range(count)]
     if all(isinstance(part, int) for part in (sweep.start, sweep.stop, sweep.step)):
         return [int(number) for number in numbers]

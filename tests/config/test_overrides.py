@@ -135,3 +135,22 @@ def test_several_methods_are_advised_as_a_list_that_is_accepted(text, advice):
     with pytest.raises(UserError) as error:
         Overrides.parse([text]).refuse_several_values()
     assert str(error.value).endswith(f"; {advice}")
+
+
+@pytest.mark.parametrize(
+    "text", ["ratio=" + "[" * 1000 + "1" + "]" * 1000, "m=" + "{a:" * 300 + "1" + "}" * 300]
+)
+def test_an_argument_of_many_levels_is_refused_before_it_is_parsed(text):
+    with pytest.raises(UserError, match="30 levels of brackets"):
+        Overrides.parse([text])
+
+
+def test_an_argument_of_many_characters_is_refused():
+    with pytest.raises(UserError, match="100,000 characters"):
+        Overrides.parse(["seed=" + "1" * 100_001])
+
+
+@pytest.mark.parametrize("text", ["seed=range(0,4000000000)", "ratio=range(0,1,1e-9)"])
+def test_a_range_of_many_values_is_refused_before_it_is_listed(text):
+    with pytest.raises(UserError, match="a sweep takes 100,000 at most"):
+        Overrides.parse([text]).first_values()
