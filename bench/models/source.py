@@ -104,9 +104,10 @@ def resolve_model(config: ModelConfig, *, offline: bool) -> ModelSource:
     # First, since any folder of the system has links that lead elsewhere; nothing is opened yet.
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
+    # Refuses links that lead elsewhere before it opens a file, so it goes before all that read one.
+    weights = find_weight_files(folder)
     if config.trust_remote_code:
         _refuse_code_from_elsewhere(folder)
-    weights = find_weight_files(folder)
     quantization = checkpoints.find_quantization(folder, weights)
     if quantization is not None:
         refuse_adapter(config, f"quantized by {quantization.method}")

@@ -226,3 +226,17 @@ def test_names_of_modules_are_read(adapter):
     named = {"target_modules": "all-linear", "rank_pattern": {"layers.0.q_proj": 4}}
     named |= {"modules_to_save": None, "exclude_modules": ["lm_head"]}
     assert adapter_settings(adapter(**named)) == named
+
+
+def test_a_folder_whose_code_may_run_is_not_read_before_its_links_and_pipes(folder):
+    os.mkfifo(folder / "extra_config.json")  # to read it would never end
+    config = ModelConfig(
+        name="tiny",
+        source="local",
+        path=str(folder),
+        trust_remote_code=True,
+        allow_remote_code=True,
+        revision="0" * 40,
+    )
+    with pytest.raises(UserError, match="is neither a file nor a folder"):
+        resolve_model(config, offline=True)
