@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bench.data.digests import size_and_time
 from bench.data.image_files import UnfitImage, open_images
 from bench.errors import UserError
 
@@ -244,8 +245,7 @@ class FolderSet(ImageSet):
         # that decoding them takes. Its 1.3 million training pictures are not read for an id.
         if self._by_content or len(self._folder) <= _PICTURES_READ:
             return hashlib.sha256(file.read_bytes()).hexdigest()
-        seen = file.stat()
-        return f"{seen.st_size} {seen.st_mtime_ns}"
+        return size_and_time(file)
 
 
 _PICTURES_READ = 50_000
