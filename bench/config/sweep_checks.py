@@ -139,12 +139,8 @@ def admit_plan(
     return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed))
 
 
-def is_sweep(overrides: Overrides) -> bool:
-    """Return whether the arguments request a sweep, by a flag or by a config with mode MULTIRUN."""
-    return overrides.multirun or admit(overrides).is_sweep
-
-
 def _is_multirun(overrides: Overrides, composed: DictConfig) -> bool:
+    """Return whether a sweep is requested, by a flag or by a config with mode MULTIRUN."""
     return overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
 
 

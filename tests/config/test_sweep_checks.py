@@ -11,9 +11,9 @@ from hydra.plugins.sweeper import Sweeper
 from bench.config.composition import compose_run_config, config_names, hydra_config_tree
 from bench.config.overrides import Overrides
 from bench.config.sweep_checks import (
+    admit,
     alternative_configs,
     check_sweeper,
-    is_sweep,
     single_runs,
 )
 
@@ -25,7 +25,7 @@ LAUNCHERS = sorted(
 @pytest.mark.parametrize("recipe", config_names("sweep"))
 def test_a_recipe_composes(recipe):
     sweep = Overrides.parse([f"sweep={recipe}"])
-    assert is_sweep(sweep)
+    assert admit(sweep).is_sweep
     found = alternative_configs(sweep)
     assert len(found) > 1
     # The recipe's own choice of a sweeper wins, so that its settings are those of its class.
@@ -51,6 +51,6 @@ def test_a_launcher_is_a_plugin_of_ours_with_limits(launcher):
 
 
 def test_a_single_run_is_no_sweep():
-    assert not is_sweep(Overrides.parse(["ratio=0.3"]))
-    assert is_sweep(Overrides.parse(["experiment=demo"]))
-    assert is_sweep(Overrides.parse(["-m", "ratio=0.1,0.2"]))
+    assert not admit(Overrides.parse(["ratio=0.3"])).is_sweep
+    assert admit(Overrides.parse(["experiment=demo"])).is_sweep
+    assert admit(Overrides.parse(["-m", "ratio=0.1,0.2"])).is_sweep
