@@ -12,7 +12,7 @@ import pytest
 
 from bench import ui
 from bench.ui import messages
-from bench.ui import progress as display
+from bench.ui import messages as display
 
 
 @pytest.fixture(autouse=True)
