@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bench.config.composition import (
     hydra_config_tree,
@@ -62,23 +62,32 @@ def single_runs(overrides: Overrides) -> list[list[str]]:
     One run per alternative instead of their product: a few configs check a sweep of 200 jobs.
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
-        return [single.overrides for single in _sweep_runs(overrides)]
+        return [
+            single.overrides for single in _sweep_runs(overrides, _first_composition(overrides))
+        ]
 
 
-def alternative_configs(overrides: Overrides) -> list[RunConfig]:
+def alternative_configs(
+    overrides: Overrides, composed_first: DictConfig | None = None
+) -> list[RunConfig]:
     """Return the validated config of each alternative.
 
     Hydra composes once per method and per choice of a group; a plain value is set in a copy of the
-    composed config, which takes a tenth of the time.
+    composed config, which takes a tenth of the time. What `admit` has composed is used again.
     """
     found = []
     first = DictConfig({})
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree() as loader:
-        for single in _sweep_runs(overrides):
+        base = _first_composition(overrides) if composed_first is None else composed_first
+        for single in _sweep_runs(overrides, base):
             refuse_doubles(Overrides.parse(single.overrides), loader)
             changed = None if single.changed is None else _parse_one(single.changed)
             if changed is None or not _is_value(changed, loader):
-                composed = hydra_compose("config", overrides=single.overrides)
+                composed = (
+                    _without_hydra(base)
+                    if single.overrides == overrides.first_values()
+                    else hydra_compose("config", overrides=single.overrides)
+                )
                 first = composed if changed is None else first
             else:
                 # `_sweep_runs` yields the unchanged run of a method first, so `first` is the one
@@ -98,6 +107,8 @@ class Admitted:
 
     arguments: tuple[str, ...]
     is_sweep: bool
+    composed: DictConfig
+    """What the first value of every key composes, with Hydra's own section."""
 
     def in_folder(self, folder: Path) -> Admitted:
         """Return the arguments with the folder of a sweep, which nobody may choose."""
@@ -112,7 +123,7 @@ def admit(overrides: Overrides) -> Admitted:
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
         composed = _first_composition(overrides)
-    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed))
+    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed), composed)
 
 
 def admit_plan(
@@ -136,7 +147,7 @@ def admit_plan(
     runs = [*jobs, *listed_runs(composed)]
     check_plan(folder, overrides, runs, repeated)
     refuse_unplanned(folder, overrides, runs, repeated)
-    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed))
+    return Admitted(tuple(overrides.arguments), _is_multirun(overrides, composed), composed)
 
 
 def _is_multirun(overrides: Overrides, composed: DictConfig) -> bool:
@@ -144,13 +155,14 @@ def _is_multirun(overrides: Overrides, composed: DictConfig) -> bool:
     return overrides.multirun or bool(composed.hydra.mode == RunMode.MULTIRUN)
 
 
-def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig]) -> None:
+def check_sweeper(overrides: Overrides, configs: Sequence[RunConfig], composed: DictConfig) -> None:
     """Raise if the sweeper refuses its settings, or optimises what no run of it has.
 
-    Called after `alternative_configs`, which refuses a sweeper from a package that is not named.
+    `composed` is what `admit` composed. Called after `alternative_configs`, which refuses a sweeper
+    from a package that is not named.
     """
     with hydra_errors_as_user_errors(overrides.texts), hydra_config_tree():
-        settings = _first_composition(overrides).hydra.sweeper
+        settings = composed.hydra.sweeper
         known = Plugins.instance().class_name_to_class
         if settings.get("_target_") not in known:
             return  # Hydra names those that it knows
@@ -193,9 +205,16 @@ def _first_composition(overrides: Overrides) -> DictConfig:
     return composed
 
 
-def _sweep_runs(overrides: Overrides) -> Iterator[SingleRun]:
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a copy without Hydra's own section, as a job sees it."""
+    plain = copy.deepcopy(composed)
+    with open_dict(plain):
+        del plain["hydra"]
+    return plain
+
+
+def _sweep_runs(overrides: Overrides, base: DictConfig) -> Iterator[SingleRun]:
     """Yield the runs that a sweep lists, or single runs that cover its product."""
-    base = _first_composition(overrides)
     # The list sweeper has explicit runs; every one of them is checked, as they need not form a
     # product.
     listed = base.hydra.sweeper.get("runs")

@@ -18,7 +18,6 @@ import gzip
 import hashlib
 import json
 import random
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +25,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
+from bench.data.tokenization import token_ids
 from bench.errors import MissingData, UserError
 from bench.schema import CalibrationConfig
 
@@ -72,7 +72,7 @@ class TextShare:
     def _from_joined(
         self, length: int, tokenizer: Tokenizer, rng: random.Random
     ) -> list[list[int]]:
-        ids = _cached_token_ids("\n\n".join(self.documents), tokenizer)
+        ids = token_ids("\n\n".join(self.documents), tokenizer)
         # Rows may overlap, but with fewer tokens than they hold most of them would. `randint` below
         # needs one token more than a row.
         needed = max(self.rows * length, length + 1)
@@ -103,13 +103,13 @@ class TextShare:
             # Drawn all the same, as GPTQ does; only tokenising it a second time is saved.
             if chosen in too_short:
                 continue
-            ids = _token_ids(self.documents[chosen], tokenizer)
+            ids = token_ids(self.documents[chosen], tokenizer)
             # Equal length is too short as well: `randint(0, -1)` would raise.
             if len(ids) <= length:
                 too_short.add(chosen)
                 continue
             start = rng.randint(0, len(ids) - length - 1)
-            rows.append(ids[start : start + length])
+            rows.append(ids[start : start + length].tolist())
         return rows
 
 
@@ -241,19 +241,6 @@ def _documents_from_hub(config: CalibrationConfig, *, offline: bool) -> Sequence
 def _json_lines(file: Path) -> list[str]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
-
-
-@functools.lru_cache(maxsize=2)
-def _cached_token_ids(text: str, tokenizer: Tokenizer) -> array[int]:
-    # Cached because every run of a sweep cuts the same text, and tokenising it is slow. Two
-    # entries serve the two halves of `embedded`; an array takes 8 bytes per token, a list of
-    # Python integers more than four times that.
-    return array("q", _token_ids(text, tokenizer))
-
-
-def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    # `verbose=False` silences the warning that the text exceeds the model's context.
-    return tokenizer(text, verbose=False)["input_ids"]
 
 
 _BUCKETS = 5

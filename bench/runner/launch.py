@@ -148,11 +148,11 @@ def _launch_new(overrides: Overrides, session: Session) -> LaunchOutcome:
     admitted = admit(overrides)
     if not admitted.is_sweep:
         overrides.refuse_several_values()
-    configs = alternative_configs(overrides)
+    configs = alternative_configs(overrides, admitted.composed)
     for config in configs:
         refuse_unknown_objective("objective", config.objective, config.benchmark)
     if admitted.is_sweep:
-        check_sweeper(overrides, configs)
+        check_sweeper(overrides, configs, admitted.composed)
     # An experiment may set it as well.
     if any(config.offline for config in configs):
         hub.go_offline()

@@ -29,7 +29,7 @@ def test_a_recipe_composes(recipe):
     found = alternative_configs(sweep)
     assert len(found) > 1
     # The recipe's own choice of a sweeper wins, so that its settings are those of its class.
-    check_sweeper(sweep, found)
+    check_sweeper(sweep, found, admit(sweep).composed)
     # What is put into a composed config is what Hydra would have composed.
     last = single_runs(sweep)[-1]
     assert found[-1] == compose_run_config(last)

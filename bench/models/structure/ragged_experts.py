@@ -160,14 +160,21 @@ class RaggedExperts(ReplacedModule):
             yield torch.zeros_like(x_SD) * weight_S[:, None]
         elif _use_grouped_kernel(x_SD):
             yield self.grouped(bucket, x_SD, counts) * weight_S[:, None]
+        elif x_SD.device.type == "meta":
+            # Only FLOPs are counted there. The experts of a bucket have one width, so one product
+            # over the tokens of all has the FLOPs of theirs, in a fraction of the dispatches.
+            gate_up_WD, down_DW = (weight[0] for weight in self.weights(bucket))
+            yield self._expert(x_SD, gate_up_WD, down_DW) * weight_S[:, None]
         else:
             parts = zip(
                 *self.weights(bucket), x_SD.split(counts), weight_S.split(counts), strict=True
             )
             for gate_up_WD, down_DW, x, weight in parts:
                 if len(x):
-                    hidden_SW = self._gated(functional.linear(x, gate_up_WD))
-                    yield functional.linear(hidden_SW, down_DW) * weight[:, None]
+                    yield self._expert(x, gate_up_WD, down_DW) * weight[:, None]
+
+    def _expert(self, x_SD: Tensor, gate_up_WD: Tensor, down_DW: Tensor) -> Tensor:
+        return functional.linear(self._gated(functional.linear(x_SD, gate_up_WD)), down_DW)
 
     def grouped(self, bucket: WidthBucket, x_SD: Tensor, counts: list[int]) -> Tensor:
         """Compute the unweighted outputs of a bucket's experts with two grouped matmuls."""
