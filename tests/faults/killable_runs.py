@@ -1,6 +1,11 @@
-"""Runs in processes of their own, which can be killed: forked, so that they start at once."""
+"""Runs in processes of their own, which can be killed: forked, so that they start at once.
+
+What trains is forked from a server that has never trained: autograd refuses to work in a process
+whose parent has used it, as some test before this one may have.
+"""
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import signal
@@ -34,6 +39,12 @@ SMALL = (
     "tracker=none",
 )
 TIMES = {"started", "finished"}
+# What trainings need, loaded once by the server and not again by each of its forks.
+TRAINERS = (
+    "bench.evaluation.images",
+    "methods.wgsef.sparse_training",
+    "methods.wgsef.fine_tuning",
+)
 
 
 @dataclass
@@ -61,17 +72,43 @@ class Child:
 
 def start(results, *arguments, before=None, small=SMALL):
     """Start `bench run` on a results folder; `before` is called in the new process."""
-    handle, said = tempfile.mkstemp(prefix="said-")
-    given = list(arguments)
-    given += [each for each in small if each.split("=")[0] not in _keys(given)]
+    said, given = _said_and_given(arguments, small)
     pid = os.fork()
-    if pid:
-        os.close(handle)
-        return Child(pid, Path(said))
+    if not pid:
+        _become_run(said, given, results, before)
+    return Child(pid, said)
+
+
+def train(results, *arguments, before=None, small=SMALL):
+    """Run a command that trains to its end; return exit code and what it said.
+
+    `before` is a function of a module, or a partial of one, because it is sent to the server.
+    """
+    said, given = _said_and_given(arguments, small)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.faults.killable_runs", *TRAINERS])
+    child = server.Process(target=_become_run, args=(said, given, results, before))
+    child.start()
+    child.join()
+    text = said.read_text()
+    said.unlink()
+    return child.exitcode, text
+
+
+def _said_and_given(arguments, small):
+    handle, said = tempfile.mkstemp(prefix="said-")
+    os.close(handle)
+    given = [*arguments, *(each for each in small if each.split("=")[0] not in _keys(arguments))]
+    return Path(said), given
+
+
+def _become_run(said, given, results, before):
+    """Run `bench run` in this process, and end it."""
     code = 99
     try:
         # A shell that runs the tests in its background has them ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle = os.open(said, os.O_WRONLY)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)

@@ -1,9 +1,9 @@
 """Trainings go on from their checkpoints through `bench run`; damaged ones are set aside."""
 
-import importlib
 import io
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -12,15 +12,8 @@ from bench.records import Store
 from bench.ui import Progress
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
-from tests.faults.killable_runs import only, run, timeless
+from tests.faults.killable_runs import only, timeless, train
 
-# What the trainings need is loaded once, and not again by each of the processes forked from here.
-for name in (
-    "bench.evaluation.images",
-    "methods.wgsef.sparse_training",
-    "methods.wgsef.fine_tuning",
-):
-    importlib.import_module(name)
 QUIET = ("threads=1", "tracker=none", "costs.length=32")
 TRAININGS = {
     "wgsef": (
@@ -41,14 +34,10 @@ TRAININGS = {
 }  # fmt: skip
 
 
-def die_after_checkpoint(number):
-    """Return what lets a training write at every step and kills it after one of them."""
-
-    def arm():
-        checkpoint.MIN_INTERVAL_SECONDS, checkpoint.MAX_WRITE_SHARE = 0.0, 1e9
-        CheckpointManager.save = _killing(CheckpointManager.save, number)
-
-    return arm
+def arm(number):
+    """Let a training write at every step, and kill it after one of its checkpoints."""
+    checkpoint.MIN_INTERVAL_SECONDS, checkpoint.MAX_WRITE_SHARE = 0.0, 1e9
+    CheckpointManager.save = _killing(CheckpointManager.save, number)
 
 
 def _killing(save, number):
@@ -63,23 +52,17 @@ def _killing(save, number):
     return deadly
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("wgsef", marks=pytest.mark.slow),
-        "wgsef_finetune",
-        pytest.param("visual_finetune", marks=pytest.mark.slow),
-    ],
-)
-def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(tmp_path, undisturbed, name):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TRAININGS))
+def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(tmp_path, name):
     results, whole = tmp_path / "results", tmp_path / "whole" / "results"
     arguments = TRAININGS[name]
-    code, said = run(whole, *arguments, small=QUIET)
+    code, said = train(whole, *arguments, small=QUIET)
     assert code == 0, said
-    code, said = run(results, *arguments, before=die_after_checkpoint(3), small=QUIET)
+    code, said = train(results, *arguments, before=partial(arm, 3), small=QUIET)
     assert code == -signal.SIGKILL, said
     assert list((results / "unfinished").glob(f"*/{name}/step-*"))
-    code, said = run(results, *arguments, small=QUIET)
+    code, said = train(results, *arguments, small=QUIET)
     assert code == 0, said
     assert "resuming training from step 3" in said
     ours, theirs = timeless(only(results)), timeless(only(whole))
@@ -127,12 +110,12 @@ def test_a_checkpoint_that_cannot_be_read_is_set_aside_with_a_word(tmp_path, dam
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, undisturbed):
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path):
     results, arguments = tmp_path / "results", TRAININGS["wgsef"]
-    run(results, *arguments, before=die_after_checkpoint(2), small=QUIET)
+    train(results, *arguments, before=partial(arm, 2), small=QUIET)
     (file,) = results.glob("unfinished/*/wgsef/step-*/tensors.safetensors")
     flip(file, -3)
-    code, said = run(results, *arguments, small=QUIET)
+    code, said = train(results, *arguments, small=QUIET)
     assert code == 0, said
     assert "moved aside to aside1-step" in " ".join(said.split())
     assert len(Store(results).all()) == 1
