@@ -21,6 +21,7 @@ UNITS = {
     "%": ("share", 0.01), "share": ("share", 1.0), "perplexity": ("perplexity", 1.0),
     "points": ("points", 1.0), "ms": ("time", 1e-3), "s": ("time", 1.0), "min": ("time", 60.0),
     "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
+    "ratio": ("ratio", 1.0),
 }  # fmt: skip
 """The quantity that a unit measures, and its size in that quantity's basic unit."""
 IDENTITY_FIELDS = ("metric", "filter", "shots", "split", "harness")
