@@ -74,7 +74,8 @@ def _killing(save, number):
 def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(tmp_path, undisturbed, name):
     results, whole = tmp_path / "results", tmp_path / "whole" / "results"
     arguments = TRAININGS[name]
-    assert run(whole, *arguments, small=QUIET)[0] == 0
+    code, said = run(whole, *arguments, small=QUIET)
+    assert code == 0, said
     code, said = run(results, *arguments, before=die_after_checkpoint(3), small=QUIET)
     assert code == -signal.SIGKILL, said
     assert list((results / "unfinished").glob(f"*/{name}/step-*"))
@@ -132,7 +133,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, undisturbed)
     (file,) = results.glob("unfinished/*/wgsef/step-*/tensors.safetensors")
     flip(file, -3)
     code, said = run(results, *arguments, small=QUIET)
-    assert code == 0
+    assert code == 0, said
     assert "moved aside to aside1-step" in " ".join(said.split())
     assert len(Store(results).all()) == 1
 
