@@ -6,7 +6,6 @@ weights, data, and the lines that were not run. No conclusion is drawn without a
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from bench.records import Record
     from bench.reporting.comparison import Contrast
-    from bench.reporting.tables.table import ColumnHead, TableLine
+    from bench.reporting.tables.table import ColumnHead, Table, TableLine
 
 FoundRecords: TypeAlias = "Mapping[TableSlot, Sequence[Record]]"
 ReadSamples: TypeAlias = "Callable[[str], pd.DataFrame]"
@@ -49,11 +48,13 @@ def results_page(
             f"table {config.name} has no record here, so there is nothing to write: run "
             f"`bench table {config.name}` first, or name its folder by results_dir=FOLDER"
         )
+    table = build_table(config, found)
     parts = [
-        f"# {config.title}",
+        f"# {cell_text.heading_text(table)}",
         f"Written by `{command}` from {len(records)} records; an edit would be lost.",
         _pipe_table(("", ""), _basis_rows(records)),
-        *_numbers(config, found),
+        *_numbers(table),
+        *_caveats(config, records),
         *_comparisons(config, found, samples),
         *_gaps(config, found),
     ]
@@ -96,10 +97,10 @@ def _minute(moment: str) -> str:
 
 def _machine_text(record: Record) -> str:
     about = record.environment
-    devices = ", ".join(about.get("gpus") or ()) or about.get("cpu") or platform.machine()
+    device = ", ".join(about.get("gpus") or ()) or about.get("cpu") or UNKNOWN
     memory = about.get("memory_bytes")
     size = f", {format_quantity(memory)}B" if memory else ""
-    return f"{devices}, {about.get('cores')} cores{size}; {about.get('threads')} threads"
+    return f"{device}, cores: {about.get('cores')}, threads: {about.get('threads')}{size}"
 
 
 def _calibration_text(record: Record) -> str:
@@ -112,30 +113,33 @@ def _libraries_text(record: Record) -> str:
     return ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if versions.get(name))
 
 
-def _numbers(config: TableConfig, found: FoundRecords) -> Iterator[str]:
+def _numbers(table: Table) -> Iterator[str]:
     """Yield one table of numbers per section, and what their marks mean."""
-    table = build_table(config, found)
-    heads = ["", *(_head_text(head.name, head.unit) for head in table.columns), "run"]
-    for section, lines in cell_text.lines_by_section(table):
-        yield f"## {section}" if len(config.sections) > 1 else "## Numbers"
+    heads = ["", *(_head_text(head) for head in table.columns), "run"]
+    sections = cell_text.lines_by_section(table)
+    for section, lines in sections:
+        yield f"## {section}" if len(sections) > 1 else "## Numbers"
         rows = [_line_texts(table.columns, line) for line in lines if line.runs]
         yield _pipe_table(heads, rows, numbers=len(heads) - 1)
     yield "± is one standard error over the samples; - stands for a number that was not obtained."
-    notes = dict.fromkeys(note for kept in found.values() for r in kept for note in _cost_notes(r))
-    if notes:
-        yield "\n".join(f"- {note}" for note in notes)
 
 
-def _cost_notes(record: Record) -> Iterator[str]:
-    """Yield the caveats of a run's measured costs, such as a loaded machine."""
-    # A cost may carry several notes joined by "; ", of which numbers differ from run to run.
-    texts = (cost.note.split("; ") for cost in record.headline_costs if cost.note)
-    for text in dict.fromkeys(note for notes in texts for note in notes):
-        yield f"`{record.id[:8]}`: {text}"
+def _caveats(config: TableConfig, records: Iterable[Record]) -> Iterator[str]:
+    """Yield the caveats of the costs that the columns show, each with its runs; nothing if none."""
+    shown = {(c.quantity, c.scope) for c in config.columns.values() if c.quantity is not None}
+    runs: dict[str, dict[str, None]] = {}
+    for record in records:
+        for cost in record.headline_costs:
+            if cost.note and (cost.quantity, cost.scope.partition(" ")[0]) in shown:
+                # A cost may carry several, of which other runs have some.
+                for note in cost.note.split("; "):
+                    runs.setdefault(note, {})[f"`{record.id[:8]}`"] = None
+    if runs:
+        yield "\n".join(f"- {', '.join(ids)}: {note}" for note, ids in runs.items())
 
 
-def _head_text(name: str, unit: str) -> str:
-    return f"{name} %" if unit == "%" else name
+def _head_text(head: ColumnHead) -> str:
+    return f"{head.name} %" if head.unit == "%" else head.name
 
 
 def _line_texts(columns: Sequence[ColumnHead], line: TableLine) -> Iterator[str]:
@@ -186,12 +190,19 @@ def _family(
     kept = [c for c in compared.contrasts if c.task == AVERAGE or c.task in texts]
     yield f"### Against {_slot_text(base)}"
     yield _pipe_table(
-        ("", "number", "difference [95 %]", "p", "detectable"),
+        ("", "number", "samples", "difference [95 %]", "p", "detectable"),
         (
-            (names[c.run], _number_name(c), difference_text(c), p_text(c.p_holm), least_text(c))
+            (
+                names[c.run],
+                _number_name(c),
+                str(c.n),
+                difference_text(c),
+                p_text(c.p_holm),
+                least_text(c),
+            )
             for c in kept
         ),
-        numbers=3,
+        numbers=4,
     )
     if compared.refused:
         yield "\n".join(f"- {sentence}" for sentence in compared.refused)
