@@ -21,7 +21,7 @@ from bench.errors import EXIT_DONE, EXIT_WRONG_INPUT, MissingData, RunsFailed, U
 from bench.evaluation.task_planning import prefetch_command
 from bench.models.source import resolve_model
 from bench.records import Store
-from bench.records.atomic_files import refuse_unwritable
+from bench.records.files import refuse_unwritable
 from bench.reporting.tables import (
     build_table,
     load_table_config,
@@ -158,7 +158,7 @@ def write_page(name: str, arguments: Sequence[str], page: Path) -> Path:
         UserError: the overrides are wrong, no record is there, or the file cannot be written.
     """
     from bench.records import samples
-    from bench.records.atomic_files import write_bytes
+    from bench.records.files import write_bytes
     from bench.reporting.tables.page import results_page
 
     request = TableRequest.parse(arguments)
