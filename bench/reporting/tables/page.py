@@ -119,7 +119,7 @@ def _numbers(table: Table) -> Iterator[str]:
     sections = cell_text.lines_by_section(table)
     for section, lines in sections:
         yield f"## {section}" if len(sections) > 1 else "## Numbers"
-        rows = [_line_texts(table.columns, line) for line in lines if line.runs]
+        rows = [list(_line_texts(table.columns, line)) for line in lines if line.runs]
         yield _pipe_table(heads, rows, numbers=len(heads) - 1)
     yield "± is one standard error over the samples; - stands for a number that was not obtained."
 

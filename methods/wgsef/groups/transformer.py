@@ -15,6 +15,7 @@ from bench.errors import UserError
 from bench.models.structure.dense_layer import (
     FeedForward,
     Heads,
+    bias_of,
     feed_forwards,
     find_heads,
     is_transposed,
@@ -126,7 +127,7 @@ def _head_family(name: str, found: Heads) -> GroupFamily:
         Slice(f"{name}.{part}.{key}", (axis,), torch.arange(len(group_R)), group_R)
         for part, source, group_R in zip(found.inputs, found.sources, found.group_rows, strict=True)
         for key, axis in (("weight", _row_axis(source)), ("bias", 0))
-        if source.bias is not None or key == "weight"
+        if key == "weight" or bias_of(source) is not None
     ]
     columns = 1 - _row_axis(found.readout)
     owned.append(

@@ -152,7 +152,8 @@ def test_the_page_shows_every_number_and_the_caveats_of_costs(found):
     ]  # fmt: skip
     assert numbers["first 20 %"][-2:] == ["1.25", "`first000`"]
     assert set(numbers) == {"dense", "first 20 %", "second!best 20 %"}
-    assert "- `first000`: the machine was loaded\n- `first000`: its clock changed" in page
+    assert "- `first000`, `second00`: the machine was loaded\n" in page
+    assert "- `first000`, `second00`: its clock changed\n" in page
     assert page.split("## Not run\n\n")[1] == "- first 50 %\n- second|best 50 %\n"
 
 
