@@ -51,6 +51,7 @@ def results_page(
     table = build_table(config, found)
     parts = [
         f"# {cell_text.heading_text(table)}",
+        *([config.about.strip()] if config.about else []),
         f"Written by `{command}` from {len(records)} records; an edit would be lost.",
         _pipe_table(("", ""), _basis_rows(records)),
         *_numbers(table),

@@ -90,12 +90,14 @@ class TableConfig(_TableModel):
 
     `variants` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
     `stand_in` runs on different models than the source's and is never subtracted from it.
-    Without `published` the numbers are ours alone. `against` names rows by a row that its page
-    compares them with, variant by variant.
+    Without `published` the numbers are ours alone. `about` says on the table's page what a reader
+    has to know, and `against` names rows by a row that the page compares them with, variant by
+    variant.
     """
 
     name: str
     title: str
+    about: str | None = None
     published: PublishedTables | None = None
     runs: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()

@@ -12,13 +12,14 @@ from bench.errors import UserError
 from bench.records import AppliedMethod, Cost, DenseModel, Metric, Record, Store
 from bench.reporting.comparison import ComparedRun, compare
 from bench.reporting.comparison.printer import difference_text
-from bench.reporting.tables import TableConfig, table_slots
+from bench.reporting.tables import TableConfig, numbers, table_slots
 from bench.reporting.tables.page import results_page
 
 CONFIG = TableConfig.model_validate(
     {
         "name": "mine",
         "title": "One model, two methods",
+        "about": "A share is of the weights.\n",
         "sections": {"m": {}},
         "variants": {"20 %": {"ratio": 0.2}, "50 %": {"ratio": 0.5}},
         "rows": {
@@ -141,17 +142,18 @@ def test_the_page_states_what_its_numbers_rest_on(found):
     assert basis["wiki"] == ["2 windows of 64 tokens"]
     assert basis["calibration"] == ["4 rows of 32 tokens of prose"]
     assert basis["libraries"] == ["torch 2.9, lm-eval 0.4.13"]
-    assert "Written by `bench table mine --page mine.md`" in page
+    start = "# One model, two methods\n\nA share is of the weights.\n\n"
+    assert page.startswith(f"{start}Written by `bench table mine --page mine.md`")
 
 
 def test_the_page_shows_every_number_and_the_caveats_of_costs(found):
     page = results_page(CONFIG, found, samples, "")
-    numbers = rows_of(page, "## Numbers")
-    assert numbers["dense"] == [
+    shown = rows_of(page, "## Numbers")
+    assert shown["dense"] == [
         "90.00 ±10.00", "90.00 ±10.00", "8.17 ±0.10", "2.50 M", "-", "`dense000`",
     ]  # fmt: skip
-    assert numbers["first 20 %"][-2:] == ["1.25", "`first000`"]
-    assert set(numbers) == {"dense", "first 20 %", "second!best 20 %"}
+    assert shown["first 20 %"][-2:] == ["1.25", "`first000`"]
+    assert set(shown) == {"dense", "first 20 %", "second!best 20 %"}
     assert "- `first000`, `second00`: the machine was loaded\n" in page
     assert "- `first000`, `second00`: its clock changed\n" in page
     assert page.split("## Not run\n\n")[1] == "- first 50 %\n- second|best 50 %\n"
@@ -207,3 +209,12 @@ def test_the_command_writes_the_page_and_runs_nothing(tmp_path, monkeypatch):
 def test_a_page_needs_the_name_of_a_file(given, capsys):
     assert main(["table", "camera_main", "--page", *given]) == 2
     assert "give a file, as in --page results.md" in capsys.readouterr().err
+
+
+def test_windows_of_a_text_are_its_limit():
+    text, exam = CONFIG.columns["text"], CONFIG.columns["exam"]
+    benchmark = {"name": "exams", "limit": 10, "perplexity": {"wiki": {"windows": 3}}}
+    limited = record("dense", "2031-01-02T03:04:05+00:00")
+    limited = limited.model_copy(update={"config": {**limited.config, "benchmark": benchmark}})
+    assert list(numbers.scored_on(text, [limited])) == ["wiki, limit 3"]
+    assert list(numbers.scored_on(exam, [limited])) == ["exam, limit 10"]
