@@ -158,7 +158,8 @@ def _comparisons(config: TableConfig, found: FoundRecords, samples: ReadSamples)
     yield (
         "Differences are paired by sample, with a 95 % bootstrap interval; p is corrected by Holm "
         "within a table. *detectable* is the difference that these samples show with 80 % power: "
-        "where p is above 0.05, a smaller one cannot be ruled out."
+        "where p is above 0.05, a smaller one cannot be ruled out. Fewer than six samples can show "
+        "none at the 5 % level."
     )
     for base in dense:
         others = [slot for slot in slots if slot.section == base.section and slot != base]
