@@ -110,7 +110,8 @@ class PerplexityConfig(BaseModel):
 
     `gptq_wikitext2` joins the documents of the test split and cuts them into consecutive windows,
     `gptq_c4` draws 256 random windows with seed 0, `consecutive` applies the first protocol to any
-    text. `path` replaces the text by a local file.
+    text. `windows` keeps the first so many of them, `benchmark.limit` if it is null. `path`
+    replaces the text by a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -118,6 +119,7 @@ class PerplexityConfig(BaseModel):
     text: Literal["wikitext2", "c4", "english"]
     protocol: Literal["gptq_wikitext2", "gptq_c4", "consecutive"] = "consecutive"
     window: int = Field(default=2048, ge=8)
+    windows: int | None = Field(default=None, ge=1)
     path: str | None = Field(default=None, min_length=1)
 
 

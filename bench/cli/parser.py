@@ -51,6 +51,7 @@ a paper's table: run what is missing, show our numbers next to the published one
   bench table camera_main scale=micro           with the embedded models, offline
   bench table visual_table2 "sections=[LLaVA-1.5-7B]" "rows=[original,FastV]" benchmark.batch_size=8
   bench table wgsef_grid scale=micro -m seed=1,2,3 hydra/launcher=joblib
+  bench table smollm2 --page smollm2.md         a page of the records there are; runs nothing
   bench ls tables                               list all tables
 """
 ALLOWED_HELP = (
@@ -112,6 +113,7 @@ def _add_run_commands(command: AddCommand) -> None:
     tables.add_argument("name", metavar="NAME")
     tables.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     tables.add_argument("--json", action="store_true", help="print the cells as JSON")
+    tables.add_argument("--page", type=Path, metavar="FILE.md", help="write a page of the records")
     status = command("status", "sweeps:status", "the state of all sweeps, or of each job of one")
     status.add_argument("sweep", nargs="?", metavar="SWEEP", help="a sweep's name, or latest")
     resume = command("resume", "sweeps:resume", "run the missing and failed jobs of a sweep")

@@ -102,6 +102,9 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     chosen["benchmark"]["data"] = sorted(plain["benchmark"]["data"])
     for text in chosen["benchmark"]["perplexity"].values():
         text.pop("path")
+        # Absent as it is from runs that were recorded before the key existed.
+        if text.get("windows") is None:
+            text.pop("windows", None)
     # `costs` also has settings of counted costs, which are always taken; those stay.
     if not chosen["costs"]["measure"]:
         for key in ("measure", "timing"):

@@ -29,6 +29,7 @@ from bench.models.source import (
 )
 from bench.models.weight_files import read_json_object
 from bench.schema import ModelConfig
+from bench.ui import note
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,11 +67,32 @@ def skeleton(source: ModelSource) -> nn.Module:
 
 
 def _published_network(source: ModelSource) -> nn.Module:
+    config = _network_config(source)
     return _auto_class(source).from_config(
-        _network_config(source),
-        attn_implementation=source.config.attention,
+        config,
+        attn_implementation=_attention(source.config, config),
         trust_remote_code=source.config.trust_remote_code,
     )
+
+
+def _attention(given: ModelConfig, config: NetworkConfig) -> str:
+    """Return the attention to ask transformers for: eager where SDPA, the default, has no form.
+
+    transformers chooses so too when no attention is named, but refuses one that is named.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # A class of remote code is in no mapping, and transformers' own refusal then stands.
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if given.attention != "sdpa" or kind is None or kind._supports_sdpa:
+        return given.attention
+    _say_eager(kind.__name__)
+    return "eager"
+
+
+@functools.cache  # Once: a run builds its network several times.
+def _say_eager(architecture: str) -> None:
+    note(f"{architecture} has no SDPA in transformers: model.attention=eager is used")
 
 
 @functools.lru_cache(maxsize=4)
@@ -219,13 +241,14 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         return load_classifier(source, device)
     folder = offload.offload_folder() if config.device_map else None
     quantized = source.quantization.loading_settings if source.quantization else {}
+    network_config = _network_config(source)
     network, report = _network_class(source).from_pretrained(
         source.folder,
-        config=_network_config(source),
+        config=network_config,
         dtype=devices.select_dtype(config.dtype, device),
         device_map=offload.device_map(config.device_map, device, lambda: skeleton(source)),
         offload_folder=folder,
-        attn_implementation=config.attention,
+        attn_implementation=_attention(config, network_config),
         # Pickled weights can run code when opened; transformers would fall back to them.
         use_safetensors=True,
         **_local_files(source),

@@ -23,6 +23,7 @@ from bench.data.chat import ModelInputs
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedExperts, PackedLinear
 from bench.models.replaced_modules import ReplacedModule
+from bench.models.structure.dense_layer import find_heads, shape_of
 from bench.models.structure.moe_block import SHARED_NAMES
 from bench.models.structure.ragged_experts import RaggedExperts
 
@@ -111,6 +112,10 @@ def macs_per_pair(attention: nn.Module) -> int:
         raise UserError(
             f"{type(attention).__name__} does not state the number and width of its heads"
         )
+    found = find_heads(attention)
+    if len(found) == 1:
+        # A config has one number for all layers, which may have lost different heads.
+        return 2 * shape_of(found[0].readout)[1]
     return int(2 * heads * module.head_dim)
 
 

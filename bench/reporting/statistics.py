@@ -73,6 +73,16 @@ def bootstrap_p(draw_R: Floats, hypothesis: float = 0.0) -> float:
     return min(1.0, 2 * (1 + min(below, above)) / (1 + len(draw_R)))
 
 
+def least_p(units: int) -> float:
+    """Return the least two-sided p-value of an exact paired test: all differences of one sign.
+
+    That of a sign-flip test over `units` pairs (Fisher, The Design of Experiments, 1935, section
+    21). The bootstrap of few units can go far below it, as every resample of differences of one
+    sign has that sign.
+    """
+    return float(min(1.0, 2.0 ** (1 - units)))
+
+
 class McNemar(NamedTuple):
     """Two-sided p-values: exact (never exceeds its nominal error rate) and mid-p.
 

@@ -27,8 +27,7 @@ from methods.moe.pruning import require_calibration
 class StructuredPruning(Method):
     """Removes units by one score each; the smaller network has no zeros and no masks.
 
-    `units` are neurons and heads, or one kind alone, for architectures whose queries, keys and
-    values share a matrix.
+    `units` are neurons and heads, or one kind alone, for architectures whose heads cannot go.
     """
 
     label: ClassVar[str]

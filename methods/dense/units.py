@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from bench.models.structure.dense_layer import (
     feed_forwards,
     find_heads,
     shape_of,
+    state_head_groups,
     state_width,
     weight_of,
 )
@@ -41,6 +42,7 @@ class Units:
     """All units of one kind in one layer.
 
     `sources` are the projections whose rows belong to units, each with the unit of every row [R].
+    `heads` is the attention's layout, None for neurons.
     """
 
     layer: int
@@ -49,6 +51,7 @@ class Units:
     owner: nn.Module
     sources: tuple[tuple[nn.Module, Tensor], ...]
     readout: nn.Module
+    heads: Heads | None = None
 
     @property
     def width(self) -> int:
@@ -75,7 +78,8 @@ def find_units(
     """Yield heads and neurons of every layer, in layer order, or those of one kind.
 
     Raises:
-        UserError: a layer has not exactly one feed-forward and one attention of separate matrices.
+        UserError: a layer has not exactly one feed-forward and one attention of a known layout, or
+            its heads cannot go.
     """
     if not structure.layers:
         raise UserError(f"{method} needs a decoder; {structure.architecture} has no decoder layers")
@@ -88,7 +92,7 @@ def find_units(
         refuse_packed_layer(layer, index)
         where = f"{method}: layer {index} of {structure.architecture}"
         if "heads" in kinds:
-            what = "attentions with a matrix for each of q, k and v"
+            what = "attentions of a known layout"
             yield _heads(index, _only(find_heads(layer), f"{where} has", what, "neurons"), where)
         if "neurons" in kinds:
             what = "feed-forwards of a known form"
@@ -113,17 +117,11 @@ def _neurons(index: int, found: FeedForward) -> Units:
 
 
 def _heads(index: int, found: Heads, where: str) -> Units:
-    if found.normalised_together:
-        raise UserError(
-            f"{where} normalises the queries of all heads together, so none can go: "
-            "set units=neurons"
-        )
-    query, key, value, readout = found.projections
-    sources = tuple(
-        (source, torch.arange(found.groups).repeat_interleave(rows))
-        for source, rows in ((query, found.queries), (key, found.head_dim), (value, found.head_dim))
-    )
-    return Units(index, "heads", found.groups, found.owner, sources, readout)
+    reason = found.reason_to_stay
+    if reason is not None:
+        raise UserError(f"{where} {reason}, so none can go: set units=neurons")
+    sources = tuple(zip(found.sources, found.group_rows, strict=True))
+    return Units(index, "heads", found.groups, found.owner, sources, found.readout, found)
 
 
 @torch.no_grad()
@@ -144,14 +142,8 @@ def remove_units(units: Units, gone: Tensor, mean_C: Tensor | None = None) -> No
         before = bias_of(source)
         assign_weight(source, weight_of(source)[kept], None if before is None else before[kept])
     assign_weight(units.readout, weight[:, ~columns], bias)
-    if units.kind == "heads" and hasattr(units.owner, "num_heads"):
-        # OPT cuts its states into as many heads as it was built with.
-        left = int((~columns).sum()) // _head_dim(units)
-        setattr(units.owner, "num_heads", left)  # noqa: B010  # modules declare no fields
-
-
-def _head_dim(units: Units) -> int:
-    return int(cast(Any, units.owner).head_dim)
+    if units.heads is not None:
+        state_head_groups(units.heads, int((~gone).sum()))
 
 
 def describe_in_config(model: Model, units: list[Units]) -> None:
@@ -166,7 +158,7 @@ def describe_in_config(model: Model, units: list[Units]) -> None:
     # A config without KV heads (OPT) derives the width of a head from their number: it cannot
     # state fewer heads, and the export of such a network is refused.
     if len(heads) == 1 and hasattr(config, "num_key_value_heads"):
-        head_dim = _head_dim(units[0])
+        (head_dim,) = {unit.heads.head_dim for unit in units if unit.heads is not None}
         ratio = config.num_attention_heads // config.num_key_value_heads
         config.head_dim = head_dim
         config.num_attention_heads = heads.pop() // head_dim

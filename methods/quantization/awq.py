@@ -294,7 +294,9 @@ def _groups(layer: nn.Module, observed: ObservedLayer, search: ScaleSearch) -> I
         parts = [part for part in layer.children() if set(linears) <= set(part.modules())]
         yield norm, linears, _replayed_error(parts[0] if parts else layer, observed)
     for attention in find_heads(layer):
-        *_, value, output = attention.projections
+        if attention.fused:  # values that share a matrix with queries and keys are not scaled
+            continue
+        value, output = attention.sources[2], attention.readout
         # With grouped queries a value row feeds several columns: the release skips it, too.
         if output in search.bits and attention.queries == attention.head_dim:
             yield value, [output], _own_error(output, observed)
@@ -404,7 +406,8 @@ def _clipped_linears(layer: nn.Module, search: ScaleSearch) -> list[nn.Module]:
     """Return the linears whose weights are clipped: all but those of queries and keys."""
     found: list[nn.Module] = []
     for attention in find_heads(layer):
-        found += attention.projections[2:]
+        if not attention.fused:
+            found += [attention.sources[2], attention.readout]
     for part in feed_forwards(layer):
         found += part.projections
     return [linear for linear in found if linear in search.bits]

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.classifiers.classifier import Classifier
-from bench.models.structure.dense_layer import is_projection, state_width
+from bench.models.structure.dense_layer import (
+    find_heads,
+    is_projection,
+    state_head_groups,
+    state_width,
+)
 from methods.wgsef.groups.partition import GroupFamily
 
 
@@ -204,6 +209,9 @@ def smaller_language_model(
         state_width(smaller, [count])
     else:
         _set_head_counts(config, count)
+        for family in families:
+            (heads,) = find_heads(smaller.get_submodule(family.name))
+            state_head_groups(heads, count)
     _refuse_unloadable_config(config, f"{count} {kinds.pop()} per layer")
     return removal.network
 

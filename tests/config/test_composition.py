@@ -65,6 +65,13 @@ def test_what_decides_a_pruned_result_is_in_its_identity(overrides):
     assert compose_run_config([*base, *overrides]).identity() != compose_run_config(base).identity()
 
 
+def test_windows_of_a_perplexity_decide_and_their_absence_is_no_entry():
+    base = compose_run_config(["benchmark=perplexity_micro"]).identity()
+    few = ["benchmark=perplexity_micro", "benchmark.perplexity.english.windows=2"]
+    assert "windows" not in base["benchmark"]["perplexity"]["english"]
+    assert compose_run_config(few).identity() != base
+
+
 def test_the_order_of_methods_is_part_of_the_identity():
     one = compose_run_config(["method=[camera_p,random_experts]"])
     other = compose_run_config(["method=[random_experts,camera_p]"])

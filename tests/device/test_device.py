@@ -98,3 +98,11 @@ def test_an_nvidia_smi_that_hangs_or_fails_means_no_gpu(monkeypatch, tmp_path):
 def test_the_launchers_do_not_load_torch():
     script = "import sys, bench.device.devices; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", script], check=False).returncode == 0
+
+
+def test_the_processor_is_named_by_its_model_where_the_system_tells(monkeypatch):
+    text = "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\n\nmodel name\t: another\n"
+    monkeypatch.setattr(devices.Path, "read_text", lambda *_, **__: text)
+    assert devices.describe_device()["cpu"] == "Some CPU @ 3 GHz"
+    monkeypatch.setattr(devices.Path, "read_text", lambda *_, **__: "flags: none\n")
+    assert devices.describe_device()["cpu"]

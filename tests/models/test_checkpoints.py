@@ -224,11 +224,26 @@ def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path):
         ([4], "by None, which is not supported"),
     ],
 )
-def test_a_checkpoint_of_another_quantizer_is_refused(stored, match, base, tmp_path):
+def test_a_checkpoint_of_another_quantizer_is_refused(stored, match, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "find_spec", lambda package: None)
     folder = shutil.copytree(base, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
     refusal(folder, match)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_of_bitsandbytes_computes_what_transformers_does(bits, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=settings, device_map="cpu"
+    )
+    folder = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("*.safeten*"))
+    theirs.save_pretrained(folder)
+    ours = load_model(source(folder, dtype="float32")).network
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits)
 
 
 def test_a_quantized_checkpoint_takes_no_adapter(adapter, tmp_path):

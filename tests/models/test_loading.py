@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from bench.errors import MissingData, UserError
+from bench.models import loading
 from bench.models import source as sources
 from bench.models.loading import load_model, skeleton
 from bench.models.source import resolve_model
 from bench.models.structure.model_structure import inspect_model
 from bench.schema import ModelConfig
-from tests.models.tiny_networks import ARCHITECTURES, build, save, tokens
+from tests.models.tiny_networks import ARCHITECTURES, build, build_dense, save, tokens
 
 
 def config(path, **more):
@@ -283,3 +284,15 @@ def test_code_of_another_repository_is_refused(folder, name):
     file.write_text(json.dumps(settings))
     allowed = {"trust_remote_code": True, "allow_remote_code": True, "revision": "0" * 40}
     refusal(folder, r"code of another repository \(some/where--code\.Mine\)", **allowed)
+
+
+def test_an_architecture_without_sdpa_is_given_eager_and_says_so_once(tmp_path, capsys):
+    loading._say_eager.cache_clear()
+    chosen = {}
+    for name in ("gemma2", "llama"):
+        folder = save(build_dense(name), tmp_path / name)
+        for _ in range(2):
+            network = load_model(resolve_model(config(folder), offline=True)).network
+        chosen[name] = network.config._attn_implementation
+    assert chosen == {"gemma2": "eager", "llama": "sdpa"}
+    assert capsys.readouterr().err.count("Gemma2ForCausalLM has no SDPA in transformers") == 1

@@ -122,7 +122,7 @@ def build_dense(name, seed=0, **changes):
     family, extra = DENSE_ARCHITECTURES[name]
     config = getattr(transformers, f"{family}{'TextConfig' if family == 'Gemma3' else 'Config'}")
     head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    own = {"GPT2": GPT_OWN, "OPT": WIDTHS, "Falcon": WIDTHS}.get(family, ())
+    own = {"GPT2": GPT_OWN, "OPT": WIDTHS, "Falcon": WIDTHS, "GPTNeoX": WIDTHS[1:]}.get(family, ())
     sizes = {key: value for key, value in DENSE_SIZES.items() if key not in own}
     made = getattr(transformers, f"{family}{head}")(config(**(sizes | extra | changes)))
     return randomise(made, seed)

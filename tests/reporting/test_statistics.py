@@ -15,6 +15,7 @@ from bench.reporting.statistics import (
     bootstrap_p,
     detectable_difference,
     holm,
+    least_p,
     mcnemar,
     min_significant_flips,
     percentile_interval,
@@ -143,6 +144,17 @@ def test_the_p_value_meets_the_level_where_the_interval_meets_the_hypothesis():
     assert bootstrap_p(draw_R, low) == pytest.approx(0.05, abs=1e-3)
     assert bootstrap_p(draw_R, high) == pytest.approx(0.05, abs=1e-3)
     assert bootstrap_p(draw_R, 100.0) == 2 / 10_000
+
+
+@pytest.mark.parametrize("units", [1, 2, 3, 6, 10])
+def test_the_least_p_is_that_of_all_sign_flips(units):
+    differences = np.arange(1, units + 1)
+    means = [
+        abs(float((np.array(signs) * differences).mean()))
+        for signs in itertools.product((1, -1), repeat=units)
+    ]
+    observed = float(differences.mean())
+    assert least_p(units) == sum(mean >= observed for mean in means) / len(means)
 
 
 def test_a_detectable_difference_is_found_in_four_cases_of_five():

@@ -5,8 +5,10 @@ The runs are those of `bench run`: the same overrides, the same sweep, the same 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.cli.commands.run import print_problems
@@ -15,12 +17,17 @@ from bench.config.overrides import Overrides, quoted_text, text_of
 from bench.data import hub
 from bench.data.calibration import resolve_calibration
 from bench.data.prompts import resolve_prompts
-from bench.errors import EXIT_WRONG_INPUT, MissingData, RunsFailed, UserError
+from bench.errors import EXIT_DONE, EXIT_WRONG_INPUT, MissingData, RunsFailed, UserError
 from bench.evaluation.task_planning import prefetch_command
 from bench.models.source import resolve_model
 from bench.records import Store
 from bench.records.files import refuse_unwritable
-from bench.reporting.tables import build_table, load_table_config, table_slots
+from bench.reporting.tables import (
+    build_table,
+    load_table_config,
+    records_of_table,
+    table_slots,
+)
 from bench.reporting.tables.table_config import PARTS, with_overrides
 from bench.reporting.tables.writers import TABLE_FOLDER, print_table, table_rows, write_table
 from bench.runner.inputs import resolve_run
@@ -29,8 +36,6 @@ from bench.runner.session import Session
 from bench.ui import fail, print_json, print_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from bench.config.run_config import RunConfig
     from bench.records import Record
     from bench.reporting.tables import Table, TableSlot
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 RESERVED_KEYS = ("model", "method", "benchmark", "ratio", "experiment")
 """Keys that a table sets for its runs; users select among its rows instead."""
+PAGE_OPTION = "--page"
 
 
 class MissingInputs(UserError):
@@ -143,6 +149,33 @@ def make_table(name: str, arguments: Sequence[str], session: Session) -> Finishe
     records = {line: _records_of(line, request, names, store) for line in lines if line.runs}
     table = build_table(config, records)
     return FinishedTable(table, launched, write_table(table, names.results_dir))
+
+
+def write_page(name: str, arguments: Sequence[str], page: Path) -> Path:
+    """Write the results page of a table from the records there are; nothing is run.
+
+    Raises:
+        UserError: the overrides are wrong, no record is there, or the file cannot be written.
+    """
+    from bench.records import samples
+    from bench.records.files import write_bytes
+    from bench.reporting.tables.page import results_page
+
+    request = TableRequest.parse(arguments)
+    config = _table_config(name, request)
+    # The overrides of a run are part of what identifies its record.
+    given = request.run_overrides
+    asked = {
+        slot: replace(slot, runs=tuple(with_overrides(run, given) for run in slot.runs))
+        for slot in table_slots(config)
+    }
+    results_dir = compose_run_config(request.run_overrides).results_dir
+    by_run = records_of_table(list(asked.values()), Store(results_dir).all())
+    found = {slot: by_run[run] for slot, run in asked.items() if run in by_run}
+    command = shlex.join(["bench", "table", name, *arguments, "--page", page.as_posix()])
+    text = results_page(config, found, lambda run: samples(run, results_dir), command)
+    write_bytes(page, text.encode())
+    return page
 
 
 def runs_of_table(name: str, arguments: Sequence[str]) -> list[list[str]]:
@@ -257,12 +290,16 @@ def _records_of(
 
 
 def run_command(arguments: list[str]) -> int:
-    """`bench table NAME [KEY=VALUE ...] [-m]`."""
+    """`bench table NAME [KEY=VALUE ...] [-m] [--page FILE]`."""
+    page, arguments = _split_page(arguments)
     # The name may stand anywhere among the overrides, as Hydra allows for its own flags.
     names = [word for word in arguments if not word.startswith("-") and "=" not in word]
     if len(names) != 1:
         raise UserError(f"bench table takes one name, got {len(names)}: see `bench ls tables`")
     overrides = [word for word in arguments if word != names[0]]
+    if page is not None:
+        print_text(f"wrote {write_page(names[0], overrides, page)}")
+        return EXIT_DONE
     try:
         with Session() as session:
             finished = make_table(names[0], overrides, session)
@@ -276,3 +313,16 @@ def run_command(arguments: list[str]) -> int:
         print_table(finished.table)
         print_text("wrote " + " ".join(map(str, finished.files)))
     return print_problems(finished.launched)
+
+
+def _split_page(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the file after `--page`, None without one, and the other arguments."""
+    rest = list(arguments)
+    if PAGE_OPTION not in rest:
+        return None, rest
+    place = rest.index(PAGE_OPTION)
+    given = rest[place + 1 : place + 2]
+    if not given or given[0].startswith("-") or not given[0].endswith(".md"):
+        value = " ".join(given)
+        raise UserError(f"{PAGE_OPTION} {value}: give a file, as in {PAGE_OPTION} results.md")
+    return Path(given[0]), rest[:place] + rest[place + 2 :]

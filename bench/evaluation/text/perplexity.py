@@ -47,7 +47,7 @@ def measure_perplexity(
     cache: ResponseCache,
 ) -> ScoredBenchmark:
     """Return the perplexity of a text, and one sample row per window."""
-    windows = cut_windows(model, text, benchmark.limit)
+    windows = cut_windows(model, text, text.config.windows or benchmark.limit)
     tokens = _TOKENS_PER_CPU_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH
     size = max(1, min(benchmark.batch_size, tokens // text.config.window))
     model.network.eval()

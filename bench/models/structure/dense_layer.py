@@ -8,15 +8,16 @@ with the rows of gate and up in one matrix (Phi-3); plain, y = Wdown act(Wup x),
 may have biases. GPT-2 stores its matrices transposed (`Conv1D`), and OPT keeps them in the decoder
 layer itself.
 
-Heads are found where queries, keys and values have matrices of their own; fused ones interleave
-them in a different order in every architecture.
+Queries, keys and values have matrices of their own or share one, whose rows are ordered by role
+(Phi-3, GPT-2) or by head group (GPT-NeoX, Falcon).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +192,19 @@ def _feed_forward(owner: nn.Module) -> FeedForward | None:
     return None
 
 
-ATTENTION_NAMES = (
+_RowOrder = Literal["by role", "by group"]
+"""Rows of a fused matrix: all queries, all keys, all values; or group after group."""
+FUSED_ATTENTION: dict[str, tuple[str, str, _RowOrder]] = {
+    "Phi3Attention": ("qkv_proj", "o_proj", "by role"),
+    "GPT2Attention": ("c_attn", "c_proj", "by role"),
+    "GPTNeoXAttention": ("query_key_value", "dense", "by group"),
+    "FalconAttention": ("query_key_value", "dense", "by group"),
+}
+"""Fused matrix, output matrix and order of the rows by class.
+
+By class, since names do not tell the order: GPT-BigCode has GPT-2's, and goes by head.
+"""
+SEPARATE_NAMES = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
 )
@@ -201,47 +214,114 @@ ATTENTION_NAMES = (
 class Heads:
     """Head groups of an attention module: a KV head with its query heads.
 
-    A group owns `queries` rows of the query matrix, `head_dim` rows of keys and of values, and as
-    many columns of the output matrix as it has query rows. `names` are those of q, k, v, output.
+    `inputs` names the matrices of queries, keys and values, or the one that they share, and
+    `group_rows` gives the group of each of their rows, [R] each. A group owns `queries` consecutive
+    columns of the output matrix. `refusal` says what the module does that keeps a group from
+    going, or is None.
     """
 
     owner: nn.Module
-    names: tuple[str, ...]
+    inputs: tuple[str, ...]
+    output: str
+    groups: int
     head_dim: int
+    queries: int
+    group_rows: tuple[Tensor, ...]
+    refusal: str | None = None
 
     @property
-    def projections(self) -> tuple[nn.Linear, ...]:
-        """The matrices of queries, keys, values and output."""
-        return tuple(cast(nn.Linear, getattr(self.owner, name)) for name in self.names)
+    def sources(self) -> tuple[nn.Module, ...]:
+        """The projections whose rows belong to groups."""
+        return tuple(cast(nn.Module, getattr(self.owner, name)) for name in self.inputs)
 
     @property
-    def groups(self) -> int:
-        """Number of KV heads."""
-        return self.projections[1].out_features // self.head_dim
+    def readout(self) -> nn.Module:
+        """The projection whose columns belong to groups."""
+        return cast(nn.Module, getattr(self.owner, self.output))
 
     @property
-    def queries(self) -> int:
-        """Query rows per group."""
-        # Query heads of one KV head are consecutive: the order in which transformers' `repeat_kv`
-        # pairs them.
-        return self.projections[0].out_features // self.groups
+    def fused(self) -> bool:
+        """Whether queries, keys and values share a matrix."""
+        return len(self.inputs) == 1
 
     @property
-    def normalised_together(self) -> bool:
-        """Whether a norm runs over the queries of all heads (OLMo 2): no head stands alone."""
-        norm = getattr(getattr(self.owner, "q_norm", None), "weight", None)
-        return norm is not None and norm.numel() != self.head_dim
+    def reason_to_stay(self) -> str | None:
+        """Why no group can go, as a clause whose subject is the attention; None if one can."""
+        if self.groups == 1:
+            return "has one key-value head for all queries"
+        return self.refusal
 
 
 def find_heads(module: nn.Module) -> list[Heads]:
-    """Return the heads of every attention inside a module that has a matrix for each role."""
-    return [
-        Heads(owner, names, int(cast(Any, owner).head_dim))
-        for owner in module.modules()
-        for names in ATTENTION_NAMES
-        if hasattr(owner, "head_dim")
-        and all(isinstance(getattr(owner, name, None), nn.Linear) for name in names)
-    ]
+    """Return the heads of every attention of a known layout inside a module, itself included."""
+    found = (_heads(owner) for owner in module.modules())
+    return [heads for heads in found if heads is not None]
+
+
+def _heads(owner: Any) -> Heads | None:  # attributes depend on the architecture
+    for names in SEPARATE_NAMES:
+        if hasattr(owner, "head_dim") and _has_projections(owner, names):
+            return _separate_heads(owner, names)
+    layout = FUSED_ATTENTION.get(type(owner).__name__)
+    if layout is not None and _has_projections(owner, layout[:2]):
+        return _fused_heads(owner, *layout)
+    return None
+
+
+def _has_projections(owner: nn.Module, names: Sequence[str]) -> bool:
+    return all(is_projection(getattr(owner, name, None)) for name in names)
+
+
+def _separate_heads(owner: Any, names: tuple[str, ...]) -> Heads:
+    *inputs, output = names
+    head_dim = int(owner.head_dim)
+    groups = shape_of(getattr(owner, inputs[1]))[0] // head_dim
+    # Query heads of one KV head are consecutive: the order in which transformers' `repeat_kv`
+    # pairs them.
+    queries = shape_of(getattr(owner, inputs[0]))[0] // groups
+    group_G = torch.arange(groups)
+    rows = tuple(group_G.repeat_interleave(each) for each in (queries, head_dim, head_dim))
+    norm = getattr(getattr(owner, "q_norm", None), "weight", None)
+    together = norm is not None and norm.numel() != head_dim  # OLMo 2
+    refusal = "normalises the queries of all heads together" if together else None
+    return Heads(owner, tuple(inputs), output, groups, head_dim, queries, rows, refusal)
+
+
+def _fused_heads(owner: Any, fused: str, output: str, order: _RowOrder) -> Heads | None:
+    head_dim = getattr(owner, "head_dim", None) or getattr(owner, "head_size", None)
+    if head_dim is None:
+        return None
+    width, total = shape_of(getattr(owner, output))[1], shape_of(getattr(owner, fused))[0]
+    # What is no query is half keys, half values. In GPT-2's cross-attention nothing is a query.
+    groups = (total - width) // (2 * head_dim)
+    if groups < 1 or total != width + 2 * groups * head_dim or width % groups:
+        return None
+    group_G, queries = torch.arange(groups), width // groups
+    if order == "by group":
+        group_R = group_G.repeat_interleave(queries + 2 * head_dim)
+    else:
+        roles = (queries, head_dim, head_dim)
+        group_R = torch.cat([group_G.repeat_interleave(rows) for rows in roles])
+    alibi = getattr(getattr(owner, "config", None), "alibi", False)  # Falcon
+    refusal = "gives each head a slope (ALiBi) that depends on their number" if alibi else None
+    return Heads(owner, (fused,), output, groups, head_dim, queries, (group_R,), refusal)
+
+
+def state_head_groups(heads: Heads, left: int) -> None:
+    """Make an attention module cut its states into `left` head groups.
+
+    Modules that derive the number from the width of their states have nothing to change.
+    """
+    owner: Any = heads.owner
+    counts = {"num_heads": left * (heads.queries // heads.head_dim), "num_kv_heads": left}
+    counts |= {"num_key_value_heads": left, "split_size": left * heads.queries}
+    for name, count in counts.items():
+        if hasattr(owner, name):
+            setattr(owner, name, count)
+    if heads.inputs == ("qkv_proj",):
+        # Phi-3 reads the number of its queries from the config, which all layers share.
+        owner.config = copy.copy(owner.config)
+        owner.config.num_attention_heads = counts["num_heads"]
 
 
 def state_width(network: nn.Module, widths: Sequence[int]) -> None:

@@ -14,9 +14,11 @@ import pandas as pd
 from bench.records import Metric
 from bench.reporting.comparison.metric_forms import UnitScores
 from bench.reporting.statistics import (
+    LEVEL,
     Floats,
     bootstrap_p,
     detectable_difference,
+    least_p,
     mcnemar,
     min_significant_flips,
     percentile_interval,
@@ -100,7 +102,7 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         p, mid = tested.exact, tested.mid
         least = min_significant_flips() / paired.units
     else:
-        p, mid, least = bootstrap_p(paired.differences), None, 0.0
+        p, mid, least = max(bootstrap_p(paired.differences), least_p(paired.units)), None, 0.0
     return replace(
         _side_by_side(run, metric, paired.units, paired.baseline, paired.candidate),
         low=low,
@@ -110,8 +112,13 @@ def paired_contrast(run: str, metric: Metric, paired: PairedScores) -> Contrast:
         lost=paired.lost,
         p=p,
         p_mid=mid,
-        # 0 if the two runs never differ: then nothing is known about the power of the test.
-        detectable=max(detectable_difference(error), least) or None,
+        # 0 if the two runs never differ: then nothing is known about the power of the test. And so
+        # few units that no p-value reaches the level detect nothing.
+        detectable=(
+            max(detectable_difference(error), least) or None
+            if least_p(paired.units) <= LEVEL
+            else None
+        ),
         retention=retained,
         retention_low=retained_low,
         retention_high=retained_high,

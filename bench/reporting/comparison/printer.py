@@ -97,17 +97,14 @@ def _table(baseline: Record, candidate: Record, rows: Sequence[Contrast]) -> Tab
 
 def _cells(row: Contrast) -> list[str | Text]:
     percent = " %" if row.metric in PERCENT_METRICS else ""
-    difference = _signed(row, row.difference)
-    if row.low is not None and row.high is not None:
-        difference += f" [{_signed(row, row.low)}, {_signed(row, row.high)}]"
     return [
         f"{row.task} {row.metric}{percent}",
         _number(row, row.baseline),
         _number(row, row.candidate),
-        _colour_difference(row, difference),
+        _colour_difference(row, difference_text(row)),
         "-" if row.gained is None else f"+{row.gained} / -{row.lost}",
-        "-" if row.p_holm is None else _p_text(row.p_holm),
-        "-" if row.detectable is None else _number(row, row.detectable),
+        p_text(row.p_holm),
+        least_text(row),
         _retention_text(row),
     ]
 
@@ -126,7 +123,23 @@ def _colour_difference(row: Contrast, text: str) -> Text:
     return Text(text, style="green" if better else "red")
 
 
-def _p_text(value: float) -> str:
+def difference_text(row: Contrast) -> str:
+    """Return candidate minus baseline with its 95 % interval, as `-3.1 [-5.0, -1.2]`."""
+    text = _signed(row, row.difference)
+    if row.low is None or row.high is None:
+        return text
+    return f"{text} [{_signed(row, row.low)}, {_signed(row, row.high)}]"
+
+
+def least_text(row: Contrast) -> str:
+    """Return the difference that the samples detect with 80 % power."""
+    return "-" if row.detectable is None else _number(row, row.detectable)
+
+
+def p_text(value: float | None) -> str:
+    """Return a p-value with three decimals."""
+    if value is None:
+        return "-"
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 

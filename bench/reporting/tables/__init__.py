@@ -1,6 +1,6 @@
 """Papers' tables: our numbers next to the published ones, from records alone."""
 
-from bench.reporting.tables.builder import build_table, table_of, tables_of
+from bench.reporting.tables.builder import build_table, records_of_table, table_of, tables_of
 from bench.reporting.tables.table import (
     ColumnHead,
     OrderAgreement,
@@ -14,6 +14,7 @@ from bench.reporting.tables.table_config import (
     TableSlot,
     load_table_config,
     table_names,
+    table_scales,
     table_slots,
 )
 
@@ -28,8 +29,10 @@ __all__ = [
     "TableSlot",
     "build_table",
     "load_table_config",
+    "records_of_table",
     "table_names",
     "table_of",
+    "table_scales",
     "table_slots",
     "tables_of",
 ]

@@ -20,13 +20,13 @@ from bench.reporting.tables.table import (
     TableLine,
 )
 from bench.reporting.tables.table_config import (
-    MICRO,
     Overrides,
     TableColumn,
     TableConfig,
     TableSlot,
     load_table_config,
     table_names,
+    table_scales,
     table_slots,
 )
 
@@ -68,7 +68,7 @@ def tables_of(records: Sequence[Record]) -> Iterator[Table]:
     """Yield every table, real or stand-in, of which at least one line has a record."""
     named = _by_choices(records)
     for name in table_names():
-        for scale in (None, MICRO):
+        for scale in table_scales(name):
             table = _filled_table(name, scale, named)
             if any(line.runs for line in table.lines):
                 yield table
@@ -99,6 +99,8 @@ def build_table(config: TableConfig, found: Mapping[TableSlot, Sequence[Record]]
 
 
 def _section_cells(config: TableConfig, section: str) -> PublishedCells:
+    if config.published is None:
+        return {}
     tables = config.sections[section].tables or config.published.tables
     return published.published_cells(config.published.file, tables)
 
@@ -282,6 +284,13 @@ def _by_choices(records: Sequence[Record]) -> _NamedRecords:
     for record in sorted(records, key=lambda record: record.started, reverse=True):
         named.setdefault(_choices_of_record(record), []).append(record)
     return named
+
+
+def records_of_table(
+    slots: Sequence[TableSlot], records: Sequence[Record]
+) -> dict[TableSlot, list[Record]]:
+    """Return the records of each line that has all of its runs; of one run the newest counts."""
+    return _match_records(slots, _by_choices(records))
 
 
 def _match_records(

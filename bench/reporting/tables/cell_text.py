@@ -21,6 +21,7 @@ from bench.ui import format_quantity
 
 DIGITS = {
     "%": 2, "share": 3, "perplexity": 2, "points": 1, "T": 2, "ms": 2, "s": 3, "min": 3, "h": 4,
+    "ratio": 2,
 }  # fmt: skip
 """Decimals by unit; counts and FLOP have a decimal prefix instead."""
 TRUST_MARKS: dict[Trust, str] = {
@@ -50,7 +51,7 @@ def heading_text(table: Table) -> str:
 def column_text(head: ColumnHead) -> str:
     """Return what a column's numbers were scored on, and their unit."""
     # A unit that repeats the name, as in "Perplexity perplexity", is left out.
-    implied = {"count", head.name, head.name.rstrip("s")}
+    implied = {"count", "ratio", head.name, head.name.rstrip("s")}
     return head.text if head.unit in implied else f"{head.text} {head.unit}"
 
 
@@ -119,7 +120,8 @@ def agreement_text(found: OrderAgreement) -> str:
 
 def footnotes(table: Table) -> list[str]:
     """Return everything below a table, in order."""
-    shown = [] if table.stand_in else [LEGEND]
+    cites = any(cell.published for line in table.lines for cell in line.cells)
+    shown = [LEGEND] if cites and not table.stand_in else []
     # Numbered by their position in `refusals`, which the cells refer to.
     shown += [f"[{i}] {reason}" for i, reason in enumerate(table.refusals, 1)]
     return [*shown, *table.notes]

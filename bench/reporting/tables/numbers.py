@@ -21,6 +21,7 @@ UNITS = {
     "%": ("share", 0.01), "share": ("share", 1.0), "perplexity": ("perplexity", 1.0),
     "points": ("points", 1.0), "ms": ("time", 1e-3), "s": ("time", 1.0), "min": ("time", 60.0),
     "h": ("time", 3600.0), "T": ("flops", 1e12), "FLOP": ("flops", 1.0), "count": ("count", 1.0),
+    "ratio": ("ratio", 1.0),
 }  # fmt: skip
 """The quantity that a unit measures, and its size in that quantity's basic unit."""
 IDENTITY_FIELDS = ("metric", "filter", "shots", "split", "harness")
@@ -93,7 +94,7 @@ def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | 
         metric = column_metric(column, record)
         if metric is None or column.task is None:
             continue
-        limit = record.config["benchmark"].get("limit")
+        limit = _limit(record, column.task)
         cut = None if limit is None else f"limit {limit}"
         if column.task == AVERAGE:
             name = _average_text(record, metric)
@@ -104,6 +105,14 @@ def scored_on(column: TableColumn, records: Sequence[Record]) -> Iterator[str | 
             name = f"{column.task} from {name}"
         parts = [part for part in (name or (column.task if cut else None), cut) if part]
         yield ", ".join(parts) or None
+
+
+def _limit(record: Record, task: str) -> int | None:
+    """Return how many samples of a task a run scored at most; None if all."""
+    benchmark = record.config["benchmark"]
+    text = benchmark.get("perplexity", {}).get(task) or {}
+    limit: int | None = text.get("windows") or benchmark.get("limit")
+    return limit
 
 
 def _average_text(record: Record, average: Metric) -> str | None:
@@ -156,8 +165,9 @@ def _record_mismatch(column: TableColumn, record: Record) -> str | None:
         return None
     benchmark = record.config["benchmark"]
     # Not comparable even where the identity matches: a limit is not part of the published one.
-    if benchmark.get("limit") is not None:
-        return f"ours covers only the first {benchmark['limit']} samples"
+    limit = None if column.task is None else _limit(record, column.task)
+    if limit is not None:
+        return f"ours covers only the first {limit} samples"
     if metric.missing:
         return f"ours leaves out {metric.missing} samples without an answer"
     if column.of is not None and metric.n != column.of:

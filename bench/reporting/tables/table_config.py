@@ -17,7 +17,9 @@ CONFIG_GROUP, MICRO = "table", "micro"
 Overrides = tuple[str, ...]
 Tree = dict[str, Any]
 """YAML before it is validated."""
-Unit = Literal["%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP"]
+Unit = Literal[
+    "%", "share", "perplexity", "points", "s", "min", "h", "ms", "T", "count", "FLOP", "ratio"
+]
 PARTS = ("sections", "rows", "variants", "columns")
 """The parts of a table that can be selected on the command line: `rows=[Camera-P,NAEE]`."""
 
@@ -88,17 +90,22 @@ class TableConfig(_TableModel):
 
     `variants` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
     `stand_in` runs on different models than the source's and is never subtracted from it.
+    Without `published` the numbers are ours alone. `about` says on the table's page what a reader
+    has to know, and `against` names rows by a row that the page compares them with, variant by
+    variant.
     """
 
     name: str
     title: str
-    published: PublishedTables
+    about: str | None = None
+    published: PublishedTables | None = None
     runs: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     sections: dict[str, TableSection]
     variants: dict[str, dict[str, str | int | float]] = Field(default_factory=dict)
     rows: dict[str, TableRow]
     columns: dict[str, TableColumn]
+    against: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     stand_in: bool = False
 
 
@@ -123,6 +130,11 @@ def _composed_table(name: str) -> Tree:
     return cast(Tree, OmegaConf.to_container(composed[CONFIG_GROUP], resolve=True))
 
 
+def table_scales(name: str) -> tuple[str | None, ...]:
+    """Return the scales of a table: None for the real models, and `micro` if it has a stand-in."""
+    return (None, MICRO) if _composed_table(name).get(MICRO) is not None else (None,)
+
+
 def load_table_config(
     name: str, scale: str | None = None, chosen: dict[str, list[str]] | None = None
 ) -> TableConfig:
@@ -139,9 +151,11 @@ def load_table_config(
     plain = copy.deepcopy(_composed_table(name))
     micro = plain.pop(MICRO, None)
     if scale == MICRO:
+        if micro is None:
+            raise UserError(f"table {name} has no stand-in on the embedded models: omit scale")
         # `stand_in` is set here and not in the file, so that no stand-in can pass for the real
         # table.
-        plain = _without_nulls(_merged(plain, {**(micro or {}), "stand_in": True}))
+        plain = _without_nulls(_merged(plain, {**micro, "stand_in": True}))
     # After the merge: names that only the stand-in has can be chosen as well.
     for part, kept in (chosen or {}).items():
         plain[part] = _selected(part, plain.get(part, {}), kept)

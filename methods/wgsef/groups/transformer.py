@@ -15,6 +15,7 @@ from bench.errors import UserError
 from bench.models.structure.dense_layer import (
     FeedForward,
     Heads,
+    bias_of,
     feed_forwards,
     find_heads,
     is_transposed,
@@ -44,12 +45,11 @@ def heads(network: nn.Module) -> list[GroupFamily]:
     A group owns rows of q, k and v, their biases, and columns of o.
 
     Raises:
-        UserError: the network has no attention with a matrix for each role, or one that normalises
-            the queries of all heads together.
+        UserError: the network has no attention of a known layout, or one whose heads cannot go.
     """
     names = {module: name for name, module in network.named_modules()}
     families = [_head_family(names[part.owner], part) for part in find_heads(network)]
-    return _require_families(families, network, "attention with a matrix for each of q, k and v")
+    return _require_families(families, network, "attention of a known layout")
 
 
 def experts(network: nn.Module) -> list[GroupFamily]:
@@ -120,17 +120,19 @@ def _row_axis(projection: nn.Module) -> int:
 
 
 def _head_family(name: str, found: Heads) -> GroupFamily:
-    if found.normalised_together:
-        raise UserError(
-            f"{type(found.owner).__name__} normalises the queries of all heads together"
-        )
-    *inputs, output = found.names
+    reason = found.reason_to_stay
+    if reason is not None:
+        raise UserError(f"{type(found.owner).__name__} {reason}")
     owned = [
-        Slice.whole(f"{name}.{part}.{key}", (0,), found.groups, rows)
-        for part, rows in zip(inputs, (found.queries, *[found.head_dim] * 2), strict=True)
-        for key, _ in found.owner.get_submodule(part).named_parameters()
+        Slice(f"{name}.{part}.{key}", (axis,), torch.arange(len(group_R)), group_R)
+        for part, source, group_R in zip(found.inputs, found.sources, found.group_rows, strict=True)
+        for key, axis in (("weight", _row_axis(source)), ("bias", 0))
+        if key == "weight" or bias_of(source) is not None
     ]
-    owned.append(Slice.whole(f"{name}.{output}.weight", (1,), found.groups, found.queries))
+    columns = 1 - _row_axis(found.readout)
+    owned.append(
+        Slice.whole(f"{name}.{found.output}.weight", (columns,), found.groups, found.queries)
+    )
     return GroupFamily(name, "heads", found.groups, tuple(owned))
 
 

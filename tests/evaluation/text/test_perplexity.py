@@ -45,6 +45,13 @@ def test_english_against_a_direct_loop(model):
         assert (row["task"], row["n_tokens"], row["acc"]) == ("text", 127, None)
 
 
+def test_a_text_may_have_its_own_number_of_windows(model):
+    few = PerplexityConfig(text="english", window=64, windows=2)
+    (metric,) = measured(model, few, limit=1).metrics
+    (same,) = measured(model, few.model_copy(update={"windows": None}), limit=2).metrics
+    assert (metric.n, metric.value) == (2, same.value)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_batch_changes_nothing(model, batch_size):
     config = PerplexityConfig(text="english", window=64)

@@ -157,8 +157,7 @@ def test_a_packed_decoder_is_loaded_from_its_folder(name, tmp_path):
     model, report = applied(method, build_dense(name))
     assert sum(layer.removed for layer in report.layers) > 0
     assert save_model(model, tmp_path, pad=False) == "slimbench"
-    attention = "eager" if name == "gemma2" else "sdpa"  # transformers has no SDPA for Gemma 2
-    config = ModelConfig(name="t", source="local", path=str(tmp_path), attention=attention)
+    config = ModelConfig(name="t", source="local", path=str(tmp_path))
     again = load_model(resolve_model(config, offline=True))
     assert torch.equal(again.network(tokens()).logits, model.network(tokens()).logits)
 

@@ -14,6 +14,7 @@ from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
 from bench.models.saving import save_model
+from bench.models.structure.dense_layer import find_heads, weight_of
 from bench.schema import ModelConfig
 from bench.ui import SILENT
 from methods.dense.structured import (
@@ -26,6 +27,7 @@ from methods.dense.structured import (
     taylor_scores,
 )
 from methods.dense.units import find_units, remove_units
+from methods.wgsef.layerwise.dense_decoder import OnText
 from tests.models import tiny_networks
 
 SIZES = {
@@ -74,6 +76,74 @@ def test_removed_units_equal_zeroed_ones(family):
     )
     cached = removed.generate(tokens()[:1], max_new_tokens=3, do_sample=False)
     assert cached.shape == (1, 23)
+
+
+MULTI_HEAD_FALCON = {"new_decoder_architecture": False, "multi_query": False}
+HEADS = [
+    ("llama_biased", {}), ("qwen3", {}), ("gemma2", {}), ("opt", {}), ("phi3", {}),
+    ("gpt2", {}), ("gpt_neox", {}), ("falcon_new", {}), ("falcon", MULTI_HEAD_FALCON),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), HEADS)
+def test_removed_heads_equal_zeroed_ones_whatever_the_layout(name, changes):
+    zeroed, removed = (tiny_networks.build_dense(name, **changes) for _ in range(2))
+    for unit, other in zip(
+        find_units(model_of(zeroed).structure, "test", ["heads"]),
+        find_units(model_of(removed).structure, "test", ["heads"]),
+        strict=True,
+    ):
+        # Different numbers per layer, although all layers share a config.
+        gone_U = torch.zeros(unit.count, dtype=torch.bool)
+        gone_U[[0] if unit.layer else list(range(1, unit.count))] = True
+        weight_of(unit.readout)[:, unit.columns(gone_U)] = 0
+        before = sum(weight.numel() for weight in removed.parameters())
+        remove_units(other, gone_U)
+        left = sum(weight.numel() for weight in removed.parameters())
+        assert before - left == int(gone_U.sum()) * unit.weights_per_unit
+        assert find_heads(other.owner)[0].groups == int((~gone_U).sum())
+    torch.testing.assert_close(
+        removed(tiny_networks.tokens()).logits, zeroed(tiny_networks.tokens()).logits
+    )
+    prompt = tiny_networks.tokens(rows=1)
+    assert torch.equal(
+        removed.generate(prompt, max_new_tokens=3, do_sample=False),
+        zeroed.generate(prompt, max_new_tokens=3, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "gpt_neox", "falcon_new"])
+def test_the_rows_of_a_fused_matrix_that_wgsef_zeroes_are_those_of_a_group(name):
+    dense = tiny_networks.build_dense(name)
+    method = OnText(atoms="heads", ratio=0.5, selector="energy", refit=False, state="zeroed")
+    model, report = pruned(copy.deepcopy(dense), method)
+    units = list(find_units(model.structure, "test", ["heads"]))
+    assert [layer.model_extra["kept"] for layer in report.layers]
+    for unit, other, layer in zip(
+        units, find_units(model_of(dense).structure, "test", ["heads"]), report.layers, strict=True
+    ):
+        kept_U = torch.zeros(unit.count, dtype=torch.bool)
+        kept_U[layer.model_extra["kept"]] = True
+        for (source, unit_R), (before, _) in zip(unit.sources, other.sources, strict=True):
+            rows_R1 = kept_U[unit_R][:, None]
+            assert torch.equal(weight_of(source), weight_of(before) * rows_R1)
+        assert torch.equal(weight_of(unit.readout), weight_of(other.readout) * unit.columns(kept_U))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("olmo2", {}, "normalises the queries of all heads together"),
+        ("falcon", {}, "has one key-value head for all queries"),
+        ("falcon_new", {"alibi": True}, r"gives each head a slope \(ALiBi\) that depends on"),
+    ],
+)
+def test_heads_that_are_not_independent_are_refused_and_neurons_go(name, changes, reason):
+    made = tiny_networks.build_dense(name, **changes)
+    with pytest.raises(UserError, match=f"flap: layer 0 of .* {reason}.*: set units=neurons"):
+        pruned(made, Flap(ratio=0.5))
+    _, report = pruned(made, Flap(ratio=0.5, units="neurons"))
+    assert report.effect == "removed"
 
 
 def test_moments_are_those_of_two_passes():

@@ -1,0 +1,228 @@
+"""A page of results in Markdown, from the records of one table: numbers, paired tests, gaps.
+
+A page is read far from its records, so it states what it rests on: dates, commits, machine,
+weights, data, and the lines that were not run. No conclusion is drawn without a paired test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
+
+from bench.errors import UserError
+from bench.evaluation.metrics import AVERAGE
+from bench.reporting.record_numbers import benchmark_text, model_text
+from bench.reporting.tables import cell_text
+from bench.reporting.tables.builder import build_table
+from bench.reporting.tables.table_config import TableConfig, TableSlot, table_slots
+from bench.ui import format_quantity
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bench.records import Record
+    from bench.reporting.comparison import Contrast
+    from bench.reporting.tables.table import ColumnHead, Table, TableLine
+
+FoundRecords: TypeAlias = "Mapping[TableSlot, Sequence[Record]]"
+ReadSamples: TypeAlias = "Callable[[str], pd.DataFrame]"
+"""Returns the scored samples of a run by its id, one row per sample."""
+UNKNOWN = "not recorded"
+LIBRARIES = ("torch", "transformers", "lm-eval", "lmms-eval")
+
+
+def results_page(
+    config: TableConfig, found: FoundRecords, samples: ReadSamples, command: str
+) -> str:
+    """Return the page of a table with the records of its lines.
+
+    `command` is what writes the page again.
+
+    Raises:
+        UserError: no line has a record.
+    """
+    records = list({record.id: record for kept in found.values() for record in kept}.values())
+    if not records:
+        raise UserError(
+            f"table {config.name} has no record here, so there is nothing to write: run "
+            f"`bench table {config.name}` first, or name its folder by results_dir=FOLDER"
+        )
+    table = build_table(config, found)
+    parts = [
+        f"# {cell_text.heading_text(table)}",
+        *([config.about.strip()] if config.about else []),
+        f"Written by `{command}` from {len(records)} records; an edit would be lost.",
+        _pipe_table(("", ""), _basis_rows(records)),
+        *_numbers(table),
+        *_caveats(config, records),
+        *_comparisons(config, found, samples),
+        *_gaps(config, found),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pipe_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
+    """Return a table in Markdown whose last `numbers` columns are aligned to the right."""
+    rules = ["---"] * (len(heads) - numbers) + ["---:"] * numbers
+    lines = [heads, rules, *([text.replace("|", r"\|") for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _basis_rows(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """Yield what the numbers rest on; where runs differ, every value once."""
+
+    def each(read: Callable[[Record], str]) -> str:
+        return "; ".join(dict.fromkeys(map(read, records)))
+
+    times = sorted(_minute(record.started) for record in records)
+    yield "runs", f"{times[0]} to {times[-1]} UTC"
+    yield "commit", each(lambda record: str(record.provenance.get("git_commit") or UNKNOWN))
+    yield "machine", each(_machine_text)
+    yield "model", each(lambda r: f"{model_text(r)}, {r.config['model'].get('dtype')}")
+    yield "benchmark", each(benchmark_text)
+    for name, settings in records[0].config["benchmark"].get("perplexity", {}).items():
+        windows = {metric.n for r in records if (metric := r.metric(name)) is not None}
+        counts = " or ".join(map(str, sorted(windows)))
+        yield name, f"{counts} windows of {settings.get('window')} tokens"
+    calibrated = [r for r in records if r.provenance.get("calibration") is not None]
+    if calibrated:
+        yield "calibration", "; ".join(dict.fromkeys(map(_calibration_text, calibrated)))
+    yield "libraries", each(_libraries_text)
+
+
+def _minute(moment: str) -> str:
+    """Return the date and time of an ISO moment in UTC, to the minute."""
+    return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _machine_text(record: Record) -> str:
+    about = record.environment
+    device = ", ".join(about.get("gpus") or ()) or about.get("cpu") or UNKNOWN
+    memory = about.get("memory_bytes")
+    size = f", {format_quantity(memory)}B" if memory else ""
+    return f"{device}, cores: {about.get('cores')}, threads: {about.get('threads')}{size}"
+
+
+def _calibration_text(record: Record) -> str:
+    about = record.config["calibration"]
+    return f"{about.get('rows')} rows of {about.get('length')} tokens of {about.get('name')}"
+
+
+def _libraries_text(record: Record) -> str:
+    versions = record.environment.get("versions", {})
+    return ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if versions.get(name))
+
+
+def _numbers(table: Table) -> Iterator[str]:
+    """Yield one table of numbers per section, and what their marks mean."""
+    heads = ["", *(_head_text(head) for head in table.columns), "run"]
+    sections = cell_text.lines_by_section(table)
+    for section, lines in sections:
+        yield f"## {section}" if len(sections) > 1 else "## Numbers"
+        rows = [list(_line_texts(table.columns, line)) for line in lines if line.runs]
+        yield _pipe_table(heads, rows, numbers=len(heads) - 1)
+    yield "± is one standard error over the samples; - stands for a number that was not obtained."
+
+
+def _caveats(config: TableConfig, records: Iterable[Record]) -> Iterator[str]:
+    """Yield the caveats of the costs that the columns show, each with its runs; nothing if none."""
+    shown = {(c.quantity, c.scope) for c in config.columns.values() if c.quantity is not None}
+    runs: dict[str, dict[str, None]] = {}
+    for record in records:
+        for cost in record.headline_costs:
+            if cost.note and (cost.quantity, cost.scope.partition(" ")[0]) in shown:
+                # A cost may carry several, of which other runs have some.
+                for note in cost.note.split("; "):
+                    runs.setdefault(note, {})[f"`{record.id[:8]}`"] = None
+    if runs:
+        yield "\n".join(f"- {', '.join(ids)}: {note}" for note, ids in runs.items())
+
+
+def _head_text(head: ColumnHead) -> str:
+    return f"{head.name} %" if head.unit == "%" else head.name
+
+
+def _line_texts(columns: Sequence[ColumnHead], line: TableLine) -> Iterator[str]:
+    yield cell_text.line_text(line)
+    for head, cell in zip(columns, line.cells, strict=True):
+        yield cell_text.our_text(cell.ours, head.unit)
+    yield ", ".join(f"`{run[:8]}`" for run in line.runs)
+
+
+def _comparisons(config: TableConfig, found: FoundRecords, samples: ReadSamples) -> Iterator[str]:
+    """Yield the paired tests: every line against the dense one, then those that the table names."""
+    slots = [slot for slot in table_slots(config) if found.get(slot)]
+    dense = [slot for slot in slots if found[slot][0].is_dense]
+    yield "## Paired tests"
+    yield (
+        "Differences are paired by sample, with a 95 % bootstrap interval; p is corrected by Holm "
+        "within a table. *detectable* is the difference that these samples show with 80 % power: "
+        "where p is above 0.05, a smaller one cannot be ruled out. Fewer than six samples can show "
+        "none at the 5 % level."
+    )
+    for base in dense:
+        others = [slot for slot in slots if slot.section == base.section and slot != base]
+        yield from _family(base, others, found, samples)
+    for row, rivals in config.against.items():
+        for base in slots:
+            place = (base.section, base.variant)
+            others = [s for s in slots if (s.section, s.variant) == place and s.row in rivals]
+            if base.row == row:
+                yield from _family(base, others, found, samples)
+
+
+def _family(
+    base: TableSlot, others: Sequence[TableSlot], found: FoundRecords, samples: ReadSamples
+) -> Iterator[str]:
+    """Yield the tests of some lines against one line, on the average and on perplexities."""
+    from bench.reporting.comparison import ComparedRun, compare
+    from bench.reporting.comparison.printer import difference_text, least_text, p_text
+
+    def with_samples(slot: TableSlot) -> ComparedRun:
+        # The first seed stands for a line of several: pairs are of samples, not of means.
+        record = found[slot][0]
+        return ComparedRun(record, samples(record.id))
+
+    if not others:
+        return
+    compared = compare(with_samples(base), [with_samples(slot) for slot in others])
+    names = {found[slot][0].id: _slot_text(slot) for slot in others}
+    texts = compared.baseline.config["benchmark"].get("perplexity", {})
+    kept = [c for c in compared.contrasts if c.task == AVERAGE or c.task in texts]
+    yield f"### Against {_slot_text(base)}"
+    yield _pipe_table(
+        ("", "number", "samples", "difference [95 %]", "p", "detectable"),
+        (
+            (
+                names[c.run],
+                _number_name(c),
+                str(c.n),
+                difference_text(c),
+                p_text(c.p_holm),
+                least_text(c),
+            )
+            for c in kept
+        ),
+        numbers=4,
+    )
+    if compared.refused:
+        yield "\n".join(f"- {sentence}" for sentence in compared.refused)
+
+
+def _number_name(row: Contrast) -> str:
+    return "mean of the tasks, %" if row.task == AVERAGE else f"{row.task} {row.metric}"
+
+
+def _slot_text(slot: TableSlot) -> str:
+    return f"{slot.row} {slot.variant}".rstrip()
+
+
+def _gaps(config: TableConfig, found: FoundRecords) -> Iterator[str]:
+    """Yield the lines that have no record."""
+    missing = [slot for slot in table_slots(config) if slot.runs and not found.get(slot)]
+    yield "## Not run"
+    if missing:
+        yield "\n".join(f"- {_slot_text(slot)}" for slot in missing)
+    else:
+        yield "Every line of the table was run."
