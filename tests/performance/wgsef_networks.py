@@ -39,6 +39,7 @@ def _figure(name: str) -> Figure:
     title = f"exported / zeroed outputs, largest difference ({name})"
     try:
         network = build_classifier(config).eval()
+        _draw_constants(network)
         families = families_of(network, GroupChoice(groups=("filters",)))
     except UserError as refused:
         return Figure(title, 0.0, "refused in a sentence", True, str(refused))
@@ -58,3 +59,11 @@ def _figure(name: str) -> Figure:
         expected = network(images)
         difference = float((exported(images) - expected).abs().max() / expected.abs().max())
     return Figure(title, difference, f"<= {GOAL:g}", difference <= GOAL, how)
+
+
+@torch.no_grad()
+def _draw_constants(network: torch.nn.Module) -> None:
+    """Draw weights that are constant at first, such as a head of zeros that would hide a fault."""
+    for weight in network.parameters():
+        if bool((weight == weight.flatten()[0]).all()):
+            weight.add_(0.1 * torch.randn_like(weight))

@@ -97,8 +97,10 @@ def _with_random_weights(network: nn.Module, example: Tensor) -> tuple[nn.Module
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
 
     for weight in trial.parameters():
-        # Matrices are random already; a vector may be all zeros or ones.
-        if weight.ndim == 1:
+        # Drawn weights are random already. Others are constant: the shifts and scales of norms, a
+        # vision transformer's head of zeros, ConvNeXt's layer scales of 1e-6. Under a head of zeros
+        # every trial would pass.
+        if weight.ndim == 1 or bool((weight == weight.flatten()[0]).all()):
             weight.add_(0.1 * noise(weight))
     for module in trial.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:

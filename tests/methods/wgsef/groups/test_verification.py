@@ -74,6 +74,13 @@ def test_a_family_is_removable_only_if_removed_equals_zeroed(between, reason):
     assert [f.unremovable_reason is None for f in marked] == [reason is None, True]
 
 
+def test_a_head_of_zeros_hides_nothing():
+    network = Mixed(Mixer())
+    torch.nn.init.zeros_(network.head.weight)
+    (family,) = mark_unremovable(network, [first_filters()], IMAGE)
+    assert family.unremovable_reason == "without them its outputs change"
+
+
 def test_channels_that_a_layer_does_not_have_are_one_sentence():
     wrong = GroupFamily("first", "filters", 9, (Slice.whole("first.weight", (0,), 9),))
     with pytest.raises(UserError, match=r"filters of first are not understood"):
