@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from bench.errors import UserError
 from bench.ui import SILENT, Progress
@@ -142,3 +142,27 @@ class Method(BaseModel, ABC):
     @abstractmethod
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Change `model.network` in place and report the effect."""
+
+
+BudgetUnit = Literal["groups", "macs", "bytes"]
+"""What the ratio of a classifier's sparse training counts."""
+
+
+class RecipeConfig(BaseModel):
+    """Training settings that all methods for image classifiers share, so that they can be compared.
+
+    A method's solver acts during the first `sparse_share` of the steps; then the groups to keep are
+    selected, the mask is frozen and the rest of the steps fine-tunes. `decay` skips the weights of
+    groups if the solver decays them itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=30, ge=1)
+    batch: int = Field(default=64, ge=2)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    rate: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    decay: float = Field(default=5e-4, ge=0)
+    sparse_share: float = Field(default=0.7, ge=0.1, le=1)
+    save_every: int = Field(default=0, ge=0, description="steps; 0 saves after every epoch")

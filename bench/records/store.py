@@ -29,6 +29,7 @@ from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, JsonObject, Record, checksum
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
+WEIGHTS = "weights"
 RESPONSES = "responses.journal"
 MARKER = ".slimbench"
 MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold this file.\n"
@@ -128,6 +129,11 @@ class Store:
         path = self.folder(run_id) / RECORD
         return self._read(path) if os.path.lexists(path.parent) else None
 
+    def weights(self, record: Record) -> Path | None:
+        """Return the folder with the network that a run kept, None if there is none."""
+        folder = self.folder(record.id) / WEIGHTS
+        return folder if record.kept_weights is not None and folder.is_dir() else None
+
     def get(self, prefix: str) -> Record:
         """Return the record whose id starts with `prefix`.
 
@@ -170,15 +176,24 @@ class Store:
         self.folder(run_id).rename(free)
         return free
 
-    def write(self, record: Record, samples: Sequence[JsonObject], config: str) -> Path:
+    def write(
+        self,
+        record: Record,
+        samples: Sequence[JsonObject],
+        config: str,
+        save_weights: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Write one record with samples and config atomically; return its folder.
 
-        The run's unfinished state is no longer needed and is removed.
+        `save_weights` writes the run's network into the folder it is given. The run's unfinished
+        state is no longer needed and is removed.
         """
 
         def fill(folder: Path) -> None:
             (folder / CONFIG).write_text(config)
             _write_samples(folder / SAMPLES, samples)
+            if save_weights is not None:
+                save_weights(folder / WEIGHTS)
             text = serialize_record(record)
             # What cannot be read would be lost, and be in everybody's way.
             _parse_record(text.encode())

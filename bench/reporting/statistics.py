@@ -46,6 +46,30 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted_M]
 
 
+EXACT_PAIRS = 16
+"""Up to so many pairs all sign flips are counted; of more, as many are drawn."""
+
+
+def sign_flip_p(difference_S: Floats) -> float:
+    """Return the two-sided p-value of paired differences whose mean would be 0, [S].
+
+    If both members of a pair came from one distribution, each difference would have either sign
+    equally often: p is the share of all 2^S assignments of signs whose mean is at least as far from
+    0 as the one seen. It is never below 2 / 2^S, so five pairs can never reach 5 %.
+
+    Source: Fisher, The Design of Experiments (1935), section 21.
+    """
+    pairs = len(difference_S)
+    if pairs <= EXACT_PAIRS:
+        bit_NS = np.arange(2**pairs)[:, None] >> np.arange(pairs) & 1
+    else:
+        bit_NS = np.random.default_rng(0).integers(0, 2, (2**EXACT_PAIRS, pairs))
+    total_N = np.abs((1 - 2 * bit_NS) @ difference_S)
+    seen = abs(float(difference_S.sum()))
+    # Rounding must not decide whether an assignment is as extreme as the one seen.
+    return float((total_N >= seen * (1 - 1e-12)).mean())
+
+
 def percentile_interval(draw_R: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the interval that cuts equal tails off a bootstrap distribution.
 

@@ -9,7 +9,7 @@ Modules that need torch are imported inside functions, so that a finished sweep 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -224,10 +224,34 @@ def _execute_run(
         provenance=provenance_of(config, inputs)
         | {"backend": evaluation.backend, "chat_template": chat_template_of(config, model)},
     )
+    save_weights = _weights_to_keep(config, model, methods)
+    if save_weights is not None:
+        record = record.model_copy(update={"kept_weights": weights})
     if processes.is_first:
         with progress.phase("writing the record"):
-            store.write(record, evaluation.samples, config_yaml(config))
+            store.write(record, evaluation.samples, config_yaml(config), save_weights)
     return record
+
+
+KEPT_BYTES = 2**26
+"""Largest network that `keep_weights=auto` keeps."""
+
+
+def _weights_to_keep(
+    config: RunConfig, model: Model, methods: Sequence[AppliedMethod]
+) -> Callable[[Path], None] | None:
+    """Return what writes the network into a folder, None if it is not kept."""
+    from bench.models.classifiers.classifier import Classifier
+    from bench.models.classifiers.serialization import save_classifier
+
+    network = model.network
+    if not methods or config.keep_weights is False or not isinstance(network, Classifier):
+        return None
+    size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    trained = any(method.trained for method in methods)
+    if config.keep_weights is True or (trained and size <= KEPT_BYTES):
+        return functools.partial(save_classifier, network)
+    return None
 
 
 @contextmanager

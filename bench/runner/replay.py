@@ -15,9 +15,11 @@ from bench.runner.method_application import apply_methods
 from bench.ui import Progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bench.config.run_config import RunConfig
     from bench.models.model import Model
-    from bench.records import Record
+    from bench.records import Record, Store
     from bench.records.record import JsonObject
     from bench.runner.session import Session
 
@@ -28,12 +30,15 @@ fingerprint of the weights that lie there."""
 _GROUP_NAME = re.compile(r"\w[\w.+-]*")
 
 
-def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ()) -> Model:
-    """Return the model of a record, made again from its weights and methods.
+def rebuild_model(
+    record: Record, store: Store, session: Session, allowed: Sequence[str] = ()
+) -> Model:
+    """Return the model of a record: as the run kept it, or made again from weights and methods.
 
     Raises:
-        UserError: the weights or the calibration inputs have changed since the run, or it used
-            code that is not `allowed` in this command; see `recorded_config`.
+        UserError: the weights or the calibration inputs have changed since the run, the network
+            that it kept has, or it used code that is not `allowed` in this command; see
+            `recorded_config`.
     """
     from bench.device.devices import seed_everything, set_threads
     from bench.models.source import resolve_model
@@ -54,8 +59,26 @@ def rebuild_model(record: Record, session: Session, allowed: Sequence[str] = ())
     set_threads(config.threads)
     seed_everything(config.seed)
     model = session.base_model.acquire(source, will_change=bool(config.method))
-    apply_methods(config, model, inputs.prepare(config, model, Progress()), session)
+    kept = store.weights(record)
+    if kept is None:
+        apply_methods(config, model, inputs.prepare(config, model, Progress()), session)
+    else:
+        _load_kept_weights(model, kept, record)
     return model
+
+
+def _load_kept_weights(model: Model, folder: Path, record: Record) -> None:
+    """Put the network that a run kept in place of the one it began with."""
+    from bench.models.classifiers.serialization import load_classifier_folder
+    from bench.models.hashing import state_hash
+
+    model.network = load_classifier_folder(folder).to(model.device)
+    model.invalidate_structure()
+    if state_hash(model.network) != record.kept_weights:
+        raise UserError(
+            f"{folder} is not the network that run {record.id} kept: remove the folder, and the "
+            "run's methods are applied again"
+        )
 
 
 def recorded_config(record: Record, allowed: Sequence[str] = ()) -> RunConfig:

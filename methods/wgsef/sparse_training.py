@@ -12,18 +12,18 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from bench.data import image_catalogue
 from bench.errors import UserError
-from bench.method import Context, Effect, Method, MethodReport
+from bench.method import BudgetUnit, Context, Effect, Method, MethodReport, RecipeConfig
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import Classifier, VisionConfig
-from methods.wgsef.groups import convolution
-from methods.wgsef.groups.convolution import ConvolutionGroups
+from methods.wgsef.groups import choice
+from methods.wgsef.groups.choice import ConvolutionGroups, GroupChoice
 from methods.wgsef.groups.costs import GroupCosts
 from methods.wgsef.groups.partition import GroupPartition
 from methods.wgsef.removal import smaller_classifier
@@ -31,14 +31,13 @@ from methods.wgsef.solvers import envelope, group_lasso, penalties, torch_prunin
 from methods.wgsef.solvers.allocation import (
     Allocation,
     BudgetScope,
-    BudgetUnit,
     CostAllocation,
     GlobalAllocation,
     LayerAllocation,
     refuse_impossible_sparsity,
 )
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver, Solver, SolverContext
-from methods.wgsef.trainer import SparseTrainingRecipe, Trainer, TrainingJob, TrainingOutcome
+from methods.wgsef.trainer import Trainer, TrainingJob, TrainingOutcome
 
 if TYPE_CHECKING:
     from bench.data.image_sets import Splits
@@ -58,7 +57,7 @@ class ClassifierTraining(Method):
     data: str = "digits"
     data_folder: str | None = None
     split: Literal["test", "validation"] = "test"
-    recipe: SparseTrainingRecipe = SparseTrainingRecipe()
+    recipe: RecipeConfig = RecipeConfig()
     restart: bool = True
     checkpoints: str | None = None
 
@@ -133,7 +132,7 @@ class Train(ClassifierTraining):
         splits = self._splits()
         network.config.refuse_mismatched_images(splits.name, splits.shape)
         # The trainer selects groups at the end: here it keeps them all.
-        families = convolution.families_of_kind(network, "filters")
+        families = choice.families_of(network, GroupChoice(groups=("filters",)))
         partition = GroupPartition(network, families)
         whole = GlobalAllocation(partition, sparsity=0.0)
         job = self._job(network, splits, partition, whole, Solver, context)
@@ -154,7 +153,9 @@ TRAINING_CURVES = ("epoch", "loss", "rate", "accuracy")
 class SparseTraining(ClassifierTraining):
     """Train a classifier with a solver until few groups are left, then remove all others.
 
-    `ratio` is the fraction to remove, counted in `unit`: groups, multiply-adds or bytes. With scope
+    `groups` is one kind of group or several that do not overlap; `layers`, `block` and `masks` are
+    those of `GroupChoice`. `ratio` is the fraction to remove, counted in `unit`: groups,
+    multiply-adds or bytes. With scope
     `global` all layers share one budget, with `layer` each loses that fraction of its groups. If
     `k` is given, it is the number of groups to keep in the whole network instead. `floor` is the
     minimum fraction kept per layer. Kept counts are rounded up to `multiple`.
@@ -163,23 +164,20 @@ class SparseTraining(ClassifierTraining):
     writes = ("checkpoints",)
 
     ratio: float = Field(default=0.7, gt=0, lt=1)
-    groups: ConvolutionGroups = "filters"
+    groups: ConvolutionGroups | tuple[ConvolutionGroups, ...] = "filters"
+    layers: dict[ConvolutionGroups, str] = Field(default_factory=dict)
+    block: tuple[int, int] = (4, 4)
+    masks: str | None = None
     scope: BudgetScope = "global"
     unit: BudgetUnit = "groups"
     floor: float = Field(default=0.05, ge=0, lt=1)
     k: int | None = Field(default=None, ge=1)
     multiple: int = Field(default=1, ge=1)
 
-    @field_validator("groups", mode="before")
-    @classmethod
-    def _one_kind(cls, groups: Any) -> Any:
-        if isinstance(groups, list | tuple):
-            kinds = " and ".join(str(kind) for kind in groups)
-            raise ValueError(f"{kinds} overlap in their weights: choose one kind of group")
-        return groups
-
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
+        # Raises for knobs of groups that contradict each other.
+        self._choice()
         if self.unit != "groups" and self.scope == "layer":
             raise ValueError(
                 f"scope=layer counts groups, not unit={self.unit}: set scope=global or unit=groups"
@@ -191,6 +189,10 @@ class SparseTraining(ClassifierTraining):
             )
         return self
 
+    def _choice(self) -> GroupChoice:
+        kinds = (self.groups,) if isinstance(self.groups, str) else self.groups
+        return GroupChoice(groups=kinds, layers=self.layers, block=self.block, masks=self.masks)
+
     @abstractmethod
     def solver(self, context: SolverContext) -> Solver:
         """Return the method's solver."""
@@ -198,7 +200,7 @@ class SparseTraining(ClassifierTraining):
     def check(self, structure: ModelStructure) -> None:
         """Refuse other models, mismatched images, and budgets that the network cannot keep."""
         config = self._config(structure)
-        sizes = convolution.group_counts(config, self.groups)
+        sizes = choice.group_counts(config, self._choice())
         if (self.scope, self.unit) == ("global", "groups"):
             refuse_impossible_sparsity(sizes, self._sparsity(sum(sizes)), self.floor)
 
@@ -207,7 +209,7 @@ class SparseTraining(ClassifierTraining):
         config = structure.vision
         if config is None or self.unit != "groups":
             return None
-        sizes = convolution.group_counts(config, self.groups)
+        sizes = choice.group_counts(config, self._choice())
         parts = sizes if self.scope == "layer" else [sum(sizes)]
         return [int(self._sparsity(sum(sizes)) * size + 1e-9) for size in parts]
 
@@ -224,19 +226,25 @@ class SparseTraining(ClassifierTraining):
         network = self._network(model, context.seed)
         splits = self._splits()
         network.config.refuse_mismatched_images(splits.name, splits.shape)
-        families = convolution.families_of_kind(network, self.groups)
+        families = choice.families_of(network, self._choice())
         partition = GroupPartition(network, families)
         allocation = self._allocation(network, splits, partition)
         job = self._job(network, splits, partition, allocation, self.solver, context)
         outcome = Trainer(job).run()
-        removable = all(family.unremovable_reason is None for family in families)
-        if removable:
-            dead = partition.split(~outcome.keep)
-            network = smaller_classifier(network, families, dead, self.multiple)
+        # What cannot be removed stays zeroed.
+        cut = [
+            (family, dead_M)
+            for family, dead_M in zip(families, partition.split(~outcome.keep), strict=True)
+            if family.unremovable_reason is None
+        ]
+        if cut:
+            removable, dead = [family for family, _ in cut], [dead_M for _, dead_M in cut]
+            network = smaller_classifier(network, removable, dead, self.multiple)
         model.network = network
         model.invalidate_structure()
         details = self._details(partition, outcome, splits)
-        effect: Effect = "removed" if removable else "zeroed"
+        removed = any(bool(dead_M.any()) for _, dead_M in cut)
+        effect: Effect = "removed" if removed else "zeroed"
         return MethodReport(effect, details, trained=True)
 
     def _allocation(
@@ -264,8 +272,14 @@ class SparseTraining(ClassifierTraining):
             "kept": int(outcome.keep.sum()),
             "alive_before_selection": outcome.alive,
             "fractional_before_selection": outcome.fractional,
+            "total_strength": outcome.total_strength,
             "kept_by_layer": dict(zip(names, kept, strict=True)),
             "groups_by_layer": dict(zip(names, groups, strict=True)),
+            "only_zeroed": {
+                family.name: family.unremovable_reason
+                for family in partition.families
+                if family.unremovable_reason is not None
+            },
             "accuracy": outcome.history[-1]["accuracy"],
             "history": outcome.history,
         }
@@ -275,22 +289,26 @@ class Wgsef(SparseTraining):
     """WGSEF with one of three algorithms; `debiased` ends with at most k groups by design.
 
     `envelope` is the paper's Algorithm 2, `hspg` adds half-space steps, `debiased` is the homotopy.
-    `strength` is the paper's lambda, which `debiased` does not use; `every` applies the operator
-    every n steps with n times the strength. `reach` is where the homotopy of lambda d ends: 1, the
-    most, is the hard selection; a smaller value leaves more to the final selection.
+    `strength`, `metric`, `ridge` and `every` belong to the first two: see `EnvelopeForm`;
+    `strength=0.3 metric=euclidean ridge=true` is the letter of the paper. `reach` is where the
+    homotopy of lambda d ends: 1, the most, is the hard selection; a smaller value leaves more to
+    the final selection.
     """
 
     algorithm: Literal["envelope", "hspg", "debiased"] = "debiased"
-    strength: float = Field(default=0.3, gt=0)
+    strength: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    metric: envelope.EnvelopeMetric = "unit"
+    ridge: bool = False
     every: int = Field(default=1, ge=1)
     reach: float = Field(default=1.0, gt=0, le=1)
 
     def solver(self, context: SolverContext) -> Solver:
         """Return the solver of the chosen algorithm."""
+        form = envelope.EnvelopeForm(self.strength, self.metric, self.ridge, self.every)
         if self.algorithm == "envelope":
-            return envelope.EnvelopeSolver(context, self.strength, self.every)
+            return envelope.EnvelopeSolver(context, form)
         if self.algorithm == "hspg":
-            return envelope.EnvelopeHalfSpaceSolver(context, self.strength)
+            return envelope.EnvelopeHalfSpaceSolver(context, form)
         return envelope.DebiasedSolver(context, self.reach)
 
 

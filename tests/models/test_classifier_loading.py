@@ -19,7 +19,7 @@ from bench.models.structure.model_structure import inspect_model
 from bench.runner.session import BaseModelCache
 from bench.schema import ModelConfig
 
-FRESH = ["lenet5", "vgg16", "resnet18", "mobilenet_v1", "densenet40", "resnet50"]
+FRESH = ["lenet5", "vgg16", "resnet18", "resnet20", "mobilenet_v1", "densenet40", "resnet50"]
 
 
 def named(name, *overrides):

@@ -148,12 +148,12 @@ def test_a_users_network_is_counted_by_what_it_executes(nets):
 
 
 def test_a_users_network_can_be_pruned_and_saved(nets, tmp_path):
-    from methods.wgsef.groups.convolution import families_of_kind
+    from methods.wgsef.groups.choice import GroupChoice, families_of
     from methods.wgsef.groups.partition import GroupPartition
     from methods.wgsef.removal import smaller_classifier
 
     network = loaded(module("Small")).network
-    families = families_of_kind(network, "channels")
+    families = families_of(network, GroupChoice(groups=("channels",)))
     partition = GroupPartition(network, families)
     dead_M = torch.arange(partition.groups) % 2 == 0
     partition.scale_((~dead_M).double())

@@ -1,7 +1,8 @@
 """`bench export`: the model of a run, as a Hugging Face folder.
 
-Records hold no weights. The run's methods are applied again, with the recorded settings, to the
-same weights and the same calibration text; evaluation is skipped.
+A trained image classifier lies beside its record (keep_weights). Of other runs the methods are
+applied again, with the recorded settings, to the same weights and the same calibration text;
+evaluation is skipped.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def export(
     # Imported here: it loads torch, and a wrong run or folder is refused without.
     from bench.models.saving import save_model
 
-    record = Store(results_dir).get(run)
+    store = Store(results_dir)
+    record = store.get(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose a different one")
     refuse_unwritable("DIR", folder, folder=True)
@@ -58,7 +60,7 @@ def export(
     if pad and kind == "image_classifier":
         raise UserError(f"--padded is for experts; {record.model.name} is an image classifier")
     # The cheap refusals come first: repeating the methods may take hours.
-    model = rebuild_model(record, session, allowed)
+    model = rebuild_model(record, store, session, allowed)
     written: list[ExportFormat] = []
 
     def fill(place: Path) -> None:

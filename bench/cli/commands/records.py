@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.cli.parser import LISTABLE
@@ -58,6 +59,10 @@ def compare(given: argparse.Namespace) -> int:
     """`bench compare RUN RUN ...`."""
     from bench.reporting.comparison import named_runs, printer
 
+    if given.seeds:
+        return _compare_seeds(given)
+    if not given.runs:
+        raise UserError("compare needs the runs to compare: bench compare RUN RUN")
     found, flipped = named_runs.compare_runs(
         given.runs, given.baseline, given.results_dir, flips=given.flips
     )
@@ -69,6 +74,26 @@ def compare(given: argparse.Namespace) -> int:
     if missing:
         # To stderr, so that `--json` output stays parsable.
         note(missing)
+    return EXIT_DONE
+
+
+def _compare_seeds(given: argparse.Namespace) -> int:
+    """`bench compare --seeds`."""
+    from bench.records import Store
+    from bench.reporting.comparison.seeds import comparable, compare_seeds, print_seeds
+
+    store = Store(given.results_dir)
+    if given.baseline is None:
+        raise UserError("--seeds needs --baseline RUN: any run of the setting to compare with")
+    baseline = store.get(given.baseline)
+    named = map(store.get, given.runs)
+    records = list(named) or [record for record in store.all() if comparable(record, baseline)]
+    # By id, so that a run that is named twice counts once.
+    found = compare_seeds(list({r.id: r for r in (baseline, *records)}.values()), baseline)
+    if given.json:
+        print_json([asdict(contrast) for contrast in found])
+    else:
+        print_seeds(found)
     return EXIT_DONE
 
 

@@ -1,7 +1,8 @@
 """`bench verify`: repeat part of a run with the same code, and compare sample by sample.
 
-The model is rebuilt from its weights, methods and calibration text, then scored on the first
-samples of each task. Metrics, log-likelihoods and responses are compared with the recorded ones.
+The model is rebuilt from its weights, methods and calibration text, or loaded as the run kept it
+(keep_weights), then scored on the first samples of each task. Metrics, log-likelihoods and
+responses are compared with the recorded ones.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def verify(
         raise UserError(f"--samples must be at least 1, got {samples}")
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise UserError(f"--tolerance={tolerance}: a number from 0 on is needed, such as 1e-4")
-    record = Store(results_dir).get(run)
+    store = Store(results_dir)
+    record = store.get(run)
     frame = recorded_samples(record.id, results_dir)
     if frame.empty:
         raise UserError(
@@ -102,7 +104,7 @@ def verify(
     limit = min(samples, config.benchmark.limit or samples)
     # Rows without an answer are compared as well, however large their share of this part.
     part = config.benchmark.model_copy(update={"limit": limit, "allow_missing": 1.0})
-    model = rebuild_model(record, session, allowed)
+    model = rebuild_model(record, store, session, allowed)
     found = evaluate(model, plan(part, offline=config.offline)).samples
     if tolerance is None:
         number_format = select_dtype(config.model.dtype, select_device(config.model.device))

@@ -212,6 +212,11 @@ def resnet18(config: VisionConfig) -> Classifier:
     return _resnet(config, basic_block, ((64, 2), (128, 2), (256, 2), (512, 2)))
 
 
+def resnet20(config: VisionConfig) -> Classifier:
+    """Return ResNet-20 of CIFAR: three basic blocks in each of three narrow stages."""
+    return _resnet(config, basic_block, ((16, 3), (32, 3), (64, 3)))
+
+
 def resnet50(config: VisionConfig) -> Classifier:
     """Return ResNet-50: stages of 3, 4, 6 and 3 bottlenecks."""
     return _resnet(config, bottleneck, ((256, 3), (512, 4), (1024, 6), (2048, 3)), stem=64)
@@ -272,6 +277,7 @@ ARCHITECTURES: dict[str, Callable[[VisionConfig], Classifier]] = {
         lenet5,
         vgg16,
         resnet18,
+        resnet20,
         resnet50,
         mobilenet_v1,
         densenet40,

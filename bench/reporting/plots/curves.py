@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 
 from bench.errors import UserError
 from bench.records import Record
+from bench.reporting.plots.points import series_names
 from bench.reporting.plots.style import (
     DENSE_STYLE,
+    INK,
     PANEL_HEIGHT,
     PANEL_WIDTH,
     SeriesStyle,
@@ -93,18 +95,26 @@ def _draw_dense(axes: Axes, row: pd.Series, knob: str) -> None:
 
 
 STEP_KEYS = ("epoch", "step")
-HISTORY_QUANTITIES = ("loss", "accuracy", "alive")
-"""Drawn quantities, in this order, if a history has them."""
+HISTORY_QUANTITIES = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "alive": "groups alive",
+    "fractional": "groups between kept and removed",
+}
+"""Drawn quantities with their titles, in this order, if a history has them."""
 
 
 def training_histories(records: Sequence[Record]) -> pd.DataFrame:
     """Return one row per run, step and quantity reported during training.
 
+    Runs that differ in their seed only have the same `series`.
+
     Raises:
         UserError: none of the runs has trained anything.
     """
+    named = series_names(records)
     rows = [
-        {"run": record.id, "label": f"{record.label} ({record.id[:8]})", **line}
+        {"run": record.id, "series": named[record.id], **line}
         for record in records
         for line in _history_rows(record)
     ]
@@ -115,32 +125,49 @@ def training_histories(records: Sequence[Record]) -> pd.DataFrame:
 
 def _history_rows(record: Record) -> Iterator[dict[str, object]]:
     for method in record.methods:
-        for line in method.report.get("history", []):
+        history = method.report.get("history", [])
+        for line in history:
             time = next((step for step in STEP_KEYS if step in line), None)
             for name in HISTORY_QUANTITIES:
                 if time is not None and line.get(name) is not None:
-                    yield {"quantity": name, "time": time, "at": line[time], "value": line[name]}
+                    budget = history[-1].get("k") if name == "alive" else None
+                    yield {
+                        "quantity": name, "time": time, "at": line[time], "value": line[name],
+                        "budget": budget,
+                    }  # fmt: skip
         # Short fine-tunings report a bare list with one loss per step.
         for step, loss in enumerate(method.report.get("losses", []), start=1):
-            yield {"quantity": "loss", "time": "step", "at": step, "value": loss}
+            yield {
+                "quantity": "loss", "time": "step", "at": step, "value": loss, "budget": None
+            }  # fmt: skip
 
 
 def draw_training(frame: pd.DataFrame) -> Figure:
-    """Draw one panel per quantity and one line per run."""
+    """Draw one panel per quantity and one line per series: the mean of its seeds, with their range.
+
+    A budget of groups is a dotted line.
+    """
     quantities = [name for name in HISTORY_QUANTITIES if (frame["quantity"] == name).any()]
     figure = Figure(figsize=(PANEL_WIDTH * len(quantities), PANEL_HEIGHT), layout="constrained")
-    styles = series_styles(frame["label"])
+    styles = series_styles(frame["series"])
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, quantity in zip(panels, quantities, strict=True):
         rows = frame[frame["quantity"] == quantity]
-        for label, line in rows.groupby("label", sort=False):
-            look = styles[str(label)]
+        for name, runs in rows.groupby("series", sort=False):
+            look = styles[str(name)]
+            line = runs.groupby("at")["value"].agg(["mean", "min", "max"])
             axes.plot(
-                line["at"], line["value"], color=look.colour, linestyle=look.line,
+                line.index, line["mean"], color=look.colour, linestyle=look.line,
                 # About eight markers per line identify it in greyscale without hiding it.
-                marker=look.marker, markevery=max(1, len(line) // 8), markersize=4, label=label,
+                marker=look.marker, markevery=max(1, len(line) // 8), markersize=4, label=name,
             )  # fmt: skip
+            if runs["run"].nunique() > 1:
+                axes.fill_between(
+                    line.index, line["min"], line["max"], color=look.colour, alpha=0.12, linewidth=0
+                )
+        for budget in rows["budget"].dropna().unique():
+            axes.axhline(budget, color=INK, linestyle=":", linewidth=0.8)
         axes.set_xlabel(str(rows["time"].iloc[0]))
-        axes.set_title(quantity if quantity != "alive" else "groups alive", loc="left")
+        axes.set_title(HISTORY_QUANTITIES[quantity], loc="left")
     add_legend(figure, panels[0].get_legend_handles_labels()[0])
     return figure

@@ -131,6 +131,18 @@ def family_names(records: Sequence[Record], along: str = "ratio") -> dict[str, s
     return named
 
 
+def series_names(records: Sequence[Record]) -> dict[str, str]:
+    """Return a name per run id that runs share if they differ in nothing but their seed."""
+    families = family_names(records)
+    many_models = len({record.model.name for record in records}) > 1
+    named = {}
+    for record in records:
+        model = f"{record.model.name}: " if many_models else ""
+        # A label has the amount of compression, which a family leaves out.
+        named[record.id] = model + record.label + families[record.id].removeprefix(record.family)
+    return named
+
+
 def _family_knobs(record: Record, along: str) -> dict[tuple[str, ...], object]:
     """Return every knob of every method that is not an amount."""
     skipped = AMOUNT_KNOBS | {along}

@@ -12,18 +12,15 @@ zero its output is exactly zero, whatever its readers do (WGSEF specification se
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import UserError
-from bench.models.classifiers.architectures import build_classifier
-from bench.models.classifiers.classifier import Classifier, VisionConfig
+from bench.errors import UserError, error_sentence
 from methods.wgsef.groups.partition import GroupFamily, GroupKind, Slice
 
 
@@ -110,6 +107,16 @@ def _uncoupled_family(
 
 
 PRUNABLE_LAYERS = (nn.Conv2d, nn.Linear)
+TRACING_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What torch-pruning raises at a forward that it cannot follow; it has no class of its own."""
 
 
 def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
@@ -130,11 +137,10 @@ def coupled_filters(network: nn.Module, example: Tensor) -> list[GroupFamily]:
         groups = list(
             graph.get_all_groups(ignored_layers=[last], root_module_types=PRUNABLE_LAYERS)
         )
-    # torch-pruning has no exception class of its own for a forward that it cannot follow, so any of
-    # these may mean that.
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{type(network).__name__} cannot be traced: {reason}") from error
+    except TRACING_ERRORS as error:
+        raise UserError(
+            f"{type(network).__name__} cannot be traced: {error_sentence(error)}"
+        ) from error
     families = [_family_of(group, names) for group in groups]
     return [family for family in families if family is not None]
 
@@ -214,45 +220,3 @@ def _family_of(group: Any, names: dict[nn.Module, str]) -> GroupFamily | None:
 def _output_slices(name: str, module: nn.Module, units: Tensor, groups: Tensor) -> list[Slice]:
     parameters = dict(module.named_parameters(recurse=False))
     return [Slice(f"{name}.{key}", (0,), units, groups) for key in parameters]
-
-
-ConvolutionGroups = Literal["filters", "channels", "filter_shapes", "weights", "depth"]
-
-
-def families_of_kind(network: Classifier, kind: ConvolutionGroups) -> list[GroupFamily]:
-    """Return the groups of one kind.
-
-    Raises:
-        UserError: the network has none, or cannot be traced.
-    """
-    config = network.config
-    weight = next(network.parameters())
-    example = weight.new_zeros(1, config.channels, config.size, config.size)
-    kinds = {
-        "filters": filters,
-        "channels": channels,
-        "filter_shapes": filter_shapes,
-        "weights": weights,
-        "depth": depth,
-    }
-    return kinds[kind](network, example)
-
-
-def group_counts(config: VisionConfig, kind: ConvolutionGroups) -> list[int]:
-    """Return the number of groups of each family of a network with this config.
-
-    Raises:
-        UserError: the network has no such groups, or cannot be traced.
-    """
-    # Pydantic configs are not hashable, JSON text is: it is the cache key.
-    return _cached_group_counts(config.model_dump_json(), kind)
-
-
-# Building and tracing a network is slow, and every job of a sweep checks its budget against the
-# same few configs.
-@functools.lru_cache(maxsize=32)
-def _cached_group_counts(config: str, kind: ConvolutionGroups) -> list[int]:
-    # Initialising weights draws random numbers; a check must not shift the random state of the run.
-    with torch.random.fork_rng(devices=[]):
-        network = build_classifier(VisionConfig.model_validate_json(config))
-    return [family.groups for family in families_of_kind(network, kind)]

@@ -43,6 +43,12 @@ class GroupCosts:
                 f"unit={unit} needs groups whose removal makes layers smaller "
                 f"({' or '.join(COUPLED_KINDS)}), got {', '.join(sorted(kinds))}"
             )
+        fixed = [family for family in families if family.unremovable_reason is not None]
+        if fixed:
+            raise UserError(
+                f"unit={unit} needs groups that can be removed, but the {fixed[0].kind} of "
+                f"{fixed[0].name} stay zeroed ({fixed[0].unremovable_reason}): use unit=groups"
+            )
         self.unit = unit
         layers: dict[str, nn.Module] = {
             n: m for n, m in network.named_modules() if isinstance(m, PRUNABLE_LAYERS)

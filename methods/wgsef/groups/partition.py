@@ -230,7 +230,7 @@ def refuse_overlap(parameters: dict[str, nn.Parameter], families: Sequence[Group
         if int(count.max()) > 1:
             owners = [f.name for f in families if any(s.tensor == tensor for s in f.owned_slices)]
             raise UserError(
-                f"groups overlap in {tensor}: {' and '.join(dict.fromkeys(owners))} both own "
+                f"groups overlap in {tensor}: {' and '.join(dict.fromkeys(owners))} own the same "
                 "weights of it; choose one kind of group per layer"
             )
 
@@ -241,6 +241,10 @@ GroupKind = Literal[
     "filter_shapes",
     "weights",
     "depth",
+    "rows",
+    "columns",
+    "blocks",
+    "masks",
     "neurons",
     "heads",
     "experts",

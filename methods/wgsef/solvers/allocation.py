@@ -22,7 +22,6 @@ from methods.wgsef.prox.operators import Shrinkage
 from methods.wgsef.solvers.schedules import cubic_sparsity
 
 BudgetScope = Literal["global", "layer"]
-BudgetUnit = Literal["groups", "macs", "bytes"]
 ProxOperator = Callable[..., Shrinkage]
 """`prox_envelope` or `prox_debiased`: norms, k, lam, and as keywords weight, metric, cost_LM."""
 
@@ -34,6 +33,12 @@ class ProxParameters:
     lam: float
     weight: Tensor | None = None
     metric: Tensor | None = None
+
+    @property
+    def ridge(self) -> Tensor | float:
+        """The ridge lam d_j / h_j by which the envelope decays a whole group."""
+        weight = 1.0 if self.weight is None else self.weight
+        return self.lam * weight / (1.0 if self.metric is None else self.metric)
 
     def as_keywords(self, shape: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return the tensors as the operator's keyword arguments, in the shape of its rows."""

@@ -5,6 +5,10 @@ Shapes: M groups of all families.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from methods.wgsef.prox import operators, value
@@ -14,37 +18,101 @@ from methods.wgsef.solvers.optimizers import ProximalOptimizer
 from methods.wgsef.solvers.schedules import homotopy_ratio
 from methods.wgsef.solvers.solver import Solver, SolverContext
 
+AUTO_TOTAL = 19.0
+"""Sum of lambda over a training with `strength: auto`.
+
+Without a gradient of the loss, groups k and k + 1 part if their norms differ by the factor
+1 + 1 / (exp(total) - 1): 7 suffices for a gap of 1e-3. 19 is what sufficed on networks that ship,
+where the loss pulls too (docs/wgsef.md).
+"""
+
+EnvelopeMetric = Literal["unit", "euclidean"]
+
+
+@dataclass(frozen=True)
+class EnvelopeForm:
+    """Which envelope is applied: how strongly, in what metric, with or without its ridge.
+
+    `strength` is the paper's lambda, times the learning rate in each step. `auto` makes it
+    independent of the rate: it rises in proportion to progress, to a total of `AUTO_TOTAL`, since
+    how many groups are left depends on the sum alone, and a strength that falls with the rate is
+    gone when it is needed. `metric: unit` measures steps in units of each layer's mean norm
+    (h_j = d_j), so that all layers shrink at the same relative rate; `euclidean` is the paper's.
+    `ridge: true` is the whole envelope F, which shrinks groups with u_j = 1 by
+    1 / (1 + lam d_j / h_j). `false` penalises F - 1/2 sum d_j ||v_j||^2 instead, which is 0 as soon
+    as k groups are left. Its second term is concave and taken at t, as in proximal steps on a
+    difference of convex functions: v = prox_{lam F}((1 + lam d_j / h_j) t_j), which returns whole
+    groups as they were. `every` applies the operator every n steps, n times as strongly.
+    """
+
+    strength: float | Literal["auto"] = "auto"
+    metric: EnvelopeMetric = "unit"
+    ridge: bool = False
+    every: int = 1
+
+    def lam(self, solver: Solver, optimizer: ProximalOptimizer) -> float:
+        """Return lambda of this step: strength times step size, in the units of the metric."""
+        if solver.step % self.every:
+            return 0.0
+        if self.strength == "auto":
+            return self.every * 2 * AUTO_TOTAL * solver.progress / solver.context.steps
+        lam = self.every * self.strength * optimizer.rate
+        # After Adam a step is rate / h times the gradient. The unit metric below is relative within
+        # a layer, so the size of h over the whole network is taken out of lambda instead.
+        adam_M = group_metric(solver, optimizer) if self.metric == "unit" else None
+        return lam if adam_M is None else lam / float(adam_M.mean())
+
+    def prox_parameters(
+        self, solver: Solver, optimizer: ProximalOptimizer, lam: float
+    ) -> ProxParameters:
+        """Return lambda, the weights d_j = 1 / (mean norm of the layer)^2 and the metric h_j."""
+        weight_M = solver.unit_M.square()
+        adam_M = group_metric(solver, optimizer)
+        if self.metric == "euclidean":
+            return ProxParameters(lam, weight_M, adam_M)
+        if adam_M is None:
+            return ProxParameters(lam, weight_M, weight_M)
+        # Adam's metric of a whole layer is small where its gradients are, and would starve it; its
+        # ranking of groups inside the layer is kept.
+        means = [part.mean().expand(len(part)) for part in solver.partition.split(adam_M)]
+        return ProxParameters(lam, weight_M, weight_M * adam_M / torch.cat(means))
+
 
 class EnvelopeSolver(Solver):
     """Algorithm 2 of arXiv 2212.12921: Prox-SGD with the WGSEF, at the final k from the start.
 
-    The weights are d_j = 1 / (mean norm of the layer)^2, which makes layers comparable under one
-    network-wide k; `strength` is the paper's lambda. After Adam the metric is the mean of Adam's
-    over the group (specification 1.3). How close it gets to k depends on the dynamics
-    (specification 1.1).
+    The weights d_j = 1 / (mean norm of the layer)^2 make layers comparable under one network-wide
+    k. How close it gets to k depends on the sum of lambda over all steps.
     """
 
-    decays_groups = True
-
-    def __init__(self, context: SolverContext, strength: float = 0.1, every: int = 1) -> None:
+    def __init__(self, context: SolverContext, form: EnvelopeForm = EnvelopeForm()) -> None:
         super().__init__(context)
-        self._strength, self._every = strength, every
+        self._form = form
+        self.decays_groups = form.ridge
+
+    def step_strength(self, optimizer: ProximalOptimizer) -> float:
+        """Return lambda of this step."""
+        return self._form.lam(self, optimizer)
 
     def shrink(self, optimizer: ProximalOptimizer) -> None:
-        """Apply the operator every `every` steps, scaling its strength by `every`."""
-        if self.step % self._every:
-            return
-        lam = optimizer.rate * self._strength * self._every
+        """Apply the operator."""
         # The operator needs lam > 0; the rate is 0 at the end of the cosine schedule.
-        if lam == 0:
-            return
-        strength = ProxParameters(lam, self.unit_M.square(), group_metric(self, optimizer))
-        allocation = self.context.allocation
-        # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
-        scale_M, self.gate_M = allocation.shrink(
-            operators.prox_envelope, self.partition.norms(), strength, 1.0
-        )
-        self.partition.scale_(scale_M)
+        if self.lam > 0:
+            apply_envelope(self, self._form, optimizer)
+
+
+def apply_envelope(solver: Solver, form: EnvelopeForm, optimizer: ProximalOptimizer) -> None:
+    """Shrink the solver's groups by the envelope's proximal operator, and store its gates."""
+    strength = form.prox_parameters(solver, optimizer, solver.lam)
+    lift_M = 1.0 if form.ridge else 1 + strength.ridge
+    # Progress 1: the budget is the final k in each step, as in the paper; no schedule.
+    scale_M, solver.gate_M = solver.context.allocation.shrink(
+        operators.prox_envelope, lift_M * solver.partition.norms(), strength, 1.0
+    )
+    if not form.ridge:
+        # A whole group comes back as it was, and so does one that a floor protects.
+        scale_M = (scale_M * lift_M).masked_fill(solver.whole, 1.0)
+    solver.partition.scale_(scale_M)
 
 
 class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
@@ -54,36 +122,39 @@ class EnvelopeHalfSpaceSolver(HalfSpaceSolver):
     it is implemented as HSPG (see `group_lasso`) with the envelope in place of group lasso.
     """
 
-    decays_groups = True
-
     def __init__(
         self,
         context: SolverContext,
-        strength: float = 0.1,
+        form: EnvelopeForm = EnvelopeForm(),
         epsilon: float = 0.0,
         warmup: float = 0.5,
     ) -> None:
-        super().__init__(context, strength, epsilon, warmup)
-        self._proximal = EnvelopeSolver(context, strength)
+        super().__init__(context, None, epsilon, warmup)
+        self._form = form
+        self.decays_groups = form.ridge
+
+    def step_strength(self, optimizer: ProximalOptimizer) -> float:
+        """Return lambda of this step."""
+        return self._form.lam(self, optimizer)
 
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the proximal operator of the envelope."""
-        # The inner solver normalised by the weights at construction; after a resume only
-        # `self.unit_M` holds the units of the original start.
-        self._proximal.unit_M = self.unit_M
-        self._proximal.shrink(optimizer)
-        self.gate_M = self._proximal.gate_M
+        if self.lam > 0:
+            apply_envelope(self, self._form, optimizer)
 
-    def gradient_factor(self, norm_M: Tensor) -> Tensor:
-        """Return the factor of x in the gradient of the envelope: d_j / u_j."""
+    def gradient_factor(self, norm_M: Tensor, optimizer: ProximalOptimizer) -> Tensor:
+        """Return the factor of x in the gradient: d_j / (h_j u_j), less d_j / h_j without ridge."""
         allocation = self.context.allocation
-        norm_LN, weight_LN = (
-            allocation.constraint_rows(norm_M),
-            allocation.constraint_rows(self.unit_M.square()),
-        )
-        return allocation.from_constraint_rows(
+        strength = self._form.prox_parameters(self, optimizer, self.lam)
+        assert strength.weight is not None
+        norm_LN = allocation.constraint_rows(norm_M)
+        weight_LN = allocation.constraint_rows(strength.weight)
+        factor_M = allocation.from_constraint_rows(
             value.gradient_factor(norm_LN, weight_LN, allocation.k_rows(1.0))
         )
+        if not self._form.ridge:
+            factor_M = (factor_M - strength.weight).clamp(min=0)
+        return factor_M if strength.metric is None else factor_M / strength.metric
 
 
 class DebiasedSolver(Solver):

@@ -25,13 +25,9 @@ _NEWTON_PASSES = 10
 class GroupLassoSolver(Solver):
     """Prox-SG with the block soft threshold; `strength` decides the number of groups it leaves."""
 
-    def __init__(self, context: SolverContext, strength: float) -> None:
-        super().__init__(context)
-        self._strength = strength
-
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Apply v_j = max(0, 1 - lam sqrt|s_j| / ||t_j||) t_j."""
-        soft_threshold_(self.partition, optimizer.rate * self._strength)
+        soft_threshold_(self.partition, self.lam)
 
 
 class AdaptiveGroupLassoSolver(Solver):
@@ -41,13 +37,9 @@ class AdaptiveGroupLassoSolver(Solver):
     sum_i (H_i t_i / (H_i r + lam w_j))^2 = 1; it is zero where ||H t_j|| <= lam w_j.
     """
 
-    def __init__(self, context: SolverContext, strength: float) -> None:
-        super().__init__(context)
-        self._strength = strength
-
     def shrink(self, optimizer: ProximalOptimizer) -> None:
         """Solve for all norms r at once and apply the factors, which vary inside groups."""
-        lam_M = optimizer.rate * self._strength * lasso_weights(self.partition)
+        lam_M = self.lam * lasso_weights(self.partition)
         parameters = self.partition.owned_parameters()
         metric = {name: optimizer.metric(weight) for name, weight in parameters.items()}
         radius_M = self._radii(metric, lam_M)
@@ -105,10 +97,13 @@ class HalfSpaceSolver(Solver):
     """A proximal phase, then half-space steps, for a regulariser given by a subclass."""
 
     def __init__(
-        self, context: SolverContext, strength: float, epsilon: float = 0.0, warmup: float = 0.25
+        self,
+        context: SolverContext,
+        strength: float | None,
+        epsilon: float = 0.0,
+        warmup: float = 0.25,
     ) -> None:
-        super().__init__(context)
-        self.strength = strength
+        super().__init__(context, strength)
         self._epsilon, self._warmup = epsilon, warmup
         self._start_weights: dict[str, Tensor] = {}
 
@@ -117,7 +112,7 @@ class HalfSpaceSolver(Solver):
         """Apply the proximal operator of the regulariser to the weights."""
 
     @abstractmethod
-    def gradient_factor(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor, optimizer: ProximalOptimizer) -> Tensor:
         """Return the factor [M] of x in the regulariser's gradient; finite for empty groups."""
 
     def in_half_space_phase(self) -> bool:
@@ -146,7 +141,7 @@ class HalfSpaceSolver(Solver):
         square_M = self.partition.sum_named(lambda name: self._start_weights[name].square())
         # The optimizer's step already contains the gradient of the loss. The regulariser's is added
         # at x and outside the optimizer, so that momentum and Adam's metric do not distort it.
-        factor_M = -optimizer.rate * self.strength * self.gradient_factor(square_M.sqrt())
+        factor_M = -self.lam * self.gradient_factor(square_M.sqrt(), optimizer)
         self.partition.add_(factor_M, self._start_weights)
         parameters = self.partition.parameters
         inner_M = self.partition.sum_named(
@@ -162,9 +157,9 @@ class HspgSolver(HalfSpaceSolver):
 
     def proximal_step(self, optimizer: ProximalOptimizer) -> None:
         """Apply the soft threshold of group lasso."""
-        soft_threshold_(self.partition, optimizer.rate * self.strength)
+        soft_threshold_(self.partition, self.lam)
 
-    def gradient_factor(self, norm_M: Tensor) -> Tensor:
+    def gradient_factor(self, norm_M: Tensor, optimizer: ProximalOptimizer) -> Tensor:
         """Return sqrt|s_j| / ||x_j||."""
         weight_M = lasso_weights(self.partition)
         return torch.where(norm_M > 0, weight_M / norm_M, 0.0)
@@ -215,7 +210,8 @@ class AdaHspgSolver(HspgSolver):
         rate, norm_M = optimizer.rate, self.partition.norms()
         gradient_M = self.partition.sum(_squared_gradient)
         trial_M = self.partition.sum(lambda w: (w - rate * _gradient(w)).square()).sqrt()
-        shrunk_M = lasso_scale(trial_M, rate * self.strength * lasso_weights(self.partition))
+        lam = self.step_strength(optimizer)
+        shrunk_M = lasso_scale(trial_M, lam * lasso_weights(self.partition))
         border_M = (norm_M == 0) | (shrunk_M == 0)
         # A group that the proximal step zeroes moves by its whole norm; any other by a gradient
         # step.

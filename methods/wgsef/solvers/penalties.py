@@ -21,8 +21,8 @@ class DeepHoyerSolver(Solver):
     """
 
     def __init__(self, context: SolverContext, strength: float) -> None:
-        super().__init__(context)
-        self._strength = strength
+        super().__init__(context, strength)
+        self._weight = strength
 
     @torch.no_grad()
     def before_step(self, optimizer: ProximalOptimizer) -> None:
@@ -35,7 +35,7 @@ class DeepHoyerSolver(Solver):
         # At a zero group the penalty has a kink; 0 is a subgradient there. This also clears the
         # padding.
         factor_LN = torch.where(norm_LN > 0, factor_LN, 0.0)
-        self.partition.add_to_gradients_(self._strength * self.partition.unpad(factor_LN))
+        self.partition.add_to_gradients_(self._weight * self.partition.unpad(factor_LN))
 
 
 class SlimmingSolver(Solver):
@@ -46,8 +46,8 @@ class SlimmingSolver(Solver):
     """
 
     def __init__(self, context: SolverContext, strength: float) -> None:
-        super().__init__(context)
-        self._strength = strength
+        super().__init__(context, strength)
+        self._weight = strength
         network = context.network
         norms = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
         self._scales = {f"{name}.weight" for name in norms}
@@ -61,7 +61,7 @@ class SlimmingSolver(Solver):
         for name in self._scales:
             weight = self.partition.parameters[name]
             if weight.grad is not None:
-                weight.grad.add_(weight.sign(), alpha=self._strength)
+                weight.grad.add_(weight.sign(), alpha=self._weight)
 
     def score(self) -> Tensor:
         """Return the mean |gamma| of each group, [M], not normalised by layer."""

@@ -36,16 +36,20 @@ class SolverContext:
 class Solver:
     """Acts before and after each optimizer step; the base class changes nothing.
 
-    `decays_groups` means that the solver decays the weights of groups itself, so the optimizer must
-    not.
+    `strength` is that of the solver's regulariser, None without one; `lam` is strength times step
+    size of the last step, and `total_strength` its sum over all steps, on which the number of
+    groups left depends. `decays_groups` means that the solver decays the weights of groups itself,
+    so the optimizer must not.
     """
 
     decays_groups = False
 
-    def __init__(self, context: SolverContext) -> None:
+    def __init__(self, context: SolverContext, strength: float | None = None) -> None:
         self.context = context
         self.partition = context.partition
+        self.strength = strength
         self.step = 0
+        self.lam = self.total_strength = 0.0
         # Norms are normalised by their layer's mean at the start and not by the current mean: a
         # moving unit would hide that a layer shrinks as a whole.
         self.unit_M = layer_units(context.partition)
@@ -59,9 +63,18 @@ class Solver:
     @property
     def fractional(self) -> int:
         """Number of groups that the last operator left neither whole nor zero."""
-        between_M = (self.gate_M > 0) & (self.gate_M < _WHOLE_GATE)
+        between_M = (self.gate_M > 0) & ~self.whole
         # A half-space step may have zeroed a group since the last proximal step.
         return int((between_M & self.partition.alive()).sum())
+
+    @property
+    def whole(self) -> Tensor:
+        """Mask [M] of the groups that the last operator kept whole."""
+        return self.gate_M >= _WHOLE_GATE
+
+    def step_strength(self, optimizer: ProximalOptimizer) -> float:
+        """Return strength times step size of this step."""
+        return 0.0 if self.strength is None else self.strength * optimizer.rate
 
     def before_step(self, optimizer: ProximalOptimizer) -> None:
         """Change gradients, before the optimizer's step."""
@@ -70,6 +83,8 @@ class Solver:
         """Change weights, after the optimizer's step."""
         # Counted first, so that `progress` reaches 1 at the last step before the selection.
         self.step += 1
+        self.lam = self.step_strength(optimizer)
+        self.total_strength += self.lam
         with torch.no_grad():
             self.shrink(optimizer)
 
@@ -87,11 +102,13 @@ class Solver:
     def state(self) -> dict[str, Tensor]:
         """Return everything that later steps depend on."""
         step = torch.tensor(self.step)
-        return {"step": step, "unit_M": self.unit_M, "gate_M": self.gate_M}
+        total = torch.tensor(self.total_strength, dtype=torch.float64)
+        return {"step": step, "total_strength": total, "unit_M": self.unit_M, "gate_M": self.gate_M}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` of an interrupted training returned."""
         self.step = int(state["step"])
+        self.total_strength = float(state["total_strength"])
         self.unit_M = state["unit_M"].to(self.unit_M.device)
         self.gate_M = state["gate_M"].to(self.unit_M.device)
 

@@ -28,7 +28,7 @@ class _TorchPruningSolver(Solver):
     """
 
     def __init__(self, context: SolverContext, maker: str, importance: Any, **knobs: float) -> None:
-        super().__init__(context)
+        super().__init__(context, knobs["reg"])
         import torch_pruning
 
         kinds = {family.kind for family in context.partition.families}

@@ -24,6 +24,7 @@ FILES = sorted(
     if "methods.wgsef.sparse_training." in path.read_text() and path.stem != "train"
 )
 FOLLOWED = {"data": "digits", "data_folder": None, "split": "test"}
+SHARED = yaml.safe_load((CONF.parent / "config.yaml").read_text())
 
 
 def model(name="micro_vgg", **changes):
@@ -40,7 +41,11 @@ def knobs(path):
     maker = getattr(methods, given.pop("_target_").rpartition(".")[2])
     # What the benchmark says, which only Hydra can look up.
     assert all(given[key].startswith("${oc.select:benchmark.images.") for key in FOLLOWED)
-    return maker, given | FOLLOWED
+    # What all methods of a sweep share.
+    assert given["recipe"] == {key: f"${{recipe.{key}}}" for key in SHARED["recipe"]}
+    assert given.get("unit", "${unit}") == "${unit}"
+    shared = {key: SHARED[key] for key in ("recipe", "unit") if key in given}
+    return maker, given | FOLLOWED | shared
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ import torch
 
 from bench.data.image_sets import Splits, TensorSet
 from bench.errors import UserError
+from bench.method import RecipeConfig
 from bench.models.classifiers.architectures import build_classifier
 from bench.models.classifiers.classifier import VisionConfig
 from methods.wgsef.groups import convolution
@@ -17,7 +18,7 @@ from methods.wgsef.solvers.optimizers import ProximalAdam, ProximalSGD
 from methods.wgsef.solvers.schedules import cubic_sparsity, learning_rate_factor
 from methods.wgsef.solvers.solver import HardThresholdSolver, MagnitudeSolver
 from methods.wgsef.solvers.torch_pruning_solvers import GrowingRegSolver
-from methods.wgsef.trainer import SparseTrainingRecipe, Trainer, TrainingJob
+from methods.wgsef.trainer import Trainer, TrainingJob
 
 SOLVERS = {
     "debiased": DebiasedSolver,
@@ -50,7 +51,7 @@ def trainer(solver, folder=None, budget="groups", sparsity=0.5, save_every=0, op
         kind = LayerAllocation if budget == "layer" else GlobalAllocation
         allocation = kind(partition, sparsity)
     rate = 0.05 if optimizer == "sgd" else 2e-3
-    recipe = SparseTrainingRecipe(
+    recipe = RecipeConfig(
         epochs=3, batch=8, rate=rate, optimizer=optimizer, save_every=save_every, sparse_share=0.6
     )
     return Trainer(
@@ -206,7 +207,7 @@ def test_floors_above_a_cost_budget_are_one_sentence():
 def test_a_batch_above_the_data_is_one_sentence():
     run, _ = trainer(DebiasedSolver)
     job = run._job
-    small = SparseTrainingRecipe(epochs=1, batch=64)
+    small = RecipeConfig(epochs=1, batch=64)
     with pytest.raises(UserError, match="a batch of 64 is larger"):
         Trainer(
             TrainingJob(

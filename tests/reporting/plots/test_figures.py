@@ -177,6 +177,24 @@ def test_training_keeps_every_number_of_every_epoch(records):
         curves.training_histories(records[:2])
 
 
+def test_seeds_of_one_setting_are_one_line_and_their_budget_is_drawn():
+    def run(name, strength, alive):
+        history = [
+            {"epoch": 1, "alive": alive, "fractional": 3, "k": 9},
+            {"epoch": 2, "alive": 5, "fractional": 0, "k": 5},
+        ]
+        report = {"history": history}
+        return made(name, 0.5, 1.0, "envelope", report=report, strength=strength)
+
+    frame = curves.training_histories([run("a", "auto", 7), run("b", "auto", 8), run("c", 0.3, 9)])
+    assert frame.groupby("series", sort=False)["run"].nunique().tolist() == [2, 1]
+    assert set(frame.loc[frame["quantity"] == "alive", "budget"]) == {5}
+    alive, between = curves.draw_training(frame).axes
+    # A band where there are several seeds.
+    assert len(alive.collections) == len(between.collections) == 1
+    assert [line.get_ydata()[0] for line in alive.lines] == [7.5, 9, 5]
+
+
 def test_confidence_is_the_softmax_of_the_choices_and_the_error_its_gap():
     samples = pd.DataFrame(
         {

@@ -1,0 +1,135 @@
+"""Comparison of settings over seeds: does one train better than another, whatever the draw?
+
+Samples tell two networks apart, seeds two ways of making them. Runs of one setting and several
+seeds are one series; two series are compared in the pairs that share a seed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bench.errors import UserError
+from bench.evaluation.metrics import AVERAGE
+from bench.records import Record
+from bench.reporting.plots.points import series_names
+from bench.reporting.record_numbers import benchmark_text, metric_scale, model_text
+from bench.reporting.statistics import holm, sign_flip_p
+from bench.reporting.terminal_tables import terminal_table
+from bench.ui import console
+
+
+@dataclass(frozen=True)
+class SeedContrast:
+    """One series against the baseline's, in % where the metric is a fraction.
+
+    `difference` is the mean over the `pairs` of seeds that both have, `deviation` its standard
+    deviation; `p` is that of a sign-flip test, `p_holm` corrected over all series compared.
+    """
+
+    series: str
+    baseline: str
+    metric: str
+    pairs: int
+    mean: float
+    baseline_mean: float
+    difference: float
+    deviation: float
+    p: float
+    p_holm: float
+
+
+def compare_seeds(records: Sequence[Record], baseline: Record) -> list[SeedContrast]:
+    """Compare every series with that of `baseline`.
+
+    A series is compared by its average, or by the only task that it scored.
+
+    Raises:
+        UserError: runs are of different models or benchmarks, or no series shares two seeds with
+            the baseline's.
+    """
+    _refuse_different_questions(records, baseline)
+    named = series_names(records)
+    values: dict[str, dict[object, float]] = defaultdict(dict)
+    metric = ""
+    for record in records:
+        headline = [m for m in record.metrics if m.headline]
+        found = headline[0] if len(headline) == 1 else record.metric(AVERAGE)
+        if found is None or found.value is None:
+            continue
+        factor, _ = metric_scale(found.metric)
+        metric = found.metric + (" %" if factor == 100.0 else "")
+        values[named[record.id]][record.config.get("seed")] = factor * found.value
+    own = named[baseline.id]
+    contrasts = [
+        contrast
+        for name in values
+        if name != own and (contrast := _contrast(name, own, metric, values)) is not None
+    ]
+    if not contrasts:
+        raise UserError(
+            f"no other setting shares two seeds with {own}: run it with -m seed=1,2,3,4,5"
+        )
+    adjusted = holm([contrast.p for contrast in contrasts])
+    return [replace(c, p_holm=p) for c, p in zip(contrasts, adjusted, strict=True)]
+
+
+def _contrast(
+    name: str, own: str, metric: str, values: dict[str, dict[object, float]]
+) -> SeedContrast | None:
+    shared = [seed for seed in values[name] if seed in values[own]]
+    if len(shared) < 2:
+        return None
+    here_S = np.array([values[name][seed] for seed in shared])
+    there_S = np.array([values[own][seed] for seed in shared])
+    gap_S = here_S - there_S
+    p = sign_flip_p(gap_S)
+    return SeedContrast(
+        series=name,
+        baseline=own,
+        metric=metric,
+        pairs=len(shared),
+        mean=float(here_S.mean()),
+        baseline_mean=float(there_S.mean()),
+        difference=float(gap_S.mean()),
+        deviation=float(gap_S.std(ddof=1)),
+        p=p,
+        p_holm=p,
+    )
+
+
+def comparable(record: Record, baseline: Record) -> bool:
+    """Tell whether two runs are of one model and one benchmark."""
+    return all(text(record) == text(baseline) for text in (model_text, benchmark_text))
+
+
+def _refuse_different_questions(records: Sequence[Record], baseline: Record) -> None:
+    for record in records:
+        if not comparable(record, baseline):
+            raise UserError(
+                f"run {record.id[:8]} is of {model_text(record)} on {benchmark_text(record)} and "
+                f"the baseline of {model_text(baseline)} on {benchmark_text(baseline)}: name runs "
+                "of one model and one benchmark"
+            )
+
+
+def print_seeds(contrasts: Sequence[SeedContrast]) -> None:
+    """Print one line per series, the best first."""
+    first = contrasts[0]
+    title = f"against {first.baseline} in pairs of seeds, {first.metric}"
+    table = terminal_table(
+        ("", "pairs", "mean", "baseline", "difference ± sd", "p (Holm)"), title=title
+    )
+    for row in sorted(contrasts, key=lambda c: -c.difference):
+        table.add_row(
+            row.series,
+            str(row.pairs),
+            f"{row.mean:.1f}",
+            f"{row.baseline_mean:.1f}",
+            f"{row.difference:+.1f} ± {row.deviation:.1f}",
+            f"{row.p_holm:.3f}",
+        )
+    console().print(table)

@@ -1,0 +1,212 @@
+"""Groups of an image classifier as a config chooses them: of one kind or several, in chosen layers.
+
+`filters`, `channels` and `depth` can be removed, where a trial removal agrees (`verification`). All
+other kinds are patterns of a weight without its bias, which a dense kernel cannot skip: they stay
+zeroed.
+"""
+
+from __future__ import annotations
+
+import functools
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from bench.errors import UserError
+from bench.models.classifiers.architectures import build_classifier
+from bench.models.classifiers.classifier import Classifier, VisionConfig
+from methods.wgsef.groups import convolution
+from methods.wgsef.groups.partition import GroupFamily, Slice, refuse_overlap
+from methods.wgsef.groups.verification import mark_unremovable
+
+ConvolutionGroups = Literal[
+    "filters", "channels", "filter_shapes", "weights", "depth", "rows", "columns", "blocks", "masks"
+]
+
+
+class GroupChoice(BaseModel):
+    """Kinds of group, and the layers in which each is formed.
+
+    `layers` maps a kind to a pattern of layer names, such as `features.*`; a kind without one is
+    formed everywhere. `rows` and `columns` are those of a weight as a matrix [outputs, inputs],
+    `blocks` its tiles of `block` rows and columns, with the taps of a convolution side by side.
+    `masks` is a safetensors file with an integer tensor per parameter, in its shape: the number of
+    the group to which each weight belongs, -1 for none; equal numbers are one group.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    groups: tuple[ConvolutionGroups, ...]
+    layers: dict[ConvolutionGroups, str] = Field(default_factory=dict)
+    block: tuple[int, int] = (4, 4)
+    masks: str | None = None
+
+    @field_validator("block")
+    @classmethod
+    def _positive(cls, block: tuple[int, int]) -> tuple[int, int]:
+        if min(block) < 1:
+            raise ValueError(f"block={list(block)}: a tile has at least one row and one column")
+        return block
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if ("masks" in self.groups) != (self.masks is not None):
+            raise ValueError("masks=FILE and groups=masks need each other: set both")
+        if unused := set(self.layers) - set(self.groups):
+            raise ValueError(f"layers names {unused.pop()}, which is not among groups")
+        return self
+
+
+def families_of(network: Classifier, choice: GroupChoice) -> list[GroupFamily]:
+    """Return the chosen groups, those that only stay zeroed marked with the reason.
+
+    Raises:
+        UserError: the network has none of a kind, cannot be traced, or two groups overlap.
+    """
+    config = network.config
+    weight = next(network.parameters())
+    example = weight.new_zeros(1, config.channels, config.size, config.size)
+    found = [f for kind in choice.groups for f in _of_kind(network, example, kind, choice)]
+    refuse_overlap(dict(network.named_parameters()), found)
+    return mark_unremovable(network, found, example)
+
+
+def _of_kind(
+    network: Classifier, example: Tensor, kind: ConvolutionGroups, choice: GroupChoice
+) -> list[GroupFamily]:
+    if kind == "masks":
+        assert choice.masks is not None
+        return [masks(network, Path(choice.masks))]
+    pattern = choice.layers.get(kind, "*")
+    if kind in PATTERNS:
+        found = patterns(network, example, kind, choice.block, pattern)
+    else:
+        found = getattr(convolution, kind)(network, example)
+    chosen = [family for family in found if fnmatchcase(_layer_of(family), pattern)]
+    if not chosen:
+        raise UserError(f"layers.{kind}={pattern} matches no layer with {kind}")
+    return chosen
+
+
+def _layer_of(family: GroupFamily) -> str:
+    return family.name.removeprefix("readers of ")
+
+
+PATTERNS: tuple[ConvolutionGroups, ...] = ("rows", "columns", "blocks")
+
+
+def patterns(
+    network: nn.Module,
+    example: Tensor,
+    kind: ConvolutionGroups,
+    block: tuple[int, int],
+    layers: str = "*",
+) -> list[GroupFamily]:
+    """Return rows, columns or tiles of the weights of the layers whose names match a pattern.
+
+    The layer that computes the logits has none.
+
+    Raises:
+        UserError: a tile does not fit a layer a whole number of times.
+    """
+    found = []
+    logits = convolution.last_layer(network, example)
+    for name, module in network.named_modules():
+        if not isinstance(module, convolution.PRUNABLE_LAYERS) or module is logits:
+            continue
+        # Before tiles are cut: those of another layer may not fit.
+        if not fnmatchcase(name, layers):
+            continue
+        weight = module.get_parameter("weight")
+        if kind == "blocks":
+            owned = _tiles(f"{name}.weight", weight, block)
+        else:
+            axis = 0 if kind == "rows" else 1
+            owned = Slice.whole(f"{name}.weight", (axis,), weight.shape[axis])
+        count = 1 + int(owned.groups.max())
+        reason = f"{kind} of a weight are only zeroed, since a dense kernel cannot skip them"
+        found.append(GroupFamily(name, kind, count, (owned,), unremovable_reason=reason))
+    return found
+
+
+def _tiles(tensor: str, weight: Tensor, block: tuple[int, int]) -> Slice:
+    outputs, inputs = len(weight), weight[0].numel()
+    if outputs % block[0] or inputs % block[1]:
+        raise UserError(
+            f"block={list(block)} does not divide {tensor} of {outputs} x {inputs}: choose a "
+            "smaller one, or the layers with layers.blocks=PATTERN"
+        )
+    tile_O = torch.arange(outputs) // block[0]
+    tile_I = torch.arange(inputs) // block[1]
+    group_OI = tile_O[:, None] * (inputs // block[1]) + tile_I
+    axes = tuple(range(weight.ndim))
+    return Slice(tensor, axes, torch.arange(outputs * inputs), group_OI.flatten())
+
+
+def masks(network: nn.Module, file: Path) -> GroupFamily:
+    """Return the groups that a file of index masks describes, as one family.
+
+    Raises:
+        UserError: the file cannot be read, or a mask does not fit its parameter.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        given = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"masks={file} cannot be read as safetensors: {error}") from error
+    parameters = dict(network.named_parameters())
+    owned = []
+    for name, mask in given.items():
+        if name not in parameters:
+            raise UserError(f"masks={file}: {type(network).__name__} has no parameter {name}")
+        weight = parameters[name]
+        if mask.shape != weight.shape:
+            raise UserError(
+                f"masks={file}: the mask of {name} has the shape {list(mask.shape)}, the "
+                f"parameter {list(weight.shape)}"
+            )
+        if mask.dtype.is_floating_point or mask.dtype.is_complex or mask.dtype == torch.bool:
+            raise UserError(f"masks={file}: the mask of {name} is {mask.dtype}; give integers")
+        # A tensor without axes is one unit.
+        flat = mask.flatten().long()
+        units = (flat >= 0).nonzero().flatten()
+        owned.append(Slice(name, tuple(range(weight.ndim)), units, flat[units]))
+    numbers = torch.cat([part.groups for part in owned]) if owned else torch.empty(0)
+    if not len(numbers):
+        raise UserError(f"masks={file} has no weight in a group: all numbers are negative")
+    # Numbers may have gaps; groups are numbered without.
+    known = numbers.unique()
+    parts = tuple(
+        Slice(p.tensor, p.axes, p.units, torch.searchsorted(known, p.groups))
+        for p in owned
+        if len(p.units)
+    )
+    reason = "groups of a mask are only zeroed, since a dense kernel cannot skip them"
+    return GroupFamily("masks", "masks", len(known), parts, unremovable_reason=reason)
+
+
+def group_counts(config: VisionConfig, choice: GroupChoice) -> list[int]:
+    """Return the number of groups of each family of a network with this config.
+
+    Raises:
+        UserError: as of `families_of`.
+    """
+    # Pydantic configs are not hashable, JSON text is: it is the cache key.
+    return _cached_group_counts(config.model_dump_json(), choice.model_dump_json())
+
+
+# Building and tracing a network is slow, and every job of a sweep checks its budget against the
+# same few configs.
+@functools.lru_cache(maxsize=32)
+def _cached_group_counts(config: str, choice: str) -> list[int]:
+    # Initialising weights draws random numbers; a check must not shift the random state of the run.
+    with torch.random.fork_rng(devices=[]):
+        network = build_classifier(VisionConfig.model_validate_json(config))
+    chosen = GroupChoice.model_validate_json(choice)
+    return [family.groups for family in families_of(network, chosen)]

@@ -1,0 +1,76 @@
+"""Comparison over seeds: the sign-flip test against its definition, pairing, wrong input."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.cli.main import main
+from bench.errors import UserError
+from bench.records import Store
+from bench.reporting.comparison.seeds import compare_seeds
+from bench.reporting.statistics import holm, sign_flip_p
+from tests.reporting.comparison.synthetic_runs import MODEL, metric, record
+
+
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=8))
+def test_the_sign_flip_test_counts_all_assignments(gaps):
+    totals = [abs(sum(s * g for s, g in zip(signs, gaps, strict=True)))
+              for signs in product((1, -1), repeat=len(gaps))]  # fmt: skip
+    expected = sum(total >= abs(sum(gaps)) for total in totals) / len(totals)
+    assert sign_flip_p(np.array(gaps) / 10) == pytest.approx(expected)
+
+
+def test_of_many_pairs_signs_are_drawn():
+    gaps = np.random.default_rng(1).normal(0.5, 1.0, 40)
+    assert 0 < sign_flip_p(gaps) < 0.05
+    assert sign_flip_p(gaps - gaps.mean()) == 1
+
+
+def run(name, method, seed, value, **more):
+    config = {"benchmark": {"name": "exam", "harness": "images", "perplexity": {}}, "seed": seed}
+    return record(name, [metric("digits", value, 100)], method, config=config, **more)
+
+
+RUNS = [
+    *(run(f"a{seed}", "plain", seed, 0.80 + seed / 100) for seed in range(1, 9)),
+    *(run(f"b{seed}", "better", seed, 0.85 + seed / 100) for seed in range(1, 8)),
+    *(run(f"c{seed}", "noisy", seed, 0.80 + (seed % 2) / 10) for seed in range(3, 9)),
+    run("d1", "once", 1, 0.99),
+]
+
+
+def test_settings_are_compared_in_the_pairs_that_share_a_seed():
+    better, noisy = compare_seeds(RUNS, RUNS[0])
+    assert (better.series, better.pairs, better.metric) == ("better", 7, "acc %")
+    assert better.difference == pytest.approx(5)
+    assert better.deviation == pytest.approx(0, abs=1e-9)
+    assert better.p == 2 / 2**7
+    assert (noisy.series, noisy.pairs) == ("noisy", 6)
+    gaps = np.array([(seed % 2) * 10 - seed for seed in range(3, 9)])
+    assert noisy.difference == pytest.approx(gaps.mean())
+    assert noisy.p == pytest.approx(sign_flip_p(gaps))
+    assert [better.p_holm, noisy.p_holm] == pytest.approx(holm([better.p, noisy.p]))
+
+
+def test_what_cannot_be_compared_over_seeds_is_one_sentence():
+    with pytest.raises(UserError, match="no other setting shares two seeds with plain"):
+        compare_seeds([*RUNS[:8], RUNS[-1]], RUNS[0])
+    other = run("e1", "plain", 1, 0.5, model=MODEL.model_copy(update={"name": "large"}))
+    with pytest.raises(UserError, match="run e1000000 is of large on exam"):
+        compare_seeds([*RUNS, other], RUNS[0])
+
+
+def test_the_command_prints_the_table_and_its_numbers(tmp_path, capsys):
+    for one in RUNS:
+        Store(tmp_path).write(one, [], "")
+    place = ["--results-dir", str(tmp_path)]
+    assert main(["compare", "--seeds", "--baseline", "a1", *place]) == 0
+    assert "better" in capsys.readouterr().out
+    assert main(["compare", "--seeds", "--baseline", "a1", "--json", *place]) == 0
+    assert [row["series"] for row in json.loads(capsys.readouterr().out)] == ["better", "noisy"]
+    assert main(["compare", "--seeds", *place]) == 2
+    assert main(["compare", *place]) == 2
