@@ -37,12 +37,14 @@ MODULE_OF_CLASS = {
     "RaggedExperts": "bench.models.structure.ragged_experts",
     "GatedExpert": "bench.models.structure.ragged_experts",
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
+    "NoviceExperts": "methods.baselines.mone",
     "MaskedRouter": "methods.baselines.router_masks",
 }
 
 FORM_OF_CLASS = {
     "RaggedExperts": "ragged",
     "SharedBaseExperts": "shared_base",
+    "NoviceExperts": "novices",
 }
 """Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
 
