@@ -22,7 +22,7 @@ from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.model import Model, max_sequence_length
 from bench.models.network import NetworkConfig, embedded_ids, learned_positions
 from bench.models.source import ModelSource, resolve_model
-from bench.models.weight_files import read_json_object
+from bench.models.weight_files import read_json_object, weights_variant
 from bench.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         device_map=offload.device_map(config.device_map, device, lambda: skeleton(source)),
         offload_folder=folder,
         attn_implementation=config.attention,
+        variant=weights_variant(source.folder),
         # Pickled weights can run code when opened; transformers would fall back to them.
         use_safetensors=True,
         **_local_files(source),

@@ -166,9 +166,10 @@ class PackedLinear(nn.Linear):
         """Return the offsets of one block in float32, in which -scale · zero is exact."""
         if self.shape.grid == "offset":
             return self.offset[block.rows, block.groups].float()
-        if self.shape.grid == "symmetric":
-            return scale_rg * -(2 ** (block.bits - 1))
-        return scale_rg * -self.zero_point[block.rows, block.groups].float()
+        zero_rg = torch.full_like(scale_rg, 2 ** (block.bits - 1))
+        if self.shape.grid == "zero_point":
+            zero_rg = self.zero_point[block.rows, block.groups].float()
+        return -scale_rg * zero_rg
 
 
 def packed_linears(network: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
