@@ -169,7 +169,7 @@ class OutputMoments(NullObserver):
 
     def fluctuation(self) -> Tensor:
         """Return the 2-norm of the variances, float64 [E]."""
-        return torch.linalg.vector_norm(self.variances(), dim=1)
+        return self.variances().square().sum(1).sqrt()
 
 
 def novice_experts(block: MoEBlock, gone: list[int], constant_MD: Tensor) -> NoviceExperts:

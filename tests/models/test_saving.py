@@ -322,7 +322,7 @@ def test_a_width_that_other_layers_share_is_refused(tmp_path):
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_experts=4,
         num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2, attn_layer_period=2,
         attn_layer_offset=0, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4,
-        mamba_dt_rank=4, use_mamba_kernels=False,
+        mamba_dt_rank=4,
     )  # fmt: skip
     network = transformers.JambaForCausalLM(config).eval().requires_grad_(False)
     for block in inspect_model(network).moe:
