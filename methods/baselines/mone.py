@@ -28,7 +28,7 @@ from bench.models.replaced_modules import ModuleSpec, ReplacedModule
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.models.structure.ragged_experts import RaggedExperts
-from methods.moe.calibration_walk import (
+from methods.moe.calibration import (
     CalibratedPruning,
     NullObserver,
     require_finite,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.models.bitpacking.packed_shape import GridKind
-from methods.moe.calibration_statistics import Gram
+from methods.moe.calibration import Gram
 from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, quantize_groups
 
 # Attempts to factorize a Hessian; the damping grows tenfold after each failure.
