@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from bench.models.model import Model
     from bench.models.structure.model_structure import ModelStructure
 
-WeightForm = Literal["plain", "ragged", "packed", "shared_base"]
-"""How weights are stored: as published, in experts of different widths, quantized and packed, or as
-a base with low-rank differences."""
-ALL_FORMS: frozenset[WeightForm] = frozenset({"plain", "ragged", "packed", "shared_base"})
+WeightForm = Literal["plain", "ragged", "packed", "shared_base", "novices"]
+"""How weights are stored: as published, in experts of different widths, quantized and packed, as a
+base with low-rank differences, or with some experts as constants."""
+ALL_FORMS: frozenset[WeightForm] = frozenset(get_args(WeightForm))
 
 Effect = Literal["removed", "zeroed", "masked", "quantized", "skipped", "none"]
 

@@ -58,6 +58,7 @@ ALLOWED_HELP = (
     "packages=[...], hydra.searchpath=[...], model.trust_remote_code=true: code of others that may "
     "run, which no record can allow; model.path=FOLDER: the model's files on this machine"
 )
+ENGINE_HELP = "transformers, vllm or sglang, which then loads it without slimbench"
 AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
 
 
@@ -136,7 +137,8 @@ def _add_run_commands(command: AddCommand) -> None:
     export = command("export", "export:run_command", "write the model of a run as a folder")
     export.add_argument("run", metavar="RUN", help="a run id or a prefix of it")
     export.add_argument("folder", type=Path, metavar="DIR")
-    export.add_argument("--padded", action="store_true", help="pad experts for stock transformers")
+    export.add_argument("--for", dest="engine", metavar="ENGINE", help=ENGINE_HELP)
+    export.add_argument("--align", type=int, metavar="N", help="multiple of widths: 64 or 128")
     export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
     _add_allowed(export, ALLOWED_HELP)
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")

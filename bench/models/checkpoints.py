@@ -328,17 +328,22 @@ class Quantization:
 
     `method` is transformers' name of it; `bytes` counts the tensors in the files, scales and
     zero points included; `parameters` are those of the dense network, counted when it is built.
+    `mixed` says that layers outside the experts have several schemes.
     """
 
     method: str
     bytes: int
     quantizes_activations: bool = False
+    mixed: bool = False
     parameters: int = 0
 
     @property
     def dequantized(self) -> bool:
         """Whether the network computes with dense weights, dequantized when it is loaded."""
-        return self.method == "compressed-tensors" and not self.quantizes_activations
+        # transformers takes one scheme for all dense layers when it dequantizes; with several, it
+        # keeps them compressed, each by its own.
+        plain = not self.quantizes_activations and not self.mixed
+        return self.method == "compressed-tensors" and plain
 
     @property
     def loading_settings(self) -> dict[str, Any]:
@@ -373,9 +378,23 @@ def find_quantization(folder: Path, files: tuple[Path, ...]) -> Quantization | N
     if find_spec(package) is None:
         raise UserError(f"{folder} is quantized by {method}: pip install {install}")
     groups = stored.get("config_groups")
-    schemes = groups.values() if isinstance(groups, dict) else ()
-    activations = any(isinstance(s, dict) and s.get("input_activations") for s in schemes)
-    return Quantization(method, sum(map(_tensor_bytes, files)), activations)
+    schemes = (
+        [s for s in groups.values() if isinstance(s, dict)] if isinstance(groups, dict) else []
+    )
+    activations = any(scheme.get("input_activations") for scheme in schemes)
+    return Quantization(method, sum(map(_tensor_bytes, files)), activations, _is_mixed(schemes))
+
+
+def _is_mixed(schemes: list[dict[str, Any]]) -> bool:
+    """Tell whether dequantizing on loading would read a layer by the scheme of another one."""
+    # transformers takes the first scheme that names experts for theirs, and the first other one for
+    # all other layers (`transformers.integrations.compressed_tensors`).
+    of_experts = [scheme for scheme in schemes if "experts" in str(scheme.get("targets"))]
+    others = [scheme for scheme in schemes if scheme not in of_experts]
+    dense = (others or schemes)[:1]
+    return any(
+        scheme.get("weights") != dense[0].get("weights") for scheme in [*others, *of_experts[1:]]
+    )
 
 
 def _tensor_bytes(file: Path) -> int:

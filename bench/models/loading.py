@@ -27,7 +27,7 @@ from bench.models.source import (
     is_state_dict,
     resolve_model,
 )
-from bench.models.weight_files import read_json_object
+from bench.models.weight_files import read_json_object, weights_variant
 from bench.schema import ModelConfig
 from bench.ui import note
 
@@ -249,6 +249,7 @@ def _load_network(source: ModelSource, device: torch.device) -> nn.Module:
         device_map=offload.device_map(config.device_map, device, lambda: skeleton(source)),
         offload_folder=folder,
         attn_implementation=_attention(config, network_config),
+        variant=weights_variant(source.folder),
         # Pickled weights can run code when opened; transformers would fall back to them.
         use_safetensors=True,
         **_local_files(source),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Forward = Callable[..., Any]
 
@@ -30,6 +30,7 @@ class TransformersNetwork(Protocol):
 
     config: NetworkConfig
     dtype: torch.dtype
+    generation_config: Any
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings."""
@@ -40,7 +41,14 @@ class TransformersNetwork(Protocol):
     def get_decoder(self) -> nn.Module:
         """Return the decoder of text, without its head."""
 
-    def save_pretrained(self, folder: Path, *, save_original_format: bool = True) -> None:
+    def save_pretrained(
+        self,
+        folder: Path,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        variant: str | None = None,
+        save_original_format: bool = True,
+    ) -> None:
         """Write config and weights; the original format has the checkpoint's own names."""
 
 

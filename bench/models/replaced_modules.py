@@ -37,12 +37,14 @@ MODULE_OF_CLASS = {
     "RaggedExperts": "bench.models.structure.ragged_experts",
     "GatedExpert": "bench.models.structure.ragged_experts",
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
+    "NoviceExperts": "methods.baselines.mone",
     "MaskedRouter": "methods.baselines.router_masks",
 }
 
 FORM_OF_CLASS = {
     "RaggedExperts": "ragged",
     "SharedBaseExperts": "shared_base",
+    "NoviceExperts": "novices",
 }
 """Forms of weights, as methods name them, by replaced module; a masked router's are plain."""
 
@@ -102,10 +104,17 @@ def describe_network(network: nn.Module) -> Description | None:
 
 def weight_forms(network: nn.Module) -> set[str]:
     """Return the forms that the weights of a network have besides the published one."""
-    names = {type(module).__name__ for module in network.modules()}
-    forms = {form for name, form in FORM_OF_CLASS.items() if name in names}
     packed = next(packed_modules.packed_linears(network), None) is not None
-    return forms | ({"packed"} if packed else set())
+    return _outermost_forms(network) | ({"packed"} if packed else set())
+
+
+def _outermost_forms(module: nn.Module) -> set[str]:
+    """Return the form of a replaced module, or of those inside a module that is none."""
+    # Experts with constants hold ragged ones, which no method can find in them.
+    form = FORM_OF_CLASS.get(type(module).__name__)
+    if form is not None:
+        return {form}
+    return {form for child in module.children() for form in _outermost_forms(child)}
 
 
 def write_description(description: Description, folder: Path) -> None:

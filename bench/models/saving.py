@@ -1,19 +1,23 @@
 """Export of a network as a Hugging Face folder, in the plainest format that can hold it.
 
 `stock`: as published, or with one width for all experts, so that transformers loads it. `padded`:
-the same for experts of different widths, zero-padded to the widest. `slimbench`: as in memory,
-ragged or packed, with a `slimbench.json` that `bench.models.loading` reads. `classifier`: an image
-classifier's own config and weights, and on request an ONNX file. All weights are safetensors.
+the same for experts of different widths, zero-padded to the widest. `compressed-tensors`: packed
+weights as engines read them. `slimbench`: as in memory, ragged or packed, with a `slimbench.json`
+that `bench.models.loading` reads. `classifier`: an image classifier's own config and weights, and
+on request an ONNX file. All weights are safetensors.
 
-Padding does not change the outputs: a micro-expert of zeros computes act(0) · 0 = 0.
+What transformers cannot build it must not load in part: the weights of a `slimbench` folder are in
+`model.slimbench.safetensors`, which it looks for only when asked, and the architecture that
+config.json names is one that no engine has.
 """
 
 from __future__ import annotations
 
-import copy
+import json
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import torch
 from torch import nn
@@ -22,27 +26,90 @@ from bench.errors import UserError
 from bench.models import replaced_modules
 from bench.models.classifiers import classifier, serialization
 from bench.models.model import Model
-from bench.models.network import NetworkConfig, TransformersNetwork
+from bench.models.network import TransformersNetwork
 from bench.models.offload import is_offloaded
-from bench.models.structure.model_structure import ModelStructure, inspect_model
-from bench.models.structure.moe_block import MoEBlock
+from bench.models.serving.compressed_tensors import (
+    CompressedNetwork,
+    plan_compressed,
+    save_compressed,
+)
+from bench.models.serving.engines import ENGINES, Engine
+from bench.models.serving.expert_widths import (
+    ExpertWidths,
+    all_experts_have,
+    common_widths,
+    layer_of_same_field,
+    meta_network,
+    network_shape,
+    padded_network,
+    save_shell,
+)
+from bench.models.structure.model_structure import inspect_model
+from bench.models.weight_files import OWN_VARIANT
 
-ExportFormat = Literal["stock", "padded", "slimbench", "classifier"]
+ExportFormat = Literal["stock", "padded", "compressed-tensors", "slimbench", "classifier"]
 
 
-def save_model(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> ExportFormat:
+@dataclass(frozen=True)
+class Removal:
+    """Shares of the expert weights of the published shape that a run and a folder do without."""
+
+    by_run: Fraction
+    in_folder: Fraction
+    widths: ExpertWidths
+    narrowest: int
+    widest: int
+
+    def __str__(self) -> str:
+        saved = f"{float(self.in_folder):.1%} of the expert weights"
+        if self.narrowest == self.widths.routed:
+            return f"all experts are {self.widths.routed} wide: the folder does without {saved}"
+        return (
+            f"experts of {self.narrowest} to {self.widest} micro-experts are stored "
+            f"{self.widths.routed} wide: the folder does without {saved}, the run without "
+            f"{float(self.by_run):.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """How a network is to be written; everything that can be refused has been."""
+
+    form: ExportFormat
+    description: replaced_modules.Description | None = None
+    widths: ExpertWidths | None = None
+    removal: Removal | None = None
+    compressed: CompressedNetwork | None = None
+    onnx: bool = False
+
+
+def save_model(
+    model: Model, folder: Path, engine: Engine | None = None, *, onnx: bool = False
+) -> ExportFormat:
     """Write network and tokenizer or processor to a folder, and return the format.
 
-    With `pad`, ragged experts are zero-padded so that stock transformers loads them. With `onnx`,
-    an image classifier is written as ONNX as well.
+    For an `engine`, experts get one width in the engine's multiples, and packed weights are written
+    as compressed-tensors. With `onnx`, an image classifier is written as ONNX as well.
 
     Raises:
         UserError: no format can hold the network, it is offloaded, or the requested format does not
             exist for its kind of model.
     """
+    plan = plan_export(model, engine, onnx=onnx)
+    write_model(model, folder, plan)
+    return plan.form
+
+
+def plan_export(model: Model, engine: Engine | None = None, *, onnx: bool = False) -> ExportPlan:
+    """Decide how a network is written, before anything is; see `save_model`."""
     network = model.network
     if isinstance(network, classifier.Classifier):
-        return _save_classifier(network, folder, pad=pad, onnx=onnx)
+        if engine is not None:
+            raise UserError(
+                f"--for {engine.name} is for language models; {network.config.architecture} is an "
+                "image classifier"
+            )
+        return ExportPlan("classifier", onnx=onnx)
     if onnx:
         raise UserError(f"--onnx is for image classifiers; {model.structure.architecture} is none")
     if model.quantization is not None:
@@ -56,55 +123,133 @@ def save_model(model: Model, folder: Path, *, pad: bool, onnx: bool = False) -> 
     # Before the first byte is written: a folder that loads as a different network is worse than
     # none.
     refuse_unsavable(network, description)
-    form = "stock" if description is None else _replaced_format(model, description, pad=pad)
-    (model.processor or model.tokenizer).save_pretrained(folder)
-    whole = cast(TransformersNetwork, network)
+    if engine is not None:
+        return _plan_for_engine(model, description, engine)
     if description is None:
-        whole.save_pretrained(folder)
-    elif form == "slimbench":
-        # By default, transformers converts fused experts back to the checkpoint's per-expert names,
-        # a mapping that does not know ragged or packed weights.
-        whole.save_pretrained(folder, save_original_format=False)
-        replaced_modules.write_description(description, folder)
-    else:
-        padded = padded_network(network, model.structure, common_widths(whole, model.structure))
-        cast(TransformersNetwork, padded).save_pretrained(folder)
-    return form
-
-
-def _save_classifier(
-    network: classifier.Classifier, folder: Path, *, pad: bool, onnx: bool
-) -> ExportFormat:
-    """Write an image classifier, whose config describes its full shape."""
-    if pad:
-        raise UserError(f"--padded is for MoE models; {network.config.architecture} has no experts")
-    serialization.save_classifier(network, folder)
-    if onnx:
-        serialization.save_onnx(network, folder)
-    return "classifier"
-
-
-def _replaced_format(
-    model: Model, description: replaced_modules.Description, *, pad: bool
-) -> ExportFormat:
-    """Return the plainest format that holds a network with replaced or packed modules."""
-    if any(description["packed"].values()):
-        if pad:
-            raise UserError("packed weights cannot be padded: leave out --padded")
-        return "slimbench"
-    # Experts in a form of their own (a shared base, a masked router) have no widths to compare.
-    stored = {spec["class"] for spec in description["modules"].values()}
-    if not stored <= PADDABLE_CLASSES or not model.structure.blocks:
-        if pad:
-            names = ", ".join(sorted(stored))
-            raise UserError(f"{names} cannot be padded: leave out --padded")
-        return "slimbench"
+        return ExportPlan("stock")
     # Equal widths need no description: the config can state them, and the folder stays loadable
     # without slimbench.
-    widths = common_widths(cast(TransformersNetwork, model.network), model.structure)
-    if all_experts_have(model.structure, widths):
-        return "stock"
-    return "padded" if pad else "slimbench"
+    widths = _common_widths(model, description, 1)
+    if widths is not None and _is_stock(model, widths):
+        return ExportPlan("stock", description, widths)
+    return ExportPlan("slimbench", description)
+
+
+def _is_stock(model: Model, widths: ExpertWidths) -> bool:
+    """Whether all experts have these widths and transformers can state and compute them."""
+    return (
+        all_experts_have(model.structure, widths)
+        and widths.routed % ENGINES["transformers"].multiple == 0
+        and layer_of_same_field(cast(TransformersNetwork, model.network), widths) is None
+    )
+
+
+def _plan_for_engine(
+    model: Model, description: replaced_modules.Description | None, engine: Engine
+) -> ExportPlan:
+    """Plan a folder that an engine loads without code of ours or of the model's."""
+    network = cast(TransformersNetwork, model.network)
+    if not type(network).__module__.startswith("transformers."):
+        raise UserError(
+            f"{type(network).__name__} is not in transformers, so that {engine.name} would need "
+            "custom code for it: export without --for"
+        )
+    if description is not None and any(description["packed"].values()):
+        if not _modules_of(description) <= PADDABLE_CLASSES:
+            _refuse_modules(description, engine)
+        found = plan_compressed(network, model.structure, engine)
+        return ExportPlan("compressed-tensors", description, compressed=found)
+    if description is None:
+        return ExportPlan("stock")
+    widths = _common_widths(model, description, engine.multiple)
+    if widths is None:
+        _refuse_modules(description, engine)
+    removal = _removal(network, model, widths)
+    form: ExportFormat = "stock" if all_experts_have(model.structure, widths) else "padded"
+    return ExportPlan(form, description, widths, removal)
+
+
+def _modules_of(description: replaced_modules.Description) -> set[str]:
+    """Return the classes of a network's replaced modules."""
+    return {spec["class"] for spec in description["modules"].values()}
+
+
+def _refuse_modules(description: replaced_modules.Description, engine: Engine) -> NoReturn:
+    found = _modules_of(description)
+    names = ", ".join(sorted(found - PADDABLE_CLASSES or found))
+    raise UserError(f"{engine.name} has no {names}, which this run made: export without --for")
+
+
+def _common_widths(
+    model: Model, description: replaced_modules.Description, multiple: int
+) -> ExpertWidths | None:
+    """Return the widths of experts in a config; None if the network is not one of experts."""
+    # Experts in a form of their own (a shared base, a masked router) have no widths to compare.
+    own_form = any(description["packed"].values())
+    own_form |= not _modules_of(description) <= PADDABLE_CLASSES
+    if own_form or not model.structure.blocks:
+        return None
+    network = cast(TransformersNetwork, model.network)
+    return common_widths(network.config, model.structure, multiple)
+
+
+def _removal(network: TransformersNetwork, model: Model, widths: ExpertWidths) -> Removal:
+    """Return what is removed, as shares of the shape that the network's config still states.
+
+    Raises:
+        UserError: a width that the engine takes is wider than the published one.
+    """
+    published = inspect_model(meta_network(network.config, network.dtype))
+    widest = max(width for block in published.moe for width in block.widths)
+    if widths.routed > widest:
+        raise UserError(
+            f"the published experts are {widest} wide, less than the {widths.routed} to which "
+            "their width would be aligned: export --for transformers, or without --for"
+        )
+    served = inspect_model(network_shape(network, widths)).moe_parameters
+    own = [width for block in model.structure.moe for width in block.widths]
+    return Removal(
+        1 - Fraction(model.structure.moe_parameters, published.moe_parameters),
+        1 - Fraction(served, published.moe_parameters),
+        widths,
+        min(own),
+        max(own),
+    )
+
+
+def write_model(model: Model, folder: Path, plan: ExportPlan) -> None:
+    """Write network and tokenizer or processor as planned."""
+    network = model.network
+    if isinstance(network, classifier.Classifier):
+        serialization.save_classifier(network, folder)
+        if plan.onnx:
+            serialization.save_onnx(network, folder)
+        return
+    (model.processor or model.tokenizer).save_pretrained(folder)
+    whole = cast(TransformersNetwork, network)
+    if plan.compressed is not None:
+        save_compressed(whole, plan.compressed, folder)
+    elif plan.widths is not None:
+        padded = padded_network(whole, model.structure, plan.widths)
+        save_shell(padded, whole, folder)
+    elif plan.description is None:
+        whole.save_pretrained(folder)
+    else:
+        _write_own_format(whole, folder, plan.description)
+
+
+def _write_own_format(
+    network: TransformersNetwork, folder: Path, description: replaced_modules.Description
+) -> None:
+    # By default, transformers converts fused experts back to the checkpoint's per-expert names, a
+    # mapping that does not know ragged or packed weights.
+    network.save_pretrained(folder, variant=OWN_VARIANT, save_original_format=False)
+    replaced_modules.write_description(description, folder)
+    # Engines choose their own class by this name, and would load what they know of the weights.
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["architectures"] = [f"Slimbench{type(network).__name__}"]
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
@@ -131,107 +276,3 @@ def refuse_unsavable(network: nn.Module, description: replaced_modules.Descripti
 
 # Replaced modules that a published network with wider experts can stand for.
 PADDABLE_CLASSES = {"RaggedExperts", "GatedExpert"}
-
-# transformers' grouped matmuls need rows of whole 16 bytes, that is 8 half-precision numbers.
-WIDTH_MULTIPLE = 8
-
-
-@dataclass(frozen=True)
-class ExpertWidths:
-    """Widths in a config: of every routed expert, and of all shared experts together."""
-
-    routed: int
-    shared: int
-
-
-def common_widths(network: TransformersNetwork, structure: ModelStructure) -> ExpertWidths:
-    """Return the smallest widths that hold every expert, fit the config's fields, and run."""
-    config = network.config
-    # A width of 0 is no valid config, so a block whose experts are all empty gets one zero
-    # micro-expert.
-    routed = max((1, *(width for block in structure.moe for width in block.widths)))
-    shared = max((block.d_shared for block in structure.moe), default=0)
-    # DeepSeek's config has no separate width for shared experts: they are `n_shared_experts` times
-    # as wide as a routed one, so one width has to satisfy both.
-    count = getattr(config, "n_shared_experts", None)
-    if count:
-        routed = max(routed, -(-shared // count))
-    routed = -(-routed // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    if count:
-        shared = count * routed
-    elif hasattr(config, "shared_expert_intermediate_size"):
-        shared = max(1, shared)
-    return ExpertWidths(routed, shared)
-
-
-def all_experts_have(structure: ModelStructure, widths: ExpertWidths) -> bool:
-    """Whether every expert already has these widths, so that no padding is needed."""
-    return all(
-        set(block.widths) == {widths.routed} and block.d_shared == widths.shared
-        for block in structure.moe
-    )
-
-
-@torch.no_grad()
-def padded_network(
-    network: nn.Module, structure: ModelStructure, widths: ExpertWidths
-) -> nn.Module:
-    """Return a network of the published class, with every expert padded to the widths.
-
-    All weights except the experts' are shared with `network`, and non-persistent buffers have no
-    value: the result is for saving, not for running.
-    """
-    whole = cast(TransformersNetwork, network)
-    shell = meta_network(_config_with_widths(whole.config, widths), whole.dtype)
-    # `assign` shares the tensors instead of copying into meta tensors, which have no storage;
-    # `strict=False` leaves out the experts, which are filled next.
-    shell.load_state_dict(_non_expert_state(network, structure), strict=False, assign=True)
-    for target, source in zip(inspect_model(shell).moe, structure.moe, strict=True):
-        _fill_block(target, source)
-    return shell
-
-
-def meta_network(config: NetworkConfig, dtype: torch.dtype) -> nn.Module:
-    """Build a network of the shape in a config, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    return cast(nn.Module, network)
-
-
-def _config_with_widths(config: NetworkConfig, widths: ExpertWidths) -> NetworkConfig:
-    """Return a copy of the config with the widths, under its architecture's field names."""
-    changed = copy.deepcopy(config)
-    own = "moe_intermediate_size"
-    setattr(changed, own if hasattr(config, own) else "intermediate_size", widths.routed)
-    if hasattr(config, "shared_expert_intermediate_size"):
-        setattr(changed, "shared_expert_intermediate_size", widths.shared)  # noqa: B010
-    return changed
-
-
-def _non_expert_state(network: nn.Module, structure: ModelStructure) -> dict[str, torch.Tensor]:
-    """Return the state of everything except routed and shared experts."""
-    # By identity, not by name: names of experts differ between architectures. `keep_vars` returns
-    # the parameters themselves, without which identities would be those of detached copies.
-    ours = {id(weight) for block in structure.moe for weight in block.experts.parameters()}
-    for block in structure.moe:
-        ours |= {id(weight) for weight in block.shared.parameters()} if block.shared else set()
-    state = network.state_dict(keep_vars=True)
-    return {key: weight.detach() for key, weight in state.items() if id(weight) not in ours}
-
-
-def _fill_block(target: MoEBlock, source: MoEBlock) -> None:
-    """Allocate a block's experts and copy another block's weights, zeros elsewhere."""
-    # The experts themselves may be empty (all widths 0), the router never is.
-    device = next(source.router.parameters()).device
-    for part in (target.experts, target.shared):
-        if part is not None:
-            part.to_empty(device=device)
-            for weight in part.parameters():
-                weight.zero_()
-    pairs = [(target.expert(e), source.expert(e)) for e in range(source.num_experts)]
-    shared = (target.shared_view(), source.shared_view())
-    for wide, narrow in (*pairs, shared):
-        if wide is not None and narrow is not None:
-            wide.copy_(narrow)

@@ -18,6 +18,8 @@ from bench.errors import UserError
 ADAPTER_CONFIG = "adapter_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OWN_VARIANT = "slimbench"
+"""Variant of weights, in the sense of transformers, that stock transformers is not to load."""
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 # The reference implementation's limit; it stops a corrupt length from allocating the memory.
@@ -35,11 +37,13 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     refuse_outside_links(folder)
     _refuse_further_weights(folder)
     # In this order, as transformers does: next to the single file, shards and their index are not
-    # read. Variants (model.fp16.safetensors) and subfolders are read only on request.
-    if (folder / SINGLE_FILE).is_file():
-        files: tuple[Path, ...] = (folder / SINGLE_FILE,)
-    elif (folder / INDEX_FILE).is_file():
-        files = _indexed_shards(folder)
+    # read. Variants (model.fp16.safetensors) and subfolders are read only on request, which for our
+    # own is `weights_variant`.
+    single, index = weight_names(weights_variant(folder))
+    if (folder / single).is_file():
+        files: tuple[Path, ...] = (folder / single,)
+    elif (folder / index).is_file():
+        files = _indexed_shards(folder / index)
     else:
         raise UserError(_no_weights_message(folder))
     tensors, config = sum(map(check_header, files)), folder / "config.json"
@@ -47,6 +51,19 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
         bits = 8 * sum(file.stat().st_size for file in files)
         _refuse_impossible_sizes(read_json_object(config), str(config), tensors=tensors, bits=bits)
     return files
+
+
+def weight_names(variant: str | None) -> tuple[str, str]:
+    """Return the names of the single weight file of a variant, and of an index of shards."""
+    if variant is None:
+        return SINGLE_FILE, INDEX_FILE
+    return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Return the variant of weights with which transformers loads a folder; usually None."""
+    own = any((folder / name).is_file() for name in weight_names(OWN_VARIANT))
+    return OWN_VARIANT if own else None
 
 
 def _refuse_further_weights(folder: Path) -> None:
@@ -127,25 +144,24 @@ def check_header(file: Path) -> int:
     return len(spans)
 
 
-def _indexed_shards(folder: Path) -> tuple[Path, ...]:
-    """Return the shards named by the index."""
+def _indexed_shards(index: Path) -> tuple[Path, ...]:
+    """Return the shards named by an index."""
+    folder = index.parent
     try:
-        named = read_json_object(folder / INDEX_FILE)["weight_map"].values()
+        named = read_json_object(index)["weight_map"].values()
         names = sorted({str(name) for name in named})
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder / INDEX_FILE} is corrupt: it has no readable weight_map"
-        ) from None
+        raise UserError(f"{index} is corrupt: it has no readable weight_map") from None
     for name in names:
         # The index is untrusted input, too: `../x.safetensors` would leave the folder without a
         # link.
         if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{folder / INDEX_FILE} names {name!r}, which is outside its folder")
+            raise UserError(f"{index} names {name!r}, which is outside its folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {missing[0]}")
     if any(not name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder / INDEX_FILE} names files that are not safetensors")
+        raise UserError(f"{index} names files that are not safetensors")
     return tuple(folder / name for name in names)
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bench.records import Record
 from bench.ui import clean
 
-LOAD_WITH_TRANSFORMERS = """\
-Loads in transformers:
+LOAD_WITH_ENGINES = """\
+Loads, without custom code, with each of:
 
-    AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+{lines}
 """
 PADDED_NOTE = """\
 Experts of different widths are padded with zeros to the widest one, so this folder and the loaded
 model are larger than the remaining weights. The outputs are the same.
+"""
+COMPRESSED_NOTE = """\
+The weights are packed as compressed-tensors (`pip install compressed-tensors`); `config.json` says
+which modules have how many bits.
 """
 LOAD_WITH_SLIMBENCH = """\
 Loads with slimbench; stock transformers cannot build it:
@@ -40,15 +46,29 @@ UNKNOWN_CLASS_NOTE = "Its architecture is not in transformers."
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def model_card(record: Record, form: str, *, stock: bool) -> str:
-    """Return the model card of a run exported in a format of `bench.models.saving`.
+@dataclass(frozen=True)
+class Contents:
+    """What is in an exported folder: a format of `bench.models.saving`, and bytes of weight files.
 
-    `stock` tells whether transformers has the network's class.
+    `removal` says how one width for all experts changed what the run had removed.
+    """
+
+    form: str
+    bytes: int
+    removal: str | None = None
+
+
+def model_card(record: Record, contents: Contents, loading: Sequence[str], *, stock: bool) -> str:
+    """Return the model card of an exported run.
+
+    `loading` are the commands of the engines that load it, and `stock` tells whether transformers
+    has the network's class.
     """
     parts = (
         _front_matter(record),
         f"# {_code(f'{record.model.name}: {record.label}')}\n",
-        _loading_section(form, stock),
+        _loading_section(contents.form, loading, stock),
+        _size_section(record, contents),
         _provenance_section(record),
     )
     return "\n".join(parts)
@@ -63,17 +83,32 @@ def _front_matter(record: Record) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-def _loading_section(form: str, stock: bool) -> str:
+def _size_section(record: Record, contents: Contents) -> str:
+    lines = [f"- weight files: {contents.bytes:,} bytes"]
+    if contents.removal is not None:
+        lines.append(f"- {contents.removal}")
+    measured = {"parameters": "parameters in memory", "bytes": "bytes of weights in memory"}
+    for quantity, words in measured.items():
+        cost = record.cost(quantity)
+        if cost is not None:
+            lines.append(f"- {words}, measured in the run: {int(cost.value):,}")
+    dense = f"- parameters before any method: {record.model.parameters:,}"
+    return "\n".join(["## Size", "", *lines, dense, ""])
+
+
+def _loading_section(form: str, loading: Sequence[str], stock: bool) -> str:
     if form == "classifier":
         return LOAD_CLASSIFIER
     # Replaced modules need slimbench even where transformers has the network's class, so the format
     # is checked before `stock`.
     if form == "slimbench":
         return LOAD_WITH_SLIMBENCH.format(why=REPLACED_MODULES_NOTE)
-    loading = (
-        LOAD_WITH_TRANSFORMERS if stock else LOAD_WITH_SLIMBENCH.format(why=UNKNOWN_CLASS_NOTE)
-    )
-    return f"{loading}\n{PADDED_NOTE}" if form == "padded" else loading
+    if not stock:
+        return LOAD_WITH_SLIMBENCH.format(why=UNKNOWN_CLASS_NOTE)
+    lines = "\n".join(f"    {line}" for line in loading)
+    notes = {"padded": PADDED_NOTE, "compressed-tensors": COMPRESSED_NOTE}
+    text = LOAD_WITH_ENGINES.format(lines=lines)
+    return f"{text}\n{notes[form]}" if form in notes else text
 
 
 def _provenance_section(record: Record) -> str:
@@ -96,9 +131,6 @@ def _provenance_section(record: Record) -> str:
         knobs = json.dumps(method.config, indent=1)
         head = f"### {_code(method.name)}: weights {method.confirmed_effect}"
         lines += ["", head, "", "```json", knobs, "```"]
-    parameters = record.cost("parameters")
-    if parameters is not None:
-        lines += ["", f"Parameters in memory: {int(parameters.value):,}."]
     return "\n".join([*lines, ""])
 
 

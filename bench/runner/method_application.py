@@ -193,6 +193,7 @@ FORM_WORDS = {
     "ragged": "experts of different widths",
     "packed": "quantized already",
     "shared_base": "differences from a shared base",
+    "novices": "constants in place of experts",
 }
 
 

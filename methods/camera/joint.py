@@ -58,12 +58,13 @@ class CameraPQ(MoEQuantization):
 
     The choice minimises the summed error of replacing each micro-expert alone, which at 0 bits is
     its energy at α = 0. `budget_bits` is the mean bits per routed weight, scales and offsets
-    included. The budget holds per `layer`, each measured on the outputs of the quantized layers
-    before it, or with scope `global` over all layers together, measured in one pass before anything
-    changes. `block` is as in CAMERA-Q.
+    included; grids are of kind `offset`, which 1 bit needs. The budget holds per `layer`, each
+    measured on the outputs of the quantized layers before it, or with scope `global` over all
+    layers together, measured in one pass before anything changes. `block` is as in CAMERA-Q.
     """
 
     bits: BitChoicesOrZero = (4, 3, 2, 1, 0)
+    grid: Literal["offset"] = "offset"
     budget_bits: float = Field(default=2.25, gt=0, allow_inf_nan=False)
     scope: Literal["layer", "global"] = "layer"
     block: int | None = Field(default=None, ge=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from torch import Tensor
 from bench.method import Context, MethodReport
 from bench.models.model import Model
 from bench.models.offload import onloaded
+from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.camera.allocation import allocate_least_error
@@ -28,7 +30,14 @@ from methods.moe.micro_experts import (
     per_expert_counts,
 )
 from methods.moe.pruning import LayerEntry, MicroExpertPruning, refuse_packed, require_calibration
-from methods.moe.ranking import energy_share, lowest, lowest_overall, lowest_per_expert
+from methods.moe.ranking import (
+    aligned_losses,
+    energy_share,
+    lowest,
+    lowest_of_each,
+    lowest_overall,
+    lowest_per_expert,
+)
 
 # Below the power of any output computed in float32; keeps 0 / 0 out for a block without output.
 MIN_OUTPUT_POWER = 1e-300
@@ -42,8 +51,10 @@ class CameraP(MicroExpertPruning, SequentialPruning):
 
     `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
     `expert`, or over the whole model (`global`: energies relative to the output power of their
-    block; not in the paper). `sequential` prunes a layer before the next is measured (the official
-    order). `normalised` replaces the sum over tokens by their mean.
+    block; not in the paper). With `scope=expert`, `aligned` makes every expert keep one width, the
+    multiple of `align` nearest to the ratio, which inference engines serve without padding; the
+    report has the ratio that this is. `sequential` prunes a layer before the next is measured (the
+    official order). `normalised` replaces the sum over tokens by their mean.
 
     `state` says how micro-experts are removed: `zeroed` as in the paper, or `removed`, which
     computes the same function without storing the weights. The remaining width of an expert is
@@ -60,10 +71,19 @@ class CameraP(MicroExpertPruning, SequentialPruning):
     normalised: bool = False
     state: Literal["zeroed", "removed"] = "removed"
     align: int = Field(default=8, ge=1)
+    aligned: bool = False
     refit: bool = False
     refit_damping: float = Field(default=1e-4, gt=0)
     allocation: Literal["uniform", "least_error"] = "uniform"
     layer_limit: float = Field(default=0.9, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_aligned(self) -> Self:
+        if self.aligned and self.scope != "expert":
+            raise ValueError("aligned makes all experts of one width: set scope=expert")
+        if self.aligned and self.allocation != "uniform":
+            raise ValueError("aligned leaves no budget to allocate: set allocation=uniform")
+        return self
 
     @model_validator(mode="after")
     def _check_global_scope(self) -> Self:
@@ -80,6 +100,13 @@ class CameraP(MicroExpertPruning, SequentialPruning):
                 "scope=global divides the budget among layers itself: set allocation=uniform"
             )
         return self
+
+    def budgets(self, structure: ModelStructure) -> list[int]:
+        """Return the number of micro-experts to remove per block, to whole widths if `aligned`."""
+        if not self.aligned:
+            return super().budgets(structure)
+        share = self.share(structure)
+        return [sum(aligned_losses(b, share, self.align)) for b in self.blocks(structure)]
 
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, rank and prune; the report holds what was removed from every layer."""
@@ -105,7 +132,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         self, model: Model, tokens_BL: Tensor, alpha: float, progress: Progress
     ) -> Iterator[LayerEntry]:
         """Prune every block by its own ranking, as soon as it is measured."""
-        budgets = self.budgets(model.structure)
+        budgets, share = self.budgets(model.structure), self.share(model.structure)
         if self.allocation == "least_error":
             # Measured on the unpruned model, with a pass of its own: layer budgets have to be known
             # before the first layer is pruned.
@@ -113,7 +140,8 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         measured = self.observe_blocks(model, tokens_BL, self._observer, progress)
         for (block, found), budget in zip(measured, budgets, strict=True):
             energy_N = found.energies(alpha, normalised=self.normalised)
-            yield self._prune_block(found, energy_N, self._lowest(block, energy_N, budget))
+            indices = self._lowest(block, energy_N, budget, share)
+            yield self._prune_block(found, energy_N, indices)
 
     def _prune_globally(
         self, model: Model, tokens_BL: Tensor, alpha: float, progress: Progress
@@ -151,12 +179,15 @@ class CameraP(MicroExpertPruning, SequentialPruning):
     def _observer(self, block: MoEBlock) -> BlockEnergies:
         return BlockEnergies(block, ExpertGrams(block) if self.refit else None)
 
-    def _lowest(self, block: MoEBlock, energy_N: Tensor, budget: int) -> Tensor:
+    def _lowest(self, block: MoEBlock, energy_N: Tensor, budget: int, share: Fraction) -> Tensor:
         """Return the flat indices to remove from one block."""
         if self.scope == "layer":
             return lowest(energy_N, budget)
         # Scope `expert`; `global` never comes here.
-        return lowest_per_expert(energy_N, [place for _, place in expert_spans(block)], budget)
+        spans = [place for _, place in expert_spans(block)]
+        if self.aligned:
+            return lowest_of_each(energy_N, spans, aligned_losses(block, share, self.align))
+        return lowest_per_expert(energy_N, spans, budget)
 
     def _prune_block(self, found: BlockEnergies, energy_N: Tensor, indices: Tensor) -> LayerEntry:
         """Refit and prune one block; return its report entry."""

@@ -6,7 +6,9 @@ same on every device and in every run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -29,12 +31,38 @@ def lowest_per_expert(energy_N: Tensor, spans: Sequence[slice], count: int) -> T
     the whole layer.
     """
     widths = [span.stop - span.start for span in spans]
-    shares = apportion(widths, count)
+    return lowest_of_each(energy_N, spans, apportion(widths, count))
+
+
+def lowest_of_each(energy_N: Tensor, spans: Sequence[slice], losses: Sequence[int]) -> Tensor:
+    """Return the flat indices of the lowest energies of each expert, as many as it loses."""
     chosen = [
-        span.start + lowest(energy_N[span], share)
-        for span, share in zip(spans, shares, strict=True)
+        span.start + lowest(energy_N[span], loss) for span, loss in zip(spans, losses, strict=True)
     ]
     return torch.cat(chosen)
+
+
+def aligned_losses(block: MoEBlock, share: Fraction, align: int) -> list[int]:
+    """Return how many micro-experts each expert loses so that all keep one multiple of `align`.
+
+    In flat order. Routed experts keep the multiple nearest to what `share` leaves of the widest,
+    at least one, and no more than they have. Shared experts that are c times as wide keep c times
+    as many, since configs of that kind (DeepSeek) state one width for both; others keep a multiple
+    of their own.
+    """
+    widest = max(block.widths)
+    kept = _nearest_multiple((1 - share) * widest, align)
+    losses = [max(0, width - kept) for width in block.widths]
+    if block.shared is None:
+        return losses
+    times, rest = divmod(block.d_shared, widest)
+    own = _nearest_multiple((1 - share) * block.d_shared, align) if rest else times * kept
+    return [max(0, block.d_shared - own), *losses]
+
+
+def _nearest_multiple(size: Fraction, align: int) -> int:
+    """Return the multiple of `align` nearest to a size, the larger of two, at least `align`."""
+    return align * max(1, math.floor(size / align + Fraction(1, 2)))
 
 
 def lowest_overall(energies: Sequence[Tensor], count: int) -> list[Tensor]:

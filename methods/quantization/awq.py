@@ -27,6 +27,7 @@ from torch.func import functional_call
 from bench.data.calibration import Calibration
 from bench.errors import UserError
 from bench.method import Context, LayerReport, MethodReport
+from bench.models.bitpacking.packed_shape import GridKind
 from bench.models.model import Model
 from bench.models.offload import LayerStream
 from bench.models.structure.dense_layer import (
@@ -106,7 +107,7 @@ class Awq(Rtn):
                 bits = {linear: self._bits_of(linear, layer) for linear in _linears(layer)}
                 bits = {linear: b for linear, b in bits.items() if b != UNQUANTIZED_BITS}
                 observed = observe_layer(stream, index, list(bits), tokens_BL.numel())
-                search = ScaleSearch(bits, self.group, self.clip)
+                search = ScaleSearch(bits, self.group, self.clip, self.grid)
                 yield scale_layer(layer, observed, search, clip_weights=self.clip_weights)
 
     def _bits_of(self, linear: nn.Module, layer: nn.Module) -> int:
@@ -210,10 +211,11 @@ class ScaleSearch:
     bits: dict[nn.Module, int]
     group: int
     clip: Clip
+    grid: GridKind = "offset"
 
     def rounded(self, linear: nn.Module, weight_RC: Tensor) -> Tensor:
         """Return the dequantized weights, float32."""
-        return round_weights(weight_RC, self.bits[linear], self.group, self.clip)
+        return round_weights(weight_RC, self.bits[linear], self.group, self.clip, self.grid)
 
     def best_exponent(
         self, linears: Sequence[nn.Module], mean_C: Tensor, error: Callable[[], float]
@@ -273,7 +275,8 @@ def scale_layer(
                 x_SC = x_SC / divided[linear]
             weight_RC = weight_of(linear)
             bits = search.bits[linear]
-            weight_RC.copy_(clipped(weight_RC, x_SC, bits, search.group, search.clip))
+            fit = search.group, search.clip, search.grid
+            weight_RC.copy_(clipped(weight_RC, x_SC, bits, *fit))
     return entries
 
 
@@ -414,7 +417,12 @@ def _clipped_linears(layer: nn.Module, search: ScaleSearch) -> list[nn.Module]:
 
 
 def clipped(
-    weight_RC: Tensor, x_SC: Tensor, bits: int, group: int, clip: Clip = "minmax"
+    weight_RC: Tensor,
+    x_SC: Tensor,
+    bits: int,
+    group: int,
+    clip: Clip = "minmax",
+    grid: GridKind = "offset",
 ) -> Tensor:
     """Clip each group of a row to the share of its largest weight that errs least, float32 [R, C].
 
@@ -432,7 +440,7 @@ def clipped(
             for share in CLIPPED_SHARES:
                 limit_R1 = most_R1 * share
                 trial_Rc = original_Rc.clamp(-limit_R1, limit_R1)
-                rounded_Rc = round_weights(trial_Rc, bits, group, clip)
+                rounded_Rc = round_weights(trial_Rc, bits, group, clip, grid)
                 error_R = (x_Sc @ (rounded_Rc - original_Rc).T).square().sum(0)
                 better_R = error_R < least_R
                 least_R = torch.where(better_R, error_R, least_R)

@@ -91,7 +91,7 @@ class McPlanner(NullObserver):
         self.error_EB = torch.zeros(counts, dtype=torch.float64, device=device)
         self.tokens_E = torch.zeros_like(self.error_EB[:, 0])
         self.weight_E = torch.zeros_like(self.tokens_E)
-        self._rounded = RoundedWeights(method.group, method.clip)
+        self._rounded = RoundedWeights(method.group, method.clip, method.grid)
         self._bits: list[int] = []
 
     def routed(self, expert: int, x_SD: Tensor, hidden_SF: Tensor, weight_S: Tensor) -> None:

@@ -40,19 +40,6 @@ def test_an_exported_run_loads_in_one_call_and_in_a_run(bench, tmp_path):
     assert again.model.parameters == record.cost("parameters").value
 
 
-@pytest.mark.slow
-def test_padded_loads_in_transformers(bench, tmp_path):
-    bench("run", "method=camera_p", "ratio=0.6", *QUICK)
-    (record,) = Store(bench.results).all()
-    code, out, _ = bench("export", record.id, str(tmp_path / "out"), "--padded")
-    assert code == 0
-    assert "padded" in out
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    expected = rebuild_model(record, Session()).network(ROWS).logits
-    torch.testing.assert_close(stock(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
-    assert "AutoModelForCausalLM" in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_a_record_says_enough_to_build_its_config_again(bench):
     bench("run", "method=[random_micro_experts,camera_p]", "ratio=0.2", "seed=7", *QUICK,
           "method.camera_p.alpha=0.05")  # fmt: skip
@@ -73,7 +60,38 @@ def one_run(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("what", ["run", "folder", "weights", "calibration", "method"])
+def test_a_folder_for_an_engine_says_what_it_saves_and_loads_in_transformers(
+    one_run, bench, tmp_path
+):
+    shutil.copytree(one_run, bench.results)
+    (record,) = Store(bench.results).all()
+    code, out, _ = bench("export", record.id, str(tmp_path / "out"), "--for", "vllm")
+    assert code == 0
+    # The widest expert of a ranking over layers is whole, so that padding is all that is left.
+    saved = "stored 64 wide: the folder does without 0.0% of the expert weights"
+    assert saved in " ".join(out.split())
+    stock, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    expected = rebuild_model(record, Session()).network(ROWS).logits
+    torch.testing.assert_close(stock.eval()(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    weights = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    for said in ("vllm serve", "from_pretrained", saved, record.id, f"{weights:,} bytes"):
+        assert said in card
+
+
+WRONG_ENGINES = {
+    "engine": ["--for", "tgi"],
+    "align": ["--for", "vllm", "--align", "96"],
+    "align alone": ["--align", "64"],
+    "too wide": ["--for", "vllm", "--align", "128"],
+    "grid": ["--for", "vllm"],
+}
+
+
+@pytest.mark.parametrize(
+    "what", ["run", "folder", "weights", "calibration", "method", *WRONG_ENGINES]
+)
 def test_what_cannot_be_exported_is_one_sentence_and_nothing_is_written(
     what, one_run, bench, tmp_path
 ):
@@ -94,9 +112,11 @@ def test_what_cannot_be_exported_is_one_sentence_and_nothing_is_written(
         content["provenance"]["calibration"] = "0" * 64
     if what == "method":
         content["config"]["method"]["camera_p"]["old_knob"] = 1
+    if what == "grid":
+        content["config"]["method"] = {"gptq": {"grid": "offset"}}
     file.write_text(json.dumps(content))
     before = sorted(tmp_path.rglob("*"))
-    code, out, said = bench("export", run, str(folder))
+    code, out, said = bench("export", run, str(folder), *WRONG_ENGINES.get(what, []))
     assert code == 2
     assert out == ""
     assert len(said.strip().splitlines()) == 1

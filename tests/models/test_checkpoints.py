@@ -311,7 +311,7 @@ def test_a_quantized_checkpoint_is_not_written_again(tmp_path):
     quantized_llama(tmp_path / "model")
     model = load_model(source(tmp_path / "model"))
     with pytest.raises(UserError, match="quantized by compressed-tensors already"):
-        save_model(model, tmp_path / "out", pad=False)
+        save_model(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

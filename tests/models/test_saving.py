@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +13,8 @@ from bench.errors import UserError
 from bench.models import replaced_modules
 from bench.models.loading import load_model, open_folder, skeleton
 from bench.models.model import Model
-from bench.models.saving import save_model
+from bench.models.saving import plan_export, save_model, write_model
+from bench.models.serving.engines import find_engine
 from bench.models.source import resolve_model
 from bench.models.structure.model_structure import inspect_model
 from bench.models.structure.ragged_experts import GatedExpert
@@ -30,9 +32,25 @@ def model_of(network):
     return Model(config, network, tokenizer(), "", None, torch.device("cpu"))
 
 
-def written(network, folder, pad=False):
+def written(network, folder, engine=None):
     folder.mkdir()
-    return save_model(model_of(network), folder, pad=pad)
+    return save_model(model_of(network), folder, engine and find_engine(engine))
+
+
+def loaded(folder):
+    """What stock transformers loads from a folder, and its report of what it did not find."""
+    network, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return network.eval(), report
+
+
+def refuse_by_transformers(folder, kind):
+    """Check that stock transformers raises instead of loading a part, whichever way it is asked."""
+    for loader in (AutoModelForCausalLM, kind):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            loader.from_pretrained(folder, output_loading_info=True)
+    # vLLM and SGLang look up a class of their own by this name.
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    assert not hasattr(transformers, name)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -47,15 +65,28 @@ def test_ragged_comes_back_through_slimbench(name, tmp_path):
     assert [block.widths for block in again.structure.moe] == wanted
     assert again.copy().network(rows).logits.equal(again.network(rows).logits)
     assert not [file for file in (tmp_path / "out").iterdir() if file.suffix in (".bin", ".pt")]
+    refuse_by_transformers(tmp_path / "out", type(small))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def halved(name, **changes):
+    """A network whose experts lost micro-experts at random, and one with the same ones zeroed."""
+    width = {"moe_intermediate_size": 24, "intermediate_size": 24}
+    small, dark = (build(name, **(width | changes)) for _ in range(2))
+    for block, same in zip(inspect_model(small).moe, inspect_model(dark).moe, strict=True):
+        gone = some(block, share=0.6, seed=block.layer)
+        delete_micro_experts(block, gone, ALIGN)
+        zero_micro_experts(same, gone)
+    return small, dark
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"deepseek"}))
 def test_padded_comes_back_through_transformers(name, tmp_path):
-    small, dark = shrunk(name)
-    assert written(small, tmp_path / "out", pad=True) == "padded"
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    small, dark = halved(name)
+    assert written(small, tmp_path / "out", "transformers") == "padded"
+    again, report = loaded(tmp_path / "out")
     rows = tokens()
     torch.testing.assert_close(again(rows).logits, dark(rows).logits, **CLOSE)
+    assert not any(report.values())
     assert not (tmp_path / "out" / replaced_modules.DESCRIPTION_FILE).exists()
 
 
@@ -113,7 +144,7 @@ def test_a_pruned_folder_can_be_pruned_again(tmp_path):
         delete_micro_experts(block, torch.arange(0, block.micro_experts, 2), ALIGN)
     again.invalidate_structure()
     (tmp_path / "second").mkdir()
-    save_model(again, tmp_path / "second", pad=False)
+    save_model(again, tmp_path / "second")
     logits = again.network(tokens()).logits
     found = open_folder(tmp_path / "second").network(tokens()).logits
     torch.testing.assert_close(found, logits, **CLOSE)
@@ -138,7 +169,7 @@ def test_refuses_to_write_what_is_not_in_memory(tmp_path):
     written(build("mixtral"), tmp_path / "out")
     on_disk = open_folder(tmp_path / "out", device_map="offload_disk")
     with pytest.raises(UserError, match="from memory only"):
-        save_model(on_disk, tmp_path, pad=False)
+        save_model(on_disk, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -221,11 +252,11 @@ def test_experts_of_any_form_are_exported(tmp_path):
     # cannot describe the last, which must not stop a format that needs no description of widths.
     mixed = open_folder(Path(__file__).parent / "folders_477bb5a" / "replaced")
     assert mixed.structure.refusal is not None
-    assert save_model(mixed, tmp_path, pad=False) == "slimbench"
+    assert save_model(mixed, tmp_path) == "slimbench"
     again = open_folder(tmp_path).network
     torch.testing.assert_close(again(tokens()).logits, mixed.network(tokens()).logits, **CLOSE)
-    with pytest.raises(UserError, match=r"SharedBaseExperts cannot be padded: leave out --padded"):
-        save_model(mixed, tmp_path, pad=True)
+    with pytest.raises(UserError, match=r"transformers has no .*SharedBaseExperts.* without --for"):
+        save_model(mixed, tmp_path, find_engine("transformers"))
 
 
 def test_a_masked_router_is_not_mistaken_for_a_published_one(tmp_path):
@@ -252,3 +283,50 @@ def test_a_dense_network_with_a_replaced_module_is_exported(tmp_path):
     assert written(network, tmp_path / "out") == "slimbench"
     again = open_folder(tmp_path / "out").network
     torch.testing.assert_close(again(tokens()).logits, network(tokens()).logits, **CLOSE)
+
+
+def test_for_an_engine_the_widths_are_whole_tiles_and_the_saving_is_said(tmp_path):
+    small, dark = halved("qwen2_moe", moe_intermediate_size=192, shared_expert_intermediate_size=80)
+    model = model_of(small)
+    widest = max(width for block in model.structure.moe for width in block.widths)
+    plan = plan_export(model, find_engine("vllm"))
+    assert (plan.widths.routed, plan.widths.shared) == (64 * -(-widest // 64), 64)
+    left = sum(b.micro_experts for b in model.structure.moe) / (2 * (6 * 192 + 80))
+    kept = (6 * plan.widths.routed + 64) / (6 * 192 + 80)
+    assert plan.removal.by_run == pytest.approx(1 - left)
+    assert plan.removal.in_folder == pytest.approx(1 - kept)
+    assert f"{1 - kept:.1%} of the expert weights, the run without {1 - left:.1%}" in str(
+        plan.removal
+    )
+    write_model(model, tmp_path, plan)
+    again, report = loaded(tmp_path)
+    torch.testing.assert_close(again(tokens()).logits, dark(tokens()).logits, **CLOSE)
+    assert not any(report.values())
+
+
+def test_experts_below_the_alignment_are_refused(tmp_path):
+    small, _ = shrunk("mixtral")
+    with pytest.raises(UserError, match=r"12 wide, less than the 128 .*--for transformers"):
+        save_model(model_of(small), tmp_path, find_engine("sglang", 128))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture_that_needs_code_is_refused(tmp_path):
+    small, _ = shrunk("deepseek")
+    with pytest.raises(UserError, match="not in transformers, so that vllm would need custom code"):
+        save_model(model_of(small), tmp_path, find_engine("vllm"))
+
+
+def test_a_width_that_other_layers_share_is_refused(tmp_path):
+    config = transformers.JambaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_experts=4,
+        num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2, attn_layer_period=2,
+        attn_layer_offset=0, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4,
+        mamba_dt_rank=4,
+    )  # fmt: skip
+    network = transformers.JambaForCausalLM(config).eval().requires_grad_(False)
+    for block in inspect_model(network).moe:
+        delete_micro_experts(block, torch.arange(0, block.micro_experts, 2), ALIGN)
+    with pytest.raises(UserError, match=r"its experts and of .*feed_forward.* in one field"):
+        save_model(model_of(network), tmp_path, find_engine("transformers"))
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from bench.reporting.model_card import model_card
+from bench.reporting.model_card import Contents, model_card
 from tests.records.test_store import make
 
 EVIL = "owner/name\nlicense: mit\n---\n# Title `` [a](b)"
@@ -20,7 +20,8 @@ def card_of(source):
                 "environment": {"versions": {"torch": EVIL}},
             }
         ),
-        "slimbench",
+        Contents("slimbench", 1000),
+        [],
         stock=True,
     )
 

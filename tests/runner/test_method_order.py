@@ -114,7 +114,12 @@ def applied(model, methods):
 def test_what_is_declared_is_what_is_left(micro_moe):
     plain: nn.Module = micro_moe.network
     assert weight_forms(plain) == set()
-    for name, form in {"rtn": "packed", "d2_moe": "shared_base", "camera_p": "ragged"}.items():
+    for name, form in {
+        "rtn": "packed",
+        "d2_moe": "shared_base",
+        "mone": "novices",
+        "camera_p": "ragged",
+    }.items():
         (method,) = config_of(name).method.values()
         assert method.leaves == form
         assert weight_forms(applied(micro_moe, name).network) == {form}

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import EXIT_DONE, UserError
-from bench.records import Store
+from bench.records import Record, Store
 from bench.records.files import refuse_unwritable, write_folder
-from bench.reporting.model_card import model_card
+from bench.reporting.model_card import Contents, model_card
 from bench.runner.replay import rebuild_model
 from bench.runner.session import Session
 from bench.ui import print_text
@@ -23,6 +23,7 @@ from bench.ui import print_text
 if TYPE_CHECKING:
     from bench.models.model import Model
     from bench.models.saving import ExportFormat
+    from bench.models.serving.engines import Engine
 
 
 def export(
@@ -31,24 +32,32 @@ def export(
     results_dir: Path,
     session: Session,
     *,
-    pad: bool = False,
+    engine: str | None = None,
+    align: int | None = None,
     onnx: bool = False,
     allowed: Sequence[str] = (),
 ) -> ExportFormat:
     """Write the model of a run to a new folder, atomically, and return its format.
 
-    `run` is a record's id or a prefix of it. `pad` fills experts of different widths up with zeros,
-    so that stock transformers loads the folder. `onnx` also writes an image classifier as ONNX.
-    `allowed` are the overrides by which the user lets code run that the record cannot allow; see
-    `bench.runner.replay.recorded_config`.
+    `run` is a record's id or a prefix of it. For an `engine` (`bench.models.serving.engines`) all
+    experts get one width, a multiple of `align`, and packed weights are written as
+    compressed-tensors; what this removes is said before anything is written. `onnx` also writes an
+    image classifier as ONNX. `allowed` are the overrides by which the user lets code run that the
+    record cannot allow; see `bench.runner.replay.recorded_config`.
 
     Raises:
         UserError: there is no such run, the folder is not empty, the run cannot be repeated because
             its weights, text or methods have changed, or its model cannot be written.
     """
     # Imported here: it loads torch, and a wrong run or folder is refused without.
-    from bench.models.saving import save_model
+    from bench.models.saving import plan_export, write_model
+    from bench.models.serving.engines import find_engine, loading_engines
 
+    if align is not None and engine is None:
+        raise UserError(
+            "--align is the multiple of widths for an engine: give --for vllm or sglang"
+        )
+    wanted = None if engine is None else find_engine(engine, align)
     store = Store(results_dir)
     record = store.get(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -57,19 +66,36 @@ def export(
     kind = record.config.get("model", {}).get("kind", "causal_lm")
     if onnx and kind != "image_classifier":
         raise UserError(f"--onnx is for image classifiers; {record.model.name} is a {kind}")
-    if pad and kind == "image_classifier":
-        raise UserError(f"--padded is for experts; {record.model.name} is an image classifier")
+    if wanted is not None and kind != "causal_lm":
+        raise UserError(f"--for {engine} is for language models; {record.model.name} is a {kind}")
+    if wanted is not None:
+        _refuse_grids(record, wanted)
     # The cheap refusals come first: repeating the methods may take hours.
     model = rebuild_model(record, store, session, allowed)
-    written: list[ExportFormat] = []
+    plan = plan_export(model, wanted, onnx=onnx)
+    if plan.removal is not None:
+        print_text(str(plan.removal))
 
     def fill(place: Path) -> None:
-        written.append(save_model(model, place, pad=pad, onnx=onnx))
-        text = model_card(record, written[0], stock=_is_stock_transformers(model))
+        write_model(model, place, plan)
+        weights = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+        contents = Contents(plan.form, weights, str(plan.removal) if plan.removal else None)
+        loading = [e.loading for e in loading_engines(wanted)]
+        text = model_card(record, contents, loading, stock=_is_stock_transformers(model))
         (place / "README.md").write_text(text, encoding="utf-8")
 
     write_folder(folder, fill)
-    return written[0]
+    return plan.form
+
+
+def _refuse_grids(record: Record, engine: Engine) -> None:
+    """Raise if a method of the run quantized on grids that no engine has, before it is repeated."""
+    for name, knobs in record.config.get("method", {}).items():
+        if knobs.get("grid") == "offset":
+            raise UserError(
+                f"run {record.id} quantized with method.{name}.grid=offset, which {engine.name} "
+                f"has not: run it with method.{name}.grid=symmetric"
+            )
 
 
 def _is_stock_transformers(model: Model) -> bool:
@@ -85,7 +111,8 @@ def run_command(given: argparse.Namespace) -> int:
             given.folder,
             given.results_dir,
             session,
-            pad=given.padded,
+            engine=given.engine,
+            align=given.align,
             onnx=given.onnx,
             allowed=given.allowed,
         )

@@ -23,6 +23,7 @@ from torch.nn import functional
 from bench.errors import UserError, error_sentence
 from bench.models.bitpacking.packed_shape import (
     BitBlock,
+    GridKind,
     Level,
     PackedShape,
     consecutive_slices,
@@ -32,9 +33,19 @@ from bench.models.bitpacking.packed_shape import (
 )
 from bench.models.structure.expert_view import Activation, sort_slots
 
+# What a grid of each kind stores besides its scale.
+GRID_BUFFERS: dict[GridKind, dict[str, torch.dtype]] = {
+    "offset": {"offset": torch.float16},
+    "zero_point": {"zero_point": torch.uint8},
+    "symmetric": {},
+}
+
 
 class PackedLinear(nn.Linear):
-    """y = x Wᵀ + b with W = offset + scale · code, stored in buffers `codes`, `scale`, `offset`.
+    """y = x Wᵀ + b with W = offset + scale · code, stored in buffers `codes`, `scale` and `offset`.
+
+    Where zero has a code of its own (`PackedShape.grid`), the offset is -scale · zero: `zero_point`
+    stores that code instead of the offset, and `symmetric` neither.
 
     `weight` is computed from scratch whenever it is read, in the type `dtype`; writing to it has no
     effect. Buffers are not initialised: `store` or `load_state_dict` fills them.
@@ -43,6 +54,7 @@ class PackedLinear(nn.Linear):
     codes: Tensor
     scale: Tensor
     offset: Tensor
+    zero_point: Tensor
     order: Tensor
 
     def __init__(
@@ -59,10 +71,9 @@ class PackedLinear(nn.Linear):
         self.shape, self.dtype = shape, dtype
         codes = torch.empty(shape.code_bytes, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
-        for name in ("scale", "offset"):
-            grid_RG = torch.empty(
-                shape.rows, len(shape.groups()), dtype=torch.float16, device=device
-            )
+        stored = {"scale": torch.float16} | GRID_BUFFERS[shape.grid]
+        for name, kind in stored.items():
+            grid_RG = torch.empty(shape.rows, len(shape.groups()), dtype=kind, device=device)
             self.register_buffer(name, grid_RG)
         if shape.permuted:
             # int16 is half of an int32 order; hence the limit of 2^15 columns in `PackedShape`.
@@ -75,12 +86,21 @@ class PackedLinear(nn.Linear):
     def store(
         self, codes_RC: Tensor, scale_RG: Tensor, offset_RG: Tensor, order_C: Tensor | None = None
     ) -> None:
-        """Fill the buffers; column c of the codes is input `order_C[c]`, or c without an order."""
+        """Fill the buffers; column c of the codes is input `order_C[c]`, or c without an order.
+
+        Offsets are those of W = offset + scale · code, whatever of them is stored.
+        """
         for block, place in self._block_slices():
             codes = codes_RC[block.rows, block.columns].flatten()
             self.codes[place] = pack_codes(codes, block.bits)
         self.scale.copy_(scale_RG)
-        self.offset.copy_(offset_RG)
+        if self.shape.grid == "offset":
+            self.offset.copy_(offset_RG)
+        elif self.shape.grid == "zero_point":
+            # Exact: the offset is the product of the scale and a whole number, in float32. A scale
+            # of 0 has the offset 0.
+            step_RG = torch.where(scale_RG > 0, scale_RG, 1).float()
+            self.zero_point.copy_((-offset_RG.float() / step_RG).round())
         if order_C is not None:
             self.order.copy_(order_C)
 
@@ -96,6 +116,14 @@ class PackedLinear(nn.Linear):
         weight_RC = torch.cat(parts, axis)
         # The inverse permutation: stored column c is input column order[c].
         return weight_RC[:, torch.argsort(self.order)] if self.shape.permuted else weight_RC
+
+    def code_matrix(self) -> Tensor:
+        """Return the codes as stored, uint8 [R, C]."""
+        codes_RC = self.codes.new_empty(self.shape.rows, self.shape.columns)
+        for block, place in self._block_slices():
+            codes = unpack_codes(self.codes[place], block.bits, block.area)
+            codes_RC[block.rows, block.columns] = codes.view(block.height, block.width)
+        return codes_RC
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -125,15 +153,23 @@ class PackedLinear(nn.Linear):
     def _dequantized(self, block: BitBlock, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Dequantize one block, computed in float32."""
         codes_rc = unpack_codes(packed, block.bits, block.area).view(block.height, block.width)
+        scale_rg = self.scale[block.rows, block.groups].float()
         scale_rc, offset_rc = (
-            grid_RG[block.rows, block.groups]
-            .float()
             # The last group of a level may be narrower than `group`, hence the cut to the block's
             # width.
-            .repeat_interleave(self.shape.group, dim=1)[:, : block.width]
-            for grid_RG in (self.scale, self.offset)
+            grid_rg.repeat_interleave(self.shape.group, dim=1)[:, : block.width]
+            for grid_rg in (scale_rg, self._offset(block, scale_rg))
         )
         return torch.addcmul(offset_rc, scale_rc, codes_rc.float()).to(dtype)
+
+    def _offset(self, block: BitBlock, scale_rg: Tensor) -> Tensor:
+        """Return the offsets of one block in float32, in which -scale · zero is exact."""
+        if self.shape.grid == "offset":
+            return self.offset[block.rows, block.groups].float()
+        zero_rg = torch.full_like(scale_rg, 2 ** (block.bits - 1))
+        if self.shape.grid == "zero_point":
+            zero_rg = self.zero_point[block.rows, block.groups].float()
+        return -scale_rg * zero_rg
 
 
 def packed_linears(network: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

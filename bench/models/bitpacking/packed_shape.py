@@ -5,8 +5,10 @@ these widths, lowest bits last: a 3-bit code is its upper two bits in one plane 
 another. Each plane is padded to a whole byte, so at most 3 · 7 bits are lost.
 
 A matrix has R rows and C columns (the input dimension). Its bits vary over rows or over columns, in
-runs called levels. Every row has a grid (scale and offset, 16 bits each) for each group of columns;
-a group never crosses a level. The last group of a level may be narrower. Shapes: N codes.
+runs called levels. Every row has a grid for each group of columns; a group never crosses a level.
+The last group of a level may be narrower. A grid of kind `offset` is a scale and an offset, 16 bits
+each; `zero_point` a scale and an integer of 8 bits, the code that stands for 0; `symmetric` a scale
+alone, with 0 at the code 2^(bits - 1). Shapes: N codes.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ def _unpack_plane(packed: Tensor, width: int) -> Tensor:
     return codes.flatten()
 
 
+GridKind = Literal["offset", "zero_point", "symmetric"]
+
 GRID_BITS = 32
+GRID_BITS_OF: dict[GridKind, int] = {"offset": GRID_BITS, "zero_point": 24, "symmetric": 16}
 ORDER_BITS = 16
 
 # The order of columns is stored as int16.
@@ -122,6 +127,7 @@ class PackedShape:
     axis: Literal["rows", "columns"] = "rows"
     group: int = 128
     permuted: bool = False
+    grid: GridKind = "offset"
 
     def __post_init__(self) -> None:
         length = self.rows if self.axis == "rows" else self.columns
@@ -129,6 +135,10 @@ class PackedShape:
             raise ValueError(f"levels {self.levels} do not cover {length} {self.axis}")
         if any(not 1 <= level.bits <= 8 for level in self.levels):
             raise ValueError(f"levels {self.levels} must have 1 to 8 bits")
+        if self.grid not in GRID_BITS_OF:
+            raise ValueError(f"a grid {self.grid!r} is unknown, allowed: {', '.join(GRID_BITS_OF)}")
+        if self.grid != "offset" and any(level.bits < 2 for level in self.levels):
+            raise ValueError(f"a {self.grid} grid needs at least 2 bits, not {self.levels}")
         if self.permuted and self.columns > MAX_PERMUTED_COLUMNS:
             raise ValueError(
                 f"{self.columns} columns cannot be permuted, at most {MAX_PERMUTED_COLUMNS}"
@@ -160,7 +170,7 @@ class PackedShape:
 
     @property
     def grids(self) -> int:
-        """Number of (scale, offset) pairs."""
+        """Number of grids."""
         return self.rows * len(self.groups())
 
     @property
@@ -176,7 +186,9 @@ class PackedShape:
     @property
     def overhead_bits(self) -> int:
         """Bits spent on grids and on the order of columns."""
-        return GRID_BITS * self.grids + (ORDER_BITS * self.columns if self.permuted else 0)
+        return GRID_BITS_OF[self.grid] * self.grids + (
+            ORDER_BITS * self.columns if self.permuted else 0
+        )
 
 
 def consecutive_slices(sizes: list[int]) -> list[slice]:

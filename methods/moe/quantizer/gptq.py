@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bench.models.bitpacking.packed_shape import GridKind
 from methods.moe.calibration import Gram
 from methods.moe.quantizer.grid import Clip, QuantGrid, QuantizedMatrix, quantize_groups
 
@@ -28,6 +29,7 @@ def gptq(
     groups: list[slice],
     bits_RG: Tensor,
     clip: Clip = "minmax",
+    kind: GridKind = "offset",
 ) -> QuantizedMatrix:
     """Return the quantized matrix, given U with Uᵀ U = H⁻¹ of its damped Hessian.
 
@@ -46,7 +48,7 @@ def gptq(
 
     # `left_RC` is updated while it is quantized: a group's grid is fitted to the compensated
     # weights, since these are rounded, not the original ones.
-    return quantize_groups(left_RC, groups, bits_RG, clip, round_group)
+    return quantize_groups(left_RC, groups, bits_RG, clip, round_group, kind)
 
 
 def _round_group(weight_Rc: Tensor, factor_cc: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:

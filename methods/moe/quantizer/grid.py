@@ -4,18 +4,24 @@ Shapes: R rows, C columns of a matrix, c columns of one group, G groups.
 
 A weight is offset + scale · code with code 0 … 2^bits - 1. Scale and offset are rounded to float16
 before any code is chosen, because that is how they are stored.
+
+In a `zero_point` grid the offset is -scale · z, where z is the code of 0 and rounded to an integer,
+as in GPTQ's and AWQ's releases; in a `symmetric` one z is 2^(bits - 1). Inference engines compute
+with these two. They store scales in the weights' dtype, so scales are rounded to the 8 significant
+bits that float16 and bfloat16 have in common, and every engine reads the same number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bench.models.bitpacking.packed_shape import PackedShape
+from bench.models.bitpacking.packed_shape import GridKind, PackedShape
 
 Clip = Literal["minmax", "mse"]
 
@@ -47,7 +53,10 @@ class QuantGrid:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantized matrix: codes uint8 [R, C], scale and offset float16 [R, G]."""
+    """A quantized matrix: codes uint8 [R, C], scale float16 and offset [R, G].
+
+    Offsets are float16, or float32 where they are -scale · z, which float16 cannot hold exactly.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -75,43 +84,80 @@ def row_bits(shape: PackedShape, device: torch.device) -> Tensor:
     return bits_RG
 
 
-def fit_grid(weight_Rc: Tensor, bits_R: Tensor, clip: Clip = "minmax") -> QuantGrid:
+def fit_grid(
+    weight_Rc: Tensor, bits_R: Tensor, clip: Clip = "minmax", kind: GridKind = "offset"
+) -> QuantGrid:
     """Fit a grid to every row of one group.
 
     `minmax` spans the least to the greatest weight; `mse` shrinks that range about its middle to
-    the fraction of least squared error. One bit is binary quantization: mean ± mean absolute
-    deviation, which has the least squared error of all pairs that are symmetric about the mean.
+    the fraction of least squared error. A range of a grid with a code for 0 includes 0. One bit,
+    which only an `offset` grid can have, is binary quantization: mean ± mean absolute deviation,
+    which has the least squared error of all pairs that are symmetric about the mean.
     """
     low_R1, high_R1 = weight_Rc.amin(1, keepdim=True), weight_Rc.amax(1, keepdim=True)
     max_code_R1 = (2**bits_R - 1).to(weight_Rc)[:, None]
-    grid = _grid_between(low_R1, high_R1, max_code_R1)
+    if kind == "symmetric":
+        high_R1 = torch.maximum(high_R1, -low_R1)
+        low_R1 = -high_R1
+    between = partial(_GRID_OF_RANGE[kind], max_code_R1=max_code_R1)
+    grid = between(low_R1, high_R1)
     if clip == "mse":
-        grid = _least_error_grid(weight_Rc, low_R1, high_R1, max_code_R1)
+        grid = _least_error_grid(weight_Rc, low_R1, high_R1, between)
+    if kind != "offset":
+        return grid
     mean_R1 = weight_Rc.mean(1, keepdim=True)
     spread_R1 = (weight_Rc - mean_R1).abs().mean(1, keepdim=True)
     # Computed for all rows, since one group may mix rows of different bits. For these rows the
     # largest code is 1, so the two values of the grid are the two ends.
-    binary = _grid_between(mean_R1 - spread_R1, mean_R1 + spread_R1, max_code_R1)
+    binary = between(mean_R1 - spread_R1, mean_R1 + spread_R1)
     return _select_grid_rows(bits_R[:, None] == 1, binary, grid)
 
 
-def _grid_between(low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor) -> QuantGrid:
+def _offset_grid(low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor) -> QuantGrid:
     # Rounded to float16 here, so that codes are chosen for the grid that is stored, not for one
     # that is slightly off.
     scale_R1, offset_R1 = (high_R1 - low_R1) / max_code_R1, low_R1
     return QuantGrid(scale_R1.half().to(low_R1), offset_R1.half().to(low_R1), max_code_R1)
 
 
+def _zero_point_grid(low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor) -> QuantGrid:
+    low_R1, high_R1 = low_R1.clamp(max=0), high_R1.clamp(min=0)
+    scale_R1 = _shared_precision((high_R1 - low_R1) / max_code_R1)
+    zero_R1 = torch.round(-low_R1 / torch.where(scale_R1 > 0, scale_R1, 1))
+    zero_R1 = torch.minimum(zero_R1, max_code_R1)
+    return QuantGrid(scale_R1, -scale_R1 * zero_R1, max_code_R1)
+
+
+def _symmetric_grid(low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor) -> QuantGrid:
+    scale_R1 = _shared_precision((high_R1 - low_R1) / max_code_R1)
+    return QuantGrid(scale_R1, scale_R1 * -(max_code_R1 + 1) / 2, max_code_R1)
+
+
+def _shared_precision(scale_R1: Tensor) -> Tensor:
+    """Round to 8 significant bits in float16's range, which bfloat16 then holds exactly."""
+    return scale_R1.bfloat16().half().to(scale_R1)
+
+
+_GRID_OF_RANGE: dict[GridKind, Callable[..., QuantGrid]] = {
+    "offset": _offset_grid,
+    "zero_point": _zero_point_grid,
+    "symmetric": _symmetric_grid,
+}
+
+
 def _least_error_grid(
-    weight_Rc: Tensor, low_R1: Tensor, high_R1: Tensor, max_code_R1: Tensor
+    weight_Rc: Tensor,
+    low_R1: Tensor,
+    high_R1: Tensor,
+    between: Callable[[Tensor, Tensor], QuantGrid],
 ) -> QuantGrid:
     """Return, row by row, the grid over the fraction of the range with the least squared error."""
     middle_R1, half_R1 = (high_R1 + low_R1) / 2, (high_R1 - low_R1) / 2
-    best, least_R1 = _grid_between(low_R1, high_R1, max_code_R1), torch.full_like(low_R1, torch.inf)
+    best, least_R1 = between(low_R1, high_R1), torch.full_like(low_R1, torch.inf)
     # A search instead of a formula: the error of rounding is not convex in the range, and 15
     # candidates are cheap. Ties keep the wider range, which is tried first.
     for share in CLIP_SHARES:
-        grid = _grid_between(middle_R1 - share * half_R1, middle_R1 + share * half_R1, max_code_R1)
+        grid = between(middle_R1 - share * half_R1, middle_R1 + share * half_R1)
         error_Rc = weight_Rc - grid.values(grid.codes(weight_Rc))
         error_R1 = error_Rc.square().sum(1, keepdim=True)
         best = _select_grid_rows(error_R1 < least_R1, grid, best)
@@ -134,6 +180,7 @@ def quantize_groups(
     bits_RG: Tensor,
     clip: Clip,
     round_group: Callable[[slice, QuantGrid], Tensor],
+    kind: GridKind = "offset",
 ) -> QuantizedMatrix:
     """Fit a grid to each group of columns in turn, and round the group by a function.
 
@@ -142,28 +189,38 @@ def quantize_groups(
     """
     codes_RC = torch.zeros_like(weight_RC, dtype=torch.uint8)
     scale_RG = torch.zeros_like(bits_RG, dtype=torch.float16)
-    offset_RG = torch.zeros_like(scale_RG)
+    offset_RG = torch.zeros_like(
+        scale_RG, dtype=torch.float16 if kind == "offset" else torch.float32
+    )
     for number, group in enumerate(groups):
-        grid = fit_grid(weight_RC[:, group], bits_RG[:, number], clip)
+        grid = fit_grid(weight_RC[:, group], bits_RG[:, number], clip, kind)
         codes_RC[:, group] = round_group(group, grid).to(torch.uint8)
         scale_RG[:, number] = grid.scale[:, 0].half()
-        offset_RG[:, number] = grid.offset[:, 0].half()
+        offset_RG[:, number] = grid.offset[:, 0].to(offset_RG.dtype)
     return QuantizedMatrix(codes_RC, scale_RG, offset_RG)
 
 
 def round_to_nearest(
-    weight_RC: Tensor, groups: Sequence[slice], bits_RG: Tensor, clip: Clip = "minmax"
+    weight_RC: Tensor,
+    groups: Sequence[slice],
+    bits_RG: Tensor,
+    clip: Clip = "minmax",
+    kind: GridKind = "offset",
 ) -> QuantizedMatrix:
     """Return the matrix with every weight rounded to the nearest value of its grid."""
     weight_RC = weight_RC.float()
-    return quantize_groups(
-        weight_RC, groups, bits_RG, clip, lambda group, grid: grid.codes(weight_RC[:, group])
-    )
+
+    def nearest(group: slice, grid: QuantGrid) -> Tensor:
+        return grid.codes(weight_RC[:, group])
+
+    return quantize_groups(weight_RC, groups, bits_RG, clip, nearest, kind)
 
 
-def round_weights(weight_RC: Tensor, bits: int, group: int, clip: Clip = "minmax") -> Tensor:
+def round_weights(
+    weight_RC: Tensor, bits: int, group: int, clip: Clip = "minmax", kind: GridKind = "offset"
+) -> Tensor:
     """Quantize weights to `bits` and return the dequantized values, float32."""
-    return RoundedWeights(group, clip).values("weight", weight_RC, bits)
+    return RoundedWeights(group, clip, kind).values("weight", weight_RC, bits)
 
 
 class RoundedWeights:
@@ -173,8 +230,8 @@ class RoundedWeights:
     fitting the grids is what takes long.
     """
 
-    def __init__(self, group: int, clip: Clip) -> None:
-        self._group, self._clip = group, clip
+    def __init__(self, group: int, clip: Clip, kind: GridKind = "offset") -> None:
+        self._group, self._clip, self._kind = group, clip, kind
         self._rounded: dict[tuple[Hashable, int], QuantizedMatrix] = {}
 
     def values(self, name: Hashable, weight_RC: Tensor, bits: int) -> Tensor:
@@ -183,7 +240,7 @@ class RoundedWeights:
         found = self._rounded.get((name, bits))
         if found is None:
             bits_RG = torch.full((len(weight_RC), len(groups)), bits, device=weight_RC.device)
-            found = round_to_nearest(weight_RC, groups, bits_RG, self._clip)
+            found = round_to_nearest(weight_RC, groups, bits_RG, self._clip, self._kind)
             self._rounded[name, bits] = found
         return found.values(groups)
 

@@ -139,7 +139,7 @@ class Quantizer:
             experts = [PackedExpert(gate, up, down, act) for gate, up, down in packed]
             replace_child(block.block, block.experts, PackedExperts(experts))
         # Bits are relative to the weights before: removed micro-experts count as 0 bits.
-        shapes = [shape for plan in plans for shape in plan.shapes]
+        shapes = [linear.shape for matrices in packed for linear in matrices]
         here = BitCount()
         for tally in (here, self.bit_counts.setdefault("experts", BitCount())):
             tally.add(matrix_weights(block), shapes)
@@ -157,8 +157,9 @@ class Quantizer:
         rows, columns = shape_of(slot.linear)
         level = Level(self.bits[slot.role], rows)
         shape = PackedShape(rows, columns, (level,), group=self.group)
-        slot.replace(self.rounder.linear(slot.linear, shape, hessian))
-        self.bit_counts.setdefault(slot.role, BitCount()).add(rows * columns, [shape])
+        packed = self.rounder.linear(slot.linear, shape, hessian)
+        slot.replace(packed)
+        self.bit_counts.setdefault(slot.role, BitCount()).add(rows * columns, [packed.shape])
 
     def _head(self, network: Any) -> LinearSlot | None:
         """Return the head if it is to be quantized. It is rounded to nearest."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from bench.method import Context, LayerReport, Method, MethodReport, WeightForm
+from bench.models.bitpacking.packed_shape import GridKind
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
@@ -51,8 +52,11 @@ class MoEQuantization(Method):
     later comparison used for all its rows (DartMoQP). The head is rounded to nearest.
 
     Every row has one grid per `group` input columns, from least to greatest weight or, with
-    `clip=mse`, of least squared error. GPTQ adds `damping` times the mean diagonal to a Hessian;
-    experts with fewer than `min_tokens` calibration tokens are rounded to nearest.
+    `clip=mse`, of least squared error. `grid` says where it begins: at any `offset`, at a
+    `zero_point` that makes 0 one of its values, or so that it is `symmetric` about 0; inference
+    engines take the last two, which need 2 bits at least. GPTQ adds `damping` times the mean
+    diagonal to a Hessian; experts with fewer than `min_tokens` calibration tokens are rounded to
+    nearest.
     """
 
     uses_calibration: ClassVar[bool] = True
@@ -61,6 +65,7 @@ class MoEQuantization(Method):
     rounding: Literal["gptq", "rtn"] = "gptq"
     group: int = Field(default=128, ge=1)
     clip: Clip = "minmax"
+    grid: GridKind = "offset"
     damping: float = Field(default=0.01, gt=0)
     min_tokens: int = Field(default=32, ge=1)
     attention_bits: BitWidthOrUnquantized = 8
@@ -69,6 +74,20 @@ class MoEQuantization(Method):
     head_bits: BitWidthOrUnquantized = 16
     batch: int = Field(default=8, ge=1)
     chunk: int = Field(default=4096, ge=1)
+
+    @model_validator(mode="after")
+    def _check_bits_of_grid(self) -> Self:
+        if self.grid != "offset" and 1 in self.bit_widths:
+            raise ValueError(f"grid={self.grid} needs at least 2 bits: use grid=offset for 1 bit")
+        return self
+
+    @property
+    def bit_widths(self) -> set[int]:
+        """All bit widths that weights can get, 16 for unquantized ones."""
+        others = {self.attention_bits, self.shared_bits, self.dense_bits, self.head_bits}
+        # Of the experts: one or several, by method.
+        own: int | tuple[int, ...] = getattr(self, "bits", ())
+        return others | ({own} if isinstance(own, int) else set(own))
 
     @property
     def leaves(self) -> WeightForm:
@@ -116,7 +135,7 @@ class MoEQuantization(Method):
 
     def _quantizer(self, planner: Callable[[MoEBlock], Planner]) -> Quantizer:
         return Quantizer(
-            rounder=Rounder(self.rounding, self.clip, self.damping, self.min_tokens),
+            rounder=Rounder(self.rounding, self.clip, self.grid, self.damping, self.min_tokens),
             planner=planner,
             bits={
                 "attention": self.attention_bits,

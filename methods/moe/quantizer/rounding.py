@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import PackedLinear
-from bench.models.bitpacking.packed_shape import PackedShape
+from bench.models.bitpacking.packed_shape import GridKind, PackedShape
 from bench.models.structure.dense_layer import weight_of
 from bench.models.structure.expert_view import ExpertView
 from methods.moe.calibration import Gram
@@ -42,6 +42,7 @@ class Rounder:
 
     kind: Literal["rtn", "gptq"]
     clip: Clip = "minmax"
+    grid: GridKind = "offset"
     damping: float = 0.01
     min_tokens: int = 32
     counts: Counter[str] = field(default_factory=Counter)
@@ -78,7 +79,7 @@ class Rounder:
             weight_RC = weight_RC[:, plan.order_C]
             hessian = hessian.select(plan.order_C) if hessian is not None else None
         bits_RG = row_bits(plan.shape, weight_RC.device)
-        return _pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, hessian))
+        return self._pack(weight_RC, plan, self._round(weight_RC, plan.shape, bits_RG, hessian))
 
     def _inputs(
         self, weights: Sequence[Tensor], plans: Sequence[MatrixPlan], hessian: Gram | None
@@ -94,7 +95,7 @@ class Rounder:
         bits_RG = row_bits(plan.shape, gate_fD.device).repeat(2, 1)
         both = self._round(torch.cat((gate_fD, up_fD)), plan.shape, bits_RG, hessian, matrices=2)
         halves = both.rows(slice(0, width)), both.rows(slice(width, 2 * width))
-        return [_pack(gate_fD, plan, half) for half in halves]
+        return [self._pack(gate_fD, plan, half) for half in halves]
 
     def _round(
         self,
@@ -111,18 +112,22 @@ class Rounder:
                 self.counts["gptq" if damping == self.damping else "damped"] += matrices
                 # Inverted in float64, where conditioning matters; the loop over columns runs in
                 # float32.
-                return gptq(weight_RC, factor_CC.float(), shape.groups(), bits_RG, self.clip)
+                groups = shape.groups()
+                return gptq(weight_RC, factor_CC.float(), groups, bits_RG, self.clip, self.grid)
         self.counts["rtn"] += matrices
-        return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip)
+        return round_to_nearest(weight_RC, shape.groups(), bits_RG, self.clip, self.grid)
 
-
-def _pack(weight_RC: Tensor, plan: MatrixPlan, quantized: QuantizedMatrix) -> PackedLinear:
-    """Build the packed module, on the device and in the dtype of the weights."""
-    # Scales are stored as float16, whose largest value is 65504.
-    if not bool(quantized.scale.isfinite().all() & quantized.offset.isfinite().all()):
-        raise UserError(
-            "cannot quantize weights that are not finite or exceed the range of float16 scales"
-        )
-    packed = PackedLinear(plan.shape, weight_RC.dtype, device=weight_RC.device)
-    packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
-    return packed
+    def _pack(
+        self, weight_RC: Tensor, plan: MatrixPlan, quantized: QuantizedMatrix
+    ) -> PackedLinear:
+        """Build the packed module, on the device and in the dtype of the weights."""
+        # Scales are stored as float16, whose largest value is 65504.
+        if not bool(quantized.scale.isfinite().all() & quantized.offset.isfinite().all()):
+            raise UserError(
+                "cannot quantize weights that are not finite or exceed the range of float16 scales"
+            )
+        # Plans say how many bits, not on which kind of grid.
+        shape = replace(plan.shape, grid=self.grid)
+        packed = PackedLinear(shape, weight_RC.dtype, device=weight_RC.device)
+        packed.store(quantized.codes, quantized.scale, quantized.offset, plan.order_C)
+        return packed

@@ -51,6 +51,37 @@ def test_removed_and_zeroed_give_the_same_logits(name, layout, scope):
     assert small.structure.moe_parameters == dark.structure.moe_parameters - gone
 
 
+@pytest.mark.parametrize(("ratio", "align", "kept"), [(0.4, 4, 16), (0.4, 8, 16), (0.95, 8, 8)])
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2", "mixtral"])
+def test_aligned_experts_keep_one_width_and_the_report_says_the_ratio(name, ratio, align, kept):
+    def made():
+        return build(name, moe_intermediate_size=24, intermediate_size=24)
+
+    knobs = {"ratio": ratio, "scope": "expert", "aligned": True, "align": align}
+    small, report = pruned(made(), **knobs)
+    dark, _ = pruned(made(), state="zeroed", **knobs)
+    rows = tokens(seed=1)
+    torch.testing.assert_close(
+        small.network(rows).logits, dark.network(rows).logits, rtol=1e-5, atol=1e-5
+    )
+    assert {width for block in small.structure.moe for width in block.widths} == {kept}
+    # DeepSeek's two shared experts, as wide as a routed one each; Qwen2's own width of 20.
+    shared = {"deepseek_v2": 2 * kept, "mixtral": 0}.get(name, max(align, 12 if align == 4 else 16))
+    shared = 8 if (name, ratio) == ("qwen2_moe", 0.95) else shared
+    assert {block.d_shared for block in small.structure.moe} == {shared}
+    left = small.structure.moe_parameters / dark.structure.moe_parameters
+    assert report.details["ratio_of_moe"] == pytest.approx(1 - left)
+    assert report.details["padding_micro_experts"] == 0
+    planned = CameraP(**knobs).planned_removals(dark.structure)
+    assert planned == [layer.removed for layer in report.layers]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"scope": "expert", "allocation": "least_error"}])
+def test_aligned_needs_scope_expert_and_no_budget(knobs):
+    with pytest.raises(ValidationError, match="aligned"):
+        CameraP(ratio=0.4, aligned=True, **knobs)
+
+
 @pytest.mark.parametrize("first", ["removed", "zeroed"])
 def test_pruning_again_starts_from_what_is_left(first):
     model, _ = pruned(build("deepseek"), ratio=0.3, state=first)

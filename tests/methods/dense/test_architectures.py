@@ -108,7 +108,7 @@ def test_zeroed_equals_removed_and_the_stock_class_reloads_it(name, tmp_path):
     torch.testing.assert_close(model.network(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
     assert report.details["padding_micro_experts"] == 0
     assert {block.widths for block in model.structure.micro_expert_blocks} == {(24,)}
-    assert save_model(model, tmp_path, pad=False) == "stock"
+    assert save_model(model, tmp_path) == "stock"
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
     prompt = tokens(rows=1)
@@ -128,7 +128,7 @@ def test_layers_of_different_widths_run_and_have_no_config(name, tmp_path):
     wanted = zeroed.network(tokens()).logits
     torch.testing.assert_close(model.network(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="shape that differs from the network's config"):
-        save_model(model, tmp_path, pad=False)
+        save_model(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -156,7 +156,7 @@ def test_a_packed_decoder_is_loaded_from_its_folder(name, tmp_path):
     method = CameraPQ(bits=(4, 0), budget_bits=5, block=4, group=8, rounding="rtn")
     model, report = applied(method, build_dense(name))
     assert sum(layer.removed for layer in report.layers) > 0
-    assert save_model(model, tmp_path, pad=False) == "slimbench"
+    assert save_model(model, tmp_path) == "slimbench"
     config = ModelConfig(name="t", source="local", path=str(tmp_path))
     again = load_model(resolve_model(config, offline=True))
     assert torch.equal(again.network(tokens()).logits, model.network(tokens()).logits)

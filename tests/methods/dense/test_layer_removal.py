@@ -93,7 +93,7 @@ def test_what_is_left_generates_and_reloads_as_stock_transformers_does(family, t
         logits = model.network(plain, use_cache=False).logits
         plain = torch.cat([plain, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(cached, plain)
-    assert save_model(model, tmp_path / "out", pad=False) == "stock"
+    assert save_model(model, tmp_path / "out") == "stock"
     again = family.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(
         again(tokens(), use_cache=False).logits, model.network(tokens(), use_cache=False).logits

@@ -270,7 +270,7 @@ def test_protected_layers_keep_all_and_the_rest_loses_the_ratio():
 )
 def test_layers_of_one_width_reload_in_stock_transformers(method, tmp_path):
     model, _ = pruned(network(), method)
-    assert save_model(model, tmp_path / "out", pad=False) == "stock"
+    assert save_model(model, tmp_path / "out") == "stock"
     again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(
         again(tokens(), use_cache=False).logits, model.network(tokens(), use_cache=False).logits
@@ -282,7 +282,7 @@ def test_layers_of_different_widths_are_refused_on_export_only(tmp_path):
     assert len({layer.mlp.down_proj.in_features for layer in model.structure.layers}) > 1
     assert model.network(tokens(), use_cache=False).logits.isfinite().all()
     with pytest.raises(UserError, match="shape that differs"):
-        save_model(model, tmp_path / "out", pad=False)
+        save_model(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", [Flap(ratio=0), LLMPruner(ratio=0, protect_first=0)])

@@ -39,6 +39,8 @@ SHAPES = [
     PackedShape(5, 11, (Level(4, 6), Level(1, 5)), "columns", 4),
     PackedShape(5, 11, (Level(4, 6), Level(1, 5)), "columns", 4, permuted=True),
     PackedShape(3, 4, (Level(8, 3),), "rows", 128),
+    PackedShape(6, 10, (Level(3, 2), Level(2, 4)), "rows", 4, grid="symmetric"),
+    PackedShape(5, 11, (Level(4, 6), Level(2, 5)), "columns", 4, grid="zero_point"),
     PackedShape(0, 4, (), "rows", 2),
     PackedShape(4, 0, (), "columns", 2),
 ]
@@ -51,7 +53,15 @@ def random_codes(shape):
     for block in shape.blocks():
         codes_RC[block.rows, block.columns].random_(2**block.bits)
     grids = (shape.rows, len(shape.groups()))
-    return codes_RC, torch.rand(grids).half(), torch.randn(grids).half()
+    scale_RG = torch.rand(grids).half()
+    if shape.grid == "offset":
+        return codes_RC, scale_RG, torch.randn(grids).half()
+    zero_RG = torch.zeros(grids)
+    for block in shape.blocks():
+        here = torch.randint(2**block.bits, zero_RG[block.rows, block.groups].shape)
+        middle = torch.full_like(here, 2 ** (block.bits - 1))
+        zero_RG[block.rows, block.groups] = (middle if shape.grid == "symmetric" else here).float()
+    return codes_RC, scale_RG, -scale_RG.float() * zero_RG
 
 
 def filled(shape):

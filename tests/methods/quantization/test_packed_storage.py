@@ -73,7 +73,7 @@ def test_pruned_and_packed_comes_back_from_a_folder(architecture, tmp_path):
     model = model_of(network)
     model.tokenizer = tokenizer()
     (tmp_path / "out").mkdir()
-    assert export(model, tmp_path / "out", pad=False) == "slimbench"
+    assert export(model, tmp_path / "out") == "slimbench"
     again = open_folder(tmp_path / "out")
     assert torch.equal(again.network(tokens()).logits, network(tokens()).logits)
     assert count_size(again.network).bytes == count_size(network).bytes

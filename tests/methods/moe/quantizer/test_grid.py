@@ -56,6 +56,32 @@ def test_least_error_is_never_worse_than_the_whole_range(bits):
     assert errors[0].sum() < 0.95 * errors[1].sum() or bits == 4
 
 
+def transcribed(row, bits, kind):
+    """The values of a row on a grid with a code for 0, weight by weight (GPTQ's release)."""
+    low, high, most = min(*row, 0.0), max(*row, 0.0), 2**bits - 1
+    if kind == "symmetric":
+        high = max(high, -low)
+        low = -high
+    scale = torch.tensor((high - low) / most).bfloat16().item()
+    zero = (most + 1) // 2 if kind == "symmetric" else min(most, round(-low / scale))
+    return [scale * (min(max(round(w / scale) + zero, 0), most) - zero) for w in row]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 2**32), st.sampled_from([0.0, 1.0, -3.0]))
+@pytest.mark.parametrize("kind", ["symmetric", "zero_point"])
+def test_grids_with_a_code_for_zero_are_those_of_their_definition(kind, bits, seed, shift):
+    weight_RC = matrix(rows=3, columns=8, seed=seed) + shift
+    found_RC = round_weights(weight_RC, bits, 8, kind=kind)
+    wanted = [transcribed(row, bits, kind) for row in weight_RC.tolist()]
+    # A quotient just beside a half may fall to either side in single precision.
+    step_R1 = fit_grid(weight_RC, torch.full((3,), bits), kind=kind).scale
+    apart_RC = (found_RC - torch.tensor(wanted)).abs() / step_R1
+    beside_RC = (apart_RC < 1.001) & (((weight_RC / step_R1) % 1 - 0.5).abs() < 1e-3)
+    assert ((apart_RC < 1e-3) | beside_RC).all()
+    assert torch.equal(step_R1.bfloat16().float(), step_R1.half().float())
+
+
 def test_constant_rows_are_exact():
     weight_RC = torch.tensor([[0.0] * 8, [0.5] * 8, [-2.0] * 8])
     for bits in (1, 2, 8):
