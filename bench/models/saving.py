@@ -110,6 +110,13 @@ def _replaced_format(
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
     """Raise if config and description would not rebuild the network as it is."""
     whole = cast(TransformersNetwork, network)
+    for name, module in network.named_modules():
+        # Such as a decoder that skips work for visual tokens: the folder would be the dense model.
+        if "forward" in vars(module):
+            raise UserError(
+                f"what {name or 'the network'} computes is replaced while it runs, which no folder "
+                "can hold: give the method in each run instead of exporting it"
+            )
     rebuilt = meta_network(whole.config, whole.dtype)
     if description is not None:
         with torch.device("meta"):
@@ -193,10 +200,12 @@ def padded_network(
 
 def meta_network(config: NetworkConfig, dtype: torch.dtype) -> nn.Module:
     """Build a network of the shape in a config, on the meta device."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    sees = hasattr(config, "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        network = auto.from_config(copy.deepcopy(config), dtype=dtype)
     return cast(nn.Module, network)
 
 
