@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from bench.errors import EXIT_DONE, UserError
-from bench.records.atomic_files import refuse_unwritable, write_folder
+from bench.records.files import refuse_unwritable, write_folder
 from bench.ui import print_text
 
 
