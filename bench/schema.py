@@ -34,6 +34,23 @@ ModelKind = Literal["causal_lm", "image_text", "image_classifier"]
 """Inputs and outputs of a model: text to text, images and text to text, image to class."""
 
 
+class ProcessorConfig(BaseModel):
+    """How the images of an image_text model become pixels; null is as in lmms-eval's adapter.
+
+    `resize` is for CLIP's processors (LLaVA-1.5): `crop` resizes the shorter side and crops the
+    centre, `pad` first centres the image on a square, as in LLaVA's own evaluation. `min_pixels`
+    and `max_pixels` bound the area of an image (Qwen-VL), `max_tiles` the number of tiles that it
+    is cut into, without the thumbnail (InternVL).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    resize: Literal["crop", "pad"] | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    max_tiles: PositiveInt | None = None
+
+
 class ModelConfig(BaseModel):
     """One entry of the `model` config group.
 
@@ -55,6 +72,7 @@ class ModelConfig(BaseModel):
     model's repository runs only with both and with a `revision` that is a commit.
 
     `system_prompt` is the sentence that an image_text model saw before each question in training.
+    `processor` says how its images become pixels.
     """
 
     # `_target_` keeps its name in records: by it, every config is searched for code to run.
@@ -84,6 +102,7 @@ class ModelConfig(BaseModel):
     classes: int | None = Field(default=None, ge=2)
     seed: int | None = Field(default=None, ge=0)
     system_prompt: str | None = None
+    processor: ProcessorConfig = ProcessorConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,7 @@ from bench.errors import UserError
 
 COMMANDS = (
     "run", "table", "compare", "report", "plot", "ls", "show", "track", "verify", "rescore",
-    "status", "resume", "gc", "export", "prefetch", "doctor",
+    "status", "resume", "gc", "export", "convert", "prefetch", "doctor",
 )  # fmt: skip
 LISTABLE = ("models", "methods", "benchmarks", "tables", "runs")
 RAW_COMMANDS = {
@@ -141,6 +141,10 @@ def _add_run_commands(command: AddCommand) -> None:
     export.add_argument("--align", type=int, metavar="N", help="multiple of widths: 64 or 128")
     export.add_argument("--onnx", action="store_true", help="also write a classifier as ONNX")
     _add_allowed(export, ALLOWED_HELP)
+    convert = command("convert", "convert:run_command", "rewrite a llava_llama checkpoint")
+    convert.add_argument("source", type=Path, metavar="FOLDER", help="in LLaVA's own layout")
+    convert.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    convert.add_argument("--tower", type=Path, required=True, help="a folder with its CLIP model")
     prefetch = command("prefetch", "prefetch:run_command", "download what a run or table needs")
     prefetch.add_argument("overrides", nargs="*", metavar="TABLE|KEY=VALUE")
     for added in (status, resume, garbage, verify, rescore, export):

@@ -27,6 +27,7 @@ from bench.models.source import (
     is_state_dict,
     resolve_model,
 )
+from bench.models.vlm.image_processing import ImageSettings, configure_images
 from bench.models.weight_files import read_json_object, weights_variant
 from bench.schema import ModelConfig
 from bench.ui import note
@@ -325,9 +326,19 @@ def _load_processor(source: ModelSource) -> Processor:
     # Without a preprocessor config, AutoProcessor silently returns the tokenizer alone.
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{source.folder} contains no image processor")
-    # A template that refuses a question would do so only after the weights are loaded.
+    # Both would otherwise be refused only after the weights are loaded.
+    configure_images(processor, _network_config(source).model_type, source.config.processor)
     render_chat(processor, [("What is this?", None)], images=1, system=None)
     return processor
+
+
+@functools.lru_cache(maxsize=4)
+def image_settings(source: ModelSource) -> ImageSettings:
+    """Return how the images of an image_text model become pixels, for the id of a run."""
+    with one_sentence_errors(source.given):
+        processor = _load_processor(source)
+        model_type = _network_config(source).model_type
+        return configure_images(processor, model_type, source.config.processor)
 
 
 def _load_tokenizer(source: ModelSource) -> Tokenizer:

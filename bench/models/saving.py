@@ -255,6 +255,13 @@ def _write_own_format(
 def refuse_unsavable(network: nn.Module, description: replaced_modules.Description | None) -> None:
     """Raise if config and description would not rebuild the network as it is."""
     whole = cast(TransformersNetwork, network)
+    for name, module in network.named_modules():
+        # Such as a decoder that skips work for visual tokens: the folder would be the dense model.
+        if "forward" in vars(module):
+            raise UserError(
+                f"what {name or 'the network'} computes is replaced while it runs, which no folder "
+                "can hold: give the method in each run instead of exporting it"
+            )
     rebuilt = meta_network(whole.config, whole.dtype)
     if description is not None:
         with torch.device("meta"):

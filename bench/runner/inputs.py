@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bench.method import Context
     from bench.models.model import Model
     from bench.models.source import ModelSource
+    from bench.models.vlm.image_processing import ImageSettings
     from bench.runner.session import Session
     from bench.ui import Progress
 
@@ -168,6 +169,7 @@ def resolve_run(config: RunConfig, session: Session) -> RunInputs:
         "weights": source.fingerprint,
         "files": {**source.files, **_modules_of_methods(skeleton)},
         **_own_network(config),
+        **_images_as_pixels(source),
         "tasks": planned.definitions,
         "data": planned.fingerprints,
         **calibration_inputs.fingerprints,
@@ -198,6 +200,15 @@ def _own_network(config: RunConfig) -> dict[str, str]:
 
     target = config.model.target
     return {} if target is None else {"network": class_identity(get_class(target))}
+
+
+def _images_as_pixels(source: ModelSource) -> dict[str, ImageSettings]:
+    """Return the processor's settings in force: defaults of the code are in no config."""
+    from bench.models import loading
+
+    if source.config.kind != "image_text":
+        return {}
+    return {"images": loading.image_settings(source)}
 
 
 def _modules_of_methods(skeleton: nn.Module) -> dict[str, str]:

@@ -6,8 +6,8 @@ Shapes: I frames, M tokens of a frame, D width, F width of the tower's features.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import asdict
-from typing import Annotated, ClassVar, Literal
+from dataclasses import asdict, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from bench.errors import UserError
 from bench.method import Context
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
-from bench.models.vlm.vision_tower import TowerOutput
+from bench.models.vlm.vision_tower import LayerRequest, TowerOutput
 from methods.visual_engine.decoder import VisualEngine
 from methods.visual_engine.plan import VisualPlan
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
@@ -32,14 +32,22 @@ Amount = (
 )
 
 
+Variant = Literal["paper", "release"]
+"""Whose definition a method follows where its paper and the authors' code differ."""
+
+
 class TokenPruning(VisualStrategy):
     """A method that removes visual tokens from the sequence for good; strategies compose with it.
 
-    Tokens that stay keep their position ids and their cells in the image, so windows still hold. A
-    frame is an image, a tile of an image or a time step of a video; budgets are per frame. An
-    amount is a number of tokens (an integer), a share of the frame's tokens (a float; 1.0 is all of
-    them, 1 is one token), or `all`.
+    With `positions=kept`, tokens that stay keep their position ids; with `renumbered`, ids run
+    without gaps from the removal on, as if the removed tokens had never been: in later layers and,
+    counted per layer, for generated tokens. Either way tokens keep their cells in the image, so
+    windows still hold. A frame is an image, a tile of an image or a time step of a video; budgets
+    are per frame. An amount is a number of tokens (an integer), a share of the frame's tokens (a
+    float; 1.0 is all of them, 1 is one token), or `all`.
     """
+
+    positions: Literal["kept", "renumbered"] = "kept"
 
     # The method's name in messages and reports; equal to the name of its config.
     label: ClassVar[str]
@@ -56,18 +64,23 @@ class TokenPruning(VisualStrategy):
             raise UserError(
                 f"execution={self.execution}: token pruning removes tokens; set execution=skip"
             )
+        if self.positions == "renumbered" and _has_image_positions(structure):
+            raise UserError(
+                f"positions=renumbered: the positions of {structure.architecture} are rows and "
+                "columns of its images, which have no order to close gaps in: set positions=kept"
+            )
         # Dry run on an empty plan: `add_step` does the validation, so a run fails here, before any
         # weights are loaded, with the message it would fail with later.
         plan = VisualPlan.dense(len(structure.layers))
-        for step in self._steps(len(structure.layers), Context(seed=0)):
+        for step in self._placed_steps(len(structure.layers), Context(seed=0)):
             plan.add_step(step)
 
     def configure(self, engine: VisualEngine, model: Model, context: Context) -> dict[str, object]:
         """Add the pruning steps to the plan; report their quotas and the tokens of each stage."""
         if self.reads_tower:
-            engine.record_tower()
+            engine.record_tower(*self._tower_layers())
             model.needs_pixels = True
-        added = self._steps(len(engine.decoder.layers), context)
+        added = self._placed_steps(len(engine.decoder.layers), context)
         for step in added:
             engine.plan.add_step(step)
         model.overhead = engine.overhead.measured
@@ -79,9 +92,24 @@ class TokenPruning(VisualStrategy):
             **tokens_by_stage(engine),
         }
 
+    def _tower_layers(self) -> tuple[LayerRequest, ...]:
+        """Return the layers of the vision tower to read besides the one that is projected."""
+        return ()
+
     @abstractmethod
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         """Return the pruning steps of a decoder of `depth` layers."""
+
+    def _placed_steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
+        """Return the pruning steps with what `positions` asks of them."""
+        renumbers = self.positions == "renumbered"
+        return [replace(step, renumbers=renumbers) for step in self._steps(depth, context)]
+
+
+def _has_image_positions(structure: ModelStructure) -> bool:
+    """Whether positions have several parts (M-RoPE)."""
+    config: Any = getattr(getattr(structure.layers[0], "self_attn", None), "config", None)
+    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
 
 
 class BeforeDecoder(TokenPruning):
@@ -133,6 +161,19 @@ class InDecoder(TokenPruning):
         )
 
 
+def frame_widths(inputs: SelectionInputs, name: str) -> list[int]:
+    """Return the number of columns of every frame.
+
+    Raises:
+        UserError: an earlier step has removed tokens, so that rows have holes.
+    """
+    if inputs.frames.counts != inputs.initial_counts:
+        raise UserError(f"{name} needs whole images: list it before other token pruning")
+    # Frames are packed in raster order, so the width of a whole frame follows from its last column.
+    last_I = inputs.cells.column_N.masked_fill(~inputs.valid, 0).amax(dim=1)
+    return [int(last) + 1 for last in last_I.tolist()]
+
+
 def top_tokens(score_IM: Tensor, allowed_IM: Tensor, keep_I: Tensor) -> Tensor:
     """Mark the `keep` highest of the allowed scores of each frame, bool [I, M].
 
@@ -167,6 +208,17 @@ def evenly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
     j_IM = -((-order_IM * count_I1) // n_I1.clamp(min=1))
     taken_IM = (j_IM * n_I1 // count_I1.clamp(min=1) == order_IM) & (j_IM < count_I1)
     return taken_IM & allowed_IM
+
+
+def regularly_spaced(allowed_IM: Tensor, count_I: Tensor) -> Tensor:
+    """Mark every s-th allowed token of each frame from the first on, `count` in all, bool [I, M].
+
+    Of n allowed tokens, s = max(1, ⌊n / count⌋): the last ones are never marked unless s divides n.
+    """
+    n_I1, count_I1 = allowed_IM.sum(dim=1, keepdim=True), count_I[:, None]
+    order_IM = allowed_IM.cumsum(dim=1) - 1
+    step_I1 = (n_I1 // count_I1.clamp(min=1)).clamp(min=1)
+    return allowed_IM & (order_IM % step_I1 == 0) & (order_IM // step_I1 < count_I1)
 
 
 def pairwise_cosine(x_IMD: Tensor) -> Tensor:

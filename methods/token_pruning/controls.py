@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.errors import UserError
 from bench.method import Context
-from methods.token_pruning.base import BeforeDecoder, top_tokens
+from methods.token_pruning.base import BeforeDecoder, frame_widths, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import ChooseTokens, SelectionSizes
 
@@ -21,16 +20,12 @@ class Downsample(BeforeDecoder):
     label: ClassVar[str] = "downsample"
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        if inputs.frames.counts != inputs.initial_counts:
-            raise UserError("downsample needs whole images: list it before other token pruning")
         keep_IM = torch.zeros_like(inputs.valid)
-        for number, (count, keep) in enumerate(
-            zip(inputs.frames.counts, keep_I.tolist(), strict=True)
+        widths = frame_widths(inputs, self.label)
+        for number, (count, columns, keep) in enumerate(
+            zip(inputs.frames.counts, widths, keep_I.tolist(), strict=True)
         ):
-            # Frames are packed in raster order, so the width of a whole frame follows from its last
-            # column and cell (row, column) has index row · columns + column. After other token
-            # pruning neither holds, which is why partial frames are refused above.
-            columns = int(inputs.cells.column_N[number, :count].max()) + 1
+            # In a whole frame cell (row, column) has index row · columns + column.
             cells = even_grid_cells(count // columns, columns, keep)
             keep_IM[number, [row * columns + column for row, column in cells]] = True
         return TokenSelection(keep_IM)

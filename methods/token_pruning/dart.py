@@ -5,6 +5,7 @@ Shapes: I frames, M tokens of a frame, T text rows, P pivots, D width, E width o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.method import Context
-from methods.token_pruning.base import InDecoder, top_tokens
+from methods.token_pruning.base import InDecoder, Variant, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 
@@ -23,17 +24,23 @@ class DART(InDecoder):
 
     Pivots are the visual tokens and the words after the image whose keys in the preceding layer
     have the largest L1 norm; similarity is the cosine of hidden states. No attention weights are
-    needed.
+    needed. With `variant=paper` exactly `keep` tokens stay. `variant=release` compares states after
+    the decoder's final norm, and each of P pivots takes ⌊keep / P⌋ tokens besides the visual
+    pivots: 132 stay of "128".
     """
 
     label: ClassVar[str] = "dart"
 
+    variant: Variant = "paper"
     after: int = Field(default=2, ge=1)
     visual_pivots: int = Field(default=4, ge=1)
     text_pivots: int = Field(default=4, ge=0)
 
     def _steps(self, depth: int, context: Context) -> list[TokenPruningStep]:
         quota = self._quota(self.after, depth)
+        if self.variant == "release":
+            turns = self.visual_pivots + self.text_pivots
+            quota = replace(quota, turns=turns, pivots=self.visual_pivots)
         return [
             TokenPruningStep(
                 self.label, self.after, quota, self._choose, attention=True, macs=self._macs
@@ -48,10 +55,13 @@ class DART(InDecoder):
         # With fewer words than `text_pivots`, all of them become pivots.
         words_B = torch.full_like(question_BT.sum(dim=1), self.text_pivots)
         words_BT = select_pivots(text_BTE, question_BT, words_B)
+        states_IMD, text_BTD = inputs.states_IMD, inputs.text_BTD
+        if self.variant == "release":
+            states_IMD, text_BTD = inputs.final_norm(states_IMD), inputs.final_norm(text_BTD)
         return TokenSelection(
             least_similar_to_pivots(
-                inputs.states_IMD,
-                inputs.text_BTD[sample_I],
+                states_IMD,
+                text_BTD[sample_I],
                 inputs.valid,
                 chosen_IM,
                 words_BT[sample_I],

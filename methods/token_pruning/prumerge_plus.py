@@ -12,30 +12,49 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bench.models.vlm.vision_tower import TowerSizes
-from methods.token_pruning.base import BeforeDecoder, evenly_spaced, reproject, top_tokens
+from bench.models.vlm.vision_tower import LayerRequest, TowerSizes
+from methods.token_pruning.base import (
+    BeforeDecoder,
+    Variant,
+    evenly_spaced,
+    reproject,
+    top_tokens,
+)
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
+
+# What the release reads: the last layer, whose output LLaVA discards.
+LAST_LAYER = LayerRequest(-1, one_head=True)
 
 
 class PruMergePlus(BeforeDecoder):
     """Keep the outliers of the class token's attention and fill `keep` up with even spacing.
 
     Outliers get more attention than Q3 + 1.5 (Q3 - Q1). Each token that stays then absorbs its
-    `neighbours` nearest others by keys, weighted by attention, before the projector. Two
-    differences from the paper: it derives the number of added tokens from the number of outliers,
-    about 25 % of all in the end, while here `keep` decides, so that costs are known in advance; and
-    the one token that its release appends for all pruned ones is left out, since it has no position
-    in the image. Without a class token (Qwen), a token's attention is what it receives from all
-    patches on average.
+    `neighbours` nearest others by keys, weighted by attention, before the projector. The paper and
+    its release derive the number of added tokens from the number of outliers, about 25 % of all in
+    the end; here `keep` decides, so that costs are known in advance.
+
+    `variant=paper`: attention, mean over heads, and keys are those of the layer whose output is
+    projected. Without a class token (Qwen), a token's attention is what it receives from all
+    patches on average. `variant=release`: both are of the tower's last layer, as one head of full
+    width, and the last of the `keep` tokens is the sum of all removed ones weighted by attention,
+    in the place of the last of them. With `positions=renumbered` outliers come first, by falling
+    attention, then the added tokens, then that sum.
     """
 
     label: ClassVar[str] = "prumerge_plus"
     reads_tower: ClassVar[bool] = True
 
+    variant: Variant = "paper"
     neighbours: int = Field(default=32, ge=0)
 
+    def _tower_layers(self) -> tuple[LayerRequest, ...]:
+        return (LAST_LAYER,) if self.variant == "release" else ()
+
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        if self.variant == "release":
+            return self._choose_as_released(inputs, keep_I)
         tower, valid_IM = inputs.require_tower_output(), inputs.valid
         kept_IM = outliers_and_uniform(tower.received_V, valid_IM, keep_I)
         if not self.neighbours:
@@ -46,12 +65,39 @@ class PruMergePlus(BeforeDecoder):
         )
         return TokenSelection(kept_IM, kept_IM, reproject(inputs, tower, kept_IM, merged_IMF))
 
+    def _choose_as_released(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
+        tower, valid_IM = inputs.require_tower_output(), inputs.valid
+        reading = tower.layers[LAST_LAYER]
+        attention_IM, features_IMF = reading.received_V, tower.features_VF
+        chosen_IM = outliers_and_uniform(attention_IM, valid_IM, keep_I - 1)
+        merged_IMF = absorb_neighbours(
+            features_IMF, reading.keys_VD, attention_IM, valid_IM, self.neighbours
+        )
+        gone_IM = valid_IM & ~chosen_IM
+        weight_IM = torch.where(gone_IM, attention_IM, 0).to(features_IMF.dtype)
+        rest_IF = torch.einsum("im,imf->if", weight_IM, features_IMF)
+        last_IM = gone_IM & (gone_IM.flip(1).cumsum(dim=1).flip(1) == 1)
+        merged_IMF = torch.where(last_IM[..., None], rest_IF[:, None], merged_IMF)
+        kept_IM = chosen_IM | last_IM
+        salient_I = torch.minimum(count_outliers(attention_IM, valid_IM), keep_I - 1)
+        salient_IM = top_tokens(attention_IM, valid_IM, salient_I)
+        # Attention is below 1, so outliers sort before every place in the image.
+        place_IM = torch.arange(valid_IM.shape[1], device=valid_IM.device).float()
+        order_IM = torch.where(salient_IM, -attention_IM.float(), place_IM)
+        order_IM = order_IM.masked_fill(last_IM, torch.inf)
+        return TokenSelection(
+            kept_IM, kept_IM, reproject(inputs, tower, kept_IM, merged_IMF), order_IM
+        )
+
     def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
-        if not self.neighbours:
-            return tower.reading_macs
+        reading = tower.reading_macs + sum(tower.layers[each] for each in self._tower_layers())
+        if not self.neighbours and self.variant == "paper":
+            return reading
         merging = sizes.pairs * (tower.keys + tower.features)
-        return tower.reading_macs + merging + sum(sizes.kept) * tower.project
+        if self.variant == "release":
+            merging += len(sizes.counts) * max(sizes.counts) * tower.features
+        return reading + merging + sum(sizes.kept) * tower.project
 
 
 def count_outliers(attention_IM: Tensor, valid_IM: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.method import Context
-from methods.token_pruning.base import TokenPruning, top_tokens
+from methods.token_pruning.base import TokenPruning, Variant, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 from methods.visual_engine.settings import Quota
@@ -18,14 +18,16 @@ from methods.visual_engine.settings import Quota
 class PyramidDrop(TokenPruning):
     """Cut the decoder into equal `stages` and keep a share `ratio` (λ) of the tokens after each.
 
-    Tokens are ranked by q · k of the last prompt token with each of them, averaged over heads, in
-    the stage's last layer (the release recomputes both with the next layer's weights). Shares are
-    of the frame's original tokens: λ, λ², λ³. With `average`, λ is solved for such that the mean
-    over layers is this share of them.
+    `variant=paper` ranks tokens by q · k of the last prompt token with each of them in the stage's
+    last layer, averaged over heads. `variant=release` ranks them by the attention that this token
+    would pay in the next layer: q and k by that layer's weights, the softmax over all keys, then
+    the mean over heads. Shares are of the frame's original tokens: λ, λ², λ³. With `average`, λ is
+    solved for such that the mean over layers is this share of them.
     """
 
     label: ClassVar[str] = "pyramid_drop"
 
+    variant: Variant = "paper"
     stages: int = Field(default=4, ge=2)
     ratio: float = Field(default=0.5, gt=0, le=1)
     average: float | None = Field(default=None, gt=0, le=1)
@@ -45,18 +47,28 @@ class PyramidDrop(TokenPruning):
                 cut,
                 Quota(share=ratio**power),
                 self._choose,
-                attention=True,
+                # The release reads the layer that follows; what precedes may be pruned meanwhile.
+                attention=self.variant == "paper",
                 macs=self._macs,
             )
             for power, cut in enumerate(cuts, start=1)
         ]
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
-        score_IM = inputs.products(inputs.last_row())[:, 0]
+        last = inputs.last_row()
+        if self.variant == "release":
+            score_IM = inputs.attention(last, upcoming=True)[:, 0]
+        else:
+            score_IM = inputs.products(last)[:, 0]
         return TokenSelection(top_tokens(score_IM, inputs.valid, keep_I))
 
     def _macs(self, sizes: SelectionSizes) -> float:
-        return sizes.row_macs
+        if self.variant == "paper":
+            return sizes.row_macs
+        # The next layer's queries are computed for all text rows, its keys for all rows.
+        text, head = sizes.samples * sizes.text, sizes.width * sizes.head_dim
+        keys = sizes.groups * (text + sum(sizes.counts))
+        return sizes.row_macs + head * (sizes.query_heads * text + keys)
 
 
 def _ratio_for_average(average: float, cuts: list[int], depth: int) -> float:

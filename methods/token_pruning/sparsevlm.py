@@ -6,6 +6,7 @@ frames, M tokens of a frame, R raters, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import ClassVar, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bench.errors import UserError
 from bench.method import Context
-from methods.token_pruning.base import TokenPruning, top_tokens
+from methods.token_pruning.base import TokenPruning, Variant, pairwise_cosine, top_tokens
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes, TokenPruningStep
 from methods.visual_engine.settings import Quota
@@ -23,6 +24,10 @@ from methods.visual_engine.token_index import rows_where
 # The release's fixed tables for LLaVA-1.5, by average: tokens left of 576 after each pruning step.
 RELEASED_TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 TABLE_TOKENS, TABLE_LAYERS, TABLE_DEPTH = 576, (2, 6, 15), 32
+
+# The release's layers 2, 6 and 15 count from 0: each runs in full and its outputs are pruned by its
+# own attention.
+RELEASED_LAYERS = tuple(layer + 1 for layer in TABLE_LAYERS)
 
 # Share of the removed tokens that is recycled, and tokens per cluster.
 RECYCLED_SHARE, CLUSTER_SIZE = 0.3, 10
@@ -35,12 +40,20 @@ class SparseVLM(TokenPruning):
     average. `average` names the release's table for LLaVA-1.5; `keep` replaces it by shares of the
     frame. Token counts are applied as shares and layers as fractions of the depth, so that both
     carry over to different models. With `recycle`, the best 30 % of the removed tokens are
-    clustered by density peaks, about ten per cluster, and the cluster sums stay at the positions of
-    the centres. The paper's alternative, a number of tokens derived from the rank of the attention,
-    is not offered: budgets would differ from image to image.
+    clustered by density peaks, about ten per cluster, and merged ones stay at the positions of the
+    centres. The paper's alternative, a number of tokens derived from the rank of the attention, is
+    not offered: budgets would differ from image to image.
+
+    `variant=paper`: raters are at least as similar as the average, a removed token joins the centre
+    of highest cosine, and a cluster becomes its sum. `variant=release` (version 1): layers 2, 6 and
+    15 run in full first; raters are more similar than the average, a token joins the nearest
+    centre, a cluster becomes its mean, one more token is recycled, and with `positions=renumbered`
+    the clusters come behind the tokens that stay.
     """
 
     label: ClassVar[str] = "sparsevlm"
+
+    variant: Variant = "paper"
 
     average: Literal[192, 128, 64] = 192
     keep: tuple[float, ...] | None = None
@@ -52,7 +65,8 @@ class SparseVLM(TokenPruning):
         if shares is None:
             shares = tuple(left / TABLE_TOKENS for left in RELEASED_TABLES[self.average])
         if layers is None:
-            layers = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in TABLE_LAYERS)
+            table = RELEASED_LAYERS if self.variant == "release" else TABLE_LAYERS
+            layers = tuple(max(1, round(layer * depth / TABLE_DEPTH)) for layer in table)
         # An empty list is one number too few, not a wish for the defaults.
         increasing = sorted(set(layers)) == list(layers) and min(layers, default=0) >= 1
         if len(layers) != len(shares) or not increasing:
@@ -62,18 +76,23 @@ class SparseVLM(TokenPruning):
             )
         if not all(0 < share <= 1 for share in shares):
             raise UserError(f"keep={list(shares)}: each share of the frame must be in (0, 1]")
-        recycled = RECYCLED_SHARE / CLUSTER_SIZE if self.recycle else 0.0
         return [
             TokenPruningStep(
                 self.label,
                 after,
-                Quota(share, recycled=recycled),
+                replace(self._recycling, share=share),
                 self._choose,
                 attention=True,
                 macs=self._macs,
             )
             for after, share in zip(layers, shares, strict=True)
         ]
+
+    @property
+    def _recycling(self) -> Quota:
+        """The quota of no token but those that return, from which costs are counted as well."""
+        share, extra = RECYCLED_SHARE * self.recycle, int(self.variant == "release")
+        return Quota(recycled=share, pool_extra=extra, cluster_size=CLUSTER_SIZE)
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         rating = rows_where(self._raters(inputs))
@@ -95,12 +114,18 @@ class SparseVLM(TokenPruning):
         """
         rating = sizes.samples * sizes.input_visual_rows * sizes.text * sizes.width
         attending = ceil(sizes.question_rows / 2) * sizes.row_macs
-        return rating + attending + (sizes.pairs * sizes.width if self.recycle else 0)
+        # Distances, and for the paper's clusters cosines besides.
+        comparisons = self.recycle * (2 if self.variant == "paper" else 1)
+        return rating + attending + comparisons * sizes.pairs * sizes.width
 
     def _raters(self, inputs: SelectionInputs) -> Tensor:
         embeddings, question_BT = inputs.input_embeddings, inputs.require_question_rows()
         return select_raters(
-            embeddings.visual_BND, embeddings.visual_valid_BN, embeddings.text_BTD, question_BT
+            embeddings.visual_BND,
+            embeddings.visual_valid_BN,
+            embeddings.text_BTD,
+            question_BT,
+            strict=self.variant == "release",
         )
 
     def _recycled(
@@ -108,27 +133,38 @@ class SparseVLM(TokenPruning):
     ) -> TokenSelection:
         """Add the clusters of the best removed tokens to the kept ones."""
         gone_IM = inputs.valid & ~kept_IM
-        gone_I = gone_IM.sum(dim=1)
-        # Must equal Quota.merged, from which costs are counted. The 1e-9 keeps a product that is a
-        # whole number from rounding down to the one below.
-        count_I = torch.where(
-            gone_I > 0, (gone_I * RECYCLED_SHARE / CLUSTER_SIZE + 1e-9).long() + 1, 0
-        )
+        gone, quota = gone_IM.sum(dim=1).tolist(), self._recycling
+        count_I = torch.tensor([quota.merged(g) for g in gone], device=kept_IM.device)
         # A cluster needs a member: with few removed tokens, the pool holds one per cluster.
-        pool_I = torch.maximum((gone_I * RECYCLED_SHARE + 1e-9).long(), count_I)
-        pool_IM = top_tokens(score_IM, gone_IM, pool_I)
-        centre_IM, owner_IM = cluster_by_density(inputs.states_IMD, pool_IM, count_I)
-        sums_IMD = cluster_sums(inputs.states_IMD, pool_IM, owner_IM)
-        return TokenSelection(kept_IM | centre_IM, centre_IM, sums_IMD)
+        pooled_I = torch.tensor([quota.pooled(g) for g in gone], device=kept_IM.device)
+        pool_IM = top_tokens(score_IM, gone_IM, torch.maximum(pooled_I, count_I))
+        states_IMD = inputs.states_IMD
+        centre_IM, owner_IM, peak_IM = cluster_by_density(states_IMD, pool_IM, count_I)
+        if self.variant == "paper":
+            sums_IMD = cluster_sums(states_IMD, pool_IM, most_similar(states_IMD, centre_IM))
+            return TokenSelection(kept_IM | centre_IM, centre_IM, sums_IMD)
+        sums_IMD = cluster_sums(states_IMD, pool_IM, owner_IM)
+        size_IM1 = cluster_sums(pool_IM[..., None].to(sums_IMD), pool_IM, owner_IM)
+        # Behind the tokens that stay, the highest peak first: its share of it is at most 1.
+        place_IM = torch.arange(kept_IM.shape[1], device=kept_IM.device).float()
+        behind_IM = kept_IM.shape[1] + 1 - peak_IM / peak_IM.amax(dim=1, keepdim=True).clamp(1e-30)
+        order_IM = torch.where(centre_IM, behind_IM, place_IM)
+        means_IMD = sums_IMD / size_IM1.clamp(min=1)
+        return TokenSelection(kept_IM | centre_IM, centre_IM, means_IMD, order_IM)
 
 
 def select_raters(
-    visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, question_BT: Tensor
+    visual_BND: Tensor,
+    visual_valid_BN: Tensor,
+    text_BTD: Tensor,
+    question_BT: Tensor,
+    *,
+    strict: bool = False,
 ) -> Tensor:
     """Mark the question's tokens that are at least as similar to the image as the average, [B, T].
 
     The similarity of a word is the mean over visual tokens of softmax(H_v H_qᵀ), where the softmax
-    is over the question's words.
+    is over the question's words. With `strict`, words must be above the average, unless none is.
     """
     product_BNT = visual_BND.float() @ text_BTD.float().transpose(1, 2)
     share_BNT = product_BNT.masked_fill(~question_BT[:, None, :], -torch.inf).softmax(dim=-1)
@@ -138,17 +174,30 @@ def select_raters(
     average_B1 = 1 / question_BT.sum(dim=1, keepdim=True).clamp(min=1)
     # The average of a softmax over w words is 1 / w. Without the tolerance rounding could exclude a
     # single word, which is exactly average, and leave the sample without raters.
-    return question_BT & (mean_BT >= average_B1 - 1e-6)
+    at_least_BT = question_BT & (mean_BT >= average_B1 - 1e-6)
+    above_BT = question_BT & (mean_BT > average_B1 + 1e-6)
+    # A single word is exactly average: the release then divides by no rater.
+    any_above_B1 = above_BT.any(dim=1, keepdim=True)
+    return torch.where(any_above_B1, above_BT, at_least_BT) if strict else at_least_BT
 
 
-def cluster_by_density(x_IMD: Tensor, member_IM: Tensor, count_I: Tensor) -> tuple[Tensor, Tensor]:
-    """Cluster each frame's members into `count` clusters; return centres and owners.
+def most_similar(x_IMD: Tensor, centre_IM: Tensor) -> Tensor:
+    """Return for each token the position of the centre of highest cosine, [I, M]; its own is it."""
+    cosine_IMM = pairwise_cosine(x_IMD).masked_fill(~centre_IM[:, None, :], -torch.inf)
+    itself_M = torch.arange(x_IMD.shape[1], device=x_IMD.device)
+    return torch.where(centre_IM, itself_M, cosine_IMM.argmax(dim=2))
+
+
+def cluster_by_density(
+    x_IMD: Tensor, member_IM: Tensor, count_I: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cluster each frame's members into `count` clusters; return centres, owners and peaks.
 
     Distances are Euclidean over √D. A member's density is exp(- mean d² to its `count` nearest
     members, itself included); its isolation is the distance to the nearest member of higher
     density, or the largest distance for the densest. Centres (bool [I, M]) have the highest product
     of both; every other member belongs to its nearest centre. Owners [I, M] are positions of
-    centres.
+    centres, peaks [I, M] the products.
     """
     distance_IMM = torch.cdist(x_IMD.float(), x_IMD.float()) / x_IMD.shape[-1] ** 0.5
     pair_IMM = member_IM[:, :, None] & member_IM[:, None, :]
@@ -165,10 +214,11 @@ def cluster_by_density(x_IMD: Tensor, member_IM: Tensor, count_I: Tensor) -> tup
     # largest distance in the frame.
     apart_IM = distance_IMM.masked_fill(~denser_IMM, torch.inf).amin(dim=2)
     apart_IM = torch.minimum(apart_IM, farthest_I[:, None])
-    centre_IM = top_tokens(density_IM * apart_IM, member_IM, count_I)
+    peak_IM = density_IM * apart_IM
+    centre_IM = top_tokens(peak_IM, member_IM, count_I)
     owner_IM = distance_IMM.masked_fill(~centre_IM[:, None, :], torch.inf).argmin(dim=2)
     itself_M = torch.arange(x_IMD.shape[1], device=x_IMD.device)
-    return centre_IM, torch.where(centre_IM, itself_M, owner_IM)
+    return centre_IM, torch.where(centre_IM, itself_M, owner_IM), peak_IM
 
 
 def cluster_sums(x_IMD: Tensor, member_IM: Tensor, owner_IM: Tensor) -> Tensor:

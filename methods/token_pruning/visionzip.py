@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.models.vlm.vision_tower import TowerSizes
-from methods.token_pruning.base import BeforeDecoder, evenly_spaced, reproject, top_tokens
+from methods.token_pruning.base import (
+    BeforeDecoder,
+    Variant,
+    evenly_spaced,
+    regularly_spaced,
+    reproject,
+    top_tokens,
+)
 from methods.visual_engine.selection_inputs import SelectionInputs, TokenSelection
 from methods.visual_engine.selection_step import SelectionSizes
 
@@ -21,9 +28,16 @@ from methods.visual_engine.selection_step import SelectionSizes
 class VisionZip(BeforeDecoder):
     """Keep the tokens that the class token attends to most, and merge the others into a few.
 
-    A fraction `contextual` of `keep` (10 of 64 in the paper) are targets, evenly spaced among the
-    tokens that are not dominant; every other token joins the target whose key, averaged over heads,
-    is nearest to its own. The mean of each group, taken before the projector, replaces the target.
+    A fraction `contextual` of `keep` (10 of 64 in the paper) are targets among the tokens that are
+    not dominant; every other token joins the target whose key, averaged over heads, is nearest to
+    its own, and they are merged before the projector.
+
+    `variant=paper`: targets are evenly spaced, and the mean of each group replaces its target.
+    `variant=release`: targets are every s-th token from the first; each becomes itself plus the
+    mean of those that joined it. The class token is the first of the dominant ones, in the place of
+    a token that is removed; with `positions=renumbered` it comes first and the merged tokens last.
+    Where several patches make one token, the class token cannot be projected and is left out.
+
     Qwen's towers have no class token; as in ports to Qwen2.5-VL, a token's attention is then what
     it receives from all patches on average.
     """
@@ -31,32 +45,51 @@ class VisionZip(BeforeDecoder):
     label: ClassVar[str] = "visionzip"
     reads_tower: ClassVar[bool] = True
 
+    variant: Variant = "paper"
     contextual: float = Field(default=10 / 64, ge=0, lt=1)
 
     def _choose(self, inputs: SelectionInputs, keep_I: Tensor) -> TokenSelection:
         tower, valid_IM = inputs.require_tower_output(), inputs.valid
-        targets_I = (keep_I * self.contextual).round().long()
-        dominant_IM = top_tokens(tower.received_V, valid_IM, keep_I - targets_I)
+        release = self.variant == "release"
+        with_class = release and tower.class_VF is not None
+        patches_I = keep_I - int(with_class)
+        targets_I = (keep_I * self.contextual).round().long().minimum(patches_I)
+        dominant_IM = top_tokens(tower.received_V, valid_IM, patches_I - targets_I)
         rest_IM = valid_IM & ~dominant_IM
-        target_IM = evenly_spaced(rest_IM, targets_I)
-        if not bool(target_IM.any()):
-            return TokenSelection(dominant_IM)
+        spaced = regularly_spaced if release else evenly_spaced
+        target_IM = spaced(rest_IM, targets_I)
         # A frame too small to have a target keeps its rest as neither target nor source; it has
         # nothing to merge into.
         source_IM = torch.where((targets_I > 0)[:, None], rest_IM & ~target_IM, False)
-        keys_IMd = tower.keys_VHd.mean(dim=2)
-        mean_IMF = merge_into_targets(tower.features_VF, keys_IMd, target_IM, source_IM)
-        # Only targets change: their means are projected again, which costs `targets * project`.
-        states_IMD = reproject(inputs, tower, target_IM, mean_IMF)
-        return TokenSelection(dominant_IM | target_IM, target_IM, states_IMD)
+        merged_IMF = tower.features_VF
+        if bool(target_IM.any()):
+            merge = add_mean_of_sources if release else merge_into_targets
+            merged_IMF = merge(merged_IMF, tower.keys_VHd.mean(dim=2), target_IM, source_IM)
+        place_IM = torch.arange(valid_IM.shape[1], device=valid_IM.device)
+        order_IM = place_IM + valid_IM.shape[1] * target_IM
+        if with_class:
+            free_IM = rest_IM & ~target_IM
+            class_IM = free_IM & (free_IM.cumsum(dim=1) == 1)
+            merged_IMF = torch.where(class_IM[..., None], cast(Tensor, tower.class_VF), merged_IMF)
+            order_IM = torch.where(class_IM, -1, order_IM)
+            changed_IM = target_IM | class_IM
+        else:
+            changed_IM = target_IM
+        if not bool(changed_IM.any()):
+            return TokenSelection(dominant_IM)
+        # Only these change: they are projected again, which costs `targets * project`.
+        states_IMD = reproject(inputs, tower, changed_IM, merged_IMF)
+        return TokenSelection(
+            dominant_IM | changed_IM, changed_IM, states_IMD, order_IM if release else None
+        )
 
     def _macs(self, sizes: SelectionSizes) -> float:
         tower = cast(TowerSizes, sizes.tower)
-        targets = sum(round(kept * self.contextual) for kept in sizes.kept)
-        if not targets:
-            return tower.reading_macs
-        similarity = sizes.pairs * tower.keys / tower.heads
-        return tower.reading_macs + similarity + targets * tower.project
+        projected = sum(round(kept * self.contextual) for kept in sizes.kept)
+        similarity = sizes.pairs * tower.keys / tower.heads if projected else 0.0
+        if self.variant == "release" and tower.class_token:
+            projected += len(sizes.kept)
+        return tower.reading_macs + similarity + projected * tower.project
 
 
 def merge_into_targets(
@@ -66,14 +99,26 @@ def merge_into_targets(
 
     A source is assigned to the target whose key has the highest cosine with its own.
     """
+    return _group_means(x_IMD, keys_IMd, target_IM, target_IM | source_IM)
+
+
+def add_mean_of_sources(
+    x_IMD: Tensor, keys_IMd: Tensor, target_IM: Tensor, source_IM: Tensor
+) -> Tensor:
+    """Add to each target the mean of the source tokens assigned to it, [I, M, D]."""
+    means_IMD = _group_means(x_IMD, keys_IMd, target_IM, source_IM)
+    return x_IMD + torch.where(target_IM[..., None], means_IMD, 0)
+
+
+def _group_means(x_IMD: Tensor, keys_IMd: Tensor, target_IM: Tensor, counted_IM: Tensor) -> Tensor:
+    """Average the counted tokens of each target's group, [I, M, D]; 0 where there is none."""
     unit_IMd = functional.normalize(keys_IMd.float(), dim=-1)
     similar_IMM = unit_IMd @ unit_IMd.transpose(1, 2)
     owner_IM = similar_IMM.masked_fill(~target_IM[:, None, :], -torch.inf).argmax(dim=2)
     itself_M = torch.arange(x_IMD.shape[1], device=x_IMD.device)
     owner_IM = torch.where(target_IM, itself_M, owner_IM)
-    # Tokens that are neither target nor source also find an owner; their weight of 0 keeps them out
-    # of the sums.
-    weight_IM = (target_IM | source_IM).to(x_IMD.dtype)
+    # Tokens that are not counted also find an owner; their weight of 0 keeps them out of the sums.
+    weight_IM = counted_IM.to(x_IMD.dtype)
     total_IMD = torch.zeros_like(x_IMD).scatter_add(
         1, owner_IM[..., None].expand_as(x_IMD), x_IMD * weight_IM[..., None]
     )

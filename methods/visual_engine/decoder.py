@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as cache_result
+from functools import partial
 from typing import TypedDict, Unpack, cast
 
 import torch
@@ -28,22 +29,24 @@ from bench.device.devices import synchronize
 from bench.errors import UserError
 from bench.models.network import replace_forward
 from bench.models.structure.model_structure import ModelStructure, inspect_model
-from bench.models.vlm.decoder_view import open_decoder
-from bench.models.vlm.vision_tower import Tower, TowerOutput
+from bench.models.vlm.decoder_view import DecoderLayer, open_decoder
+from bench.models.vlm.vision_tower import LayerRequest, Tower, TowerOutput
 from bench.models.vlm.visual_tokens import VisualTokens, locate_visual_tokens
-from methods.visual_engine.attention import Rotary
 from methods.visual_engine.forward_state import (
+    CallPositions,
     ForwardState,
     ImageInputs,
     VisualTokensState,
     all_visual_tokens,
     match_tower_output,
+    take_angles,
 )
 from methods.visual_engine.kv_cache import is_split_cache, split_cache
-from methods.visual_engine.layer import Streams, two_stream_layer
+from methods.visual_engine.layer import Streams, two_stream_layer, upcoming_qk
 from methods.visual_engine.masked_mode import MaskedMode
 from methods.visual_engine.plan import VisualPlan
-from methods.visual_engine.selection_inputs import InputEmbeddings
+from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK
+from methods.visual_engine.selection_step import TokenPruningStep
 from methods.visual_engine.token_index import (
     TokenRows,
     last_positions,
@@ -102,10 +105,15 @@ class VisualEngine:
         logits_B1V: Tensor = self.network(**call, use_cache=False, logits_to_keep=1).logits
         return logits_B1V[:, -1]
 
-    def record_tower(self) -> None:
-        """Record what the vision tower computes, for pruning steps that read it."""
+    def record_tower(self, *layers: LayerRequest) -> None:
+        """Record what the vision tower computes, for pruning steps that read it and these layers.
+
+        Raises:
+            UserError: the tower is not supported, or has no such layers.
+        """
         if self.tower is None:
             self.tower = Tower(self.network)
+        self.tower.request(*layers)
 
     def _locate_tokens(
         self, inner: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -181,7 +189,8 @@ class VisualEngine:
                 f"the plan has {stages - 1}: start a new cache after adding a pruning method"
             )
 
-        angles = self._angles(inputs_embeds, position_ids, offset)
+        positions = self._positions(inputs_embeds, position_ids, offset)
+        angles = positions.angles()
         streams = Streams(text.take(inputs_embeds), None)
         images: ImageInputs | None = None
         visual_state: VisualTokensState | None = None
@@ -191,21 +200,20 @@ class VisualEngine:
             embeddings = InputEmbeddings(streams.text_BTD, streams.visual_BND, visual.validity)
             images = ImageInputs(tokens, embeddings)
             stacked = _deepstack_rows(deepstack_visual_embeds, inputs_embeds, tokens, visual)
-            visual_state = all_visual_tokens(tokens, visual, _take_angles(visual, angles), stacked)
+            visual_state = all_visual_tokens(tokens, visual, take_angles(visual, angles), stacked)
             if text.readout_BR is not None:
                 readout_stacked = _deepstack_rows(
                     deepstack_visual_embeds, inputs_embeds, tokens, text
                 )
-        rotary, window = _take_angles(text, angles), self.plan.window
-        state = ForwardState(text, rotary, images, visual_state, window, cache, offset)
+        rotary, window = take_angles(text, angles), self.plan.window
+        state = ForwardState(text, rotary, positions, images, visual_state, window, cache, offset)
         x_BTD = self._through_layers(streams, state, read_tower, readout_stacked)
         state.commit_to_cache(inputs_embeds.shape[1])
-        norm = cast(Callable[[Tensor], Tensor], self.decoder.module.norm)
         # Visual rows are not computed to the end. NaN says so to whoever reads their logits all the
         # same; zeros would be an answer, token 0. In training a loss skips these rows, but NaN
         # times a gradient of 0 is NaN.
         unknown = 0.0 if torch.is_grad_enabled() else torch.nan
-        out_BSD = text.put(torch.full_like(inputs_embeds, unknown), norm(x_BTD))
+        out_BSD = text.put(torch.full_like(inputs_embeds, unknown), self._final_norm(x_BTD))
         return MoeModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
 
     def _through_layers(
@@ -228,10 +236,14 @@ class VisualEngine:
                 if step.after > layer.index:
                     break
                 if state.visual is not None:
+                    reached = self.plan.reaching(layer.index)
+                    next_qk = partial(self._next_qk, streams, state, layer, reached)
                     with self.overhead.timed(streams.text_BTD.device):
-                        streams = state.run_step(step, streams, read_tower)
+                        streams = state.run_step(
+                            step, streams, read_tower, next_qk, self._final_norm
+                        )
                 stage += 1
-            call = state.call(stage)
+            call = state.call(steps[:stage])
             if layer.index < cut:
                 streams = two_stream_layer(
                     streams,
@@ -258,13 +270,24 @@ class VisualEngine:
                 streams.visual_BND = streams.visual_BND + stacked[layer.index]
         return streams.text_BTD
 
-    def _angles(
-        self, x_BSD: Tensor, positions: Tensor | None, offset: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of every token's rotation, [B or 1, S, up to d].
+    def _next_qk(
+        self,
+        streams: Streams,
+        state: ForwardState,
+        layer: DecoderLayer,
+        reached: Sequence[TokenPruningStep],
+    ) -> LayerQK:
+        """Return the queries and keys of a layer that runs after some steps, for rows before."""
+        weights = self.weight_cache.layer(layer.index)
+        return upcoming_qk(streams, layer, weights, state.upcoming(reached))
 
-        Positions may be [B, S], [3, B, S] (M-RoPE) or [4, B, S], whose first part is for packed
-        text only.
+    def _final_norm(self, x: Tensor) -> Tensor:
+        return cast(Callable[[Tensor], Tensor], self.decoder.module.norm)(x)
+
+    def _positions(self, x_BSD: Tensor, positions: Tensor | None, offset: int) -> CallPositions:
+        """Return the positions of a call's tokens.
+
+        Given are [B, S], [3, B, S] (M-RoPE) or [4, B, S], whose first part is for packed text only.
         """
         rotary = cast(nn.Module, self.decoder.module.rotary_emb)
         if positions is None:
@@ -273,8 +296,7 @@ class VisualEngine:
             positions = positions[1:]
         if positions.ndim == 2 and hasattr(rotary, "mrope_section"):
             positions = positions[None].expand(3, -1, -1)
-        cos, sin = rotary(x_BSD, positions)
-        return cos, sin
+        return CallPositions(positions, partial(rotary, x_BSD))
 
 
 def visual_engine_of(network: nn.Module) -> VisualEngine:
@@ -308,10 +330,6 @@ def split_rows(
         return rows_where(real_BS), None
     readout_BS = last_positions(real_BS) & tokens.mask
     return text_rows_where(real_BS & ~tokens.mask, readout_BS), rows_where(tokens.mask)
-
-
-def _take_angles(rows: TokenRows, angles: Rotary) -> Rotary:
-    return rows.take(angles[0]), rows.take(angles[1])
 
 
 def _deepstack_rows(

@@ -1,12 +1,12 @@
 """State of one call on its way through the decoder: visual tokens that are left, and masks.
 
 Shapes: B samples, S tokens of the call, T text rows, N visual rows that are left, D d_model, I
-frames, V visual tokens of the call in the order in which they were encoded.
+frames, M rows of a frame, V visual tokens of the call in the order in which they were encoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,23 +20,41 @@ from methods.visual_engine.attention import Rotary
 from methods.visual_engine.kv_cache import CachedTokens
 from methods.visual_engine.layer import CallContext, Streams
 from methods.visual_engine.masks import PastPositions, attention_masks
-from methods.visual_engine.selection_inputs import InputEmbeddings, SelectionInputs
+from methods.visual_engine.selection_inputs import InputEmbeddings, LayerQK, SelectionInputs
 from methods.visual_engine.selection_step import TokenPruningStep
 from methods.visual_engine.settings import Window
 from methods.visual_engine.token_index import Cells, Frames, TokenRows, rows_where
 
 
 @dataclass(frozen=True)
+class CallPositions:
+    """Positions of a call's tokens, [B or 1, S] or with M-RoPE [3, B or 1, S].
+
+    `rotate` returns cos and sin of the rotations by any such positions.
+    """
+
+    value: Tensor
+    rotate: Callable[[Tensor], Rotary]
+
+    def angles(self, closed_BS: Tensor | int = 0) -> Rotary:
+        """Return the rotation of every token, its position lower by the gaps closed before it."""
+        return self.rotate(self.value - closed_BS)
+
+
+@dataclass(frozen=True)
 class VisualTokensState:
     """The visual tokens that are left: rows of the call, cells in their frames, angles.
 
-    `stacked` is what DeepStack adds after each of the first layers, [B, N, D] each.
+    `origin_BN` is the position in the call at which a row's token came, which differs from where
+    its row is if a pruning step has changed the order. `stacked` is what DeepStack adds after each
+    of the first layers, [B, N, D] each.
     """
 
     rows: TokenRows
     cells: Cells
     rotary: Rotary
     stacked: list[Tensor]
+    origin_BN: Tensor
 
     def subset(self, chosen: TokenRows) -> VisualTokensState:
         """Keep those at the positions that `chosen` gives, counted among the present ones."""
@@ -49,7 +67,21 @@ class VisualTokensState:
             cells=replace(cells, frame_N=frame_BN),
             rotary=(chosen.take(self.rotary[0]), chosen.take(self.rotary[1])),
             stacked=[chosen.take(each) for each in self.stacked],
+            origin_BN=self.origin_BN.gather(1, index_BN),
         )
+
+    def reordered(self, moved_BN: Tensor) -> VisualTokensState:
+        """Move the tokens among the rows; positions of rows and their angles stay."""
+        return replace(
+            self,
+            cells=self.cells.map(lambda part_BN: part_BN.gather(1, moved_BN)),
+            stacked=[each.gather(1, moved_BN[..., None].expand_as(each)) for each in self.stacked],
+            origin_BN=self.origin_BN.gather(1, moved_BN),
+        )
+
+    def turned(self, angles: Rotary) -> VisualTokensState:
+        """Return the same tokens with the angles of their rows among those of the whole call."""
+        return replace(self, rotary=take_angles(self.rows, angles))
 
 
 @dataclass(frozen=True)
@@ -70,6 +102,7 @@ class ForwardState:
         self,
         text: TokenRows,
         text_rotary: Rotary,
+        positions: CallPositions,
         images: ImageInputs | None,
         visual: VisualTokensState | None,
         window: Window | None,
@@ -77,22 +110,45 @@ class ForwardState:
         offset: int,
     ) -> None:
         self.text, self.text_rotary, self.visual = text, text_rotary, visual
-        self.window, self.cache, self.offset = window, cache, offset
+        self.positions, self.window, self.cache, self.offset = positions, window, cache, offset
         self.cached_tokens: CachedTokens | None = (
             None if cache is None else cache.layers[0].cached_tokens
         )
         self.images = images
         self.initial_counts: tuple[int, ...] = ()
         self.stages: list[TokenRows] = [] if visual is None else [visual.rows]
+        # Before each position of the call, how many tokens steps that renumber have removed; and
+        # how many of each sample, for every stage so far.
+        self._closed_BS: Tensor | int = 0
+        self._closed_B: list[Tensor | int] = [0]
         self._current: tuple[int, CallContext] | None = None
 
-    def call(self, stage: int) -> CallContext:
-        """Return the shared inputs of a stage's layers; stages come in order."""
-        if self._current is None or self._current[0] != stage:
-            self._current = stage, self._build_context(stage)
+    def call(self, passed: Sequence[TokenPruningStep]) -> CallContext:
+        """Return the shared inputs of the layers after these steps; stages come in order."""
+        if self._current is None or self._current[0] != len(passed):
+            if any(step.renumbers for step in passed):
+                self._renumber(len(passed))
+            self._current = len(passed), self._build_context(len(passed))
         return self._current[1]
 
+    def upcoming(self, reached: Sequence[TokenPruningStep]) -> CallContext:
+        """Return the inputs of a layer for rows that the last of these steps have yet to prune."""
+        before = self.text_rotary, self.visual
+        if any(step.renumbers for step in reached):
+            self._renumber(len(reached))
+        context = self._build_context(len(reached))
+        self.text_rotary, self.visual = before
+        return context
+
+    def _renumber(self, stage: int) -> None:
+        """Rotate the rows that are left by positions without the gaps of removed tokens."""
+        past_B1 = 0 if self.cached_tokens is None else self.cached_tokens.closed_B[stage][:, None]
+        angles = self.positions.angles(self._closed_BS + past_B1)
+        self.text_rotary = take_angles(self.text, angles)
+        self.visual = self.visual and self.visual.turned(angles)
+
     def _build_context(self, stage: int) -> CallContext:
+        """Return the inputs of layers whose cache is that of a stage."""
         visual = self.visual
         past = (
             None
@@ -112,8 +168,14 @@ class ForwardState:
         step: TokenPruningStep,
         streams: Streams,
         read_tower: Callable[[], TowerOutput | None],
+        next_qk: Callable[[], LayerQK],
+        final_norm: Callable[[Tensor], Tensor],
     ) -> Streams:
-        """Carry out a pruning step and return the streams without the removed tokens."""
+        """Carry out a pruning step and return the streams without the removed tokens.
+
+        `next_qk` projects the rows, as they are before the step, with the weights of the layer that
+        follows; `final_norm` is the decoder's last norm.
+        """
         visual, images, states_BND = self.visual, self.images, streams.visual_BND
         if visual is None or images is None or states_BND is None:
             return streams
@@ -124,7 +186,8 @@ class ForwardState:
         counts = zip(self.initial_counts, frames.counts, strict=True)
         kept = [step.quota.kept(n, m) for n, m in counts]
         untouched = [k >= m for k, m in zip(kept, frames.counts, strict=True)]
-        if not all(untouched):
+        before, touched = visual.rows, not all(untouched)
+        if touched:
             tower = read_tower() if step.reads_tower else None
             inputs = SelectionInputs(
                 name=step.name,
@@ -137,17 +200,33 @@ class ForwardState:
                 text_BTD=streams.text_BTD,
                 input_embeddings=images.embeddings,
                 last_qk=streams.last_qk,
-                tower_output=tower and _by_frame(tower, images.tokens, visual.rows, frames),
+                next_qk=next_qk,
+                final_norm=final_norm,
+                tower_output=tower and _by_frame(tower, images.tokens, visual.origin_BN, frames),
+                separator_BS=images.tokens.separator_BS,
             )
             choice = step.choose(inputs, torch.tensor(kept, device=states_BND.device))
             untouched_I = torch.tensor(untouched, device=states_BND.device)
             if choice.changed_IM is not None and choice.states_IMD is not None:
                 changed_IM = choice.changed_IM & ~untouched_I[:, None]
                 states_BND = frames.replace_rows(states_BND, changed_IM, choice.states_IMD)
-            chosen = rows_where(frames.unpack(choice.keep_IM | untouched_I[:, None]))
+            keep_IM = choice.keep_IM | untouched_I[:, None]
+            # Without gaps a row's position is its rank among those that are left, so the order of
+            # the rows is the order of the tokens. With kept positions every token stays in place.
+            if choice.order_IM is not None and step.renumbers:
+                order_IM = choice.order_IM.masked_fill(untouched_I[:, None], 0)
+                moved_BN = frames.unpack_order(reordered_rows(keep_IM, order_IM))
+                states_BND = states_BND.gather(1, moved_BN[..., None].expand_as(states_BND))
+                visual = visual.reordered(moved_BN)
+            chosen = rows_where(frames.unpack(keep_IM))
             states_BND = chosen.take(states_BND)
             self.visual = visual = visual.subset(chosen)
         self.stages.append(visual.rows)
+        self._closed_B.append(self._closed_B[-1])
+        if touched and step.renumbers:
+            gone_BS = _marked(before, images.tokens) & ~_marked(visual.rows, images.tokens)
+            self._closed_BS = self._closed_BS + gone_BS.cumsum(dim=1) - gone_BS.long()
+            self._closed_B[-1] = self._closed_B[-2] + gone_BS.sum(dim=1)
         # The kept queries and keys belong to the rows before this step. A second step after the
         # same layer must not index them with the new rows; VisualPlan.add_step refuses such plans.
         return replace(streams, visual_BND=states_BND, last_qk=None)
@@ -163,6 +242,8 @@ class ForwardState:
             self.cached_tokens.visual[stage] = self.cached_tokens.visual[stage].extended_by(
                 rows, self.offset
             )
+            closed_B = self.cached_tokens.closed_B[stage] + self._closed_B[stage]
+            self.cached_tokens.closed_B[stage] = closed_B
         for layer in self.cache.layers:
             layer.length = self.offset + length
 
@@ -172,9 +253,37 @@ def all_visual_tokens(
 ) -> VisualTokensState:
     """Return the state before any pruning."""
     parts = (tokens.frame_BS, tokens.row_BS, tokens.column_BS)
-    return VisualTokensState(
-        rows, Cells(*parts).map(lambda part_BS: part_BS.gather(1, rows.index_BR)), rotary, stacked
-    )
+    cells = Cells(*parts).map(lambda part_BS: part_BS.gather(1, rows.index_BR))
+    return VisualTokensState(rows, cells, rotary, stacked, rows.index_BR)
+
+
+def take_angles(rows: TokenRows, angles: Rotary) -> Rotary:
+    """Return the angles of some rows among those of the whole call, [B, R, up to d] each."""
+    return rows.take(angles[0]), rows.take(angles[1])
+
+
+def reordered_rows(keep_IM: Tensor, order_IM: Tensor) -> Tensor:
+    """Return which row of its frame moves to each row, [I, M], so that kept ones are in order.
+
+    Kept rows stay where they are as a set; their tokens come in rising `order`, equal ones as they
+    are. Other rows do not move.
+    """
+    place_IM = torch.arange(keep_IM.shape[1], device=keep_IM.device).expand_as(keep_IM)
+    # The j-th kept place gets the token whose order is the j-th; sorting marks brings both lists to
+    # the front.
+    places_IM = (~keep_IM).long().argsort(dim=1, stable=True)
+    sorted_IM = order_IM.argsort(dim=1, stable=True)
+    removed_IM = ~keep_IM.gather(1, sorted_IM)
+    tokens_IM = sorted_IM.gather(1, removed_IM.long().argsort(dim=1, stable=True))
+    kept_IM = torch.arange(keep_IM.shape[1], device=keep_IM.device) < keep_IM.sum(1, keepdim=True)
+    return place_IM.scatter(1, places_IM, torch.where(kept_IM, tokens_IM, places_IM))
+
+
+def _marked(rows: TokenRows, tokens: VisualTokens) -> Tensor:
+    """Mark the positions of the call that some rows are at, bool [B, S]."""
+    # Padding rows repeat unmarked positions or real ones, so they must not unmark any.
+    marked_BS = torch.zeros_like(tokens.frame_BS)
+    return marked_BS.scatter_add(1, rows.index_BR, rows.validity.long()) > 0
 
 
 def _encoding_order(tokens: VisualTokens) -> Tensor:
@@ -219,24 +328,14 @@ def match_tower_output(tower: TowerOutput, tokens: VisualTokens) -> TowerOutput:
         index += list(range(start, start + count)) * beams
         start += count
     order_V = torch.tensor(index, device=tower.received_V.device)
-    return _index_tower(tower, order_V)
+    return tower.select(order_V)
 
 
 def _by_frame(
-    tower: TowerOutput, tokens: VisualTokens, rows: TokenRows, frames: Frames
+    tower: TowerOutput, tokens: VisualTokens, origin_BN: Tensor, frames: Frames
 ) -> TowerOutput:
     """Pack the tower's outputs of the visual tokens that are left by frame, V being [I, M]."""
-    # Tower outputs come in encoding order, and earlier steps have removed rows: the position of a
-    # row in the call leads to its encoding number.
+    # Tower outputs come in encoding order, and earlier steps have removed and moved rows: the
+    # position at which a token came into the call leads to its encoding number.
     order_BS = _encoding_order(tokens)
-    return _index_tower(tower, frames.pack(order_BS.gather(1, rows.index_BR)))
-
-
-def _index_tower(output: TowerOutput, index: Tensor) -> TowerOutput:
-    """Return the tower's outputs of the visual tokens with these numbers, in any shape."""
-    return replace(
-        output,
-        received_V=output.received_V[index],
-        keys_VHd=output.keys_VHd[index],
-        features_VF=output.features_VF[index],
-    )
+    return tower.select(frames.pack(order_BS.gather(1, origin_BN)))

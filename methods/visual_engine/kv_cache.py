@@ -58,15 +58,27 @@ class CachedPositions:
 
 @dataclass
 class CachedTokens:
-    """Positions of cached text, and of the visual tokens left in each stage of the plan."""
+    """Positions of cached text, and of the visual tokens left in each stage of the plan.
+
+    `closed_B` holds, for each stage, by how much the positions of later tokens are lower there than
+    in the sequence, because pruning steps that renumber have removed as many tokens.
+    """
 
     text: CachedPositions
     visual: list[CachedPositions]
+    closed_B: list[Tensor]
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply one change to all positions."""
+        """Apply one change of samples to everything."""
         self.text = self.text.map(change)
         self.visual = [stage.map(change) for stage in self.visual]
+        self.closed_B = [change(closed_B) for closed_B in self.closed_B]
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.text = self.text.map(lambda part: part[:, :0])
+        self.visual = [stage.map(lambda part: part[:, :0]) for stage in self.visual]
+        self.closed_B = [torch.zeros_like(closed_B) for closed_B in self.closed_B]
 
 
 class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -126,7 +138,7 @@ class SplitCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has n
         self.visual_keys = self.visual_values = None
         self.length = 0
         if self.cached_tokens is not None:
-            self.cached_tokens.apply(lambda part: part[:, :0])
+            self.cached_tokens.clear()
 
     def offload(self) -> None:
         """Refuse: transformers would offload the text part only."""
@@ -188,7 +200,10 @@ def split_cache(
     text = CachedPositions(places_BP, real_BP, uniform=full, full=full)
     # transformers applies crop, reset and reordering layer by layer. All layers share the same
     # positions, so only the first one holds them: each operation then changes them exactly once.
-    cached_tokens = CachedTokens(text, [CachedPositions.empty(batch, device)] * stages)
+    none_closed_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    cached_tokens = CachedTokens(
+        text, [CachedPositions.empty(batch, device)] * stages, [none_closed_B] * stages
+    )
     before = cache.layers
     cache.layers = [
         SplitCacheLayer(cached_tokens if index == 0 else None) for index in range(depth)

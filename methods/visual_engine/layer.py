@@ -97,6 +97,29 @@ def two_stream_layer(
     return Streams(_finish_text(streams.text_BTD, out_BHTd, layer), x_BND, last_qk)
 
 
+def upcoming_qk(
+    streams: Streams, layer: DecoderLayer, weights: VisualWeights, call: CallContext
+) -> LayerQK:
+    """Return the queries and keys of rows that have not entered a layer yet; nothing is cached.
+
+    Keys include those of earlier calls that the layer's cache holds.
+    """
+    view, cache = weights.view, call.layer(layer.index)
+    text = layer.attention_norm(streams.text_BTD)
+    q = norm_and_rotate(project(text, view.q), view, view.q_norm, call.text_rotary)
+    k = norm_and_rotate(project(text, view.k), view, view.k_norm, call.text_rotary)
+    visual = layer.attention_norm(cast(Tensor, streams.visual_BND))
+    visual_k = None
+    if weights.heads.kept:
+        rotary = cast(Rotary, call.visual_rotary)
+        visual_k = norm_and_rotate(project(visual, weights.k), view, view.k_norm, rotary)
+        if cache is not None and cache.visual_keys is not None:
+            visual_k = torch.cat([cache.visual_keys, visual_k], dim=2)
+    if cache is not None and cache.is_initialized:
+        k = torch.cat([cache.keys, k], dim=2)
+    return LayerQK(layer.index, StreamQKV(q, k, k), visual_k, weights, call.masks)
+
+
 def _project_text(
     x_BTD: Tensor, weights: VisualWeights, call: CallContext, index: int
 ) -> StreamQKV:

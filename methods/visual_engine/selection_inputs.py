@@ -7,6 +7,7 @@ head's width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,16 +27,19 @@ class TokenSelection:
     """Tokens of each frame that stay, bool [I, M], and new states for some of them.
 
     `states_IMD` replaces the states marked by `changed_IM`: tokens into which others were merged.
+    If a method's tokens are not in reading order, `order_IM` sorts those of a frame; it is heeded
+    where positions are renumbered, since a token that keeps its position keeps its place.
     """
 
     keep_IM: Tensor
     changed_IM: Tensor | None = None
     states_IMD: Tensor | None = None
+    order_IM: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerQK:
-    """Queries and keys of the preceding layer.
+    """Queries and keys of one layer, the preceding one or the one that follows.
 
     `visual_k` are the keys of all visual tokens so far for the heads kept in that layer, the call's
     own last.
@@ -65,8 +69,10 @@ class SelectionInputs:
     `cells` their cells in their frames [I, M]; `initial_counts` the number of tokens that each
     frame had before any pruning. `text_BTD` are the text rows' states, `text` their positions.
     `input_embeddings` are both streams as they entered the decoder, with all visual rows. `last_qk`
-    is None before the first layer; `tower_output` holds the vision tower's outputs by frame, V
-    being [I, M], and is None unless the tower is recorded.
+    is None before the first layer; `next_qk` computes the queries and keys that the same rows would
+    have in the layer that follows, and `final_norm` is the decoder's last norm. `tower_output`
+    holds the vision tower's outputs by frame, V being [I, M], and is None unless the tower is
+    recorded. `separator_BS` marks text that is part of an image, [B, S].
     """
 
     name: str
@@ -79,7 +85,10 @@ class SelectionInputs:
     text_BTD: Tensor
     input_embeddings: InputEmbeddings
     last_qk: LayerQK | None
+    next_qk: Callable[[], LayerQK]
+    final_norm: Callable[[Tensor], Tensor]
     tower_output: TowerOutput | None
+    separator_BS: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -88,7 +97,7 @@ class SelectionInputs:
 
     def question_rows(self) -> Tensor:
         """Mark the text rows after the last image of their sample, bool [B, T]."""
-        return rows_after_images(self.text, self.visual)
+        return rows_after_images(self.text, self.visual, self.separator_BS)
 
     def require_question_rows(self) -> Tensor:
         """Like `question_rows`, but raise if a sample with an image has no text after it.
@@ -111,13 +120,15 @@ class SelectionInputs:
         places_B1 = torch.full_like(self.text.index_BR[:, :1], self.text.count - 1)
         return TokenRows(places_B1, None)
 
-    def attention(self, rows: TokenRows) -> Tensor:
+    def attention(self, rows: TokenRows, *, upcoming: bool = False) -> Tensor:
         """Return the attention of each given text row to each visual token, [I, R, M].
 
-        The softmax is over all keys that a row attends to, visual and text, in float32; the mean is
-        over the heads that attend to visual tokens. `rows` are positions among the text rows.
+        It is that of the preceding layer, or with `upcoming` what it would be in the layer that
+        follows if nothing were removed. The softmax is over all keys that a row attends to, visual
+        and text, in float32; the mean is over the heads that attend to visual tokens. `rows` are
+        positions among the text rows.
         """
-        last_qk = self._attended()
+        last_qk = self._attended(self.next_qk() if upcoming else self.last_qk)
         scores_BhRK = self._scores(rows, last_qk)
         # Recomputed for R rows, because the fused kernel returns no weights; the mask exists even
         # where the layer itself ran in plain causal order without it.
@@ -130,7 +141,7 @@ class SelectionInputs:
 
     def products(self, rows: TokenRows) -> Tensor:
         """Return the scaled q · k of given text rows with visual keys, [I, R, M]."""
-        last_qk = self._attended()
+        last_qk = self._attended(self.last_qk)
         return self._own(self._scores(rows, last_qk), last_qk).transpose(1, 2)
 
     def keys(self) -> tuple[Tensor, Tensor]:
@@ -138,7 +149,7 @@ class SelectionInputs:
 
         Both for the key-value heads that visual tokens have, after rotation.
         """
-        last_qk = self._attended()
+        last_qk = self._attended(self.last_qk)
         groups = last_qk.weights.heads.groups
         # Keys include those of earlier calls in front; only this call's own tokens can be pruned.
         visual = cast(Tensor, last_qk.visual_k)[:, :, -self.visual.count :]
@@ -161,9 +172,9 @@ class SelectionInputs:
             )
         return self.tower_output
 
-    def _attended(self) -> LayerQK:
-        """Return the preceding layer, in which some head must attend to visual tokens."""
-        last_qk = cast(LayerQK, self.last_qk)
+    def _attended(self, layer: LayerQK | None) -> LayerQK:
+        """Return a layer that is read, in which some head must attend to visual tokens."""
+        last_qk = cast(LayerQK, layer)
         if last_qk.visual_k is None:
             raise UserError(
                 f"{self.name} reads the attention of layer {last_qk.layer}, in which no head "

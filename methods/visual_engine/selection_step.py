@@ -22,8 +22,9 @@ class SelectionSizes:
     A text row of one of the `samples` has `keys` text and visual rows to attend to, `text` of them
     text. `question_rows` is the number of text rows after the last image, `input_visual_rows` that
     of visual rows that entered the decoder, both of the sample that has most. `heads` heads of
-    width `head_dim` attend to visual tokens in the preceding layer; `width` is d_model. `tower` is
-    None unless the vision tower is recorded.
+    width `head_dim` attend to visual tokens in the preceding layer, of `query_heads` in all, whose
+    keys are of `groups` heads; `width` is d_model. `tower` is None unless the vision tower is
+    recorded.
     """
 
     counts: tuple[int, ...]
@@ -34,6 +35,8 @@ class SelectionSizes:
     question_rows: int
     input_visual_rows: int
     heads: int
+    query_heads: int
+    groups: int
     head_dim: int
     width: int
     tower: TowerSizes | None
@@ -57,7 +60,8 @@ class TokenPruningStep:
     `quota` tokens or fewer, chosen by `choose`; a frame that has no more than its quota is left
     unchanged. `attention` requests the queries and keys of the preceding layer, `reads_tower` the
     outputs of the vision tower; `name` is for messages. `macs` counts the multiply-adds of the
-    choice itself; None means unknown.
+    choice itself; None means unknown. With `renumbers`, the positions of what is left close the
+    gaps from here on, as if the removed tokens had never been; otherwise every token keeps its own.
     """
 
     name: str
@@ -67,3 +71,4 @@ class TokenPruningStep:
     attention: bool = False
     reads_tower: bool = False
     macs: Callable[[SelectionSizes], float] | None = None
+    renumbers: bool = False

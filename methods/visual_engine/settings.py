@@ -23,12 +23,18 @@ DroppedHeads = Literal["zero", "text_only"]
 class Quota:
     """`share` · n + `count` tokens of a frame stay, rounded, and at least one.
 
-    Unless `recycled` is 0, the removed ones return as ⌊`recycled` · (m - kept)⌋ + 1 merged tokens.
+    With `turns`, that many pivots take equal whole parts of this number, and `pivots` tokens stay
+    besides (DART's release). Unless `recycled` is 0, the removed ones return merged: of the
+    `pooled` best, `cluster_size` make one token.
     """
 
     share: float = 0.0
     count: float = 0.0
     recycled: float = 0.0
+    pool_extra: int = 0
+    cluster_size: int = 10
+    turns: int = 1
+    pivots: int = 0
 
     @staticmethod
     def of(keep: float | str) -> Quota:
@@ -70,7 +76,8 @@ class Quota:
                 f"the average number of tokens cannot be met on an image of {n} tokens: its first "
                 "layers, with all of them, exceed it; raise average= or prune earlier"
             )
-        return min(m, max(1, round(wanted)))
+        parts = round(wanted) // self.turns
+        return min(m, max(1, parts * self.turns + self.pivots))
 
     def left(self, n: int, m: int) -> int:
         """Return the number of a frame's tokens afterwards, merged ones included."""
@@ -79,7 +86,15 @@ class Quota:
 
     def merged(self, gone: int) -> int:
         """Return how many merged tokens replace `gone` removed ones."""
-        return int(self.recycled * gone + 1e-9) + 1 if self.recycled and gone else 0
+        return self.pooled(gone) // self.cluster_size + 1 if self.recycled and gone else 0
+
+    def pooled(self, gone: int) -> int:
+        """Return how many of `gone` removed tokens are merged, ⌊`recycled` · gone⌋ and the extra.
+
+        There may be fewer than `merged`: a merged token is then made of one.
+        """
+        # The 1e-9 keeps a product that is a whole number from rounding down to the one below.
+        return int(self.recycled * gone + 1e-9) + self.pool_extra
 
 
 def tokens_left(quotas: Sequence[Quota], n: int) -> int:

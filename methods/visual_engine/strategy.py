@@ -11,7 +11,7 @@ from bench.models.macs import FLOPS_PROVIDER_ATTRIBUTE
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.vlm.decoder_view import decoder_layers
-from bench.models.vlm.visual_tokens import FRAME_READERS, fixed_frame_size
+from bench.models.vlm.frames import FRAME_READERS, fixed_frame_size
 from methods.visual_engine.cost.flops import (
     VisualFlops,
     average_tokens,

@@ -78,10 +78,18 @@ class TokenRows:
         return into_BSD.scatter(1, self.index_BR[..., None].expand_as(x_BRD), real_BRD)
 
 
-def rows_after_images(text: TokenRows, visual: TokenRows) -> Tensor:
-    """Mark the text rows after the last visual row of their sample, bool [B, T]."""
+def rows_after_images(
+    text: TokenRows, visual: TokenRows, separator_BS: Tensor | None = None
+) -> Tensor:
+    """Mark the text rows after the last visual row of their sample, bool [B, T].
+
+    Separators are part of an image and no words.
+    """
     places_BN = visual.index_BR.masked_fill(~visual.validity, -1)
-    return text.validity & (text.index_BR > places_BN.amax(dim=1, keepdim=True))
+    after_BT = text.validity & (text.index_BR > places_BN.amax(dim=1, keepdim=True))
+    if separator_BS is None:
+        return after_BT
+    return after_BT & ~separator_BS.gather(1, text.index_BR)
 
 
 def last_positions(real_BS: Tensor) -> Tensor:
@@ -156,6 +164,13 @@ class Frames:
         marks_R = torch.zeros(self.shape.numel(), dtype=torch.bool, device=chosen_IM.device)
         marks_R[self.index_IM[chosen_IM & self.valid_IM]] = True
         return marks_R.view(self.shape)
+
+    def unpack_order(self, moved_IM: Tensor) -> Tensor:
+        """Turn rows of frames into visual rows of samples, [B, N]; padding rows stay."""
+        count = self.shape[1]
+        order_R = torch.arange(self.shape.numel(), device=moved_IM.device)
+        order_R[self.index_IM[self.valid_IM]] = self.index_IM.gather(1, moved_IM)[self.valid_IM]
+        return (order_R % count).view(self.shape)
 
     def replace_rows(self, x_BND: Tensor, changed_IM: Tensor, states_IMD: Tensor) -> Tensor:
         """Replace the marked rows of each frame, [B, N, D]."""

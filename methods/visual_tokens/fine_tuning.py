@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -24,13 +24,14 @@ from bench.data.conversations import Conversations
 from bench.errors import UserError
 from bench.method import ALL_FORMS, Context, Method, MethodReport, WeightForm
 from bench.models.model import Model
+from bench.models.network import TransformersNetwork
 from bench.models.structure.model_structure import ModelStructure
 from methods import checkpoint
 from methods.checkpoint import Checkpoint, CheckpointManager
 from methods.visual_engine.strategy import require_visual_tokens_support
 
 # Modules below the inner model that map features of the tower to embeddings.
-PROJECTORS = ("multi_modal_projector", "visual.merger")
+PROJECTORS = ("multi_modal_projector", "visual.merger", "connector", "aligner")
 
 
 class VisualFineTuning(Method):
@@ -197,8 +198,9 @@ def _float32_weights(network: nn.Module, trained: list[nn.Parameter]) -> Iterato
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Return the weights of projector, language model and head, each once."""
     inner = network.get_submodule("model")
-    parts = [inner.get_submodule("language_model"), network.get_submodule("lm_head")]
-    # LLaVA and InternVL have a projector, the towers of Qwen-VL end in a merger.
+    decoder = cast(TransformersNetwork, network).get_decoder()
+    parts = [decoder, network.get_submodule("lm_head")]
+    # Most models have a projector, the towers of Qwen-VL end in a merger.
     parts += [part for name, part in inner.named_modules() if name in PROJECTORS]
     # By identity: a head tied to the embeddings is one weight, and AdamW refuses duplicates.
     return list({id(weight): weight for part in parts for weight in part.parameters()}.values())

@@ -165,7 +165,7 @@ def test_the_models_are_listed(capsys):
         "llava_1_5_7b",
         "qwen2_vl_7b",
         "internvl3_8b",
-        "internvl2_26b",
+        "internvl3_14b",
         "qwen3_vl_30b_a3b",
     ):
         assert name in out

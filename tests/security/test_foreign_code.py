@@ -59,9 +59,9 @@ def test_nobody_puts_a_model_on_the_list_in_passing(override, capsys, tmp_path):
     assert "conf/model" in capsys.readouterr().err
 
 
-def test_a_listed_model_still_needs_the_users_word_and_a_commit(capsys, tmp_path):
-    given = ["run", "model=internvl2_4b", "model.trust_remote_code=true", f"results_dir={tmp_path}"]
-    assert main(given) == 2
+def test_a_listed_model_still_needs_the_users_word_and_a_commit(capsys, tmp_path, own_code):
+    given = ["model=own_code", "model.trust_remote_code=true", f"results_dir={tmp_path}"]
+    assert main(["run", *own_code, *given]) == 2
     assert "commit of 40 hexadecimal digits" in capsys.readouterr().err
 
 

@@ -250,10 +250,10 @@ def test_the_class_of_a_method_is_never_that_of_a_record(plain_config, knobs):
     assert type(config.method["camera_p"]).__name__ == "CameraP"
 
 
-def test_the_models_own_code_needs_the_list_the_word_and_the_folder(plain_config):
+def test_the_models_own_code_needs_the_list_the_word_and_the_folder(plain_config, own_code):
     record = make().model_copy(update={"config": plain_config})
-    said = ["model.trust_remote_code=true"]
-    listed = compose_run_config(["model=internvl2_4b"]).plain()["model"]
+    said = [*own_code, "model.trust_remote_code=true"]
+    listed = compose_run_config([*own_code, "model=own_code"]).plain()["model"]
     asks = {**listed, "trust_remote_code": True, "revision": "0" * 40}
     assert recorded_config(changed(record, model=asks), said).model.allow_remote_code
     theirs = {**asks, "source": "them/evil", "allow_remote_code": True}

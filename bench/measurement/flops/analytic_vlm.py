@@ -102,6 +102,8 @@ def vision_macs(network: nn.Module, inputs: ModelInputs, tokens: int) -> list[Ma
         UserError: the vision tower is of an unsupported type.
     """
     config = cast("PretrainedConfig", network.config)
+    if config.model_type in TILED:
+        return list(_tiled_images(network, inputs))
     module, _, projector = tower_parts(network)
     if config.model_type in CLASS_TOKEN_MODELS:
         # These towers take images of one size, so the patches divide evenly among the images.
@@ -115,12 +117,40 @@ def vision_macs(network: nn.Module, inputs: ModelInputs, tokens: int) -> list[Ma
     return [*encoded, *_projector_macs(module, projector, tokens)]
 
 
+# Models whose towers see tiles of one size, and the names of their towers and projectors.
+TILED = {
+    "llava_next": ("vision_tower", "multi_modal_projector"),
+    "llava_onevision": ("vision_tower", "multi_modal_projector"),
+    "idefics3": ("vision_model", "connector"),
+    "smolvlm": ("vision_model", "connector"),
+}
+
+
+def _tiled_images(network: nn.Module, inputs: ModelInputs) -> Iterator[MatmulCost]:
+    """Yield the tower and the projector, which all patches of a tile reach, padding included."""
+    config = cast(Any, network).config
+    module, projector = (
+        cast(nn.Module, network.model).get_submodule(name) for name in TILED[config.model_type]
+    )
+    # Samples and images with fewer tiles are filled up with black ones, which the tower never sees.
+    tiles = int((inputs["pixel_values"] != 0).flatten(2).any(dim=2).sum())
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    class_token = hasattr(cast(Any, module).embeddings, "class_embedding")
+    yield from _full_tower(module, patches, tiles, patches + class_token)
+    merged = getattr(config, "scale_factor", 1) ** 2
+    yield from _projector_macs(module, projector, tiles * patches // merged)
+
+
 def _class_token_tower(module: nn.Module, patches: int, images: int) -> Iterator[MatmulCost]:
     """Yield a tower in which the class token and all patches of an image attend to each other."""
+    return _full_tower(module, patches, images, patches + 1)
+
+
+def _full_tower(module: nn.Module, patches: int, images: int, rows: int) -> Iterator[MatmulCost]:
+    """Yield a tower in which all rows of an image, patches and others, attend to each other."""
     part = cast(Any, module)
     embedding = next(m for m in part.embeddings.modules() if isinstance(m, nn.Conv2d))
     yield MatmulCost("vision", float(images * patches * matrix_weights(embedding)), "visual")
-    rows = patches + 1
     # CLIP names these `layers` and `self_attn`, InternVL's tower `layer` and `attention`.
     for layer in getattr(part.encoder, "layers", None) or part.encoder.layer:
         attention = getattr(layer, "self_attn", None) or layer.attention

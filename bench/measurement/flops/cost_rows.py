@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 VISION_NAMES = ("vision_tower", "visual", "vision_model")
 
 # Qwen's mergers, which take the place of a projector, are submodules of the vision tower.
-PROJECTOR_NAMES = ("multi_modal_projector", "merger", "deepstack_merger_list")
+PROJECTOR_NAMES = ("multi_modal_projector", "merger", "deepstack_merger_list", "connector")
 HEAD_NAMES = ("lm_head",)
 
 

@@ -111,10 +111,12 @@ def padded_network(
 
 def meta_network(config: NetworkConfig, dtype: torch.dtype) -> nn.Module:
     """Build a network of the shape in a config, on the meta device."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    sees = hasattr(config, "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        network = auto.from_config(copy.deepcopy(config), dtype=dtype)
     return cast(nn.Module, network)
 
 

@@ -177,7 +177,7 @@ def open_decoder(network: nn.Module, structure: ModelStructure) -> Decoder:
             f"the decoder of {structure.architecture} must be in the memory of one device, but it "
             f"is on {', '.join(sorted(map(str, devices)))}: change model.device_map"
         )
-    return Decoder(inner=inner, module=cast(nn.Module, inner.language_model), layers=layers)
+    return Decoder(inner, cast(TransformersNetwork, network).get_decoder(), layers)
 
 
 def decoder_layers(structure: ModelStructure) -> tuple[DecoderLayer, ...]:

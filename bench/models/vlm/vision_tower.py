@@ -5,15 +5,16 @@ tokens of a call in the order in which they were encoded, c patches merged into 
 width, H heads, d a head's width, F width of the features before the projector.
 
 Only what is read is computed: the query of the class token, or queries in chunks if there is no
-class token, and never for more than one layer.
+class token, in the layer whose output is projected and in layers that a method names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from math import isqrt
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,36 @@ QUERY_CHUNK = 256
 # Models whose tower prepends a class token to an image.
 CLASS_TOKEN_MODELS = ("llava", "internvl")
 
+# Those in which a patch is a token, so that the class token is of the same kind.
+PATCH_TOKEN_MODELS = ("llava",)
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """One more layer that a method reads, in a tower whose patches are tokens (CLIP in LLaVA).
+
+    `layer` counts from 0, or from -1 at the end; a float is the share of the depth at which the
+    layer ends, `projected` the layer whose output is projected. `queries` are those whose attention
+    counts: the class token's, or the mean over the class token and all patches. With `one_head`,
+    queries and keys are not split into heads.
+    """
+
+    layer: int | float | Literal["projected"]
+    queries: Literal["class", "all"] = "class"
+    one_head: bool = False
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """Attention that each token receives in one layer, mean over heads, and its keys [V, D]."""
+
+    received_V: Tensor
+    keys_VD: Tensor
+
+    def select(self, index: Tensor) -> LayerReading:
+        """Return the tokens with these numbers, in any shape."""
+        return LayerReading(self.received_V[index], self.keys_VD[index])
+
 
 @dataclass(frozen=True)
 class TowerOutput:
@@ -36,13 +67,28 @@ class TowerOutput:
     `received_V` is the attention that a token receives from the class token, or the mean over all
     patches of its frame if the tower has none; heads are averaged, and the patches of one token
     summed. `keys_VHd` are means over patches. `features_VF` are the projector's inputs, and
-    `project` maps such features [n, F] to embeddings [n, d_model].
+    `project` maps such features [n, F] to embeddings [n, d_model]. `class_VF` are the features that
+    the class token of a token's image would have there; None if it cannot be projected alone.
+    `layers` holds the further layers that were requested.
     """
 
     received_V: Tensor
     keys_VHd: Tensor
     features_VF: Tensor
     project: Callable[[Tensor], Tensor]
+    class_VF: Tensor | None = None
+    layers: Mapping[LayerRequest, LayerReading] = field(default_factory=dict)
+
+    def select(self, index: Tensor) -> TowerOutput:
+        """Return the tokens with these numbers, in any shape."""
+        return TowerOutput(
+            self.received_V[index],
+            self.keys_VHd[index],
+            self.features_VF[index],
+            self.project,
+            None if self.class_VF is None else self.class_VF[index],
+            {request: reading.select(index) for request, reading in self.layers.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +96,8 @@ class TowerSizes:
     """MACs that `read` performs for a call, and widths of what it returns.
 
     `keys` is the width of a token's keys over all `heads`, `features` that of the projector's
-    input; `project` is the MACs of projecting one token.
+    input; `project` is the MACs of projecting one token, `layers` those of reading each requested
+    layer. `class_token`: there is one that can be projected like a patch.
     """
 
     reading_macs: int
@@ -58,6 +105,8 @@ class TowerSizes:
     heads: int
     features: int
     project: int
+    layers: Mapping[LayerRequest, int] = field(default_factory=dict)
+    class_token: bool = False
 
 
 # Arguments by keyword of the observed attention: positions, boundaries of frames.
@@ -91,12 +140,18 @@ class TowerParts(NamedTuple):
 
 @dataclass
 class TowerCall:
-    """One pass through the tower: inputs of the observed attention and of the projector."""
+    """One pass through the tower: inputs of the observed attention and of the projector.
+
+    `states` are the outputs of the observed layer where it has a class token, `layers` the inputs
+    of attention in requested layers, by number.
+    """
 
     hidden: Tensor
     kwargs: AttentionArguments
     features: Tensor
     grids: Tensor | None
+    states: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Tower:
@@ -111,10 +166,55 @@ class Tower:
         tower, self._attention, self._projector = tower_parts(network)
         self._hidden: tuple[Tensor, AttentionArguments] | None = None
         self._grids: Tensor | None = None
+        self._states: Tensor | None = None
+        self._layers: dict[int, Tensor] = {}
+        self._requests: list[LayerRequest] = []
         self._calls: list[TowerCall] = []
         tower.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._attention.register_forward_pre_hook(self._attend, with_kwargs=True)
         self._projector.register_forward_pre_hook(self._project)
+        self._encoder: Sequence[nn.Module] = ()
+        if self.config.model_type in PATCH_TOKEN_MODELS:
+            # Feature layer -1 has no layer behind it; either way the module holds its attention.
+            self._encoder = cast(Any, tower).encoder.layers
+            observed = next(m for m in self._encoder if cast(Any, m).self_attn is self._attention)
+            observed.register_forward_hook(self._leave)
+
+    def request(self, *requests: LayerRequest) -> None:
+        """Read further layers from now on.
+
+        Raises:
+            UserError: the tower has no class token, several patches make one token, or there is no
+                such layer.
+        """
+        for request in requests:
+            number = self._layer_number(request)
+            if request not in self._requests:
+                self._requests.append(request)
+                attention = cast(Any, self._encoder[number]).self_attn
+                attention.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+
+    def _layer_number(self, request: LayerRequest) -> int:
+        depth, layer = len(self._encoder), request.layer
+        if depth and layer == "projected":
+            return _feature_layer_index(self.config, depth)
+        if depth and isinstance(layer, float):
+            return max(0, round(layer * depth) - 1)
+        if isinstance(layer, int) and -depth <= layer < depth:
+            return layer % depth
+        raise UserError(
+            f"layer {layer} of the vision tower of {self.config.model_type} cannot be read: it "
+            f"must have a class token, one patch per token and that layer (it has {depth} such "
+            "layers)"
+        )
+
+    def _enter(
+        self, number: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: AttentionArguments
+    ) -> None:
+        self._layers[number] = args[0] if args else kwargs["hidden_states"]
+
+    def _leave(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._states = output
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: AttentionArguments) -> None:
         # Only towers for images of any size (Qwen) receive grids.
@@ -127,8 +227,9 @@ class Tower:
         # The projector comes last in a pass. `TowerOutput.project` calls it as well, without a pass
         # through the tower: there is nothing to record then.
         if self._hidden is not None:
-            self._calls.append(TowerCall(*self._hidden, args[0], self._grids))
-            self._hidden = None
+            call = TowerCall(*self._hidden, args[0], self._grids, self._states, self._layers)
+            self._calls.append(call)
+            self._hidden, self._states, self._layers = None, None, {}
 
     def take_calls(self) -> list[TowerCall]:
         """Return the passes since the last call of this method, and forget them."""
@@ -155,7 +256,21 @@ class Tower:
             # `qkv` computes values as well, which are not used; products are count² pairs of
             # `width` MACs.
             macs = sum(count * matrix_weights(qkv) + count**2 * width for count in patches)
-        return TowerSizes(macs, width, heads, width * merged, matrix_weights(self._projector))
+        layers = {request: self._request_macs(request, patches) for request in self._requests}
+        project = matrix_weights(self._projector)
+        has_class = bool(self._encoder)
+        return TowerSizes(macs, width, heads, width * merged, project, layers, has_class)
+
+    def _request_macs(self, request: LayerRequest, patches: Sequence[int]) -> int:
+        layer: Any = self._encoder[self._layer_number(request)]
+        attention = cast(ClassTokenAttention, layer.self_attn)
+        width, queries = attention.q_proj.out_features, 0
+        for count in patches:
+            queries += 1 if request.queries == "class" else count + 1
+        rows = sum(count + 1 for count in patches)
+        products = rows if request.queries == "class" else sum((n + 1) ** 2 for n in patches)
+        projected = queries * matrix_weights(attention.q_proj)
+        return projected + rows * matrix_weights(attention.k_proj) + products * width
 
     @torch.no_grad()
     def read(self, calls: list[TowerCall]) -> TowerOutput:
@@ -169,7 +284,26 @@ class Tower:
             embedded: Tensor = self._projector(features_nF.reshape(-1, width))
             return embedded
 
-        return TowerOutput(received, keys, features, project)
+        states = [call.states for call in calls if call.states is not None]
+        class_VF = None
+        if states and states[0].shape[-1] == width:
+            whole_ISF = torch.cat(states)
+            class_VF = whole_ISF[:, :1].expand(-1, whole_ISF.shape[1] - 1, -1).flatten(0, 1)
+        layers = {request: self._read_layer(request, calls) for request in self._requests}
+        return TowerOutput(received, keys, features, project, class_VF, layers)
+
+    def _read_layer(self, request: LayerRequest, calls: list[TowerCall]) -> LayerReading:
+        number = self._layer_number(request)
+        attention = cast(ClassTokenAttention, cast(Any, self._encoder[number]).self_attn)
+        hidden_ISD = torch.cat([call.layers[number] for call in calls])
+        k_ISD = attention.k_proj(hidden_ISD)
+        heads = 1 if request.one_head else attention.num_heads
+        asked_IQD = attention.q_proj(
+            hidden_ISD[:, :1] if request.queries == "class" else hidden_ISD
+        )
+        scale = (k_ISD.shape[-1] / heads) ** -0.5
+        received_IP = _mean_attention(asked_IQD, k_ISD, heads, scale)[:, 1:]
+        return LayerReading(received_IP.flatten(), k_ISD[:, 1:].flatten(0, 1))
 
 
 def tower_parts(network: nn.Module) -> TowerParts:
@@ -196,8 +330,8 @@ def tower_parts(network: nn.Module) -> TowerParts:
         full = getattr(config.vision_config, "fullatt_block_indexes", None) or [-1]
         return TowerParts(inner.visual, inner.visual.blocks[max(full)].attn, inner.visual.merger)
     raise UserError(
-        f"the vision tower {kind} of {config.model_type} is not supported: supported are "
-        "clip_vision_model, internvl_vision and the towers of Qwen-VL"
+        f"the vision tower of {config.model_type} ({kind}) cannot be read: what reads towers is "
+        "for llava with clip_vision_model, internvl and Qwen-VL"
     )
 
 
@@ -276,6 +410,16 @@ def _read_patches(config: NetworkConfig, module: nn.Module, call: TowerCall) -> 
         return received_V, keys_VHd, features_VF
     order_V = _raster_order(config.vision_config, cast(Tensor, call.grids))
     return received_V[order_V], keys_VHd[order_V], features_VF[order_V]
+
+
+def _mean_attention(q_IQD: Tensor, k_ISD: Tensor, heads: int, scale: float) -> Tensor:
+    """Return the mean attention of some queries to each key, over queries and heads, [I, S]."""
+    k_IHdS = k_ISD.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).float()
+    total_IS = torch.zeros(k_ISD.shape[:2], device=k_ISD.device)
+    for q_ICD in q_IQD.split(QUERY_CHUNK, dim=1):
+        q_IHCd = q_ICD.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        total_IS += (q_IHCd @ k_IHdS * scale).softmax(dim=-1).mean(dim=1).sum(dim=1)
+    return total_IS / q_IQD.shape[1]
 
 
 def _mean_received(q_PHd: Tensor, k_PHd: Tensor, scaling: float) -> Tensor:

@@ -152,10 +152,12 @@ def _table_cell(
     cell = _published_in_section(config, slot.section, slot.row, slot.variant, name, theirs)
     if ours is None or cell is None:
         return TableCell(ours, cell)
-    # The reason with the widest scope wins: what the table's author knows about a row, then about a
-    # column, then what the identities say.
-    reason = config.rows[slot.row].differs or column.differs
+    # The reason with the widest scope wins: what the table's author knows about a section, about a
+    # row, then about a column, then what the identities say.
+    known = config.sections[slot.section], config.rows[slot.row], column
+    reason = next((part.differs for part in known if part.differs), None)
     reason = reason or numbers.incomparable_reason(column, records, cell)
+    reason = reason or numbers.different_images(config.images, records)
     if reason is None and cell.relation != "=":
         reason = f"the published number is a bound: {cell.text}"
     if reason is not None:

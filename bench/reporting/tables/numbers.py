@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
@@ -155,6 +155,17 @@ def incomparable_reason(
         reason = _record_mismatch(column, record)
         if reason is not None:
             return reason
+    return None
+
+
+def different_images(theirs: Mapping[str, str | int], records: Sequence[Record]) -> str | None:
+    """Return how the images of our runs became pixels otherwise than the source's."""
+    for record in records:
+        ours = record.config.get("model", {}).get("processor") or {}
+        for key, value in theirs.items():
+            if ours.get(key) != value:
+                given = "the processor's own" if ours.get(key) is None else ours[key]
+                return f"images: ours {key} {given}, theirs {value}"
     return None
 
 

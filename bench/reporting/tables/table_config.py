@@ -39,11 +39,13 @@ class TableSection(_TableModel):
     """A section: lines that share a model; `run` is None if slimbench has no such model.
 
     `published` names the source's models that the section stands for, `tables` the tables they are
-    in if not in the table's own.
+    in if not in the table's own. `differs` explains why its numbers are not those of the source, as
+    when another model stands for one that nobody can load.
     """
 
     run: tuple[str, ...] | None = ()
     variables: dict[str, str] = Field(default_factory=dict)
+    differs: str | None = None
     published: tuple[str, ...] | None = None
     tables: tuple[str, ...] | None = None
 
@@ -89,10 +91,11 @@ class TableConfig(_TableModel):
     """One table. `runs` are overrides of all its runs; with several `seeds`, cells are means.
 
     `variants` maps a variant to the values of the variables `$NAME` in the rows' overrides. A
-    `stand_in` runs on different models than the source's and is never subtracted from it.
-    Without `published` the numbers are ours alone. `about` says on the table's page what a reader
-    has to know, and `against` names rows by a row that the page compares them with, variant by
-    variant.
+    `stand_in` runs on different models than the source's and is never subtracted from it. `images`
+    states how the source's images became pixels, by the keys of `model.processor`: numbers of runs
+    with other values are not subtracted. Without `published` the numbers are ours alone. `about`
+    says on the table's page what a reader has to know, and `against` names rows by a row that the
+    page compares them with, variant by variant.
     """
 
     name: str
@@ -107,6 +110,7 @@ class TableConfig(_TableModel):
     columns: dict[str, TableColumn]
     against: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     stand_in: bool = False
+    images: dict[str, str | int] = Field(default_factory=dict)
 
 
 def table_names() -> list[str]:

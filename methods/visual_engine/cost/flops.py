@@ -143,24 +143,14 @@ class VisualFlops:
             chosen: list[MatmulCost] = []
             while waiting and waiting[0].after <= layer.index < plan.cut:
                 step = waiting.pop(0)
-                chosen += self._choosing(step, text, here, initial_counts)
+                sizes = selection_sizes(
+                    engine, step, text, here, initial_counts, tokens.separator_BS
+                )
+                chosen += _choosing(step, sizes)
                 here = _after_selection(step, here, initial_counts)
                 masks = attention_masks(text, here.rows, here.cells, plan.window, None, 0)
             ready = engine.weight_cache.layer(layer.index)
             yield LayerCall(layer, ready, text, here, masks, tuple(chosen))
-
-    def _choosing(
-        self,
-        step: TokenPruningStep,
-        text: TokenRows,
-        here: VisualTokensState,
-        initial_counts: tuple[int, ...],
-    ) -> list[MatmulCost]:
-        """Return the cost of choosing, if the method reports it and something is chosen."""
-        sizes = selection_sizes(self.engine, step, text, here, initial_counts)
-        if step.macs is None or sizes.kept == sizes.counts:
-            return []
-        return [MatmulCost("method", step.macs(sizes), "visual")]
 
     def _text_rows(self, layer: DecoderLayer, rows: int) -> list[MatmulCost]:
         """Return the linear layers of text rows, which run through the original layer."""
@@ -211,6 +201,13 @@ class VisualFlops:
     @property
     def _top_k(self) -> int | None:
         return cast(int | None, getattr(self.engine.decoder.config, "num_experts_per_tok", None))
+
+
+def _choosing(step: TokenPruningStep, sizes: SelectionSizes) -> list[MatmulCost]:
+    """Return the cost of choosing, if the method reports it and something is chosen."""
+    if step.macs is None or sizes.kept == sizes.counts:
+        return []
+    return [MatmulCost("method", step.macs(sizes), "visual")]
 
 
 def _after_selection(
@@ -383,6 +380,7 @@ def selection_sizes(
     text: TokenRows,
     here: VisualTokensState,
     initial_counts: tuple[int, ...],
+    separator_BS: Tensor | None = None,
 ) -> SelectionSizes:
     """Return the sizes before a pruning step; `initial_counts` are those of the frames at first."""
     frames = Frames.of(here.cells)
@@ -398,9 +396,11 @@ def selection_sizes(
         samples=samples,
         keys=text.count + here.rows.count,
         text=text.count,
-        question_rows=int(rows_after_images(text, here.rows).sum(dim=1).max()),
+        question_rows=int(rows_after_images(text, here.rows, separator_BS).sum(dim=1).max()),
         input_visual_rows=int(entered_B.max()),
         heads=len(weights_before.heads.kept),
+        query_heads=weights_before.view.heads,
+        groups=weights_before.view.groups,
         head_dim=weights_before.view.head_dim,
         width=int(engine.decoder.config.hidden_size),
         tower=None if engine.tower is None else engine.tower.sizes(initial_counts),

@@ -18,7 +18,9 @@ from bench.models.macs import flops_provider_of, macs_by_part
 from bench.models.model import Model
 from bench.schema import ModelConfig
 from methods.token_pruning.fastv import FastV
+from methods.token_pruning.hiprune import HiPrune
 from methods.token_pruning.visionzip import VisionZip
+from methods.token_pruning.vispruner import VisPruner
 from methods.visual_engine.decoder import visual_engine_of
 from methods.visual_tokens.head_pruning import HeadPruning
 from methods.visual_tokens.layer_drop import LayerDrop
@@ -26,7 +28,12 @@ from methods.visual_tokens.neighbor_attention import NeighborAttention
 from methods.visual_tokens.sparse_ffn import SparseFFN
 from tests.measurement.flops.agreement import agree
 from tests.methods.token_pruning.recorded_steps import METHODS
-from tests.methods.visual_engine.tiny_mllms import ARCHITECTURES, build, prompt
+from tests.methods.visual_engine.tiny_mllms import (
+    ARCHITECTURES,
+    build,
+    laid_out_prompt,
+    prompt,
+)
 
 CONTEXT = Context(seed=1)
 HEADS = HeadPruning(keep=0.6, choose="random", whole_layers=1)
@@ -56,7 +63,10 @@ def loaded(name, *methods, **changes):
 
 def both_agree(model, *row):
     """Hold prompt and token against arithmetic; return the counted prompt and its products."""
-    call = prompt(model.name, list(row or (6, (4, 6), 4)))
+    return both_agree_on(model, prompt(model.name, list(row or (6, (4, 6), 4))))
+
+
+def both_agree_on(model, call):
     counted, token = count_prefill(model, call)
     products = analytic_vlm.image_prompt_macs(model.network, model.structure, call)
     agree(counted, products)
@@ -126,6 +136,25 @@ def test_choosing_by_words_whose_number_depends_on_the_prompt(name, recycle, bef
     _, products = both_agree(loaded(name, method), before, frame, after)
     least = before + after + frame[0] * frame[1]  # tokens, each of which meets a matrix at least
     assert macs_by_part(products)["method"] > least
+
+
+@pytest.mark.parametrize(
+    "method", ["visionzip", "prumerge_plus", "dart", "sparsevlm", "pyramid_drop"]
+)
+def test_every_release_says_what_choosing_costs(method):
+    both_agree(loaded("llava_llama", METHODS[method].model_copy(update={"variant": "release"})))
+
+
+@pytest.mark.parametrize("method", [VisPruner(keep=5), HiPrune(keep=5)], ids=str)
+def test_what_reads_more_of_the_tower_says_what_that_costs(method):
+    both_agree(loaded("llava_llama", method))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("name", analytic_vlm.TILED)
+def test_images_in_tiles(name, pruned):
+    model = loaded(name, *([METHODS["divprune"]] if pruned else []))
+    both_agree_on(model, laid_out_prompt(name, [4, (2, 3), 5]))
 
 
 def test_a_method_that_does_not_say_is_named():

@@ -128,7 +128,7 @@ def test_density_peaks(seed):
     x, valid, _, rng = frames(seed)
     member = valid & (torch.rand(valid.shape, generator=rng) < 0.8)
     count = torch.tensor([3, 2])
-    centre, owner = cluster_by_density(x, member, count)
+    centre, owner, _ = cluster_by_density(x, member, count)
     sums = cluster_sums(x, member, owner)
     for i in range(len(COUNTS)):
         tokens, number = sorted(places(member[i])), int(count[i])

@@ -8,6 +8,7 @@ heads, d a head's width.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class MaskedReference:
 
     def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add a call's tokens to the conversation."""
-        assert not args
+        bound = inspect.signature(self.network.model.forward).bind_partial(*args, **kwargs)
+        kwargs = bound.arguments | bound.arguments.pop("kwargs", {})
         found = locate_visual_tokens(self.network, kwargs)
         ids = kwargs["input_ids"]
         cache = kwargs.get("past_key_values")

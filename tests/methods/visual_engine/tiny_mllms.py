@@ -3,6 +3,7 @@
 import torch
 import transformers
 from torch import nn
+from transformers.image_processing_utils import select_best_resolution
 
 IMAGE, VIDEO, VOCABULARY = 60, 61, 64
 TEXT = {
@@ -78,7 +79,43 @@ ARCHITECTURES = {
     "qwen3_vl": ("Qwen3VL", None, GROUPED | MROPE | {"head_dim": 8}),
     "qwen3_vl_moe": ("Qwen3VLMoe", None, GROUPED | MROPE | EXPERTS | {"head_dim": 8}),
 }
+# Families whose images are laid out otherwise: several frames, separators, rows with breaks.
+LAYOUTS = {
+    "llava_next": ("LlavaNext", "llama", {}),
+    "llava_onevision": ("LlavaOnevision", "qwen2", GROUPED),
+    "idefics3": ("Idefics3", "llama", GROUPED),
+    "smolvlm": ("SmolVLM", "llama", GROUPED),
+    "mistral3": ("Mistral3", "mistral", GROUPED | {"sliding_window": None}),
+    "pixtral": ("Pixtral", "mistral", GROUPED | {"sliding_window": None}),
+    "deepseek_vl": ("DeepseekVL", "llama", {}),
+}
+SIGLIP = CLIP | {"model_type": "siglip_vision_model"}
+IDEFICS = {key: SIGLIP[key] for key in list(SIGLIP)[1:5]} | {"image_size": 16, "patch_size": 2}
+PIXTRAL = IDEFICS | {"model_type": "pixtral", "image_size": 64, "patch_size": 4}
+GRID_PINPOINTS = [[20, 40], [40, 20], [40, 40], [20, 60]]
 VISION = {
+    "LlavaNext": {
+        "vision_config": CLIP,
+        "image_token_index": IMAGE,
+        "image_grid_pinpoints": GRID_PINPOINTS,
+    },
+    "LlavaOnevision": {
+        "vision_config": SIGLIP | {"vision_use_head": False},
+        "image_token_index": IMAGE,
+        "video_token_index": VIDEO,
+        "image_grid_pinpoints": GRID_PINPOINTS,
+        "vision_aspect_ratio": "anyres_max_2",
+    },
+    "Idefics3": {"vision_config": IDEFICS, "image_token_id": IMAGE, "scale_factor": 2},
+    "SmolVLM": {"vision_config": IDEFICS, "image_token_id": IMAGE, "scale_factor": 2},
+    "Mistral3": {"vision_config": PIXTRAL, "image_token_index": IMAGE, "spatial_merge_size": 2},
+    "Pixtral": {
+        "vision_config": PIXTRAL,
+        "image_token_index": IMAGE,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+    "DeepseekVL": {"vision_config": SIGLIP, "image_token_id": IMAGE},
     "Llava": {"vision_config": CLIP, "image_token_index": IMAGE},
     "InternVL": {"vision_config": INTERN, "image_token_id": IMAGE, "image_seq_length": 16},
     "Qwen2VL": {"vision_config": QWEN2},
@@ -97,11 +134,12 @@ MOE = ("llava_qwen2_moe", "internvl_qwen3_moe", "qwen3_vl_moe")
 
 def build(name, seed=0, **changes):
     """A network of one architecture with random float32 weights large enough to matter."""
-    family, kind, extra = ARCHITECTURES[name]
+    family, kind, extra = (ARCHITECTURES | LAYOUTS)[name]
     text = TEXT | extra | changes | ({} if kind is None else {"model_type": kind})
     tokens = QWEN_TOKENS if family.startswith("Qwen") else {}
-    config = getattr(transformers, f"{family}Config")(text_config=text, **VISION[family], **tokens)
-    network = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    kind = "Llava" if family == "Pixtral" else family
+    config = getattr(transformers, f"{kind}Config")(text_config=text, **VISION[family], **tokens)
+    network = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     torch.manual_seed(seed)
     for weight in network.parameters():
         nn.init.normal_(weight, std=0.15)
@@ -154,3 +192,97 @@ def _pixels(name, ids, grids, rng):
         "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w] for h, w in grids]),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
+
+
+def laid_out_prompt(name, *rows, seed=0):
+    """Like `prompt`, for the families of `LAYOUTS`: a pair is the size of an image in its units.
+
+    Units are patches, for Mistral 3 merged ones, for Idefics3 tiles; DeepSeek-VL has one size.
+    """
+    family = LAYOUTS[name][0]
+    rng = torch.Generator().manual_seed(seed)
+    ids, images = [], []
+    for row in rows:
+        tokens, own = [], [part for part in row if isinstance(part, tuple)]
+        for part in row:
+            if isinstance(part, int):
+                tokens += torch.randint(3, 57, (part,), generator=rng).tolist()
+            else:
+                tokens += _image_tokens(family, part, several=len(own) > 1)
+        ids.append(tokens)
+        images.append(own)
+    length = max(map(len, ids))
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in ids])
+    return {"input_ids": ids, "attention_mask": mask} | _laid_out_pixels(family, images, rng)
+
+
+def anyres_canvas(size):
+    """Rows and columns of an image's tiles put together, without its padding, in patches."""
+    height, width = (8 * part for part in size)
+    best = select_best_resolution((height, width), GRID_PINPOINTS)
+    rows, columns = best[0] // 4, best[1] // 4
+    if width / height > columns / rows:
+        lost = (rows - int(round(height * columns / width, 7))) // 2
+        return rows - 2 * lost, columns
+    lost = (columns - int(round(width * rows / height, 7))) // 2
+    return rows, columns - 2 * lost
+
+
+def _image_tokens(family, size, *, several):
+    """Ids of one image: visual tokens, separators under the same id, breaks and tags as text."""
+    if family in ("LlavaNext", "LlavaOnevision"):
+        if several and family == "LlavaOnevision":
+            return [IMAGE] * (25 + 1)
+        rows, columns = anyres_canvas(size)
+        ratio = (rows * columns / (2 * 25)) ** 0.5
+        if family == "LlavaOnevision" and ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        return [IMAGE] * (25 + rows * (columns + 1))
+    if family in ("Mistral3", "Pixtral"):
+        return ([IMAGE] * size[1] + [58]) * (size[0] - 1) + [IMAGE] * size[1] + [59]
+    if family == "DeepseekVL":
+        return [IMAGE] * 25
+    tile = [58, *[IMAGE] * 16]  # a tag before each tile, and a last one for the whole image
+    return tile * (size[0] * size[1] + 1) + [59]
+
+
+def _laid_out_pixels(family, images, rng):
+    """What a processor adds for images."""
+    sizes = [size for own in images for size in own]
+    if not sizes:
+        return {}
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    if family == "DeepseekVL":
+        return {"pixel_values": noise(len(sizes), 3, 20, 20)}
+    if family in ("Mistral3", "Pixtral"):
+        unit = 8 if family == "Mistral3" else 4
+        pixels = [(unit * height, unit * width) for height, width in sizes]
+        highest, widest = (max(side) for side in zip(*pixels, strict=True))
+        return {
+            "pixel_values": noise(len(sizes), 3, highest, widest),
+            "image_sizes": torch.tensor(pixels),
+        }
+    if family in ("Idefics3", "SmolVLM"):
+        counts = [sum(h * w + 1 for h, w in own) for own in images]
+        pixels = torch.zeros(len(images), max(counts), 3, 16, 16)
+        for sample, count in enumerate(counts):
+            pixels[sample, :count] = noise(count, 3, 16, 16)
+        return {"pixel_values": pixels}
+    tiles = []
+    for height, width in sizes:
+        best = select_best_resolution((8 * height, 8 * width), GRID_PINPOINTS)
+        tiles.append(1 + best[0] // 20 * (best[1] // 20))
+    pixels = torch.zeros(len(sizes), max(tiles), 3, 20, 20)
+    for number, count in enumerate(tiles):
+        pixels[number, :count] = noise(count, 3, 20, 20)
+    found = {
+        "pixel_values": pixels,
+        "image_sizes": torch.tensor([[8 * height, 8 * width] for height, width in sizes]),
+    }
+    if family == "LlavaOnevision":
+        found["batch_num_images"] = torch.tensor([len(own) for own in images if own])
+    return found

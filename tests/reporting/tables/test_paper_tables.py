@@ -151,6 +151,7 @@ def test_fine_tuned_rows_other_splits_and_other_flops_are_refused():
     gqa = metric("gqa", 0.61, name="exact_match", split="testdev")
     vqa = metric("vqav2_val", 0.77, name="exact_match", split="validation")
     record = recorded(1, gqa, vqa, harness="lmms_eval")
+    record.config["model"] = {"processor": {"resize": "pad"}}
     found = {slot: [record] for slot in table_slots(config) if slot.row in ("original", "YOPO 25%")}
     table = build_table(config, found)
     place = {head.name: i for i, head in enumerate(table.columns)}
@@ -160,6 +161,32 @@ def test_fine_tuned_rows_other_splits_and_other_flops_are_refused():
     trained = lines_of(table)["LLaVA-1.5-7B", "YOPO 25%", ""].cells[place["GQA"]]
     assert "fine-tuned" in trained.refusal
     assert any("repeats" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    "processor, said",
+    [({"resize": "crop"}, "ours resize crop"), ({}, "ours resize the processor's own")],
+)
+def test_images_that_became_other_pixels_are_not_subtracted(processor, said):
+    config = load_table_config("visual_table2", chosen={"sections": ["LLaVA-1.5-7B"]})
+    gqa = metric("gqa", 0.61, name="exact_match", split="testdev")
+    record = recorded(1, gqa, harness="lmms_eval")
+    record.config["model"] = {"processor": processor}
+    found = {slot: [record] for slot in table_slots(config) if slot.row == "original"}
+    line = lines_of(build_table(config, found))["LLaVA-1.5-7B", "original", ""]
+    assert line.cells[0].difference is None
+    assert f"images: {said}, theirs pad" in line.cells[0].refusal
+
+
+def test_a_model_that_stands_for_another_is_not_subtracted():
+    config = load_table_config("visual_figure7")
+    section = next(name for name, each in config.sections.items() if each.differs)
+    score = metric("average", 0.8, name="mean", split="mixed", n=2)
+    slots = [s for s in table_slots(config) if (s.section, s.row) == (section, "original")]
+    table = build_table(config, {slots[0]: [recorded(1, score, harness="lmms_eval")]})
+    cell = lines_of(table)[section, "original", ""].cells[0]
+    assert cell.published is not None
+    assert "InternVL2" in cell.refusal
 
 
 def test_a_time_is_never_subtracted_and_a_bound_is_no_number():
@@ -350,6 +377,7 @@ def test_every_published_name_of_a_table_exists():
             continue
         table = build_table(config, {})
         ours_alone = {"random experts", "round to nearest", "downsample", "bytes", "dense"}
+        ours_alone |= {"PruMerge+", "HiPrune"} if name == "community_tokens" else set()
         there = {line.name for line in table.lines}
         assert set(config.rows) - there <= ours_alone
         for place, head in enumerate(table.columns):

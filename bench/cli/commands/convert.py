@@ -1,0 +1,25 @@
+"""`bench convert`: a LLaVA checkpoint in its repository's own layout, as transformers reads it."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from bench.errors import EXIT_DONE, UserError
+from bench.records.files import refuse_unwritable, write_folder
+from bench.ui import print_text
+
+
+def run_command(given: argparse.Namespace) -> int:
+    """`bench convert FOLDER DIR --tower CLIP`."""
+    # Imported here: it loads transformers, which wrong folders are refused without.
+    from bench.models.vlm.original_llava import convert_original_llava, read_original_config
+
+    source, target = given.source, given.folder
+    read_original_config(source)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder: choose a different one")
+    refuse_unwritable("DIR", target, folder=True)
+    write_folder(target, partial(convert_original_llava, source, given.tower))
+    print_text(f"wrote {target}: bench run model=local model.path={target} model.kind=image_text")
+    return EXIT_DONE
