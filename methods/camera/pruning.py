@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench.method import Context, MethodReport
+from bench.models.expert_hooks import RouterWeights
 from bench.models.model import Model
 from bench.models.offload import onloaded
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.camera.allocation import allocate_least_error
 from methods.camera.analysis import Alpha, BlockEnergies, resolve_alpha
-from methods.moe.calibration_walk import SequentialPruning, walk_blocks
+from methods.moe.calibration_walk import SequentialPruning, WalkOptions, walk_blocks
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import (
     SHARED,
@@ -37,8 +39,11 @@ MIN_OUTPUT_POWER = 1e-300
 class CameraP(MicroExpertPruning, SequentialPruning):
     """Prune micro-experts by energy.
 
-    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of two readings of
-    what the authors used for this model (`methods.camera.analysis`).
+    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of three readings of
+    what the authors used for this model (`methods.camera.analysis`). φ has the router weight that
+    the model applies. With `router_weights=renormalised` the weights of a token's experts sum to
+    one instead, as in the official code, also where the model itself does not renormalise
+    (DeepSeek-MoE); `alpha=official` with it gives the official scores.
 
     `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
     `expert`, or over the whole model (`global`: energies relative to the output power of their
@@ -58,6 +63,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
     alpha: Alpha = "paper"
     scope: Literal["layer", "expert", "global"] = "layer"
     normalised: bool = False
+    router_weights: RouterWeights = "applied"
     state: Literal["zeroed", "removed"] = "removed"
     align: int = Field(default=8, ge=1)
     refit: bool = False
@@ -81,6 +87,11 @@ class CameraP(MicroExpertPruning, SequentialPruning):
             )
         return self
 
+    def walk_options(self, *, sequential: bool = False) -> WalkOptions:
+        """Return the options of a walk, with the router weights that enter the energies."""
+        options = super().walk_options(sequential=sequential)
+        return replace(options, router_weights=self.router_weights)
+
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, rank and prune; the report holds what was removed from every layer."""
         calibration = require_calibration(context)
@@ -96,6 +107,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
             structure,
             layers,
             alpha=alpha,
+            router_weights=self.router_weights,
             calibration=calibration.fingerprint,
             tokens=calibration.tokens.numel(),
             seconds=time.perf_counter() - started,

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.models.expert_hooks import ExpertObserver, observe_experts
+from bench.models.expert_hooks import ExpertObserver, RouterWeights, observe_experts
 from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.structure.moe_block import MoEBlock
@@ -41,11 +41,13 @@ class WalkOptions:
     """Options of a calibration walk: `batch` rows and `chunk` tokens at a time.
 
     With `sequential` a layer that was changed runs again before the next one is measured.
+    `router_weights` are those that observers get: as the model applies them, or renormalised.
     """
 
     batch: int
     chunk: int
     sequential: bool = False
+    router_weights: RouterWeights = "applied"
 
 
 class CalibratedPruning(MoEPruning):
@@ -115,7 +117,7 @@ def walk_blocks(
             # output. Without `sequential` the first run already advances, so a later change cannot
             # reach the next layer.
             rerun = options.sequential and bool(observers) and index < last
-            with observe_experts(observers, options.chunk):
+            with observe_experts(observers, options.chunk, options.router_weights):
                 stream.run(index, advance=not rerun)
             # The hooks are gone here, so the caller may replace whole modules. A change made after
             # the iterator was advanced past this layer's last block is not seen by the next layer.

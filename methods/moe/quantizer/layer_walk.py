@@ -22,9 +22,8 @@ from bench.models.layer_stream import LayerStream
 from bench.models.model import Model
 from bench.models.offload import onloaded
 from bench.models.structure.dense_layer import is_projection, shape_of
-from bench.models.structure.expert_view import gated_projections
+from bench.models.structure.expert_view import activation_of, gated_projections
 from bench.models.structure.moe_block import MoEBlock
-from bench.models.structure.ragged_experts import activation_of
 from bench.ui import Progress
 from methods.moe.calibration_statistics import Gram, observe_inputs
 from methods.moe.micro_experts import replace_child
