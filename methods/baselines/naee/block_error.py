@@ -37,8 +37,11 @@ from methods.moe.calibration_walk import require_finite
 
 # Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.
 EXPERT_CHUNK = 256
-# Values of the largest tensor of a batch of subsets, the router's input: 128 MB in float32.
-SUBSET_VALUES = 2**25
+# Values of the largest tensor of a batch of subsets, the router's input: 4 MB in float32. Larger
+# ones are allocated anew each time, which costs more than the arithmetic.
+SUBSET_VALUES = 2**20
+# Values of the largest table of choices: 256 MB in float64.
+TABLE_VALUES = 2**25
 # Subsets by which the table of choices is compared with the router's rule.
 SAMPLE = 8
 
@@ -83,6 +86,8 @@ class BlockErrorModel:
         choices = self._choices(gone_SE)
         if choices is None:
             return torch.cat([self._batch(part_SE) for part_SE in parts]).tolist()
+        # A look-up has no model width.
+        parts = gone_SE.split(max(1, SUBSET_VALUES // (8 * len(self._offset_T))))
         return torch.cat([self._sum(choices.squares(part_SE)) for part_SE in parts]).tolist()
 
     def _choices(self, gone_SE: Tensor) -> ChoiceErrors | None:
@@ -92,7 +97,7 @@ class BlockErrorModel:
         """
         block, tokens = self._block, len(self._offset_T)
         choices = math.comb(block.num_experts, block.top_k)
-        few = choices < len(gone_SE) and choices * tokens <= SUBSET_VALUES
+        few = choices < len(gone_SE) and choices * tokens <= TABLE_VALUES
         if self._state != "dropped" or not few or self._own_bias():
             return None
         every = combinations(range(block.num_experts), block.top_k)
