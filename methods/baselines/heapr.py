@@ -33,8 +33,13 @@ from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
-from methods.moe.calibration_statistics import backpropagate_loss, enable_gradients
-from methods.moe.calibration_walk import CalibratedPruning, NullObserver, require_finite
+from methods.moe.calibration import (
+    CalibratedPruning,
+    NullObserver,
+    backpropagate_loss,
+    enable_gradients,
+    require_finite,
+)
 from methods.moe.micro_experts import expert_spans, expert_view
 from methods.moe.pruning import MicroExpertPruning, refuse_offloaded, require_calibration
 from methods.moe.ranking import energy_share, lowest, lowest_overall

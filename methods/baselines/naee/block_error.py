@@ -33,7 +33,7 @@ from methods.baselines.router_masks import (
     require_known_rule,
     route,
 )
-from methods.moe.calibration_walk import require_finite
+from methods.moe.calibration import require_finite
 
 # Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.
 EXPERT_CHUNK = 256

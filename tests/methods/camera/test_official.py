@@ -7,7 +7,7 @@ from bench.models.structure.model_structure import inspect_model
 from bench.ui import SILENT
 from methods.camera.analysis import BlockEnergies, resolve_alpha
 from methods.camera.pruning import CameraP
-from methods.moe.calibration_walk import walk_blocks
+from methods.moe.calibration import walk_blocks
 from tests.methods.method_application import applied, block_inputs, model_of, zeroed
 from tests.models.tiny_networks import build, tokens
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from bench.models.expert_hooks import observe_experts
-from bench.models.layer_stream import LayerStream
+from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from methods.baselines.expert_removal import drop_experts, router_mode
 from methods.baselines.expert_scores import Reap
 from methods.camera.pruning import CameraP
-from methods.moe.calibration_walk import NullObserver
+from methods.moe.calibration import NullObserver
 from tests.methods.method_application import Masked, applied
 from tests.methods.moe.architectures import DOCUMENT, END, METHODS, START, refusal, table
 from tests.models import moe_zoo
