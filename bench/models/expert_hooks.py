@@ -6,9 +6,9 @@ an expert's width.
 Fused experts of transformers 5 never expose their intermediate, so their forward is replaced
 through transformers' experts interface: the same sum, expert by expert, with the intermediate
 passed to an observer. Ragged experts, which are our own, are replaced likewise. Lists of experts
-are observed by a hook on their inputs, and a dense feed-forward by hooks on its own matrices. In
-all cases the router's weights are those that the model
-applies, whatever its router computes (normalised, scaled, sparsemixer).
+and flat ones are observed by a hook on their inputs, and a dense feed-forward by hooks on its own
+matrices. In all cases the router's weights are those that the model applies, whatever its router
+computes (normalised, scaled, sparsemixer), unless an observer asks for others.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.models.network import replaced_forward
-from bench.models.structure.expert_view import ExpertView, gated_projections, sort_slots
+from bench.models.structure.expert_view import ExpertView, sort_slots
 from bench.models.structure.moe_block import MoEBlock
 
 # Tokens by which a dense feed-forward is compared with its formula, and the relative difference
@@ -79,36 +79,57 @@ class RoutedTokens:
     hidden: Tensor
 
 
+RouterWeights = Literal["applied", "renormalised"]
+
+
 @contextmanager
 def observe_experts(
-    watched: Mapping[MoEBlock, ExpertObserver], chunk: int = 4096
+    watched: Mapping[MoEBlock, ExpertObserver],
+    chunk: int = 4096,
+    weights: RouterWeights = "applied",
 ) -> Iterator[None]:
     """Pass what the blocks compute inside the `with` to their observers.
 
-    At most `chunk` tokens are passed at once, which bounds the memory for intermediates.
+    At most `chunk` tokens are passed at once, which bounds the memory for intermediates. With
+    `weights=renormalised` the observers get router weights that sum to one over the experts of a
+    token; what the network computes stays as it is.
     """
     with ExitStack() as stack:
-        _hook_fused([b for b in watched if b.layout == "fused"], watched, chunk, stack)
+        how = _Show(chunk, weights)
+        _hook_fused([b for b in watched if b.layout == "fused"], watched, how, stack)
         for block, observer in watched.items():
             if block.layout == "ragged":
-                _hook_ragged(block, observer, chunk, stack)
-            if block.layout == "list":
-                hook = _input_hook(block, observer, chunk)
+                _hook_ragged(block, observer, how, stack)
+            if block.layout in ("list", "flat"):
+                hook = _input_hook(block, observer, how)
                 handle = block.experts.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             if block.layout == "dense":
                 _hook_dense(block, observer, chunk, stack)
             if block.shared is not None:
                 _hook_shared(block, observer, chunk, stack)
-            handle = block.output_module.register_forward_hook(_output_hook(observer))
-            stack.callback(handle.remove)
+            _hook_output(block, observer, stack)
         yield
+
+
+@dataclass(frozen=True)
+class _Show:
+    """How tokens are shown to observers."""
+
+    chunk: int
+    weights: RouterWeights
+
+    def shown(self, block: MoEBlock, weight_TK: Tensor) -> Tensor:
+        """Return the router weights that observers get, with the block's own factor."""
+        if self.weights == "renormalised":
+            weight_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
+        return weight_TK if block.routed_scale == 1 else weight_TK * block.routed_scale
 
 
 def _hook_fused(
     blocks: list[MoEBlock],
     watched: Mapping[MoEBlock, ExpertObserver],
-    chunk: int,
+    how: _Show,
     stack: ExitStack,
 ) -> None:
     """Route transformers' calls of fused experts to our forward until the stack closes."""
@@ -129,7 +150,7 @@ def _hook_fused(
             # is the loop beneath.
             plain = cast(_DecoratedForward, type(experts).forward).__wrapped__
             return plain(experts, x_TD, index_TK, weight_TK)
-        return _observed_forward(block, watched[block], chunk, (x_TD, index_TK, weight_TK))
+        return _observed_forward(block, watched[block], how, (x_TD, index_TK, weight_TK))
 
     if blocks:
         ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION] = forward
@@ -145,53 +166,56 @@ def _hook_fused(
         config._experts_implementation = EXPERTS_IMPLEMENTATION
 
 
-def _hook_ragged(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
+def _hook_ragged(block: MoEBlock, observer: ExpertObserver, how: _Show, stack: ExitStack) -> None:
     """Replace the experts' forward until the stack closes; their weights must be onloaded."""
 
     def forward(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        return _observed_forward(block, observer, chunk, (x_TD, index_TK, weight_TK))
+        return _observed_forward(block, observer, how, (x_TD, index_TK, weight_TK))
 
     stack.enter_context(replaced_forward(block.experts, forward))
 
 
 def _observed_forward(
-    block: MoEBlock, observer: ExpertObserver, chunk: int, inputs: tuple[Tensor, Tensor, Tensor]
+    block: MoEBlock, observer: ExpertObserver, how: _Show, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """Compute the experts' output, [T, D], expert by expert, and show it to the observer."""
+    """Compute the experts' output, in the shape of x, expert by expert, and show it."""
+    x, index_TK, weight_TK = inputs
+    x_TD = x.flatten(0, -2)
     # Summed in float32, so that the order of the experts does not show in half precision.
-    y_TD = torch.zeros_like(inputs[0], dtype=torch.float32)
-    for part in _by_expert(block, observer, chunk, inputs):
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for part in _by_expert(block, observer, how, (x_TD, index_TK, weight_TK)):
         y_SD = part.view.combine(part.hidden) * part.weight[:, None]
         y_TD.index_add_(0, part.token, y_SD.float())
-    return y_TD.to(inputs[0].dtype)
+    return y_TD.to(x.dtype).view(x.shape)
 
 
 def _by_expert(
-    block: MoEBlock, observer: ExpertObserver, chunk: int, inputs: tuple[Tensor, Tensor, Tensor]
+    block: MoEBlock, observer: ExpertObserver, how: _Show, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Iterator[RoutedTokens]:
     """Compute and show each expert's hidden states, for the tokens routed to it only."""
     x_TD, index_TK, weight_TK = inputs
     order, counts = sort_slots(index_TK.flatten(), block.num_experts)
+    applied, shown = weight_TK.flatten(), how.shown(block, weight_TK).flatten()
     for expert, slots in enumerate(torch.split(order, counts)):
         view = block.expert(expert)
         # `torch.split` of an empty tensor yields one empty chunk; observers are not called for
         # experts without tokens.
-        for slots_S in torch.split(slots, chunk) if len(slots) else ():
+        for slots_S in torch.split(slots, how.chunk) if len(slots) else ():
             token_S = slots_S // index_TK.shape[1]
-            x_SD, weight_S = x_TD[token_S], weight_TK.flatten()[slots_S]
+            x_SD = x_TD[token_S]
             hidden_SF = view.hidden(x_SD)
-            observer.routed(expert, x_SD, hidden_SF, weight_S)
-            yield RoutedTokens(view, token_S, weight_S, hidden_SF)
+            observer.routed(expert, x_SD, hidden_SF, shown[slots_S])
+            yield RoutedTokens(view, token_S, applied[slots_S], hidden_SF)
 
 
-def _input_hook(block: MoEBlock, observer: ExpertObserver, chunk: int) -> Callable[..., None]:
-    """Return a hook that repeats the work of a list of experts for the observer."""
+def _input_hook(block: MoEBlock, observer: ExpertObserver, how: _Show) -> Callable[..., None]:
+    """Return a hook that repeats the work of experts in a list or in flat form."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         # Architectures pass the router's choice by position or by keyword, but always in this
         # order.
-        x_TD, index_TK, weight_TK = (*args, *kwargs.values())
-        for _part in _by_expert(block, observer, chunk, (x_TD, index_TK, weight_TK)):
+        x, index_TK, weight_TK = (*args, *kwargs.values())
+        for _part in _by_expert(block, observer, how, (x.flatten(0, -2), index_TK, weight_TK)):
             pass
 
     return before
@@ -200,8 +224,9 @@ def _input_hook(block: MoEBlock, observer: ExpertObserver, chunk: int) -> Callab
 def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
     """Show the shared experts' input, the input of their down projection, and their gate."""
     shared = cast(nn.Module, block.shared)
-    linears = gated_projections(shared)
-    assert linears is not None
+    feed_forward = block.shared_feed_forward
+    assert feed_forward is not None
+    unchecked = [block]
     # Two hooks see one call: on entry the input x, and before the down projection its argument,
     # which is act(gate)·up without computing it again. The stack pairs them.
     entered: list[Tensor] = []
@@ -212,13 +237,18 @@ def _hook_shared(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: E
     def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         # Popped, so that no activation outlives its forward.
         x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
+        while unchecked:
+            view = unchecked.pop().shared_view()
+            assert view is not None
+            name = f"{block.name}'s shared expert"
+            _require_decomposition(name, shared, view, x_TD[:SAMPLE], hidden_TF[:SAMPLE])
         weight_T = _shared_weight(block, x_TD)
         pieces = (torch.split(part, chunk) for part in (x_TD, hidden_TF, weight_T))
         for x, h, weight in zip(*pieces, strict=True):
             observer.shared(x, h, weight)
 
     stack.callback(shared.register_forward_pre_hook(enter).remove)
-    stack.callback(linears[2].register_forward_pre_hook(hidden).remove)
+    stack.callback(feed_forward.down.register_forward_pre_hook(hidden).remove)
 
 
 def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: ExitStack) -> None:
@@ -234,7 +264,8 @@ def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: Ex
     def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         x_TD, hidden_TF = entered.pop(), args[0].flatten(0, -2)
         while unchecked:
-            _require_decomposition(unchecked.pop(), x_TD[:SAMPLE], hidden_TF[:SAMPLE])
+            view = unchecked.pop().expert(0)
+            _require_decomposition(block.name, block.block, view, x_TD[:SAMPLE], hidden_TF[:SAMPLE])
         for x_SD, hidden_SF in zip(x_TD.split(chunk), hidden_TF.split(chunk), strict=True):
             observer.routed(0, x_SD, hidden_SF, x_SD.new_ones(len(x_SD)))
 
@@ -242,14 +273,16 @@ def _hook_dense(block: MoEBlock, observer: ExpertObserver, chunk: int, stack: Ex
     stack.callback(feed_forward.down.register_forward_pre_hook(hidden).remove)
 
 
-def _require_decomposition(block: MoEBlock, x_SD: Tensor, hidden_SF: Tensor) -> None:
+def _require_decomposition(
+    name: str, module: nn.Module, view: ExpertView, x_SD: Tensor, hidden_SF: Tensor
+) -> None:
     """Raise if a feed-forward computes anything else than its view does."""
     # Its form is recognised by the names of its parts. A class may do more with them than the
     # formula, such as a top-k over neurons (Gemma 3n), and every score would then be wrong.
-    apart = (block.expert(0).hidden(x_SD) - hidden_SF).float().norm()
+    apart = (view.hidden(x_SD) - hidden_SF).float().norm()
     if float(apart) > DECOMPOSITION_TOLERANCE * float(hidden_SF.float().norm()):
         raise UserError(
-            f"{block.name} is a {type(block.block).__name__}, which computes its neurons in an "
+            f"{name} is a {type(module).__name__}, which computes its neurons in an "
             "unknown way: choose a method that does not need them, such as wanda"
         )
 
@@ -257,12 +290,24 @@ def _require_decomposition(block: MoEBlock, x_SD: Tensor, hidden_SF: Tensor) -> 
 def _shared_weight(block: MoEBlock, x_TD: Tensor) -> Tensor:
     """Return the factor of the shared experts' output, [T]."""
     if block.shared_gate is None:
-        return x_TD.new_ones(x_TD.shape[0])
-    return torch.sigmoid(block.shared_gate(x_TD)).squeeze(-1)
+        return x_TD.new_full((x_TD.shape[0],), block.shared_scale)
+    return torch.sigmoid(block.shared_gate(x_TD)).squeeze(-1) * block.shared_scale
 
 
-def _output_hook(observer: ExpertObserver) -> Callable[..., None]:
-    def after(_: nn.Module, __: tuple[object, ...], output: Tensor) -> None:
-        observer.output(output.flatten(0, -2))
+def _hook_output(block: MoEBlock, observer: ExpertObserver, stack: ExitStack) -> None:
+    """Show the block's output; with shared experts beside it, the sum of the two."""
+    parts = [block.output_module]
+    if block.shared is not None and block.shared_owner is not block.block:
+        parts.append(block.shared)
+    seen: list[Tensor] = []
 
-    return after
+    def after(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        # Some blocks return their router's logits as well.
+        y = output[0] if isinstance(output, tuple) else output
+        seen.append(y.flatten(0, -2))
+        if len(seen) == len(parts):
+            observer.output(torch.stack(seen).sum(dim=0) if len(seen) > 1 else seen[0])
+            seen.clear()
+
+    for part in parts:
+        stack.callback(part.register_forward_hook(after).remove)

@@ -165,6 +165,9 @@ def _num_experts(experts: nn.Module) -> int:
         return len(widths)
     if isinstance(experts, nn.ModuleList):
         return len(experts)
+    stated = getattr(experts, "num_experts", None)
+    if isinstance(stated, int):
+        return stated
     # Fused experts store all experts in one 3-D parameter, experts first.
     return int(next(w for w in experts.parameters(recurse=False) if w.ndim > 2).shape[0])
 

@@ -36,6 +36,7 @@ DESCRIPTION_FORMAT = 1
 MODULE_OF_CLASS = {
     "RaggedExperts": "bench.models.structure.ragged_experts",
     "GatedExpert": "bench.models.structure.ragged_experts",
+    "NarrowedFeedForward": "bench.models.structure.ragged_experts",
     "SharedBaseExperts": "methods.baselines.d2_moe.shared_base_experts",
     "NoviceExperts": "methods.baselines.mone",
     "MaskedRouter": "methods.baselines.router_masks",

@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from bench.errors import UserError
 from bench.method import Effect, LayerReport, MethodReport, WeightForm
 from bench.models.model import Model
+from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
-from bench.models.structure.moe_block import MoEBlock
-from methods.baselines.router_masks import MaskedRouter, check_router
+from bench.models.structure.moe_block import EXPERT_COUNT_NAMES, MoEBlock
+from methods.baselines.router_masks import (
+    MaskedRouter,
+    check_router,
+    keep_places,
+    keep_router_rows,
+    require_known_rule,
+)
 from methods.moe.micro_experts import (
     copy_to_ragged,
     delete_micro_experts,
@@ -131,6 +138,7 @@ class WholeExpertPruning(MoEPruning):
             zero_micro_experts(block, _index_tensor(partial))
             if whole:
                 check_router(block)
+                require_known_rule(block)
                 layer["router"] = router_mode(structure)
                 drop_experts(block, chosen.whole, layer["router"])
             return layer | {"zeroed_micro_experts": len(partial)}
@@ -192,7 +200,7 @@ def _draw_partial(block: MoEBlock, chosen: RemovedExperts, seed: int) -> list[in
 RouterMode = Literal["rows removed", "masked"]
 
 # Names of the number of routed experts in modules and configs; `out_features` is a linear router.
-EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")
+COUNT_NAMES = (*EXPERT_COUNT_NAMES, "out_features")
 
 
 def router_mode(structure: ModelStructure) -> RouterMode:
@@ -206,7 +214,9 @@ def router_mode(structure: ModelStructure) -> RouterMode:
     alike = len({(block.widths, block.d_shared) for block in structure.moe}) == 1
     # Ragged experts have no published layout to fall back to, whatever their widths.
     ragged = any(block.layout == "ragged" for block in structure.moe)
-    return "rows removed" if alike and not grouped and not ragged else "masked"
+    # Flat experts (DBRX) share their matrices.
+    flat = any(block.layout == "flat" for block in structure.moe)
+    return "rows removed" if alike and not grouped and not ragged and not flat else "masked"
 
 
 @torch.no_grad()
@@ -217,26 +227,23 @@ def drop_experts(block: MoEBlock, dropped: Sequence[int], mode: RouterMode) -> N
     """
     kept = [expert for expert in range(block.num_experts) if expert not in set(dropped)]
     if mode == "masked":
-        router = MaskedRouter(block.router, kept)
+        router = MaskedRouter(block.router, kept, block.num_experts)
         replace_child(block.block, block.router, router, free_old=False)
         views = [block.expert(expert) for expert in kept]
         experts = copy_to_ragged(views, [None] * len(views), align=1)
         replace_child(block.block, block.experts, experts)
         return
-    tensors = (*block.router.named_parameters(), *block.router.named_buffers())
-    for name, tensor in tensors:
-        # Buffers too: DeepSeek-V3's score correction bias has one value per expert.
-        if tensor.shape[0] == block.num_experts:
-            _keep_rows(block.router, name, kept)
+    keep_router_rows(block, kept)
     if block.layout == "fused":
-        for name in ("gate_up_proj", "down_proj"):
-            _keep_rows(block.experts, name, kept)
+        # All weights of fused experts are indexed by expert first, biases too.
+        for name, _ in list(block.experts.named_parameters(recurse=False)):
+            keep_places(block.experts, name, kept)
     else:
         # From the end, so that the remaining indices stay valid.
         for expert in sorted(dropped, reverse=True):
             del cast(nn.ModuleList, block.experts)[expert]
     # Modules cache the count that they were built with, and route or loop by it.
-    for module in (block.block, block.experts, block.router):
+    for module in (block.block, block.experts, *block.router.modules()):
         _update_counts(module, block.num_experts, len(kept))
 
 
@@ -251,19 +258,10 @@ def update_expert_count(model: Model, mode: RouterMode) -> None:
     model.invalidate_structure()
     if mode == "rows removed":
         after = model.structure.moe[0].num_experts
-        _update_counts(cast(Any, model.network).config, before, after)
-
-
-def _keep_rows(module: nn.Module, name: str, kept: Sequence[int]) -> None:
-    """Reduce a parameter or buffer to the rows of the kept experts."""
-    tensor: Tensor = getattr(module, name)
-    rows = tensor.detach()[list(kept)].clone()
-    if isinstance(tensor, nn.Parameter):
-        rows = nn.Parameter(rows, requires_grad=tensor.requires_grad)
-    setattr(module, name, rows)
+        _update_counts(text_config(cast(Any, model.network)), before, after)
 
 
 def _update_counts(owner: object, before: int, after: int) -> None:
-    for name in EXPERT_COUNT_NAMES:
+    for name in COUNT_NAMES:
         if getattr(owner, name, None) == before:
             setattr(owner, name, after)

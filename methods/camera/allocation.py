@@ -53,6 +53,8 @@ def allocate_least_error(energies: Sequence[Tensor], budget: int, limit: float) 
 
 BitScope = Literal["layer", "expert"]
 BLOCKS_PER_EXPERT = 8
+# With at least so many whole groups in an expert, a block is a group.
+GROUPS_PER_EXPERT = 4
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ def energy_order(energy_F: Tensor) -> Tensor:
 def block_size(widths: Sequence[int], group: int) -> int:
     """Return the default number of micro-experts that change their bits together.
 
-    One group, or an eighth of the narrowest expert if that is less, so that every expert can
-    contain several levels.
+    One group, or an eighth of an expert narrower than four groups, so that every expert can contain
+    several levels.
     """
     # Experts of width 0 hold nothing and must not set the block size.
     narrowest = min((width for width in widths if width), default=1)
+    # A smaller block would cut groups at every change of bits: 2.2625 bits in place of 2.25 at the
+    # width 768 of Qwen3-30B.
+    if narrowest >= GROUPS_PER_EXPERT * group:
+        return group
     return min(group, max(1, narrowest // BLOCKS_PER_EXPERT))
 
 

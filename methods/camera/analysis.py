@@ -12,9 +12,15 @@ in squared activation times squared weight. At α = 0 it is exactly the squared 
 alone causes in the layer's output, summed over tokens.
 
 The paper's values of α, the weight of the peak term, are known only second-hand. Its code
-multiplies the peak by 0.90 or 0.95 for DeepSeek-MoE and by 1.0 by default, which is what Qwen3 was
-run with (`paper`). A note gives 0.05, and 0 for Qwen3, which could be meant as the peak's weight as
-well (`low_peak`). The question is open: run both before claiming a replication.
+(xuyuzhuang11/CAMERA at 4f3ddd6) multiplies the peak by 1.0 by default, and its run.sh by 0.90 for
+DeepSeek-MoE, the one model that it runs (`official`). The README of its Ascend port has 0.95, which
+`paper` takes for every model but Qwen3, where it is 1.0. A note gives 0.05, and 0 for Qwen3, which
+could be meant as the peak's weight as well (`low_peak`). The question is open: run all before
+claiming a replication.
+
+That code also divides a token's router weights by their sum over the chosen experts for every
+model. Qwen3 and Mixtral do so themselves; DeepSeek-MoE does not, so there its φ is not the
+coefficient that the model applies.
 """
 
 from __future__ import annotations
@@ -44,7 +50,9 @@ def energy(
     return ((1 - alpha) * square_N + alpha * moments.peak_square_N.double()) * norm_square_N
 
 
-Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["paper", "low_peak"]
+Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["paper", "low_peak", "official"]
+_OFFICIAL = {"deepseek": 0.90}
+_OFFICIAL_DEFAULT = 1.0
 _PEAK_WEIGHTS = {"qwen3_moe": 1.0}
 _DEFAULT_PEAK_WEIGHT = 0.95
 
@@ -53,6 +61,8 @@ def resolve_alpha(alpha: Alpha, model_type: str) -> float:
     """Return α for a model: the given number, or the value of a named reading for its type."""
     if not isinstance(alpha, str):
         return alpha
+    if alpha == "official":
+        return _OFFICIAL.get(model_type, _OFFICIAL_DEFAULT)
     peak = _PEAK_WEIGHTS.get(model_type, _DEFAULT_PEAK_WEIGHT)
     # Rounded, so that 1 - 0.95 is 0.05 in the record and not 0.050000000000000044.
     return peak if alpha == "paper" else round(1 - peak, 12)

@@ -56,6 +56,9 @@ def loss_aware_energy(block: MoEBlock, square_sum_N: Tensor, metric_DD: Tensor) 
     return square_sum_N.double() * torch.cat(sensitivities)
 
 
+BlockOutput = Tensor | tuple[Tensor, ...]
+
+
 class OutputMetric:
     """Accumulates G = mean over tokens of g gᵀ, g the loss gradient at a block's output."""
 
@@ -99,8 +102,10 @@ def _record_output_gradients(gathered: dict[MoEBlock, OutputMetric]) -> Iterator
         yield
 
 
-def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, object, Tensor], None]:
-    def after(_: nn.Module, __: object, output_BLD: Tensor) -> None:
+def _gradient_hook(found: OutputMetric) -> Callable[[nn.Module, object, BlockOutput], None]:
+    def after(_: nn.Module, __: object, output: BlockOutput) -> None:
+        # Some blocks return their router's logits as well.
+        output_BLD = output[0] if isinstance(output, tuple) else output
         # A hook on the tensor, not a module backward hook: no autograd function is wrapped around
         # the block, and the gradient is complete when the hook runs.
         output_BLD.register_hook(found.add)

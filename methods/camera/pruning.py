@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal, Self
 
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bench.method import Context, MethodReport
+from bench.models.expert_hooks import RouterWeights
 from bench.models.model import Model
 from bench.models.offload import onloaded
 from bench.models.structure.model_structure import ModelStructure
@@ -21,7 +23,7 @@ from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.camera.allocation import allocate_least_error
 from methods.camera.analysis import Alpha, BlockEnergies, resolve_alpha
-from methods.moe.calibration import SequentialPruning, walk_blocks
+from methods.moe.calibration import SequentialPruning, WalkOptions, walk_blocks
 from methods.moe.least_squares import ExpertGrams, refit_experts
 from methods.moe.micro_experts import (
     SHARED,
@@ -46,8 +48,11 @@ MIN_OUTPUT_POWER = 1e-300
 class CameraP(MicroExpertPruning, SequentialPruning):
     """Prune micro-experts by energy.
 
-    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of two readings of
-    what the authors used for this model (`methods.camera.analysis`).
+    `alpha` weighs the peak term ‖φ‖∞² against the sum ‖φ‖₂²: a number, or one of three readings of
+    what the authors used for this model (`methods.camera.analysis`). φ has the router weight that
+    the model applies. With `router_weights=renormalised` the weights of a token's experts sum to
+    one instead, as in the official code, also where the model itself does not renormalise
+    (DeepSeek-MoE); `alpha=official` with it gives the official scores.
 
     `scope` ranks within a `layer` (the paper: shared and routed experts pooled), within every
     `expert`, or over the whole model (`global`: energies relative to the output power of their
@@ -69,6 +74,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
     alpha: Alpha = "paper"
     scope: Literal["layer", "expert", "global"] = "layer"
     normalised: bool = False
+    router_weights: RouterWeights = "applied"
     state: Literal["zeroed", "removed"] = "removed"
     align: int = Field(default=8, ge=1)
     aligned: bool = False
@@ -108,6 +114,11 @@ class CameraP(MicroExpertPruning, SequentialPruning):
         share = self.share(structure)
         return [sum(aligned_losses(b, share, self.align)) for b in self.blocks(structure)]
 
+    def walk_options(self, *, sequential: bool = False) -> WalkOptions:
+        """Return the options of a walk, with the router weights that enter the energies."""
+        options = super().walk_options(sequential=sequential)
+        return replace(options, router_weights=self.router_weights)
+
     def apply(self, model: Model, context: Context) -> MethodReport:
         """Measure, rank and prune; the report holds what was removed from every layer."""
         calibration = require_calibration(context)
@@ -123,6 +134,7 @@ class CameraP(MicroExpertPruning, SequentialPruning):
             structure,
             layers,
             alpha=alpha,
+            router_weights=self.router_weights,
             calibration=calibration.fingerprint,
             tokens=calibration.tokens.numel(),
             seconds=time.perf_counter() - started,

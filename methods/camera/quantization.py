@@ -111,7 +111,7 @@ class CameraQ(MixedBitQuantization):
 
     `scope` ranks the routed micro-experts of a whole `layer`, as CAMERA-P does, or gives every
     `expert` the same shares. `block` is the number of micro-experts of an expert that change their
-    bits together: by default one group, or an eighth of the narrowest expert if that is less.
+    bits together: by default one group, or an eighth of an expert narrower than four groups.
     """
 
     scope: BitScope = "layer"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.errors import UserError
-from bench.models.expert_hooks import ExpertObserver, observe_experts
+from bench.models.expert_hooks import ExpertObserver, RouterWeights, observe_experts
 from bench.models.model import Model
 from bench.models.offload import LayerStream
 from bench.models.structure.dense_layer import weight_of
@@ -51,11 +51,13 @@ class WalkOptions:
     """Options of a calibration walk: `batch` rows and `chunk` tokens at a time.
 
     With `sequential` a layer that was changed runs again before the next one is measured.
+    `router_weights` are those that observers get: as the model applies them, or renormalised.
     """
 
     batch: int
     chunk: int
     sequential: bool = False
+    router_weights: RouterWeights = "applied"
 
 
 class CalibratedPruning(MoEPruning):
@@ -125,7 +127,7 @@ def walk_blocks(
             # output. Without `sequential` the first run already advances, so a later change cannot
             # reach the next layer.
             rerun = options.sequential and bool(observers) and index < last
-            with observe_experts(observers, options.chunk):
+            with observe_experts(observers, options.chunk, options.router_weights):
                 stream.run(index, advance=not rerun)
             # The hooks are gone here, so the caller may replace whole modules. A change made after
             # the iterator was advanced past this layer's last block is not seen by the next layer.

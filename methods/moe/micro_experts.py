@@ -6,7 +6,8 @@ kept.
 The order is that of the official CAMERA code: shared experts first, then expert by expert. Every
 micro-expert has the same 3·D weights, so shares of micro-experts are shares of parameters. Removal
 leaves the router unchanged: it chooses among as many experts as before, and an expert without any
-micro-expert adds zero. A dense feed-forward is a block of one expert, narrowed in place.
+micro-expert adds zero, or its output bias. A dense feed-forward is a block of one expert, narrowed
+in place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 
 from bench.models.structure.expert_view import ExpertView
 from bench.models.structure.moe_block import MoEBlock
-from bench.models.structure.ragged_experts import GatedExpert, RaggedExperts
+from bench.models.structure.ragged_experts import (
+    GatedExpert,
+    NarrowedFeedForward,
+    RaggedExperts,
+)
 
 SHARED = -1
 
@@ -141,9 +146,17 @@ def copy_to_ragged(
         for view, channels in zip(views, kept, strict=True)
     ]
     # All experts of a block share dtype and device.
-    down_DF, act = views[0].down, views[0].act
+    first = views[0]
     ragged = RaggedExperts(
-        widths, len(down_DF), act, align, dtype=down_DF.dtype, device=down_DF.device
+        widths,
+        len(first.down),
+        first.act,
+        align,
+        dtype=first.down.dtype,
+        device=first.down.device,
+        gated=first.form != "plain",
+        biased=first.down_bias is not None,
+        gating=first.gating,
     )
     for expert, (view, channels) in enumerate(zip(views, kept, strict=True)):
         ragged.view(expert).copy_(view, channels)
@@ -151,11 +164,18 @@ def copy_to_ragged(
 
 
 @torch.no_grad()
-def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
-    """Replace the shared experts by one that holds only the micro-experts `kept` [KEPT]."""
-    view = block.shared_view()
-    if view is None or block.shared is None:
+def keep_shared(block: MoEBlock, kept: Tensor) -> nn.Module:
+    """Narrow the shared experts to the micro-experts `kept` [KEPT]; return what replaces them."""
+    view, shared = block.shared_view(), block.shared
+    if view is None or shared is None or block.shared_owner is None:
         raise ValueError(f"{block.name} has no shared experts")
+    if isinstance(shared, NarrowedFeedForward):
+        shared.feed_forward.narrow(kept)
+        return shared
+    if view.form != "gated" or view.gating is not None:
+        narrowed = NarrowedFeedForward(shared, kept)
+        replace_child(block.shared_owner, shared, narrowed, free_old=False)
+        return narrowed
     gated = GatedExpert(
         len(kept), block.d_model, view.act, dtype=view.down.dtype, device=view.down.device
     )
@@ -166,7 +186,7 @@ def keep_shared(block: MoEBlock, kept: Tensor) -> GatedExpert:
         view.act,
     )
     target.copy_(view, kept)
-    replace_child(block.block, block.shared, gated)
+    replace_child(block.shared_owner, shared, gated)
     return gated
 
 

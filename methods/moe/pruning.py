@@ -90,6 +90,17 @@ def require_experts(structure: ModelStructure, method: str, verb: str) -> None:
         )
 
 
+def require_usual_experts(blocks: Sequence[MoEBlock], method: str) -> None:
+    """Raise if experts have another form than Wdown (act(Wgate x) ⊙ Wup x)."""
+    for block in blocks:
+        if block.unusual is not None:
+            raise UserError(
+                f"{method} knows experts of the form Wdown (act(Wgate x) ⊙ Wup x), but those of "
+                f"{block.name} have {block.unusual}: choose a method that only removes, such as "
+                "camera_p or reap"
+            )
+
+
 def require_micro_experts(structure: ModelStructure, method: str) -> tuple[MoEBlock, ...]:
     """Return the blocks whose micro-experts methods change; raise if a model has none."""
     if not structure.layers:

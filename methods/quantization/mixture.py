@@ -7,6 +7,12 @@ of routed tokens that reach expert e, weight_e their mean router weight, and ε_
 norm of the error in its outputs when it is rounded to b bits. The total stays within the budget,
 and each bit width but the smallest is used by at least one expert. The official code solves the
 program with Gurobi; here ε is measured with rounding to nearest.
+
+That code (Aaronhuang-778/MC-MoE at 7aa062c) has other factors than the text: weight_e is the sum
+over tokens of the softmax over all experts, which holds the frequency once more, with β = 1.5; and
+ε_e is measured at the output of the block, router weight included, one norm per batch, the norms
+summed. `variant=code` has these; the widths that the repository ships for Mixtral-8x7B follow from
+its factors with them. The rounding differs still: the code's offsets are integers, ours are real.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from inspect import signature
+from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -38,18 +45,28 @@ from methods.moe.quantizer.observers import Planner
 class Mc(MoEQuantization):
     """Allocate bits per expert by frequency, router weight and rounding error; then run GPTQ.
 
-    `alpha` and `beta` are the exponents of frequency and router weight.
+    `variant` chooses the factors: `mean_weight` has the mean of the router weights that the model
+    applies and the error of the expert's own output, `code` those of the official code. `alpha` and
+    `beta` are the exponents of frequency and router weight; β is 1 by default, and 1.5 with `code`.
     """
 
     bits: BitChoices = (3, 2, 1)
     mean_bits: float = 2.0
     alpha: float = Field(default=1.0, ge=0)
-    beta: float = Field(default=1.0, ge=0)
+    beta: float | None = Field(default=None, ge=0)
+    variant: Literal["mean_weight", "code"] = "mean_weight"
 
     @model_validator(mode="after")
     def _check_mean_bits(self) -> Self:
         require_mean_between(self.mean_bits, self.bits)
         return self
+
+    @property
+    def weight_exponent(self) -> float:
+        """β, with the default of the variant."""
+        if self.beta is not None:
+            return self.beta
+        return 1.5 if self.variant == "code" else 1.0
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the MoE blocks: with one expert per layer there is nothing to choose."""
@@ -60,6 +77,11 @@ class Mc(MoEQuantization):
         """Also refuse a budget that cannot give every bit width but the smallest to an expert."""
         super().check(structure)
         for block in structure.moe:
+            if self.variant == "code" and len(signature(block.router.forward).parameters) > 1:
+                raise UserError(
+                    f"variant=code needs a router that reads hidden states alone, unlike that of "
+                    f"{block.name}: use variant=mean_weight"
+                )
             *most, lowest = self.bits
             # The cheapest admissible choice: the narrowest experts take the larger bit widths once
             # each, every other expert the smallest. If that exceeds the budget, nothing fits.
@@ -88,8 +110,11 @@ class McPlanner(NullObserver):
         self._method, self._block = method, block
         counts = (block.num_experts, len(method.bits))
         device = block.expert(0).down.device
-        self.error_EB = torch.zeros(counts, dtype=torch.float64, device=device)
-        self.tokens_E = torch.zeros_like(self.error_EB[:, 0])
+        # Σ ‖error‖² of all tokens, or with `code` of the batch that is running; and the norms that
+        # `code` sums over batches.
+        self.square_EB = torch.zeros(counts, dtype=torch.float64, device=device)
+        self.norm_EB = torch.zeros_like(self.square_EB)
+        self.tokens_E = torch.zeros_like(self.square_EB[:, 0])
         self.weight_E = torch.zeros_like(self.tokens_E)
         self._rounded = RoundedWeights(method.group, method.clip, method.grid)
         self._bits: list[int] = []
@@ -99,12 +124,26 @@ class McPlanner(NullObserver):
         view = self._block.expert(expert)
         y_SD = view.combine(hidden_SF).float()
         self.tokens_E[expert] += len(x_SD)
-        self.weight_E[expert] += weight_S.sum(dtype=torch.float64)
+        official = self._method.variant == "code"
+        share_S = self._softmax(expert, x_SD) if official else weight_S
+        self.weight_E[expert] += share_S.sum(dtype=torch.float64)
         for place, bits in enumerate(self._method.bits):
             rounded = self._round_expert(expert, view, bits)
-            # Without the router weight, which enters the loss as a factor of its own.
             error_SD = y_SD - rounded.combine(rounded.hidden(x_SD.float()))
-            self.error_EB[expert, place] += error_SD.square().sum(dtype=torch.float64)
+            if official:
+                error_SD = error_SD * weight_S.float()[:, None]
+            self.square_EB[expert, place] += error_SD.square().sum(dtype=torch.float64)
+
+    def output(self, y_TD: Tensor) -> None:
+        """End a batch: the code sums norms of batches, and not their squares."""
+        if self._method.variant == "code":
+            self.norm_EB += self.square_EB.sqrt()
+            self.square_EB.zero_()
+
+    def _softmax(self, expert: int, x_SD: Tensor) -> Tensor:
+        """Return the softmax over all experts' logits at one expert, [S]."""
+        logits_SE = self._block.router(x_SD)[0]
+        return cast(Tensor, logits_SE.float().softmax(dim=1)[:, expert])
 
     def plans(self) -> list[ExpertPlan]:
         """Solve the program and return a plan for every expert."""
@@ -129,10 +168,12 @@ class McPlanner(NullObserver):
         frequency_E = self.tokens_E / self.tokens_E.sum()
         # An expert that no token reached has no error and hence loss 0; the clamp only keeps 0 / 0
         # out.
-        mean_weight_E = self.weight_E / self.tokens_E.clamp(min=1)
-        alpha, beta = self._method.alpha, self._method.beta
-        importance_E = frequency_E.pow(alpha) * mean_weight_E.pow(beta)
-        return importance_E[:, None] * self.error_EB.sqrt()
+        weight_E, error_EB = self.weight_E / self.tokens_E.clamp(min=1), self.square_EB.sqrt()
+        if self._method.variant == "code":
+            weight_E, error_EB = self.weight_E / self.weight_E.sum(), self.norm_EB
+        importance_E = frequency_E.pow(self._method.alpha)
+        importance_E = importance_E * weight_E.pow(self._method.weight_exponent)
+        return importance_E[:, None] * error_EB
 
     def details(self) -> dict[str, object]:
         """Return each expert's bits and token count."""

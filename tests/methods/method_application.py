@@ -68,22 +68,32 @@ class Masked(TorchFunctionMode):
 
     def __init__(self, block, dropped):
         super().__init__()
-        self.weight, self.dropped = block.router.weight, list(dropped)
-        self.bias = getattr(block.router, "e_score_correction_bias", None)
+        self.dropped = list(dropped)
+        (self.weight,) = (
+            weight
+            for weight in block.router.parameters()
+            if weight.shape == (block.num_experts, block.d_model)
+        )
+        # Wherever they lie: in the router, in a part of it, or in the block.
+        self.biases = [
+            tensor
+            for name, tensor in (*block.block.named_parameters(), *block.block.named_buffers())
+            if name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias")
+        ]
 
     def __enter__(self):
-        if self.bias is not None:
-            self.before = self.bias.clone()
-            self.bias[self.dropped] = -torch.inf
+        self.before = [bias.clone() for bias in self.biases]
+        for bias in self.biases:
+            bias[..., self.dropped] = -torch.inf
         return super().__enter__()
 
     def __exit__(self, *error):
-        if self.bias is not None:
-            self.bias.copy_(self.before)
+        for bias, before in zip(self.biases, self.before, strict=True):
+            bias.copy_(before)
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is functional.linear and args[1] is self.weight:
-            result[:, self.dropped] = -torch.inf
+            result[..., self.dropped] = -torch.inf
         return result

@@ -30,6 +30,7 @@ from bench.models.macs import (
 )
 from bench.models.network import text_config
 from bench.models.structure.model_structure import ModelStructure
+from bench.models.structure.moe_block import SHARED_NAMES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -67,6 +68,10 @@ def decoder_macs(
                 rows, count * keys, tokens.visible_pairs(positions, window), per_pair
             )
             yield from feed_forward_costs(mlp, count, rows, top_k)
+            # Shared experts beside the block (Granite).
+            for name, part in layer.named_children():
+                if name in SHARED_NAMES:
+                    yield MatmulCost("shared", count * matrix_weights(part), rows)
 
 
 def head_macs(network: nn.Module, rows: int) -> MatmulCost:

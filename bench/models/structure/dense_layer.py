@@ -31,9 +31,16 @@ from bench.models.structure.expert_view import (
     gated_projections,
 )
 
-# Names of (up, down) in plain feed-forwards: GPT-2 and StarCoder2; OPT and Phi; NeoX, Falcon.
-PLAIN_NAMES = (("c_fc", "c_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h"))
-FUSED_NAMES = ("gate_up_proj", "down_proj")
+# Names of (up, down) in plain feed-forwards: GPT-2 and StarCoder2; OPT and Phi; NeoX, Falcon;
+# Nemotron.
+PLAIN_NAMES = (
+    ("c_fc", "c_proj"),
+    ("fc1", "fc2"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("up_proj", "down_proj"),
+)
+# Of their one matrix for gate and up, and down: Phi-3; Granite.
+FUSED_NAMES = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
 
 # Fields of configs that hold the width of all feed-forward layers.
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
@@ -180,7 +187,7 @@ def _feed_forward(owner: nn.Module) -> FeedForward | None:
         names = tuple(n for part in gated for n, own in owner.named_children() if own is part)
         return FeedForward(owner, names[:2], names[2], "gated", act)
     pairs: tuple[tuple[str, str, ExpertForm], ...] = (
-        (*FUSED_NAMES, "fused"),
+        *((*names, "fused") for names in FUSED_NAMES),
         *((*names, "plain") for names in PLAIN_NAMES),
     )
     for up_name, down_name, form in pairs:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""Combines gate and up, [S, F] each, channel by channel, to the hidden states [S, F]."""
 
 # Names of (gate, up, down) in per-expert modules: Llama's and Qwen's, then Mixtral's (w2 is down).
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 
 ExpertForm = Literal["gated", "fused", "plain"]
 
@@ -32,7 +34,8 @@ class ExpertView:
     `gate` and `up`, both [F, D], hold one micro-expert per row, `down` [D, F] one per column; `act`
     is the activation of the gate. Writing to them changes the network. `form` says how they are
     stored: in a `fused` one gate and up are rows of one matrix, and a `plain` one has no gate:
-    `gate` is [0, D], and `act` is the activation of up. Routed experts have no biases.
+    `gate` is [0, D], and `act` is the activation of up. `gating` replaces act(gate) · up where a
+    class combines the two differently, such as with clamps.
     """
 
     gate: Tensor
@@ -43,6 +46,7 @@ class ExpertView:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    gating: Gating | None = None
 
     @property
     def width(self) -> int:
@@ -54,7 +58,8 @@ class ExpertView:
         up_SF = functional.linear(x_SD, self.up, self.up_bias)
         if self.form == "plain":
             return self.act(up_SF)
-        return self.act(functional.linear(x_SD, self.gate, self.gate_bias)) * up_SF
+        gate_SF = functional.linear(x_SD, self.gate, self.gate_bias)
+        return self.act(gate_SF) * up_SF if self.gating is None else self.gating(gate_SF, up_SF)
 
     def combine(self, hidden_SF: Tensor) -> Tensor:
         """Compute hidden Wdownᵀ, [S, D]: the expert's output before the router's weight."""
@@ -94,9 +99,14 @@ class ExpertView:
             kept = torch.arange(source.width, device=source.down.device)
         # Indices may come from a ranking on the CPU.
         kept = kept.to(source.down.device)
-        self.gate[: len(kept)] = source.gate.index_select(0, kept)
-        self.up[: len(kept)] = source.up.index_select(0, kept)
+        for name in ("gate", "gate_bias", "up", "up_bias"):
+            target, rows = getattr(self, name), getattr(source, name)
+            # A plain one has a gate without rows.
+            if rows is not None and len(rows):
+                target[: len(kept)] = rows.index_select(0, kept)
         self.down[:, : len(kept)] = source.down.index_select(1, kept)
+        if source.down_bias is not None and self.down_bias is not None:
+            self.down_bias.copy_(source.down_bias)
 
 
 def sort_slots(expert_S: Tensor, experts: int) -> tuple[Tensor, list[int]]:
@@ -111,14 +121,92 @@ def sort_slots(expert_S: Tensor, experts: int) -> tuple[Tensor, list[int]]:
 
 
 def fused_view(experts: nn.Module, expert: int) -> ExpertView:
-    """View expert `expert` of a fused module: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
-    # `detach` drops the graph but keeps the storage: in-place writes reach the parameter, and
-    # autograd does not object to changing a leaf.
-    gate_up_GD = cast(Tensor, experts.gate_up_proj).detach()[expert]
-    width = gate_up_GD.shape[0] // 2
-    down_DF = cast(Tensor, experts.down_proj).detach()[expert]
-    act = cast(Activation, experts.act_fn)
-    return ExpertView(gate_up_GD[:width], gate_up_GD[width:], down_DF, act)
+    """View expert `expert` of a fused module, in the layout that the module declares.
+
+    Usually gate_up_proj is [E, 2F, D], gate rows first, and down_proj [E, D, F]. The matrices may
+    be transposed, the rows of gate and up interleaved, and there may be biases, or no gate.
+    """
+    owner = cast(Any, experts)  # flags and weights depend on the architecture
+
+    def of_expert(name: str) -> Tensor | None:
+        # `detach` drops the graph but keeps the storage: in-place writes reach the parameter, and
+        # autograd does not object to changing a leaf.
+        stored = getattr(owner, name, None)
+        return None if stored is None else stored.detach()[expert]
+
+    def matrix(name: str) -> Tensor:
+        stored = of_expert(name)
+        assert stored is not None
+        return stored.T if owner.is_transposed else stored
+
+    down_DF, down_bias = matrix("down_proj"), of_expert("down_proj_bias")
+    if not owner.has_gate:
+        up_FD, up_bias = matrix("up_proj"), of_expert("up_proj_bias")
+        return ExpertView(
+            up_FD[:0], up_FD, down_DF, owner.act_fn, "plain", None, up_bias, down_bias
+        )
+    gate_FD, up_FD = _halves(matrix("gate_up_proj"), experts)
+    both_bias = of_expert("gate_up_proj_bias")
+    gate_bias, up_bias = (None, None) if both_bias is None else _halves(both_bias, experts)
+    return ExpertView(
+        gate_FD,
+        up_FD,
+        down_DF,
+        activation_of(experts),
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        gating=gating_of(experts),
+    )
+
+
+def _halves(both_GX: Tensor, experts: nn.Module) -> tuple[Tensor, Tensor]:
+    """Split the rows of gate and up, as views."""
+    if cast(Any, experts).is_concatenated:
+        return both_GX.chunk(2)[0], both_GX.chunk(2)[1]
+    return both_GX[0::2], both_GX[1::2]
+
+
+def gating_of(experts: nn.Module) -> Gating | None:
+    """Return a fused class's own way of combining gate and up; None for act(gate) · up."""
+    # transformers gives act(gate) ⊙ up to every class that does not define `_apply_gate`. The
+    # module of the function tells the two apart.
+    own = getattr(type(experts), "_apply_gate", None)
+    if own is None or getattr(own, "__module__", "") == "transformers.integrations.moe":
+        return None
+
+    def gating(gate_SF: Tensor, up_SF: Tensor) -> Tensor:
+        # The class takes them as they are stored: side by side, or in turn.
+        if cast(Any, experts).is_concatenated:
+            return cast(Tensor, own(experts, torch.cat([gate_SF, up_SF], dim=-1)))
+        both_SF2 = torch.stack([gate_SF, up_SF], dim=-1)
+        return cast(Tensor, own(experts, both_SF2.flatten(-2)))
+
+    return gating
+
+
+def flat_view(experts: nn.Module, expert: int) -> ExpertView:
+    """View an expert whose matrices are rows of one matrix for all experts, each [E·F, D] (DBRX).
+
+    w1 is the gate, v1 up and w2 down, whose rows are micro-experts as well.
+    """
+    stored = cast(Any, experts).mlp
+    width = cast(Any, experts).ffn_hidden_size
+    rows = slice(expert * width, (expert + 1) * width)
+    gate_FD, up_FD, down_FD = (getattr(stored, name).detach()[rows] for name in ("w1", "v1", "w2"))
+    return ExpertView(gate_FD, up_FD, down_FD.T, activation_of(experts))
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """Return the activation of an experts module; in a list of experts the members hold it."""
+    owner = module[0] if isinstance(module, nn.ModuleList) else module
+    for holder in (owner, getattr(owner, "mlp", None)):
+        for name in ACTIVATION_NAMES:
+            if callable(act := getattr(holder, name, None)):
+                return cast(Activation, act)
+    if gating_of(owner) is None:
+        raise TypeError(f"{type(module).__name__} has no activation")
+    return nn.Identity()  # it is a part of the class's gating (gpt-oss)
 
 
 def gated_projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
@@ -137,4 +225,4 @@ def module_view(module: nn.Module) -> ExpertView:
     if linears is None:
         raise TypeError(f"{type(module).__name__} is not a gated feed-forward module")
     gate, up, down = (linear.weight.detach() for linear in linears)
-    return ExpertView(gate, up, down, cast(Activation, module.act_fn))
+    return ExpertView(gate, up, down, activation_of(module))

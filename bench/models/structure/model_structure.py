@@ -12,6 +12,7 @@ from bench.errors import UserError
 from bench.models.classifiers.classifier import Classifier, VisionConfig
 from bench.models.network import TransformersNetwork, text_config
 from bench.models.structure.moe_block import (
+    EXPERT_COUNT_NAMES,
     MoEBlock,
     UnsupportedStructure,
     dense_block_of,
@@ -164,7 +165,7 @@ def _moe_blocks(network: nn.Module, layers: Sequence[nn.Module]) -> tuple[MoEBlo
             _refuse_hidden_experts(layer, names)
         for block in owners:
             try:
-                found.append(moe_block_of(index, names[block], block, top_k))
+                found.append(moe_block_of(index, names[block], block, layer, top_k))
             except UnsupportedStructure as difference:
                 raise UnsupportedStructure(f"in {names[block]}, {difference}") from None
     return tuple(found)
@@ -179,5 +180,7 @@ def _refuse_hidden_experts(layer: nn.Module, names: dict[nn.Module, str]) -> Non
     for module in layer.modules():
         # Without this check, such a layer would pass as dense and methods would silently skip its
         # experts.
-        if "Experts" in type(module).__name__:
-            raise UnsupportedStructure(f"{names[module]} is a {type(module).__name__}")
+        kind = type(module).__name__
+        counts = (getattr(module, name, None) for name in EXPERT_COUNT_NAMES)
+        if "Experts" in kind or any(isinstance(count, int) and count > 1 for count in counts):
+            raise UnsupportedStructure(f"{names[module]} is a {kind}")

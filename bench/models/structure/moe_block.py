@@ -1,14 +1,18 @@
-"""A MoE block in one vocabulary, and the check that its experts are gated experts.
+"""A MoE block in one vocabulary, and the check that its experts are sums of micro-experts.
 
-A block is supported when its output is y = Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x), plus
-shared experts of the same form. The check inspects modules, not class names.
+A block is supported when its output is y = Σ_e A_e · Wdown_e h_e(x) plus shared experts, where each
+channel of h_e depends on one row of the expert's gate and up alone: usually act(Wgate_e x) ⊙
+Wup_e x, in some architectures with biases, with clamps, or without a gate. The check inspects
+modules, not class names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from bench.models.structure.dense_layer import (
@@ -17,14 +21,19 @@ from bench.models.structure.dense_layer import (
     feed_forwards,
 )
 from bench.models.structure.expert_view import (
+    ACTIVATION_NAMES,
+    ExpertForm,
     ExpertView,
+    Gating,
+    flat_view,
     fused_view,
     gated_projections,
+    gating_of,
     module_view,
 )
-from bench.models.structure.ragged_experts import RaggedExperts
+from bench.models.structure.ragged_experts import NarrowedFeedForward, RaggedExperts
 
-ExpertLayout = Literal["fused", "list", "ragged", "dense"]
+ExpertLayout = Literal["fused", "flat", "list", "ragged", "dense"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,11 @@ class MoEBlock:
     """One MoE block of a decoder layer, or a dense feed-forward as a block of one expert.
 
     `experts` takes (x [T, D], top_k_index [T, K], top_k_weights [T, K]) and returns [T, D]. Its
-    weights are `fused` (all experts in 3-D parameters), a `list` of modules, or slimbench's own
-    `ragged` form; widths may differ in the last two. `shared` runs on every token, multiplied by
-    sigmoid(shared_gate(x)) if there is a `shared_gate`; it is None in a block without shared
-    experts.
+    weights are `fused` (all experts in 3-D parameters), `flat` (in 2-D ones), a `list` of modules,
+    or slimbench's own `ragged` form; widths may differ in the last two. `shared` runs on every
+    token, multiplied by sigmoid(shared_gate(x)) if there is a `shared_gate`; it is None in a block
+    without shared experts. `shared_owner` is the module that holds it: the block, or the decoder
+    layer that adds the two (Granite).
 
     A `dense` block has a `feed_forward`, whose owner stands for block and experts, and a router
     that is not part of the network: its one expert is always chosen, with weight 1.
@@ -55,6 +65,7 @@ class MoEBlock:
     widths: tuple[int, ...]
     d_shared: int
     feed_forward: FeedForward | None = None
+    shared_owner: nn.Module | None = None
 
     @property
     def d_ff(self) -> int:
@@ -67,21 +78,81 @@ class MoEBlock:
         return self.d_shared + sum(self.widths)
 
     @property
+    def form(self) -> ExpertForm:
+        """How the matrices of an expert are stored; `plain` ones have no gate."""
+        if self.feed_forward is not None:
+            return self.feed_forward.form
+        # Asked of the module and not of a view, which would unpack quantized experts.
+        gated = getattr(self.experts, "gated", getattr(self.experts, "has_gate", True))
+        return "gated" if gated else "plain"
+
+    @property
     def matrices(self) -> int:
         """Number of rows and columns that make a micro-expert: gate, up, down; 2 without a gate."""
-        plain = self.feed_forward is not None and self.feed_forward.form == "plain"
-        return 2 if plain else 3
+        return 2 if self.form == "plain" else 3
 
     @property
     def parameters_each(self) -> int:
         """Number of weights of one micro-expert: 3·D, or 2·D without a gate, and its biases."""
-        biases = 0 if self.feed_forward is None else self.feed_forward.biases
+        if self.feed_forward is not None:
+            biases = self.feed_forward.biases
+        else:
+            biases = self.matrices - 1 if self.biased else 0
         return self.matrices * self.d_model + biases
+
+    @property
+    def biased(self) -> bool:
+        """Whether the routed experts have biases."""
+        found = getattr(self.experts, "biased", getattr(self.experts, "has_bias", False))
+        return cast(bool, found)
+
+    @property
+    def gating(self) -> Gating | None:
+        """How gate and up are combined, if not as act(gate) · up."""
+        if isinstance(self.experts, RaggedExperts):
+            return self.experts.gating
+        return gating_of(self.experts)
+
+    @property
+    def routed_scale(self) -> float:
+        """Constant by which the block multiplies the sum of its routed experts (Beam, Laguna).
+
+        Most architectures multiply the router's weights instead.
+        """
+        scale = getattr(self.block, "routed_scaling_factor", None)
+        return self.shared_scale * (1.0 if scale is None else float(scale))
+
+    @property
+    def shared_scale(self) -> float:
+        """Constant by which the block multiplies its shared experts (the mean of Cohere 2)."""
+        how = getattr(self.block, "shared_expert_combination_strategy", None)
+        return 0.5 if how == "average" and self.shared is not None else 1.0
+
+    @property
+    def unusual(self) -> str | None:
+        """What its routed experts have beside Wdown (act(Wgate x) ⊙ Wup x); None if nothing.
+
+        Methods that build experts anew, such as quantization, know the usual form only.
+        """
+        if self.layout == "dense":
+            return None
+        differences = {
+            "no gate": self.form == "plain",
+            "a gating of their own": self.gating is not None,
+            "biases": self.biased,
+            "one matrix for all": self.layout == "flat",
+        }
+        return next((name for name, found in differences.items() if found), None)
 
     @property
     def parameters(self) -> int:
         """Number of weights in the experts: those of all micro-experts, without router and gate."""
         return self.parameters_each * self.micro_experts
+
+    @property
+    def shared_feed_forward(self) -> FeedForward | None:
+        """The projections of the shared experts."""
+        return None if self.shared is None else shared_feed_forward(self.shared)
 
     @property
     def output_module(self) -> nn.Module:
@@ -102,6 +173,8 @@ class MoEBlock:
             return self.feed_forward.view()
         if self.layout == "fused":
             return fused_view(self.experts, index)
+        if self.layout == "flat":
+            return flat_view(self.experts, index)
         if self.layout == "ragged":
             return cast(RaggedExperts, self.experts).view(index)
         return module_view(self.experts.get_submodule(str(index)))
@@ -109,48 +182,52 @@ class MoEBlock:
     def shared_view(self) -> ExpertView | None:
         """View all shared experts as one expert of width `d_shared`, or return None without any."""
         # Published blocks with several shared experts store them concatenated, as one wide expert.
-        return None if self.shared is None else module_view(self.shared)
+        found = self.shared_feed_forward
+        if found is None:
+            return None
+        # A class with a gating of its own writes it out again in its shared experts. That the two
+        # are one is checked where shared experts are observed.
+        return replace(found.view(), gating=self.gating)
 
 
 ROUTER_NAMES = ("gate", "router")
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 SHARED_GATE_NAME = "shared_expert_gate"
+# Of what is added to the scores by which experts are chosen, and not to their weights.
+CHOICE_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 
-# Attributes that transformers' `use_experts_implementation` sets on a fused module: required value,
-# and the message if it differs.
-FUSED_FLAGS = {
-    "is_transposed": (False, "its weights are transposed"),
-    "is_concatenated": (True, "its gate and up rows are interleaved"),
-    "has_bias": (False, "its experts have biases"),
-    "has_gate": (True, "its experts have no gate matrix"),
-    "has_post_expert_norm": (False, "a norm follows each expert"),
-}
+# Of the parameter of fused experts that reads the input: with a gate, and without one.
+FUSED_INPUT_NAMES = ("gate_up_proj", "up_proj")
+# Attributes that transformers' `use_experts_implementation` sets on a fused module.
+FUSED_FLAGS = {"is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm"}
 
 
 class UnsupportedStructure(Exception):
     """The experts of a block have an unsupported form; the message names the difference."""
 
 
-def moe_block_of(layer: int, name: str, block: nn.Module, top_k: int | None) -> MoEBlock:
-    """Describe a block that has `experts`.
+def moe_block_of(
+    index: int, name: str, block: nn.Module, layer: nn.Module, top_k: int | None
+) -> MoEBlock:
+    """Describe a block that has `experts`, in a decoder layer.
 
     `top_k` is the value of the network's config; it is used if neither router nor block has one.
 
     Raises:
-        UnsupportedStructure: the experts are not plain gated experts.
+        UnsupportedStructure: its output is no sum of micro-experts.
     """
     experts = cast(nn.Module, block.experts)
+    if block is layer:
+        raise UnsupportedStructure("the layer itself holds experts, and norms follow them")
     router = _first_child(block, ROUTER_NAMES)
     if router is None:
         raise UnsupportedStructure("it has no router named gate or router")
-    shared, shared_gate = (
-        _first_child(block, SHARED_NAMES),
-        _first_child(block, (SHARED_GATE_NAME,)),
-    )
+    shared, owner = _find_shared(block, layer)
+    shared_gate = _first_child(block, (SHARED_GATE_NAME,))
     _refuse_unknown_parts(block, (experts, router, shared, shared_gate))
     layout, d_model, widths = _expert_layout(experts)
-    return MoEBlock(
-        layer=layer,
+    described = MoEBlock(
+        layer=index,
         name=name,
         block=block,
         experts=experts,
@@ -162,8 +239,47 @@ def moe_block_of(layer: int, name: str, block: nn.Module, top_k: int | None) -> 
         top_k=_top_k(router, block, top_k),
         d_model=d_model,
         widths=widths,
-        d_shared=0 if shared is None else _gated_shape(shared)[1],
+        d_shared=0 if shared is None else shared_feed_forward(shared).width,
+        shared_owner=owner,
     )
+    beside = described.shared_feed_forward
+    if beside is not None and (beside.form == "plain") != (described.form == "plain"):
+        # A micro-expert would be two vectors there and three here.
+        raise UnsupportedStructure("of its routed and shared experts one kind has a gate")
+    return described
+
+
+def _find_shared(block: nn.Module, layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return the shared experts of a block and the module that holds them."""
+    inside = _first_child(block, SHARED_NAMES)
+    if inside is not None:
+        return inside, block
+    # Beside the block: the layer runs both on the same input and adds them, under whatever name.
+    # Two feed-forwards in a list (LongCat) run one after the other, and are dense.
+    beside = [part for part in layer.children() if part is not block and _is_feed_forward(part)]
+    if len(beside) > 1:
+        raise UnsupportedStructure("several feed-forwards are beside it")
+    return (beside[0], layer) if beside else (None, None)
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    if isinstance(module, NarrowedFeedForward):
+        return True
+    return any(found.owner is module for found in feed_forwards(module))
+
+
+def shared_feed_forward(shared: nn.Module) -> FeedForward:
+    """Return the projections of shared experts.
+
+    Raises:
+        UnsupportedStructure: they are no feed-forward of a known form, or have biases.
+    """
+    found = feed_forwards(shared)
+    if len(found) != 1:
+        raise UnsupportedStructure(f"{type(shared).__name__} is not a feed-forward of a known form")
+    if any(projection.bias is not None for projection in found[0].projections):
+        raise UnsupportedStructure(f"{type(shared).__name__} has biases")
+    return found[0]
 
 
 def dense_block_of(layer: int, name: str, module: nn.Module) -> MoEBlock:
@@ -211,20 +327,24 @@ def _refuse_unknown_parts(block: nn.Module, known: tuple[nn.Module | None, ...])
         if part not in known and any(True for _ in part.parameters()):
             raise UnsupportedStructure(f"the role of its submodule {name} is unknown")
     # A parameter directly on the block, such as a scale of its output, is not in the formula above.
-    own = [name for name, _ in block.named_parameters(recurse=False)]
+    own = {name for name, _ in block.named_parameters(recurse=False)} - {*CHOICE_BIAS_NAMES}
     if own:
-        raise UnsupportedStructure(f"the role of its parameter {own[0]} is unknown")
+        raise UnsupportedStructure(f"the role of its parameter {min(own)} is unknown")
+
+
+# Names of the parts of a block that state how many experts it has.
+EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _expert_layout(experts: nn.Module) -> tuple[ExpertLayout, int, tuple[int, ...]]:
     """Return layout, d_model and the width of each routed expert."""
     if isinstance(experts, RaggedExperts):
         return "ragged", experts.d_model, experts.widths
-    for flag, (wanted, otherwise) in FUSED_FLAGS.items():
-        if getattr(experts, flag, wanted) != wanted:
-            raise UnsupportedStructure(otherwise)
-    if isinstance(getattr(experts, "gate_up_proj", None), Tensor):
+    if any(isinstance(getattr(experts, name, None), Tensor) for name in FUSED_INPUT_NAMES):
         return "fused", *_fused_shape(experts)
+    flat = getattr(experts, "mlp", None)
+    if all(isinstance(getattr(flat, name, None), Tensor) for name in ("w1", "v1", "w2")):
+        return "flat", *_flat_shape(experts)
     if not isinstance(experts, nn.ModuleList):
         raise UnsupportedStructure("its weights are neither gate_up_proj and down_proj nor a list")
     # Older architectures loop over a plain ModuleList inside the block and apply the router's
@@ -237,27 +357,51 @@ def _expert_layout(experts: nn.Module) -> tuple[ExpertLayout, int, tuple[int, ..
 
 def _fused_shape(experts: nn.Module) -> tuple[int, tuple[int, ...]]:
     """Check the form of a fused module and return d_model and widths."""
+    if len(signature(experts.forward).parameters) == 1:
+        # Llama 4 multiplies the experts' inputs: act sees the weight, and φ is not A · h.
+        raise UnsupportedStructure("its experts are called without the router's weights")
     # Absent flags do not mean default values: the class was not decorated, and its layout is
     # unknown.
     if not all(hasattr(experts, flag) for flag in FUSED_FLAGS):
         raise UnsupportedStructure("its fused experts do not declare their layout")
-    # The decorator installs its own act(gate) ⊙ up unless the class defines `_apply_gate` (clamped
-    # or sigmoid-scaled gates exist). The module of the function tells the two apart. With a
-    # different gating, `ExpertView.hidden` would not be the Φ of Y = Φ W that the network computes,
-    # and nothing would raise.
-    gating = getattr(type(experts), "_apply_gate", None)
-    if getattr(gating, "__module__", "") != "transformers.integrations.moe":
-        raise UnsupportedStructure("its experts use a custom gating function")
-    count, d_model, width = cast(Tensor, experts.down_proj).shape
-    if tuple(cast(Tensor, experts.gate_up_proj).shape) != (count, 2 * width, d_model):
-        raise UnsupportedStructure("the shapes of gate_up_proj and down_proj do not match")
+    if experts.has_post_expert_norm:
+        raise UnsupportedStructure("a norm follows each expert")
+    count = len(cast(Tensor, experts.down_proj))
+    view = fused_view(experts, 0)
+    d_model, width = view.down.shape
+    if view.up.shape != (width, d_model) or len(view.gate) not in (0, width):
+        raise UnsupportedStructure("the shapes of its matrices do not match")
+    if view.gating is not None and not _channels_stand_alone(view.gating):
+        raise UnsupportedStructure("its experts combine their channels")
     return d_model, (width,) * count
+
+
+def _channels_stand_alone(gating: Gating) -> bool:
+    """Whether channel c of a gating's result depends on channel c of gate and up only."""
+    # Without this, φ would not be a coefficient of one micro-expert. Tried on a few numbers, since
+    # a class may compute anything there.
+    gate_SF, up_SF = torch.linspace(-3, 3, 24, device="cpu").view(2, 3, 4)
+    whole_SF = gating(gate_SF, up_SF)
+    if whole_SF.shape != gate_SF.shape:
+        return False
+    order, kept = torch.tensor([[2, 0, 3, 1], [0, 0, 1, 0]], device="cpu")
+    moved_SF = gating(gate_SF[:, order], up_SF[:, order])
+    alone_SF = gating(gate_SF.where(kept > 0, 9.0), up_SF.where(kept > 0, -9.0))
+    return torch.equal(moved_SF, whole_SF[:, order]) and torch.equal(alone_SF[:, 2], whole_SF[:, 2])
+
+
+def _flat_shape(experts: nn.Module) -> tuple[int, tuple[int, ...]]:
+    """Return d_model and widths of experts that are rows of one matrix."""
+    view = flat_view(experts, 0)
+    width, d_model = view.gate.shape
+    rows = len(cast(Tensor, cast(nn.Module, experts.mlp).w1))
+    return d_model, (width,) * (rows // width)
 
 
 def _gated_shape(module: nn.Module) -> tuple[int, int]:
     """Return (d_model, width) of a module y = Wdown (act(Wgate x) ⊙ Wup x)."""
     linears = gated_projections(module)
-    if linears is None or not hasattr(module, "act_fn"):
+    if linears is None or not any(hasattr(module, name) for name in ACTIVATION_NAMES):
         raise UnsupportedStructure(f"{type(module).__name__} is not a gated feed-forward module")
     if any(linear.bias is not None for linear in linears):
         raise UnsupportedStructure(f"{type(module).__name__} has biases")

@@ -7,7 +7,8 @@ Experts whose widths round up to the same multiple of `align` share a bucket: tw
 [G, 2W, D] and [G, D, W], in which an expert narrower than W is padded with zero rows and columns.
 Every matmul is therefore dense with aligned sizes, one grouped kernel can process a bucket, and the
 padding stays below `align` micro-experts per expert. An expert of width 0 has no storage; tokens
-are still routed to it, with the router's weight unchanged, and receive zeros.
+are still routed to it, with the router's weight unchanged, and receive zeros, or its output bias.
+Experts without a gate have [G, W, D] in place of [G, 2W, D].
 """
 
 from __future__ import annotations
@@ -15,14 +16,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
-from bench.models.structure.expert_view import Activation, ExpertView, sort_slots
+from bench.models.structure.dense_layer import FeedForward, feed_forwards
+from bench.models.structure.expert_view import (
+    Activation,
+    ExpertView,
+    Gating,
+    activation_of,
+    gating_of,
+    sort_slots,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,12 @@ class RaggedExperts(ReplacedModule):
 
     The call takes what a fused experts module of transformers takes: hidden states [T, D], the
     experts of each token [T, K] and the router's weights [T, K]. It returns [T, D].
+
+    Without `gated` the experts have no gate; with `biased` every micro-expert has biases and every
+    expert an output bias; `gating` replaces act(gate) · up.
     """
+
+    down_bias: Tensor
 
     def __init__(
         self,
@@ -57,26 +71,44 @@ class RaggedExperts(ReplacedModule):
         align: int = 8,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        gated: bool = True,
+        biased: bool = False,
+        gating: Gating | None = None,
     ) -> None:
         super().__init__()
         self.widths = tuple(widths)
         self.d_model = d_model
         self.act_fn = act_fn
         self.align = align
+        self.gated, self.biased, self.gating = gated, biased, gating
         self.buckets = make_buckets(widths, align)
         stored = [expert for bucket in self.buckets for expert in bucket.experts]
         # Rank of each expert in storage order, which is by bucket.
         self._rank = [stored.index(expert) for expert in range(len(stored))]
+
+        def allocate(name: str, *shape: int) -> None:
+            # Named by width and registered on this module, not on a submodule per bucket:
+            # accelerate moves the weights of a module when its forward is called, and a bucket has
+            # no forward.
+            zeros = torch.zeros(*shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(zeros, False))
+
         for bucket in self.buckets:
             if bucket.width:
-                count, width = len(bucket.experts), bucket.width
-                gate_up_GWD = torch.zeros(count, 2 * width, d_model, dtype=dtype, device=device)
-                down_GDW = torch.zeros(count, d_model, width, dtype=dtype, device=device)
-                # Named by width and registered on this module, not on a submodule per bucket:
-                # accelerate moves the weights of a module when its forward is called, and a bucket
-                # has no forward.
-                self.register_parameter(f"gate_up_{width}", nn.Parameter(gate_up_GWD, False))
-                self.register_parameter(f"down_{width}", nn.Parameter(down_GDW, False))
+                count, rows = len(bucket.experts), bucket.width * self._parts
+                allocate(f"gate_up_{bucket.width}", count, rows, d_model)
+                allocate(f"down_{bucket.width}", count, d_model, bucket.width)
+                if biased:
+                    allocate(f"gate_up_bias_{bucket.width}", count, rows)
+        if biased:
+            # One for every expert, in their own order: it stays when an expert is emptied.
+            allocate("down_bias", len(widths), d_model)
+
+    @property
+    def _parts(self) -> int:
+        """Number of input rows of a micro-expert."""
+        return 2 if self.gated else 1
 
     @property
     def padding(self) -> int:
@@ -85,15 +117,23 @@ class RaggedExperts(ReplacedModule):
         return stored - sum(self.widths)
 
     def spec(self) -> ModuleSpec:
-        """Return widths, d_model and alignment."""
-        return {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}
+        """Return widths, d_model and alignment, and what is not as usual."""
+        spec = {"widths": list(self.widths), "d_model": self.d_model, "align": self.align}
+        unusual = {"gated": self.gated} if not self.gated else {}
+        return spec | unusual | ({"biased": True} if self.biased else {})
 
     @classmethod
     def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
         """Build the experts with zeros, on the current default device and in the default dtype."""
-        widths = [int(width) for width in spec["widths"]]
-        act_fn = activation_of(original)
-        return cls(widths, int(spec["d_model"]), act_fn, int(spec["align"]))
+        return cls(
+            [int(width) for width in spec["widths"]],
+            int(spec["d_model"]),
+            activation_of(original),
+            int(spec["align"]),
+            gated=bool(spec.get("gated", True)),
+            biased=bool(spec.get("biased", False)),
+            gating=gating_of(original),
+        )
 
     def weights(self, bucket: WidthBucket) -> tuple[Tensor, Tensor]:
         """Return gate-and-up [G, 2W, D] and down [G, D, W] of a non-empty bucket."""
@@ -102,22 +142,50 @@ class RaggedExperts(ReplacedModule):
         gate_up, down = (getattr(self, name) for name in names)
         return gate_up, down
 
+    def _input_bias(self, bucket: WidthBucket) -> Tensor | None:
+        """Return the biases of gate and up, [G, 2W]."""
+        return getattr(self, f"gate_up_bias_{bucket.width}") if self.biased else None
+
     def view(self, expert: int) -> ExpertView:
         """View one expert without its padding; writing to it changes the weights."""
         width = self.widths[expert]
         bucket = next(bucket for bucket in self.buckets if expert in bucket.experts)
+        down_bias = self.down_bias.detach()[expert] if self.biased else None
         if not bucket.width:
-            return self._empty_view()
+            return self._empty_view(down_bias)
         # Gate rows fill the first half of the bucket's 2W rows and up rows the second, so an
         # expert's own rows are the first `width` of each half.
         place = bucket.experts.index(expert)
         gate_up_GWD, down_GDW = (weight.detach() for weight in self.weights(bucket))
-        gate_WD, up_WD = gate_up_GWD[place].chunk(2)
-        return ExpertView(gate_WD[:width], up_WD[:width], down_GDW[place, :, :width], self.act_fn)
+        biases = self._input_bias(bucket)
+        gate_WD, up_WD = self._split(gate_up_GWD[place])
+        gate_bias, up_bias = (None, None)
+        if biases is not None:
+            gate_bias, up_bias = (part[:width] for part in self._split(biases.detach()[place]))
+        return ExpertView(
+            gate_WD[:width],
+            up_WD[:width],
+            down_GDW[place, :, :width],
+            self.act_fn,
+            form="gated" if self.gated else "plain",
+            gate_bias=gate_bias if self.gated else None,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            gating=self.gating,
+        )
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the rows of gate, which may have none, and up."""
+        if not self.gated:
+            return rows[:0], rows
+        gate, up = rows.chunk(2)
+        return gate, up
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute Σ_e A_e · Wdown_e (act(Wgate_e x) ⊙ Wup_e x) for every token, [T, D]."""
         tokens, top_k = top_k_index.shape
+        # Most blocks pass tokens in one dimension, some in two (DBRX).
+        shape, hidden_states = hidden_states.shape, hidden_states.flatten(0, -2)
         slot_S, counts = self._by_bucket(top_k_index)
         weight_S = top_k_weights.flatten()[slot_S]
         pieces: list[Tensor] = []
@@ -134,7 +202,7 @@ class RaggedExperts(ReplacedModule):
         back_S = torch.empty_like(slot_S)
         back_S[slot_S] = torch.arange(len(slot_S), device=slot_S.device)
         y_TKD = torch.cat(pieces)[back_S].view(tokens, top_k, self.d_model)
-        return y_TKD.sum(dim=1).to(hidden_states.dtype)
+        return y_TKD.sum(dim=1).to(hidden_states.dtype).view(shape)
 
     def _by_bucket(self, index_TK: Tensor) -> tuple[Tensor, list[int]]:
         """Return slots sorted by bucket, expert and token, and the number of slots per expert."""
@@ -157,7 +225,7 @@ class RaggedExperts(ReplacedModule):
         if not bucket.width:
             # Multiplied like the other buckets' outputs, so that the dtype is the same: the
             # router's weights may be float32.
-            yield torch.zeros_like(x_SD) * weight_S[:, None]
+            yield (torch.zeros_like(x_SD) + self._output_bias(bucket, counts)) * weight_S[:, None]
         elif _use_grouped_kernel(x_SD):
             yield self.grouped(bucket, x_SD, counts) * weight_S[:, None]
         elif x_SD.device.type == "meta":
@@ -166,15 +234,38 @@ class RaggedExperts(ReplacedModule):
             gate_up_WD, down_DW = (weight[0] for weight in self.weights(bucket))
             yield self._expert(x_SD, gate_up_WD, down_DW) * weight_S[:, None]
         else:
+            biases = self._input_bias(bucket)
             parts = zip(
-                *self.weights(bucket), x_SD.split(counts), weight_S.split(counts), strict=True
+                *self.weights(bucket),
+                [None] * len(counts) if biases is None else biases,
+                x_SD.split(counts),
+                weight_S.split(counts),
+                bucket.experts,
+                strict=True,
             )
-            for gate_up_WD, down_DW, x, weight in parts:
+            for gate_up_WD, down_DW, bias, x, weight, expert in parts:
                 if len(x):
-                    yield self._expert(x, gate_up_WD, down_DW) * weight[:, None]
+                    bias_D = self.down_bias[expert] if self.biased else None
+                    y_SD = self._expert(x, gate_up_WD, down_DW, bias, bias_D)
+                    yield y_SD * weight[:, None]
 
-    def _expert(self, x_SD: Tensor, gate_up_WD: Tensor, down_DW: Tensor) -> Tensor:
-        return functional.linear(self._gated(functional.linear(x_SD, gate_up_WD)), down_DW)
+    def _expert(
+        self,
+        x_SD: Tensor,
+        gate_up_WD: Tensor,
+        down_DW: Tensor,
+        bias_W: Tensor | None = None,
+        bias_D: Tensor | None = None,
+    ) -> Tensor:
+        hidden_SW = self._gated(functional.linear(x_SD, gate_up_WD, bias_W))
+        return functional.linear(hidden_SW, down_DW, bias_D)
+
+    def _output_bias(self, bucket: WidthBucket, counts: list[int]) -> Tensor | float:
+        """Return the output bias of every slot of a bucket, [S, D]; 0 without biases."""
+        if not self.biased:
+            return 0.0
+        expert_S = torch.tensor(bucket.experts).repeat_interleave(torch.tensor(counts))
+        return self.down_bias[expert_S.to(self.down_bias.device)]
 
     def grouped(self, bucket: WidthBucket, x_SD: Tensor, counts: list[int]) -> Tensor:
         """Compute the unweighted outputs of a bucket's experts with two grouped matmuls."""
@@ -183,29 +274,44 @@ class RaggedExperts(ReplacedModule):
         # transpose is a view.
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x_SD.device)
         both_SW = functional.grouped_mm(x_SD, gate_up_GWD.transpose(1, 2), offs=ends)
-        return functional.grouped_mm(self._gated(both_SW), down_GDW.transpose(1, 2), offs=ends)
+        biases = self._input_bias(bucket)
+        if biases is not None:
+            both_SW = both_SW + biases.repeat_interleave(
+                torch.tensor(counts, device=biases.device), dim=0
+            )
+        y_SD = functional.grouped_mm(self._gated(both_SW), down_GDW.transpose(1, 2), offs=ends)
+        return y_SD + self._output_bias(bucket, counts) if self.biased else y_SD
 
     def _gated(self, both_SW: Tensor) -> Tensor:
+        if not self.gated:
+            return self.act_fn(both_SW)
         gate_SW, up_SW = both_SW.chunk(2, dim=-1)
+        if self.gating is not None:
+            return self.gating(gate_SW, up_SW)
         return self.act_fn(gate_SW) * up_SW
 
-    def _empty_view(self) -> ExpertView:
+    def _empty_view(self, down_bias: Tensor | None) -> ExpertView:
         like = next(self.parameters(), torch.empty(0))
         # `parameters()` is empty when every expert has width 0; then the default dtype has to do.
         gate_FD = like.new_empty(0, self.d_model)
-        return ExpertView(gate_FD, gate_FD, like.new_empty(self.d_model, 0), self.act_fn)
+        none_F = like.new_empty(0) if self.biased else None
+        return ExpertView(
+            gate_FD,
+            gate_FD,
+            like.new_empty(self.d_model, 0),
+            self.act_fn,
+            form="gated" if self.gated else "plain",
+            gate_bias=none_F if self.gated else None,
+            up_bias=none_F,
+            down_bias=down_bias,
+            gating=self.gating,
+        )
 
 
 def _use_grouped_kernel(x_SD: Tensor) -> bool:
     # Only bfloat16 on CUDA has a fused kernel; on a CPU `grouped_mm` is itself a loop over groups.
     grouped = hasattr(functional, "grouped_mm") and x_SD.dtype == torch.bfloat16
     return grouped and x_SD.device.type == "cuda"
-
-
-def activation_of(module: nn.Module) -> Activation:
-    """Return the activation of an experts module; in a list of experts the members hold it."""
-    owner = module[0] if isinstance(module, nn.ModuleList) else module
-    return cast(Activation, owner.act_fn)
 
 
 class GatedExpert(ReplacedModule):
@@ -240,6 +346,39 @@ class GatedExpert(ReplacedModule):
         """Compute the expert's output, [..., D] for x [..., D]."""
         hidden: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return hidden
+
+
+class NarrowedFeedForward(ReplacedModule):
+    """Shared experts of a class that `GatedExpert` does not compute, narrowed in place.
+
+    The class may store gate and up in one matrix (Granite), have no gate (Nemotron-H) or clamp
+    them (DeepSeek-V4): it is kept, with fewer micro-experts.
+    """
+
+    def __init__(self, original: nn.Module, kept: Tensor) -> None:
+        super().__init__()
+        self.inner = original
+        self.feed_forward.narrow(kept)
+
+    @property
+    def feed_forward(self) -> FeedForward:
+        """The projections."""
+        (found,) = feed_forwards(self.inner)
+        return found
+
+    def spec(self) -> ModuleSpec:
+        """Return the width."""
+        return {"width": self.feed_forward.width}
+
+    @classmethod
+    def from_spec(cls, spec: ModuleSpec, original: nn.Module) -> Self:
+        """Narrow a module of the published width to its first micro-experts."""
+        return cls(original, torch.arange(int(spec["width"])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the output, [..., D] for x [..., D]."""
+        y: Tensor = self.inner(x)
+        return y
 
 
 def _linear_from_weight(weight: Tensor) -> nn.Linear:

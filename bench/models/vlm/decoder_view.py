@@ -122,9 +122,14 @@ class DecoderLayer:
         try:
             # Inspected at every access: experts are replaced in the block, whose module object
             # stays.
-            return moe_block_of(
-                self.index, self.loaded_moe.name, self.loaded_moe.block, self.loaded_moe.top_k
-            )
+            before = self.loaded_moe
+            found = moe_block_of(self.index, before.name, before.block, self.module, before.top_k)
+            # Twins of a block with fewer neurons are built from the usual matrices only.
+            if found.unusual is not None:
+                raise UnsupportedStructure(f"its experts have {found.unusual}")
+            if found.shared is not None and found.shared_owner is not found.block:
+                raise UnsupportedStructure("its shared experts are beside it")
+            return found
         except UnsupportedStructure as difference:
             raise UserError(f"in {self.loaded_moe.name}, {difference}") from None
 

@@ -31,7 +31,12 @@ from methods.moe.calibration import (
     walk_blocks,
 )
 from methods.moe.micro_experts import replace_child
-from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
+from methods.moe.pruning import (
+    LayerEntry,
+    refuse_offloaded,
+    require_calibration,
+    require_usual_experts,
+)
 
 
 class D2Moe(CalibratedPruning):
@@ -56,6 +61,7 @@ class D2Moe(CalibratedPruning):
     def check(self, structure: ModelStructure) -> None:
         """Also refuse experts of different shapes, and a ratio that leaves no room for the base."""
         super().check(structure)
+        require_usual_experts(structure.moe, "D2-MoE")
         for block, budget in zip(structure.moe, self.budgets(structure), strict=True):
             if len(set(block.widths)) > 1:
                 raise UserError(

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bench.models.replaced_modules import ModuleSpec, ReplacedModule
-from bench.models.structure.expert_view import sort_slots
-from bench.models.structure.ragged_experts import activation_of
+from bench.models.structure.expert_view import activation_of, sort_slots
 
 MATRIX_NAMES = ("gate", "up", "down")
 

@@ -1,22 +1,14 @@
 """NAEE (arXiv 2402.14800): drop the experts whose removal changes a block's output least.
 
-Shapes: B rows, L tokens per row, P of them kept, T = B·P tokens, E routed experts, D d_model.
+Shapes: B rows, L tokens per row, P of them kept, D d_model.
 
-The output error of a block without some experts needs only a few statistics per token. With f_e(x)
-the output of expert e, A the router weights, A^S those without the experts in S, and δ = A - A^S,
-the block without S outputs y - Σ_e δ_e f_e(x). Against a target z, NAEE's error is
-
-    Σ_rows √( Σ_t ‖ z_t - y_t + Σ_e δ_te f_e(x_t) ‖₂² )
-
-(one Frobenius norm per calibration sample, summed over samples). So a token only needs ‖z - y‖²,
-the products f_e · (z - y) and the products f_e · f_e'. D drops out, and evaluating a set of experts
-costs E² multiplications per token instead of a forward pass of the block.
+A subset of experts is dropped per block; `block_error` has the error of one, and of many.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -34,69 +26,8 @@ from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
 from bench.ui import Progress
 from methods.baselines.expert_removal import ExpertState, RemovedExperts, WholeExpertPruning
-from methods.baselines.router_masks import dense_routing_weights, route
-from methods.moe.calibration import require_finite
+from methods.baselines.naee.block_error import BlockErrorModel
 from methods.moe.pruning import LayerEntry, refuse_offloaded, require_calibration
-
-# Tokens per chunk: all experts run on a chunk at once, [CHUNK, E, D] outputs in float64.
-EXPERT_CHUNK = 256
-
-
-class BlockErrorModel:
-    """Error of one block as a function of the set of removed experts."""
-
-    @torch.no_grad()
-    def __init__(
-        self, block: MoEBlock, x_BPD: Tensor, y_BPD: Tensor, target_BPD: Tensor, state: ExpertState
-    ) -> None:
-        self._block, self._state = block, state
-        self._rows = len(x_BPD)
-        x_TD = x_BPD.flatten(0, 1)
-        missing_TD = (target_BPD - y_BPD).flatten(0, 1).double()
-        self._logits_TE, weight_TK, index_TK = block.router(x_TD)
-        self._weight_TE = dense_routing_weights(weight_TK, index_TK, block.num_experts).double()
-        self._offset_T = missing_TD.square().sum(1)
-        parts = [_inner_products(block, *part) for part in _chunks(x_TD, missing_TD)]
-        self._cross_TE = torch.cat([cross for cross, _ in parts])
-        self._gram_TEE = torch.cat([gram for _, gram in parts])
-        require_finite(block, self._offset_T, self._cross_TE, self._gram_TEE)
-
-    @torch.no_grad()
-    def error(self, dropped: Collection[int]) -> float:
-        """Return NAEE's error of the block without some experts, computed in float64."""
-        delta_TE = self._weight_TE - self._without(sorted(dropped))
-        # ‖m + Σ δ f‖² = ‖m‖² + δ·(2 f·m + (f·f') δ) with m = z - y.
-        change_TE = (self._gram_TEE @ delta_TE[:, :, None]).squeeze(2) + 2 * self._cross_TE
-        square_T = self._offset_T + (delta_TE * change_TE).sum(1)
-        square_B = square_T.view(self._rows, -1).sum(1)
-        # Rounding can leave a sum that should be zero slightly negative.
-        return float(square_B.clamp_min(0).sqrt().sum())
-
-    def _without(self, dropped: list[int]) -> Tensor:
-        """Return the router weights [T, E] of the block without some experts."""
-        # Zeroed experts keep their tokens: nothing is rerouted, their term is just missing.
-        if self._state != "dropped":
-            weight_TE = self._weight_TE.clone()
-            weight_TE[:, dropped] = 0
-            return weight_TE
-        gone = torch.tensor(dropped, dtype=torch.int64, device=self._logits_TE.device)
-        weight_TK, index_TK = route(self._block.router, self._logits_TE, gone)
-        return dense_routing_weights(weight_TK, index_TK, self._block.num_experts).double()
-
-
-def _chunks(x_TD: Tensor, missing_TD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(x_TD.split(EXPERT_CHUNK), missing_TD.split(EXPERT_CHUNK), strict=True)
-
-
-def _inner_products(block: MoEBlock, x_TD: Tensor, missing_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return f_e · (z - y) [T, E] and f_e · f_e' [T, E, E] of some tokens, float64."""
-    views = (block.expert(expert) for expert in range(block.num_experts))
-    # All experts on all tokens, not only on those routed to them: after a drop a token may reach
-    # any expert.
-    outputs = [view.combine(view.hidden(x_TD)) for view in views]
-    output_TED = torch.stack(outputs, dim=1).double()
-    cross_TE = (output_TED @ missing_TD[:, :, None]).squeeze(2)
-    return cross_TE, output_TED @ output_TED.mT
 
 
 @dataclass(frozen=True)
@@ -180,7 +111,14 @@ def _record_block_io(blocks: list[MoEBlock], kept: int) -> Iterator[dict[MoEBloc
             def enter(_: nn.Module, args: tuple[Tensor, ...], block: MoEBlock = block) -> None:
                 entered[block] = evenly_spaced(args[0])
 
-            def leave(_: nn.Module, __: object, y_BLD: Tensor, block: MoEBlock = block) -> None:
+            def leave(
+                _: nn.Module,
+                __: object,
+                output: Tensor | tuple[Tensor, ...],
+                block: MoEBlock = block,
+            ) -> None:
+                # Some blocks return their router's logits as well.
+                y_BLD = output[0] if isinstance(output, tuple) else output
                 recorded[block].append(BlockIO(entered.pop(block), evenly_spaced(y_BLD)))
 
             stack.callback(block.block.register_forward_pre_hook(enter).remove)
@@ -254,17 +192,18 @@ class Naee(WholeExpertPruning):
     ) -> tuple[RemovedExperts, LayerEntry]:
         """Return what a block loses. A partial expert is the one that would be dropped next."""
         count, partial_count = divmod(budget, block.d_ff)
-        found = search_subset(block.num_experts, count, error_model.error, self.exhaustive_limit)
+        found = search_subset(block.num_experts, count, error_model.errors, self.exhaustive_limit)
         partial_expert = None
         if partial_count:
             partial_expert, _ = next_expert_to_drop(
-                block.num_experts, found.dropped, error_model.error
+                block.num_experts, found.dropped, error_model.errors
             )
         report = {"search": found.strategy, "subsets_tried": found.tried, "error": found.error}
         return RemovedExperts(found.dropped, partial_expert, partial_count), report
 
 
-ErrorFunction = Callable[[tuple[int, ...]], float]
+ErrorFunction = Callable[[Sequence[tuple[int, ...]]], list[float]]
+"""Errors without each of several sets of experts."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +216,7 @@ class ExpertSubset:
     tried: int
 
 
-def search_subset(experts: int, count: int, error: ErrorFunction, limit: int) -> ExpertSubset:
+def search_subset(experts: int, count: int, errors_of: ErrorFunction, limit: int) -> ExpertSubset:
     """Return `count` of `experts` experts to drop.
 
     If there are at most `limit` subsets, all are tried, as in NAEE. Otherwise greedy elimination,
@@ -286,23 +225,24 @@ def search_subset(experts: int, count: int, error: ErrorFunction, limit: int) ->
     Ties go to the first candidate in both.
     """
     if math.comb(experts, count) <= limit:
-        errors = {subset: error(subset) for subset in combinations(range(experts), count)}
-        best = min(errors, key=errors.__getitem__)
-        return ExpertSubset(best, errors[best], "exhaustive", len(errors))
+        subsets = list(combinations(range(experts), count))
+        errors = errors_of(subsets)
+        best = min(range(len(subsets)), key=errors.__getitem__)
+        return ExpertSubset(subsets[best], errors[best], "exhaustive", len(subsets))
     dropped: tuple[int, ...] = ()
     lowest, tried = math.inf, 0
     for _ in range(count):
-        expert, lowest = next_expert_to_drop(experts, dropped, error)
+        expert, lowest = next_expert_to_drop(experts, dropped, errors_of)
         tried += experts - len(dropped)
         dropped = (*dropped, expert)
     return ExpertSubset(tuple(sorted(dropped)), lowest, "greedy", tried)
 
 
 def next_expert_to_drop(
-    experts: int, dropped: tuple[int, ...], error: ErrorFunction
+    experts: int, dropped: tuple[int, ...], errors_of: ErrorFunction
 ) -> tuple[int, float]:
     """Return the expert whose removal on top of `dropped` adds the least error, and that error."""
     left = [expert for expert in range(experts) if expert not in dropped]
-    errors = {expert: error((*dropped, expert)) for expert in left}
-    best = min(errors, key=errors.__getitem__)
-    return best, errors[best]
+    errors = errors_of([(*dropped, expert) for expert in left])
+    best = min(range(len(left)), key=errors.__getitem__)
+    return left[best], errors[best]

@@ -21,9 +21,8 @@ from bench.models.expert_hooks import ExpertObserver, observe_experts
 from bench.models.model import Model
 from bench.models.offload import LayerStream, onloaded
 from bench.models.structure.dense_layer import is_projection, shape_of
-from bench.models.structure.expert_view import gated_projections
+from bench.models.structure.expert_view import activation_of, gated_projections
 from bench.models.structure.moe_block import MoEBlock
-from bench.models.structure.ragged_experts import activation_of
 from bench.ui import Progress
 from methods.moe.calibration import Gram, observe_inputs
 from methods.moe.micro_experts import replace_child

@@ -14,7 +14,12 @@ from bench.models.bitpacking.packed_shape import GridKind
 from bench.models.model import Model
 from bench.models.structure.model_structure import ModelStructure
 from bench.models.structure.moe_block import MoEBlock
-from methods.moe.pruning import refuse_packed, require_calibration, require_micro_experts
+from methods.moe.pruning import (
+    refuse_packed,
+    require_calibration,
+    require_micro_experts,
+    require_usual_experts,
+)
 from methods.moe.quantizer.bit_budget import stored_bytes
 from methods.moe.quantizer.grid import Clip
 from methods.moe.quantizer.layer_walk import Quantizer
@@ -103,7 +108,7 @@ class MoEQuantization(Method):
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse a model without experts or feed-forward layers of a known form."""
-        self.blocks(structure)
+        require_usual_experts(self.blocks(structure), type(self).__name__)
 
     def blocks(self, structure: ModelStructure) -> tuple[MoEBlock, ...]:
         """Return the blocks that are packed by plan."""

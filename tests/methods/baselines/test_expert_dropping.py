@@ -122,5 +122,5 @@ def test_costs_are_counted_on_what_is_left(name, mode):
 def test_refuses_a_router_without_rows():
     block = inspect_model(build("mixtral")).moe[0]
     block.router.weight = torch.nn.Parameter(torch.zeros(5, 16))
-    with pytest.raises(UserError, match="no weight with one row per expert"):
+    with pytest.raises(UserError, match="no matrix with one row for each of 6 experts"):
         check_router(block)

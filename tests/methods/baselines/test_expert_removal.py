@@ -131,5 +131,5 @@ def test_a_wrapped_router_is_refused_a_second_time():
     network = build("deepseek_v3")
     model = model_of(network)
     RandomExperts(ratio=0.2, state="dropped").apply(model, context())
-    with pytest.raises(UserError, match="no weight with one row per expert"):
+    with pytest.raises(UserError, match="no matrix with one row for each of"):
         RandomExperts(ratio=0.2, state="dropped").apply(model, context())

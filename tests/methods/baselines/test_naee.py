@@ -10,12 +10,12 @@ from bench.models.offload import LayerStream
 from bench.models.structure.model_structure import inspect_model
 from bench.ui import SILENT
 from methods.baselines.naee import (
-    BlockErrorModel,
     Naee,
     block_error_models,
     next_expert_to_drop,
     search_subset,
 )
+from methods.baselines.naee.block_error import BlockErrorModel
 from methods.moe.micro_experts import expert_spans, zero_micro_experts
 from tests.methods.method_application import Masked, applied, block_inputs, model_of, network_of
 from tests.models.tiny_networks import ARCHITECTURES, Expert, build, tokens, unfuse
@@ -119,7 +119,7 @@ def test_greedy_takes_one_after_the_other():
     x_BLD = block_inputs(network, tokens())[0]
     y_BLD = block.block(x_BLD)
     error_model = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, "dropped")
-    found = search_subset(6, 3, error_model.error, limit=19)
+    found = search_subset(6, 3, error_model.errors, limit=19)
 
     dropped = []
     for _ in range(3):
@@ -129,20 +129,48 @@ def test_greedy_takes_one_after_the_other():
     assert (found.strategy, found.tried) == ("greedy", 6 + 5 + 4)
     assert found.dropped == tuple(sorted(dropped))
     assert found.error == pytest.approx(min(errors.values()), rel=1e-5)
-    best = search_subset(6, 3, error_model.error, limit=20)
+    best = search_subset(6, 3, error_model.errors, limit=20)
     assert (best.strategy, best.tried) == ("exhaustive", 20)
     assert best.error <= found.error
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "qwen2_moe normalised"])
+def test_all_subsets_together_have_the_errors_of_each_alone(name):
+    """By the table of choices where the rule allows it, and by the rule itself elsewhere."""
+    changes = {"norm_topk_prob": True} if "normalised" in name else {}
+    network = build(name.split()[0], **changes)
+    block = inspect_model(network).moe[0]
+    x_BLD = block_inputs(network, tokens())[0]
+    y_BLD = block.block(x_BLD)
+    error_model = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, "dropped")
+    # More than the 15 pairs that a token can be left with.
+    subsets = [s for count in (1, 2, 3) for s in combinations(range(6), count)]
+    alone = [error_model.error(subset) for subset in subsets]
+    assert error_model.errors(subsets) == pytest.approx(alone, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek", "deepseek_v3"])
+def test_errors_are_looked_up_only_where_weights_depend_on_the_chosen_alone(name):
+    network = build(name)
+    block = inspect_model(network).moe[0]
+    x_BLD = block_inputs(network, tokens())[0]
+    y_BLD = block.block(x_BLD)
+    error_model = BlockErrorModel(block, x_BLD, y_BLD, y_BLD, "dropped")
+    gone_SE = torch.zeros(20, 6, dtype=torch.bool)
+    gone_SE.scatter_(1, torch.tensor(list(combinations(range(6), 3))), True)
+    found = error_model._choices(gone_SE)
+    assert (found is not None) == (name in ("mixtral", "qwen3_moe"))
 
 
 def test_greedy_can_be_wrong_where_all_subsets_are_not():
     table = {(0,): 1, (1,): 2, (2,): 2, (0, 1): 9, (0, 2): 9, (1, 2): 3}
 
-    def error(subset):
-        return table[tuple(sorted(subset))]
+    def errors(subsets):
+        return [table[tuple(sorted(subset))] for subset in subsets]
 
-    assert search_subset(3, 2, error, limit=2).dropped == (0, 1)
-    assert search_subset(3, 2, error, limit=3).dropped == (1, 2)
-    assert next_expert_to_drop(3, (1,), error) == (2, 3)
+    assert search_subset(3, 2, errors, limit=2).dropped == (0, 1)
+    assert search_subset(3, 2, errors, limit=3).dropped == (1, 2)
+    assert next_expert_to_drop(3, (1,), errors) == (2, 3)
 
 
 def test_searches_on_evenly_spaced_tokens_of_every_row():

@@ -17,6 +17,8 @@ from tests.methods.method_application import applied, network_of, zeroed
         ("paper", "qwen3_moe", 1.0),
         ("low_peak", "deepseek", 0.05),
         ("low_peak", "qwen3_moe", 0.0),
+        ("official", "deepseek", 0.9),
+        ("official", "qwen2_moe", 1.0),
         (0.3, "qwen3_moe", 0.3),
     ],
 )

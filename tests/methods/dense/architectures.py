@@ -14,6 +14,7 @@ from bench.models.model import Model
 from bench.schema import ModelConfig
 from methods.baselines.d2_moe.method import D2Moe
 from methods.baselines.expert_scores import ExpertFrequency, Reap
+from methods.baselines.heapr import Heapr
 from methods.baselines.micro_expert_controls import (
     ActivationOnly,
     Magnitude,
@@ -43,6 +44,7 @@ NEAREST = {"group": 8, "rounding": "rtn"}
 METHODS = {
     "camera_p": CameraP(ratio=0.4),
     "camera_loss_aware": CameraLossAware(**CUT),
+    "heapr": Heapr(**CUT, scope="layer"),
     "camera_q": CameraQ(shares=(1, 2, 1), block=4, **NEAREST),
     "camera_q_dagger": CameraQDagger(bits=(4, 3), shares=(1, 1), **NEAREST),
     "camera_pq": CameraPQ(budget_bits=6, block=4, **NEAREST),

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from bench.errors import UserError
 from bench.models.bitpacking.packed_modules import packed_linears
 from bench.models.expert_hooks import observe_experts
 from bench.models.structure.model_structure import inspect_model
@@ -147,6 +148,86 @@ def test_mixture_weighs_frequency_router_and_rounding_error():
             y_SD = view.combine(view.hidden(x_SD))
             error = y_SD - (view.act(x_SD @ gate.T) * (x_SD @ up.T)) @ down.T
             assert float(found) == pytest.approx(factor * float(error.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_mixture_has_the_factors_of_the_official_code(name):
+    """n of all slots, the sum of the softmax before top-k, norms at the block's output, summed."""
+    network = build(name)
+    method = Mc(bits=(3, 2, 1), mean_bits=2, group=8, variant="code")
+    (block, *_), halves = inspect_model(network).moe, tokens().split(3)
+    planner = McPlanner(method, block)
+    n_E, w_E, error_EB = torch.zeros(6), torch.zeros(6), torch.zeros(6, 3)
+    inputs = []
+    for rows in halves:
+        hook = block.block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        with observe_experts({block: planner}, chunk=7):
+            network(rows)
+        hook.remove()
+        x_BLD = inputs.pop()
+        logits_TE, _, index_TK = block.router(x_BLD.flatten(0, 1))
+        softmax_TE, y_BLD = logits_TE.float().softmax(1), block.block(x_BLD)
+        for token, slots in enumerate(index_TK.tolist()):
+            for expert in slots:
+                n_E[expert] += 1
+                w_E[expert] += softmax_TE[token, expert]
+        for expert, place in itertools.product(range(6), range(3)):
+            view = block.expert(expert)
+            before = [part.clone() for part in (view.gate, view.up, view.down)]
+            for part, old in zip((view.gate, view.up, view.down), before, strict=True):
+                part.copy_(round_weights(old, (3, 2, 1)[place], 8))
+            error_EB[expert, place] += (block.block(x_BLD) - y_BLD).norm()
+            for part, old in zip((view.gate, view.up, view.down), before, strict=True):
+                part.copy_(old)
+    wanted = (n_E / n_E.sum())[:, None] * (w_E / w_E.sum())[:, None] ** 1.5 * error_EB
+    torch.testing.assert_close(planner.losses().float(), wanted, rtol=1e-3, atol=1e-7)
+
+
+# Layer 0 of Mixtral-8x7B as MC's repository ships it (Aaronhuang-778/MC-MoE at 7aa062c): slots of
+# each expert, sums of its router weights, errors at 1, 2 and 3 bits, and the widths of each budget.
+SLOTS = [68862, 63387, 62746, 63751, 66314, 70431, 56466, 72331]
+WEIGHTS = [19892, 22812, 21596, 21344, 19124, 16805, 17566, 18465]
+ERRORS = [
+    [455.0, 180.4, 78.21],
+    [3856, 708.0, 370.0],
+    [736.0, 372.7, 156.3],
+    [663.2, 341.5, 143.5],
+    [525.4, 273.9, 114.7],
+    [434.2, 218.1, 92.07],
+    [3275, 677.8, 289.0],
+    [450.3, 231.8, 97.39],
+]
+WIDTHS = {
+    12: "13211121",
+    13: "13221121",
+    14: "23221121",
+    15: "23221131",
+    16: "23222131",
+    17: "23322131",
+    18: "23322132",
+    19: "23332132",
+    20: "23332232",
+}
+
+
+@pytest.mark.parametrize("budget", WIDTHS)
+def test_mixture_chooses_the_published_widths_from_the_published_factors(budget):
+    network = build("mixtral", num_local_experts=8)
+    method = Mc(bits=(3, 2, 1), mean_bits=budget / 8, group=8, variant="code")
+    planner = McPlanner(method, inspect_model(network).moe[0])
+    planner.tokens_E = torch.tensor(SLOTS, dtype=torch.float64)
+    planner.weight_E = torch.tensor(WEIGHTS, dtype=torch.float64)
+    planner.norm_EB = torch.tensor(ERRORS, dtype=torch.float64).flip(1)
+    planner.plans()
+    assert "".join(map(str, planner.details()["bits_per_expert"])) == WIDTHS[budget]
+
+
+def test_mixture_with_official_factors_needs_a_router_of_hidden_states():
+    network = build("mixtral")
+    gate = network.model.layers[0].mlp.gate
+    network.model.layers[0].mlp.gate.forward = lambda x, bias: gate(x)
+    with pytest.raises(UserError, match="use variant=mean_weight"):
+        Mc(variant="code").check(inspect_model(network))
 
 
 def test_mixture_chooses_the_best_of_all_allowed():

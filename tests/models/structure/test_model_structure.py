@@ -7,6 +7,7 @@ from torch import nn
 
 from bench.errors import UserError
 from bench.models.structure.model_structure import inspect_model
+from methods.baselines.expert_scores import Reap
 from tests.models.tiny_networks import ARCHITECTURES, SIZES, build, llama, unfuse
 
 D_SHARED = {"qwen2_moe": 20, "deepseek_v2": 24, "deepseek_v3": 24, "deepseek": 24}
@@ -96,28 +97,9 @@ def test_a_network_that_is_no_decoder_has_neither():
     assert (structure.layers, structure.moe, structure.architecture) == ((), (), "Sequential")
 
 
-def gpt_oss():
-    return transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=8)
-    )
-
-
 def llama4():
     sizes = SIZES | {"intermediate_size_mlp": 12, "num_local_experts": 4, "head_dim": 8}
     return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
-
-
-def nemotron_h():
-    sizes = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
-    config = transformers.NemotronHConfig(
-        **sizes,
-        layers_block_type=["attention", "moe"],
-        n_routed_experts=4,
-        moe_intermediate_size=8,
-        moe_shared_expert_intermediate_size=8,
-        head_dim=8,
-    )
-    return transformers.NemotronHForCausalLM(config)
 
 
 def jet_moe():
@@ -129,9 +111,7 @@ def jet_moe():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (gpt_oss, "transposed"),
-        (llama4, "do not declare their layout"),
-        (nemotron_h, "no gate matrix"),
+        (llama4, "called without the router's weights"),
         (jet_moe, "no router"),
     ],
 )
@@ -142,6 +122,14 @@ def test_refuses_experts_of_another_kind_by_name(make, reason):
     with pytest.raises(UserError, match=reason) as refusal:
         _ = structure.moe
     assert type(network).__name__ in str(refusal.value)
+
+
+def mix_channels(block):
+    """Make the gating of a block's experts a softmax over all channels."""
+    own = type(block.experts)
+    block.experts.__class__ = type(
+        own.__name__, (own,), {"_apply_gate": lambda _, both: both.chunk(2, -1)[0].softmax(-1)}
+    )
 
 
 class _List(nn.ModuleList):
@@ -160,9 +148,9 @@ class _List(nn.ModuleList):
             "is not called with",
         ),
         (lambda block: setattr(block, "experts", _List([nn.Linear(2, 2)])), "not a gated"),
-        (lambda block: setattr(block.experts, "has_bias", True), "biases"),
         (lambda block: setattr(block.experts, "has_post_expert_norm", True), "norm"),
-        (lambda block: setattr(block.experts, "is_concatenated", False), "interleaved"),
+        (lambda block: delattr(block.experts, "is_transposed"), "do not declare their layout"),
+        (mix_channels, "combine their channels"),
     ],
 )
 def test_refuses_a_block_with_parts_it_does_not_know(change, reason):
@@ -181,6 +169,22 @@ def test_refuses_experts_under_another_name():
     network.model.layers[2].mlp.input_linear = ParallelExperts()
     with pytest.raises(UserError, match=r"mlp\.input_linear is a ParallelExperts"):
         _ = inspect_model(network).moe
+
+
+class Router(nn.Linear):
+    """A router that states how many experts there are, in a block without a known name."""
+
+    num_experts = 4
+
+
+def test_a_model_with_experts_is_never_said_to_have_none():
+    network = llama()
+    network.model.layers[1].mlp.chooser = Router(16, 4)
+    structure = inspect_model(network)
+    with pytest.raises(UserError, match=r"mlp\.chooser is a Router"):
+        _ = structure.moe
+    with pytest.raises(UserError, match="in an unsupported form"):
+        Reap(ratio=0.2).check(structure)
 
 
 class Stacks(nn.Module):

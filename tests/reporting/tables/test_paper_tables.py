@@ -74,8 +74,10 @@ DEEPSEEK = "DeepSeek-MoE-16B"
 
 
 def camera(**found):
-    """`camera_main`'s DeepSeek section with some lines recorded, by row and variant."""
+    """`camera_main`'s DeepSeek section with some lines recorded, as if all rows were alike."""
     config = load_table_config("camera_main", chosen={"sections": [DEEPSEEK]})
+    alike = {name: row.model_copy(update={"differs": None}) for name, row in config.rows.items()}
+    config = config.model_copy(update={"rows": alike})
     by_place = {(s.row, s.variant): s for s in table_slots(config)}
     places = {"dense": ("dense", ""), "pruned": ("Camera-P", "40%"), "naee": ("NAEE", "40%")}
     return build_table(config, {by_place[places[name]]: [r] for name, r in found.items()})
@@ -96,6 +98,29 @@ def test_ours_less_theirs_and_whether_theirs_is_in_our_interval():
     assert other.inside is False
     assert table.refusals == ()
     assert lines_of(table)[DEEPSEEK, "D2-MoE", "40%"].cells[0].ours is None
+
+
+@pytest.mark.parametrize("name", [n for n in table_names() if n.startswith(("camera", "dartmoqp"))])
+def test_every_method_row_says_what_is_not_like_the_source(name):
+    config = load_table_config(name)
+    columns = [column.differs for column in config.columns.values()]
+    _, *methods = config.rows
+    published = {
+        row for row in methods if row not in ("random experts", "round to nearest")
+        and config.rows[row].run is not None
+    }  # fmt: skip
+    assert published
+    assert all(config.rows[row].differs or all(columns) for row in published)
+
+
+def test_a_row_that_differs_is_not_subtracted():
+    config = load_table_config("camera_main", chosen={"sections": [DEEPSEEK]})
+    slot = next(s for s in table_slots(config) if (s.row, s.variant) == ("NAEE", "40%"))
+    table = build_table(config, {slot: [recorded(1, mean_of_nine(0.59))]})
+    cell = lines_of(table)[DEEPSEEK, "NAEE", "40%"].cells[0]
+    assert cell.ours is not None and cell.published is not None
+    assert cell.difference is None
+    assert "searches greedily" in cell.refusal
 
 
 @pytest.mark.parametrize(
@@ -197,6 +222,16 @@ def test_a_time_is_never_subtracted_and_a_bound_is_no_number():
     assert (cell.published.text, cell.published.unit) == ("3", "min")
     assert "machine" in cell.refusal
     assert numbers_of.convert_unit(cell.published, "s") == 180
+
+
+@pytest.mark.parametrize("name", ["camera_main", "camera_deepseek_20", "camera_analysis_time"])
+def test_all_rows_remove_a_share_of_the_same_whole(name):
+    """Also the controls: a share of the experts' weights is less than one of all weights."""
+    config = load_table_config(name)
+    for slot in table_slots(config):
+        ratios = [part for part in slot.runs[0] if part.startswith("ratio=")]
+        bases = [part for part in slot.runs[0] if ".base=" in part]
+        assert len(bases) == len(ratios), slot
 
 
 def test_the_dense_baseline_comes_first_in_every_section():

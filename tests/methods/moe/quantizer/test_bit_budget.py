@@ -106,7 +106,8 @@ def test_order_is_of_falling_energy_and_stable():
 
 
 @pytest.mark.parametrize(
-    ("widths", "wanted"), [((1408,) * 64, 128), ((768,) * 128, 96), ((12, 0), 1), ((0,), 1)]
+    ("widths", "wanted"),
+    [((1408,) * 64, 128), ((768,) * 128, 128), ((500,) * 2, 62), ((12, 0), 1), ((0,), 1)],
 )
 def test_block_is_a_group_or_an_eighth_of_an_expert(widths, wanted):
     assert block_size(widths, 128) == wanted
