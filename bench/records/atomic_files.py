@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.errors import FULL_DISK_ERRNOS, UNWRITABLE_ERRNOS, Stopped, UserError
@@ -30,10 +32,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], own: Collection[str] = ()) -> None:
     """Create a folder in one step: `fill` writes into a temporary one, which is then renamed.
 
-    An existing folder is replaced: it is moved aside first and removed last.
+    An existing folder is replaced: it is moved aside first and removed last. `own` names all files
+    that `fill` may write; whatever else stands in the existing folder is moved to the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -44,7 +47,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             _sync(path_inside)
         # mkdtemp makes folders private (0700); records are shared like any other file.
         temporary.chmod(0o755)
-        _swap(temporary, path)
+        _swap(temporary, path, own)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -77,7 +80,7 @@ def refuse_unwritable(key: str, target: Path, *, folder: bool = False) -> None:
         raise UserError(f"{key}={target}: cannot be written ({reason})") from None
 
 
-def _swap(new: Path, path: Path) -> None:
+def _swap(new: Path, path: Path, own: Collection[str]) -> None:
     """Rename `new` to `path`; delete an existing folder only once `new` is in place."""
     if not path.exists():
         new.rename(path)
@@ -87,21 +90,58 @@ def _swap(new: Path, path: Path) -> None:
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old-{path.name}."))
     path.rename(old / path.name)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard_old(old, path, own)
 
 
-def repair_interrupted_write(path: Path) -> None:
+def repair_interrupted_write(path: Path, own: Collection[str]) -> None:
     """Clean up after a kill in the middle of `write_folder`; call with exclusive access to `path`.
 
-    The old folder is restored if the kill came between the two renames; temporary folders are
-    removed.
+    The old folder is restored if the kill came between the two renames. Of temporary folders only
+    the files that `own` names are deleted: what else is there, somebody else has put there.
     """
-    for old in path.parent.glob(f".old-{path.name}.*"):
-        if not path.exists() and (old / path.name).exists():
+    for old in _temporary_folders(path, f".old-{path.name}"):
+        if not path.exists() and (old / path.name).is_dir():
             (old / path.name).rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    for unfinished in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _discard_old(old, path, own)
+    for unfinished in _temporary_folders(path, f".{path.name}"):
+        _discard(unfinished, own)
+
+
+def foreign_entries(folder: Path, own: Collection[str]) -> list[Path]:
+    """Return the entries of a folder that are no regular files with one of these names."""
+    known = (path for path in folder.iterdir() if path.name in own)
+    files = {path for path in known if stat.S_ISREG(path.lstat().st_mode)}
+    return sorted(path for path in folder.iterdir() if path not in files)
+
+
+RANDOM_END = "[a-z0-9_]{8}"
+"""The end of names that Python's tempfile makes."""
+
+
+def _temporary_folders(path: Path, prefix: str) -> list[Path]:
+    pattern = re.compile(rf"{re.escape(prefix)}\.{RANDOM_END}")
+    found = (entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
+    return sorted(entry for entry in found if stat.S_ISDIR(entry.lstat().st_mode))
+
+
+def _discard_old(old: Path, path: Path, own: Collection[str]) -> None:
+    """Move what is not `own` from the folder that `path` replaced to `path`; delete the rest."""
+    replaced = old / path.name
+    if replaced.is_dir() and not replaced.is_symlink():
+        for entry in foreign_entries(replaced, own):
+            if not os.path.lexists(path / entry.name):
+                entry.rename(path / entry.name)
+        _discard(replaced, own)
+    _discard(old, ())
+
+
+def _discard(folder: Path, own: Collection[str]) -> None:
+    """Delete `own` files of a folder, and the folder if nothing else is in it."""
+    # What is left takes a little space; `bench gc` names it.
+    with suppress(OSError):
+        for name in own:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,6 +29,8 @@ from bench.records.migrations import READABLE_SCHEMAS, migrate
 from bench.records.record import SCHEMA, JsonObject, Record, checksum
 
 RECORD, SAMPLES, CONFIG = "record.json", "samples.parquet", "config.yaml"
+RECORD_FILES = (RECORD, SAMPLES, CONFIG)
+"""All that is written into the folder of a record."""
 RESPONSES = "responses.journal"
 MARKER = ".slimbench"
 MARKER_TEXT = b"Results of slimbench. `bench gc` cleans up folders that hold this file.\n"
@@ -81,7 +83,7 @@ class Store:
                 on_wait()
             lock.acquire()
         try:
-            atomic_files.repair_interrupted_write(self.folder(run_id))
+            atomic_files.repair_interrupted_write(self.folder(run_id), RECORD_FILES)
             self._remove_leftovers(run_id)
             yield
         finally:
@@ -186,7 +188,7 @@ class Store:
 
         self._mark()
         # In this order: a kill in between leaves leftovers, never a run with neither.
-        atomic_files.write_folder(self.folder(record.id), fill)
+        atomic_files.write_folder(self.folder(record.id), fill, RECORD_FILES)
         self._remove_unfinished(record.id)
         return self.folder(record.id)
 
