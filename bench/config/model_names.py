@@ -25,6 +25,11 @@ ACCEPTED = "a hub id as ORG/NAME, a model folder, FILE.gguf, or torchvision/NAME
 _SCHEME = "slimbench-models"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TORCHVISION = "torchvision/"
+_WITH_REVISION = re.compile(rf"({_HUB_ID.pattern}|\w[\w.-]*)[@:](\w[\w./-]*)")
+_ADDRESS = re.compile(
+    rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/(?:models/)?({_HUB_ID.pattern})"
+    r"(?:/(?:tree|blob|resolve)/([\w.-]+).*|@([\w.-]+))?/?"
+)
 
 
 def model_config(value: str) -> dict[str, object] | None:
@@ -40,6 +45,16 @@ def model_config(value: str) -> dict[str, object] | None:
     if _HUB_ID.fullmatch(value):
         return _shipped("hub", name=value, source=value)
     return None
+
+
+def correction(value: str) -> str | None:
+    """Return how a model is given that was given with its revision or by its address."""
+    found = _ADDRESS.fullmatch(value) or _WITH_REVISION.fullmatch(value)
+    if found is None:
+        return None
+    name, *revisions = found.groups()
+    revision = next(filter(None, revisions), None)
+    return f"model={name}" + (f" model.revision={revision}" if revision else "")
 
 
 def is_own_path(value: str) -> bool:

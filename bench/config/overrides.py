@@ -10,7 +10,7 @@ import math
 import random
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import cast
@@ -104,6 +104,18 @@ class Overrides:
         # Not a boolean (or not set): the validation of the config reports it, with the key.
         except ValidationError:
             return False
+
+    def refuse_repeated_keys(self) -> None:
+        """Raise if a key is given twice, of which Hydra would take the last without a word."""
+        seen: dict[str, str] = {}
+        for override in self.parsed:
+            key, text = override.key_or_group.replace("/", "."), text_of(override)
+            # A group may stand in several places of the config.
+            if override.package is not None:
+                key += f"@{override.package}"
+            if key in seen:
+                raise UserError(f"{seen[key]} and {text} both say {key}: give one of them")
+            seen[key] = text
 
     def refuse_several_values(self) -> None:
         """Raise if a key has several values, which only a sweep can go through."""
@@ -222,6 +234,21 @@ def range_numbers(sweep: RangeSweep) -> list[int] | list[float]:
     if all(isinstance(part, int) for part in (sweep.start, sweep.stop, sweep.step)):
         return [int(number) for number in numbers]
     return [float(number) for number in numbers]
+
+
+def refuse_endless_grid(values: Mapping[str, int], limit: object) -> None:
+    """Raise if a grid, by its number of values per key, has more jobs than `limit`.
+
+    Called before its jobs are listed: a slip of a few zeros would fill the memory.
+    """
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise UserError(f"hydra.sweeper.max_jobs={limit}: a whole number from 1 on is needed")
+    if (jobs := math.prod(values.values())) > limit:
+        several = " x ".join(f"{count:,} of {key}" for key, count in values.items() if count > 1)
+        raise UserError(
+            f"the sweep has {jobs:,} jobs ({several}), more than hydra.sweeper.max_jobs={limit}: "
+            "give fewer values, or raise it"
+        )
 
 
 def sets(override: Override, key: str) -> bool:
