@@ -40,6 +40,8 @@ SAMPLE_COLUMNS = {
 """What the columns of `samples.parquet` hold; metrics add numbers of their own."""
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_MAY_OVERFLOW = re.compile(rb"\d{19}|[eE]\+?\d{3}")
+"""Numbers so long, or with such an exponent, that they may not fit; all others fit."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe",
@@ -78,15 +80,14 @@ def parse_json(content: bytes) -> object:
         ValueError: it is no JSON, is nested deeper than `MAX_DEPTH`, or holds a number or text
             that cannot be stored again.
     """
-    if not _is_shallow(content):
+    without_texts = _TEXT.sub(b"", content)
+    if not _is_shallow(without_texts):
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    # A call for every number takes half as long again as all of the parsing.
+    per_number = {"parse_float": _finite, "parse_int": _bounded}
+    checks = per_number if _MAY_OVERFLOW.search(without_texts) else {}
     try:
-        found: object = json.loads(
-            content.decode(),
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_bounded,
-        )
+        found: object = json.loads(content.decode(), parse_constant=_refuse_constant, **checks)
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
@@ -105,10 +106,10 @@ def read_json(path: Path) -> object:
     return parse_json(read_regular_file(path))
 
 
-def _is_shallow(content: bytes) -> bool:
+def _is_shallow(without_texts: bytes) -> bool:
     """Tell whether brackets are nested at most `MAX_DEPTH` deep, without parsing."""
     # All of it by functions in C: the brackets alone, and then pair by pair from the inside.
-    left = _TEXT.sub(b"", content).translate(None, _NO_BRACKETS)
+    left = without_texts.translate(None, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not left:
             return True
