@@ -143,8 +143,9 @@ def _digests_of_set(files: Mapping[str, Path], stamps: Mapping[str, FileStamp]) 
     """
     root = os.path.commonpath([file.absolute() for file in files.values()])
     place = _digest_memory() / hashlib.sha256(f"set {root}".encode()).hexdigest()
-    known, found, fresh = _remembered_set(place), {}, {}
-    began = time.time_ns()
+    known, began = _remembered_set(place), time.time_ns()
+    found: dict[str, str] = {}
+    fresh: dict[str, list[object]] = {}
     for name, file in files.items():
         stamp = stamps[name]
         *seen, value = known.get(name, (0, ""))

@@ -84,10 +84,14 @@ def parse_json(content: bytes) -> object:
     if not _is_shallow(without_texts):
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
     # A call for every number takes half as long again as all of the parsing.
-    per_number = {"parse_float": _finite, "parse_int": _bounded}
-    checks = per_number if _MAY_OVERFLOW.search(without_texts) else {}
+    checked = _MAY_OVERFLOW.search(without_texts) is not None
     try:
-        found: object = json.loads(content.decode(), parse_constant=_refuse_constant, **checks)
+        found: object = json.loads(
+            content.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite if checked else None,
+            parse_int=_bounded if checked else None,
+        )
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
