@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bench.config import model_names
 from bench.config.overrides import Overrides, sets, sweep_values, text_of
 from bench.errors import UserError
-from bench.security import refuse_foreign_code, refuse_secret
+from bench.security import package_exists, refuse_foreign_code, refuse_secret
 
 HYDRA_KEYS = (
     "hydra.launcher", "hydra.sweeper", "hydra.mode", "hydra.searchpath", "hydra.verbose",
@@ -83,6 +82,8 @@ def check_overrides(overrides: Overrides) -> None:
             )
         if _is_hydras(override.package or ""):
             raise UserError(f"{text}: a config group has no place in Hydra's own config")
+        if override.is_delete() and _is_hydras(override.key_or_group):
+            raise UserError(f"{text}: Hydra's own config can be set, and not deleted")
         leaves = dict(_leaves(override))
         for key in leaves:
             if _is_hydras(key) and not any(_is_below(key, allowed) for allowed in HYDRA_KEYS):
@@ -120,7 +121,7 @@ def _check_hydra_value(key: str, value: object, text: str) -> None:
         raise UserError(f"{text}: {scheme}:// cannot be read: give file://FOLDER or pkg://PACKAGE")
     if scheme == "pkg" and separator:
         # The first part alone: finding the rest would import it.
-        if not place or find_spec(place.partition(".")[0]) is None:
+        if not package_exists(place.partition(".")[0]):
             raise UserError(f"{text}: there is no package {place!r}: install it first")
     elif not Path(place if separator else value).is_dir():
         raise UserError(f"{text}: {value} is no folder")

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from inspect import isabstract
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -27,7 +26,7 @@ from bench.schema import (
     PromptsConfig,
     TrackerConfig,
 )
-from bench.security import refuse_foreign_code
+from bench.security import package_exists, refuse_foreign_code
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -148,7 +147,7 @@ def _refuse_absent_package(name: str) -> None:
     first = name.partition(".")[0]
     if name != first:
         raise UserError(f"packages=[{name}] names a part of a package: give the whole, {first}")
-    if not name.isidentifier() or find_spec(name) is None:
+    if not package_exists(name):
         raise UserError(f"packages=[{name}]: there is no package {name!r}: install it first")
 
 

@@ -74,6 +74,7 @@ def refused(tmp_path, monkeypatch, capsys):
     ("hydra.searchpath=null", "give a list of folders and packages"),
     ("hydra.mode=foo", "allowed: RUN, MULTIRUN"),
     ("hydra.mode=5", "allowed: RUN, MULTIRUN"),
+    ("~hydra.mode", "can be set, and not deleted"),
     ("hydra.verbose=5", "give true, or the names of loggers"),
     ("packages=[typo]", "there is no package 'typo'"),
     ("packages=[methods,typo]", "there is no package 'typo'"),
