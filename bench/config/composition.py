@@ -28,12 +28,11 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from bench.config import model_names
 from bench.config.gate import check_overrides
-from bench.config.overrides import Overrides, parse_error, text_of
+from bench.config.overrides import ACCEPTED, GROUP, Overrides, parse_error, text_of
 from bench.config.run_config import RunConfig, validate
 from bench.errors import UserError, nearest, unknown_name
-from bench.records.foreign_files import refuse_unstorable
+from bench.records.files import refuse_unstorable
 from bench.records.record import check_ratio
 from bench.security import CONFIG_DIR, redact, refuse_secret, refuse_shadowed_packages
 
@@ -203,10 +202,10 @@ def _unknown_choice(error: MissingConfigException) -> UserError:
     while "/" in group and not _choices(group):
         group, _, folder = group.rpartition("/")
         name = f"{folder}/{name}"
-    if group == model_names.GROUP and (right := model_names.correction(name)) is not None:
+    if group == overrides.GROUP and (right := overrides.correction(name)) is not None:
         return UserError(f"model={name} is no model's name: write {right}")
     known = unknown_name(group or "config", name, error.options or [])
-    return UserError(f"{known}; or {model_names.ACCEPTED}") if group == model_names.GROUP else known
+    return UserError(f"{known}; or {ACCEPTED}") if group == GROUP else known
 
 
 def _unresolved(error: InterpolationResolutionError, overrides: Sequence[str]) -> UserError:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.records.atomic_files import repair_interrupted_write, write_folder
+from bench.records.files import repair_interrupted_write, write_folder
 
 
 def test_a_folder_is_synced_with_everything_below_it(tmp_path, monkeypatch):

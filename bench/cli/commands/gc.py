@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 
 from bench.errors import EXIT_DONE, UserError
 from bench.records import Store
-from bench.records.atomic_files import RANDOM_END, foreign_entries
-from bench.records.foreign_files import reason_of
+from bench.records.files import RANDOM_END, foreign_entries, reason_of
 from bench.records.store import MARKER, RECORD, RECORD_FILES
 from bench.sweeps import sweep_jobs
 from bench.sweeps.plan import SWEEPS, load_plan
